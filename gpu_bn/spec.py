@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -159,4 +160,9 @@ def check_writeable(name: str, array: Array) -> None:
 
 def dtype_name(array: Array) -> str:
     """The dtype's bare name in any array library (``float32``, not ``torch.float32``)."""
-    return str(array.dtype).rpartition(".")[2]
+    return _dtype_name(array.dtype)
+
+
+@cache
+def _dtype_name(dtype: Any) -> str:
+    return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]

@@ -57,7 +57,7 @@ class Layout:
     def assign(self, out: Array, value: Array) -> None:
         """Write an (N, C, S) array to one of this layout's shape, with any strides."""
         ordered = out.transpose(self.order)
-        np.copyto(ordered, value.reshape(ordered.shape))
+        np.copyto(ordered, value.reshape(ordered.shape), casting="unsafe")
 
 
 @lru_cache(1024)

@@ -29,9 +29,7 @@ from gpu_bn.backends import _threads
 
 Array = NDArray[Any]
 
-SMALL = 8 << 10
-"""Elements: up to here one tile, float64 and plain reductions are fastest."""
-THREADED = 4 << 20
+THREADED = 3 << 19
 """Elements: from here on threads pay for their start."""
 TILE_BYTES = 2 << 20
 SCRATCH_SHARE = 96
@@ -86,39 +84,34 @@ class Sweep:
     def partials(self, dtype: DTypeLike) -> Array:
         """Room for the partial sums of :meth:`add`."""
         if self.fold:
-            return np.zeros((self.tiles[-1].sums.stop, self.fold * self.c * self.s), dtype)
+            return np.zeros((self.tiles[-1].sums.stop, self.fold * self.c * self.s))
         return np.empty((self.n, self.c, -(-self.s // self.chunk)), dtype)
 
     def add(self, partials: Array, tile: Tile, a: Array, b: Array | None = None) -> None:
         """Sum ``a * b`` over a tile; without ``b``, sum ``a``."""
         if self.fold:
-            _sum_down(a, b, partials[tile.sums, tile.parameters], self.chunk)
+            _sum_down(a, b, partials[tile.sums.start, tile.parameters])
         else:
             _sum_along(a, b, partials[tile.box[0], tile.box[1], tile.sums], self.chunk)
 
     def total(self, partials: Array) -> Array:
         """The sums, (C,) in float64."""
         if not self.fold:
-            sums: Array = np.add.reduce(partials, axis=(0, 2), dtype=np.float64)
+            sums: Array = np.add.reduce(np.add.reduce(partials, axis=0, dtype=np.float64), axis=1)
             return sums
-        sums = np.add.reduce(partials, axis=0, dtype=np.float64)
-        if self.fold == self.s == 1:
-            return sums
-        sums = np.add.reduce(sums.reshape(self.fold, self.c, self.s), axis=(0, 2))
+        rows: Array = partials[0] if len(partials) == 1 else np.add.reduce(partials, axis=0)
+        if self.s > 1:
+            rows = np.vecdot(rows.reshape(-1, self.s), _ones(self.s, rows.dtype))
+        sums = np.add.reduce(rows.reshape(self.fold, self.c), axis=0)
         return sums
 
 
 @lru_cache(512)
 def sweep(n: int, c: int, s: int, itemsize: int, *, sums: bool, temporaries: int) -> Sweep:
     """The sweep for a tensor: one that sums or one that only maps; ``temporaries`` a tile."""
-    size = n * c * s
-    if size <= SMALL:
-        fold = 1 if s < 8 else 0
-        chunk = n if fold else s
-        return Sweep(n, c, s, fold, chunk, _row_tiles(n, c, s, 1, n, n, c) if fold else _column_tiles(n, c, s, size, s))
     limit = TILE_BYTES // itemsize
     if temporaries:
-        limit = min(limit, max(MIN_SCRATCH, min(size // (SCRATCH_SHARE * temporaries), MAX_SCRATCH)))
+        limit = min(limit, max(MIN_SCRATCH, min(n * c * s // (SCRATCH_SHARE * temporaries), MAX_SCRATCH)))
     if s >= (COLUMN_SUMS if sums else COLUMNS):
         chunk = _chunk(s, min(DOT, TILE_BYTES // itemsize // 512))
         return Sweep(n, c, s, 0, chunk, _column_tiles(n, c, s, limit, chunk))
@@ -127,7 +120,7 @@ def sweep(n: int, c: int, s: int, itemsize: int, *, sums: bool, temporaries: int
         fold *= 2
     width = max(1, min(c, ROW_BLOCK // s))
     width = -(-c // -(-c // width))
-    return Sweep(n, c, s, fold, RUN, _row_tiles(n, c, s, fold, limit, RUN, width))
+    return Sweep(n, c, s, fold, s, _row_tiles(n, c, s, fold, limit, width))
 
 
 def _chunk(s: int, most: int) -> int:
@@ -156,21 +149,20 @@ def _column_tiles(n: int, c: int, s: int, limit: int, chunk: int) -> tuple[Tile,
     )
 
 
-def _row_tiles(n: int, c: int, s: int, fold: int, limit: int, run: int, width: int) -> tuple[Tile, ...]:
+def _row_tiles(n: int, c: int, s: int, fold: int, limit: int, width: int) -> tuple[Tile, ...]:
     """``width`` channels of as many rows as fit; samples left over when rows are joined make a row of their own."""
-    rows = max(1, limit // (fold * width * s) // run) * run
-    tiles, whole, sums = [], n // fold, 0
-    for r0, r1 in _ranges(whole, rows):
-        last = sums + -(-(r1 - r0) // run)
+    rows = max(1, limit // (fold * width * s))
+    tiles, whole = [], n // fold
+    blocks = _ranges(whole, rows)
+    for block, (r0, r1) in enumerate(blocks):
         for c0, c1 in _ranges(c, width):
             columns = slice(c0 * s, c1 * s) if fold == 1 else slice(0, fold * c * s)
             shape = (r1 - r0, columns.stop - columns.start)
-            index = (slice(r0 * fold, r1 * fold), slice(c0, c1), slice(0, s))
-            tiles.append(Tile(index, shape, columns, slice(sums, last)))
-        sums = last
+            box = (slice(r0 * fold, r1 * fold), slice(c0, c1), slice(0, s))
+            tiles.append(Tile(box, shape, columns, slice(block, block + 1)))
     if rest := n - whole * fold:
-        index = (slice(n - rest, n), slice(0, c), slice(0, s))
-        tiles.append(Tile(index, (1, rest * c * s), slice(0, rest * c * s), slice(sums, sums + 1)))
+        box = (slice(n - rest, n), slice(0, c), slice(0, s))
+        tiles.append(Tile(box, (1, rest * c * s), slice(0, rest * c * s), slice(len(blocks), len(blocks) + 1)))
     return tuple(tiles)
 
 
@@ -195,21 +187,23 @@ def _sum_along(a: Array, b: Array | None, out: Array, chunk: int) -> None:
         np.vecdot(a[..., head.stop :], other, out=out[..., pieces])
 
 
-def _sum_down(a: Array, b: Array | None, out: Array, run: int) -> None:
-    """Sums over ``run`` rows of (rows, columns) at a time; the last run may be shorter."""
-    whole = len(a) // run
+def _sum_down(a: Array, b: Array | None, out: Array) -> None:
+    """Sums of (rows, columns) down the rows, RUN of them at a time and then in float64."""
+    whole = len(a) // RUN
+    sums = np.empty((whole + (len(a) % RUN > 0), a.shape[1]), a.dtype)
     if whole:
-        runs = a[: whole * run].reshape(whole, run, -1)
+        runs = a[: whole * RUN].reshape(whole, RUN, -1)
         if b is None:
-            np.add.reduce(runs, axis=1, out=out[:whole])
+            np.add.reduce(runs, axis=1, out=sums[:whole])
         else:
-            np.einsum("rnk,rnk->rk", runs, b[: whole * run].reshape(runs.shape), out=out[:whole])
-    if whole < len(out):
-        tail = a[whole * run :]
+            np.einsum("rnk,rnk->rk", runs, b[: whole * RUN].reshape(runs.shape), out=sums[:whole])
+    if whole < len(sums):
+        tail = a[whole * RUN :]
         if b is None:
-            np.add.reduce(tail, axis=0, out=out[whole])
+            np.add.reduce(tail, axis=0, out=sums[whole])
         else:
-            np.einsum("nk,nk->k", tail, b[whole * run :], out=out[whole])
+            np.einsum("nk,nk->k", tail, b[whole * RUN :], out=sums[whole])
+    np.add.reduce(sums, axis=0, dtype=out.dtype, out=out)
 
 
 @lru_cache(64)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -46,22 +47,34 @@ def set_num_threads(threads: int) -> None:
     _threads = threads
 
 
-def run(task: Callable[[T], None], items: Iterable[T], threads: int) -> None:
-    """Call ``task`` on every item, on at most ``threads`` threads, with quiet floating-point errors."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """In this thread: no floating-point warnings, and the ufunc buffer that suits tiles."""
+    with np.errstate(all="ignore"):
+        np.setbufsize(UFUNC_BUFFER)  # undone with the errstate
+        yield
+
+
+def run(task: Callable[[T], None], items: Sequence[T], threads: int) -> None:
+    """Call ``task`` on every item, on the caller's thread and up to ``threads - 1`` others, all of them quiet."""
+    threads = min(threads, len(items))
+    if threads <= 1:
+        with quiet():
+            for item in items:
+                task(item)
+        return
     queue = deque(items)
 
     def drain() -> None:
-        with np.errstate(all="ignore"):
-            np.setbufsize(UFUNC_BUFFER)  # undone with the errstate
-            while True:
+        with quiet():
+            while queue:
                 try:
                     item = queue.popleft()
-                except IndexError:
+                except IndexError:  # another thread took the last one
                     return
                 task(item)
 
-    helpers = min(threads, len(queue)) - 1
-    futures = [_executor().submit(drain) for _ in range(helpers)]
+    futures = [_executor().submit(drain) for _ in range(threads - 1)]
     try:
         drain()
     finally:

@@ -2,8 +2,8 @@
 
 Forward: one sweep sums, one writes ``y``. Backward: one sweep sums (and writes ``dz`` where an activation makes it
 differ from ``dy``), one writes ``dx``. The second sweep runs backwards, so that it starts with what the first left in
-the cache. Per-channel values are float64 throughout. Tensors are computed in their own precision, except that half
-precision, and tensors too small for it to cost anything, are computed in float64.
+the cache. Per-channel values are float64 throughout. Tensors are computed in their own precision, but half precision
+and small tensors (:mod:`gpu_bn.backends._small`) in float64.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_bn.backends import _small
 from gpu_bn.backends._layout import Layout
-from gpu_bn.backends._sweep import SMALL, Operand, Tile, Workspace, run, sweep
+from gpu_bn.backends._small import SMALL
+from gpu_bn.backends._sweep import Operand, Tile, Workspace, run, sweep
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 
 Array = NDArray[Any]
@@ -64,38 +66,48 @@ class NumpyBackend:
         if x.size == 0:
             return Moments(0, np.zeros(layout.c), np.zeros(layout.c))
         with np.errstate(all="ignore"):
-            return _moments(layout.read(x), _working_dtype(x))
+            return _small.stats(layout, x) if x.size <= SMALL else _moments(layout.read(x), _working_dtype(x))
 
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: float) -> None:
         bessel = moments.count / max(moments.count - 1, 1)
         with np.errstate(all="ignore"):
-            for running, batch in ((running_mean, moments.mean), (running_var, moments.var * bessel)):
-                running[...] = (1 - momentum) * running.astype(FLOAT64) + momentum * batch
+            running_mean[...] = (1 - momentum) * running_mean.astype(FLOAT64) + momentum * moments.mean
+            running_var[...] = (1 - momentum) * running_var.astype(FLOAT64) + (momentum * bessel) * moments.var
 
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
         layout = Layout.of(saved.x, saved.spec.axis)
-        y = layout.write(out)
-        target = np.empty((layout.n, layout.c, layout.s), out.dtype) if y is None else y
         with np.errstate(all="ignore"):
+            if saved.x.size <= SMALL:
+                _small.normalize(layout, saved, residual, out)
+                return
+            y = layout.write(out)
+            target = np.empty((layout.n, layout.c, layout.s), out.dtype) if y is None else y
             _normalize(saved, layout, residual, target)
-        if y is None:
-            layout.assign(out, target)
+            if y is None:
+                layout.assign(out, target)
 
     def keeps_dz(self, saved: Saved) -> bool:
-        return bool(_working_dtype(saved.x, saved.moments) == saved.x.dtype)
+        return saved.x.size > SMALL and bool(_working_dtype(saved.x, saved.moments) == saved.x.dtype)
 
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
+        layout = Layout.of(saved.x, saved.spec.axis)
         with np.errstate(all="ignore"):
-            return _backward_reduce(saved, Layout.of(saved.x, saved.spec.axis), dy, dz)
+            if saved.x.size <= SMALL:
+                return _small.backward_reduce(layout, saved, dy, dz)
+            return _backward_reduce(saved, layout, dy, dz)
 
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
+        layout = Layout.of(saved.x, saved.spec.axis)
         with np.errstate(all="ignore"):
-            _backward_input(saved, Layout.of(saved.x, saved.spec.axis), dy, dz, sums, out)
+            if saved.x.size <= SMALL:
+                _small.backward_input(layout, saved, dy, sums, out)
+            else:
+                _backward_input(saved, layout, dy, dz, sums, out)
 
 
 def _working_dtype(x: Array, moments: Moments | None = None) -> np.dtype[Any]:
-    """What a tensor is computed in: its own precision, or float64 where that is free or needed."""
-    if x.dtype != FLOAT32 or x.size <= SMALL or (moments is not None and moments.wide):
+    """What a tensor is computed in: float32 if it is in that and its range suffices, else float64."""
+    if x.dtype != FLOAT32 or (moments is not None and moments.wide):
         return FLOAT64
     return FLOAT32
 

@@ -63,7 +63,7 @@ class Saved:
     @property
     def rstd(self) -> Array:
         """(C,) 1 / sqrt(var + eps), in the accumulation dtype."""
-        return (self.moments.var + self.spec.eps) ** -0.5
+        return 1.0 / (self.moments.var + self.spec.eps) ** 0.5
 
 
 class Sums(NamedTuple):
