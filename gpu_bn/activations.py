@@ -66,11 +66,13 @@ class Activation:
 
     def value(self, z: Array) -> None:
         """Replace ``z`` by ``activation(z)``."""
-        ROWS[self.name].value(z, self.parameter)
+        with np.errstate(all="ignore"):  # an exp that overflows or underflows is on its way to the right limit
+            ROWS[self.name].value(z, self.parameter)
 
     def gradient(self, z: Array, dy: Array, out: Array) -> None:
         """Write ``dy * activation'(z)`` to ``out``, which may be ``z`` or ``dy``."""
-        ROWS[self.name].gradient(z, dy, out, self.parameter)
+        with np.errstate(all="ignore"):
+            ROWS[self.name].gradient(z, dy, out, self.parameter)
 
     def __repr__(self) -> str:
         parameter = ROWS[self.name].parameter

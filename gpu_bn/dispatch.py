@@ -35,6 +35,8 @@ ROWS = (
     Row("triton", "torch", "torch.Tensor", why_not="this version of gpu_bn has no Triton kernels yet"),
 )
 NAMES = tuple(row.name for row in ROWS)
+NOT_PLAIN = {"numpy.ma.MaskedArray", "numpy.ma.core.MaskedArray", "numpy.matrix", "numpy.matrixlib.defmatrix.matrix"}
+"""Kinds of array whose mask would be ignored, or whose shape cannot be changed."""
 
 
 def select(backend: str | Backend | None, **arrays: Any) -> Backend:
@@ -54,6 +56,8 @@ def select(backend: str | Backend | None, **arrays: Any) -> Backend:
         found = ", ".join(f"{name} is a {row.array}" for name, row in libraries.items())
         raise TypeError(f"expected all arrays in one library and on one device, got: {found}")
     if backend is not None and not isinstance(backend, str):
+        if not hasattr(backend, "normalize"):
+            raise TypeError(f"backend should be a name or a Backend, got {type(backend).__name__}")
         return backend
     row = library if backend is None else _row(backend)
     if row.library != library.library:
@@ -94,8 +98,8 @@ def _library(name: str, array: Any) -> Row:
 
 @cache
 def _row_of_type(kind: Any) -> Row | None:
-    """The row whose array type is among a type's bases. Masked arrays are none: their mask would be ignored."""
+    """The row whose array type is among a type's bases, unless another base changes what an array means."""
     names = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
-    if "numpy.ma.MaskedArray" in names or "numpy.ma.core.MaskedArray" in names:
+    if names & NOT_PLAIN:
         return None
     return next((row for row in ROWS if row.array in names), None)

@@ -78,7 +78,7 @@ def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) ->
         return _empty_grads(backend, saved, dx, need)
     dresidual = dz = None
     if "dresidual" in need:
-        dresidual = backend.copy(dy) if activation.is_identity else backend.empty_like(saved.x)
+        dresidual = backend.copy(dy, saved.x) if activation.is_identity else backend.empty_like(saved.x)
     exact = not activation.is_identity and backend.keeps_dz(saved)
     if not activation.is_identity:
         dz = dx if exact and dresidual is None else dresidual

@@ -49,14 +49,14 @@ class NumpyBackend:
     def empty_like(self, x: Array) -> Array:
         return Layout.of(x, 0).empty(x.dtype)
 
-    def copy(self, x: Array) -> Array:
-        y = self.empty_like(x)
-        np.copyto(y, x)
+    def copy(self, array: Array, like: Array) -> Array:
+        y = self.empty_like(like)
+        np.copyto(y, array)
         return y
 
     def check_out(self, out: Array, x: Array, residual: Array | None) -> None:
         for name, array in (("input", x), ("residual", residual)):
-            if array is None or out is array or not np.may_share_memory(out, array):
+            if array is None or out is array or not np.shares_memory(out, array):
                 continue
             if (out.ctypes.data, out.strides) != (array.ctypes.data, array.strides):
                 raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")

@@ -87,8 +87,8 @@ class Backend(Protocol):
     def empty_like(self, x: Array) -> Array:
         """An array of ``x``'s shape, dtype and memory format."""
 
-    def copy(self, x: Array) -> Array:
-        """A copy in ``x``'s memory format."""
+    def copy(self, array: Array, like: Array) -> Array:
+        """A copy of an array, in the memory format of another of its shape and dtype."""
 
     def check_out(self, out: Array, x: Array, residual: Array | None) -> None:
         """Raise ``ValueError`` if writing ``out`` would overwrite input not yet read."""
