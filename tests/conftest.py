@@ -1,0 +1,31 @@
+"""What all tests share: the backends under test, and settings put back after each test."""
+
+import hypothesis
+import pytest
+
+import gpu_bn
+
+BACKENDS = ["numpy"]
+
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The name of each backend in turn."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _keep_num_threads():
+    threads = gpu_bn.get_num_threads()
+    yield
+    gpu_bn.set_num_threads(threads)
