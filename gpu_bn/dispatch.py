@@ -40,7 +40,7 @@ NOT_PLAIN = {"numpy.ma.MaskedArray", "numpy.ma.core.MaskedArray", "numpy.matrix"
 
 
 def select(backend: str | Backend | None, **arrays: Any) -> Backend:
-    """The backend for a call's arrays (those that are ``None`` do not count).
+    """The backend for a call's arrays; the first must be there, those after it do not count if they are ``None``.
 
     ``backend`` is a name from :data:`NAMES`, a :class:`~gpu_bn.backends.protocol.Backend`, or ``None`` for the one
     that serves the arrays' library.
@@ -50,8 +50,9 @@ def select(backend: str | Backend | None, **arrays: Any) -> Backend:
         ValueError: an unknown backend name, or a backend that does not serve these arrays.
         BackendUnavailableError: the backend is known but cannot be had.
     """
-    libraries = {name: _library(name, array) for name, array in arrays.items() if array is not None}
-    library = next(iter(libraries.values()))
+    required = next(iter(arrays))
+    libraries = {name: _library(name, array) for name, array in arrays.items() if array is not None or name == required}
+    library = libraries[required]
     if any(other is not library for other in libraries.values()):
         found = ", ".join(f"{name} is a {row.array}" for name, row in libraries.items())
         raise TypeError(f"expected all arrays in one library and on one device, got: {found}")

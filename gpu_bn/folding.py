@@ -92,9 +92,10 @@ def fold(
         ``(weight, bias)``, like ``weight``, and (out,) in its dtype; computed in float64, then rounded.
 
     Raises:
+        TypeError: ``norm`` holds arrays of another library than ``weight``.
         ValueError: ``norm`` has no running statistics, or another number of channels than ``weight`` has outputs.
     """
-    scale, shift = _scale_and_shift(norm)
+    scale, shift = _scale_and_shift(norm, weight)
     by_output = _by_output(scale, weight, transposed, groups)
     folded = _wide(weight) * by_output
     offset = shift if bias is None else _wide(bias) * scale + shift
@@ -107,19 +108,22 @@ def unfold(weight: Array, bias: Array, norm: Norm, *, transposed: bool = False, 
     Arguments and results are those of :func:`fold`; a bias that was ``None`` comes back as zeros to rounding.
 
     Raises:
-        ValueError: as :func:`fold`; also if a channel's ``norm.weight`` is 0, so that folding has lost the layer.
+        TypeError, ValueError: as :func:`fold`; also if a channel's ``norm.weight`` is 0, which loses the layer.
     """
-    scale, shift = _scale_and_shift(norm)
+    scale, shift = _scale_and_shift(norm, weight)
     if bool((scale == 0).any()):
         raise ValueError("norm has channels of weight 0: folding them cannot be undone")
     by_output = _by_output(scale, weight, transposed, groups)
     return _like(_wide(weight) / by_output, weight), _like((_wide(bias) - shift) / scale, weight)
 
 
-def _scale_and_shift(norm: Norm) -> tuple[Array, Array]:
+def _scale_and_shift(norm: Norm, weight: Array) -> tuple[Array, Array]:
     """norm(x) = x * scale + shift in evaluation mode, (C,) each in float64."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"folding needs running statistics, but {norm!r} has none")
+    libraries = [type(array).__module__.partition(".")[0] for array in (weight, norm.running_var)]
+    if libraries[0] != libraries[1]:
+        raise TypeError(f"weight and norm should hold arrays of one library, got {' and '.join(libraries)}")
     scale = (_wide(norm.running_var) + norm.eps) ** -0.5
     if norm.weight is not None:
         scale = scale * _wide(norm.weight)

@@ -74,11 +74,10 @@ class BatchNorm:
         self._saved: Saved | None = None
 
         dtype = np.dtype(np.float32 if dtype is None else dtype)
+        if dtype.name not in spec.FLOAT_DTYPES:
+            raise TypeError(f"dtype should be one of {', '.join(spec.FLOAT_DTYPES)}, got {dtype.name}")
         self.weight: Array | None = np.ones(num_features, dtype) if affine else None
         self.bias: Array | None = np.zeros(num_features, dtype) if affine and bias else None
-        for name in ("weight", "bias"):
-            if getattr(self, name) is not None:
-                spec.check_float(name, getattr(self, name))
         self.running_mean: Array | None = np.zeros(num_features, dtype) if track_running_stats else None
         self.running_var: Array | None = np.ones(num_features, dtype) if track_running_stats else None
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if track_running_stats else None

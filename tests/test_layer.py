@@ -219,7 +219,7 @@ def test_a_refused_call_leaves_statistics_and_counter(x, error):
         ({"eps": -1.0}, ValueError, "eps must be non-negative, but got -1.0"),
         ({"momentum": "fast"}, TypeError, "momentum should be a number, got str"),
         ({"device": "cuda"}, ValueError, "device should be None or 'cpu' in this version of gpu_bn, got 'cuda'"),
-        ({"dtype": np.int32}, TypeError, "weight should be one of"),
+        ({"dtype": np.int32}, TypeError, "dtype should be one of"),
         ({"dtype": np.int32, "affine": False}, TypeError, "should be one of"),
         ({"activation": "swish"}, ValueError, "unknown activation 'swish'"),
     ],

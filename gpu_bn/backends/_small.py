@@ -1,7 +1,7 @@
 """Tensors too small for tiles to pay: whole-array expressions in float64, and as few of them as can be.
 
 The mean is always subtracted first, so that nothing need be checked. The functions are the phases of
-:class:`gpu_bn.backends.protocol.Backend`, on tensors seen as (N, C, S).
+:class:`gpu_bn.backends.protocol.Backend`; tensors are seen as (C, N * S).
 """
 
 from __future__ import annotations
@@ -18,28 +18,33 @@ Array = NDArray[Any]
 
 SMALL = 8 << 10
 """Elements: up to here these functions are the faster ones."""
-POSITIONS = (0, 2)
 FLOAT64 = np.dtype(np.float64)
 
 
 def stats(layout: Layout, x: Array) -> Moments:
-    """Two-pass mean and variance."""
+    """Two-pass mean and variance, both corrected for the rounding of the first mean."""
     count = layout.count
-    wide = layout.read(x).astype(FLOAT64)
-    mean = np.add.reduce(wide, POSITIONS)
+    wide = _read(layout, x)
+    mean = np.add.reduce(wide, 1)
     mean /= count
     wide -= mean[:, None]
+    remainder = np.add.reduce(wide, 1)
+    remainder /= count
     np.multiply(wide, wide, out=wide)
-    var = np.add.reduce(wide, POSITIONS)
+    var = np.add.reduce(wide, 1)
     var /= count
-    return Moments(count, mean, var)
+    var -= remainder * remainder
+    mean += remainder
+    var[~(var < np.inf)] = np.nan  # an overflow must not look like a result
+    return Moments(count, mean, np.maximum(var, 0.0, out=var))
 
 
 def normalize(layout: Layout, saved: Saved, residual: Array | None, out: Array) -> None:
     """Write y."""
     z = _pre_activation(layout, saved, _centred(layout, saved), residual)
-    saved.spec.activation.value(z)
-    layout.assign(out, z)
+    if not saved.spec.activation.is_identity:
+        saved.spec.activation.value(z)
+    _write(layout, out, z)
 
 
 def backward_reduce(layout: Layout, saved: Saved, dy: Array, dz: Array | None) -> Sums:
@@ -47,11 +52,11 @@ def backward_reduce(layout: Layout, saved: Saved, dy: Array, dz: Array | None) -
     centred = _centred(layout, saved)
     gradient = _gradient(layout, saved, centred, dy)
     if dz is not None:
-        layout.assign(dz, gradient)
+        _write(layout, dz, gradient)
     centred *= gradient
-    products = np.add.reduce(centred, POSITIONS)
+    products = np.add.reduce(centred, 1)
     products *= saved.rstd
-    return Sums(np.add.reduce(gradient, POSITIONS), products)
+    return Sums(np.add.reduce(gradient, 1), products)
 
 
 def backward_input(layout: Layout, saved: Saved, dy: Array, sums: Sums | None, out: Array) -> None:
@@ -64,11 +69,21 @@ def backward_input(layout: Layout, saved: Saved, dy: Array, sums: Sums | None, o
         gradient -= centred
         gradient -= (sums.dz / layout.count)[:, None]
     gradient *= (rstd if saved.weight is None else rstd * saved.weight)[:, None]
-    layout.assign(out, gradient)
+    _write(layout, out, gradient)
+
+
+def _read(layout: Layout, array: Array) -> Array:
+    """A float64 copy as (C, N * S): NumPy sums pairwise along the last axis only."""
+    by_channel = layout.read(array).transpose(1, 0, 2)
+    return by_channel.astype(FLOAT64, order="C").reshape(layout.c, layout.count)
+
+
+def _write(layout: Layout, out: Array, value: Array) -> None:
+    layout.assign(out, value.reshape(layout.c, layout.n, layout.s).transpose(1, 0, 2))
 
 
 def _centred(layout: Layout, saved: Saved) -> Array:
-    centred = layout.read(saved.x).astype(FLOAT64)
+    centred = _read(layout, saved.x)
     centred -= saved.moments.mean[:, None]
     return centred
 
@@ -79,13 +94,13 @@ def _pre_activation(layout: Layout, saved: Saved, centred: Array, residual: Arra
     if saved.bias is not None:
         z += saved.bias[:, None]
     if residual is not None:
-        z += layout.read(residual)
+        z += _read(layout, residual)
     return z
 
 
 def _gradient(layout: Layout, saved: Saved, centred: Array, dy: Array) -> Array:
     """dz, in an array of its own."""
-    gradient = layout.read(dy).astype(FLOAT64)
+    gradient = _read(layout, dy)
     if not saved.spec.activation.is_identity:
         z = _pre_activation(layout, saved, centred, saved.residual)
         saved.spec.activation.gradient(z, gradient, gradient)

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,10 +33,10 @@ Array = NDArray[Any]
 THREADED = 3 << 19
 """Elements: from here on threads pay for their start."""
 TILE_BYTES = 2 << 20
-SCRATCH_SHARE = 96
-"""A tile that needs temporaries is at most this fraction of the tensor for each of them: memory stays within 5 %."""
+SCRATCH_SHARE = 0.01
+"""The temporaries of one thread's tile take at most this share of the tensor: with four threads, 4 %."""
 MIN_SCRATCH, MAX_SCRATCH = 4 << 10, 64 << 10
-"""Elements of such a tile."""
+"""Elements of a tile with temporaries."""
 DOT = 1024
 """Elements of one dot product; and NumPy lets other threads run only during calls of more than 500 of them."""
 COLUMN_SUMS = 96
@@ -48,6 +49,10 @@ ROW_BLOCK = 16 << 10
 """Elements: wider rows are cut, so that the expanded parameters stay in the inner cache."""
 RUN = 32
 """Rows summed in the tensor's precision before float64 takes over."""
+SUMMED = 512
+"""Positions of a channel in one partial sum at least, so that these stay small beside the tensor."""
+REUSED = 8
+"""Rows of a tile at least, so that expanded parameters are used more than once."""
 
 
 class Tile(NamedTuple):
@@ -61,66 +66,76 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """The tiles of one pass; ``fold`` samples make one row, 0 stands for columns."""
+    """The tiles of one pass; ``fold`` samples make one row, 0 stands for columns.
+
+    Tiles that add to the same partial sum make one task: one thread takes them in their order.
+    """
 
     n: int
     c: int
     s: int
     fold: int
     chunk: int
-    tiles: tuple[Tile, ...]
+    tasks: tuple[tuple[Tile, ...], ...]
 
-    def expand(self, vector: Array, dtype: DTypeLike) -> Array:
-        """A per-channel vector that broadcasts against a tile, once cut by ``tile.parameters``."""
-        vector = vector.astype(dtype, copy=False)
-        if not self.fold:
-            return vector[:, None]
-        if self.fold == self.s == 1:
-            return vector
-        row = np.empty((self.fold, self.c, self.s), vector.dtype)
-        row[...] = vector[:, None]
-        return row.reshape(-1)
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """All tiles, in order."""
+        return tuple(chain.from_iterable(self.tasks))
 
     def partials(self, dtype: DTypeLike) -> Array:
         """Room for the partial sums of :meth:`add`."""
         if self.fold:
-            return np.zeros((self.tiles[-1].sums.stop, self.fold * self.c * self.s))
+            return np.zeros((self.tasks[-1][0].sums.stop, self.c))
         return np.empty((self.n, self.c, -(-self.s // self.chunk)), dtype)
 
     def add(self, partials: Array, tile: Tile, a: Array, b: Array | None = None) -> None:
         """Sum ``a * b`` over a tile; without ``b``, sum ``a``."""
-        if self.fold:
-            _sum_down(a, b, partials[tile.sums.start, tile.parameters])
-        else:
+        if not self.fold:
             _sum_along(a, b, partials[tile.box[0], tile.box[1], tile.sums], self.chunk)
+            return
+        out = partials[tile.sums.start, tile.box[1]]
+        columns = _sum_down(a, b)
+        if self.s > 1:
+            columns = np.vecdot(columns.reshape(-1, self.s), _ones(self.s, columns.dtype))
+        out += np.add.reduce(columns.reshape(-1, len(out)), axis=0)
 
     def total(self, partials: Array) -> Array:
         """The sums, (C,) in float64."""
+        sums: Array = np.add.reduce(partials, axis=0, dtype=np.float64)
         if not self.fold:
-            sums: Array = np.add.reduce(np.add.reduce(partials, axis=0, dtype=np.float64), axis=1)
-            return sums
-        rows: Array = partials[0] if len(partials) == 1 else np.add.reduce(partials, axis=0)
-        if self.s > 1:
-            rows = np.vecdot(rows.reshape(-1, self.s), _ones(self.s, rows.dtype))
-        sums = np.add.reduce(rows.reshape(self.fold, self.c), axis=0)
+            sums = np.add.reduce(sums, axis=1)
         return sums
 
 
 @lru_cache(512)
-def sweep(n: int, c: int, s: int, itemsize: int, *, sums: bool, temporaries: int) -> Sweep:
-    """The sweep for a tensor: one that sums or one that only maps; ``temporaries`` a tile."""
+def sweep(
+    n: int, c: int, s: int, itemsize: int, *, sums: bool, temporaries: int, stored_itemsize: int | None = None
+) -> Sweep:
+    """The sweep for a tensor: one that sums, or one that only maps.
+
+    ``temporaries`` is how many arrays a tile needs beside the operands; ``itemsize`` is that of the arithmetic,
+    ``stored_itemsize`` the tensor's own if that is another.
+    """
     limit = TILE_BYTES // itemsize
     if temporaries:
-        limit = min(limit, max(MIN_SCRATCH, min(n * c * s // (SCRATCH_SHARE * temporaries), MAX_SCRATCH)))
+        scratch = SCRATCH_SHARE * n * c * s * (stored_itemsize or itemsize)
+        limit = min(limit, max(MIN_SCRATCH, min(int(scratch / (temporaries * itemsize)), MAX_SCRATCH)))
     if s >= (COLUMN_SUMS if sums else COLUMNS):
         chunk = _chunk(s, min(DOT, TILE_BYTES // itemsize // 512))
-        return Sweep(n, c, s, 0, chunk, _column_tiles(n, c, s, limit, chunk))
+        return Sweep(n, c, s, 0, chunk, tuple((tile,) for tile in _column_tiles(n, c, s, limit, chunk)))
     fold = 1
     while 2 * fold * c * s <= ROW and 2 * fold <= n:
         fold *= 2
-    width = max(1, min(c, ROW_BLOCK // s))
-    width = -(-c // -(-c // width))
-    return Sweep(n, c, s, fold, s, _row_tiles(n, c, s, fold, limit, width))
+    width = max(1, min(c, ROW_BLOCK // s, limit // (min(n, REUSED) * s)))
+    width = -(-c // -(-c // width)) if fold == 1 else c
+    rows = max(1, limit // (fold * width * s))
+    together = -(-SUMMED // (rows * fold * s)) if sums else 1
+    tiles = _row_tiles(n, c, s, fold, rows, width, together)
+    if not sums:
+        return Sweep(n, c, s, fold, s, tuple((tile,) for tile in tiles))
+    tasks = groupby(tiles, key=lambda tile: (tile.box[1].start, tile.sums.start))
+    return Sweep(n, c, s, fold, s, tuple(tuple(task) for _, task in tasks))
 
 
 def _chunk(s: int, most: int) -> int:
@@ -149,20 +164,22 @@ def _column_tiles(n: int, c: int, s: int, limit: int, chunk: int) -> tuple[Tile,
     )
 
 
-def _row_tiles(n: int, c: int, s: int, fold: int, limit: int, width: int) -> tuple[Tile, ...]:
-    """``width`` channels of as many rows as fit; samples left over when rows are joined make a row of their own."""
-    rows = max(1, limit // (fold * width * s))
+def _row_tiles(n: int, c: int, s: int, fold: int, rows: int, width: int, together: int) -> tuple[Tile, ...]:
+    """``width`` channels of ``rows`` rows; samples left over when rows are joined make a row of their own.
+
+    ``together`` tiles in a row share a partial sum.
+    """
     tiles, whole = [], n // fold
-    blocks = _ranges(whole, rows)
-    for block, (r0, r1) in enumerate(blocks):
-        for c0, c1 in _ranges(c, width):
+    for c0, c1 in _ranges(c, width):
+        for i, (r0, r1) in enumerate(_ranges(whole, rows)):
             columns = slice(c0 * s, c1 * s) if fold == 1 else slice(0, fold * c * s)
             shape = (r1 - r0, columns.stop - columns.start)
             box = (slice(r0 * fold, r1 * fold), slice(c0, c1), slice(0, s))
-            tiles.append(Tile(box, shape, columns, slice(block, block + 1)))
+            tiles.append(Tile(box, shape, columns, slice(i // together, i // together + 1)))
     if rest := n - whole * fold:
+        last = tiles[-1].sums.stop
         box = (slice(n - rest, n), slice(0, c), slice(0, s))
-        tiles.append(Tile(box, (1, rest * c * s), slice(0, rest * c * s), slice(len(blocks), len(blocks) + 1)))
+        tiles.append(Tile(box, (1, rest * c * s), slice(0, rest * c * s), slice(last, last + 1)))
     return tuple(tiles)
 
 
@@ -187,7 +204,7 @@ def _sum_along(a: Array, b: Array | None, out: Array, chunk: int) -> None:
         np.vecdot(a[..., head.stop :], other, out=out[..., pieces])
 
 
-def _sum_down(a: Array, b: Array | None, out: Array) -> None:
+def _sum_down(a: Array, b: Array | None) -> Array:
     """Sums of (rows, columns) down the rows, RUN of them at a time and then in float64."""
     whole = len(a) // RUN
     sums = np.empty((whole + (len(a) % RUN > 0), a.shape[1]), a.dtype)
@@ -203,7 +220,8 @@ def _sum_down(a: Array, b: Array | None, out: Array) -> None:
             np.add.reduce(tail, axis=0, out=sums[whole])
         else:
             np.einsum("nk,nk->k", tail, b[whole * RUN :], out=sums[whole])
-    np.add.reduce(sums, axis=0, dtype=out.dtype, out=out)
+    columns: Array = sums[0].astype(np.float64) if len(sums) == 1 else np.add.reduce(sums, axis=0, dtype=np.float64)
+    return columns
 
 
 @lru_cache(64)
@@ -217,6 +235,8 @@ class Workspace:
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
         self.buffers: dict[str, Array] = {}
+        self.expanded: dict[str, int] = {}
+        """The first channel of each expanded parameter held."""
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
         """An uninitialised array; the same memory each time that the name is asked for."""
@@ -227,13 +247,40 @@ class Workspace:
         return buffer[:size].reshape(shape)
 
 
+class PerChannel:
+    """A per-channel vector in the shape that broadcasts against each tile."""
+
+    def __init__(self, name: str, vector: Array, sweep: Sweep, dtype: np.dtype[Any]) -> None:
+        self.name = name
+        self.vector = vector.astype(dtype, copy=False)
+        self.sweep = sweep
+        self.row = self.vector if sweep.fold == sweep.s == 1 else None
+        if sweep.fold and self.row is None and sweep.fold * sweep.c * sweep.s <= ROW_BLOCK:
+            self.row = np.empty((sweep.fold, sweep.c, sweep.s), dtype)
+            self.row[...] = self.vector[:, None]
+            self.row = self.row.reshape(-1)
+
+    def at(self, tile: Tile, work: Workspace) -> Array:
+        """The tile's share; expanded on the way, and kept for the next tile, where a whole row would be large."""
+        if not self.sweep.fold:
+            return self.vector[tile.parameters, None]
+        if self.row is not None:
+            return self.row[tile.parameters]
+        channels = tile.box[1]
+        row = work.take(self.name, (tile.shape[1],))
+        if work.expanded.get(self.name) != channels.start:
+            row.reshape(-1, self.sweep.s)[...] = self.vector[channels, None]
+            work.expanded[self.name] = channels.start
+        return row
+
+
 class Operand:
     """A tensor, seen as (N, C, S), as the tiles meet it: in place if it is contiguous and in the working dtype."""
 
     def __init__(self, name: str, array: Array, dtype: np.dtype[Any]) -> None:
         self.name = name
         self.array = array
-        self.in_place = array.dtype == dtype and array.flags.c_contiguous
+        self.in_place = bool(array.dtype == dtype) and array.flags.c_contiguous
 
     def load(self, tile: Tile, work: Workspace) -> Array:
         """A tile of it to read."""
@@ -261,14 +308,15 @@ def run(
     sweep: Sweep, dtype: np.dtype[Any], body: Callable[[Tile, Workspace], None], *, backwards: bool = False
 ) -> None:
     """Call ``body`` on each tile of a sweep, on several threads where they pay."""
-    tiles: Sequence[Tile] = sweep.tiles[::-1] if backwards else sweep.tiles
+    tasks = sweep.tasks[::-1] if backwards else sweep.tasks
     threads = _threads.get_num_threads() if sweep.n * sweep.c * sweep.s >= THREADED else 1
     local = threading.local()
 
-    def task(tile: Tile) -> None:
+    def task(tiles: tuple[Tile, ...]) -> None:
         work = getattr(local, "work", None)
         if work is None:
             work = local.work = Workspace(dtype)
-        body(tile, work)
+        for tile in tiles:
+            body(tile, work)
 
-    _threads.run(task, tiles, threads)
+    _threads.run(task, tasks, threads)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gpu_bn.backends import _small
 from gpu_bn.backends._layout import Layout
 from gpu_bn.backends._small import SMALL
-from gpu_bn.backends._sweep import Operand, Tile, Workspace, run, sweep
+from gpu_bn.backends._sweep import Operand, PerChannel, Tile, Workspace, run, sweep
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 
 Array = NDArray[Any]
@@ -147,14 +147,20 @@ def _range_lost(sum_x: Array, sum_xx: Array, count: int) -> bool:
 def _sums(x: Array, centre: Array | None, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """Sum of x - centre and of its square."""
     source = Operand("x", x, dtype)
-    tiles = sweep(*x.shape, dtype.itemsize, sums=True, temporaries=(not source.in_place) + (centre is not None))
-    shift = None if centre is None else tiles.expand(centre, dtype)
+    tiles = sweep(
+        *x.shape,
+        dtype.itemsize,
+        sums=True,
+        temporaries=(not source.in_place) + (centre is not None),
+        stored_itemsize=x.itemsize,
+    )
+    shift = None if centre is None else PerChannel("centre", centre, tiles, dtype)
     sums, squares = tiles.partials(dtype), tiles.partials(dtype)
 
     def body(tile: Tile, work: Workspace) -> None:
         piece = source.load(tile, work)
         if shift is not None:
-            piece = np.subtract(piece, shift[tile.parameters], out=work.take("centred", tile.shape))
+            piece = np.subtract(piece, shift.at(tile, work), out=work.take("centred", tile.shape))
         tiles.add(squares, tile, piece, piece)
         tiles.add(sums, tile, piece)
 
@@ -185,10 +191,15 @@ class _Affine(NamedTuple):
         return _Affine(centre, scale, shift, rstd, rest)
 
 
+def _is_centred(saved: Saved) -> bool:
+    """Whether some channel's mean is subtracted before all else."""
+    return bool((np.abs(saved.moments.mean * saved.rstd) > TRUSTED_RATIO).any())
+
+
 class _Pass:
     """One sweep over the tensors of a call: the tiles, the operands, and how ``z`` comes from ``x``.
 
-    ``temporaries`` is how many arrays of a tile's size the caller makes in each.
+    ``temporaries`` is how many arrays of a tile's size the caller makes in each. ``y`` is given as (N, C, S).
     """
 
     def __init__(
@@ -198,48 +209,65 @@ class _Pass:
         self.affine = _Affine.of(saved, self.dtype)
         self.activation = saved.spec.activation
         self.operands = {
-            name: Operand(name, layout.read(array), self.dtype)
+            name: Operand(name, array if name == "y" else layout.read(array), self.dtype)
             for name, array in {"x": saved.x, **operands}.items()
             if array is not None
         }
+        self._separate_residual()
         temporaries += sum(not operand.in_place for operand in self.operands.values())
-        temporaries += self.affine.centre is not None
-        self.sweep = sweep(layout.n, layout.c, layout.s, self.dtype.itemsize, sums=sums, temporaries=temporaries)
-        self.centre = None if self.affine.centre is None else self.expand(self.affine.centre)
-        self.scale = self.expand(self.affine.scale)
-        self.shift = self.expand(self.affine.shift)
+        self.sweep = sweep(
+            layout.n,
+            layout.c,
+            layout.s,
+            self.dtype.itemsize,
+            sums=sums,
+            temporaries=temporaries,
+            stored_itemsize=saved.x.itemsize,
+        )
+        self.centre = None if self.affine.centre is None else self.per_channel("centre", self.affine.centre)
+        self.scale = self.per_channel("scale", self.affine.scale)
+        self.shift = self.per_channel("shift", self.affine.shift)
 
-    def expand(self, vector: Array) -> Array:
-        """A per-channel vector, to be cut by ``tile.parameters``."""
-        return self.sweep.expand(vector, self.dtype)
+    def _separate_residual(self) -> None:
+        """A residual that is also the output is read before it is overwritten."""
+        residual, y = self.operands.get("residual"), self.operands.get("y")
+        if residual is not None and y is not None and np.may_share_memory(residual.array, y.array):
+            residual.in_place = False
+
+    def per_channel(self, name: str, vector: Array) -> PerChannel:
+        """A per-channel vector for this sweep's tiles."""
+        return PerChannel(name, vector, self.sweep, self.dtype)
 
     def centred(self, tile: Tile, work: Workspace, out: Array | None = None) -> Array:
         """A tile of x - centre, in ``out`` or a temporary unless it is x itself."""
         x = self.operands["x"].load(tile, work)
         if self.centre is None:
             return x
-        return np.subtract(x, self.centre[tile.parameters], out=work.take("centred", x.shape) if out is None else out)
+        return np.subtract(x, self.centre.at(tile, work), out=work.take("centred", x.shape) if out is None else out)
 
     def pre_activation(self, tile: Tile, work: Workspace, centred: Array, out: Array) -> None:
         """Write a tile of z to ``out``; the order of roundings is the same forward and backward."""
-        np.multiply(centred, self.scale[tile.parameters], out=out)
-        np.add(out, self.shift[tile.parameters], out=out)
-        if "residual" in self.operands:
-            np.add(out, self.operands["residual"].load(tile, work), out=out)
+        residual = self.operands["residual"].load(tile, work) if "residual" in self.operands else None
+        np.multiply(centred, self.scale.at(tile, work), out=out)
+        np.add(out, self.shift.at(tile, work), out=out)
+        if residual is not None:
+            np.add(out, residual, out=out)
 
-    def gradient(self, tile: Tile, work: Workspace, centred: Array, z: Array) -> Array:
-        """A tile of dz: dy itself, or computed in ``z``."""
+    def gradient(self, tile: Tile, work: Workspace, centred: Array, target: Operand | None = None) -> Array:
+        """A tile of dz: dy itself, or computed where ``target`` lies or in a temporary."""
         dy = self.operands["dy"].load(tile, work)
         if self.activation.is_identity:
             return dy
+        z = work.take("z", tile.shape) if target is None else target.open(tile, work)
         self.pre_activation(tile, work, centred, z)
         self.activation.gradient(z, dy, z)
         return z
 
 
 def _normalize(saved: Saved, layout: Layout, residual: Array | None, y: Array) -> None:
-    a_pass = _Pass(saved, layout, sums=False, temporaries=saved.spec.activation.row.value_needs, residual=residual)
-    target = Operand("y", y, a_pass.dtype)
+    needs = saved.spec.activation.row.value_needs
+    a_pass = _Pass(saved, layout, sums=False, temporaries=needs, residual=residual, y=y)
+    target = a_pass.operands["y"]
 
     def body(tile: Tile, work: Workspace) -> None:
         z = target.open(tile, work)
@@ -251,7 +279,8 @@ def _normalize(saved: Saved, layout: Layout, residual: Array | None, y: Array) -
 
 
 def _backward_reduce(saved: Saved, layout: Layout, dy: Array, dz: Array | None) -> Sums:
-    needs = 0 if saved.spec.activation.is_identity else 1 + saved.spec.activation.row.gradient_needs
+    needs = saved.spec.activation.row.gradient_needs + (dz is None and not saved.spec.activation.is_identity)
+    needs += _is_centred(saved)
     a_pass = _Pass(saved, layout, sums=True, temporaries=needs, residual=saved.residual, dy=dy, dz=dz)
     target = a_pass.operands.get("dz")
     dtype, tiles = a_pass.dtype, a_pass.sweep
@@ -259,8 +288,7 @@ def _backward_reduce(saved: Saved, layout: Layout, dy: Array, dz: Array | None) 
 
     def body(tile: Tile, work: Workspace) -> None:
         centred = a_pass.centred(tile, work)
-        room = work.take("z", tile.shape) if target is None else target.open(tile, work)
-        gradient = a_pass.gradient(tile, work, centred, room)
+        gradient = a_pass.gradient(tile, work, centred, target)
         tiles.add(products, tile, gradient, centred)
         tiles.add(sums, tile, gradient)
         if target is not None:
@@ -275,7 +303,7 @@ def _backward_input(saved: Saved, layout: Layout, dy: Array, dz: Array | None, s
     """dx = ((x - centre) * slope + dz + offset) * scale; with frozen statistics, dx = dz * scale."""
     known = saved.spec.activation.is_identity or dz is not None
     shared = dz is dx
-    needs = 0 if known else 2 + saved.spec.activation.row.gradient_needs
+    needs = 0 if known else 1 + _is_centred(saved) + saved.spec.activation.row.gradient_needs
     a_pass = _Pass(
         saved,
         layout,
@@ -289,22 +317,19 @@ def _backward_input(saved: Saved, layout: Layout, dy: Array, dz: Array | None, s
     slope = offset = None
     if sums is not None:
         slope_c = -sums.dz_xhat * a_pass.affine.rstd / saved.moments.count
-        slope = a_pass.expand(slope_c)
-        offset = a_pass.expand(-sums.dz / saved.moments.count - slope_c * a_pass.affine.rest)
+        slope = a_pass.per_channel("slope", slope_c)
+        offset = a_pass.per_channel("offset", -sums.dz / saved.moments.count - slope_c * a_pass.affine.rest)
 
     def body(tile: Tile, work: Workspace) -> None:
-        out, here = target.open(tile, work), tile.parameters
+        out = target.open(tile, work)
         room = work.take("product", tile.shape) if shared else out
-        if known:
-            gradient = source.load(tile, work)
-        else:
-            gradient = a_pass.gradient(tile, work, a_pass.centred(tile, work), work.take("z", tile.shape))
+        gradient = source.load(tile, work) if known else a_pass.gradient(tile, work, a_pass.centred(tile, work))
         if slope is not None and offset is not None:
-            np.multiply(a_pass.centred(tile, work, room), slope[here], out=room)
+            np.multiply(a_pass.centred(tile, work, room), slope.at(tile, work), out=room)
             np.add(room, gradient, out=out)
-            np.add(out, offset[here], out=out)
+            np.add(out, offset.at(tile, work), out=out)
             gradient = out
-        np.multiply(gradient, a_pass.scale[here], out=out)
+        np.multiply(gradient, a_pass.scale.at(tile, work), out=out)
         target.store(tile, out)
 
     run(a_pass.sweep, a_pass.dtype, body, backwards=True)
