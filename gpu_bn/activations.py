@@ -134,7 +134,12 @@ def _relu6_gradient(z: Array, dy: Array, out: Array, _: float) -> None:
 
 
 def _leaky_relu(z: Array, negative_slope: float) -> None:
-    np.multiply(z, z.dtype.type(negative_slope), out=z, where=z <= 0)
+    """max(z, 0) + negative_slope * min(z, 0): one of the two is exact, the other zero."""
+    negative = np.negative(z)
+    _relu(negative, 0.0)
+    negative *= -negative_slope
+    _relu(z, 0.0)
+    z += negative
 
 
 def _leaky_relu_gradient(z: Array, dy: Array, out: Array, negative_slope: float) -> None:
@@ -157,13 +162,19 @@ def _hardswish_gradient(z: Array, dy: Array, out: Array, _: float) -> None:
 
 
 def _identity_where(keep: Array, dy: Array, out: Array, slope: float) -> None:
-    """``dy`` where ``keep``, else ``slope * dy``; a slope of 0 gives 0 even where ``dy`` is infinite."""
-    if slope:
-        np.multiply(dy, np.where(keep, dy.dtype.type(1), dy.dtype.type(slope)), out=out)
-        return
-    if out is not dy:
-        np.copyto(out, dy)
-    np.copyto(out, 0, where=~keep)
+    """``dy`` where ``keep``, else ``slope * dy``; a slope of 0 gives 0 even where ``dy`` is infinite.
+
+    Selects by masks of bits: NumPy's ``where`` takes several times longer on a random condition.
+    """
+    bits = np.dtype(f"i{dy.itemsize}")
+    mask = keep.view(np.int8).astype(bits)
+    np.negative(mask, out=mask)
+    scaled = dy * dy.dtype.type(slope) if slope else None
+    np.bitwise_and(dy.view(bits), mask, out=out.view(bits))
+    if scaled is not None:
+        np.invert(mask, out=mask)
+        mask &= scaled.view(bits)
+        np.bitwise_or(out.view(bits), mask, out=out.view(bits))
 
 
 @lru_cache
@@ -338,9 +349,9 @@ ROWS = {
     row.default.name: row
     for row in (
         Row(IDENTITY, "", _identity, 0, _identity_gradient, 0),
-        Row(Activation("relu"), "", _relu, 0, _relu_gradient, 1),
-        Row(Activation("relu6"), "", _relu6, 0, _relu6_gradient, 1),
-        Row(Activation("leaky_relu", 0.01), "negative_slope", _leaky_relu, 1, _leaky_relu_gradient, 2),
+        Row(Activation("relu"), "", _relu, 0, _relu_gradient, 2),
+        Row(Activation("relu6"), "", _relu6, 0, _relu6_gradient, 2),
+        Row(Activation("leaky_relu", 0.01), "negative_slope", _leaky_relu, 1, _leaky_relu_gradient, 3),
         Row(Activation("elu", 1.0), "alpha", _elu, 2, _elu_gradient, 2),
         Row(Activation("silu"), "", _silu, 1, _silu_gradient, 2),
         Row(Activation("gelu"), "", _gelu, 16, _gelu_gradient, 18),

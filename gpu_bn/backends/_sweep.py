@@ -27,15 +27,17 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from gpu_bn.backends import _threads
+from gpu_bn.backends._half import to_float16
 
 Array = NDArray[Any]
 
 THREADED = 3 << 19
 """Elements: from here on threads pay for their start."""
 TILE_BYTES = 2 << 20
-SCRATCH_SHARE = 0.01
-"""The temporaries of one thread's tile take at most this share of the tensor: with four threads, 4 %."""
-MIN_SCRATCH, MAX_SCRATCH = 4 << 10, 64 << 10
+SCRATCH_SHARE = 0.03
+"""A tile's temporaries take at most this share of the tensor. Such tiles are small, so one thread works on them:
+several would wait for the interpreter's lock most of the time."""
+MIN_SCRATCH, MAX_SCRATCH = 8 << 10, 64 << 10
 """Elements of a tile with temporaries."""
 DOT = 1024
 """Elements of one dot product; and NumPy lets other threads run only during calls of more than 500 of them."""
@@ -76,6 +78,7 @@ class Sweep:
     s: int
     fold: int
     chunk: int
+    threaded: bool
     tasks: tuple[tuple[Tile, ...], ...]
 
     @property
@@ -118,12 +121,13 @@ def sweep(
     ``stored_itemsize`` the tensor's own if that is another.
     """
     limit = TILE_BYTES // itemsize
+    threaded = not temporaries and n * c * s >= THREADED
     if temporaries:
         scratch = SCRATCH_SHARE * n * c * s * (stored_itemsize or itemsize)
         limit = min(limit, max(MIN_SCRATCH, min(int(scratch / (temporaries * itemsize)), MAX_SCRATCH)))
     if s >= (COLUMN_SUMS if sums else COLUMNS):
         chunk = _chunk(s, min(DOT, TILE_BYTES // itemsize // 512))
-        return Sweep(n, c, s, 0, chunk, tuple((tile,) for tile in _column_tiles(n, c, s, limit, chunk)))
+        return Sweep(n, c, s, 0, chunk, threaded, tuple((tile,) for tile in _column_tiles(n, c, s, limit, chunk)))
     fold = 1
     while 2 * fold * c * s <= ROW and 2 * fold <= n:
         fold *= 2
@@ -133,9 +137,9 @@ def sweep(
     together = -(-SUMMED // (rows * fold * s)) if sums else 1
     tiles = _row_tiles(n, c, s, fold, rows, width, together)
     if not sums:
-        return Sweep(n, c, s, fold, s, tuple((tile,) for tile in tiles))
+        return Sweep(n, c, s, fold, s, threaded, tuple((tile,) for tile in tiles))
     tasks = groupby(tiles, key=lambda tile: (tile.box[1].start, tile.sums.start))
-    return Sweep(n, c, s, fold, s, tuple(tuple(task) for _, task in tasks))
+    return Sweep(n, c, s, fold, s, threaded, tuple(tuple(task) for _, task in tasks))
 
 
 def _chunk(s: int, most: int) -> int:
@@ -282,6 +286,11 @@ class Operand:
         self.array = array
         self.in_place = bool(array.dtype == dtype) and array.flags.c_contiguous
 
+    @property
+    def temporaries(self) -> int:
+        """How many arrays of a tile's size loading and storing need."""
+        return 0 if self.in_place else 3 if self.array.dtype == np.float16 else 1
+
     def load(self, tile: Tile, work: Workspace) -> Array:
         """A tile of it to read."""
         piece = self.array[tile.box]
@@ -301,6 +310,8 @@ class Operand:
         """Put a tile, which :meth:`open` gave, where it belongs."""
         if not self.in_place:
             piece = self.array[tile.box]
+            if piece.dtype == np.float16:
+                value = to_float16(value)
             np.copyto(piece, value.reshape(piece.shape), casting="unsafe")
 
 
@@ -309,7 +320,7 @@ def run(
 ) -> None:
     """Call ``body`` on each tile of a sweep, on several threads where they pay."""
     tasks = sweep.tasks[::-1] if backwards else sweep.tasks
-    threads = _threads.get_num_threads() if sweep.n * sweep.c * sweep.s >= THREADED else 1
+    threads = _threads.get_num_threads() if sweep.threaded else 1
     local = threading.local()
 
     def task(tiles: tuple[Tile, ...]) -> None:

@@ -151,7 +151,7 @@ def _sums(x: Array, centre: Array | None, dtype: np.dtype[Any]) -> tuple[Array, 
         *x.shape,
         dtype.itemsize,
         sums=True,
-        temporaries=(not source.in_place) + (centre is not None),
+        temporaries=source.temporaries + (centre is not None),
         stored_itemsize=x.itemsize,
     )
     shift = None if centre is None else PerChannel("centre", centre, tiles, dtype)
@@ -214,7 +214,7 @@ class _Pass:
             if array is not None
         }
         self._separate_residual()
-        temporaries += sum(not operand.in_place for operand in self.operands.values())
+        temporaries += sum(operand.temporaries for operand in self.operands.values())
         self.sweep = sweep(
             layout.n,
             layout.c,
