@@ -36,7 +36,7 @@ import gpu_bn
 
 PAUSE = 0.005
 """Seconds between timings; OpenMP's default spinning is over by then."""
-BATCH = 0.005
+BATCH = 0.02
 """Seconds of calls in one timing, at least one call."""
 REGIMES: dict[str, dict[str, str]] = {
     "default": {},
