@@ -1,0 +1,438 @@
+"""Loads, stores, atomics and asynchronous copies: every access is checked, counted and then carried out.
+
+A runner receives the launch (`machine.Launch`), which owns the memories, the counters and the race detector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import formats, memory
+from .arithmetic import packed, unsupported
+from .errors import EmulatorError
+from .formats import RAW
+from .memory import IN_FLIGHT, UNWRITTEN, WRITTEN
+from .parser import TYPE_BYTES, Address, Immediate, Instruction, Operand, Register, Sink, Symbol, Vector
+from .threads import LOCAL_WINDOW, RANK_SHIFT, SHARED_WINDOW, bits_reader, predicate_reader, reader, symbol_address
+
+if TYPE_CHECKING:
+    from .machine import Launch
+
+Array = np.ndarray
+LaunchRunner = Callable[["Launch", "Array | None"], None]
+BUILDERS: dict[str, Callable[[Instruction], LaunchRunner]] = {}
+SPACES = ("param", "global", "shared", "local", "const")
+STRONG = {"volatile", "relaxed", "acquire", "release", "acq_rel"}
+
+
+@dataclass
+class Target:
+    """Where the lanes of one access go: a piece of memory, their offsets in it, and who they are."""
+
+    lanes: Array
+    offsets: Array
+    memory: Array
+    state: Array | None
+    name: str
+    space: str
+    picked: Array | slice
+    shadow_key: int
+
+
+def space_of(ins: Instruction) -> str:
+    return next((m.split("::")[0] for m in ins.modifiers if m.split("::")[0] in SPACES), "generic")
+
+
+def address_reader(ins: Instruction, operand: Operand) -> Callable[[Launch], Array]:
+    """Addresses as int64, one per lane or a scalar."""
+    if not isinstance(operand, Address):
+        raise EmulatorError("syntax", f"expected an address in {ins.where()}")
+    offset = operand.offset
+    if isinstance(operand.base, Register):
+        read = bits_reader(ins, operand.base, operand.base.bytes)
+        return lambda launch: read(launch.threads).astype(np.int64) + offset
+    if isinstance(operand.base, Immediate):
+        return lambda launch: np.int64(operand.base.value + offset)
+    return lambda launch: np.int64(symbol_address(launch.threads, operand.base.name, ins) + offset)
+
+
+def targets(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int, space: str) -> list[Target]:
+    """Check bounds and alignment, and resolve addresses to pieces of memory."""
+    addresses = launch.threads.everywhere(addresses)[lanes]
+    if space == "generic":
+        kinds = np.where(addresses >= LOCAL_WINDOW, 2, np.where(addresses >= SHARED_WINDOW, 1, 0))
+        first = int(kinds[0])
+        if (kinds != first).any():
+            raise unsupported(ins, "one generic access to several state spaces")
+        space = ("global", "shared", "local")[first]
+        addresses = addresses - (0, SHARED_WINDOW, LOCAL_WINDOW)[first]
+    misaligned = (addresses & (size - 1)) != 0
+    if misaligned.any():
+        lane = int(lanes[np.flatnonzero(misaligned)[0]])
+        address = int(addresses[misaligned][0])
+        launch.fail("misaligned", f"{size}-byte {space} access at address {address:#x}", ins, lane)
+    if space == "shared":
+        return [_shared_target(launch, ins, addresses, lanes, size)]
+    if space == "local":
+        return [_local_target(launch, ins, addresses, lanes, size)]
+    return _global_targets(launch, ins, addresses, lanes, size)
+
+
+def _global_targets(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int) -> list[Target]:
+    found = []
+    for picked, allocation in launch.memory.locate(addresses):
+        mine, at = lanes[picked], addresses[picked]
+        if allocation is None:
+            launch.fail("out of bounds", f"global access at {int(at[0]):#x}, no buffer is attached", ins, int(mine[0]))
+        offsets = at - allocation.address
+        inside = np.zeros(len(offsets), bool)
+        for low, high in allocation.extents:
+            inside |= (offsets >= low) & (offsets + size <= high)
+        if not inside.all():
+            bad = np.flatnonzero(~inside)
+            low, high = allocation.extents[0][0], allocation.extents[-1][1]
+            launch.fail(
+                "out of bounds",
+                f"{len(bad)} lanes access {size} bytes of {allocation.name} ({high - low} bytes), "
+                f"the first at byte {int(offsets[bad[0]]) - low}",
+                ins, int(mine[bad[0]]),
+            )  # fmt: skip
+        found.append(Target(mine, offsets, allocation.memory, allocation.state, allocation.name, "global", picked,
+                            allocation.address))  # fmt: skip
+    return found
+
+
+def _shared_target(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int) -> Target:
+    rank, offsets = addresses >> RANK_SHIFT, addresses & ((1 << RANK_SHIFT) - 1)
+    cluster, limit = launch.shape.cluster, launch.shape.shared_bytes
+    bad = (offsets + size > limit) | (rank < 0) | (rank > cluster)
+    if bad.any():
+        lane = int(np.flatnonzero(bad)[0])
+        launch.fail(
+            "out of bounds",
+            f"{int(bad.sum())} lanes access {size} bytes of shared memory ({limit} bytes), "
+            f"the first at byte {int(offsets[lane])}",
+            ins, int(lanes[lane]),
+        )  # fmt: skip
+    own = launch.threads.slot[lanes]
+    slot = np.where(rank > 0, own // cluster * cluster + rank - 1, own)
+    if cluster > 1:
+        launch.barriers.note_remote_access(ins, lanes, own, slot)
+    return Target(lanes, slot * launch.shared_stride + offsets, launch.shared, launch.shared_state,
+                  "shared memory", "shared", slice(None), -1)  # fmt: skip
+
+
+def _local_target(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int) -> Target:
+    local = launch.threads.local
+    bad = (addresses < 0) | (addresses + size > local.shape[1])
+    if bad.any():
+        lane = int(np.flatnonzero(bad)[0])
+        launch.fail("out of bounds", f"local access at byte {int(addresses[lane])}", ins, int(lanes[lane]))
+    return Target(lanes, lanes * local.shape[1] + addresses, local.reshape(-1), None, "local memory", "local",
+                  slice(None), -2)  # fmt: skip
+
+
+def require_written(launch: Launch, ins: Instruction, target: Target, size: int) -> None:
+    if target.state is None:
+        return
+    states = memory.gather(target.state, target.offsets, size)
+    wrong = (states != WRITTEN).any(1)
+    if not wrong.any():
+        return
+    first = int(np.flatnonzero(wrong)[0])
+    at = int(target.offsets[first])
+    at -= int(target.offsets[first]) // launch.shared_stride * launch.shared_stride if target.space == "shared" else 0
+    place = f"{int(wrong.sum())} lanes read {target.name}, the first at byte {at}"
+    if (states[first] == IN_FLIGHT).any():
+        launch.fail("copy in flight", f"{place}, before its cp.async was waited for", ins, int(target.lanes[first]))
+    launch.fail("uninitialised read", f"{place}, which nobody has written", ins, int(target.lanes[first]))
+
+
+def load_bytes(launch: Launch, ins: Instruction, target: Target, size: int, strong: bool = False) -> Array:
+    launch.counters.access(launch, ins, target, size, "load")
+    if launch.checks.initialised:
+        require_written(launch, ins, target, size)
+    if launch.races and target.space != "local":
+        launch.races.access(ins, target, size, None, strong)
+    return memory.gather(target.memory, target.offsets, size)
+
+
+def store_bytes(launch: Launch, ins: Instruction, target: Target, data: Array, strong: bool = False) -> None:
+    size = data.shape[1]
+    launch.counters.access(launch, ins, target, size, "store")
+    if launch.races and target.space != "local":
+        launch.races.access(ins, target, size, data, strong)
+    memory.scatter(target.memory, target.offsets, data)
+    launch.progress += 1
+    if target.state is not None:
+        memory.scatter(target.state, target.offsets, np.full_like(data, WRITTEN))
+    kept = memory.gather(target.memory, target.offsets, size)
+    different = (kept != data).any(1)
+    if different.any():
+        first = int(np.flatnonzero(different)[0])
+        launch.fail(
+            "conflicting stores", f"lanes of one instruction store different values to one address of {target.name}",
+            ins, int(target.lanes[first]),
+        )  # fmt: skip
+
+
+def _columns(data: Array, element: int, count: int) -> Array:
+    """(lanes, size) bytes -> (count, lanes) unsigned elements."""
+    return np.ascontiguousarray(np.ascontiguousarray(data).view(RAW[element]).reshape(-1, count).T)
+
+
+def builds(*opcodes: str) -> Callable[[Callable], Callable]:
+    def register(function: Callable[[Instruction], LaunchRunner]) -> Callable[[Instruction], LaunchRunner]:
+        BUILDERS.update(dict.fromkeys(opcodes, function))
+        return function
+
+    return register
+
+
+def _items(operand: Operand) -> tuple[Operand, ...]:
+    return operand.items if isinstance(operand, Vector) else (operand,)
+
+
+def _extend(bits: Array, type_: str, register: Register) -> Array:
+    """Loaded bits -> bits of the (possibly wider) destination register."""
+    if bits.dtype.itemsize == register.bytes:
+        return bits
+    if type_.startswith("s"):
+        return bits.view(formats.VALUE[type_]).astype(f"i{register.bytes}").view(RAW[register.bytes])
+    return bits.astype(RAW[register.bytes])
+
+
+@builds("ld", "ldu")
+def _load(ins: Instruction) -> LaunchRunner:
+    space = space_of(ins)
+    if space == "param":
+        return _load_parameter(ins)
+    type_, count = ins.type, ins.vector_length
+    element = TYPE_BYTES[type_]
+    destinations, address = _items(ins.operands[0]), address_reader(ins, ins.operands[1])
+    strong = bool(STRONG & set(ins.modifiers))
+
+    def run(launch: Launch, active: Array | None) -> None:
+        lanes = launch.threads.indices(active)
+        launch.polls += strong
+        for target in targets(launch, ins, address(launch), lanes, element * count, space):
+            data = load_bytes(launch, ins, target, element * count, strong)
+            if strong and launch.races:
+                launch.races.synchronise(ins, target)
+            for destination, column in zip(destinations, _columns(data, element, count), strict=True):
+                if isinstance(destination, Sink):
+                    continue
+                bits = _extend(column, type_, destination)
+                if len(target.lanes) == launch.threads.count:
+                    launch.threads.set_raw(destination.index, bits, None)
+                else:
+                    launch.threads.set_lanes(destination.index, bits, target.lanes)
+
+    return run
+
+
+def _load_parameter(ins: Instruction) -> LaunchRunner:
+    type_, count = ins.type, ins.vector_length
+    size, source = TYPE_BYTES[type_], ins.operands[1]
+    if not isinstance(source.base, Symbol):
+        raise unsupported(ins, "a computed parameter address")
+
+    def run(launch: Launch, active: Array | None) -> None:
+        start = launch.parameter_offset(source.base.name, ins) + source.offset
+        for position, destination in enumerate(_items(ins.operands[0])):
+            data = launch.parameters[start + position * size : start + (position + 1) * size]
+            bits = _extend(data.copy().view(RAW[size])[0], type_, destination)
+            launch.threads.set_raw(destination.index, bits, active)
+
+    return run
+
+
+@builds("st")
+def _store(ins: Instruction) -> LaunchRunner:
+    space, count = space_of(ins), ins.vector_length
+    element = TYPE_BYTES[ins.type]
+    address = address_reader(ins, ins.operands[0])
+    sources = [bits_reader(ins, item, element) for item in _items(ins.operands[1])]
+    strong = bool(STRONG & set(ins.modifiers))
+
+    def run(launch: Launch, active: Array | None) -> None:
+        lanes = launch.threads.indices(active)
+        values = np.empty((len(lanes), count), RAW[element])
+        for column, source in enumerate(sources):
+            value = source(launch.threads)
+            values[:, column] = value[lanes] if np.ndim(value) and active is not None else value
+        data = values.view(np.uint8)
+        for target in targets(launch, ins, address(launch), lanes, element * count, space):
+            if strong and launch.races:
+                launch.races.synchronise(ins, target)
+            store_bytes(launch, ins, target, data[target.picked], strong)
+
+    return run
+
+
+_UPDATE: dict[str, Callable[..., Array]] = {
+    "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "exch": lambda old, new: new, "min": np.minimum, "max": np.maximum,
+    "inc": lambda old, limit: np.where(old >= limit, 0, old + 1),
+    "dec": lambda old, limit: np.where((old == 0) | (old > limit), limit, old - 1),
+    "cas": lambda old, compare, new: np.where(old == compare, new, old),
+}  # fmt: skip
+
+
+@builds("atom", "red")
+def _atomic(ins: Instruction) -> LaunchRunner:
+    space, type_ = space_of(ins), ins.type
+    name = next((m for m in ins.modifiers if m in _UPDATE), None)
+    if name is None or ins.vector_length > 1:
+        raise unsupported(ins)
+    update, size = _UPDATE[name], TYPE_BYTES[type_]
+    if type_.endswith("x2"):
+        update = packed(update, type_.removesuffix("x2"))
+    returns = ins.opcode == "atom"
+    address = address_reader(ins, ins.operands[1 if returns else 0])
+    sources = [reader(ins, operand, type_) for operand in ins.operands[2 if returns else 1 :]]
+
+    def run(launch: Launch, active: Array | None) -> None:
+        lanes = launch.threads.indices(active)
+        values = [launch.threads.everywhere(source(launch.threads))[lanes] for source in sources]
+        for target in targets(launch, ins, address(launch), lanes, size, space):
+            mine = [value[target.picked] for value in values]
+            old = _read_modify_write(launch, ins, target, update, mine, type_)
+            destination = ins.operands[0]
+            if returns and not isinstance(destination, Sink):
+                launch.threads.set_lanes(destination.index, _extend(old, type_, destination), target.lanes)
+
+    return run
+
+
+def _read_modify_write(
+    launch: Launch, ins: Instruction, target: Target, update: Callable[..., Array], values: list[Array], type_: str
+) -> Array:
+    """Apply an atomic lane after lane, in the schedule's order; returns the bits each lane found."""
+    size = TYPE_BYTES[type_]
+    launch.polls += 1
+    launch.counters.access(launch, ins, target, size, "store")
+    if launch.checks.initialised:
+        require_written(launch, ins, target, size)
+    if launch.races:
+        launch.races.access(ins, target, size, None, strong=True)
+        launch.races.access(ins, target, size, np.zeros((len(target.lanes), size), np.uint8), strong=True)
+        launch.races.synchronise(ins, target)
+    cells = memory.rows(target.memory, size).reshape(-1)
+    index, old = target.offsets // size, np.empty(len(target.lanes), RAW[size])
+    unique = len(np.unique(index)) == len(index)
+    for chosen in [slice(None)] if unique else launch.lane_order(len(index)):
+        found = cells[index[chosen]]
+        new = formats.encode(update(formats.decode(found, type_), *(v[chosen] for v in values)), type_)
+        old[chosen] = found
+        if np.any(new != found):
+            launch.progress += 1
+        cells[index[chosen]] = new
+    return old
+
+
+@builds("membar", "fence")
+def _fence(ins: Instruction) -> LaunchRunner:
+    if "proxy" in ins.modifiers:
+        raise unsupported(ins)
+
+    def run(launch: Launch, active: Array | None) -> None:
+        if launch.races:
+            launch.races.fence(active)
+
+    return run
+
+
+@builds("cp")
+def _copy_async(ins: Instruction) -> LaunchRunner:
+    if ins.modifiers[0] != "async" or "bulk" in ins.modifiers or "mbarrier" in ins.modifiers:
+        raise unsupported(ins)
+    if ins.modifiers[1] == "commit_group":
+        return lambda launch, active: launch.copies.commit(active)
+    if ins.modifiers[1] in ("wait_group", "wait_all"):
+        remaining = ins.operands[0].value if ins.operands else 0
+        return lambda launch, active: launch.copies.wait(launch, ins, active, remaining)
+    to, source = (address_reader(ins, operand) for operand in ins.operands[:2])
+    size = ins.operands[2].value
+    extra = [o for o in ins.operands[3:] if not (isinstance(o, Register) and o.bytes == 8)]
+    ignore = extra and isinstance(extra[0], Register) and extra[0].bytes == 1
+    used = bits_reader(ins, extra[0], 4) if extra and not ignore else None
+    skip = predicate_reader(extra[0]) if ignore else None
+
+    def run(launch: Launch, active: Array | None) -> None:
+        lanes = launch.threads.indices(active)
+        data = np.zeros((len(lanes), size), np.uint8)
+        take = launch.threads.everywhere(used(launch.threads))[lanes].astype(int) if used else np.full(len(lanes), size)
+        if skip:
+            take = np.where(launch.threads.everywhere(skip(launch.threads))[lanes], 0, take)
+        reading = take > 0
+        if reading.any():
+            for target in targets(launch, ins, source(launch), lanes[reading], size, "global"):
+                data[np.flatnonzero(reading)[target.picked]] = load_bytes(launch, ins, target, size)
+        data[np.arange(size) >= take[:, None]] = 0
+        target = targets(launch, ins, to(launch), lanes, size, "shared")[0]
+        launch.counters.access(launch, ins, target, size, "store")
+        launch.copies.start(launch, ins, target, data)
+
+    return run
+
+
+@dataclass
+class _Copy:
+    ins: Instruction
+    target: Target
+    data: Array
+    group: Array
+
+
+class AsyncCopies:
+    """cp.async in flight: the data reaches shared memory when its thread waits for it, not before."""
+
+    def __init__(self, lanes: int) -> None:
+        self.committed = np.zeros(lanes, np.int64)
+        self.pending: list[_Copy] = []
+
+    def start(self, launch: Launch, ins: Instruction, target: Target, data: Array) -> None:
+        if launch.races:
+            launch.races.access(ins, target, data.shape[1], data, strong=False)
+        memory.scatter(target.state, target.offsets, np.full_like(data, IN_FLIGHT))
+        self.pending.append(_Copy(ins, target, data, self.committed[target.lanes]))
+
+    def commit(self, active: Array | None) -> None:
+        self.committed[slice(None) if active is None else active] += 1
+
+    def wait(self, launch: Launch, ins: Instruction, active: Array | None, remaining: int) -> None:
+        limit = self.committed - remaining
+        if "wait_all" in ins.modifiers:
+            limit = limit + 1  # also what no group was committed for
+        still = []
+        for copy in self.pending:
+            lanes = copy.target.lanes
+            done = copy.group < limit[lanes]
+            if active is not None:
+                done &= active[lanes]
+            if done.any():
+                self._land(launch, copy, done)
+            if not done.all():
+                still.append(_Copy(copy.ins, _part(copy.target, ~done), copy.data[~done], copy.group[~done]))
+        self.pending = still
+
+    def _land(self, launch: Launch, copy: _Copy, done: Array) -> None:
+        target, data = _part(copy.target, done), copy.data[done]
+        if launch.races:
+            launch.races.access(copy.ins, target, data.shape[1], data, strong=False)
+        memory.scatter(target.memory, target.offsets, data)
+        memory.scatter(target.state, target.offsets, np.full_like(data, WRITTEN))
+        launch.progress += 1
+
+
+def _part(target: Target, chosen: Array) -> Target:
+    return Target(target.lanes[chosen], target.offsets[chosen], target.memory, target.state, target.name,
+                  target.space, slice(None), target.shadow_key)  # fmt: skip
+
+
+__all__ = ["BUILDERS", "UNWRITTEN", "AsyncCopies", "Target", "address_reader", "targets"]
