@@ -17,7 +17,15 @@ from .errors import EmulatorError
 from .formats import RAW
 from .memory import IN_FLIGHT, UNWRITTEN, WRITTEN
 from .parser import TYPE_BYTES, Address, Immediate, Instruction, Operand, Register, Sink, Symbol, Vector
-from .threads import LOCAL_WINDOW, RANK_SHIFT, SHARED_WINDOW, bits_reader, predicate_reader, reader, symbol_address
+from .threads import (
+    LOCAL_WINDOW,
+    RANK_SHIFT,
+    SHARED_WINDOW,
+    bits_reader,
+    predicate_reader,
+    reader,
+    symbol_address,
+)
 
 if TYPE_CHECKING:
     from .machine import Launch
@@ -60,7 +68,9 @@ def address_reader(ins: Instruction, operand: Operand) -> Callable[[Launch], Arr
     return lambda launch: np.int64(symbol_address(launch.threads, operand.base.name, ins) + offset)
 
 
-def targets(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int, space: str) -> list[Target]:
+def targets(
+    launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int, space: str
+) -> list[Target]:
     """Check bounds and alignment, and resolve addresses to pieces of memory."""
     addresses = launch.threads.everywhere(addresses)[lanes]
     if space == "generic":
@@ -82,12 +92,16 @@ def targets(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, si
     return _global_targets(launch, ins, addresses, lanes, size)
 
 
-def _global_targets(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int) -> list[Target]:
+def _global_targets(
+    launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int
+) -> list[Target]:
     found = []
     for picked, allocation in launch.memory.locate(addresses):
         mine, at = lanes[picked], addresses[picked]
         if allocation is None:
-            launch.fail("out of bounds", f"global access at {int(at[0]):#x}, no buffer is attached", ins, int(mine[0]))
+            launch.fail(
+                "out of bounds", f"global access at {int(at[0]):#x}, no buffer is attached", ins, int(mine[0])
+            )
         offsets = at - allocation.address
         inside = np.zeros(len(offsets), bool)
         for low, high in allocation.extents:
@@ -145,10 +159,16 @@ def require_written(launch: Launch, ins: Instruction, target: Target, size: int)
         return
     first = int(np.flatnonzero(wrong)[0])
     at = int(target.offsets[first])
-    at -= int(target.offsets[first]) // launch.shared_stride * launch.shared_stride if target.space == "shared" else 0
+    at -= (
+        int(target.offsets[first]) // launch.shared_stride * launch.shared_stride
+        if target.space == "shared"
+        else 0
+    )
     place = f"{int(wrong.sum())} lanes read {target.name}, the first at byte {at}"
     if (states[first] == IN_FLIGHT).any():
-        launch.fail("copy in flight", f"{place}, before its cp.async was waited for", ins, int(target.lanes[first]))
+        launch.fail(
+            "copy in flight", f"{place}, before its cp.async was waited for", ins, int(target.lanes[first])
+        )
     launch.fail("uninitialised read", f"{place}, which nobody has written", ins, int(target.lanes[first]))
 
 
@@ -310,7 +330,12 @@ def _atomic(ins: Instruction) -> LaunchRunner:
 
 
 def _read_modify_write(
-    launch: Launch, ins: Instruction, target: Target, update: Callable[..., Array], values: list[Array], type_: str
+    launch: Launch,
+    ins: Instruction,
+    target: Target,
+    update: Callable[..., Array],
+    values: list[Array],
+    type_: str,
 ) -> Array:
     """Apply an atomic lane after lane, in the schedule's order; returns the bits each lane found."""
     size = TYPE_BYTES[type_]
@@ -366,7 +391,11 @@ def _copy_async(ins: Instruction) -> LaunchRunner:
     def run(launch: Launch, active: Array | None) -> None:
         lanes = launch.threads.indices(active)
         data = np.zeros((len(lanes), size), np.uint8)
-        take = launch.threads.everywhere(used(launch.threads))[lanes].astype(int) if used else np.full(len(lanes), size)
+        take = (
+            launch.threads.everywhere(used(launch.threads))[lanes].astype(int)
+            if used
+            else np.full(len(lanes), size)
+        )
         if skip:
             take = np.where(launch.threads.everywhere(skip(launch.threads))[lanes], 0, take)
         reading = take > 0

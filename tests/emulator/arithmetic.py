@@ -14,7 +14,17 @@ from . import formats
 from .errors import EmulatorError
 from .formats import FLOATS, RAW
 from .parser import TYPE_BYTES, Instruction, Vector
-from .threads import LOCAL_WINDOW, RANK_SHIFT, SHARED_WINDOW, Array, Mask, Threads, bits_reader, reader, writer
+from .threads import (
+    LOCAL_WINDOW,
+    RANK_SHIFT,
+    SHARED_WINDOW,
+    Array,
+    Mask,
+    Threads,
+    bits_reader,
+    reader,
+    writer,
+)
 
 Runner = Callable[[Threads, Mask], None]
 BUILDERS: dict[str, Callable[[Instruction], Runner]] = {}
@@ -32,7 +42,9 @@ def unsupported(ins: Instruction, what: str = "instruction") -> EmulatorError:
     return EmulatorError("unknown instruction", f"{what} is not modelled: {ins.where()}")
 
 
-def elementwise(ins: Instruction, function: Callable[..., Array], types: list[str], to: str | None = None) -> Runner:
+def elementwise(
+    ins: Instruction, function: Callable[..., Array], types: list[str], to: str | None = None
+) -> Runner:
     """dest = function(sources), source i read as types[i]; packed pairs are computed half by half."""
     to = to or ins.type
     sources = [reader(ins, operand, type_) for operand, type_ in zip(ins.operands[1:], types, strict=True)]
@@ -50,7 +62,9 @@ def packed(function: Callable[..., Array], half: str) -> Callable[..., Array]:
     def on_pairs(*pairs: Array) -> Array:
         low = [formats.decode((pair & np.uint32(0xFFFF)).astype(np.uint16), half) for pair in pairs]
         high = [formats.decode((pair >> np.uint32(16)).astype(np.uint16), half) for pair in pairs]
-        low_bits, high_bits = (formats.encode(function(*part), half).astype(np.uint32) for part in (low, high))
+        low_bits, high_bits = (
+            formats.encode(function(*part), half).astype(np.uint32) for part in (low, high)
+        )
         return low_bits | (high_bits << np.uint32(16))
 
     return on_pairs
@@ -63,16 +77,22 @@ def _float_rules(ins: Instruction, function: Callable[..., Array]) -> Callable[.
     type_ = ins.type.removesuffix("x2")
     plain = function
     if "ftz" in ins.modifiers:
+
         def function(*values: Array) -> Array:
-            return formats.flush_subnormals(plain(*(formats.flush_subnormals(v, type_) for v in values)), type_)
+            return formats.flush_subnormals(
+                plain(*(formats.flush_subnormals(v, type_) for v in values)), type_
+            )
+
     unclamped = function
     if "sat" in ins.modifiers:
         # fmax first: saturation turns NaN into +0.
         def function(*values: Array) -> Array:
             return np.fmin(np.fmax(unclamped(*values), np.float32(0)), np.float32(1))
     elif "relu" in ins.modifiers:
+
         def function(*values: Array) -> Array:
             return formats.maximum(unclamped(*values), np.float32(0))
+
     return packed(function, type_) if ins.type.endswith("x2") else function
 
 
@@ -166,7 +186,11 @@ def _sign(ins: Instruction) -> Runner:
     size = TYPE_BYTES[ins.type]
     signs = 0x80008000 if ins.type.endswith("x2") else 1 << (8 * size - 1)
     sign, rest = RAW[size](signs), RAW[size](~signs & (256**size - 1))
-    functions = {"neg": lambda a: a ^ sign, "abs": lambda a: a & rest, "copysign": lambda a, b: (a & sign) | (b & rest)}
+    functions = {
+        "neg": lambda a: a ^ sign,
+        "abs": lambda a: a & rest,
+        "copysign": lambda a, b: (a & sign) | (b & rest),
+    }
     raw = f"b{8 * size}"
     return elementwise(ins, functions[ins.opcode], [raw] * count, raw)
 
@@ -185,133 +209,16 @@ def _bitwise(ins: Instruction) -> Runner:
     return elementwise(ins, functions[ins.opcode], [ins.type] * (len(ins.operands) - 1))
 
 
-@builds("lop3")
-def _lop3(ins: Instruction) -> Runner:
-    table = ins.operands[4].value
-
-    def lookup(a: Array, b: Array, c: Array) -> Array:
-        result = np.zeros_like(a & b & c)
-        for row in range(8):
-            if table >> row & 1:
-                result = result | (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-        return result
-
-    plain = Instruction(ins.opcode, ins.modifiers, ins.operands[:4], ins.guard, ins.line, ins.text)
-    return elementwise(plain, lookup, [ins.type] * 3)
-
-
-def shift_left(value: Array, amount: Array) -> Array:
-    """PTX clamps the amount; NumPy leaves amounts beyond the width undefined."""
-    bits = 8 * value.dtype.itemsize
-    shifted = value << np.minimum(amount, bits - 1).astype(value.dtype)
-    return np.where(amount >= bits, value.dtype.type(0), shifted)
-
-
-def shift_right(value: Array, amount: Array) -> Array:
-    bits = 8 * value.dtype.itemsize
-    shifted = value >> np.minimum(amount, bits - 1).astype(value.dtype)
-    return shifted if value.dtype.kind == "i" else np.where(amount >= bits, value.dtype.type(0), shifted)
-
-
-@builds("shl", "shr")
-def _shift(ins: Instruction) -> Runner:
-    return elementwise(ins, shift_left if ins.opcode == "shl" else shift_right, [ins.type, "u32"])
-
-
-@builds("shf")
-def _funnel_shift(ins: Instruction) -> Runner:
-    left, wrap = "l" in ins.modifiers, "wrap" in ins.modifiers
-
-    def shift(low: Array, high: Array, amount: Array) -> Array:
-        amount = (amount & np.uint32(31)) if wrap else np.minimum(amount, np.uint32(32))
-        both = (high.astype(np.uint64) << np.uint64(32)) | low
-        if left:
-            return ((both << amount.astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
-        return (both >> amount.astype(np.uint64)).astype(np.uint32)
-
-    return elementwise(ins, shift, ["b32"] * 3)
-
-
-@builds("bfe", "bfi", "bfind", "brev", "clz", "popc")
-def _bit_field(ins: Instruction) -> Runner:
-    if ins.opcode == "bfe":
-        return elementwise(ins, _extract, [ins.type, "u32", "u32"])
-    if ins.opcode == "bfi":
-        return elementwise(ins, _insert, [ins.type, ins.type, "u32", "u32"])
-    bits = 8 * TYPE_BYTES[ins.type]
-    raw = f"b{bits}"
-    if ins.opcode == "brev":
-        return elementwise(ins, _reverse_bits, [raw])
-    if ins.opcode == "popc":
-        return elementwise(ins, np.bitwise_count, [raw], "u32")
-    if ins.opcode == "clz":
-        return elementwise(ins, lambda a: np.uint32(bits) - _bit_length(a), [raw], "u32")
-    if "shiftamt" in ins.modifiers:
-        raise unsupported(ins)
-    # bfind: the highest set bit, or the highest non-sign bit of a negative number.
-    find = lambda a: _bit_length(np.where(a < 0, ~a, a).view(RAW[bits // 8])) - np.uint32(1)  # noqa: E731
-    return elementwise(ins, find, [ins.type], "u32")
-
-
-def _bit_length(a: Array) -> Array:
-    for shift in (1, 2, 4, 8, 16, 32):
-        if shift < 8 * a.dtype.itemsize:
-            a = a | (a >> a.dtype.type(shift))
-    return np.bitwise_count(a).astype(np.uint32)
-
-
-def _reverse_bits(a: Array) -> Array:
-    result = np.zeros_like(a)
-    one = a.dtype.type(1)
-    for bit in range(8 * a.dtype.itemsize):
-        result = (result << one) | ((a >> a.dtype.type(bit)) & one)
-    return result
-
-
-def _extract(value: Array, start: Array, length: Array) -> Array:
-    bits = 8 * value.dtype.itemsize
-    start, length = start & np.uint32(255), length & np.uint32(255)
-    signed = value.dtype.kind == "i"
-    # Move the field to the top and back down: the second shift brings in zeros or the sign.
-    end = np.minimum(start.astype(np.int64) + length, bits)
-    width = np.maximum(end - start, 0)
-    field = shift_right(shift_left(value, (bits - end).astype(np.uint32)), (bits - width).astype(np.uint32))
-    beyond = shift_right(value, np.uint32(bits - 1)) if signed else value.dtype.type(0)
-    return np.where(length == 0, value.dtype.type(0), np.where(start >= bits, beyond, field))
-
-
-def _insert(value: Array, into: Array, start: Array, length: Array) -> Array:
-    start, length = start & np.uint32(255), length & np.uint32(255)
-    one = value.dtype.type(1)
-    mask = shift_left(shift_left(value * value.dtype.type(0) + one, length) - one, start)
-    return (into & ~mask) | (shift_left(value, start) & mask)
-
-
-@builds("prmt")
-def _permute_bytes(ins: Instruction) -> Runner:
-    if ins.modifiers != ("b32",):
-        raise unsupported(ins)
-
-    def permute(a: Array, b: Array, selector: Array) -> Array:
-        both = (b.astype(np.uint64) << np.uint64(32)) | a
-        result = np.uint32(0)
-        for position in range(4):
-            choice = (selector >> np.uint32(4 * position)) & np.uint32(15)
-            byte = (both >> ((choice & np.uint32(7)).astype(np.uint64) * np.uint64(8))).astype(np.uint32) & np.uint32(255)
-            # The fourth selector bit replicates the byte's sign.
-            replicated = (byte >> np.uint32(7)) * np.uint32(255)
-            result = result | np.where(choice & np.uint32(8), replicated, byte) << np.uint32(8 * position)
-        return result
-
-    return elementwise(ins, permute, ["b32"] * 3)
-
-
 _COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
     "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }  # fmt: skip
 _COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+
+
+def _flushing(compare: Callable[[Array, Array], Array], type_: str) -> Callable[[Array, Array], Array]:
+    return lambda a, b: compare(formats.flush_subnormals(a, type_), formats.flush_subnormals(b, type_))
 
 
 def _comparison(name: str, type_: str) -> Callable[[Array, Array], Array]:
@@ -328,6 +235,8 @@ def _comparison(name: str, type_: str) -> Callable[[Array, Array], Array]:
 def _compare(ins: Instruction) -> Runner:
     type_, relation = ins.type, ins.modifiers[0]
     compare = _comparison(relation, type_)
+    if "ftz" in ins.modifiers:
+        compare = _flushing(compare, type_)
     combine = next((_COMBINE[m] for m in ins.modifiers[1:] if m in _COMBINE), None)
     a, b = (reader(ins, operand, type_) for operand in ins.operands[1:3])
     third = reader(ins, ins.operands[3], "pred") if combine else None
@@ -433,6 +342,8 @@ def _conversion(ins: Instruction, to: str, source: str) -> Callable[[Array], Arr
         return lambda a: saturate(np.where(np.isnan(a), 0, integral(a.astype(np.float64))))
 
     def to_float(values: Array) -> Array:
+        if not is_float(source):
+            values = values.astype(np.float64)
         if "ftz" in ins.modifiers and source == "f32":
             values = formats.flush_subnormals(values, "f32")
         if integral:
@@ -472,10 +383,15 @@ def _cache_policy(ins: Instruction) -> Runner:
 @builds("mapa")
 def _map_to_rank(ins: Instruction) -> Runner:
     """The address of another block's copy of a shared variable, see RANK_SHIFT."""
+
     def move(address: Array, rank: Array) -> Array:
         offset = address & address.dtype.type((1 << RANK_SHIFT) - 1)
         window = address.dtype.type(0) if address.dtype == np.uint32 else address.dtype.type(SHARED_WINDOW)
-        return offset | window | ((rank.astype(address.dtype) + address.dtype.type(1)) << address.dtype.type(RANK_SHIFT))
+        return (
+            offset
+            | window
+            | ((rank.astype(address.dtype) + address.dtype.type(1)) << address.dtype.type(RANK_SHIFT))
+        )
 
     return elementwise(ins, move, [ins.type, "u32"])
 

@@ -71,12 +71,18 @@ class Compiled:
         """Assert ceilings, and that the widest global load and store have the given widths."""
         found = f"{self.name} for sm_{self.arch}: "
         assert self.spill_bytes <= spill_bytes, f"{found}spills {self.spill_bytes} bytes"
-        assert registers is None or self.registers <= registers, f"{found}{self.registers} registers > {registers}"
+        assert registers is None or self.registers <= registers, (
+            f"{found}{self.registers} registers > {registers}"
+        )
         total = self.shared_bytes + self.dynamic_shared_bytes
-        assert shared_bytes is None or total <= shared_bytes, f"{found}{total} bytes of shared memory > {shared_bytes}"
+        assert shared_bytes is None or total <= shared_bytes, (
+            f"{found}{total} bytes of shared memory > {shared_bytes}"
+        )
         for kind, width in (("ld", load_bytes), ("st", store_bytes)):
             widest = max(self.global_widths(kind), default=0)
-            assert width is None or widest == width, f"{found}widest global {kind} is {widest} bytes, not {width}"
+            assert width is None or widest == width, (
+                f"{found}widest global {kind} is {widest} bytes, not {width}"
+            )
 
 
 # -------------------------------------------------------------------- cache
@@ -192,7 +198,9 @@ def compile_cuda(source: str, arch: int, options: Sequence[str] = ()) -> dict[st
 
 def _resources(log: str, name: str) -> dict[str, int]:
     """What ptxas -v reports for one kernel."""
-    section = re.search(rf"Compiling entry function '{re.escape(name)}'(.*?)(?=Compiling entry function|\Z)", log, re.S)
+    section = re.search(
+        rf"Compiling entry function '{re.escape(name)}'(.*?)(?=Compiling entry function|\Z)", log, re.S
+    )
     if section is None:
         raise CompileError(f"the assembler's log has no entry for {name}:\n{log}")
 
@@ -228,17 +236,22 @@ def compile_triton(
     num_warps: int = 4,
     num_stages: int = 3,
     num_ctas: int = 1,
+    fp_fusion: bool = True,
 ) -> Compiled:
     """Compile a @triton.jit function ahead of time for sm_<arch>.
 
     `signature` gives the run-time arguments' types ("*fp16", "i32", "fp32"), `aligned` names those that are divisible
     by 16. The PTX takes the run-time arguments in order, then pointers that Triton adds; see `triton_arguments`.
     """
-    options = {"num_warps": num_warps, "num_stages": num_stages, "num_ctas": num_ctas}
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "num_ctas": num_ctas,
+        "enable_fp_fusion": fp_fusion,
+    }
     constants = dict(constants or {})
-    fusion = os.environ.get("TRITON_DEFAULT_FP_FUSION", "")
     path = _cached(["triton", triton_version(), function.cache_key, arch, dict(signature), constants, list(aligned),
-                    options, fusion])  # fmt: skip
+                    options])  # fmt: skip
     if (cached := _load(path)) is None:
         cached = {"kernel": _compile_triton(function, arch, signature, constants, aligned, options)}
         _save(path, cached)
@@ -269,14 +282,21 @@ def _compile_triton(
 
 def _assemble(ptx: str, name: str) -> dict[str, int]:
     """Run the assembler that Triton ships, for its resource report."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
     target = re.search(r"\.target\s+(\w+)", ptx)[1]
-    blackwell = int(re.search(r"\d+", target)[0]) >= 100
-    tools = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
-    assembler = next(tool for tool in ([tools / "ptxas-blackwell"] if blackwell else []) + [tools / "ptxas"] if tool.exists())
+    assembler = get_ptxas(int(re.search(r"\d+", target)[0])).path
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "kernel.ptx"
         source.write_text(ptx)
-        command = [str(assembler), "-v", f"--gpu-name={target}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        command = [
+            assembler,
+            "-v",
+            f"--gpu-name={target}",
+            str(source),
+            "-o",
+            str(source.with_suffix(".cubin")),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompileError(done.stderr)

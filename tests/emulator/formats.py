@@ -52,7 +52,9 @@ def encode(values: Array, type_: str) -> Array:
 
 def flush_subnormals(values: Array, type_: str) -> Array:
     """Replace subnormal values by zero of the same sign (.ftz)."""
-    return np.where(np.abs(values) < _SMALLEST_NORMAL[type_], np.copysign(values.dtype.type(0), values), values)
+    return np.where(
+        np.abs(values) < _SMALLEST_NORMAL[type_], np.copysign(values.dtype.type(0), values), values
+    )
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -64,6 +66,7 @@ def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 def two_product(a: Array, b: Array) -> tuple[Array, Array]:
     """The rounded float64 product and its exact error (Dekker's splitting)."""
+
     def split(x: Array) -> tuple[Array, Array]:
         scaled = x * 134217729.0
         high = scaled - (scaled - x)
@@ -141,12 +144,12 @@ def round_directed(values: Array, type_: str, mode: str) -> Array:
 
 def minimum(a: Array, b: Array) -> Array:
     """PTX min: a number wins over NaN, -0 is below +0."""
-    return np.where((a == b) & np.signbit(b), b, np.fmin(a, b))
+    return np.where(a == b, np.where(np.signbit(a), a, b), np.fmin(a, b))
 
 
 def maximum(a: Array, b: Array) -> Array:
     """PTX max: a number wins over NaN, +0 is above -0."""
-    return np.where((a == b) & np.signbit(a), b, np.fmax(a, b))
+    return np.where(a == b, np.where(np.signbit(a), b, a), np.fmax(a, b))
 
 
 def _in_double(function: Callable[[Array], Array]) -> Callable[[Array], Array]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import accesses, arithmetic, warp
+from . import accesses, arithmetic, bits, warp
 from .accesses import AsyncCopies
 from .barriers import Barriers
 from .counters import L2, Counters, Report
@@ -72,7 +72,9 @@ class Device:
     def require_written(self, array: Array, name: str = "the array") -> None:
         """Fail if an element of an array made by `empty` was never written."""
         if missing := self.memory.unwritten(array):
-            raise EmulatorError("unwritten output", f"{missing} of {array.size} elements of {name} were never written")
+            raise EmulatorError(
+                "unwritten output", f"{missing} of {array.size} elements of {name} were never written"
+            )
 
     def launch(
         self,
@@ -90,7 +92,9 @@ class Device:
 
         `names` gives the arguments the names that errors and `Report.buffer` use; by default arg0, arg1, ...
         """
-        shape = Shape(_extents(grid), _extents(block), cluster or kernel.cluster, kernel.shared_bytes + shared_bytes)
+        shape = Shape(
+            _extents(grid), _extents(block), cluster or kernel.cluster, kernel.shared_bytes + shared_bytes
+        )
         self._check_launch(kernel, shape, len(args), cooperative)
         with np.errstate(all="ignore"):
             report = Launch(self, kernel, shape, args, names, cooperative).run()
@@ -102,17 +106,26 @@ class Device:
             if not condition:
                 raise EmulatorError("launch", f"{kernel.name}: {message}")
 
-        require(arguments == len(kernel.parameters), f"{len(kernel.parameters)} parameters, {arguments} arguments")
+        require(
+            arguments == len(kernel.parameters), f"{len(kernel.parameters)} parameters, {arguments} arguments"
+        )
         require(min(*shape.grid, *shape.block) > 0, f"empty grid {shape.grid} or block {shape.block}")
         require(shape.threads <= 1024, f"{shape.threads} threads per block, the limit is 1024")
         limit = int(np.prod(kernel.threads_limit or (1024,)))
         require(shape.threads <= limit, f"{shape.threads} threads per block, compiled for at most {limit}")
         required = int(np.prod(kernel.threads_required or (shape.threads,)))
         require(shape.threads == required, f"{shape.threads} threads per block, compiled for {required}")
-        require(shape.grid[0] % shape.cluster == 0, f"grid {shape.grid} is not whole clusters of {shape.cluster}")
-        require(shape.shared_bytes <= self.shared_limit, f"{shape.shared_bytes} bytes of shared memory are too many")
+        require(
+            shape.grid[0] % shape.cluster == 0, f"grid {shape.grid} is not whole clusters of {shape.cluster}"
+        )
+        require(
+            shape.shared_bytes <= self.shared_limit,
+            f"{shape.shared_bytes} bytes of shared memory are too many",
+        )
         if cooperative and self.cooperative_blocks is not None:
-            room = f"{shape.blocks} blocks cannot all be resident, there is room for {self.cooperative_blocks}"
+            room = (
+                f"{shape.blocks} blocks cannot all be resident, there is room for {self.cooperative_blocks}"
+            )
             require(shape.blocks <= self.cooperative_blocks, f"cooperative launch: {room}")
 
 
@@ -229,14 +242,17 @@ def load(kernel: Kernel) -> Program:
 
 
 def _runner(ins: Instruction) -> Runner:
-    builder = accesses.BUILDERS.get(ins.opcode) or warp.BUILDERS.get(ins.opcode)
-    if builder:
-        return builder(ins)
-    if ins.opcode in _CONTROL:
-        return _nothing
-    if ins.opcode in arithmetic.BUILDERS:
-        compute = arithmetic.BUILDERS[ins.opcode](ins)
-        return lambda launch, active: compute(launch.threads, active)
+    try:
+        if builder := accesses.BUILDERS.get(ins.opcode) or warp.BUILDERS.get(ins.opcode):
+            return builder(ins)
+        if ins.opcode in _CONTROL:
+            return _nothing
+        if builder := bits.BUILDERS.get(ins.opcode):
+            compute = builder(ins)
+            return lambda launch, active: compute(launch.threads, active)
+    except (AttributeError, IndexError, KeyError, StopIteration, ValueError) as error:
+        # An operand or a modifier that the builder did not expect: a form of the instruction it does not know.
+        raise arithmetic.unsupported(ins, f"this form of {ins.opcode}") from error
     raise arithmetic.unsupported(ins)
 
 

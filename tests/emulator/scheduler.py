@@ -33,7 +33,9 @@ class Scheduler:
         self.launch, self.rng = launch, rng
         self.code, self.runners = launch.kernel.code, launch.program.runners
         self.ready: dict[int, Array] = {0: launch.threads.alive.copy()}
-        self.parked: dict[int, Array] = {}  # at a warp-synchronous instruction, waiting for lanes of their warp
+        self.parked: dict[
+            int, Array
+        ] = {}  # at a warp-synchronous instruction, waiting for lanes of their warp
         self.turn_after: int | None = None
         self.fruitless = 0  # spells in a row that only spun
         self.loops = 0

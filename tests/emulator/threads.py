@@ -220,7 +220,11 @@ def writer(instruction: Instruction, operand: Operand, type_: str) -> Writer:
     def write(threads: Threads, values: Array, active: Mask) -> None:
         bits = formats.encode(values, type_)
         if bits.dtype.itemsize != size:
-            bits = bits.view(formats.VALUE[type_]).astype(widened).view(RAW[size]) if signed else bits.astype(RAW[size])
+            bits = (
+                bits.view(formats.VALUE[type_]).astype(widened).view(RAW[size])
+                if signed
+                else bits.astype(RAW[size])
+            )
         threads.set_raw(index, bits, active)
 
     return write

@@ -53,6 +53,8 @@ def _active(launch: Launch, active: Mask) -> Array:
 
 def _shuffle(ins: Instruction) -> LaunchRunner:
     mode = ins.modifiers[1]
+    if mode not in ("up", "down", "bfly", "idx"):
+        raise unsupported(ins)
     first, second = ins.operands[0], None
     if isinstance(first, Vector):
         first, second = first.items
@@ -77,7 +79,12 @@ def _shuffle(ins: Instruction) -> LaunchRunner:
         absent = taking & (~taking[position] | ((members >> source.astype(np.uint32)) & 1 == 0))
         if absent.any():
             reading = int(np.flatnonzero(absent)[0])
-            launch.fail("absent lane", f"the shuffle reads lane {int(source[reading])}, which takes no part", ins, reading)
+            launch.fail(
+                "absent lane",
+                f"the shuffle reads lane {int(source[reading])}, which takes no part",
+                ins,
+                reading,
+            )
         write(threads, _everywhere(launch, value(threads))[position], active)
         if write_valid:
             write_valid(threads, valid, active)
@@ -87,6 +94,8 @@ def _shuffle(ins: Instruction) -> LaunchRunner:
 
 def _vote(ins: Instruction) -> LaunchRunner:
     mode = ins.modifiers[1]
+    if mode not in ("ballot", "any", "all", "uni"):
+        raise unsupported(ins)
     write = writer(ins, ins.operands[0], "b32" if mode == "ballot" else "pred")
     predicate, members = predicate_reader(ins.operands[1]), bits_reader(ins, ins.operands[2], 4)
 
@@ -152,11 +161,16 @@ def _match(ins: Instruction) -> LaunchRunner:
 
 
 def _elect(ins: Instruction) -> LaunchRunner:
-    write, chosen = writer(ins, ins.operands[0].items[0], "b32"), writer(ins, ins.operands[0].items[1], "pred")
+    write, chosen = (
+        writer(ins, ins.operands[0].items[0], "b32"),
+        writer(ins, ins.operands[0].items[1], "pred"),
+    )
 
     def run(launch: Launch, active: Mask) -> None:
         words = ballot(_active(launch, active))
-        leader = per_lane(np.bitwise_count((words & (~words + np.uint32(1))) - np.uint32(1)).astype(np.uint32))
+        leader = per_lane(
+            np.bitwise_count((words & (~words + np.uint32(1))) - np.uint32(1)).astype(np.uint32)
+        )
         write(launch.threads, leader, active)
         chosen(launch.threads, launch.threads.lane == leader, active)
 

@@ -1,0 +1,31 @@
+"""pytest fixtures: a device, and compilers that skip a test only when their package is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from . import compile as compiler
+from .compile import Compiled
+from .machine import Device
+
+
+@pytest.fixture
+def device() -> Device:
+    """A device with every check on."""
+    return Device()
+
+
+@pytest.fixture(scope="session")
+def compile_cuda() -> Callable[..., dict[str, Compiled]]:
+    if compiler.nvrtc_library() is None:
+        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12")
+    return compiler.compile_cuda
+
+
+@pytest.fixture(scope="session")
+def compile_triton() -> Callable[..., Compiled]:
+    if compiler.triton_version() is None:
+        pytest.skip("Triton is not installed: pip install triton")
+    return compiler.compile_triton
