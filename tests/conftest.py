@@ -1,5 +1,5 @@
-"""Fixtures that every test file may ask for by name."""
+"""Fixtures and hooks that every test file shares."""
 
-from emulator.fixtures import compile_cuda, compile_triton, device
+from emulator.fixtures import caught_faults, compile_cuda, compile_triton, device, pytest_terminal_summary
 
-__all__ = ["compile_cuda", "compile_triton", "device"]
+__all__ = ["caught_faults", "compile_cuda", "compile_triton", "device", "pytest_terminal_summary"]

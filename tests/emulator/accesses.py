@@ -18,6 +18,7 @@ from .formats import RAW
 from .memory import IN_FLIGHT, UNWRITTEN, WRITTEN
 from .parser import TYPE_BYTES, Address, Immediate, Instruction, Operand, Register, Sink, Symbol, Vector
 from .threads import (
+    WARP,
     LOCAL_WINDOW,
     RANK_SHIFT,
     SHARED_WINDOW,
@@ -193,11 +194,16 @@ def store_bytes(launch: Launch, ins: Instruction, target: Target, data: Array, s
     kept = memory.gather(target.memory, target.offsets, size)
     different = (kept != data).any(1)
     if different.any():
-        first = int(np.flatnonzero(different)[0])
-        launch.fail(
-            "conflicting stores", f"lanes of one instruction store different values to one address of {target.name}",
-            ins, int(target.lanes[first]),
-        )  # fmt: skip
+        _report_conflict(launch, ins, target, int(np.flatnonzero(different)[0]))
+
+
+def _report_conflict(launch: Launch, ins: Instruction, target: Target, loser: int) -> None:
+    """Several lanes stored different values to one address in one step."""
+    winner = int(np.flatnonzero(target.offsets == target.offsets[loser])[-1])
+    lane, other = int(target.lanes[loser]), int(target.lanes[winner])
+    check = "conflicting stores" if lane // WARP == other // WARP else "data race"
+    message = f"another value goes to the same address of {target.name} from {launch.threads.name(other)}"
+    launch.fail(check, message, ins, lane)
 
 
 def _columns(data: Array, element: int, count: int) -> Array:
@@ -346,11 +352,13 @@ def _read_modify_write(
     if launch.races:
         launch.races.access(ins, target, size, None, strong=True)
         launch.races.access(ins, target, size, np.zeros((len(target.lanes), size), np.uint8), strong=True)
-        launch.races.synchronise(ins, target)
     cells = memory.rows(target.memory, size).reshape(-1)
     index, old = target.offsets // size, np.empty(len(target.lanes), RAW[size])
+    order = launch.lane_order(len(index))
+    if launch.races:
+        launch.races.synchronise(ins, target, order)
     unique = len(np.unique(index)) == len(index)
-    for chosen in [slice(None)] if unique else launch.lane_order(len(index)):
+    for chosen in [slice(None)] if unique else order:
         found = cells[index[chosen]]
         new = formats.encode(update(formats.decode(found, type_), *(v[chosen] for v in values)), type_)
         old[chosen] = found

@@ -10,6 +10,8 @@ from . import compile as compiler
 from .compile import Compiled
 from .machine import Device
 
+_CAUGHT = pytest.StashKey[dict[str, str]]()
+
 
 @pytest.fixture
 def device() -> Device:
@@ -29,3 +31,18 @@ def compile_triton() -> Callable[..., Compiled]:
     if compiler.triton_version() is None:
         pytest.skip("Triton is not installed: pip install triton")
     return compiler.compile_triton
+
+
+@pytest.fixture(scope="session")
+def caught_faults(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Planted faults and what was said about them; printed at the end of the test run."""
+    return request.config.stash.setdefault(_CAUGHT, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    caught = config.stash.get(_CAUGHT, {})
+    if caught:
+        terminalreporter.section("planted faults, and the check that caught each")
+    for fault, message in caught.items():
+        check, _, rest = message.partition(": ")
+        terminalreporter.write_line(f"{fault:42} {check:20} {rest[:96]}")

@@ -264,7 +264,7 @@ class _Body:
             elif label := _LABEL.match(body, position):
                 self._label(label[1])
                 position = label.end()
-            elif body.startswith(".loc", position):
+            elif body.startswith((".loc ", ".loc\t"), position):
                 position = body.find("\n", position) % (len(body) + 1)
             else:
                 end = body.find(";", position)

@@ -11,6 +11,7 @@ instruction), and a store that leaves the value as it was is no race.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,7 @@ class RaceDetector:
         self.acquired: dict[int, Array] = {}  # lane -> clocks it knows beyond its block's
         self.seen: dict[int, Array] = {}  # lane -> clocks read by relaxed accesses, known after a fence
         self.shadows.pop(-1, None)
+        self.published = {place: clocks for place, clocks in self.published.items() if place[0] != "shared memory"}
 
     # ---------------------------------------------------------------- accesses
 
@@ -192,13 +194,16 @@ class RaceDetector:
         for lane in [lane for lane in self.seen if active is None or active[lane]]:
             self.acquired[lane] = np.maximum(self.acquired.get(lane, 0), self.seen.pop(lane))
 
-    def synchronise(self, ins: Instruction, target: Target) -> None:
-        """A strong access: publish and learn what its semantics and the fences around it allow."""
+    def synchronise(self, ins: Instruction, target: Target, order: Sequence[int] | None = None) -> None:
+        """A strong access: publish and learn what its semantics and the fences around it allow.
+
+        Lanes come in the order in which they reach memory.
+        """
         modifiers = set(ins.modifiers)
         acquires, releases = bool(modifiers & _ACQUIRE), bool(modifiers & _RELEASE)
         writes, reads = ins.opcode in ("st", "atom", "red"), ins.opcode in ("ld", "atom")
-        for lane, offset in zip(target.lanes.tolist(), target.offsets.tolist(), strict=True):
-            place = (target.name, offset)
+        for position in range(len(target.lanes)) if order is None else order:
+            lane, place = int(target.lanes[position]), (target.name, int(target.offsets[position]))
             if reads and place in self.published:
                 into = self.acquired if acquires else self.seen
                 into[lane] = np.maximum(into.get(lane, 0), self.published[place])

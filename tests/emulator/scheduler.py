@@ -171,7 +171,7 @@ class Scheduler:
             self.loops = 0
         else:
             self.fruitless += 1
-            if self.fruitless > _SPIN_LIMIT * (len(self.ready) + 1) * (1 if self.rng is None else 100):
+            if self.fruitless > _SPIN_LIMIT * (len(self.ready) + 1) * (1 if self.rng is None else 4):
                 self._report_deadlock(f"threads spin at {self.code[pc].where()} for what nobody will do")
         self.turn_after = pc
         return True

@@ -142,7 +142,7 @@ def _groups(lanes: Array, masks: Array) -> list[Array]:
 
 
 def _match(ins: Instruction) -> LaunchRunner:
-    if ins.modifiers[1] != "any":
+    if "any" not in ins.modifiers:
         raise unsupported(ins)
     size = int(ins.type[1:]) // 8
     write, read = writer(ins, ins.operands[0], "b32"), bits_reader(ins, ins.operands[1], size)
