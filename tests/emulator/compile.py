@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ class Compiled:
     threads: int = 0
     dynamic_shared_bytes: int = 0
     log: str = ""
-    widths: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @functools.cached_property
     def kernel(self) -> Kernel:
