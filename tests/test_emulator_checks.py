@@ -1,4 +1,4 @@
-"""Planted faults: every one must be reported, by the right check, and the same kernel without it must be clean."""
+"""Planted faults: each must be reported, by the right check; the same kernel without it must be clean."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def require_close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
 def bn_arguments(device: Device) -> tuple[list, np.ndarray]:
     x = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
     channels = SHAPE[1]
-    weight, bias = np.linspace(1, 2, channels, dtype=np.float32), np.linspace(-1, 1, channels, dtype=np.float32)
+    weight, bias = (
+        np.linspace(1, 2, channels, dtype=np.float32),
+        np.linspace(-1, 1, channels, dtype=np.float32),
+    )
     wide = x.astype(np.float64)
     rstd = 1 / np.sqrt(wide.var((0, 2), keepdims=True) + 1e-5)
     want = (wide - wide.mean((0, 2), keepdims=True)) * rstd * weight[:, None] + bias[:, None]
@@ -78,14 +81,16 @@ def sums(fault: str, check: str, kernel: str, old: str, new: str = "") -> Plante
 
 LOOP = "v < vectors; v += blockDim.x"
 PLANTED = [
-    bn("missing barrier before reading", "data race", "  __syncthreads();\n  const int lane", "  const int lane"),
+    bn("missing barrier before reading", "data race",
+       "  __syncthreads();\n  const int lane", "  const int lane"),
     bn("missing barrier before reuse", "data race", "  __syncthreads();  // partials", "  // partials"),
     bn("out of bounds by one vector, load", "out of bounds", LOOP, "v <= vectors; v += blockDim.x"),
     bn("out of bounds by one vector, store", "out of bounds", "y[place(v)] = out", "y[place(v) + 1] = out"),
     bn("lost tail", "unwritten output", LOOP, "v < vectors / 64 * 64; v += blockDim.x", 2),
-    bn("truncated reduction in a warp", "wrong result", "int offset = 16; offset;", "int offset = 8; offset;"),
+    bn("truncated reduction in a warp", "wrong result", "offset = 16; offset;", "offset = 8; offset;"),
     bn("truncated reduction over warps", "wrong result", "lane < blockDim.x >> 5", "lane < blockDim.x >> 6"),
-    bn("too long reduction over warps", "uninitialised read", "lane < blockDim.x >> 5", "lane <= blockDim.x >> 5"),
+    bn("too long reduction over warps", "uninitialised read",
+       "lane < blockDim.x >> 5", "lane <= blockDim.x >> 5"),
     bn("shuffle under a condition", "absent lane", "  for (int offset = 16;",
        "  if ((threadIdx.x & 31) < 16) for (int offset = 16;"),
     bn("barrier under a condition", "deadlock", "  __syncthreads();  // partials",
@@ -98,7 +103,8 @@ PLANTED = [
     bn("all blocks store to one place", "data race", "save_mean[channel] = mean", "save_mean[0] = mean"),
     sums("missing wait for a copy", "copy in flight", "row_sums_async",
          'asm volatile("cp.async.wait_group 1;" ::: "memory");'),
-    sums("wait that is one short", "copy in flight", "row_sums_async", "cp.async.wait_group 1", "cp.async.wait_group 2"),
+    sums("wait that is one short", "copy in flight", "row_sums_async",
+         "cp.async.wait_group 1", "cp.async.wait_group 2"),
     sums("missing cluster barrier before reading", "data race", "row_sums_cluster",
          "cluster_barrier();  // SYNC before reading"),
     sums("missing cluster barrier before leaving", "exited block", "row_sums_cluster",
@@ -161,11 +167,15 @@ def run_triton(device: Device, compiled) -> None:
         (None, None, "", ""),
         ("dropped mask of a store", "out of bounds", "element_ty), mask=i < total)", "element_ty))"),
         ("dropped mask of a load", "out of bounds", "place, mask=i < total, other=0.0)", "place)"),
-        ("mask that loses the tail", "unwritten output", "element_ty), mask=i < total)", "element_ty), mask=i < total - 1)"),
-        ("padding counted as data", "wrong result", "tl.where(i < total, loaded - shift, 0.0)", "loaded - shift"),
+        ("mask that loses the tail", "unwritten output",
+         "element_ty), mask=i < total)", "element_ty), mask=i < total - 1)"),
+        ("padding counted as data", "wrong result",
+         "tl.where(i < total, loaded - shift, 0.0)", "loaded - shift"),
     ],
 )  # fmt: skip
-def test_a_fault_planted_in_triton_is_reported(fault, check, old, new, compile_triton, tmp_path, caught_faults):
+def test_a_fault_planted_in_triton_is_reported(
+    fault, check, old, new, compile_triton, tmp_path, caught_faults
+):
     source = (KERNELS / "bn_forward_reference_triton.py").read_text()
     assert old in source
     function = load_triton(source.replace(old, new) if old else source, tmp_path)
@@ -284,7 +294,7 @@ def test_an_endless_loop_is_cut_short():
 
 
 def test_a_trap_is_reported():
-    with pytest.raises(EmulatorError, match="trap: .*block 1, thread 0"):
+    with pytest.raises(EmulatorError, match=r"trap: .*block 1, thread 0"):
         Device().launch(snippet("mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 1; @%p1 trap;"), 2, 32, [])
 
 

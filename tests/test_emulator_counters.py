@@ -14,7 +14,8 @@ def strided_copy(device: Device, stride: int, count: int = 64) -> Report:
     kernel = snippet(f"""
         mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mov.u32 %r3, %tid.x; mad.lo.u32 %r1, %r1, %r2, %r3;
         ld.param.u64 %rd1, [x]; ld.param.u64 %rd2, [y]; mul.wide.u32 %rd3, %r1, {4 * stride};
-        add.u64 %rd1, %rd1, %rd3; add.u64 %rd2, %rd2, %rd3; ld.global.f32 %f1, [%rd1]; st.global.f32 [%rd2], %f1;
+        add.u64 %rd1, %rd1, %rd3; add.u64 %rd2, %rd2, %rd3;
+        ld.global.f32 %f1, [%rd1]; st.global.f32 [%rd2], %f1;
     """, "u64 x, u64 y")  # fmt: skip
     x, y = np.zeros(stride * count, np.float32), device.empty(stride * count, np.float32)
     return device.launch(kernel, count // 32, 32, [x, y], names=["x", "y"])
@@ -32,7 +33,10 @@ def test_sectors_per_warp(stride, sectors):
 
 
 def test_a_broadcast_and_a_misplaced_warp():
-    load = "ld.param.u64 %rd1, [x]; mov.u32 %r1, %tid.x; mad.wide.u32 %rd2, %r1, {}, %rd1; ld.global.u32 %r2, [%rd2+{}];"
+    load = """
+        ld.param.u64 %rd1, [x]; mov.u32 %r1, %tid.x;
+        mad.wide.u32 %rd2, %r1, {}, %rd1; ld.global.u32 %r2, [%rd2+{}];
+    """
     x = np.zeros(64, np.uint32)
     for step, offset, sectors in ((0, 0, 1), (4, 0, 4), (4, 4, 5), (4, 32, 4)):
         report = Device().launch(snippet(load.format(step, offset), "u64 x"), 1, 32, [x])
@@ -41,7 +45,17 @@ def test_a_broadcast_and_a_misplaced_warp():
 
 @pytest.mark.parametrize(
     ("size", "stride", "wavefronts"),
-    [(4, 4, 1), (4, 8, 2), (4, 16, 4), (4, 128, 32), (4, 132, 1), (4, 0, 1), (16, 16, 4), (16, 32, 8), (8, 8, 2)],
+    [
+        (4, 4, 1),
+        (4, 8, 2),
+        (4, 16, 4),
+        (4, 128, 32),
+        (4, 132, 1),
+        (4, 0, 1),
+        (16, 16, 4),
+        (16, 32, 8),
+        (8, 8, 2),
+    ],
 )
 def test_bank_conflicts(size, stride, wavefronts):
     vector = {4: ("u32", "%r2"), 8: ("v2.u32", "{%r2, %r3}"), 16: ("v4.u32", "{%r2, %r3, %r4, %r5}")}[size]

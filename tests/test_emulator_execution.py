@@ -102,12 +102,16 @@ def test_votes_matches_and_warp_reductions():
     assert (run(setup + "vote.sync.ballot.b32 %r1, %p1, -1;") == 0xAAAAAAAA).all()
     assert (run(setup + "vote.sync.any.pred %p2, %p1, -1; selp.u32 %r1, 1, 0, %p2;") == 1).all()
     assert (run(setup + "vote.sync.all.pred %p2, !%p1, -1; selp.u32 %r1, 1, 0, %p2;") == 0).all()
-    assert (run(setup + "@%p1 bra odd; activemask.b32 %r1; bra end; odd: mov.u32 %r1, 0; end:")[0]) == 0x55555555
+    assert (
+        (run(setup + "@%p1 bra odd; activemask.b32 %r1; bra end; odd: mov.u32 %r1, 0; end:")[0]) == 0x55555555
+    )
     np.testing.assert_array_equal(
         run(setup + "match.any.sync.b32 %r1, %r3, -1;"), np.tile([0x55555555, 0xAAAAAAAA], 32)
     )
     t = np.arange(64)
-    np.testing.assert_array_equal(run(setup + "redux.sync.add.u32 %r1, %r2, -1;"), np.where(t < 32, 496, 1520))
+    np.testing.assert_array_equal(
+        run(setup + "redux.sync.add.u32 %r1, %r2, -1;"), np.where(t < 32, 496, 1520)
+    )
     np.testing.assert_array_equal(run(setup + "redux.sync.max.s32 %r1, %r2, -1;"), np.where(t < 32, 31, 63))
 
 
@@ -137,7 +141,9 @@ REVERSE = """
 @pytest.mark.parametrize("barrier", ["bar.sync 0;", "barrier.sync 1, 64;", "barrier.cta.sync.aligned 0;"])
 def test_shared_memory_after_a_barrier(barrier, seed):
     device = Device(seed=seed)
-    kernel = snippet(REVERSE.format(barrier=barrier) + STORE_R1, "u64 out", module=".shared .align 16 .b8 buffer[256];")
+    kernel = snippet(
+        REVERSE.format(barrier=barrier) + STORE_R1, "u64 out", module=".shared .align 16 .b8 buffer[256];"
+    )
     out = device.empty(192, np.uint32)
     device.launch(kernel, 3, 64, [out])
     np.testing.assert_array_equal(out, np.tile(np.arange(64)[::-1], 3))
@@ -199,8 +205,9 @@ def test_atomics_lose_nothing(seed):
     tickets = device.empty(128, np.uint32)
     body = """
         ld.param.u64 %rd1, [cells]; mov.u32 %r2, %tid.x; mov.u32 %r3, %ctaid.x; mad.lo.u32 %r4, %r3, 64, %r2;
-        atom.global.add.u32 %r1, [%rd1], 1; red.global.max.u32 [%rd1+4], %r4; red.global.min.u32 [%rd1+8], %r4;
-        red.global.or.b32 [%rd1+12], %r4; atom.global.cas.b32 %r5, [%rd1+16], 100, %r4;
+        atom.global.add.u32 %r1, [%rd1], 1; red.global.max.u32 [%rd1+4], %r4;
+        red.global.min.u32 [%rd1+8], %r4; red.global.or.b32 [%rd1+12], %r4;
+        atom.global.cas.b32 %r5, [%rd1+16], 100, %r4;
     """
     device.launch(snippet(body + STORE_R1, "u64 out, u64 cells"), 2, 64, [tickets, cells])
     np.testing.assert_array_equal(np.sort(tickets), np.arange(128))
@@ -211,7 +218,8 @@ def test_atomics_lose_nothing(seed):
 def test_floating_point_atomics_depend_on_the_schedule():
     """The order of float additions is the schedule's, and the comparison of schedules sees it."""
     kernel = snippet("""
-        ld.param.u64 %rd1, [x]; mov.u32 %r2, %tid.x; mad.wide.u32 %rd1, %r2, 4, %rd1; ld.global.f32 %f1, [%rd1];
+        ld.param.u64 %rd1, [x]; mov.u32 %r2, %tid.x; mad.wide.u32 %rd1, %r2, 4, %rd1;
+        ld.global.f32 %f1, [%rd1];
         ld.param.u64 %rd2, [total]; red.global.add.f32 [%rd2], %f1;
     """, "u64 total, u64 x")  # fmt: skip
     x = np.random.default_rng(0).standard_normal(256).astype(np.float32) * 10.0 ** np.arange(256) ** 0.1
@@ -261,7 +269,9 @@ CLUSTER = """
 def test_clusters_read_each_others_shared_memory(seed):
     device = Device(seed=seed)
     out = device.empty(8 * 32, np.uint32)
-    device.launch(snippet(CLUSTER + STORE_R1, "u64 out", module=".shared .u32 slot;"), 8, 32, [out], cluster=4)
+    device.launch(
+        snippet(CLUSTER + STORE_R1, "u64 out", module=".shared .u32 slot;"), 8, 32, [out], cluster=4
+    )
     np.testing.assert_array_equal(out.reshape(8, 32)[:, 0], [1, 2, 3, 0, 5, 6, 7, 4])
 
 
@@ -285,7 +295,11 @@ CORRECT = {"release": "membar.gl;", "poll": "ld.acquire.gpu.u32 %r6, [%rd2];"}
 def test_a_cooperative_grid_meets_at_a_spin_barrier(seed):
     device = Device(seed=seed)
     kernel = snippet(GRID_BARRIER.format(**CORRECT) + STORE_R1, "u64 out, u64 slots, u64 counter, u32 blocks")
-    out, slots, counter = device.empty(12 * 32, np.uint32), device.empty(12, np.uint32), np.zeros(1, np.uint32)
+    out, slots, counter = (
+        device.empty(12 * 32, np.uint32),
+        device.empty(12, np.uint32),
+        np.zeros(1, np.uint32),
+    )
     device.launch(kernel, 12, 32, [out, slots, counter, 12], cooperative=True)
     np.testing.assert_array_equal(out.reshape(12, 32)[:, 5], 3 * (np.arange(1, 13) % 12))
     assert counter[0] == 12
@@ -294,9 +308,11 @@ def test_a_cooperative_grid_meets_at_a_spin_barrier(seed):
 def test_last_block_done_across_batches_of_blocks():
     """The last block to take a ticket sums what all the others stored, also those that ran long before."""
     body = """
-        ld.param.u64 %rd1, [slots]; ld.param.u64 %rd2, [counter]; mov.u32 %r2, %ctaid.x; mov.u32 %r9, %nctaid.x;
+        ld.param.u64 %rd1, [slots]; ld.param.u64 %rd2, [counter];
+        mov.u32 %r2, %ctaid.x; mov.u32 %r9, %nctaid.x;
         mad.wide.u32 %rd3, %r2, 4, %rd1; add.u32 %r4, %r2, 1; st.global.u32 [%rd3], %r4;
-        atom.acq_rel.gpu.global.add.u32 %r5, [%rd2], 1; sub.u32 %r6, %r9, 1; setp.ne.u32 %p1, %r5, %r6; @%p1 ret;
+        atom.acq_rel.gpu.global.add.u32 %r5, [%rd2], 1;
+        sub.u32 %r6, %r9, 1; setp.ne.u32 %p1, %r5, %r6; @%p1 ret;
         mov.u32 %r7, 0; mov.u32 %r1, 0;
     sum: mad.wide.u32 %rd4, %r7, 4, %rd1; ld.global.u32 %r8, [%rd4]; add.u32 %r1, %r1, %r8;
         add.u32 %r7, %r7, 1; setp.lt.u32 %p2, %r7, %r9; @%p2 bra sum;

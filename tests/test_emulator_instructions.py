@@ -21,7 +21,7 @@ REGISTER = {1: "%h", 2: "%h", 4: "%r", 8: "%rd"}
 
 
 def evaluate(instruction: str, sources: list[tuple[str, np.ndarray]], to: str, extra: str = "") -> np.ndarray:
-    """Run `instruction` on arrays, one element per thread. {0} {1} {2} stand for the sources, {d} for the result."""
+    """Run `instruction`, one thread per element. {0} {1} {2} stand for the sources, {d} for the result."""
     count = len(sources[0][1])
     body, names = ["mov.u32 %r60, %tid.x; cvt.u64.u32 %rd60, %r60;"], {}
     for i, (type_, _) in enumerate(sources):
@@ -226,7 +226,7 @@ def test_funnel_shift():
 
 
 def exactly_rounded(value: Fraction, dtype: np.dtype) -> object:
-    """The value of `dtype` nearest to a fraction, ties to even, found among the neighbours of a first guess."""
+    """The value of `dtype` nearest to a fraction, ties to even: the best of a first guess and its neighbours."""
     guess = np.array(float(value)).astype(dtype)
     if not np.isfinite(guess):
         return guess
@@ -262,7 +262,7 @@ def test_fma_rounds_once(type_):
 
 
 def test_fma_f32_of_a_known_double_rounding():
-    # The exact sum is just above a tie of float32; rounding to float64 first lands on the tie, which goes down.
+    # The exact sum is just above a tie of float32; float64 would round it to the tie, which goes down.
     a, b, c = np.float32(1 + 2**-12), np.float32(1 + 2**-12), np.float32(2**-60)
     got = evaluate("fma.rn.f32 {d}, {0}, {1}, {2};", [("f32", np.array([v])) for v in (a, b, c)], "f32")
     assert got[0] == np.float32(1 + 2**-11 + 2**-23)

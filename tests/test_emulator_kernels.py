@@ -33,7 +33,7 @@ def oracle(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndar
 
 @dataclass
 class Forward:
-    """A backend in small: it allocates, orders arguments and launches through the seam, and knows no emulator."""
+    """A backend in small: it allocates, orders arguments, launches through the seam, and knows no emulator."""
 
     launch: Callable
     empty: Callable
@@ -50,11 +50,17 @@ class Forward:
         return y, mean, rstd
 
 
-def inputs(shape: tuple[int, int, int], type_: str, mean: float = 1.5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def inputs(
+    shape: tuple[int, int, int], type_: str, mean: float = 1.5
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(shape)
     channels = shape[1]
     x = (rng.standard_normal(shape) + mean).astype(DTYPES[type_])
-    return x, rng.uniform(0.5, 1.5, channels).astype(np.float32), rng.uniform(-1, 1, channels).astype(np.float32)
+    return (
+        x,
+        rng.uniform(0.5, 1.5, channels).astype(np.float32),
+        rng.uniform(-1, 1, channels).astype(np.float32),
+    )
 
 
 def require_correct(forward: Forward, device: Device, shape: tuple[int, int, int], type_: str) -> None:
@@ -75,9 +81,10 @@ def require_correct(forward: Forward, device: Device, shape: tuple[int, int, int
 @pytest.mark.parametrize(
     ("variant", "shape"),
     [
-        ("f32_v1", (3, 5, 49)), ("f32_v1", (2, 3, 1)), ("f32_v4", (2, 7, 196)), ("f32_v4_staged", (2, 7, 196)),
-        ("f16_v1", (3, 5, 49)), ("f16_v2", (3, 5, 50)), ("f16_v8", (2, 6, 392)), ("f16_v8_staged", (2, 6, 392)),
-        ("bf16_v1", (4, 3, 33)), ("bf16_v8", (2, 6, 392)),
+        ("f32_v1", (3, 5, 49)), ("f32_v1", (2, 3, 1)), ("f32_v4", (2, 7, 196)),
+        ("f32_v4_staged", (2, 7, 196)), ("f16_v1", (3, 5, 49)), ("f16_v2", (3, 5, 50)),
+        ("f16_v8", (2, 6, 392)), ("f16_v8_staged", (2, 6, 392)), ("bf16_v1", (4, 3, 33)),
+        ("bf16_v8", (2, 6, 392)),
     ],
 )  # fmt: skip
 def test_cuda_forward(variant, shape, arch, compile_cuda, device):
@@ -151,14 +158,19 @@ def triton_forward(compile_triton) -> Callable[..., Compiled]:
     return build
 
 
+def triton_backend(compiled: Compiled, launch: Callable, empty: Callable) -> Forward:
+    def complete(args: list) -> list:
+        return triton_arguments(compiled, args)
+
+    return Forward(launch, empty, compiled.kernel, compiled.threads, compiled.dynamic_shared_bytes, complete)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("type_", list(DTYPES))
 @pytest.mark.parametrize(("shape", "aligned"), [((3, 5, 149), ("x", "y")), ((2, 4, 784), ("x", "y", "s"))])
 def test_triton_forward(shape, aligned, type_, arch, triton_forward, device):
     compiled = triton_forward(type_, arch, aligned)
-    forward = Forward(device.launch, device.empty, compiled.kernel, compiled.threads, compiled.dynamic_shared_bytes,
-                      lambda args: triton_arguments(compiled, args))  # fmt: skip
-    require_correct(forward, device, shape, type_)
+    require_correct(triton_backend(compiled, device.launch, device.empty), device, shape, type_)
 
 
 @pytest.mark.parametrize("seed", [None, 0])
@@ -171,9 +183,7 @@ def test_triton_forward_over_clusters(seed, triton_forward):
     def launch(kernel, grid, block, args, shared_bytes):
         device.launch(kernel, (2 * grid[0],), block, args, shared_bytes)
 
-    forward = Forward(launch, device.empty, compiled.kernel, compiled.threads, compiled.dynamic_shared_bytes,
-                      lambda args: triton_arguments(compiled, args))  # fmt: skip
-    require_correct(forward, device, (3, 4, 149), "f32")
+    require_correct(triton_backend(compiled, launch, device.empty), device, (3, 4, 149), "f32")
 
 
 # -------------------------------------------------------------------- gates
@@ -195,7 +205,7 @@ def test_triton_gate(arch, triton_forward):
 
 
 def test_a_gate_says_what_is_wrong():
-    ptx = ".version 8.0\n.target sm_80\n.visible .entry k(.param .u64 p)\n{ .reg .b32 %r<2>; ld.global.u32 %r1, [0]; }"
+    ptx = ".target sm_80\n.visible .entry k(.param .u64 p) { .reg .b32 %r<2>; ld.global.u32 %r1, [0]; }"
     compiled = Compiled("k", 80, ptx, registers=70, spill_bytes=8, stack_bytes=0, shared_bytes=100)
     for ceiling, message in (
         ({}, "spills 8 bytes"),
@@ -231,7 +241,9 @@ def test_a_compilation_error_carries_the_log(compile_cuda):
 def test_a_million_elements_a_second(compile_cuda):
     device = Device(checks=Checks(races=False))
     shape = (8, 64, 1024)
-    forward = Forward(device.launch, device.empty, compile_cuda(CUDA_SOURCE, 80)["bn_forward_f32_v4"].kernel, 256)
+    forward = Forward(
+        device.launch, device.empty, compile_cuda(CUDA_SOURCE, 80)["bn_forward_f32_v4"].kernel, 256
+    )
     arrays = inputs(shape, "f32")
 
     def seconds() -> float:

@@ -1,4 +1,4 @@
-"""Loads, stores, atomics and asynchronous copies: every access is checked, counted and then carried out.
+"""Loads and stores: every access is checked, counted and then carried out.
 
 A runner receives the launch (`machine.Launch`), which owns the memories, the counters and the race detector.
 """
@@ -12,21 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import formats, memory
-from .arithmetic import packed, unsupported
+from .arithmetic import unsupported
 from .errors import EmulatorError
 from .formats import RAW
-from .memory import IN_FLIGHT, UNWRITTEN, WRITTEN
-from .parser import TYPE_BYTES, Address, Immediate, Instruction, Operand, Register, Sink, Symbol, Vector
-from .threads import (
-    WARP,
-    LOCAL_WINDOW,
-    RANK_SHIFT,
-    SHARED_WINDOW,
-    bits_reader,
-    predicate_reader,
-    reader,
-    symbol_address,
-)
+from .memory import IN_FLIGHT, WRITTEN
+from .parser import TYPE_BYTES, Address, Instruction, Operand, Register, Sink, Symbol, Vector
+from .threads import LOCAL_WINDOW, RANK_SHIFT, SHARED_WINDOW, WARP, bits_reader, symbol_address
 
 if TYPE_CHECKING:
     from .machine import Launch
@@ -64,9 +55,11 @@ def address_reader(ins: Instruction, operand: Operand) -> Callable[[Launch], Arr
     if isinstance(operand.base, Register):
         read = bits_reader(ins, operand.base, operand.base.bytes)
         return lambda launch: read(launch.threads).astype(np.int64) + offset
-    if isinstance(operand.base, Immediate):
-        return lambda launch: np.int64(operand.base.value + offset)
-    return lambda launch: np.int64(symbol_address(launch.threads, operand.base.name, ins) + offset)
+    if isinstance(operand.base, Symbol):
+        name = operand.base.name
+        return lambda launch: np.int64(symbol_address(launch.threads, name, ins) + offset)
+    constant = np.int64(operand.base.value + offset)
+    return lambda _: constant
 
 
 def targets(
@@ -101,7 +94,7 @@ def _global_targets(
         mine, at = lanes[picked], addresses[picked]
         if allocation is None:
             launch.fail(
-                "out of bounds", f"global access at {int(at[0]):#x}, no buffer is attached", ins, int(mine[0])
+                "out of bounds", f"global access at {int(at[0]):#x}, no array is passed", ins, int(mine[0])
             )
         offsets = at - allocation.address
         inside = np.zeros(len(offsets), bool)
@@ -116,8 +109,10 @@ def _global_targets(
                 f"the first at byte {int(offsets[bad[0]]) - low}",
                 ins, int(mine[bad[0]]),
             )  # fmt: skip
-        found.append(Target(mine, offsets, allocation.memory, allocation.state, allocation.name, "global", picked,
-                            allocation.address))  # fmt: skip
+        found.append(
+            Target(mine, offsets, allocation.memory, allocation.state, allocation.name, "global", picked,
+                   allocation.address)
+        )  # fmt: skip
     return found
 
 
@@ -223,7 +218,7 @@ def _items(operand: Operand) -> tuple[Operand, ...]:
     return operand.items if isinstance(operand, Vector) else (operand,)
 
 
-def _extend(bits: Array, type_: str, register: Register) -> Array:
+def extend(bits: Array, type_: str, register: Register) -> Array:
     """Loaded bits -> bits of the (possibly wider) destination register."""
     if bits.dtype.itemsize == register.bytes:
         return bits
@@ -252,7 +247,7 @@ def _load(ins: Instruction) -> LaunchRunner:
             for destination, column in zip(destinations, _columns(data, element, count), strict=True):
                 if isinstance(destination, Sink):
                     continue
-                bits = _extend(column, type_, destination)
+                bits = extend(column, type_, destination)
                 if len(target.lanes) == launch.threads.count:
                     launch.threads.set_raw(destination.index, bits, None)
                 else:
@@ -262,7 +257,7 @@ def _load(ins: Instruction) -> LaunchRunner:
 
 
 def _load_parameter(ins: Instruction) -> LaunchRunner:
-    type_, count = ins.type, ins.vector_length
+    type_ = ins.type
     size, source = TYPE_BYTES[type_], ins.operands[1]
     if not isinstance(source.base, Symbol):
         raise unsupported(ins, "a computed parameter address")
@@ -271,7 +266,7 @@ def _load_parameter(ins: Instruction) -> LaunchRunner:
         start = launch.parameter_offset(source.base.name, ins) + source.offset
         for position, destination in enumerate(_items(ins.operands[0])):
             data = launch.parameters[start + position * size : start + (position + 1) * size]
-            bits = _extend(data.copy().view(RAW[size])[0], type_, destination)
+            bits = extend(data.copy().view(RAW[size])[0], type_, destination)
             launch.threads.set_raw(destination.index, bits, active)
 
     return run
@@ -298,178 +293,3 @@ def _store(ins: Instruction) -> LaunchRunner:
             store_bytes(launch, ins, target, data[target.picked], strong)
 
     return run
-
-
-_UPDATE: dict[str, Callable[..., Array]] = {
-    "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "exch": lambda old, new: new, "min": np.minimum, "max": np.maximum,
-    "inc": lambda old, limit: np.where(old >= limit, 0, old + 1),
-    "dec": lambda old, limit: np.where((old == 0) | (old > limit), limit, old - 1),
-    "cas": lambda old, compare, new: np.where(old == compare, new, old),
-}  # fmt: skip
-
-
-@builds("atom", "red")
-def _atomic(ins: Instruction) -> LaunchRunner:
-    space, type_ = space_of(ins), ins.type
-    name = next((m for m in ins.modifiers if m in _UPDATE), None)
-    if name is None or ins.vector_length > 1:
-        raise unsupported(ins)
-    update, size = _UPDATE[name], TYPE_BYTES[type_]
-    if type_.endswith("x2"):
-        update = packed(update, type_.removesuffix("x2"))
-    returns = ins.opcode == "atom"
-    address = address_reader(ins, ins.operands[1 if returns else 0])
-    sources = [reader(ins, operand, type_) for operand in ins.operands[2 if returns else 1 :]]
-
-    def run(launch: Launch, active: Array | None) -> None:
-        lanes = launch.threads.indices(active)
-        values = [launch.threads.everywhere(source(launch.threads))[lanes] for source in sources]
-        for target in targets(launch, ins, address(launch), lanes, size, space):
-            mine = [value[target.picked] for value in values]
-            old = _read_modify_write(launch, ins, target, update, mine, type_)
-            destination = ins.operands[0]
-            if returns and not isinstance(destination, Sink):
-                launch.threads.set_lanes(destination.index, _extend(old, type_, destination), target.lanes)
-
-    return run
-
-
-def _read_modify_write(
-    launch: Launch,
-    ins: Instruction,
-    target: Target,
-    update: Callable[..., Array],
-    values: list[Array],
-    type_: str,
-) -> Array:
-    """Apply an atomic lane after lane, in the schedule's order; returns the bits each lane found."""
-    size = TYPE_BYTES[type_]
-    launch.polls += 1
-    launch.counters.access(launch, ins, target, size, "store")
-    if launch.checks.initialised:
-        require_written(launch, ins, target, size)
-    if launch.races:
-        launch.races.access(ins, target, size, None, strong=True)
-        launch.races.access(ins, target, size, np.zeros((len(target.lanes), size), np.uint8), strong=True)
-    cells = memory.rows(target.memory, size).reshape(-1)
-    index, old = target.offsets // size, np.empty(len(target.lanes), RAW[size])
-    order = launch.lane_order(len(index))
-    if launch.races:
-        launch.races.synchronise(ins, target, order)
-    unique = len(np.unique(index)) == len(index)
-    for chosen in [slice(None)] if unique else order:
-        found = cells[index[chosen]]
-        new = formats.encode(update(formats.decode(found, type_), *(v[chosen] for v in values)), type_)
-        old[chosen] = found
-        if np.any(new != found):
-            launch.progress += 1
-        cells[index[chosen]] = new
-    return old
-
-
-@builds("membar", "fence")
-def _fence(ins: Instruction) -> LaunchRunner:
-    if "proxy" in ins.modifiers:
-        raise unsupported(ins)
-
-    def run(launch: Launch, active: Array | None) -> None:
-        if launch.races:
-            launch.races.fence(active)
-
-    return run
-
-
-@builds("cp")
-def _copy_async(ins: Instruction) -> LaunchRunner:
-    if ins.modifiers[0] != "async" or "bulk" in ins.modifiers or "mbarrier" in ins.modifiers:
-        raise unsupported(ins)
-    if ins.modifiers[1] == "commit_group":
-        return lambda launch, active: launch.copies.commit(active)
-    if ins.modifiers[1] in ("wait_group", "wait_all"):
-        remaining = ins.operands[0].value if ins.operands else 0
-        return lambda launch, active: launch.copies.wait(launch, ins, active, remaining)
-    to, source = (address_reader(ins, operand) for operand in ins.operands[:2])
-    size = ins.operands[2].value
-    extra = [o for o in ins.operands[3:] if not (isinstance(o, Register) and o.bytes == 8)]
-    ignore = extra and isinstance(extra[0], Register) and extra[0].bytes == 1
-    used = bits_reader(ins, extra[0], 4) if extra and not ignore else None
-    skip = predicate_reader(extra[0]) if ignore else None
-
-    def run(launch: Launch, active: Array | None) -> None:
-        lanes = launch.threads.indices(active)
-        data = np.zeros((len(lanes), size), np.uint8)
-        take = (
-            launch.threads.everywhere(used(launch.threads))[lanes].astype(int)
-            if used
-            else np.full(len(lanes), size)
-        )
-        if skip:
-            take = np.where(launch.threads.everywhere(skip(launch.threads))[lanes], 0, take)
-        reading = take > 0
-        if reading.any():
-            for target in targets(launch, ins, source(launch), lanes[reading], size, "global"):
-                data[np.flatnonzero(reading)[target.picked]] = load_bytes(launch, ins, target, size)
-        data[np.arange(size) >= take[:, None]] = 0
-        target = targets(launch, ins, to(launch), lanes, size, "shared")[0]
-        launch.counters.access(launch, ins, target, size, "store")
-        launch.copies.start(launch, ins, target, data)
-
-    return run
-
-
-@dataclass
-class _Copy:
-    ins: Instruction
-    target: Target
-    data: Array
-    group: Array
-
-
-class AsyncCopies:
-    """cp.async in flight: the data reaches shared memory when its thread waits for it, not before."""
-
-    def __init__(self, lanes: int) -> None:
-        self.committed = np.zeros(lanes, np.int64)
-        self.pending: list[_Copy] = []
-
-    def start(self, launch: Launch, ins: Instruction, target: Target, data: Array) -> None:
-        if launch.races:
-            launch.races.access(ins, target, data.shape[1], data, strong=False)
-        memory.scatter(target.state, target.offsets, np.full_like(data, IN_FLIGHT))
-        self.pending.append(_Copy(ins, target, data, self.committed[target.lanes]))
-
-    def commit(self, active: Array | None) -> None:
-        self.committed[slice(None) if active is None else active] += 1
-
-    def wait(self, launch: Launch, ins: Instruction, active: Array | None, remaining: int) -> None:
-        limit = self.committed - remaining
-        if "wait_all" in ins.modifiers:
-            limit = limit + 1  # also what no group was committed for
-        still = []
-        for copy in self.pending:
-            lanes = copy.target.lanes
-            done = copy.group < limit[lanes]
-            if active is not None:
-                done &= active[lanes]
-            if done.any():
-                self._land(launch, copy, done)
-            if not done.all():
-                still.append(_Copy(copy.ins, _part(copy.target, ~done), copy.data[~done], copy.group[~done]))
-        self.pending = still
-
-    def _land(self, launch: Launch, copy: _Copy, done: Array) -> None:
-        target, data = _part(copy.target, done), copy.data[done]
-        if launch.races:
-            launch.races.access(copy.ins, target, data.shape[1], data, strong=False)
-        memory.scatter(target.memory, target.offsets, data)
-        memory.scatter(target.state, target.offsets, np.full_like(data, WRITTEN))
-        launch.progress += 1
-
-
-def _part(target: Target, chosen: Array) -> Target:
-    return Target(target.lanes[chosen], target.offsets[chosen], target.memory, target.state, target.name,
-                  target.space, slice(None), target.shadow_key)  # fmt: skip
-
-
-__all__ = ["BUILDERS", "UNWRITTEN", "AsyncCopies", "Target", "address_reader", "targets"]

@@ -191,7 +191,7 @@ class Barriers:
                 lane = int(np.flatnonzero(early)[0]) * self.launch.shape.lanes
                 self.launch.fail(
                     "exited block",
-                    "a block exits with no cluster barrier after others accessed its shared memory", ins, lane,
+                    "a block exits with no cluster barrier after others used its shared memory", ins, lane,
                 )  # fmt: skip
         return self.completed() + self.cluster_completed()
 

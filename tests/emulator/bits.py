@@ -1,15 +1,13 @@
-"""Instructions on bit patterns: shifts, fields, counting, permutation, and functions given by a truth table."""
+"""Instructions on bit patterns: shifts, fields, counting, permutation, functions given by a truth table."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .arithmetic import BUILDERS, Runner, builds, elementwise, unsupported
+from .arithmetic import Runner, builds, elementwise, unsupported
 from .formats import RAW
 from .parser import TYPE_BYTES, Instruction
 from .threads import Array
-
-__all__ = ["BUILDERS"]
 
 
 @builds("lop3")

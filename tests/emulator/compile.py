@@ -239,8 +239,9 @@ def compile_triton(
 ) -> Compiled:
     """Compile a @triton.jit function ahead of time for sm_<arch>.
 
-    `signature` gives the run-time arguments' types ("*fp16", "i32", "fp32"), `aligned` names those that are divisible
-    by 16. The PTX takes the run-time arguments in order, then pointers that Triton adds; see `triton_arguments`.
+    `signature` gives the run-time arguments' types ("*fp16", "i32", "fp32"), `aligned` names those that are
+    divisible by 16. The PTX takes the run-time arguments in order, then pointers that Triton adds; see
+    `triton_arguments`. A cluster of `num_ctas` blocks counts as one program: launch num_ctas times the grid.
     """
     options = {
         "num_warps": num_warps,
@@ -249,8 +250,8 @@ def compile_triton(
         "enable_fp_fusion": fp_fusion,
     }
     constants = dict(constants or {})
-    path = _cached(["triton", triton_version(), function.cache_key, arch, dict(signature), constants, list(aligned),
-                    options])  # fmt: skip
+    key = [function.cache_key, arch, dict(signature), constants, list(aligned), options]
+    path = _cached(["triton", triton_version(), *key])
     if (cached := _load(path)) is None:
         cached = {"kernel": _compile_triton(function, arch, signature, constants, aligned, options)}
         _save(path, cached)

@@ -1,4 +1,4 @@
-"""What a launch cost: instructions, bytes, sectors, bank conflicts, footprints and DRAM traffic, per line and in all."""
+"""What a launch cost, per line and in all: instructions, bytes, sectors, bank conflicts, DRAM traffic."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Counters:
         warps = 1 + int(np.count_nonzero(np.diff(warp)))
         total = size * len(target.lanes)
         if target.space == "global":
-            units = self._sectors(target, warp, size, kind)
+            units = self._sectors(target, warp, kind)
             per_warp = np.bincount(warp - warp[0])
             ideal = int((-(-per_warp * size // SECTOR)).sum())
             self.report.buffers[target.name, kind].add(warps, total, units, ideal)
@@ -151,7 +151,7 @@ class Counters:
             units = ideal = 0
         self.report.accesses[self._position[id(ins)], target.space, kind].add(warps, total, units, ideal)
 
-    def _sectors(self, target: Target, warp: Array, size: int, kind: str) -> int:
+    def _sectors(self, target: Target, warp: Array, kind: str) -> int:
         sectors = target.offsets // SECTOR
         key = (warp << 40) | sectors
         steps = np.diff(key)

@@ -1,4 +1,4 @@
-"""Number formats: PTX register bits <-> NumPy values, and operations rounded once, as the hardware rounds them.
+"""Number formats: PTX register bits <-> NumPy values, and operations rounded once, as hardware does.
 
 f16 and bf16 are computed in float32 and rounded to their format: float32 has more than twice their digits
 plus two, so for + - * / sqrt the second rounding changes nothing. fma goes through float64 with
@@ -115,7 +115,7 @@ def fma(a: Array, b: Array, c: Array, type_: str) -> Array:
 
 
 def _fma_double(a: Array, b: Array, c: Array) -> Array:
-    """float64 fma by error-free transformations (Boldo and Melquiond); exact unless a partial result overflows."""
+    """fma by error-free transformations (Boldo and Melquiond); exact unless a partial result overflows."""
     plain = np.asarray(a * b + c)
     high, low = two_product(a, b)
     sum_low, error_low = two_sum(c, low)

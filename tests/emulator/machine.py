@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import accesses, arithmetic, bits, warp
-from .accesses import AsyncCopies
+from . import accesses, arithmetic, atomics, bits, conversions, copies, warp
 from .barriers import Barriers
+from .copies import AsyncCopies
 from .counters import L2, Counters, Report
 from .errors import EmulatorError
 from .formats import VALUE
@@ -23,6 +23,8 @@ Array = np.ndarray
 Scalar = int | float | bool | np.generic
 Argument = np.ndarray | Scalar | None
 Runner = Callable[["Launch", Mask], None]
+# Importing these fills the tables of arithmetic (bits, conversions) and of accesses (atomics, copies).
+_EXTENSIONS = (atomics, bits, conversions, copies)
 _CONTROL = ("bra", "brx", "ret", "exit", "trap", "bar", "barrier")
 
 
@@ -46,8 +48,8 @@ class Program:
 class Device:
     """A GPU to launch kernels on.
 
-    `resident_threads` bounds how many threads run together, in whole blocks; a cooperative launch needs room for
-    its whole grid if `cooperative_blocks` is given. `seed` runs warps and blocks in a random order.
+    `resident_threads` bounds how many threads run together, in whole blocks; a cooperative launch needs room
+    for its whole grid if `cooperative_blocks` is given. `seed` runs warps and blocks in a random order.
     `l2_bytes` switches the DRAM model on; the cache stays warm between launches.
     """
 
@@ -88,7 +90,7 @@ class Device:
         cluster: int | None = None,
         names: Sequence[str] | None = None,
     ) -> Report:
-        """Run a kernel to its end. Arrays are device memory, changed in place; scalars are cast to the parameter.
+        """Run a kernel to its end. Arrays are device memory, changed in place; scalars are cast.
 
         `names` gives the arguments the names that errors and `Report.buffer` use; by default arg0, arg1, ...
         """
@@ -247,11 +249,11 @@ def _runner(ins: Instruction) -> Runner:
             return builder(ins)
         if ins.opcode in _CONTROL:
             return _nothing
-        if builder := bits.BUILDERS.get(ins.opcode):
+        if builder := arithmetic.BUILDERS.get(ins.opcode):
             compute = builder(ins)
             return lambda launch, active: compute(launch.threads, active)
     except (AttributeError, IndexError, KeyError, StopIteration, ValueError) as error:
-        # An operand or a modifier that the builder did not expect: a form of the instruction it does not know.
+        # An operand or a modifier that the builder did not expect: a form it does not know.
         raise arithmetic.unsupported(ins, f"this form of {ins.opcode}") from error
     raise arithmetic.unsupported(ins)
 

@@ -1,8 +1,8 @@
 """Device memory: NumPy arrays behind device addresses, with what each byte has been through.
 
 An array that is passed to a launch stands for device memory. Its device address keeps the array's offset
-within the allocation it is a view of, so that overlapping arguments overlap on the device and a misaligned view
-is misaligned there. A kernel may touch the bytes its arguments cover and nothing else.
+within the allocation it is a view of, so that overlapping arguments overlap on the device and a misaligned
+view is misaligned there. A kernel may touch the bytes its arguments cover and nothing else.
 """
 
 from __future__ import annotations

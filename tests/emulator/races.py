@@ -1,7 +1,7 @@
 """Data races: two unordered accesses to one place by different threads, at least one of them a plain write.
 
-Each thread has a clock that advances when it synchronises; a place remembers the thread and the clock of its last
-write and of its last reads. An access is ordered after a remembered one if its thread knows that clock:
+Each thread has a clock that advances when it synchronises; a place remembers the thread and the clock of its
+last write and of its last reads. An access is ordered after a remembered one if its thread knows that clock:
 through a barrier of the block or the cluster, bar.warp.sync, or a release that it acquired (directly, or
 by a fence around relaxed atomics). Shuffles and votes order nothing, as in the PTX memory model.
 
@@ -87,7 +87,9 @@ class RaceDetector:
         self.acquired: dict[int, Array] = {}  # lane -> clocks it knows beyond its block's
         self.seen: dict[int, Array] = {}  # lane -> clocks read by relaxed accesses, known after a fence
         self.shadows.pop(-1, None)
-        self.published = {place: clocks for place, clocks in self.published.items() if place[0] != "shared memory"}
+        self.published = {
+            place: clocks for place, clocks in self.published.items() if place[0] != "shared memory"
+        }
 
     # ---------------------------------------------------------------- accesses
 

@@ -1,7 +1,7 @@
 """Decides which threads run next.
 
-Threads of all blocks that are at one instruction run together. By default the group that is furthest behind runs,
-so that threads which took different branches meet again. With a seed, random warps run for random
+Threads of all blocks that are at one instruction run together. By default the group that is furthest behind
+runs, so that threads which took different branches meet again. With a seed, random warps run for random
 spells instead: a program whose result depends on that order has a fault.
 """
 

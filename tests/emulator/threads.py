@@ -1,4 +1,4 @@
-"""The threads of the blocks that run together: who they are, their registers, and how operands are read and written.
+"""The threads of the blocks that run together: who they are, their registers, how operands are accessed.
 
 Every array has one entry per lane: block after block, each padded to whole warps, so that
 `reshape(-1, 32)` always yields warps. A value that is the same for all lanes may be kept as a NumPy scalar.
@@ -104,7 +104,7 @@ class Threads:
     def _make_special(self, name: str) -> Array:
         shape, axis = self.shape, "xyz".find(name[-1])
 
-        def coordinate(linear: Array, extents: tuple[int, int, int]) -> Array:
+        def coordinate(linear: Array, extents: tuple[int, ...]) -> Array:
             return (linear // int(np.prod(extents[:axis])) % extents[axis]).astype(np.uint32)
 
         # Clusters extend along x, as CUDA and Triton lay them out here.
@@ -143,7 +143,9 @@ Reader = Callable[[Threads], Array]
 Writer = Callable[[Threads, Array, Mask], None]
 _SPECIAL_NAMES = {
     f"%{name}.{axis}"
-    for name in ("tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid")
+    for name in (
+        "tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid"
+    )  # fmt: skip
     for axis in "xyz"
 } | {
     "%cluster_ctarank", "%cluster_nctarank", "%laneid", "%warpid", "%nwarpid", "%smid", "%clock", "%clock_hi",
@@ -164,10 +166,10 @@ def bits_reader(instruction: Instruction, operand: Operand, size: int) -> Reader
         return lambda threads: threads.special(operand.name).astype(dtype)
     if isinstance(operand, Immediate):
         constant = dtype(int(operand.value) & (256**size - 1))
-        return lambda threads: constant
+        return lambda _: constant
     if isinstance(operand, Symbol):
         if operand.name == "WARP_SZ":
-            return lambda threads: dtype(WARP)
+            return lambda _: dtype(WARP)
         return lambda threads: dtype(symbol_address(threads, operand.name, instruction))
     raise EmulatorError("syntax", f"cannot read {operand} in {instruction.where()}")
 
@@ -187,7 +189,7 @@ def reader(instruction: Instruction, operand: Operand, type_: str) -> Reader:
         return predicate_reader(operand)
     if isinstance(operand, Immediate) and isinstance(operand.value, float):
         value = formats.decode(formats.encode(np.float64(operand.value), type_), type_)
-        return lambda threads: value
+        return lambda _: value
     bits = bits_reader(instruction, operand, TYPE_BYTES[type_])
     value_type = formats.VALUE[type_]
     if type_ in ("f16", "bf16"):
@@ -198,17 +200,21 @@ def reader(instruction: Instruction, operand: Operand, type_: str) -> Reader:
 def predicate_reader(operand: Operand) -> Reader:
     if isinstance(operand, Immediate):
         constant = np.bool_(operand.value)
-        return lambda threads: constant
+        return lambda _: constant
     index = operand.index
     if operand.negated:
         return lambda threads: ~threads.raw(index).astype(np.bool_)
     return lambda threads: threads.raw(index).astype(np.bool_, copy=False)
 
 
+def _discard(threads: Threads, values: Array, active: Mask) -> None:
+    del threads, values, active
+
+
 def writer(instruction: Instruction, operand: Operand, type_: str) -> Writer:
     """A function that stores values of the PTX type; a wider register is sign- or zero-extended."""
     if isinstance(operand, Sink):
-        return lambda threads, values, active: None
+        return _discard
     if not isinstance(operand, Register):
         raise EmulatorError("syntax", f"cannot write {operand} in {instruction.where()}")
     index, size = operand.index, operand.bytes
