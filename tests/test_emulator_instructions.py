@@ -226,7 +226,7 @@ def test_funnel_shift():
 
 
 def exactly_rounded(value: Fraction, dtype: np.dtype) -> object:
-    """The value of `dtype` nearest to a fraction, ties to even: the best of a first guess and its neighbours."""
+    """The value of `dtype` nearest to a fraction, ties to even: a first guess or its neighbour."""
     guess = np.array(float(value)).astype(dtype)
     if not np.isfinite(guess):
         return guess

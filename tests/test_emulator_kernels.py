@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from emulator import Checks, Device
-from emulator.compile import ARCHITECTURES, Compiled, triton_arguments
+from emulator.compile import ARCHITECTURES, Compiled, triton_arguments, triton_version
 from emulator.schedules import require_same_results
 
 pytestmark = pytest.mark.compile
@@ -33,7 +33,7 @@ def oracle(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndar
 
 @dataclass
 class Forward:
-    """A backend in small: it allocates, orders arguments, launches through the seam, and knows no emulator."""
+    """A backend in small: it allocates, orders arguments, launches through the seam; it knows no emulator."""
 
     launch: Callable
     empty: Callable
@@ -176,6 +176,8 @@ def test_triton_forward(shape, aligned, type_, arch, triton_forward, device):
 @pytest.mark.parametrize("seed", [None, 0])
 def test_triton_forward_over_clusters(seed, triton_forward):
     """num_ctas = 2: the reduction crosses two blocks through distributed shared memory."""
+    if triton_version().startswith("3.7."):
+        pytest.skip("the compiler of Triton 3.7 fails on this kernel with num_ctas = 2")
     compiled = triton_forward("f32", 90, num_ctas=2)
     assert compiled.kernel.cluster == 2
     device = Device(seed=seed)

@@ -141,6 +141,9 @@ def cuda_headers() -> Path | None:
 
 class _Nvrtc:
     def __init__(self, library: Path) -> None:
+        # NVRTC opens this library by name, and finds it if it is loaded already.
+        for builtins in library.parent.glob("libnvrtc-builtins.so.*"):
+            ctypes.CDLL(str(builtins))
         self.library = ctypes.CDLL(str(library))
         self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
         major, minor = ctypes.c_int(), ctypes.c_int()

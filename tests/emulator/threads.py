@@ -141,17 +141,27 @@ class Threads:
 
 Reader = Callable[[Threads], Array]
 Writer = Callable[[Threads, Array, Mask], None]
-_SPECIAL_NAMES = {
-    f"%{name}.{axis}"
-    for name in (
-        "tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid"
-    )  # fmt: skip
-    for axis in "xyz"
-} | {
-    "%cluster_ctarank", "%cluster_nctarank", "%laneid", "%warpid", "%nwarpid", "%smid", "%clock", "%clock_hi",
-    "%clock64", "%globaltimer", "%dynamic_smem_size", "%total_smem_size",
-    *(f"%lanemask_{relation}" for relation in ("eq", "lt", "le", "gt", "ge")),
-}  # fmt: skip
+_BY_AXIS = ["tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid"]
+_SINGLE = [
+    "cluster_ctarank",
+    "cluster_nctarank",
+    "laneid",
+    "warpid",
+    "nwarpid",
+    "smid",
+    "clock",
+    "clock_hi",
+    "clock64",
+    "globaltimer",
+    "dynamic_smem_size",
+    "total_smem_size",
+    "lanemask_eq",
+    "lanemask_lt",
+    "lanemask_le",
+    "lanemask_gt",
+    "lanemask_ge",
+]
+_SPECIAL_NAMES = {f"%{name}.{axis}" for name in _BY_AXIS for axis in "xyz"} | {f"%{name}" for name in _SINGLE}
 
 
 def bits_reader(instruction: Instruction, operand: Operand, size: int) -> Reader:
