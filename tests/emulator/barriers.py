@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .arithmetic import unsupported
-from .parser import Immediate, Instruction, Register
+from .parser import Instruction
 from .threads import bits_reader, predicate_reader, writer
 
 if TYPE_CHECKING:
@@ -44,13 +44,10 @@ class Barriers:
     def arrive(self, pc: int, ins: Instruction, lanes: Array) -> list[Release]:
         if ins.modifiers[0] not in ("sync", "red", "cta") or "arrive" in ins.modifiers:
             raise unsupported(ins)
-        ids = self._operand(ins, 0)
+        identifier = ins.operands[1 if "red" in ins.modifiers else 0]
+        ids = bits_reader(ins, identifier, 4)(self.threads).astype(np.int64)
         self.waiting_pc[lanes], self.waiting_id[lanes] = pc, np.broadcast_to(ids, lanes.shape)[lanes]
         return self.completed()
-
-    def _operand(self, ins: Instruction, position: int) -> Array:
-        operands = ins.operands[1:] if "red" in ins.modifiers else ins.operands
-        return bits_reader(ins, operands[position], 4)(self.threads).astype(np.int64)
 
     def completed(self) -> list[Release]:
         """Let go of the blocks in which everybody has arrived."""
@@ -68,21 +65,18 @@ class Barriers:
     def _expected(self, waiting: Array) -> Array:
         """How many threads each block's barrier needs: a count it names, or all that are alive."""
         alive = self.threads.alive.reshape(-1, self.launch.shape.lanes).sum(1)
-        ins = self.launch.kernel.code[int(self.waiting_pc[waiting][0])]
-        counted = [
-            o for o in ins.operands[1:] if isinstance(o, Immediate | Register) and o != ins.operands[0]
-        ]
-        if "red" in ins.modifiers or not counted:
+        if self._is_whole_block(waiting):
             return alive
-        return np.broadcast_to(self._operand(ins, 1), waiting.shape)[:: self.launch.shape.lanes]
+        ins = self.launch.kernel.code[int(self.waiting_pc[waiting][0])]
+        count = bits_reader(ins, ins.operands[1], 4)(self.threads).astype(np.int64)
+        return np.broadcast_to(count, waiting.shape)[:: self.launch.shape.lanes]
 
     def _let_go(self, leaving: Array) -> list[Release]:
         launch, lanes_per_block = self.launch, self.launch.shape.lanes
         self._require_same_place(leaving)
         blocks = np.repeat(leaving.reshape(-1, lanes_per_block).any(1), lanes_per_block)
-        counted = leaving.reshape(-1, lanes_per_block).sum(1)
         exited = blocks & self.threads.exists & ~self.threads.alive
-        if exited.any() and counted.max() + exited.sum() > 0 and self._is_whole_block(leaving):
+        if exited.any() and self._is_whole_block(leaving):
             lane = int(np.flatnonzero(leaving)[0])
             missing = int(exited.reshape(-1, lanes_per_block).sum(1).max())
             ins = launch.kernel.code[int(self.waiting_pc[lane])]
@@ -102,8 +96,8 @@ class Barriers:
         launch.progress += 1
         return releases
 
-    def _is_whole_block(self, leaving: Array) -> bool:
-        ins = self.launch.kernel.code[int(self.waiting_pc[leaving][0])]
+    def _is_whole_block(self, waiting: Array) -> bool:
+        ins = self.launch.kernel.code[int(self.waiting_pc[waiting][0])]
         return "red" in ins.modifiers or len(ins.operands) < 2
 
     def _require_same_place(self, leaving: Array) -> None:

@@ -93,17 +93,14 @@ class GlobalMemory:
         return owner[:size].view(dtype).reshape(shape)
 
     def unwritten(self, array: Array) -> int:
-        """How many elements of an array made by `empty` hold at least one byte that was never written."""
+        """How many elements of a (contiguous) array made by `empty` hold a byte that was never written."""
         owner = owner_of(array)
         known = self._known.get(owner.ctypes.data)
         if known is None or known[0]() is not owner or known[2] is None:
             return 0
-        positions = np.arange(len(owner)).reshape(-1)[: array.nbytes + self._offset(array, owner)]
-        states = known[2][positions[self._offset(array, owner) :]]
-        return int((states.reshape(-1, array.itemsize) == UNWRITTEN).any(1).sum())
-
-    def _offset(self, array: Array, owner: Array) -> int:
-        return array.ctypes.data - owner.ctypes.data
+        start = array.ctypes.data - owner.ctypes.data
+        states = known[2][start : start + array.nbytes].reshape(-1, array.itemsize)
+        return int((states == UNWRITTEN).any(1).sum())
 
     def _remember(self, owner: Array, state: Array | None) -> tuple[weakref.ref, int, Array | None]:
         entry = (weakref.ref(owner), self._next, state)

@@ -141,27 +141,17 @@ class Threads:
 
 Reader = Callable[[Threads], Array]
 Writer = Callable[[Threads, Array, Mask], None]
-_BY_AXIS = ["tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid"]
-_SINGLE = [
-    "cluster_ctarank",
-    "cluster_nctarank",
-    "laneid",
-    "warpid",
-    "nwarpid",
-    "smid",
-    "clock",
-    "clock_hi",
-    "clock64",
-    "globaltimer",
-    "dynamic_smem_size",
-    "total_smem_size",
-    "lanemask_eq",
-    "lanemask_lt",
-    "lanemask_le",
-    "lanemask_gt",
-    "lanemask_ge",
-]
-_SPECIAL_NAMES = {f"%{name}.{axis}" for name in _BY_AXIS for axis in "xyz"} | {f"%{name}" for name in _SINGLE}
+_BY_AXIS = (
+    "tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid",
+)  # fmt: skip
+_SINGLE = (
+    "cluster_ctarank", "cluster_nctarank", "laneid", "warpid", "nwarpid", "smid", "clock", "clock_hi", "clock64",
+    "globaltimer", "dynamic_smem_size", "total_smem_size",
+    "lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge",
+)  # fmt: skip
+_SPECIAL_NAMES = {f"%{name}" for name in _SINGLE}.union(
+    f"%{name}.{axis}" for name in _BY_AXIS for axis in "xyz"
+)
 
 
 def bits_reader(instruction: Instruction, operand: Operand, size: int) -> Reader:
