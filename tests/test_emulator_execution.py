@@ -253,6 +253,19 @@ def test_asynchronous_copies_arrive_at_their_wait_and_fill_with_zeros():
     np.testing.assert_array_equal(out, x[1::4] + x[0::4])
 
 
+def test_a_partial_asynchronous_copy_reads_only_its_bytes():
+    """Lane 0 copies the last 12 bytes of x, which is too short for 16."""
+    kernel = snippet("""
+        ld.param.u64 %rd1, [x]; mov.u32 %r3, cell; mov.u32 %r4, 12;
+        cp.async.cg.shared.global [%r3], [%rd1+16], 16, %r4; cp.async.wait_all;
+        ld.shared.v4.u32 {%r5, %r6, %r7, %r8}, [%r3]; add.u32 %r1, %r7, %r8;
+    """ + STORE_R1, "u64 out, u64 x", module=".shared .align 16 .b8 cell[16];")  # fmt: skip
+    device = Device()
+    out = device.empty(1, np.uint32)
+    device.launch(kernel, 1, 1, [out, np.arange(7, dtype=np.uint32)])
+    assert out[0] == 6
+
+
 # -------------------------------------------------------------------- clusters, cooperative grids, launches
 
 CLUSTER = """

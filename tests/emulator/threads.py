@@ -145,8 +145,8 @@ _BY_AXIS = (
     "tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid",
 )  # fmt: skip
 _SINGLE = (
-    "cluster_ctarank", "cluster_nctarank", "laneid", "warpid", "nwarpid", "smid", "clock", "clock_hi", "clock64",
-    "globaltimer", "dynamic_smem_size", "total_smem_size",
+    "cluster_ctarank", "cluster_nctarank", "laneid", "warpid", "nwarpid", "smid",
+    "clock", "clock_hi", "clock64", "globaltimer", "dynamic_smem_size", "total_smem_size",
     "lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge",
 )  # fmt: skip
 _SPECIAL_NAMES = {f"%{name}" for name in _SINGLE}.union(
