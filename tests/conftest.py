@@ -1,5 +1,34 @@
-"""Fixtures and hooks that every test file shares."""
+"""What all tests share: the backends under test, the emulator's fixtures, and settings put back after each test."""
 
+import hypothesis
+import pytest
 from emulator.fixtures import caught_faults, compile_cuda, compile_triton, device, pytest_terminal_summary
 
+import gpu_bn
+
 __all__ = ["caught_faults", "compile_cuda", "compile_triton", "device", "pytest_terminal_summary"]
+
+BACKENDS = ["numpy"]
+
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The name of each backend in turn."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _keep_num_threads():
+    threads = gpu_bn.get_num_threads()
+    yield
+    gpu_bn.set_num_threads(threads)

@@ -1,0 +1,71 @@
+"""Batch normalisation, forward and backward, for arrays on the CPU and the GPU.
+
+Importing this package imports none of its parts, and none of NumPy, CuPy, torch and Triton but when they are needed;
+the public names below are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpu_bn.activations import Activation, elu, leaky_relu
+    from gpu_bn.backends._threads import get_num_threads, set_num_threads
+    from gpu_bn.backends.protocol import Saved
+    from gpu_bn.dispatch import BackendUnavailableError
+    from gpu_bn.folding import fold, identity_affine, unfold
+    from gpu_bn.functional import batch_norm, batch_norm_backward, batch_norm_forward
+    from gpu_bn.layers import BatchNorm
+    from gpu_bn.ops import Grads
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Activation": "activations",
+    "BackendUnavailableError": "dispatch",
+    "BatchNorm": "layers",
+    "Grads": "ops",
+    "Saved": "backends.protocol",
+    "batch_norm": "functional",
+    "batch_norm_backward": "functional",
+    "batch_norm_forward": "functional",
+    "elu": "activations",
+    "fold": "folding",
+    "get_num_threads": "backends._threads",
+    "identity_affine": "folding",
+    "leaky_relu": "activations",
+    "set_num_threads": "backends._threads",
+    "unfold": "folding",
+}
+
+__all__ = [
+    "Activation",
+    "BackendUnavailableError",
+    "BatchNorm",
+    "Grads",
+    "Saved",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "elu",
+    "fold",
+    "get_num_threads",
+    "identity_affine",
+    "leaky_relu",
+    "set_num_threads",
+    "unfold",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,81 @@
+"""``gpu-bn check``: the conformance cases on this machine's backends, in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from gpu_bn import dispatch, testing
+from gpu_bn._console import progress, table
+from gpu_bn._info import unavailable
+
+
+class Outcome(NamedTuple):
+    """One case on one backend.
+
+    Attributes:
+        errors: per quantity, its largest error as a share of the error allowed.
+        failure: what went wrong; empty if the case has passed.
+    """
+
+    case: testing.Case
+    errors: dict[str, float]
+    failure: str
+
+
+def conformance(backend: str | None) -> bool:
+    """Run the cases on one backend, or on all that can be had, and print what comes of it.
+
+    Returns:
+        Whether all have passed.
+
+    Raises:
+        BackendUnavailableError: the backend asked for cannot be had.
+    """
+    if backend is not None:
+        dispatch.load(backend)
+    passed = True
+    for name in dispatch.NAMES if backend is None else (backend,):
+        if why_not := unavailable(name):
+            print(f"{name}: not run, {why_not}\n")
+            continue
+        cases = testing.cases()
+        with progress(f"Checking {name}: {len(cases)} cases", len(cases)) as tick:
+            outcomes = [run(case, name, tick) for case in cases]
+        print(summary(name, outcomes))
+        passed &= not any(outcome.failure for outcome in outcomes)
+    if left_out := testing.unavailable_cases():
+        print(f"{len(left_out)} cases of bfloat16 were left out: the package ml_dtypes is not installed.")
+    return passed
+
+
+def run(case: testing.Case, backend: str, tick: Callable[[int], None]) -> Outcome:
+    """Run one case; whatever it raises is its failure."""
+    try:
+        return Outcome(case, testing.check(case, backend), "")
+    except Exception as error:
+        return Outcome(case, {}, f"{type(error).__name__}: {error}")
+    finally:
+        tick(1)
+
+
+def summary(backend: str, outcomes: list[Outcome]) -> str:
+    """The table, and a line for each failure."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.case.dtype, outcome.case.mode), []).append(outcome)
+    rows = []
+    for (dtype, mode), members in sorted(groups.items()):
+        failed = sum(bool(outcome.failure) for outcome in members)
+        rows.append([dtype, mode, str(len(members)), str(failed or "-"), *worst(members)])
+    header = ["dtype", "mode", "cases", "failed", "largest error / allowed", "quantity"]
+    caption = "Errors are against a float64 oracle, forward and backward, of the cases that have passed."
+    failures = [f"FAILED {outcome.case}\n  {outcome.failure}" for outcome in outcomes if outcome.failure]
+    title = f"{backend}: {len(outcomes) - len(failures)} of {len(outcomes)} cases have passed"
+    return "\n".join([table(title, header, rows, caption), *failures])
+
+
+def worst(outcomes: Iterable[Outcome]) -> tuple[str, str]:
+    """The largest error of a group, and which quantity has it."""
+    errors = [(share, name) for outcome in outcomes for name, share in outcome.errors.items()]
+    return (f"{max(errors)[0]:.2g}", max(errors)[1]) if errors else ("-", "-")

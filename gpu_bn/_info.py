@@ -1,0 +1,122 @@
+"""What ``gpu-bn info`` says of this machine; no array library is imported for a version."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu_bn import __version__, dispatch, get_num_threads
+from gpu_bn._console import table
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "cupy",
+    "ml_dtypes",
+    "scikit-learn",
+    "matplotlib",
+    "rich",
+)
+DRIVER = "libcuda.so.1"
+
+
+class Devices(NamedTuple):
+    """The NVIDIA GPUs by name; if there are none, why."""
+
+    names: list[str]
+    why_not: str = ""
+
+
+def info() -> str:
+    """Versions, processor, GPUs and backends, in lines of text."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = devices()
+    packages = [f"{name} {found}" for name in PACKAGES if (found := installed(name))]
+    facts = [
+        ("gpu-bn", __version__),
+        ("Python", f"{platform.python_version()} on {platform.platform()}"),
+        ("NumPy", f"{np.__version__}, BLAS: {blas()}"),
+        ("packages", ", ".join(packages) or "none of " + ", ".join(PACKAGES)),
+        ("processor", f"{platform.machine()}, {os.cpu_count()} cores, {cores} for this process"),
+        ("threads", f"{get_num_threads()} for the NumPy backend (GPU_BN_NUM_THREADS sets it)"),
+        ("GPUs", "; ".join(gpus.names) or f"none: {gpus.why_not}"),
+    ]
+    rows = []
+    for row in dispatch.ROWS:
+        why_not = unavailable(row.name)
+        rows.append([row.name, row.array, f"no: {why_not}" if why_not else "yes"])
+    lines = [f"{name:10} {value}" for name, value in facts]
+    return "\n".join([*lines, "", table("Backends", ["name", "serves", "available"], rows)]).rstrip()
+
+
+def installed(package: str) -> str | None:
+    """A package's version, or ``None`` if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def blas() -> str:
+    """The BLAS that NumPy was built with."""
+    show_config: Any = np.show_config
+    found = show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    return f"{found.get('name', 'unknown')} {found.get('version', '')}".strip()
+
+
+def unavailable(backend: str) -> str:
+    """Why a backend cannot be had; empty if it can."""
+    try:
+        dispatch.load(backend)
+    except dispatch.BackendUnavailableError as error:
+        return str(error).removeprefix(f"backend {backend!r} cannot be used: ")
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def devices() -> Devices:
+    """Ask the driver, which needs no library but its own."""
+    try:
+        cuda = ctypes.CDLL(DRIVER)
+    except OSError as error:
+        return Devices([], f"the NVIDIA driver cannot be loaded ({error})")
+    if code := cuda.cuInit(0):
+        return Devices([], f"cuInit failed with {error_name(cuda, code)}")
+    count = ctypes.c_int()
+    if code := cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return Devices([], f"cuDeviceGetCount failed with {error_name(cuda, code)}")
+    names = [device_name(cuda, index) for index in range(count.value)]
+    return Devices(names, "" if names else "the driver sees no device")
+
+
+def device_name(cuda: ctypes.CDLL, index: int) -> str:
+    """A device's name and compute capability."""
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    calls: tuple[Callable[[], int], ...] = (
+        lambda: cuda.cuDeviceGet(ctypes.byref(device), index),
+        lambda: cuda.cuDeviceGetName(name, len(name), device),
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device),  # COMPUTE_CAPABILITY_MAJOR
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),  # COMPUTE_CAPABILITY_MINOR
+    )
+    for call in calls:
+        if code := call():
+            return f"device {index} ({error_name(cuda, code)})"
+    return f"{name.value.decode()} (sm_{major.value}{minor.value})"
+
+
+def error_name(cuda: ctypes.CDLL, code: int) -> str:
+    """The driver's name of an error, such as CUDA_ERROR_NO_DEVICE."""
+    text = ctypes.c_char_p()
+    if cuda.cuGetErrorName(code, ctypes.byref(text)) or text.value is None:
+        return f"error {code}"
+    return text.value.decode()

@@ -1,0 +1,74 @@
+"""How a tensor of any rank, channel axis and strides is seen as (N, C, S): outer axes, channels, inner axes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A tensor's axes in the order in which they lie in memory, and its (N, C, S) shape in that order.
+
+    Channels-last tensors have S = 1. The order is the input's; outputs are made in the same one.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    n: int
+    c: int
+    s: int
+
+    @staticmethod
+    def of(x: Array, axis: int) -> Layout:
+        """The layout of an array with its channels along ``axis``."""
+        if x.flags.c_contiguous:
+            return _layout(x.shape, tuple(range(x.ndim)), axis)
+        return _layout(x.shape, _memory_order(x), axis)
+
+    @property
+    def count(self) -> int:
+        """Positions a channel."""
+        return self.n * self.s
+
+    def empty(self, dtype: Any) -> Array:
+        """A new array of this layout."""
+        dense = np.empty([self.shape[axis] for axis in self.order], dtype)
+        return dense.transpose(np.argsort(self.order)) if self.order != tuple(range(len(self.order))) else dense
+
+    def read(self, array: Array) -> Array:
+        """An array seen as (N, C, S), copied if its strides do not allow it."""
+        return array.transpose(self.order).reshape(self.n, self.c, self.s)
+
+    def write(self, array: Array) -> Array | None:
+        """An array seen as (N, C, S), or ``None`` if its strides do not allow it."""
+        try:
+            return array.transpose(self.order).reshape((self.n, self.c, self.s), copy=False)
+        except ValueError:
+            return None
+
+    def assign(self, out: Array, value: Array) -> None:
+        """Write an (N, C, S) array to one of this layout's shape, with any strides."""
+        ordered = out.transpose(self.order)
+        np.copyto(ordered, value.reshape(ordered.shape), casting="unsafe")
+
+
+@lru_cache(1024)
+def _layout(shape: tuple[int, ...], order: tuple[int, ...], axis: int) -> Layout:
+    ordered = [shape[a] for a in order]
+    at = order.index(axis)
+    return Layout(shape, order, math.prod(ordered[:at]), shape[axis], math.prod(ordered[at + 1 :]))
+
+
+def _memory_order(x: Array) -> tuple[int, ...]:
+    """The axes from the largest stride to the smallest; a broadcast array has no order of its own."""
+    if any(stride == 0 and size > 1 for stride, size in zip(x.strides, x.shape, strict=True)):
+        return tuple(range(x.ndim))
+    return tuple(sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis])))

@@ -1,0 +1,310 @@
+"""NumPy on the CPU: two sweeps over contiguous pieces, each piece small enough to stay in the cache between its passes.
+
+Forward: one sweep sums, one writes ``y``. Backward: one sweep sums (and writes ``dz`` where an activation makes it
+differ from ``dy``), one writes ``dx``. The second sweep runs backwards, so that it starts with what the first left in
+the cache. Per-channel values are float64 throughout. Tensors are computed in their own precision, but half precision
+and small tensors (:mod:`gpu_bn.backends._small`) in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_bn.backends import _small
+from gpu_bn.backends._layout import Layout
+from gpu_bn.backends._small import SMALL
+from gpu_bn.backends._sweep import Operand, Tile, Workspace, run, sweep
+from gpu_bn.backends.protocol import Moments, Saved, Sums
+
+Array = NDArray[Any]
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+TRUSTED_RATIO = 2.0
+"""Raw sums, and y = x * scale + shift, serve while |mean| <= 2 sd: the cancellation then costs less than 3 bits.
+Beyond, the mean is subtracted first. Decided channel by channel, so that no channel's result depends on another."""
+UNDERFLOW = 1e-30
+"""Mean squares below this may have lost float32's small numbers."""
+
+
+def backend() -> NumpyBackend:
+    """The backend, for :func:`gpu_bn.dispatch.load`."""
+    return NumpyBackend()
+
+
+class NumpyBackend:
+    """See :class:`gpu_bn.backends.protocol.Backend`."""
+
+    name = "numpy"
+
+    def vector(self, array: Array) -> Array:
+        return array.astype(FLOAT64)
+
+    def cast(self, vector: Array, dtype: Any) -> Array:
+        with np.errstate(all="ignore"):
+            return vector.astype(dtype)
+
+    def empty_like(self, x: Array) -> Array:
+        return Layout.of(x, 0).empty(x.dtype)
+
+    def copy(self, array: Array, like: Array) -> Array:
+        y = self.empty_like(like)
+        np.copyto(y, array)
+        return y
+
+    def check_out(self, out: Array, x: Array, residual: Array | None) -> None:
+        for name, array in (("input", x), ("residual", residual)):
+            if array is None or out is array or not np.shares_memory(out, array):
+                continue
+            if (out.ctypes.data, out.strides) != (array.ctypes.data, array.strides):
+                raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
+
+    def stats(self, x: Array, axis: int) -> Moments:
+        layout = Layout.of(x, axis)
+        if x.size == 0:
+            return Moments(0, np.zeros(layout.c), np.zeros(layout.c))
+        with np.errstate(all="ignore"):
+            return _small.stats(layout, x) if x.size <= SMALL else _moments(layout.read(x), _working_dtype(x))
+
+    def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: float) -> None:
+        bessel = moments.count / max(moments.count - 1, 1)
+        with np.errstate(all="ignore"):
+            running_mean[...] = (1 - momentum) * running_mean.astype(FLOAT64) + momentum * moments.mean
+            running_var[...] = (1 - momentum) * running_var.astype(FLOAT64) + (momentum * bessel) * moments.var
+
+    def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
+        layout = Layout.of(saved.x, saved.spec.axis)
+        with np.errstate(all="ignore"):
+            if saved.x.size <= SMALL:
+                _small.normalize(layout, saved, residual, out)
+                return
+            y = layout.write(out)
+            target = np.empty((layout.n, layout.c, layout.s), out.dtype) if y is None else y
+            _normalize(saved, layout, residual, target)
+            if y is None:
+                layout.assign(out, target)
+
+    def keeps_dz(self, saved: Saved) -> bool:
+        return saved.x.size > SMALL and bool(_working_dtype(saved.x, saved.moments) == saved.x.dtype)
+
+    def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
+        layout = Layout.of(saved.x, saved.spec.axis)
+        with np.errstate(all="ignore"):
+            if saved.x.size <= SMALL:
+                return _small.backward_reduce(layout, saved, dy, dz)
+            return _backward_reduce(saved, layout, dy, dz)
+
+    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
+        layout = Layout.of(saved.x, saved.spec.axis)
+        with np.errstate(all="ignore"):
+            if saved.x.size <= SMALL:
+                _small.backward_input(layout, saved, dy, sums, out)
+            else:
+                _backward_input(saved, layout, dy, dz, sums, out)
+
+
+def _working_dtype(x: Array, moments: Moments | None = None) -> np.dtype[Any]:
+    """What a tensor is computed in: float32 if it is in that and its range suffices, else float64."""
+    if x.dtype != FLOAT32 or (moments is not None and moments.wide):
+        return FLOAT64
+    return FLOAT32
+
+
+def _moments(x: Array, dtype: np.dtype[Any]) -> Moments:
+    """Mean and variance of an (N, C, S) tensor: raw sums where they serve, else the corrected two-pass algorithm.
+
+    Where float32 loses the squares' range (overflow or underflow), all is done again in float64. In float64 an
+    overflow makes the variance, and with it the channel, NaN: never a plausible wrong number.
+    """
+    count = x.shape[0] * x.shape[2]
+    sum_x, sum_xx = _sums(x, None, dtype)
+    if dtype == FLOAT32 and _range_lost(sum_x, sum_xx, count):
+        moments = _moments(x, FLOAT64)
+        lost = ~np.isfinite(sum_xx) | (sum_xx < count * UNDERFLOW)
+        if np.isfinite(moments.var[lost]).any():
+            return Moments(count, moments.mean, moments.var, wide=True)
+    mean = sum_x / count
+    var = sum_xx / count - mean * mean
+    trusted = ~(mean * mean > TRUSTED_RATIO**2 * var)
+    if not trusted.all():
+        # Subtracting zero leaves the trusted channels exactly as they were.
+        centre = np.where(trusted, 0.0, mean).astype(dtype)
+        sum_x, sum_xx = _sums(x, centre, dtype)
+        remainder = sum_x / count
+        mean = centre + remainder
+        var = sum_xx / count - remainder * remainder
+    return Moments(count, mean, np.where(var < np.inf, np.maximum(var, 0.0), np.nan))
+
+
+def _range_lost(sum_x: Array, sum_xx: Array, count: int) -> bool:
+    overflow = ~np.isfinite(sum_xx)
+    underflow = (sum_xx < count * UNDERFLOW) & (sum_x != 0)
+    return bool((overflow | underflow).any())
+
+
+def _sums(x: Array, centre: Array | None, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Sum of x - centre and of its square."""
+    source = Operand("x", x, dtype)
+    tiles = sweep(*x.shape, dtype.itemsize, sums=True, temporaries=(not source.in_place) + (centre is not None))
+    shift = None if centre is None else tiles.expand(centre, dtype)
+    sums, squares = tiles.partials(dtype), tiles.partials(dtype)
+
+    def body(tile: Tile, work: Workspace) -> None:
+        piece = source.load(tile, work)
+        if shift is not None:
+            piece = np.subtract(piece, shift[tile.parameters], out=work.take("centred", tile.shape))
+        tiles.add(squares, tile, piece, piece)
+        tiles.add(sums, tile, piece)
+
+    run(tiles, dtype, body)
+    return tiles.total(sums), tiles.total(squares)
+
+
+class _Affine(NamedTuple):
+    """z = (x - centre) * scale + shift: (C,), ``centre`` ``None`` where it is zero in all channels."""
+
+    centre: Array | None
+    scale: Array
+    shift: Array
+    rstd: Array
+    rest: Array
+    """mean - centre."""
+
+    @staticmethod
+    def of(saved: Saved, dtype: np.dtype[Any]) -> _Affine:
+        mean, rstd = saved.moments.mean, saved.rstd
+        trusted = ~(np.abs(mean * rstd) > TRUSTED_RATIO)
+        centre = None if trusted.all() else np.where(trusted, 0.0, mean).astype(dtype)
+        rest = mean if centre is None else mean - centre
+        scale = rstd if saved.weight is None else rstd * saved.weight
+        shift = -rest * scale
+        if saved.bias is not None:
+            shift += saved.bias
+        return _Affine(centre, scale, shift, rstd, rest)
+
+
+class _Pass:
+    """One sweep over the tensors of a call: the tiles, the operands, and how ``z`` comes from ``x``.
+
+    ``temporaries`` is how many arrays of a tile's size the caller makes in each.
+    """
+
+    def __init__(
+        self, saved: Saved, layout: Layout, *, sums: bool, temporaries: int = 0, **operands: Array | None
+    ) -> None:
+        self.dtype = _working_dtype(saved.x, saved.moments)
+        self.affine = _Affine.of(saved, self.dtype)
+        self.activation = saved.spec.activation
+        self.operands = {
+            name: Operand(name, layout.read(array), self.dtype)
+            for name, array in {"x": saved.x, **operands}.items()
+            if array is not None
+        }
+        temporaries += sum(not operand.in_place for operand in self.operands.values())
+        temporaries += self.affine.centre is not None
+        self.sweep = sweep(layout.n, layout.c, layout.s, self.dtype.itemsize, sums=sums, temporaries=temporaries)
+        self.centre = None if self.affine.centre is None else self.expand(self.affine.centre)
+        self.scale = self.expand(self.affine.scale)
+        self.shift = self.expand(self.affine.shift)
+
+    def expand(self, vector: Array) -> Array:
+        """A per-channel vector, to be cut by ``tile.parameters``."""
+        return self.sweep.expand(vector, self.dtype)
+
+    def centred(self, tile: Tile, work: Workspace, out: Array | None = None) -> Array:
+        """A tile of x - centre, in ``out`` or a temporary unless it is x itself."""
+        x = self.operands["x"].load(tile, work)
+        if self.centre is None:
+            return x
+        return np.subtract(x, self.centre[tile.parameters], out=work.take("centred", x.shape) if out is None else out)
+
+    def pre_activation(self, tile: Tile, work: Workspace, centred: Array, out: Array) -> None:
+        """Write a tile of z to ``out``; the order of roundings is the same forward and backward."""
+        np.multiply(centred, self.scale[tile.parameters], out=out)
+        np.add(out, self.shift[tile.parameters], out=out)
+        if "residual" in self.operands:
+            np.add(out, self.operands["residual"].load(tile, work), out=out)
+
+    def gradient(self, tile: Tile, work: Workspace, centred: Array, z: Array) -> Array:
+        """A tile of dz: dy itself, or computed in ``z``."""
+        dy = self.operands["dy"].load(tile, work)
+        if self.activation.is_identity:
+            return dy
+        self.pre_activation(tile, work, centred, z)
+        self.activation.gradient(z, dy, z)
+        return z
+
+
+def _normalize(saved: Saved, layout: Layout, residual: Array | None, y: Array) -> None:
+    a_pass = _Pass(saved, layout, sums=False, temporaries=saved.spec.activation.row.value_needs, residual=residual)
+    target = Operand("y", y, a_pass.dtype)
+
+    def body(tile: Tile, work: Workspace) -> None:
+        z = target.open(tile, work)
+        a_pass.pre_activation(tile, work, a_pass.centred(tile, work, z), z)
+        a_pass.activation.value(z)
+        target.store(tile, z)
+
+    run(a_pass.sweep, a_pass.dtype, body, backwards=True)
+
+
+def _backward_reduce(saved: Saved, layout: Layout, dy: Array, dz: Array | None) -> Sums:
+    needs = 0 if saved.spec.activation.is_identity else 1 + saved.spec.activation.row.gradient_needs
+    a_pass = _Pass(saved, layout, sums=True, temporaries=needs, residual=saved.residual, dy=dy, dz=dz)
+    target = a_pass.operands.get("dz")
+    dtype, tiles = a_pass.dtype, a_pass.sweep
+    sums, products = tiles.partials(dtype), tiles.partials(dtype)
+
+    def body(tile: Tile, work: Workspace) -> None:
+        centred = a_pass.centred(tile, work)
+        room = work.take("z", tile.shape) if target is None else target.open(tile, work)
+        gradient = a_pass.gradient(tile, work, centred, room)
+        tiles.add(products, tile, gradient, centred)
+        tiles.add(sums, tile, gradient)
+        if target is not None:
+            target.store(tile, gradient)
+
+    run(tiles, dtype, body)
+    total = tiles.total(sums)
+    return Sums(total, (tiles.total(products) - a_pass.affine.rest * total) * a_pass.affine.rstd)
+
+
+def _backward_input(saved: Saved, layout: Layout, dy: Array, dz: Array | None, sums: Sums | None, dx: Array) -> None:
+    """dx = ((x - centre) * slope + dz + offset) * scale; with frozen statistics, dx = dz * scale."""
+    known = saved.spec.activation.is_identity or dz is not None
+    shared = dz is dx
+    needs = 0 if known else 2 + saved.spec.activation.row.gradient_needs
+    a_pass = _Pass(
+        saved,
+        layout,
+        sums=False,
+        temporaries=needs + shared,
+        residual=None if known else saved.residual,
+        dy=dy if dz is None else dz,
+        dx=dx,
+    )
+    target, source = a_pass.operands["dx"], a_pass.operands["dy"]
+    slope = offset = None
+    if sums is not None:
+        slope_c = -sums.dz_xhat * a_pass.affine.rstd / saved.moments.count
+        slope = a_pass.expand(slope_c)
+        offset = a_pass.expand(-sums.dz / saved.moments.count - slope_c * a_pass.affine.rest)
+
+    def body(tile: Tile, work: Workspace) -> None:
+        out, here = target.open(tile, work), tile.parameters
+        room = work.take("product", tile.shape) if shared else out
+        if known:
+            gradient = source.load(tile, work)
+        else:
+            gradient = a_pass.gradient(tile, work, a_pass.centred(tile, work), work.take("z", tile.shape))
+        if slope is not None and offset is not None:
+            np.multiply(a_pass.centred(tile, work, room), slope[here], out=room)
+            np.add(room, gradient, out=out)
+            np.add(out, offset[here], out=out)
+            gradient = out
+        np.multiply(gradient, a_pass.scale[here], out=out)
+        target.store(tile, out)
+
+    run(a_pass.sweep, a_pass.dtype, body, backwards=True)

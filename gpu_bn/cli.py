@@ -1,0 +1,119 @@
+"""The command ``gpu-bn``: info, check, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from gpu_bn import __version__, dispatch
+
+DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+"""Modules of the extra ``demo``, and the packages that have them."""
+
+
+class CommandError(Exception):
+    """What keeps a command from running, in words for its user."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; ``None`` is the process's own.
+
+    Returns:
+        The exit code: 0, or 1 if a conformance case has failed or the command cannot run here. A command line that
+        is not understood exits with 2.
+    """
+    options = parser().parse_args(arguments)
+    commands = {"info": run_info, "check": run_check, "demo": run_demo}
+    try:
+        return commands[options.command](options)
+    except (CommandError, dispatch.BackendUnavailableError) as error:
+        print(f"gpu-bn {options.command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"gpu-bn {options.command}: interrupted", file=sys.stderr)
+    return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line may say."""
+    top = argparse.ArgumentParser(prog="gpu-bn", description="Batch normalisation, forward and backward.")
+    top.add_argument("--version", action="version", version=f"gpu-bn {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add(commands, "info", "Print versions, devices and backends, and why a backend is unavailable.")
+
+    check = _add(
+        commands,
+        "check",
+        "Run the conformance cases, forward and backward against a float64 oracle, on this machine's backends. "
+        "Exit code 1 if one fails.",
+    )
+    check.add_argument("--backend", choices=dispatch.NAMES, help="only this one (default: all that can be had)")
+
+    demo = _add(
+        commands,
+        "demo",
+        "Train a network of two hidden layers on scikit-learn's digits without BN, with BN of fixed weight = 1 and "
+        "bias = 0, and with BN's learned pair; print how loss, accuracy and the drift of what the second layer sees "
+        "compare; check that BN can be the identity; draw a figure. Needs pip install 'gpu-bn[demo]'.",
+    )
+    demo.add_argument("--seeds", type=_positive, default=5, metavar="N", help="runs of each network (default: 5)")
+    demo.add_argument(
+        "--steps", type=_positive, default=800, metavar="N", help="training steps, in twenties (default: 800)"
+    )
+    demo.add_argument(
+        "--rate",
+        type=float,
+        default=3.0,
+        metavar="R",
+        help="learning rate (default: 3, which of 0.1, 0.3, 1, 3 and 10 is the best for the network without BN)",
+    )
+    demo.add_argument("--out", type=Path, default=Path("gpu-bn-demo.png"), metavar="PATH", help="default: %(default)s")
+    demo.add_argument("--backend", choices=("numpy", "cupy"), help="default: cupy if it can be had, else numpy")
+    return top
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """``gpu-bn info``."""
+    del options
+    from gpu_bn._info import info
+
+    print(info())
+    return 0
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """``gpu-bn check``."""
+    from gpu_bn._conformance import conformance
+
+    return 0 if conformance(options.backend) else 1
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """``gpu-bn demo``."""
+    missing = [package for module, package in DEMO_NEEDS.items() if find_spec(module) is None]
+    if missing:
+        raise CommandError(f"{', '.join(missing)} not installed; pip install 'gpu-bn[demo]' installs what it needs")
+    if not options.out.parent.is_dir():
+        raise CommandError(f"there is no folder {options.out.parent} for the figure")
+    from gpu_bn.demo.run import Options, demo
+    from gpu_bn.demo.training import EVERY
+
+    if options.steps % EVERY:
+        raise CommandError(f"--steps should be a multiple of {EVERY}, got {options.steps}")
+    demo(Options(options.seeds, options.steps, options.rate, options.out, options.backend))
+    return 0
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text.split(". ")[0].rstrip("."), description=text)
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return value

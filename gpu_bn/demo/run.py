@@ -1,0 +1,108 @@
+"""Run the demo: train, check, print, draw."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from gpu_bn import dispatch
+from gpu_bn._console import paragraph, progress
+from gpu_bn.demo import report
+from gpu_bn.demo.checks import Capacity, Identity, check_capacity, check_identity
+from gpu_bn.demo.claims import claims
+from gpu_bn.demo.data import Digits, digits
+from gpu_bn.demo.figure import draw
+from gpu_bn.demo.network import VARIANTS, Network
+from gpu_bn.demo.training import BATCH, History, train
+
+BACKENDS = ("cupy", "numpy")
+"""Those whose arrays the demo's own layers can use, the preferred one first."""
+
+
+class Options(NamedTuple):
+    """What the command line says.
+
+    Attributes:
+        seeds: how many, from 0.
+        steps: of gradient descent in each run.
+        rate: the learning rate.
+        out: the figure's path.
+        backend: one of :data:`BACKENDS`, or ``None`` for the first that can be had.
+    """
+
+    seeds: int
+    steps: int
+    rate: float
+    out: Path
+    backend: str | None = None
+
+
+class Results(NamedTuple):
+    """All that the tables and the figure show."""
+
+    runs: dict[str, list[History]]
+    identities: list[Identity]
+    capacities: list[Capacity]
+
+
+def demo(options: Options) -> None:
+    """Train all networks, print the tables and write the figure.
+
+    Raises:
+        BackendUnavailableError: the backend asked for cannot be had.
+    """
+    start = perf_counter()
+    backend = choose_backend(options.backend)
+    print("A network of two hidden layers, h1 and h2, of 100 sigmoids each, trained on scikit-learn's digits:")
+    print(f"{options.steps} steps, batches of {BATCH}, learning rate {options.rate:g}, ", end="")
+    print(f"{options.seeds} seed{'s' if options.seeds > 1 else ''}, backend {backend}.\n", flush=True)
+    results = run(options, backend)
+    print(report.training_table(results.runs))
+    print(report.drift_table(results.runs))
+    print(report.identity_table(results.identities))
+    print(report.capacity_table(results.capacities))
+    print(f"What these runs show, at learning rate {options.rate:g}")
+    for claim in claims(results.runs):
+        print("\n".join(paragraph(str(claim))))
+    draw(results.runs, options.rate, options.out)
+    print(f"\nFigure: {options.out}   ({perf_counter() - start:.0f} s)")
+
+
+def run(options: Options, backend: str) -> Results:
+    """Train every variant with every seed, and check the networks without BN."""
+    xp = import_module(backend)
+    results = Results({variant: [] for variant in VARIANTS}, [], [])
+    with progress("Training", options.seeds * len(VARIANTS) * options.steps) as tick:
+        for seed in range(options.seeds):
+            data = digits(seed, xp)
+            for variant in VARIANTS:
+                net = Network.create(variant, np.random.default_rng([seed, 1]), xp, backend)
+                results.runs[variant].append(train(net, data, options.steps, options.rate, seed, tick))
+                if variant == "none":
+                    check(net, data, backend, results)
+    return results
+
+
+def check(net: Network, data: Digits, backend: str, results: Results) -> None:
+    """Check what BN does to a trained network without it; the identity once, for it is about BN alone."""
+    if not results.identities:
+        raw = next(net.watch(data.train_x)).raw
+        results.identities.extend(check_identity(raw, dtype, backend) for dtype in (np.float32, np.float64))
+    results.capacities.append(check_capacity(net, data.train_x, data.test_x, backend))
+
+
+def choose_backend(name: str | None) -> str:
+    """The backend to use: the one asked for, or the first that can be had."""
+    for candidate in BACKENDS if name is None else (name,):
+        try:
+            dispatch.load(candidate)
+        except dispatch.BackendUnavailableError:
+            if candidate == name:
+                raise
+        else:
+            return candidate
+    raise dispatch.BackendUnavailableError(f"none of {', '.join(BACKENDS)} can be had")

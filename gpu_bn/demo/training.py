@@ -1,0 +1,100 @@
+"""Train one network and record how it does and how what its layers see drifts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gpu_bn.demo.data import Digits
+from gpu_bn.demo.network import Network, Seen, cross_entropy
+
+Array = Any
+BATCH = 60
+EVERY = 20
+"""Steps between two records."""
+PERCENTILES = (15, 50, 85)
+
+
+@dataclass
+class History:
+    """Records of one training run, one every :data:`EVERY` steps, T of them.
+
+    Attributes:
+        steps: T step numbers, from 0.
+        loss: cross-entropy of all training images in nats, in evaluation mode.
+        accuracy: of the test images in per cent, in evaluation mode.
+        moments: per kind of :class:`Seen` (of h1), mean and SD of each unit over the test images, (2, units) each.
+        bands: percentiles of what each sigmoid of h2 gets, over the test images, (3, units) each.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    moments: dict[str, list[Array]] = field(default_factory=lambda: {kind: [] for kind in Seen._fields})
+    bands: list[Array] = field(default_factory=list)
+
+    def drift(self, kind: str) -> tuple[float, float]:
+        """How far mean and SD of h1's units move between records: averages over the records and units.
+
+        Returns:
+            ``|mean' - mean| / SD`` and ``|ln(SD' / SD)|``, primes marking the later record; NaN if an SD is 0.
+        """
+        moments = np.array(self.moments[kind], np.float64)
+        mean, sd = moments[:, 0], moments[:, 1]
+        if not (sd > 0).all():
+            return np.nan, np.nan
+        of_mean = np.abs(np.diff(mean, axis=0)) / sd[:-1]
+        of_sd = np.abs(np.diff(np.log(sd), axis=0))
+        return float(of_mean.mean()), float(of_sd.mean())
+
+    def steps_to(self, accuracy: float) -> float:
+        """The first recorded step with at least this test accuracy; infinite if there is none."""
+        return next(
+            (float(step) for step, got in zip(self.steps, self.accuracy, strict=True) if got >= accuracy), np.inf
+        )
+
+
+def train(net: Network, data: Digits, steps: int, rate: float, seed: int, tick: Callable[[int], None]) -> History:
+    """Train for a multiple of :data:`EVERY` steps of gradient descent; ``tick`` is told of steps done."""
+    history = History()
+    batches = shuffled_batches(len(data.train_x), seed)
+    for step in range(steps + 1):
+        if step % EVERY == 0:
+            record(history, step, net, data)
+            tick(min(EVERY, steps - step))
+        batch = net.xp.asarray(next(batches))
+        _, gradient = cross_entropy(net.xp, net.forward(data.train_x[batch]), data.train_y[batch])
+        net.backward(gradient)
+        net.descend(rate)
+    return history
+
+
+def shuffled_batches(count: int, seed: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Endless batches of indices, every index once an epoch."""
+    rng = np.random.default_rng([seed, 2])
+    while True:
+        yield from rng.permutation(count)[: count - count % BATCH].reshape(-1, BATCH)
+
+
+def record(history: History, step: int, net: Network, data: Digits) -> None:
+    """Append the network's present state to the history."""
+    xp = net.xp
+    net.train(False)
+    loss, _ = cross_entropy(xp, net.forward(data.train_x), data.train_y)
+    right = net.forward(data.test_x).argmax(1) == data.test_y
+    net.train()
+    h1, h2 = net.watch(data.test_x)
+    history.steps.append(step)
+    history.loss.append(loss)
+    history.accuracy.append(100 * float(right.mean()))
+    for kind, values in h1._asdict().items():
+        history.moments[kind].append(host(xp.stack([values.mean(0), values.std(0)])))
+    history.bands.append(host(xp.percentile(h2.given, xp.asarray(PERCENTILES), axis=0)))
+
+
+def host(array: Array) -> np.ndarray[Any, Any]:
+    """A NumPy array, from the GPU if it is there."""
+    return np.asarray(array.get() if hasattr(array, "get") else array)

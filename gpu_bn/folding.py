@@ -1,0 +1,149 @@
+"""Batch normalisation with fixed statistics is affine: it can be the identity, and it can be folded away."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+from gpu_bn import dispatch, spec
+from gpu_bn.backends.protocol import Backend, Moments
+
+Array = Any
+
+
+class Norm(Protocol):
+    """What folding reads of a layer: a :class:`gpu_bn.BatchNorm` has it, and so has torch's."""
+
+    weight: Array | None
+    bias: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+    eps: float
+
+
+def batch_moments(
+    x: Array, eps: float = 1e-5, *, channel_axis: int = 1, backend: Backend | str | None = None
+) -> Moments:
+    """Count, mean and biased variance of each channel of a batch, (C,) in the backend's accumulation dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`gpu_bn.batch_norm` in training; also for an empty batch.
+    """
+    engine = dispatch.select(backend, input=x)
+    options = spec.check_forward(
+        x,
+        None,
+        None,
+        None,
+        None,
+        True,
+        0.0,
+        eps,
+        residual=None,
+        activation=None,
+        channel_axis=channel_axis,
+        out=None,
+    )
+    if math.prod(x.shape) == 0:
+        raise ValueError(f"expected more than 1 value per channel, got input size {tuple(x.shape)}")
+    return engine.stats(x, options.axis)
+
+
+def identity_affine(
+    x: Array, eps: float = 1e-5, *, channel_axis: int = 1, backend: Backend | str | None = None
+) -> tuple[Array, Array]:
+    """The pair that makes batch normalisation of ``x`` the identity: ``weight = sqrt(var + eps)``, ``bias = mean``.
+
+    This is why the learned pair preserves a network's capacity (Ioffe & Szegedy 2015, section 3).
+
+    Args:
+        x: 2-D to 5-D, C channels along ``channel_axis``, more than one value a channel.
+        eps: what the normalisation will add to the variance.
+
+    Returns:
+        ``(weight, bias)``, (C,) each, in float64 for float64 input and float32 for all others.
+
+    Raises:
+        TypeError, ValueError: as :func:`gpu_bn.batch_norm` in training.
+    """
+    moments = batch_moments(x, eps, channel_axis=channel_axis, backend=backend)
+    engine = dispatch.select(backend, input=x)
+    dtype = "float64" if spec.dtype_name(x) == "float64" else "float32"
+    return engine.cast((moments.var + eps) ** 0.5, dtype), engine.cast(moments.mean, dtype)
+
+
+def fold(
+    weight: Array, bias: Array | None, norm: Norm, *, transposed: bool = False, groups: int = 1
+) -> tuple[Array, Array]:
+    """Fold a normalisation with its running statistics into the convolution or linear layer before it.
+
+    ``norm(conv(x, weight, bias))`` in evaluation mode equals ``conv(x, *fold(weight, bias, norm))``. An activation of
+    ``norm`` is not part of it and remains to be applied.
+
+    Args:
+        weight: (out, in / groups, ...) of a convolution or (out, in) of a linear layer; of a transposed convolution
+            (in, out / groups, ...). Any array library: NumPy, CuPy, torch.
+        bias: (out,), or ``None``.
+        norm: a layer with running statistics over the ``out`` channels.
+        transposed: whether ``weight`` is of a transposed convolution.
+        groups: of the transposed convolution.
+
+    Returns:
+        ``(weight, bias)``, like ``weight``, and (out,) in its dtype; computed in float64, then rounded.
+
+    Raises:
+        ValueError: ``norm`` has no running statistics, or another number of channels than ``weight`` has outputs.
+    """
+    scale, shift = _scale_and_shift(norm)
+    by_output = _by_output(scale, weight, transposed, groups)
+    folded = _wide(weight) * by_output
+    offset = shift if bias is None else _wide(bias) * scale + shift
+    return _like(folded, weight), _like(offset, weight)
+
+
+def unfold(weight: Array, bias: Array, norm: Norm, *, transposed: bool = False, groups: int = 1) -> tuple[Array, Array]:
+    """Undo :func:`fold`: the weight and bias with which ``norm`` behind the layer gives the same outputs.
+
+    Arguments and results are those of :func:`fold`; a bias that was ``None`` comes back as zeros to rounding.
+
+    Raises:
+        ValueError: as :func:`fold`; also if a channel's ``norm.weight`` is 0, so that folding has lost the layer.
+    """
+    scale, shift = _scale_and_shift(norm)
+    if bool((scale == 0).any()):
+        raise ValueError("norm has channels of weight 0: folding them cannot be undone")
+    by_output = _by_output(scale, weight, transposed, groups)
+    return _like(_wide(weight) / by_output, weight), _like((_wide(bias) - shift) / scale, weight)
+
+
+def _scale_and_shift(norm: Norm) -> tuple[Array, Array]:
+    """norm(x) = x * scale + shift in evaluation mode, (C,) each in float64."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"folding needs running statistics, but {norm!r} has none")
+    scale = (_wide(norm.running_var) + norm.eps) ** -0.5
+    if norm.weight is not None:
+        scale = scale * _wide(norm.weight)
+    shift = -_wide(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + _wide(norm.bias)
+
+
+def _by_output(vector: Array, weight: Array, transposed: bool, groups: int) -> Array:
+    """A vector over the outputs, shaped to broadcast against the weight."""
+    channels = vector.shape[0]
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    if outputs != channels:
+        raise ValueError(f"norm should have as many channels as the weight has outputs, {outputs}, got {channels}")
+    kernel = (1,) * (len(weight.shape) - 2)
+    if not transposed:
+        return vector.reshape((channels, 1, *kernel))
+    # Input i of group g meets the outputs of group g: one row of the groups' table for each input.
+    group_of_input = [i * groups // weight.shape[0] for i in range(weight.shape[0])]
+    return vector.reshape((groups, -1))[group_of_input].reshape((weight.shape[0], weight.shape[1], *kernel))
+
+
+def _wide(array: Array) -> Array:
+    return array.astype("float64") if hasattr(array, "astype") else array.double()
+
+
+def _like(array: Array, like: Array) -> Array:
+    return array.astype(like.dtype) if hasattr(array, "astype") else array.to(like.dtype)

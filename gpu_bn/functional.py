@@ -1,0 +1,203 @@
+"""The front door: batch normalisation of arrays, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from gpu_bn import dispatch, ops, spec
+from gpu_bn.activations import Activation
+from gpu_bn.backends.protocol import Backend, Saved
+from gpu_bn.ops import Grads
+
+Array = Any
+
+
+def batch_norm(
+    x: Array,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Array | None = None,
+    activation: Activation | str | None = None,
+    channel_axis: int = 1,
+    backend: Backend | str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Batch normalisation, ``y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)``.
+
+    The transform of Ioffe & Szegedy 2015 (Alg. 1 in training, Alg. 2 otherwise); :mod:`gpu_bn.spec` has the equations.
+    The arguments up to ``eps`` are those of ``torch.nn.functional.batch_norm``.
+
+    Args:
+        x: 2-D to 5-D, with C channels along ``channel_axis``; float16, bfloat16, float32 or float64; any strides.
+        running_mean, running_var: (C,), any of the float dtypes. In training they are updated in place and may both
+            be absent; otherwise they are the statistics used.
+        weight, bias: (C,), any of the float dtypes; absent, they are 1 and 0.
+        training: whether to use the batch's statistics.
+        momentum: what the batch's statistics weigh in the running update, between 0 and 1.
+        eps: added to the variance, in its units; positive in training.
+        residual: added before the activation; like ``x``.
+        activation: a name from :data:`gpu_bn.activations.ROWS`, or an ``Activation`` with its parameter.
+        channel_axis: where the channels are; negative counts from the end.
+        backend: a name, or ``None`` for the one that serves ``x``.
+        out: where to write the result; like ``x``, and ``x`` or ``residual`` itself are allowed.
+
+    Returns:
+        ``y``, with ``x``'s shape, dtype and memory format.
+
+    Raises:
+        TypeError: not an array, arrays of several libraries, a dtype that is none of the above, or a ``residual`` or
+            ``out`` of another dtype than ``x``.
+        ValueError: a shape, length or option that does not fit; missing running statistics; one value per channel in
+            training.
+        BackendUnavailableError: the backend cannot be had; the message says why.
+
+    A call that raises has changed nothing.
+    """
+    return _forward(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation,
+        channel_axis,
+        backend,
+        out,
+    )[0]
+
+
+def batch_norm_forward(
+    x: Array,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Array | None = None,
+    activation: Activation | str | None = None,
+    channel_axis: int = 1,
+    backend: Backend | str | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """:func:`batch_norm`, and what :func:`batch_norm_backward` needs.
+
+    Returns:
+        ``(y, saved)``. ``saved`` refers to ``x`` (and to ``residual``, if an activation follows it): do not write to
+        them before the backward call. So ``out`` may not be one of them here.
+    """
+    for name, array in (("the input", x), ("the residual", residual)):
+        if out is not None and out is array:
+            raise ValueError(f"out may not be {name}: the backward call reads it (batch_norm allows it)")
+    return _forward(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation,
+        channel_axis,
+        backend,
+        out,
+    )
+
+
+def batch_norm_backward(
+    dy: Array, saved: Saved, *, need: Iterable[str] | None = None, backend: Backend | str | None = None
+) -> Grads:
+    """The gradients of a :func:`batch_norm_forward` call.
+
+    Args:
+        dy: the gradient of ``y``; like ``x``.
+        saved: what the forward call returned.
+        need: which gradients to compute, some of ``"dx" "dweight" "dbias" "dresidual"``; ``None`` means all those of
+            arguments that the forward call had. The others cost nothing.
+        backend: as in the forward call.
+
+    Returns:
+        ``Grads(dx, dweight, dbias, dresidual)``: ``dx`` and ``dresidual`` like ``x``, ``dweight`` and ``dbias`` (C,)
+        in the dtype of the parameter; ``None`` for what was not asked for.
+
+    Raises:
+        TypeError: ``dy`` is not an array of ``x``'s library and dtype, or ``saved`` did not come from a forward call.
+        ValueError: ``dy`` is not of ``x``'s shape, or a name in ``need`` is unknown or of an argument that the
+            forward call did not have.
+    """
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved should be what batch_norm_forward returned, got {type(saved).__name__}")
+    engine = dispatch.select(backend, dy=dy, input=saved.x)
+    spec.check_like("dy", dy, saved.x)
+    available = {
+        "dx": True,
+        "dweight": saved.weight is not None,
+        "dbias": saved.bias is not None,
+        "dresidual": saved.has_residual,
+    }
+    if need is None:
+        return ops.backward(engine, dy, saved, frozenset(name for name, there in available.items() if there))
+    need = frozenset([need] if isinstance(need, str) else need)
+    for name in need:
+        if name not in available:
+            raise ValueError(f"unknown gradient {name!r}, expected some of {', '.join(available)}")
+        if not available[name]:
+            raise ValueError(f"{name} was asked for, but the forward call had no {name[1:]}")
+    return ops.backward(engine, dy, saved, need)
+
+
+def _forward(
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Array | None,
+    activation: Activation | str | None,
+    channel_axis: int,
+    backend: Backend | str | None,
+    out: Array | None,
+) -> tuple[Array, Saved]:
+    engine = dispatch.select(
+        backend,
+        input=x,
+        running_mean=running_mean,
+        running_var=running_var,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        out=out,
+    )
+    options = spec.check_forward(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation,
+        channel_axis,
+        out,
+    )
+    return ops.forward(engine, x, options, running_mean, running_var, weight, bias, residual, out)

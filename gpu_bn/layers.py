@@ -1,0 +1,236 @@
+"""``BatchNorm``: a layer without a framework, for whichever array library its parameters are in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gpu_bn import spec
+from gpu_bn.activations import Activation
+from gpu_bn.backends.protocol import Backend, Saved
+from gpu_bn.folding import batch_moments
+from gpu_bn.functional import batch_norm_backward, batch_norm_forward
+
+Array = Any
+STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class BatchNorm:
+    """Batch normalisation of 2-D to 5-D arrays, with torch's parameters, buffers and defaults.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: what a batch weighs in the running statistics; ``None`` averages over all batches so far.
+        affine: whether there are ``weight`` and ``bias``.
+        track_running_stats: whether there are running statistics; without them, evaluation uses the batch's.
+        device: ``None`` or ``"cpu"``.
+        dtype: of parameters and running statistics, a NumPy dtype; float32 unless given.
+        bias: whether ``affine`` includes a bias.
+        activation: what follows, as in :func:`gpu_bn.batch_norm`.
+        channel_axis: where the channels are.
+        backend: as in :func:`gpu_bn.batch_norm`.
+
+    Attributes:
+        weight, bias: (C,), ones and zeros at first, or ``None``.
+        running_mean, running_var: (C,), zeros and ones at first, or ``None``.
+        num_batches_tracked: 0-d int64 array, or ``None``.
+        grad: gradients of the parameters by name, summed over the ``backward`` calls since ``zero_grad``.
+        training: whether ``forward`` uses and tracks the batch's statistics; set by ``train`` and ``eval``.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: Activation | str | None = None,
+        channel_axis: int = 1,
+        backend: Backend | str | None = None,
+    ) -> None:
+        if not isinstance(num_features, (int, np.integer)) or num_features < 0:
+            raise ValueError(f"num_features should be a non-negative int, got {num_features!r}")
+        if device not in (None, "cpu"):
+            raise ValueError(f"device should be None or 'cpu' in this version of gpu_bn, got {device!r}")
+        spec.check_options(False, 0.0 if momentum is None else momentum, eps)
+        self.num_features = int(num_features)
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.activation = Activation.of(activation)
+        self.channel_axis = channel_axis
+        self.backend = backend
+        self.training = True
+        self.grad: dict[str, Array] = {}
+        self._saved: Saved | None = None
+
+        dtype = np.dtype(np.float32 if dtype is None else dtype)
+        self.weight: Array | None = np.ones(num_features, dtype) if affine else None
+        self.bias: Array | None = np.zeros(num_features, dtype) if affine and bias else None
+        for name in ("weight", "bias"):
+            if getattr(self, name) is not None:
+                spec.check_float(name, getattr(self, name))
+        self.running_mean: Array | None = np.zeros(num_features, dtype) if track_running_stats else None
+        self.running_var: Array | None = np.ones(num_features, dtype) if track_running_stats else None
+        self.num_batches_tracked: Array | None = np.array(0, np.int64) if track_running_stats else None
+
+    def forward(self, x: Array, residual: Array | None = None) -> Array:
+        """Normalise ``x``; the call's statistics are kept for one :meth:`backward`.
+
+        Args:
+            x: 2-D to 5-D, C channels along ``channel_axis``.
+            residual: added before the activation; like ``x``.
+
+        Returns:
+            ``y``, like ``x``.
+
+        Raises:
+            TypeError, ValueError: as :func:`gpu_bn.batch_norm`; neither statistics nor counter have changed then.
+        """
+        y, self._saved = self.forward_saving(x, residual)
+        return y
+
+    __call__ = forward
+
+    def forward_saving(self, x: Array, residual: Array | None = None) -> tuple[Array, Saved]:
+        """:meth:`forward`, returning what :meth:`backward` needs; for several calls before their backward calls."""
+        batch_stats = self.training or self.running_mean is None
+        counter = self.num_batches_tracked if self.training else None
+        use_running = not self.training or self.track_running_stats
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1.0 / (int(counter) + 1) if counter is not None else 0.0
+        y, saved = batch_norm_forward(
+            x,
+            self.running_mean if use_running else None,
+            self.running_var if use_running else None,
+            self.weight,
+            self.bias,
+            batch_stats,
+            momentum,
+            self.eps,
+            residual=residual,
+            activation=self.activation,
+            channel_axis=self.channel_axis,
+            backend=self.backend,
+        )
+        if counter is not None:
+            counter += 1
+        return y, saved
+
+    def backward(self, dy: Array, saved: Saved | None = None) -> Any:
+        """Back-propagate through a forward call, the last one unless ``saved`` is given.
+
+        The parameters' gradients are added to ``grad``.
+
+        Returns:
+            ``dx``, or ``(dx, dresidual)`` if that call had a residual; like ``x``.
+
+        Raises:
+            RuntimeError: there has been no forward call.
+        """
+        saved = saved or self._saved
+        if saved is None:
+            raise RuntimeError("backward needs a forward call before it")
+        grads = batch_norm_backward(dy, saved, backend=self.backend)
+        for name, gradient in (("weight", grads.dweight), ("bias", grads.dbias)):
+            if gradient is not None:
+                self.grad[name] = self.grad[name] + gradient if name in self.grad else gradient
+        return grads.dx if grads.dresidual is None else (grads.dx, grads.dresidual)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients summed so far."""
+        self.grad.clear()
+
+    def parameters(self) -> dict[str, Array]:
+        """The parameters by name, to be updated in place."""
+        return {name: getattr(self, name) for name in ("weight", "bias") if getattr(self, name) is not None}
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """Use and track the batch's statistics from now on."""
+        self.training = mode
+        return self
+
+    def eval(self) -> BatchNorm:
+        """Use the running statistics from now on."""
+        return self.train(False)
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, variance 1, no batches."""
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean[...] = 0
+            self.running_var[...] = 1
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked[...] = 0
+
+    def reset_parameters(self) -> None:
+        """Reset the running statistics; weight 1, bias 0."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            self.weight[...] = 1
+        if self.bias is not None:
+            self.bias[...] = 0
+
+    def init_identity_(self, x: Array) -> BatchNorm:
+        """Make the layer the identity (then its activation) on a batch, in training and in evaluation mode.
+
+        Sets weight = sqrt(var + eps) and bias = mean, and the running statistics to the batch's mean and biased
+        variance, so that the layer can be put behind a trained one without changing the network (Ioffe & Szegedy
+        2015, section 3).
+
+        Raises:
+            ValueError: the layer has no weight or no bias.
+        """
+        if self.weight is None or self.bias is None:
+            raise ValueError(f"an identity needs weight and bias, got {self!r}")
+        spec.check_vector("weight", self.weight, x.shape[spec.check_axis(x.shape, self.channel_axis)])
+        moments = batch_moments(x, self.eps, channel_axis=self.channel_axis, backend=self.backend)
+        self.weight[...] = (moments.var + self.eps) ** 0.5
+        self.bias[...] = moments.mean
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean[...] = moments.mean
+            self.running_var[...] = moments.var
+        return self
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of parameters and buffers under torch's names."""
+        return {name: getattr(self, name).copy() for name in STATE if getattr(self, name) is not None}
+
+    def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
+        """Copy parameters and buffers from arrays under torch's names.
+
+        A state without ``num_batches_tracked`` (from before torch 0.4.1) leaves the counter as it is.
+
+        Raises:
+            ValueError: a missing or unexpected key (if ``strict``), or an array of the wrong shape; nothing has been
+                copied then.
+        """
+        own = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
+        missing = [name for name in own if name not in state and name != "num_batches_tracked"]
+        unexpected = [name for name in state if name not in own]
+        if strict and (missing or unexpected):
+            raise ValueError(f"state of {self!r}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
+        values = {name: np.asarray(state[name]) for name in own if name in state}
+        for name, value in values.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"state of {self!r}: {name} should have shape {own[name].shape}, got {value.shape}")
+        for name, value in values.items():
+            own[name][...] = value
+
+    def __repr__(self) -> str:
+        text = (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
+        )
+        if not self.activation.is_identity:
+            text += f", activation={self.activation!r}"
+        return f"{type(self).__name__}({text})"

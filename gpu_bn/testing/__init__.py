@@ -1,0 +1,32 @@
+"""Proof for any backend: an independent oracle, the conformance cases, their tolerances, and the check of one case.
+
+::
+
+    from gpu_bn.testing import cases, check
+
+    for case in cases():
+        errors = check(case, "numpy")       # quantity -> largest error as a share of the error allowed
+
+A backend joins by its name in :data:`gpu_bn.testing.check.ADAPTERS`, which says how arrays get to it and back.
+"""
+
+from gpu_bn.testing.cases import Case, build, cases, unavailable_cases
+from gpu_bn.testing.check import ADAPTERS, Adapter, check, compare, run
+from gpu_bn.testing.oracle import Problem, Truth, oracle
+from gpu_bn.testing.tolerance import tolerance
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Case",
+    "Problem",
+    "Truth",
+    "build",
+    "cases",
+    "check",
+    "compare",
+    "oracle",
+    "run",
+    "tolerance",
+    "unavailable_cases",
+]

@@ -1,0 +1,286 @@
+"""The conformance cases: what a backend must get right, as data."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from gpu_bn.activations import ROWS, Activation
+from gpu_bn.testing.oracle import Problem
+
+Array = Any
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "fortran",
+    "negative_stride",
+    "sliced",
+    "sliced_channels",
+    "broadcast",
+    "read_only",
+    "misaligned",
+)
+MODES = ("train", "train_no_stats", "eval")
+AFFINE = ("both", "weight", "bias", "none")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call and its backward call. Its data follow from its fields: the same case is the same numbers.
+
+    Attributes:
+        shape: of x.
+        dtype: of x, residual and dy.
+        layout: one of ``LAYOUTS``, for x, residual and dy.
+        dy_layout: of dy, if it is another.
+        channel_axis: where the channels are.
+        activation: a name, ``parameter`` its parameter if not the default.
+        residual: whether there is one.
+        affine: one of ``AFFINE``, which parameters there are.
+        mode: one of ``MODES``.
+        param_dtype: of weight, bias and running statistics; float64 for float64, else float32, unless given.
+        mean, std: of x. The first channel has this mean, the others lesser ones of either sign.
+        eps, momentum: as in :func:`gpu_bn.batch_norm`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    dy_layout: str | None = None
+    channel_axis: int = 1
+    activation: str = "identity"
+    parameter: float | None = None
+    residual: bool = False
+    affine: str = "both"
+    mode: str = "train"
+    param_dtype: str | None = None
+    mean: float = 0.5
+    std: float = 1.5
+    eps: float = 1e-5
+    momentum: float = 0.1
+
+    def __str__(self) -> str:
+        words = ["x".join(map(str, self.shape)), self.dtype, self.mode]
+        usual = Case(self.shape)
+        for name in ("layout", "dy_layout", "channel_axis", "activation", "parameter", "residual", "affine",
+                     "param_dtype", "mean", "std", "eps", "momentum"):  # fmt: skip
+            value = getattr(self, name)
+            if value != getattr(usual, name):
+                plain = name in ("layout", "activation", "residual")
+                words.append(("residual" if value is True else str(value)) if plain else f"{name}={value}")
+        return " ".join(words)
+
+
+def cases() -> list[Case]:
+    """The conformance cases that can run here: a few hundred, small, every kind of input."""
+    return [case for case in _all_cases() if _can_run(case)]
+
+
+def unavailable_cases() -> list[Case]:
+    """The conformance cases left out of :func:`cases`: bfloat16 needs the package ``ml_dtypes``."""
+    return [case for case in _all_cases() if not _can_run(case)]
+
+
+def build(case: Case) -> Problem:
+    """A case's arrays."""
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    axis = case.channel_axis % len(case.shape)
+    channels = case.shape[axis]
+    per_channel = [1] * len(case.shape)
+    per_channel[axis] = channels
+    dtype = _dtype(case.dtype)
+    param_dtype = _dtype(case.param_dtype or ("float64" if case.dtype == "float64" else "float32"))
+
+    noise = rng.standard_normal(case.shape)
+    means = case.mean * rng.uniform(-1, 1, channels)
+    means[:1] = case.mean
+    limit = 65504.0 if case.dtype == "float16" else np.inf
+    x = np.clip(means.reshape(per_channel) + case.std * noise, -limit, limit).astype(dtype)
+    dy = (0.5 + 0.5 * noise + rng.standard_normal(case.shape)).astype(dtype)
+    residual = rng.standard_normal(case.shape).astype(dtype)
+    weight = rng.uniform(0.5, 2.0, channels) * rng.choice([-1, 1], channels)
+    running_mean = means + case.std * rng.standard_normal(channels)
+    running_var = case.std**2 * rng.uniform(0.25, 4.0, channels)
+    tracked = case.mode != "train_no_stats"
+    parameter = ROWS[case.activation].default.parameter if case.parameter is None else case.parameter
+    return Problem(
+        x=arrange(x, case.layout, axis),
+        dy=arrange(dy, case.dy_layout or case.layout, axis),
+        running_mean=running_mean.astype(param_dtype) if tracked else None,
+        running_var=running_var.astype(param_dtype) if tracked else None,
+        weight=weight.astype(param_dtype) if case.affine in ("both", "weight") else None,
+        bias=rng.standard_normal(channels).astype(param_dtype) if case.affine in ("both", "bias") else None,
+        training=case.mode != "eval",
+        momentum=case.momentum,
+        eps=case.eps,
+        residual=arrange(residual, case.layout, axis) if case.residual else None,
+        activation=(Activation.of(case.activation).name, parameter),
+        channel_axis=case.channel_axis,
+    )
+
+
+def arrange(array: Array, layout: str, axis: int) -> Array:
+    """An array's values in other strides; ``broadcast`` repeats some of them along an axis."""
+    match layout:
+        case "contiguous":
+            return np.ascontiguousarray(array)
+        case "channels_last":
+            return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, axis, -1)), -1, axis)
+        case "fortran":
+            return np.asfortranarray(array)
+        case "negative_stride":
+            back = (slice(None, None, -1),) * array.ndim
+            return array[back].copy()[back]
+        case "sliced" | "sliced_channels":
+            where = axis if layout == "sliced_channels" else array.ndim - 1
+            wide_shape = tuple(2 * size + 1 if a == where else size for a, size in enumerate(array.shape))
+            view = np.zeros(wide_shape, array.dtype)[(slice(None),) * where + (slice(1, None, 2),)]
+            view[...] = array
+            return view
+        case "broadcast":
+            where = 0 if axis == array.ndim - 1 else array.ndim - 1
+            first = array[(slice(None),) * where + (slice(0, 1),)]
+            return np.broadcast_to(first.copy(), array.shape)
+        case "read_only":
+            copy = array.copy()
+            copy.flags.writeable = False
+            return copy
+        case "misaligned":
+            raw = np.zeros(array.nbytes + 1, np.uint8)
+            view = raw[1:].view(array.dtype).reshape(array.shape)
+            view[...] = array
+            return view
+    raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        name = ml_dtypes.bfloat16
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype
+
+
+def _can_run(case: Case) -> bool:
+    if "bfloat16" not in (case.dtype, case.param_dtype):
+        return True
+    try:
+        import ml_dtypes  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+SMALL_SHAPES = ((16, 7), (2, 3), (5, 1), (4, 6, 9), (3, 5, 4, 7), (2, 1, 1, 1), (1, 3, 2, 1), (2, 3, 2, 3, 4))
+"""Every rank; two values a channel; axes of size 1."""
+LARGE_SHAPES = (
+    (600, 33),
+    (30, 17, 31),
+    (2100, 3, 5),
+    (3, 7, 1111),
+    (16, 8, 12, 12),
+    (2, 13, 61, 67),
+    (1, 2, 3000, 3),
+    (3, 5, 6, 10, 11),
+    (2, 9000),
+)
+"""Sizes that no block divides; batches above 2,048; few channels and many; long and short inner axes."""
+
+AXES = (
+    ((6, 5), 0),
+    ((6, 5), -1),
+    ((4, 5, 6), 2),
+    ((4, 5, 6), -3),
+    ((9, 3, 41), 0),
+    ((3, 4, 5, 6), -1),
+    ((12, 10, 11, 8), 3),
+    ((12, 10, 11, 8), 2),
+    ((9, 3, 41, 11), 0),
+    ((2, 3, 4, 3, 2), -2),
+)
+"""Shapes with the channels along other axes than the second."""
+
+
+def _all_cases() -> list[Case]:
+    return list(dict.fromkeys(_generate()))
+
+
+def _generate() -> Iterator[Case]:
+    for shape, dtype, mode in product(SMALL_SHAPES, DTYPES, ("train", "eval")):
+        yield Case(shape, dtype, mode=mode)
+    for shape, mode in product(LARGE_SHAPES, ("train", "eval")):
+        yield Case(shape, mode=mode, activation="relu", residual=True)
+        yield Case(shape, mode=mode)
+    for shape, dtype in product(LARGE_SHAPES, DTYPES[1:]):
+        yield Case(shape, dtype, activation="relu", residual=True)
+    yield from _activation_cases()
+    yield from _layout_cases()
+    yield from _option_cases()
+    yield from _numeric_cases()
+
+
+def _activation_cases() -> Iterator[Case]:
+    for name, residual, mode in product(ROWS, (False, True), ("train", "eval")):
+        for shape in ((4, 6, 5, 7), (12, 8, 10, 11)):
+            yield Case(shape, activation=name, residual=residual, mode=mode)
+    for name, dtype in product(ROWS, DTYPES[1:]):
+        yield Case((4, 6, 5, 7), dtype, activation=name, residual=True)
+    for name, parameter in (("leaky_relu", 0.3), ("leaky_relu", 0.0), ("elu", 1.7), ("elu", 0.0)):
+        yield Case((4, 6, 5, 7), activation=name, parameter=parameter)
+
+
+def _layout_cases() -> Iterator[Case]:
+    shapes = ((4, 6, 5, 7), (12, 8, 10, 11), (5, 4, 6), (300, 41))
+    for layout, shape, dtype in product(LAYOUTS[1:], shapes, ("float32", "float16")):
+        yield Case(shape, dtype, layout, activation="relu", residual=True)
+    for layout, other in (("channels_last", "contiguous"), ("contiguous", "channels_last"), ("sliced", "fortran"),
+                          ("contiguous", "broadcast"), ("fortran", "negative_stride")):  # fmt: skip
+        for shape, activation in product(shapes[:2], ("identity", "silu")):
+            yield Case(shape, layout=layout, dy_layout=other, activation=activation)
+            yield Case(shape, layout=layout, dy_layout=other, activation=activation, residual=True)
+    for shape, axis in AXES:
+        for residual in (False, True):
+            activation = "leaky_relu" if residual else "identity"
+            yield Case(shape, channel_axis=axis, residual=residual, activation=activation)
+
+
+def _option_cases() -> Iterator[Case]:
+    for affine, mode, activation in product(AFFINE, MODES, ("identity", "gelu")):
+        yield Case((4, 6, 5), affine=affine, mode=mode, activation=activation)
+    for dtype, param_dtype in (("float16", "float16"), ("float16", "float64"), ("bfloat16", "bfloat16"),
+                               ("float32", "float16"), ("float32", "float64"), ("float64", "float32"),
+                               ("float32", "bfloat16")):  # fmt: skip
+        for mode in ("train", "eval"):
+            yield Case((4, 6, 5), dtype, param_dtype=param_dtype, mode=mode)
+    for momentum in (0.0, 0.5, 1.0):
+        yield Case((4, 6, 5), momentum=momentum)
+    for eps, mode in product((1e-3, 1e-12, 10.0), ("train", "eval")):
+        yield Case((4, 6, 5), eps=eps, mode=mode)
+    yield Case((4, 6, 5), eps=0.0, mode="eval")
+
+
+def _numeric_cases() -> Iterator[Case]:
+    plain = Case((4, 6, 5, 7), activation="relu")
+    large = replace(plain, shape=(12, 8, 10, 11))
+    for case, dtype, mode in product((plain, large), ("float32", "float64"), ("train", "eval")):
+        for mean in (3.0, 1e2, 1e3, 1e4):
+            yield replace(case, dtype=dtype, mode=mode, mean=mean, std=1.0)
+        for scale, eps in ((1e18, 1e-5), (1e-20, 1e-50), (1e-20, 1e-5)):
+            yield replace(case, dtype=dtype, mode=mode, mean=scale, std=scale, eps=eps)
+    for case in (plain, large):
+        yield replace(case, std=0.0)
+        yield replace(case, mean=0.0, std=0.0)
+        yield replace(case, std=0.0, mode="eval")
+        yield replace(case, dtype="float16", mean=6e4, std=1e4, residual=True)
+        yield replace(case, dtype="float16", mean=0.0, std=3e4)
+        yield replace(case, dtype="float16", mean=1e-6, std=1e-6, eps=1e-14)
+        yield replace(case, dtype="bfloat16", mean=1e18, std=1e18)
+        yield replace(case, dtype="bfloat16", mean=1e2, std=1.0)

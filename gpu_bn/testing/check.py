@@ -1,0 +1,143 @@
+"""One case on one backend: every quantity against the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu_bn.activations import Activation
+from gpu_bn.backends.protocol import Backend
+from gpu_bn.functional import batch_norm_backward, batch_norm_forward
+from gpu_bn.testing.cases import Case, build
+from gpu_bn.testing.oracle import Problem, oracle
+from gpu_bn.testing.tolerance import tolerance, ulp
+
+Array = Any
+
+
+class Adapter(NamedTuple):
+    """How arrays get to a backend and back."""
+
+    to_backend: Callable[[Array], Array]
+    to_numpy: Callable[[Array], Array]
+
+
+def _same(array: Array) -> Array:
+    return array
+
+
+ADAPTERS: dict[str, Adapter] = {"numpy": Adapter(_same, _same)}
+"""By the backend's name. ``to_backend`` keeps shape, dtype and, where the library has them, strides."""
+
+TENSORS = ("x", "dy", "residual")
+RUNNING = ("running_mean", "running_var")
+VECTORS = ("weight", "bias", *RUNNING)
+
+
+def check(case: Case | Problem, backend: Backend | str = "numpy") -> dict[str, float]:
+    """Run a case forward and backward and compare all that it gives with the oracle.
+
+    Args:
+        case: a :class:`Case`, or a :class:`Problem` of one's own.
+        backend: a name in :data:`ADAPTERS`, or a backend object with such a name.
+
+    Returns:
+        For each quantity, the largest error as a share of the error allowed.
+
+    Raises:
+        AssertionError: an error above the one allowed, a wrong dtype or shape, a memory format that is not the
+            input's, or an argument that was written to. The message names the case, the quantity and the element.
+    """
+    problem = build(case) if isinstance(case, Case) else case
+    title = (
+        f"{case if isinstance(case, Case) else 'problem'} on {backend if isinstance(backend, str) else backend.name}"
+    )
+    results = run(problem, backend, title)
+    for name in ("y", "dx", "dresidual"):
+        if name in results:
+            _assert_like(f"{title}: {name}", results[name], problem.x)
+    for name, parameter in (("dweight", problem.weight), ("dbias", problem.bias)):
+        if parameter is not None:
+            dtype = results[name].dtype
+            assert dtype == parameter.dtype, f"{title}: {name} has dtype {dtype}, expected {parameter.dtype}"
+    truth = oracle(problem)
+    allowed = tolerance(problem, truth)
+    return {
+        name: compare(f"{title}: {name}", result, getattr(truth, name), allowed[name])
+        for name, result in results.items()
+    }
+
+
+def compare(title: str, got: Array, exact: Array, allowed: Array) -> float:
+    """The largest error of ``got`` as a share of ``allowed`` and one ulp of the rounded truth.
+
+    Raises:
+        AssertionError: a share above 1, or another shape; the message names the worst element.
+    """
+    assert got.shape == exact.shape, f"{title} has shape {got.shape}, expected {exact.shape}"
+    if got.size == 0:
+        return 0.0
+    with np.errstate(all="ignore"):
+        rounded = exact.astype(np.float64).astype(got.dtype).astype(np.float64)
+        value = got.astype(np.float64)
+        bound = np.broadcast_to(allowed + ulp(rounded, str(got.dtype)), exact.shape)
+        share = np.abs(value - rounded) / bound
+        same = (value == rounded) | (np.isnan(value) & np.isnan(rounded))
+        share = np.where(same, 0, np.where(np.isnan(share), np.inf, share))
+    worst = np.unravel_index(np.argmax(share), share.shape)
+    index = tuple(map(int, worst))
+    assert share[worst] <= 1, (
+        f"{title}{list(index)}: expected {float(exact[worst]):.9g}, got {float(value[worst]):.9g}, "
+        f"allowed {float(bound[worst]):.3g}, {int((share > 1).sum())} of {share.size} elements wrong"
+    )
+    return float(share[worst])
+
+
+def run(problem: Problem, backend: Backend | str = "numpy", title: str = "problem") -> dict[str, Array]:
+    """What the public API gives for a problem, as NumPy arrays by name. The problem's arrays are not written to.
+
+    Raises:
+        AssertionError: an argument was written to that should not have been.
+    """
+    adapter = ADAPTERS[backend if isinstance(backend, str) else backend.name]
+    given = {name: getattr(problem, name) for name in TENSORS + VECTORS if getattr(problem, name) is not None}
+    # Running statistics are written to: the problem keeps its own.
+    sent = {name: adapter.to_backend(array.copy() if name in VECTORS else array) for name, array in given.items()}
+    before = {name: array.tobytes() for name, array in given.items()}
+    y, saved = batch_norm_forward(
+        sent["x"],
+        sent.get("running_mean"),
+        sent.get("running_var"),
+        sent.get("weight"),
+        sent.get("bias"),
+        problem.training,
+        problem.momentum,
+        problem.eps,
+        residual=sent.get("residual"),
+        activation=Activation(*problem.activation),
+        channel_axis=problem.channel_axis,
+        backend=backend,
+    )
+    grads = batch_norm_backward(sent["dy"], saved, backend=backend)
+    writable = RUNNING if problem.training else ()
+    for name, array in sent.items():
+        same = name in writable or adapter.to_numpy(array).tobytes() == before[name]
+        assert same, f"{title}: {name} was written to"
+    got = {"y": y, "mean": saved.mean, "rstd": saved.rstd}
+    got |= {name: sent[name] for name in RUNNING if name in sent}
+    got |= {name: gradient for name, gradient in grads._asdict().items() if gradient is not None}
+    return {name: adapter.to_numpy(array) for name, array in got.items()}
+
+
+def _assert_like(title: str, array: Array, x: Array) -> None:
+    """Shape, dtype and memory format; a broadcast input has no memory format of its own."""
+    assert array.shape == x.shape, f"{title} has shape {array.shape}, expected {x.shape}"
+    assert array.dtype == x.dtype, f"{title} has dtype {array.dtype}, expected {x.dtype}"
+    if x.size and all(stride or size == 1 for stride, size in zip(x.strides, x.shape, strict=True)):
+        order, expected = (
+            sorted((axis for axis in range(x.ndim) if x.shape[axis] > 1), key=lambda axis: -abs(strides[axis]))
+            for strides in (array.strides, x.strides)
+        )
+        assert order == expected, f"{title}: the axes lie in memory as {order}, the input's as {expected}"

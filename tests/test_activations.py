@@ -1,0 +1,159 @@
+"""The activations of the library: values, exact gradients, kinks, tails, NaN, and their parameters."""
+
+import numpy as np
+import pytest
+from support import rng
+
+import gpu_bn
+from gpu_bn.activations import ROWS, Activation, normal_cdf
+from gpu_bn.testing.oracle import derivative, value
+
+FORMS = [Activation.of(name) for name in ROWS]
+FORMS += [gpu_bn.leaky_relu(0.3), gpu_bn.leaky_relu(0.0), gpu_bn.leaky_relu(-0.5), gpu_bn.elu(1.7), gpu_bn.elu(0.0)]
+SMOOTH = ["elu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh"]
+
+
+def values(activation, z):
+    y = z.copy()
+    with np.errstate(all="ignore"):  # as the backends call them
+        activation.value(y)
+    return y
+
+
+def slopes(activation, z, dy=None):
+    out = np.full_like(z, np.nan)
+    with np.errstate(all="ignore"):
+        activation.gradient(z.copy(), np.ones_like(z) if dy is None else dy, out)
+    return out
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=repr)
+def test_gradient_is_the_slope_of_the_value(activation):
+    z = np.linspace(-7.03, 7.01, 1001)
+    step = 1e-6
+    slope = (values(activation, z + step) - values(activation, z - step)) / (2 * step)
+    assert np.abs(slope - slopes(activation, z)).max() < 1e-8
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=repr)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
+def test_as_the_oracle(activation, dtype):
+    z = np.concatenate([np.linspace(-40, 40, 2001), [-1e4, 1e4], 10.0 ** np.arange(-30, 0)]).astype(dtype)
+    roundings = 8 * np.finfo(dtype).eps
+    for got, exact in (
+        (values(activation, z), value(activation.name, activation.parameter, z.astype(np.longdouble))),
+        (slopes(activation, z), derivative(activation.name, activation.parameter, z.astype(np.longdouble))),
+    ):
+        assert got.dtype == dtype
+        assert (np.abs(got - exact) <= roundings * np.maximum(np.abs(exact), np.minimum(np.abs(z), 1))).all()
+
+
+@pytest.mark.parametrize("name", ["silu", "sigmoid", "gelu", "elu"])
+def test_the_left_tail_keeps_its_relative_accuracy(name):
+    special = pytest.importorskip("scipy.special")
+    z = np.linspace(-30, -1, 500)
+    exact = {
+        "silu": z * special.expit(z),
+        "sigmoid": special.expit(z),
+        "gelu": z * special.ndtr(z),
+        "elu": special.expm1(z),
+    }
+    assert np.allclose(values(Activation.of(name), z), exact[name], rtol=1e-12, atol=0)
+
+
+def test_normal_cdf():
+    special = pytest.importorskip("scipy.special")
+    z = np.concatenate([np.linspace(-37, 10, 5001), [0.0, -0.0]])
+    assert np.allclose(normal_cdf(z), special.ndtr(z), rtol=2e-13, atol=0)
+    assert np.array_equal(normal_cdf(np.array([-np.inf, np.inf, np.nan])), [0, 1, np.nan], equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=repr)
+def test_value_and_gradient_are_those_of_torch(activation):
+    torch = pytest.importorskip("torch")
+    functions = {
+        "identity": lambda z: z * 1,
+        "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, activation.parameter),
+        "elu": lambda z: torch.nn.functional.elu(z, activation.parameter),
+        "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+    }
+    function = functions.get(activation.name) or getattr(torch.nn.functional, activation.name)
+    kinks = np.array([-3.0, 0.0, -0.0, 3.0, 6.0, -1e-300, 1e-300, 700.0, -700.0])
+    z = np.concatenate([10 * rng().standard_normal(500), kinks])
+    if activation.parameter == -0.5:
+        z = z[z != 0]
+    tensor = torch.tensor(z, requires_grad=True)
+    y = function(tensor)
+    y.sum().backward()
+    assert np.allclose(values(activation, z), y.detach().numpy(), rtol=1e-12, atol=1e-14)
+    assert np.allclose(slopes(activation, z), tensor.grad.numpy(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "point", "slope"),
+    [("relu", 0, 0), ("relu6", 0, 0), ("relu6", 6, 0), ("leaky_relu", 0, 0.01), ("elu", 0, 1), ("hardswish", -3, 0),
+     ("hardswish", 3, 1)],
+)  # fmt: skip
+def test_slope_at_the_kink(name, point, slope):
+    assert slopes(Activation.of(name), np.array([point, -float(-point)])) == pytest.approx([slope, slope])
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=repr)
+def test_infinite_arguments_have_limits(activation):
+    got = values(activation, np.array([-np.inf, np.inf]))
+    limits = {"relu6": [0, 6], "sigmoid": [0, 1], "tanh": [-1, 1], "relu": [0, np.inf], "identity": [-np.inf, np.inf]}
+    limits["elu"] = [-activation.parameter, np.inf]
+    if activation.name in limits:
+        assert np.array_equal(got, limits[activation.name])
+    assert got[1] > 0
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=repr)
+def test_nan_propagates(activation):
+    z = np.array([np.nan, 1.0])
+    assert np.isnan(values(activation, z)).tolist() == [True, False]
+    assert np.isnan(slopes(activation, np.ones(2), dy=z)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=repr)
+@pytest.mark.parametrize("target", ["z", "dy"])
+def test_the_gradient_may_be_written_over_an_argument(activation, target):
+    z, dy = rng().standard_normal((2, 50))
+    expected = slopes(activation, z, dy)
+    arguments = {"z": z.copy(), "dy": dy.copy()}
+    activation.gradient(arguments["z"], arguments["dy"], arguments[target])
+    assert np.array_equal(arguments[target], expected)
+
+
+@pytest.mark.parametrize("activation", [form for form in FORMS if form.name in SMOOTH], ids=repr)
+@pytest.mark.parametrize("shape", [(3, 2, 4), (12, 8, 10, 11)], ids=str)
+def test_finite_differences_of_the_whole_transform(activation, shape):
+    """d(sum(y * dy)) along a random direction of every argument, in float64."""
+    x, dy, residual, dx, dresidual = rng(1).standard_normal((5, *shape))
+    weight, bias, dweight, dbias = rng(2).standard_normal((4, shape[1]))
+
+    def loss(step):
+        y = gpu_bn.batch_norm(
+            x + step * dx, None, None, weight + step * dweight, bias + step * dbias, True,
+            residual=residual + step * dresidual, activation=activation,
+        )  # fmt: skip
+        return float((y * dy).sum())
+
+    _, saved = gpu_bn.batch_norm_forward(x, None, None, weight, bias, True, residual=residual, activation=activation)
+    grads = gpu_bn.batch_norm_backward(dy, saved)
+    expected = sum(
+        float((gradient * direction).sum())
+        for gradient, direction in zip(grads, (dx, dweight, dbias, dresidual), strict=True)
+    )
+    assert (loss(1e-5) - loss(-1e-5)) / 2e-5 == pytest.approx(expected, rel=1e-6, abs=1e-6 * np.sqrt(x.size))
+
+
+def test_names_parameters_and_text():
+    assert Activation.of(None) == Activation.of("identity")
+    assert Activation.of(gpu_bn.elu(2)) == Activation("elu", 2.0)
+    assert gpu_bn.leaky_relu() == Activation.of("leaky_relu") == Activation("leaky_relu", 0.01)
+    assert repr(gpu_bn.leaky_relu(0.2)) == "leaky_relu(negative_slope=0.2)"
+    assert repr(gpu_bn.elu()) == "elu(alpha=1.0)"
+    assert repr(Activation.of("relu")) == "relu"

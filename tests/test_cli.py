@@ -1,0 +1,159 @@
+"""The command ``gpu-bn``: what it prints, and with which exit code it ends."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+import gpu_bn
+from gpu_bn import _conformance, _info, testing
+from gpu_bn.cli import DEMO_NEEDS, main
+
+FEW = [testing.Case((4, 3)), testing.Case((4, 3), mode="eval"), testing.Case((2, 3, 5), "float64")]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"gpu-bn {gpu_bn.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"), [([], "COMMAND"), (["info"], "backend"), (["check"], "--backend"), (["demo"], "--seeds")]
+)
+def test_help(command, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line", [[], ["train"], ["demo", "--seeds", "0"], ["demo", "--steps", "two"], ["check", "--backend", "jax"]]
+)
+def test_a_line_that_is_not_understood_exits_with_2(line, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(line)
+    assert end.value.code == 2
+    assert "usage: gpu-bn" in capsys.readouterr().err
+
+
+def test_info_names_what_is_there_and_imports_no_array_library():
+    code = (
+        "import sys; from gpu_bn.cli import main; assert main(['info']) == 0; "
+        "found = {'torch', 'cupy', 'triton', 'sklearn', 'matplotlib'} & set(sys.modules); assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for name in ("gpu-bn", "Python", "NumPy", "processor", "threads", "GPUs"):
+        assert any(line.startswith(name + " ") for line in lines), name
+    for row in gpu_bn.dispatch.ROWS:
+        assert any(line.split()[:2] == [row.name, row.array] and row.why_not in line for line in lines), row.name
+
+
+class Driver:
+    """A CUDA driver's interface with two devices, in which one function fails."""
+
+    def __init__(self, failing=""):
+        self.failing = failing
+
+    def __getattr__(self, name):
+        return lambda *arguments: 100 if name == self.failing else self.answer(name, *arguments)
+
+    def answer(self, name, target, *rest):
+        values = {"cuDeviceGetCount": 2, "cuDeviceGet": rest[0] if rest else 0, "cuDeviceGetName": b"GPU X"}
+        if name == "cuGetErrorName":
+            rest[0]._obj.value = b"CUDA_ERROR_NO_DEVICE"
+        elif name == "cuDeviceGetAttribute":
+            target._obj.value = {75: 9, 76: 0}[rest[0]]
+        elif name == "cuDeviceGetName":
+            target.value = values[name]
+        elif name in values:
+            target._obj.value = values[name]
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [
+        ("", _info.Devices(["GPU X (sm_90)"] * 2)),
+        ("cuInit", _info.Devices([], "cuInit failed with CUDA_ERROR_NO_DEVICE")),
+        ("cuDeviceGetCount", _info.Devices([], "cuDeviceGetCount failed with CUDA_ERROR_NO_DEVICE")),
+        ("cuDeviceGetName", _info.Devices([f"device {i} (CUDA_ERROR_NO_DEVICE)" for i in range(2)])),
+    ],
+)
+def test_devices(failing, expected, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver(failing))
+    assert _info.devices() == expected
+
+
+def test_no_driver_is_a_reason(monkeypatch):
+    def refuse(name):
+        raise OSError(f"{name}: cannot open")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert "libcuda.so.1: cannot open" in _info.devices().why_not
+
+
+def test_check_prints_a_table_and_passes(capsys, monkeypatch):
+    monkeypatch.setattr(testing, "cases", lambda: FEW)
+    assert main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert "numpy: 3 of 3 cases have passed" in out
+    for dtype, mode in (("float32", "train"), ("float32", "eval"), ("float64", "train")):
+        assert any(line.split()[:4] == [dtype, mode, "1", "-"] for line in out.splitlines()), (dtype, mode)
+    assert "cupy: not run, " in out
+
+
+@pytest.mark.parametrize("error", [AssertionError("y[0]: too far"), ZeroDivisionError("y[0]: too far")])
+def test_check_exits_with_1_if_a_case_fails(error, capsys, monkeypatch):
+    def fail_in_eval(case, _):
+        if case.mode == "eval":
+            raise error
+        return {"y": 0.25, "dx": 0.5}
+
+    monkeypatch.setattr(testing, "cases", lambda: FEW)
+    monkeypatch.setattr(testing, "check", fail_in_eval)
+    assert main(["check", "--backend", "numpy"]) == 1
+    out = capsys.readouterr().out
+    assert "numpy: 2 of 3 cases have passed" in out
+    assert f"FAILED {FEW[1]}\n  {type(error).__name__}: y[0]: too far" in out
+    assert any(line.split() == ["float32", "train", "1", "-", "0.5", "dx"] for line in out.splitlines())
+
+
+def test_worst_names_the_quantity():
+    outcomes = [_conformance.Outcome(FEW[0], errors, "") for errors in ({"y": 0.1}, {"y": 0.2, "dx": 0.3})]
+    assert _conformance.worst(outcomes) == ("0.3", "dx")
+    assert _conformance.worst([]) == ("-", "-")
+
+
+@pytest.mark.parametrize("command", ["check", "demo"])
+def test_a_backend_that_cannot_be_had_is_refused_with_its_reason(command, capsys, monkeypatch):
+    def refuse(name):
+        raise gpu_bn.BackendUnavailableError(f"{name} is not for this machine")
+
+    monkeypatch.setattr(gpu_bn.dispatch, "load", refuse)
+    assert main([command, "--backend", "cupy"]) == 1
+    assert capsys.readouterr().err == f"gpu-bn {command}: cupy is not for this machine\n"
+
+
+@pytest.mark.parametrize("module", DEMO_NEEDS)
+def test_demo_without_its_extra_says_how_to_get_it(module, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["demo"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "pip install 'gpu-bn[demo]'" in said.err
+    assert DEMO_NEEDS[module] in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--out", "no/such/folder/x.png"], "no folder no/such/folder"), (["--steps", "30"], "multiple of 20, got 30")],
+)
+def test_demo_refuses_what_it_cannot_do_before_it_starts(arguments, says, capsys):
+    assert main(["demo", *arguments]) == 1
+    assert says in capsys.readouterr().err

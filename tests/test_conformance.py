@@ -1,0 +1,121 @@
+"""Every backend against the oracle: the standard cases, and random ones."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import make_problem
+
+from gpu_bn.activations import ROWS
+from gpu_bn.testing import Case, cases, check, unavailable_cases
+from gpu_bn.testing.cases import AFFINE, DTYPES, LAYOUTS, MODES, build
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_case(case, backend):
+    shares = check(case, backend)
+    assert {"y", "mean", "rstd", "dx"} <= shares.keys()
+    assert all(0 <= share <= 1 for share in shares.values())
+
+
+def test_cases_cover_all_kinds_of_input():
+    everything = cases() + unavailable_cases()
+    assert len({str(case) for case in everything}) == len(everything)
+    assert not unavailable_cases(), "ml_dtypes is part of the test extra"
+    for field, values in {
+        "dtype": DTYPES,
+        "layout": LAYOUTS,
+        "mode": MODES,
+        "affine": AFFINE,
+        "activation": ROWS,
+    }.items():
+        assert {getattr(case, field) for case in everything} == set(values), field
+    assert {len(case.shape) for case in everything} == {2, 3, 4, 5}
+
+
+def test_without_ml_dtypes_only_bfloat16_is_left_out(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ml_dtypes", None)
+    left_out = unavailable_cases()
+    assert left_out
+    assert all("bfloat16" in (case.dtype, case.param_dtype) for case in left_out)
+    assert all("bfloat16" not in (case.dtype, case.param_dtype) for case in cases())
+
+
+@st.composite
+def random_cases(draw, largest=40_000):
+    rank = draw(st.integers(2, 5))
+    shape = draw(st.lists(st.integers(1, 9), min_size=rank, max_size=rank))
+    stretched = draw(st.integers(0, rank - 1))
+    shape[stretched] = draw(st.sampled_from([1, 2, 31, 33, 97, 130, 513, 1031]))
+    while np.prod(shape) > largest:
+        shape[int(np.argmax(shape))] //= 2
+    axis = draw(st.integers(-rank, rank - 1))
+    mode = draw(st.sampled_from(MODES))
+    if mode != "eval" and np.prod(shape) == shape[axis]:
+        shape[axis - 1 if rank + axis else axis + 1] += 1
+        if np.prod(shape) == shape[axis]:
+            mode = "eval"
+    return Case(
+        tuple(shape),
+        dtype=draw(st.sampled_from(DTYPES)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        dy_layout=draw(st.sampled_from((None, *LAYOUTS))),
+        channel_axis=axis,
+        activation=draw(st.sampled_from(list(ROWS))),
+        residual=draw(st.booleans()),
+        affine=draw(st.sampled_from(AFFINE)),
+        mode=mode,
+        param_dtype=draw(st.sampled_from((None, *DTYPES))),
+        mean=draw(st.sampled_from([0.0, 1.0, -5.0, 300.0])),
+        std=draw(st.sampled_from([0.0, 0.1, 1.0, 20.0])),
+        eps=draw(st.sampled_from([1e-5, 1e-3, 1.0])),
+        momentum=draw(st.sampled_from([0.0, 0.1, 0.7, 1.0])),
+    )
+
+
+@given(case=random_cases())
+@settings(max_examples=200)
+def test_random_case(case, backend):
+    assert check(case, backend)
+
+
+@pytest.mark.slow
+@given(case=random_cases(largest=400_000))
+@settings(max_examples=700)
+def test_many_random_cases(case, backend):
+    assert check(case, backend)
+
+
+@st.composite
+def random_views(draw, shape, dtype):
+    """An array of a shape with permuted axes, steps of either sign, offsets and broadcast axes."""
+    rank = len(shape)
+    order = draw(st.permutations(range(rank)))
+    steps = [draw(st.sampled_from([1, 1, -1, 2, -3])) for _ in shape]
+    offsets = [draw(st.integers(0, 2)) for _ in shape]
+    repeated = draw(st.sets(st.integers(0, rank - 1), max_size=1))
+    sizes = [1 if axis in repeated else size for axis, size in enumerate(shape)]
+    extents = [(size - 1) * abs(step) + 1 + offset for size, step, offset in zip(sizes, steps, offsets, strict=True)]
+    base = np.random.default_rng(draw(st.integers(0, 99))).standard_normal([extents[axis] for axis in order])
+    view = base.astype(dtype).transpose(np.argsort(order))
+    view = view[tuple(slice(offset, None) for offset in offsets)]
+    view = view[tuple(slice(None, None, step) for step in steps)]
+    assert view.shape == tuple(sizes)
+    return np.broadcast_to(view, shape)
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_random_strides(data, backend):
+    shape = (*data.draw(st.lists(st.integers(1, 7), min_size=2, max_size=4)), data.draw(st.sampled_from([2, 3, 130])))
+    axis = data.draw(st.integers(0, len(shape) - 2))
+    dtype = data.draw(st.sampled_from(["float32", "float16", "float64"]))
+    x, dy, residual = (data.draw(random_views(shape, dtype)) for _ in range(3))
+    activation = data.draw(st.sampled_from([("identity", 0.0), ("relu", 0.0), ("silu", 0.0)]))
+    assert check(make_problem(x, dy=dy, residual=residual, activation=activation, channel_axis=axis), backend)
+
+
+def test_a_case_is_the_same_numbers_every_time():
+    first, second = (build(Case((3, 4, 5), "float16", residual=True)) for _ in range(2))
+    assert first.x.tobytes() == second.x.tobytes()
+    assert first.residual.tobytes() == second.residual.tobytes()

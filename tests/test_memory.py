@@ -1,0 +1,81 @@
+"""Extra memory beyond the outputs is at most 5 % of x: NumPy reports every buffer to tracemalloc."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from support import rng, running_pair
+
+import gpu_bn
+from gpu_bn.testing.cases import arrange
+
+SHAPES = [(16, 64, 56, 56), (64, 256, 14, 14), (128, 512, 7, 7), (4000, 1000), (2, 8, 512, 512), (16, 128, 1500)]
+
+
+def extra(call, outputs, x):
+    """Peak memory of a call beyond its outputs, as a share of x."""
+    call()  # fills caches and starts threads
+    tracemalloc.start()
+    try:
+        result = call()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert result is not None
+    return (peak - outputs * x.nbytes) / x.nbytes
+
+
+def data(shape, dtype=np.float32, layout="contiguous"):
+    x = rng().standard_normal(shape, np.float32).astype(dtype)
+    return arrange(x, layout, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu", "gelu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_forward(shape, activation, training):
+    x, running = data(shape), running_pair(shape[1])
+    share = extra(lambda: gpu_bn.batch_norm(x, *running, training=training, activation=activation), 1, x)
+    assert share <= 0.05
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu_tanh"])
+@pytest.mark.parametrize("training", [True, False])
+def test_backward(shape, activation, training):
+    x, dy = data(shape), data(shape)
+    weight, bias = np.ones((2, shape[1]), np.float32)
+    _, saved = gpu_bn.batch_norm_forward(x, *running_pair(shape[1]), weight, bias, training, activation=activation)
+    assert extra(lambda: gpu_bn.batch_norm_backward(dy, saved), 1, x) <= 0.05
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "negative_stride", "sliced_channels"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_layouts_and_half_precision(layout, dtype, residual):
+    x = data((32, 64, 56, 56), dtype, layout)
+    added = x if residual else None
+    y, saved = gpu_bn.batch_norm_forward(x, training=True, residual=added, activation="relu")
+    assert extra(lambda: gpu_bn.batch_norm(x, training=True, residual=added, activation="relu"), 1, x) <= 0.05
+    assert extra(lambda: gpu_bn.batch_norm_backward(y, saved), 2 if residual else 1, x) <= 0.05
+
+
+@pytest.mark.parametrize("shape", [(16, 64, 56, 56), (4000, 1000)], ids=str)
+def test_statistics_far_from_zero(shape):
+    x = data(shape) + np.float32(100)
+    assert extra(lambda: gpu_bn.batch_norm(x, training=True), 1, x) <= 0.05
+
+
+@pytest.mark.parametrize("shape", [(16, 64, 56, 56), (4000, 1000)], ids=str)
+def test_out_needs_no_output(shape):
+    x = data(shape)
+    out = np.empty_like(x)
+    assert extra(lambda: gpu_bn.batch_norm(x, training=True, out=out), 0, x) <= 0.05
+
+
+@pytest.mark.parametrize("need", ["dweight", "dbias"])
+def test_parameter_gradients_alone_need_no_full_size_array(need):
+    x = data((16, 64, 56, 56))
+    ones = np.ones(64, np.float32)
+    _, saved = gpu_bn.batch_norm_forward(x, None, None, ones, ones, True, activation="relu")
+    assert extra(lambda: gpu_bn.batch_norm_backward(x, saved, need=need), 0, x) <= 0.05
