@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator import Device, EmulatorError, Kernel
-from emulator.compile import triton_arguments
+from emulator import Device, EmulatorError
+from emulator.compile import Compiled
 from emulator.snippet import snippet
+from reference_backend import KERNELS, TRITON_SOURCE, compile_reference_triton, forward, load_triton
 
-KERNELS = Path(__file__).parent / "emulator" / "kernels"
 SHAPE = (3, 4, 104)  # n, c, s: the 78 vectors of 4 floats are no multiple of the threads
 SEEDS = (None, 0, 1)
 
@@ -24,31 +22,21 @@ def require_close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
         raise EmulatorError("wrong result", f"off by {worst:.3g}, tolerance {tolerance:.3g}")
 
 
-def bn_arguments(device: Device) -> tuple[list, np.ndarray]:
+def run_bn(device: Device, compiled: Compiled) -> None:
     x = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
-    channels = SHAPE[1]
-    weight, bias = (
-        np.linspace(1, 2, channels, dtype=np.float32),
-        np.linspace(-1, 1, channels, dtype=np.float32),
-    )
+    weight, bias = (np.linspace(low, high, SHAPE[1], dtype=np.float32) for low, high in ((1, 2), (-1, 1)))
     wide = x.astype(np.float64)
     rstd = 1 / np.sqrt(wide.var((0, 2), keepdims=True) + 1e-5)
     want = (wide - wide.mean((0, 2), keepdims=True)) * rstd * weight[:, None] + bias[:, None]
-    stats = [device.empty(channels, np.float32) for _ in range(2)]
-    return [x, device.empty(SHAPE, np.float32), weight, bias, *stats, *SHAPE, np.float32(1e-5)], want
+    y = device.empty(SHAPE, np.float32)
+    forward(device, compiled, x, y, weight, bias, threads=64)
+    require_close(y, want, 1e-5)
 
 
-def run_bn(device: Device, kernel: Kernel) -> None:
-    args, want = bn_arguments(device)
-    device.launch(kernel, SHAPE[1], 64, args)
-    device.require_written(args[1], "y")
-    require_close(args[1], want, 1e-5)
-
-
-def run_sums(device: Device, kernel: Kernel) -> None:
+def run_sums(device: Device, compiled: Compiled) -> None:
     x = np.random.default_rng(1).standard_normal((3, 1024), np.float32)
     out = device.empty(3, np.float32)
-    device.launch(kernel, 3 * kernel.cluster, 32, [out, x])
+    device.launch(compiled.kernel, 3 * compiled.kernel.cluster, 32, [out, x])
     device.require_written(out, "out")
     require_close(out, x.astype(np.float64).sum(1), 1e-4)
 
@@ -59,7 +47,7 @@ class Planted:
     check: str  # that must report it
     source: str
     kernel: str
-    run: Callable[[Device, Kernel], None]
+    run: Callable[[Device, Compiled], None]
     old: str
     new: str
     nth: int = 0
@@ -95,8 +83,8 @@ PLANTED = [
        "  if ((threadIdx.x & 31) < 16) for (int offset = 16;"),
     bn("barrier under a condition", "deadlock", "  __syncthreads();  // partials",
        "  if (threadIdx.x < 32) __syncthreads(); else asm volatile(\"bar.sync 1;\");  // partials"),
-    bn("threads leave before a barrier", "divergent barrier", "  float e1 = 0.f",
-       "  if (threadIdx.x >= 32) return;\n  float e1 = 0.f"),
+    bn("threads leave before a barrier", "divergent barrier", "  double squares = 0.",
+       "  if (threadIdx.x >= 32) return;\n  double squares = 0."),
     bn("lanes store different values to one place", "conflicting stores",
        "if (threadIdx.x == 0) {\n    save_mean[channel] = mean;",
        "if (threadIdx.x < 2) {\n    save_mean[channel] = mean + threadIdx.x;"),
@@ -125,8 +113,8 @@ def first_report(run: Callable[[Device], None]) -> EmulatorError:
 @pytest.mark.compile
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.fault)
 def test_a_planted_fault_is_reported(planted, compile_cuda, caught_faults):
-    kernel = compile_cuda(planted.text(), 90)[planted.kernel].kernel
-    error = first_report(lambda device: planted.run(device, kernel))
+    compiled = compile_cuda(planted.text(), 90)[planted.kernel]
+    error = first_report(lambda device: planted.run(device, compiled))
     caught_faults[planted.fault] = str(error)
     assert error.check == planted.check, str(error)
 
@@ -135,29 +123,10 @@ def test_a_planted_fault_is_reported(planted, compile_cuda, caught_faults):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_kernels_without_faults_are_clean(seed, compile_cuda):
     for source, name, run in {(p.source, p.kernel, p.run) for p in PLANTED}:
-        kernel = compile_cuda((KERNELS / source).read_text(), 90)[name].kernel
-        run(Device(seed=seed), kernel)
+        run(Device(seed=seed), compile_cuda((KERNELS / source).read_text(), 90)[name])
 
 
 # -------------------------------------------------------------------- Triton
-
-
-def load_triton(source: str, directory: Path) -> object:
-    """Triton reads a kernel's text from its file, so a changed kernel needs a file of its own."""
-    path = directory / "changed_kernel.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location("changed_kernel", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.bn_forward
-
-
-def run_triton(device: Device, compiled) -> None:
-    args, want = bn_arguments(device)
-    device.launch(compiled.kernel, SHAPE[1], compiled.threads, triton_arguments(compiled, args),
-                  compiled.dynamic_shared_bytes)  # fmt: skip
-    device.require_written(args[1], "y")
-    require_close(args[1], want, 1e-5)
 
 
 @pytest.mark.compile
@@ -170,23 +139,20 @@ def run_triton(device: Device, compiled) -> None:
         ("mask that loses the tail", "unwritten output",
          "element_ty), mask=i < total)", "element_ty), mask=i < total - 1)"),
         ("padding counted as data", "wrong result",
-         "tl.where(i < total, loaded - shift, 0.0)", "loaded - shift"),
+         "tl.where(i < total, loaded - mean, 0.0)", "loaded - mean"),
     ],
 )  # fmt: skip
-def test_a_fault_planted_in_triton_is_reported(
-    fault, check, old, new, compile_triton, tmp_path, caught_faults
-):
-    source = (KERNELS / "bn_forward_reference_triton.py").read_text()
-    assert old in source
-    function = load_triton(source.replace(old, new) if old else source, tmp_path)
-    tensors = dict.fromkeys(("x", "y", "weight", "bias", "save_mean", "save_rstd"), "*fp32")
-    signature = {**tensors, "n": "i32", "c": "i32", "s": "i32", "eps": "fp32"}
-    compiled = compile_triton(function, 80, signature, {"BLOCK": 256}, aligned=list(tensors))
+def test_a_fault_planted_in_triton_is_reported(fault, check, old, new, compile_triton, tmp_path, caught_faults):
+    assert old in TRITON_SOURCE
+    changed = tmp_path / "changed_kernel.py"
+    changed.write_text(TRITON_SOURCE.replace(old, new) if old else TRITON_SOURCE)
+    aligned = ("x", "y", "weight", "bias", "save_mean", "save_var")
+    compiled = compile_reference_triton(compile_triton, "f32", 80, aligned, block=256, function=load_triton(changed))
     if fault is None:
         for seed in SEEDS:
-            run_triton(Device(seed=seed), compiled)
+            run_bn(Device(seed=seed), compiled)
         return
-    error = first_report(lambda device: run_triton(device, compiled))
+    error = first_report(lambda device: run_bn(device, compiled))
     caught_faults[f"Triton: {fault}"] = str(error)
     assert error.check == check, str(error)
 

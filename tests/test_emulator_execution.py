@@ -102,16 +102,12 @@ def test_votes_matches_and_warp_reductions():
     assert (run(setup + "vote.sync.ballot.b32 %r1, %p1, -1;") == 0xAAAAAAAA).all()
     assert (run(setup + "vote.sync.any.pred %p2, %p1, -1; selp.u32 %r1, 1, 0, %p2;") == 1).all()
     assert (run(setup + "vote.sync.all.pred %p2, !%p1, -1; selp.u32 %r1, 1, 0, %p2;") == 0).all()
-    assert (
-        (run(setup + "@%p1 bra odd; activemask.b32 %r1; bra end; odd: mov.u32 %r1, 0; end:")[0]) == 0x55555555
-    )
+    assert (run(setup + "@%p1 bra odd; activemask.b32 %r1; bra end; odd: mov.u32 %r1, 0; end:")[0]) == 0x55555555
     np.testing.assert_array_equal(
         run(setup + "match.any.sync.b32 %r1, %r3, -1;"), np.tile([0x55555555, 0xAAAAAAAA], 32)
     )
     t = np.arange(64)
-    np.testing.assert_array_equal(
-        run(setup + "redux.sync.add.u32 %r1, %r2, -1;"), np.where(t < 32, 496, 1520)
-    )
+    np.testing.assert_array_equal(run(setup + "redux.sync.add.u32 %r1, %r2, -1;"), np.where(t < 32, 496, 1520))
     np.testing.assert_array_equal(run(setup + "redux.sync.max.s32 %r1, %r2, -1;"), np.where(t < 32, 31, 63))
 
 
@@ -141,9 +137,7 @@ REVERSE = """
 @pytest.mark.parametrize("barrier", ["bar.sync 0;", "barrier.sync 1, 64;", "barrier.cta.sync.aligned 0;"])
 def test_shared_memory_after_a_barrier(barrier, seed):
     device = Device(seed=seed)
-    kernel = snippet(
-        REVERSE.format(barrier=barrier) + STORE_R1, "u64 out", module=".shared .align 16 .b8 buffer[256];"
-    )
+    kernel = snippet(REVERSE.format(barrier=barrier) + STORE_R1, "u64 out", module=".shared .align 16 .b8 buffer[256];")
     out = device.empty(192, np.uint32)
     device.launch(kernel, 3, 64, [out])
     np.testing.assert_array_equal(out, np.tile(np.arange(64)[::-1], 3))
@@ -282,9 +276,7 @@ CLUSTER = """
 def test_clusters_read_each_others_shared_memory(seed):
     device = Device(seed=seed)
     out = device.empty(8 * 32, np.uint32)
-    device.launch(
-        snippet(CLUSTER + STORE_R1, "u64 out", module=".shared .u32 slot;"), 8, 32, [out], cluster=4
-    )
+    device.launch(snippet(CLUSTER + STORE_R1, "u64 out", module=".shared .u32 slot;"), 8, 32, [out], cluster=4)
     np.testing.assert_array_equal(out.reshape(8, 32)[:, 0], [1, 2, 3, 0, 5, 6, 7, 4])
 
 

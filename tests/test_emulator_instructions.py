@@ -39,9 +39,7 @@ def evaluate(instruction: str, sources: list[tuple[str, np.ndarray]], to: str, e
     parameters = ", ".join(["u64 out", *(f"u64 x{i}" for i in range(len(sources)))])
     device = Device()
     out = device.empty(count, NUMPY[to])
-    device.launch(
-        snippet(extra + "\n".join(body), parameters), 1, count, [out, *(np.array(x) for _, x in sources)]
-    )
+    device.launch(snippet(extra + "\n".join(body), parameters), 1, count, [out, *(np.array(x) for _, x in sources)])
     return out
 
 
@@ -50,9 +48,7 @@ def same_bits(got: np.ndarray, want: np.ndarray) -> None:
     want = np.asarray(want).astype(got.dtype)
     both_nan = np.isnan(got.astype(float)) & np.isnan(want.astype(float))
     bits = f"u{got.dtype.itemsize}"
-    np.testing.assert_array_equal(
-        np.where(both_nan, 0, got.view(bits)), np.where(both_nan, 0, want.view(bits))
-    )
+    np.testing.assert_array_equal(np.where(both_nan, 0, got.view(bits)), np.where(both_nan, 0, want.view(bits)))
 
 
 def integers(type_: str, seed: int, count: int = 256) -> np.ndarray:
@@ -109,9 +105,7 @@ def test_integer_products_and_quotients_are_exact(type_):
         evaluate(f"mul.hi.{type_} {{d}}, {{0}}, {{1}};", sources, type_),
         wrap([v >> info.bits for v in exact]),
     )
-    truncated = [
-        abs(int(x)) // abs(int(y)) * (1 if (x < 0) == (y < 0) else -1) for x, y in zip(a, b, strict=True)
-    ]
+    truncated = [abs(int(x)) // abs(int(y)) * (1 if (x < 0) == (y < 0) else -1) for x, y in zip(a, b, strict=True)]
     same_bits(evaluate(f"div.{type_} {{d}}, {{0}}, {{1}};", sources, type_), wrap(truncated))
     remainder = [int(x) - q * int(y) for x, y, q in zip(a, b, truncated, strict=True)]
     same_bits(evaluate(f"rem.{type_} {{d}}, {{0}}, {{1}};", sources, type_), wrap(remainder))
@@ -154,9 +148,7 @@ def test_bit_field_extract_and_insert(type_):
         return field - (2**size_in if signed and top else 0)
 
     want = [extract(int(x), int(s), int(n)) for x, s, n in zip(a, start, length, strict=True)]
-    got = evaluate(
-        f"bfe.{type_} {{d}}, {{0}}, {{1}}, {{2}};", [(type_, a), ("u32", start), ("u32", length)], type_
-    )
+    got = evaluate(f"bfe.{type_} {{d}}, {{0}}, {{1}}, {{2}};", [(type_, a), ("u32", start), ("u32", length)], type_)
     same_bits(got, np.array(want, NUMPY[type_]))
 
     unsigned = f"u{bits}"
@@ -186,9 +178,7 @@ def test_bit_counting_and_reversal():
 def test_lop3_is_its_truth_table():
     a, b, c = (integers("u32", seed) for seed in (13, 14, 15))
     for table in (0xE8, 0x96, 0xCA, 0x01):
-        got = evaluate(
-            f"lop3.b32 {{d}}, {{0}}, {{1}}, {{2}}, {table};", [("u32", a), ("u32", b), ("u32", c)], "u32"
-        )
+        got = evaluate(f"lop3.b32 {{d}}, {{0}}, {{1}}, {{2}}, {table};", [("u32", a), ("u32", b), ("u32", c)], "u32")
         index = [(((a >> i) & 1) << 2 | ((b >> i) & 1) << 1 | ((c >> i) & 1)) for i in range(32)]
         want = sum((table >> bit.astype(np.int64) & 1) << i for i, bit in enumerate(index))
         same_bits(got, want)
@@ -203,9 +193,7 @@ def test_prmt_selects_bytes_and_replicates_signs():
         byte = data[np.arange(len(a)), nibble & 7].astype(np.uint32)
         byte = np.where(nibble & 8, np.where(byte & 128, 255, 0), byte)
         want |= byte.astype(np.uint32) << np.uint32(8 * i)
-    same_bits(
-        evaluate("prmt.b32 {d}, {0}, {1}, {2};", [("u32", a), ("u32", b), ("u32", selector)], "u32"), want
-    )
+    same_bits(evaluate("prmt.b32 {d}, {0}, {1}, {2};", [("u32", a), ("u32", b), ("u32", selector)], "u32"), want)
 
 
 def test_funnel_shift():
@@ -217,9 +205,7 @@ def test_funnel_shift():
         "shf.r.wrap": [(v >> (int(n) & 31)) & 0xFFFFFFFF for v, n in zip(both, amount, strict=True)],
         "shf.r.clamp": [(v >> min(int(n), 32)) & 0xFFFFFFFF for v, n in zip(both, amount, strict=True)],
     }.items():
-        same_bits(
-            evaluate(f"{name}.b32 {{d}}, {{0}}, {{1}}, {{2}};", sources, "u32"), np.array(want, np.uint32)
-        )
+        same_bits(evaluate(f"{name}.b32 {{d}}, {{0}}, {{1}}, {{2}};", sources, "u32"), np.array(want, np.uint32))
 
 
 # -------------------------------------------------------------------- floating point
@@ -255,9 +241,7 @@ def test_fma_rounds_once(type_):
                  [(type_, a[part]), (type_, b[part]), (type_, c[part])], type_)
         for part in (slice(0, 500), slice(500, 1000))
     ])  # fmt: skip
-    exact = [
-        Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)
-    ]
+    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
     same_bits(got, np.array([exactly_rounded(v, dtype) for v in exact], dtype))
 
 
@@ -295,9 +279,7 @@ def test_flush_to_zero_applies_to_inputs_and_outputs():
     a = np.array([tiny, -tiny, 2.0**-100, 1.0], np.float32)
     b = np.array([1.0, 1.0, 2.0**-40, 2.0**-130], np.float32)
     sources = [("f32", a), ("f32", b)]
-    same_bits(
-        evaluate("mul.ftz.f32 {d}, {0}, {1};", sources, "f32"), np.array([0.0, -0.0, 0.0, 0.0], np.float32)
-    )
+    same_bits(evaluate("mul.ftz.f32 {d}, {0}, {1};", sources, "f32"), np.array([0.0, -0.0, 0.0, 0.0], np.float32))
     same_bits(evaluate("mul.f32 {d}, {0}, {1};", sources, "f32"), a * b)
     compared = evaluate("setp.eq.ftz.f32 {d}, {0}, 0f00000000;", [("f32", a)], "pred")
     np.testing.assert_array_equal(compared, [1, 1, 0, 0])
@@ -317,9 +299,7 @@ def test_packed_arithmetic_is_two_halves(half):
         for name, function in (("add", np.add), ("mul", np.multiply)):
             got = evaluate(f"{name}.{half}x2 {{d}}, {{0}}, {{1}};", [("u32", a), ("u32", b)], f"{half}x2")
             same_bits(got.view(NUMPY[half]), function(a_half, b_half))
-    packed = evaluate(
-        f"fma.rn.{half}x2 {{d}}, {{0}}, {{1}}, {{2}};", [("u32", v) for v in (a, b, c)], f"{half}x2"
-    )
+    packed = evaluate(f"fma.rn.{half}x2 {{d}}, {{0}}, {{1}}, {{2}};", [("u32", v) for v in (a, b, c)], f"{half}x2")
     single = evaluate(
         f"fma.rn.{half} {{d}}, {{0}}, {{1}}, {{2}};", [(half, v.view(NUMPY[half])) for v in (a, b, c)], half
     )
@@ -447,12 +427,8 @@ def test_conversions_to_integers_truncate_clamp_and_extend():
     np.testing.assert_array_equal(got, [2, -2, 2, 3 * 10**9, -3 * 10**9, 0, 2**63 - 1, 0])
     small = integers("s32", 41)
     np.testing.assert_array_equal(evaluate("cvt.s64.s32 {d}, {0};", [("s32", small)], "s64"), small)
-    np.testing.assert_array_equal(
-        evaluate("cvt.s32.s8 {d}, {0};", [("s32", small)], "s32"), small.astype(np.int8)
-    )
-    np.testing.assert_array_equal(
-        evaluate("cvt.u64.u32 {d}, {0};", [("s32", small)], "u64"), small.view(np.uint32)
-    )
+    np.testing.assert_array_equal(evaluate("cvt.s32.s8 {d}, {0};", [("s32", small)], "s32"), small.astype(np.int8))
+    np.testing.assert_array_equal(evaluate("cvt.u64.u32 {d}, {0};", [("s32", small)], "u64"), small.view(np.uint32))
     same_bits(evaluate("cvt.rn.f32.s32 {d}, {0};", [("s32", small)], "f32"), small.astype(np.float32))
 
 

@@ -62,9 +62,7 @@ def address_reader(ins: Instruction, operand: Operand) -> Callable[[Launch], Arr
     return lambda _: constant
 
 
-def targets(
-    launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int, space: str
-) -> list[Target]:
+def targets(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int, space: str) -> list[Target]:
     """Check bounds and alignment, and resolve addresses to pieces of memory."""
     addresses = launch.threads.everywhere(addresses)[lanes]
     if space == "generic":
@@ -86,16 +84,12 @@ def targets(
     return _global_targets(launch, ins, addresses, lanes, size)
 
 
-def _global_targets(
-    launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int
-) -> list[Target]:
+def _global_targets(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int) -> list[Target]:
     found = []
     for picked, allocation in launch.memory.locate(addresses):
         mine, at = lanes[picked], addresses[picked]
         if allocation is None:
-            launch.fail(
-                "out of bounds", f"global access at {int(at[0]):#x}, no array is passed", ins, int(mine[0])
-            )
+            launch.fail("out of bounds", f"global access at {int(at[0]):#x}, no array is passed", ins, int(mine[0]))
         offsets = at - allocation.address
         inside = np.zeros(len(offsets), bool)
         for low, high in allocation.extents:
@@ -155,16 +149,10 @@ def require_written(launch: Launch, ins: Instruction, target: Target, size: int)
         return
     first = int(np.flatnonzero(wrong)[0])
     at = int(target.offsets[first])
-    at -= (
-        int(target.offsets[first]) // launch.shared_stride * launch.shared_stride
-        if target.space == "shared"
-        else 0
-    )
+    at -= int(target.offsets[first]) // launch.shared_stride * launch.shared_stride if target.space == "shared" else 0
     place = f"{int(wrong.sum())} lanes read {target.name}, the first at byte {at}"
     if (states[first] == IN_FLIGHT).any():
-        launch.fail(
-            "copy in flight", f"{place}, before its cp.async was waited for", ins, int(target.lanes[first])
-        )
+        launch.fail("copy in flight", f"{place}, before its cp.async was waited for", ins, int(target.lanes[first]))
     launch.fail("uninitialised read", f"{place}, which nobody has written", ins, int(target.lanes[first]))
 
 

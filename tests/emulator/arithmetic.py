@@ -32,9 +32,7 @@ def unsupported(ins: Instruction, what: str = "instruction") -> EmulatorError:
     return EmulatorError("unknown instruction", f"{what} is not modelled: {ins.where()}")
 
 
-def elementwise(
-    ins: Instruction, function: Callable[..., Array], types: list[str], to: str | None = None
-) -> Runner:
+def elementwise(ins: Instruction, function: Callable[..., Array], types: list[str], to: str | None = None) -> Runner:
     """dest = function(sources), source i read as types[i]; packed pairs are computed half by half."""
     to = to or ins.type
     sources = [reader(ins, operand, type_) for operand, type_ in zip(ins.operands[1:], types, strict=True)]
@@ -52,9 +50,7 @@ def packed(function: Callable[..., Array], half: str) -> Callable[..., Array]:
     def on_pairs(*pairs: Array) -> Array:
         low = [formats.decode((pair & np.uint32(0xFFFF)).astype(np.uint16), half) for pair in pairs]
         high = [formats.decode((pair >> np.uint32(16)).astype(np.uint16), half) for pair in pairs]
-        low_bits, high_bits = (
-            formats.encode(function(*part), half).astype(np.uint32) for part in (low, high)
-        )
+        low_bits, high_bits = (formats.encode(function(*part), half).astype(np.uint32) for part in (low, high))
         return low_bits | (high_bits << np.uint32(16))
 
     return on_pairs
@@ -69,9 +65,7 @@ def _float_rules(ins: Instruction, function: Callable[..., Array]) -> Callable[.
     if "ftz" in ins.modifiers:
 
         def function(*values: Array) -> Array:
-            return formats.flush_subnormals(
-                plain(*(formats.flush_subnormals(v, type_) for v in values)), type_
-            )
+            return formats.flush_subnormals(plain(*(formats.flush_subnormals(v, type_) for v in values)), type_)
 
     unclamped = function
     if "sat" in ins.modifiers:

@@ -80,9 +80,7 @@ class Barriers:
             lane = int(np.flatnonzero(leaving)[0])
             missing = int(exited.reshape(-1, lanes_per_block).sum(1).max())
             ins = launch.kernel.code[int(self.waiting_pc[lane])]
-            launch.fail(
-                "divergent barrier", f"{missing} threads of the block exited before the barrier", ins, lane
-            )
+            launch.fail("divergent barrier", f"{missing} threads of the block exited before the barrier", ins, lane)
         if launch.races:
             launch.races.block_barrier(leaving)
         releases = []
@@ -144,9 +142,7 @@ class Barriers:
         missing = self.threads.alive & (self.arrivals <= np.repeat(self.phase, self.launch.shape.lanes))
         present = self.threads.alive.reshape(-1, cluster_lanes).any(1)
         for cluster in np.flatnonzero(present & ~missing.reshape(-1, cluster_lanes).any(1)).tolist():
-            slots = list(
-                range(cluster * self.launch.shape.cluster, (cluster + 1) * self.launch.shape.cluster)
-            )
+            slots = list(range(cluster * self.launch.shape.cluster, (cluster + 1) * self.launch.shape.cluster))
             self.phase[slots] += 1
             self.launch.progress += 1
             if self.launch.races:
@@ -169,9 +165,7 @@ class Barriers:
         gone = remote & ~block_alive[slot]
         if gone.any():
             lane = int(lanes[np.flatnonzero(gone)[0]])
-            self.launch.fail(
-                "exited block", "the shared memory of a block that has exited is accessed", ins, lane
-            )
+            self.launch.fail("exited block", "the shared memory of a block that has exited is accessed", ins, lane)
         self.remote_access[slot[remote]] = self.phase[slot[remote]]
 
     # ---------------------------------------------------------------- exits

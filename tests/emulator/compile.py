@@ -70,18 +70,12 @@ class Compiled:
         """Assert ceilings, and that the widest global load and store have the given widths."""
         found = f"{self.name} for sm_{self.arch}: "
         assert self.spill_bytes <= spill_bytes, f"{found}spills {self.spill_bytes} bytes"
-        assert registers is None or self.registers <= registers, (
-            f"{found}{self.registers} registers > {registers}"
-        )
+        assert registers is None or self.registers <= registers, f"{found}{self.registers} registers > {registers}"
         total = self.shared_bytes + self.dynamic_shared_bytes
-        assert shared_bytes is None or total <= shared_bytes, (
-            f"{found}{total} bytes of shared memory > {shared_bytes}"
-        )
+        assert shared_bytes is None or total <= shared_bytes, f"{found}{total} bytes of shared memory > {shared_bytes}"
         for kind, width in (("ld", load_bytes), ("st", store_bytes)):
             widest = max(self.global_widths(kind), default=0)
-            assert width is None or widest == width, (
-                f"{found}widest global {kind} is {widest} bytes, not {width}"
-            )
+            assert width is None or widest == width, f"{found}widest global {kind} is {widest} bytes, not {width}"
 
 
 # -------------------------------------------------------------------- cache
@@ -200,9 +194,7 @@ def compile_cuda(source: str, arch: int, options: Sequence[str] = ()) -> dict[st
 
 def _resources(log: str, name: str) -> dict[str, int]:
     """What ptxas -v reports for one kernel."""
-    section = re.search(
-        rf"Compiling entry function '{re.escape(name)}'(.*?)(?=Compiling entry function|\Z)", log, re.S
-    )
+    section = re.search(rf"Compiling entry function '{re.escape(name)}'(.*?)(?=Compiling entry function|\Z)", log, re.S)
     if section is None:
         raise CompileError(f"the assembler's log has no entry for {name}:\n{log}")
 

@@ -94,9 +94,7 @@ def _map_to_rank(ins: Instruction) -> Runner:
         offset = address & address.dtype.type((1 << RANK_SHIFT) - 1)
         window = address.dtype.type(0) if address.dtype == np.uint32 else address.dtype.type(SHARED_WINDOW)
         return (
-            offset
-            | window
-            | ((rank.astype(address.dtype) + address.dtype.type(1)) << address.dtype.type(RANK_SHIFT))
+            offset | window | ((rank.astype(address.dtype) + address.dtype.type(1)) << address.dtype.type(RANK_SHIFT))
         )
 
     return elementwise(ins, move, [ins.type, "u32"])

@@ -52,9 +52,7 @@ def encode(values: Array, type_: str) -> Array:
 
 def flush_subnormals(values: Array, type_: str) -> Array:
     """Replace subnormal values by zero of the same sign (.ftz)."""
-    return np.where(
-        np.abs(values) < _SMALLEST_NORMAL[type_], np.copysign(values.dtype.type(0), values), values
-    )
+    return np.where(np.abs(values) < _SMALLEST_NORMAL[type_], np.copysign(values.dtype.type(0), values), values)
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:

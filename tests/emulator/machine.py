@@ -74,9 +74,7 @@ class Device:
     def require_written(self, array: Array, name: str = "the array") -> None:
         """Fail if an element of an array made by `empty` was never written."""
         if missing := self.memory.unwritten(array):
-            raise EmulatorError(
-                "unwritten output", f"{missing} of {array.size} elements of {name} were never written"
-            )
+            raise EmulatorError("unwritten output", f"{missing} of {array.size} elements of {name} were never written")
 
     def launch(
         self,
@@ -94,9 +92,7 @@ class Device:
 
         `names` gives the arguments the names that errors and `Report.buffer` use; by default arg0, arg1, ...
         """
-        shape = Shape(
-            _extents(grid), _extents(block), cluster or kernel.cluster, kernel.shared_bytes + shared_bytes
-        )
+        shape = Shape(_extents(grid), _extents(block), cluster or kernel.cluster, kernel.shared_bytes + shared_bytes)
         self._check_launch(kernel, shape, len(args), cooperative)
         with np.errstate(all="ignore"):
             report = Launch(self, kernel, shape, args, names, cooperative).run()
@@ -108,26 +104,20 @@ class Device:
             if not condition:
                 raise EmulatorError("launch", f"{kernel.name}: {message}")
 
-        require(
-            arguments == len(kernel.parameters), f"{len(kernel.parameters)} parameters, {arguments} arguments"
-        )
+        require(arguments == len(kernel.parameters), f"{len(kernel.parameters)} parameters, {arguments} arguments")
         require(min(*shape.grid, *shape.block) > 0, f"empty grid {shape.grid} or block {shape.block}")
         require(shape.threads <= 1024, f"{shape.threads} threads per block, the limit is 1024")
         limit = int(np.prod(kernel.threads_limit or (1024,)))
         require(shape.threads <= limit, f"{shape.threads} threads per block, compiled for at most {limit}")
         required = int(np.prod(kernel.threads_required or (shape.threads,)))
         require(shape.threads == required, f"{shape.threads} threads per block, compiled for {required}")
-        require(
-            shape.grid[0] % shape.cluster == 0, f"grid {shape.grid} is not whole clusters of {shape.cluster}"
-        )
+        require(shape.grid[0] % shape.cluster == 0, f"grid {shape.grid} is not whole clusters of {shape.cluster}")
         require(
             shape.shared_bytes <= self.shared_limit,
             f"{shape.shared_bytes} bytes of shared memory are too many",
         )
         if cooperative and self.cooperative_blocks is not None:
-            room = (
-                f"{shape.blocks} blocks cannot all be resident, there is room for {self.cooperative_blocks}"
-            )
+            room = f"{shape.blocks} blocks cannot all be resident, there is room for {self.cooperative_blocks}"
             require(shape.blocks <= self.cooperative_blocks, f"cooperative launch: {room}")
 
 
@@ -218,8 +208,8 @@ class Launch:
         if isinstance(value, np.void):  # a struct passed by value
             return value.tobytes()
         scalar = np.asarray(value)
-        if scalar.dtype.kind == "f" and TYPE_BYTES[type_] == 4:
-            return np.float32(scalar).tobytes()  # Triton declares float parameters as .b32
+        if scalar.dtype.kind == "f" and type_ in ("b32", "b64"):  # so Triton declares float parameters
+            type_ = f"f{type_[1:]}"
         if isinstance(value, np.generic) and scalar.itemsize != TYPE_BYTES[type_]:
             raise EmulatorError("launch", f"{name} is a {scalar.dtype}, the kernel expects a .{type_}")
         return scalar.astype(VALUE[type_]).tobytes()

@@ -143,6 +143,4 @@ class GlobalMemory:
             if low <= int(addresses.min()) and int(addresses.max()) < high:
                 return [(slice(None), self.allocations[first])]
         owners = np.searchsorted(np.array(self._bases), addresses, side="right") - 1
-        return [
-            (np.flatnonzero(owners == o), self.allocations[max(o, 0)]) for o in np.unique(owners).tolist()
-        ]
+        return [(np.flatnonzero(owners == o), self.allocations[max(o, 0)]) for o in np.unique(owners).tolist()]

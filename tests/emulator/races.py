@@ -87,9 +87,7 @@ class RaceDetector:
         self.acquired: dict[int, Array] = {}  # lane -> clocks it knows beyond its block's
         self.seen: dict[int, Array] = {}  # lane -> clocks read by relaxed accesses, known after a fence
         self.shadows.pop(-1, None)
-        self.published = {
-            place: clocks for place, clocks in self.published.items() if place[0] != "shared memory"
-        }
+        self.published = {place: clocks for place, clocks in self.published.items() if place[0] != "shared memory"}
 
     # ---------------------------------------------------------------- accesses
 
@@ -113,9 +111,7 @@ class RaceDetector:
             shadow.last_reader[index] = tags
             shadow.first_reader[index[::-1]] = tags[::-1]
 
-    def _check(
-        self, ins: Instruction, target: Target, old: Array, what: str, data: Array | None, strong: bool
-    ) -> None:
+    def _check(self, ins: Instruction, target: Target, old: Array, what: str, data: Array | None, strong: bool) -> None:
         me = self.identity[target.lanes][:, None]
         suspect = (old >= 0) & ((old >> _THREAD_SHIFT) != me)
         if strong:

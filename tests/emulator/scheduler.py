@@ -33,9 +33,7 @@ class Scheduler:
         self.launch, self.rng = launch, rng
         self.code, self.runners = launch.kernel.code, launch.program.runners
         self.ready: dict[int, Array] = {0: launch.threads.alive.copy()}
-        self.parked: dict[
-            int, Array
-        ] = {}  # at a warp-synchronous instruction, waiting for lanes of their warp
+        self.parked: dict[int, Array] = {}  # at a warp-synchronous instruction, waiting for lanes of their warp
         self.turn_after: int | None = None
         self.fruitless = 0  # spells in a row that only spun
         self.loops = 0
@@ -183,9 +181,7 @@ class Scheduler:
             self._push(self._target(Symbol(label), ins), taken & (index == position))
         self._push(pc + 1, rest)
 
-    def _warp_synchronous(
-        self, pc: int, ins: Instruction, lanes: Array, taken: Array
-    ) -> tuple[int, Array] | None:
+    def _warp_synchronous(self, pc: int, ins: Instruction, lanes: Array, taken: Array) -> tuple[int, Array] | None:
         """Run the warps whose members are all here; the others wait for them."""
         if pc in self.parked:
             waiting = self.parked.pop(pc)

@@ -149,9 +149,7 @@ _SINGLE = (
     "clock", "clock_hi", "clock64", "globaltimer", "dynamic_smem_size", "total_smem_size",
     "lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge",
 )  # fmt: skip
-_SPECIAL_NAMES = {f"%{name}" for name in _SINGLE}.union(
-    f"%{name}.{axis}" for name in _BY_AXIS for axis in "xyz"
-)
+_SPECIAL_NAMES = {f"%{name}" for name in _SINGLE}.union(f"%{name}.{axis}" for name in _BY_AXIS for axis in "xyz")
 
 
 def bits_reader(instruction: Instruction, operand: Operand, size: int) -> Reader:
@@ -226,11 +224,7 @@ def writer(instruction: Instruction, operand: Operand, type_: str) -> Writer:
     def write(threads: Threads, values: Array, active: Mask) -> None:
         bits = formats.encode(values, type_)
         if bits.dtype.itemsize != size:
-            bits = (
-                bits.view(formats.VALUE[type_]).astype(widened).view(RAW[size])
-                if signed
-                else bits.astype(RAW[size])
-            )
+            bits = bits.view(formats.VALUE[type_]).astype(widened).view(RAW[size]) if signed else bits.astype(RAW[size])
         threads.set_raw(index, bits, active)
 
     return write

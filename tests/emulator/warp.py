@@ -168,9 +168,7 @@ def _elect(ins: Instruction) -> LaunchRunner:
 
     def run(launch: Launch, active: Mask) -> None:
         words = ballot(_active(launch, active))
-        leader = per_lane(
-            np.bitwise_count((words & (~words + np.uint32(1))) - np.uint32(1)).astype(np.uint32)
-        )
+        leader = per_lane(np.bitwise_count((words & (~words + np.uint32(1))) - np.uint32(1)).astype(np.uint32))
         write(launch.threads, leader, active)
         chosen(launch.threads, launch.threads.lane == leader, active)
 

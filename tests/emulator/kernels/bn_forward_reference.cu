@@ -1,9 +1,9 @@
 // Batch-norm training forward, NCHW: the plainest kernel worth having, and the emulator's first customer.
 //
 // One block owns one channel. x is [n, c, s]; a vector of VEC elements never crosses a row, so VEC divides s.
-// Three passes: sum, deviations from the mean, output. The second pass is compensated: e1 would be zero in exact
-// arithmetic, and what it is instead corrects both mean and variance. STAGED keeps the channel in dynamic
-// shared memory, so that x is read from global memory once; a thread reads back only what it stored itself.
+// Three passes: mean, variance, output. The statistics are double: no mean is too large, and no square leaves the
+// range. STAGED keeps the channel in dynamic shared memory, so that x is read from global memory once; a thread reads
+// back only what it stored itself. Null weight and bias are ones and zeros; with a null y only the statistics are made.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -37,78 +37,73 @@ template <class T, int VEC> struct alignas(VEC * sizeof(typename T::Storage)) Ve
 extern __shared__ __align__(16) unsigned char staging[];
 
 // The sum over the block, in every thread, always in the same order.
-static __device__ float block_sum(float value, float* partials) {
+static __device__ double block_sum(double value, double* partials) {
   for (int offset = 16; offset; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
   __syncthreads();  // partials may still be read from the sum before
   if ((threadIdx.x & 31) == 0) partials[threadIdx.x >> 5] = value;
   __syncthreads();
   const int lane = threadIdx.x & 31;
-  value = lane < blockDim.x >> 5 ? partials[lane] : 0.f;
+  value = lane < blockDim.x >> 5 ? partials[lane] : 0.;
   for (int offset = 16; offset; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
 }
 
 template <class T, int VEC, bool STAGED>
-static __device__ void forward(const void* x_, void* y_, const float* weight, const float* bias, float* save_mean,
-                               float* save_rstd, int n, int c, int s, float eps) {
+static __device__ void forward(const void* x_, void* y_, const float* weight, const float* bias, double* save_mean,
+                               double* save_var, int n, int c, int s, double eps) {
   typedef Vector<T, VEC> V;
   const V* x = (const V*)x_;
   V* y = (V*)y_;
   V* stage = (V*)staging;
-  __shared__ float partials[32];
+  __shared__ double partials[32];
 
   const int channel = blockIdx.x;
   const int row = s / VEC;
   const int vectors = n * row;
-  const float count = (float)n * (float)s;
+  const double count = (double)n * s;
   auto place = [&](int v) { return ((long long)(v / row) * c + channel) * row + v % row; };
 
-  float sum = 0.f;
+  double sum = 0.;
   for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
     const V loaded = x[place(v)];
     if (STAGED) stage[v] = loaded;
 #pragma unroll
     for (int i = 0; i < VEC; ++i) sum += T::up(loaded.at[i]);
   }
-  const float shift = block_sum(sum, partials) / count;
+  const double mean = block_sum(sum, partials) / count;
 
-  float e1 = 0.f, e2 = 0.f;
+  double squares = 0.;
   for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
     const V loaded = STAGED ? stage[v] : x[place(v)];
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
-      const float d = T::up(loaded.at[i]) - shift;
-      e1 += d;
-      e2 = fmaf(d, d, e2);
+      const double deviation = T::up(loaded.at[i]) - mean;
+      squares = fma(deviation, deviation, squares);
     }
   }
-  e1 = block_sum(e1, partials);
-  e2 = block_sum(e2, partials);
-  const float correction = e1 / count;
-  const float mean = shift + correction;
-  const float var = fmaxf(e2 - e1 * correction, 0.f) / count;
-  const float rstd = 1.f / sqrtf(var + eps);
+  const double var = block_sum(squares, partials) / count;
   if (threadIdx.x == 0) {
     save_mean[channel] = mean;
-    save_rstd[channel] = rstd;
+    save_var[channel] = var;
   }
+  if (!y) return;
 
-  const float scale = (weight ? weight[channel] : 1.f) * rstd;
+  const float scale = (weight ? weight[channel] : 1.f) * (float)(1. / sqrt(var + eps));
   const float offset = bias ? bias[channel] : 0.f;
   for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
     const V loaded = STAGED ? stage[v] : x[place(v)];
     V out;
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) out.at[i] = T::down(fmaf(T::up(loaded.at[i]) - mean, scale, offset));
+    for (int i = 0; i < VEC; ++i) out.at[i] = T::down(fmaf((float)(T::up(loaded.at[i]) - mean), scale, offset));
     y[place(v)] = out;
   }
 }
 
-#define KERNEL(NAME, T, VEC, STAGED)                                                                             \
-  extern "C" __global__ void __launch_bounds__(256) NAME(                                                        \
-      const void* x, void* y, const float* weight, const float* bias, float* save_mean, float* save_rstd, int n, \
-      int c, int s, float eps) {                                                                                 \
-    forward<T, VEC, STAGED>(x, y, weight, bias, save_mean, save_rstd, n, c, s, eps);                             \
+#define KERNEL(NAME, T, VEC, STAGED)                                                                              \
+  extern "C" __global__ void __launch_bounds__(256) NAME(                                                         \
+      const void* x, void* y, const float* weight, const float* bias, double* save_mean, double* save_var, int n, \
+      int c, int s, double eps) {                                                                                 \
+    forward<T, VEC, STAGED>(x, y, weight, bias, save_mean, save_var, n, c, s, eps);                               \
   }
 
 KERNEL(bn_forward_f32_v1, F32, 1, false)
