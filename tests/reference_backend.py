@@ -125,15 +125,21 @@ class CudaBackend(ReferenceBackend):
 
 
 class TritonBackend(ReferenceBackend):
-    """With the Triton kernel, specialised as Triton's own launcher would for rows divisible by 16."""
+    """With the Triton kernel, specialised as Triton's own launcher would for rows divisible by 16.
 
-    def __init__(self, device: Device, build: Callable[[str, tuple[str, ...]], Compiled]) -> None:
+    A channel that one warp can hold gets one warp.
+    """
+
+    def __init__(self, device: Device, build: Callable[..., Compiled]) -> None:
         super().__init__(device)
         self.build = build
 
     def launch(self, x: Array, y: Array | None, weight: Array | None, bias: Array | None, eps: float) -> tuple:
-        aligned = ("x", "y", "s") if x.shape[2] % 16 == 0 else ("x", "y")
-        return forward(self.device, self.build(TYPES[x.dtype], aligned), x, y, weight, bias, eps)
+        n, _, s = x.shape
+        aligned = ("x", "y", "s") if s % 16 == 0 else ("x", "y")
+        block, warps = (32, 1) if n * s <= 32 else (512, 4)
+        kernel = self.build(TYPES[x.dtype], aligned=aligned, block=block, num_warps=warps)
+        return forward(self.device, kernel, x, y, weight, bias, eps)
 
 
 def _dense(array: Array) -> Array:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emulator import Device
+from emulator.compile import Compiled
 from reference_backend import (
     CUDA_SOURCE,
     DTYPES,
@@ -45,8 +46,12 @@ def make_backend(request) -> Callable[[Device], ReferenceBackend]:
         kernels = request.getfixturevalue("compile_cuda")(CUDA_SOURCE, arch)
         return lambda device: CudaBackend(device, kernels)
     compile_triton = request.getfixturevalue("compile_triton")
-    build = functools.cache(lambda type_, aligned: compile_reference_triton(compile_triton, type_, arch, aligned))
-    return lambda device: TritonBackend(device, build)
+
+    @functools.cache
+    def compiled(type_: str, **options) -> Compiled:
+        return compile_reference_triton(compile_triton, type_, arch, **options)
+
+    return lambda device: TritonBackend(device, compiled)
 
 
 @pytest.mark.parametrize("case", trained_cases(), ids=str)

@@ -122,9 +122,8 @@ def _permute_bytes(ins: Instruction) -> Runner:
         result = np.uint32(0)
         for position in range(4):
             choice = (selector >> np.uint32(4 * position)) & np.uint32(15)
-            byte = (both >> ((choice & np.uint32(7)).astype(np.uint64) * np.uint64(8))).astype(np.uint32) & np.uint32(
-                255
-            )
+            shift = (choice & np.uint32(7)).astype(np.uint64) * np.uint64(8)
+            byte = (both >> shift).astype(np.uint32) & np.uint32(255)
             # The fourth selector bit replicates the byte's sign.
             replicated = (byte >> np.uint32(7)) * np.uint32(255)
             result = result | np.where(choice & np.uint32(8), replicated, byte) << np.uint32(8 * position)

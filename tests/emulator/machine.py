@@ -16,7 +16,7 @@ from .formats import VALUE
 from .memory import POISON, UNWRITTEN, GlobalMemory
 from .parser import TYPE_BYTES, Instruction, Kernel
 from .races import RaceDetector
-from .scheduler import Scheduler, classify
+from .scheduler import CONTROL, Scheduler
 from .threads import Mask, Shape, Threads
 
 Array = np.ndarray
@@ -25,7 +25,6 @@ Argument = np.ndarray | Scalar | None
 Runner = Callable[["Launch", Mask], None]
 # Importing these fills the tables of arithmetic (bits, conversions) and of accesses (atomics, copies).
 _EXTENSIONS = (atomics, bits, conversions, copies)
-_CONTROL = ("bra", "brx", "ret", "exit", "trap", "bar", "barrier")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Program:
     """A kernel whose instructions have been looked up."""
 
     runners: list[Runner]
-    synchronous: list[bool]
+    synchronous: list[bool]  # which instructions wait for the lanes of their warp
 
 
 @dataclass
@@ -229,7 +228,7 @@ class Launch:
 def load(kernel: Kernel) -> Program:
     """Look every instruction up; one that is unknown is an error here, whether or not it would run."""
     if kernel.program is None:
-        kernel.program = Program([_runner(ins) for ins in kernel.code], classify(kernel.code))
+        kernel.program = Program([_runner(ins) for ins in kernel.code], [warp.is_warp_synchronous(ins) for ins in kernel.code])
     return kernel.program
 
 
@@ -237,7 +236,7 @@ def _runner(ins: Instruction) -> Runner:
     try:
         if builder := accesses.BUILDERS.get(ins.opcode) or warp.BUILDERS.get(ins.opcode):
             return builder(ins)
-        if ins.opcode in _CONTROL:
+        if ins.opcode in CONTROL:
             return _nothing
         if builder := arithmetic.BUILDERS.get(ins.opcode):
             compute = builder(ins)

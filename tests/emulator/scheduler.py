@@ -14,13 +14,13 @@ import numpy as np
 from .barriers import Release
 from .parser import Instruction, Symbol
 from .threads import WARP, bits_reader, predicate_reader
-from .warp import ballot, is_warp_synchronous, mask_operand, per_lane
+from .warp import ballot, mask_operand, per_lane
 
 if TYPE_CHECKING:
     from .machine import Launch
 
 Array = np.ndarray
-_CONTROL = ("bra", "brx", "ret", "exit", "trap", "bar", "barrier")
+CONTROL = ("bra", "brx", "ret", "exit", "trap", "bar", "barrier")
 _LOOP_PATIENCE = 1000  # backward branches before others get a turn, if nothing is seen to spin
 _TURN = 256  # instructions that a group may run when others spin
 _SPIN_LIMIT = 64
@@ -90,7 +90,7 @@ class Scheduler:
             taken = lanes
             if ins.guard is not None:
                 taken = lanes & predicate_reader(ins.guard)(launch.threads)
-            if ins.opcode in _CONTROL or launch.program.synchronous[pc]:
+            if ins.opcode in CONTROL or launch.program.synchronous[pc]:
                 following = self._control(pc, ins, lanes, taken)
                 if following is None:
                     return
@@ -236,8 +236,3 @@ def _extent(lanes: Array) -> tuple[int, bool]:
     if lanes.all():
         return len(lanes) // WARP, True
     return int(np.count_nonzero(ballot(lanes))), False
-
-
-def classify(code: list[Instruction]) -> list[bool]:
-    """Which instructions wait for the lanes of their warp."""
-    return [is_warp_synchronous(ins) for ins in code]
