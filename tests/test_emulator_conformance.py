@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -39,7 +41,11 @@ def trained_cases() -> list[Case]:
     return list(dict.fromkeys(replace(case, activation="identity", parameter=None, residual=False) for case in trains))
 
 
-@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: f"{target[0]}-sm_{target[1]}")
+def name(target: tuple[str, int]) -> str:
+    return f"{target[0]}-sm_{target[1]}"
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=name)
 def make_backend(request) -> Callable[[Device], ReferenceBackend]:
     language, arch = request.param
     if language == "cuda":
@@ -54,7 +60,16 @@ def make_backend(request) -> Callable[[Device], ReferenceBackend]:
     return lambda device: TritonBackend(device, compiled)
 
 
-@pytest.mark.parametrize("case", trained_cases(), ids=str)
+def targeted_cases() -> list:
+    """Every case for sm_80 and, if it is small, for sm_90; the large ones for sm_90 are left to the long run."""
+    return [
+        pytest.param(target, case, id=f"{name(target)}-{case}", marks=[pytest.mark.slow] if large else [])
+        for target, case in product(TARGETS, trained_cases())
+        for large in [target[1] == 90 and math.prod(case.shape) > 3000]
+    ]
+
+
+@pytest.mark.parametrize(("make_backend", "case"), targeted_cases(), indirect=["make_backend"])
 def test_case(case, make_backend, device):
     shares = check(case, make_backend(device))
     assert {"y", "mean", "rstd", "dx"} <= shares.keys()

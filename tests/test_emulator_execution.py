@@ -25,6 +25,17 @@ def run(body: str, block: int = 64, grid: int = 1, seed: int | None = None, **op
     return out
 
 
+@pytest.mark.parametrize("type_", ["f64", "b64"])
+def test_a_double_keeps_its_value_under_either_type(type_):
+    """Triton declares its floating-point parameters as plain bits."""
+    out = np.zeros(1)
+    body = "ld.param.f64 %d1, [a]; ld.param.u64 %rd1, [out]; st.global.f64 [%rd1], %d1;"
+    for value in (np.float64(1e-50), 1e-50):
+        Device().launch(snippet(body, f"u64 out, {type_} a"), 1, 1, [out, value])
+        assert out[0] == 1e-50
+        out[0] = 0
+
+
 def test_special_registers():
     device = Device()
     kernel = snippet("mov.u32 %r2, %tid.y; mov.u32 %r3, %tid.x; mov.u32 %r4, %ctaid.z; mov.u32 %r5, %laneid;"

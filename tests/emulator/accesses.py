@@ -149,7 +149,8 @@ def require_written(launch: Launch, ins: Instruction, target: Target, size: int)
         return
     first = int(np.flatnonzero(wrong)[0])
     at = int(target.offsets[first])
-    at -= int(target.offsets[first]) // launch.shared_stride * launch.shared_stride if target.space == "shared" else 0
+    if target.space == "shared":
+        at %= launch.shared_stride
     place = f"{int(wrong.sum())} lanes read {target.name}, the first at byte {at}"
     if (states[first] == IN_FLIGHT).any():
         launch.fail("copy in flight", f"{place}, before its cp.async was waited for", ins, int(target.lanes[first]))

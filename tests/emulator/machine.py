@@ -228,7 +228,9 @@ class Launch:
 def load(kernel: Kernel) -> Program:
     """Look every instruction up; one that is unknown is an error here, whether or not it would run."""
     if kernel.program is None:
-        kernel.program = Program([_runner(ins) for ins in kernel.code], [warp.is_warp_synchronous(ins) for ins in kernel.code])
+        kernel.program = Program(
+            [_runner(ins) for ins in kernel.code], [warp.is_warp_synchronous(ins) for ins in kernel.code]
+        )
     return kernel.program
 
 
