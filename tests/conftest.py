@@ -1,9 +1,12 @@
-"""What all tests share: the backends under test, and settings put back after each test."""
+"""What all tests share: the backends under test, the emulator's fixtures, and settings put back after each test."""
 
 import hypothesis
 import pytest
+from emulator.fixtures import caught_faults, compile_cuda, compile_triton, device, pytest_terminal_summary
 
 import gpu_bn
+
+__all__ = ["caught_faults", "compile_cuda", "compile_triton", "device", "pytest_terminal_summary"]
 
 BACKENDS = ["numpy"]
 

@@ -1,0 +1,303 @@
+"""Compile CUDA and Triton kernels without a GPU or a driver, and say what the compiler made of them.
+
+Results are kept in a cache directory under a hash of everything that goes in, so that a second test run
+compiles nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .accesses import space_of
+from .parser import TYPE_BYTES, Kernel, parse
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+class CompileError(Exception):
+    """The compiler's log."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one architecture: its PTX and what the assembler reported."""
+
+    name: str
+    arch: int
+    ptx: str
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    # What a launch needs beyond the PTX: Triton's threads per block and its dynamic shared memory.
+    threads: int = 0
+    dynamic_shared_bytes: int = 0
+    log: str = ""
+
+    @functools.cached_property
+    def kernel(self) -> Kernel:
+        return parse(self.ptx, self.name)
+
+    def global_widths(self, kind: str) -> Counter[int]:
+        """How many global loads ("ld") or stores ("st") of each width in bytes the PTX holds."""
+        widths: Counter[int] = Counter()
+        for ins in self.kernel.code:
+            copies = kind == "ld" and ins.opcode == "cp" and len(ins.operands) > 2
+            if copies:
+                widths[ins.operands[2].value] += 1
+            elif ins.opcode == kind and space_of(ins) == "global":
+                widths[TYPE_BYTES[ins.type] * ins.vector_length] += 1
+        return widths
+
+    def require(
+        self, *, registers: int | None = None, spill_bytes: int = 0, shared_bytes: int | None = None,
+        load_bytes: int | None = None, store_bytes: int | None = None,
+    ) -> None:  # fmt: skip
+        """Assert ceilings, and that the widest global load and store have the given widths."""
+        found = f"{self.name} for sm_{self.arch}: "
+        assert self.spill_bytes <= spill_bytes, f"{found}spills {self.spill_bytes} bytes"
+        assert registers is None or self.registers <= registers, f"{found}{self.registers} registers > {registers}"
+        total = self.shared_bytes + self.dynamic_shared_bytes
+        assert shared_bytes is None or total <= shared_bytes, f"{found}{total} bytes of shared memory > {shared_bytes}"
+        for kind, width in (("ld", load_bytes), ("st", store_bytes)):
+            widest = max(self.global_widths(kind), default=0)
+            assert width is None or widest == width, f"{found}widest global {kind} is {widest} bytes, not {width}"
+
+
+# -------------------------------------------------------------------- cache
+
+
+def cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("GPU_BN_COMPILE_CACHE", Path(base) / "gpu_bn" / "compile"))
+
+
+def _cached(key: object) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    return cache_directory() / f"{digest[:32]}.json"
+
+
+def _load(path: Path) -> dict[str, Compiled] | None:
+    try:
+        return {name: Compiled(**entry) for name, entry in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError):  # absent, cut short, or of another version
+        return None
+
+
+def _save(path: Path, kernels: Mapping[str, Compiled]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump({name: asdict(kernel) for name, kernel in kernels.items()}, file)
+    Path(file.name).replace(path)  # whole or not at all, also with several test processes
+
+
+# -------------------------------------------------------------------- CUDA C++
+
+
+def _package_file(package: str, pattern: str) -> Path | None:
+    """A file inside an installed namespace package such as nvidia.cuda_nvrtc."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        return None
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        if found := sorted(Path(directory).glob(pattern)):
+            return found[0]
+    return None
+
+
+def nvrtc_library() -> Path | None:
+    """The NVRTC of the pip packages: CUDA 12's, or else CUDA 13's."""
+    twelve = _package_file("nvidia.cuda_nvrtc", "lib/libnvrtc.so.*[0-9]")
+    return twelve or _package_file("nvidia.cu13", "lib/libnvrtc.so.*[0-9]")
+
+
+def cuda_headers() -> Path | None:
+    header = _package_file("nvidia.cuda_runtime", "include/cuda_fp16.h") or _package_file(
+        "nvidia.cu13", "include/cuda_fp16.h"
+    )
+    return header.parent if header else None
+
+
+class _Nvrtc:
+    def __init__(self, library: Path) -> None:
+        # NVRTC opens this library by name, and finds it if it is loaded already.
+        for builtins in library.parent.glob("libnvrtc-builtins.so.*"):
+            ctypes.CDLL(str(builtins))
+        self.library = ctypes.CDLL(str(library))
+        self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self.call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+        self.version = (major.value, minor.value)
+
+    def call(self, name: str, *args: Any) -> None:
+        if status := getattr(self.library, name)(*args):
+            raise CompileError(f"{name}: {self.library.nvrtcGetErrorString(status).decode()}")
+
+    def text(self, program: ctypes.c_void_p, what: str) -> str:
+        size = ctypes.c_size_t()
+        self.call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        self.call(f"nvrtcGet{what}", program, buffer)
+        return buffer.value.decode()
+
+    def compile(self, source: str, options: Sequence[str]) -> tuple[str, str]:
+        program = ctypes.c_void_p()
+        self.call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+        try:
+            encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+            try:
+                self.call("nvrtcCompileProgram", program, len(options), encoded)
+            except CompileError as error:
+                raise CompileError(f"{error}\n{self.text(program, 'ProgramLog')}") from None
+            return self.text(program, "PTX"), self.text(program, "ProgramLog")
+        finally:
+            self.library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def nvrtc(library: Path | None = None) -> _Nvrtc:
+    found = library or nvrtc_library()
+    if found is None:
+        raise CompileError("NVRTC is not installed")
+    return _Nvrtc(found)
+
+
+def compile_cuda(source: str, arch: int, options: Sequence[str] = ()) -> dict[str, Compiled]:
+    """Compile CUDA C++ for sm_<arch>; every kernel of the source, by name."""
+    compiler = nvrtc()
+    flags = [f"--gpu-architecture=sm_{arch}", "--std=c++17", "--ptxas-options=-v", *options]
+    path = _cached(["cuda", compiler.version, flags, source])
+    if (cached := _load(path)) is None:
+        if headers := cuda_headers():
+            flags.append(f"--include-path={headers}")
+        ptx, log = compiler.compile(source, flags)
+        names = re.findall(r"\.entry\s+([\w$]+)", ptx)
+        cached = {name: Compiled(name, arch, ptx, **_resources(log, name), log=log) for name in names}
+        _save(path, cached)
+    return cached
+
+
+def _resources(log: str, name: str) -> dict[str, int]:
+    """What ptxas -v reports for one kernel."""
+    section = re.search(rf"Compiling entry function '{re.escape(name)}'(.*?)(?=Compiling entry function|\Z)", log, re.S)
+    if section is None:
+        raise CompileError(f"the assembler's log has no entry for {name}:\n{log}")
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, section[1])
+        return int(found[1]) if found else 0
+
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        "stack_bytes": number(r"(\d+) bytes stack frame"),
+        "shared_bytes": number(r"(\d+) bytes smem"),
+    }
+
+
+# -------------------------------------------------------------------- Triton
+
+
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def compile_triton(
+    function: Any,
+    arch: int,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any] | None = None,
+    *,
+    aligned: Sequence[str] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+    num_ctas: int = 1,
+    fp_fusion: bool = True,
+) -> Compiled:
+    """Compile a @triton.jit function ahead of time for sm_<arch>.
+
+    `signature` gives the run-time arguments' types ("*fp16", "i32", "fp32"), `aligned` names those that are
+    divisible by 16. The PTX takes the run-time arguments in order, then pointers that Triton adds; see
+    `triton_arguments`. A cluster of `num_ctas` blocks counts as one program: launch num_ctas times the grid.
+    """
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "num_ctas": num_ctas,
+        "enable_fp_fusion": fp_fusion,
+    }
+    constants = dict(constants or {})
+    key = [function.cache_key, arch, dict(signature), constants, list(aligned), options]
+    path = _cached(["triton", triton_version(), *key])
+    if (cached := _load(path)) is None:
+        cached = {"kernel": _compile_triton(function, arch, signature, constants, aligned, options)}
+        _save(path, cached)
+    return cached["kernel"]
+
+
+def _compile_triton(
+    function: Any, arch: int, signature: Mapping[str, str], constants: Mapping[str, Any],
+    aligned: Sequence[str], options: dict[str, int],
+) -> Compiled:  # fmt: skip
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    types = {name: "constexpr" if name in constants else signature[name] for name in names}
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=function, signature=types, constexprs=dict(constants), attrs=hints)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = binary.asm["ptx"]
+    return Compiled(
+        binary.metadata.name, arch, ptx,
+        **_assemble(ptx, binary.metadata.name),
+        threads=32 * options["num_warps"],
+        dynamic_shared_bytes=binary.metadata.shared,
+    )  # fmt: skip
+
+
+def _assemble(ptx: str, name: str) -> dict[str, int]:
+    """Run the assembler that Triton ships, for its resource report."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"\.target\s+(\w+)", ptx)[1]
+    assembler = get_ptxas(int(re.search(r"\d+", target)[0])).path
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [
+            assembler,
+            "-v",
+            f"--gpu-name={target}",
+            str(source),
+            "-o",
+            str(source.with_suffix(".cubin")),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompileError(done.stderr)
+    return _resources(done.stderr, name)
+
+
+def triton_arguments(compiled: Compiled, args: Sequence[Any]) -> list[Any]:
+    """The run-time arguments, completed by null for the scratch pointers that Triton appends."""
+    return [*args, *[None] * (len(compiled.kernel.parameters) - len(args))]

@@ -1,0 +1,13 @@
+"""The one exception of the emulator: every check that fails raises it, with the place in the program."""
+
+
+class EmulatorError(Exception):
+    """A fault of the kernel or of its launch.
+
+    `check` is a short stable name ("out of bounds", "data race", ...), so that a test can assert which
+    check spoke without matching prose.
+    """
+
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(f"{check}: {message}")
+        self.check = check

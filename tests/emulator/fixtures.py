@@ -1,0 +1,48 @@
+"""pytest fixtures: a device, and compilers that skip a test only when their package is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from . import compile as compiler
+from .compile import Compiled
+from .machine import Device
+
+_CAUGHT = pytest.StashKey[dict[str, str]]()
+
+
+@pytest.fixture
+def device() -> Device:
+    """A device with every check on."""
+    return Device()
+
+
+@pytest.fixture(scope="session")
+def compile_cuda() -> Callable[..., dict[str, Compiled]]:
+    if compiler.nvrtc_library() is None:
+        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12")
+    return compiler.compile_cuda
+
+
+@pytest.fixture(scope="session")
+def compile_triton() -> Callable[..., Compiled]:
+    if compiler.triton_version() is None:
+        pytest.skip("Triton is not installed: pip install triton")
+    return compiler.compile_triton
+
+
+@pytest.fixture(scope="session")
+def caught_faults(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Planted faults and what was said about them; printed at the end of the test run."""
+    return request.config.stash.setdefault(_CAUGHT, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    caught = config.stash.get(_CAUGHT, {})
+    if caught:
+        terminalreporter.section("planted faults, and the check that caught each")
+    for fault, message in caught.items():
+        check, _, rest = message.partition(": ")
+        terminalreporter.write_line(f"{fault:42} {check:20} {rest[:96]}")

@@ -1,0 +1,146 @@
+"""Device memory: NumPy arrays behind device addresses, with what each byte has been through.
+
+An array that is passed to a launch stands for device memory. Its device address keeps the array's offset
+within the allocation it is a view of, so that overlapping arguments overlap on the device and a misaligned
+view is misaligned there. A kernel may touch the bytes its arguments cover and nothing else.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .errors import EmulatorError
+from .formats import RAW
+
+Array = np.ndarray
+GLOBAL_BASE = 1 << 33
+ALIGNMENT = 512  # what CUDA's allocators give
+GAP = 4096  # between allocations, so that running past one never reaches the next
+POISON = 0xFF  # NaN in every float format
+UNWRITTEN, WRITTEN, IN_FLIGHT = 0, 1, 2
+
+
+def rows(memory: Array, size: int) -> Array:
+    """Memory as rows of `size` bytes, in the widest elements (8 bytes at most) that divide a row."""
+    element = min(size, 8)
+    whole = memory[: len(memory) // size * size]
+    return whole.view(RAW[element]).reshape(-1, size // element)
+
+
+def gather(memory: Array, offsets: Array, size: int) -> Array:
+    """(lanes, size) bytes at aligned offsets."""
+    taken = rows(memory, size).take(offsets // size, axis=0)
+    return taken.view(np.uint8).reshape(-1, size)
+
+
+def scatter(memory: Array, offsets: Array, data: Array) -> None:
+    """Store (lanes, size) bytes at aligned offsets; of several lanes at one offset the last wins."""
+    size = data.shape[1]
+    element = min(size, 8)
+    rows(memory, size)[offsets // size] = np.ascontiguousarray(data).view(RAW[element]).reshape(len(data), -1)
+
+
+@dataclass
+class Allocation:
+    """One block of host memory that stands for device memory."""
+
+    address: int
+    memory: Array
+    names: list[str] = field(default_factory=list)
+    extents: list[tuple[int, int]] = field(default_factory=list)  # the bytes that arguments cover, merged
+    state: Array | None = None  # UNWRITTEN / WRITTEN per byte; None: all of it is written
+
+    def allow(self, low: int, high: int, name: str) -> None:
+        self.names.append(name)
+        merged = [(low, high)]
+        for extent in self.extents:
+            if extent[0] <= merged[0][1] and merged[0][0] <= extent[1]:
+                merged[0] = (min(extent[0], merged[0][0]), max(extent[1], merged[0][1]))
+            else:
+                merged.append(extent)
+        self.extents = sorted(merged)
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.names)
+
+
+def owner_of(array: Array) -> Array:
+    """The array whose memory `array` is a view of."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+class GlobalMemory:
+    """Gives arrays their device addresses and remembers them from launch to launch."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref, int, Array | None]] = {}
+        self._next = GLOBAL_BASE
+        self.allocations: list[Allocation] = []
+        self._bases: list[int] = []
+
+    def empty(self, shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> Array:
+        """An array of poison; reading an element before it is written is an error."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        owner = np.full(max(size, 1), POISON, np.uint8)
+        self._remember(owner, np.full(len(owner), UNWRITTEN, np.uint8))
+        return owner[:size].view(dtype).reshape(shape)
+
+    def unwritten(self, array: Array) -> int:
+        """How many elements of a (contiguous) array made by `empty` hold a byte that was never written."""
+        owner = owner_of(array)
+        known = self._known.get(owner.ctypes.data)
+        if known is None or known[0]() is not owner or known[2] is None:
+            return 0
+        start = array.ctypes.data - owner.ctypes.data
+        states = known[2][start : start + array.nbytes].reshape(-1, array.itemsize)
+        return int((states == UNWRITTEN).any(1).sum())
+
+    def _remember(self, owner: Array, state: Array | None) -> tuple[weakref.ref, int, Array | None]:
+        entry = (weakref.ref(owner), self._next, state)
+        self._known[owner.ctypes.data] = entry
+        self._next += -(-max(owner.nbytes, 1) // ALIGNMENT) * ALIGNMENT + GAP
+        return entry
+
+    def begin(self) -> None:
+        """Forget which bytes the previous launch was allowed to touch."""
+        self.allocations, self._bases = [], []
+
+    def attach(self, array: Array, name: str) -> int:
+        """Let the coming launch use an array; returns its device address."""
+        owner = owner_of(array)
+        entry = self._known.get(owner.ctypes.data)
+        if entry is None or entry[0]() is not owner:
+            entry = self._remember(owner, None)
+        _, address, state = entry
+        allocation = next((a for a in self.allocations if a.address == address), None)
+        if allocation is None:
+            flat = owner.reshape(-1, order="A").view(np.uint8) if owner.size else np.zeros(1, np.uint8)
+            if owner.size and not np.shares_memory(flat, owner):
+                raise EmulatorError("launch", f"{name} views memory that is not contiguous")
+            allocation = Allocation(address, flat, state=state)
+            position = bisect_right(self._bases, address)
+            self._bases.insert(position, address)
+            self.allocations.insert(position, allocation)
+        low, high = (int(b) - owner.ctypes.data for b in np.lib.array_utils.byte_bounds(array))
+        allocation.allow(low, high if array.size else low, name)
+        return address + low
+
+    def locate(self, addresses: Array) -> list[tuple[Array | slice, Allocation | None]]:
+        """Group addresses by the allocation they may lie in; one group in the usual case."""
+        if not self.allocations:
+            return [(slice(None), None)]
+        first = bisect_right(self._bases, int(addresses[0])) - 1
+        if first >= 0:
+            low = self._bases[first]
+            high = self._bases[first + 1] if first + 1 < len(self._bases) else 1 << 62
+            if low <= int(addresses.min()) and int(addresses.max()) < high:
+                return [(slice(None), self.allocations[first])]
+        owners = np.searchsorted(np.array(self._bases), addresses, side="right") - 1
+        return [(np.flatnonzero(owners == o), self.allocations[max(o, 0)]) for o in np.unique(owners).tolist()]

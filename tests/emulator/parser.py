@@ -1,0 +1,375 @@
+"""PTX text -> kernels: instructions with resolved operands, parameters, and the memory that they declare.
+
+Only syntax lives here. What an instruction does is looked up by name in `instructions`, so a program that
+uses an unknown opcode parses and fails when it is loaded, with its line quoted.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .errors import EmulatorError
+
+TYPE_BYTES = {
+    "pred": 1, "b8": 1, "u8": 1, "s8": 1,
+    "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2,
+    "b32": 4, "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4,
+    "b64": 8, "u64": 8, "s64": 8, "f64": 8,
+    "b128": 16,
+}  # fmt: skip
+VECTOR_LENGTHS = {"v2": 2, "v4": 4, "v8": 8}
+
+
+@dataclass(frozen=True)
+class Register:
+    index: int
+    bytes: int
+    negated: bool = False
+
+
+@dataclass(frozen=True)
+class Special:
+    """A read-only register such as %tid.x."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Immediate:
+    """An integer constant, the bits of a 0f / 0d constant, or a decimal fraction."""
+
+    value: int | float
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """The name of a variable, a label or a kernel parameter."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Address:
+    base: Register | Symbol | Immediate
+    offset: int
+
+
+@dataclass(frozen=True)
+class Vector:
+    """{a, b, ...}, or the two destinations a|b."""
+
+    items: tuple[Operand, ...]
+
+
+class Sink:
+    """The destination `_`: the value is not wanted."""
+
+
+Operand = Register | Special | Immediate | Symbol | Address | Vector | Sink
+
+
+@dataclass(frozen=True)
+class Instruction:
+    opcode: str
+    modifiers: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    guard: Register | None
+    line: int
+    text: str
+
+    @property
+    def type(self) -> str:
+        """The last type modifier: the type of the operation."""
+        for modifier in reversed(self.modifiers):
+            if modifier in TYPE_BYTES:
+                return modifier
+        raise EmulatorError("syntax", f"no type in PTX line {self.line}: {self.text}")
+
+    @property
+    def vector_length(self) -> int:
+        return next((VECTOR_LENGTHS[m] for m in self.modifiers if m in VECTOR_LENGTHS), 1)
+
+    def where(self) -> str:
+        return f"PTX line {self.line}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    offset: int
+    bytes: int
+    type: str
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of the shared, local, global or const space, at `offset` within its space."""
+
+    name: str
+    offset: int
+    bytes: int
+    initial: bytes = b""
+
+
+@dataclass
+class Kernel:
+    """One entry of a PTX module, ready to be launched."""
+
+    name: str
+    target: str
+    parameters: list[Parameter] = field(default_factory=list)
+    code: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    branch_targets: dict[str, list[str]] = field(default_factory=dict)
+    register_bytes: list[int] = field(default_factory=list)
+    shared: dict[str, Variable] = field(default_factory=dict)
+    local: dict[str, Variable] = field(default_factory=dict)
+    data: dict[str, Variable] = field(default_factory=dict)
+    shared_bytes: int = 0
+    local_bytes: int = 0
+    data_bytes: int = 0
+    threads_required: tuple[int, ...] = ()
+    threads_limit: tuple[int, ...] = ()
+    cluster: int = 1
+    program: object = None  # the instructions, looked up when the kernel is first launched
+
+
+def parse(ptx: str, name: str | None = None) -> Kernel:
+    """Parse one kernel of a PTX module: the one called `name`, or the only one."""
+    text = _without_comments(ptx)
+    entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{", text))
+    chosen = [entry for entry in entries if name is None or entry[1] == name]
+    if len(chosen) != 1:
+        found = ", ".join(entry[1] for entry in entries) or "none"
+        raise EmulatorError("syntax", f"expected one kernel {name or ''}, the module has: {found}")
+    entry = chosen[0]
+    target = re.search(r"\.target\s+(\w+)", text)
+    kernel = Kernel(entry[1], target[1] if target else "unknown")
+    kernel.parameters = _parameters(entry[2] or "")
+    _launch_bounds(kernel, entry[3])
+    body = text[entry.end() : _closing_brace(text, entry.end())]
+    outside = _outside_functions(text)
+    _Body(kernel, text, entry.end(), body, outside).parse()
+    return kernel
+
+
+def _without_comments(ptx: str) -> str:
+    """Blank out comments, keeping the line structure so that line numbers stay true."""
+    ptx = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), ptx, flags=re.S)
+    return re.sub(r"//[^\n]*", "", ptx)
+
+
+def _closing_brace(text: str, start: int) -> int:
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return start + brace.start()
+    raise EmulatorError("syntax", "the kernel's closing brace is missing")
+
+
+def _outside_functions(text: str) -> str:
+    """The module-level declarations: the text up to the first function or kernel, and between them."""
+    parts, position = [], 0
+    for function in re.finditer(r"\.(?:entry|func)\b[^;{]*\{", text):
+        if function.start() >= position:
+            parts.append(text[position : function.start()])
+            position = _closing_brace(text, function.end()) + 1
+    return "".join([*parts, text[position:]])
+
+
+def _parameters(text: str) -> list[Parameter]:
+    parameters, end = [], 0
+    for declaration in filter(None, (part.strip() for part in text.split(","))):
+        array = re.search(r"\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", declaration)
+        if array:
+            align, name, size, type_ = int(array[1]), array[2], int(array[3]), "b8"
+        else:
+            type_ = re.search(r"\.param\s+\.(\w+)", declaration)[1]
+            align = size = TYPE_BYTES[type_]
+            name = declaration.split()[-1]
+        offset = -(-end // align) * align
+        parameters.append(Parameter(name, offset, size, type_))
+        end = offset + size
+    return parameters
+
+
+def _launch_bounds(kernel: Kernel, directives: str) -> None:
+    def numbers(name: str) -> tuple[int, ...]:
+        found = re.search(rf"\.{name}\s+(\d+(?:\s*,\s*\d+)*)", directives)
+        return tuple(int(n) for n in found[1].split(",")) if found else ()
+
+    kernel.threads_required, kernel.threads_limit = numbers("reqntid"), numbers("maxntid")
+    kernel.cluster = int(np.prod(numbers("reqnctapercluster") or (1,)))
+
+
+_VARIABLE = re.compile(
+    r"(?P<extern>\.extern\s+)?\.(?P<space>shared|local|global|const)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
+    r"\.(?P<type>\w+)\s+(?P<name>[\w$]+)(?:\[(?P<count>\d*)\])?\s*(?:=\s*(?P<init>\{[^}]*\}|[^;]+))?;"
+)
+_REGISTER_RANGE = re.compile(r"(%?[\w$]+)<(\d+)>$")
+_LABEL = re.compile(r"([\w$]+):(?!:)")
+_NUMBERED = re.compile(r"(.*?)(\d+)$")
+_NUMBER = re.compile(r"[+-]?\d")
+_FLOAT_BITS = re.compile(r"0[fF][0-9a-fA-F]{8}$|0[dD][0-9a-fA-F]{16}$")
+_SPACE = re.compile(r"\s*")
+
+
+class _Body:
+    """Walks the statements of one kernel and fills it in."""
+
+    def __init__(self, kernel: Kernel, text: str, start: int, body: str, outside: str) -> None:
+        self.kernel, self.start, self.body, self.outside = kernel, start, body, outside
+        self.newlines = [match.start() for match in re.finditer("\n", text)]
+        # A name maps to its (first) register; an inline-assembly block { } may redeclare one.
+        self.scopes: list[dict[str, int]] = [{}]
+        self.ranges: list[dict[str, tuple[int, int]]] = [{}]
+
+    def parse(self) -> None:
+        for variable in _VARIABLE.finditer(self.outside):
+            if re.search(rf"(?<![\w$]){re.escape(variable['name'])}(?![\w$])", self.body):
+                self._variable(variable)
+        for line, statement in self._statements():
+            if statement == "{":
+                self.scopes.append({})
+                self.ranges.append({})
+            elif statement == "}":
+                self.scopes.pop()
+                self.ranges.pop()
+            elif statement.startswith("."):
+                self._directive(statement)
+            else:
+                self.kernel.code.append(self._instruction(statement, line))
+        # Dynamic shared memory begins after the static variables.
+        dynamic = -(-self.kernel.shared_bytes // 16) * 16
+        for name, variable in self.kernel.shared.items():
+            if variable.bytes == 0:
+                self.kernel.shared[name] = Variable(name, dynamic, 0)
+        self.kernel.shared_bytes = dynamic
+
+    def _statements(self) -> Iterator[tuple[int, str]]:
+        position, body = 0, self.body
+        while True:
+            position = _SPACE.match(body, position).end()
+            if position >= len(body):
+                return
+            if body[position] in "{}":
+                yield 0, body[position]
+                position += 1
+            elif label := _LABEL.match(body, position):
+                self._label(label[1])
+                position = label.end()
+            elif body.startswith((".loc ", ".loc\t"), position):
+                position = body.find("\n", position) % (len(body) + 1)
+            else:
+                end = body.find(";", position)
+                if end < 0:
+                    raise EmulatorError("syntax", f"unfinished statement: {body[position : position + 80]}")
+                line = bisect_right(self.newlines, self.start + position) + 1
+                yield line, " ".join(body[position : end + 1].split())
+                position = end + 1
+
+    def _label(self, name: str) -> None:
+        self.kernel.labels[name] = len(self.kernel.code)
+
+    def _directive(self, statement: str) -> None:
+        if statement.startswith(".reg"):
+            _, type_, names = statement.rstrip(";").split(maxsplit=2)
+            for name in names.split(","):
+                self._declare_register(name.strip(), TYPE_BYTES[type_[1:]])
+        elif statement.startswith(".branchtargets"):
+            label = next(n for n, at in reversed(self.kernel.labels.items()) if at == len(self.kernel.code))
+            self.kernel.branch_targets[label] = [t.strip() for t in statement[14:].rstrip(";").split(",")]
+        elif variable := _VARIABLE.match(statement):
+            self._variable(variable)
+        elif not statement.startswith((".pragma", ".file", ".section")):
+            raise EmulatorError("syntax", f"unknown directive: {statement}")
+
+    def _declare_register(self, name: str, size: int) -> None:
+        first = len(self.kernel.register_bytes)
+        if many := _REGISTER_RANGE.match(name):
+            self.ranges[-1][many[1]] = (first, int(many[2]))
+            self.kernel.register_bytes += [size] * int(many[2])
+        else:
+            self.scopes[-1][name] = first
+            self.kernel.register_bytes.append(size)
+
+    def _variable(self, found: re.Match[str]) -> None:
+        kernel, name, element = self.kernel, found["name"], TYPE_BYTES[found["type"]]
+        space = {"shared": "shared", "local": "local"}.get(found["space"], "data")
+        count = int(found["count"]) if found["count"] else (1 if found["count"] is None else 0)
+        size = 0 if found["extern"] and not count else element * count
+        align = int(found["align"] or element)
+        offset = -(-getattr(kernel, f"{space}_bytes") // align) * align
+        initial = _initial_bytes(found["init"], found["type"]) if found["init"] else b""
+        getattr(kernel, space)[name] = Variable(name, offset, size, initial)
+        setattr(kernel, f"{space}_bytes", offset + size)
+
+    def _instruction(self, statement: str, line: int) -> Instruction:
+        rest, guard = statement.rstrip(";").strip(), None
+        if guarded := re.match(r"@(!?)(%?[\w$]+)\s+", rest):
+            register = self._register(guarded[2])
+            if register is None:
+                raise EmulatorError("syntax", f"undeclared predicate in PTX line {line}: {statement}")
+            guard = Register(register.index, register.bytes, negated=bool(guarded[1]))
+            rest = rest[guarded.end() :]
+        opcode, _, arguments = rest.partition(" ")
+        name, *modifiers = opcode.split(".")
+        operands = tuple(self._operand(argument) for argument in _split(arguments))
+        return Instruction(name, tuple(modifiers), operands, guard, line, statement)
+
+    def _register(self, name: str) -> Register | None:
+        for scope, ranges in zip(reversed(self.scopes), reversed(self.ranges), strict=True):
+            index = scope.get(name)
+            if index is None and (numbered := _NUMBERED.match(name)) and numbered[1] in ranges:
+                first, count = ranges[numbered[1]]
+                index = first + int(numbered[2]) if int(numbered[2]) < count else None
+            if index is not None:
+                return Register(index, self.kernel.register_bytes[index])
+        return None
+
+    def _operand(self, text: str) -> Operand:
+        if text.startswith("["):
+            base, _, offset = text[1:-1].replace(" ", "").partition("+")
+            return Address(self._operand(base), _number(offset) if offset else 0)
+        if text.startswith("{"):
+            return Vector(tuple(self._operand(part) for part in _split(text[1:-1])))
+        if "|" in text:
+            return Vector(tuple(self._operand(part.strip()) for part in text.split("|")))
+        if text == "_":
+            return Sink()
+        if text.startswith("!"):
+            register = self._operand(text[1:].strip())
+            return Register(register.index, register.bytes, negated=True)
+        if _NUMBER.match(text):
+            return Immediate(_number(text))
+        # A % name that no .reg declares is a special register, or a mistake that loading reports.
+        return self._register(text) or (Special(text) if text.startswith("%") else Symbol(text))
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas that are outside of brackets and braces."""
+    parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,\[\]{}])+", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _number(text: str) -> int | float:
+    if _FLOAT_BITS.match(text):
+        return int(text[2:], 16)
+    if "." in text:
+        return float(text)
+    digits = text.rstrip("U").lstrip("+-")
+    octal = len(digits) > 1 and digits[0] == "0" and digits.isdigit()
+    value = int(digits, 8 if octal else 0)
+    return -value if text.startswith("-") else value
+
+
+def _initial_bytes(text: str, type_: str) -> bytes:
+    size = TYPE_BYTES[type_]
+    values = [part.strip() for part in text.strip("{} \n\t").split(",")]
+    return b"".join((_number(value) & (256**size - 1)).to_bytes(size, "little") for value in values)
