@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -28,11 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     commands = {"info": run_info, "check": run_check, "demo": run_demo}
     try:
-        return commands[options.command](options)
+        code = commands[options.command](options)
+        sys.stdout.flush()
+        return code
     except (CommandError, dispatch.BackendUnavailableError) as error:
         print(f"gpu-bn {options.command}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"gpu-bn {options.command}: interrupted", file=sys.stderr)
+    except BrokenPipeError:  # the reader of a pipe has read enough; what is left would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 

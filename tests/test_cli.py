@@ -157,3 +157,11 @@ def test_demo_without_its_extra_says_how_to_get_it(module, capsys, monkeypatch):
 def test_demo_refuses_what_it_cannot_do_before_it_starts(arguments, says, capsys):
     assert main(["demo", *arguments]) == 1
     assert says in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = [sys.executable, "-c", "import gpu_bn.cli, sys; sys.exit(gpu_bn.cli.main(['info']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
