@@ -74,6 +74,7 @@ def batch_norm(
         channel_axis,
         backend,
         out,
+        in_place=True,
     )[0]
 
 
@@ -97,11 +98,8 @@ def batch_norm_forward(
 
     Returns:
         ``(y, saved)``. ``saved`` refers to ``x`` (and to ``residual``, if an activation follows it): do not write to
-        them before the backward call. So ``out`` may not be one of them here.
+        them before the backward call. So ``out`` may not share memory with them here.
     """
-    for name, array in (("the input", x), ("the residual", residual)):
-        if out is not None and out is array:
-            raise ValueError(f"out may not be {name}: the backward call reads it (batch_norm allows it)")
     return _forward(
         x,
         running_mean,
@@ -116,6 +114,7 @@ def batch_norm_forward(
         channel_axis,
         backend,
         out,
+        in_place=False,
     )
 
 
@@ -175,6 +174,7 @@ def _forward(
     channel_axis: int,
     backend: Backend | str | None,
     out: Array | None,
+    in_place: bool,
 ) -> tuple[Array, Saved]:
     engine = dispatch.select(
         backend,
@@ -200,4 +200,4 @@ def _forward(
         channel_axis,
         out,
     )
-    return ops.forward(engine, x, options, running_mean, running_var, weight, bias, residual, out)
+    return ops.forward(engine, x, options, running_mean, running_var, weight, bias, residual, out, in_place)

@@ -41,10 +41,14 @@ def forward(
     bias: Array | None,
     residual: Array | None,
     out: Array | None,
+    in_place: bool,
 ) -> tuple[Array, Saved]:
-    """Normalise, update the running statistics, and return ``y`` and what the backward call needs."""
+    """Normalise, update the running statistics, and return ``y`` and what the backward call needs.
+
+    ``in_place`` allows ``out`` to be the input or the residual, which a backward call would read.
+    """
     if out is not None:
-        backend.check_out(out, x, residual)
+        backend.check_out(out, x, residual, in_place)
     count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
     tracked = running_mean is not None and running_var is not None
     if spec.batch_stats:

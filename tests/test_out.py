@@ -115,3 +115,12 @@ def test_running_statistics_keep_their_dtype(dtype):
     gpu_bn.batch_norm(data((40, 6)), *running, training=True, momentum=1.0)
     assert running[0].dtype == dtype
     assert np.allclose(running[0], data((40, 6)).mean(axis=0), atol=2e-3)
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:], lambda x: x[::-1]], ids=["itself", "same", "reversed"])
+def test_a_forward_for_backward_keeps_its_input(view):
+    x = rng().standard_normal((300, 41)).astype(np.float32)
+    before = x.copy()
+    with pytest.raises(ValueError, match="the backward call reads it"):
+        gpu_bn.batch_norm_forward(x, training=True, out=view(x))
+    assert np.array_equal(x, before)

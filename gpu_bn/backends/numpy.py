@@ -54,10 +54,14 @@ class NumpyBackend:
         np.copyto(y, array)
         return y
 
-    def check_out(self, out: Array, x: Array, residual: Array | None) -> None:
+    def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
         for name, array in (("input", x), ("residual", residual)):
-            if array is None or out is array or not np.shares_memory(out, array):
+            if array is None or not np.shares_memory(out, array):
                 continue
+            if not in_place:
+                raise ValueError(
+                    f"out may not be the {name} or overlap it: the backward call reads it (batch_norm allows it)"
+                )
             if (out.ctypes.data, out.strides) != (array.ctypes.data, array.strides):
                 raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
 
@@ -181,8 +185,8 @@ class _Affine(NamedTuple):
     @staticmethod
     def of(saved: Saved, dtype: np.dtype[Any]) -> _Affine:
         mean, rstd = saved.moments.mean, saved.rstd
-        trusted = ~(np.abs(mean * rstd) > TRUSTED_RATIO)
-        centre = None if trusted.all() else np.where(trusted, 0.0, mean).astype(dtype)
+        far = _far_from_zero(saved)
+        centre = np.where(far, mean, 0.0).astype(dtype) if far.any() else None
         rest = mean if centre is None else mean - centre
         scale = rstd if saved.weight is None else rstd * saved.weight
         shift = -rest * scale
@@ -191,9 +195,10 @@ class _Affine(NamedTuple):
         return _Affine(centre, scale, shift, rstd, rest)
 
 
-def _is_centred(saved: Saved) -> bool:
-    """Whether some channel's mean is subtracted before all else."""
-    return bool((np.abs(saved.moments.mean * saved.rstd) > TRUSTED_RATIO).any())
+def _far_from_zero(saved: Saved) -> Array:
+    """(C,) which channels' means are subtracted before all else."""
+    far: Array = np.abs(saved.moments.mean * saved.rstd) > TRUSTED_RATIO
+    return far
 
 
 class _Pass:
@@ -280,7 +285,7 @@ def _normalize(saved: Saved, layout: Layout, residual: Array | None, y: Array) -
 
 def _backward_reduce(saved: Saved, layout: Layout, dy: Array, dz: Array | None) -> Sums:
     needs = saved.spec.activation.row.gradient_needs + (dz is None and not saved.spec.activation.is_identity)
-    needs += _is_centred(saved)
+    needs += bool(_far_from_zero(saved).any())
     a_pass = _Pass(saved, layout, sums=True, temporaries=needs, residual=saved.residual, dy=dy, dz=dz)
     target = a_pass.operands.get("dz")
     dtype, tiles = a_pass.dtype, a_pass.sweep
@@ -303,7 +308,7 @@ def _backward_input(saved: Saved, layout: Layout, dy: Array, dz: Array | None, s
     """dx = ((x - centre) * slope + dz + offset) * scale; with frozen statistics, dx = dz * scale."""
     known = saved.spec.activation.is_identity or dz is not None
     shared = dz is dx
-    needs = 0 if known else 1 + _is_centred(saved) + saved.spec.activation.row.gradient_needs
+    needs = 0 if known else 1 + bool(_far_from_zero(saved).any()) + saved.spec.activation.row.gradient_needs
     a_pass = _Pass(
         saved,
         layout,

@@ -90,8 +90,8 @@ class Backend(Protocol):
     def copy(self, array: Array, like: Array) -> Array:
         """A copy of an array, in the memory format of another of its shape and dtype."""
 
-    def check_out(self, out: Array, x: Array, residual: Array | None) -> None:
-        """Raise ``ValueError`` if writing ``out`` would overwrite input not yet read."""
+    def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
+        """Raise ``ValueError`` if writing ``out`` overwrites input not yet read or, unless ``in_place``, any input."""
 
     def stats(self, x: Array, axis: int) -> Moments:
         """Mean and biased variance of each channel; zeros for an empty ``x``."""
