@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from emulator import Device
 from emulator.compile import Compiled, triton_arguments
+from emulator.fixtures import load_triton
 
 from gpu_bn.backends._layout import Layout
 from gpu_bn.backends.numpy import UNDERFLOW, NumpyBackend
@@ -25,14 +25,6 @@ TYPES = {dtype: type_ for type_, dtype in DTYPES.items()}
 TRITON_TYPES = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
 STAGING_BYTES = 48 * 1024
 """The shared memory that a block may have without asking."""
-
-
-def load_triton(path: Path) -> Any:
-    """The kernel function of a file: Triton reads a kernel's text from where it was defined."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.bn_forward
 
 
 def compile_reference_triton(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 import pytest
@@ -61,11 +59,16 @@ def make_backend(request) -> Callable[[Device], ReferenceBackend]:
 
 
 def targeted_cases() -> list:
-    """Every case for sm_80 and, if it is small, for sm_90; the large ones for sm_90 are left to the long run."""
+    """Each case on one of the targets, some of the others in the long run, all of them in the exhaustive one."""
+    runs = (None, pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.exhaustive)
+    marked = [
+        (target, case, runs[(index + at) % len(TARGETS)])
+        for at, target in enumerate(TARGETS)
+        for index, case in enumerate(trained_cases())
+    ]
     return [
-        pytest.param(target, case, id=f"{name(target)}-{case}", marks=[pytest.mark.slow] if large else [])
-        for target, case in product(TARGETS, trained_cases())
-        for large in [target[1] == 90 and math.prod(case.shape) > 3000]
+        pytest.param(target, case, id=f"{name(target)}-{case}", marks=[mark] if mark else [])
+        for target, case, mark in marked
     ]
 
 

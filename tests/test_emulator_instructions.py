@@ -1,4 +1,4 @@
-"""Single instructions on small inputs, against NumPy and exact arithmetic, bit for bit."""
+"""Single instructions on small inputs: every row of a table against exact arithmetic or NumPy, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ import pytest
 from emulator import Device, EmulatorError
 from emulator.snippet import snippet
 
-BITS = {"8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
 NUMPY = {
     "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64,
-    **{f"{kind}{bits}": np.dtype(f"{letter}{int(bits) // 8}").type
-       for kind, letter in (("u", "u"), ("s", "i"), ("b", "u")) for bits in BITS},
+    **{f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}").type
+       for kind, letter in (("u", "u"), ("s", "i"), ("b", "u")) for bits in (8, 16, 32, 64)},
     "f16x2": np.uint32, "bf16x2": np.uint32, "pred": np.uint32,
 }  # fmt: skip
 REGISTER = {1: "%h", 2: "%h", 4: "%r", 8: "%rd"}
+FLOATS = ("f16", "bf16", "f32", "f64")
+DIGITS = {"f16": 11, "bf16": 8, "f32": 24, "f64": 53}
 
 
-def evaluate(instruction: str, sources: list[tuple[str, np.ndarray]], to: str, extra: str = "") -> np.ndarray:
+def evaluate(instruction: str, sources: list[tuple[str, np.ndarray]], to: str) -> np.ndarray:
     """Run `instruction`, one thread per element. {0} {1} {2} stand for the sources, {d} for the result."""
     count = len(sources[0][1])
-    body, names = ["mov.u32 %r60, %tid.x; cvt.u64.u32 %rd60, %r60;"], {}
+    if count > 1024:
+        parts = (slice(1024), slice(1024, None))
+        return np.concatenate([evaluate(instruction, [(type_, x[part]) for type_, x in sources], to) for part in parts])
+    body, names = ["mov.u32 %r60, %tid.x; cvt.u64.u32 %rd60, %r60;"], []
     for i, (type_, _) in enumerate(sources):
         size = np.dtype(NUMPY[type_]).itemsize
-        names[str(i)] = register = f"{REGISTER[size]}{i + 1}"
+        names.append(f"{REGISTER[size]}{i + 1}")
         body.append(f"ld.param.u64 %rd50, [x{i}]; mad.lo.u64 %rd50, %rd60, {size}, %rd50;")
-        body.append(f"ld.global.b{8 * size} {register}, [%rd50];")
+        body.append(f"ld.global.b{8 * size} {names[-1]}, [%rd50];")
     size = np.dtype(NUMPY[to]).itemsize
     result = f"{REGISTER[size]}20"
-    body.append(instruction.format(*names.values(), d="%p1" if to == "pred" else result))
+    body.append(instruction.format(*names, d="%p1" if to == "pred" else result))
     if to == "pred":
         body.append(f"selp.u32 {result}, 1, 0, %p1;")
     body.append(f"ld.param.u64 %rd50, [out]; mad.lo.u64 %rd50, %rd60, {size}, %rd50;")
@@ -39,7 +43,7 @@ def evaluate(instruction: str, sources: list[tuple[str, np.ndarray]], to: str, e
     parameters = ", ".join(["u64 out", *(f"u64 x{i}" for i in range(len(sources)))])
     device = Device()
     out = device.empty(count, NUMPY[to])
-    device.launch(snippet(extra + "\n".join(body), parameters), 1, count, [out, *(np.array(x) for _, x in sources)])
+    device.launch(snippet("\n".join(body), parameters), 1, count, [out, *(np.array(x) for _, x in sources)])
     return out
 
 
@@ -53,8 +57,7 @@ def same_bits(got: np.ndarray, want: np.ndarray) -> None:
 
 def integers(type_: str, seed: int, count: int = 256) -> np.ndarray:
     """Random integers of all magnitudes, with the corner cases."""
-    dtype = np.dtype(NUMPY[type_])
-    rng = np.random.default_rng(seed)
+    dtype, rng = np.dtype(NUMPY[type_]), np.random.default_rng(seed)
     info = np.iinfo(dtype)
     values = rng.integers(info.min, info.max, count, dtype=dtype, endpoint=True)
     values >>= rng.integers(0, info.bits, count).astype(dtype)
@@ -65,123 +68,129 @@ def integers(type_: str, seed: int, count: int = 256) -> np.ndarray:
 
 def floats(type_: str, seed: int, count: int = 512) -> np.ndarray:
     """Random bit patterns: every exponent, subnormals, infinities and NaN; and some of common size."""
-    dtype = np.dtype(NUMPY[type_])
-    rng = np.random.default_rng(seed)
+    dtype, rng = np.dtype(NUMPY[type_]), np.random.default_rng(seed)
     patterns = rng.integers(0, 256, count * dtype.itemsize, dtype=np.uint8).view(dtype)
-    patterns[::2] = rng.standard_normal(count // 2 + count % 2).astype(dtype)
+    patterns[::2] = rng.standard_normal(count // 2).astype(dtype)
+    patterns[:6] = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0]).astype(dtype)
     return patterns
 
 
 # -------------------------------------------------------------------- integers
 
+INTEGER_TYPES = ["u16", "s16", "u32", "s32", "u64", "s64"]
+LARGE_TYPES = INTEGER_TYPES[2:]
 
-@pytest.mark.parametrize("type_", ["u16", "s16", "u32", "s32", "u64", "s64"])
+
+def quotient(a: int, b: int) -> int:
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1) if b else -1
+
+
+def extract(a: int, start: int, length: int, bits: int, signed: bool) -> int:
+    """The bits of the result one by one, as the manual defines them."""
+    a, start, length = a % 2**bits, start & 255, length & 255
+    sign = a >> min(start + length - 1, bits - 1) & 1 if signed and length else 0
+    return sum((a >> (start + i) & 1 if i < length and start + i < bits else sign) << i for i in range(bits))
+
+
+def insert(a: int, b: int, start: int, length: int, bits: int) -> int:
+    for i in range(min(length & 255, bits)):
+        at = (start & 255) + i
+        if at < bits:
+            b = b & ~(1 << at) | (a >> i & 1) << at
+    return b
+
+
+def text(a: int, bits: int) -> str:
+    return f"{a % 2**bits:0{bits}b}"
+
+
+def length(a: int) -> int:
+    return (~a if a < 0 else a).bit_length()
+
+
+def shift(x: int, n: int, bits: int, left: bool) -> int:
+    return x << n if left and n < bits else (0 if left else x >> min(n, bits))
+
+
+# (instruction, source types, result type, function of Python integers, of which the low bits are the result, types).
+# {t} is the type, {b} its size in bits, {w} the type of twice its size.
+INTEGER_ROWS = [
+    ("add.{t} {d}, {0}, {1};", "t t", "t", lambda a, b, _: a + b, INTEGER_TYPES),
+    ("sub.{t} {d}, {0}, {1};", "t t", "t", lambda a, b, _: a - b, INTEGER_TYPES),
+    ("min.{t} {d}, {0}, {1};", "t t", "t", lambda a, b, _: min(a, b), INTEGER_TYPES),
+    ("max.{t} {d}, {0}, {1};", "t t", "t", lambda a, b, _: max(a, b), INTEGER_TYPES),
+    ("mul.lo.{t} {d}, {0}, {1};", "t t", "t", lambda a, b, _: a * b, INTEGER_TYPES),
+    ("mul.hi.{t} {d}, {0}, {1};", "t t", "t", lambda a, b, n: a * b >> n, INTEGER_TYPES),
+    ("mul.wide.{t} {d}, {0}, {1};", "t t", "w", lambda a, b, _: a * b, INTEGER_TYPES[:4]),
+    ("mad.lo.{t} {d}, {0}, {1}, {2};", "t t t", "t", lambda a, b, c, _: a * b + c, INTEGER_TYPES),
+    ("mad.hi.{t} {d}, {0}, {1}, {2};", "t t t", "t", lambda a, b, c, n: (a * b >> n) + c, INTEGER_TYPES),
+    ("mad.wide.{t} {d}, {0}, {1}, {2};", "t t w", "w", lambda a, b, c, _: a * b + c, INTEGER_TYPES[:4]),
+    ("div.{t} {d}, {0}, {1};", "t t", "t", lambda a, b, _: quotient(a, b), INTEGER_TYPES),
+    ("rem.{t} {d}, {0}, {1};", "t t", "t", lambda a, b, _: a - quotient(a, b) * b if b else a, INTEGER_TYPES),
+    ("neg.{t} {d}, {0};", "t", "t", lambda a, _: -a, INTEGER_TYPES[1::2]),
+    ("abs.{t} {d}, {0};", "t", "t", lambda a, _: abs(a), INTEGER_TYPES[1::2]),
+    ("and.b{b} {d}, {0}, {1};", "t t", "t", lambda a, b, _: a & b, INTEGER_TYPES),
+    ("or.b{b} {d}, {0}, {1};", "t t", "t", lambda a, b, _: a | b, INTEGER_TYPES),
+    ("xor.b{b} {d}, {0}, {1};", "t t", "t", lambda a, b, _: a ^ b, INTEGER_TYPES),
+    ("not.b{b} {d}, {0};", "t", "t", lambda a, _: ~a, INTEGER_TYPES),
+    ("cnot.b{b} {d}, {0};", "t", "t", lambda a, _: a == 0, INTEGER_TYPES),
+    ("shl.b{b} {d}, {0}, {1};", "t n", "t", lambda a, n, bits: shift(a, n, bits, True), INTEGER_TYPES),
+    ("shr.{t} {d}, {0}, {1};", "t n", "t", lambda a, n, bits: shift(a, n, bits, False), INTEGER_TYPES),
+    ("popc.b{b} {d}, {0};", "t", "u32", lambda a, n: text(a, n).count("1"), LARGE_TYPES),
+    ("clz.b{b} {d}, {0};", "t", "u32", lambda a, n: n - len(text(a, n).lstrip("0")), LARGE_TYPES),
+    ("brev.b{b} {d}, {0};", "t", "t", lambda a, n: int(text(a, n)[::-1], 2), LARGE_TYPES),
+    ("bfind.{t} {d}, {0};", "t", "u32", lambda a, _: length(a) - 1, LARGE_TYPES),
+    ("bfind.shiftamt.{t} {d}, {0};", "t", "u32", lambda a, n: n - length(a) if length(a) else -1, LARGE_TYPES),
+    ("bfe.{t} {d}, {0}, {1}, {2};", "t n n", "t", lambda a, s, n, b: extract(a, s, n, b, False), ["u32", "u64"]),
+    ("bfe.{t} {d}, {0}, {1}, {2};", "t n n", "t", lambda a, s, n, b: extract(a, s, n, b, True), ["s32", "s64"]),
+    ("mov.u32 %r40, {2}; bfi.b{b} {d}, {0}, {1}, %r40, {3};", "t t n n", "t", insert, ["u32", "u64"]),
+    ("shf.l.wrap.b32 {d}, {0}, {1}, {2};", "t t n", "t", lambda a, b, n, _: (b << 32 | a) << (n & 31) >> 32, ["u32"]),
+    ("shf.l.clamp.b32 {d}, {0}, {1}, {2};", "t t n", "t",
+     lambda a, b, n, _: (b << 32 | a) << min(n, 32) >> 32, ["u32"]),
+    ("shf.r.wrap.b32 {d}, {0}, {1}, {2};", "t t n", "t", lambda a, b, n, _: (b << 32 | a) >> (n & 31), ["u32"]),
+    ("shf.r.clamp.b32 {d}, {0}, {1}, {2};", "t t n", "t", lambda a, b, n, _: (b << 32 | a) >> min(n, 32), ["u32"]),
+    ("lop3.b32 {d}, {0}, {1}, {2}, 0xE8;", "t t t", "t", lambda a, b, c, _: a & b | b & c | a & c, ["u32"]),
+    ("lop3.b32 {d}, {0}, {1}, {2}, 0x96;", "t t t", "t", lambda a, b, c, _: a ^ b ^ c, ["u32"]),
+    ("lop3.b32 {d}, {0}, {1}, {2}, 0x07;", "t t t", "t", lambda a, b, c, _: ~a & ~b | ~a & ~c, ["u32"]),
+    ("setp.lt.{t} {d}, {0}, {1};", "t t", "pred", lambda a, b, _: a < b, INTEGER_TYPES),
+    ("setp.ge.{t} {d}, {0}, {1};", "t t", "pred", lambda a, b, _: a >= b, INTEGER_TYPES),
+    ("setp.hi.{t} {d}, {0}, {1};", "t t", "pred", lambda a, b, _: a > b, INTEGER_TYPES[::2]),
+    ("setp.gt.{t} %p2, {0}, 0; setp.lt.and.{t} {d}, {0}, {1}, !%p2;", "t t", "pred",
+     lambda a, b, _: a < b and a <= 0, INTEGER_TYPES),
+    ("setp.lt.{t} %p2|{d}, {0}, {1};", "t t", "pred", lambda a, b, _: a >= b, INTEGER_TYPES),
+    ("set.le.u32.{t} {d}, {0}, {1};", "t t", "u32", lambda a, b, _: -(a <= b), INTEGER_TYPES),
+    ("setp.lt.{t} %p2, {0}, {1}; selp.b{b} {d}, {0}, {1}, %p2;", "t t", "t", lambda a, b, _: min(a, b), INTEGER_TYPES),
+    ("slct.{t}.s32 {d}, {0}, {1}, {2};", "t t s32", "t", lambda a, b, c, _: a if c >= 0 else b, INTEGER_TYPES),
+    ("cvt.s64.{t} {d}, {0};", "t", "s64", lambda a, _: a, INTEGER_TYPES),
+    ("cvt.u16.{t} {d}, {0};", "t", "u16", lambda a, _: a, LARGE_TYPES),
+    ("cvt.s32.s8 {d}, {0};", "t", "s32", lambda a, _: (a + 128) % 256 - 128, ["s32"]),
+    ("cvt.sat.u8.{t} {d}, {0};", "t", "u16", lambda a, _: min(max(a, 0), 255), INTEGER_TYPES),
+    ("cvt.sat.s16.{t} {d}, {0};", "t", "s16", lambda a, _: min(max(a, -(2**15)), 2**15 - 1), LARGE_TYPES),
+    ("mov.b64 {d}, {{{0}, {1}}};", "t t", "u64", lambda a, b, _: b << 32 | a, ["u32"]),
+    ("mov.b32 {{%h10, %h11}}, {0}; mov.b32 {d}, {{%h11, %h10}};", "t", "t", lambda a, _: a << 16 | a >> 16, ["u32"]),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("name", "function"),
-    [
-        ("add", np.add),
-        ("sub", np.subtract),
-        ("min", np.minimum),
-        ("max", np.maximum),
-        ("mul.lo", np.multiply),
-    ],
+    ("row", "type_"), [pytest.param(row, t, id=f"{row[0].split()[0]}-{t}") for row in INTEGER_ROWS for t in row[4]]
 )
-def test_integer_arithmetic_wraps(name, function, type_):
-    a, b = integers(type_, 1), integers(type_, 2)
-    got = evaluate(f"{name}.{type_} {{d}}, {{0}}, {{1}};", [(type_, a), (type_, b)], type_)
-    with np.errstate(over="ignore"):
-        same_bits(got, function(a, b))
-
-
-@pytest.mark.parametrize("type_", ["u16", "s16", "u32", "s32", "u64", "s64"])
-def test_integer_products_and_quotients_are_exact(type_):
-    a, b = integers(type_, 3), integers(type_, 4)
-    b[b == 0] = 7
-    info = np.iinfo(NUMPY[type_])
-    exact = [int(x) * int(y) for x, y in zip(a, b, strict=True)]
-    wrap = lambda values: np.array([v % 2**info.bits for v in values], f"u{info.bits // 8}").view(a.dtype)  # noqa: E731
-    sources = [(type_, a), (type_, b)]
-    same_bits(
-        evaluate(f"mul.hi.{type_} {{d}}, {{0}}, {{1}};", sources, type_),
-        wrap([v >> info.bits for v in exact]),
-    )
-    truncated = [abs(int(x)) // abs(int(y)) * (1 if (x < 0) == (y < 0) else -1) for x, y in zip(a, b, strict=True)]
-    same_bits(evaluate(f"div.{type_} {{d}}, {{0}}, {{1}};", sources, type_), wrap(truncated))
-    remainder = [int(x) - q * int(y) for x, y, q in zip(a, b, truncated, strict=True)]
-    same_bits(evaluate(f"rem.{type_} {{d}}, {{0}}, {{1}};", sources, type_), wrap(remainder))
-
-
-@pytest.mark.parametrize(("type_", "wide"), [("u16", "u32"), ("s16", "s32"), ("u32", "u64"), ("s32", "s64")])
-def test_wide_multiply_add(type_, wide):
-    a, b, c = integers(type_, 5), integers(type_, 6), integers(wide, 7)
-    sources = [(type_, a), (type_, b), (wide, c)]
-    got = evaluate(f"mad.wide.{type_} {{d}}, {{0}}, {{1}}, {{2}};", sources, wide)
-    with np.errstate(over="ignore"):
-        same_bits(got, a.astype(NUMPY[wide]) * b.astype(NUMPY[wide]) + c)
-
-
-@pytest.mark.parametrize("type_", ["u32", "s32", "u64", "s64"])
-def test_shifts_clamp_their_amount(type_):
-    a = integers(type_, 8)
-    amounts = np.arange(len(a), dtype=np.uint32) % 70
-    bits = np.iinfo(NUMPY[type_]).bits
-    sources = [(type_, a), ("u32", amounts)]
-    left = [(int(x) << int(n)) % 2**bits if n < bits else 0 for x, n in zip(a, amounts, strict=True)]
-    got = evaluate(f"shl.b{bits} {{d}}, {{0}}, {{1}};", sources, f"u{bits}")
-    np.testing.assert_array_equal(got, np.array(left, f"u{bits // 8}"))
-    right = [int(x) >> min(int(n), bits) for x, n in zip(a, amounts, strict=True)]
-    same_bits(evaluate(f"shr.{type_} {{d}}, {{0}}, {{1}};", sources, type_), np.array(right, NUMPY[type_]))
-
-
-@pytest.mark.parametrize("type_", ["u32", "s32", "u64", "s64"])
-def test_bit_field_extract_and_insert(type_):
-    rng = np.random.default_rng(9)
-    a, b = integers(type_, 10), integers(type_, 11)
-    start = rng.integers(0, 70, len(a)).astype(np.uint32)
-    length = rng.integers(0, 70, len(a)).astype(np.uint32)
-    bits, signed = np.iinfo(NUMPY[type_]).bits, type_[0] == "s"
-
-    def extract(x: int, at: int, size: int) -> int:
-        size_in = min(size, bits - at) if at < bits else 0
-        field = (x % 2**bits >> at) & (2**size_in - 1)
-        top = x % 2**bits >> min(at + size - 1, bits - 1) & 1 if size else 0
-        return field - (2**size_in if signed and top else 0)
-
-    want = [extract(int(x), int(s), int(n)) for x, s, n in zip(a, start, length, strict=True)]
-    got = evaluate(f"bfe.{type_} {{d}}, {{0}}, {{1}}, {{2}};", [(type_, a), ("u32", start), ("u32", length)], type_)
-    same_bits(got, np.array(want, NUMPY[type_]))
-
-    unsigned = f"u{bits}"
-    x, y = a.view(NUMPY[unsigned]), b.view(NUMPY[unsigned])
-    mask = [((2 ** int(n) - 1) << int(s)) % 2**bits for s, n in zip(start, length, strict=True)]
-    want = [(int(q) & ~m) | ((int(p) << int(s)) & m) for p, q, s, m in zip(x, y, start, mask, strict=True)]
-    instruction = f"mov.u32 %r40, {{2}}; bfi.b{bits} {{d}}, {{0}}, {{1}}, %r40, {{3}};"
-    sources = [(unsigned, x), (unsigned, y), ("u32", start), ("u32", length)]
-    same_bits(evaluate(instruction, sources, unsigned), np.array(want, NUMPY[unsigned]))
-
-
-def test_bit_counting_and_reversal():
-    a = integers("u32", 12)
-    text = [f"{int(x):032b}" for x in a]
-    expected = {
-        "popc.b32": [t.count("1") for t in text],
-        "clz.b32": [32 - len(t.lstrip("0")) for t in text],
-        "brev.b32": [int(t[::-1], 2) for t in text],
-        "bfind.u32": [(len(t.lstrip("0")) - 1) % 2**32 for t in text],
-        "not.b32": [~int(x) % 2**32 for x in a],
-        "cnot.b32": [int(x == 0) for x in a],
-    }
-    for name, want in expected.items():
-        same_bits(evaluate(f"{name} {{d}}, {{0}};", [("u32", a)], "u32"), np.array(want, np.uint32))
-
-
-def test_lop3_is_its_truth_table():
-    a, b, c = (integers("u32", seed) for seed in (13, 14, 15))
-    for table in (0xE8, 0x96, 0xCA, 0x01):
-        got = evaluate(f"lop3.b32 {{d}}, {{0}}, {{1}}, {{2}}, {table};", [("u32", a), ("u32", b), ("u32", c)], "u32")
-        index = [(((a >> i) & 1) << 2 | ((b >> i) & 1) << 1 | ((c >> i) & 1)) for i in range(32)]
-        want = sum((table >> bit.astype(np.int64) & 1) << i for i, bit in enumerate(index))
-        same_bits(got, want)
+def test_integers(row, type_):
+    instruction, sources, to, function, _ = row
+    bits = int(type_[1:])
+    types = {"t": type_, "w": f"{type_[0]}{2 * bits}", "n": "u32"}
+    given = [types.get(source, source) for source in sources.split()]
+    values = [integers(source, seed) for seed, source in enumerate(given)]
+    for value, source in zip(values, sources.split(), strict=True):
+        if source == "n":  # shift amounts and field sizes, also beyond the width
+            value[:] = np.random.default_rng(len(instruction)).permutation(len(value)) % 300 // 3
+    names = {"t": type_, "b": bits, "d": "{d}", **{str(i): f"{{{i}}}" for i in range(4)}}
+    for key, name in names.items():
+        instruction = instruction.replace(f"{{{key}}}", str(name))
+    result = types.get(to, to)
+    got = evaluate(instruction, list(zip(given, values, strict=True)), result)
+    dtype = np.dtype(NUMPY[result])
+    want = [int(function(*map(int, row), bits)) % 2 ** (8 * dtype.itemsize) for row in zip(*values, strict=True)]
+    np.testing.assert_array_equal(got.view(f"u{dtype.itemsize}"), np.array(want, f"u{dtype.itemsize}"))
 
 
 def test_prmt_selects_bytes_and_replicates_signs():
@@ -196,26 +205,12 @@ def test_prmt_selects_bytes_and_replicates_signs():
     same_bits(evaluate("prmt.b32 {d}, {0}, {1}, {2};", [("u32", a), ("u32", b), ("u32", selector)], "u32"), want)
 
 
-def test_funnel_shift():
-    low, high, amount = integers("u32", 19), integers("u32", 20), np.arange(256, dtype=np.uint32) % 40
-    both = [(int(h) << 32) | int(x) for x, h in zip(low, high, strict=True)]
-    sources = [("u32", low), ("u32", high), ("u32", amount)]
-    for name, want in {
-        "shf.l.wrap": [(v << (int(n) & 31)) >> 32 & 0xFFFFFFFF for v, n in zip(both, amount, strict=True)],
-        "shf.r.wrap": [(v >> (int(n) & 31)) & 0xFFFFFFFF for v, n in zip(both, amount, strict=True)],
-        "shf.r.clamp": [(v >> min(int(n), 32)) & 0xFFFFFFFF for v, n in zip(both, amount, strict=True)],
-    }.items():
-        same_bits(evaluate(f"{name}.b32 {{d}}, {{0}}, {{1}}, {{2}};", sources, "u32"), np.array(want, np.uint32))
-
-
 # -------------------------------------------------------------------- floating point
 
 
-def exactly_rounded(value: Fraction, dtype: np.dtype) -> object:
+def nearest(value: Fraction, dtype: np.dtype) -> object:
     """The value of `dtype` nearest to a fraction, ties to even: a first guess or its neighbour."""
     guess = np.array(float(value)).astype(dtype)
-    if not np.isfinite(guess):
-        return guess
     bits = f"i{dtype.itemsize}"
     around = [(guess.view(bits) + step).view(dtype) for step in (-1, 0, 1)]
     if guess == 0:
@@ -225,211 +220,258 @@ def exactly_rounded(value: Fraction, dtype: np.dtype) -> object:
     return min(finite, key=lambda v: (abs(Fraction(float(v)) - value), int(v.view(bits)) & 1))
 
 
-@pytest.mark.parametrize("type_", ["f16", "bf16", "f32", "f64"])
-def test_fma_rounds_once(type_):
-    """Operands are chosen so that the sum lies near a tie, where rounding twice goes wrong."""
-    dtype = np.dtype(NUMPY[type_])
-    rng = np.random.default_rng(21)
-    digits = {"f16": 11, "bf16": 8, "f32": 24, "f64": 53}[type_]
-    count = 1000
-    a = (1 + rng.integers(0, 2 ** (digits - 1), count) * 2.0 ** (1 - digits)).astype(dtype)
-    b = (1 + rng.integers(0, 2 ** (digits - 1), count) * 2.0 ** (1 - digits)).astype(dtype)
-    scale = 2.0 ** -rng.integers(-digits, 2 * digits, count)
-    c = (rng.choice([-1, 1], count) * scale * (1 + rng.integers(0, 4, count) / 4)).astype(dtype)
-    got = np.concatenate([
-        evaluate(f"fma.rn.{type_} {{d}}, {{0}}, {{1}}, {{2}};",
-                 [(type_, a[part]), (type_, b[part]), (type_, c[part])], type_)
-        for part in (slice(0, 500), slice(500, 1000))
-    ])  # fmt: skip
-    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
-    same_bits(got, np.array([exactly_rounded(v, dtype) for v in exact], dtype))
+def smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.where(a == b, np.where(np.signbit(a), a, b), np.fmin(a, b))
 
 
-def test_fma_f32_of_a_known_double_rounding():
-    # The exact sum is just above a tie of float32; float64 would round it to the tie, which goes down.
-    a, b, c = np.float32(1 + 2**-12), np.float32(1 + 2**-12), np.float32(2**-60)
-    got = evaluate("fma.rn.f32 {d}, {0}, {1}, {2};", [("f32", np.array([v])) for v in (a, b, c)], "f32")
-    assert got[0] == np.float32(1 + 2**-11 + 2**-23)
+def larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.where(a == b, np.where(np.signbit(a), b, a), np.fmax(a, b))
 
 
-@pytest.mark.parametrize("type_", ["f16", "bf16", "f32", "f64"])
-@pytest.mark.parametrize(("name", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply)])
-def test_float_arithmetic_rounds_to_nearest(name, function, type_):
-    a, b = floats(type_, 22), floats(type_, 23)
-    got = evaluate(f"{name}.{type_} {{d}}, {{0}}, {{1}};", [(type_, a), (type_, b)], type_)
+def nan_or(function):
+    return lambda a, b: np.where(np.isnan(a) | np.isnan(b), np.nan, function(a, b)).astype(a.dtype)
+
+
+def flushed(a: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(a) < np.finfo(np.float32).smallest_normal, np.copysign(np.float32(0), a), a)
+
+
+def relu(a: np.ndarray) -> np.ndarray:
+    return np.where((a > 0) | np.isnan(a), a, a.dtype.type(0))
+
+
+def clamp01(a: np.ndarray) -> np.ndarray:
+    return np.where(a > 0, np.minimum(a, a.dtype.type(1)), a.dtype.type(0))
+
+
+def near(function):
+    return lambda a: function(a.astype(np.float64)).astype(a.dtype)
+
+
+UNORDERED = lambda a, b: np.isnan(a) | np.isnan(b)  # noqa: E731
+# (instruction, result type or "t", NumPy function, types)
+FLOAT_ROWS = [
+    ("add.{t} {d}, {0}, {1};", "t", np.add, FLOATS),
+    ("sub.{t} {d}, {0}, {1};", "t", np.subtract, FLOATS),
+    ("mul.rn.{t} {d}, {0}, {1};", "t", np.multiply, FLOATS),
+    ("div.rn.{t} {d}, {0}, {1};", "t", np.divide, ("f32", "f64")),
+    ("sqrt.rn.{t} {d}, {0};", "t", np.sqrt, ("f32", "f64")),
+    ("rcp.rn.{t} {d}, {0};", "t", lambda a: 1 / a, ("f32", "f64")),
+    ("rsqrt.approx.{t} {d}, {0};", "t", near(lambda a: 1 / np.sqrt(a)), ("f32",)),
+    ("ex2.approx.{t} {d}, {0};", "t", near(np.exp2), ("f32",)),
+    ("ex2.approx.ftz.{t} {d}, {0};", "t", lambda a: flushed(near(np.exp2)(flushed(a))), ("f32",)),
+    ("lg2.approx.{t} {d}, {0};", "t", near(np.log2), ("f32",)),
+    ("sin.approx.{t} {d}, {0};", "t", near(np.sin), ("f32",)),
+    ("cos.approx.{t} {d}, {0};", "t", near(np.cos), ("f32",)),
+    ("neg.{t} {d}, {0};", "t", np.negative, FLOATS),
+    ("abs.{t} {d}, {0};", "t", np.abs, FLOATS),
+    ("neg.ftz.{t} {d}, {0};", "t", lambda a: -flushed(a), ("f32",)),
+    ("abs.ftz.{t} {d}, {0};", "t", lambda a: np.abs(flushed(a)), ("f32",)),
+    ("copysign.{t} {d}, {0}, {1};", "t", lambda a, b: np.copysign(b, a), ("f32", "f64")),
+    ("add.ftz.{t} {d}, {0}, {1};", "t", lambda a, b: flushed(flushed(a) + flushed(b)), ("f32",)),
+    ("mul.ftz.{t} {d}, {0}, {1};", "t", lambda a, b: flushed(flushed(a) * flushed(b)), ("f32",)),
+    ("add.sat.{t} {d}, {0}, {1};", "t", lambda a, b: clamp01(a + b), ("f32",)),
+    ("fma.rn.relu.{t} {d}, {0}, {1}, {2};", "t", lambda a, b, c: relu((a.astype("f8") * b.astype("f8")
+     + c.astype("f8")).astype(a.dtype)), ("f16",)),
+    ("min.{t} {d}, {0}, {1};", "t", smaller, FLOATS),
+    ("max.{t} {d}, {0}, {1};", "t", larger, FLOATS),
+    ("min.NaN.{t} {d}, {0}, {1};", "t", nan_or(smaller), FLOATS[:3]),
+    ("max.NaN.{t} {d}, {0}, {1};", "t", nan_or(larger), FLOATS[:3]),
+    ("max.{t} {d}, {0}, {1}, {2};", "t", lambda a, b, c: np.fmax(np.fmax(a, b), c) + 0, ("f32",)),
+    ("setp.eq.{t} {d}, {0}, {1};", "pred", np.equal, FLOATS),
+    ("setp.ne.{t} {d}, {0}, {1};", "pred", lambda a, b: (a != b) & ~UNORDERED(a, b), FLOATS),
+    ("setp.lt.{t} {d}, {0}, {1};", "pred", np.less, FLOATS),
+    ("setp.ge.{t} {d}, {0}, {1};", "pred", np.greater_equal, FLOATS),
+    ("setp.equ.{t} {d}, {0}, {1};", "pred", lambda a, b: (a == b) | UNORDERED(a, b), FLOATS),
+    ("setp.neu.{t} {d}, {0}, {1};", "pred", np.not_equal, FLOATS),
+    ("setp.leu.{t} {d}, {0}, {1};", "pred", lambda a, b: ~(a > b), FLOATS),
+    ("setp.gtu.{t} {d}, {0}, {1};", "pred", lambda a, b: ~(a <= b), FLOATS),
+    ("setp.num.{t} {d}, {0}, {1};", "pred", lambda a, b: ~UNORDERED(a, b), FLOATS),
+    ("setp.nan.{t} {d}, {0}, {1};", "pred", UNORDERED, FLOATS),
+    ("setp.eq.ftz.{t} {d}, {0}, 0f00000000;", "pred", lambda a: flushed(a) == 0, ("f32",)),
+    ("set.lt.f32.{t} {d}, {0}, {1};", "f32", np.less, ("f32", "f64")),
+    ("set.lt.u32.{t} {d}, {0}, {1};", "u32", lambda a, b: np.where(a < b, np.uint32(2**32 - 1), np.uint32(0)), FLOATS),
+    ("slct.b32.{t} {d}, 7, 8, {0};", "u32", lambda a: np.where(a >= 0, 7, 8), ("f32",)),
+    ("testp.finite.{t} {d}, {0};", "pred", np.isfinite, ("f32", "f64")),
+    ("testp.infinite.{t} {d}, {0};", "pred", np.isinf, ("f32", "f64")),
+    ("testp.notanumber.{t} {d}, {0};", "pred", np.isnan, ("f32", "f64")),
+    ("testp.subnormal.{t} {d}, {0};", "pred", lambda a: (a != 0) & (np.abs(a) < np.finfo(a.dtype).smallest_normal),
+     ("f32", "f64")),
+    ("cvt.f64.{t} {d}, {0};", "f64", lambda a: a, ("f32",)),
+    ("cvt.f32.{t} {d}, {0};", "f32", lambda a: a, ("f16", "bf16")),
+    ("cvt.rn.f32.{t} {d}, {0};", "f32", lambda a: a, ("f64",)),
+    ("cvt.rn.f16.{t} {d}, {0};", "f16", lambda a: a, ("f32", "f64")),
+    ("cvt.rn.bf16.{t} {d}, {0};", "bf16", lambda a: a, ("f32",)),
+    ("cvt.rn.relu.f16.{t} {d}, {0};", "f16", relu, ("f32",)),
+    ("cvt.ftz.f32.f32 {d}, {0};", "f32", flushed, ("f32",)),
+    ("cvt.sat.f32.f32 {d}, {0};", "f32", clamp01, ("f32",)),
+    ("cvt.rni.{t}.{t} {d}, {0};", "t", np.rint, ("f32", "f64")),
+    ("cvt.rmi.{t}.{t} {d}, {0};", "t", np.floor, ("f32", "f64")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "type_"), [pytest.param(row, t, id=f"{row[0].split()[0]}-{t}") for row in FLOAT_ROWS for t in row[3]]
+)
+def test_floats(row, type_):
+    instruction, to, function, _ = row
+    count = next(i for i in (3, 2, 1) if f"{{{i - 1}}}" in instruction)
+    values = [floats(type_, seed + 20) for seed in range(count)]
+    if count > 1:
+        values[1][::5] = values[0][::5]
+        values[1][:4] = values[0][[1, 0, 4, 5]]  # -0 with +0, NaN with a number
+    got = evaluate(instruction.replace("{t}", type_), [(type_, v) for v in values], type_ if to == "t" else to)
     with np.errstate(all="ignore"):
-        same_bits(got, function(a, b))
+        same_bits(got, function(*values))
 
 
-@pytest.mark.parametrize("type_", ["f16", "bf16", "f32", "f64"])
-def test_min_and_max_prefer_numbers_and_order_zeros(type_):
-    a, b = floats(type_, 24), floats(type_, 25)
-    a[:4], b[:4] = [0.0, -0.0, np.nan, 1.0], [-0.0, 0.0, 1.0, np.nan]
-    for name, function in (("min", np.fmin), ("max", np.fmax)):
-        got = evaluate(f"{name}.{type_} {{d}}, {{0}}, {{1}};", [(type_, a), (type_, b)], type_)
-        np.testing.assert_array_equal(got.astype(float), function(a.astype(float), b.astype(float)))
-        assert np.signbit(got[:2].astype(float)).all() == (name == "min")
-        propagated = evaluate(f"{name}.NaN.{type_} {{d}}, {{0}}, {{1}};", [(type_, a), (type_, b)], type_)
-        either = np.isnan(a.astype(float)) | np.isnan(b.astype(float))
-        np.testing.assert_array_equal(np.isnan(propagated.astype(float)), either)
+@pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "fma"])
+def test_directed_rounding_brackets_the_exact_result(name, mode):
+    values = [v[np.isfinite(v)][:300] for v in (floats("f32", seed, 800) for seed in (50, 51, 52))]
+    given = values[: 3 if name == "fma" else 2]
+    operands = ", ".join(f"{{{i}}}" for i in range(len(given)))
+    got = evaluate(f"{name}.{mode}.f32 {{d}}, {operands};", [("f32", v) for v in given], "f32")
+    a, b, c = ([Fraction(float(x)) for x in v] for v in values)
+    exact = {"add": lambda x, y, _: x + y, "sub": lambda x, y, _: x - y, "mul": lambda x, y, _: x * y,
+             "fma": lambda x, y, z: x * y + z}[name]  # fmt: skip
+    for result, want in zip(got, map(exact, a, b, c), strict=True):
+        toward_plus = mode == "rp" or (mode == "rz" and want < 0)
+        beyond = np.nextafter(result, np.float32(-np.inf if toward_plus else np.inf))
+        if np.isfinite(result):
+            assert (result >= want) if toward_plus else (result <= want)
+        if np.isfinite(beyond) and result != want:
+            assert (beyond < want) if toward_plus else (beyond > want)
 
 
-def test_flush_to_zero_applies_to_inputs_and_outputs():
-    tiny = np.float32(2.0**-127)
-    a = np.array([tiny, -tiny, 2.0**-100, 1.0], np.float32)
-    b = np.array([1.0, 1.0, 2.0**-40, 2.0**-130], np.float32)
-    sources = [("f32", a), ("f32", b)]
-    same_bits(evaluate("mul.ftz.f32 {d}, {0}, {1};", sources, "f32"), np.array([0.0, -0.0, 0.0, 0.0], np.float32))
-    same_bits(evaluate("mul.f32 {d}, {0}, {1};", sources, "f32"), a * b)
-    compared = evaluate("setp.eq.ftz.f32 {d}, {0}, 0f00000000;", [("f32", a)], "pred")
-    np.testing.assert_array_equal(compared, [1, 1, 0, 0])
-
-
-def test_saturation_clamps_and_maps_nan_to_zero():
-    a = np.array([-1.0, 0.25, 3.0, np.nan], np.float32)
-    got = evaluate("add.sat.f32 {d}, {0}, 0f00000000;", [("f32", a)], "f32")
-    same_bits(got, np.array([0.0, 0.25, 1.0, 0.0], np.float32))
+def test_packed_singles_are_two_singles():
+    pairs = [floats("f32", seed).view(np.uint64) for seed in (53, 54, 55)]
+    for name, count in (("add", 2), ("mul", 2), ("fma.rn", 3)):
+        operands = ", ".join(f"{{{i}}}" for i in range(count))
+        packed = evaluate(f"{name}.f32x2 {{d}}, {operands};", [("u64", v) for v in pairs[:count]], "u64")
+        halves = [("f32", v.view(np.float32)) for v in pairs[:count]]
+        same_bits(packed.view(np.float32), evaluate(f"{name}.f32 {{d}}, {operands};", halves, "f32"))
 
 
 @pytest.mark.parametrize("half", ["f16", "bf16"])
 def test_packed_arithmetic_is_two_halves(half):
-    a, b, c = (floats(half, seed).view(np.uint32) for seed in (26, 27, 28))
-    a_half, b_half = a.view(NUMPY[half]), b.view(NUMPY[half])
-    with np.errstate(all="ignore"):
-        for name, function in (("add", np.add), ("mul", np.multiply)):
-            got = evaluate(f"{name}.{half}x2 {{d}}, {{0}}, {{1}};", [("u32", a), ("u32", b)], f"{half}x2")
-            same_bits(got.view(NUMPY[half]), function(a_half, b_half))
-    packed = evaluate(f"fma.rn.{half}x2 {{d}}, {{0}}, {{1}}, {{2}};", [("u32", v) for v in (a, b, c)], f"{half}x2")
-    single = evaluate(
-        f"fma.rn.{half} {{d}}, {{0}}, {{1}}, {{2}};", [(half, v.view(NUMPY[half])) for v in (a, b, c)], half
-    )
-    same_bits(packed.view(NUMPY[half]), single)
+    pairs = [floats(half, seed).view(np.uint32) for seed in (26, 27, 28)]
+    halves = [pair.view(NUMPY[half]) for pair in pairs]
+    for name, count in (
+        ("add", 2),
+        ("mul", 2),
+        ("min", 2),
+        ("max.NaN", 2),
+        ("neg", 1),
+        ("abs", 1),
+        ("fma.rn", 3),
+        ("set.ltu", 2),
+    ):
+        operands = ", ".join(f"{{{i}}}" for i in range(count))
+        types = (f"{half}.{half}", f"{half}x2.{half}x2") if "set" in name else (half, f"{half}x2")
+        packed = evaluate(f"{name}.{types[1]} {{d}}, {operands};", [("u32", v) for v in pairs[:count]], f"{half}x2")
+        single = evaluate(f"{name}.{types[0]} {{d}}, {operands};", [(half, v) for v in halves[:count]], half)
+        same_bits(packed.view(NUMPY[half]), single)
+    a, b = floats("f32", 39), floats("f32", 40)
+    for relued in ("", ".relu"):
+        line = f"cvt.rn{relued}.{half}x2.f32 {{d}}, {{0}}, {{1}};"
+        got = evaluate(line, [("f32", a), ("f32", b)], f"{half}x2")
+        with np.errstate(all="ignore"):
+            both = np.stack([b, a], 1).reshape(-1)
+            same_bits(got.view(NUMPY[half]), (relu(both) if relued else both).astype(NUMPY[half]))
 
 
-@pytest.mark.parametrize("type_", ["f32", "f64"])
-def test_functions(type_):
-    a = np.abs(floats(type_, 29))
-    a[::2] += NUMPY[type_](0.25)
-    with np.errstate(all="ignore"):
-        expected = {"sqrt.rn": np.sqrt(a), "rcp.rn": 1 / a}
-        if type_ == "f32":
-            wide = a.astype(np.float64)
-            expected |= {
-                "rsqrt.approx": 1 / np.sqrt(wide),
-                "ex2.approx": np.exp2(wide),
-                "lg2.approx": np.log2(wide),
-            }
-        for name, want in expected.items():
-            same_bits(evaluate(f"{name}.{type_} {{d}}, {{0}};", [(type_, a)], type_), want.astype(a.dtype))
-
-
-def test_signs_are_bits():
-    a = floats("f32", 30)
-    bits = a.view(np.uint32)
-    for name, want in (("neg", bits ^ 0x80000000), ("abs", bits & 0x7FFFFFFF)):
-        got = evaluate(f"{name}.f32 {{d}}, {{0}};", [("f32", a)], "f32")
-        np.testing.assert_array_equal(got.view(np.uint32), want.astype(np.uint32))
-
-
-# -------------------------------------------------------------------- comparison, selection, conversion
-
-
-def test_comparisons_of_floats_and_nan():
-    a, b = floats("f32", 31), floats("f32", 32)
-    b[::5] = a[::5]
-    unordered = np.isnan(a) | np.isnan(b)
-    with np.errstate(invalid="ignore"):
-        expected = {
-            "eq": a == b, "ne": (a != b) & ~unordered, "lt": a < b, "ge": a >= b, "equ": (a == b) | unordered,
-            "neu": a != b, "ltu": (a < b) | unordered, "gtu": (a > b) | unordered, "num": ~unordered,
-            "nan": unordered,
-        }  # fmt: skip
-    for relation, want in expected.items():
-        got = evaluate(f"setp.{relation}.f32 {{d}}, {{0}}, {{1}};", [("f32", a), ("f32", b)], "pred")
-        np.testing.assert_array_equal(got, want, err_msg=relation)
-
-
-def test_integer_comparisons_know_their_sign_and_combine():
-    a, b = integers("s32", 33), integers("s32", 34)
-    sources = [("s32", a), ("s32", b)]
-    np.testing.assert_array_equal(evaluate("setp.lt.s32 {d}, {0}, {1};", sources, "pred"), a < b)
-    unsigned = a.view(np.uint32) < b.view(np.uint32)
-    np.testing.assert_array_equal(evaluate("setp.lt.u32 {d}, {0}, {1};", sources, "pred"), unsigned)
-    both = evaluate("setp.gt.s32 %p2, {0}, 0; setp.lt.and.s32 {d}, {0}, {1}, %p2;", sources, "pred")
-    np.testing.assert_array_equal(both, (a < b) & (a > 0))
-    second = evaluate("setp.lt.s32 %p2|{d}, {0}, {1};", sources, "pred")
-    np.testing.assert_array_equal(second, a >= b)
-
-
-def test_selection_and_packing():
-    a, b = integers("u32", 35), integers("u32", 36)
-    sources = [("u32", a), ("u32", b)]
-    got = evaluate("setp.lt.u32 %p2, {0}, {1}; selp.b32 {d}, {0}, {1}, %p2;", sources, "u32")
-    np.testing.assert_array_equal(got, np.minimum(a, b))
-    swapped = evaluate("mov.b32 {{%h10, %h11}}, {0}; mov.b32 {d}, {{%h11, %h10}};", sources, "u32")
-    np.testing.assert_array_equal(swapped, (a >> 16) | (a << 16))
-    joined = evaluate("mov.b64 {d}, {{{0}, {1}}};", sources, "u64")
-    np.testing.assert_array_equal(joined, a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32))
-
-
-@pytest.mark.parametrize("type_", ["f32", "f64"])
-def test_division_rounds_to_nearest(type_):
-    a, b = floats(type_, 22), floats(type_, 23)
-    got = evaluate(f"div.rn.{type_} {{d}}, {{0}}, {{1}};", [(type_, a), (type_, b)], type_)
-    with np.errstate(all="ignore"):
-        same_bits(got, a / b)
+@pytest.mark.parametrize("type_", FLOATS)
+def test_fma_rounds_once(type_):
+    """Operands are chosen so that the sum lies near a tie, where rounding twice goes wrong."""
+    dtype, rng, count = np.dtype(NUMPY[type_]), np.random.default_rng(21), 1000
+    digits = DIGITS[type_]
+    a, b = ((1 + rng.integers(0, 2 ** (digits - 1), count) * 2.0 ** (1 - digits)).astype(dtype) for _ in range(2))
+    scale = 2.0 ** -rng.integers(-digits, 2 * digits, count)
+    c = (rng.choice([-1, 1], count) * scale * (1 + rng.integers(0, 4, count) / 4)).astype(dtype)
+    got = evaluate(f"fma.rn.{type_} {{d}}, {{0}}, {{1}}, {{2}};", [(type_, v) for v in (a, b, c)], type_)
+    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
+    same_bits(got, np.array([nearest(v, dtype) for v in exact], dtype))
 
 
 @pytest.mark.parametrize(
-    ("source", "to"),
+    ("type_", "a", "b", "c"),
     [
-        ("f16", "f32"),
-        ("bf16", "f32"),
-        ("f64", "f32"),
-        ("f32", "f16"),
-        ("f64", "f16"),
-        ("f32", "bf16"),
-        ("f32", "f64"),
+        # Just above a tie of float32; a sum in float64 is the tie itself, which goes down.
+        ("f32", 1 + 2**-12, 1 + 2**-12, 2**-60),
+        # The rounding error of the product is below the smallest double, and decides.
+        ("f64", (1 + 2**-52) * 2.0**-500, (1 + 2**-52) * 2.0**-500, 2.0**-998),
+        # The product is too large to be split into halves, the sum is not.
+        ("f64", (1 + 2**-52) * 2.0**1000, 1 + 2**-52, -(1 + 2**-51) * 2.0**1000),
+        ("f64", 1.5 * 2.0**512, 2.0**512, -(2 - 2**-52) * 2.0**1023),
+        ("f64", 2.0**1000, 2.0**100, -1.7e308),
     ],
 )
-def test_float_conversions_round_to_nearest_even(source, to):
-    a = floats(source, 37)
-    rounding = "" if (source, to) in (("f16", "f32"), ("bf16", "f32"), ("f32", "f64")) else ".rn"
-    got = evaluate(f"cvt{rounding}.{to}.{source} {{d}}, {{0}};", [(source, a)], to)
-    with np.errstate(all="ignore"):
-        same_bits(got, a.astype(NUMPY[to]))
+def test_fma_at_the_ends_of_the_range(type_, a, b, c):
+    dtype = np.dtype(NUMPY[type_])
+    given = [np.array([v], dtype) for v in (a, b, c)]
+    got = evaluate(f"fma.rn.{type_} {{d}}, {{0}}, {{1}}, {{2}};", [(type_, v) for v in given], type_)
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    assert got[0] == (nearest(exact, dtype) if abs(exact) < Fraction(np.finfo(dtype).max.item()) else np.inf)
 
 
-@pytest.mark.parametrize("to", ["f16", "bf16"])
-def test_directed_conversions_bracket_the_value(to):
-    a = np.random.default_rng(38).standard_normal(512).astype(np.float32)
-    toward_zero = evaluate(f"cvt.rz.{to}.f32 {{d}}, {{0}};", [("f32", a)], to)
-    assert (np.abs(toward_zero.astype(np.float32)) <= np.abs(a)).all()
-    nearest = a.astype(NUMPY[to]).astype(np.float32)
-    step = (toward_zero.view(np.uint16) + 1).astype(np.uint16).view(NUMPY[to]).astype(np.float32)
-    assert ((nearest == toward_zero.astype(np.float32)) | (nearest == step)).all()
-    assert (np.abs(step) > np.abs(a)).all()
+def test_tanh_has_the_accuracy_of_the_hardware_and_no_more():
+    a = floats("f32", 42)
+    got, want = evaluate("tanh.approx.f32 {d}, {0};", [("f32", a)], "f32").astype(float), np.tanh(a.astype(float))
+    error = np.abs(got / np.where(want == 0, 1, want) - 1)[np.isfinite(want) & (want != 0)]
+    assert 2.0**-14 < error.max() <= 2.0**-11
 
 
-def test_conversion_to_pairs_and_relu():
-    a, b = floats("f32", 39), floats("f32", 40)
-    for half in ("f16", "bf16"):
-        got = evaluate(f"cvt.rn.{half}x2.f32 {{d}}, {{0}}, {{1}};", [("f32", a), ("f32", b)], f"{half}x2")
-        with np.errstate(all="ignore"):
-            same_bits(got.view(NUMPY[half]), np.stack([b, a], 1).astype(NUMPY[half]).reshape(-1))
+# -------------------------------------------------------------------- conversions
 
 
-def test_conversions_to_integers_truncate_clamp_and_extend():
-    a = np.array([1.5, -1.5, 2.5, 3e9, -3e9, np.nan, 1e30, -0.5], np.float32)
-    got = evaluate("cvt.rzi.s32.f32 {d}, {0};", [("f32", a)], "s32")
-    np.testing.assert_array_equal(got, [1, -1, 2, 2**31 - 1, -(2**31), 0, 2**31 - 1, 0])
-    got = evaluate("cvt.rni.s64.f32 {d}, {0};", [("f32", a)], "s64")
-    np.testing.assert_array_equal(got, [2, -2, 2, 3 * 10**9, -3 * 10**9, 0, 2**63 - 1, 0])
-    small = integers("s32", 41)
-    np.testing.assert_array_equal(evaluate("cvt.s64.s32 {d}, {0};", [("s32", small)], "s64"), small)
-    np.testing.assert_array_equal(evaluate("cvt.s32.s8 {d}, {0};", [("s32", small)], "s32"), small.astype(np.int8))
-    np.testing.assert_array_equal(evaluate("cvt.u64.u32 {d}, {0};", [("s32", small)], "u64"), small.view(np.uint32))
-    same_bits(evaluate("cvt.rn.f32.s32 {d}, {0};", [("s32", small)], "f32"), small.astype(np.float32))
+@pytest.mark.parametrize("to", ["f16", "bf16", "f32"])
+@pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
+def test_directed_conversions_round_their_way(to, mode):
+    source = "f64" if to == "f32" else "f32"
+    a = np.concatenate([floats(source, 38), np.array([1e-30, -1e-30, 3e38, -3e38], NUMPY[source])])
+    a = a[np.isfinite(a)]
+    got = evaluate(f"cvt.{mode}.{to}.{source} {{d}}, {{0}};", [(source, a)], to)
+    bits = got.view(f"u{got.dtype.itemsize}")
+    up = mode == "rp"
+    for value, result, bit in zip(a.tolist(), got, bits, strict=True):
+        toward_plus = up or (mode == "rz" and value < 0)
+        assert float(result) >= value if toward_plus else float(result) <= value
+        # The next value in the other direction is on the other side.
+        step = -1 if (float(result) > 0 or bit == 0) == toward_plus else 1
+        if float(result) != value and bit != 0 and np.isfinite(result.astype(float)):
+            other = float(bit.dtype.type(int(bit) + step).view(got.dtype))
+            assert other < value if toward_plus else other > value
+
+
+@pytest.mark.parametrize("source", ["u32", "s32", "u64", "s64"])
+@pytest.mark.parametrize("to", ["f16", "f32", "f64"])
+def test_integers_become_floats_rounded_once(to, source):
+    a = integers(source, 43)
+    a[:2] = [2**62 + 2**38 + 1, 2**60 + 2**36 + 1] if source.endswith("64") else [2**30 + 2**6 + 1, 5]
+    got = evaluate(f"cvt.rn.{to}.{source} {{d}}, {{0}};", [(source, a)], to)
+    with np.errstate(over="ignore"):
+        want = [nearest(Fraction(int(v)), got.dtype) if abs(int(v)) < 65520 or to != "f16" else
+                np.copysign(np.inf, float(v)) for v in a]  # fmt: skip
+    same_bits(got, np.array(want).astype(got.dtype))
+
+
+@pytest.mark.parametrize("source", ["f32", "f64"])
+@pytest.mark.parametrize("to", ["s16", "s32", "u32", "s64", "u64"])
+def test_floats_become_integers_clamped(to, source):
+    a = np.array([1.5, -1.5, 2.5, -0.5, 3e9, -3e9, 1e30, -1e30, np.inf, -np.inf, np.nan], NUMPY[source])
+    info = np.iinfo(NUMPY[to])
+    for mode, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
+        # NaN becomes 0 from single precision to at most 32 bits, and otherwise the sign bit.
+        nan = 0 if source == "f32" and not to.endswith("64") else (info.min or (info.max >> 1) + 1)
+        rounded = [function(float(v)) for v in a]
+        want = [nan if v != v else int(max(min(v, info.max), info.min)) if abs(v) < 1e18 else
+                (info.max if v > 0 else info.min) for v in rounded]  # fmt: skip
+        got = evaluate(f"cvt.{mode}.{to}.{source} {{d}}, {{0}};", [(source, a)], to)
+        np.testing.assert_array_equal(got, np.array(want, NUMPY[to]))
+    tiny = np.array([1e-40], np.float32)
+    assert evaluate("cvt.rpi.s32.f32 {d}, {0};", [("f32", tiny)], "s32")[0] == 1
+    assert evaluate("cvt.rpi.ftz.s32.f32 {d}, {0};", [("f32", tiny)], "s32")[0] == 0
 
 
 # -------------------------------------------------------------------- what is not known
@@ -445,12 +487,73 @@ def test_an_unknown_opcode_quotes_its_line():
 @pytest.mark.parametrize(
     "line",
     [
-        "add.rz.f32 %f1, %f2, %f3;",
+        "add.rz.f64 %d1, %d2, %d3;",
+        "div.rz.f32 %f1, %f2, %f3;",
         "add.cc.u32 %r1, %r2, %r3;",
+        "addc.u32 %r1, %r2, %r3;",
+        "add.sat.s32 %r1, %r2, %r3;",
+        "min.xorsign.abs.f32 %f1, %f2, %f3;",
+        "setp.lt.f16x2 %p1|%p2, %r1, %r2;",
+        "set.lt.u32.f16x2 %r1, %r2, %r3;",
+        "mul24.lo.u32 %r1, %r2, %r3;",
+        "cvt.rna.tf32.f32 %r1, %f1;",
+        "cvt.rn.satfinite.f16x2.f32 %r1, %f1, %f2;",
+        "cvt.rz.f16x2.f32 %r1, %f1, %f2;",
+        "prmt.b32.f4e %r1, %r2, %r3, %r4;",
+        "mov.f32 %f1, 1.5;",
         "cp.async.bulk.commit_group;",
+        "cp.async.cg.shared.global [%r1], [%rd1], 8;",
         "shfl.bfly.b32 %r1, %r2, 1, 31;",
+        "redux.sync.min.NaN.f32 %f1, %f2, -1;",
+        "match.any.sync.b32 %r1, %r2, -1;",
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%r1], %r2, [%r3];",
+        "red.global.add.v2.f32 [%rd1], {%f1, %f2};",
+        "fence.proxy.async;",
+        "bar.arrive 1, 64;",
+        "call foo;",
     ],
 )
-def test_an_unknown_variant_of_a_known_opcode_is_refused(line):
+def test_an_unknown_variant_is_refused(line):
     with pytest.raises(EmulatorError, match="unknown instruction"):
         Device().launch(snippet(line), 1, 32, [])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stmatrix(transposed):
+    """Four matrices: lane 8 m + r gives the address of row r of matrix m, in an order of its own here."""
+    body = f"""
+    mov.u32 %r1, %tid.x;
+    xor.b32 %r2, %r1, 5; shl.b32 %r2, %r2, 4; mov.u32 %r3, memory; add.u32 %r2, %r2, %r3;
+    shl.b32 %r4, %r1, 1; add.u32 %r5, %r4, 1; shl.b32 %r5, %r5, 16; or.b32 %r10, %r4, %r5;
+    add.u32 %r11, %r10, 0x400040; add.u32 %r12, %r11, 0x400040; add.u32 %r13, %r12, 0x400040;
+    stmatrix.sync.aligned.m8n8.x4{".trans" if transposed else ""}.shared.b16 [%r2], {{%r10, %r11, %r12, %r13}};
+    bar.warp.sync 0xffffffff;
+    shl.b32 %r6, %r1, 4; add.u32 %r6, %r6, %r3;
+    ld.shared.v4.b32 {{%r20, %r21, %r22, %r23}}, [%r6];
+    ld.param.u64 %rd1, [out]; cvt.u64.u32 %rd2, %r1; shl.b64 %rd2, %rd2, 4; add.u64 %rd1, %rd1, %rd2;
+    st.global.v4.b32 [%rd1], {{%r20, %r21, %r22, %r23}};"""
+    device = Device()
+    out = device.empty((32, 8), np.uint16)
+    module = ".shared .align 16 .b8 memory[512];"
+    device.launch(snippet(body, "u64 out", module=module), 1, 32, [out])
+    matrices = np.arange(256).reshape(4, 8, 8)
+    rows = (matrices.transpose(0, 2, 1) if transposed else matrices).reshape(32, 8)
+    np.testing.assert_array_equal(out, rows[np.arange(32) ^ 5])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ldmatrix(transposed):
+    body = f"""
+    mov.u32 %r1, %tid.x; cvt.u64.u32 %rd2, %r1; shl.b64 %rd2, %rd2, 4; mov.u32 %r3, memory; shl.b32 %r6, %r1, 4;
+    add.u32 %r2, %r3, %r6; ld.param.u64 %rd1, [x]; add.u64 %rd1, %rd1, %rd2;
+    ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%rd1]; st.shared.v4.b32 [%r2], {{%r20, %r21, %r22, %r23}};
+    bar.warp.sync 0xffffffff;
+    ldmatrix.sync.aligned.m8n8.x4{".trans" if transposed else ""}.shared.b16 {{%r10, %r11, %r12, %r13}}, [%r2];
+    ld.param.u64 %rd3, [out]; add.u64 %rd3, %rd3, %rd2;
+    st.global.v4.b32 [%rd3], {{%r10, %r11, %r12, %r13}};"""
+    device = Device()
+    out = device.empty((32, 4, 2), np.uint16)
+    x = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)
+    device.launch(snippet(body, "u64 out, u64 x", module=".shared .align 16 .b8 memory[512];"), 1, 32, [out, x])
+    wanted = (x.transpose(0, 2, 1) if transposed else x).reshape(4, 32, 2).transpose(1, 0, 2)
+    np.testing.assert_array_equal(out, wanted)

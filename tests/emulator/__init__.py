@@ -1,10 +1,12 @@
 """Run CUDA and Triton kernels on a CPU: a PTX emulator on NumPy memory that checks and counts as it goes.
 
-How to use it, and what it does not model, is in CONTRIBUTING.md. `parser` turns text into instructions; `formats` has
-numbers and rounding; `threads` registers and operands; `arithmetic`, `bits`, `conversions`, `warp`, `accesses`,
-`atomics` and `copies` the instructions; `memory` addresses; `races` order; `barriers` and `scheduler` who runs when;
-`machine` devices and launches; `counters` reports; `schedules` determinism; `compile`, `fixtures` and `snippet` serve
-tests. A new instruction is one function that a table or a `@builds("opcode")` names, and a test against NumPy.
+How to use it, and what it does not model, is in CONTRIBUTING.md.
+
+- `parser` turns text into instructions; `formats` has numbers and rounding; `threads` registers and operands.
+- `instructions` is the table of what is known; `arithmetic`, `bits`, `conversions`, `warp`, `accesses`, `atomics`,
+  `copies` and `barriers` fill it.
+- `memory` has addresses, `races` the order of accesses, `scheduler` who runs when, `counters` the reports.
+- `machine` has devices and launches; `schedules`, `compile`, `fixtures` and `snippet` serve tests.
 """
 
 from .errors import EmulatorError

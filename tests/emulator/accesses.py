@@ -1,4 +1,4 @@
-"""Loads and stores: every access is checked, counted and then carried out.
+"""Loads and stores: every access is resolved, checked, counted and then carried out.
 
 A runner receives the launch (`machine.Launch`), which owns the memories, the counters and the race detector.
 """
@@ -6,81 +6,96 @@ A runner receives the launch (`machine.Launch`), which owns the memories, the co
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import formats, memory
-from .arithmetic import unsupported
-from .errors import EmulatorError
-from .formats import RAW
-from .memory import IN_FLIGHT, WRITTEN
+from . import memory
+from .formats import RAW, VALUE
+from .instructions import Runner, builds, unsupported
+from .memory import IN_FLIGHT, WRITTEN, Region
 from .parser import TYPE_BYTES, Address, Instruction, Operand, Register, Sink, Symbol, Vector
-from .threads import LOCAL_WINDOW, RANK_SHIFT, SHARED_WINDOW, WARP, bits_reader, symbol_address
+from .threads import (
+    LOCAL_WINDOW,
+    RANK_SHIFT,
+    SHARED_WINDOW,
+    WARP,
+    Array,
+    Mask,
+    bits_reader,
+    extend,
+    symbol_address,
+    writer,
+)
 
 if TYPE_CHECKING:
     from .machine import Launch
 
-Array = np.ndarray
-LaunchRunner = Callable[["Launch", "Array | None"], None]
-BUILDERS: dict[str, Callable[[Instruction], LaunchRunner]] = {}
 SPACES = ("param", "global", "shared", "local", "const")
-STRONG = {"volatile", "relaxed", "acquire", "release", "acq_rel"}
+ORDER = "volatile relaxed acquire release acq_rel"
+SCOPED = f"{ORDER} weak cta cluster gpu sys global shared shared::cta shared::cluster local const v2 v4 v8"
+CACHE = "ca cg cs lu cv wb wt nc"
 
 
 @dataclass
 class Target:
-    """Where the lanes of one access go: a piece of memory, their offsets in it, and who they are."""
+    """Where lanes of one access go: a region and their offsets in it. `picked` are their places in the access."""
 
+    region: Region
     lanes: Array
     offsets: Array
-    memory: Array
-    state: Array | None
-    name: str
-    space: str
-    picked: Array | slice
-    shadow_key: int
+    picked: Array | slice = field(default_factory=lambda: slice(None))
+
+    def part(self, chosen: Array) -> Target:
+        return Target(self.region, self.lanes[chosen], self.offsets[chosen])
 
 
 def space_of(ins: Instruction) -> str:
     return next((m.split("::")[0] for m in ins.modifiers if m.split("::")[0] in SPACES), "generic")
 
 
+def is_strong(ins: Instruction) -> bool:
+    """May it meet other threads' accesses to one place without being a race?"""
+    return ins.opcode in ("atom", "red") or not set(ORDER.split()).isdisjoint(ins.modifiers)
+
+
 def address_reader(ins: Instruction, operand: Operand) -> Callable[[Launch], Array]:
     """Addresses as int64, one per lane or a scalar."""
     if not isinstance(operand, Address):
-        raise EmulatorError("syntax", f"expected an address in {ins.where()}")
-    offset = operand.offset
-    if isinstance(operand.base, Register):
-        read = bits_reader(ins, operand.base, operand.base.bytes)
+        raise unsupported(ins)
+    base, offset = operand.base, operand.offset
+    if isinstance(base, Register):
+        read = bits_reader(ins, base, base.bytes)
         return lambda launch: read(launch.threads).astype(np.int64) + offset
-    if isinstance(operand.base, Symbol):
-        name = operand.base.name
-        return lambda launch: np.int64(symbol_address(launch.threads, name, ins) + offset)
-    constant = np.int64(operand.base.value + offset)
-    return lambda _: constant
+    if isinstance(base, Symbol):
+        return lambda launch: np.int64(symbol_address(launch.threads, base.name, ins) + offset)
+    return lambda _: np.int64(base.value + offset)
+
+
+# -------------------------------------------------------------------- where an access goes
 
 
 def targets(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int, space: str) -> list[Target]:
-    """Check bounds and alignment, and resolve addresses to pieces of memory."""
+    """Check bounds and alignment, and resolve addresses to regions."""
     addresses = launch.threads.everywhere(addresses)[lanes]
     if space == "generic":
-        kinds = np.where(addresses >= LOCAL_WINDOW, 2, np.where(addresses >= SHARED_WINDOW, 1, 0))
+        kinds = (addresses >= SHARED_WINDOW).astype(int) + (addresses >= LOCAL_WINDOW)
         first = int(kinds[0])
         if (kinds != first).any():
-            raise unsupported(ins, "one generic access to several state spaces")
+            raise unsupported(ins)  # one access to several spaces
         space = ("global", "shared", "local")[first]
         addresses = addresses - (0, SHARED_WINDOW, LOCAL_WINDOW)[first]
     misaligned = (addresses & (size - 1)) != 0
     if misaligned.any():
-        lane = int(lanes[np.flatnonzero(misaligned)[0]])
-        address = int(addresses[misaligned][0])
-        launch.fail("misaligned", f"{size}-byte {space} access at address {address:#x}", ins, lane)
+        at = int(np.flatnonzero(misaligned)[0])
+        launch.fail("misaligned", f"{size}-byte {space} access at address {addresses[at]:#x}", ins, int(lanes[at]))
     if space == "shared":
         return [_shared_target(launch, ins, addresses, lanes, size)]
     if space == "local":
-        return [_local_target(launch, ins, addresses, lanes, size)]
+        limit = launch.kernel.local_bytes
+        _require_inside(launch, ins, launch.local, limit, addresses, lanes, size, (addresses + size > limit))
+        return [Target(launch.local, lanes, lanes * launch.local_stride + addresses)]
     return _global_targets(launch, ins, addresses, lanes, size)
 
 
@@ -91,92 +106,78 @@ def _global_targets(launch: Launch, ins: Instruction, addresses: Array, lanes: A
         if allocation is None:
             launch.fail("out of bounds", f"global access at {int(at[0]):#x}, no array is passed", ins, int(mine[0]))
         offsets = at - allocation.address
-        inside = np.zeros(len(offsets), bool)
+        outside = np.ones(len(offsets), bool)
         for low, high in allocation.extents:
-            inside |= (offsets >= low) & (offsets + size <= high)
-        if not inside.all():
-            bad = np.flatnonzero(~inside)
-            low, high = allocation.extents[0][0], allocation.extents[-1][1]
-            launch.fail(
-                "out of bounds",
-                f"{len(bad)} lanes access {size} bytes of {allocation.name} ({high - low} bytes), "
-                f"the first at byte {int(offsets[bad[0]]) - low}",
-                ins, int(mine[bad[0]]),
-            )  # fmt: skip
-        found.append(
-            Target(mine, offsets, allocation.memory, allocation.state, allocation.name, "global", picked,
-                   allocation.address)
-        )  # fmt: skip
+            outside &= (offsets < low) | (offsets + size > high)
+        low, high = allocation.extents[0][0], allocation.extents[-1][1]
+        _require_inside(launch, ins, allocation, high - low, offsets - low, mine, size, outside)
+        found.append(Target(allocation, mine, offsets, picked))
     return found
 
 
 def _shared_target(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int) -> Target:
     rank, offsets = addresses >> RANK_SHIFT, addresses & ((1 << RANK_SHIFT) - 1)
     cluster, limit = launch.shape.cluster, launch.shape.shared_bytes
-    bad = (offsets + size > limit) | (rank < 0) | (rank > cluster)
-    if bad.any():
-        lane = int(np.flatnonzero(bad)[0])
-        launch.fail(
-            "out of bounds",
-            f"{int(bad.sum())} lanes access {size} bytes of shared memory ({limit} bytes), "
-            f"the first at byte {int(offsets[lane])}",
-            ins, int(lanes[lane]),
-        )  # fmt: skip
+    outside = (offsets + size > limit) | (rank < 0) | (rank > cluster)
+    _require_inside(launch, ins, launch.shared, limit, offsets, lanes, size, outside)
     own = launch.threads.slot[lanes]
     slot = np.where(rank > 0, own // cluster * cluster + rank - 1, own)
     if cluster > 1:
         launch.barriers.note_remote_access(ins, lanes, own, slot)
-    return Target(lanes, slot * launch.shared_stride + offsets, launch.shared, launch.shared_state,
-                  "shared memory", "shared", slice(None), -1)  # fmt: skip
+    return Target(launch.shared, lanes, slot * launch.shared_stride + offsets)
 
 
-def _local_target(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int) -> Target:
-    local = launch.threads.local
-    bad = (addresses < 0) | (addresses + size > local.shape[1])
-    if bad.any():
-        lane = int(np.flatnonzero(bad)[0])
-        launch.fail("out of bounds", f"local access at byte {int(addresses[lane])}", ins, int(lanes[lane]))
-    return Target(lanes, lanes * local.shape[1] + addresses, local.reshape(-1), None, "local memory", "local",
-                  slice(None), -2)  # fmt: skip
+def _require_inside(
+    launch: Launch, ins: Instruction, region: Region, limit: int, offsets: Array, lanes: Array, size: int,
+    outside: Array,
+) -> None:  # fmt: skip
+    if outside.any():
+        first = int(np.flatnonzero(outside)[0])
+        message = f"{int(outside.sum())} lanes access {size} bytes of {region.name} ({limit} bytes), the first at byte"
+        launch.fail("out of bounds", f"{message} {int(offsets[first])}", ins, int(lanes[first]))
 
 
 def require_written(launch: Launch, ins: Instruction, target: Target, size: int) -> None:
-    if target.state is None:
+    state = target.region.state
+    if state is None or not launch.checks.initialised:
         return
-    states = memory.gather(target.state, target.offsets, size)
+    states = memory.gather(state, target.offsets, size)
+    if (states == WRITTEN).all():
+        return
     wrong = (states != WRITTEN).any(1)
-    if not wrong.any():
-        return
     first = int(np.flatnonzero(wrong)[0])
     at = int(target.offsets[first])
-    if target.space == "shared":
+    if target.region.space == "shared":
         at %= launch.shared_stride
-    place = f"{int(wrong.sum())} lanes read {target.name}, the first at byte {at}"
+    place = f"{int(wrong.sum())} lanes read {target.region.name}, the first at byte {at}"
     if (states[first] == IN_FLIGHT).any():
         launch.fail("copy in flight", f"{place}, before its cp.async was waited for", ins, int(target.lanes[first]))
     launch.fail("uninitialised read", f"{place}, which nobody has written", ins, int(target.lanes[first]))
 
 
-def load_bytes(launch: Launch, ins: Instruction, target: Target, size: int, strong: bool = False) -> Array:
+# -------------------------------------------------------------------- loads and stores
+
+
+def load_bytes(launch: Launch, ins: Instruction, target: Target, size: int) -> Array:
     launch.counters.access(launch, ins, target, size, "load")
-    if launch.checks.initialised:
-        require_written(launch, ins, target, size)
-    if launch.races and target.space != "local":
-        launch.races.access(ins, target, size, None, strong)
-    return memory.gather(target.memory, target.offsets, size)
+    require_written(launch, ins, target, size)
+    if launch.races:
+        launch.races.load(ins, target, size)
+    return memory.gather(target.region.memory, target.offsets, size)
 
 
-def store_bytes(launch: Launch, ins: Instruction, target: Target, data: Array, strong: bool = False) -> None:
-    size = data.shape[1]
+def store_bytes(launch: Launch, ins: Instruction, target: Target, data: Array) -> None:
+    region, size = target.region, data.shape[1]
     launch.counters.access(launch, ins, target, size, "store")
-    if launch.races and target.space != "local":
-        launch.races.access(ins, target, size, data, strong)
-    memory.scatter(target.memory, target.offsets, data)
+    if launch.races:
+        launch.races.store(ins, target, size, data)
+    memory.scatter(region.memory, target.offsets, data)
     launch.progress += 1
-    if target.state is not None:
-        memory.scatter(target.state, target.offsets, np.full_like(data, WRITTEN))
-    kept = memory.gather(target.memory, target.offsets, size)
-    different = (kept != data).any(1)
+    if region.state is not None:
+        memory.scatter(region.state, target.offsets, np.full_like(data, WRITTEN))
+    if (np.diff(target.offsets) > 0).all():
+        return
+    different = (memory.gather(region.memory, target.offsets, size) != data).any(1)
     if different.any():
         _report_conflict(launch, ins, target, int(np.flatnonzero(different)[0]))
 
@@ -186,90 +187,64 @@ def _report_conflict(launch: Launch, ins: Instruction, target: Target, loser: in
     winner = int(np.flatnonzero(target.offsets == target.offsets[loser])[-1])
     lane, other = int(target.lanes[loser]), int(target.lanes[winner])
     check = "conflicting stores" if lane // WARP == other // WARP else "data race"
-    message = f"another value goes to the same address of {target.name} from {launch.threads.name(other)}"
+    message = f"another value goes to the same address of {target.region.name} from {launch.threads.name(other)}"
     launch.fail(check, message, ins, lane)
-
-
-def _columns(data: Array, element: int, count: int) -> Array:
-    """(lanes, size) bytes -> (count, lanes) unsigned elements."""
-    return np.ascontiguousarray(np.ascontiguousarray(data).view(RAW[element]).reshape(-1, count).T)
-
-
-def builds(*opcodes: str) -> Callable[[Callable], Callable]:
-    def register(function: Callable[[Instruction], LaunchRunner]) -> Callable[[Instruction], LaunchRunner]:
-        BUILDERS.update(dict.fromkeys(opcodes, function))
-        return function
-
-    return register
 
 
 def _items(operand: Operand) -> tuple[Operand, ...]:
     return operand.items if isinstance(operand, Vector) else (operand,)
 
 
-def extend(bits: Array, type_: str, register: Register) -> Array:
-    """Loaded bits -> bits of the (possibly wider) destination register."""
-    if bits.dtype.itemsize == register.bytes:
-        return bits
-    if type_.startswith("s"):
-        return bits.view(formats.VALUE[type_]).astype(f"i{register.bytes}").view(RAW[register.bytes])
-    return bits.astype(RAW[register.bytes])
-
-
-@builds("ld", "ldu")
-def _load(ins: Instruction) -> LaunchRunner:
+@builds("ld ldu", f"{SCOPED} {CACHE} param")
+def _load(ins: Instruction) -> Runner:
     space = space_of(ins)
     if space == "param":
         return _load_parameter(ins)
-    type_, count = ins.type, ins.vector_length
-    element = TYPE_BYTES[type_]
+    type_, count, strong = ins.type, ins.vector_length, is_strong(ins)
+    element = RAW[TYPE_BYTES[type_]]
+    size = count * element().itemsize
     destinations, address = _items(ins.operands[0]), address_reader(ins, ins.operands[1])
-    strong = bool(STRONG & set(ins.modifiers))
 
-    def run(launch: Launch, active: Array | None) -> None:
+    def run(launch: Launch, active: Mask) -> None:
         lanes = launch.threads.indices(active)
         launch.polls += strong
-        for target in targets(launch, ins, address(launch), lanes, element * count, space):
-            data = load_bytes(launch, ins, target, element * count, strong)
+        for target in targets(launch, ins, address(launch), lanes, size, space):
+            data = load_bytes(launch, ins, target, size)
             if strong and launch.races:
                 launch.races.synchronise(ins, target)
-            for destination, column in zip(destinations, _columns(data, element, count), strict=True):
-                if isinstance(destination, Sink):
-                    continue
-                bits = extend(column, type_, destination)
-                if len(target.lanes) == launch.threads.count:
-                    launch.threads.set_raw(destination.index, bits, None)
-                else:
-                    launch.threads.set_lanes(destination.index, bits, target.lanes)
+            columns = np.ascontiguousarray(np.ascontiguousarray(data).view(element).reshape(-1, count).T)
+            for destination, column in zip(destinations, columns, strict=True):
+                if not isinstance(destination, Sink):
+                    launch.threads.set_lanes(destination.index, extend(column, type_, destination), target.lanes)
 
     return run
 
 
-def _load_parameter(ins: Instruction) -> LaunchRunner:
-    type_ = ins.type
-    size, source = TYPE_BYTES[type_], ins.operands[1]
-    if not isinstance(source.base, Symbol):
-        raise unsupported(ins, "a computed parameter address")
+def _load_parameter(ins: Instruction) -> Runner:
+    type_, source = ins.type, ins.operands[1]
+    element = RAW[TYPE_BYTES[type_]]
+    size = element().itemsize
+    name = source.base.name  # a computed address is not modelled
+    raw = type_ if type_[0] in "su" else f"b{8 * size}"
+    writes = [writer(ins, item, raw) for item in _items(ins.operands[0])]
 
-    def run(launch: Launch, active: Array | None) -> None:
-        start = launch.parameter_offset(source.base.name, ins) + source.offset
-        for position, destination in enumerate(_items(ins.operands[0])):
+    def run(launch: Launch, active: Mask) -> None:
+        start = launch.parameter_offset(name, ins) + source.offset
+        for position, write in enumerate(writes):
             data = launch.parameters[start + position * size : start + (position + 1) * size]
-            bits = extend(data.copy().view(RAW[size])[0], type_, destination)
-            launch.threads.set_raw(destination.index, bits, active)
+            write(launch.threads, data.copy().view(VALUE[raw])[0], active)
 
     return run
 
 
-@builds("st")
-def _store(ins: Instruction) -> LaunchRunner:
-    space, count = space_of(ins), ins.vector_length
+@builds("st", f"{SCOPED} {CACHE}")
+def _store(ins: Instruction) -> Runner:
+    space, count, strong = space_of(ins), ins.vector_length, is_strong(ins)
     element = TYPE_BYTES[ins.type]
     address = address_reader(ins, ins.operands[0])
     sources = [bits_reader(ins, item, element) for item in _items(ins.operands[1])]
-    strong = bool(STRONG & set(ins.modifiers))
 
-    def run(launch: Launch, active: Array | None) -> None:
+    def run(launch: Launch, active: Mask) -> None:
         lanes = launch.threads.indices(active)
         values = np.empty((len(lanes), count), RAW[element])
         for column, source in enumerate(sources):
@@ -277,8 +252,8 @@ def _store(ins: Instruction) -> LaunchRunner:
             values[:, column] = value[lanes] if np.ndim(value) and active is not None else value
         data = values.view(np.uint8)
         for target in targets(launch, ins, address(launch), lanes, element * count, space):
+            store_bytes(launch, ins, target, data[target.picked])
             if strong and launch.races:
                 launch.races.synchronise(ins, target)
-            store_bytes(launch, ins, target, data[target.picked], strong)
 
     return run

@@ -1,141 +1,132 @@
-"""Instructions that compute: registers in, registers out, every lane for itself.
-
-`BUILDERS` maps an opcode to a function that turns an instruction into its runner. Everything that depends on
-the text alone (types, rounding, operands) is decided once, when the program is loaded.
-"""
+"""Instructions that compute numbers, compare them, and move them between registers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import formats
-from .errors import EmulatorError
-from .formats import FLOATS, RAW
+from .formats import RAW, VALUE, is_float
+from .instructions import Runner, builds, elementwise, unsupported
 from .parser import TYPE_BYTES, Instruction, Vector
-from .threads import Array, Mask, Threads, bits_reader, reader, writer
+from .threads import Array, Mask, bits_reader, reader, writer
 
-Runner = Callable[[Threads, Mask], None]
-BUILDERS: dict[str, Callable[[Instruction], Runner]] = {}
+if TYPE_CHECKING:
+    from .machine import Launch
 
-
-def builds(*opcodes: str) -> Callable[[Callable], Callable]:
-    def register(function: Callable[[Instruction], Runner]) -> Callable[[Instruction], Runner]:
-        BUILDERS.update(dict.fromkeys(opcodes, function))
-        return function
-
-    return register
+Function = Callable[..., Array]
 
 
-def unsupported(ins: Instruction, what: str = "instruction") -> EmulatorError:
-    return EmulatorError("unknown instruction", f"{what} is not modelled: {ins.where()}")
+# -------------------------------------------------------------------- floating point
 
 
-def elementwise(ins: Instruction, function: Callable[..., Array], types: list[str], to: str | None = None) -> Runner:
-    """dest = function(sources), source i read as types[i]; packed pairs are computed half by half."""
-    to = to or ins.type
-    sources = [reader(ins, operand, type_) for operand, type_ in zip(ins.operands[1:], types, strict=True)]
-    write = writer(ins, ins.operands[0], to)
-
-    def run(threads: Threads, active: Mask) -> None:
-        write(threads, function(*[source(threads) for source in sources]), active)
-
-    return run
-
-
-def packed(function: Callable[..., Array], half: str) -> Callable[..., Array]:
-    """Lift a function on f16 or bf16 values to packed pairs."""
+def packed(function: Function, half: str) -> Function:
+    """Lift a function on values to packed pairs of them."""
+    whole, part = RAW[2 * TYPE_BYTES[half]], RAW[TYPE_BYTES[half]]
+    shift = whole(8 * TYPE_BYTES[half])
 
     def on_pairs(*pairs: Array) -> Array:
-        low = [formats.decode((pair & np.uint32(0xFFFF)).astype(np.uint16), half) for pair in pairs]
-        high = [formats.decode((pair >> np.uint32(16)).astype(np.uint16), half) for pair in pairs]
-        low_bits, high_bits = (formats.encode(function(*part), half).astype(np.uint32) for part in (low, high))
-        return low_bits | (high_bits << np.uint32(16))
+        low = [formats.decode(pair.astype(part), half) for pair in pairs]
+        high = [formats.decode((pair >> shift).astype(part), half) for pair in pairs]
+        low_bits, high_bits = (formats.encode(function(*values), half).astype(whole) for values in (low, high))
+        return low_bits | (high_bits << shift)
 
     return on_pairs
 
 
-def _float_rules(ins: Instruction, function: Callable[..., Array]) -> Callable[..., Array]:
-    """Apply .ftz, .sat and .relu around a float operation; refuse directed rounding."""
-    if {"rz", "rm", "rp"} & set(ins.modifiers):
-        raise unsupported(ins, "directed rounding of arithmetic")
+def _float(ins: Instruction, function: Function) -> Runner:
+    """A float operation with its .ftz, .sat and .relu; packed pairs are computed half by half."""
     type_ = ins.type.removesuffix("x2")
-    plain = function
-    if "ftz" in ins.modifiers:
+    if mode := next((m for m in ins.modifiers if m in ("rz", "rm", "rp")), None):
+        if type_ != "f32" or ins.opcode not in _AS_FMA:
+            raise unsupported(ins)
+        as_fma = _AS_FMA[ins.opcode]
 
         def function(*values: Array) -> Array:
-            return formats.flush_subnormals(plain(*(formats.flush_subnormals(v, type_) for v in values)), type_)
+            a, b, c = as_fma(*values)
+            return formats.round_directed(formats.fma(a, b, c, "odd"), "f32", mode)
 
-    unclamped = function
-    if "sat" in ins.modifiers:
-        # fmax first: saturation turns NaN into +0.
-        def function(*values: Array) -> Array:
-            return np.fmin(np.fmax(unclamped(*values), np.float32(0)), np.float32(1))
-    elif "relu" in ins.modifiers:
+    limit = next((limit for name, limit in _LIMITS.items() if name in ins.modifiers), None)
+    flush = "ftz" in ins.modifiers
 
-        def function(*values: Array) -> Array:
-            return formats.maximum(unclamped(*values), np.float32(0))
+    def full(*values: Array) -> Array:
+        result = function(*(formats.flush_subnormals(v, type_) for v in values) if flush else values)
+        result = limit(result) if limit else result
+        return formats.flush_subnormals(result, type_) if flush else result
 
-    return packed(function, type_) if ins.type.endswith("x2") else function
-
-
-def _float(ins: Instruction, function: Callable[..., Array]) -> Runner:
-    return elementwise(ins, _float_rules(ins, function), [ins.type] * (len(ins.operands) - 1))
+    whole = full if flush or limit else function
+    lifted = packed(whole, type_) if ins.type.endswith("x2") else whole
+    return elementwise(ins, lifted, [ins.type] * (len(ins.operands) - 1))
 
 
-def is_float(type_: str) -> bool:
-    return type_.removesuffix("x2") in FLOATS
+# The operands of the fma that computes the same, for directed rounding.
+_AS_FMA: dict[str, Callable[..., tuple[Array, ...]]] = {
+    "add": lambda a, b: (a, np.float32(1), b), "sub": lambda a, b: (a, np.float32(1), -b),
+    "mul": lambda a, b: (a, b, np.float32(-0.0)), "fma": lambda a, b, c: (a, b, c),
+}  # fmt: skip
+_LIMITS = {"sat": formats.saturate, "relu": formats.relu}
+_FLOAT: dict[str, Function] = {
+    "add": np.add, "sub": np.subtract, "div": np.divide, "min": formats.minimum, "max": formats.maximum,
+}  # fmt: skip
 
 
-@builds("add", "sub", "min", "max", "mul", "div", "rem")
-def _binary(ins: Instruction) -> Runner:
-    if "cc" in ins.modifiers:
-        raise unsupported(ins, "carry")
-    if is_float(ins.type):
-        nan = "NaN" in ins.modifiers
-        functions = {
-            "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide,
-            "min": np.minimum if nan else formats.minimum, "max": np.maximum if nan else formats.maximum,
-        }  # fmt: skip
-        return _float(ins, functions[ins.opcode])
-    if ins.opcode == "mul":
-        return elementwise(ins, _integer_multiply(ins), [ins.type] * 2, _product_type(ins))
-    functions = {
-        "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum,
-        "div": _integer_divide, "rem": lambda a, b: a - _integer_divide(a, b) * b,
-    }  # fmt: skip
-    function = functions[ins.opcode]
-    if "sat" in ins.modifiers:
-        raise unsupported(ins, "integer saturation")
-    return elementwise(ins, function, [ins.type] * 2)
+@builds(" ".join(formats.FUNCTIONS), "rn approx ftz")
+def _function(ins: Instruction) -> Runner:
+    function = formats.FUNCTIONS[ins.opcode]
+    if ins.type == "f64" and {"approx", "ftz"} <= set(ins.modifiers):  # a first guess, from the upper half alone
+        return _float(ins, lambda x: formats.coarse(function(x), 20))
+    return _float(ins, function)
 
 
-def _integer_divide(a: Array, b: Array) -> Array:
-    """Truncating division; division by zero yields all ones, as the hardware does for unsigned integers."""
+# -------------------------------------------------------------------- integers
+
+
+def _divide(a: Array, b: Array) -> Array:
+    """Truncating division; division by zero yields all ones."""
     safe = np.where(b == 0, b.dtype.type(1), b)
     quotient = a // safe
     if a.dtype.kind == "i":
         quotient = quotient + ((quotient * safe != a) & ((a < 0) != (safe < 0))).astype(a.dtype)
-    return np.where(b == 0, ~b, quotient)
+    return np.where(b == 0, b.dtype.type(0) - b.dtype.type(1), quotient)
 
 
-def _product_type(ins: Instruction) -> str:
-    return f"{ins.type[0]}{2 * int(ins.type[1:])}" if "wide" in ins.modifiers else ins.type
+_INTEGER: dict[str, Function] = {
+    "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum,
+    "div": _divide, "rem": lambda a, b: a - _divide(a, b) * b,
+}  # fmt: skip
 
 
-def _integer_multiply(ins: Instruction) -> Callable[[Array, Array], Array]:
-    type_, bits = ins.type, int(ins.type[1:])
-    narrow = formats.VALUE[type_]
-    if "wide" in ins.modifiers:
-        wide = formats.VALUE[_product_type(ins)]
-        return lambda a, b: a.astype(wide) * b.astype(wide)
-    if "hi" not in ins.modifiers:
-        return np.multiply
-    if bits == 64:
-        return _multiply_high_64
-    wide = formats.VALUE[f"{type_[0]}{2 * bits}"]
-    return lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(bits)).astype(narrow)
+@builds("add sub min max div rem", "rn rz rm rp approx full ftz sat relu NaN")
+def _binary(ins: Instruction) -> Runner:
+    if is_float(ins.type):
+        function = _FLOAT[ins.opcode]
+        two = formats.nan_wins(function) if "NaN" in ins.modifiers else function
+        return _float(ins, two if len(ins.operands) == 3 else lambda *values: reduce(two, values))
+    if ins.modifiers != (ins.type,):
+        raise unsupported(ins)
+    return elementwise(ins, _INTEGER[ins.opcode], [ins.type] * 2)
+
+
+@builds("mul mad fma", "rn rz rm rp ftz sat relu lo hi wide")
+def _multiply(ins: Instruction) -> Runner:
+    type_, part, add = ins.type, ins.modifiers[0], ins.opcode != "mul"
+    if is_float(type_):
+        return _float(ins, (lambda a, b, c: formats.fma(a, b, c, type_.removesuffix("x2"))) if add else np.multiply)
+    if part not in ("lo", "hi", "wide") or "sat" in ins.modifiers:
+        raise unsupported(ins)
+    wide, bits = f"{type_[0]}{2 * int(type_[1:])}", int(type_[1:])
+    products: dict[str, Function] = {
+        "lo": np.multiply,
+        "wide": lambda a, b: a.astype(VALUE[wide]) * b.astype(VALUE[wide]),
+        "hi": _multiply_high_64 if bits == 64 else lambda a, b: (products["wide"](a, b) >> bits).astype(VALUE[type_]),
+    }
+    product, to = products[part], wide if part == "wide" else type_
+    if not add:
+        return elementwise(ins, product, [type_] * 2, to)
+    return elementwise(ins, lambda a, b, c: product(a, b) + c, [type_, type_, to], to)
 
 
 def _multiply_high_64(a: Array, b: Array) -> Array:
@@ -151,99 +142,92 @@ def _multiply_high_64(a: Array, b: Array) -> Array:
     return high.view(a.dtype)
 
 
-@builds("fma", "mad")
-def _multiply_add(ins: Instruction) -> Runner:
-    if is_float(ins.type):
-        return _float(ins, lambda a, b, c: formats.fma(a, b, c, ins.type.removesuffix("x2")))
-    if {"cc", "sat"} & set(ins.modifiers):
-        raise unsupported(ins, "carry or saturation")
-    product, to = _integer_multiply(ins), _product_type(ins)
-    return elementwise(ins, lambda a, b, c: product(a, b) + c, [ins.type, ins.type, to], to)
+# -------------------------------------------------------------------- signs and classes
 
 
-@builds("neg", "abs", "copysign")
+@builds("neg abs copysign", "ftz")
 def _sign(ins: Instruction) -> Runner:
-    count = len(ins.operands) - 1
     if not is_float(ins.type):
         return elementwise(ins, {"neg": np.negative, "abs": np.abs}[ins.opcode], [ins.type])
     # Signs are bits: NaN and zero keep everything else.
     size = TYPE_BYTES[ins.type]
     signs = 0x80008000 if ins.type.endswith("x2") else 1 << (8 * size - 1)
     sign, rest = RAW[size](signs), RAW[size](~signs & (256**size - 1))
-    functions = {
-        "neg": lambda a: a ^ sign,
-        "abs": lambda a: a & rest,
-        "copysign": lambda a, b: (a & sign) | (b & rest),
-    }
-    raw = f"b{8 * size}"
-    return elementwise(ins, functions[ins.opcode], [raw] * count, raw)
-
-
-@builds(*formats.FUNCTIONS)
-def _function(ins: Instruction) -> Runner:
-    return _float(ins, formats.FUNCTIONS[ins.opcode])
-
-
-@builds("and", "or", "xor", "not", "cnot")
-def _bitwise(ins: Instruction) -> Runner:
-    functions = {
-        "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
-        "cnot": lambda a: (a == 0).astype(a.dtype),
+    functions: dict[str, Function] = {
+        "neg": lambda a: a ^ sign, "abs": lambda a: a & rest, "copysign": lambda a, b: (a & sign) | (b & rest),
     }  # fmt: skip
-    return elementwise(ins, functions[ins.opcode], [ins.type] * (len(ins.operands) - 1))
+    function = functions[ins.opcode]
+    if "ftz" in ins.modifiers:
+        keep = lambda a: formats.flush_subnormals(a.view(VALUE[ins.type]), ins.type).view(RAW[size])  # noqa: E731
+        return elementwise(ins, lambda a: function(keep(a)), [f"b{8 * size}"], f"b{8 * size}")
+    return elementwise(ins, function, [f"b{8 * size}"] * (len(ins.operands) - 1), f"b{8 * size}")
 
 
-_COMPARE = {
+@builds("testp", "finite infinite number notanumber normal subnormal")
+def _test_property(ins: Instruction) -> Runner:
+    subnormal = lambda a: (a != 0) & (formats.flush_subnormals(a, ins.type) == 0)  # noqa: E731
+    tests: dict[str, Function] = {
+        "finite": np.isfinite, "infinite": np.isinf, "number": lambda a: ~np.isnan(a), "notanumber": np.isnan,
+        "subnormal": subnormal, "normal": lambda a: np.isfinite(a) & (a != 0) & ~subnormal(a),
+    }  # fmt: skip
+    return elementwise(ins, tests[ins.modifiers[0]], [ins.type], "pred")
+
+
+# -------------------------------------------------------------------- comparison, selection, moves
+
+_COMPARE: dict[str, Function] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }  # fmt: skip
 _COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+_UNORDERED = ("equ", "neu", "ltu", "leu", "gtu", "geu", "nan")
 
 
-def _flushing(compare: Callable[[Array, Array], Array], type_: str) -> Callable[[Array, Array], Array]:
-    return lambda a, b: compare(formats.flush_subnormals(a, type_), formats.flush_subnormals(b, type_))
+def _comparison(relation: str, type_: str, flush: bool) -> Function:
+    if not is_float(type_):
+        return _COMPARE[relation]
+    unordered = relation in _UNORDERED  # the answer if an operand is NaN
+    compare = _COMPARE.get(relation.removesuffix("u"), lambda a, b: np.full(np.broadcast(a, b).shape, not unordered))
 
-
-def _comparison(name: str, type_: str) -> Callable[[Array, Array], Array]:
-    if is_float(type_):
-        if name == "ne":
-            return lambda a, b: (a != b) & ~(np.isnan(a) | np.isnan(b))
-        if name in ("equ", "neu", "ltu", "leu", "gtu", "geu"):
-            compare = _COMPARE[name[:-1]]
-            return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
-    return _COMPARE[name]
-
-
-@builds("setp", "set")
-def _compare(ins: Instruction) -> Runner:
-    type_, relation = ins.type, ins.modifiers[0]
-    compare = _comparison(relation, type_)
-    if "ftz" in ins.modifiers:
-        compare = _flushing(compare, type_)
-    combine = next((_COMBINE[m] for m in ins.modifiers[1:] if m in _COMBINE), None)
-    a, b = (reader(ins, operand, type_) for operand in ins.operands[1:3])
-    third = reader(ins, ins.operands[3], "pred") if combine else None
-    first, second = ins.operands[0], None
-    if isinstance(first, Vector):
-        first, second = first.items
-    result_type = "pred" if ins.opcode == "setp" else next(m for m in ins.modifiers if m in TYPE_BYTES)
-    writes = [writer(ins, d, result_type) for d in (first, second) if d is not None]
-    true = 1 if result_type in ("pred", "f32") else -1
-
-    def run(threads: Threads, active: Mask) -> None:
-        outcome = compare(a(threads), b(threads))
-        results = (outcome, ~outcome)
-        if combine:
-            extra = third(threads)
-            results = tuple(combine(result, extra) for result in results)
-        for write, result in zip(writes, results, strict=False):
-            write(threads, np.where(result, true, 0) if result_type != "pred" else result, active)
+    def run(a: Array, b: Array) -> Array:
+        a, b = (formats.flush_subnormals(v, type_) for v in (a, b)) if flush else (a, b)
+        return np.where(np.isnan(a) | np.isnan(b), unordered, compare(a, b))
 
     return run
 
 
-@builds("selp", "slct")
+@builds("setp set", " ".join([*_COMPARE, *_UNORDERED, *_COMBINE, "num ftz"]))
+def _compare(ins: Instruction) -> Runner:
+    type_ = ins.type
+    compare = _comparison(ins.modifiers[0], type_, "ftz" in ins.modifiers)
+    combine = next((_COMBINE[m] for m in ins.modifiers[1:] if m in _COMBINE), None)
+    a, b = (reader(ins, operand, type_) for operand in ins.operands[1:3])
+    third = reader(ins, ins.operands[3], "pred") if combine else None
+    to = "pred" if ins.opcode == "setp" else next(m for m in ins.modifiers if m in TYPE_BYTES)
+    if "x2" in type_ + to:
+        if to != type_ or combine or "ftz" in ins.modifiers:
+            raise unsupported(ins)
+        half = type_.removesuffix("x2")
+        both = _comparison(ins.modifiers[0], half, False)
+        return elementwise(
+            ins, packed(lambda a, b: np.where(both(a, b), np.float32(1), np.float32(0)), half), [type_] * 2
+        )
+    first = ins.operands[0]
+    writes = [writer(ins, d, to) for d in (first.items if isinstance(first, Vector) else (first,))]
+    true = 1 if to == "pred" or is_float(to) else -1
+
+    def run(launch: Launch, active: Mask) -> None:
+        threads = launch.threads
+        outcome = compare(a(threads), b(threads))
+        for write, result in zip(writes, (outcome, ~outcome), strict=False):
+            if combine and third:
+                result = combine(result, third(threads))
+            write(threads, result if to == "pred" else np.where(result, true, 0), active)
+
+    return run
+
+
+@builds("selp slct", "ftz")
 def _select(ins: Instruction) -> Runner:
     raw = f"b{8 * TYPE_BYTES[ins.modifiers[0]]}"
     if ins.opcode == "selp":
@@ -254,20 +238,17 @@ def _select(ins: Instruction) -> Runner:
 @builds("mov")
 def _move(ins: Instruction) -> Runner:
     destination, source = ins.operands
-    if ins.type == "pred":
-        return elementwise(ins, lambda p: p, ["pred"])
     size = TYPE_BYTES[ins.type]
-    raw = f"b{8 * size}"
+    raw = "pred" if ins.type == "pred" else f"b{8 * size}"
+    whole = RAW[size]
     if isinstance(source, Vector):
         part = size // len(source.items)
-        parts = [bits_reader(ins, item, part) for item in source.items]
+        reads = [bits_reader(ins, item, part) for item in source.items]
         write = writer(ins, destination, raw)
 
-        def pack(threads: Threads, active: Mask) -> None:
-            whole = RAW[size](0)
-            for position, read in enumerate(parts):
-                whole = whole | read(threads).astype(RAW[size]) << RAW[size](8 * part * position)
-            write(threads, whole, active)
+        def pack(launch: Launch, active: Mask) -> None:
+            parts = (read(launch.threads).astype(whole) << whole(8 * part * i) for i, read in enumerate(reads))
+            write(launch.threads, reduce(np.bitwise_or, parts), active)
 
         return pack
     if isinstance(destination, Vector):
@@ -275,26 +256,10 @@ def _move(ins: Instruction) -> Runner:
         read = bits_reader(ins, source, size)
         writes = [writer(ins, item, f"b{8 * part}") for item in destination.items]
 
-        def unpack(threads: Threads, active: Mask) -> None:
-            whole = read(threads)
-            for position, write in enumerate(writes):
-                write(threads, (whole >> RAW[size](8 * part * position)).astype(RAW[part]), active)
+        def unpack(launch: Launch, active: Mask) -> None:
+            value = read(launch.threads)
+            for i, write in enumerate(writes):
+                write(launch.threads, (value >> whole(8 * part * i)).astype(RAW[part]), active)
 
         return unpack
     return elementwise(ins, lambda a: a, [raw], raw)
-
-
-@builds("createpolicy")
-def _cache_policy(ins: Instruction) -> Runner:
-    write = writer(ins, ins.operands[0], "b64")
-    return lambda threads, active: write(threads, np.uint64(0), active)
-
-
-@builds("prefetch", "prefetchu", "griddepcontrol", "setmaxnreg", "applypriority", "discard", "nanosleep")
-def _nothing(_: Instruction) -> Runner:
-    """Hints: they change when things happen, not what happens."""
-
-    def run(threads: Threads, active: Mask) -> None:
-        del threads, active
-
-    return run

@@ -8,21 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import formats, memory
-from .accesses import (
-    Array,
-    LaunchRunner,
-    Target,
-    address_reader,
-    builds,
-    extend,
-    require_written,
-    space_of,
-    targets,
-)
-from .arithmetic import packed, unsupported
+from .accesses import SCOPED, Target, address_reader, require_written, space_of, targets
+from .arithmetic import packed
 from .formats import RAW
+from .instructions import Runner, builds, unsupported
 from .parser import TYPE_BYTES, Instruction, Sink
-from .threads import reader
+from .threads import Array, Mask, extend, reader
 
 if TYPE_CHECKING:
     from .machine import Launch
@@ -36,72 +27,62 @@ _UPDATE: dict[str, Callable[..., Array]] = {
 }  # fmt: skip
 
 
-@builds("atom", "red")
-def _atomic(ins: Instruction) -> LaunchRunner:
+@builds("atom red", f"{SCOPED} {' '.join(_UPDATE)} noftz")
+def _atomic(ins: Instruction) -> Runner:
     space, type_ = space_of(ins), ins.type
-    name = next((m for m in ins.modifiers if m in _UPDATE), None)
-    if name is None or ins.vector_length > 1:
+    name = next(m for m in ins.modifiers if m in _UPDATE)
+    if ins.vector_length > 1:
         raise unsupported(ins)
-    update, size = _UPDATE[name], TYPE_BYTES[type_]
-    if type_.endswith("x2"):
-        update = packed(update, type_.removesuffix("x2"))
+    size = TYPE_BYTES[type_]
+    update = packed(_UPDATE[name], type_.removesuffix("x2")) if type_.endswith("x2") else _UPDATE[name]
     returns = ins.opcode == "atom"
-    address = address_reader(ins, ins.operands[1 if returns else 0])
-    sources = [reader(ins, operand, type_) for operand in ins.operands[2 if returns else 1 :]]
+    address, destination = address_reader(ins, ins.operands[returns]), ins.operands[0]
+    count = 2 if name == "cas" else 1  # a cache policy may follow
+    sources = [reader(ins, operand, type_) for operand in ins.operands[1 + returns : 1 + returns + count]]
 
-    def run(launch: Launch, active: Array | None) -> None:
+    def run(launch: Launch, active: Mask) -> None:
         lanes = launch.threads.indices(active)
         values = [launch.threads.everywhere(source(launch.threads))[lanes] for source in sources]
         for target in targets(launch, ins, address(launch), lanes, size, space):
-            mine = [value[target.picked] for value in values]
-            old = _read_modify_write(launch, ins, target, update, mine, type_)
-            destination = ins.operands[0]
+            launch.polls += 1
+            launch.counters.access(launch, ins, target, size, "store")
+            require_written(launch, ins, target, size)
+            if launch.races:
+                launch.races.load(ins, target, size)
+                launch.races.store(ins, target, size, None)
+            old = _update(launch, ins, target, update, [value[target.picked] for value in values])
             if returns and not isinstance(destination, Sink):
                 launch.threads.set_lanes(destination.index, extend(old, type_, destination), target.lanes)
 
     return run
 
 
-def _read_modify_write(
-    launch: Launch,
-    ins: Instruction,
-    target: Target,
-    update: Callable[..., Array],
-    values: list[Array],
-    type_: str,
+def _update(
+    launch: Launch, ins: Instruction, target: Target, update: Callable[..., Array], values: list[Array]
 ) -> Array:
-    """Apply an atomic lane after lane, in the schedule's order; returns the bits each lane found."""
-    size = TYPE_BYTES[type_]
-    launch.polls += 1
-    launch.counters.access(launch, ins, target, size, "store")
-    if launch.checks.initialised:
-        require_written(launch, ins, target, size)
-    if launch.races:
-        launch.races.access(ins, target, size, None, strong=True)
-        launch.races.access(ins, target, size, np.zeros((len(target.lanes), size), np.uint8), strong=True)
-    cells = memory.rows(target.memory, size).reshape(-1)
+    """Read, modify and write lane after lane, in the schedule's order; returns the bits each lane found."""
+    type_, size = ins.type, TYPE_BYTES[ins.type]
+    cells = memory.rows(target.region.memory, size).reshape(-1)
     index, old = target.offsets // size, np.empty(len(target.lanes), RAW[size])
-    order = launch.lane_order(len(index))
+    order = range(len(index)) if launch.rng is None else launch.rng.permutation(len(index)).tolist()
     if launch.races:
         launch.races.synchronise(ins, target, order)
     unique = len(np.unique(index)) == len(index)
     for chosen in [slice(None)] if unique else order:
         found = cells[index[chosen]]
         new = formats.encode(update(formats.decode(found, type_), *(v[chosen] for v in values)), type_)
-        old[chosen] = found
+        old[chosen], cells[index[chosen]] = found, new
         if np.any(new != found):
             launch.progress += 1
-        cells[index[chosen]] = new
     return old
 
 
-@builds("membar", "fence")
-def _fence(ins: Instruction) -> LaunchRunner:
-    if "proxy" in ins.modifiers:
-        raise unsupported(ins)
+@builds("membar fence", "gl cta sys cluster gpu acq_rel sc acquire release")
+def _fence(ins: Instruction) -> Runner:
+    narrow = "cta" in ins.modifiers
 
-    def run(launch: Launch, active: Array | None) -> None:
+    def run(launch: Launch, active: Mask) -> None:
         if launch.races:
-            launch.races.fence(active)
+            launch.races.fence(active, narrow)
 
     return run

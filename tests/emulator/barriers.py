@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .arithmetic import unsupported
+from .instructions import Runner, builds, unsupported
 from .parser import Instruction
-from .threads import bits_reader, predicate_reader, writer
+from .threads import WARP, Array, bits_reader, predicate_reader, writer
+from .warp import warp_barrier
 
 if TYPE_CHECKING:
     from .machine import Launch
 
-Array = np.ndarray
 _NOBODY = -1
+Releases = list[tuple[int, Array]]
+"""Lanes that a barrier lets go, after the instruction at which they continue."""
 
 
-@dataclass
-class Release:
-    """Lanes that a barrier lets go, and the instruction they continue at."""
+@builds("bar barrier", "warp sync cta red popc and or cluster arrive wait aligned relaxed release acquire")
+def _barrier(ins: Instruction) -> Runner:
+    """The scheduler calls `Barriers` for those of blocks and clusters."""
+    if "cluster" not in ins.modifiers and "arrive" in ins.modifiers:
+        raise unsupported(ins)
+    return warp_barrier
 
-    pc: int
-    lanes: Array
+
+def _count_operand(ins: Instruction) -> int | None:
+    """Which operand says how many threads meet, if not the whole block."""
+    place = 2 if "red" in ins.modifiers else 1
+    return place if len(ins.operands) > place + ("red" in ins.modifiers) else None
 
 
 class Barriers:
     """The barrier state of one batch of blocks."""
 
     def __init__(self, launch: Launch) -> None:
-        self.launch, self.threads = launch, launch.threads
+        self.launch, self.threads, self.code = launch, launch.threads, launch.kernel.code
         lanes, blocks = self.threads.count, len(self.threads.blocks)
-        self.waiting_pc = np.full(lanes, _NOBODY)
-        self.waiting_id = np.full(lanes, _NOBODY)
+        self.waiting_pc, self.waiting_id, self.waiting_count = (np.full(lanes, _NOBODY) for _ in range(3))
         self.arrivals = np.zeros(lanes, np.int64)  # cluster arrivals, counted
         self.cluster_waiting_pc = np.full(lanes, _NOBODY)
         self.phase = np.zeros(blocks, np.int64)  # cluster barriers completed
@@ -41,146 +47,136 @@ class Barriers:
 
     # ---------------------------------------------------------------- barriers of a block
 
-    def arrive(self, pc: int, ins: Instruction, lanes: Array) -> list[Release]:
-        if ins.modifiers[0] not in ("sync", "red", "cta") or "arrive" in ins.modifiers:
-            raise unsupported(ins)
-        identifier = ins.operands[1 if "red" in ins.modifiers else 0]
-        ids = bits_reader(ins, identifier, 4)(self.threads).astype(np.int64)
-        self.waiting_pc[lanes], self.waiting_id[lanes] = pc, np.broadcast_to(ids, lanes.shape)[lanes]
+    def arrive(self, pc: int, ins: Instruction, lanes: Array) -> Releases:
+        def number(operand: int) -> Array:
+            value = bits_reader(ins, ins.operands[operand], 4)(self.threads)
+            return self.threads.everywhere(value.astype(np.int64))[lanes]
+
+        count = _count_operand(ins)
+        self.waiting_pc[lanes], self.waiting_id[lanes] = pc, number(1 if "red" in ins.modifiers else 0)
+        self.waiting_count[lanes] = _NOBODY if count is None else number(count)
         return self.completed()
 
-    def completed(self) -> list[Release]:
-        """Let go of the blocks in which everybody has arrived."""
-        releases = []
+    def completed(self) -> Releases:
+        """Let go of the blocks in which everybody has arrived: all that are alive, or the count that is named."""
+        releases: Releases = []
+        per_block, alive = self.threads.per_block, self.threads.per_block(self.threads.alive).sum(1)
         for barrier in np.unique(self.waiting_id[self.waiting_id != _NOBODY]).tolist():
             waiting = self.waiting_id == barrier
-            per_block = waiting.reshape(-1, self.launch.shape.lanes)
-            expected = self._expected(waiting)
-            done = (per_block.sum(1) >= expected) & per_block.any(1)
+            count = per_block(np.where(waiting, self.waiting_count, _NOBODY)).max(1)
+            # A count is of whole warps, also where a warp has fewer threads.
+            missing = (self.threads.exists & ~waiting).reshape(-1, WARP).any(1)
+            padding = per_block(~self.threads.exists & ~np.repeat(missing, WARP)).sum(1)
+            arrived = per_block(waiting).sum(1)
+            done = (arrived > 0) & np.where(count == _NOBODY, arrived >= alive, arrived + padding >= count)
             if done.any():
-                leaving = waiting & np.repeat(done, self.launch.shape.lanes)
-                releases += self._let_go(leaving)
+                releases += self._let_go(waiting & self.threads.per_lane(done))
         return releases
 
-    def _expected(self, waiting: Array) -> Array:
-        """How many threads each block's barrier needs: a count it names, or all that are alive."""
-        alive = self.threads.alive.reshape(-1, self.launch.shape.lanes).sum(1)
-        if self._is_whole_block(waiting):
-            return alive
-        ins = self.launch.kernel.code[int(self.waiting_pc[waiting][0])]
-        count = bits_reader(ins, ins.operands[1], 4)(self.threads).astype(np.int64)
-        return np.broadcast_to(count, waiting.shape)[:: self.launch.shape.lanes]
-
-    def _let_go(self, leaving: Array) -> list[Release]:
-        launch, lanes_per_block = self.launch, self.launch.shape.lanes
+    def _let_go(self, leaving: Array) -> Releases:
         self._require_same_place(leaving)
-        blocks = np.repeat(leaving.reshape(-1, lanes_per_block).any(1), lanes_per_block)
-        exited = blocks & self.threads.exists & ~self.threads.alive
-        if exited.any() and self._is_whole_block(leaving):
-            lane = int(np.flatnonzero(leaving)[0])
-            missing = int(exited.reshape(-1, lanes_per_block).sum(1).max())
-            ins = launch.kernel.code[int(self.waiting_pc[lane])]
-            launch.fail("divergent barrier", f"{missing} threads of the block exited before the barrier", ins, lane)
-        if launch.races:
-            launch.races.block_barrier(leaving)
-        releases = []
+        whole = self.threads.per_lane(self.threads.per_block(leaving & (self.waiting_count == _NOBODY)).any(1))
+        exited = whole & self.threads.exists & ~self.threads.alive
+        if exited.any():
+            missing = int(self.threads.per_block(exited).sum(1).max())
+            lane = int(np.flatnonzero(leaving & whole)[0])
+            message = f"{missing} threads of the block exited before the barrier"
+            self.launch.fail("divergent barrier", message, self.code[int(self.waiting_pc[lane])], lane)
+        if self.launch.races:
+            self.launch.races.block_barrier(leaving)
+        releases: Releases = []
         for pc in np.unique(self.waiting_pc[leaving]).tolist():
             here = leaving & (self.waiting_pc == pc)
-            ins = launch.kernel.code[pc]
-            if "red" in ins.modifiers:
-                self._reduce(ins, here)
-            releases.append(Release(pc + 1, here))
+            if "red" in self.code[pc].modifiers:
+                self._reduce(self.code[pc], here)
+            releases.append((pc + 1, here))
         self.waiting_pc[leaving] = self.waiting_id[leaving] = _NOBODY
-        launch.progress += 1
+        self.launch.progress += 1
         return releases
 
-    def _is_whole_block(self, waiting: Array) -> bool:
-        ins = self.launch.kernel.code[int(self.waiting_pc[waiting][0])]
-        return "red" in ins.modifiers or len(ins.operands) < 2
-
     def _require_same_place(self, leaving: Array) -> None:
-        places = np.where(leaving, self.waiting_pc, _NOBODY).reshape(-1, self.launch.shape.lanes)
+        places = self.threads.per_block(np.where(leaving, self.waiting_pc, _NOBODY))
         highest = places.max(1)
         lowest = np.where(places == _NOBODY, highest[:, None], places).min(1)
         if (highest != lowest).any():
             block = int(np.flatnonzero(highest != lowest)[0])
-            first, second = (self.launch.kernel.code[int(pc[block])] for pc in (lowest, highest))
+            first, second = (self.code[int(pc[block])] for pc in (lowest, highest))
             lane = int(np.flatnonzero(places[block] == highest[block])[0]) + block * self.launch.shape.lanes
             message = f"threads of one block wait at different barriers, others at {first.where()}"
             self.launch.fail("divergent barrier", message, second, lane)
 
     def _reduce(self, ins: Instruction, lanes: Array) -> None:
         """bar.red: every thread receives the count, or the conjunction or disjunction, of all predicates."""
-        threads = self.threads
-        predicate = threads.everywhere(predicate_reader(ins.operands[-1])(threads)) & lanes
-        true = predicate.reshape(-1, self.launch.shape.lanes).sum(1)
-        present = lanes.reshape(-1, self.launch.shape.lanes).sum(1)
+        true = self.threads.per_block(predicate_reader(ins.operands[-1])(self.threads) & lanes).sum(1)
         if "popc" in ins.modifiers:
             result, type_ = true.astype(np.uint32), "u32"
         else:
+            present = self.threads.per_block(lanes).sum(1)
             result, type_ = (true == present if "and" in ins.modifiers else true > 0), "pred"
-        writer(ins, ins.operands[0], type_)(threads, np.repeat(result, self.launch.shape.lanes), lanes)
+        writer(ins, ins.operands[0], type_)(self.threads, self.threads.per_lane(result), lanes)
 
     # ---------------------------------------------------------------- barriers of a cluster
 
-    def cluster_arrive(self, ins: Instruction, lanes: Array) -> None:
-        again = lanes & (self.arrivals > np.repeat(self.phase, self.launch.shape.lanes))
+    def cluster_arrive(self, ins: Instruction, lanes: Array) -> Releases:
+        again = lanes & (self.arrivals > self.threads.per_lane(self.phase))
         if again.any():
             lane = int(np.flatnonzero(again)[0])
             self.launch.fail("divergent barrier", "a thread arrives twice at the cluster barrier", ins, lane)
         self.arrivals[lanes] += 1
         if self.launch.races:
             self.launch.races.cluster_arrive(lanes, "relaxed" in ins.modifiers)
+        return self.cluster_completed()
 
-    def cluster_wait(self, pc: int, lanes: Array) -> list[Release]:
+    def cluster_wait(self, pc: int, lanes: Array) -> Releases:
         self.cluster_waiting_pc[lanes] = pc
         return self.cluster_completed()
 
-    def cluster_completed(self) -> list[Release]:
+    def cluster_completed(self) -> Releases:
         """Complete the phases in which every living thread of the cluster has arrived, and wake who waits."""
-        cluster_lanes = self.launch.shape.lanes * self.launch.shape.cluster
-        missing = self.threads.alive & (self.arrivals <= np.repeat(self.phase, self.launch.shape.lanes))
-        present = self.threads.alive.reshape(-1, cluster_lanes).any(1)
-        for cluster in np.flatnonzero(present & ~missing.reshape(-1, cluster_lanes).any(1)).tolist():
-            slots = list(range(cluster * self.launch.shape.cluster, (cluster + 1) * self.launch.shape.cluster))
+        size = self.launch.shape.cluster
+        missing = self.threads.alive & (self.arrivals <= self.threads.per_lane(self.phase))
+        by_cluster = missing.reshape(-1, self.launch.shape.lanes * size).any(1)
+        present = self.threads.alive.reshape(by_cluster.size, -1).any(1)
+        for cluster in np.flatnonzero(present & ~by_cluster).tolist():
+            slots = list(range(cluster * size, (cluster + 1) * size))
             self.phase[slots] += 1
             self.launch.progress += 1
             if self.launch.races:
                 self.launch.races.cluster_barrier(slots)
-        phase = np.repeat(self.phase, self.launch.shape.lanes)
-        leaving = (self.cluster_waiting_pc != _NOBODY) & (phase >= self.arrivals)
-        releases = [
-            Release(pc + 1, leaving & (self.cluster_waiting_pc == pc))
-            for pc in np.unique(self.cluster_waiting_pc[leaving]).tolist()
-        ]
+        leaving = (self.cluster_waiting_pc != _NOBODY) & (self.threads.per_lane(self.phase) >= self.arrivals)
+        places = np.unique(self.cluster_waiting_pc[leaving]).tolist()
+        releases = [(pc + 1, leaving & (self.cluster_waiting_pc == pc)) for pc in places]
         self.cluster_waiting_pc[leaving] = _NOBODY
         return releases
 
     def note_remote_access(self, ins: Instruction, lanes: Array, own: Array, slot: Array) -> None:
-        """Distributed shared memory exists only while its block runs."""
+        """The shared memory of another block exists from its start, which a barrier proves, to its exit."""
         remote = own != slot
         if not remote.any():
             return
-        block_alive = self.threads.alive.reshape(-1, self.launch.shape.lanes).any(1)
-        gone = remote & ~block_alive[slot]
-        if gone.any():
-            lane = int(lanes[np.flatnonzero(gone)[0]])
-            self.launch.fail("exited block", "the shared memory of a block that has exited is accessed", ins, lane)
+        alive = self.threads.per_block(self.threads.alive).any(1)
+        for wrong, check, message in (
+            (remote & ~alive[slot], "exited block", "the shared memory of a block that has exited is accessed"),
+            (
+                remote & (self.phase[slot] == 0),
+                "block not started",
+                "no cluster barrier says that the block has started",
+            ),
+        ):
+            if wrong.any():
+                self.launch.fail(check, message, ins, int(lanes[np.flatnonzero(wrong)[0]]))
         self.remote_access[slot[remote]] = self.phase[slot[remote]]
 
     # ---------------------------------------------------------------- exits
 
-    def exited(self, ins: Instruction) -> list[Release]:
+    def exited(self, ins: Instruction) -> Releases:
         """Some lanes have exited: barriers may complete, and a block may be gone too early."""
         if self.launch.shape.cluster > 1:
-            block_alive = self.threads.alive.reshape(-1, self.launch.shape.lanes).any(1)
-            early = ~block_alive & (self.remote_access == self.phase)
+            early = ~self.threads.per_block(self.threads.alive).any(1) & (self.remote_access == self.phase)
             if early.any():
                 lane = int(np.flatnonzero(early)[0]) * self.launch.shape.lanes
-                self.launch.fail(
-                    "exited block",
-                    "a block exits with no cluster barrier after others used its shared memory", ins, lane,
-                )  # fmt: skip
+                message = "a block exits with no cluster barrier after others used its shared memory"
+                self.launch.fail("exited block", message, ins, lane)
         return self.completed() + self.cluster_completed()
 
     def describe_waiting(self) -> tuple[list[str], Instruction | None, int]:
@@ -189,6 +185,6 @@ class Barriers:
         for places, kind in ((self.waiting_pc, "block"), (self.cluster_waiting_pc, "cluster")):
             for pc in np.unique(places[places != _NOBODY]).tolist():
                 lanes = np.flatnonzero(places == pc)
-                ins, lane = self.launch.kernel.code[pc], int(lanes[0])
+                ins, lane = self.code[pc], int(lanes[0])
                 lines.append(f"{len(lanes)} threads wait for their {kind} at {ins.where()}")
         return lines, ins, lane

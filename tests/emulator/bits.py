@@ -1,13 +1,26 @@
-"""Instructions on bit patterns: shifts, fields, counting, permutation, functions given by a truth table."""
+"""Instructions on bit patterns: logic, shifts, fields, counting, permutation, functions given by a truth table."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 
-from .arithmetic import Runner, builds, elementwise, unsupported
 from .formats import RAW
+from .instructions import Runner, builds, elementwise, unsupported
 from .parser import TYPE_BYTES, Instruction
 from .threads import Array
+
+_LOGIC: dict[str, Any] = {
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
+    "cnot": lambda a: (a == 0).astype(a.dtype),
+}  # fmt: skip
+
+
+@builds("and or xor not cnot")
+def _logic(ins: Instruction) -> Runner:
+    return elementwise(ins, _LOGIC[ins.opcode], [ins.type] * (len(ins.operands) - 1))
 
 
 @builds("lop3")
@@ -21,61 +34,58 @@ def _lop3(ins: Instruction) -> Runner:
                 result = result | (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
         return result
 
-    plain = Instruction(ins.opcode, ins.modifiers, ins.operands[:4], ins.guard, ins.line, ins.text)
-    return elementwise(plain, lookup, [ins.type] * 3)
+    return elementwise(replace(ins, operands=ins.operands[:4]), lookup, [ins.type] * 3)
 
 
-def shift_left(value: Array, amount: Array) -> Array:
+def _shift_left(value: Array, amount: Array) -> Array:
     """PTX clamps the amount; NumPy leaves amounts beyond the width undefined."""
     bits = 8 * value.dtype.itemsize
     shifted = value << np.minimum(amount, bits - 1).astype(value.dtype)
     return np.where(amount >= bits, value.dtype.type(0), shifted)
 
 
-def shift_right(value: Array, amount: Array) -> Array:
+def _shift_right(value: Array, amount: Array) -> Array:
     bits = 8 * value.dtype.itemsize
     shifted = value >> np.minimum(amount, bits - 1).astype(value.dtype)
     return shifted if value.dtype.kind == "i" else np.where(amount >= bits, value.dtype.type(0), shifted)
 
 
-@builds("shl", "shr")
+@builds("shl shr")
 def _shift(ins: Instruction) -> Runner:
-    return elementwise(ins, shift_left if ins.opcode == "shl" else shift_right, [ins.type, "u32"])
+    return elementwise(ins, _shift_left if ins.opcode == "shl" else _shift_right, [ins.type, "u32"])
 
 
-@builds("shf")
+@builds("shf", "l r wrap clamp")
 def _funnel_shift(ins: Instruction) -> Runner:
     left, wrap = "l" in ins.modifiers, "wrap" in ins.modifiers
 
     def shift(low: Array, high: Array, amount: Array) -> Array:
-        amount = (amount & np.uint32(31)) if wrap else np.minimum(amount, np.uint32(32))
+        amount = ((amount & np.uint32(31)) if wrap else np.minimum(amount, np.uint32(32))).astype(np.uint64)
         both = (high.astype(np.uint64) << np.uint64(32)) | low
-        if left:
-            return ((both << amount.astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
-        return (both >> amount.astype(np.uint64)).astype(np.uint32)
+        return (((both << amount) >> np.uint64(32)) if left else (both >> amount)).astype(np.uint32)
 
     return elementwise(ins, shift, ["b32"] * 3)
 
 
-@builds("bfe", "bfi", "bfind", "brev", "clz", "popc")
-def _bit_field(ins: Instruction) -> Runner:
-    if ins.opcode == "bfe":
-        return elementwise(ins, _extract, [ins.type, "u32", "u32"])
-    if ins.opcode == "bfi":
-        return elementwise(ins, _insert, [ins.type, ins.type, "u32", "u32"])
-    bits = 8 * TYPE_BYTES[ins.type]
-    raw = f"b{bits}"
-    if ins.opcode == "brev":
-        return elementwise(ins, _reverse_bits, [raw])
-    if ins.opcode == "popc":
-        return elementwise(ins, np.bitwise_count, [raw], "u32")
-    if ins.opcode == "clz":
-        return elementwise(ins, lambda a: np.uint32(bits) - _bit_length(a), [raw], "u32")
-    if "shiftamt" in ins.modifiers:
-        raise unsupported(ins)
-    # bfind: the highest set bit, or the highest non-sign bit of a negative number.
-    find = lambda a: _bit_length(np.where(a < 0, ~a, a).view(RAW[bits // 8])) - np.uint32(1)  # noqa: E731
-    return elementwise(ins, find, [ins.type], "u32")
+# -------------------------------------------------------------------- fields and counts
+
+
+def _extract(value: Array, start: Array, length: Array) -> Array:
+    bits = 8 * value.dtype.itemsize
+    start, length = (start & np.uint32(255)).astype(np.int64), (length & np.uint32(255)).astype(np.int64)
+    # Move the field to the top and back down: the second shift brings in zeros or the sign.
+    end = np.minimum(start + length, bits)
+    width = np.maximum(end - start, 0)
+    field = _shift_right(_shift_left(value, bits - end), bits - width)
+    beyond = _shift_right(value, np.int64(bits - 1)) if value.dtype.kind == "i" else value.dtype.type(0)
+    return np.where(length == 0, value.dtype.type(0), np.where(start >= bits, beyond, field))
+
+
+def _insert(value: Array, into: Array, start: Array, length: Array) -> Array:
+    start, length = start & np.uint32(255), length & np.uint32(255)
+    one = np.ones_like(value)
+    mask = _shift_left(_shift_left(one, length) - one, start)
+    return (into & ~mask) | (_shift_left(value, start) & mask)
 
 
 def _bit_length(a: Array) -> Array:
@@ -86,30 +96,31 @@ def _bit_length(a: Array) -> Array:
 
 
 def _reverse_bits(a: Array) -> Array:
-    result = np.zeros_like(a)
-    one = a.dtype.type(1)
+    result, one = np.zeros_like(a), a.dtype.type(1)
     for bit in range(8 * a.dtype.itemsize):
         result = (result << one) | ((a >> a.dtype.type(bit)) & one)
     return result
 
 
-def _extract(value: Array, start: Array, length: Array) -> Array:
-    bits = 8 * value.dtype.itemsize
-    start, length = start & np.uint32(255), length & np.uint32(255)
-    signed = value.dtype.kind == "i"
-    # Move the field to the top and back down: the second shift brings in zeros or the sign.
-    end = np.minimum(start.astype(np.int64) + length, bits)
-    width = np.maximum(end - start, 0)
-    field = shift_right(shift_left(value, (bits - end).astype(np.uint32)), (bits - width).astype(np.uint32))
-    beyond = shift_right(value, np.uint32(bits - 1)) if signed else value.dtype.type(0)
-    return np.where(length == 0, value.dtype.type(0), np.where(start >= bits, beyond, field))
+def _find_highest(a: Array) -> Array:
+    """The position of the highest set bit, or of the highest bit of a negative number that is not its sign."""
+    return _bit_length(np.where(a < 0, ~a, a).view(RAW[a.dtype.itemsize])) - np.uint32(1)
 
 
-def _insert(value: Array, into: Array, start: Array, length: Array) -> Array:
-    start, length = start & np.uint32(255), length & np.uint32(255)
-    one = value.dtype.type(1)
-    mask = shift_left(shift_left(value * value.dtype.type(0) + one, length) - one, start)
-    return (into & ~mask) | (shift_left(value, start) & mask)
+@builds("bfe bfi bfind brev clz popc", "shiftamt")
+def _bit_field(ins: Instruction) -> Runner:
+    type_, bits = ins.type, 8 * TYPE_BYTES[ins.type]
+    distance = lambda a: np.where((a == 0) | (a == -1), ~np.uint32(0), np.uint32(bits - 1) - _find_highest(a))  # noqa: E731
+    table: dict[str, Any] = {
+        "bfe": (_extract, [type_, "u32", "u32"], type_),
+        "bfi": (_insert, [type_, type_, "u32", "u32"], type_),
+        "bfind": (distance if "shiftamt" in ins.modifiers else _find_highest, [type_], "u32"),
+        "brev": (_reverse_bits, [type_], type_),
+        "clz": (lambda a: np.uint32(bits) - _bit_length(a), [type_], "u32"),
+        "popc": (np.bitwise_count, [type_], "u32"),
+    }
+    function, types, to = table[ins.opcode]
+    return elementwise(ins, function, types, to)
 
 
 @builds("prmt")
@@ -122,10 +133,9 @@ def _permute_bytes(ins: Instruction) -> Runner:
         result = np.uint32(0)
         for position in range(4):
             choice = (selector >> np.uint32(4 * position)) & np.uint32(15)
-            shift = (choice & np.uint32(7)).astype(np.uint64) * np.uint64(8)
-            byte = (both >> shift).astype(np.uint32) & np.uint32(255)
-            # The fourth selector bit replicates the byte's sign.
-            replicated = (byte >> np.uint32(7)) * np.uint32(255)
+            byte = (both >> ((choice & np.uint32(7)) * np.uint32(8)).astype(np.uint64)).astype(np.uint32)
+            byte = byte & np.uint32(255)
+            replicated = (byte >> np.uint32(7)) * np.uint32(255)  # the fourth bit of a choice asks for the sign
             result = result | np.where(choice & np.uint32(8), replicated, byte) << np.uint32(8 * position)
         return result
 

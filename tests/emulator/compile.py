@@ -6,26 +6,29 @@ compiles nothing.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
-import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .accesses import space_of
-from .parser import TYPE_BYTES, Kernel, parse
+from .parser import TYPE_BYTES, Kernel, parse, separate
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+NOT_REPORTED = -1
+"""The resources of a kernel that was compiled to PTX only."""
 
 
 class CompileError(Exception):
@@ -69,6 +72,7 @@ class Compiled:
     ) -> None:  # fmt: skip
         """Assert ceilings, and that the widest global load and store have the given widths."""
         found = f"{self.name} for sm_{self.arch}: "
+        assert self.registers != NOT_REPORTED, f"{found}compiled with resources=False, so there is nothing to judge"
         assert self.spill_bytes <= spill_bytes, f"{found}spills {self.spill_bytes} bytes"
         assert registers is None or self.registers <= registers, f"{found}{self.registers} registers > {registers}"
         total = self.shared_bytes + self.dynamic_shared_bytes
@@ -155,16 +159,31 @@ class _Nvrtc:
         self.call(f"nvrtcGet{what}", program, buffer)
         return buffer.value.decode()
 
-    def compile(self, source: str, options: Sequence[str]) -> tuple[str, str]:
+    def compile(
+        self, source: str, options: Sequence[str], headers: Mapping[str, str], expressions: Sequence[str]
+    ) -> tuple[str, str, dict[str, str]]:
+        """PTX, log, and the name in the PTX of each name expression."""
+
+        def strings(values: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
+            encoded = [value.encode() for value in values]
+            return (ctypes.c_char_p * len(encoded))(*encoded)
+
         program = ctypes.c_void_p()
-        self.call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+        files = (len(headers), strings(headers.values()), strings(headers))
+        self.call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernel.cu", *files)
         try:
-            encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+            for expression in expressions:
+                self.call("nvrtcAddNameExpression", program, expression.encode())
             try:
-                self.call("nvrtcCompileProgram", program, len(options), encoded)
+                self.call("nvrtcCompileProgram", program, len(options), strings(options))
             except CompileError as error:
                 raise CompileError(f"{error}\n{self.text(program, 'ProgramLog')}") from None
-            return self.text(program, "PTX"), self.text(program, "ProgramLog")
+            lowered = {}
+            for expression in expressions:
+                name = ctypes.c_char_p()
+                self.call("nvrtcGetLoweredName", program, expression.encode(), ctypes.byref(name))
+                lowered[expression] = (name.value or b"").decode()
+            return self.text(program, "PTX"), self.text(program, "ProgramLog"), lowered
         finally:
             self.library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -177,19 +196,46 @@ def nvrtc(library: Path | None = None) -> _Nvrtc:
     return _Nvrtc(found)
 
 
-def compile_cuda(source: str, arch: int, options: Sequence[str] = ()) -> dict[str, Compiled]:
-    """Compile CUDA C++ for sm_<arch>; every kernel of the source, by name."""
+def compile_cuda(
+    source: str,
+    arch: int,
+    options: Sequence[str] = (),
+    *,
+    expressions: Sequence[str] = (),
+    headers: Mapping[str, str] | None = None,
+    resources: bool = True,
+) -> dict[str, Compiled]:
+    """Compile CUDA C++ for sm_<arch>; every kernel of the source, by name.
+
+    `expressions` instantiates templates, such as "gpu_bn::forward<float, 4>"; those kernels go by their
+    expression. `headers` are the texts of files that the source includes. Without `resources` only PTX is made,
+    several times faster: such a kernel can be run, but `require` refuses to judge it.
+    """
     compiler = nvrtc()
-    flags = [f"--gpu-architecture=sm_{arch}", "--std=c++17", "--ptxas-options=-v", *options]
-    path = _cached(["cuda", compiler.version, flags, source])
+    target = [f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v"] if resources else [f"-arch=compute_{arch}"]
+    flags = [*target, "--std=c++17", *options]
+    headers = dict(headers or {})
+    path = _cached(["cuda", compiler.version, flags, source, headers, list(expressions)])
     if (cached := _load(path)) is None:
-        if headers := cuda_headers():
-            flags.append(f"--include-path={headers}")
-        ptx, log = compiler.compile(source, flags)
-        names = re.findall(r"\.entry\s+([\w$]+)", ptx)
-        cached = {name: Compiled(name, arch, ptx, **_resources(log, name), log=log) for name in names}
+        if include := cuda_headers():
+            flags.append(f"--include-path={include}")
+        module, log, lowered = compiler.compile(source, flags, headers, expressions)
+        cached = {}
+        for name, ptx in separate(module).items():
+            report = _resources(log, name) if resources else _NOT_ASSEMBLED
+            for key in [key for key in lowered if lowered[key] == name] or [name]:
+                cached[key] = Compiled(name, arch, ptx, **report, log=log)
         _save(path, cached)
     return cached
+
+
+_RESOURCES = {
+    "registers": [r"Used (\d+) registers"],
+    "spill_bytes": [r"(\d+) bytes spill stores", r"(\d+) bytes spill loads"],
+    "stack_bytes": [r"(\d+) bytes stack frame"],
+    "shared_bytes": [r"(\d+) bytes smem"],
+}
+_NOT_ASSEMBLED = dict.fromkeys(_RESOURCES, NOT_REPORTED)
 
 
 def _resources(log: str, name: str) -> dict[str, int]:
@@ -197,16 +243,9 @@ def _resources(log: str, name: str) -> dict[str, int]:
     section = re.search(rf"Compiling entry function '{re.escape(name)}'(.*?)(?=Compiling entry function|\Z)", log, re.S)
     if section is None:
         raise CompileError(f"the assembler's log has no entry for {name}:\n{log}")
-
-    def number(pattern: str) -> int:
-        found = re.search(pattern, section[1])
-        return int(found[1]) if found else 0
-
     return {
-        "registers": number(r"Used (\d+) registers"),
-        "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-        "stack_bytes": number(r"(\d+) bytes stack frame"),
-        "shared_bytes": number(r"(\d+) bytes smem"),
+        resource: sum(int(found[1]) for pattern in patterns if (found := re.search(pattern, section[1])))
+        for resource, patterns in _RESOURCES.items()
     }
 
 
@@ -231,12 +270,14 @@ def compile_triton(
     num_stages: int = 3,
     num_ctas: int = 1,
     fp_fusion: bool = True,
+    resources: bool = True,
 ) -> Compiled:
     """Compile a @triton.jit function ahead of time for sm_<arch>.
 
     `signature` gives the run-time arguments' types ("*fp16", "i32", "fp32"), `aligned` names those that are
     divisible by 16. The PTX takes the run-time arguments in order, then pointers that Triton adds; see
     `triton_arguments`. A cluster of `num_ctas` blocks counts as one program: launch num_ctas times the grid.
+    `resources` as for `compile_cuda`.
     """
     options = {
         "num_warps": num_warps,
@@ -245,19 +286,21 @@ def compile_triton(
         "enable_fp_fusion": fp_fusion,
     }
     constants = dict(constants or {})
-    key = [function.cache_key, arch, dict(signature), constants, list(aligned), options]
+    texts = {name: getattr(value, "cache_key", value) for name, value in constants.items()}  # functions: by their text
+    key = [function.cache_key, arch, dict(signature), texts, list(aligned), options, resources]
     path = _cached(["triton", triton_version(), *key])
     if (cached := _load(path)) is None:
-        cached = {"kernel": _compile_triton(function, arch, signature, constants, aligned, options)}
+        cached = {"kernel": _compile_triton(function, arch, signature, constants, aligned, options, resources)}
         _save(path, cached)
     return cached["kernel"]
 
 
 def _compile_triton(
     function: Any, arch: int, signature: Mapping[str, str], constants: Mapping[str, Any],
-    aligned: Sequence[str], options: dict[str, int],
+    aligned: Sequence[str], options: dict[str, int], resources: bool,
 ) -> Compiled:  # fmt: skip
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -265,37 +308,29 @@ def _compile_triton(
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=function, signature=types, constexprs=dict(constants), attrs=hints)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = binary.asm["ptx"]
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), knobs.runtime.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True  # or else Triton's own cache may answer, which keeps no log
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.runtime.add_stages_inspection_hook = None if resources else _stop_at_ptx
+        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    name = binary.metadata.name
     return Compiled(
-        binary.metadata.name, arch, ptx,
-        **_assemble(ptx, binary.metadata.name),
+        name, arch, binary.asm["ptx"],
+        **_resources(log.getvalue(), name) if resources else _NOT_ASSEMBLED,
         threads=32 * options["num_warps"],
         dynamic_shared_bytes=binary.metadata.shared,
+        log=log.getvalue(),
     )  # fmt: skip
 
 
-def _assemble(ptx: str, name: str) -> dict[str, int]:
-    """Run the assembler that Triton ships, for its resource report."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    target = re.search(r"\.target\s+(\w+)", ptx)[1]
-    assembler = get_ptxas(int(re.search(r"\d+", target)[0])).path
-    with tempfile.TemporaryDirectory() as directory:
-        source = Path(directory) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [
-            assembler,
-            "-v",
-            f"--gpu-name={target}",
-            str(source),
-            "-o",
-            str(source.with_suffix(".cubin")),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CompileError(done.stderr)
-    return _resources(done.stderr, name)
+def _stop_at_ptx(*call: Any) -> tuple[str, str] | None:
+    """Triton calls this without arguments for a part of its cache key, then with the stages of a compilation."""
+    if not call:
+        return "ptx only", "ptx only"
+    _, stages, *_ = call
+    stages["cubin"] = lambda *_: b""
+    return None
 
 
 def triton_arguments(compiled: Compiled, args: Sequence[Any]) -> list[Any]:

@@ -8,47 +8,48 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import memory
-from .accesses import Array, LaunchRunner, Target, address_reader, builds, load_bytes, targets
-from .arithmetic import unsupported
+from .accesses import Target, address_reader, load_bytes, targets
+from .instructions import Runner, builds, unsupported
 from .memory import IN_FLIGHT, WRITTEN
 from .parser import Instruction, Register
-from .threads import bits_reader, predicate_reader
+from .threads import Array, Mask, bits_reader, predicate_reader
 
 if TYPE_CHECKING:
     from .machine import Launch
 
 
-@builds("cp")
-def _copy_async(ins: Instruction) -> LaunchRunner:
-    if ins.modifiers[0] != "async" or "bulk" in ins.modifiers or "mbarrier" in ins.modifiers:
-        raise unsupported(ins)
+@builds("cp", "async commit_group wait_group wait_all ca cg shared shared::cta shared::cluster global")
+def _copy_async(ins: Instruction) -> Runner:
     if ins.modifiers[1] == "commit_group":
         return lambda launch, active: launch.copies.commit(active)
     if ins.modifiers[1] in ("wait_group", "wait_all"):
-        remaining = ins.operands[0].value if ins.operands else 0
-        return lambda launch, active: launch.copies.wait(launch, ins, active, remaining)
+        remaining = ins.operands[0].value if ins.operands else None
+        return lambda launch, active: launch.copies.wait(launch, active, remaining)
     to, source = (address_reader(ins, operand) for operand in ins.operands[:2])
     size = ins.operands[2].value
-    extra = [o for o in ins.operands[3:] if not (isinstance(o, Register) and o.bytes == 8)]
-    ignore = extra and isinstance(extra[0], Register) and extra[0].bytes == 1
-    used = bits_reader(ins, extra[0], 4) if extra and not ignore else None
-    skip = predicate_reader(extra[0]) if ignore else None
+    if size not in ((16,) if "cg" in ins.modifiers else (4, 8, 16)):
+        raise unsupported(ins)
+    # An optional size of what is read, or a predicate to read nothing; then a cache policy may follow.
+    extra = next((o for o in ins.operands[3:] if not (isinstance(o, Register) and o.bytes == 8)), None)
+    ignore = isinstance(extra, Register) and extra.bytes == 1
+    skip = predicate_reader(extra) if extra is not None and ignore else None
+    used = bits_reader(ins, extra, 4) if extra is not None and not ignore else None
 
-    def run(launch: Launch, active: Array | None) -> None:
-        lanes = launch.threads.indices(active)
-        data = np.zeros((len(lanes), size), np.uint8)
-        take = np.full(len(lanes), size)
+    def run(launch: Launch, active: Mask) -> None:
+        threads = launch.threads
+        lanes = threads.indices(active)
+        data, take = np.zeros((len(lanes), size), np.uint8), np.full(len(lanes), size)
         if used:
-            take = launch.threads.everywhere(used(launch.threads))[lanes].astype(int)
+            take = threads.everywhere(used(threads))[lanes].astype(int)
         if skip:
-            take = np.where(launch.threads.everywhere(skip(launch.threads))[lanes], 0, take)
-        addresses = launch.threads.everywhere(source(launch))
+            take = np.where(threads.everywhere(skip(threads))[lanes], 0, take)
+        addresses = threads.everywhere(source(launch))
         whole = np.flatnonzero(take >= size)
         if len(whole):
             for target in targets(launch, ins, addresses, lanes[whole], size, "global"):
                 data[whole[target.picked]] = load_bytes(launch, ins, target, size)
         # A part of a vector, at the end of a buffer: only its bytes are read, the others become zero.
-        for byte in range(size):
+        for byte in range(size if len(whole) < len(lanes) else 0):
             part = np.flatnonzero((take < size) & (take > byte))
             if len(part):
                 for target in targets(launch, ins, addresses + byte, lanes[part], 1, "global"):
@@ -67,27 +68,29 @@ class _Copy:
     data: Array
     group: Array
 
+    def part(self, chosen: Array) -> _Copy:
+        return _Copy(self.ins, self.target.part(chosen), self.data[chosen], self.group[chosen])
+
 
 class AsyncCopies:
     """cp.async in flight: the data reaches shared memory when its thread waits for it, not before."""
 
     def __init__(self, lanes: int) -> None:
-        self.committed = np.zeros(lanes, np.int64)
+        self.committed = np.zeros(lanes, np.int64)  # groups of each lane; a copy belongs to the one that is open
         self.pending: list[_Copy] = []
 
     def start(self, launch: Launch, ins: Instruction, target: Target, data: Array) -> None:
         if launch.races:
-            launch.races.access(ins, target, data.shape[1], data, strong=False)
-        memory.scatter(target.state, target.offsets, np.full_like(data, IN_FLIGHT))
+            launch.races.store(ins, target, data.shape[1], data)
+        memory.scatter(target.region.state, target.offsets, np.full_like(data, IN_FLIGHT))
         self.pending.append(_Copy(ins, target, data, self.committed[target.lanes]))
 
-    def commit(self, active: Array | None) -> None:
+    def commit(self, active: Mask) -> None:
         self.committed[slice(None) if active is None else active] += 1
 
-    def wait(self, launch: Launch, ins: Instruction, active: Array | None, remaining: int) -> None:
-        limit = self.committed - remaining
-        if "wait_all" in ins.modifiers:
-            limit = limit + 1  # also what no group was committed for
+    def wait(self, launch: Launch, active: Mask, remaining: int | None) -> None:
+        """Let land what all but the last `remaining` groups hold; None: also what no group was committed for."""
+        limit = self.committed + 1 if remaining is None else self.committed - remaining
         still = []
         for copy in self.pending:
             lanes = copy.target.lanes
@@ -95,20 +98,15 @@ class AsyncCopies:
             if active is not None:
                 done &= active[lanes]
             if done.any():
-                self._land(launch, copy, done)
+                self._land(launch, copy.part(done))
             if not done.all():
-                still.append(_Copy(copy.ins, _part(copy.target, ~done), copy.data[~done], copy.group[~done]))
+                still.append(copy.part(~done))
         self.pending = still
 
-    def _land(self, launch: Launch, copy: _Copy, done: Array) -> None:
-        target, data = _part(copy.target, done), copy.data[done]
+    def _land(self, launch: Launch, copy: _Copy) -> None:
+        region, offsets = copy.target.region, copy.target.offsets
         if launch.races:
-            launch.races.access(copy.ins, target, data.shape[1], data, strong=False)
-        memory.scatter(target.memory, target.offsets, data)
-        memory.scatter(target.state, target.offsets, np.full_like(data, WRITTEN))
+            launch.races.store(copy.ins, copy.target, copy.data.shape[1], copy.data)
+        memory.scatter(region.memory, offsets, copy.data)
+        memory.scatter(region.state, offsets, np.full_like(copy.data, WRITTEN))
         launch.progress += 1
-
-
-def _part(target: Target, chosen: Array) -> Target:
-    return Target(target.lanes[chosen], target.offsets[chosen], target.memory, target.state, target.name,
-                  target.space, slice(None), target.shadow_key)  # fmt: skip

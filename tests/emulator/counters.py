@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .parser import Instruction, Kernel
-from .threads import RANK_SHIFT, WARP
+from .threads import RANK_SHIFT, WARP, Array
 
 if TYPE_CHECKING:
     from .accesses import Target
     from .machine import Launch
 
-Array = np.ndarray
 SECTOR = 32
 BANKS, BANK_BYTES = 32, 4
 
@@ -27,22 +26,13 @@ class Traffic:
     instructions: int = 0  # executed by warps
     bytes: int = 0
     units: int = 0
-    ideal_units: int = 0
+    ideal_units: int = 0  # for as many bytes, all different and dense
 
     def add(self, instructions: int, size: int, units: int, ideal: int) -> None:
         self.instructions += instructions
         self.bytes += size
         self.units += units
         self.ideal_units += ideal
-
-
-@dataclass
-class Footprint:
-    """Which sectors of one allocation a launch has touched."""
-
-    name: str
-    loaded: Array
-    stored: Array
 
 
 @dataclass
@@ -53,7 +43,7 @@ class Report:
     issued: Array  # warp instructions per entry of kernel.code
     accesses: dict[tuple[int, str, str], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     buffers: dict[tuple[str, str], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
-    footprints: dict[int, Footprint] = field(default_factory=dict)
+    touched: dict[tuple[int, str], Array] = field(default_factory=dict)  # sectors, by allocation and kind
     dram_read_bytes: int = 0
     dram_write_bytes: int = 0
 
@@ -64,8 +54,8 @@ class Report:
     def total(self, space: str, kind: str) -> Traffic:
         """All accesses of a kind ("load" or "store") to a space ("global", "shared", "local")."""
         total = Traffic()
-        for (_, its_space, its_kind), traffic in self.accesses.items():
-            if (its_space, its_kind) == (space, kind):
+        for (_, *where), traffic in self.accesses.items():
+            if where == [space, kind]:
                 total.add(traffic.instructions, traffic.bytes, traffic.units, traffic.ideal_units)
         return total
 
@@ -75,8 +65,7 @@ class Report:
 
     def footprint_bytes(self, kind: str) -> int:
         """Distinct global memory touched, in whole sectors."""
-        touched = (f.loaded if kind == "load" else f.stored for f in self.footprints.values())
-        return SECTOR * int(sum(bits.sum() for bits in touched))
+        return SECTOR * int(sum(sectors.sum() for (_, of), sectors in self.touched.items() if of == kind))
 
     @property
     def bank_conflicts(self) -> int:
@@ -86,9 +75,8 @@ class Report:
 
     def lines(self) -> list[tuple[int, str, int, Traffic | None]]:
         """(PTX line, text, warp instructions, traffic) for every instruction that ran."""
-        traffic: dict[int, Traffic] = {pc: t for (pc, _, _), t in self.accesses.items()}
-        code = self.kernel.code
-        ran = np.flatnonzero(self.issued).tolist()
+        traffic = {pc: t for (pc, _, _), t in self.accesses.items()}
+        code, ran = self.kernel.code, np.flatnonzero(self.issued).tolist()
         return [(code[pc].line, code[pc].text, int(self.issued[pc]), traffic.get(pc)) for pc in ran]
 
 
@@ -125,8 +113,7 @@ class Counters:
     """Collects one launch's report."""
 
     def __init__(self, kernel: Kernel, l2: L2 | None) -> None:
-        self.report = Report(kernel, np.zeros(len(kernel.code), np.int64))
-        self.l2 = l2
+        self.report, self.l2 = Report(kernel, np.zeros(len(kernel.code), np.int64)), l2
         self._position = {id(ins): pc for pc, ins in enumerate(kernel.code)}
         self._before = (l2.read_bytes, l2.write_bytes) if l2 else (0, 0)
 
@@ -137,45 +124,39 @@ class Counters:
         return self.report
 
     def access(self, launch: Launch, ins: Instruction, target: Target, size: int, kind: str) -> None:
-        warp = target.lanes // WARP
-        warps = 1 + int(np.count_nonzero(np.diff(warp)))
-        total = size * len(target.lanes)
-        if target.space == "global":
+        region, warp = target.region, target.lanes // WARP
+        warps, total = 1 + int(np.count_nonzero(np.diff(warp))), size * len(warp)
+        units = ideal = 0
+        if region.space == "global":
             units = self._sectors(target, warp, kind)
-            per_warp = np.bincount(warp - warp[0])
-            ideal = int((-(-per_warp * size // SECTOR)).sum())
-            self.report.buffers[target.name, kind].add(warps, total, units, ideal)
-        elif target.space == "shared":
+            ideal = int((-(-np.bincount(warp - warp[0]) * size // SECTOR)).sum())
+            self.report.buffers[region.name, kind].add(warps, total, units, ideal)
+        elif region.space == "shared":
             units, ideal = _wavefronts(target.lanes, target.offsets % launch.shared_stride, size)
-        else:
-            units = ideal = 0
-        self.report.accesses[self._position[id(ins)], target.space, kind].add(warps, total, units, ideal)
+        self.report.accesses[self._position[id(ins)], region.space, kind].add(warps, total, units, ideal)
 
     def _sectors(self, target: Target, warp: Array, kind: str) -> int:
-        sectors = target.offsets // SECTOR
+        region, sectors = target.region, target.offsets // SECTOR
         key = (warp << 40) | sectors
         steps = np.diff(key)
         if len(steps) and steps.min() < 0:
-            key = np.unique(key)
-            sectors = key & ((1 << 40) - 1)
+            sectors = np.unique(key) & ((1 << 40) - 1)
         else:
             sectors = sectors[np.concatenate([[True], steps != 0])]
-        footprint = self.report.footprints.get(target.shadow_key)
-        if footprint is None:
-            count = len(target.memory) // SECTOR + 1
-            footprint = Footprint(target.name, np.zeros(count, bool), np.zeros(count, bool))
-            self.report.footprints[target.shadow_key] = footprint
-        (footprint.loaded if kind == "load" else footprint.stored)[sectors] = True
+        touched = self.report.touched.get((region.address, kind))
+        if touched is None:
+            touched = self.report.touched[region.address, kind] = np.zeros(len(region.memory) // SECTOR + 1, bool)
+        touched[sectors] = True
         if self.l2:
-            self.l2.access(target.shadow_key + sectors * SECTOR, kind == "store")
+            self.l2.access(region.address + sectors * SECTOR, kind == "store")
         return len(sectors)
 
 
 def _wavefronts(lanes: Array, offsets: Array, size: int) -> tuple[int, int]:
     """Passes a shared access takes, and the passes it would take with no conflict.
 
-    A pass serves 32 lanes of up to 4 bytes, 16 lanes of 8 or 8 lanes of 16, one word per bank; lanes that
-    read the same word share it.
+    A pass serves 32 lanes of up to 4 bytes, 16 lanes of 8 or 8 lanes of 16, one word per bank; lanes that read the same
+    word share it.
     """
     words_per_lane = max(1, size // BANK_BYTES)
     phase = lanes // (WARP // words_per_lane)

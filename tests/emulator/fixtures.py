@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from . import compile as compiler
 from .compile import Compiled
 from .machine import Device
+
+
+def load_triton(path: Path, name: str = "bn_forward") -> Any:
+    """A kernel function of a file: Triton reads a kernel's text from where it was defined."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
 
 _CAUGHT = pytest.StashKey[dict[str, str]]()
 

@@ -1,30 +1,38 @@
 """Number formats: PTX register bits <-> NumPy values, and operations rounded once, as hardware does.
 
-f16 and bf16 are computed in float32 and rounded to their format: float32 has more than twice their digits
-plus two, so for + - * / sqrt the second rounding changes nothing. fma goes through float64 with
-round-to-odd, which makes the final rounding the only one.
+f16 and bf16 are computed in float32 and rounded to their format: float32 has more than twice their digits plus two, so
+for + - * the second rounding changes nothing. fma goes through float64 with round-to-odd, which makes the final
+rounding the only one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
-Array = np.ndarray
-RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-VALUE = {
+Array = Any
+"""An array; or a NumPy scalar, where a value is the same for all lanes. mypy cannot follow NumPy into this."""
+RAW: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+VALUE: dict[str, Any] = {
     "pred": np.bool_,
     "b8": np.uint8, "u8": np.uint8, "s8": np.int8,
     "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32,
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
     "f16": np.float32, "bf16": np.float32, "f32": np.float32, "f64": np.float64,
-    "f16x2": np.uint32, "bf16x2": np.uint32,
+    "f16x2": np.uint32, "bf16x2": np.uint32, "f32x2": np.uint64,
 }  # fmt: skip
 FLOATS = ("f16", "bf16", "f32", "f64")
 _SMALLEST_NORMAL = {"f16": 2.0**-14, "bf16": 2.0**-126, "f32": 2.0**-126, "f64": 2.0**-1022}
 _F16_VALUES = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+def is_float(type_: str) -> bool:
+    return type_.removesuffix("x2") in FLOATS
 
 
 def decode(bits: Array, type_: str) -> Array:
@@ -38,21 +46,24 @@ def decode(bits: Array, type_: str) -> Array:
 
 def encode(values: Array, type_: str) -> Array:
     """Values -> unsigned bits of the type, rounded to nearest even."""
+    values = np.asarray(values)
     if type_ == "f16":
-        return np.asarray(values).astype(np.float16).view(np.uint16)
+        return values.astype(np.float16).view(np.uint16)
     if type_ == "bf16":
         bits = _to_float32_odd(values).view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         return np.where(np.isnan(values), np.uint16(0x7FFF), rounded.astype(np.uint16))
-    if type_ == "pred":
-        return np.asarray(values).astype(np.bool_)
     value_type = VALUE[type_]
-    return np.asarray(values).astype(value_type, copy=False).view(RAW[np.dtype(value_type).itemsize])
+    same = values.astype(value_type, copy=False)
+    return same if type_ == "pred" else same.view(RAW[same.dtype.itemsize])
 
 
 def flush_subnormals(values: Array, type_: str) -> Array:
     """Replace subnormal values by zero of the same sign (.ftz)."""
     return np.where(np.abs(values) < _SMALLEST_NORMAL[type_], np.copysign(values.dtype.type(0), values), values)
+
+
+# -------------------------------------------------------------------- exact sums and products
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -72,11 +83,10 @@ def two_product(a: Array, b: Array) -> tuple[Array, Array]:
 
     product = a * b
     (a_high, a_low), (b_high, b_low) = split(a), split(b)
-    error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
-    return product, error
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
-def _odd(total: Array, error: Array) -> Array:
+def odd(total: Array, error: Array) -> Array:
     """Round-to-odd in float64: an inexact even result moves to its odd neighbour on the side of the error."""
     even = (total.view(np.int64) & 1) == 0
     step = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
@@ -85,7 +95,6 @@ def _odd(total: Array, error: Array) -> Array:
 
 def _to_float32_odd(values: Array) -> Array:
     """float64 -> float32 by round-to-odd; a float32 passes unchanged."""
-    values = np.asarray(values)
     if values.dtype == np.float32:
         return values
     near = values.astype(np.float32)
@@ -96,48 +105,57 @@ def _to_float32_odd(values: Array) -> Array:
 
 
 def fma(a: Array, b: Array, c: Array, type_: str) -> Array:
-    """a * b + c with one rounding to `type_` (the caller encodes f16 and bf16)."""
+    """a * b + c with one rounding to `type_`; for all but f32 and f64, to be rounded again by the caller."""
     if type_ == "f64":
         return _fma_double(a, b, c)
-    product = np.asarray(np.multiply(a, b, dtype=np.float64))
-    c = np.asarray(c, dtype=np.float64)
+    product, c = np.multiply(a, b, dtype=np.float64), c.astype(np.float64)
     total = np.asarray(product + c)
-    if type_ == "f32":
-        # Rounding twice differs only if the first result is half-way between two floats, or is tiny.
-        doubtful = ((total.view(np.int64) & 0x1FFFFFFF) == 0x10000000) | (np.abs(total) < 2.0**-125)
-        if doubtful.any():
-            exact = _odd(*two_sum(product, c))
-            total = np.where(np.isfinite(total), exact, total)
-        return total.astype(np.float32)
-    return np.where(np.isfinite(total), _odd(*two_sum(product, c)), total)
+    # For f32, rounding twice differs only if the first result is half-way between two floats, or is tiny.
+    halfway = (total.view(np.int64) & 0x1FFFFFFF) == 0x10000000
+    if type_ != "f32" or (halfway | (np.abs(total) < 2.0**-125)).any():
+        total = np.where(np.isfinite(total), odd(*two_sum(product, c)), total)
+    return total.astype(np.float32) if type_ == "f32" else total
 
 
 def _fma_double(a: Array, b: Array, c: Array) -> Array:
-    """fma by error-free transformations (Boldo and Melquiond); exact unless a partial result overflows."""
+    """fma by error-free transformations (Boldo and Melquiond), or by fractions where those leave the range."""
     plain = np.asarray(a * b + c)
     high, low = two_product(a, b)
     sum_low, error_low = two_sum(c, low)
     sum_high, error_high = two_sum(high, sum_low)
-    exact = sum_high + _odd(*two_sum(error_low, error_high))
-    return np.where(np.isfinite(plain) & np.isfinite(exact), exact, plain)
+    exact = np.asarray(sum_high + odd(*two_sum(error_low, error_high)))
+    lost = (np.abs(high) < 2.0**-960) | ~np.isfinite(exact)
+    if not lost.any():
+        return exact
+    result = np.where(np.isfinite(exact), exact, plain)
+    lost &= (a != 0) & (b != 0) & np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+    for i in np.flatnonzero(lost):
+        x, y, z = (Fraction(float(v.reshape(-1)[i])) for v in np.broadcast_arrays(a, b, c))
+        if value := x * y + z:
+            result.reshape(-1)[i] = _nearest_double(value)
+    return result
+
+
+def _nearest_double(value: Fraction) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def round_directed(values: Array, type_: str, mode: str) -> Array:
     """Round float values to a narrower float type towards zero (rz), minus (rm) or plus infinity (rp)."""
     bits = encode(values, type_)
-    rounded = decode(bits, type_).astype(np.float64)
-    wide = np.asarray(values, dtype=np.float64)
-    too_large, too_small = rounded > wide, rounded < wide
-    if mode == "rz":
-        too_large, too_small = too_large & (wide > 0), too_small & (wide < 0)
-    # Stepping the magnitude bits moves to the neighbouring value.
-    toward_minus = too_large if mode in ("rm", "rz") else np.zeros_like(too_large)
-    toward_plus = too_small if mode in ("rp", "rz") else np.zeros_like(too_small)
-    one = bits.dtype.type(1)
-    negative = np.signbit(rounded)
-    grow = np.where(negative, toward_minus, toward_plus)
-    shrink = np.where(negative, toward_plus, toward_minus)
+    rounded, wide = decode(bits, type_).astype(np.float64), values.astype(np.float64)
+    down = (rounded > wide) & ((mode == "rm") | ((mode == "rz") & (wide > 0)))
+    up = (rounded < wide) & ((mode == "rp") | ((mode == "rz") & (wide < 0)))
+    # Stepping the bits, which are a magnitude and a sign, moves to the neighbouring value.
+    negative, one = np.signbit(rounded), bits.dtype.type(1)
+    grow, shrink = np.where(negative, down, up), np.where(negative, up, down)
     return decode(np.where(grow, bits + one, np.where(shrink, bits - one, bits)), type_)
+
+
+# -------------------------------------------------------------------- functions
 
 
 def minimum(a: Array, b: Array) -> Array:
@@ -150,9 +168,29 @@ def maximum(a: Array, b: Array) -> Array:
     return np.where(a == b, np.where(np.signbit(a), b, a), np.fmax(a, b))
 
 
+def nan_wins(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    return lambda a, b: np.where(np.isnan(a) | np.isnan(b), a + b, function(a, b))
+
+
+def relu(a: Array) -> Array:
+    """Negative values become zero, NaN stays."""
+    return np.where((a > 0) | np.isnan(a), a, a.dtype.type(0))
+
+
+def saturate(a: Array) -> Array:
+    """Clamp to [0, 1]; NaN becomes zero."""
+    return np.where(a > 0, np.minimum(a, a.dtype.type(1)), a.dtype.type(0))
+
+
+def coarse(a: Array, digits: int) -> Array:
+    """Round to a number of binary digits."""
+    fraction, exponent = np.frexp(a)
+    return np.where(np.isfinite(a), np.ldexp(np.rint(fraction * 2.0**digits) / 2.0**digits, exponent), a)
+
+
 def _in_double(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """An approximate instruction, modelled by its float64 value rounded to the operand's type."""
-    return lambda values: function(np.asarray(values, dtype=np.float64)).astype(values.dtype)
+    return lambda values: function(values.astype(np.float64)).astype(values.dtype)
 
 
 FUNCTIONS: dict[str, Callable[[Array], Array]] = {
@@ -163,5 +201,5 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "lg2": _in_double(np.log2),
     "sin": _in_double(np.sin),
     "cos": _in_double(np.cos),
-    "tanh": _in_double(np.tanh),
+    "tanh": lambda x: coarse(np.tanh(x.astype(np.float64)), 11).astype(x.dtype),  # 11 digits are all it has
 }

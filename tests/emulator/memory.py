@@ -1,8 +1,8 @@
 """Device memory: NumPy arrays behind device addresses, with what each byte has been through.
 
-An array that is passed to a launch stands for device memory. Its device address keeps the array's offset
-within the allocation it is a view of, so that overlapping arguments overlap on the device and a misaligned
-view is misaligned there. A kernel may touch the bytes its arguments cover and nothing else.
+An array that is passed to a launch stands for device memory. Its device address keeps the array's offset within the
+allocation it is a view of, so that overlapping arguments overlap on the device and a misaligned view is misaligned
+there. A kernel may touch the bytes its arguments cover and nothing else.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .errors import EmulatorError
-from .formats import RAW
+from .formats import RAW, Array
 
-Array = np.ndarray
 GLOBAL_BASE = 1 << 33
 ALIGNMENT = 512  # what CUDA's allocators give
 GAP = 4096  # between allocations, so that running past one never reaches the next
@@ -45,17 +44,24 @@ def scatter(memory: Array, offsets: Array, data: Array) -> None:
 
 
 @dataclass
-class Allocation:
+class Region:
+    """A piece of memory that instructions reach: an allocation, or one state space of all resident blocks."""
+
+    name: str
+    space: str
+    memory: Array
+    state: Array | None = None  # UNWRITTEN / WRITTEN / IN_FLIGHT per byte; None: all of it is written
+    address: int = 0  # in its space; tells regions apart
+
+
+@dataclass
+class Allocation(Region):
     """One block of host memory that stands for device memory."""
 
-    address: int
-    memory: Array
-    names: list[str] = field(default_factory=list)
     extents: list[tuple[int, int]] = field(default_factory=list)  # the bytes that arguments cover, merged
-    state: Array | None = None  # UNWRITTEN / WRITTEN per byte; None: all of it is written
 
     def allow(self, low: int, high: int, name: str) -> None:
-        self.names.append(name)
+        self.name = f"{self.name}/{name}" if self.name else name
         merged = [(low, high)]
         for extent in self.extents:
             if extent[0] <= merged[0][1] and merged[0][0] <= extent[1]:
@@ -63,10 +69,6 @@ class Allocation:
             else:
                 merged.append(extent)
         self.extents = sorted(merged)
-
-    @property
-    def name(self) -> str:
-        return "/".join(self.names)
 
 
 def owner_of(array: Array) -> Array:
@@ -93,14 +95,23 @@ class GlobalMemory:
         return owner[:size].view(dtype).reshape(shape)
 
     def unwritten(self, array: Array) -> int:
-        """How many elements of a (contiguous) array made by `empty` hold a byte that was never written."""
-        owner = owner_of(array)
-        known = self._known.get(owner.ctypes.data)
-        if known is None or known[0]() is not owner or known[2] is None:
-            return 0
-        start = array.ctypes.data - owner.ctypes.data
-        states = known[2][start : start + array.nbytes].reshape(-1, array.itemsize)
-        return int((states == UNWRITTEN).any(1).sum())
+        """How many elements of an array made by `empty` hold a byte that was never written."""
+        states = self._states(array)
+        return 0 if states is None else int((states == UNWRITTEN).any(-1).sum())
+
+    def mark_written(self, array: Array) -> None:
+        """Say that the host has written an array made by `empty`."""
+        if (states := self._states(array)) is not None:
+            states[...] = WRITTEN
+
+    def _states(self, array: Array) -> Array | None:
+        """What the bytes of an array, or of a view of any strides, have been through, if `empty` made it."""
+        owner: np.ndarray = owner_of(array)
+        reference, _, state = self._known.get(owner.ctypes.data, (lambda: None, 0, None))
+        if state is None or reference() is not owner:
+            return None
+        start = state[array.ctypes.data - owner.ctypes.data :]
+        return np.lib.stride_tricks.as_strided(start, (*array.shape, array.itemsize), (*array.strides, 1))
 
     def _remember(self, owner: Array, state: Array | None) -> tuple[weakref.ref, int, Array | None]:
         entry = (weakref.ref(owner), self._next, state)
@@ -124,13 +135,13 @@ class GlobalMemory:
             flat = owner.reshape(-1, order="A").view(np.uint8) if owner.size else np.zeros(1, np.uint8)
             if owner.size and not np.shares_memory(flat, owner):
                 raise EmulatorError("launch", f"{name} views memory that is not contiguous")
-            allocation = Allocation(address, flat, state=state)
+            allocation = Allocation("", "global", flat, state, address)
             position = bisect_right(self._bases, address)
             self._bases.insert(position, address)
             self.allocations.insert(position, allocation)
         low, high = (int(b) - owner.ctypes.data for b in np.lib.array_utils.byte_bounds(array))
         allocation.allow(low, high if array.size else low, name)
-        return address + low
+        return address + array.ctypes.data - owner.ctypes.data
 
     def locate(self, addresses: Array) -> list[tuple[Array | slice, Allocation | None]]:
         """Group addresses by the allocation they may lie in; one group in the usual case."""

@@ -1,7 +1,7 @@
 """PTX text -> kernels: instructions with resolved operands, parameters, and the memory that they declare.
 
-Only syntax lives here. What an instruction does is looked up by name in `instructions`, so a program that
-uses an unknown opcode parses and fails when it is loaded, with its line quoted.
+Only syntax lives here. What an instruction does is looked up by name in `instructions`, so a program that uses an
+unknown opcode parses and fails when it is loaded, with its line quoted.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .errors import EmulatorError
 
@@ -19,7 +18,7 @@ TYPE_BYTES = {
     "pred": 1, "b8": 1, "u8": 1, "s8": 1,
     "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2,
     "b32": 4, "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4,
-    "b64": 8, "u64": 8, "s64": 8, "f64": 8,
+    "b64": 8, "u64": 8, "s64": 8, "f64": 8, "f32x2": 8,
     "b128": 16,
 }  # fmt: skip
 VECTOR_LENGTHS = {"v2": 2, "v4": 4, "v8": 8}
@@ -55,7 +54,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Address:
-    base: Register | Symbol | Immediate
+    base: Any  # Register, Symbol or Immediate
     offset: int
 
 
@@ -66,11 +65,13 @@ class Vector:
     items: tuple[Operand, ...]
 
 
+@dataclass(frozen=True)
 class Sink:
     """The destination `_`: the value is not wanted."""
 
 
-Operand = Register | Special | Immediate | Symbol | Address | Vector | Sink
+Operand = Any
+"""One of these. A builder that meets another kind than it expects refuses the instruction."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class Variable:
     name: str
     offset: int
     bytes: int
-    initial: bytes = b""
+    align: int
+    initial: Any = b""
 
 
 @dataclass
@@ -136,26 +138,48 @@ class Kernel:
     threads_required: tuple[int, ...] = ()
     threads_limit: tuple[int, ...] = ()
     cluster: int = 1
-    program: object = None  # the instructions, looked up when the kernel is first launched
+    # Worked out when the kernel is first launched: what runs the instructions, and the width that races are tracked at.
+    program: list[Any] | None = None
+    granules: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def arch(self) -> int:
+        return int(re.sub(r"\D", "", self.target) or 0)
+
+
+_BRACE = re.compile(r"[{}]")
+_ENTRY = re.compile(r"(?:\.visible\s+|\.weak\s+)?\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{")
 
 
 def parse(ptx: str, name: str | None = None) -> Kernel:
     """Parse one kernel of a PTX module: the one called `name`, or the only one."""
     text = _without_comments(ptx)
-    entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{", text))
+    entries = list(_ENTRY.finditer(text))
     chosen = [entry for entry in entries if name is None or entry[1] == name]
     if len(chosen) != 1:
         found = ", ".join(entry[1] for entry in entries) or "none"
         raise EmulatorError("syntax", f"expected one kernel {name or ''}, the module has: {found}")
     entry = chosen[0]
     target = re.search(r"\.target\s+(\w+)", text)
-    kernel = Kernel(entry[1], target[1] if target else "unknown")
+    kernel = Kernel(entry[1], target[1] if target else "")
     kernel.parameters = _parameters(entry[2] or "")
     _launch_bounds(kernel, entry[3])
     body = text[entry.end() : _closing_brace(text, entry.end())]
     outside = _outside_functions(text)
     _Body(kernel, text, entry.end(), body, outside).parse()
     return kernel
+
+
+def separate(ptx: str) -> dict[str, str]:
+    """For each kernel of a module, the module without the other kernels."""
+    text = _without_comments(ptx)
+    spans = {entry[1]: (entry.start(), _closing_brace(text, entry.end()) + 1) for entry in _ENTRY.finditer(text)}
+    between = [0, *(position for span in spans.values() for position in span), len(text)]
+    outside = [text[start:end] for start, end in zip(between[::2], between[1::2], strict=True)]
+    return {
+        name: "".join(outside[: i + 1]) + text[slice(*span)] + "".join(outside[i + 1 :])
+        for i, (name, span) in enumerate(spans.items())
+    }
 
 
 def _without_comments(ptx: str) -> str:
@@ -166,10 +190,10 @@ def _without_comments(ptx: str) -> str:
 
 def _closing_brace(text: str, start: int) -> int:
     depth = 1
-    for brace in re.finditer(r"[{}]", text[start:]):
+    for brace in _BRACE.finditer(text, start):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return start + brace.start()
+            return brace.start()
     raise EmulatorError("syntax", "the kernel's closing brace is missing")
 
 
@@ -190,9 +214,8 @@ def _parameters(text: str) -> list[Parameter]:
         if array:
             align, name, size, type_ = int(array[1]), array[2], int(array[3]), "b8"
         else:
-            type_ = re.search(r"\.param\s+\.(\w+)", declaration)[1]
+            type_, name = re.findall(r"\.param\s+\.(\w+)", declaration)[0], declaration.split()[-1]
             align = size = TYPE_BYTES[type_]
-            name = declaration.split()[-1]
         offset = -(-end // align) * align
         parameters.append(Parameter(name, offset, size, type_))
         end = offset + size
@@ -205,19 +228,21 @@ def _launch_bounds(kernel: Kernel, directives: str) -> None:
         return tuple(int(n) for n in found[1].split(",")) if found else ()
 
     kernel.threads_required, kernel.threads_limit = numbers("reqntid"), numbers("maxntid")
-    kernel.cluster = int(np.prod(numbers("reqnctapercluster") or (1,)))
+    kernel.cluster, *others = numbers("reqnctapercluster") or (1,)
+    if others not in ([], [1], [1, 1]):
+        raise EmulatorError("launch", f"{kernel.name}: clusters along y or z are not modelled:{directives}")
 
 
 _VARIABLE = re.compile(
     r"(?P<extern>\.extern\s+)?\.(?P<space>shared|local|global|const)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
     r"\.(?P<type>\w+)\s+(?P<name>[\w$]+)(?:\[(?P<count>\d*)\])?\s*(?:=\s*(?P<init>\{[^}]*\}|[^;]+))?;"
 )
+_REGISTERS = re.compile(r"\.reg\s*\.(\w+)\s+([^;]*);")
 _REGISTER_RANGE = re.compile(r"(%?[\w$]+)<(\d+)>$")
 _LABEL = re.compile(r"([\w$]+):(?!:)")
 _NUMBERED = re.compile(r"(.*?)(\d+)$")
 _NUMBER = re.compile(r"[+-]?\d")
 _FLOAT_BITS = re.compile(r"0[fF][0-9a-fA-F]{8}$|0[dD][0-9a-fA-F]{16}$")
-_SPACE = re.compile(r"\s*")
 
 
 class _Body:
@@ -229,37 +254,44 @@ class _Body:
         # A name maps to its (first) register; an inline-assembly block { } may redeclare one.
         self.scopes: list[dict[str, int]] = [{}]
         self.ranges: list[dict[str, tuple[int, int]]] = [{}]
+        # Labels belong to their block too; those of inner blocks get a name of their own.
+        self.label_names: list[dict[str, str]] = [{}]
 
     def parse(self) -> None:
-        for variable in _VARIABLE.finditer(self.outside):
-            if re.search(rf"(?<![\w$]){re.escape(variable['name'])}(?![\w$])", self.body):
-                self._variable(variable)
+        for found in _VARIABLE.finditer(self.outside):
+            if re.search(rf"(?<![\w$]){re.escape(found['name'])}(?![\w$])", self.body):
+                self._variable(found)
         for line, statement in self._statements():
-            if statement == "{":
+            if statement == "}":
+                for stack in (self.scopes, self.ranges, self.label_names):
+                    stack.pop()
+            elif statement.startswith("{"):
                 self.scopes.append({})
                 self.ranges.append({})
-            elif statement == "}":
-                self.scopes.pop()
-                self.ranges.pop()
+                labels = _LABEL.findall(statement)
+                self.label_names.append({name: f"{name}@{len(self.kernel.code)}" for name in labels})
             elif statement.startswith("."):
                 self._directive(statement)
             else:
                 self.kernel.code.append(self._instruction(statement, line))
         # Dynamic shared memory begins after the static variables.
-        dynamic = -(-self.kernel.shared_bytes // 16) * 16
-        for name, variable in self.kernel.shared.items():
-            if variable.bytes == 0:
-                self.kernel.shared[name] = Variable(name, dynamic, 0)
+        open_ended = [variable for variable in self.kernel.shared.values() if variable.bytes == 0]
+        align = max([16, *(variable.align for variable in open_ended)])
+        dynamic = -(-self.kernel.shared_bytes // align) * align
+        for variable in open_ended:
+            self.kernel.shared[variable.name] = replace(variable, offset=dynamic)
         self.kernel.shared_bytes = dynamic
 
     def _statements(self) -> Iterator[tuple[int, str]]:
         position, body = 0, self.body
         while True:
-            position = _SPACE.match(body, position).end()
+            while position < len(body) and body[position].isspace():
+                position += 1
             if position >= len(body):
                 return
             if body[position] in "{}":
-                yield 0, body[position]
+                end = _closing_brace(body, position + 1) if body[position] == "{" else position
+                yield 0, body[position : end + 1]
                 position += 1
             elif label := _LABEL.match(body, position):
                 self._label(label[1])
@@ -275,20 +307,26 @@ class _Body:
                 position = end + 1
 
     def _label(self, name: str) -> None:
+        name = self._scoped(name)
+        if name in self.kernel.labels:
+            raise EmulatorError("syntax", f"label {name} is defined twice")
         self.kernel.labels[name] = len(self.kernel.code)
 
+    def _scoped(self, label: str) -> str:
+        return next((names[label] for names in reversed(self.label_names) if label in names), label)
+
     def _directive(self, statement: str) -> None:
-        if statement.startswith(".reg"):
-            _, type_, names = statement.rstrip(";").split(maxsplit=2)
-            for name in names.split(","):
-                self._declare_register(name.strip(), TYPE_BYTES[type_[1:]])
+        if registers := _REGISTERS.match(statement):
+            for name in registers[2].split(","):
+                self._declare_register(name.strip(), TYPE_BYTES[registers[1]])
         elif statement.startswith(".branchtargets"):
             label = next(n for n, at in reversed(self.kernel.labels.items()) if at == len(self.kernel.code))
-            self.kernel.branch_targets[label] = [t.strip() for t in statement[14:].rstrip(";").split(",")]
+            targets = statement[14:].rstrip(";").split(",")
+            self.kernel.branch_targets[label] = [self._scoped(target.strip()) for target in targets]
         elif variable := _VARIABLE.match(statement):
             self._variable(variable)
         elif not statement.startswith((".pragma", ".file", ".section")):
-            raise EmulatorError("syntax", f"unknown directive: {statement}")
+            raise EmulatorError("unknown instruction", f"this is not modelled: {statement}")
 
     def _declare_register(self, name: str, size: int) -> None:
         first = len(self.kernel.register_bytes)
@@ -307,7 +345,7 @@ class _Body:
         align = int(found["align"] or element)
         offset = -(-getattr(kernel, f"{space}_bytes") // align) * align
         initial = _initial_bytes(found["init"], found["type"]) if found["init"] else b""
-        getattr(kernel, space)[name] = Variable(name, offset, size, initial)
+        getattr(kernel, space)[name] = Variable(name, offset, size, align, initial)
         setattr(kernel, f"{space}_bytes", offset + size)
 
     def _instruction(self, statement: str, line: int) -> Instruction:
@@ -336,7 +374,7 @@ class _Body:
     def _operand(self, text: str) -> Operand:
         if text.startswith("["):
             base, _, offset = text[1:-1].replace(" ", "").partition("+")
-            return Address(self._operand(base), _number(offset) if offset else 0)
+            return Address(self._operand(base), int(_number(offset)) if offset else 0)
         if text.startswith("{"):
             return Vector(tuple(self._operand(part) for part in _split(text[1:-1])))
         if "|" in text:
@@ -349,7 +387,7 @@ class _Body:
         if _NUMBER.match(text):
             return Immediate(_number(text))
         # A % name that no .reg declares is a special register, or a mistake that loading reports.
-        return self._register(text) or (Special(text) if text.startswith("%") else Symbol(text))
+        return self._register(text) or (Special(text) if text.startswith("%") else Symbol(self._scoped(text)))
 
 
 def _split(text: str) -> list[str]:

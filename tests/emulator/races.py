@@ -1,55 +1,40 @@
 """Data races: two unordered accesses to one place by different threads, at least one of them a plain write.
 
-Each thread has a clock that advances when it synchronises; a place remembers the thread and the clock of its
-last write and of its last reads. An access is ordered after a remembered one if its thread knows that clock:
-through a barrier of the block or the cluster, bar.warp.sync, or a release that it acquired (directly, or
-by a fence around relaxed atomics). Shuffles and votes order nothing, as in the PTX memory model.
+Each thread has a clock that advances when it synchronises; a place remembers the thread and the clock of its last write
+and of its last reads. An access is ordered after a remembered one if its thread knows that clock: through a barrier of
+the block or the cluster, bar.warp.sync, or a release that it acquired (directly, or by a fence around relaxed
+accesses) at a scope that holds both. Shuffles and votes order nothing, as in the PTX memory model.
 
-Kept small on purpose: a place keeps two of its readers (the first and last lane of the latest reading
-instruction), and a store that leaves the value as it was is no race.
+Kept small on purpose: a place keeps two of its readers (the first and last lane of the latest reading instruction), a
+store that leaves the value as it was is no race, a barrier of some warps counts as one of the block, and a cluster's
+scope is the device's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import memory
+from .accesses import is_strong, space_of
 from .parser import TYPE_BYTES, Instruction, Kernel
-from .threads import WARP
+from .threads import WARP, Array, Mask
 
 if TYPE_CHECKING:
     from .accesses import Target
     from .machine import Launch
 
-Array = np.ndarray
-_CLOCK_BITS = 31
-_STRONG = 1 << _CLOCK_BITS
+# A tag is a thread, whether the access was strong, and the thread's clock; -1 is nobody.
+_STRONG = 1 << 31
 _CLOCK = _STRONG - 1
-_THREAD_SHIFT = _CLOCK_BITS + 1
-_ACQUIRE, _RELEASE = {"acquire", "acq_rel"}, {"release", "acq_rel"}
+_THREAD_SHIFT = 32
+_Place = tuple[str, int, int | None]  # region, offset, and the block slot that the scope is limited to
 
 
-@dataclass
-class _Shadow:
-    """Tags (thread, strong, clock) per granule of one memory; -1 is nobody."""
-
-    writer: Array
-    first_reader: Array
-    last_reader: Array
-
-    @staticmethod
-    def of(granules: int) -> _Shadow:
-        return _Shadow(*(np.full(granules, -1, np.int64) for _ in range(3)))
-
-
-def granule(kernel: Kernel, spaces: tuple[str, ...]) -> int:
+def _granule(kernel: Kernel, spaces: tuple[str, ...]) -> int:
     """The narrowest access of a kernel to some spaces: tracking at this width loses nothing."""
-    from .accesses import space_of
-
     widths = [16]
     for ins in kernel.code:
         if ins.opcode in ("ld", "st", "atom", "red", "ldu") and space_of(ins) in spaces:
@@ -62,108 +47,121 @@ def granule(kernel: Kernel, spaces: tuple[str, ...]) -> int:
 class RaceDetector:
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self.granules = {
-            "global": granule(launch.kernel, ("global", "const", "generic")),
-            "shared": granule(launch.kernel, ("shared", "generic")),
-        }
-        self.shadows: dict[int, _Shadow] = {}
+        self.granules = launch.kernel.granules
+        if not self.granules:
+            self.granules["global"] = _granule(launch.kernel, ("global", "const", "generic"))
+            self.granules["shared"] = _granule(launch.kernel, ("shared", "generic"))
+        # Per region, tags of granules: the last writer, and the first and last lane of the latest reading.
+        self.shadows: dict[int, Array] = {}
         # What each release published: the clocks of all threads of the grid that it stands for.
-        self.published: dict[tuple[str, int], Array] = {}
-        self.threads_in_grid = launch.shape.blocks * launch.shape.lanes
+        self.published: dict[_Place, Array] = {}
 
     def begin_batch(self) -> None:
         """A batch of blocks starts; its shared memory is new, global memory keeps its history."""
-        threads = self.launch.threads
-        lanes = threads.count
-        self.identity = threads.block * self.launch.shape.lanes + threads.thread
-        self.lane_of_block = np.full(self.launch.shape.blocks, -1, np.int64)
-        self.lane_of_block[threads.blocks] = np.arange(len(threads.blocks)) * self.launch.shape.lanes
+        self.threads = self.launch.threads
+        shape, lanes = self.launch.shape, self.threads.count
+        self.identity = self.threads.block * shape.lanes + self.threads.thread
+        self.lane_of = np.full(shape.blocks * shape.lanes, -1, np.int64)
+        self.lane_of[self.identity] = self.threads.every
         self.clock = np.ones(lanes, np.int64)
-        self.block_knows = np.zeros(lanes, np.int64)  # clock of this lane at its block's last barrier
-        self.warp_knows = np.zeros(lanes, np.int64)  # ... at its warp's last bar.warp.sync
-        self.fenced = np.zeros(lanes, np.int64)  # ... at the lane's last fence
-        self.arrived = np.zeros(lanes, np.int64)  # ... at its last cluster arrival
+        # The clock of each lane at its last barrier of the block, of the warp, and arrival at one of the cluster; and
+        # at its last fence for its block, and for the device.
+        self.block_knows, self.warp_knows, self.arrived = (np.zeros(lanes, np.int64) for _ in range(3))
+        self.fenced = {narrow: np.zeros(lanes, np.int64) for narrow in (True, False)}
         self.foreign: dict[int, Array] = {}  # block slot -> clocks of other blocks' threads it knows
         self.acquired: dict[int, Array] = {}  # lane -> clocks it knows beyond its block's
-        self.seen: dict[int, Array] = {}  # lane -> clocks read by relaxed accesses, known after a fence
-        self.shadows.pop(-1, None)
-        self.published = {place: clocks for place, clocks in self.published.items() if place[0] != "shared memory"}
+        self.seen: dict[tuple[int, int | None], Array] = {}  # (lane, scope) -> clocks known after a fence
+        self.shadows.pop(self.launch.shared.address, None)
+        shared = self.launch.shared.name
+        self.published = {p: clocks for p, clocks in self.published.items() if p[0] != shared and p[2] is None}
 
     # ---------------------------------------------------------------- accesses
 
-    def access(self, ins: Instruction, target: Target, size: int, data: Array | None, strong: bool) -> None:
-        """Check one access (a store of `data`, or a load) and remember it."""
-        granule = self.granules[target.space]
-        shadow = self.shadows.get(target.shadow_key)
-        if shadow is None:
-            shadow = self.shadows[target.shadow_key] = _Shadow.of(len(target.memory) // granule + 1)
-        index = (target.offsets // granule)[:, None] + np.arange(max(1, size // granule))
-        self._check(ins, target, shadow.writer[index], "write", data, strong)
-        if data is not None:
-            self._check(ins, target, shadow.first_reader[index], "read", data, strong)
-            self._check(ins, target, shadow.last_reader[index], "read", data, strong)
-        lanes = target.lanes
-        tag = (self.identity[lanes] << _THREAD_SHIFT) | (_STRONG if strong else 0) | self.clock[lanes]
-        tags = np.broadcast_to(tag[:, None], index.shape)
-        if data is not None:
-            shadow.writer[index] = tags
-        else:
-            shadow.last_reader[index] = tags
-            shadow.first_reader[index[::-1]] = tags[::-1]
+    def load(self, ins: Instruction, target: Target, size: int) -> None:
+        if target.region.space != "local":
+            shadow, index = self._shadow(target, size)
+            self._check(ins, target, shadow[0][index], "load", "write", None)
+            tags = np.broadcast_to(self._tags(ins, target)[:, None], index.shape)
+            shadow[2][index] = tags
+            shadow[1][index[::-1]] = tags[::-1]
 
-    def _check(self, ins: Instruction, target: Target, old: Array, what: str, data: Array | None, strong: bool) -> None:
-        me = self.identity[target.lanes][:, None]
-        suspect = (old >= 0) & ((old >> _THREAD_SHIFT) != me)
-        if strong:
+    def store(self, ins: Instruction, target: Target, size: int, data: Array | None) -> None:
+        """`data` is what a plain store is about to write."""
+        if target.region.space != "local":
+            shadow, index = self._shadow(target, size)
+            for tags, what in zip(shadow, ("write", "read", "read"), strict=True):
+                self._check(ins, target, tags[index], "store", what, data)
+            shadow[0][index] = self._tags(ins, target)[:, None]
+
+    def _shadow(self, target: Target, size: int) -> tuple[Array, Array]:
+        """The shadow of a region, and a row of granules for each lane."""
+        granule = self.granules[target.region.space]
+        shadow = self.shadows.get(target.region.address)
+        if shadow is None:
+            shadow = np.full((3, len(target.region.memory) // granule + 1), -1, np.int64)
+            self.shadows[target.region.address] = shadow
+        index = (target.offsets // granule)[:, None]
+        return shadow, index if size <= granule else index + np.arange(size // granule)
+
+    def _tags(self, ins: Instruction, target: Target) -> Array:
+        lanes, clock = target.lanes, self.clock[target.lanes]
+        if not is_strong(ins):
+            return (self.identity[lanes] << _THREAD_SHIFT) | clock
+        # A strong access after a fence belongs to the release that it makes visible.
+        fenced = self.fenced[False][lanes]
+        return (self.identity[lanes] << _THREAD_SHIFT) | _STRONG | np.where(fenced > 0, fenced, clock)
+
+    def _check(self, ins: Instruction, target: Target, old: Array, kind: str, what: str, data: Array | None) -> None:
+        if old.max() < 0:
+            return
+        suspect = (old >= 0) & ((old >> _THREAD_SHIFT) != self.identity[target.lanes][:, None])
+        if is_strong(ins):
             suspect &= (old & _STRONG) == 0
         if not suspect.any():
             return
         rows, columns = np.nonzero(suspect)
         bad = ~self._ordered(old[rows, columns], target.lanes[rows])
         if data is not None and bad.any():
-            current = memory.gather(target.memory, target.offsets, data.shape[1])
+            current = memory.gather(target.region.memory, target.offsets, data.shape[1])
             bad &= (current != data).any(1)[rows]
         if bad.any():
             first = int(np.flatnonzero(bad)[0])
             other = int(old[rows[first], columns[first]] >> _THREAD_SHIFT)
             block, thread = divmod(other, self.launch.shape.lanes)
-            self.launch.fail(
-                "data race",
-                f"{'load' if data is None else 'store'} of {target.name} is not ordered after the {what} "
-                f"by block {block}, thread {thread}",
-                ins, int(target.lanes[rows[first]]),
-            )  # fmt: skip
+            message = (
+                f"{kind} of {target.region.name} is not ordered after the {what} by block {block}, thread {thread}"
+            )
+            self.launch.fail("data race", message, ins, int(target.lanes[rows[first]]))
 
     def _ordered(self, tags: Array, lanes: Array) -> Array:
         """Does each lane know the clock of the tag it met?"""
         other, clock = tags >> _THREAD_SHIFT, tags & _CLOCK
-        start = self.lane_of_block[other // self.launch.shape.lanes]
-        other_lane = np.where(start >= 0, start + other % self.launch.shape.lanes, 0)
-        here = start >= 0
-        threads = self.launch.threads
-        same_block = here & (threads.slot[other_lane] == threads.slot[lanes])
-        same_warp = here & (other_lane // WARP == lanes // WARP)
-        known = same_block & (clock <= self.block_knows[other_lane])
-        known |= same_warp & (clock <= self.warp_knows[other_lane])
-        for position in np.flatnonzero(~known) if self.foreign or self.acquired else ():
-            lane = int(lanes[position])
-            for clocks in (self.foreign.get(int(threads.slot[lane])), self.acquired.get(lane)):
-                known[position] |= clocks is not None and bool(clock[position] <= clocks[other[position]])
+        lane = self.lane_of[other]
+        here, slot = lane >= 0, self.threads.slot
+        known = here & (slot[lane] == slot[lanes]) & (clock <= self.block_knows[lane])
+        known |= here & (lane // WARP == lanes // WARP) & (clock <= self.warp_knows[lane])
+        for i in np.flatnonzero(~known) if self.foreign or self.acquired else ():
+            for clocks in (self.foreign.get(int(slot[lanes[i]])), self.acquired.get(int(lanes[i]))):
+                known[i] |= clocks is not None and bool(clock[i] <= clocks[other[i]])
         return known
 
-    # ---------------------------------------------------------------- order
+    # ---------------------------------------------------------------- barriers
 
     def block_barrier(self, lanes: Array) -> None:
         """Lanes met at a barrier of their block."""
         self.block_knows[lanes] = self.clock[lanes]
         self.clock[lanes] += 1
         for lane in [lane for lane in self.acquired if lanes[lane]]:
-            slot = int(self.launch.threads.slot[lane])
+            slot = int(self.threads.slot[lane])
             self.foreign[slot] = np.maximum(self.foreign.get(slot, 0), self.acquired.pop(lane))
 
     def warp_barrier(self, lanes: Array) -> None:
         self.warp_knows[lanes] = self.clock[lanes]
         self.clock[lanes] += 1
+        for warp in {lane // WARP for lane in self.acquired if lanes[lane]}:
+            mates = [lane for lane in range(warp * WARP, (warp + 1) * WARP) if lanes[lane]]
+            together = np.maximum.reduce([self.acquired[lane] for lane in mates if lane in self.acquired])
+            self.acquired.update(dict.fromkeys(mates, together))
 
     def cluster_arrive(self, lanes: Array, relaxed: bool) -> None:
         if not relaxed:
@@ -172,58 +170,61 @@ class RaceDetector:
 
     def cluster_barrier(self, slots: list[int]) -> None:
         """All threads of the cluster that occupies `slots` have arrived."""
-        lanes = np.concatenate([self._lanes_of(slot) for slot in slots])
-        clocks = self._zeros()
-        for slot in slots:
-            np.maximum(clocks, self.foreign.get(slot, 0), out=clocks)
-        for lane in lanes.tolist():
-            if lane in self.acquired:
-                np.maximum(clocks, self.acquired[lane], out=clocks)
-        np.maximum.at(clocks, self.identity[lanes], np.maximum(self.arrived[lanes], self.block_knows[lanes]))
-        for slot in slots:
-            self.foreign[slot] = clocks
-            own = self._lanes_of(slot)
-            self.block_knows[own] = np.maximum(self.block_knows[own], self.arrived[own])
+        lanes = np.flatnonzero(np.isin(self.threads.slot, slots))
+        clocks = self._clocks(*(self.foreign.get(slot) for slot in slots), *map(self.acquired.get, lanes.tolist()))
+        self.block_knows[lanes] = np.maximum(self.block_knows[lanes], self.arrived[lanes])
+        clocks[self.identity[lanes]] = np.maximum(clocks[self.identity[lanes]], self.block_knows[lanes])
+        self.foreign.update(dict.fromkeys(slots, clocks))
 
-    def fence(self, active: Array | None) -> None:
-        lanes = np.arange(len(self.clock)) if active is None else np.flatnonzero(active)
-        self.fenced[lanes] = self.clock[lanes]
+    # ---------------------------------------------------------------- fences, releases, acquires
+
+    def fence(self, active: Mask, narrow: bool) -> None:
+        lanes = self.threads.indices(active)
+        for reach in {narrow, True}:
+            self.fenced[reach][lanes] = self.clock[lanes]
         self.clock[lanes] += 1
-        for lane in [lane for lane in self.seen if active is None or active[lane]]:
-            self.acquired[lane] = np.maximum(self.acquired.get(lane, 0), self.seen.pop(lane))
+        for lane, scope in [key for key in self.seen if active is None or active[key[0]]]:
+            if scope is not None or not narrow:
+                self.acquired[lane] = np.maximum(self.acquired.get(lane, 0), self.seen.pop((lane, scope)))
 
     def synchronise(self, ins: Instruction, target: Target, order: Sequence[int] | None = None) -> None:
         """A strong access: publish and learn what its semantics and the fences around it allow.
 
-        Lanes come in the order in which they reach memory.
+        Lanes come in the order in which they reach memory. A scope is a block slot, or None for the device.
         """
-        modifiers = set(ins.modifiers)
-        acquires, releases = bool(modifiers & _ACQUIRE), bool(modifiers & _RELEASE)
-        writes, reads = ins.opcode in ("st", "atom", "red"), ins.opcode in ("ld", "atom")
+        acquires, releases = ("acq_rel" in ins.modifiers or word in ins.modifiers for word in ("acquire", "release"))
+        writes, reads, narrow = ins.opcode != "ld", ins.opcode in ("ld", "atom"), "cta" in ins.modifiers
         for position in range(len(target.lanes)) if order is None else order:
-            lane, place = int(target.lanes[position]), (target.name, int(target.offsets[position]))
-            if reads and place in self.published:
-                into = self.acquired if acquires else self.seen
-                into[lane] = np.maximum(into.get(lane, 0), self.published[place])
-            if writes and (releases or self.fenced[lane]):
-                clock = int(self.clock[lane] if releases else self.fenced[lane])
-                self._publish(place, lane, clock)
-                self.clock[lane] += 1
+            lane, place = int(target.lanes[position]), (target.region.name, int(target.offsets[position]))
+            slot = int(self.threads.slot[lane])
+            released = False
+            for scope in (slot,) if narrow else (slot, None):
+                if reads and (clocks := self.published.get((*place, scope))) is not None:
+                    if acquires:
+                        self.acquired[lane] = np.maximum(self.acquired.get(lane, 0), clocks)
+                    else:
+                        self.seen[lane, scope] = np.maximum(self.seen.get((lane, scope), 0), clocks)
+                clock = int(self.clock[lane] if releases else self.fenced[scope is not None][lane])
+                if writes and clock:
+                    self._publish((*place, scope), lane, clock)
+                    released = True
+            self.clock[lane] += released
 
-    def _publish(self, place: tuple[str, int], lane: int, clock: int) -> None:
-        clocks = self._zeros()
-        slot = int(self.launch.threads.slot[lane])
-        for known in (self.foreign.get(slot), self.acquired.get(lane), self.published.get(place)):
-            if known is not None:
-                np.maximum(clocks, known, out=clocks)
-        own = self._lanes_of(slot)
-        identity = self.identity[own]
-        clocks[identity] = np.maximum(clocks[identity], self.block_knows[own])
+    def _publish(self, place: _Place, lane: int, clock: int) -> None:
+        slot = int(self.threads.slot[lane])
+        clocks = self._clocks(self.foreign.get(slot), self.acquired.get(lane), self.published.get(place))
+        start, first = slot * self.launch.shape.lanes, lane // WARP * WARP
+        for lanes, knows in ((slice(start, start + self.launch.shape.lanes), self.block_knows),
+                             (slice(first, first + WARP), self.warp_knows)):  # fmt: skip
+            them = self.identity[lanes]
+            clocks[them] = np.maximum(clocks[them], knows[lanes])
         clocks[self.identity[lane]] = max(clocks[self.identity[lane]], clock)
         self.published[place] = clocks
 
-    def _lanes_of(self, slot: int) -> Array:
-        return np.arange(self.launch.shape.lanes) + slot * self.launch.shape.lanes
-
-    def _zeros(self) -> Array:
-        return np.zeros(self.threads_in_grid, np.int64)
+    def _clocks(self, *known: Array | None) -> Array:
+        """The union of what is known, as a new array."""
+        clocks = np.zeros(len(self.lane_of), np.int64)
+        for more in known:
+            if more is not None:
+                np.maximum(clocks, more, out=clocks)
+        return clocks

@@ -1,8 +1,8 @@
 """Decides which threads run next.
 
-Threads of all blocks that are at one instruction run together. By default the group that is furthest behind
-runs, so that threads which took different branches meet again. With a seed, random warps run for random
-spells instead: a program whose result depends on that order has a fault.
+Threads of all blocks that are at one instruction run together. By default the group that is furthest behind runs, so
+that threads which took different branches meet again. With a seed, random warps run for random spells instead: a
+program whose result depends on that order has a fault.
 """
 
 from __future__ import annotations
@@ -11,28 +11,43 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .barriers import Release
+from .barriers import Releases
+from .instructions import Runner, builds
 from .parser import Instruction, Symbol
-from .threads import WARP, bits_reader, predicate_reader
-from .warp import ballot, mask_operand, per_lane
+from .threads import WARP, Array, bits_reader, predicate_reader
+from .warp import ballot, is_warp_synchronous, mask_operand, per_lane
 
 if TYPE_CHECKING:
     from .machine import Launch
 
-Array = np.ndarray
-CONTROL = ("bra", "brx", "ret", "exit", "trap", "bar", "barrier")
 _LOOP_PATIENCE = 1000  # backward branches before others get a turn, if nothing is seen to spin
 _TURN = 256  # instructions that a group may run when others spin
 _SPIN_LIMIT = 64
 
 
+@builds("bra brx ret exit trap", "uni idx")
+def _control(ins: Instruction) -> Runner:
+    """The scheduler carries these out itself."""
+    del ins
+    return lambda launch, active: None  # noqa: ARG005
+
+
+def is_control(ins: Instruction) -> bool:
+    return ins.opcode in ("bra", "brx", "ret", "exit", "trap", "bar", "barrier")
+
+
 class Scheduler:
     """Runs one batch of co-resident blocks to its end."""
 
-    def __init__(self, launch: Launch, rng: np.random.Generator | None) -> None:
-        self.launch, self.rng = launch, rng
-        self.code, self.runners = launch.kernel.code, launch.program.runners
-        self.ready: dict[int, Array] = {0: launch.threads.alive.copy()}
+    def __init__(self, launch: Launch, runners: list[Runner], rng: np.random.Generator | None) -> None:
+        self.launch, self.threads, self.rng = launch, launch.threads, rng
+        self.code, self.runners = launch.kernel.code, runners
+        self.synchronous = [is_warp_synchronous(ins) for ins in self.code]
+        self.special = [
+            synchronous or is_control(ins) for ins, synchronous in zip(self.code, self.synchronous, strict=True)
+        ]
+        self.guards = [predicate_reader(ins.guard) if ins.guard else None for ins in self.code]
+        self.ready: dict[int, Array] = {0: self.threads.alive.copy()}
         self.parked: dict[int, Array] = {}  # at a warp-synchronous instruction, waiting for lanes of their warp
         self.turn_after: int | None = None
         self.fruitless = 0  # spells in a row that only spun
@@ -41,40 +56,39 @@ class Scheduler:
 
     def run(self) -> None:
         while self.ready or self._wake():
-            pc, lanes, budget = self._pick()
-            self._advance(pc, lanes, budget)
+            self._advance(*self._pick())
 
     # ---------------------------------------------------------------- choice
 
     def _pick(self) -> tuple[int, Array, int]:
-        if self.rng is not None:
-            return self._pick_random()
+        """Where to go on, with whom, and for how many instructions (0: until something happens)."""
         places = sorted(self.ready)
+        if self.rng is not None:
+            return self._pick_random(self.rng, places)
         pc, budget = places[0], 0
         if self.turn_after is not None:
             pc = next((p for p in places if p > self.turn_after), places[0])
             self.turn_after, budget = None, _TURN
         return pc, self.ready.pop(pc), budget
 
-    def _pick_random(self) -> tuple[int, Array, int]:
-        places = sorted(self.ready)
-        pc = places[self.rng.integers(len(places))]
+    def _pick_random(self, rng: np.random.Generator, places: list[int]) -> tuple[int, Array, int]:
+        pc = places[rng.integers(len(places))]
         lanes = self.ready.pop(pc)
         warps = np.flatnonzero(lanes.reshape(-1, WARP).any(1))
-        keep = warps if self.rng.random() < 0.3 else warps[self.rng.random(len(warps)) < 0.5]
+        keep = warps if rng.random() < 0.3 else warps[rng.random(len(warps)) < 0.5]
         chosen = np.zeros(len(lanes) // WARP, bool)
         chosen[keep if len(keep) else warps[:1]] = True
         running = lanes & per_lane(chosen)
         self._push(pc, lanes & ~running)
-        return pc, running, int(self.rng.integers(1, 100))
+        return pc, running, int(rng.integers(1, 100))
 
     def _push(self, pc: int, lanes: Array) -> None:
         if lanes.any():
             self.ready[pc] = self.ready[pc] | lanes if pc in self.ready else lanes
 
-    def _release(self, releases: list[Release]) -> None:
-        for release in releases:
-            self._push(release.pc, release.lanes)
+    def _release(self, releases: Releases) -> None:
+        for pc, lanes in releases:
+            self._push(pc, lanes)
 
     # ---------------------------------------------------------------- execution
 
@@ -84,20 +98,20 @@ class Scheduler:
         left = budget
         warps, everyone = _extent(lanes)
         while True:
-            ins = self.code[pc]
             issued[pc] += warps
-            launch.step(ins)
-            taken = lanes
-            if ins.guard is not None:
-                taken = lanes & predicate_reader(ins.guard)(launch.threads)
-            if ins.opcode in CONTROL or launch.program.synchronous[pc]:
-                following = self._control(pc, ins, lanes, taken)
+            launch.step(self.code[pc])
+            guard = self.guards[pc]
+            taken = lanes & guard(self.threads) if guard else lanes
+            if self.special[pc]:
+                following = self._control(pc, lanes, taken)
                 if following is None:
                     return
-                pc, lanes = following
-                warps, everyone = _extent(lanes)
+                pc, same = following[0], following[1] is lanes
+                if not same:
+                    lanes = following[1]
+                    warps, everyone = _extent(lanes)
             else:
-                if ins.guard is None:
+                if not guard:
                     self.runners[pc](launch, None if everyone else lanes)
                 elif taken.any():
                     self.runners[pc](launch, None if everyone and taken.all() else taken)
@@ -110,32 +124,34 @@ class Scheduler:
                 self._push(pc, lanes)
                 return
 
-    def _control(self, pc: int, ins: Instruction, lanes: Array, taken: Array) -> tuple[int, Array] | None:
+    def _control(self, pc: int, lanes: Array, taken: Array) -> tuple[int, Array] | None:
         """Carry out a control instruction: where the group continues, or None if it dissolved."""
-        if self.launch.program.synchronous[pc]:
+        ins, barriers = self.code[pc], self.launch.barriers
+        if self.synchronous[pc]:
             return self._warp_synchronous(pc, ins, lanes, taken)
         if not taken.any():
             return pc + 1, lanes
         rest = lanes & ~taken
         if ins.opcode == "bra":
             return self._branch(pc, self._target(ins.operands[0], ins), taken, rest)
-        if ins.opcode == "brx":
-            return self._branch_indexed(ins, taken, rest, pc)
-        if ins.opcode == "trap":
-            self.launch.fail("trap", "the kernel stopped itself", ins, int(np.flatnonzero(taken)[0]))
         self._push(pc + 1, rest)
-        if ins.opcode in ("ret", "exit"):
-            self.launch.threads.alive &= ~taken
+        if ins.opcode == "brx":
+            index = self.threads.everywhere(bits_reader(ins, ins.operands[0], 4)(self.threads))
+            for position, label in enumerate(self.launch.kernel.branch_targets[ins.operands[1].name]):
+                self._push(self._target(Symbol(label), ins), taken & (index == position))
+        elif ins.opcode == "trap":
+            self.launch.fail("trap", "the kernel stopped itself", ins, int(np.flatnonzero(taken)[0]))
+        elif ins.opcode in ("ret", "exit"):
+            self.threads.alive &= ~taken
             self.launch.progress += 1
-            self._release(self.launch.barriers.exited(ins))
+            self._release(barriers.exited(ins))
         elif ins.modifiers[0] != "cluster":
-            self._release(self.launch.barriers.arrive(pc, ins, taken))
-        elif ins.modifiers[1] == "arrive":
-            self.launch.barriers.cluster_arrive(ins, taken)
+            self._release(barriers.arrive(pc, ins, taken))
+        elif "arrive" in ins.modifiers:
             self._push(pc + 1, taken)
-            self._release(self.launch.barriers.cluster_completed())
+            self._release(barriers.cluster_arrive(ins, taken))
         else:
-            self._release(self.launch.barriers.cluster_wait(pc, taken))
+            self._release(barriers.cluster_wait(pc, taken))
         return None
 
     def _target(self, label: Symbol, ins: Instruction) -> int:
@@ -174,13 +190,6 @@ class Scheduler:
         self.turn_after = pc
         return True
 
-    def _branch_indexed(self, ins: Instruction, taken: Array, rest: Array, pc: int) -> None:
-        labels = self.launch.kernel.branch_targets[ins.operands[1].name]
-        index = self.launch.threads.everywhere(bits_reader(ins, ins.operands[0], 4)(self.launch.threads))
-        for position, label in enumerate(labels):
-            self._push(self._target(Symbol(label), ins), taken & (index == position))
-        self._push(pc + 1, rest)
-
     def _warp_synchronous(self, pc: int, ins: Instruction, lanes: Array, taken: Array) -> tuple[int, Array] | None:
         """Run the warps whose members are all here; the others wait for them."""
         if pc in self.parked:
@@ -188,19 +197,24 @@ class Scheduler:
             taken, lanes = taken | waiting, lanes | waiting
         if not taken.any():
             return pc + 1, lanes
-        complete = taken & self._members_present(ins, taken)
-        if (taken & ~complete).any():
-            self.parked[pc] = taken & ~complete
+        present = self._members_present(ins, taken)
+        if (taken <= present).all():
+            self.runners[pc](self.launch, None if taken.all() else taken)
+            return pc + 1, lanes
+        complete = taken & present
+        self.parked[pc] = taken & ~complete
         if complete.any():
-            self.runners[pc](self.launch, None if complete.all() else complete)
+            self.runners[pc](self.launch, complete)
         going_on = (lanes & ~taken) | complete
         return (pc + 1, going_on) if going_on.any() else None
 
     def _members_present(self, ins: Instruction, taken: Array) -> Array:
         """Per lane: has every living lane that its mask names arrived?"""
-        threads = self.launch.threads
+        threads = self.threads
         mask = bits_reader(ins, mask_operand(ins), 4)(threads)
-        outside = taken & ((threads.everywhere(mask) >> threads.lane.astype(np.uint32)) & 1 == 0)
+        if np.ndim(mask) == 0 and mask == 0xFFFFFFFF and (taken == threads.alive).all():
+            return taken  # the usual case, at the least expense
+        outside = taken & ((mask >> threads.lane.astype(np.uint32)) & 1 == 0)
         if outside.any():
             lane = int(np.flatnonzero(outside)[0])
             self.launch.fail("absent lane", "a thread is not in the mask that it names itself", ins, lane)
@@ -215,7 +229,7 @@ class Scheduler:
             if (lanes & self._members_present(self.code[pc], lanes)).any():
                 self._push(pc, self.parked.pop(pc))
                 return True
-        if self.launch.threads.alive.any():
+        if self.threads.alive.any():
             self._report_deadlock("no thread can continue")
         return False
 
@@ -224,8 +238,7 @@ class Scheduler:
         for pc, lanes in self.parked.items():
             ins, lane = self.code[pc], int(np.flatnonzero(lanes)[0])
             lines.append(f"{int(lanes.sum())} threads wait for lanes of their mask at {ins.where()}")
-        threads = self.launch.threads
-        exited = int((threads.exists & ~threads.alive).sum())
+        exited = int((self.threads.exists & ~self.threads.alive).sum())
         lines += [f"{exited} threads have exited"] if exited else []
         check = "absent lane" if self.parked and not self.ready else "deadlock"
         self.launch.fail(check, "; ".join([what, *lines]), ins, lane)
