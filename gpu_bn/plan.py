@@ -1,0 +1,463 @@
+"""Which kernels serve a call, how they are launched, and how many bytes they move: arithmetic on a tensor and a GPU.
+
+The tiers, in order of preference:
+
+``cta``
+    One block owns a channel (channels-last: a strip of channels), keeps it on chip, reads it once, writes once.
+``cluster``
+    The same, the channel shared by a cluster of blocks that exchange their sums through distributed shared memory.
+``cooperative``
+    The same on any GPU: co-resident blocks exchange their sums through the L2 cache.
+``split``
+    Two launches: sums, then outputs. The second runs backwards, to start with what the first left in the cache.
+
+A *position* is one vector of a strip (``rows``: of the channel's (N, S) slab; ``columns``: a row of the strip).
+Times are a model: bytes over the bandwidth of a copy. Nothing here has been measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+TIERS = ("cta", "cluster", "cooperative", "split")
+THREADS = 256
+VECTOR_BYTES = 16
+STRIP_BYTES = 128
+STATIC_SHARED = 8 << 10
+"""Room for a block's static shared memory, and what the driver reserves."""
+CO_RESIDENT = 2
+"""Blocks that the kernels' launch bounds let an SM hold (float64: one)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Device:
+    """What a plan needs to know of a GPU. Compared by identity, which costs a call nothing.
+
+    Attributes:
+        name: for people.
+        arch: the compute capability, 90 for sm_90.
+        sms: multiprocessors.
+        shared_per_sm, shared_per_block: bytes of shared memory, the second with opt-in.
+        l2_bytes: of cache.
+        bandwidth: bytes per second of the memory, from the data sheet.
+    """
+
+    name: str
+    arch: int
+    sms: int
+    shared_per_sm: int
+    shared_per_block: int
+    l2_bytes: int
+    bandwidth: float
+
+
+DEVICES = {
+    "t4": Device("T4", 75, 40, 64 << 10, 64 << 10, 4 << 20, 320e9),
+    "a100": Device("A100", 80, 108, 164 << 10, 163 << 10, 40 << 20, 1555e9),
+    "4090": Device("RTX 4090", 89, 128, 100 << 10, 99 << 10, 72 << 20, 1008e9),
+    "h100": Device("H100", 90, 132, 228 << 10, 227 << 10, 50 << 20, 3350e9),
+    "b200": Device("B200", 100, 148, 228 << 10, 227 << 10, 126 << 20, 8000e9),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """The numbers that a measurement on a GPU may change.
+
+    Attributes:
+        blocks_per_sm: blocks that share an SM in the tiers that keep a channel on chip.
+        split_blocks_per_sm: blocks per SM that the split kernels are cut into.
+        fill: share of the SMs that must have work before a strip is left to one block. Where an SM has room for only
+            one such block, a GPU with clusters takes a cluster; an older one takes the block, as the rest costs more.
+        vectors_per_thread: below so many vectors a thread, cutting a channel further gains nothing.
+        max_cluster: blocks in a cluster (8 is what every sm_90 GPU offers).
+        max_cooperative: blocks that may share a channel through L2.
+        narrow_bytes: what a strip of channels may be narrowed to, from 128 bytes, where wider ones leave SMs idle and
+            narrower ones fit blocks or clusters that fill them. Memory is read in sectors of 32 bytes.
+        narrow_vectors: vectors a thread, beyond which strips stay wide: there are rows enough to cut, and long reads
+            matter more.
+        max_partials: blocks of a strip whose sums the last of them merges in two launches. More are used only where
+            the SMs would not be full.
+        usable_l2: share of the L2 cache that the second read of a split call may count on.
+        copy_share: share of the data sheet's bandwidth that a copy reaches.
+    """
+
+    blocks_per_sm: int = 3
+    split_blocks_per_sm: int = 4
+    fill: float = 0.75
+    vectors_per_thread: int = 4
+    max_cluster: int = 8
+    max_cooperative: int = 64
+    narrow_bytes: int = 32
+    narrow_vectors: int = 16
+    max_partials: int = 256
+    usable_l2: float = 0.5
+    copy_share: float = 0.88
+
+
+THRESHOLDS = Thresholds()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One direction of one call, as a plan sees it: tensors of (N, C, S), S = 1 for channels-last.
+
+    Attributes:
+        n, c, s: the geometry.
+        itemsize: bytes an element.
+        backward: which direction.
+        alignment: bytes, of the least aligned tensor.
+        reads, writes: how many tensors are read and written; ``staged`` of those read are needed twice.
+        mask: whether one bit an element is written (forward) or read (backward).
+    """
+
+    n: int
+    c: int
+    s: int
+    itemsize: int
+    backward: bool = False
+    alignment: int = VECTOR_BYTES
+    reads: int = 1
+    writes: int = 1
+    staged: int = 1
+    mask: bool = False
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of one tensor."""
+        return self.n * self.c * self.s * self.itemsize
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of the bit mask: one byte for each full vector."""
+        return self.tensor_bytes // VECTOR_BYTES if self.mask else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a tensor is cut into strips and vectors.
+
+    Attributes:
+        columns: whether a strip is some adjacent channels (channels-last), or one channel's rows.
+        n, c, s: the geometry; a single channel is one long row.
+        vector: elements a vector.
+        lanes: threads side by side across a strip.
+        strips: how many strips there are.
+        positions: vectors that a lane has to go through in one strip.
+    """
+
+    columns: bool
+    n: int
+    c: int
+    s: int
+    vector: int
+    lanes: int
+    strips: int
+    positions: int
+
+    @property
+    def channels_per_strip(self) -> int:
+        """Channels that a block's sums are for."""
+        return self.lanes * self.vector if self.columns else 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LaunchPlan:
+    """How one direction of a call is launched. Compared by identity: the same work on the same device is one plan.
+
+    Attributes:
+        tier: one of ``TIERS``.
+        tiling: how the tensor is cut.
+        blocks: blocks that share a strip.
+        groups: strips in progress at a time (all of them, but in the cooperative tier).
+        share: positions each of a strip's blocks has.
+        shared_bytes: dynamic shared memory a block.
+        launches: how many kernels.
+        read_bytes, written_bytes: of the tensors, in each launch.
+        dram_bytes: what of that reaches the memory, by the model of the L2 cache.
+        seconds: the time at the bandwidth of a copy (model).
+        floor_seconds: the time if each tensor were read and written once (model).
+        reason: why this tier.
+    """
+
+    tier: str
+    tiling: Tiling
+    blocks: int
+    groups: int
+    share: int
+    shared_bytes: int
+    launches: int
+    read_bytes: tuple[int, ...]
+    written_bytes: tuple[int, ...]
+    dram_bytes: int
+    seconds: float
+    floor_seconds: float
+    reason: str
+
+    @property
+    def grid(self) -> int:
+        """Blocks in a launch."""
+        return self.groups * self.blocks
+
+    @property
+    def partials(self) -> int:
+        """Doubles that the blocks need in global memory to exchange their sums: two a channel and block."""
+        if self.tier in ("cta", "cluster"):
+            return 0
+        rounds = 2 if self.tier == "cooperative" else 1
+        return rounds * self.grid * 2 * self.tiling.channels_per_strip
+
+    @property
+    def counters(self) -> int:
+        """Counters that the blocks of a strip need to know who has come."""
+        if self.tier == "cooperative":
+            return 2 * self.groups
+        return self.groups if self.tier == "split" and self.blocks > 1 else 0
+
+
+class NoPlanError(ValueError):
+    """The tier that was asked for cannot serve the work; the message says why."""
+
+
+def tile(work: Work) -> Tiling:
+    """Cut a tensor into the widest vectors that its geometry and alignment allow, and into the widest strips."""
+    n, c, s = (1, 1, work.n * work.s) if work.c == 1 else (work.n, work.c, work.s)
+    columns = s == 1 and c > 1
+    inner = c if columns else s
+    vector = math.gcd(VECTOR_BYTES // work.itemsize, inner, max(work.alignment // work.itemsize, 1))
+    if not columns:
+        return Tiling(False, n, c, s, vector, 1, c, n * s // vector)
+    across = c // vector
+    lanes = min(32, STRIP_BYTES // (vector * work.itemsize), 1 << (across - 1).bit_length())
+    return Tiling(True, n, c, s, vector, lanes, -(-across // lanes), n)
+
+
+def narrower(tiling: Tiling, least_bytes: int, itemsize: int) -> Iterator[Tiling]:
+    """A tiling, then those with strips half as wide, a quarter, and so on down to ``least_bytes``."""
+    yield tiling
+    while tiling.columns and tiling.lanes > 1 and tiling.lanes * tiling.vector * itemsize // 2 >= least_bytes:
+        lanes = tiling.lanes // 2
+        tiling = replace(tiling, lanes=lanes, strips=-(-(tiling.c // tiling.vector) // lanes))
+        yield tiling
+
+
+@lru_cache(4096)
+def plan(work: Work, device: Device, tier: str | None = None, thresholds: Thresholds = THRESHOLDS) -> LaunchPlan:
+    """The launch plan of a training call; ``tier`` forces one.
+
+    Raises:
+        NoPlanError: ``tier`` cannot serve this work on this device.
+    """
+    if tier is not None and tier not in TIERS:
+        raise NoPlanError(f"unknown tier {tier!r}, expected one of {', '.join(TIERS)}")
+    planner = _planner(work, device, thresholds)
+    refusals: list[str] = []
+    for name in TIERS if tier is None else (tier,):
+        found = getattr(planner, name)(forced=tier is not None)
+        if isinstance(found, LaunchPlan):
+            return replace(found, reason="; ".join([found.reason, *refusals]))
+        refusals.append(f"not {name}: {found}")
+    raise NoPlanError("; ".join(refusals))
+
+
+def options(work: Work, device: Device, thresholds: Thresholds = THRESHOLDS) -> dict[str, LaunchPlan | str]:
+    """Each tier's plan, or why it is not for this work. :func:`plan` takes the first plan."""
+    planner = _planner(work, device, thresholds)
+    return {name: getattr(planner, name)(forced=False) for name in TIERS}
+
+
+@lru_cache(4096)
+def plan_once(work: Work, device: Device, thresholds: Thresholds = THRESHOLDS) -> LaunchPlan:
+    """The launch plan of one pass without exchange of statistics: evaluation, frozen statistics, one phase of two."""
+    return _Planner(work, device, thresholds, tile(work)).once()
+
+
+def _planner(work: Work, device: Device, thresholds: Thresholds) -> _Planner:
+    """With the widest strips of which single blocks fill the SMs, or else clusters; the widest of all if none do.
+
+    Between the two: a tensor so small that blocks of the narrowest strips have next to nothing to do gets those.
+    """
+    tilings = narrower(tile(work), thresholds.narrow_bytes, work.itemsize)
+    planners = [_Planner(work, device, thresholds, tiling) for tiling in tilings]
+    widest, narrowest = planners[0], planners[-1]
+    if widest._crowded:
+        return widest
+
+    def few(planner: _Planner, blocks: int) -> bool:
+        return planner is widest or planner._vectors(blocks) <= thresholds.narrow_vectors
+
+    alone = [planner for planner in planners if planner.cta_fills() and few(planner, 1)]
+    tiny = [narrowest] if narrowest._tiny else []
+    clustered = [planner for planner in planners if planner.cluster_fills() and few(planner, thresholds.max_cluster)]
+    return [*alone, *tiny, *clustered, widest][0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    work: Work
+    device: Device
+    thresholds: Thresholds
+    tiling: Tiling
+
+    @property
+    def _crowded(self) -> str:
+        """Why a block cannot keep its strip on chip without spilling registers; empty if it can."""
+        if self.tiling.columns and self.tiling.vector == 8 and self.work.staged > 2:
+            return "three tensors, 8 channels a thread, need more registers than there are"
+        return ""
+
+    @property
+    def _tiny(self) -> bool:
+        """Whether the threads of one block have so little to do that more blocks gain nothing."""
+        return self._vectors(1) <= self.thresholds.vectors_per_thread
+
+    def _fills(self, blocks: int) -> bool:
+        return blocks >= self.thresholds.fill * self.device.sms
+
+    def cta_fills(self) -> bool:
+        """Whether single blocks hold the strips and give the SMs work."""
+        most = self._even_shared if self._can_cluster() else self._most_shared
+        return self._fills(self.tiling.strips) and self._shared(1) <= most
+
+    def cluster_fills(self) -> bool:
+        """Whether clusters hold the strips and give the SMs work."""
+        sizes = self._cluster_sizes() if self._can_cluster() else []
+        return any(self._fills(self.tiling.strips * k) and self._shared(k) <= self._most_shared for k in sizes)
+
+    def cta(self, forced: bool) -> LaunchPlan | str:
+        if self._crowded:
+            return self._crowded
+        if self._shared(1) > self._most_shared:
+            return f"a strip needs {self._shared(1)} bytes of shared memory, a block has {self._most_shared}"
+        if not (forced or self._tiny or self._fills(self.tiling.strips)):
+            return f"{self.tiling.strips} blocks leave SMs idle"
+        if not (forced or self._tiny or self.cta_fills()):
+            return f"{self._shared(1)} bytes a block leave fewer than {self.thresholds.blocks_per_sm} blocks on an SM"
+        return self._resident("cta", 1, "a block holds its strip")
+
+    def cluster(self, forced: bool) -> LaunchPlan | str:
+        if self.device.arch < 90:
+            return "clusters need sm_90"
+        if self._crowded:
+            return self._crowded
+        if not forced and self.tiling.positions < 2 * self._rows:
+            return "a cluster's blocks would idle"
+        fitting = [k for k in self._cluster_sizes() if self._shared(k) <= self._most_shared]
+        if not fitting:
+            return f"a strip does not fit {self.thresholds.max_cluster} blocks"
+        roomy = [k for k in fitting if self._shared(k) <= self._even_shared] or fitting[-1:]
+        filling = [k for k in roomy if self._fills(self.tiling.strips * k)]
+        blocks = (filling or roomy[-1:])[0]
+        return self._resident("cluster", blocks, f"a cluster of {blocks} blocks holds a strip")
+
+    def _cluster_sizes(self) -> list[int]:
+        """Sizes that leave every block of a cluster some positions."""
+        sizes = [k for k in (2, 4, 8) if k <= self.thresholds.max_cluster]
+        return [k for k in sizes if -(-self.tiling.positions // k) * (k - 1) < self.tiling.positions]
+
+    def cooperative(self, forced: bool) -> LaunchPlan | str:
+        if self._crowded:
+            return self._crowded
+        tensors = self.work.reads * self.work.tensor_bytes
+        if not forced and tensors <= self.thresholds.usable_l2 * self.device.l2_bytes:
+            return "the second read of a split call hits L2"
+        capacity = self.device.sms * self._co_resident
+        room = min(self.device.shared_per_sm // self._co_resident - STATIC_SHARED, self._most_shared)
+        most = min(self.thresholds.max_cooperative, capacity, self.tiling.positions)
+        wanted = max(2, -(-self._shared(1) // room))
+        if wanted > most or self._shared(wanted) > room:
+            return f"a strip needs {wanted} blocks or more, {most} may share one"
+        if not forced:  # as few rounds as can be, all of them full
+            rounds = -(-self.tiling.strips // (capacity // wanted))
+            groups = -(-self.tiling.strips // rounds)
+            wanted = max(wanted, min(capacity // groups, self._most_blocks, most))
+        return self._resident("cooperative", wanted, f"{wanted} co-resident blocks hold a strip", capacity)
+
+    def split(self, forced: bool) -> LaunchPlan:
+        del forced  # it serves everything
+        work, once = self.work, self.once()
+        second = min(work.reads * work.tensor_bytes, int(self.thresholds.usable_l2 * self.device.l2_bytes))
+        mask = work.mask_bytes if work.backward else 0
+        reads = (work.staged * work.tensor_bytes + mask, work.reads * work.tensor_bytes + mask)
+        first = (work.writes - 1) * work.tensor_bytes if work.backward else 0  # the residual's gradient
+        written = (first, self._written - first)
+        dram = sum(reads) + sum(written) - min(second, reads[0])
+        return replace(
+            once,
+            launches=2,
+            read_bytes=reads,
+            written_bytes=written,
+            dram_bytes=dram,
+            seconds=self._seconds(dram),
+            reason="two passes serve every size",
+        )
+
+    def once(self) -> LaunchPlan:
+        wanted = -(-self.device.sms * self.thresholds.split_blocks_per_sm // self.tiling.strips)
+        resident = self.device.sms * self._co_resident // self.tiling.strips
+        blocks = max(1, min(wanted, max(self.thresholds.max_partials, resident), self._most_blocks))
+        share = -(-self.tiling.positions // blocks)
+        return self._plan("split", -(-self.tiling.positions // share), self.tiling.strips, share, 0, "one pass")
+
+    def _resident(self, tier: str, blocks: int, reason: str, capacity: int | None = None) -> LaunchPlan:
+        share = -(-self.tiling.positions // blocks)
+        blocks = blocks if tier == "cluster" else -(-self.tiling.positions // share)
+        groups = self.tiling.strips if capacity is None else min(self.tiling.strips, capacity // blocks)
+        return self._plan(tier, blocks, groups, share, self._shared(blocks), reason)
+
+    def _plan(self, tier: str, blocks: int, groups: int, share: int, shared: int, reason: str) -> LaunchPlan:
+        floor = self._read + self._written
+        seconds = self._seconds(floor)
+        return LaunchPlan(
+            tier, self.tiling, blocks, groups, share, shared, 1, (self._read,), (self._written,), floor, seconds,
+            seconds, reason,
+        )  # fmt: skip
+
+    @property
+    def _read(self) -> int:
+        return self.work.reads * self.work.tensor_bytes + (self.work.mask_bytes if self.work.backward else 0)
+
+    @property
+    def _written(self) -> int:
+        return self.work.writes * self.work.tensor_bytes + (0 if self.work.backward else self.work.mask_bytes)
+
+    @property
+    def _co_resident(self) -> int:
+        return CO_RESIDENT if self.work.itemsize < 8 else 1
+
+    @property
+    def _rows(self) -> int:
+        """Positions that a block goes through at a time."""
+        return THREADS // self.tiling.lanes
+
+    @property
+    def _most_blocks(self) -> int:
+        """Blocks that a strip may be cut into before their threads run out of work."""
+        return max(1, self.tiling.positions // (self._rows * self.thresholds.vectors_per_thread))
+
+    @property
+    def _most_shared(self) -> int:
+        return self.device.shared_per_block - STATIC_SHARED
+
+    @property
+    def _even_shared(self) -> int:
+        return self.device.shared_per_sm // self.thresholds.blocks_per_sm - STATIC_SHARED
+
+    def _shared(self, blocks: int) -> int:
+        """Bytes that each of a strip's blocks keeps on chip."""
+        vectors = self._vectors(blocks) * THREADS
+        return vectors * self.tiling.vector * self.work.itemsize * self.work.staged
+
+    def _vectors(self, blocks: int) -> int:
+        """Vectors that each thread of a strip's blocks goes through, at most."""
+        share = -(-self.tiling.positions // blocks)
+        return -(-share // self._rows)
+
+    def _can_cluster(self) -> bool:
+        return self.device.arch >= 90 and self.tiling.positions >= 2
+
+    def _seconds(self, dram_bytes: int) -> float:
+        return dram_bytes / (self.thresholds.copy_share * self.device.bandwidth)
