@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpu_bn._explain import explain
     from gpu_bn.activations import Activation, elu, leaky_relu
     from gpu_bn.backends._threads import get_num_threads, set_num_threads
     from gpu_bn.backends.protocol import Saved
@@ -31,6 +32,7 @@ _HOMES = {
     "batch_norm_backward": "functional",
     "batch_norm_forward": "functional",
     "elu": "activations",
+    "explain": "_explain",
     "fold": "folding",
     "get_num_threads": "backends._threads",
     "identity_affine": "folding",
@@ -49,6 +51,7 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_forward",
     "elu",
+    "explain",
     "fold",
     "get_num_threads",
     "identity_affine",

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ def info() -> str:
     ]
     rows = []
     for row in dispatch.ROWS:
-        why_not = unavailable(row.name)
+        why_not = missing(row, gpus)
         rows.append([row.name, row.array, f"no: {why_not}" if why_not else "yes"])
     lines = [f"{name:10} {value}" for name, value in facts]
     return "\n".join([*lines, "", table("Backends", ["name", "serves", "available"], rows)]).rstrip()
@@ -72,8 +73,23 @@ def blas() -> str:
     return f"{found.get('name', 'unknown')} {found.get('version', '')}".strip()
 
 
+def missing(row: dispatch.Row, gpus: Devices) -> str:
+    """Why a backend cannot be had, as far as can be seen without importing its library; empty if nothing is missing."""
+    if row.why_not or not row.packages:
+        return row.why_not
+    absent = [package for package in row.packages if find_spec(package) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    return "" if gpus.names or row.device == "cpu" else "no NVIDIA GPU"
+
+
 def unavailable(backend: str) -> str:
     """Why a backend cannot be had; empty if it can."""
+    row = next(row for row in dispatch.ROWS if row.name == backend)
+    if row.module and find_spec(row.library) is None:
+        return f"the package {row.library} is not installed"
+    if row.device == "cpu":
+        return ""  # it needs nothing else
     try:
         dispatch.load(backend)
     except dispatch.BackendUnavailableError as error:

@@ -3,7 +3,7 @@
 A row's ``value(z)`` replaces ``z`` by ``y``; ``gradient(z, dy, out)`` writes ``dz = dy * activation'(z)``, where
 ``out`` may be ``z`` or ``dy`` itself. Both work on floating-point arrays of any shape, in the arrays' precision, and
 propagate NaN. ``value_needs`` and ``gradient_needs`` count the temporary arrays of ``z``'s size each makes
-(float64 ones count twice).
+(float64 ones count twice). ``device`` is the same for kernels.
 
 At a kink the gradient is the one-sided limit that torch takes: relu'(0) = 0, relu6'(0) = relu6'(6) = 0,
 leaky_relu'(0) = negative_slope, elu'(0) = alpha, hardswish'(-3) = 0, hardswish'(3) = 1.
@@ -82,8 +82,28 @@ class Activation:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceCode:
+    """An activation for kernels, in expressions that are C++ and Triton's Python alike.
+
+    They know ``z``, ``dy``, the parameter ``p``, numbers, arithmetic, comparisons, ``|`` between comparisons, and the
+    functions ``where(condition, then, otherwise)``, ``abs``, ``exp``, ``expm1``, ``tanh``, ``sigmoid``,
+    ``sigmoid_slope`` (sigmoid') and ``normal_cdf``. All are in the precision of the statistics.
+
+    Attributes:
+        value: ``y`` from ``z``.
+        gradient: ``dz`` from ``z`` and ``dy``, if the activation is smooth.
+        drop, dropped: ``dz`` is ``dropped`` where ``drop`` holds and ``dy`` elsewhere, if one bit of ``z`` decides.
+    """
+
+    value: str
+    gradient: str = ""
+    drop: str = ""
+    dropped: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One activation: its default form, its parameter's name, and its code for NumPy."""
+    """One activation: its default form, its parameter's name, its code for NumPy and for kernels."""
 
     default: Activation
     parameter: str
@@ -91,6 +111,7 @@ class Row:
     value_needs: int
     gradient: Callable[[Array, Array, Array, float], None]
     gradient_needs: int
+    device: DeviceCode
 
 
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
@@ -345,19 +366,59 @@ def normal_cdf(z: Array) -> Array:
 
 IDENTITY = Activation("identity")
 
+GELU_TANH_ARGUMENT = f"{2 * SQRT_2_OVER_PI} * z * (1 + {GELU_CUBIC} * z * z)"
+"""Twice the argument of gelu_tanh's tanh."""
+GELU_TANH_SLOPE = f"{2 * SQRT_2_OVER_PI} * (1 + {3 * GELU_CUBIC} * z * z)"
+
 ROWS = {
     row.default.name: row
     for row in (
-        Row(IDENTITY, "", _identity, 0, _identity_gradient, 0),
-        Row(Activation("relu"), "", _relu, 0, _relu_gradient, 2),
-        Row(Activation("relu6"), "", _relu6, 0, _relu6_gradient, 2),
-        Row(Activation("leaky_relu", 0.01), "negative_slope", _leaky_relu, 1, _leaky_relu_gradient, 3),
-        Row(Activation("elu", 1.0), "alpha", _elu, 2, _elu_gradient, 2),
-        Row(Activation("silu"), "", _silu, 1, _silu_gradient, 2),
-        Row(Activation("gelu"), "", _gelu, 16, _gelu_gradient, 18),
-        Row(Activation("gelu_tanh"), "", _gelu_tanh, 1, _gelu_tanh_gradient, 4),
-        Row(Activation("hardswish"), "", _hardswish, 2, _hardswish_gradient, 2),
-        Row(Activation("sigmoid"), "", _sigmoid, 0, _sigmoid_gradient, 3),
-        Row(Activation("tanh"), "", _tanh, 0, _tanh_gradient, 3),
+        Row(IDENTITY, "", _identity, 0, _identity_gradient, 0, DeviceCode("z", "dy")),
+        Row(
+            Activation("relu"), "", _relu, 0, _relu_gradient, 2,
+            DeviceCode("where(z < 0, 0, z)", drop="z <= 0", dropped="0"),
+        ),
+        Row(
+            Activation("relu6"), "", _relu6, 0, _relu6_gradient, 2,
+            DeviceCode("where(z < 0, 0, where(z > 6, 6, z))", drop="(z <= 0) | (z >= 6)", dropped="0"),
+        ),
+        Row(
+            Activation("leaky_relu", 0.01), "negative_slope", _leaky_relu, 1, _leaky_relu_gradient, 3,
+            DeviceCode("where(z <= 0, p * z, z)", drop="z <= 0", dropped="p * dy"),
+        ),
+        Row(
+            Activation("elu", 1.0), "alpha", _elu, 2, _elu_gradient, 2,
+            DeviceCode("where(z <= 0, p * expm1(z), z)", "dy * where(z > 0, 1, p * exp(z))"),
+        ),
+        Row(
+            Activation("silu"), "", _silu, 1, _silu_gradient, 2,
+            DeviceCode("z * sigmoid(z)", "dy * sigmoid(z) * (1 + z * sigmoid(-z))"),
+        ),
+        Row(
+            Activation("gelu"), "", _gelu, 16, _gelu_gradient, 18,
+            DeviceCode("z * normal_cdf(z)", f"dy * (normal_cdf(z) + {INV_SQRT_2PI} * z * exp(-0.5 * z * z))"),
+        ),
+        Row(
+            Activation("gelu_tanh"), "", _gelu_tanh, 1, _gelu_tanh_gradient, 4,
+            DeviceCode(
+                f"z * sigmoid({GELU_TANH_ARGUMENT})",
+                f"dy * sigmoid({GELU_TANH_ARGUMENT}) * (1 + z * sigmoid(-({GELU_TANH_ARGUMENT})) * {GELU_TANH_SLOPE})",
+            ),
+        ),
+        Row(
+            Activation("hardswish"), "", _hardswish, 2, _hardswish_gradient, 2,
+            DeviceCode(
+                "where(z <= -3, 0, where(z >= 3, z, z * ((z + 3) / 6)))",
+                "where(z <= -3, 0, dy * where(z >= 3, 1, z / 3 + 0.5))",
+            ),
+        ),
+        Row(
+            Activation("sigmoid"), "", _sigmoid, 0, _sigmoid_gradient, 3,
+            DeviceCode("sigmoid(z)", "dy * sigmoid_slope(z)"),
+        ),
+        Row(
+            Activation("tanh"), "", _tanh, 0, _tanh_gradient, 3,
+            DeviceCode("tanh(z)", "dy * 4 * sigmoid_slope(2 * z)"),
+        ),
     )
-}
+}  # fmt: skip

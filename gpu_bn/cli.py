@@ -1,4 +1,4 @@
-"""The command ``gpu-bn``: info, check, demo."""
+"""The command ``gpu-bn``: info, check, explain, demo."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpu_bn import __version__, dispatch
+from gpu_bn.plan import DEVICES
+
+if TYPE_CHECKING:
+    from gpu_bn._explain import Explanation
 
 DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 """Modules of the extra ``demo``, and the packages that have them."""
@@ -27,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is not understood exits with 2.
     """
     options = parser().parse_args(arguments)
-    commands = {"info": run_info, "check": run_check, "demo": run_demo}
+    commands = {"info": run_info, "check": run_check, "explain": run_explain, "demo": run_demo}
     try:
         code = commands[options.command](options)
         sys.stdout.flush()
@@ -55,6 +60,25 @@ def parser() -> argparse.ArgumentParser:
         "Exit code 1 if one fails.",
     )
     check.add_argument("--backend", choices=dispatch.NAMES, help="only this one (default: all that can be had)")
+
+    explain = _add(
+        commands,
+        "explain",
+        "Print how the CUDA kernels would serve a training call, forward and backward, and why. No GPU is needed: "
+        "times are a model, bytes over the bandwidth of a copy.",
+    )
+    explain.add_argument(
+        "--shape", type=_shape, required=True, metavar="N,C,...", help="channels second, such as 32,64,56,56"
+    )
+    explain.add_argument("--dtype", choices=("f16", "bf16", "f32", "f64"), default="f32", help="default: %(default)s")
+    explain.add_argument(
+        "--layout", choices=("nchw", "nhwc", "nc"), default="nchw", help="how the axes lie in memory (default: nchw)"
+    )
+    explain.add_argument(
+        "--device", choices=(*DEVICES, "all"), default="h100", help="a GPU, or a table of all (default: h100)"
+    )
+    explain.add_argument("--residual", action="store_true", help="a tensor is added before the activation")
+    explain.add_argument("--activation", metavar="NAME", help="such as relu (default: none)")
 
     demo = _add(
         commands,
@@ -95,6 +119,31 @@ def run_check(options: argparse.Namespace) -> int:
     return 0 if conformance(options.backend) else 1
 
 
+def run_explain(options: argparse.Namespace) -> int:
+    """``gpu-bn explain``."""
+    from gpu_bn._console import table
+    from gpu_bn._explain import explain, row
+
+    def of(device: str) -> Explanation:
+        return explain(
+            options.shape, options.dtype, options.layout, device,
+            activation=options.activation, residual=options.residual,
+        )  # fmt: skip
+
+    try:
+        found = [of(name) for name in (DEVICES if options.device == "all" else [options.device])]
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if options.device != "all":
+        print(found[0])
+        return 0
+    header = ["device", "pass", "tier", "launches", "grid", "vector", "shared", "moved/floor", "time", "floor"]
+    rows = [row(one, direction) for one in found for direction in ("forward", "backward")]
+    caption = "Times are a model, not measured: bytes over the bandwidth of a copy, without what a launch costs."
+    print(table(found[0].call, header, rows, caption), end="")
+    return 0
+
+
 def run_demo(options: argparse.Namespace) -> int:
     """``gpu-bn demo``."""
     missing = [package for module, package in DEMO_NEEDS.items() if find_spec(module) is None]
@@ -115,6 +164,10 @@ def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
 ) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=text.split(". ")[0].rstrip("."), description=text)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(_positive(size) for size in text.split(","))
 
 
 def _positive(text: str) -> int:

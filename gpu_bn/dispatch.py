@@ -9,30 +9,57 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
-from gpu_bn.backends.protocol import Backend
+from gpu_bn.backends.protocol import Backend, BackendUnavailableError
 
-
-class BackendUnavailableError(RuntimeError):
-    """A backend that was asked for cannot serve the call; the message says why."""
+__all__ = ["NAMES", "ROWS", "BackendUnavailableError", "differentiable", "load", "select", "serving"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One backend: its name, the array library it serves, its module, and why it cannot be had (if it cannot)."""
+    """One backend: its name, the array library it serves, its module, and why it cannot be had (if it cannot).
+
+    ``device`` is the type of the devices it serves, for a library with arrays on several. ``differentiable`` is a
+    module whose ``batch_norm`` takes the front door's calls, for a library that differentiates. ``packages`` are
+    those that it needs beside a GPU.
+    """
 
     name: str
     library: str
     array: str
     module: str | None = None
     why_not: str = ""
+    device: str = ""
+    differentiable: str = ""
+    packages: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.array} on {self.device}" if self.device else self.array
 
 
 ROWS = (
     Row("numpy", "numpy", "numpy.ndarray", "gpu_bn.backends.numpy"),
-    Row("cupy", "cupy", "cupy.ndarray", why_not="this version of gpu_bn has no CUDA kernels yet"),
-    Row("triton", "torch", "torch.Tensor", why_not="this version of gpu_bn has no Triton kernels yet"),
+    Row("cupy", "cupy", "cupy.ndarray", "gpu_bn.backends.cupy", packages=("cupy",)),
+    Row(
+        "torch",
+        "torch",
+        "torch.Tensor",
+        "gpu_bn.nn._cpu",
+        device="cpu",
+        differentiable="gpu_bn.nn.functional",
+        packages=("torch",),
+    ),
+    Row(
+        "triton",
+        "torch",
+        "torch.Tensor",
+        "gpu_bn.backends.triton",
+        device="cuda",
+        differentiable="gpu_bn.nn.functional",
+        packages=("torch", "triton"),
+    ),
 )
 NAMES = tuple(row.name for row in ROWS)
 NOT_PLAIN = {"numpy.ma.MaskedArray", "numpy.ma.core.MaskedArray", "numpy.matrix", "numpy.matrixlib.defmatrix.matrix"}
@@ -54,16 +81,33 @@ def select(backend: str | Backend | None, **arrays: Any) -> Backend:
     libraries = {name: _library(name, array) for name, array in arrays.items() if array is not None or name == required}
     library = libraries[required]
     if any(other is not library for other in libraries.values()):
-        found = ", ".join(f"{name} is a {row.array}" for name, row in libraries.items())
+        found = ", ".join(f"{name} is a {row}" for name, row in libraries.items())
         raise TypeError(f"expected all arrays in one library and on one device, got: {found}")
     if backend is not None and not isinstance(backend, str):
         if not hasattr(backend, "normalize"):
             raise TypeError(f"backend should be a name or a Backend, got {type(backend).__name__}")
         return backend
     row = library if backend is None else _row(backend)
-    if row.library != library.library:
-        raise ValueError(f"backend {row.name!r} serves arrays of type {row.array}, got {library.array}")
+    if (row.library, row.device) != (library.library, library.device):
+        raise ValueError(f"backend {row.name!r} serves arrays of type {row}, got {library}")
     return load(row.name)
+
+
+def serving(array: Any, name: str = "input") -> Backend:
+    """The backend for an array of a known library."""
+    return load(_library(name, array).name)
+
+
+def differentiable(array: Any, backend: str | Backend | None) -> ModuleType | None:
+    """The module whose ``batch_norm`` serves an array of a library that differentiates; ``None`` for other arrays.
+
+    A :class:`~gpu_bn.backends.protocol.Backend` given as an object is used as it is, without gradients.
+    """
+    if backend is not None and not isinstance(backend, str):
+        return None
+    kind: Any = type(array)
+    rows = _rows_of_type(kind)
+    return import_module(rows[0].differentiable) if rows and rows[0].differentiable else None
 
 
 @cache
@@ -77,7 +121,14 @@ def load(name: str) -> Backend:
     row = _row(name)
     if row.module is None:
         raise BackendUnavailableError(f"backend {name!r} cannot be used: {row.why_not}")
-    backend: Backend = import_module(row.module).backend()
+    try:
+        backend: Backend = import_module(row.module).backend()
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"backend {name!r} cannot be used: {error}; install it with pip install 'gpu_bn[{row.library}]'"
+        ) from error
+    except RuntimeError as error:
+        raise BackendUnavailableError(f"backend {name!r} cannot be used: {error}") from None
     return backend
 
 
@@ -89,18 +140,26 @@ def _row(name: str) -> Row:
 
 
 def _library(name: str, array: Any) -> Row:
+    """The row that serves an array's type and device: the one place where a device decides."""
     kind: Any = type(array)
-    row = _row_of_type(kind)
-    if row is None:
-        kinds = ", ".join(row.array for row in ROWS)
+    rows = _rows_of_type(kind)
+    if not rows:
+        kinds = ", ".join(dict.fromkeys(row.array for row in ROWS))
         raise TypeError(f"{name} should be an array ({kinds}), got {kind.__module__}.{kind.__qualname__}")
-    return row
+    if not rows[0].device:
+        return rows[0]
+    device = array.device.type
+    for row in rows:
+        if row.device == device:
+            return row
+    raise TypeError(f"{name} should be on one of {', '.join(row.device for row in rows)}, got {device}")
 
 
 @cache
-def _row_of_type(kind: Any) -> Row | None:
-    """The row whose array type is among a type's bases, unless another base changes what an array means."""
-    names = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
-    if names & NOT_PLAIN:
-        return None
-    return next((row for row in ROWS if row.array in names), None)
+def _rows_of_type(kind: Any) -> tuple[Row, ...]:
+    """The rows whose array type is the nearest of a type's bases, unless another base changes what an array means."""
+    names = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
+    if NOT_PLAIN.intersection(names):
+        return ()
+    nearest = next((name for name in names if any(row.array == name for row in ROWS)), None)
+    return tuple(row for row in ROWS if row.array == nearest)

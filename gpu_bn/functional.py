@@ -40,7 +40,8 @@ def batch_norm(
             be absent; otherwise they are the statistics used.
         weight, bias: (C,), any of the float dtypes; absent, they are 1 and 0.
         training: whether to use the batch's statistics.
-        momentum: what the batch's statistics weigh in the running update, between 0 and 1.
+        momentum: what the batch's statistics weigh in the running update, between 0 and 1; or a 0-d array of ``x``'s
+            library that holds it, which is not read on the host.
         eps: added to the variance, in its units; positive in training.
         residual: added before the activation; like ``x``.
         activation: a name from :data:`gpu_bn.activations.ROWS`, or an ``Activation`` with its parameter.
@@ -58,8 +59,28 @@ def batch_norm(
             training.
         BackendUnavailableError: the backend cannot be had; the message says why.
 
-    A call that raises has changed nothing.
+    A call that raises has changed nothing. For torch tensors the call is differentiable
+    (:func:`gpu_bn.nn.functional.batch_norm` has the same arguments and torch's errors); for other arrays,
+    :func:`batch_norm_forward` and :func:`batch_norm_backward` are the two halves.
     """
+    front = dispatch.differentiable(x, backend)
+    if front is not None:
+        y: Array = front.front_door(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+            channel_axis=channel_axis,
+            backend=backend,
+            out=out,
+        )
+        return y
     return _forward(
         x,
         running_mean,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_bn import spec
+from gpu_bn import dispatch, spec
 from gpu_bn.activations import Activation
 from gpu_bn.backends.protocol import Backend, Saved
 from gpu_bn.folding import batch_moments
@@ -26,7 +26,8 @@ class BatchNorm:
         momentum: what a batch weighs in the running statistics; ``None`` averages over all batches so far.
         affine: whether there are ``weight`` and ``bias``.
         track_running_stats: whether there are running statistics; without them, evaluation uses the batch's.
-        device: ``None`` or ``"cpu"``.
+        device: where parameters and statistics are: ``None`` or ``"cpu"`` for NumPy arrays, ``"cuda"`` for CuPy arrays
+            on the current device.
         dtype: of parameters and running statistics, a NumPy dtype; float32 unless given.
         bias: whether ``affine`` includes a bias.
         activation: what follows, as in :func:`gpu_bn.batch_norm`.
@@ -58,8 +59,8 @@ class BatchNorm:
     ) -> None:
         if not isinstance(num_features, (int, np.integer)) or num_features < 0:
             raise ValueError(f"num_features should be a non-negative int, got {num_features!r}")
-        if device not in (None, "cpu"):
-            raise ValueError(f"device should be None or 'cpu' in this version of gpu_bn, got {device!r}")
+        if device not in (None, "cpu", "cuda"):
+            raise ValueError(f"device should be None, 'cpu' or 'cuda', got {device!r}")
         spec.check_options(False, 0.0 if momentum is None else momentum, eps)
         self.num_features = int(num_features)
         self.eps = eps
@@ -76,11 +77,12 @@ class BatchNorm:
         dtype = np.dtype(np.float32 if dtype is None else dtype)
         if dtype.name not in spec.FLOAT_DTYPES:
             raise TypeError(f"dtype should be one of {', '.join(spec.FLOAT_DTYPES)}, got {dtype.name}")
-        self.weight: Array | None = np.ones(num_features, dtype) if affine else None
-        self.bias: Array | None = np.zeros(num_features, dtype) if affine and bias else None
-        self.running_mean: Array | None = np.zeros(num_features, dtype) if track_running_stats else None
-        self.running_var: Array | None = np.ones(num_features, dtype) if track_running_stats else None
-        self.num_batches_tracked: Array | None = np.array(0, np.int64) if track_running_stats else None
+        xp: Any = dispatch.load("cupy").xp if device == "cuda" else np  # type: ignore[attr-defined]
+        self.weight: Array | None = xp.ones(num_features, dtype) if affine else None
+        self.bias: Array | None = xp.zeros(num_features, dtype) if affine and bias else None
+        self.running_mean: Array | None = xp.zeros(num_features, dtype) if track_running_stats else None
+        self.running_var: Array | None = xp.ones(num_features, dtype) if track_running_stats else None
+        self.num_batches_tracked: Array | None = xp.zeros((), np.int64) if track_running_stats else None
 
     def forward(self, x: Array, residual: Array | None = None) -> Array:
         """Normalise ``x``; the call's statistics are kept for one :meth:`backward`.
@@ -107,7 +109,7 @@ class BatchNorm:
         use_running = not self.training or self.track_running_stats
         momentum = self.momentum
         if momentum is None:
-            momentum = 1.0 / (int(counter) + 1) if counter is not None else 0.0
+            momentum = 1.0 / (counter + 1) if counter is not None else 0.0  # on a GPU, a 0-d array
         y, saved = batch_norm_forward(
             x,
             self.running_mean if use_running else None,
@@ -218,7 +220,7 @@ class BatchNorm:
         unexpected = [name for name in state if name not in own]
         if strict and (missing or unexpected):
             raise ValueError(f"state of {self!r}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
-        values = {name: np.asarray(state[name]) for name in own if name in state}
+        values = {name: _like(own[name], state[name]) for name in own if name in state}
         for name, value in values.items():
             if value.shape != own[name].shape:
                 raise ValueError(f"state of {self!r}: {name} should have shape {own[name].shape}, got {value.shape}")
@@ -233,3 +235,11 @@ class BatchNorm:
         if not self.activation.is_identity:
             text += f", activation={self.activation!r}"
         return f"{type(self).__name__}({text})"
+
+
+def _like(own: Array, value: Array) -> Array:
+    """An array, brought to the host if it is to be copied to an array there."""
+    on_device = hasattr(value, "get") and not isinstance(value, np.ndarray)
+    if on_device:
+        return value.get() if isinstance(own, np.ndarray) else value
+    return np.asarray(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from gpu_bn.backends.protocol import Backend, Moments, Saved, Sums
+from gpu_bn.backends.protocol import Backend, Fused, Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -50,6 +50,8 @@ def forward(
     if out is not None:
         backend.check_out(out, x, residual, in_place)
     count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
+    if count and x.shape[spec.axis] and (fused := _fused(backend)):
+        return fused.forward(x, spec, running_mean, running_var, weight, bias, residual, out)
     tracked = running_mean is not None and running_var is not None
     if spec.batch_stats:
         moments = backend.stats(x, spec.axis)
@@ -77,6 +79,8 @@ def forward(
 def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
     """The gradients named in ``need``, which names only arguments that the forward call had."""
     activation, batch_stats = saved.spec.activation, saved.spec.batch_stats
+    if math.prod(saved.x.shape) and (fused := _fused(backend)):
+        return Grads(*fused.backward(dy, saved, need))
     dx = backend.empty_like(saved.x) if "dx" in need else None
     if math.prod(saved.x.shape) == 0:
         return _empty_grads(backend, saved, dx, need)
@@ -108,3 +112,7 @@ def _empty_grads(backend: Backend, saved: Saved, dx: Array | None, need: frozens
         dbias=backend.cast(zeros, saved.bias_dtype) if "dbias" in need else None,
         dresidual=backend.empty_like(saved.x) if "dresidual" in need else None,
     )
+
+
+def _fused(backend: Any) -> Fused | None:
+    return backend if hasattr(backend, "forward") else None

@@ -37,13 +37,14 @@ MIN_RANK, MAX_RANK = 2, 5
 class BatchNormSpec:
     """The options of one call, checked.
 
+    ``momentum`` is a number, or a 0-d array that holds it, so that it need not be read from a GPU.
     ``batch_stats`` tells whether ``mean`` and ``var`` come from the batch (training, or evaluation without
     running statistics); ``axis`` is the channel axis, counted from 0.
     """
 
     axis: int
     batch_stats: bool
-    momentum: float
+    momentum: Any
     eps: float
     activation: Activation
 
@@ -55,7 +56,7 @@ def check_forward(
     weight: Array | None,
     bias: Array | None,
     training: bool,
-    momentum: float,
+    momentum: float | Array,
     eps: float,
     residual: Array | None,
     activation: Activation | str | None,
@@ -88,12 +89,12 @@ def check_forward(
             check_like(name, like, x)
     if out is not None:
         check_writeable("out", out)
-    return BatchNormSpec(axis, training, float(momentum), float(eps), Activation.of(activation))
+    return BatchNormSpec(axis, training, _momentum(momentum), float(eps), Activation.of(activation))
 
 
-def check_options(training: bool, momentum: float, eps: float) -> None:
-    """Check ``momentum`` and ``eps``: real numbers, ``eps`` positive in training and never negative."""
-    if not isinstance(momentum, Real):
+def check_options(training: bool, momentum: float | Array, eps: float) -> None:
+    """Check ``momentum``, a real number or 0-d array, and ``eps``, positive in training and never negative."""
+    if not isinstance(momentum, Real) and getattr(momentum, "shape", None) != ():
         raise TypeError(f"momentum should be a number, got {type(momentum).__name__}")
     if not isinstance(eps, Real):
         raise TypeError(f"eps should be a number, got {type(eps).__name__}")
@@ -101,6 +102,10 @@ def check_options(training: bool, momentum: float, eps: float) -> None:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+
+
+def _momentum(momentum: float | Array) -> float | Array:
+    return float(momentum) if isinstance(momentum, Real) else momentum
 
 
 def check_axis(shape: tuple[int, ...], channel_axis: int) -> int:

@@ -2,11 +2,12 @@
 
 import hypothesis
 import pytest
+from cupy_on_emulator import make_gpu
 from emulator.fixtures import caught_faults, compile_cuda, compile_triton, device, pytest_terminal_summary
 
 import gpu_bn
 
-__all__ = ["caught_faults", "compile_cuda", "compile_triton", "device", "pytest_terminal_summary"]
+__all__ = ["caught_faults", "compile_cuda", "compile_triton", "device", "make_gpu", "pytest_terminal_summary"]
 
 BACKENDS = ["numpy"]
 

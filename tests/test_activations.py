@@ -27,6 +27,30 @@ def slopes(activation, z, dy=None):
     return out
 
 
+def in_expressions(expression, activation, z, dy):
+    """What a kernel computes, in float64."""
+    functions = {
+        "where": np.where, "abs": np.abs, "exp": np.exp, "expm1": np.expm1, "tanh": np.tanh, "normal_cdf": normal_cdf,
+        "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+        "sigmoid_slope": lambda z: np.exp(-np.abs(z)) / (1 + np.exp(-np.abs(z))) ** 2,
+    }  # fmt: skip
+    names = {"z": z, "dy": dy, "p": activation.parameter, "__builtins__": {}}
+    with np.errstate(all="ignore"):
+        return eval(expression, functions | names)
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=repr)
+def test_the_expressions_for_kernels_are_the_same_functions(activation):
+    z = np.concatenate([np.linspace(-20, 20, 1001), [0.0, 6.0, -3.0, 3.0, np.nan]])
+    dy = np.linspace(-2, 3, len(z))
+    code = activation.row.device
+    assert bool(code.drop) == bool(code.dropped) != bool(code.gradient)
+    gradient = code.gradient or f"where({code.drop}, {code.dropped}, dy)"
+    close = {"rtol": 1e-12, "atol": 1e-15}
+    np.testing.assert_allclose(in_expressions(code.value, activation, z, dy), values(activation, z), **close)
+    np.testing.assert_allclose(in_expressions(gradient, activation, z, dy), slopes(activation, z, dy), **close)
+
+
 @pytest.mark.parametrize("activation", FORMS, ids=repr)
 def test_gradient_is_the_slope_of_the_value(activation):
     z = np.linspace(-7.03, 7.01, 1001)

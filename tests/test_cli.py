@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import gpu_bn
-from gpu_bn import _conformance, _info, testing
+from gpu_bn import _conformance, _info, plan, testing
 from gpu_bn.cli import DEMO_NEEDS, main
 
 FEW = [testing.Case((4, 3)), testing.Case((4, 3), mode="eval"), testing.Case((2, 3, 5), "float64")]
@@ -21,7 +21,14 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "says"), [([], "COMMAND"), (["info"], "backend"), (["check"], "--backend"), (["demo"], "--seeds")]
+    ("command", "says"),
+    [
+        ([], "COMMAND"),
+        (["info"], "backend"),
+        (["check"], "--backend"),
+        (["explain"], "--shape"),
+        (["demo"], "--seeds"),
+    ],
 )
 def test_help(command, says, capsys):
     with pytest.raises(SystemExit) as end:
@@ -31,7 +38,19 @@ def test_help(command, says, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", [[], ["train"], ["demo", "--seeds", "0"], ["demo", "--steps", "two"], ["check", "--backend", "jax"]]
+    "line",
+    [
+        [],
+        ["train"],
+        ["demo", "--seeds", "0"],
+        ["demo", "--steps", "two"],
+        ["check", "--backend", "jax"],
+        ["explain"],
+        ["explain", "--shape", "4,x"],
+        ["explain", "--shape", "4,0"],
+        ["explain", "--shape", "4,8", "--dtype", "int8"],
+        ["explain", "--shape", "4,8", "--device", "abacus"],
+    ],
 )
 def test_a_line_that_is_not_understood_exits_with_2(line, capsys):
     with pytest.raises(SystemExit) as end:
@@ -165,3 +184,34 @@ def test_a_reader_that_has_read_enough_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+EXPLAIN = ["explain", "--shape", "32,64,56,56", "--dtype", "f16"]
+
+
+def test_explain_says_what_the_function_says(capsys):
+    assert main([*EXPLAIN, "--layout", "nhwc", "--device", "a100", "--residual", "--activation", "relu"]) == 0
+    expected = gpu_bn.explain((32, 64, 56, 56), "float16", "nhwc", "a100", activation="relu", residual=True)
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_explain_on_all_devices_is_a_table(capsys):
+    assert main([*EXPLAIN, "--device", "all"]) == 0
+    out = capsys.readouterr().out
+    for device in plan.DEVICES.values():
+        lines = [line for line in out.splitlines() if line.startswith(f"  {device.name} ")]
+        assert [line.removeprefix(f"  {device.name}").split()[0] for line in lines] == ["forward", "backward"]
+    assert "Times are a model, not measured" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--shape", "8"], "2 to 5 axes, got 1"),
+        (["--shape", "4,8,2", "--layout", "nc"], "layout 'nc' is of 2 axes, got 3"),
+        (["--shape", "4,8", "--activation", "maxout"], "unknown activation 'maxout', expected one of identity"),
+    ],
+)
+def test_explain_refuses_what_makes_no_sense(arguments, says, capsys):
+    assert main(["explain", *arguments]) == 1
+    assert says in capsys.readouterr().err

@@ -1,10 +1,13 @@
 """Every refusal: its type, a text that says what was expected and what came, and nothing changed."""
 
+import sys
+
 import numpy as np
 import pytest
 from support import running_pair, same_bits
 
 import gpu_bn
+from gpu_bn import dispatch
 
 
 def array(*shape, dtype=np.float32):
@@ -68,7 +71,7 @@ REFUSED = [
     ({"activation": "swish"}, ValueError, "unknown activation 'swish', expected one of identity, relu, "),
     ({"activation": gpu_bn.Activation("leaky")}, ValueError, "unknown activation 'leaky', expected one of identity"),
     ({"activation": max}, TypeError, "activation should be a name or an Activation, got builtin_function_or_method"),
-    ({"backend": "tpu"}, ValueError, "unknown backend 'tpu', expected one of numpy, cupy, triton"),
+    ({"backend": "tpu"}, ValueError, "unknown backend 'tpu', expected one of numpy, cupy, torch, triton"),
     ({"backend": "cupy"}, ValueError, "backend 'cupy' serves arrays of type cupy.ndarray, got numpy.ndarray"),
 ]  # fmt: skip
 
@@ -95,10 +98,29 @@ def test_one_library_for_all_arrays():
         gpu_bn.batch_norm(X, weight=torch.ones(3), training=True)
 
 
-def test_a_backend_that_cannot_be_had_says_why():
+def test_a_backend_that_cannot_be_had_says_why(monkeypatch):
+    pytest.importorskip("torch")
+    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.triton")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    dispatch.load.cache_clear()
+    with pytest.raises(gpu_bn.BackendUnavailableError, match=r"'triton' cannot be used: .*triton"):
+        dispatch.load("triton")
+    dispatch.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "error", "text"),
+    [
+        ("cpu", "triton", ValueError, "backend 'triton' serves arrays of type torch.Tensor on cuda, got .* on cpu"),
+        ("cpu", "numpy", ValueError, "backend 'numpy' serves arrays of type numpy.ndarray, got torch.Tensor on cpu"),
+        ("meta", None, TypeError, "input should be on one of cpu, cuda, got meta"),
+    ],
+)
+def test_a_tensor_is_served_where_it_is(device, backend, error, text):
     torch = pytest.importorskip("torch")
-    with pytest.raises(gpu_bn.BackendUnavailableError, match=r"'triton' cannot be used: .*no Triton kernels"):
-        gpu_bn.batch_norm(torch.ones(4, 3), training=True)
+    with pytest.raises(error, match=text):
+        gpu_bn.batch_norm(torch.ones(4, 3, device=device), training=True, backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_a_refused_call_leaves_statistics_and_counter(x, error):
         ({"num_features": 2.5}, ValueError, "num_features should be a non-negative int, got 2.5"),
         ({"eps": -1.0}, ValueError, "eps must be non-negative, but got -1.0"),
         ({"momentum": "fast"}, TypeError, "momentum should be a number, got str"),
-        ({"device": "cuda"}, ValueError, "device should be None or 'cpu' in this version of gpu_bn, got 'cuda'"),
+        ({"device": "gpu"}, ValueError, "device should be None, 'cpu' or 'cuda', got 'gpu'"),
         ({"dtype": np.int32}, TypeError, "dtype should be one of"),
         ({"dtype": np.int32, "affine": False}, TypeError, "should be one of"),
         ({"activation": "swish"}, ValueError, "unknown activation 'swish'"),

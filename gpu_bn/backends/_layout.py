@@ -31,7 +31,12 @@ class Layout:
         """The layout of an array with its channels along ``axis``."""
         if x.flags.c_contiguous:
             return _layout(x.shape, tuple(range(x.ndim)), axis)
-        return _layout(x.shape, _memory_order(x), axis)
+        return Layout.of_strides(x.shape, x.strides, axis)
+
+    @staticmethod
+    def of_strides(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Layout:
+        """The layout of any library's array, from its shape and its strides in any unit."""
+        return _layout(shape, _memory_order(shape, strides), axis)
 
     @property
     def count(self) -> int:
@@ -67,8 +72,8 @@ def _layout(shape: tuple[int, ...], order: tuple[int, ...], axis: int) -> Layout
     return Layout(shape, order, math.prod(ordered[:at]), shape[axis], math.prod(ordered[at + 1 :]))
 
 
-def _memory_order(x: Array) -> tuple[int, ...]:
+def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The axes from the largest stride to the smallest; a broadcast array has no order of its own."""
-    if any(stride == 0 and size > 1 for stride, size in zip(x.strides, x.shape, strict=True)):
-        return tuple(range(x.ndim))
-    return tuple(sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis])))
+    if any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
+        return tuple(range(len(shape)))
+    return tuple(sorted(range(len(shape)), key=lambda axis: -abs(strides[axis])))

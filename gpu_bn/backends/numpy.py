@@ -72,7 +72,8 @@ class NumpyBackend:
         with np.errstate(all="ignore"):
             return _small.stats(layout, x) if x.size <= SMALL else _moments(layout.read(x), _working_dtype(x))
 
-    def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: float) -> None:
+    def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
+        momentum = float(momentum)
         bessel = moments.count / max(moments.count - 1, 1)
         with np.errstate(all="ignore"):
             running_mean[...] = (1 - momentum) * running_mean.astype(FLOAT64) + momentum * moments.mean

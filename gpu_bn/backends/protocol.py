@@ -10,6 +10,10 @@ from gpu_bn.spec import BatchNormSpec
 Array = Any
 
 
+class BackendUnavailableError(RuntimeError):
+    """A backend that was asked for cannot serve the call; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Moments:
     """What is known of each channel's distribution.
@@ -43,6 +47,8 @@ class Saved:
         weight_dtype, bias_dtype: what the parameters came in and their gradients go out in.
         has_residual: whether the forward call had a residual.
         spec: the call's options.
+        mask: one bit an element that decides the activation's gradient, kept in place of the residual; the backend
+            that made it knows its layout. A ``count`` of the statistics above the input's own is that of all ranks.
     """
 
     x: Array
@@ -54,6 +60,7 @@ class Saved:
     bias_dtype: Any
     has_residual: bool
     spec: BatchNormSpec
+    mask: Array | None = None
 
     @property
     def mean(self) -> Array:
@@ -74,7 +81,10 @@ class Sums(NamedTuple):
 
 
 class Backend(Protocol):
-    """The phases. Arrays are the backend's own library's; arguments have been checked by :mod:`gpu_bn.spec`."""
+    """The phases. Arrays are the backend's own library's; arguments have been checked by :mod:`gpu_bn.spec`.
+
+    A backend may also fuse the phases of a call, as a :class:`Fused` one does.
+    """
 
     name: str
 
@@ -96,7 +106,7 @@ class Backend(Protocol):
     def stats(self, x: Array, axis: int) -> Moments:
         """Mean and biased variance of each channel; zeros for an empty ``x``."""
 
-    def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: float) -> None:
+    def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
         """Move the running statistics towards ``moments``, in place; the variance with Bessel's correction."""
 
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
@@ -114,3 +124,23 @@ class Backend(Protocol):
         ``sums`` is ``None`` for frozen statistics; ``dz``, if given, holds what ``backward_reduce`` wrote, and may
         be ``out``.
         """
+
+
+class Fused(Protocol):
+    """A backend that does all phases of a call in as few launches as it can. Neither method sees empty inputs."""
+
+    def forward(
+        self,
+        x: Array,
+        spec: BatchNormSpec,
+        running_mean: Array | None,
+        running_var: Array | None,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        out: Array | None,
+    ) -> tuple[Array, Saved]:
+        """``y``, in ``out`` if it is given, and what the backward call needs; updates the running statistics."""
+
+    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
+        """``dx, dweight, dbias, dresidual``, each ``None`` unless ``need`` names it."""

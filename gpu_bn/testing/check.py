@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,59 @@ def _same(array: Array) -> Array:
     return array
 
 
-ADAPTERS: dict[str, Adapter] = {"numpy": Adapter(_same, _same)}
+def _to_torch(array: Array) -> Array:
+    """A tensor in the array's memory; what torch cannot have (negative or odd strides, read-only) is copied."""
+    odd = any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.flags.aligned
+    return _torch_cpu().as_tensor(array.copy("K") if odd or not array.flags.writeable else array)
+
+
+def _from_torch(tensor: Array) -> Array:
+    return _torch_cpu().as_array(tensor)
+
+
+def _torch_cpu() -> Any:
+    return import_module("gpu_bn.nn._cpu")
+
+
+def _to_triton(array: Array) -> Array:
+    """A tensor with the array's values and strides, on the GPU if there is one; negative strides have to be copied."""
+    import torch
+
+    once = array[tuple(slice(None) if stride else slice(1) for stride in array.strides)]  # without what is repeated
+    if any(stride < 0 for stride in once.strides) or not once.flags.writeable:
+        once = once.copy(order="K")
+    bits = once.view(np.int16) if str(array.dtype) == "bfloat16" else once
+    tensor = torch.from_numpy(bits)
+    tensor = tensor.view(torch.bfloat16) if bits is not once else tensor
+    tensor = tensor.to("cuda") if torch.cuda.is_available() else tensor
+    return tensor.expand(array.shape)
+
+
+def _from_triton(tensor: Array) -> Array:
+    import torch
+
+    tensor = tensor.detach().cpu()
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    import ml_dtypes
+
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _to_cupy(array: Array) -> Array:
+    return import_module("gpu_bn.backends.cupy").from_host(array)
+
+
+def _from_cupy(array: Array) -> Array:
+    return array.get()
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "numpy": Adapter(_same, _same),
+    "cupy": Adapter(_to_cupy, _from_cupy),
+    "torch": Adapter(_to_torch, _from_torch),
+    "triton": Adapter(_to_triton, _from_triton),
+}
 """By the backend's name. ``to_backend`` keeps shape, dtype and, where the library has them, strides."""
 
 TENSORS = ("x", "dy", "residual")

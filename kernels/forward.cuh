@@ -1,0 +1,225 @@
+// The forward pass. z = (x - centre) * scale + shift + residual, with centre the mean in the tensor's precision and what is
+// left of the mean in shift: the same expression, with the same roundings, in the backward pass.
+
+template <class A, int N> struct Affine {
+  A centre[N], scale[N], shift[N];
+
+  __device__ __forceinline__ void set(int place, double mean, double rstd, double weight, double bias) {
+    const A near = (A)mean;
+    const double slope = rstd * weight;
+    centre[place] = near;
+    scale[place] = (A)slope;
+    shift[place] = (A)(bias - (mean - near) * slope);
+  }
+};
+
+// A thread's own channels' entries of such a table.
+template <class L> struct OwnAffine : Affine<typename L::A, L::CHANNELS> {
+  typedef typename L::A A;
+  __device__ __forceinline__ OwnAffine(const Tile<L>& tile, const Affine<A, L::MAX_CHANNELS>& table) {
+    if (!tile.count) return;  // also a lane beyond the last channel, which has no entries
+#pragma unroll
+    for (int j = 0; j < L::CHANNELS; ++j) {
+      this->centre[j] = table.centre[tile.own() + j];
+      this->scale[j] = table.scale[tile.own() + j];
+      this->shift[j] = table.shift[tile.own() + j];
+    }
+  }
+  __device__ __forceinline__ A centred(int j, A x) const { return x - this->centre[L::COLUMNS ? j : 0]; }
+  __device__ __forceinline__ A z(int j, A centred) const {
+    return fma(centred, this->scale[L::COLUMNS ? j : 0], this->shift[L::COLUMNS ? j : 0]);
+  }
+};
+
+// What a channel's statistics lead to: the running statistics, and the copies that the backward pass works from.
+struct Channels {
+  Parameter weight, bias, running_mean, running_var;
+  const double* momentum_at;  // on the device; if null, momentum is given by value
+  double* saved;       // [4, C]: mean, var, weight, bias; may be null
+  u32 channels;
+  double momentum;
+
+  __device__ __forceinline__ void save(i64 channel, double mean, double var) const {
+    if (!saved) return;
+    saved[channel] = mean;
+    saved[channels + channel] = var;
+    saved[2ll * channels + channel] = weight.get(channel, 1.);
+    saved[3ll * channels + channel] = bias.get(channel, 0.);
+  }
+
+  __device__ __forceinline__ void track(i64 channel, double mean, double var, double n) const {
+    if (!running_mean.data) return;
+    const double m = momentum_at ? *momentum_at : momentum;
+    running_mean.set(channel, (1. - m) * running_mean.get(channel) + m * mean);
+    running_var.set(channel, (1. - m) * running_var.get(channel) + m * (n > 1. ? n / (n - 1.) : 1.) * var);
+  }
+};
+
+template <class L, bool RESIDUAL, bool MASK> struct Output {
+  typedef typename L::V V;
+  typedef typename L::A A;
+  V* y;
+  const V* residual;
+  u8* mask;
+  A parameter;
+
+  __device__ __forceinline__ void write(const OwnAffine<L>& affine, const V& x, const V& added, i64 offset) const {
+    V out;
+    u32 bits = 0;
+#pragma unroll
+    for (int j = 0; j < L::VEC; ++j) {
+      A z = affine.z(j, affine.centred(j, x[j]));
+      if (RESIDUAL) z += added[j];
+      if (MASK) bits |= (u32)!Activation::drop(z) << j;
+      out.at[j] = L::T::down(Activation::value(z, parameter));
+    }
+    store_once(y + offset, out);
+    if (MASK) mask[offset] = (u8)bits;
+  }
+};
+
+template <class V, bool RESIDUAL> struct Pair {
+  V x, residual;
+};
+template <class V> struct Pair<V, false> {
+  V x;
+};
+
+// Writes y for [0, count) of the thread's vectors.
+template <int UNROLL, bool REVERSED, class L, bool RESIDUAL, bool MASK, class Source>
+DEVICE void write_output(const Tile<L>& tile, const OwnAffine<L>& affine, Output<L, RESIDUAL, MASK> output, Source x) {
+  typedef typename L::V V;
+  each<UNROLL, REVERSED>(
+      tile, 0, tile.count,
+      [&](u32 i, i64 offset) {
+        Pair<V, RESIDUAL> pair;
+        pair.x = x.get(i, offset);
+        if constexpr (RESIDUAL) pair.residual = load_once(output.residual + offset);
+        return pair;
+      },
+      [&](const Pair<V, RESIDUAL>& pair, i64 offset) {
+        if constexpr (RESIDUAL)
+          output.write(affine, pair.x, pair.residual, offset);
+        else
+          output.write(affine, pair.x, pair.x, offset);
+      });
+}
+
+extern __shared__ __align__(16) unsigned char staging[];
+
+#define FORWARD_ARGS(L)                                                                                          \
+  const typename L::V *x, typename L::V *y, const typename L::V *residual, u8 *mask, const void *weight,          \
+      const void *bias, void *running_mean, void *running_var, const double *momentum_at, double *saved, double *partials, \
+      u32 *counters, u32 dtypes, GEOMETRY_ARGS, double momentum, double eps, double parameter
+
+// Statistics, running update and output in one launch: x is read once and kept in shared memory.
+template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward_on_chip(FORWARD_ARGS(L)) {
+  typedef typename L::V V;
+  typedef typename L::A A;
+  __shared__ Shared<L> shared;
+  __shared__ Shift<L> shift;
+  __shared__ Affine<A, L::MAX_CHANNELS> table;
+  const Geometry g = GEOMETRY;
+  const Channels per_channel = {{weight, dtypes, 0}, {bias, dtypes, 1}, {running_mean, dtypes, 2}, {running_var, dtypes, 3},
+                                momentum_at, saved, channels, momentum};
+  const Output<L, RESIDUAL, MASK> output = {y, residual, mask, (A)parameter};
+  const Staged<V> stage = {(V*)staging};
+  typename Exchange::template State<L> peers(g, &shared.own, partials, counters);
+
+  u32 round = 0;
+  for (u32 strip = blockIdx.x / g.blocks; strip < g.strips; strip += g.groups, ++round) {
+    const Tile<L> tile(g, strip, blockIdx.x % g.blocks);
+    copy_in_quarters(tile, [&](u32 i, i64 offset) { stage.copy(i, x + offset); });
+    block_moments(tile, x, shared, shift, [&](Deviations<L>& deviations) {
+      as_quarters_arrive(tile, [&](u32 begin, u32 end) {
+#pragma unroll(L::COLUMNS ? 1 : 2)
+        for (u32 i = begin; i < end; ++i) deviations.add(stage.get(i, 0));
+      });
+    });
+    peers.meet(tile, round);
+    const Moments moments = merge_moments(tile, peers, shift, shared.scratch);
+    const u32 place = threadIdx.x;
+    const i64 channel = tile.channel(place);
+    if (place < tile.strip_channels() && channel < channels) {
+      const double rstd = 1. / sqrt(moments.var + eps);
+      table.set(place, moments.mean, rstd, per_channel.weight.get(channel, 1.), per_channel.bias.get(channel, 0.));
+      if (tile.rank == 0) {
+        per_channel.save(channel, moments.mean, moments.var);
+        per_channel.track(channel, moments.mean, moments.var, tile.elements());
+      }
+    }
+    __syncthreads();
+    write_output<L::COLUMNS ? 1 : 2, false>(tile, OwnAffine<L>(tile, table), output, stage);
+    __syncthreads();  // the next strip writes the table again
+  }
+  peers.leave();
+}
+
+#define FORWARD_ON_CHIP(EXCHANGE)                                                                                   \
+  forward_on_chip<L, EXCHANGE, RESIDUAL, MASK>(                                                                     \
+      x, y, residual, mask, weight, bias, running_mean, running_var, momentum_at, saved, partials, counters, dtypes,    \
+      channels, inner, lanes, strips, positions, share, blocks, groups, momentum, eps, parameter)
+
+template <class L, class Exchange, bool RESIDUAL, bool MASK>
+__global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_forward_kernel(FORWARD_ARGS(L)) {
+  FORWARD_ON_CHIP(Exchange);
+}
+
+template <class L, int BLOCKS, bool RESIDUAL, bool MASK>
+__global__ void CLUSTER_OF(BLOCKS) __launch_bounds__(THREADS, RESIDENT(L)) bn_forward_cluster_kernel(FORWARD_ARGS(L)) {
+  FORWARD_ON_CHIP(Cluster<BLOCKS>);
+}
+
+// Statistics alone, and the running update: the first launch of two.
+template <class L>
+__global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
+    const typename L::V* x, const void* weight, const void* bias, void* running_mean, void* running_var,
+    const double* momentum_at, double* saved, double* partials, u32* counters, u32 dtypes, GEOMETRY_ARGS, double momentum) {
+  typedef typename L::V V;
+  __shared__ Shared<L> shared;
+  __shared__ Shift<L> shift;
+  const Geometry g = GEOMETRY;
+  const Channels per_channel = {{weight, dtypes, 0}, {bias, dtypes, 1}, {running_mean, dtypes, 2}, {running_var, dtypes, 3},
+                                momentum_at, saved, channels, momentum};
+  const Tile<L> tile(g, blockIdx.x / g.blocks, blockIdx.x % g.blocks);
+  const Streamed<V> source = {x};
+  block_moments(tile, x, shared, shift, [&](Deviations<L>& deviations) {
+    each<4, false>(
+        tile, 0, tile.count, [&](u32 i, i64 offset) { return source.get(i, offset); },
+        [&](const V& v, i64) { deviations.add(v); });
+  });
+  Split<L> peers;
+  if (!peers.last(tile, shared.own, partials, counters)) return;
+  const Moments moments = merge_moments(tile, peers, shift, shared.scratch);
+  const i64 channel = tile.channel(threadIdx.x);
+  if (threadIdx.x < tile.strip_channels() && channel < channels) {
+    per_channel.save(channel, moments.mean, moments.var);
+    per_channel.track(channel, moments.mean, moments.var, tile.elements());
+  }
+}
+
+// Output from given statistics: the second launch of two, evaluation. Runs backwards.
+template <class L, bool RESIDUAL, bool MASK>
+__global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_normalize_kernel(
+    const typename L::V* x, typename L::V* y, const typename L::V* residual, u8* mask, const void* weight,
+    const void* bias, const void* mean, const void* var, double* saved, u32 dtypes, GEOMETRY_ARGS, double eps,
+    double parameter) {
+  typedef typename L::V V;
+  typedef typename L::A A;
+  __shared__ Affine<A, L::MAX_CHANNELS> table;
+  const Geometry g = GEOMETRY;
+  const Channels per_channel = {{weight, dtypes, 0}, {bias, dtypes, 1}, {mean, dtypes, 2}, {var, dtypes, 3},
+                                nullptr, saved, channels, 0.};
+  const u32 block = gridDim.x - 1 - blockIdx.x;
+  const Tile<L> tile(g, block / g.blocks, block % g.blocks);
+  const u32 place = threadIdx.x;
+  const i64 channel = tile.channel(place);
+  if (place < tile.strip_channels() && channel < channels) {
+    const double m = per_channel.running_mean.get(channel), v = per_channel.running_var.get(channel);
+    table.set(place, m, 1. / sqrt(v + eps), per_channel.weight.get(channel, 1.), per_channel.bias.get(channel, 0.));
+    if (tile.rank == 0) per_channel.save(channel, m, v);
+  }
+  __syncthreads();
+  const Output<L, RESIDUAL, MASK> output = {y, residual, mask, (A)parameter};
+  write_output<L::COLUMNS ? 2 : 4, true>(tile, OwnAffine<L>(tile, table), output, StreamedOnce<V>{x});
+}

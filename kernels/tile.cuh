@@ -1,0 +1,164 @@
+// A tensor as strips of channels, and a block's share of a strip: which vectors a thread goes through, and where they are.
+//
+// Rows (COLUMNS false): [n, channels, inner * VEC]; a strip is one channel, its positions are the vectors of its n rows.
+// Columns: [n, inner * VEC], channels last; a strip is `lanes` adjacent vectors of channels, its positions are the n rows.
+// Thread t is lane t % lanes and starts at position t / lanes of the share.
+
+struct Geometry {
+  u32 channels;   // C
+  u32 inner;      // vectors in a row
+  u32 lanes;      // a power of two up to 32; 1 for rows
+  u32 strips;
+  i64 positions;  // of a strip
+  u32 share;      // positions of a block
+  u32 blocks;     // that share a strip
+  u32 groups;     // strips in progress at a time
+};
+
+#define GEOMETRY_ARGS u32 channels, u32 inner, u32 lanes, u32 strips, i64 positions, u32 share, u32 blocks, u32 groups
+#define GEOMETRY \
+  Geometry { channels, inner, lanes, strips, positions, share, blocks, groups }
+
+template <class T_, int VEC_, bool COLUMNS_> struct Layout {
+  typedef T_ T;
+  typedef typename T::Compute A;
+  typedef Vector<T, VEC_> V;
+  static constexpr int VEC = VEC_;
+  static constexpr bool COLUMNS = COLUMNS_;
+  static constexpr int CHANNELS = COLUMNS ? VEC : 1;                              // of a thread
+  static constexpr int MAX_CHANNELS = COLUMNS ? 128 / sizeof(typename T::Storage) : 1;  // of a strip
+  static constexpr int PER_POSITION = COLUMNS ? 1 : VEC;                          // elements that a channel has in a position
+};
+
+struct Cursor {
+  i64 offset;  // in vectors
+  u32 rest;    // vectors since the start of the row
+};
+
+template <class L> struct Tile {
+  const Geometry& g;
+  u32 strip, rank;
+  u32 lane, row, step;
+  u32 length;   // positions of this block
+  u32 count;    // of this thread
+  u32 jump_rest;
+  i64 jump;
+
+  __device__ __forceinline__ Tile(const Geometry& g, u32 strip, u32 rank) : g(g), strip(strip), rank(rank) {
+    lane = threadIdx.x & (g.lanes - 1);
+    row = threadIdx.x / g.lanes;
+    step = THREADS / g.lanes;
+    length = length_of(rank);
+    const bool active = !L::COLUMNS || column() < g.inner;
+    count = active && row < length ? (length - row + step - 1) / step : 0;
+    jump_rest = L::COLUMNS ? 0 : step % g.inner;
+    jump = L::COLUMNS ? (i64)step * g.inner : (i64)(step / g.inner) * g.channels * g.inner + jump_rest;
+  }
+
+  __device__ __forceinline__ u32 length_of(u32 r) const {
+    const i64 left = g.positions - (i64)r * g.share;
+    return left < g.share ? (u32)left : g.share;
+  }
+  // Elements that a channel has in the share of a block.
+  __device__ __forceinline__ double elements_of(u32 r) const { return (double)length_of(r) * L::PER_POSITION; }
+  __device__ __forceinline__ double elements() const { return (double)g.positions * L::PER_POSITION; }
+
+  __device__ __forceinline__ u32 column() const { return strip * g.lanes + lane; }
+  // Channels of the strip, and the place of this thread's first among them.
+  __device__ __forceinline__ u32 strip_channels() const { return L::COLUMNS ? g.lanes * L::VEC : 1; }
+  __device__ __forceinline__ u32 own() const { return L::COLUMNS ? lane * L::VEC : 0; }
+  __device__ __forceinline__ i64 channel(u32 place) const { return (i64)strip * strip_channels() + place; }
+
+  // The vector at the strip's first position, the same for all of its blocks.
+  __device__ __forceinline__ i64 origin() const { return L::COLUMNS ? column() : (i64)strip * g.inner; }
+
+  // The vector at a position of the share.
+  __device__ __forceinline__ Cursor seek(u32 position) const {
+    const i64 p = (i64)rank * g.share + position;
+    if (L::COLUMNS) return {p * g.inner + column(), 0};
+    const i64 n = p < 0xffffffffll ? (i64)((u32)p / g.inner) : p / g.inner;
+    const u32 rest = (u32)(p - n * g.inner);
+    return {(n * g.channels + strip) * g.inner + rest, rest};
+  }
+
+  template <bool REVERSED> __device__ __forceinline__ void advance(Cursor& c) const {
+    const i64 gap = (i64)(g.channels - 1) * g.inner;  // from the end of a row to the channel's next
+    if (REVERSED) {
+      c.offset -= jump;
+      if (!L::COLUMNS) {
+        if (c.rest < jump_rest) c.rest += g.inner, c.offset -= gap;
+        c.rest -= jump_rest;
+      }
+    } else {
+      c.offset += jump;
+      if (!L::COLUMNS) {
+        c.rest += jump_rest;
+        if (c.rest >= g.inner) c.rest -= g.inner, c.offset += gap;
+      }
+    }
+  }
+};
+
+// Calls use(load(i, offset), offset) for this thread's vectors i in [begin, end), UNROLL loads ahead of their uses.
+template <int UNROLL, bool REVERSED, class L, class Load, class Use>
+DEVICE void each(const Tile<L>& tile, u32 begin, u32 end, Load load, Use use) {
+  if (begin >= end) return;
+  Cursor cursor = tile.seek(tile.row + (REVERSED ? end - 1 : begin) * tile.step);
+  for (u32 done = begin; done < end; done += UNROLL) {
+    decltype(load(0u, (i64)0)) loaded[UNROLL];
+    i64 offset[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      if (done + u < end) {
+        offset[u] = cursor.offset;
+        loaded[u] = load(REVERSED ? begin + end - 1 - done - u : done + u, cursor.offset);
+        tile.template advance<REVERSED>(cursor);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u)
+      if (done + u < end) use(loaded[u], offset[u]);
+  }
+}
+
+// Where a sweep reads a tensor from: shared memory, where each thread finds what it copied itself, or global memory.
+template <class V> struct Staged {
+  V* slots;
+  __device__ __forceinline__ V get(u32 i, i64) const { return slots[i * THREADS + threadIdx.x]; }
+  __device__ __forceinline__ void copy(u32 i, const V* from) const { copy_async(slots + i * THREADS + threadIdx.x, from); }
+};
+
+template <class V> struct Streamed {
+  const V* tensor;
+  __device__ __forceinline__ V get(u32, i64 offset) const { return tensor[offset]; }
+};
+
+template <class V> struct StreamedOnce {
+  const V* tensor;
+  __device__ __forceinline__ V get(u32, i64 offset) const { return load_once(tensor + offset); }
+};
+
+// Copies of a thread's vectors on their way in four groups, so that work on the first can start early.
+template <class L, class Copy> DEVICE void copy_in_quarters(const Tile<L>& tile, Copy copy) {
+  const u32 quarter = (tile.count + 3) / 4;
+  for (u32 part = 0; part < 4; ++part) {
+    const u32 end = (part + 1) * quarter;
+    each<1, false>(
+        tile, part * quarter, end < tile.count ? end : tile.count,
+        [&](u32 i, i64 offset) { return copy(i, offset), 0; }, [](int, i64) {});
+    commit_copies();
+  }
+}
+
+template <class L, class Use> DEVICE void as_quarters_arrive(const Tile<L>& tile, Use use) {
+  const u32 quarter = (tile.count + 3) / 4;
+#pragma unroll 1
+  for (u32 part = 0; part < 4; ++part) {
+    if (part == 0) wait_copies<3>();
+    else if (part == 1) wait_copies<2>();
+    else if (part == 2) wait_copies<1>();
+    else wait_copies<0>();
+    const u32 end = (part + 1) * quarter;
+    use(part * quarter, end < tile.count ? end : tile.count);
+  }
+}

@@ -1,0 +1,180 @@
+"""A CuPy without a GPU: arrays are NumPy's, kernels are compiled by NVRTC and run on the PTX emulator.
+
+What :mod:`gpu_bn.backends.cupy` uses of CuPy, and no more. ``install`` puts it where ``import cupy`` finds it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import types
+import weakref
+from typing import Any
+
+import numpy as np
+from emulator import Device
+from emulator.compile import Compiled, compile_cuda
+from emulator.formats import VALUE
+from emulator.parser import TYPE_BYTES
+
+from gpu_bn import dispatch
+
+PROPERTIES = {
+    80: {"name": b"emulated sm_80", "major": 8, "minor": 0, "multiProcessorCount": 4, "l2CacheSize": 32 << 10,
+         "sharedMemPerMultiprocessor": 164 << 10, "sharedMemPerBlockOptin": 163 << 10},
+    90: {"name": b"emulated sm_90", "major": 9, "minor": 0, "multiProcessorCount": 6, "l2CacheSize": 64 << 10,
+         "sharedMemPerMultiprocessor": 228 << 10, "sharedMemPerBlockOptin": 227 << 10},
+}  # fmt: skip
+"""Small GPUs: few multiprocessors and little cache, so that small tensors meet every tier."""
+
+
+DEVICES: list[Device] = []
+
+
+class ndarray(np.ndarray):
+    """A NumPy array with the attributes by which CuPy's differs."""
+
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+    def get(self) -> np.ndarray:
+        return np.array(self)
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        super().__setitem__(where, value)
+        for device in DEVICES:  # what the host writes, a kernel may read
+            device.memory.mark_written(self[where])
+
+
+ndarray.__module__ = "cupy"
+
+
+class Kernel:
+    """One kernel of a module, launched on the emulated device."""
+
+    def __init__(self, gpu: EmulatedGpu, compiled: Compiled) -> None:
+        self.gpu, self.compiled = gpu, compiled
+        self.max_dynamic_shared_size_bytes = 48 << 10
+        self.kernel = types.SimpleNamespace(ptr=id(self))
+
+    def __call__(self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
+        assert shared_mem <= self.max_dynamic_shared_size_bytes, "more shared memory than was asked for"
+        self.gpu.launch(self, grid, block, args, shared_mem)
+
+
+class EmulatedGpu:
+    """The module ``cupy``: what it holds, and what has been launched."""
+
+    def __init__(self, device: Device, arch: int) -> None:
+        self.device, self.arch = device, arch
+        DEVICES.clear()
+        DEVICES.append(device)
+        self.kernels: dict[int, Kernel] = {}
+        self.allocated: list[weakref.ref] = []
+        self.launched: list[str] = []
+        self.resident_blocks = 2
+        self.edit_source = lambda source: source
+
+    def launch(self, kernel: Kernel, grid: tuple, block: tuple, args: tuple, shared: int, **options: Any) -> None:
+        values = [_plain(arg) for arg in args]
+        self.launched.append(kernel.compiled.name)
+        self.device.launch(kernel.compiled.kernel, grid, block, values, shared, **options)
+
+    def raw_module(self, *, code: str, options: tuple = (), name_expressions: tuple = ()) -> Any:
+        compiled = compile_cuda(
+            self.edit_source(code), self.arch, options, expressions=name_expressions, resources=False
+        )
+        return types.SimpleNamespace(get_function=lambda name: self._kernel(compiled[name]))
+
+    def _kernel(self, compiled: Compiled) -> Kernel:
+        kernel = Kernel(self, compiled)
+        self.kernels[id(kernel)] = kernel
+        return kernel
+
+    def launch_cooperative(
+        self, pointer: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int, table: int
+    ) -> None:
+        del stream
+        kernel = self.kernels[pointer]
+        parameters = kernel.compiled.kernel.parameters
+        cells = (ctypes.c_void_p * len(parameters)).from_address(table)
+        args = [self._argument(cell, parameter) for cell, parameter in zip(cells, parameters, strict=True)]
+        self.launched.append(kernel.compiled.name)
+        self.device.launch(kernel.compiled.kernel, (gx, gy, gz), (bx, by, bz), args, shared, cooperative=True)
+
+    def empty(self, shape: Any, dtype: Any = np.float64) -> ndarray:
+        return self._register(self.device.empty(tuple(np.atleast_1d(shape)), dtype))
+
+    def asarray(self, array: Any, dtype: Any = None) -> ndarray:
+        """A copy in aligned memory, in the strides of the original where they can be had."""
+        if isinstance(array, ndarray) and dtype is None:
+            return array
+        array = np.asarray(array, dtype)
+        order = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+        dense = self._register(array.transpose(order).copy())
+        return dense.transpose(np.argsort(order))
+
+    def module(self) -> types.ModuleType:
+        """Everything, as a module."""
+        cupy = types.ModuleType("cupy")
+        stream = types.SimpleNamespace(ptr=0, is_capturing=lambda: False)
+        properties = {"memoryClockRate": 1_000_000, "memoryBusWidth": 1024, **PROPERTIES[self.arch]}
+        cupy.float32, cupy.float64, cupy.float16 = np.float32, np.float64, np.float16
+        cupy.ndarray, cupy.RawModule, cupy.empty = ndarray, self.raw_module, self.empty
+        cupy.zeros = lambda shape, dtype=np.float64: self._register(np.zeros(shape, dtype))
+        cupy.ones = lambda shape, dtype=np.float64: self._register(np.ones(shape, dtype))
+        cupy.asarray = self.asarray
+        cupy.asnumpy = lambda array: np.array(array)
+        cupy.stack = lambda arrays: self._register(np.stack(arrays))
+        cupy.shares_memory = np.shares_memory
+        cupy.cuda = types.SimpleNamespace(
+            get_current_stream=lambda: stream,
+            driver=types.SimpleNamespace(
+                launchCooperativeKernel=self.launch_cooperative,
+                occupancyMaxActiveBlocksPerMultiprocessor=lambda *_: self.resident_blocks,
+            ),
+            runtime=types.SimpleNamespace(
+                CUDARuntimeError=RuntimeError,
+                getDevice=lambda: 0,
+                getDeviceCount=lambda: 1,
+                getDeviceProperties=lambda _: properties,
+            ),
+        )
+        return cupy
+
+    def _register(self, array: np.ndarray) -> ndarray:
+        owner = array.view(ndarray)
+        self.allocated.append(weakref.ref(array))
+        return owner
+
+    def _argument(self, cell: int, parameter: Any) -> Any:
+        """What a cell of a launch's table of arguments holds: an array for an address, else bytes as a number."""
+        size = TYPE_BYTES[parameter.type]
+        content = ctypes.string_at(cell, size)
+        if size < 8 or parameter.type == "f64":
+            return np.frombuffer(content, VALUE[parameter.type])[0]
+        value = int.from_bytes(content, "little")
+        self.allocated = [ref for ref in self.allocated if ref() is not None]
+        for array in (ref() for ref in self.allocated):
+            start = array.ctypes.data
+            if start <= value < start + array.nbytes:
+                return array.reshape(-1).view(np.uint8)[value - start :]
+        return np.int64(value)
+
+
+def _plain(argument: Any) -> Any:
+    """An argument for the emulator: a kernel gets an array's memory, whatever its strides say."""
+    if not isinstance(argument, np.ndarray):
+        return argument
+    order = sorted(range(argument.ndim), key=lambda axis: -argument.strides[axis])
+    return argument.view(np.ndarray).transpose(order)
+
+
+def install(monkeypatch: Any, device: Device, arch: int) -> EmulatedGpu:
+    """Put an emulated CuPy where ``import cupy`` finds it, with a backend that has seen no other."""
+    gpu = EmulatedGpu(device, arch)
+    monkeypatch.setitem(sys.modules, "cupy", gpu.module())
+    monkeypatch.delitem(sys.modules, "gpu_bn.backends.cupy", raising=False)
+    dispatch.load.cache_clear()
+    return gpu

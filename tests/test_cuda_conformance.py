@@ -1,0 +1,64 @@
+"""The CUDA backend through the conformance suite, on emulated GPUs with every check on."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+import gpu_bn
+from gpu_bn import functional
+from gpu_bn.plan import NoPlanError
+from gpu_bn.testing import cases, check
+
+pytestmark = pytest.mark.compile
+TARGETS = ((80, None), (80, "cta"), (80, "cooperative"), (80, "split"), (90, None), (90, "cluster"))
+"""Architectures, and a tier that is forced on training calls or None for the plan's own choice."""
+STRIDE, LONG_STRIDE = 36, 24
+"""A normal run takes every so manieth case on each target, other cases on another; the long run takes more of them."""
+
+
+def selected() -> list:
+    return list(_selected())
+
+
+def _selected():
+    for offset, (arch, tier) in enumerate(TARGETS):
+        for index, case in enumerate(cases()):
+            usual, long = index % STRIDE == offset * 6, index % LONG_STRIDE == offset
+            marks = [] if usual else [pytest.mark.slow if long else pytest.mark.exhaustive]
+            yield pytest.param(arch, tier, case, id=f"sm_{arch}-{tier or 'planned'}-{case}", marks=marks)
+
+
+@pytest.mark.parametrize(("arch", "tier", "case"), selected())
+def test_case(arch, tier, case, make_gpu):
+    gpu = make_gpu(arch, tier)
+    try:
+        shares = check(case, gpu.backend)
+    except NoPlanError as refusal:  # only a tier that is forced on too small a tensor
+        assert tier is not None
+        pytest.skip(str(refusal))
+    assert {"y", "mean", "rstd", "dx"} <= shares.keys()
+    forward, backward = launches(gpu)
+    fused = tier not in (None, "split")
+    assert forward + backward == len(gpu.launched)
+    assert forward <= 1 if fused or case.mode == "eval" else forward <= 2
+    assert backward <= 1 if fused or case.mode == "eval" else backward <= 2
+
+
+def launches(gpu) -> tuple[int, int]:
+    """How many launches were of the forward and of the backward pass."""
+    kinds = Counter("backward" in name for name in gpu.launched)
+    return kinds[False], kinds[True]
+
+
+def test_phases_give_what_the_fused_calls_give(make_gpu, monkeypatch):
+    """The phases are what SyncBatchNorm is made of."""
+    gpu = make_gpu(80)
+    monkeypatch.setattr(gpu_bn.ops, "_fused", lambda _: None)
+    for case in cases()[::45]:
+        check(case, gpu.backend)
+    assert {name.partition("kernel")[0].partition("bn_")[2] for name in gpu.launched} == {
+        "stats_", "normalize_", "backward_reduce_", "backward_input_",
+    }  # fmt: skip
+    assert functional.ops is gpu_bn.ops
