@@ -1,0 +1,656 @@
+"""Triton kernels on torch's CUDA tensors (with ``TRITON_INTERPRET=1`` on its CPU tensors, slowly).
+
+Forward is one launch where a program can hold a channel in its registers and otherwise two, backward the same; which,
+:mod:`gpu_bn.plan` decides. Nothing waits for the device, all runs on torch's current stream, and no address outlives
+a call, so that calls can be captured in CUDA graphs. What is saved of the statistics is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+
+from gpu_bn.backends._layout import Layout
+from gpu_bn.backends.protocol import Moments, Saved, Sums
+from gpu_bn.backends.triton_launch import Launch, Step, interpreting, launch
+from gpu_bn.backends.triton_tensors import View, aligned, dense, is_dense, overlap, view_of
+from gpu_bn.kernels import bn_backward_triton, bn_forward_triton
+from gpu_bn.kernels.activations_triton import functions
+from gpu_bn.plan import (
+    DEVICES,
+    STATIC_SHARED,
+    THRESHOLDS,
+    VECTOR_BYTES,
+    Device,
+    LaunchPlan,
+    NoPlanError,
+    Work,
+    plan,
+    plan_once,
+    tile,
+)
+from gpu_bn.spec import BatchNormSpec
+
+Array = Any
+
+CHAIN = 64
+"""Additions in a row in float32 at most, before a sum goes on in float64."""
+SAMPLES = {False: 32, True: 16}
+"""Positions that the first shift is the mean of; the second number is for channels-last."""
+MERGED_AT_ONCE = 512
+"""Elements of a block of partial results."""
+MOST_BLOCKS = {False: 1024, True: 64}
+"""Blocks that a strip is cut into: each program of the second launch reads the results of all."""
+HELD_ELEMENTS = {False: 20480, True: 16384}
+"""Of a tensor, that a program can hold in registers with nothing spilled; backward holds two tensors of half.
+The second number is for channels-last, where a thread has several channels' sums besides."""
+HELD_BYTES = 128 << 10
+MOST_WARPS = 8
+
+
+class Shape(NamedTuple):
+    """Of the blocks of elements that a program works on: elements, and elements for each of its threads at least."""
+
+    elements: int
+    per_thread: int
+
+
+STREAMED = {2: Shape(4096, 16), 4: Shape(4096, 16), 8: Shape(2048, 8)}
+"""Of a program that reads its share piece by piece; by the size of an element."""
+HELD = {2: Shape(4096, 8), 4: Shape(4096, 8), 8: Shape(2048, 8)}
+"""Of one that holds it."""
+
+
+ELSEWHERE = "with TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly"
+
+
+def backend() -> TritonBackend:
+    """The backend, for :func:`gpu_bn.dispatch.load`.
+
+    Raises:
+        RuntimeError: there is nothing to run kernels on.
+    """
+    if not (interpreting() or torch.cuda.is_available()):
+        raise RuntimeError(f"torch sees no CUDA device ({ELSEWHERE})")
+    return TritonBackend()
+
+
+class _Geometry(NamedTuple):
+    """How a tensor is cut into strips, as kernels take it."""
+
+    tail: tuple[int, ...]
+    columns: bool
+    lanes: int
+    vector: int
+    positions: int
+    wide: bool
+
+    @staticmethod
+    def of(plan: LaunchPlan) -> _Geometry:
+        tiling = plan.tiling
+        wide = tiling.n * tiling.c * tiling.s >= 1 << 31
+        row = (tiling.c if tiling.columns else tiling.s) // tiling.vector
+        jump = 0 if tiling.columns else (tiling.c - 1) * row
+        power = 31 + (row - 1).bit_length()
+        magic = -(-(1 << power) // row)
+        return _Geometry(
+            (tiling.c, row, jump, magic, power), tiling.columns, tiling.lanes, tiling.vector, tiling.positions, wide
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Forward:
+    """The launches of all forward calls with arguments alike."""
+
+    plan: LaunchPlan
+    stats: Step | None
+    last: Step
+    bessel: float
+    mask: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Backward:
+    """The launches of all backward calls with arguments alike."""
+
+    plan: LaunchPlan
+    reduce: Step | None
+    last: Step | None
+    merge: Step | None
+
+
+class _BackwardCall(NamedTuple):
+    """The arguments of a backward call as kernels take them, and the launches prepared for all calls like it."""
+
+    backend: TritonBackend
+    key: tuple[Any, ...]
+    view: View
+    x: Array
+    tensors: tuple[Array | None, ...]
+    """x, dy, residual, mask."""
+    vectors: tuple[Array | None, ...]
+    """mean, var, weight, bias."""
+    numbers: tuple[float, float]
+    """eps, the activation's parameter."""
+    gradient: Any
+    alignment: int
+
+    def prepared(self, name: str, make: Callable[[], Any]) -> Any:
+        key = (name, self.key)
+        found = self.backend._prepared.get(key)
+        if found is None:
+            found = self.backend._prepared[key] = make()
+        return found
+
+    def work(self, writes: int) -> Work:
+        _, _, residual, mask = self.tensors
+        return self.backend._work(
+            self.view.layout, self.x, self.alignment, backward=True, reads=2 + (residual is not None), writes=writes,
+            staged=2 + (residual is not None), mask=mask is not None,
+        )  # fmt: skip
+
+
+class TritonBackend:
+    """See :class:`gpu_bn.backends.protocol.Backend`; ``forward`` and ``backward`` are of ``Fused``.
+
+    Args:
+        launch: what launches a :class:`~gpu_bn.backends.triton_launch.Step`; tests run kernels elsewhere.
+        device: what to plan for, in place of the tensors' device.
+        tier: the tier to use, if it serves.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self, launch: Launch = launch, device: Device | None = None, tier: str | None = None, wide: bool = False
+    ) -> None:
+        self._launch = launch
+        self._device = device
+        self._tier = tier
+        self._wide = wide
+        self._prepared: dict[tuple[Any, ...], Any] = {}
+        self._devices: dict[Any, Device] = {}
+
+    # ---------------------------------------------------------------------------------------------------- the phases
+    @torch.no_grad()
+    def vector(self, array: Array) -> Array:
+        return array.to(torch.float64, copy=True)
+
+    @torch.no_grad()
+    def cast(self, vector: Array, dtype: Any) -> Array:
+        return vector.to(dtype)
+
+    def empty_like(self, x: Array) -> Array:
+        return self.new(x.shape, view_of(x, 0).dense_strides, x.dtype, x.device)
+
+    @torch.no_grad()
+    def copy(self, array: Array, like: Array) -> Array:
+        return self.empty_like(like).copy_(array)
+
+    def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
+        for name, array in (("input", x), ("residual", residual)):
+            if array is None or not overlap(out, array):
+                continue
+            if not in_place:
+                raise ValueError(
+                    f"out may not be the {name} or overlap it: the backward call reads it (batch_norm allows it)"
+                )
+            if (out.data_ptr(), out.stride()) != (array.data_ptr(), array.stride()):
+                raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
+
+    @torch.no_grad()
+    def stats(self, x: Array, axis: int) -> Moments:
+        view = view_of(x, axis)
+        layout = view.layout
+        if x.numel() == 0:
+            zeros = torch.zeros((2, layout.c), dtype=torch.float64, device=x.device)
+            return Moments(0, zeros[0], zeros[1])
+        x = dense(x, view)
+        key = ("stats", view, x.dtype, _alignment(x), x.device)
+        steps = self._prepared.get(key)
+        if steps is None:
+            alignment = _alignment(x)
+            plan = self._once(self._work(layout, x, alignment), x)
+            step = self._step(
+                bn_forward_triton.bn_merge_moments_kernel, plan, x, (plan.tiling.strips, 1),
+                (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, _chunk(plan), *_strip(plan)),
+            )  # fmt: skip
+            steps = self._prepared[key] = (plan, self._stats_step(plan, x, alignment), step)
+        plan, first, merge = steps
+        partials = self._partials(plan, x)
+        saved = self.new((2, layout.c), None, torch.float64, x.device)
+        self._launch(first, (x, partials))
+        self._launch(merge, (partials, saved))
+        return Moments(layout.count, saved[0], saved[1])
+
+    @torch.no_grad()
+    def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
+        bessel = moments.count / max(moments.count - 1, 1)
+        momentum = momentum.to(torch.float64) if isinstance(momentum, torch.Tensor) else momentum
+        running_mean.copy_((1 - momentum) * running_mean.double() + momentum * moments.mean)
+        running_var.copy_((1 - momentum) * running_var.double() + (momentum * bessel) * moments.var)
+
+    @torch.no_grad()
+    def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
+        view = view_of(saved.x, saved.spec.axis)
+        layout = view.layout
+        x, residual = dense(saved.x, view), None if residual is None else dense(residual, view)
+        y = out if is_dense(out, view) else self.empty_like(x)
+        alignment, activation = _alignment(x, residual, y), saved.spec.activation
+        vectors = (saved.moments.mean, saved.moments.var, saved.weight, saved.bias)
+        key = ("normalize", view, x.dtype, x.device, alignment, residual is None, activation.name,
+               *[None if v is None else v.dtype for v in vectors])  # fmt: skip
+        step = self._prepared.get(key)
+        if step is None:
+            plan = self._once(self._work(layout, x, alignment, reads=1 + (residual is not None)), x)
+            step = self._prepared[key] = self._normalize_step(
+                plan, x, alignment, (functions(activation.name).value, None)
+            )
+        mean, var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
+        self._launch(
+            step,
+            (x, residual, y, None, mean, var, None, weight, bias, None, None, None, 0.0, None, 1.0, saved.spec.eps,
+             activation.parameter),
+        )  # fmt: skip
+        if y is not out:
+            out.copy_(y)
+
+    def keeps_dz(self, saved: Saved) -> bool:
+        del saved
+        return False  # it is as fast to compute it again
+
+    @torch.no_grad()
+    def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
+        call = self._call(dy, saved, frozenset())
+        vectors = call.prepared("reduce", lambda: self._reduce_and_merge(call, outputs=(dz is not None, False)))
+        plan, reduce, merge = vectors
+        target = None if dz is None else (dz if is_dense(dz, call.view) else self.empty_like(call.x))
+        partials, sums = (
+            self._partials(plan, call.x),
+            self.new((2, call.view.layout.c), None, torch.float64, call.x.device),
+        )
+        self._launch(reduce, (*call.tensors, target, None, *call.vectors, partials, *call.numbers))
+        self._launch(merge, (partials, *call.vectors[:2], sums[1], sums[0], saved.spec.eps))
+        if dz is not None and target is not dz:
+            dz.copy_(target)
+        return Sums(sums[0], sums[1])
+
+    @torch.no_grad()
+    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
+        del dz  # never given: see keeps_dz
+        call = self._call(dy, saved, frozenset())
+        key = "input" if sums is None else "input after sums"
+        step = call.prepared(key, lambda: self._input_step(self._once(call.work(1), call.x), call))
+        dx = out if is_dense(out, call.view) else self.empty_like(call.x)
+        given = (None, None) if sums is None else (sums.dz.contiguous(), sums.dz_xhat.contiguous())
+        self._launch(
+            step,
+            (
+                *call.tensors,
+                None,
+                dx,
+                *call.vectors,
+                None,
+                *given,
+                None,
+                None,
+                *call.numbers,
+                1.0 / saved.moments.count,
+            ),
+        )
+        if dx is not out:
+            out.copy_(dx)
+
+    # ------------------------------------------------------------------------------------------------------- forward
+    def forward(
+        self,
+        x: Array,
+        spec: BatchNormSpec,
+        running_mean: Array | None,
+        running_var: Array | None,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        out: Array | None,
+    ) -> tuple[Array, Saved]:
+        view = view_of(x, spec.axis)
+        layout, given = view.layout, residual
+        x_there, residual = dense(x, view), None if residual is None else dense(residual, view)
+        y = out if out is not None and is_dense(out, view) else self.new(x.shape, view.dense_strides, x.dtype, x.device)
+        alignment = _alignment(x_there, residual, y)
+        vectors = (running_mean, running_var, weight, bias)
+        key = (
+            "forward", view, x.dtype, x.device, alignment, residual is None, spec.activation.name, spec.batch_stats,
+            *[None if v is None else v.dtype for v in vectors], isinstance(spec.momentum, float),
+        )  # fmt: skip
+        steps = self._prepared.get(key)
+        if steps is None:
+            steps = self._prepared[key] = self._prepare_forward(layout, spec, x_there, residual, alignment)
+        running_mean, running_var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
+        kept = self.new((4, layout.c), None, torch.float64, x.device)
+        mask = (
+            self.new((x.numel() * x.element_size() // VECTOR_BYTES,), None, torch.uint8, x.device)
+            if steps.mask
+            else None
+        )
+        number, at = (spec.momentum, None) if isinstance(spec.momentum, float) else (0.0, spec.momentum)
+        tracked = (running_mean, running_var) if spec.batch_stats else (None, None)
+        common = (weight, bias, kept, *tracked, number, at, steps.bessel, spec.eps, spec.activation.parameter)
+        if steps.stats is None and spec.batch_stats:
+            self._launch(steps.last, (x_there, residual, y, mask, *common))
+        else:
+            partials = None
+            if steps.stats is not None:
+                partials = self._partials(steps.plan, x)
+                self._launch(steps.stats, (x_there, partials))
+            frozen = (None, None) if spec.batch_stats else (running_mean, running_var)
+            self._launch(steps.last, (x_there, residual, y, mask, *frozen, partials, *common))
+        if spec.batch_stats and running_mean is not None:
+            for mine, theirs in ((running_mean, vectors[0]), (running_var, vectors[1])):
+                if theirs is not None and mine is not theirs:
+                    theirs.copy_(mine)
+        if out is not None and y is not out:
+            out.copy_(y)
+            y = out
+        mean, var, weight64, bias64 = kept.unbind(0)
+        return y, Saved(
+            x=x,
+            residual=None if spec.activation.is_identity or mask is not None else given,
+            moments=Moments(layout.count, mean, var),
+            weight=None if weight is None else weight64,
+            bias=None if bias is None else bias64,
+            weight_dtype=None if weight is None else weight.dtype,
+            bias_dtype=None if bias is None else bias.dtype,
+            has_residual=given is not None,
+            spec=spec,
+            mask=mask,
+        )
+
+    def _prepare_forward(
+        self, layout: Layout, spec: BatchNormSpec, x: Array, residual: Array | None, alignment: int
+    ) -> _Forward:
+        act = functions(spec.activation.name)
+        bessel = layout.count / max(layout.count - 1, 1)
+        work = self._work(layout, x, alignment, reads=1 + (residual is not None))
+        masked = residual is not None and act.drop is not None and _whole_vectors(work)
+        work = replace(work, mask=masked)
+        constants = (act.value, act.drop if masked else None)
+        if not spec.batch_stats:
+            plan = self._once(work, x)
+            return _Forward(plan, None, self._normalize_step(plan, x, alignment, constants), bessel, masked)
+        plan = self._plan(work, x)
+        if plan.tier == "split":
+            return _Forward(
+                plan,
+                self._stats_step(plan, x, alignment),
+                self._normalize_step(plan, x, alignment, constants),
+                bessel,
+                masked,
+            )
+        positions, tiles, warps = _held_block(plan, x)
+        geometry = _Geometry.of(plan)
+        step = self._step(
+            bn_forward_triton.bn_forward_kernel, plan, x, (plan.tiling.strips, 1),
+            (*geometry.tail, geometry.positions, *constants, tiles, positions, *_strip(plan), self._is_wide(geometry),
+             _compute(x), _range(x)), alignment, warps, plan.blocks,
+        )  # fmt: skip
+        return _Forward(plan, None, step, bessel, masked)
+
+    def _stats_step(self, plan: LaunchPlan, x: Array, alignment: int) -> Step:
+        geometry, (positions, warps) = _Geometry.of(plan), _streamed_block(plan, x)
+        tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], _chain(plan, positions),
+                positions, *_strip(plan), self._is_wide(geometry), _compute(x), _range(x))  # fmt: skip
+        return self._step(
+            bn_forward_triton.bn_stats_kernel, plan, x, (plan.tiling.strips, plan.blocks), tail, alignment, warps
+        )
+
+    def _normalize_step(self, plan: LaunchPlan, x: Array, alignment: int, constants: tuple[Any, Any]) -> Step:
+        geometry, (positions, warps) = _Geometry.of(plan), _streamed_block(plan, x)
+        tail = (*geometry.tail, geometry.positions, plan.share, *constants, _chunk(plan), positions, *_strip(plan),
+                self._is_wide(geometry), _compute(x))  # fmt: skip
+        grid = (plan.tiling.strips, plan.blocks)
+        return self._step(bn_forward_triton.bn_normalize_kernel, plan, x, grid, tail, alignment, warps)
+
+    # ------------------------------------------------------------------------------------------------------ backward
+    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
+        call, batch_stats = self._call(dy, saved, need), saved.spec.batch_stats
+        x, device = call.x, call.x.device
+        dx = self.empty_like(saved.x) if "dx" in need else None
+        dz = self.empty_like(saved.x) if "dresidual" in need else None
+        c = call.view.layout.c
+        dweight = self.new((c,), None, saved.weight_dtype, device) if "dweight" in need else None
+        dbias = self.new((c,), None, saved.bias_dtype, device) if "dbias" in need else None
+        summed = dweight is not None or dbias is not None
+        steps = call.prepared("backward", lambda: self._prepare_backward(call, need, batch_stats))
+        tail = (dweight, dbias, *call.numbers, 1.0 / saved.moments.count)
+        if steps.merge is not None:
+            partials = self._partials(steps.plan, x)
+            self._launch(steps.reduce, (*call.tensors, dz, dx, *call.vectors, partials, *call.numbers))
+            self._launch(steps.merge, (partials, *call.vectors[:2], dweight, dbias, saved.spec.eps))
+        elif steps.reduce is not None:
+            partials = self._partials(steps.plan, x)
+            self._launch(steps.reduce, (*call.tensors, None, None, *call.vectors, partials, *call.numbers))
+            self._launch(steps.last, (*call.tensors, dz, dx, *call.vectors, partials, None, None, *tail))
+        elif batch_stats and (dx is not None or summed):
+            self._launch(steps.last, (*call.tensors, dz, dx, *call.vectors, *tail))
+        elif dx is not None or dz is not None:
+            self._launch(steps.last, (*call.tensors, dz, dx, *call.vectors, None, None, None, *tail))
+        return dx, dweight, dbias, dz
+
+    def _prepare_backward(self, call: _BackwardCall, need: frozenset[str], batch_stats: bool) -> _Backward:
+        wants_dx, wants_dz, wants_sums = "dx" in need, "dresidual" in need, bool(need & {"dweight", "dbias"})
+        work = call.work(wants_dx + wants_dz)
+        if not wants_sums and not (wants_dx and batch_stats):  # nothing depends on a sum
+            plan = self._once(work, call.x)
+            return _Backward(plan, None, self._input_step(plan, call), None)
+        if batch_stats:
+            plan = self._plan(work, call.x)
+            if plan.tier != "split":
+                return _Backward(plan, None, self._held_step(plan, call), None)
+            if wants_dx:
+                return _Backward(plan, self._reduce_step(plan, call), self._input_step(plan, call), None)
+        plan, reduce, merge = self._reduce_and_merge(call, (wants_dz, wants_dx))
+        return _Backward(plan, reduce, None, merge)
+
+    def _call(self, dy: Array, saved: Saved, need: frozenset[str]) -> _BackwardCall:
+        view = view_of(saved.x, saved.spec.axis)
+        x, dy = dense(saved.x, view), dense(dy, view)
+        activation, mask, residual = saved.spec.activation, saved.mask, saved.residual
+        if mask is not None:  # it has a byte for each whole vector
+            x, dy = aligned(x, VECTOR_BYTES), aligned(dy, VECTOR_BYTES)
+        elif residual is not None:
+            residual = dense(residual, view)
+        alignment = _alignment(x, dy, residual)
+        moments = saved.moments
+        vectors = (moments.mean.contiguous(), moments.var.contiguous(), saved.weight, saved.bias)
+        key = (
+            view, x.dtype, x.device, alignment, residual is None, mask is None, activation.name,
+            saved.spec.batch_stats, *[None if v is None else v.dtype for v in vectors],
+            saved.weight_dtype, saved.bias_dtype, need,
+        )  # fmt: skip
+        act = functions(activation.name)
+        return _BackwardCall(
+            self, key, view, x, (x, dy, residual, mask), vectors, (saved.spec.eps, activation.parameter),
+            act.gradient if mask is None else act.masked_gradient, alignment,
+        )  # fmt: skip
+
+    def _reduce_and_merge(self, call: _BackwardCall, outputs: tuple[bool, bool]) -> tuple[LaunchPlan, Step, Step]:
+        plan = self._once(call.work(sum(outputs)), call.x)
+        tail = (plan.tiling.c, plan.blocks, _chunk(plan), *_strip(plan), _compute(call.x))
+        merge = self._step(bn_backward_triton.bn_merge_sums_kernel, plan, call.x, (plan.tiling.strips, 1), tail)
+        return plan, self._reduce_step(plan, call), merge
+
+    def _reduce_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
+        geometry, (positions, warps) = _Geometry.of(plan), _streamed_block(plan, call.x)
+        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, _chain(plan, positions), positions,
+                *_strip(plan), self._is_wide(geometry), _compute(call.x))  # fmt: skip
+        grid = (plan.tiling.strips, plan.blocks)
+        return self._step(bn_backward_triton.bn_backward_reduce_kernel, plan, call.x, grid, tail, call.alignment, warps)
+
+    def _input_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
+        geometry, (positions, warps) = _Geometry.of(plan), _streamed_block(plan, call.x)
+        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, _chunk(plan), positions, *_strip(plan),
+                self._is_wide(geometry), _compute(call.x))  # fmt: skip
+        grid = (plan.tiling.strips, plan.blocks)
+        return self._step(bn_backward_triton.bn_backward_input_kernel, plan, call.x, grid, tail, call.alignment, warps)
+
+    def _held_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
+        geometry, (positions, tiles, warps) = _Geometry.of(plan), _held_block(plan, call.x)
+        tail = (*geometry.tail, geometry.positions, call.gradient, tiles, positions, *_strip(plan),
+                self._is_wide(geometry), _compute(call.x))  # fmt: skip
+        grid = (plan.tiling.strips, 1)
+        return self._step(
+            bn_backward_triton.bn_backward_kernel, plan, call.x, grid, tail, call.alignment, warps, plan.blocks
+        )
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+    def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> Array:
+        """Memory that is not initialised, contiguous unless ``strides`` are given."""
+        if strides is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    def _partials(self, plan: LaunchPlan, x: Array) -> Array:
+        return self.new((2, plan.blocks, plan.tiling.c), None, torch.float64, x.device)
+
+    def _work(
+        self, layout: Layout, x: Array, alignment: int, *, backward: bool = False, reads: int = 1, writes: int = 1,
+        staged: int = 1, mask: bool = False,
+    ) -> Work:  # fmt: skip
+        return Work(
+            layout.n, layout.c, layout.s, x.element_size(), backward, alignment, reads, writes, staged, mask
+        )  # fmt: skip
+
+    def _plan(self, work: Work, x: Array) -> LaunchPlan:
+        """The plan of a call with batch statistics, where registers are what a block keeps a channel in."""
+        room = min(HELD_ELEMENTS[tile(work).columns] * work.itemsize, HELD_BYTES)
+        device = replace(
+            self._device_of(x),
+            shared_per_block=room + STATIC_SHARED,
+            shared_per_sm=THRESHOLDS.blocks_per_sm * (room // 2 + STATIC_SHARED),
+        )
+        try:
+            found = plan(work, device, self._tier, WITHOUT_COOPERATION)
+        except NoPlanError:
+            found = plan(work, device, None, WITHOUT_COOPERATION)
+        return _fewer_blocks(found)
+
+    def _once(self, work: Work, x: Array) -> LaunchPlan:
+        """The plan of one pass over the tensors."""
+        return _fewer_blocks(plan_once(work, self._device_of(x), WITHOUT_COOPERATION))
+
+    def _step(
+        self, kernel: Any, plan: LaunchPlan, x: Array, grid: tuple[int, int], tail: tuple[Any, ...],
+        alignment: int = 1, num_warps: int = 4, num_ctas: int = 1,
+    ) -> Step:  # fmt: skip
+        geometry = _Geometry.of(plan)
+        aligned = TENSORS if alignment == VECTOR_BYTES else frozenset[str]()
+        index = -1 if x.device.index is None else x.device.index
+        return Step(kernel, grid, tail, num_warps, num_ctas, self._is_wide(geometry), aligned, index)
+
+    def _is_wide(self, geometry: _Geometry) -> bool:
+        return geometry.wide or self._wide
+
+    def _device_of(self, x: Array) -> Device:
+        if self._device is not None:
+            return self._device
+        found = self._devices.get(x.device)
+        if found is None:
+            found = self._devices[x.device] = _device(x.device)
+        return found
+
+
+INTERPRETER = Device("Triton's interpreter", 80, 4, 164 << 10, 163 << 10, 1 << 20, 1e8)
+"""It runs one program at a time, each slowly: few of them, but enough to be several for a channel."""
+TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx"})
+WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)
+"""Programs of one launch do not wait for each other."""
+
+
+def _device(device: Any) -> Device:
+    """What a plan needs to know of torch's device."""
+    if device.type == "cuda":
+        of = torch.cuda.get_device_properties(device)
+        return Device(
+            of.name, 10 * of.major + of.minor, of.multi_processor_count, of.shared_memory_per_multiprocessor,
+            of.shared_memory_per_block, of.L2_cache_size, DEVICES["a100"].bandwidth,
+        )  # fmt: skip
+    if device.type == "cpu" and interpreting():
+        return INTERPRETER
+    raise ValueError(f"the Triton backend serves tensors on a CUDA device, got one on {device} ({ELSEWHERE})")
+
+
+def _alignment(*arrays: Array | None) -> int:
+    """Bytes that the addresses are multiples of, 16 at most."""
+    together = VECTOR_BYTES
+    for array in arrays:
+        if array is not None:
+            together |= array.data_ptr()
+    return int(together & -together)
+
+
+def _whole_vectors(work: Work) -> bool:
+    return tile(work).vector * work.itemsize == VECTOR_BYTES
+
+
+def _compute(x: Array) -> Any:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def _range(x: Array) -> bool:
+    """Whether squares of the dtype's numbers may leave float32's range."""
+    return x.dtype in (torch.float32, torch.bfloat16)
+
+
+def _strip(plan: LaunchPlan) -> tuple[int, int, bool]:
+    return plan.tiling.lanes, plan.tiling.vector, plan.tiling.columns
+
+
+def _fewer_blocks(plan: LaunchPlan) -> LaunchPlan:
+    most = MOST_BLOCKS[plan.tiling.columns]
+    if plan.tier != "split" or plan.blocks <= most:
+        return plan
+    share = -(-plan.tiling.positions // most)
+    return replace(plan, share=share, blocks=-(-plan.tiling.positions // share))
+
+
+def _chunk(plan: LaunchPlan) -> int:
+    """Blocks whose results are merged at a time."""
+    return min(_power_of_two(plan.blocks), max(1, MERGED_AT_ONCE // _width(plan)))
+
+
+def _chain(plan: LaunchPlan, positions: int) -> int:
+    """The longest chain of additions, 0 if a share is no longer than that."""
+    return CHAIN if plan.share > CHAIN * positions else 0
+
+
+def _width(plan: LaunchPlan) -> int:
+    return plan.tiling.lanes * plan.tiling.vector
+
+
+def _streamed_block(plan: LaunchPlan, x: Array) -> tuple[int, int]:
+    """Positions and warps of a program that reads its share piece by piece."""
+    shape = STREAMED[x.element_size()]
+    positions = min(_power_of_two(plan.share), max(1, shape.elements // _width(plan)))
+    return positions, _warps(positions * _width(plan), shape)
+
+
+def _held_block(plan: LaunchPlan, x: Array) -> tuple[int, int, int]:
+    """Positions of a tile, tiles, and warps of a program (in a cluster: of each of its blocks) that holds a strip."""
+    shape = HELD[x.element_size()]
+    most = max(1, plan.blocks * shape.elements // _width(plan))
+    positions = min(_power_of_two(plan.tiling.positions), most)
+    tiles = -(-plan.tiling.positions // positions)
+    return positions, tiles, _warps(positions * _width(plan) // plan.blocks, shape)
+
+
+def _warps(elements: int, shape: Shape) -> int:
+    return max(1, min(MOST_WARPS, elements // (32 * shape.per_thread)))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

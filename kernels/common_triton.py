@@ -1,0 +1,363 @@
+"""What the Triton kernels share: where elements are, sums over a channel, per-channel values.
+
+A program works on a *strip*: one channel (rows), or LANES * VEC adjacent ones (COLUMNS, channels-last). Per-channel
+values are scalars in the first case and vectors in the second. A *position* is one step along a strip: a vector of VEC
+elements in rows, LANES of them in columns; a block of elements is [POSITIONS, LANES * VEC]. Vectors are counted over
+the whole tensor, so that an element's offset is known to be a multiple of VEC whatever the sizes are.
+
+Elements are computed in COMPUTE, per-channel values in float64, all of them in one fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+SCALE_DOWN = tl.constexpr(2.0**-80)
+SCALE_UP = tl.constexpr(2.0**80)
+UNDERFLOW = tl.constexpr(1e-30)
+"""Mean squares below this may have lost float32's small numbers."""
+TINY_SHIFT = tl.constexpr(1e-6)
+"""The deviations from a larger shift are zero or have squares above UNDERFLOW."""
+TRUSTED_SHIFT = tl.constexpr(64.0)
+"""A shift serves within 8 standard deviations of the mean."""
+
+
+# ------------------------------------------------------------------------------------------------------------ places
+@triton.jit
+def share_of(block, share, positions, WIDE: tl.constexpr):
+    """The first position of a program's share, and the one after its last."""
+    if WIDE:
+        first = tl.cast(block, tl.int64) * share
+    else:
+        first = block * share
+    return first, tl.minimum(first + share, positions)
+
+
+@triton.jit
+def vectors_at(
+    position, strip, row, jump, magic, power, LANES: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The number of each position's (first) vector.
+
+    Rows have ``row`` vectors; from the end of one of a channel's rows to the start of its next it is ``jump``.
+    position // row is (position * magic) >> power.
+    """
+    if WIDE:
+        strip = tl.cast(strip, tl.int64)
+    if COLUMNS:
+        return position * row + strip * LANES
+    elif WIDE:
+        return position + strip * row + (position // row) * jump
+    else:
+        outer = ((position.to(tl.int64) * magic) >> power).to(tl.int32)
+        return position + strip * row + outer * jump
+
+
+@triton.jit
+def offsets_of(vector, LANES: tl.constexpr, VEC: tl.constexpr):
+    """[POSITIONS, LANES * VEC] offsets of the elements."""
+    return vector[:, None] * VEC + tl.arange(0, LANES * VEC)[None, :]
+
+
+@triton.jit
+def known_elements(position, last, strip, row, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr):
+    """[POSITIONS, 1] or [POSITIONS, LANES * VEC]: which elements there are, all or none of a vector."""
+    known = (position < last)[:, None]
+    if COLUMNS:
+        known = known & (strip * LANES + tl.arange(0, LANES * VEC) // VEC < row)[None, :]
+    return known
+
+
+@triton.jit
+def channels_of(strip, channels, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr):
+    """A strip's channels, and which of them there are."""
+    if COLUMNS:
+        channel = strip * LANES * VEC + tl.arange(0, LANES * VEC)
+        return channel, channel < channels
+    else:
+        return strip, strip < channels
+
+
+@triton.jit
+def channel_sum(block, COLUMNS: tl.constexpr):
+    """The sum of a block for each channel, in float64."""
+    if COLUMNS:
+        return tl.sum(block, 0).to(tl.float64)
+    else:
+        return tl.sum(tl.sum(block, 1), 0).to(tl.float64)
+
+
+@triton.jit
+def reciprocal(count):
+    """1 / count of a float64 count: two steps of Newton's method, where a division would be a call."""
+    guess = (1.0 / count.to(tl.float32)).to(tl.float64)
+    guess = guess * tl.fma(-count, guess, 2.0)
+    return guess * tl.fma(-count, guess, 2.0)
+
+
+@triton.jit
+def any_channel(flag, COLUMNS: tl.constexpr):
+    if COLUMNS:
+        return tl.max(flag.to(tl.int32), 0) > 0
+    else:
+        return flag
+
+
+# ---------------------------------------------------------------------------------------------------------- elements
+@triton.jit
+def wide(value):
+    """A parameter or a statistic in float64."""
+    if value.dtype == tl.bfloat16:
+        return value.to(tl.float32).to(tl.float64)
+    else:
+        return value.to(tl.float64)
+
+
+@triton.jit
+def load_wide(pointer, channel, known, default):
+    """A per-channel vector in float64; ``default`` where there is none."""
+    if pointer is None:
+        return tl.where(known, default, 0.0).to(tl.float64)
+    else:
+        return wide(tl.load(pointer + channel, mask=known, other=0.0))
+
+
+@triton.jit
+def store_as(pointer, value, mask):
+    """Store float64 or COMPUTE values in the pointer's dtype."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        tl.store(pointer, value.to(tl.float32).to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_bits(mask, vector, position, last, strip, row, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr):
+    """[POSITIONS, LANES * VEC]: which elements keep ``dy``, from one byte for each vector."""
+    lane = tl.arange(0, LANES)
+    known = (position < last)[:, None]
+    if COLUMNS:
+        known = known & (strip * LANES + lane < row)[None, :]
+    byte = tl.load(mask + vector[:, None] + lane[None, :], mask=known, other=0).to(tl.int32)
+    bits = (byte[:, :, None] >> tl.arange(0, VEC)[None, None, :]) & 1
+    return tl.reshape(bits, (position.shape[0], LANES * VEC)) != 0
+
+
+@triton.jit
+def store_bits(
+    mask, keep, vector, position, last, strip, row, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Store one byte for each vector: bit j says whether its element j keeps ``dy``."""
+    lane = tl.arange(0, LANES)
+    known = (position < last)[:, None]
+    if COLUMNS:
+        known = known & (strip * LANES + lane < row)[None, :]
+    bits = tl.reshape(keep.to(tl.int32), (position.shape[0], LANES, VEC)) << tl.arange(0, VEC)[None, None, :]
+    tl.store(mask + vector[:, None] + lane[None, :], tl.sum(bits, 2).to(tl.uint8), mask=known)
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+@triton.jit
+def first_shift(
+    x, first, last, strip, row, jump, magic, power,
+    SAMPLES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The mean of samples spread over a program's share; 0 if it is not finite."""
+    step = tl.maximum((last - first) // SAMPLES, 1)
+    position = first + tl.arange(0, SAMPLES) * step
+    vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE)
+    known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
+    sample = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
+    taken = tl.minimum((last - first + step - 1) // step, SAMPLES).to(COMPUTE)
+    if COLUMNS:
+        mean = tl.sum(sample, 0) / taken
+    else:
+        mean = tl.sum(tl.sum(sample, 1), 0) / (taken * VEC)
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+
+
+@triton.jit
+def deviations(value, shift, factor, known, RANGE: tl.constexpr):
+    """value * factor - shift; 0 for elements that there are not. Without RANGE, factor is 1."""
+    if RANGE:
+        return tl.where(known, tl.fma(value, factor, -shift), 0.0)
+    else:
+        return tl.where(known, value - shift, 0.0)
+
+
+@triton.jit
+def add_tiles(
+    x, d1, d2, shift, factor, first, last, strip, row, jump, magic, power,
+    POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    COMPUTE: tl.constexpr, RANGE: tl.constexpr,
+):  # fmt: skip
+    """Add deviations to d1 and their squares to d2, tile by tile."""
+    for begin in range(first, last, POSITIONS):
+        position = begin + tl.arange(0, POSITIONS)
+        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE)
+        known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
+        value = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
+        d = deviations(value, shift, factor, known, RANGE)
+        d1 += d
+        d2 = tl.fma(d, d, d2)
+    return d1, d2
+
+
+@triton.jit
+def streamed_sums(
+    x, shift, factor, first, last, strip, row, jump, magic, power,
+    CHAIN: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
+):  # fmt: skip
+    """Sums of the deviations and of their squares over a share, in chains of CHAIN additions (0: it is short)."""
+    zeros = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
+    if CHAIN == 0:
+        d1, d2 = add_tiles(
+            x, zeros, zeros, shift, factor, first, last, strip, row, jump, magic, power,
+            POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
+        )  # fmt: skip
+        return channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
+    else:
+        total = shift.to(tl.float64) * 0.0
+        squares = total
+        for start in range(first, last, CHAIN * POSITIONS):
+            end = tl.minimum(start + CHAIN * POSITIONS, last)
+            d1, d2 = add_tiles(
+                x, zeros, zeros, shift, factor, start, end, strip, row, jump, magic, power,
+                POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
+            )  # fmt: skip
+            total += channel_sum(d1, COLUMNS)
+            squares += channel_sum(d2, COLUMNS)
+        return total, squares
+
+
+@triton.jit
+def held_sums(
+    tiles, shift, factor, last, strip, row,
+    TILES: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr, RANGE: tl.constexpr,
+):  # fmt: skip
+    """The same of TILES tiles in registers."""
+    d1 = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
+    d2 = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
+    for i in tl.static_range(TILES):
+        known = known_elements(i * POSITIONS + tl.arange(0, POSITIONS), last, strip, row, LANES, VEC, COLUMNS)
+        d = deviations(tiles[i].to(COMPUTE), shift, factor, known, RANGE)
+        d1 += d
+        d2 = tl.fma(d, d, d2)
+    return channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
+
+
+MOST_SWEEPS = tl.constexpr(3)
+"""One may find the range lost, one the shift bad, and one does justice."""
+
+
+@triton.jit
+def judged(total, squares, count, inverse, shift, factor, pending, RANGE: tl.constexpr):
+    """Mean and variance of the pending channels, and how to sum those again that this sweep has not done justice.
+
+    A shift too far from the mean is moved there. Where squares left float32's range (RANGE: whether the dtype lets
+    them) the channel gets a factor. A channel's way depends on nothing but itself.
+    """
+    apart = total * inverse
+    spread = squares * inverse - apart * apart
+    spread = tl.where(spread < 0.0, 0.0, spread)
+    found = shift.to(tl.float64) + apart
+    mean = found
+    var = spread
+    if RANGE:
+        unit = tl.where(factor == SCALE_DOWN, 2.0**80, tl.where(factor == SCALE_UP, 2.0**-80, 1.0)).to(tl.float64)
+        mean = found * unit
+        var = spread * unit * unit
+        whole = pending & (factor == 1.0)
+        overflow = whole & ((squares < float("inf")) == 0)
+        underflow = whole & (squares < count * UNDERFLOW) & (tl.abs(shift) < TINY_SHIFT)
+        lost = overflow | underflow
+        moved = pending & (lost == 0) & (apart * apart > TRUSTED_SHIFT * spread)
+        scale = tl.where(overflow, SCALE_DOWN, tl.where(underflow, SCALE_UP, 1.0)).to(tl.float32)
+        shift = tl.where(moved, found.to(tl.float32), shift * scale)
+        factor = factor * scale
+        pending = moved | lost
+    else:
+        moved = pending & (apart * apart > TRUSTED_SHIFT * spread)
+        shift = tl.where(moved, found.to(shift.dtype), shift)
+        pending = moved
+    return mean, var, shift, factor, pending
+
+
+@triton.jit
+def merged_moments(
+    partials, positions, share, blocks, channel, known, channels,
+    CHUNK: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of a channel from those of its blocks, in the blocks' order.
+
+    Means are taken from the first block's, so that only the last addition rounds at their size.
+    """
+    base = load_wide(partials, channel, known, 0.0)
+    mean = load_wide(None, channel, known, 0.0)
+    squares = mean
+    count = mean
+    for start in range(0, blocks, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        n = tl.minimum(tl.maximum(positions - i.to(tl.int64) * share, 0), share).to(tl.float64)
+        if COLUMNS:
+            n = n[:, None]
+            there = (i < blocks)[:, None] & known[None, :]
+            place = i[:, None] * channels + channel[None, :]
+        else:
+            n = n * VEC
+            there = i < blocks
+            place = i * channels + channel
+        means = tl.where(there, tl.load(partials + place, mask=there, other=0.0) - base, 0.0)
+        variances = tl.load(partials + blocks * channels + place, mask=there, other=0.0)
+        total = tl.sum(n, 0)
+        here = tl.sum(n * means, 0) * reciprocal(total)
+        apart = tl.where(there, means - here, 0.0)
+        squares_here = tl.sum(n * (variances + apart * apart), 0)
+        part = total * reciprocal(count + total)
+        delta = here - mean
+        squares += squares_here + delta * delta * (count * part)
+        mean = tl.where(count > 0.0, mean + delta * part, here)
+        count = count + total
+    return base + mean, squares * reciprocal(count)
+
+
+@triton.jit
+def merged_sums(
+    partials, blocks, channel, known, channels, CHUNK: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """The sums of dz and of dz * (x - centre), from those of a channel's blocks, in the blocks' order."""
+    sum_dz = load_wide(None, channel, known, 0.0)
+    sum_product = sum_dz
+    for start in range(0, blocks, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        if COLUMNS:
+            there = (i < blocks)[:, None] & known[None, :]
+            place = i[:, None] * channels + channel[None, :]
+        else:
+            there = i < blocks
+            place = i * channels + channel
+        sum_dz += tl.sum(tl.load(partials + place, mask=there, other=0.0), 0)
+        sum_product += tl.sum(tl.load(partials + blocks * channels + place, mask=there, other=0.0), 0)
+    return sum_dz, sum_product
+
+
+# ------------------------------------------------------------------------------------------------------------ affine
+@triton.jit
+def affine(mean, var, weight, bias, eps, COMPUTE: tl.constexpr):
+    """z = (x - centre) * scale + shift, and mean - centre, 1 / sqrt(var + eps)."""
+    rstd = tl.rsqrt(var + eps)
+    slope = weight * rstd
+    centre = mean.to(COMPUTE)
+    rest = mean - centre.to(tl.float64)
+    return centre, slope.to(COMPUTE), (bias - rest * slope).to(COMPUTE), rest, rstd
+
+
+@triton.jit
+def pre_activation(value, residual, centre, scale, shift):
+    """z, with the same roundings forward and backward."""
+    z = tl.fma(value - centre, scale, shift)
+    if residual is not None:
+        z = z + residual
+    return z

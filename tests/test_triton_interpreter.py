@@ -1,0 +1,54 @@
+"""The Triton backend end to end, from the public calls to its kernels: torch's CPU tensors in Triton's interpreter."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def interpreted(script, *arguments):
+    """What a script prints that runs with the interpreter on."""
+    for package in ("torch", "triton"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install {package}")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE)))}
+    command = [sys.executable, *script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("tier", "which", "least"),
+    [
+        ("auto", "some", 70),
+        ("split", "few", 15),
+        pytest.param("split", "some", 70, marks=pytest.mark.slow),
+        pytest.param("auto", "all", 400, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
+        pytest.param("split", "all", 400, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
+    ],
+)
+def test_cases(tier, which, least):
+    result = json.loads(interpreted([str(HERE / "triton_interpreted.py")], tier, which))
+    assert result["failures"] == {}
+    assert result["cases"] >= least
+
+
+def test_the_public_calls_select_the_backend_by_the_tensors_type():
+    code = """
+import torch, gpu_bn
+x, weight, bias = torch.randn(6, 4, 5), torch.rand(4), torch.randn(4)
+mean, var = torch.zeros(4), torch.ones(4)
+want_mean, want_var = mean.clone(), var.clone()
+want = torch.relu(torch.nn.functional.batch_norm(x, want_mean, want_var, weight, bias, True))
+y = gpu_bn.batch_norm(x, mean, var, weight, bias, True, activation="relu", backend=gpu_bn.dispatch.load("triton"))
+assert (y - want).abs().max() < 1e-5 and (mean - want_mean).abs().max() < 1e-6 and (var - want_var).abs().max() < 1e-6
+print(gpu_bn.dispatch.load("triton").name)
+"""
+    assert interpreted(["-c", code]).split() == ["triton"]

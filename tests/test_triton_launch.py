@@ -1,0 +1,116 @@
+"""What the Triton backend hands to Triton's launcher, with a stand-in for the device."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from gpu_bn.backends import triton_launch  # noqa: E402
+from gpu_bn.backends.triton_launch import Specialisation, Step  # noqa: E402
+from gpu_bn.kernels.bn_forward_triton import bn_merge_moments_kernel  # noqa: E402
+
+
+class Compiled:
+    """A compiled kernel: notes its launches."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args, stream: self.launches.append((grid, args, stream))
+
+
+@pytest.fixture
+def step():
+    return Step(bn_merge_moments_kernel, (3, 1), (5, 7, 2, 4, 4, 1, 1, False), num_warps=2, device=1)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    made = []
+
+    def build(source, target, options):
+        made.append((source, target, options, Compiled()))
+        return made[-1][-1]
+
+    active = SimpleNamespace(
+        get_current_target=lambda: "target", get_current_stream=lambda device: f"stream of {device}"
+    )
+    monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(triton_launch, "ASTSource", lambda *source: source)
+    monkeypatch.setattr(triton_launch.triton, "compile", build)
+    return made
+
+
+@pytest.mark.parametrize("current", [1, 0])
+def test_a_step_is_compiled_once_and_launched_on_its_device_and_the_current_stream(
+    step, compilations, monkeypatch, current
+):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    args = (torch.zeros(2, 4, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64))
+    for _ in range(2):
+        triton_launch.launch(step, args)
+    ((kernel, signature, constants, _), target, options, compiled) = compilations.pop()
+    assert not compilations
+    assert kernel is bn_merge_moments_kernel
+    assert target == "target"
+    assert options == {"num_warps": 2, "num_ctas": 1, "enable_fp_fusion": False}
+    assert signature["partials"] == "*fp64"
+    assert signature["positions"] == "i32"
+    assert constants == {"CHUNK": 4, "LANES": 1, "VEC": 1, "COLUMNS": False}
+    assert compiled.launches == [((3, 1, 1), (*args, *step.tail), "stream of 1")] * 2
+    assert entered == [1] + [1, 1] * (current != 1)
+
+
+def test_absent_arguments_are_constants_and_whole_numbers_widen(step):
+    step.wide = True
+    special = Specialisation.of(step, (None, torch.zeros(2, 5, dtype=torch.float64)))
+    assert special.constants["partials"] is None
+    assert special.signature["partials"] == "constexpr"
+    assert special.signature["positions"] == "i64"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_cuda_graph_replays_a_call():
+    import gpu_bn
+
+    x = torch.randn(8, 16, 32, 32, device="cuda")
+    vectors = [torch.rand(16, device="cuda") for _ in range(4)]
+
+    def call():
+        y, saved = gpu_bn.batch_norm_forward(x, *vectors, training=True, activation="relu")
+        return y, gpu_bn.batch_norm_backward(torch.ones_like(x), saved).dx
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, dx = call()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    want_y, want_dx = call()
+    assert torch.equal(y, want_y)
+    assert torch.equal(dx, want_dx)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("tier", [None, "split", "cta", "cluster"])
+def test_every_case_on_the_gpu(tier):
+    from gpu_bn.backends.triton import TritonBackend
+    from gpu_bn.testing import cases, check
+
+    backend = TritonBackend(tier=tier)
+    for case in cases():
+        check(case, backend)

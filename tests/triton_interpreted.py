@@ -1,0 +1,51 @@
+"""Run conformance cases on the Triton backend in Triton's interpreter, and print what fails as JSON.
+
+A process of its own: kernels are either interpreted or compiled, from their import on. Arguments: a tier or ``auto``,
+and ``few``, ``some`` or ``all`` of the cases.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+
+from gpu_bn.testing import Case, cases, check
+
+
+def some_cases() -> list[Case]:
+    """Small cases of every activation, dtype, layout and mode, and the ones that numerics are hard in."""
+    small = [case for case in cases() if math.prod(case.shape) <= 1000]
+    chosen, seen = [], set()
+    for case in small:
+        kinds = {
+            ("activation", case.activation, case.residual and case.mode),
+            ("dtype", case.dtype, case.mode),
+            ("layout", case.layout),
+            ("numbers", case.mean, case.std, case.dtype),
+            ("parameters", case.affine, case.mode, case.param_dtype),
+        }
+        if not kinds <= seen:
+            chosen.append(case)
+            seen |= kinds
+    return chosen
+
+
+def main(tier: str, which: str) -> None:
+    from gpu_bn.backends.triton import TritonBackend
+
+    backend = TritonBackend(tier=None if tier == "auto" else tier)
+    selected = {"all": cases(), "some": some_cases(), "few": some_cases()[::4]}[which]
+    failures = {}
+    for case in selected:
+        try:
+            check(case, backend)
+        except Exception as error:
+            failures[str(case)] = f"{type(error).__name__}: {error}"
+    print(json.dumps({"cases": len(selected), "failures": failures}))
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    main(*sys.argv[1:])
