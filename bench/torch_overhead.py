@@ -1,0 +1,111 @@
+"""What a call costs on a tensor too small to compute anything: ``python bench/torch_overhead.py``.
+
+``gpu_bn.nn`` against torch on the CPU, in one thread, in alternating pairs of batches of calls; the figure is the
+median of the pairs' ratios. Three columns: with the NumPy backend as it is; with a backend that only allocates its
+outputs, which leaves the cost of checks, dispatch and autograd; and torch, whose time includes its kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from gpu_bn import dispatch, nn
+from gpu_bn.backends.protocol import Moments, Saved
+
+BATCH = 200
+"""Calls in one timing."""
+
+
+class Nothing:
+    """A backend that allocates and computes nothing."""
+
+    name = "nothing"
+
+    def __init__(self) -> None:
+        self.zeros = torch.zeros(3, dtype=torch.float64)
+
+    def vector(self, array: torch.Tensor) -> torch.Tensor:
+        return array
+
+    def forward(self, x: torch.Tensor, spec: Any, *_: Any) -> tuple[torch.Tensor, Saved]:
+        moments = Moments(1, self.zeros, self.zeros)
+        return torch.empty_like(x), Saved(x, None, moments, None, None, None, None, False, spec)
+
+    def backward(self, dy: torch.Tensor, _: Saved, need: frozenset[str]) -> tuple[torch.Tensor | None, ...]:
+        vectors = [torch.empty(3) if name in need else None for name in ("dweight", "dbias")]
+        return torch.empty_like(dy), *vectors, None
+
+
+def operations(function: Callable[..., torch.Tensor], layer: torch.nn.Module) -> dict[str, Callable[[], Any]]:
+    """The calls that are timed."""
+    x, dy = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    leaf = x.clone().requires_grad_()
+    mean, var = torch.zeros(3), torch.ones(3)
+    weight, bias = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+
+    def quiet(training: bool) -> torch.Tensor:
+        with torch.no_grad():
+            return function(x, mean, var, weight, bias, training)
+
+    def both() -> Any:
+        y = function(leaf, mean, var, weight, bias, True)
+        return torch.autograd.grad(y, (leaf, weight, bias), dy)
+
+    return {
+        "training, no grad": lambda: quiet(True),
+        "evaluation, no grad": lambda: quiet(False),
+        "forward": lambda: function(leaf, mean, var, weight, bias, True),
+        "forward and backward": both,
+        "layer, forward": lambda: layer(leaf),
+    }
+
+
+def elapsed(call: Callable[[], Any]) -> float:
+    """Microseconds a call."""
+    start = time.perf_counter()
+    for _ in range(BATCH):
+        call()
+    return (time.perf_counter() - start) / BATCH * 1e6
+
+
+def compare(ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int) -> tuple[float, float, float]:
+    """Ratio and both times."""
+    elapsed(ours), elapsed(theirs)
+    timed = [
+        (elapsed(ours), elapsed(theirs)) if i % 2 else tuple(reversed((elapsed(theirs), elapsed(ours))))
+        for i in range(pairs)
+    ]
+    mine, its = zip(*timed, strict=True)
+    return statistics.median(a / b for a, b in timed), statistics.median(mine), statistics.median(its)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=41, help="pairs of timings")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    theirs = operations(F.batch_norm, torch.nn.BatchNorm2d(3))
+    ours = operations(nn.batch_norm, nn.BatchNorm2d(3))
+    rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ours}
+    true, nothing = dispatch.serving, Nothing()
+    for engine in (true, lambda *_: nothing):
+        dispatch.serving = engine  # type: ignore[assignment]
+        for name, call in ours.items():
+            rows[name].append(compare(call, theirs[name], arguments.pairs))
+    dispatch.serving = true
+    print(f"torch {torch.__version__}, float32 2x3x4x4, microseconds a call and ratio to torch")
+    print(f"{'':22}{'gpu_bn':>16}{'without a kernel':>20}{'torch':>10}")
+    for name, (whole, empty) in rows.items():
+        print(f"{name:22}{whole[1]:8.1f} ({whole[0]:4.1f}x){empty[1]:12.1f} ({empty[0]:4.1f}x){whole[2]:10.1f}")
+
+
+if __name__ == "__main__":
+    main()

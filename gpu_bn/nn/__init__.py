@@ -1,0 +1,62 @@
+"""gpu_bn for torch: layers, their functional form, and conversion of models.
+
+This subpackage alone imports torch::
+
+    from gpu_bn import nn
+
+    model = nn.convert(model)
+"""
+
+from gpu_bn.nn._convert import (
+    convert,
+    freeze,
+    insert_identity_,
+    revert,
+    unfreeze,
+)
+from gpu_bn.nn.folding import (
+    fold,
+    fuse_conv_bn_eval,
+    fuse_conv_bn_weights,
+    fuse_linear_bn_eval,
+    fuse_linear_bn_weights,
+)
+from gpu_bn.nn.functional import (
+    batch_norm,
+    checkpoint_contexts,
+    no_tracking,
+)
+from gpu_bn.nn.modules import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    FrozenBatchNorm2d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "FrozenBatchNorm2d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "batch_norm",
+    "checkpoint_contexts",
+    "convert",
+    "fold",
+    "freeze",
+    "fuse_conv_bn_eval",
+    "fuse_conv_bn_weights",
+    "fuse_linear_bn_eval",
+    "fuse_linear_bn_weights",
+    "insert_identity_",
+    "no_tracking",
+    "revert",
+    "unfreeze",
+]

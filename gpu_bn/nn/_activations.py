@@ -1,0 +1,92 @@
+"""The activations as torch has them: functions, layers, and calls in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_bn.activations import IDENTITY, Activation, elu, leaky_relu
+
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], dict[str, str]]] = {
+    "relu": (F.relu, {}),
+    "relu6": (F.relu6, {}),
+    "leaky_relu": (F.leaky_relu, {}),
+    "elu": (F.elu, {}),
+    "silu": (F.silu, {}),
+    "gelu": (F.gelu, {"approximate": "none"}),
+    "gelu_tanh": (F.gelu, {"approximate": "tanh"}),
+    "hardswish": (F.hardswish, {}),
+    "sigmoid": (torch.sigmoid, {}),
+    "tanh": (torch.tanh, {}),
+}
+"""The rows of :data:`gpu_bn.activations.ROWS` but the identity, as torch has them."""
+
+
+def function(activation: Activation) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """torch's function for an activation, and its options."""
+    call, options = FUNCTIONS[activation.name]
+    name = activation.row.parameter
+    return call, {**options, name: activation.parameter} if name else {**options}
+
+
+def activate(z: Tensor, activation: Activation) -> Tensor:
+    """The activation's value."""
+    if activation.is_identity:
+        return z
+    call, options = function(activation)
+    return call(z, **options)
+
+
+LAYERS = {
+    "torch.nn.modules.linear.Identity": IDENTITY,
+    **{
+        f"torch.nn.modules.activation.{name}": Activation(name.lower())
+        for name in ("ReLU", "ReLU6", "SiLU", "Hardswish", "Sigmoid", "Tanh")
+    },
+    **{
+        f"timm.layers.activations.{name}": Activation(ours)
+        for name, ours in (
+            ("Swish", "silu"),
+            ("Sigmoid", "sigmoid"),
+            ("Tanh", "tanh"),
+            ("HardSwish", "hardswish"),
+            ("GELU", "gelu"),
+            ("GELUTanh", "gelu_tanh"),
+        )
+    },
+}
+
+
+"""Layers without parameters, by qualified name; timm's too."""
+
+TARGETS: dict[Any, Activation] = {
+    target: Activation(name)
+    for name, targets in {
+        "relu": (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
+        "relu6": (F.relu6,),
+        "silu": (F.silu,),
+        "hardswish": (F.hardswish,),
+        "sigmoid": (F.sigmoid, torch.sigmoid, "sigmoid"),
+        "tanh": (F.tanh, torch.tanh, "tanh"),
+    }.items()
+    for target in targets
+}
+
+
+"""Functions and methods of tensors, as they appear in a graph."""
+
+
+def activation_of(module: torch.nn.Module) -> Activation | None:
+    """The activation that a module is, if it is one of ours."""
+    match module:
+        case torch.nn.LeakyReLU():
+            return leaky_relu(module.negative_slope)
+        case torch.nn.ELU():
+            return elu(module.alpha)
+        case torch.nn.GELU():
+            return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
+    return LAYERS.get(f"{type(module).__module__}.{type(module).__qualname__}")

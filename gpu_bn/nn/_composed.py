@@ -1,0 +1,67 @@
+"""Batch normalisation composed of torch's own differentiable operations.
+
+Used where one operator of ours cannot be: for second and higher derivatives, in compiled evaluation (where the
+compiler fuses it into its neighbours), and under ``torch.func`` and forward-mode differentiation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_bn.activations import Activation
+from gpu_bn.nn._activations import activate
+
+
+def batch_norm(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: Activation,
+) -> Tensor:
+    """The transform with the statistics given, or the batch's; computed in float32 or wider, rounded once."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if mean is not None:
+        dtype = torch.promote_types(dtype, mean.dtype)
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    wide = x.to(dtype)
+    if mean is None or var is None:
+        var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+    scale = (var.to(dtype) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    z = (wide - mean.to(dtype).view(shape)) * scale.view(shape)
+    if bias is not None:
+        z = z + bias.to(dtype).view(shape)
+    if residual is not None:
+        z = z + residual.to(dtype)
+    return activate(z, activation).to(x.dtype)
+
+
+def torch_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: Activation,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """The transform by ``torch.nn.functional.batch_norm``, which the transforms of ``torch.func`` know."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is None:
+        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
+    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None:
+        z = z + residual
+    return activate(z, activation)

@@ -1,0 +1,217 @@
+"""Swapping the BatchNorm layers of a model for ours, and back.
+
+A layer stays the object that it is: only its class changes, so that parameters, buffers, hooks, flags, names and
+whoever else refers to it are kept. Layers of other libraries are known by the name of their class; nothing is imported
+for them. Subclasses of the classes below are left as they are, for they may compute something else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.nn import modules
+from gpu_bn.nn._activations import activation_of
+from gpu_bn.nn._graph import ORIGINAL, fuse_activations
+from gpu_bn.nn.modules import Fused
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_TORCH = "torch.nn.modules.batchnorm"
+CLASSES: dict[str, type[torch.nn.Module]] = {
+    f"{_TORCH}.BatchNorm1d": modules.BatchNorm1d,
+    f"{_TORCH}.BatchNorm2d": modules.BatchNorm2d,
+    f"{_TORCH}.BatchNorm3d": modules.BatchNorm3d,
+    f"{_TORCH}.LazyBatchNorm1d": modules.LazyBatchNorm1d,
+    f"{_TORCH}.LazyBatchNorm2d": modules.LazyBatchNorm2d,
+    f"{_TORCH}.LazyBatchNorm3d": modules.LazyBatchNorm3d,
+    f"{_TORCH}.SyncBatchNorm": modules.BatchNorm,
+    "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
+    "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
+}
+"""What is converted, by qualified name, and to which class."""
+
+
+def convert(model: Model, *, fuse: bool = False) -> Any:
+    """Make torch's BatchNorm layers ours, in place, with the activations that they have.
+
+    Converted are ``torch.nn.BatchNorm1d/2d/3d``, their lazy forms, ``SyncBatchNorm`` in a single process, timm's
+    ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, and torchvision's ``FrozenBatchNorm2d``.
+
+    Args:
+        model: a model, or a layer.
+        fuse: also merge a layer with the activation after it, and with a sum between the two. The model is traced
+            by ``torch.fx`` for that, and a ``GraphModule`` over the same layers is returned.
+
+    Returns:
+        ``model``, or with ``fuse`` the graph module.
+
+    Raises:
+        ValueError: a ``SyncBatchNorm`` over several processes, or with ``fuse`` a model that cannot be traced.
+    """
+    found = [(module, rule) for module in model.modules() if (rule := _rule(module)) is not None]
+    for module, (cls, activation) in found:
+        _become(module, cls)
+        if not activation.is_identity:
+            setattr(module, "activation", activation)  # noqa: B010 - not of every module's type
+    return fuse_activations(model) if fuse else model
+
+
+def revert(model: torch.nn.Module) -> Any:
+    """Undo :func:`convert`: every layer of ours becomes what it was, or torch's of the same name.
+
+    Returns:
+        ``model``; of a graph module that ``convert(fuse=True)`` returned, the model that it was made from.
+
+    Raises:
+        ValueError: a layer has an activation, or is frozen, and torch's layer would lose that. Nothing has changed.
+    """
+    model = getattr(model, "meta", {}).get(ORIGINAL, model)
+    found = [
+        (module, _original(name, module))
+        for name, module in model.named_modules()
+        if isinstance(module, (Fused, modules.FrozenBatchNorm2d))
+    ]
+    for module, cls in found:
+        for attribute in ("activation", "frozen", "_converted_from"):
+            module.__dict__.pop(attribute, None)
+        if cls is not None:
+            _set_class(module, cls)
+    return model
+
+
+def freeze(model: Model, *, parameters: bool = True) -> Model:
+    """Make our layers use their running statistics, and leave them alone, in training too.
+
+    Args:
+        model: a model, or a layer; torch's layers in it are left as they are.
+        parameters: whether weight and bias are frozen as well.
+    """
+    return _set_frozen(model, True, parameters)
+
+
+def unfreeze(model: Model, *, parameters: bool = True) -> Model:
+    """Undo :func:`freeze`."""
+    return _set_frozen(model, False, parameters)
+
+
+def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: Any, **options: Any) -> Model:
+    """Put a batch normalisation behind modules of a trained model, without changing its outputs.
+
+    Each named module becomes ``Sequential(module, BatchNorm)``, whose normalisation is the identity on what the module
+    gives for the inputs (:meth:`Fused.init_identity_`).
+
+    Args:
+        model: changed in place.
+        names: of modules, as in ``named_modules``.
+        inputs: a batch that the model is called with, once.
+        options: of the layers, such as ``eps`` and ``momentum``.
+
+    Raises:
+        ValueError: a name that is none, or whose module was not called or did not give a tensor of rank 2 to 5.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    known = dict(model.named_modules())
+    if unknown := [name for name in names if name not in known or not name]:
+        raise ValueError(f"the model has no modules named {', '.join(unknown)}")
+    hooks = [
+        known[name].register_forward_hook(lambda *called, name=name: outputs.__setitem__(name, called[2]))
+        for name in names
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    ranks = {rank: cls for cls in (modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d) for rank in cls.ranks}
+    layers = {}
+    for name in names:
+        output = outputs.get(name)
+        if not isinstance(output, torch.Tensor) or output.dim() not in ranks:
+            raise ValueError(f"{name} should give a tensor of rank 2 to 5 for these inputs")
+        like = {"device": output.device, "dtype": None if output.dtype.itemsize < 4 else output.dtype}
+        layers[name] = ranks[output.dim()](output.shape[1], **(like | options)).init_identity_(output)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        sequence = torch.nn.Sequential(known[name], layer.train(known[name].training))
+        setattr(model.get_submodule(parent), child, sequence)
+    return model
+
+
+def _set_frozen(model: Model, frozen: bool, parameters: bool) -> Model:
+    for module in model.modules():
+        if isinstance(module, Fused):
+            module.frozen = frozen
+            for parameter in module.parameters(recurse=False) if parameters else ():
+                parameter.requires_grad_(not frozen)
+    return model
+
+
+def _rule(module: torch.nn.Module) -> tuple[type[torch.nn.Module], Activation] | None:
+    """What a module becomes, and the activation it has; ``None`` if it stays what it is."""
+    kind = _class_of(module)
+    cls = CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
+    if cls is None:
+        return None
+    if isinstance(module, torch.nn.SyncBatchNorm):
+        _require_one_process(module)
+    children = dict(module.named_children())
+    activation = activation_of(children["act"]) if "act" in children else IDENTITY
+    if activation is None or not isinstance(children.get("drop"), (torch.nn.Identity, type(None))):
+        return None
+    return cls, activation
+
+
+def _require_one_process(module: torch.nn.SyncBatchNorm) -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        size = distributed.get_world_size(module.process_group)
+        if size > 1:
+            raise ValueError(
+                f"a SyncBatchNorm over {size} processes cannot be converted: gpu_bn does not merge statistics of "
+                "several processes yet"
+            )
+
+
+def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The class that a layer of ours goes back to; ``None`` if torch has none."""
+    came_from: type[torch.nn.Module] | None = module.__dict__.get("_converted_from")
+    if getattr(module, "frozen", False):
+        raise ValueError(f"layer {name!r} is frozen, which torch's layers cannot be: call unfreeze first")
+    kept = IDENTITY
+    if came_from is not None and (act := dict(module.named_children()).get("act")) is not None:
+        kept = activation_of(act) or IDENTITY
+    if module.activation != kept:
+        raise ValueError(f"layer {name!r} has the activation {module.activation!r}, which torch's layer would lose")
+    grown_up = (
+        came_from is not None and issubclass(came_from, LazyModuleMixin) and not isinstance(module, LazyModuleMixin)
+    )
+    if came_from is not None and not grown_up:
+        return came_from
+    return getattr(torch.nn, _class_of(module).__name__, None)
+
+
+def _class_of(module: torch.nn.Module) -> type[Any]:
+    """A module's class, without what parametrisations make of it."""
+    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
+def _become(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+    module.__dict__["_converted_from"] = _class_of(module)
+    _set_class(module, cls)
+
+
+def _set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+    if parametrize.is_parametrized(module):  # its class is one of its own, with a property for each parameter
+        body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), body)
+    module.__class__ = cls

@@ -1,0 +1,179 @@
+"""torch tensors on the CPU, served by the NumPy backend without a copy.
+
+NumPy works on views of the tensors; what it allocates is allocated by torch, in the memory format that
+``torch.empty_like`` gives. Only a tensor whose elements overlap in memory (an expanded one) is copied first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpu_bn import ops
+from gpu_bn.backends.numpy import NumpyBackend
+from gpu_bn.backends.protocol import Moments, Saved, Sums
+from gpu_bn.spec import BatchNormSpec
+
+Array = NDArray[Any]
+
+
+def backend() -> TorchBackend:
+    """The backend, for :func:`gpu_bn.dispatch.load`."""
+    return TorchBackend()
+
+
+class TorchBackend:
+    """See :class:`gpu_bn.backends.protocol.Backend` and ``Fused``."""
+
+    name = "torch"
+
+    def forward(
+        self,
+        x: Tensor,
+        spec: BatchNormSpec,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Saved]:
+        vectors = (_optional(running_mean), _optional(running_var), _optional(weight), _optional(bias))
+        result = None if out is None else as_array(out)
+        y, saved = ops.forward(NUMPY, _ordered(x), spec, *vectors, _optional(residual), result, in_place=True)
+        return as_tensor(y) if out is None else out, Saved(
+            x=x,
+            residual=None if spec.activation.is_identity else residual,
+            moments=_tensor_moments(saved.moments),
+            weight=None if saved.weight is None else torch.from_numpy(saved.weight),
+            bias=None if saved.bias is None else torch.from_numpy(saved.bias),
+            weight_dtype=None if weight is None else weight.dtype,
+            bias_dtype=None if bias is None else bias.dtype,
+            has_residual=residual is not None,
+            spec=spec,
+        )
+
+    def backward(self, dy: Tensor, saved: Saved, need: frozenset[str]) -> tuple[Tensor | None, ...]:
+        grads = ops.backward(NUMPY, as_array(dy), _array_saved(saved), need)
+        return tuple([None if gradient is None else as_tensor(gradient) for gradient in grads])
+
+    def vector(self, array: Tensor) -> Tensor:
+        return array.detach().to(torch.float64, copy=True)
+
+    def cast(self, vector: Tensor, dtype: torch.dtype | str) -> Tensor:
+        return vector.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    def copy(self, array: Tensor, like: Tensor) -> Tensor:
+        return torch.empty_like(like).copy_(array)
+
+    def check_out(self, out: Tensor, x: Tensor, residual: Tensor | None, in_place: bool) -> None:
+        NUMPY.check_out(as_array(out), as_array(x), _optional(residual), in_place)
+
+    def stats(self, x: Tensor, axis: int) -> Moments:
+        return _tensor_moments(NUMPY.stats(_ordered(x), axis))
+
+    def update_running(self, moments: Moments, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
+        NUMPY.update_running(_array_moments(moments), as_array(running_mean), as_array(running_var), momentum)
+
+    def normalize(self, saved: Saved, residual: Tensor | None, out: Tensor) -> None:
+        NUMPY.normalize(_array_saved(saved), _optional(residual), as_array(out))
+
+    def keeps_dz(self, saved: Saved) -> bool:
+        return NUMPY.keeps_dz(_array_saved(saved))
+
+    def backward_reduce(self, dy: Tensor, saved: Saved, dz: Tensor | None) -> Sums:
+        sums = NUMPY.backward_reduce(as_array(dy), _array_saved(saved), _optional(dz))
+        return Sums(torch.from_numpy(sums.dz), torch.from_numpy(sums.dz_xhat))
+
+    def backward_input(self, dy: Tensor, saved: Saved, sums: Sums | None, out: Tensor, dz: Tensor | None) -> None:
+        wide = None if sums is None else Sums(sums.dz.numpy(), sums.dz_xhat.numpy())
+        dx = as_array(out)
+        NUMPY.backward_input(as_array(dy), _array_saved(saved), wide, dx, dx if dz is out else _optional(dz))
+
+
+class _Numpy(NumpyBackend):
+    """The NumPy backend with torch's allocator and torch's choice of strides."""
+
+    def empty_like(self, x: Array) -> Array:
+        return as_array(torch.empty_like(as_tensor(x)))
+
+
+NUMPY = _Numpy()
+
+
+def as_array(tensor: Tensor) -> Array:
+    """A tensor as an array in the same memory.
+
+    Raises:
+        ImportError: a bfloat16 tensor, and the package ml_dtypes, which gives NumPy that type, is not installed.
+    """
+    tensor = tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(_bfloat16())
+    array: Array = tensor.numpy()
+    return array
+
+
+def as_tensor(array: Array) -> Tensor:
+    """An array as a tensor in the same memory."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+@cache
+def _bfloat16() -> np.dtype[Any]:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ImportError("bfloat16 tensors on the CPU need the package ml_dtypes: pip install ml_dtypes") from error
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
+
+
+def _optional(tensor: Tensor | None) -> Array | None:
+    return None if tensor is None else as_array(tensor)
+
+
+def _ordered(x: Tensor) -> Array:
+    """A tensor as an array whose axes torch and NumPy put into the same order: a copy if they overlap in memory."""
+    if not x.is_contiguous():
+        strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+        if 0 in strides or len(set(strides)) < len(strides):
+            x = x.detach().clone()
+    return as_array(x)
+
+
+def _tensor_moments(moments: Moments) -> Moments:
+    return Moments(moments.count, torch.from_numpy(moments.mean), torch.from_numpy(moments.var), moments.wide)
+
+
+def _array_moments(moments: Moments) -> Moments:
+    return Moments(moments.count, moments.mean.numpy(), moments.var.numpy(), moments.wide)
+
+
+def _array_saved(saved: Saved) -> Saved:
+    return replace(
+        saved,
+        x=_ordered(saved.x),
+        residual=_optional(saved.residual),
+        moments=_array_moments(saved.moments),
+        weight=_optional(saved.weight),
+        bias=_optional(saved.bias),
+        weight_dtype=saved.weight_dtype and _array_dtype(saved.weight_dtype),
+        bias_dtype=saved.bias_dtype and _array_dtype(saved.bias_dtype),
+    )
+
+
+@cache
+def _array_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return _bfloat16() if dtype is torch.bfloat16 else np.dtype(str(dtype).rpartition(".")[2])

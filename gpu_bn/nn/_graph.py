@@ -1,0 +1,132 @@
+"""Graphs of models, by ``torch.fx``: merging activations and sums into our layers."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gpu_bn.activations import Activation
+from gpu_bn.nn._activations import TARGETS, activation_of
+from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
+
+ORIGINAL = "gpu_bn_original"
+"""Where a graph module's ``meta`` has the model that it was made from."""
+
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        ours = isinstance(m, (_BatchNorm, FrozenBatchNorm2d))
+        return ours or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: torch.nn.Module) -> GraphModule:
+    """A graph module over the model's own layers.
+
+    Raises:
+        ValueError: the model cannot be traced, or does something else in training than in evaluation outside its
+            layers, which a graph would fix.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    graphs: list[Graph] = []
+    try:
+        for mode in (True, False):
+            graphs.append(_Tracer().trace(model.train(mode)))
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if str(graphs[0]) != str(graphs[1]):
+        raise ValueError(
+            f"{type(model).__name__} takes other steps in training than in evaluation (a functional dropout?), "
+            "which a graph cannot"
+        )
+    traced = GraphModule(model, graphs[0], type(model).__name__)
+    traced.training = model.training
+    traced.meta[ORIGINAL] = model
+    return traced
+
+
+def fuse_activations(model: torch.nn.Module) -> GraphModule:
+    """A graph module in which layers of ours do the activations, and the sums before these, that follow them."""
+    traced = trace(model)
+    for node in list(traced.graph.nodes):
+        if norm_of(traced, node) is not None and len(node.args) == 1 and not node.kwargs:
+            _fuse(traced, node)
+    traced.graph.lint()
+    traced.recompile()
+    return traced
+
+
+def norm_of(traced: GraphModule, node: Node) -> Any:
+    """The layer of ours that a node calls."""
+    module = module_of(traced, node)
+    return module if isinstance(module, (Fused, FrozenBatchNorm2d)) else None
+
+
+def module_of(traced: GraphModule, node: Any) -> torch.nn.Module | None:
+    """The module that a node calls."""
+    if not isinstance(node, Node) or node.op != "call_module":
+        return None
+    return traced.get_submodule(str(node.target))
+
+
+def _fuse(traced: GraphModule, node: Node) -> None:
+    """Merge a layer's node with what follows it."""
+    norm = norm_of(traced, node)
+    if not norm.activation.is_identity:
+        return
+    chain = [node]
+    residual = None
+    following = _following(traced, chain)
+    if following is not None and (other := _other_term(following, chain[-1])) is not None:
+        residual = other
+        chain.append(following)
+        following = _following(traced, chain)
+    activation = None if following is None else _activation(traced, following)
+    if following is None or activation is None or activation.is_identity:
+        return
+    graph = traced.graph
+    with graph.inserting_before(following):
+        chosen: Any = activation.name
+        if activation.row.parameter:
+            chosen = graph.call_function(Activation, (activation.name, activation.parameter))
+        inputs = node.args if residual is None else (*node.args, residual)
+        merged = graph.call_module(str(node.target), inputs, {"activation": chosen})
+    following.replace_all_uses_with(merged)
+    for done in (following, *reversed(chain)):
+        graph.erase_node(done)
+
+
+def _following(traced: GraphModule, chain: list[Node]) -> Node | None:
+    """The only user of a chain's end; identities on the way join the chain."""
+    while len(chain[-1].users) == 1:
+        (user,) = chain[-1].users
+        if type(module_of(traced, user)) is not torch.nn.Identity:
+            return user
+        chain.append(user)
+    return None
+
+
+def _other_term(node: Node, term: Node) -> Node | None:
+    """What a plain addition adds to a term."""
+    if node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
+        return None
+    others = [other for other in node.args if other is not term]
+    return others[0] if len(others) == 1 and isinstance(others[0], Node) else None
+
+
+def _activation(traced: GraphModule, node: Node) -> Activation | None:
+    module = module_of(traced, node)
+    if module is not None:
+        return activation_of(module)
+    extra = {name for name in node.kwargs if name != "inplace"}
+    if node.op not in ("call_function", "call_method") or len(node.args) != 1 or extra:
+        return None
+    return TARGETS.get(node.target)

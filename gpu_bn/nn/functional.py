@@ -1,0 +1,222 @@
+"""Batch normalisation of torch tensors, differentiable to any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import local
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from gpu_bn import dispatch, ops
+from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.nn import _autograd, _composed, _library
+from gpu_bn.spec import MAX_RANK, MIN_RANK, check_forward
+
+VECTORS = ("running_mean", "running_var", "weight", "bias")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class _Updates(local):
+    """Whether running statistics are left alone, in this thread."""
+
+    off = False
+
+
+_updates = _Updates()
+
+
+@contextmanager
+def no_tracking() -> Iterator[None]:
+    """Leave running statistics and batch counters as they are, also in training (eager mode only)."""
+    before = _updates.off
+    _updates.off = True
+    try:
+        yield
+    finally:
+        _updates.off = before
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For activation checkpointing: the forward pass that is run again does not update statistics again.
+
+    ``torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_contexts)``
+    """
+    return nullcontext(), no_tracking()
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: Activation | str | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """``torch.nn.functional.batch_norm``, with a residual and an activation.
+
+    Args:
+        input: (N, C, ...), 2-D to 5-D; float16, bfloat16, float32 or float64; any strides.
+        running_mean, running_var: (C,); updated in place in training, where both may be absent; otherwise they are
+            the statistics used.
+        weight, bias: (C,); absent, they are 1 and 0.
+        training: whether to use the batch's statistics.
+        momentum: what the batch weighs in the running update; ``None`` averages over all batches that
+            ``num_batches_tracked`` counts.
+        eps: added to the variance.
+        residual: added before the activation; like ``input``.
+        activation: a name from :data:`gpu_bn.activations.ROWS`, or an ``Activation`` with its parameter.
+        num_batches_tracked: 0-d int64, incremented in training.
+
+    Returns:
+        ``y``, with ``input``'s shape, dtype and memory format, and so is its gradient.
+
+    Raises:
+        RuntimeError, ValueError, TypeError, NotImplementedError: of the same type and with the same text as torch
+            for the same mistake. A call that raises has changed nothing.
+    """
+    activation = IDENTITY if activation is None else Activation.of(activation)
+    check(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+    tracked = training and running_mean is not None
+    if tracked and not torch.compiler.is_compiling() and _updates.off:
+        running_mean = running_var = num_batches_tracked = None
+    if not training:
+        num_batches_tracked = None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _composed.torch_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            activation,
+            num_batches_tracked,
+        )
+    if training:
+        return _autograd.call(
+            _library.train,
+            input,
+            weight,
+            bias,
+            residual,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            momentum,
+            eps,
+            activation.name,
+            activation.parameter,
+        )
+    if torch.compiler.is_compiling():
+        return _composed.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
+    return _autograd.call(
+        _library.infer,
+        input,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        eps,
+        activation.name,
+        activation.parameter,
+    )
+
+
+def check(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+) -> None:
+    """Raise what torch raises for arguments that do not fit."""
+    rank = input.dim()
+    if not MIN_RANK <= rank <= MAX_RANK:
+        raise ValueError(f"expected {MIN_RANK}D to {MAX_RANK}D input (got {rank}D input)")
+    shape, device = input.shape, input.device
+    channels = shape[1]
+    if training and input.numel() == channels and channels > 0:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    if training and eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    unknown = input.dtype not in FLOATS or not (momentum is None or isinstance(momentum, (float, int)))
+    vectors = (running_mean, running_var, weight, bias)
+    for name, vector in zip(VECTORS, vectors, strict=True):
+        if vector is None:
+            if not training and name.startswith("running"):
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+            continue
+        if vector.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
+        if vector.dim() != 1:
+            raise RuntimeError(f"TensorAccessor expected 1 dims but tensor has {vector.dim()}")
+        unknown = unknown or vector.dtype not in FLOATS or vector.device != device
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if unknown:
+        momentum = 0.0 if momentum is None else momentum
+        F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)  # says what is wrong
+        raise TypeError("gpu_bn does not know arguments of these types")
+    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
+        if vector is not None and vector.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. "
+                "This input cannot have requires_grad True."
+            )
+    if residual is not None:
+        if residual.shape != shape:
+            raise ValueError(f"residual should have the input's shape {tuple(shape)}, got {tuple(residual.shape)}")
+        if residual.dtype != input.dtype:
+            raise TypeError(f"residual should have the input's dtype {input.dtype}, got {residual.dtype}")
+        if residual.device != device:
+            raise RuntimeError(f"residual should be on the input's device {device}, got {residual.device}")
+
+
+def front_door(
+    x: Tensor,
+    *arguments: Any,
+    channel_axis: int,
+    backend: str | None,
+    out: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation | str | None,
+) -> Tensor:
+    """:func:`gpu_bn.batch_norm` for tensors: any channel axis, its errors, and ``out`` without gradients."""
+    names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    options = dict(zip(names, arguments, strict=True)) | {"residual": residual, "activation": activation}
+    tensors = {name: options[name] for name in ("running_mean", "running_var", "weight", "bias", "residual")}
+    engine = dispatch.select(backend, input=x, **tensors, out=out)
+    spec = check_forward(x, **options, channel_axis=channel_axis, out=out)
+    if out is not None:
+        differentiable = [tensor for tensor in (x, *tensors.values()) if tensor is not None and tensor.requires_grad]
+        if torch.is_grad_enabled() and (differentiable or out.requires_grad):
+            raise RuntimeError(
+                "batch_norm(): functions with out=... arguments don't support automatic differentiation, "
+                "but one of the arguments requires grad."
+            )
+        result: Tensor = ops.forward(engine, x, spec, **tensors, out=out, in_place=True)[0]
+        return result
+    if residual is not None:
+        options["residual"] = residual.movedim(spec.axis, 1)
+    return batch_norm(x.movedim(spec.axis, 1), **options).movedim(1, spec.axis)

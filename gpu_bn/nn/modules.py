@@ -1,0 +1,242 @@
+"""``BatchNorm1d/2d/3d``: torch's layers, with an activation, a residual and a switch that freezes the statistics.
+
+They are subclasses of torch's: parameters, buffers, state_dict, repr and errors are torch's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.folding import batch_moments
+from gpu_bn.nn import functional
+
+
+class Fused(_BatchNorm):
+    """What the layers have beyond torch's.
+
+    Attributes:
+        activation: what follows the normalisation, and the residual if the call has one.
+        frozen: whether the running statistics are used, and not updated, in training too.
+    """
+
+    activation: Activation = IDENTITY
+    frozen: bool = False
+    ranks: ClassVar[tuple[int, ...]] = ()
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, activation: Activation | str | None = None
+    ) -> Tensor:
+        """Normalise.
+
+        Args:
+            input: (N, C, ...).
+            residual: added before the activation; like ``input``.
+            activation: what follows in this call, if it is not the layer's own.
+        """
+        activation = self.activation if activation is None else Activation.of(activation)
+        training = self.training and not self.frozen
+        tracked = not training or self.track_running_stats
+        return layer(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            training or (self.running_mean is None and self.running_var is None),
+            self.momentum,
+            self.eps,
+            residual,
+            activation.name,
+            activation.parameter,
+            self.num_batches_tracked if training and tracked else None,
+            self.ranks,
+        )
+
+    def init_identity_(self, input: Tensor) -> Fused:
+        """Make the layer the identity (then its activation) on a batch, in training and in evaluation mode.
+
+        Sets weight = sqrt(var + eps) and bias = mean, and the running statistics to the batch's mean and biased
+        variance, so that the layer can be put behind a trained one without changing the network (Ioffe & Szegedy
+        2015, section 3).
+
+        Raises:
+            ValueError: the layer has no weight or no bias.
+        """
+        if self.weight is None or self.bias is None:
+            raise ValueError(f"an identity needs weight and bias, got {self!r}")
+        with torch.no_grad():
+            moments = batch_moments(input, self.eps)
+            self.weight.copy_((moments.var + self.eps).sqrt())
+            self.bias.copy_(moments.mean)
+            if self.running_mean is not None and self.running_var is not None:
+                self.running_mean.copy_(moments.mean)
+                self.running_var.copy_(moments.var)
+        return self
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()
+        if not self.activation.is_identity:
+            text += f", activation={self.activation!r}"
+        return text + ", frozen=True" * self.frozen
+
+
+class _Sized(Fused):
+    """A layer that is told its number of channels."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: Activation | str | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.activation = Activation.of(activation)
+
+
+class _Lazy(Fused):
+    """A layer that takes its number of channels from its first input."""
+
+    def __init__(self, *arguments: Any, activation: Activation | str | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.activation = Activation.of(activation)
+
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        super().initialize_parameters(input)  # type: ignore[misc]
+
+
+class BatchNorm(_Sized):
+    """A layer for inputs of any rank from 2 to 5."""
+
+
+class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` with ``activation=``, and ``residual`` in the call."""
+
+    ranks = (2, 3)
+
+
+class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` with ``activation=``, and ``residual`` in the call."""
+
+    ranks = (4,)
+
+
+class BatchNorm3d(_Sized, torch.nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` with ``activation=``, and ``residual`` in the call."""
+
+    ranks = (5,)
+
+
+class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d):
+    """``torch.nn.LazyBatchNorm1d`` with ``activation=``, and ``residual`` in the call."""
+
+    cls_to_become = BatchNorm1d
+    ranks = (2, 3)
+
+
+class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d):
+    """``torch.nn.LazyBatchNorm2d`` with ``activation=``, and ``residual`` in the call."""
+
+    cls_to_become = BatchNorm2d
+    ranks = (4,)
+
+
+class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d):
+    """``torch.nn.LazyBatchNorm3d`` with ``activation=``, and ``residual`` in the call."""
+
+    cls_to_become = BatchNorm3d
+    ranks = (5,)
+
+
+class FrozenBatchNorm2d(torch.nn.Module):
+    """torchvision's ``FrozenBatchNorm2d``, with an activation and a residual: parameters are buffers, all is fixed."""
+
+    activation: Activation = IDENTITY
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5, *, activation: Activation | str | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.activation = Activation.of(activation)
+        for name in ("weight", "running_var"):
+            self.register_buffer(name, torch.ones(num_features))
+        for name in ("bias", "running_mean"):
+            self.register_buffer(name, torch.zeros(num_features))
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, activation: Activation | str | None = None
+    ) -> Tensor:
+        """As :meth:`Fused.forward`."""
+        activation = self.activation if activation is None else Activation.of(activation)
+        return layer(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            False,
+            0.0,
+            self.eps,
+            residual,
+            activation.name,
+            activation.parameter,
+            None,
+            (4,),
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)  # of a layer that was not frozen
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def extra_repr(self) -> str:
+        text = f"{len(self.weight)}, eps={self.eps}"
+        return text if self.activation.is_identity else f"{text}, activation={self.activation!r}"
+
+
+@torch.fx.wrap
+def layer(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    parameter: float,
+    num_batches_tracked: Tensor | None,
+    ranks: tuple[int, ...],
+) -> Tensor:
+    """A layer's call, one node in a traced graph."""
+    if ranks and input.dim() not in ranks:
+        expected = " or ".join(f"{rank}D" for rank in ranks)
+        raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
+    return functional.batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual=residual,
+        activation=Activation(activation, parameter),
+        num_batches_tracked=num_batches_tracked,
+    )

@@ -1,0 +1,329 @@
+"""Converting models and back, merging activations and sums, folding, inserting identities."""
+
+import copy
+
+import pytest
+from networks import BatchNormAct2d, FrozenBatchNorm2d, mobilenet, resnet, unet
+from support import rng
+
+import gpu_bn
+
+torch = pytest.importorskip("torch")
+
+from torch.testing import assert_close  # noqa: E402
+
+from gpu_bn import nn  # noqa: E402
+from gpu_bn.nn import _activations, _convert  # noqa: E402
+from gpu_bn.nn.modules import Fused  # noqa: E402
+
+NETWORKS = {"resnet": resnet, "mobilenet": mobilenet, "unet": unet}
+
+
+def image(seed=0, size=32):
+    return torch.from_numpy(rng(seed).standard_normal((4, 3, size, size))).float()
+
+
+def trained(make):
+    """A network whose statistics are not those it was made with."""
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+        for seed in range(2):
+            model(2 * image(seed) + 0.5)
+    return model
+
+
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, Fused)]
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Stand-ins are known as the classes that they stand for."""
+    for name, cls in (
+        ("timm.layers.norm_act.BatchNormAct2d", BatchNormAct2d),
+        ("torchvision.ops.misc.FrozenBatchNorm2d", FrozenBatchNorm2d),
+    ):
+        monkeypatch.setitem(_convert.CLASSES, f"{cls.__module__}.{cls.__qualname__}", _convert.CLASSES[name])
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_converted_and_reverted_is_the_same_model(name):
+    model = trained(NETWORKS[name])
+    state, text, keys, x = copy.deepcopy(model.state_dict()), repr(model), set(model.__dict__), image()
+    expected, modules = model.eval()(x), list(model.modules())
+    converted = nn.convert(model)
+    assert converted is model
+    assert len(norms(model)) > 5
+    assert all(type(module) is not torch.nn.BatchNorm2d for module in model.modules())
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert nn.revert(model) is model
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert (repr(model), set(model.__dict__)) == (text, keys)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_fused_networks_train_as_the_plain_ones_and_fold(name):
+    model = trained(NETWORKS[name]).train()
+    plain = copy.deepcopy(model)
+    fused = nn.convert(model, fuse=True)
+    calls = [node for node in fused.graph.nodes if node.op == "call_module"]
+    assert not [node for node in calls if isinstance(fused.get_submodule(node.target), (torch.nn.ReLU, torch.nn.ReLU6))]
+    assert sum(len(node.args) == 2 for node in calls) == {"resnet": 8}.get(name, 0)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    x = image()
+    results = []
+    for network in (fused, plain):
+        y = network(x)
+        y.square().mean().backward()
+        state = dict(network.named_buffers())
+        gradients = {f"d{name}": p.grad for name, p in network.named_parameters()}
+        results.append({"y": y.detach()} | state | gradients)
+    assert results[0].keys() == results[1].keys()
+    for name, other in results[1].items():
+        mine = results[0][name]
+        assert_close(mine, other, rtol=1e-3, atol=1e-3 * other.double().abs().max().item() + 1e-6)
+    expected = fused.eval()(x)
+    folded = nn.fold(fused)
+    assert not [m for m in folded.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert_close(folded(x), expected, rtol=1e-3, atol=1e-4)
+    assert norms(fused), "the model itself is left as it is"
+    back = nn.revert(fused)
+    assert back is model
+    assert not norms(back)
+    assert_close(back.state_dict(), fused.state_dict(), rtol=0, atol=0)
+    assert_close(back.eval()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_flags_and_shared_layers_are_kept():
+    layer = torch.nn.BatchNorm1d(3).eval()
+    layer.weight.requires_grad_(False)
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append("hook"))
+    model = torch.nn.ModuleDict({"a": layer, "b": layer})
+    nn.convert(model)
+    assert model["a"] is model["b"] is layer
+    assert type(layer) is nn.BatchNorm1d
+    layer(torch.ones(2, 3))
+    assert (seen, layer.training, layer.weight.requires_grad) == (["hook"], False, False)
+
+
+def test_parametrised_layers():
+    class Doubled(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    layer = torch.nn.BatchNorm1d(3)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    x = torch.randn(5, 3)
+    expected = layer(x)
+    nn.convert(layer)
+    assert isinstance(layer, nn.BatchNorm1d)
+    assert_close(layer(x), expected)
+    nn.revert(layer)
+    assert not isinstance(layer, nn.BatchNorm1d)
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (torch.nn.ReLU(), "relu"),
+        (torch.nn.LeakyReLU(0.2), "leaky_relu(negative_slope=0.2)"),
+        (torch.nn.SiLU(), "silu"),
+        (torch.nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (torch.nn.Identity(), "identity"),
+    ],
+)
+@pytest.mark.usefixtures("register")
+def test_a_fused_activation_is_kept(act, name):
+    layer = BatchNormAct2d(3, act)
+    text, x = repr(layer), image()
+    expected = layer(x)
+    nn.convert(layer)
+    assert repr(layer.activation) == name
+    assert_close(layer(x), expected)
+    nn.revert(layer)
+    assert (type(layer), repr(layer)) == (BatchNormAct2d, text)
+
+
+@pytest.mark.usefixtures("register")
+def test_what_cannot_be_converted_is_left_as_it_is():
+    class Special(torch.nn.BatchNorm2d):
+        pass
+
+    layers = [BatchNormAct2d(3, torch.nn.Mish()), BatchNormAct2d(3, torch.nn.ReLU(), torch.nn.Dropout()), Special(3)]
+    kinds = [type(layer) for layer in layers]
+    nn.convert(torch.nn.Sequential(*layers))
+    assert [type(layer) for layer in layers] == kinds
+
+
+@pytest.mark.usefixtures("register")
+def test_frozen_layers_of_torchvision():
+    layer = FrozenBatchNorm2d(3)
+    with torch.no_grad():
+        for buffer in layer.buffers():
+            buffer.uniform_(0.5, 2)
+    x, state = image(), copy.deepcopy(layer.state_dict())
+    expected = layer(x)
+    nn.convert(layer)
+    assert_close(layer(x), expected)
+    layer.load_state_dict(state | {"num_batches_tracked": torch.tensor(3)})
+    assert_close(layer.state_dict(), state)
+    nn.revert(layer)
+    assert type(layer) is FrozenBatchNorm2d
+    assert torch.equal(nn.FrozenBatchNorm2d(3)(x), nn.BatchNorm2d(3).eval()(x))
+
+
+def test_sync_batch_norm_in_one_process_becomes_a_layer_of_ours(monkeypatch):
+    layer = torch.nn.SyncBatchNorm(3)
+    x = torch.randn(4, 3, 5)
+    nn.convert(layer)
+    assert_close(layer(x), torch.nn.BatchNorm1d(3)(x))
+    assert type(nn.revert(layer)) is torch.nn.SyncBatchNorm
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2 + (group is not None))
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), layer)
+    with pytest.raises(ValueError, match="a SyncBatchNorm over 2 processes cannot be converted"):
+        nn.convert(model)
+    assert type(model[0]) is torch.nn.BatchNorm1d
+
+
+def test_reverting_what_torch_cannot_do_is_refused():
+    model = torch.nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, activation="relu"))
+    with pytest.raises(ValueError, match="layer '1' has the activation relu, which torch's layer would lose"):
+        nn.revert(model)
+    assert type(model[0]) is nn.BatchNorm1d
+    with pytest.raises(ValueError, match="layer '' is frozen"):
+        nn.revert(nn.freeze(nn.BatchNorm1d(3)))
+
+
+def test_lazy_layers_are_converted_before_and_after_their_first_input():
+    layer = nn.convert(torch.nn.LazyBatchNorm1d())
+    assert type(layer) is nn.LazyBatchNorm1d
+    layer(torch.randn(4, 3))
+    assert type(layer) is nn.BatchNorm1d
+    assert type(nn.revert(layer)) is torch.nn.BatchNorm1d
+
+
+class Dropping(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(torch.relu(self.norm(x)), training=self.training)
+
+
+class Branching(Dropping):
+    def forward(self, x):
+        return self.norm(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("model", "text"), [(Dropping, "takes other steps in training"), (Branching, "cannot be traced by torch.fx")]
+)
+def test_fusing_what_cannot_be_traced_is_refused(model, text):
+    with pytest.raises(ValueError, match=text):
+        nn.convert(model(), fuse=True)
+
+
+class Sums(torch.nn.Module):
+    """What must not be merged: a layer used twice by the sum, an output used elsewhere, a scaled sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (torch.nn.BatchNorm1d(3) for _ in range(4))
+
+    def forward(self, x):
+        a, b, c = self.a(x), self.b(x), self.c(x)
+        return torch.relu(a + a) + torch.relu(b) + b + torch.relu(torch.add(c, x, alpha=2)) + torch.relu(3 + self.d(x))
+
+
+def test_only_what_is_the_same_is_merged():
+    model, x = Sums(), torch.randn(5, 3)
+    expected = copy.deepcopy(model)(x)
+    fused = nn.convert(model, fuse=True)
+    assert not [node for node in fused.graph.nodes if node.op == "call_module" and (node.kwargs or len(node.args) > 1)]
+    assert_close(fused(x), expected)
+
+
+def test_fused_activations_with_a_parameter():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Identity(), torch.nn.LeakyReLU(0.3),
+        torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.GELU(approximate="tanh"),
+    )  # fmt: skip
+    x = torch.randn(8, 3)
+    expected = copy.deepcopy(model)(x)
+    fused = nn.convert(model, fuse=True)
+    assert_close(fused(x), expected)
+    evaluated = fused.eval()(x)
+    folded = nn.fold(fused)
+    assert_close(folded(x), evaluated)
+    assert [type(m) for m in folded.children()] == [torch.nn.Linear, torch.nn.Linear]
+    with pytest.raises(ValueError, match="normalisation of 2D inputs, got 3D"):
+        folded(torch.randn(2, 4, 3))
+    assert_close(copy.deepcopy(fused)(x), evaluated)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_conv_and_linear_folding_as_torch(transpose, bias):
+    cls = torch.nn.ConvTranspose2d if transpose else torch.nn.Conv2d
+    conv, linear = cls(4, 6, 3, bias=bias).eval(), torch.nn.Linear(4, 6, bias=bias).eval()
+    x, rows = torch.randn(2, 4, 8, 8), torch.randn(5, 4)
+    for bn, layer, data, ours, theirs in (
+        (nn.BatchNorm2d(6), conv, x, nn.fuse_conv_bn_eval, torch.nn.utils.fuse_conv_bn_eval),
+        (nn.BatchNorm1d(6), linear, rows, nn.fuse_linear_bn_eval, torch.nn.utils.fuse_linear_bn_eval),
+    ):
+        bn(layer(data) * 2 + 1)
+        bn.eval()
+        mine = ours(layer, bn)
+        assert_close(mine(data), bn(layer(data)), rtol=1e-4, atol=1e-5)
+        other = theirs(layer, bn, transpose) if layer is conv else theirs(layer, bn)
+        assert_close(mine.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+        assert [p.requires_grad for p in mine.parameters()] == [p.requires_grad for p in other.parameters()]
+        bn.activation = gpu_bn.Activation("silu")
+        assert_close(ours(layer, bn)(data), bn(layer(data)), rtol=1e-4, atol=1e-5)
+        with pytest.raises(AssertionError, match="Fusion only for eval!"):
+            ours(layer, bn.train())
+
+
+def test_folding_leaves_what_it_cannot_fold():
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.other = torch.nn.Conv1d(3, 3, 1), torch.nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y) + y + self.other(self.conv(x))
+
+    model, x = Shared().eval(), torch.randn(2, 3, 4)
+    folded = nn.fold(model)
+    assert_close(folded(x), model(x))
+    assert {name for name, _ in folded.named_children()} == {"conv", "bn", "other"}
+
+
+def test_identities_inserted_into_a_trained_network():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 5, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(5 * 36, 4), torch.nn.Tanh()
+    )
+    x = image(size=8)
+    expected = model(x)
+    nn.insert_identity_(model, ["0", "3"], x, eps=1e-3)
+    assert [type(model[i][1]) for i in (0, 3)] == [nn.BatchNorm2d, nn.BatchNorm1d]
+    for mode in (False, True):
+        assert_close(model.train(mode)(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no modules named 7"):
+        nn.insert_identity_(model, ["7"], x)
+
+
+def test_every_activation_of_ours_is_known_by_torchs_name():
+    names = {activation.name for activation in _activations.LAYERS.values()} | {"leaky_relu", "elu"}
+    assert names == set(gpu_bn.activations.ROWS)

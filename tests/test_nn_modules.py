@@ -1,0 +1,237 @@
+"""The layers against torch's: construction, state, repr, training, and every error."""
+
+import copy
+import inspect
+import io
+
+import pytest
+from support import rng
+
+import gpu_bn
+
+torch = pytest.importorskip("torch")
+
+from torch.testing import assert_close  # noqa: E402
+
+from gpu_bn import nn  # noqa: E402
+
+PAIRS = {
+    "1d": (nn.BatchNorm1d, torch.nn.BatchNorm1d, (6, 3, 5)),
+    "1d of rows": (nn.BatchNorm1d, torch.nn.BatchNorm1d, (6, 3)),
+    "2d": (nn.BatchNorm2d, torch.nn.BatchNorm2d, (6, 3, 4, 5)),
+    "3d": (nn.BatchNorm3d, torch.nn.BatchNorm3d, (6, 3, 2, 3, 4)),
+}
+LAZY = {
+    "1d": (nn.LazyBatchNorm1d, torch.nn.LazyBatchNorm1d, nn.BatchNorm1d),
+    "2d": (nn.LazyBatchNorm2d, torch.nn.LazyBatchNorm2d, nn.BatchNorm2d),
+    "3d": (nn.LazyBatchNorm3d, torch.nn.LazyBatchNorm3d, nn.BatchNorm3d),
+}
+OPTIONS = [
+    {},
+    {"momentum": None},
+    {"eps": 1e-3, "momentum": 0.3},
+    {"affine": False},
+    {"bias": False},
+    {"track_running_stats": False},
+    {"dtype": torch.float64},
+]
+
+
+def data(shape, seed=0, dtype=torch.float32):
+    return torch.from_numpy(rng(seed).standard_normal(shape)).to(dtype)
+
+
+def step(layer, x, seed):
+    """Outputs and gradients of a call; the layer's parameters are moved by them."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    gradients = torch.autograd.grad(y, [x, *layer.parameters()], data(y.shape, seed, y.dtype))
+    with torch.no_grad():
+        for parameter, gradient in zip(layer.parameters(), gradients[1:], strict=True):
+            parameter -= 0.1 * gradient
+    return [y.detach(), *gradients]
+
+
+@pytest.mark.parametrize("kind", list(PAIRS))
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_training_and_evaluation_as_torch(kind, options):
+    ours, theirs, shape = PAIRS[kind]
+    layers = ours(3, **options), theirs(3, **options)
+    assert repr(layers[0]) == repr(layers[1])
+    for seed in range(6):
+        x = data(shape, seed, options.get("dtype", torch.float32))
+        for layer in layers:
+            layer.train(seed < 4)
+        for mine, other in zip(*(step(layer, x, 10 + seed) for layer in layers), strict=True):
+            assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    states = [layer.state_dict() for layer in layers]
+    assert list(states[0]) == list(states[1])
+    assert_close(states[0], states[1])
+    assert states[0]._metadata == states[1]._metadata
+
+
+@pytest.mark.parametrize("kind", list(LAZY))
+@pytest.mark.parametrize("options", OPTIONS[:5], ids=str)
+def test_lazy_layers_become_ours(kind, options):
+    ours, theirs, become = LAZY[kind]
+    layers = ours(**options, activation="relu"), theirs(**options)
+    x, residual = (data((6, 3, *(4,) * become.ranks[-1])[: become.ranks[-1]], seed) for seed in range(2))
+    y = layers[0](x, residual=residual)
+    assert type(layers[0]) is become
+    assert_close(y, (layers[1](x) + residual).relu())
+    assert_close(layers[0].state_dict(), layers[1].state_dict())
+
+
+def test_signatures_are_those_of_torch_and_an_activation():
+    for ours, theirs, _ in PAIRS.values():
+        mine, other = (list(inspect.signature(cls).parameters.values()) for cls in (ours, theirs))
+        assert [(p.name, p.default, p.kind) for p in mine[:-1]] == [(p.name, p.default, p.kind) for p in other]
+        assert mine[-1].name == "activation"
+        assert issubclass(ours, theirs)
+
+
+def test_state_goes_to_torch_and_comes_back_also_by_pickle():
+    ours, theirs = nn.BatchNorm2d(3, activation=gpu_bn.leaky_relu(0.2)), torch.nn.BatchNorm2d(3)
+    x = data((6, 3, 4, 4))
+    ours(x)
+    theirs.load_state_dict(ours.state_dict())
+    assert_close(theirs(x), torch.nn.BatchNorm2d(3)(x))
+    ours.load_state_dict(theirs.state_dict())
+    old = {name: value for name, value in ours.state_dict().items() if name != "num_batches_tracked"}
+    ours.load_state_dict(old)  # a state of before version 2
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert repr(again) == repr(ours) == repr(theirs)[:-1] + ", activation=leaky_relu(negative_slope=0.2))"
+    assert torch.equal(again.eval()(x), ours.eval()(x))
+
+
+def test_residual_and_activation():
+    layer = nn.BatchNorm2d(3, activation="silu")
+    plain = torch.nn.BatchNorm2d(3)
+    x, residual = data((4, 3, 5, 5)), data((4, 3, 5, 5), 1)
+    assert_close(layer(x, residual), torch.nn.functional.silu(plain(x) + residual))
+    assert_close(layer(x, activation="relu"), torch.relu(plain(x)))
+    with pytest.raises(ValueError, match="unknown activation 'swish'"):
+        nn.BatchNorm2d(3, activation="swish")
+
+
+def test_frozen_layers_use_their_statistics_in_training():
+    layer = nn.BatchNorm2d(3)
+    layer(data((4, 3, 5, 5)))
+    x = data((4, 3, 5, 5), 1).requires_grad_()
+    expected = layer.eval()(x)
+    model = nn.freeze(torch.nn.Sequential(layer)).train()
+    before = copy.deepcopy(model.state_dict())
+    assert torch.equal(model(x), expected)
+    assert_close(model.state_dict(), before)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert repr(layer).endswith("frozen=True)")
+    nn.unfreeze(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not torch.equal(model(x), expected)
+
+
+def test_the_identity():
+    x = 5 + 3 * data((64, 8, 3, 3))
+    layer = nn.BatchNorm2d(8).init_identity_(x)
+    assert_close(layer(x), x)
+    layer.init_identity_(x)
+    assert_close(layer.eval()(x), x)
+    with pytest.raises(ValueError, match="an identity needs weight and bias"):
+        nn.BatchNorm2d(8, affine=False).init_identity_(x)
+
+
+def broken(cls, **attributes):
+    layer = cls(3)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+X = data((4, 3, 5))
+MISTAKES = {
+    "rank": lambda c: c(3)(data((3,))),
+    "rank of 2d": lambda c: PAIRS["2d"][c is torch.nn.BatchNorm1d](3)(X),
+    "rank of 3d": lambda c: PAIRS["3d"][c is torch.nn.BatchNorm1d](3)(X),
+    "channels": lambda c: c(4)(X),
+    "channels without statistics": lambda c: c(4, track_running_stats=False)(X),
+    "channels of nothing": lambda c: c(4, track_running_stats=False, affine=False)(data((1, 4))),
+    "one value": lambda c: c(3)(data((1, 3))),
+    "eps 0": lambda c: c(3, eps=0)(X),
+    "eps below 0": lambda c: c(3, eps=-1.0)(X),
+    "eps below 0 in evaluation": lambda c: c(3, eps=-1.0).eval()(X),
+    "eps of text": lambda c: c(3, eps="a")(X),
+    "momentum of text": lambda c: c(3, momentum="a")(X),
+    "whole numbers": lambda c: c(3)(X.long()),
+    "complex": lambda c: c(3)(X.to(torch.complex64)),
+    "not a tensor": lambda c: c(3)([1.0]),
+    "meta input": lambda c: c(3)(X.to("meta")),
+    "meta layer": lambda c: c(3, device="meta")(X),
+    "no mean": lambda c: broken(c, running_mean=None)(X),
+    "no mean in evaluation": lambda c: broken(c, running_mean=None).eval()(X),
+    "no variance in evaluation": lambda c: broken(c, running_var=None).eval()(X),
+    "long variance": lambda c: broken(c, running_var=torch.ones(4))(X),
+    "long bias": lambda c: broken(c, bias=torch.nn.Parameter(torch.ones(4)))(X),
+    "two axes": lambda c: broken(c, running_mean=torch.zeros(3, 1))(X),
+    "learned statistics": lambda c: broken(c, running_mean=torch.zeros(3, requires_grad=True))(X),
+    "negative features": lambda c: c(-3),
+    "fractional features": lambda c: c(3.5),
+    "unknown key": lambda c: c(3).load_state_dict({"gamma": torch.ones(3)}),
+    "lazy rank": lambda c: LAZY["1d"][c is torch.nn.BatchNorm1d]()(data((3,))),
+}
+
+
+def said(mistake, cls):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is what is compared
+        MISTAKES[mistake](cls)
+    return caught.type, str(caught.value)
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_errors_are_those_of_torch(mistake):
+    assert said(mistake, nn.BatchNorm1d) == said(mistake, torch.nn.BatchNorm1d)
+
+
+@pytest.mark.parametrize("mistake", ["channels", "one value", "long variance", "long bias", "whole numbers"])
+def test_errors_of_the_functional_form_are_those_of_torch(mistake):
+    bad = {
+        "channels": {"running_mean": torch.zeros(4), "running_var": torch.ones(4)},
+        "one value": {"input": data((1, 3))},
+        "long variance": {"running_var": torch.ones(4)},
+        "long bias": {"bias": torch.ones(4)},
+        "whole numbers": {"input": X.long()},
+    }[mistake]
+    arguments = {"input": X, "running_mean": torch.zeros(3), "running_var": torch.ones(3), "training": True} | bad
+    texts = []
+    for function in (nn.batch_norm, torch.nn.functional.batch_norm):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            function(**arguments)
+        texts.append((caught.type, str(caught.value)))
+    assert texts[0] == texts[1]
+    assert not arguments["running_mean"].any()
+
+
+@pytest.mark.parametrize("x", [data((1, 3)), data((4, 4)), X.long(), data((3,))], ids=lambda x: str(tuple(x.shape)))
+def test_a_refused_call_changes_nothing(x):
+    layer = nn.BatchNorm1d(3, momentum=None)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+        layer(x)
+    assert_close(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("residual", "error", "text"),
+    [
+        (data((4, 3, 4)), ValueError, r"residual should have the input's shape \(4, 3, 5\), got \(4, 3, 4\)"),
+        (X.double(), TypeError, "residual should have the input's dtype torch.float32, got torch.float64"),
+        (X.to("meta"), RuntimeError, "residual should be on the input's device cpu, got meta"),
+    ],
+)
+def test_a_residual_that_does_not_fit_is_refused(residual, error, text):
+    layer = nn.BatchNorm1d(3)
+    with pytest.raises(error, match=text):
+        layer(X, residual)
+    assert layer.num_batches_tracked == 0
