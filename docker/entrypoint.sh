@@ -1,0 +1,14 @@
+#!/bin/sh
+# Runs a command that writes to /results as that folder's owner, never as root.
+set -eu
+if [ "$(id -u)" = 0 ]; then
+  uid=$(stat -c %u /results)
+  gid=$(stat -c %g /results)
+  if [ "$uid" = 0 ]; then # Docker made the folder, or root did
+    uid=$(id -u bn)
+    gid=$(id -g bn)
+    chmod 1777 /results
+  fi
+  exec setpriv --reuid="$uid" --regid="$gid" --clear-groups --no-new-privs -- "$@"
+fi
+exec "$@"
