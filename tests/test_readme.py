@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import gpu_bn
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -15,7 +18,10 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[3][:30])
+CPU = [code for code in blocks("python") if "import cupy" not in code]
+
+
+@pytest.mark.parametrize("code", CPU, ids=lambda code: code.splitlines()[3][:30])
 def test_example(code, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -24,6 +30,24 @@ def test_example(code, tmp_path):
 
 def test_there_are_examples():
     assert len(blocks("python")) >= 3
+
+
+@pytest.mark.compile
+def test_the_example_for_cupy(make_gpu, capsys):
+    """As written, on an emulated GPU."""
+    (code,) = (code for code in blocks("python") if "import cupy" in code)
+    gpu = make_gpu(80)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert ["forward" in name for name in gpu.launched[:2]] == [True, False]
+    assert len(gpu.launched) == 3
+    x = np.array([[1.0, 4.0, 2.0], [3.0, 8.0, 2.5], [5.0, 0.0, 1.5], [7.0, 4.0, 4.0]], np.float32)
+    norm = gpu_bn.BatchNorm(3, activation="relu")
+    norm.backward(norm(x))
+    norm.weight -= 0.1 * norm.grad["weight"]
+    norm.bias -= 0.1 * norm.grad["bias"]
+    np.testing.assert_allclose(names["norm"](names["x"]), norm.eval()(x), rtol=1e-6)
+    assert capsys.readouterr().out.count("\n") == 4
 
 
 def test_the_example_of_training_learns(tmp_path):
