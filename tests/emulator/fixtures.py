@@ -24,7 +24,7 @@ def load_triton(path: Path, name: str = "bn_forward") -> Any:
     return getattr(module, name)
 
 
-_CAUGHT = pytest.StashKey[dict[str, str]]()
+_CAUGHT = "caught fault"
 
 
 @pytest.fixture
@@ -47,16 +47,30 @@ def compile_triton() -> Callable[..., Compiled]:
     return compiler.compile_triton
 
 
-@pytest.fixture(scope="session")
-def caught_faults(request: pytest.FixtureRequest) -> dict[str, str]:
-    """Planted faults and what was said about them; printed at the end of the test run."""
-    return request.config.stash.setdefault(_CAUGHT, {})
+class CaughtFaults:
+    """Planted faults and what was said about them; printed at the end of the test run.
+
+    They travel with the test's report, as a test may run in a process of its own (pytest-xdist).
+    """
+
+    def __init__(self, node: pytest.Item) -> None:
+        self.node = node
+
+    def __setitem__(self, fault: str, message: str) -> None:
+        self.node.user_properties.append((_CAUGHT, f"{fault}\n{message}"))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    caught = config.stash.get(_CAUGHT, {})
+@pytest.fixture
+def caught_faults(request: pytest.FixtureRequest) -> CaughtFaults:
+    return CaughtFaults(request.node)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
+    caught = [str(value) for report in reports for name, value in report.user_properties if name == _CAUGHT]
     if caught:
         terminalreporter.section("planted faults, and the check that caught each")
-    for fault, message in caught.items():
-        check, _, rest = message.partition(": ")
+    for line in caught:
+        fault, _, message = line.partition("\n")
+        check, _, rest = message.replace("\n", " ").partition(": ")
         terminalreporter.write_line(f"{fault:42} {check:20} {rest[:96]}")
