@@ -75,18 +75,16 @@ def blas() -> str:
 
 def missing(row: dispatch.Row, gpus: Devices) -> str:
     """Why a backend cannot be had, as far as can be seen without importing its library; empty if nothing is missing."""
-    if row.why_not or not row.packages:
-        return row.why_not
     absent = [package for package in row.packages if find_spec(package) is None]
     if absent:
         return f"not installed: {', '.join(absent)}"
-    return "" if gpus.names or row.device == "cpu" else "no NVIDIA GPU"
+    return "" if gpus.names or not row.packages or row.device == "cpu" else "no NVIDIA GPU"
 
 
 def unavailable(backend: str) -> str:
     """Why a backend cannot be had; empty if it can."""
     row = next(row for row in dispatch.ROWS if row.name == backend)
-    if row.module and find_spec(row.library) is None:
+    if find_spec(row.library) is None:
         return f"the package {row.library} is not installed"
     if row.device == "cpu":
         return ""  # it needs nothing else
@@ -94,8 +92,6 @@ def unavailable(backend: str) -> str:
         dispatch.load(backend)
     except dispatch.BackendUnavailableError as error:
         return str(error).removeprefix(f"backend {backend!r} cannot be used: ")
-    except ImportError as error:
-        return str(error)
     return ""
 
 

@@ -14,23 +14,22 @@ from typing import Any
 
 from gpu_bn.backends.protocol import Backend, BackendUnavailableError
 
-__all__ = ["NAMES", "ROWS", "BackendUnavailableError", "differentiable", "load", "select", "serving"]
+__all__ = ["NAMES", "ROWS", "BackendUnavailableError", "default", "differentiable", "load", "select", "serving"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One backend: its name, the array library it serves, its module, and why it cannot be had (if it cannot).
+    """One backend for one kind of array: its name, the array's library, and its module.
 
     ``device`` is the type of the devices it serves, for a library with arrays on several. ``differentiable`` is a
-    module whose ``batch_norm`` takes the front door's calls, for a library that differentiates. ``packages`` are
+    module whose ``front_door`` takes the front door's calls, for a library that differentiates. ``packages`` are
     those that it needs beside a GPU.
     """
 
     name: str
     library: str
     array: str
-    module: str | None = None
-    why_not: str = ""
+    module: str
     device: str = ""
     differentiable: str = ""
     packages: tuple[str, ...] = ()
@@ -60,8 +59,18 @@ ROWS = (
         differentiable="gpu_bn.nn.functional",
         packages=("torch", "triton"),
     ),
+    Row(
+        "cupy",
+        "torch",
+        "torch.Tensor",
+        "gpu_bn.backends.cupy_torch",
+        device="cuda",
+        differentiable="gpu_bn.nn.functional",
+        packages=("cupy", "torch"),
+    ),
 )
-NAMES = tuple(row.name for row in ROWS)
+"""Of several rows for one kind of array the first serves it, the others when they are asked for by name."""
+NAMES = tuple(dict.fromkeys(row.name for row in ROWS))
 NOT_PLAIN = {"numpy.ma.MaskedArray", "numpy.ma.core.MaskedArray", "numpy.matrix", "numpy.matrixlib.defmatrix.matrix"}
 """Kinds of array whose mask would be ignored, or whose shape cannot be changed."""
 
@@ -87,15 +96,25 @@ def select(backend: str | Backend | None, **arrays: Any) -> Backend:
         if not hasattr(backend, "normalize"):
             raise TypeError(f"backend should be a name or a Backend, got {type(backend).__name__}")
         return backend
-    row = library if backend is None else _row(backend)
-    if (row.library, row.device) != (library.library, library.device):
-        raise ValueError(f"backend {row.name!r} serves arrays of type {row}, got {library}")
-    return load(row.name)
+    if backend is None:
+        return load(library.name, library.library)
+    rows = _rows(backend)
+    for row in rows:
+        if (row.library, row.device) == (library.library, library.device):
+            return load(row.name, row.library)
+    served = " or ".join(map(str, rows))
+    raise ValueError(f"backend {backend!r} serves arrays of type {served}, got {library}")
 
 
 def serving(array: Any, name: str = "input") -> Backend:
     """The backend for an array of a known library."""
-    return load(_library(name, array).name)
+    row = _library(name, array)
+    return load(row.name, row.library)
+
+
+def default(array: Any) -> str:
+    """The name of the backend that serves an array of a known library unless another is asked for."""
+    return _library("input", array).name
 
 
 def differentiable(array: Any, backend: str | Backend | None) -> ModuleType | None:
@@ -111,16 +130,17 @@ def differentiable(array: Any, backend: str | Backend | None) -> ModuleType | No
 
 
 @cache
-def load(name: str) -> Backend:
-    """The backend of a name.
+def load(name: str, library: str | None = None) -> Backend:
+    """The backend of a name, for an array library; ``None`` is the first that it serves.
 
     Raises:
         ValueError: an unknown name.
         BackendUnavailableError: the backend cannot be had; the message says why.
     """
-    row = _row(name)
-    if row.module is None:
-        raise BackendUnavailableError(f"backend {name!r} cannot be used: {row.why_not}")
+    rows = _rows(name)
+    if library is None:
+        return load(name, rows[0].library)
+    row = next(row for row in rows if row.library == library)
     try:
         backend: Backend = import_module(row.module).backend()
     except ImportError as error:
@@ -132,11 +152,11 @@ def load(name: str) -> Backend:
     return backend
 
 
-def _row(name: str) -> Row:
-    for row in ROWS:
-        if row.name == name:
-            return row
-    raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(NAMES)}")
+def _rows(name: str) -> list[Row]:
+    rows = [row for row in ROWS if row.name == name]
+    if not rows:
+        raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(NAMES)}")
+    return rows
 
 
 def _library(name: str, array: Any) -> Row:
@@ -152,7 +172,7 @@ def _library(name: str, array: Any) -> Row:
     for row in rows:
         if row.device == device:
             return row
-    raise TypeError(f"{name} should be on one of {', '.join(row.device for row in rows)}, got {device}")
+    raise TypeError(f"{name} should be on one of {', '.join(dict.fromkeys(row.device for row in rows))}, got {device}")
 
 
 @cache

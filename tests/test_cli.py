@@ -70,7 +70,7 @@ def test_info_names_what_is_there_and_imports_no_array_library():
     for name in ("gpu-bn", "Python", "NumPy", "processor", "threads", "GPUs"):
         assert any(line.startswith(name + " ") for line in lines), name
     for row in gpu_bn.dispatch.ROWS:
-        assert any(line.split()[:2] == [row.name, row.array] and row.why_not in line for line in lines), row.name
+        assert any(line.split()[:2] == [row.name, row.array] for line in lines), row.name
 
 
 class Driver:

@@ -72,7 +72,7 @@ REFUSED = [
     ({"activation": gpu_bn.Activation("leaky")}, ValueError, "unknown activation 'leaky', expected one of identity"),
     ({"activation": max}, TypeError, "activation should be a name or an Activation, got builtin_function_or_method"),
     ({"backend": "tpu"}, ValueError, "unknown backend 'tpu', expected one of numpy, cupy, torch, triton"),
-    ({"backend": "cupy"}, ValueError, "backend 'cupy' serves arrays of type cupy.ndarray, got numpy.ndarray"),
+    ({"backend": "cupy"}, ValueError, "serves arrays of type cupy.ndarray or torch.Tensor on cuda, got numpy.ndarray"),
 ]  # fmt: skip
 
 
@@ -135,7 +135,11 @@ def test_a_tensor_is_served_where_it_is(device, backend, error, text):
         ({"need": "dy"}, ValueError, "unknown gradient 'dy'"),
         ({"need": ["dx", "dbias"]}, ValueError, "dbias was asked for, but the forward call had no bias"),
         ({"need": ["dresidual"]}, ValueError, "dresidual was asked for, but the forward call had no residual"),
-        ({"backend": "cupy"}, ValueError, "backend 'cupy' serves arrays of type cupy.ndarray, got numpy.ndarray"),
+        (
+            {"backend": "cupy"},
+            ValueError,
+            "backend 'cupy' serves arrays of type cupy.ndarray or torch.Tensor on cuda, got numpy.ndarray",
+        ),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from gpu_bn import dispatch, ops
 from gpu_bn.activations import IDENTITY, Activation
-from gpu_bn.nn import _autograd, _composed, _library
+from gpu_bn.nn import _autograd, _composed, _engine, _library
 from gpu_bn.spec import MAX_RANK, MIN_RANK, check_forward
 
 VECTORS = ("running_mean", "running_var", "weight", "bias")
@@ -217,6 +217,8 @@ def front_door(
             )
         result: Tensor = ops.forward(engine, x, spec, **tensors, out=out, in_place=True)[0]
         return result
+    if backend not in (None, dispatch.default(x)):
+        return _engine.batch_norm(engine, spec, x, **tensors)
     if residual is not None:
         options["residual"] = residual.movedim(spec.axis, 1)
     return batch_norm(x.movedim(spec.axis, 1), **options).movedim(1, spec.axis)

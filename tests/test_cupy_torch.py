@@ -1,0 +1,113 @@
+"""torch tensors served by the CuPy backend, on an emulated GPU whose memory is the CPU tensors' own."""
+
+import importlib
+import sys
+import types
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+import gpu_bn
+from gpu_bn import dispatch, nn
+
+pytestmark = pytest.mark.compile
+SHAPE = (4, 6, 5, 8)
+
+
+@pytest.fixture
+def engine(make_gpu, monkeypatch):
+    """The backend, for CPU tensors; the streams that it has entered are in ``engine.streams``."""
+    gpu = make_gpu(80)
+    streams = []
+    cupy = sys.modules["cupy"]
+    owners = {}
+
+    def from_dlpack(tensor):
+        """A view of the tensor's storage, which the emulator knows as one allocation."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owners:
+            owners[storage.data_ptr()] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
+        layout = np.from_dlpack(tensor)
+        start = tensor.data_ptr() - storage.data_ptr()
+        return gpu._register(np.ndarray(layout.shape, layout.dtype, owners[storage.data_ptr()], start, layout.strides))
+
+    cupy.from_dlpack = from_dlpack
+    cupy.cuda.ExternalStream = lambda pointer: streams.append(pointer) or nullcontext()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=1234))
+    monkeypatch.delitem(sys.modules, "gpu_bn.backends.cupy_torch", raising=False)
+    engine = importlib.import_module("gpu_bn.backends.cupy_torch").CupyForTorch(gpu.backend)
+    engine.gpu, engine.streams = gpu, streams
+    return engine
+
+
+def arguments(dtype=torch.float32):
+    torch.manual_seed(0)
+    x = (torch.randn(SHAPE) * 2 + 3).to(dtype)
+    return x, torch.zeros(6), torch.ones(6), torch.rand(6) + 0.5, torch.randn(6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_forward_and_backward(dtype, memory_format, engine):
+    x, *vectors = arguments(dtype)
+    x = x.to(memory_format=memory_format)
+    dy = torch.randn(SHAPE).to(dtype)
+    call = {"training": True, "residual": x * 0.5, "activation": "relu"}
+    theirs = [vector.clone() for vector in vectors]
+    want, want_saved = gpu_bn.batch_norm_forward(x, *theirs, **call)
+    got, saved = gpu_bn.batch_norm_forward(x, *vectors, **call, backend=engine)
+    assert engine.gpu.launched
+    assert set(engine.streams) == {1234}
+    assert isinstance(got, torch.Tensor)
+    assert (got.dtype, got.stride()) == (dtype, x.stride())
+    assert saved.x is x
+    grads = gpu_bn.batch_norm_backward(dy, saved, backend=engine)
+    others = gpu_bn.batch_norm_backward(dy, want_saved)
+    pairs = [(got, want), *zip(vectors, theirs, strict=True), *zip(grads, others, strict=True)]
+    for mine, its in pairs:
+        assert mine.dtype == its.dtype
+        torch.testing.assert_close(mine, its)
+
+
+def test_an_array_for_the_output_is_the_one_returned(engine):
+    x, *vectors = arguments()
+    out = torch.empty_like(x)
+    assert gpu_bn.batch_norm(x, *vectors, out=out, backend=engine) is out
+    torch.testing.assert_close(out, gpu_bn.batch_norm(x, *vectors))
+    with pytest.raises(ValueError, match="out may not be the input"):
+        gpu_bn.batch_norm_forward(x, *vectors, out=x, backend=engine)
+
+
+def test_asked_for_by_name_it_is_differentiable_once(engine, monkeypatch):
+    """The route of a CUDA tensor: the front door finds a second backend for it."""
+    monkeypatch.setattr(dispatch, "select", lambda *_, **__: engine)
+    monkeypatch.setattr(dispatch, "default", lambda _: "triton")
+    x, running_mean, running_var, weight, bias = arguments()
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    theirs = [running_mean.clone(), running_var.clone()]
+    version = running_mean._version
+    got = gpu_bn.batch_norm(x, running_mean, running_var, weight, bias, True, activation="silu", backend="cupy")
+    want = nn.batch_norm(x, *theirs, weight, bias, True, activation="silu")
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close([running_mean, running_var], theirs)
+    assert running_mean._version > version
+    dy = torch.randn(SHAPE)
+    with pytest.raises(NotImplementedError, match="'cupy' has no second derivative"):
+        torch.autograd.grad(got, leaves, dy, create_graph=True, retain_graph=True)
+    grads = torch.autograd.grad(got, leaves, dy)
+    torch.testing.assert_close(grads, torch.autograd.grad(want, leaves, dy))
+
+
+def test_a_name_may_have_a_backend_for_each_library():
+    rows = [row for row in dispatch.ROWS if row.name == "cupy"]
+    assert [row.library for row in rows] == ["cupy", "torch"]
+    assert dispatch.NAMES.count("cupy") == 1
+    with pytest.raises(ValueError, match=r"'cupy' serves arrays of type cupy.ndarray or torch.Tensor on cuda"):
+        gpu_bn.batch_norm(torch.ones(2, 3), training=True, backend="cupy")
+
+
+def test_an_unknown_method_is_an_attribute_error(engine):
+    assert not hasattr(engine, "prefetch")
+    assert hasattr(engine, "forward")
