@@ -63,8 +63,8 @@ def stays_with_torch(plain, size, fuse):
     torch.testing.assert_close(reverted(x), plain(x), rtol=1e-6, atol=1e-8)
 
 
-# At 32x32 mobilenet_v2's last layers normalise four values, and after three steps torch is 1e-5 away from torch with weights
-# that differ by one rounding.
+# At 32x32 mobilenet_v2 normalises four values at its end, and after three steps torch is 1e-5 away from torch with
+# weights that differ by one rounding.
 @pytest.mark.parametrize(
     ("name", "size", "fuse"),
     [("resnet18", 32, False), ("resnet18", 32, True), ("mobilenet_v2", 64, True)],
