@@ -36,6 +36,7 @@ from gpu_bn.nn.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from gpu_bn.nn.sync import SyncBatchNorm, sync_batch_norm
 
 __all__ = [
     "BatchNorm",
@@ -46,6 +47,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "batch_norm",
     "checkpoint_contexts",
     "convert",
@@ -58,5 +60,6 @@ __all__ = [
     "insert_identity_",
     "no_tracking",
     "revert",
+    "sync_batch_norm",
     "unfreeze",
 ]
