@@ -20,6 +20,11 @@ def launch(world, module, names, folder, timeout=120):
     outputs = finish(processes, timeout)
     if any(process.returncode for process in processes):  # the first to fail ends the others
         raise AssertionError(min(outputs, key=lambda output: "closed by peer" in output or not output))
+    return results(world, folder)
+
+
+def results(world, folder):
+    """What each process's functions have returned so far, by rank and name."""
     import torch
 
     return [torch.load(Path(folder) / f"result.{rank}", weights_only=False) for rank in range(world)]
@@ -66,8 +71,10 @@ def main(module, folder, rank, world, *names):
         timeout=timedelta(seconds=60),
     )
     functions = importlib.import_module(module)
-    results = {name: getattr(functions, name)(int(rank), int(world)) for name in names}
-    torch.save(results, Path(folder) / f"result.{rank}")
+    found = {}
+    for name in names:
+        found[name] = getattr(functions, name)(int(rank), int(world))
+        torch.save(found, Path(folder) / f"result.{rank}")
     dist.barrier()
     dist.destroy_process_group()
 

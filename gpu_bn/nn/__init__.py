@@ -36,6 +36,7 @@ from gpu_bn.nn.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from gpu_bn.nn.statistics import accumulate_statistics, update_population_stats
 from gpu_bn.nn.sync import SyncBatchNorm, sync_batch_norm
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "SyncBatchNorm",
+    "accumulate_statistics",
     "batch_norm",
     "checkpoint_contexts",
     "convert",
@@ -62,4 +64,5 @@ __all__ = [
     "revert",
     "sync_batch_norm",
     "unfreeze",
+    "update_population_stats",
 ]

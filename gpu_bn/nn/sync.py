@@ -190,13 +190,21 @@ class Group(NamedTuple):
 
 def gather(vector: Tensor, group: Group) -> Tensor:
     """(W, L) the (L,) vectors of a group's processes, in the order of their ranks."""
-    gathered = _COLLECTIVES.all_gather_into_tensor(vector, group.size, group.name)
-    return _COLLECTIVES.wait_tensor(gathered).view(group.size, -1)  # type: ignore[no-any-return]
+    return _exchange(_COLLECTIVES.all_gather_into_tensor, vector, group.size, group.name).view(group.size, -1)
 
 
 def add_up(tensor: Tensor, group: Group) -> Tensor:
     """The sum of a group's tensors."""
-    return _COLLECTIVES.wait_tensor(_COLLECTIVES.all_reduce(tensor, "sum", group.name))  # type: ignore[no-any-return]
+    return _exchange(_COLLECTIVES.all_reduce, tensor, "sum", group.name)
+
+
+def _exchange(collective: Any, *arguments: Any) -> Tensor:
+    try:
+        return _COLLECTIVES.wait_tensor(collective(*arguments))  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"SyncBatchNorm: a process of the group has ended, or did not answer within its timeout ({error})"
+        ) from error
 
 
 def _check(x: Tensor, residual: Tensor | None, eps: float, channels: int) -> tuple[int, int]:
