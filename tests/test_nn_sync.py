@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 import sync_scenarios as scenarios  # noqa: E402
 from processes import finish, launch, results, start  # noqa: E402
+from test_triton_interpreter import HERE, interpreted  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
@@ -208,8 +209,7 @@ def test_a_process_that_is_gone_is_an_error_in_time(three, what):
 
 
 # ------------------------------------------------------------------------------------------------- in one process
-@pytest.mark.parametrize("shape", [(3, 2, 4), (0, 2, 4)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 2, 4), torch.float32), ((0, 2, 4), torch.float16)], ids=str)
 def test_the_operators_do_what_they_say(shape, dtype):
     x, dy, residual = (scenarios.data(seed, *shape, dtype=dtype) for seed in range(3))
     weight, bias = torch.ones(2), torch.zeros(2)
@@ -251,3 +251,8 @@ def test_alone_it_is_a_layer_of_ours_with_its_errors():
     assert_close(layer.state_dict(), plain.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         layer.train()(x[:1, :, 0])
+
+
+def test_the_phases_on_triton():
+    """In its interpreter: what CUDA tensors go through, with parts of a batch for processes."""
+    assert int(interpreted([str(HERE / "sync_on_triton.py")])) == 10
