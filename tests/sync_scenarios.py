@@ -114,15 +114,19 @@ def second(rank, world):
     return results
 
 
-def compiled(rank, world):
-    """Both with the same bits: a layer compiled whole and the layer itself."""
+def by_inductor(rank, world):
+    return compiled(rank, world, "inductor")
+
+
+def compiled(rank, world, backend="aot_eager"):
+    """A layer itself, and compiled whole, for parts of changing size."""
     results = []
     x = mine(rank, world, 3, 4, dtype=torch.float32)[0]
-    for wrap in (lambda layer: layer, lambda layer: torch.compile(layer, fullgraph=True, backend="aot_eager")):
+    for wrap in (lambda layer: layer, lambda layer: torch.compile(layer, fullgraph=True, backend=backend)):
         layer = nn.SyncBatchNorm(3, activation="relu", momentum=None)
         call = wrap(layer)
-        for _ in range(2):
-            part, residual = (x.clone().requires_grad_() for _ in range(2))
+        for size in (3, 3, 2):
+            part, residual = (x[:size].clone().requires_grad_() for _ in range(2))
             y = call(part, residual)
             layer.zero_grad()
             (y * y).sum().backward()

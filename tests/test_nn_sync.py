@@ -13,7 +13,8 @@ from test_triton_interpreter import HERE, interpreted  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
-from gpu_bn.nn import _sync_library  # noqa: E402
+from gpu_bn.merge import Pool  # noqa: E402
+from gpu_bn.nn import _sync_library, sync  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,13 @@ def test_compiled_whole_with_the_same_bits(two):
     for result in two:
         eager, compiled = result["compiled"]
         assert_close(compiled, eager, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(tmp_path):
+    for result in launch(2, "sync_scenarios", ["by_inductor"], tmp_path, timeout=280):
+        eager, compiled = result["by_inductor"]
+        assert_close(compiled, eager)
 
 
 def test_two_forward_calls_before_a_backward_call_in_ddp(two):
@@ -243,6 +251,36 @@ def test_it_looks_like_torchs():
     assert repr(copied).endswith("activation=relu)")
 
 
+def test_nothing_is_read_back_from_a_device():
+    """Tensors on the device "meta" have no values that could be read."""
+    reports = torch.empty(3, 8, dtype=torch.float64, device="meta")
+    count, mean, var = _sync_library.merged(reports)
+    running = torch.empty(2, 3, device="meta")
+    for momentum in (0.1, None):
+        counter = torch.empty((), dtype=torch.int64, device="meta")
+        sync.update_running(*running, counter, momentum, Pool(count, mean, var * count))
+
+
+def test_a_mistake_poisons_statistics_where_reports_are_not_read():
+    """What the other processes get on a GPU."""
+    reports = torch.stack(
+        (_sync_library.report(torch.randn(4, 3)), _sync_library.trouble_report(2, 5, 3, torch.device("cpu")))
+    )
+    _, mean, var = _sync_library.merged(reports)
+    assert mean.isnan().all()
+    assert var.isnan().all()
+
+
+def test_torchs_layers_merge_with_activations_and_fold():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.SyncBatchNorm(4), torch.nn.ReLU()).double()
+    x = scenarios.data(0, 4, 3, 5, 5)
+    expected = torch.nn.Sequential(copy.deepcopy(model[0]), torch.nn.BatchNorm2d(4).double(), torch.nn.ReLU())(x)
+    fused = nn.convert(model, fuse=True)
+    assert_close(fused(x), expected)
+    assert [type(layer) for layer in fused.children()][:2] == [torch.nn.Conv2d, nn.SyncBatchNorm]
+    assert_close(nn.fold(fused)(x), fused.eval()(x))
+
+
 def test_alone_it_is_a_layer_of_ours_with_its_errors():
     x = scenarios.data(0, 4, 3, 5)
     layer, plain = (cls(3, dtype=x.dtype, activation="relu") for cls in (nn.SyncBatchNorm, nn.BatchNorm))
@@ -251,6 +289,7 @@ def test_alone_it_is_a_layer_of_ours_with_its_errors():
     assert_close(layer.state_dict(), plain.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         layer.train()(x[:1, :, 0])
+    assert torch.equal(nn.sync_batch_norm(x, activation="relu"), nn.batch_norm(x, training=True, activation="relu"))
 
 
 def test_the_phases_on_triton():

@@ -69,19 +69,23 @@ def _report(x: Tensor) -> Tensor:
 def _merge(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of (W, 2 + 2 C) the merged count, a tensor of one element, mean and variance.
 
-    On the CPU a report of trouble is an error here. On a GPU nothing is read back to the host: the statistics become
-    NaN.
+    On the CPU a report of trouble is an error here. On a GPU nothing is read back to the host.
     """
+    if reports.is_cpu and bool(reports[:, 0].any()):
+        rank = int((reports[:, 0] != 0).to(torch.int8).argmax())
+        _raise(rank, len(reports), int(reports[rank, 0]), int(reports[rank, 1]))
+    return merged(reports)
+
+
+def merged(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What reports merge to; if one is of trouble, NaN."""
     channels = (reports.shape[1] - 2) // 2
     trouble, count, mean, var = reports.split((1, 1, channels, channels), dim=1)
-    if reports.is_cpu and bool((trouble != 0).any()):
-        rank = int((trouble != 0).view(-1).to(torch.int8).argmax())
-        _raise(rank, len(reports), int(trouble[rank]), int(count[rank]))
     whole = merge(Pool(count, mean, var.abs() * count))
     poison = torch.where((trouble != 0).any(), torch.nan, 0.0)
-    merged = (whole.var + poison).abs()
+    total = (whole.var + poison).abs()
     wide = (var.signbit() & var.isfinite()).any()
-    return whole.count, whole.mean + poison, torch.where(wide, -merged, merged)
+    return whole.count, whole.mean + poison, torch.where(wide, -total, total)
 
 
 def _fail(x: Tensor, reports: Tensor, rank: int, trouble: int, found: int) -> Tensor:

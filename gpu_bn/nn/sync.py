@@ -45,6 +45,7 @@ def sync_batch_norm(
     """:func:`gpu_bn.nn.batch_norm` in training, with the statistics of the batch of a whole process group.
 
     Every process of the group must make the call, also one whose part is empty, and go through the backward call alike.
+    With one process, or none initialised, it is that function.
 
     Args:
         input: (N, C, ...), this process's part; N may be 0 and may differ between processes.
@@ -61,6 +62,20 @@ def sync_batch_norm(
         RuntimeError: a process has ended, or did not take part within the group's timeout.
     """
     activation = IDENTITY if activation is None else Activation.of(activation)
+    if not several(process_group):
+        return functional.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            True,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+            num_batches_tracked=num_batches_tracked,
+        )
     group = Group.of(process_group)
     if not torch.compiler.is_compiling() and functional._updates.off:
         running_mean = running_var = num_batches_tracked = None
