@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections import deque
 
 import pytest
 
@@ -269,6 +270,20 @@ def test_a_mistake_poisons_statistics_where_reports_are_not_read():
     _, mean, var = _sync_library.merged(reports)
     assert mean.isnan().all()
     assert var.isnan().all()
+
+
+def test_reports_from_a_gpu_are_looked_at_once_they_are_there(monkeypatch):
+    arrivals = deque()
+    monkeypatch.setattr(_sync_library, "ARRIVALS", arrivals)
+    good, bad = torch.zeros(3, 2), torch.tensor([[0.0, 4], [2, 5], [0, 4]])
+    there = []
+    arrivals.extend([(lambda: True, good), (lambda: bool(there), bad)])
+    _sync_library.look_at_arrivals()
+    assert len(arrivals) == 1
+    there.append(True)
+    with pytest.raises(ValueError, match=r"process 1 of 3: expected input with as many channels .* \(got 5\)"):
+        _sync_library.look_at_arrivals()
+    assert not arrivals
 
 
 def test_torchs_layers_merge_with_activations_and_fold():

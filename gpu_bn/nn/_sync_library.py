@@ -8,6 +8,8 @@ that.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -56,6 +58,8 @@ def _raise(rank: int, size: int, trouble: int, found: int) -> NoReturn:
 
 # ------------------------------------------------------------------------------------------------- what they compute
 def _report(x: Tensor) -> Tensor:
+    if x.is_cuda and not torch.cuda.is_current_stream_capturing():
+        look_at_arrivals()
     moments = dispatch.serving(x).stats(x, 1)
     channels = x.shape[1]
     report = torch.empty(2 + 2 * channels, dtype=torch.float64, device=x.device)
@@ -69,12 +73,38 @@ def _report(x: Tensor) -> Tensor:
 def _merge(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of (W, 2 + 2 C) the merged count, a tensor of one element, mean and variance.
 
-    On the CPU a report of trouble is an error here. On a GPU nothing is read back to the host.
+    On the CPU a report of trouble is an error here. On a GPU statistics become NaN and nothing is waited for: reports
+    are looked at when they have arrived, in a later call.
     """
-    if reports.is_cpu and bool(reports[:, 0].any()):
+    if reports.is_cpu:
+        _require_no_trouble(reports)
+    elif reports.is_cuda and not torch.cuda.is_current_stream_capturing():
+        ARRIVALS.append(_send(reports[:, :2]))
+    return merged(reports)
+
+
+ARRIVALS: deque[tuple[Callable[[], bool], Tensor]] = deque()
+"""Heads of reports on their way from a GPU: whether they have arrived, and where."""
+
+
+def look_at_arrivals() -> None:
+    """Raise what an earlier call would have raised, had it waited for its reports."""
+    while ARRIVALS and ARRIVALS[0][0]():
+        _require_no_trouble(ARRIVALS.popleft()[1])
+
+
+def _send(heads: Tensor) -> tuple[Callable[[], bool], Tensor]:
+    host = torch.empty(heads.shape, dtype=heads.dtype, pin_memory=True)
+    host.copy_(heads, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(heads.device))
+    return event.query, host
+
+
+def _require_no_trouble(reports: Tensor) -> None:
+    if bool(reports[:, 0].any()):
         rank = int((reports[:, 0] != 0).to(torch.int8).argmax())
         _raise(rank, len(reports), int(reports[rank, 0]), int(reports[rank, 1]))
-    return merged(reports)
 
 
 def merged(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,7 +58,8 @@ def sync_batch_norm(
 
     Raises:
         ValueError: on every process, with tensors on the CPU, if the arguments of one do not fit; the text names it.
-            On GPUs it is raised on that process, and the others' results are NaN.
+            On GPUs it is raised on that process; the others, which do not wait for reports, get NaN, and raise in a
+            later call.
         RuntimeError: a process has ended, or did not take part within the group's timeout.
     """
     activation = IDENTITY if activation is None else Activation.of(activation)
