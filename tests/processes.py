@@ -7,6 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +22,24 @@ def launch(world, module, names, folder, timeout=120):
     if any(process.returncode for process in processes):  # the first to fail ends the others
         raise AssertionError(min(outputs, key=lambda output: "closed by peer" in output or not output))
     return results(world, folder)
+
+
+def once(tmp_path_factory, name, make):
+    """What ``make`` returns for a folder; of several processes that run tests (pytest -n), one calls it for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    done = folder / "done"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        while not done.exists():
+            time.sleep(0.2)
+    else:
+        try:
+            make(folder)
+        finally:
+            done.touch()
+    return folder
 
 
 def results(world, folder):

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import sync_scenarios as scenarios  # noqa: E402
-from processes import finish, launch, results, start  # noqa: E402
+from processes import finish, launch, once, results, start  # noqa: E402
 from test_triton_interpreter import HERE, interpreted  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
@@ -20,7 +20,7 @@ from gpu_bn.nn import _sync_library, sync  # noqa: E402
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return launch(4, "sync_scenarios", ["equality"], tmp_path_factory.mktemp("four"))
+    return results(4, once(tmp_path_factory, "four", lambda folder: launch(4, "sync_scenarios", ["equality"], folder)))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_a_split_batch_trains_as_the_whole(four, whole, sizes):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     names = ["numerics", "second", "compiled", "in_ddp", "inside_a_group", "population", "accumulated"]
-    return launch(2, "sync_scenarios", names, tmp_path_factory.mktemp("two"))
+    return results(2, once(tmp_path_factory, "two", lambda folder: launch(2, "sync_scenarios", names, folder)))
 
 
 def together(two, name, key, at=None):
@@ -174,10 +174,14 @@ def test_micro_batches_of_all_processes_make_one_update(two):
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     """One of them is killed at the end."""
-    folder = tmp_path_factory.mktemp("three")
-    outputs = finish(start(3, "sync_scenarios", ["troubles", "silent", "killed"], folder), 120)
+
+    def run(folder):
+        names = ["troubles", "silent", "killed"]
+        (folder / "output").write_text("\n".join(finish(start(3, "sync_scenarios", names, folder), 120)))
+
+    folder = once(tmp_path_factory, "three", run)
     found = results(3, folder)
-    assert [len(result) for result in found] == [3, 3, 2], "\n".join(outputs)
+    assert [len(result) for result in found] == [3, 3, 2], (folder / "output").read_text()
     return found
 
 
