@@ -180,18 +180,60 @@ def test_frozen_layers_of_torchvision():
     assert torch.equal(nn.FrozenBatchNorm2d(3)(x), nn.BatchNorm2d(3).eval()(x))
 
 
-def test_sync_batch_norm_in_one_process_becomes_a_layer_of_ours(monkeypatch):
-    layer = torch.nn.SyncBatchNorm(3)
+def test_torchs_sync_batch_norm_becomes_ours_and_serves_cpus():
+    group = object()
+    layer = torch.nn.SyncBatchNorm(3, process_group=group)
     x = torch.randn(4, 3, 5)
     nn.convert(layer)
+    assert type(layer) is nn.SyncBatchNorm
+    assert layer.process_group is group
     assert_close(layer(x), torch.nn.BatchNorm1d(3)(x))
     assert type(nn.revert(layer)) is torch.nn.SyncBatchNorm
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2 + (group is not None))
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), layer)
-    with pytest.raises(ValueError, match="a SyncBatchNorm over 2 processes cannot be converted"):
-        nn.convert(model)
+
+
+class Derived(nn.BatchNorm2d):
+    """It may compute something else."""
+
+
+def test_converting_to_sync_batch_norm_keeps_what_a_layer_has():
+    layers = [
+        torch.nn.BatchNorm2d(3, eps=1e-3, momentum=None),
+        torch.nn.SyncBatchNorm(3),
+        nn.BatchNorm2d(3, activation=gpu_bn.leaky_relu(0.2)),
+        nn.BatchNorm(3).eval(),
+        nn.freeze(nn.BatchNorm3d(3, affine=False)),
+        Derived(3),
+        nn.FrozenBatchNorm2d(3),
+    ]
+    model = torch.nn.Sequential(*layers)
+    called = []
+    layers[0].register_forward_hook(lambda *_: called.append(True))
+    before = [(dict(layer.named_parameters()), dict(layer.named_buffers()), layer.training) for layer in layers]
+    group = object()
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(model, group) is model
+    for layer, (parameters, buffers, training) in zip(model, before, strict=True):
+        assert all(parameter is parameters[name] for name, parameter in layer.named_parameters())
+        assert all(buffer is buffers[name] for name, buffer in layer.named_buffers())
+        assert layer.training == training
+    assert all(type(layer) is nn.SyncBatchNorm and layer.process_group is group for layer in layers[:5])
+    assert [type(layer) for layer in layers[5:]] == [Derived, nn.FrozenBatchNorm2d]
+    assert layers[2].activation == gpu_bn.leaky_relu(0.2)
+    assert layers[4].frozen
+    assert (layers[0].eps, layers[0].momentum) == (1e-3, None)
+    layers[0](image())
+    assert called == [True]
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(layers[0]) is layers[0]
+    assert type(nn.revert(layers[0])) is torch.nn.BatchNorm2d
+    assert type(nn.revert(layers[1])) is torch.nn.SyncBatchNorm
+
+
+def test_lazy_layers_are_not_left_out_in_silence():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match="run a batch through '1' first"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert type(model[0]) is torch.nn.BatchNorm1d
+    model(torch.randn(4, 3))
+    assert type(nn.SyncBatchNorm.convert_sync_batchnorm(model)[1]) is nn.SyncBatchNorm
 
 
 def test_reverting_what_torch_cannot_do_is_refused():

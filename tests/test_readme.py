@@ -1,5 +1,6 @@
 """The README's examples run as written, and CI runs its test command."""
 
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-CPU = [code for code in blocks("python") if "import cupy" not in code]
+CPU = [code for code in blocks("python") if "import cupy" not in code and "init_process_group" not in code]
 
 
 @pytest.mark.parametrize("code", CPU, ids=lambda code: code.splitlines()[3][:30])
@@ -54,6 +55,20 @@ def test_the_example_of_training_learns(tmp_path):
     code = next(code for code in blocks("python") if "zero_grad" in code)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert float(done.stdout) < 1e-3
+
+
+def test_the_example_of_several_processes(tmp_path):
+    """As written, by the command below it."""
+    (code,) = (code for code in blocks("python") if "init_process_group" in code)
+    (command,) = (block.split() for block in blocks("sh") if "torchrun" in block)
+    (tmp_path / command[-1]).write_text(code)
+    assert command[0] == "torchrun"  # which is the module's main function
+    run = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, second = map(float, done.stdout.split())
+    assert first == second != 0
 
 
 def test_ci_runs_the_test_command():

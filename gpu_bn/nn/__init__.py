@@ -36,6 +36,8 @@ from gpu_bn.nn.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from gpu_bn.nn.statistics import accumulate_statistics, update_population_stats
+from gpu_bn.nn.sync import SyncBatchNorm, sync_batch_norm
 
 __all__ = [
     "BatchNorm",
@@ -46,6 +48,8 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
+    "accumulate_statistics",
     "batch_norm",
     "checkpoint_contexts",
     "convert",
@@ -58,5 +62,7 @@ __all__ = [
     "insert_identity_",
     "no_tracking",
     "revert",
+    "sync_batch_norm",
     "unfreeze",
+    "update_population_stats",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
@@ -18,6 +19,7 @@ from gpu_bn.nn import modules
 from gpu_bn.nn._activations import activation_of
 from gpu_bn.nn._graph import ORIGINAL, fuse_activations
 from gpu_bn.nn.modules import Fused
+from gpu_bn.nn.sync import SyncBatchNorm
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -29,7 +31,7 @@ CLASSES: dict[str, type[torch.nn.Module]] = {
     f"{_TORCH}.LazyBatchNorm1d": modules.LazyBatchNorm1d,
     f"{_TORCH}.LazyBatchNorm2d": modules.LazyBatchNorm2d,
     f"{_TORCH}.LazyBatchNorm3d": modules.LazyBatchNorm3d,
-    f"{_TORCH}.SyncBatchNorm": modules.BatchNorm,
+    f"{_TORCH}.SyncBatchNorm": SyncBatchNorm,
     "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
     "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
     "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
@@ -37,10 +39,14 @@ CLASSES: dict[str, type[torch.nn.Module]] = {
 """What is converted, by qualified name, and to which class."""
 
 
+SYNCHRONISED = (modules.BatchNorm, modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d, SyncBatchNorm)
+"""What becomes a SyncBatchNorm; what is derived from these may compute something else."""
+
+
 def convert(model: Model, *, fuse: bool = False) -> Any:
     """Make torch's BatchNorm layers ours, in place, with the activations that they have.
 
-    Converted are ``torch.nn.BatchNorm1d/2d/3d``, their lazy forms, ``SyncBatchNorm`` in a single process, timm's
+    Converted are ``torch.nn.BatchNorm1d/2d/3d``, their lazy forms, ``SyncBatchNorm`` (also on CPUs then), timm's
     ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, and torchvision's ``FrozenBatchNorm2d``.
 
     Args:
@@ -52,7 +58,7 @@ def convert(model: Model, *, fuse: bool = False) -> Any:
         ``model``, or with ``fuse`` the graph module.
 
     Raises:
-        ValueError: a ``SyncBatchNorm`` over several processes, or with ``fuse`` a model that cannot be traced.
+        ValueError: with ``fuse``, a model that cannot be traced.
     """
     found = [(module, rule) for module in model.modules() if (rule := _rule(module)) is not None]
     for module, (cls, activation) in found:
@@ -60,6 +66,18 @@ def convert(model: Model, *, fuse: bool = False) -> Any:
         if not activation.is_identity:
             setattr(module, "activation", activation)  # noqa: B010 - not of every module's type
     return fuse_activations(model) if fuse else model
+
+
+def synchronise(model: Model, process_group: Any) -> Model:
+    """See :meth:`gpu_bn.nn.SyncBatchNorm.convert_sync_batchnorm`."""
+    named = model.named_modules()
+    if lazy := [repr(name) for name, module in named if isinstance(module, _LazyNormBase)]:
+        raise ValueError(f"lazy layers do not know their channels yet: run a batch through {', '.join(lazy)} first")
+    for module in convert(model).modules():
+        if _class_of(module) in SYNCHRONISED:
+            _set_class(module, SyncBatchNorm)
+            setattr(module, "process_group", process_group)  # noqa: B010 - not of every module's type
+    return model
 
 
 def revert(model: torch.nn.Module) -> Any:
@@ -162,24 +180,11 @@ def _rule(module: torch.nn.Module) -> tuple[type[torch.nn.Module], Activation] |
     cls = CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
     if cls is None:
         return None
-    if isinstance(module, torch.nn.SyncBatchNorm):
-        _require_one_process(module)
     children = dict(module.named_children())
     activation = activation_of(children["act"]) if "act" in children else IDENTITY
     if activation is None or not isinstance(children.get("drop"), (torch.nn.Identity, type(None))):
         return None
     return cls, activation
-
-
-def _require_one_process(module: torch.nn.SyncBatchNorm) -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        size = distributed.get_world_size(module.process_group)
-        if size > 1:
-            raise ValueError(
-                f"a SyncBatchNorm over {size} processes cannot be converted: gpu_bn does not merge statistics of "
-                "several processes yet"
-            )
 
 
 def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | None:

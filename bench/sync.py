@@ -1,0 +1,98 @@
+"""What sharing statistics between processes costs: ``python bench/sync.py``.
+
+Starts groups of processes on this machine that talk by gloo, and calls one layer forward and backward on each: first
+:class:`gpu_bn.nn.BatchNorm`, which exchanges nothing, then :class:`gpu_bn.nn.SyncBatchNorm`. (torch's own
+``SyncBatchNorm`` refuses CPUs.) Bytes and messages are what one process writes to its sockets for a step, counted by
+the system (``/proc/self/io``); beside them what the module documentation promises. Times are medians over steps, and
+of processes that share this machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from gpu_bn import nn
+from gpu_bn._console import table
+
+WARM = 5
+
+
+def written() -> tuple[int, int]:
+    """Bytes and calls of this process's writes so far."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["wchar"]), int(lines["syscw"])
+
+
+def measure(layer: torch.nn.Module, x: torch.Tensor, steps: int) -> tuple[float, float, float]:
+    """Seconds, bytes and messages of a step."""
+    dy = torch.randn_like(x)
+    times = []
+    before = written()
+    for step in range(WARM + steps):
+        if step == WARM:
+            dist.barrier()
+            before = written()
+        start = time.perf_counter()
+        torch.autograd.backward(layer(x), dy)
+        times.append(time.perf_counter() - start)
+    after = written()
+    return statistics.median(times[WARM:]), (after[0] - before[0]) / steps, (after[1] - before[1]) / steps
+
+
+def run(rank: int, world: int, shape: list[int], steps: int, folder: str) -> None:
+    """One process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    x = torch.randn(shape, requires_grad=True)
+    results = torch.tensor([measure(kind(shape[1]), x, steps) for kind in (nn.BatchNorm, nn.SyncBatchNorm)])
+    gathered = [torch.empty_like(results) for _ in range(world)]
+    dist.all_gather(gathered, results)
+    if rank == 0:
+        torch.save(torch.stack(gathered).mean(0), f"{folder}/result")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def row(world: int, shape: list[int], steps: int) -> list[str]:
+    """A line of the table: a group of ``world`` processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(run, (world, shape, steps, folder), world)
+        (plain, *noise), (shared, *wrote) = torch.load(f"{folder}/result").tolist()
+    size, messages = (total - other for total, other in zip(wrote, noise, strict=True))
+    gather, reduce = (world - 1) * 8 * (2 + 2 * shape[1]), 2 * (world - 1) / world * 16 * shape[1]
+    return [
+        str(world),
+        f"{1e3 * plain:.2f}",
+        f"{1e3 * shared:.2f}",
+        f"{size:,.0f}",
+        f"{gather + reduce:,.0f}",
+        f"{messages:.1f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="sizes of the groups")
+    parser.add_argument("--shape", default="8,64,28,28", help="of each process's part")
+    parser.add_argument("--steps", type=int, default=100)
+    options = parser.parse_args()
+    shape = [int(size) for size in options.shape.split(",")]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    header = ["processes", "plain, ms", "shared, ms", "bytes", "bytes, model", "messages"]
+    title = f"A step (forward, backward) of one layer, {options.shape} float32 a process, {os.cpu_count()} cores"
+    rows = [row(world, shape, options.steps) for world in options.ranks]
+    caption = "Bytes and messages: written by each process, on average. Model: a ring's, of the payload alone."
+    print(table(title, header, rows, caption))
+
+
+if __name__ == "__main__":
+    main()

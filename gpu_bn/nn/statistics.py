@@ -1,0 +1,208 @@
+"""Running statistics from more than one batch at a time: of a whole data set, or of the micro-batches of one step.
+
+Both look at what each layer is given and merge its count, mean and squared deviations exactly (:mod:`gpu_bn.merge`), so
+that it makes no difference how the data are cut. They watch layers through hooks, which ``torch.compile`` does not see:
+use the model itself, not what ``torch.compile`` made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gpu_bn.merge import Pool, merge
+from gpu_bn.nn import _sync_library, functional
+from gpu_bn.nn.sync import Group, SyncBatchNorm, add_up, gather, several, update_running
+
+Pools = dict[_BatchNorm, Pool]
+
+
+def update_population_stats(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    *,
+    steps: int | None = None,
+    call: Callable[[torch.nn.Module, Any], Any] | None = None,
+    process_group: Any = None,
+    progress: bool = False,
+) -> None:
+    """Set running statistics to the mean and the variance over a data set, exact to rounding.
+
+    They are those of what each layer is given while the layers before it normalise by each batch's statistics, as in
+    training (Wu & Johnson 2021, "PreciseBN"). The variance is that of the data set as it is (biased), and every
+    position counts alike, in a short last batch too. Where there are several processes, all data of all of them count.
+
+    Normalisation layers, ours and torch's, are in training mode meanwhile; frozen ones, and those without running
+    statistics, are left alone. All other modules stay as they are: call ``model.eval()`` first to have no dropout. Only
+    running means and variances have changed afterwards, and after an error nothing has.
+
+    Args:
+        model: not compiled, not frozen.
+        loader: batches; this process's share of them.
+        steps: how many batches to use at most; ``None`` uses all.
+        call: calls the model with a batch. Without it the model is given the batch, or the first part of a tuple or
+            list.
+        process_group: of :mod:`torch.distributed`; ``None`` is all processes, if there are several.
+        progress: whether to show a bar, if rich is installed.
+
+    Raises:
+        ValueError: no layer saw any data; or, with a :class:`SyncBatchNorm` in the model, the processes have different
+            numbers of batches.
+    """
+    layers = _tracking(model)
+    modes = [(layer, layer.training) for layer in layers]
+    several_processes = several(process_group)
+    together = several_processes and any(isinstance(layer, SyncBatchNorm) for layer in layers)
+    try:
+        for layer in layers:
+            layer.training = True
+        with torch.no_grad(), _recording(layers) as pools:
+            batches = _shown(loader, steps, progress)
+            for batch in _alike(batches, layers, Group.of(process_group)) if together else batches:
+                (call or _call)(model, batch)
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+    if several_processes:
+        pools = _over_processes(layers, pools, Group.of(process_group))
+    if not any(bool(pool.count > 0) for pool in pools.values()):
+        raise ValueError("no layer with running statistics saw any data (was the loader empty, the model compiled?)")
+    for layer, pool in pools.items():
+        if bool(pool.count > 0):
+            _buffers(layer)[0].copy_(pool.mean)
+            _buffers(layer)[1].copy_(pool.var)
+
+
+@contextmanager
+def accumulate_statistics(model: torch.nn.Module) -> Iterator[None]:
+    """For gradient accumulation: one update of running statistics for all micro-batches of a step.
+
+    Each micro-batch is still normalised by its own statistics. When the block ends, the running statistics of each
+    layer that was called in training mode move once, by the layer's momentum, towards the mean and the unbiased
+    variance of all that it was given in the block, and its counter grows by one: what one call with all of that would
+    have done. A :class:`SyncBatchNorm` counts what all processes were given. A block that an error ends updates
+    nothing. It costs one more reading of each layer's input. ::
+
+        with nn.accumulate_statistics(model):
+            for part, target in micro_batches:
+                (loss(model(part), target) / len(micro_batches)).backward()
+        optimizer.step()
+    """
+    layers = _tracking(model)
+    with _recording(layers) as pools:
+        yield
+    shared: dict[Any, list[_BatchNorm]] = {}
+    for layer in layers:
+        if layer in pools and isinstance(layer, SyncBatchNorm) and several(layer.process_group):
+            shared.setdefault(layer.process_group, []).append(layer)
+    for group, theirs in shared.items():
+        pools |= _over_processes(theirs, pools, Group.of(group))
+    for layer, pool in pools.items():
+        update_running(*_buffers(layer), layer.num_batches_tracked, layer.momentum, pool)
+
+
+def _tracking(model: torch.nn.Module) -> list[_BatchNorm]:
+    """The layers that keep running statistics."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and module.track_running_stats
+        and module.running_mean is not None
+        and not getattr(module, "frozen", False)
+    ]
+
+
+def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+@contextmanager
+def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
+    """Meanwhile layers update nothing; what they were given in training mode is merged instead."""
+    pools: Pools = {}
+
+    def record(layer: Any, arguments: tuple[Any, ...], options: dict[str, Any], _: Any) -> None:
+        if layer.training and not functional._updates.off:
+            given = arguments[0] if arguments else options["input"]
+            pool = _pool_of(given.detach())
+            pools[layer] = _merged([pools[layer], pool]) if layer in pools else pool
+
+    hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield pools
+    finally:
+        for layer, hook in zip(layers, hooks, strict=True):
+            hook.remove()
+            layer.track_running_stats = True
+
+
+def _pool_of(x: Tensor) -> Pool:
+    report = _sync_library.report(x)
+    _, count, mean, var = report.split((1, 1, x.shape[1], x.shape[1]))
+    return Pool(count, mean, var.abs() * count)
+
+
+def _merged(pools: list[Pool]) -> Pool:
+    return merge(Pool(*(torch.stack(parts) for parts in zip(*pools, strict=True))))
+
+
+def _over_processes(layers: list[_BatchNorm], pools: Pools, group: Group) -> Pools:
+    """The layers' pools merged over a group's processes, by one collective; a layer may be missing on some."""
+    if not layers:
+        return {}
+    device = _buffers(layers[0])[0].device
+    empty = torch.zeros((), dtype=torch.float64, device=device)
+    mine = [pools.get(layer) or Pool(*(empty.expand(n) for n in _lengths(layer))) for layer in layers]
+    lengths = [n for layer in layers for n in _lengths(layer)]
+    rows = gather(torch.cat([array.to(device) for pool in mine for array in pool]), group).split(lengths, dim=1)
+    return {layer: merge(Pool(*rows[3 * at : 3 * at + 3])) for at, layer in enumerate(layers)}
+
+
+def _lengths(layer: _BatchNorm) -> tuple[int, int, int]:
+    return 1, layer.num_features, layer.num_features
+
+
+def _alike(batches: Iterable[Any], layers: list[_BatchNorm], group: Group) -> Iterator[Any]:
+    """The batches, as long as all processes of a group have one; they say so before each."""
+    nothing = object()
+    device = _buffers(layers[0])[0].device
+    given = iter(batches)
+    while True:
+        batch = next(given, nothing)
+        ready = int(add_up(torch.tensor([float(batch is not nothing)], device=device), group))
+        if 0 < ready < group.size:
+            raise ValueError(
+                f"a SyncBatchNorm needs as many batches on every process, but {group.size - ready} of {group.size} "
+                "have no more"
+            )
+        if batch is nothing:
+            return
+        yield batch
+
+
+def _shown(loader: Iterable[Any], steps: int | None, progress: bool) -> Iterable[Any]:
+    batches = loader if steps is None else islice(loader, steps)
+    if not progress or find_spec("rich") is None:
+        return batches
+    from rich.console import Console
+    from rich.progress import track
+
+    length = len(loader) if isinstance(loader, Sized) else steps
+    total = length if steps is None or length is None else min(length, steps)
+    return track(batches, "population statistics", total, console=Console(stderr=True), transient=True)
+
+
+def _call(model: torch.nn.Module, batch: Any) -> Any:
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)

@@ -1,0 +1,320 @@
+"""Batch normalisation whose batch is spread over several processes.
+
+Forward, each process reports the count, mean and variance of its part, and all merge the same reports in the same order
+(:mod:`gpu_bn.merge`): one gathering of 2 + 2 C float64 numbers a process. Backward, the two sums are added over the
+processes: one reduction of 2 C. What the processes hold may differ in size, and be nothing. Gradients of weight and
+bias stay those of the process's own part, which DistributedDataParallel reduces.
+
+The count over all processes stays on the device, so that nothing waits for a GPU and CUDA graphs can capture a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.merge import Pool
+from gpu_bn.nn import _composed, _sync_library, functional
+from gpu_bn.nn.modules import Fused
+from gpu_bn.spec import MAX_RANK, MIN_RANK
+
+_COLLECTIVES = torch.ops._c10d_functional
+"""What ``torch.compile`` takes into a graph."""
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    process_group: Any = None,
+    num_features: int | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | str | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """:func:`gpu_bn.nn.batch_norm` in training, with the statistics of the batch of a whole process group.
+
+    Every process of the group must make the call, also one whose part is empty, and go through the backward call alike.
+    With one process, or none initialised, it is that function.
+
+    Args:
+        input: (N, C, ...), this process's part; N may be 0 and may differ between processes.
+        running_mean, running_var, weight, bias, momentum, eps, residual, activation, num_batches_tracked: as there.
+        process_group: of :mod:`torch.distributed`; ``None`` is all processes.
+        num_features: C, where the input's own may be wrong.
+
+    Returns:
+        ``y`` of this process's part.
+
+    Raises:
+        ValueError: on every process, with tensors on the CPU, if the arguments of one do not fit; the text names it.
+            On GPUs it is raised on that process; the others, which do not wait for reports, get NaN, and raise in a
+            later call.
+        RuntimeError: a process has ended, or did not take part within the group's timeout.
+    """
+    activation = IDENTITY if activation is None else Activation.of(activation)
+    if not several(process_group):
+        return functional.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            True,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+            num_batches_tracked=num_batches_tracked,
+        )
+    group = Group.of(process_group)
+    if not torch.compiler.is_compiling() and functional._updates.off:
+        running_mean = running_var = num_batches_tracked = None
+    channels = input.shape[1] if num_features is None else num_features
+    trouble, found = _check(input, residual, eps, channels)
+    if trouble:
+        reports = gather(_sync_library.trouble_report(trouble, found, channels, input.device), group)
+        return _sync_library.fail(input.detach(), reports, group.rank, trouble, found)  # type: ignore[no-any-return]
+    y, count, mean, var = _SyncBatchNorm.apply(
+        input, weight, bias, residual, *group, eps, activation.name, activation.parameter
+    )
+    if running_mean is not None and running_var is not None:
+        whole = Pool(count, mean, var.abs() * count)
+        update_running(running_mean, running_var, num_batches_tracked, momentum, whole)
+    elif num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return y  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor, running_var: Tensor, num_batches_tracked: Tensor | None, momentum: float | None, whole: Pool
+) -> None:
+    """Move running statistics towards those of a batch, unless it is empty; count the batch. Reads nothing back."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    weighs: Any = momentum
+    if momentum is None:
+        weighs = 0.0 if num_batches_tracked is None else num_batches_tracked.double().reciprocal()
+    for running, batch in ((running_mean, whole.mean), (running_var, whole.unbiased)):
+        old = running.double()
+        running.copy_(torch.where(whole.count > 0, (1 - weighs) * old + weighs * batch, old))
+
+
+class SyncBatchNorm(Fused):
+    """``torch.nn.SyncBatchNorm`` for CPUs too, with ``activation=``, and ``residual`` in the call.
+
+    In training, statistics are those of the batch of all processes in ``process_group`` (by default, of all there are).
+    In evaluation, frozen, or with one process, it is :class:`gpu_bn.nn.BatchNorm`. It is no subclass of torch's class,
+    which DistributedDataParallel refuses on CPUs.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: Activation | str | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.process_group = process_group
+        self.activation = Activation.of(activation)
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, activation: Activation | str | None = None
+    ) -> Tensor:
+        """As :meth:`Fused.forward`, of this process's part of the batch.
+
+        Raises:
+            ValueError, RuntimeError: as :func:`sync_batch_norm`.
+        """
+        if not (self.training and not self.frozen and several(self.process_group)):
+            return super().forward(input, residual, activation)
+        tracked = self.track_running_stats
+        return sync_batch_norm(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            self.momentum,
+            self.eps,
+            process_group=self.process_group,
+            num_features=self.num_features,
+            residual=residual,
+            activation=self.activation if activation is None else activation,
+            num_batches_tracked=self.num_batches_tracked if tracked else None,
+        )
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> Any:
+        """Make the BatchNorm layers of a model, torch's and ours, layers of this class, in place.
+
+        Parameters, buffers, hooks, flags and fused activations are kept, for the layers stay the objects they are.
+        :func:`gpu_bn.nn.revert` undoes it.
+
+        Args:
+            module: a model, or a layer.
+            process_group: whose statistics are shared; ``None`` is all processes.
+
+        Returns:
+            ``module``.
+
+        Raises:
+            ValueError: a lazy layer has not seen its first input yet.
+        """
+        from gpu_bn.nn._convert import synchronise
+
+        return synchronise(module, process_group)
+
+
+def several(group: Any) -> bool:
+    """Whether a group has more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+class Group(NamedTuple):
+    """A process group as compiled code can hold it."""
+
+    name: str
+    size: int
+    rank: int
+
+    @staticmethod
+    def of(group: Any) -> Group:
+        """Of a group of :mod:`torch.distributed`; ``None`` is all processes."""
+        group = dist.group.WORLD if group is None else group
+        return Group(group.group_name, dist.get_world_size(group), dist.get_rank(group))
+
+
+def gather(vector: Tensor, group: Group) -> Tensor:
+    """(W, L) the (L,) vectors of a group's processes, in the order of their ranks."""
+    return _exchange(_COLLECTIVES.all_gather_into_tensor, vector, group.size, group.name).view(group.size, -1)
+
+
+def add_up(tensor: Tensor, group: Group) -> Tensor:
+    """The sum of a group's tensors."""
+    return _exchange(_COLLECTIVES.all_reduce, tensor, "sum", group.name)
+
+
+def _exchange(collective: Any, *arguments: Any) -> Tensor:
+    try:
+        return _COLLECTIVES.wait_tensor(collective(*arguments))  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"SyncBatchNorm: a process of the group has ended, or did not answer within its timeout ({error})"
+        ) from error
+
+
+def _check(x: Tensor, residual: Tensor | None, eps: float, channels: int) -> tuple[int, int]:
+    """The number of the check that arguments fail, and what was found; 0 if they pass."""
+    if not MIN_RANK <= x.dim() <= MAX_RANK:
+        return 1, x.dim()
+    if x.shape[1] != channels:
+        return 2, x.shape[1]
+    if x.dtype not in functional.FLOATS:
+        return 3, 0
+    alike = residual is None or (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
+    if not alike:
+        return 4, 0
+    if not eps > 0.0:
+        return 5, 0
+    return (0, 0) if channels else (6, 0)
+
+
+class _SyncBatchNorm(Function):
+    """Gives ``y``, and the count, mean and variance of all processes, which are not differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        *others: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        group, options = Group(*others[:3]), others[3:]
+        reports = gather(_sync_library.report(x), group)
+        count, mean, var = _sync_library.merge_reports(reports)
+        y = _sync_library.normalize(x, weight, bias, residual, mean, var, *options)
+        ctx.group, ctx.options = group, options
+        kept = None if options[1] == "identity" else residual
+        ctx.save_for_backward(x, weight, bias, kept, count, mean, var)
+        ctx.mark_non_differentiable(count, mean, var)
+        return y, count, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, residual, count, mean, var = ctx.saved_tensors
+        need = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # these gradients are to be differentiated themselves
+            return (*_composed_gradients(ctx, dy, x, weight, bias, residual, need), *[None] * 6)
+        identity = ctx.options[1] == "identity"
+        layer = (x, weight, bias, residual, mean, var, *ctx.options)
+        sums, dz = _sync_library.reduce(dy, *layer, need[3] and not identity)
+        dx = None
+        if need[0]:
+            total = add_up(sums, ctx.group)
+            dx = _sync_library.backward_input(dy, *layer, total, count, dz if dz.numel() else None)
+        dweight = sums[1].to(weight.dtype) if weight is not None and need[1] else None
+        dbias = sums[0].to(bias.dtype) if bias is not None and need[2] else None
+        dresidual = (dy if identity else dz) if need[3] else None
+        return dx, dweight, dbias, dresidual, *[None] * 6
+
+
+# ----------------------------------------------------------------------------------- second and higher derivatives
+class _Sum(Function):
+    """The sum over a group's processes. Each result reaches each process, so that gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return add_up(tensor.contiguous(), group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradient, ctx.group), None
+
+
+def _composed_gradients(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    need: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients by torch's own differentiable operations, which remember where they come from."""
+    eps, name, parameter = ctx.options
+    if name == "identity" and need[3]:
+        residual = torch.zeros_like(x, requires_grad=True)  # of which only the gradient matters
+    wide = x.to(torch.float64)
+    axes, shape = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
+    count = wide.new_tensor(x.numel() // x.shape[1])
+    sums = _Sum.apply(torch.cat((count.view(1), wide.sum(axes))), ctx.group)
+    mean = sums[1:] / sums[0]
+    var = _Sum.apply((wide - mean.view(shape)).square().sum(axes), ctx.group) / sums[0]
+    y = _composed.batch_norm(x, mean, var, weight, bias, residual, eps, Activation(name, parameter))
+    inputs = [tensor if needed else None for tensor, needed in zip((x, weight, bias, residual), need, strict=True)]
+    wanted = [tensor for tensor in inputs if tensor is not None]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [None if tensor is None else next(found) for tensor in inputs]

@@ -1,0 +1,316 @@
+"""SyncBatchNorm over processes that talk by gloo, against one process on the whole batch."""
+
+import copy
+import inspect
+from collections import deque
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import sync_scenarios as scenarios  # noqa: E402
+from processes import finish, launch, once, results, start  # noqa: E402
+from test_triton_interpreter import HERE, interpreted  # noqa: E402
+from torch.testing import assert_close  # noqa: E402
+
+from gpu_bn import nn  # noqa: E402
+from gpu_bn.merge import Pool  # noqa: E402
+from gpu_bn.nn import _sync_library, sync  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return results(4, once(tmp_path_factory, "four", lambda folder: launch(4, "sync_scenarios", ["equality"], folder)))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return scenarios.train(scenarios.Net(nn.BatchNorm), slice(None), lambda _: None)
+
+
+@pytest.mark.parametrize("sizes", scenarios.SPLITS, ids=str)
+def test_a_split_batch_trains_as_the_whole(four, whole, sizes):
+    parts = [result["equality"][sizes] for result in four[: len(sizes)]]
+    for name in ("y", "dx"):
+        assert_close(torch.cat([part[name] for part in parts]), whole[name], rtol=1e-10, atol=1e-11)
+    for part in parts:
+        assert_close(part["gradients"], whole["gradients"], rtol=1e-9, atol=1e-10)
+        assert_close(part["state"], whole["state"], rtol=1e-10, atol=1e-11)
+        assert all(torch.equal(part["state"][name], parts[0]["state"][name]) for name in part["state"])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    names = ["numerics", "second", "compiled", "in_ddp", "inside_a_group", "population", "accumulated"]
+    return results(2, once(tmp_path_factory, "two", lambda folder: launch(2, "sync_scenarios", names, folder)))
+
+
+def together(two, name, key, at=None):
+    """What the processes returned, as one batch."""
+    found = [result[name][key] for result in two]
+    return torch.cat(found if at is None else [parts[at] for parts in found])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_half_inputs_and_channels_last(two, dtype):
+    layer = nn.BatchNorm(3, activation="relu")
+    x = scenarios.mine(0, 2, 3, 9, 7, dtype=dtype)[1].requires_grad_()
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    for at, expected in enumerate((y.detach(), dx)):
+        assert_close(together(two, "numerics", dtype, at), expected)
+        assert all(result["numerics"][dtype][at].is_contiguous(memory_format=torch.channels_last) for result in two)
+    assert all(torch.equal(result["numerics"][dtype][2], two[0]["numerics"][dtype][2]) for result in two)
+    assert_close(two[0]["numerics"][dtype][2], layer.running_var, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 2, 3, 4)], ids=len)
+def test_inputs_of_any_rank(two, shape):
+    expected = nn.BatchNorm(3, dtype=torch.float64)(scenarios.mine(0, 2, *shape)[1])
+    assert_close(together(two, "numerics", len(shape)), expected.detach())
+
+
+def test_one_position_on_each_process_is_a_batch(two):
+    layer = nn.BatchNorm(3, dtype=torch.float64)
+    expected = layer(scenarios.mine(0, 2, 3, size=2)[1])
+    assert_close(together(two, "numerics", "one each", 0), expected.detach())
+    assert_close(two[1]["numerics"]["one each"][1], layer.state_dict())
+
+
+def test_nothing_on_any_process_changes_nothing_but_the_counter(two):
+    y, dx, dweight, state = two[0]["numerics"]["nothing"]
+    assert y.shape == dx.shape == (0, 3, 4)
+    assert torch.equal(dweight, torch.zeros(3, dtype=torch.float64))
+    fresh = nn.BatchNorm(3, dtype=torch.float64).state_dict()
+    assert_close(state, fresh | {"num_batches_tracked": torch.tensor(1)})
+
+
+def test_squares_beyond_float32_on_one_process(two):
+    x = scenarios.mine(0, 2, 3, 64, dtype=torch.float32)[1].double()
+    x[:3] *= 1e20
+    x[3:] *= 1e25
+    assert_close(together(two, "numerics", "wide"), nn.BatchNorm(3).double()(x).detach().float())
+
+
+def test_a_frozen_layer_waits_for_nobody(two):
+    x = scenarios.mine(0, 2, 3)[0]
+    assert_close(two[0]["numerics"]["frozen"], nn.BatchNorm(3, dtype=torch.float64).eval()(x).detach())
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_double_backward(two, activation):
+    norm = nn.BatchNorm(3, dtype=torch.float64, activation=activation)
+    expected = scenarios.penalty(norm, *(scenarios.mine(0, 2, 3, 4, seed=seed)[1] for seed in range(3)))
+    for at, whole in enumerate(expected):
+        parts = [result["second"][activation][at] for result in two]
+        assert_close(torch.cat(parts) if whole.dim() > 1 else sum(parts), whole)
+
+
+def test_compiled_whole_with_the_same_bits(two):
+    for result in two:
+        eager, compiled = result["compiled"]
+        assert_close(compiled, eager, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(tmp_path):
+    for result in launch(2, "sync_scenarios", ["by_inductor"], tmp_path, timeout=280):
+        eager, compiled = result["by_inductor"]
+        assert_close(compiled, eager)
+
+
+def test_two_forward_calls_before_a_backward_call_in_ddp(two):
+    """With broadcast_buffers=True, where torch's own layer failed before version 2.13."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), nn.BatchNorm1d(4, activation="relu")).double()
+    for which, batches in enumerate(
+        (
+            [scenarios.mine(rank, 2, 3, seed=seed)[0] for rank in range(2) for seed in range(2)],
+            [scenarios.mine(0, 2, 3, seed=seed)[1] for seed in range(2)],
+        )
+    ):
+        model.zero_grad()
+        (sum((model(batch) ** 2).sum() for batch in batches) / 2).backward()
+        for result in two:
+            assert_close(result["in_ddp"][which], [parameter.grad for parameter in model.parameters()])
+
+
+def test_a_group_of_one_and_a_process_outside_are_alone(two):
+    for rank, result in enumerate(two):
+        x = scenarios.mine(rank, 2, 3)[0]
+        assert_close(result["inside_a_group"], nn.BatchNorm(3, dtype=torch.float64)(x).detach())
+
+
+def test_population_statistics_over_processes(two):
+    x = scenarios.data(1, 15, 3, 4) * 3 + 1e3
+    for result in two:
+        found = result["population"]["plain"]
+        assert_close(found["running_mean"], x.mean((0, 2)), rtol=1e-15, atol=0)
+        assert_close(found["running_var"], x.var((0, 2), correction=0), rtol=1e-12, atol=0)
+        assert found["num_batches_tracked"] == 0
+        assert "needs as many batches on every process, but 1 of 2 have no more" in result["population"]["uneven"]
+
+
+def test_population_statistics_of_layers_that_share_a_batch(two):
+    """The second layer's input is what the first makes of each batch of both processes together."""
+    x = scenarios.data(1, 15, 3, 4) * 3 + 1e3
+    steps = torch.cat((x[:5], x[8:10])), torch.cat((x[5:8], x[10:14]))
+    layer = nn.BatchNorm(3, dtype=torch.float64)
+    second = torch.cat([layer(step).detach() for step in steps])
+    for result in two:
+        found = result["population"]["shared"]
+        assert_close(found["0.running_var"], torch.cat(steps).var((0, 2), correction=0), rtol=1e-12, atol=0)
+        assert_close(found["1.running_mean"], second.mean((0, 2)), rtol=0, atol=1e-12)
+        assert_close(found["1.running_var"], second.var((0, 2), correction=0), rtol=1e-10, atol=0)
+
+
+def test_micro_batches_of_all_processes_make_one_update(two):
+    layer = nn.BatchNorm(3, dtype=torch.float64)
+    layer(scenarios.mine(0, 2, 3, 4)[1])
+    for result in two:
+        assert_close(result["accumulated"], layer.state_dict(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """One of them is killed at the end."""
+
+    def run(folder):
+        names = ["troubles", "silent", "killed"]
+        (folder / "output").write_text("\n".join(finish(start(3, "sync_scenarios", names, folder), 120)))
+
+    folder = once(tmp_path_factory, "three", run)
+    found = results(3, folder)
+    assert [len(result) for result in found] == [3, 3, 2], (folder / "output").read_text()
+    return found
+
+
+REASONS = {
+    "rank": "expected at least 2D input, up to 5D (got 1D input)",
+    "channels": "expected input with as many channels as the layer has (got 5)",
+    "dtype": "input should be float16, bfloat16, float32 or float64",
+    "residual": "residual should have the input's shape, dtype and device",
+}
+
+
+@pytest.mark.parametrize("mistake", list(REASONS))
+def test_a_mistake_of_one_process_raises_on_all(three, mistake):
+    texts = {result["troubles"][mistake] for result in three}
+    assert texts == {f"SyncBatchNorm, process 1 of 3: {REASONS[mistake]}"}
+
+
+def test_a_mistake_changes_nothing(three):
+    assert all(result["troubles"]["unchanged"] and result["troubles"]["after"] == (4, 3) for result in three)
+
+
+@pytest.mark.slow
+def test_a_mistake_of_one_process_raises_on_all_in_compiled_code(tmp_path):
+    for result in launch(2, "sync_scenarios", ["compiled_troubles"], tmp_path):
+        found = result["compiled_troubles"]
+        assert found.pop("unchanged")
+        assert found.pop("after") == (4, 3)
+        texts = {name: text.partition("\n\n")[0] for name, text in found.items()}
+        assert texts == {name: f"SyncBatchNorm, process 1 of 2: {reason}" for name, reason in REASONS.items()}
+
+
+@pytest.mark.parametrize("what", ["silent", "killed"])
+def test_a_process_that_is_gone_is_an_error_in_time(three, what):
+    for result in three[:2]:
+        text, seconds = result[what]
+        assert text.startswith("SyncBatchNorm: a process of the group has ended, or did not answer within its timeout")
+        assert seconds < 10
+
+
+# ------------------------------------------------------------------------------------------------- in one process
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 2, 4), torch.float32), ((0, 2, 4), torch.float16)], ids=str)
+def test_the_operators_do_what_they_say(shape, dtype):
+    x, dy, residual = (scenarios.data(seed, *shape, dtype=dtype) for seed in range(3))
+    weight, bias = torch.ones(2), torch.zeros(2)
+    report = _sync_library.report(x)
+    reports = torch.stack((report, report))
+    count, mean, var = _sync_library.merge_reports(reports)
+    layer = (x, weight, bias, residual, mean, var, 1e-5, "silu", 0.0)
+    sums, dz = _sync_library.reduce(dy, *layer, True)
+    for operator, arguments in (
+        (_sync_library.report, (x,)),
+        (_sync_library.merge_reports, (reports,)),
+        (_sync_library.normalize, layer),
+        (_sync_library.reduce, (dy, *layer, True)),
+        (_sync_library.reduce, (dy, *layer, False)),
+        (_sync_library.backward_input, (dy, *layer, sums, count, dz)),
+        (_sync_library.backward_input, (dy, *layer, sums, count, None)),
+    ):
+        torch.library.opcheck(operator, arguments)
+
+
+def test_it_looks_like_torchs():
+    ours, theirs = nn.SyncBatchNorm(3, 1e-3, None), torch.nn.SyncBatchNorm(3, 1e-3, None)
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    mine, other = (
+        list(inspect.signature(cls).parameters.values()) for cls in (nn.SyncBatchNorm, torch.nn.SyncBatchNorm)
+    )
+    assert [(p.name, p.default, p.kind) for p in mine[:-1]] == [(p.name, p.default, p.kind) for p in other]
+    assert mine[-1].name == "activation"
+    copied = copy.deepcopy(nn.SyncBatchNorm(3, activation="relu"))
+    assert repr(copied).endswith("activation=relu)")
+
+
+def test_nothing_is_read_back_from_a_device():
+    """Tensors on the device "meta" have no values that could be read."""
+    reports = torch.empty(3, 8, dtype=torch.float64, device="meta")
+    count, mean, var = _sync_library.merged(reports)
+    running = torch.empty(2, 3, device="meta")
+    for momentum in (0.1, None):
+        counter = torch.empty((), dtype=torch.int64, device="meta")
+        sync.update_running(*running, counter, momentum, Pool(count, mean, var * count))
+
+
+def test_a_mistake_poisons_statistics_where_reports_are_not_read():
+    """What the other processes get on a GPU."""
+    reports = torch.stack(
+        (_sync_library.report(torch.randn(4, 3)), _sync_library.trouble_report(2, 5, 3, torch.device("cpu")))
+    )
+    _, mean, var = _sync_library.merged(reports)
+    assert mean.isnan().all()
+    assert var.isnan().all()
+
+
+def test_reports_from_a_gpu_are_looked_at_once_they_are_there(monkeypatch):
+    arrivals = deque()
+    monkeypatch.setattr(_sync_library, "ARRIVALS", arrivals)
+    good, bad = torch.zeros(3, 2), torch.tensor([[0.0, 4], [2, 5], [0, 4]])
+    there = []
+    arrivals.extend([(lambda: True, good), (lambda: bool(there), bad)])
+    _sync_library.look_at_arrivals()
+    assert len(arrivals) == 1
+    there.append(True)
+    with pytest.raises(ValueError, match=r"process 1 of 3: expected input with as many channels .* \(got 5\)"):
+        _sync_library.look_at_arrivals()
+    assert not arrivals
+
+
+def test_torchs_layers_merge_with_activations_and_fold():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.SyncBatchNorm(4), torch.nn.ReLU()).double()
+    x = scenarios.data(0, 4, 3, 5, 5)
+    expected = torch.nn.Sequential(copy.deepcopy(model[0]), torch.nn.BatchNorm2d(4).double(), torch.nn.ReLU())(x)
+    fused = nn.convert(model, fuse=True)
+    assert_close(fused(x), expected)
+    assert [type(layer) for layer in fused.children()][:2] == [torch.nn.Conv2d, nn.SyncBatchNorm]
+    assert_close(nn.fold(fused)(x), fused.eval()(x))
+
+
+def test_alone_it_is_a_layer_of_ours_with_its_errors():
+    x = scenarios.data(0, 4, 3, 5)
+    layer, plain = (cls(3, dtype=x.dtype, activation="relu") for cls in (nn.SyncBatchNorm, nn.BatchNorm))
+    for mode in (True, False):
+        assert torch.equal(layer.train(mode)(x, x), plain.train(mode)(x, x))
+    assert_close(layer.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        layer.train()(x[:1, :, 0])
+    assert torch.equal(nn.sync_batch_norm(x, activation="relu"), nn.batch_norm(x, training=True, activation="relu"))
+
+
+def test_the_phases_on_triton():
+    """In its interpreter: what CUDA tensors go through, with parts of a batch for processes."""
+    assert int(interpreted([str(HERE / "sync_on_triton.py")])) == 10
