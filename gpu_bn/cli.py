@@ -129,6 +129,9 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     bench.add_argument(
         "--seconds", type=float, metavar="S", help="of samples for each call (default: 0.1 or on a CPU 0.3); 0: one"
     )
+    bench.add_argument(
+        "--threads", type=_positive, metavar="N", help="of the NumPy backend and of torch on a CPU (default: theirs)"
+    )
     bench.add_argument("--tiers", choices=("all",), help="on a GPU, force every tier, and fit plan.py's thresholds")
     bench.add_argument(
         "--verify-model", action="store_true", help="on a GPU, compare times, and bytes if ncu may count, with the plan"
@@ -187,6 +190,7 @@ def run_bench(options: argparse.Namespace) -> int:
     asked = Options(
         shapes=options.shapes, dtypes=options.dtype, layouts=options.layout, operations=options.ops, only=options.only,
         peers=[] if options.peers == ["none"] else options.peers, device=options.device, seconds=options.seconds,
+        threads=options.threads,
         tiers=bool(options.tiers), verify=options.verify_model, train=options.train, eager=options.eager,
         out=options.out, page=options.page, command=options.line,
     )  # fmt: skip

@@ -91,7 +91,7 @@ class Ticking:
     def __init__(self):
         self.order = []
 
-    def time(self, call, regime):
+    def time(self, call, _):
         self.order.append(call)
         return call()
 
@@ -228,7 +228,7 @@ def fake_torch(clock):
         mem_get_info=lambda: (8 << 10, 16 << 10), empty_cache=lambda: clock.done_things.append("free"),
     )  # fmt: skip
 
-    def ones(size, device, dtype=None):
+    def ones(size, device, **_):
         assert device == "cuda"
         return Tensor(size)
 
@@ -262,7 +262,7 @@ def fake_cupy(clock):
             return clock.done(self.at)
 
     class Tensor:
-        def __init__(self, size, dtype=None):
+        def __init__(self, size, _=None):
             self.size = size
 
         def sum(self):
@@ -283,7 +283,7 @@ def fake_cupy(clock):
     pool = types.SimpleNamespace(free_all_blocks=lambda: clock.done_things.append("free"))
     return types.SimpleNamespace(
         cuda=cuda, ones=Tensor, empty_like=lambda t: Tensor(t.size), copyto=lambda *_: clock.call(),
-        RawKernel=lambda *_: lambda grid, block, arguments: clock.wait(int(arguments[0])),
+        RawKernel=lambda *_: lambda *launch: clock.wait(int(launch[2][0])),
         get_default_memory_pool=lambda: pool,
     )  # fmt: skip
 
@@ -317,7 +317,7 @@ class Wrong(NumpyBackend):
 
 
 def wrong_subject(name="gpu_bn wrong", **options):
-    return replace(NUMPY, name=name, build=subjects.ours(lambda tier: Wrong()), **options)
+    return replace(NUMPY, name=name, build=subjects.ours(lambda _: Wrong()), **options)
 
 
 def test_a_wrong_backend_is_not_timed_and_ends_the_command_with_1(capsys, monkeypatch, tmp_path):
@@ -346,7 +346,7 @@ def twice_as_much(operation, problem, tier):
 
 
 def test_what_raises_is_reported_and_the_others_are_timed(capsys, monkeypatch, tmp_path):
-    def build(operation, problem, tier):
+    def build(*_):
         raise RuntimeError("out of memory\nsomewhere")
 
     monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY, replace(NUMPY, name="gpu_bn poor", build=build)])

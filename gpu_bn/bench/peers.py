@@ -178,6 +178,7 @@ class _Graph:
             io_data_type=self.types[problem.x.dtype], intermediate_data_type=types.FLOAT,
             compute_data_type=types.FLOAT, handle=self.handle,
         )  # fmt: skip
+        self.device = problem.x.device
         self.memory: dict[Any, Array] = {}
         self.workspace: Array = None
 
@@ -194,8 +195,13 @@ class _Graph:
     def execute(self, *results: Array) -> tuple[Array, ...]:
         if self.workspace is None:
             modes = self.cudnn.heur_mode
-            self.graph.build([modes.A, modes.FALLBACK])
-            self.workspace = self.torch.empty(self.graph.get_workspace_size(), device="cuda", dtype=self.torch.uint8)
+            self.graph.validate()
+            self.graph.build_operation_graph()
+            self.graph.create_execution_plans([modes.A, modes.FALLBACK])
+            self.graph.check_support()
+            self.graph.build_plans()
+            size = self.graph.get_workspace_size()
+            self.workspace = self.torch.empty(size, device=self.device, dtype=self.torch.uint8)
         self.graph.execute(self.memory, self.workspace, handle=self.handle)
         return results
 

@@ -36,6 +36,8 @@ class Report:
         left_out: peers that are not here, and why.
         extra: by name, what further parts of the benchmark have found, ready for JSON.
         texts: their tables.
+        raced: measured, of forced tiers.
+        failed: what else of ours gave a wrong result.
     """
 
     command: str
@@ -45,11 +47,13 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
+    raced: list[Result] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
     @property
     def wrong(self) -> list[Result]:
         """Results of ours that were refused."""
-        return [result for result in self.results if result.ours and result.refused]
+        return [result for result in [*self.results, *self.raced] if result.ours and result.refused]
 
     def write(self, path: Path) -> None:
         """As JSON."""
@@ -77,6 +81,8 @@ def measured_table(results: Sequence[Result], copy_bandwidth: float) -> str:
         f"read and written once), the share of a copy ({copy_bandwidth / 1e9:.4g} GB/s, measured) and the ratios: our "
         "time over the peer's, below 1 ours is the faster."
     )
+    if ours[0].timings[regimes[0]].samples == 1:
+        caption = f"One sample of each, which is no measurement. {caption}"
     return table("Measured", header, rows, caption)
 
 
@@ -140,7 +146,8 @@ def model_tables(modelled: Sequence[Modelled]) -> str:
                 rows.append(["", {"torch": "PyTorch native", "cudnn": "cuDNN"}[name], *times])
     times_table = table("Model: times on GPUs that are not here", header, rows, MODEL_NOTE)
     shown = [row for row in modelled if row.device.name == devices[min(3, len(devices) - 1)]]
-    return times_table + "\n" + tiers_table(shown)
+    trained = [row for row in shown if row.case.operation.training]
+    return times_table + ("\n" + tiers_table(trained) if trained else "")
 
 
 def tiers_table(rows: Sequence[Modelled]) -> str:
@@ -154,7 +161,6 @@ def tiers_table(rows: Sequence[Modelled]) -> str:
             "-" if moved is None else f"{moved / row.floor_bytes:.2f}" for moved in (row.torch_bytes, row.cudnn_bytes)
         ]
         lines.append([str(row.case), _size(row.floor_bytes), *cells, *others])
-    lines = [line for line in lines if any(cell != "-" for cell in line[2:])]
     caption = (
         "As multiples of the floor (every tensor read and written once). By tier, what reaches the memory by the plan; "
         "* is chosen. Of the others, what their kernels ask for, whether or not the cache has it."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
+from gpu_bn import set_num_threads
 from gpu_bn._console import progress
 from gpu_bn.bench import gpus
 from gpu_bn.bench.cases import Case, select
@@ -15,9 +17,11 @@ from gpu_bn.bench.machine import cpu_copy_bandwidth, machine
 from gpu_bn.bench.model import model
 from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals
 from gpu_bn.bench.subjects import chosen
+from gpu_bn.bench.tiers import crossovers
 from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer
 from gpu_bn.bench.trial import Entry, Result, Tensors, trial
-from gpu_bn.plan import THRESHOLDS, Device
+from gpu_bn.bench.verify import verify
+from gpu_bn.plan import THRESHOLDS, TIERS, Device
 
 FEW_OPERATIONS = ("forward", "forward+relu", "backward", "backward+add+relu", "eval")
 DEFAULTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -50,6 +54,7 @@ class Options:
         peers: names of subjects.
         device: ``auto``, ``cpu`` or ``cuda``.
         seconds: of samples for each call and regime; 0 is one sample.
+        threads: of the NumPy backend and of torch, on the CPU.
         tiers, verify, train: the further parts.
         eager: leave torch.compile out of ``train``.
         out: the folder for ``report.json`` and the pictures.
@@ -65,6 +70,7 @@ class Options:
     peers: list[str] | None = None
     device: str = "auto"
     seconds: float | None = None
+    threads: int | None = None
     tiers: bool = False
     verify: bool = False
     train: bool = False
@@ -143,6 +149,10 @@ def start(options: Options) -> Bench:
         raise BenchError(f"{needs} needs a GPU: {why_not}")
     if gpu is not None:
         return Bench(options, gpu, "", GpuTimer(gpu), gpu.copy_bandwidth())
+    if options.threads is not None:
+        set_num_threads(options.threads)
+        if find_spec("torch") is not None:
+            importlib.import_module("torch").set_num_threads(options.threads)
     timer = CpuTimer() if options.seconds is None or options.seconds else CpuTimer(batch=0, pause=0)
     return Bench(options, None, why_not, timer, cpu_copy_bandwidth(CPU_COPIED_BYTES))
 
@@ -165,6 +175,8 @@ def bench(options: Options) -> bool:
         raise BenchError(str(error)) from None
     if not cases:
         raise BenchError("no case is left by --shapes, --dtype, --layout, --ops and --only")
+    if options.train and find_spec("torch") is None:
+        raise BenchError("--train needs torch: pip install 'gpu_bn[bench]'")
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.command, machine(here.gpu, here.copy_bandwidth), left_out=left_out)
     entries = [Entry(subject) for subject in subjects]
@@ -173,12 +185,31 @@ def bench(options: Options) -> bool:
     further(here, report, cases)
     show(report, here)
     write(report, here)
-    return not report.wrong
+    return not (report.wrong or report.failed)
 
 
 def further(here: Bench, report: Report, cases: list[Case]) -> None:
-    """The parts that have to be asked for."""
-    del here, report, cases
+    """The parts that have to be asked for; ``cases`` are those that were timed."""
+    options = here.options
+    if options.tiers and here.device is not None and isinstance(here.timer, GpuTimer):
+        subjects, _ = chosen(here.kind, [])
+        forced = [Entry(subject, tier) for subject in subjects for tier in TIERS]
+        cold = replace(here.timer, regimes=("cold",))
+        training = [case for case in cases if case.operation.training]
+        raced = here.each(training, lambda case, data: trial(case, data, forced, cold, here.seconds))
+        report.raced = raced
+        text, report.extra["crossovers"] = crossovers(raced, here.device)
+        report.texts.append(text)
+    if options.verify:
+        text, report.extra["verification"] = verify(report.results, here.copy_bandwidth)
+        report.texts.append(text)
+    if options.train:
+        from gpu_bn.bench.training import train, training_table
+
+        trained = train(here.kind, here.seconds, options.eager)
+        report.failed += [f"{row.name}: {row.refused}" for row in trained if row.refused and "gpu_bn" in row.name]
+        text, report.extra["training"] = training_table(trained, here.kind)
+        report.texts.append(text)
 
 
 def show(report: Report, here: Bench) -> None:
@@ -191,7 +222,7 @@ def show(report: Report, here: Bench) -> None:
     for text in (
         measured_table(report.results, here.copy_bandwidth),
         layers_table(report.results),
-        refusals(report.results),
+        refusals([*report.results, *report.raced]),
         *report.texts,
         model_tables(report.modelled),
     ):
@@ -210,4 +241,9 @@ def write(report: Report, here: Bench) -> None:
         from gpu_bn.bench.figures import draw
 
         written += draw(report.results, here.copy_bandwidth, options.out)
+    if options.page is not None:
+        from gpu_bn.bench.page import page
+
+        options.page.write_text(page(report))
+        written.append(options.page)
     print("Written:", ", ".join(str(path) for path in written))
