@@ -67,6 +67,7 @@ def test_cases_are_all_combinations_those_of_a_tensor_together():
         (["--peers", "jax"], "unknown peer 'jax', expected some of torch CPU, textbook NumPy"),
         (["--only", "no such case"], "no case is left"),
         (["--tiers", "all"], "--tiers needs a GPU: the CPU was asked for"),
+        (["--page", "no/such/folder/x.md"], "there is no folder no/such/folder for the page"),
         (["--verify-model"], "--verify-model needs a GPU: the CPU was asked for"),
     ],
 )
@@ -357,7 +358,7 @@ def test_what_raises_is_reported_and_the_others_are_timed(capsys, monkeypatch, t
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32", "f64"])
 def test_every_operation_of_every_cpu_subject_is_proved(dtype, layout):
     pytest.importorskip("torch")
     if dtype == "bf16":

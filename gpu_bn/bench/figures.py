@@ -18,12 +18,16 @@ MARKERS = "osD^vPX"
 WIDTH, DPI = 10.0, 110
 
 
-def draw(results: Sequence[Result], copy_bandwidth: float, folder: Path) -> list[Path]:
-    """Write ``roofline.png`` and ``peers.png`` of what was measured; those that have anything to show."""
+def draw(results: Sequence[Result], copy_bandwidth: float, folder: Path, raced: Sequence[Result] = ()) -> list[Path]:
+    """Write ``roofline.png`` and ``peers.png`` of what was measured; those that have anything to show.
+
+    The first also shows what was forced to take a tier, in ``raced``.
+    """
     timed = [result for result in results if result.ours and result.timings]
     if not timed:
         return []
-    written = [roofline(timed, copy_bandwidth, folder / "roofline.png")]
+    forced = [result for result in raced if result.timings]
+    written = [roofline([*timed, *forced], copy_bandwidth, folder / "roofline.png")]
     if any(result.ratios[_regime(result)] for result in timed):
         written.append(ratios(timed, folder / "peers.png"))
     return written
@@ -89,7 +93,8 @@ def _regime(result: Result) -> str:
 
 
 def _group(result: Result) -> str:
-    return result.by if result.tier == "-" else f"{result.by.removeprefix('gpu_bn ')}: {result.tier}"
+    backend = result.by.removesuffix(f" {result.tier}")  # which a forced tier is part of
+    return backend if result.tier == "-" else f"{backend}: {result.tier}"
 
 
 def _plain(panel: Axes, title: str) -> None:

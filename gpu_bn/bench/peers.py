@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,7 @@ class _Graph:
             kinds.float16: types.HALF, kinds.bfloat16: types.BFLOAT16, kinds.float32: types.FLOAT,
             kinds.bool: types.BOOLEAN,
         }  # fmt: skip
-        self.handle = self.cudnn.create_handle()
+        self.handle = _cudnn_handle(self.cudnn)
         self.cudnn.set_stream(handle=self.handle, stream=self.torch.cuda.current_stream().cuda_stream)
         self.graph = self.cudnn.pygraph(
             io_data_type=self.types[problem.x.dtype], intermediate_data_type=types.FLOAT,
@@ -204,6 +205,11 @@ class _Graph:
             self.workspace = self.torch.empty(size, device=self.device, dtype=self.torch.uint8)
         self.graph.execute(self.memory, self.workspace, handle=self.handle)
         return results
+
+
+@cache
+def _cudnn_handle(cudnn: Any) -> Any:
+    return cudnn.create_handle()
 
 
 def _cudnn_forward(graph: _Graph, operation: Operation, p: Problem) -> tuple[Array, Array, Array, Array]:

@@ -64,8 +64,11 @@ class Proof:
     def _on_host(self, subject: Subject, output: Any) -> Any:
         output = output.detach() if hasattr(output, "detach") else output
         axis = 1 if output.ndim > 1 else 0
-        some = output[(slice(None),) * axis + (self.channels.tolist(),)]
-        return ADAPTERS[subject.adapter].to_numpy(some)
+        dtype = output.dtype
+        if str(dtype) == "bfloat16":  # NumPy's and CuPy's: the second cannot choose channels of it
+            output = output.view(np.int16)
+        some = ADAPTERS[subject.adapter].to_numpy(output[(slice(None),) * axis + (self.channels.tolist(),)])
+        return some.view(dtype) if str(dtype) == "bfloat16" else some
 
 
 def problem_of(operation: Operation, problem: Problem) -> Problem:

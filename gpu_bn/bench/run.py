@@ -13,7 +13,7 @@ from gpu_bn import set_num_threads
 from gpu_bn._console import progress
 from gpu_bn.bench import gpus
 from gpu_bn.bench.cases import Case, select
-from gpu_bn.bench.machine import cpu_copy_bandwidth, machine
+from gpu_bn.bench.machine import cpu_copy_bandwidth, machine, smi
 from gpu_bn.bench.model import model
 from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals
 from gpu_bn.bench.subjects import chosen
@@ -177,12 +177,16 @@ def bench(options: Options) -> bool:
         raise BenchError("no case is left by --shapes, --dtype, --layout, --ops and --only")
     if options.train and find_spec("torch") is None:
         raise BenchError("--train needs torch: pip install 'gpu_bn[bench]'")
+    if options.page is not None and not options.page.parent.is_dir() and options.page.parent != options.out:
+        raise BenchError(f"there is no folder {options.page.parent} for the page")
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.command, machine(here.gpu, here.copy_bandwidth), left_out=left_out)
     entries = [Entry(subject) for subject in subjects]
     report.results = here.each(cases, lambda case, data: trial(case, data, entries, here.timer, here.seconds))
     report.modelled = model(imagined)
     further(here, report, cases)
+    if here.gpu is not None:
+        report.machine["gpu"]["after"] = smi()
     show(report, here)
     write(report, here)
     return not (report.wrong or report.failed)
@@ -240,7 +244,7 @@ def write(report: Report, here: Bench) -> None:
     else:
         from gpu_bn.bench.figures import draw
 
-        written += draw(report.results, here.copy_bandwidth, options.out)
+        written += draw(report.results, here.copy_bandwidth, options.out, report.raced)
     if options.page is not None:
         from gpu_bn.bench.page import page
 
