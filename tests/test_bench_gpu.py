@@ -370,6 +370,20 @@ def test_a_backend_that_took_another_tier_is_in_no_race():
     assert tiers.crossovers([], plan.DEVICES["a100"]) == ("No tier could be timed.", {})
 
 
+def test_forced_tiers_are_in_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from gpu_bn.bench import figures
+
+    plain = timed("gpu_bn cupy", 1e-3)
+    forced = [timed(f"gpu_bn cupy {tier}", 1e-3, tier) for tier in ("cta", "split")]
+    assert {figures._group(result) for result in [plain, *forced]} == {("gpu_bn cupy", "cta"), ("gpu_bn cupy", "split")}
+    assert set(plan.TIERS) < set(figures.TIERS_SHOWN)
+    assert len(figures.TIERS_SHOWN) <= len(figures.COLOURS)
+    plain.ratios["cold"] = {}
+    assert figures.draw([plain], 1e9, tmp_path, forced) == [tmp_path / "roofline.png"]  # there is no peer
+    assert figures.draw([], 1e9, tmp_path) == []
+
+
 # ------------------------------------------------------------------------------------------------------ verify
 COPY = 1e12
 

@@ -11,10 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gpu_bn.bench.trial import Result
+from gpu_bn.plan import TIERS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, told apart with any colour vision."""
 MARKERS = "osD^vPX"
+TIERS_SHOWN = ("-", *TIERS, "one pass")
+"""A colour each."""
 WIDTH, DPI = 10.0, 110
 
 
@@ -34,23 +37,30 @@ def draw(results: Sequence[Result], copy_bandwidth: float, folder: Path, raced: 
 
 
 def roofline(results: Sequence[Result], copy_bandwidth: float, path: Path) -> Path:
-    """Achieved share of a copy's bandwidth over the size of the tensor: a panel a direction, a colour a tier."""
+    """Achieved share of a copy's bandwidth over the size of the tensor.
+
+    A panel is a direction, a colour a tier, a marker a backend.
+    """
     directions = list(dict.fromkeys(result.case.operation.direction for result in results))
-    figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
-    groups = list(dict.fromkeys(_group(result) for result in results))
+    groups = sorted({_group(result) for result in results})
+    backends = sorted({backend for backend, _ in groups})
     for panel, direction in zip(panels, directions, strict=True):
-        for index, group in enumerate(groups):
-            points = [r for r in results if r.case.operation.direction == direction and _group(r) == group]
+        for backend, tier in groups:
+            points = [r for r in results if r.case.operation.direction == direction and _group(r) == (backend, tier)]
             sizes = [r.case.bytes for r in points]
             shares = [100 * (r.bandwidth or 0.0) / copy_bandwidth for r in points]
-            style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-            panel.plot(sizes, shares, linestyle="", markersize=6, alpha=0.8, label=group, **style)
+            label = backend if tier == "-" else f"{backend}: {tier}"
+            marker = MARKERS[backends.index(backend) % len(MARKERS)]
+            colour = COLOURS[TIERS_SHOWN.index(tier)]
+            panel.plot(sizes, shares, marker, color=colour, markersize=5, alpha=0.75, label=label)
         panel.axhline(100, color="#555555", linewidth=1, linestyle="--")
         _plain(panel, direction)
         panel.set(xscale="log", xlabel="bytes of the tensor")
     panels[0].set(ylabel="bandwidth achieved (% of a copy)", ylim=(0, None))
-    panels[-1].legend(frameon=False, fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=min(len(labels), 5))
     figure.suptitle(f"Bytes of the floor over time, measured; a copy has {copy_bandwidth / 1e9:.4g} GB/s", fontsize=11)
     figure.savefig(path)
     return path
@@ -92,9 +102,8 @@ def _regime(result: Result) -> str:
     return next(iter(result.timings))
 
 
-def _group(result: Result) -> str:
-    backend = result.by.removesuffix(f" {result.tier}")  # which a forced tier is part of
-    return backend if result.tier == "-" else f"{backend}: {result.tier}"
+def _group(result: Result) -> tuple[str, str]:
+    return result.by.removesuffix(f" {result.tier}"), result.tier  # a forced tier is part of the name
 
 
 def _plain(panel: Axes, title: str) -> None:
