@@ -32,6 +32,7 @@ def machine(gpu: AnyGpu | None, copy_bandwidth: float) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "threads": {"numpy backend": get_num_threads(), "BLAS": blas()},
         "packages": {name: found for name in PACKAGES if (found := installed(name))},
         "copy_bandwidth": copy_bandwidth,

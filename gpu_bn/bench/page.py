@@ -25,7 +25,7 @@ def page(report: Report) -> str:
         f"{facts['date']}, {where}, {facts['system']}, Python {facts['python']}, gpu_bn {facts['gpu_bn']} "
         f"(commit {facts['commit'] or 'unknown'}), {packages}; threads: "
         + ", ".join(f"{name} {count}" for name, count in facts["threads"].items())
-        + ".",
+        + f". Load average before the start: {facts['load']}.",
         *_section(
             f"Measured on the {'GPU' if facts['gpu'] else 'CPU'}",
             [measured_table(report.results, facts["copy_bandwidth"]), layers_table(report.results),
