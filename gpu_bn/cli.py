@@ -117,12 +117,22 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "bench",
         "Time batch norm against what else is installed, each case proved before it is timed, on this machine's GPU or "
         "else its CPU; print tables, write report.json and two pictures. Without a GPU, say what a model expects of "
-        "five of them. Exit code 1 if a result of ours is wrong. What the words below may be: gpu_bn/bench/cases.py.",
+        "five of them. Exit code 1 if a result of ours is wrong. NAMES are separated by commas.",
     )
-    bench.add_argument("--shapes", type=_words, metavar="NAMES", help="networks, or shapes such as 32x64x56x56")
+    bench.add_argument(
+        "--shapes",
+        type=_words,
+        metavar="NAMES",
+        help="of few,resnet50-32,resnet50-256,mobilenetv2,unet2d,unet3d,mlp,tiny, and shapes such as 32x64x56x56",
+    )
     bench.add_argument("--dtype", type=_words, metavar="NAMES", help="of f16,bf16,f32,f64")
     bench.add_argument("--layout", type=_words, metavar="NAMES", help="of nchw,nhwc")
-    bench.add_argument("--ops", type=_words, metavar="NAMES", help="such as forward+relu,backward+add+relu,eval")
+    bench.add_argument(
+        "--ops",
+        type=_words,
+        metavar="NAMES",
+        help="of forward,backward,eval, each also as in eval+relu and eval+add+relu",
+    )
     bench.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     bench.add_argument("--peers", type=_words, metavar="NAMES", help="these alone, such as 'torch cuDNN,apex'; or none")
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")

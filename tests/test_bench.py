@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gpu_bn import bench, dispatch, testing
+from gpu_bn._explain import DTYPES
 from gpu_bn.backends.numpy import NumpyBackend
 from gpu_bn.bench import cases, gpus, proof, run, subjects, timing, trial
 from gpu_bn.cli import main
@@ -38,6 +39,17 @@ def test_there_is_every_kind_of_shape():
     assert {shape[0] for _, shape in cases.NETWORKS["resnet50-256"]} == {256}
 
 
+def test_the_help_names_networks_dtypes_and_operations(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = "".join(capsys.readouterr().out.split())
+    assert ",".join(cases.NETWORKS) in text
+    assert ",".join(DTYPES) in text
+    assert {name.split("+")[0] for name in cases.OPERATIONS} == {"forward", "backward", "eval"}
+    assert {"eval+relu", "eval+add+relu"} < set(cases.OPERATIONS)
+    assert "forward,backward,eval,each" in text
+
+
 def test_every_operation_names_its_outputs():
     assert len(cases.OPERATIONS) == 9
     assert cases.OPERATIONS["eval"].outputs == cases.OPERATIONS["forward+relu"].outputs == ("y",)
@@ -63,6 +75,7 @@ def test_cases_are_all_combinations_those_of_a_tensor_together():
         (["--shapes", "vgg"], "unknown shape 'vgg', expected such as 32x64x56x56, or one of few, resnet50-32"),
         (["--shapes", "4x0"], "unknown shape '4x0'"),
         (["--dtype", "int8"], "unknown dtype 'int8', expected one of f16, bf16, f32, f64"),
+        (["--layout", "chwn"], "unknown layout 'chwn', expected one of nchw, nhwc"),
         (["--ops", "sideways"], "unknown operation 'sideways', expected one of forward, forward+relu"),
         (["--peers", "jax"], "unknown peer 'jax', expected some of torch CPU, textbook NumPy"),
         (["--only", "no such case"], "no case is left"),

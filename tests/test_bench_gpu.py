@@ -516,13 +516,13 @@ def test_evaluation_is_one_pass_and_nothing_is_known_of_others():
 
 
 def test_layers_are_summed_as_often_as_the_network_has_them():
-    results = []
-    for count, shape in ((6, (4, 8)), (2, (4, 16))):
-        case = cases.Case(shape, "float32", "nc", count=count)
-        results.append(trial.Result(case, "x", True, timings={"wall": timing.Timing(1e-3, 0, 0, 1)}))
-    assert any(line.split() == ["forward", "f32", "nc", "8", "x", "8", "ms"]
-               for line in report.layers_table(results).splitlines())  # fmt: skip
-    assert report.layers_table(results[:1]) == ""
+    results = [
+        trial.Result(cases.Case(shape), "x", True, timings={"wall": timing.Timing(1e-3, 0, 0, 1)})
+        for shape in cases.shapes_of(["resnet50-32", "tiny"])
+    ]
+    lines = report.layers_table(results).splitlines()
+    assert [line.split() for line in lines[3:-1]] == [["resnet50-32", "53", "f32", "nchw", "forward", "x", "53", "ms"]]
+    assert report.layers_table(results[1:]) == ""  # one is missing
 
 
 def test_json_has_no_numbers_that_are_none(tmp_path):

@@ -82,7 +82,8 @@ def test_the_variants():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # Inductor compiles C++ for some minutes
+@pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("small")
 def test_compiled_variants_agree_too():
     rows = training.train("cpu", 0, eager=False)

@@ -94,14 +94,12 @@ class Case:
         dtype: its long name.
         layout: how the axes lie in memory: ``nchw`` (for any number of axes), ``nhwc``, or ``nc`` for two.
         operation: of ``OPERATIONS``.
-        count: how many layers of the network have this shape.
     """
 
     shape: Shape
     dtype: str = "float32"
     layout: str = "nchw"
     operation: Operation = OPERATIONS["forward"]
-    count: int = 1
 
     def __str__(self) -> str:
         return f"{self.tensor} {self.operation}"
@@ -122,17 +120,16 @@ class Case:
         return math.prod(self.shape) * ITEMSIZES[self.dtype]
 
 
-def layers(names: Iterable[str]) -> list[Layer]:
-    """The layers of networks, and shapes such as ``32,64,56,56`` written with x for the commas; each shape once.
+def shapes_of(names: Iterable[str]) -> list[Shape]:
+    """The shapes of networks, and those written as 32x64x56x56; each once.
 
     Raises:
         ValueError: neither a network nor a shape.
     """
-    found: dict[Shape, int] = {}
+    found: dict[Shape, None] = {}
     for name in names:
-        for count, shape in NETWORKS[name] if name in NETWORKS else [Layer(1, _shape(name))]:
-            found[shape] = max(count, found.get(shape, 0))
-    return [Layer(count, shape) for shape, count in found.items()]
+        found |= dict.fromkeys([layer.shape for layer in NETWORKS[name]] if name in NETWORKS else [_shape(name)])
+    return list(found)
 
 
 def select(
@@ -147,10 +144,11 @@ def _combined(
 ) -> Iterator[Case]:
     done = [_named(OPERATIONS, name, "operation") for name in operations]
     named = [_named(DTYPES, name, "dtype") for name in dtypes]
-    for (count, shape), dtype in product(layers(shapes), named):
-        for layout in ["nc"] if len(shape) == 2 else layouts:
+    ordered = [_named({layout: layout for layout in ("nchw", "nhwc")}, name, "layout") for name in layouts]
+    for shape, dtype in product(shapes_of(shapes), named):
+        for layout in ["nc"] if len(shape) == 2 else ordered:
             for operation in done:
-                yield Case(shape, dtype, layout, operation, count)
+                yield Case(shape, dtype, layout, operation)
 
 
 def _named(table: dict[str, T], name: str, what: str) -> T:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gpu_bn._console import table
 from gpu_bn._explain import _size, _time
+from gpu_bn.bench.cases import NETWORKS, Shape
 from gpu_bn.bench.model import Modelled
 from gpu_bn.bench.trial import Result
 from gpu_bn.plan import TIERS
@@ -111,21 +112,22 @@ def refusals(results: Iterable[Result]) -> str:
 
 
 def layers_table(results: Sequence[Result]) -> str:
-    """Times of all layers of a network together, where every case has as many layers as the network has."""
-    header = ["operation", "tensors", "layers", "by", "all layers"]
+    """Times of all layers of a network together, of the networks of which every shape was timed."""
+    seconds: dict[tuple[str, str, str, str], dict[Shape, float]] = {}
+    for result in results:
+        if result.best is not None:
+            case = result.case
+            kind = (str(case.operation), case.short_dtype, case.layout, result.by)
+            seconds.setdefault(kind, {})[case.shape] = result.best.median
     rows = []
-
-    def kind(result: Result) -> tuple[str, str, str]:
-        return str(result.case.operation), f"{result.case.short_dtype} {result.case.layout}", result.by
-
-    timed = [result for result in results if result.best is not None]
-    for (operation, tensors, by), group in groupby(sorted(timed, key=kind), kind):
-        members = list(group)
-        layers = sum(member.case.count for member in members)
-        if layers > len(members) > 1:
-            total = sum(member.case.count * member.best.median for member in members if member.best is not None)
-            rows.append([operation, tensors, str(layers), by, _time(total)])
-    return table("All layers together", header, rows, "Sums of medians.") if rows else ""
+    for network, layers in NETWORKS.items():
+        number = sum(layer.layers for layer in layers)
+        for (operation, dtype, layout, by), times in seconds.items():
+            if number > len(layers) and all(layer.shape in times for layer in layers):
+                total = sum(layer.layers * times[layer.shape] for layer in layers)
+                rows.append([network, str(number), f"{dtype} {layout} {operation}", by, _time(total)])
+    header = ["network", "layers", "operation", "by", "all layers"]
+    return table("All layers of a network together", header, rows, "Sums of medians.") if rows else ""
 
 
 def model_tables(modelled: Sequence[Modelled]) -> str:

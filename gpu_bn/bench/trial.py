@@ -81,7 +81,7 @@ class Result:
         case, plan = self.case, self.plan
         return {
             "case": str(case), "shape": case.shape, "dtype": case.dtype, "layout": case.layout,
-            "operation": str(case.operation), "layers": case.count, "by": self.by, "ours": self.ours,
+            "operation": str(case.operation), "by": self.by, "ours": self.ours,
             "error": self.error, "refused": self.refused, "not_served": self.not_served,
             "seconds": {regime: timing._asdict() for regime, timing in self.timings.items()}, "ratios": self.ratios,
             "tier": self.tier, "registers": self.registers, "floor_bytes": self.floor_bytes,
