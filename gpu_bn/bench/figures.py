@@ -87,7 +87,9 @@ def ratios(results: Sequence[Result], path: Path) -> Path:
     ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if _near(tick, everything)]
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
-    panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=len(peers))
+    panel.legend(
+        framealpha=1, edgecolor="none", fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=len(peers)
+    )
     panel.set_ylim(len(labels) - 0.4, -1.6)
     figure.suptitle(f"Ratio to peers, measured ({_regime(results[0])})", fontsize=11)
     figure.savefig(path)

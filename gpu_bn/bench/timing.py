@@ -16,6 +16,8 @@ Call = Callable[[], Any]
 LEAST_ROUNDS, MOST_ROUNDS = 7, 301
 WARM_UP = 3
 """Calls before the first sample."""
+FIRST_CYCLES = 200_000
+"""That a GPU is kept busy, at first: about a tenth of a millisecond."""
 
 
 class Timer(Protocol):
@@ -157,7 +159,7 @@ class GpuTimer:
     """
 
     gpu: Gpu
-    cycles: int = 200_000
+    cycles: int = FIRST_CYCLES
     most_cycles: int = 100_000_000
     row: int = 20
     """Calls in a row, of which ``wall`` is the mean."""
@@ -178,9 +180,12 @@ class GpuTimer:
             end = self.gpu.record()
             late = self.gpu.done(start)
             self.gpu.synchronize()
-            if not late or self.cycles >= self.most_cycles:  # a call that waits for the device is always late
-                return self.gpu.elapsed(start, end)
-            self.cycles *= 2
+            if late and self.cycles < self.most_cycles:
+                self.cycles *= 2
+                continue
+            if late:  # a call that waits for the device always is: the others need not wait so long
+                self.cycles = FIRST_CYCLES
+            return self.gpu.elapsed(start, end)
 
     def _wall(self, call: Call) -> float:
         self.gpu.synchronize()
