@@ -154,6 +154,23 @@ def test_the_triton_backend_is_proved_and_observed_in_the_interpreter():
     assert any("tier cta" in line for line in lines)
 
 
+@pytest.mark.gpu
+def test_everything_on_a_gpu(tmp_path):
+    if gpus.find()[0] is None:
+        pytest.skip(f"no GPU: {gpus.find()[1]}")
+    line = ["bench", "--seconds", "0", "--shapes", "tiny,32x64x56x56", "--dtype", "f16,f32", "--tiers", "all"]
+    assert main([*line, "--verify-model", "--out", str(tmp_path), "--page", str(tmp_path / "page.md")]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    ours = [row for row in found["measured"] if row["ours"] and not row["not_served"]]
+    assert ours
+    for row in ours:
+        assert set(row["seconds"]) == {"cold", "hot", "wall"}
+        assert row["moved_bytes"] >= row["floor_bytes"]
+        assert row["registers"]
+    assert found["crossovers"]["tiers"]
+    assert found["machine"]["gpu"]["driver_version"]
+
+
 # ------------------------------------------------------------------------------------------------------- peers
 def prove(build, operation, dtype="f16", layout="nhwc"):
     """Build a peer's call on CPU tensors, and compare what it gives with the oracle."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 from gpu_bn.bench.timing import GpuTimer
@@ -58,8 +59,10 @@ class TorchGpu:
         self.torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Give memory that is not used back to the driver, for the other library."""
+        """Give memory that is not used back to the driver: torch and CuPy keep it from each other."""
         self.torch.cuda.empty_cache()
+        if "cupy" in sys.modules:
+            sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
 
     def copy_bandwidth(self) -> float:
         """Bytes per second, read and written, of a copy on the device."""
