@@ -137,7 +137,7 @@ def explain(
         dtype: a float dtype or its name; ``f16``, ``bf16``, ``f32`` and ``f64`` for short. Of an array, or ``None`` for
             a shape, it may be left out: the array's, or ``float32``.
         layout: how the axes lie in memory: ``nchw``, channels second, ``nhwc``, channels last, or ``nc`` for 2 axes.
-            An array with NumPy's interface is asked for its own instead.
+            An array that has strides, as those of NumPy, CuPy and torch have, is asked for its own instead.
         device: a name of :data:`gpu_bn.plan.DEVICES`, or a ``Device``.
         activation, residual, training: as in :func:`gpu_bn.batch_norm`.
 
@@ -152,12 +152,13 @@ def explain(
         dtype = shape_or_array.dtype if is_array else "float32"
     name = dtype_of(dtype)
     n, c, s = geometry_of(shape, layout)
-    if is_array and hasattr(shape_or_array, "flags"):
+    strides = _strides(shape_or_array) if is_array else None
+    if strides is not None:
         from gpu_bn.backends._layout import Layout
 
-        seen = Layout.of(shape_or_array, 1)
+        seen = Layout.of_strides(shape, strides, 1)
         n, c, s = seen.n, seen.c, seen.s
-        layout = "nhwc" if s == 1 and len(shape) > 2 else "nchw"
+        layout = "nhwc" if s == 1 and math.prod(shape[2:]) > 1 else "nchw"
     forward, backward = works(n, c, s, ITEMSIZES[name], row, residual, training)
     steps = ["batch norm", *(["residual"] if residual else []), *([] if row.is_identity else [str(row)])]
     mode = "training" if training else "evaluation"
@@ -246,6 +247,18 @@ def geometry_of(shape: tuple[int, ...], layout: str) -> tuple[int, int, int]:
 @dataclass(frozen=True, slots=True)
 class _Typed:
     dtype: Any
+
+
+def _strides(array: Any) -> tuple[int, ...] | None:
+    """An array's strides, in whatever unit its library has; of memory without gaps, those of its shape."""
+    if hasattr(array, "stride"):
+        contiguous, strides = array.is_contiguous(), array.stride()
+    elif hasattr(array, "flags"):
+        contiguous, strides = array.flags.c_contiguous, array.strides
+    else:
+        return None
+    shape = tuple(array.shape)
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))) if contiguous else tuple(strides)
 
 
 def _direction(work: Work, device: Device, training: bool) -> Direction:

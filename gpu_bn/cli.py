@@ -1,9 +1,10 @@
-"""The command ``gpu-bn``: info, check, explain, demo."""
+"""The command ``gpu-bn``: info, check, explain, bench, demo."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -28,11 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; ``None`` is the process's own.
 
     Returns:
-        The exit code: 0, or 1 if a conformance case has failed or the command cannot run here. A command line that
+        The exit code: 0, or 1 if a conformance case has failed, a benchmark's result is wrong, or the command cannot
+        run here. A command line that
         is not understood exits with 2.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    commands = {"info": run_info, "check": run_check, "explain": run_explain, "demo": run_demo}
+    options.line = shlex.join(["gpu-bn", *arguments])
+    commands = {
+        "info": run_info, "check": run_check, "explain": run_explain, "bench": run_bench, "demo": run_demo
+    }  # fmt: skip
     try:
         code = commands[options.command](options)
         sys.stdout.flush()
@@ -80,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--residual", action="store_true", help="a tensor is added before the activation")
     explain.add_argument("--activation", metavar="NAME", help="such as relu (default: none)")
 
+    _add_bench(commands)
+
     demo = _add(
         commands,
         "demo",
@@ -101,6 +109,47 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("gpu-bn-demo.png"), metavar="PATH", help="default: %(default)s")
     demo.add_argument("--backend", choices=("numpy", "cupy"), help="default: cupy if it can be had, else numpy")
     return top
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = _add(
+        commands,
+        "bench",
+        "Time batch norm against what else is installed, each case proved before it is timed, on this machine's GPU or "
+        "else its CPU; print tables, write report.json and two pictures. Without a GPU, say what a model expects of "
+        "five of them. Exit code 1 if a result of ours is wrong. NAMES are separated by commas.",
+    )
+    bench.add_argument(
+        "--shapes",
+        type=_words,
+        metavar="NAMES",
+        help="of few,resnet50-32,resnet50-256,mobilenetv2,unet2d,unet3d,mlp,tiny, and shapes such as 32x64x56x56",
+    )
+    bench.add_argument("--dtype", type=_words, metavar="NAMES", help="of f16,bf16,f32,f64")
+    bench.add_argument("--layout", type=_words, metavar="NAMES", help="of nchw,nhwc")
+    bench.add_argument(
+        "--ops",
+        type=_words,
+        metavar="NAMES",
+        help="of forward,backward,eval, each also as in eval+relu and eval+add+relu",
+    )
+    bench.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
+    bench.add_argument("--peers", type=_words, metavar="NAMES", help="these alone, such as 'torch cuDNN,apex'; or none")
+    bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    bench.add_argument(
+        "--seconds", type=float, metavar="S", help="of samples for each call (default: 0.1 or on a CPU 0.3); 0: one"
+    )
+    bench.add_argument(
+        "--threads", type=_positive, metavar="N", help="of the NumPy backend and of torch on a CPU (default: theirs)"
+    )
+    bench.add_argument("--tiers", choices=("all",), help="on a GPU, force every tier, and fit plan.py's thresholds")
+    bench.add_argument(
+        "--verify-model", action="store_true", help="on a GPU, compare times, and bytes if ncu may count, with the plan"
+    )
+    bench.add_argument("--train", action="store_true", help="time training steps of ResNet-18 too")
+    bench.add_argument("--eager", action="store_true", help="leave torch.compile out of --train, which takes minutes")
+    bench.add_argument("--out", type=Path, default=Path("bench-report"), metavar="FOLDER", help="default: %(default)s")
+    bench.add_argument("--page", type=Path, metavar="PATH", help="write the report as Markdown too")
 
 
 def run_info(options: argparse.Namespace) -> int:
@@ -144,6 +193,23 @@ def run_explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench(options: argparse.Namespace) -> int:
+    """``gpu-bn bench``."""
+    from gpu_bn.bench.run import BenchError, Options, bench
+
+    asked = Options(
+        shapes=options.shapes, dtypes=options.dtype, layouts=options.layout, operations=options.ops, only=options.only,
+        peers=[] if options.peers == ["none"] else options.peers, device=options.device, seconds=options.seconds,
+        threads=options.threads,
+        tiers=bool(options.tiers), verify=options.verify_model, train=options.train, eager=options.eager,
+        out=options.out, page=options.page, command=options.line,
+    )  # fmt: skip
+    try:
+        return 0 if bench(asked) else 1
+    except BenchError as error:
+        raise CommandError(str(error)) from None
+
+
 def run_demo(options: argparse.Namespace) -> int:
     """``gpu-bn demo``."""
     missing = [package for module, package in DEMO_NEEDS.items() if find_spec(module) is None]
@@ -164,6 +230,10 @@ def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
 ) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=text.split(". ")[0].rstrip("."), description=text)
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ def test_version(capsys):
         (["info"], "backend"),
         (["check"], "--backend"),
         (["explain"], "--shape"),
+        (["bench"], "--verify-model"),
         (["demo"], "--seeds"),
     ],
 )
@@ -45,6 +46,9 @@ def test_help(command, says, capsys):
         ["demo", "--seeds", "0"],
         ["demo", "--steps", "two"],
         ["check", "--backend", "jax"],
+        ["bench", "--device", "tpu"],
+        ["bench", "--seconds", "few"],
+        ["bench", "--tiers", "some"],
         ["explain"],
         ["explain", "--shape", "4,x"],
         ["explain", "--shape", "4,0"],

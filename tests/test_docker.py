@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gpu_bn.cli import parser
+
 yaml = pytest.importorskip("yaml", reason="needs PyYAML")
 requirements = pytest.importorskip("packaging.requirements", reason="needs packaging")
 
@@ -66,8 +68,10 @@ def test_the_benchmark_writes_to_the_mounted_folder():
     (volume,) = COMPOSE["services"]["bench"]["volumes"]
     source, target = volume.split(":")
     command = json.loads(last("bench", "CMD"))
-    assert command == ["gpu-bn", "check"]
-    assert target == "/results"
+    assert command[:2] == ["gpu-bn", "bench"]
+    options = parser().parse_args(command[1:])
+    assert str(options.out) == target == "/results"
+    assert options.page.parent == options.out
     assert f"/{(DOCKER / source).resolve().relative_to(ROOT)}/" in (ROOT / ".gitignore").read_text().splitlines()
 
 

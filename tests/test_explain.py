@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,10 +93,19 @@ def test_an_array_brings_its_dtype_and_memory_order(dtype):
     assert str(gpu_bn.explain(last, "f32", "nchw")) == str(gpu_bn.explain(x.shape, "f32", "nhwc"))
 
 
-def test_an_array_without_flags_has_the_layout_that_is_given():
+def test_a_tensor_brings_its_memory_order():
     torch = pytest.importorskip("torch")
     x = torch.zeros(4, 6, 5, 7, dtype=torch.bfloat16)
-    assert str(gpu_bn.explain(x, layout="nhwc")) == str(gpu_bn.explain((4, 6, 5, 7), "bf16", "nhwc"))
+    assert str(gpu_bn.explain(x)) == str(gpu_bn.explain((4, 6, 5, 7), "bf16"))
+    last = x.to(memory_format=torch.channels_last)
+    assert str(gpu_bn.explain(last)) == str(gpu_bn.explain((4, 6, 5, 7), "bf16", "nhwc"))
+    assert str(gpu_bn.explain(torch.zeros(4, 6, 1, 1))) == str(gpu_bn.explain((4, 6, 1, 1)))
+
+
+def test_an_array_without_strides_has_the_layout_that_is_given():
+    torch = pytest.importorskip("torch")
+    x = SimpleNamespace(shape=(4, 6, 5, 7), dtype=np.dtype(np.float16))
+    assert str(gpu_bn.explain(x, layout="nhwc")) == str(gpu_bn.explain((4, 6, 5, 7), "f16", "nhwc"))
     assert str(gpu_bn.explain((4, 6), torch.bfloat16, "nc")) == str(gpu_bn.explain((4, 6), "bfloat16"))
 
 

@@ -74,7 +74,7 @@ LAYERS = [
     {"ops", "dispatch"},
     {"functional", "folding", "_explain"},
     {"testing", "nn", "layers"},
-    {"cli", "demo", "_conformance", "_console", "_info", "__main__"},
+    {"cli", "demo", "bench", "_conformance", "_console", "_info", "__main__"},
 ]
 """From the bottom up. A part imports itself, and parts below; in the top layer and from spec to activations, beside."""
 BESIDE = {("spec", "activations"), *((a, b) for a in LAYERS[-1] for b in LAYERS[-1])}
@@ -121,7 +121,7 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_frameworks_are_imported_where_they_belong(path):
     owners = {
-        "torch": ("backends/triton", "backends/cupy_torch", "nn", "kernels", "testing/check"),
+        "torch": ("backends/triton", "backends/cupy_torch", "nn", "kernels", "testing/check", "bench"),
         "triton": ("backends/triton", "kernels"),
         "cupy": ("backends/cupy",),
     }

@@ -1,0 +1,164 @@
+"""What is timed, as data: the normalisation layers of networks, and the operations on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple, TypeVar
+
+from gpu_bn._explain import DTYPES, ITEMSIZES
+
+Shape = tuple[int, ...]
+T = TypeVar("T")
+
+
+class Layer(NamedTuple):
+    """So many layers of a network with inputs of a shape, channels second."""
+
+    layers: int
+    shape: Shape
+
+
+def _batch(n: int, layers: Iterable[tuple[int, int, int]], rank: int = 2) -> tuple[Layer, ...]:
+    """Layers of ``(count, channels, side)`` for images of ``rank`` axes, ``n`` of them."""
+    return tuple(Layer(count, (n, channels, *[side] * rank)) for count, channels, side in layers)
+
+
+RESNET_50 = (
+    (1, 64, 112), (6, 64, 56), (4, 256, 56), (1, 128, 56), (7, 128, 28), (5, 512, 28), (1, 256, 28), (11, 256, 14),
+    (7, 1024, 14), (1, 512, 14), (5, 512, 7), (4, 2048, 7),
+)  # fmt: skip
+"""All 53, of 224 x 224 images, with the stride in the 3 x 3 convolution as torchvision has it."""
+MOBILENET_V2 = (
+    (2, 32, 112), (1, 16, 112), (1, 96, 112), (1, 96, 56), (2, 24, 56), (3, 144, 56), (1, 144, 28), (3, 32, 28),
+    (5, 192, 28), (1, 192, 14), (4, 64, 14), (8, 384, 14), (3, 96, 14), (5, 576, 14), (1, 576, 7), (3, 160, 7),
+    (6, 960, 7), (1, 320, 7), (1, 1280, 7),
+)  # fmt: skip
+"""All 52, of 224 x 224 images."""
+
+NETWORKS: dict[str, tuple[Layer, ...]] = {
+    "few": tuple(
+        Layer(1, s) for s in ((32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7), (256, 1024), (2, 3, 4, 4))
+    ),
+    "resnet50-32": _batch(32, RESNET_50),
+    "resnet50-256": _batch(256, RESNET_50),
+    "mobilenetv2": _batch(32, MOBILENET_V2),
+    "unet2d": _batch(8, ((4, 64, 256), (4, 128, 128), (4, 256, 64), (4, 512, 32), (2, 1024, 16))),
+    "unet3d": _batch(2, ((4, 32, 64), (4, 64, 32), (4, 128, 16), (2, 256, 8)), rank=3),
+    "mlp": (Layer(1, (256, 1024)), Layer(1, (1024, 4096)), Layer(1, (8192, 512)), Layer(1, (65536, 256))),
+    "tiny": (Layer(1, (4, 8)), Layer(1, (2, 3, 4, 4)), Layer(1, (8, 16, 8, 8)), Layer(1, (16, 64, 4, 4))),
+}
+"""By name; ``few`` is a choice of the others for a first look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What is done to a tensor: a ``direction`` (forward and backward in training, eval), and what is fused to it."""
+
+    direction: str
+    residual: bool = False
+    relu: bool = False
+
+    def __str__(self) -> str:
+        return self.direction + "+add" * self.residual + "+relu" * self.relu
+
+    @property
+    def training(self) -> bool:
+        """Whether the batch's statistics are used."""
+        return self.direction != "eval"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What it gives, by the oracle's names and in the order in which every subject returns it."""
+        if self.direction != "backward":
+            return ("y",)
+        return ("dx", "dweight", "dbias", *(["dresidual"] if self.residual else []))
+
+
+OPERATIONS = {
+    str(operation): operation
+    for direction in ("forward", "backward", "eval")
+    for operation in (Operation(direction), Operation(direction, False, True), Operation(direction, True, True))
+}
+"""By name, such as ``backward+add+relu``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One operation on one tensor.
+
+    Attributes:
+        shape: channels second.
+        dtype: its long name.
+        layout: how the axes lie in memory: ``nchw`` (for any number of axes), ``nhwc``, or ``nc`` for two.
+        operation: of ``OPERATIONS``.
+    """
+
+    shape: Shape
+    dtype: str = "float32"
+    layout: str = "nchw"
+    operation: Operation = OPERATIONS["forward"]
+
+    def __str__(self) -> str:
+        return f"{self.tensor} {self.operation}"
+
+    @property
+    def tensor(self) -> str:
+        """The tensor in words."""
+        return f"{'x'.join(map(str, self.shape))} {self.short_dtype}{'' if self.layout == 'nc' else ' ' + self.layout}"
+
+    @property
+    def short_dtype(self) -> str:
+        """Such as f16."""
+        return next(short for short, name in DTYPES.items() if name == self.dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensor."""
+        return math.prod(self.shape) * ITEMSIZES[self.dtype]
+
+
+def shapes_of(names: Iterable[str]) -> list[Shape]:
+    """The shapes of networks, and those written as 32x64x56x56; each once.
+
+    Raises:
+        ValueError: neither a network nor a shape.
+    """
+    found: dict[Shape, None] = {}
+    for name in names:
+        found |= dict.fromkeys([layer.shape for layer in NETWORKS[name]] if name in NETWORKS else [_shape(name)])
+    return list(found)
+
+
+def select(
+    shapes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str], operations: Iterable[str], only: str = ""
+) -> list[Case]:
+    """All combinations whose name contains ``only``, those of one tensor one after another."""
+    return [case for case in _combined(shapes, dtypes, layouts, operations) if only in str(case)]
+
+
+def _combined(
+    shapes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str], operations: Iterable[str]
+) -> Iterator[Case]:
+    done = [_named(OPERATIONS, name, "operation") for name in operations]
+    named = [_named(DTYPES, name, "dtype") for name in dtypes]
+    ordered = [_named({layout: layout for layout in ("nchw", "nhwc")}, name, "layout") for name in layouts]
+    for shape, dtype in product(shapes_of(shapes), named):
+        for layout in ["nc"] if len(shape) == 2 else ordered:
+            for operation in done:
+                yield Case(shape, dtype, layout, operation)
+
+
+def _named(table: dict[str, T], name: str, what: str) -> T:
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}, expected one of {', '.join(table)}")
+    return table[name]
+
+
+def _shape(text: str) -> Shape:
+    sizes = text.split("x")
+    if not 2 <= len(sizes) <= 5 or not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
+        raise ValueError(f"unknown shape {text!r}, expected such as 32x64x56x56, or one of {', '.join(NETWORKS)}")
+    return tuple(map(int, sizes))

@@ -1,0 +1,158 @@
+"""What would be on a GPU that is not here: bytes by the plan, and what others are known to move. A model, not a
+measurement: times are bytes over the bandwidth that a copy has, without what a launch costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_bn._explain import ITEMSIZES, geometry_of, works
+from gpu_bn.activations import Activation
+from gpu_bn.bench.cases import Case
+from gpu_bn.plan import DEVICES, THRESHOLDS, TIERS, Device, LaunchPlan, NoPlanError, Work, plan, plan_once
+
+MASK_BITS = 1
+"""An element, of a mask."""
+RESIDENT_PIXELS = 100_000
+"""Positions a channel, about, up to which cuDNN and apex keep NHWC tensors of float16 on chip."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a library moves: tensors, and bit masks, by the name of an operation without its direction."""
+
+    name: str
+    forward: dict[str, tuple[int, int]]
+    backward: dict[str, tuple[int, int]]
+
+    def bytes(self, case: Case) -> int | None:
+        """Of a case; ``None`` for what the table does not say."""
+        operation = case.operation
+        table = {"forward": self.forward, "backward": self.backward}.get(operation.direction)
+        if table is None:
+            return None
+        tensors, masks = table[str(operation).removeprefix(operation.direction)]
+        return tensors * case.bytes + masks * (math.prod(case.shape) * MASK_BITS // 8)
+
+
+TRAFFIC = {
+    "unfused": Traffic(
+        "separate elementwise operations",
+        {"": (10, 0), "+relu": (12, 0), "+add+relu": (15, 0)},
+        {"": (27, 0), "+relu": (30, 0), "+add+relu": (30, 0)},
+    ),
+    "torch": Traffic(
+        "PyTorch's own kernels, ReLU and sum apart",
+        {"": (3, 0), "+relu": (5, 0), "+add+relu": (8, 0)},
+        {"": (5, 0), "+relu": (8, 0), "+add+relu": (8, 0)},
+    ),
+    "cudnn": Traffic(
+        "cuDNN, NHWC, not resident",
+        {"": (3, 0), "+relu": (3, 1), "+add+relu": (4, 1)},
+        {"": (5, 0), "+relu": (5, 2), "+add+relu": (6, 2)},
+    ),
+    "cudnn resident": Traffic(
+        "cuDNN and apex, NHWC, resident",
+        {"": (2, 0), "+relu": (2, 1), "+add+relu": (3, 1)},
+        {"": (3, 0), "+relu": (3, 1), "+add+relu": (4, 1)},
+    ),
+}
+"""Counted by hand: PyTorch 2.14's and apex's in their sources, cuDNN's from what its kernels are said to do; nobody has
+measured it here. Passes over tensors, caches not counted. Backward by separate operations is about so much."""
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """One case on one device.
+
+    Attributes:
+        plan: what we would do.
+        floor_bytes: every tensor read and written once.
+        tiers: bytes that reach the memory, of each tier that can serve the case if it is forced.
+        torch_bytes, cudnn_bytes: what the others' kernels ask for; ``None`` where nothing is known.
+    """
+
+    case: Case
+    device: Device
+    plan: LaunchPlan
+    floor_bytes: int
+    tiers: dict[str, int]
+    torch_bytes: int | None
+    cudnn_bytes: int | None
+
+    @property
+    def tier(self) -> str:
+        """The plan's; ``one pass`` in evaluation."""
+        return self.plan.tier if self.case.operation.training else "one pass"
+
+    def seconds(self, asked: int | None) -> float | None:
+        """Of another's kernels that ask for so many bytes: beyond the floor, the cache gives what it gives to ours."""
+        if asked is None:
+            return None
+        cached = min(max(asked - self.floor_bytes, 0), int(THRESHOLDS.usable_l2 * self.device.l2_bytes))
+        return (asked - cached) / (THRESHOLDS.copy_share * self.device.bandwidth)
+
+    def as_json(self) -> dict[str, Any]:
+        """What the report keeps of it."""
+        return {
+            "case": str(self.case), "device": self.device.name, "tier": self.tier, "launches": self.plan.launches,
+            "floor_bytes": self.floor_bytes, "moved_bytes": self.plan.dram_bytes, "tiers": self.tiers,
+            "seconds": self.plan.seconds, "torch_bytes": self.torch_bytes, "cudnn_bytes": self.cudnn_bytes,
+            "torch_seconds": self.seconds(self.torch_bytes), "cudnn_seconds": self.seconds(self.cudnn_bytes),
+        }  # fmt: skip
+
+
+def model(cases: Iterable[Case], devices: Iterable[Device] = tuple(DEVICES.values())) -> list[Modelled]:
+    """All cases on all devices."""
+    devices = tuple(devices)
+    return [modelled(case, device) for case in cases for device in devices]
+
+
+def modelled(case: Case, device: Device) -> Modelled:
+    """A case on a device."""
+    work, training = work_of(case), case.operation.training
+    found = plan(work, device) if training else plan_once(work, device)
+    return Modelled(
+        case,
+        device,
+        found,
+        floor_bytes(work),
+        _tiers(work, device) if training else {"one pass": found.dram_bytes},
+        TRAFFIC["torch"].bytes(case),
+        _cudnn_bytes(case),
+    )
+
+
+def work_of(case: Case) -> Work:
+    """What the planner is asked for a case."""
+    n, c, s = geometry_of(case.shape, case.layout)
+    operation = case.operation
+    activation = Activation.of("relu" if operation.relu else None)
+    forward, backward = works(n, c, s, ITEMSIZES[case.dtype], activation, operation.residual, operation.training)
+    return backward if operation.direction == "backward" else forward
+
+
+def floor_bytes(work: Work) -> int:
+    """Every tensor, and a mask, once."""
+    return (work.reads + work.writes) * work.tensor_bytes + work.mask_bytes
+
+
+def _tiers(work: Work, device: Device) -> dict[str, int]:
+    found = {}
+    for tier in TIERS:
+        try:
+            found[tier] = plan(work, device, tier).dram_bytes
+        except NoPlanError:
+            continue
+    return found
+
+
+def _cudnn_bytes(case: Case) -> int | None:
+    if case.layout != "nhwc" or case.dtype == "float64":
+        return None
+    positions = math.prod(case.shape) // case.shape[1]
+    resident = case.dtype == "float16" and positions <= RESIDENT_PIXELS
+    return TRAFFIC["cudnn resident" if resident else "cudnn"].bytes(case)

@@ -1,0 +1,170 @@
+"""The report: tables for people, JSON for programs. What is measured and what is modelled never share a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from gpu_bn._console import table
+from gpu_bn._explain import _size, _time
+from gpu_bn.bench.cases import NETWORKS, Shape
+from gpu_bn.bench.model import Modelled
+from gpu_bn.bench.trial import Result
+from gpu_bn.plan import TIERS
+
+SCHEMA = 1
+"""Version of the JSON's structure."""
+MODEL_NOTE = (
+    "A model, nothing here was measured: bytes that reach the memory over 88 % of the data sheet's bandwidth, without "
+    "what a launch costs and without SMs that idle. Ours by the plan (gpu_bn/plan.py). Of the others, what their "
+    "kernels read and write (gpu_bn/bench/model.py), less what of it the cache may hold, by our rule."
+)
+
+
+@dataclass
+class Report:
+    """All that a run has found.
+
+    Attributes:
+        command: the command line that made it.
+        machine: see :func:`gpu_bn.bench.machine.machine`.
+        results: measured.
+        modelled: not measured.
+        left_out: peers that are not here, and why.
+        extra: by name, what further parts of the benchmark have found, ready for JSON.
+        texts: their tables.
+        raced: measured, of forced tiers.
+        failed: what else of ours gave a wrong result.
+    """
+
+    command: str
+    machine: dict[str, Any]
+    results: list[Result] = field(default_factory=list)
+    modelled: list[Modelled] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+    raced: list[Result] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> list[Result]:
+        """Results of ours that were refused."""
+        return [result for result in [*self.results, *self.raced] if result.ours and result.refused]
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        found = {
+            "schema": SCHEMA, "command": self.command, "machine": self.machine,
+            "measured": [result.as_json() for result in self.results],
+            "model": [row.as_json() for row in self.modelled], "left_out": self.left_out, **self.extra,
+        }  # fmt: skip
+        path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+def measured_table(results: Sequence[Result], copy_bandwidth: float) -> str:
+    """Ours, a line each, with the ratio to each peer; then what was refused."""
+    ours = [result for result in results if result.ours and result.timings]
+    if not ours:
+        return ""
+    regimes = list(ours[0].timings)
+    peers = list(dict.fromkeys(peer for result in ours for peer in result.ratios[regimes[0]]))
+    on_gpu = any(result.plan is not None for result in ours)
+    names = [*(["tier", "registers", "moved / floor"] if on_gpu else [])]
+    header = ["case", "by", *names, *regimes, "IQR", "GB/s", "of copy", *(f"/ {peer}" for peer in peers)]
+    rows = [_row(result, regimes, peers, on_gpu, copy_bandwidth) for result in ours]
+    caption = (
+        f"Times are medians; IQR is the interquartile range of {regimes[0]}, as are GB/s (bytes if every tensor is "
+        f"read and written once), the share of a copy ({copy_bandwidth / 1e9:.4g} GB/s, measured) and the ratios: our "
+        "time over the peer's, below 1 ours is the faster."
+    )
+    if ours[0].timings[regimes[0]].samples == 1:
+        caption = f"One sample of each, which is no measurement. {caption}"
+    return table("Measured", header, rows, caption)
+
+
+def _row(result: Result, regimes: list[str], peers: list[str], on_gpu: bool, copy_bandwidth: float) -> list[str]:
+    first, bandwidth = result.timings[regimes[0]], result.bandwidth or 0.0
+    facts = []
+    if on_gpu:
+        moved = "-" if result.plan is None else f"{result.plan.dram_bytes / result.floor_bytes:.2f}"
+        facts = [result.tier, "-" if result.registers is None else str(result.registers), moved]
+    ratios = result.ratios[regimes[0]]
+    return [
+        str(result.case),
+        result.by,
+        *facts,
+        *(_time(result.timings[regime].median) if regime in result.timings else "-" for regime in regimes),
+        _time(first.high - first.low) if first.samples > 1 else "-",
+        f"{bandwidth / 1e9:.4g}",
+        f"{bandwidth / copy_bandwidth:.0%}",
+        *(f"{ratios[peer]:.2f}" if peer in ratios else "-" for peer in peers),
+    ]
+
+
+def refusals(results: Iterable[Result]) -> str:
+    """A line for each result that was not timed because it was wrong, or because it failed."""
+    return "\n".join(f"NOT TIMED {r.case} by {r.by}: {r.refused}" for r in results if r.refused)
+
+
+def layers_table(results: Sequence[Result]) -> str:
+    """Times of all layers of a network together, of the networks of which every shape was timed."""
+    seconds: dict[tuple[str, str, str, str], dict[Shape, float]] = {}
+    for result in results:
+        if result.best is not None:
+            case = result.case
+            kind = (str(case.operation), case.short_dtype, case.layout, result.by)
+            seconds.setdefault(kind, {})[case.shape] = result.best.median
+    rows = []
+    for network, layers in NETWORKS.items():
+        number = sum(layer.layers for layer in layers)
+        for (operation, dtype, layout, by), times in seconds.items():
+            if number > len(layers) and all(layer.shape in times for layer in layers):
+                total = sum(layer.layers * times[layer.shape] for layer in layers)
+                rows.append([network, str(number), f"{dtype} {layout} {operation}", by, _time(total)])
+    header = ["network", "layers", "operation", "by", "all layers"]
+    return table("All layers of a network together", header, rows, "Sums of medians.") if rows else ""
+
+
+def model_tables(modelled: Sequence[Modelled]) -> str:
+    """Times on each device, and bytes by tier on one of them."""
+    if not modelled:
+        return ""
+    devices = list(dict.fromkeys(row.device.name for row in modelled))
+    header = ["case", "by", *devices]
+    rows = []
+    for _, group in groupby(modelled, lambda row: str(row.case)):
+        on = {row.device.name: row for row in group}
+        first = next(iter(on.values()))
+        rows.append([str(first.case), "gpu_bn", *(f"{_time(on[d].plan.seconds)} {on[d].tier}" for d in devices)])
+        for name in ("torch", "cudnn"):
+            moved: int | None = getattr(first, f"{name}_bytes")
+            if moved is not None:
+                times = [_time(on[device].seconds(moved) or 0.0) for device in devices]
+                rows.append(["", {"torch": "PyTorch native", "cudnn": "cuDNN"}[name], *times])
+    times_table = table("Model: times on GPUs that are not here", header, rows, MODEL_NOTE)
+    shown = [row for row in modelled if row.device.name == devices[min(3, len(devices) - 1)]]
+    trained = [row for row in shown if row.case.operation.training]
+    return times_table + ("\n" + tiers_table(trained) if trained else "")
+
+
+def tiers_table(rows: Sequence[Modelled]) -> str:
+    """Bytes by tier on one device, as multiples of the floor."""
+    header = ["case", "floor", *TIERS, "PyTorch native", "cuDNN"]
+    lines = []
+    for row in rows:
+        cells = [f"{row.tiers[tier] / row.floor_bytes:.2f}{'*' * (tier == row.tier)}" if tier in row.tiers else "-"
+                 for tier in TIERS]  # fmt: skip
+        others = [
+            "-" if moved is None else f"{moved / row.floor_bytes:.2f}" for moved in (row.torch_bytes, row.cudnn_bytes)
+        ]
+        lines.append([str(row.case), _size(row.floor_bytes), *cells, *others])
+    caption = (
+        "As multiples of the floor (every tensor read and written once). By tier, what reaches the memory by the plan; "
+        "* is chosen. Of the others, what their kernels ask for, whether or not the cache has it."
+    )
+    return table(f"Model: bytes by tier on {rows[0].device.name}", header, lines, caption)

@@ -1,0 +1,253 @@
+"""The benchmark: which cases, on what, and what becomes of the results."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+
+from gpu_bn import set_num_threads
+from gpu_bn._console import progress
+from gpu_bn.bench import gpus
+from gpu_bn.bench.cases import Case, select
+from gpu_bn.bench.machine import cpu_copy_bandwidth, machine, smi
+from gpu_bn.bench.model import model
+from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals
+from gpu_bn.bench.subjects import chosen
+from gpu_bn.bench.tiers import crossovers
+from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer
+from gpu_bn.bench.trial import Entry, Result, Tensors, trial
+from gpu_bn.bench.verify import verify
+from gpu_bn.plan import THRESHOLDS, TIERS, Device
+
+FEW_OPERATIONS = ("forward", "forward+relu", "backward", "backward+add+relu", "eval")
+DEFAULTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {"shapes": ("few",), "dtypes": ("f32",), "layouts": ("nchw",), "operations": FEW_OPERATIONS},
+    "cuda": {
+        "shapes": ("few", "resnet50-32"), "dtypes": ("f16",), "layouts": ("nchw", "nhwc"),
+        "operations": FEW_OPERATIONS,
+    },
+    "model": {
+        "shapes": ("32x64x112x112", "32x64x56x56", "32x256x14x14", "32x512x7x7", "256x1024"), "dtypes": ("f16",),
+        "layouts": ("nchw", "nhwc"), "operations": ("forward+relu", "backward", "backward+add+relu"),
+    },
+}  # fmt: skip
+"""What is timed on each kind of device, and what is modelled where there is no GPU, unless something is asked for."""
+SECONDS = {"cpu": 0.3, "cuda": 0.1}
+"""Of samples for each call and regime, by default."""
+CPU_COPIED_BYTES = 64 << 20
+
+
+class BenchError(Exception):
+    """What keeps the benchmark from running, in words for its user."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for; ``None`` is the default.
+
+    Attributes:
+        shapes, dtypes, layouts, operations, only: as in :func:`gpu_bn.bench.cases.select`.
+        peers: names of subjects.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        seconds: of samples for each call and regime; 0 is one sample.
+        threads: of the NumPy backend and of torch, on the CPU.
+        tiers, verify, train: the further parts.
+        eager: leave torch.compile out of ``train``.
+        out: the folder for ``report.json`` and the pictures.
+        page: the results page to write.
+        command: the command line.
+    """
+
+    shapes: list[str] | None = None
+    dtypes: list[str] | None = None
+    layouts: list[str] | None = None
+    operations: list[str] | None = None
+    only: str = ""
+    peers: list[str] | None = None
+    device: str = "auto"
+    seconds: float | None = None
+    threads: int | None = None
+    tiers: bool = False
+    verify: bool = False
+    train: bool = False
+    eager: bool = False
+    out: Path = field(default_factory=lambda: Path("bench-report"))
+    page: Path | None = None
+    command: str = "gpu-bn bench"
+
+    def cases(self, kind: str) -> list[Case]:
+        """The cases for a kind of device: a key of ``DEFAULTS``."""
+        usual = DEFAULTS[kind]
+        return select(
+            self.shapes or usual["shapes"], self.dtypes or usual["dtypes"], self.layouts or usual["layouts"],
+            self.operations or usual["operations"], self.only,
+        )  # fmt: skip
+
+
+@dataclass
+class Bench:
+    """Where it runs.
+
+    Attributes:
+        gpu: the GPU, or ``None``; ``why_not`` there is none.
+        timer: what times a call.
+        copy_bandwidth: bytes per second of a copy on the device, measured.
+    """
+
+    options: Options
+    gpu: gpus.AnyGpu | None
+    why_not: str
+    timer: Timer
+    copy_bandwidth: float
+
+    @property
+    def kind(self) -> str:
+        """A key of ``DEFAULTS``."""
+        return "cpu" if self.gpu is None else "cuda"
+
+    @property
+    def seconds(self) -> float:
+        """Of samples for each call and regime."""
+        return SECONDS[self.kind] if self.options.seconds is None else self.options.seconds
+
+    @property
+    def device(self) -> Device | None:
+        """The GPU as the planner knows it, its bandwidth such that a copy reaches what was measured."""
+        if self.gpu is None:
+            return None
+        return replace(self.gpu.device, bandwidth=self.copy_bandwidth / THRESHOLDS.copy_share)
+
+    def each(self, cases: list[Case], run: Callable[[Case, Tensors], list[Result]]) -> list[Result]:
+        """Run cases, those of one tensor with the same data."""
+        results: list[Result] = []
+        with progress(f"Timing {len(cases)} cases on the {'CPU' if self.gpu is None else 'GPU'}", len(cases)) as tick:
+            for _, group in groupby(cases, lambda case: case.tensor):
+                members = list(group)
+                tensors = Tensors(members[0])
+                for case in members:
+                    results += run(case, tensors)
+                    tick(1)
+                del tensors
+                if self.gpu is not None:
+                    self.gpu.free()
+        return results
+
+
+def start(options: Options) -> Bench:
+    """Find the device.
+
+    Raises:
+        BenchError: a GPU was asked for, and there is none.
+    """
+    gpu, why_not = (None, "the CPU was asked for") if options.device == "cpu" else gpus.find()
+    needs = "--device cuda" if options.device == "cuda" else "--tiers" if options.tiers else "--verify-model"
+    if gpu is None and (options.device == "cuda" or options.tiers or options.verify):
+        raise BenchError(f"{needs} needs a GPU: {why_not}")
+    if gpu is not None:
+        return Bench(options, gpu, "", GpuTimer(gpu), gpu.copy_bandwidth())
+    if options.threads is not None:
+        set_num_threads(options.threads)
+        if find_spec("torch") is not None:
+            importlib.import_module("torch").set_num_threads(options.threads)
+    timer = CpuTimer() if options.seconds is None or options.seconds else CpuTimer(batch=0, pause=0)
+    return Bench(options, None, why_not, timer, cpu_copy_bandwidth(CPU_COPIED_BYTES))
+
+
+def bench(options: Options) -> bool:
+    """Run the benchmark, print and write the report.
+
+    Returns:
+        Whether all of ours gave the right results.
+
+    Raises:
+        BenchError: it cannot run here, or options make no sense.
+    """
+    try:
+        here = start(options)
+        subjects, left_out = chosen(here.kind, options.peers)
+        cases = options.cases(here.kind)
+        imagined = options.cases("model") if here.gpu is None else []
+    except ValueError as error:
+        raise BenchError(str(error)) from None
+    if not cases:
+        raise BenchError("no case is left by --shapes, --dtype, --layout, --ops and --only")
+    if options.train and find_spec("torch") is None:
+        raise BenchError("--train needs torch: pip install 'gpu_bn[bench]'")
+    if options.page is not None and not options.page.parent.is_dir() and options.page.parent != options.out:
+        raise BenchError(f"there is no folder {options.page.parent} for the page")
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = Report(options.command, machine(here.gpu, here.copy_bandwidth), left_out=left_out)
+    entries = [Entry(subject) for subject in subjects]
+    report.results = here.each(cases, lambda case, data: trial(case, data, entries, here.timer, here.seconds))
+    report.modelled = model(imagined)
+    further(here, report, cases)
+    if here.gpu is not None:
+        report.machine["gpu"]["after"] = smi()
+    show(report, here)
+    write(report, here)
+    return not (report.wrong or report.failed)
+
+
+def further(here: Bench, report: Report, cases: list[Case]) -> None:
+    """The parts that have to be asked for; ``cases`` are those that were timed."""
+    options = here.options
+    if options.tiers and here.device is not None and isinstance(here.timer, GpuTimer):
+        subjects, _ = chosen(here.kind, [])
+        forced = [Entry(subject, tier) for subject in subjects for tier in TIERS]
+        cold = replace(here.timer, regimes=("cold",))
+        training = [case for case in cases if case.operation.training]
+        raced = here.each(training, lambda case, data: trial(case, data, forced, cold, here.seconds))
+        report.raced = raced
+        text, report.extra["crossovers"] = crossovers(raced, here.device)
+        report.texts.append(text)
+    if options.verify:
+        text, report.extra["verification"] = verify(report.results, here.copy_bandwidth)
+        report.texts.append(text)
+    if options.train:
+        from gpu_bn.bench.training import train, training_table
+
+        trained = train(here.kind, here.seconds, options.eager)
+        report.failed += [f"{row.name}: {row.refused}" for row in trained if row.refused and "gpu_bn" in row.name]
+        text, report.extra["training"] = training_table(trained, here.kind)
+        report.texts.append(text)
+
+
+def show(report: Report, here: Bench) -> None:
+    """Print the report."""
+    facts = report.machine
+    where = facts["gpu"]["name"] if facts["gpu"] else f"{facts['processor']}, {facts['cores']} cores"
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    print(f"gpu_bn {facts['gpu_bn']} ({facts['commit'] or 'no checkout'}), {where}\n{packages}")
+    print(*report.left_out, sep="\n", end="\n\n" if report.left_out else "\n")
+    for text in (
+        measured_table(report.results, here.copy_bandwidth),
+        layers_table(report.results),
+        refusals([*report.results, *report.raced]),
+        *report.texts,
+        model_tables(report.modelled),
+    ):
+        if text:
+            print(text)
+
+
+def write(report: Report, here: Bench) -> None:
+    """Write JSON and pictures."""
+    options = here.options
+    report.write(options.out / "report.json")
+    written = [options.out / "report.json"]
+    if find_spec("matplotlib") is None:
+        print("No pictures: matplotlib is not installed; pip install 'gpu_bn[bench]' installs what it needs.")
+    else:
+        from gpu_bn.bench.figures import draw
+
+        written += draw(report.results, here.copy_bandwidth, options.out, report.raced)
+    if options.page is not None:
+        from gpu_bn.bench.page import page
+
+        options.page.write_text(page(report))
+        written.append(options.page)
+    print("Written:", ", ".join(str(path) for path in written))

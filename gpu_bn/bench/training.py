@@ -1,0 +1,207 @@
+"""``--train``: a training step of ResNet-18, with torch's batch norm and with ours, eager and compiled."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gpu_bn import nn as ours
+from gpu_bn._console import progress, table
+from gpu_bn._explain import _size, _time
+from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, Timing, measure, said
+
+AGREEMENT = {"cpu": 1e-3, "cuda": 5e-2}
+"""How far the first gradient may be from that of torch's layers, relative to its norm: float32; float16 by autocast."""
+
+
+class Sizes(NamedTuple):
+    """Of a batch: images, and their sides in pixels."""
+
+    images: int
+    side: int
+
+
+SIZES = {"cpu": Sizes(8, 64), "cuda": Sizes(128, 224)}
+
+
+class Block(nn.Module):
+    """Two convolutions and a sum."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum, after ReLU."""
+        inner = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        result: torch.Tensor = self.relu2(inner + self.shortcut(x))
+        return result
+
+
+def resnet18(width: int = 64, classes: int = 1000) -> nn.Module:
+    """ResNet-18: 20 normalisations, 8 of them before a sum."""
+    layers = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    inputs = width
+    for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
+        layers += [Block(inputs, outputs, stride), Block(outputs, outputs, 1)]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, classes))
+
+
+class Trained(NamedTuple):
+    """A variant: its time for a step, and the most memory that a step took, in bytes; or what went wrong."""
+
+    name: str
+    timing: Timing | None
+    peak_bytes: int | None
+    refused: str
+
+
+def variants(eager: bool) -> Iterator[tuple[str, Callable[[nn.Module], Any]]]:
+    """What is made of the model, by name; the first is the one to compare with."""
+    makes: list[tuple[str, Callable[[nn.Module], Any]]] = [
+        ("torch", lambda model: model),
+        ("gpu_bn", ours.convert),
+        ("gpu_bn, fused", lambda model: ours.convert(model, fuse=True)),
+    ]
+    for name, make in makes:
+        yield f"{name}, eager", make
+        if not eager:
+            yield f"{name}, compiled", partial(_compiled, make)
+
+
+def _compiled(make: Callable[[nn.Module], Any], model: nn.Module) -> Any:
+    return torch.compile(make(model))
+
+
+def train(
+    kind: str, seconds: float, eager: bool, sizes: Sizes | None = None, timer: Timer | None = None
+) -> list[Trained]:
+    """Check and time all variants; ``kind`` is cpu or cuda."""
+    sizes = sizes or SIZES[kind]
+    torch.manual_seed(0)
+    model = resnet18().to(kind)
+    if kind == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(sizes.images, 3, sizes.side, sizes.side, device=kind)
+    images = images.contiguous(memory_format=torch.channels_last) if kind == "cuda" else images
+    labels = torch.arange(sizes.images, device=kind)
+    steps, peaks, refused = {}, {}, {}
+    expected: torch.Tensor | None = None
+    names = [name for name, _ in variants(eager)]
+    with progress(f"Training steps of ResNet-18: {len(names)} variants", len(names)) as tick:
+        for name, make in variants(eager):
+            try:
+                step, gradient = prepared(make(copy.deepcopy(model)), images, labels)
+                expected = gradient if expected is None else expected
+                error = float((gradient - expected).norm() / expected.norm())
+                if not error <= AGREEMENT[kind]:
+                    refused[name] = f"wrong: the first gradient is off by {error:.2g} of its norm"
+                else:
+                    steps[name], peaks[name] = step, peak_bytes(step, kind)
+            except Exception as error:
+                refused[name] = said(error)
+            tick(1)
+        timer = timer or (CpuTimer(batch=0) if kind == "cpu" else _gpu_timer())
+        samples = measure(steps, timer, "wall", seconds)
+    refused |= samples.errors
+    timings = {name: Timing.of(found) for name, found in samples.seconds.items()}
+    return [Trained(name, timings.get(name), peaks.get(name), refused.get(name, "")) for name in names]
+
+
+def prepared(model: Any, images: torch.Tensor, labels: torch.Tensor) -> tuple[Callable[[], Any], torch.Tensor]:
+    """A training step, and the gradient of the first layer after one of them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with _autocast(images.device.type):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    step()
+    gradient = next(iter(model.parameters())).grad
+    assert gradient is not None
+    return step, gradient.detach().double().clone()
+
+
+def peak_bytes(step: Callable[[], Any], kind: str) -> int | None:
+    """The most memory that a step takes beyond what was taken before it: of a GPU, of torch's allocator; of a CPU, of
+    the process, where Linux tells it.
+    """
+    gc.collect()
+    if kind == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps would be taken again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        before = resident("VmRSS")
+        step()
+        return resident("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def resident(name: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next((line for line in lines if line.startswith(name + ":")), None)
+    if line is None:
+        raise OSError(f"the system does not tell {name}")
+    return int(line.split()[1]) << 10
+
+
+def training_table(rows: list[Trained], kind: str) -> tuple[str, list[Any]]:
+    """The table, and what JSON keeps of it."""
+    sizes = SIZES[kind]
+    base = rows[0].timing
+    lines = [
+        [
+            row.name,
+            _time(row.timing.median) if row.timing else f"not timed: {row.refused}",
+            _time(row.timing.high - row.timing.low) if row.timing and row.timing.samples > 1 else "-",
+            f"{row.timing.median / base.median:.2f}" if row.timing and base else "-",
+            "-" if row.peak_bytes is None else _size(row.peak_bytes),
+        ]
+        for row in rows
+    ]
+    how = "float16 by autocast, channels-last" if kind == "cuda" else "float32"
+    memory = "of torch's allocator" if kind == "cuda" else "of the process (coarse)"
+    caption = (
+        f"{sizes.images} images of {sizes.side} x {sizes.side}, {how}. The first gradient of each variant agrees with "
+        f"that of torch's. Peak memory: what a step takes beyond what was taken before it, {memory}."
+    )
+    header = ["layers", "a step", "IQR", "/ torch, eager", "peak memory"]
+    return table(f"Training step of ResNet-18 on the {kind}", header, lines, caption), [
+        {**row._asdict(), "timing": row.timing._asdict() if row.timing else None} for row in rows
+    ]
+
+
+def _autocast(kind: str) -> AbstractContextManager[Any]:
+    return torch.autocast("cuda", torch.float16) if kind == "cuda" else nullcontext()
+
+
+def _gpu_timer() -> GpuTimer:
+    from gpu_bn.bench.gpus import TorchGpu
+
+    return GpuTimer(TorchGpu(), row=3)

@@ -1,0 +1,493 @@
+"""``gpu-bn bench``: what it times, that it times nothing wrong, and what it prints and writes. No time is asserted."""
+
+import json
+import sys
+import types
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gpu_bn import bench, dispatch, testing
+from gpu_bn._explain import DTYPES
+from gpu_bn.backends.numpy import NumpyBackend
+from gpu_bn.bench import cases, gpus, proof, run, subjects, timing, trial
+from gpu_bn.cli import main
+
+TINY = ["bench", "--seconds", "0", "--device", "cpu"]
+NUMPY = next(subject for subject in subjects.SUBJECTS if subject.name == "gpu_bn numpy")
+
+
+# -------------------------------------------------------------------------------------------------------- what
+@pytest.mark.parametrize(
+    ("network", "layers", "channels"),
+    [("resnet50-32", 53, 26_560), ("resnet50-256", 53, 26_560), ("mobilenetv2", 52, 17_056)],
+)
+def test_a_network_has_all_its_layers(network, layers, channels):
+    rows = cases.NETWORKS[network]
+    assert sum(count for count, _ in rows) == layers
+    assert sum(count * shape[1] for count, shape in rows) == channels  # half of the parameters that BN layers have
+    assert len({shape for _, shape in rows}) == len(rows)
+
+
+def test_there_is_every_kind_of_shape():
+    assert {"resnet50-32", "resnet50-256", "mobilenetv2", "unet2d", "unet3d", "mlp", "tiny", "few"} == set(
+        cases.NETWORKS
+    )
+    assert {len(shape) for _, shape in cases.NETWORKS["unet3d"]} == {5}
+    assert {len(shape) for _, shape in cases.NETWORKS["mlp"]} == {2}
+    assert {shape[0] for _, shape in cases.NETWORKS["resnet50-256"]} == {256}
+
+
+def test_the_help_names_networks_dtypes_and_operations(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = "".join(capsys.readouterr().out.split())
+    assert ",".join(cases.NETWORKS) in text
+    assert ",".join(DTYPES) in text
+    assert {name.split("+")[0] for name in cases.OPERATIONS} == {"forward", "backward", "eval"}
+    assert {"eval+relu", "eval+add+relu"} < set(cases.OPERATIONS)
+    assert "forward,backward,eval,each" in text
+
+
+def test_every_operation_names_its_outputs():
+    assert len(cases.OPERATIONS) == 9
+    assert cases.OPERATIONS["eval"].outputs == cases.OPERATIONS["forward+relu"].outputs == ("y",)
+    assert cases.OPERATIONS["backward+add+relu"].outputs == ("dx", "dweight", "dbias", "dresidual")
+
+
+def test_cases_are_all_combinations_those_of_a_tensor_together():
+    found = cases.select(["few", "4x8"], ["f16", "f32"], ["nchw", "nhwc"], ["forward", "eval"])
+    assert len(found) == (4 * 2 + 2) * 2 * 2  # layouts are of more than two axes
+    assert str(found[0]) == "32x64x56x56 f16 nchw forward"
+    assert str(found[-1]) == "4x8 f32 eval"
+    tensors = [case.tensor for case in found]
+    assert [t for t, before in zip(tensors, ["", *tensors], strict=False) if t != before] == list(
+        dict.fromkeys(tensors)
+    )
+    only = cases.select(["few"], ["f32"], ["nchw"], ["forward", "backward"], only="14 f32 nchw b")
+    assert list(map(str, only)) == ["32x256x14x14 f32 nchw backward"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--shapes", "vgg"], "unknown shape 'vgg', expected such as 32x64x56x56, or one of few, resnet50-32"),
+        (["--shapes", "4x0"], "unknown shape '4x0'"),
+        (["--dtype", "int8"], "unknown dtype 'int8', expected one of f16, bf16, f32, f64"),
+        (["--layout", "chwn"], "unknown layout 'chwn', expected one of nchw, nhwc"),
+        (["--ops", "sideways"], "unknown operation 'sideways', expected one of forward, forward+relu"),
+        (["--peers", "jax"], "unknown peer 'jax', expected some of torch CPU, textbook NumPy"),
+        (["--only", "no such case"], "no case is left"),
+        (["--tiers", "all"], "--tiers needs a GPU: the CPU was asked for"),
+        (["--page", "no/such/folder/x.md"], "there is no folder no/such/folder for the page"),
+        (["--verify-model"], "--verify-model needs a GPU: the CPU was asked for"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_timed(arguments, says, capsys, tmp_path):
+    assert main([*TINY, "--out", str(tmp_path / "report"), *arguments]) == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_gpu_that_is_asked_for_and_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(gpus, "find", lambda: (None, "torch sees no CUDA device"))
+    assert main(["bench", "--device", "cuda"]) == 1
+    assert capsys.readouterr().err == "gpu-bn bench: --device cuda needs a GPU: torch sees no CUDA device\n"
+
+
+# ------------------------------------------------------------------------------------------------------ timing
+class Ticking:
+    """A timer whose samples are what the calls return."""
+
+    regimes = ("wall",)
+
+    def __init__(self):
+        self.order = []
+
+    def time(self, call, _):
+        self.order.append(call)
+        return call()
+
+
+def test_samples_of_several_calls_are_taken_in_turn():
+    timer, calls = Ticking(), {"a": lambda: 2.0, "b": lambda: 4.0}
+    found = timing.measure(calls, timer, "wall", seconds=1e-9)
+    assert len(found.seconds["a"]) == timing.LEAST_ROUNDS
+    assert timer.order[:4] == [calls["b"], calls["a"], calls["a"], calls["b"]]
+    assert found.ratio("a", "b") == 0.5
+    assert timing.measure(calls, timer, "wall", seconds=0).seconds == {"a": [2.0], "b": [4.0]}
+
+
+def test_a_call_that_fails_while_it_is_timed_leaves_the_others():
+    def fail():
+        raise MemoryError("no more\nof it")
+
+    found = timing.measure({"a": lambda: 1.0, "b": fail}, Ticking(), "wall", seconds=0)
+    assert found.seconds == {"a": [1.0]}
+    assert found.errors == {"b": "MemoryError: no more"}
+
+
+def test_median_and_quartiles():
+    assert timing.Timing.of([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, 2.0, 4.0, 5)
+    assert timing.Timing.of([2.0]) == (2.0, 2.0, 2.0, 1)
+
+
+def test_the_cpu_timer_calls_for_a_while_at_least_once():
+    calls = []
+    assert timing.CpuTimer(batch=0, pause=0).time(lambda: calls.append(1)) > 0
+    assert len(calls) == 1
+    timing.CpuTimer(batch=1e-3, pause=0).time(lambda: calls.append(1))
+    assert len(calls) > 3
+
+
+class VirtualGpu:
+    """A device with a clock of its own; queueing a call takes the CPU ``host_cycles``, running it ``work_cycles``."""
+
+    def __init__(self, host_cycles=0, work_cycles=1000):
+        self.host_cycles, self.work_cycles = host_cycles, work_cycles
+        self.host = self.queue = 0
+        self.done_things = []
+
+    def call(self):
+        self.host += self.host_cycles
+        self.queue = max(self.queue, self.host) + self.work_cycles
+        self.done_things.append("call")
+
+    def record(self):
+        self.queue = max(self.queue, self.host)
+        return self.queue
+
+    def done(self, event):
+        return event <= self.host
+
+    def elapsed(self, start, end):
+        return (end - start) / 1e9
+
+    def wait(self, cycles):
+        self.queue = max(self.queue, self.host) + cycles
+        self.done_things.append("wait")
+
+    def flush(self):
+        self.done_things.append("flush")
+
+    def synchronize(self):
+        self.host = max(self.host, self.queue)
+
+
+def test_the_cache_is_flushed_before_a_cold_sample_only():
+    gpu = VirtualGpu()
+    timer = timing.GpuTimer(gpu)
+    assert timer.time(gpu.call, "hot") == 1000 / 1e9
+    assert timer.time(gpu.call, "cold") == 1000 / 1e9
+    assert gpu.done_things == ["wait", "call", "flush", "wait", "call"]
+    gpu.done_things.clear()
+    assert timer.time(gpu.call, "wall") > 0
+    assert gpu.done_things == ["call"] * timer.row
+
+
+def test_time_that_the_cpu_takes_to_queue_is_not_the_devices():
+    gpu = VirtualGpu(host_cycles=700_000)
+    timer = timing.GpuTimer(gpu)
+    assert timer.time(gpu.call, "hot") == 1000 / 1e9
+    assert timer.cycles == 800_000
+    assert gpu.done_things == ["wait", "call"] * 3
+
+
+def test_a_call_that_waits_for_the_device_is_timed_in_the_end():
+    gpu = VirtualGpu(host_cycles=10**12)
+    timer = timing.GpuTimer(gpu, most_cycles=10**6)
+    assert timer.time(gpu.call, "hot") > 0
+    assert gpu.done_things == ["wait", "call"] * 4  # 200, 400, 800 and 1600 thousand cycles
+    assert timer.cycles == timing.FIRST_CYCLES  # the next call may be another
+
+
+PROPERTIES = {
+    "name": "GPU X", "major": 9, "minor": 0, "multi_processor_count": 6, "shared_memory_per_multiprocessor": 228 << 10,
+    "shared_memory_per_block": 48 << 10, "shared_memory_per_block_optin": 227 << 10, "L2_cache_size": 1 << 12,
+}  # fmt: skip
+
+
+def fake_torch(clock):
+    """The part of torch that ``TorchGpu`` uses, on a device whose clock goes on with each thing that is done."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock.record()
+
+        def query(self):
+            return clock.done(self.at)
+
+        def elapsed_time(self, end):
+            return 1e3 * clock.elapsed(self.at, end.at)
+
+    class Tensor:
+        def __init__(self, size):
+            self.size = size
+
+        def sum(self):
+            clock.flush()
+
+        def numel(self):
+            return self.size
+
+        def copy_(self, _):
+            clock.call()
+
+    cuda = types.SimpleNamespace(
+        is_available=lambda: True, current_device=lambda: 0, Event=Event, _sleep=clock.wait,
+        get_device_properties=lambda _: types.SimpleNamespace(**PROPERTIES), synchronize=clock.synchronize,
+        mem_get_info=lambda: (8 << 10, 16 << 10), empty_cache=lambda: clock.done_things.append("free"),
+    )  # fmt: skip
+
+    def ones(size, device, **_):
+        assert device == "cuda"
+        return Tensor(size)
+
+    return types.SimpleNamespace(cuda=cuda, ones=ones, empty_like=lambda t: Tensor(t.size), uint8="uint8")
+
+
+def test_the_gpu_through_torch(monkeypatch):
+    clock = VirtualGpu()
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(clock))
+    gpu, why_not = gpus.find()
+    assert isinstance(gpu, gpus.TorchGpu)
+    assert why_not == ""
+    assert (gpu.device.arch, gpu.device.sms, gpu.device.shared_per_block) == (90, 6, 227 << 10)
+    assert gpu.cache.size * 4 == 2 * gpu.device.l2_bytes
+    assert timing.GpuTimer(gpu).time(clock.call, "cold") == pytest.approx(1000 / 1e9)
+    assert clock.done_things == ["flush", "wait", "call"]
+    assert gpu.copy_bandwidth() == pytest.approx(2 * (1 << 10) / (1000 / 1e9))
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(clock))
+    gpu.free()
+    assert clock.done_things[-2:] == ["free", "free"]  # torch's memory and CuPy's
+
+
+def fake_cupy(clock):
+    """The same of CuPy."""
+
+    class Event:
+        def record(self):
+            self.at = clock.record()
+
+        @property
+        def done(self):
+            return clock.done(self.at)
+
+    class Tensor:
+        def __init__(self, size, _=None):
+            self.size = size
+
+        def sum(self):
+            clock.flush()
+
+    properties = {
+        "name": b"GPU X", "major": 9, "minor": 0, "multiProcessorCount": 6, "sharedMemPerMultiprocessor": 228 << 10,
+        "sharedMemPerBlockOptin": 227 << 10, "l2CacheSize": 1 << 12,
+    }  # fmt: skip
+    runtime = types.SimpleNamespace(
+        getDevice=lambda: 0, getDeviceProperties=lambda _: properties, deviceSynchronize=clock.synchronize,
+        memGetInfo=lambda: (8 << 10, 16 << 10),
+    )  # fmt: skip
+    cuda = types.SimpleNamespace(
+        is_available=lambda: True, runtime=runtime, Event=Event,
+        get_elapsed_time=lambda start, end: 1e3 * clock.elapsed(start.at, end.at),
+    )  # fmt: skip
+    pool = types.SimpleNamespace(free_all_blocks=lambda: clock.done_things.append("free"))
+    return types.SimpleNamespace(
+        cuda=cuda, ones=Tensor, empty_like=lambda t: Tensor(t.size), copyto=lambda *_: clock.call(),
+        RawKernel=lambda *_: lambda *launch: clock.wait(int(launch[2][0])),
+        get_default_memory_pool=lambda: pool,
+    )  # fmt: skip
+
+
+def test_the_gpu_through_cupy_where_there_is_no_torch(monkeypatch):
+    clock = VirtualGpu()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(clock))
+    gpu, _ = gpus.find()
+    assert isinstance(gpu, gpus.CupyGpu)
+    assert (gpu.device.name, gpu.device.arch, gpu.cache.size) == ("GPU X", 90, (1 << 13) // 4)
+    assert timing.GpuTimer(gpu).time(clock.call, "cold") == pytest.approx(1000 / 1e9)
+    assert gpu.copy_bandwidth() == pytest.approx(2 * (1 << 10) / (1000 / 1e9))
+    gpu.free()
+    assert clock.done_things[-1] == "free"
+
+
+def test_no_gpu_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert gpus.find() == (None, "torch: ModuleNotFoundError, cupy: ModuleNotFoundError")
+
+
+# ------------------------------------------------------------------------------------------------------- proof
+class Wrong(NumpyBackend):
+    """Forgets the last element of every output; what no network would notice."""
+
+    def normalize(self, saved, residual, out):
+        super().normalize(saved, residual, out)
+        out.flat[-1] += 0.01
+
+
+def wrong_subject(name="gpu_bn wrong", **options):
+    return replace(NUMPY, name=name, build=subjects.ours(lambda _: Wrong()), **options)
+
+
+def test_a_wrong_backend_is_not_timed_and_ends_the_command_with_1(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY, wrong_subject()])
+    line = [*TINY, "--shapes", "4x6x5x7", "--ops", "forward,backward", "--out", str(tmp_path)]
+    assert main(line) == 1
+    out = capsys.readouterr().out
+    assert "NOT TIMED 4x6x5x7 f32 nchw forward by gpu_bn wrong: wrong: y[3, 5, 4, 6]: expected" in out
+    measured = json.loads((tmp_path / "report.json").read_text())["measured"]
+    refused = {(row["by"], row["operation"]): bool(row["refused"]) for row in measured}
+    assert refused[("gpu_bn wrong", "forward")]
+    assert not refused[("gpu_bn wrong", "backward")]  # of a forward call that was right in all that backward needs
+    for row in measured:
+        assert bool(row["seconds"]) is not bool(row["refused"])
+
+
+def test_a_wrong_peer_is_not_timed_but_is_no_failure_of_ours(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY, replace(NUMPY, name="peer", ours=False, build=twice_as_much)])
+    assert main([*TINY, "--shapes", "4x6x5x7", "--ops", "forward", "--out", str(tmp_path)]) == 0
+    assert "by peer: wrong: y is off by 1 of its root mean square" in capsys.readouterr().out
+
+
+def twice_as_much(operation, problem, tier):
+    call = NUMPY.build(operation, problem, tier)
+    return lambda: (2 * call()[0],)
+
+
+def test_what_raises_is_reported_and_the_others_are_timed(capsys, monkeypatch, tmp_path):
+    def build(*_):
+        raise RuntimeError("out of memory\nsomewhere")
+
+    monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY, replace(NUMPY, name="gpu_bn poor", build=build)])
+    assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "NOT TIMED 4x8 f32 eval by gpu_bn poor: RuntimeError: out of memory\n" in out
+    assert "4x8 f32 eval  gpu_bn numpy" in out
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32", "f64"])
+def test_every_operation_of_every_cpu_subject_is_proved(dtype, layout):
+    pytest.importorskip("torch")
+    if dtype == "bf16":
+        pytest.importorskip("ml_dtypes")
+    entries = [trial.Entry(s) for s in subjects.SUBJECTS if s.device == "cpu" and s.default]
+    entries += [trial.Entry(s) for s in subjects.SUBJECTS if s.name in ("torch cuDNN", "torch native")]
+    found = cases.select(["4x6x5x7"], [dtype], [layout], cases.OPERATIONS)
+    tensors = trial.Tensors(found[0])
+    for case in found:
+        for result in trial.trial(case, tensors, entries, timing.CpuTimer(0, 0), 0):
+            assert result.refused == result.not_served == ""
+            assert result.error <= 1
+            assert set(result.timings) == {"wall"}
+
+
+def test_a_large_tensor_is_proved_on_some_of_its_channels():
+    case = cases.Case((64, 8, 64, 64))
+    checked = proof.Proof(subjects.data(case))
+    assert checked.channels.tolist() == [0, 7]
+    small = proof.Proof(subjects.data(cases.Case((4, 6, 5, 7))))
+    assert small.channels.tolist() == list(range(6))
+
+
+def test_data_lie_in_memory_as_the_case_says():
+    first, last = (subjects.data(cases.Case((4, 6, 5, 7), layout=layout)).x for layout in ("nchw", "nhwc"))
+    assert first.flags.c_contiguous
+    assert last.transpose(0, 2, 3, 1).flags.c_contiguous
+    assert len(np.unique(first)) == first.size
+
+
+# ------------------------------------------------------------------------------------------------------ report
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a run of the command leaves; with what it has printed."""
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    path = tmp_path_factory.mktemp("bench") / "report"
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        assert main([*TINY, "--shapes", "tiny", "--dtype", "f32", "--out", str(path)]) == 0
+    return path, "\n".join(printed)
+
+
+def test_the_tables(folder):
+    _, text = folder
+    assert "/ torch CPU  / textbook NumPy" in text
+    measured, _, modelled = text.partition("Model: times on GPUs that are not here")
+    assert "4x8 f32 forward " in measured
+    assert "A model" not in measured
+    assert "A model, nothing here was measured" in modelled
+    assert "gpu_bn numpy" not in modelled
+    for device in ("T4", "A100", "RTX 4090", "H100", "B200"):
+        assert device in modelled.splitlines()[1]
+    assert "Model: bytes by tier on H100" in modelled
+
+
+def test_the_json(folder):
+    path, _ = folder
+    report = json.loads((path / "report.json").read_text())
+    assert report["schema"] == 1
+    assert report["command"].startswith("gpu-bn bench --seconds 0")
+    assert {"commit", "packages", "processor", "copy_bandwidth", "gpu", "python"} <= set(report["machine"])
+    assert report["machine"]["gpu"] is None
+    ours = [row for row in report["measured"] if row["ours"]]
+    assert {row["by"] for row in report["measured"]} == {"gpu_bn numpy", "torch CPU", "textbook NumPy"}
+    assert len(ours) == 4 * len(run.FEW_OPERATIONS)
+    assert set(ours[0]["ratios"]["wall"]) == {"torch CPU", "textbook NumPy"}
+    assert ours[0]["floor_bytes"] == 2 * 4 * 8 * 4
+    assert all("seconds" in row and "device" not in row for row in report["measured"])
+    assert {row["device"] for row in report["model"]} == {"T4", "A100", "RTX 4090", "H100", "B200"}
+
+
+def test_nothing_written_names_this_machine_or_a_path(folder):
+    import platform
+
+    path, _ = folder
+    text = (path / "report.json").read_text().replace(str(path), "")
+    assert str(bench.__path__[0]) not in text
+    assert "/home" not in text
+    assert "site-packages" not in text
+    assert platform.node() not in text.split('"')
+
+
+def test_the_pictures(folder):
+    path, _ = folder
+    for name in ("roofline.png", "peers.png"):
+        assert (path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_are_no_pictures(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "find_spec", lambda _: None)
+    monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY])
+    assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 0
+    assert "No pictures: matplotlib is not installed; pip install 'gpu_bn[bench]'" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+
+
+def test_a_peer_that_is_not_installed_is_named(capsys, monkeypatch, tmp_path):
+    absent = replace(NUMPY, name="another", ours=False, modules=("no_such_module.at_all",))
+    monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY, absent])
+    assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 0
+    assert "another: not installed: no_such_module.at_all" in capsys.readouterr().out
+
+
+def test_peers_can_be_left_out(tmp_path, capsys):
+    assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--peers", "none", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {row["by"] for row in report["measured"]} == {"gpu_bn numpy"}
+    assert "peers.png" not in capsys.readouterr().out
+
+
+def test_names_of_subjects_are_unique_and_their_adapters_exist():
+    names = [subject.name for subject in subjects.SUBJECTS]
+    assert len(set(names)) == len(names)
+    assert {subject.adapter for subject in subjects.SUBJECTS} <= set(testing.ADAPTERS)
+    assert {s.adapter for s in subjects.SUBJECTS if s.ours} <= set(dispatch.NAMES)
