@@ -11,7 +11,7 @@ import pytest
 from gpu_bn import bench, dispatch, testing
 from gpu_bn._explain import DTYPES
 from gpu_bn.backends.numpy import NumpyBackend
-from gpu_bn.bench import cases, gpus, proof, run, subjects, timing, trial
+from gpu_bn.bench import cases, gpus, machine, proof, run, subjects, timing, trial
 from gpu_bn.cli import main
 
 TINY = ["bench", "--seconds", "0", "--device", "cpu"]
@@ -79,15 +79,21 @@ def test_cases_are_all_combinations_those_of_a_tensor_together():
         (["--ops", "sideways"], "unknown operation 'sideways', expected one of forward, forward+relu"),
         (["--peers", "jax"], "unknown peer 'jax', expected some of torch CPU, textbook NumPy"),
         (["--only", "no such case"], "no case is left"),
-        (["--tiers", "all"], "--tiers needs a GPU: the CPU was asked for"),
         (["--page", "no/such/folder/x.md"], "there is no folder no/such/folder for the page"),
-        (["--verify-model"], "--verify-model needs a GPU: the CPU was asked for"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_timed(arguments, says, capsys, tmp_path):
     assert main([*TINY, "--out", str(tmp_path / "report"), *arguments]) == 1
     assert says in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+def test_what_needs_a_gpu_is_left_out_without_one(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY])
+    line = [*TINY, "--shapes", "4x8", "--ops", "eval", "--tiers", "all", "--verify-model"]
+    assert main([*line, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "--tiers: needs a GPU: the CPU was asked for\n--verify-model: needs a GPU: the CPU was asked for\n" in out
 
 
 def test_a_gpu_that_is_asked_for_and_not_there(capsys, monkeypatch):
@@ -470,6 +476,20 @@ def test_without_matplotlib_there_are_no_pictures(capsys, monkeypatch, tmp_path)
     assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 0
     assert "No pictures: matplotlib is not installed; pip install 'gpu_bn[bench]'" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+
+
+def test_numpy_alone_is_enough(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(machine, "installed", lambda _: None)
+    monkeypatch.setattr(run, "find_spec", lambda _: None)
+    assert main(["bench", "--seconds", "0", "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "torch CPU: not installed: torch" in out
+    assert "4x8 f32 eval  gpu_bn numpy" in out
+    for arguments, says in ((["--dtype", "bf16"], "bf16 needs ml_dtypes"), (["--train"], "--train needs torch")):
+        assert main(["bench", "--seconds", "0", "--shapes", "4x8", *arguments, "--out", str(tmp_path)]) == 1
+        assert f"{says}: pip install 'gpu_bn[bench]'" in capsys.readouterr().err
 
 
 def test_a_peer_that_is_not_installed_is_named(capsys, monkeypatch, tmp_path):

@@ -144,9 +144,8 @@ def start(options: Options) -> Bench:
         BenchError: a GPU was asked for, and there is none.
     """
     gpu, why_not = (None, "the CPU was asked for") if options.device == "cpu" else gpus.find()
-    needs = "--device cuda" if options.device == "cuda" else "--tiers" if options.tiers else "--verify-model"
-    if gpu is None and (options.device == "cuda" or options.tiers or options.verify):
-        raise BenchError(f"{needs} needs a GPU: {why_not}")
+    if gpu is None and options.device == "cuda":
+        raise BenchError(f"--device cuda needs a GPU: {why_not}")
     if gpu is not None:
         return Bench(options, gpu, "", GpuTimer(gpu), gpu.copy_bandwidth())
     if options.threads is not None:
@@ -175,6 +174,8 @@ def bench(options: Options) -> bool:
         raise BenchError(str(error)) from None
     if not cases:
         raise BenchError("no case is left by --shapes, --dtype, --layout, --ops and --only")
+    if any(case.dtype == "bfloat16" for case in cases) and find_spec("ml_dtypes") is None:
+        raise BenchError("bf16 needs ml_dtypes: pip install 'gpu_bn[bench]'")
     if options.train and find_spec("torch") is None:
         raise BenchError("--train needs torch: pip install 'gpu_bn[bench]'")
     if options.page is not None and not options.page.parent.is_dir() and options.page.parent != options.out:
@@ -195,6 +196,9 @@ def bench(options: Options) -> bool:
 def further(here: Bench, report: Report, cases: list[Case]) -> None:
     """The parts that have to be asked for; ``cases`` are those that were timed."""
     options = here.options
+    for asked, name in ((options.tiers, "--tiers"), (options.verify, "--verify-model")):
+        if asked and here.gpu is None:
+            report.left_out.append(f"{name}: needs a GPU: {here.why_not}")
     if options.tiers and here.device is not None and isinstance(here.timer, GpuTimer):
         subjects, _ = chosen(here.kind, [])
         forced = [Entry(subject, tier) for subject in subjects for tier in TIERS]
@@ -204,7 +208,7 @@ def further(here: Bench, report: Report, cases: list[Case]) -> None:
         report.raced = raced
         text, report.extra["crossovers"] = crossovers(raced, here.device)
         report.texts.append(text)
-    if options.verify:
+    if options.verify and here.gpu is not None:
         text, report.extra["verification"] = verify(report.results, here.copy_bandwidth)
         report.texts.append(text)
     if options.train:
