@@ -80,7 +80,7 @@ def sync_batch_norm(
     group = Group.of(process_group)
     if not torch.compiler.is_compiling() and functional._updates.off:
         running_mean = running_var = num_batches_tracked = None
-    channels = input.shape[1] if num_features is None else num_features
+    channels = input.shape[1:2].numel() if num_features is None else num_features
     trouble, found = _check(input, residual, eps, channels)
     if trouble:
         reports = gather(_sync_library.trouble_report(trouble, found, channels, input.device), group)
