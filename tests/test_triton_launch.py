@@ -25,7 +25,7 @@ class Compiled:
 
 @pytest.fixture
 def step():
-    return Step(bn_merge_moments_kernel, (3, 1), (5, 7, 2, 4, 4, 1, 1, False), num_warps=2, device=1)
+    return Step(bn_merge_moments_kernel, (3, 1), (5, 7, 2, 4, 4, 1, 1, False, 1), num_warps=2, device=1)
 
 
 @pytest.fixture
