@@ -54,7 +54,7 @@ def bn_stats_kernel(
     channel += group * channels
     channels *= GROUPS
     if valid is not None:
-        count = shift.to(tl.float64) * 0.0
+        count = (last - first).to(tl.float64)
     else:
         count = (last - first).to(tl.float64) if COLUMNS else (last - first).to(tl.float64) * VEC
     inverse = reciprocal(count)
@@ -113,7 +113,9 @@ def keep_statistics(
 ):  # fmt: skip
     """Write what the backward pass needs, to saved[4, channels], and the running statistics.
 
-    Of ghost batches, the first two parts of ``saved`` are as long as there are statistics. All threads have read the old ones, and a barrier has passed, before one writes the new ones.
+    Of ghost batches, the first two parts of ``saved`` are as long as there are statistics.
+
+    All threads have read the old ones, and a barrier has passed, before one writes the new ones.
     """
     if saved is not None:
         tl.store(saved + group * channels + channel, mean, mask=known)

@@ -85,13 +85,20 @@ def mask_of(valid, group, positions, VEC: tl.constexpr, COLUMNS: tl.constexpr, W
 
 
 @triton.jit
-def valid_elements(valid, known, position, last, VEC: tl.constexpr, COLUMNS: tl.constexpr):
-    """The known elements that a mask leaves."""
+def valid_positions(valid, position, last, VEC: tl.constexpr, COLUMNS: tl.constexpr):
+    """[POSITIONS, VEC] or, in columns, [POSITIONS]: what a mask leaves of a channel."""
     if COLUMNS:
-        return known & (tl.load(valid + position, mask=position < last, other=0) != 0)[:, None]
+        return tl.load(valid + position, mask=position < last, other=0) != 0
     else:
         places = position[:, None] * VEC + tl.arange(0, VEC)[None, :]
-        return known & (tl.load(valid + places, mask=(position < last)[:, None], other=0) != 0)
+        return tl.load(valid + places, mask=(position < last)[:, None], other=0) != 0
+
+
+@triton.jit
+def valid_elements(valid, known, position, last, VEC: tl.constexpr, COLUMNS: tl.constexpr):
+    """The known elements that a mask leaves."""
+    there = valid_positions(valid, position, last, VEC, COLUMNS)
+    return known & (there[:, None] if COLUMNS else there)
 
 
 @triton.jit
@@ -224,6 +231,8 @@ def first_shift(
         there = valid_elements(valid, known, position, last, VEC, COLUMNS)
         sample = tl.where(there, sample, 0.0)
         mean = channel_sum(sample, COLUMNS).to(COMPUTE) / channel_sum(there.to(COMPUTE), COLUMNS).to(COMPUTE)
+        if x.dtype.element_ty.primitive_bitwidth == 16:  # deviations of 16-bit numbers from one of them add up exactly
+            mean = mean.to(x.dtype.element_ty).to(COMPUTE)
     elif COLUMNS:
         mean = tl.sum(sample, 0) / taken
     else:
@@ -253,12 +262,30 @@ def add_tiles(
         known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
         value = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
         if valid is not None:
-            known = valid_elements(valid, known, position, last, VEC, COLUMNS)
-            d0 += known.to(COMPUTE)
+            there = valid_positions(valid, position, last, VEC, COLUMNS)
+            known = known & (there[:, None] if COLUMNS else there)
+            d0 += there.to(tl.int32)
         d = deviations(value, shift, factor, known, RANGE)
         d1 += d
         d2 = tl.fma(d, d, d2)
     return d0, d1, d2
+
+
+@triton.jit
+def counts_of_none(POSITIONS: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr):
+    if COLUMNS:
+        return tl.zeros((POSITIONS,), tl.int32)
+    else:
+        return tl.zeros((POSITIONS, VEC), tl.int32)
+
+
+@triton.jit
+def count_of(block, COLUMNS: tl.constexpr):
+    """The sum of :func:`valid_positions`, in float64: one number, the same for all channels."""
+    if COLUMNS:
+        return tl.sum(block, 0).to(tl.float64)
+    else:
+        return tl.sum(tl.sum(block, 1), 0).to(tl.float64)
 
 
 @triton.jit
@@ -272,26 +299,27 @@ def streamed_sums(
     And, with a mask, their number.
     """
     zeros = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
+    none = counts_of_none(POSITIONS, VEC, COLUMNS)
     if CHAIN == 0:
         d0, d1, d2 = add_tiles(
-            x, valid, zeros, zeros, zeros, shift, factor, first, last, strip, row, jump, magic, power, start,
+            x, valid, none, zeros, zeros, shift, factor, first, last, strip, row, jump, magic, power, start,
             POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
         )  # fmt: skip
-        return channel_sum(d0, COLUMNS), channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
+        return count_of(d0, COLUMNS), channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
     else:
         total = shift.to(tl.float64) * 0.0
         squares = total
-        count = total
+        count = count_of(none, COLUMNS)
         for begin in range(first, last, CHAIN * POSITIONS):
             end = tl.minimum(begin + CHAIN * POSITIONS, last)
             d0, d1, d2 = add_tiles(
-                x, valid, zeros, zeros, zeros, shift, factor, begin, end, strip, row, jump, magic, power, start,
+                x, valid, none, zeros, zeros, shift, factor, begin, end, strip, row, jump, magic, power, start,
                 POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
             )  # fmt: skip
             total += channel_sum(d1, COLUMNS)
             squares += channel_sum(d2, COLUMNS)
             if valid is not None:
-                count += channel_sum(d0, COLUMNS)
+                count += count_of(d0, COLUMNS)
         return count, total, squares
 
 

@@ -33,8 +33,16 @@ def some_cases() -> list[Case]:
 
 
 def small_extended() -> list[Case]:
-    """The extended cases, the largest cut down to what an interpreter can do."""
-    return [case for case in extended_cases() if math.prod(case.shape) <= 25_000]
+    """The extended cases, without large ones and two that need more exact sums than an interpreter's.
+
+    It adds a column of a block in float32 from top to bottom, where a GPU adds in a tree; in float16 and bfloat16 a
+    block of that shape is all of a channel. test_triton_emulator.py has these two.
+    """
+    return [
+        case
+        for case in extended_cases()
+        if math.prod(case.shape) <= 25_000 and not (case.layout == "channels_last" and "float16" in case.dtype)
+    ]
 
 
 def main(tier: str, which: str) -> None:

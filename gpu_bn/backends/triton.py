@@ -152,8 +152,8 @@ class _BackwardCall(NamedTuple):
     def work(self, writes: int) -> Work:
         _, _, residual, mask, _ = self.tensors
         return self.backend._work(
-            _one_of(self.view.layout, self.groups), self.x, self.alignment, backward=True, reads=2 + (residual is not None), writes=writes,
-            staged=2 + (residual is not None), mask=mask is not None,
+            _one_of(self.view.layout, self.groups), self.x, self.alignment, backward=True,
+            reads=2 + (residual is not None), writes=writes, staged=2 + (residual is not None), mask=mask is not None,
         )  # fmt: skip
 
 
@@ -257,8 +257,8 @@ class TritonBackend:
         y, there = out if is_dense(out, view) else self.empty_like(x), _there(saved.valid, view)
         alignment, activation = _alignment(x, residual, y, there), saved.spec.activation
         vectors = (saved.moments.mean, saved.moments.var, saved.weight, saved.bias)
-        key = ("normalize", view, x.dtype, x.device, alignment, residual is None, activation.name, there is None, groups,
-               *[None if v is None else v.dtype for v in vectors])  # fmt: skip
+        key = ("normalize", view, x.dtype, x.device, alignment, residual is None, activation.name, there is None,
+               groups, *[None if v is None else v.dtype for v in vectors])  # fmt: skip
         step = self._prepared.get(key)
         if step is None:
             plan = self._once(self._work(layout, x, alignment, reads=1 + (residual is not None)), x)
