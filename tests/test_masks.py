@@ -171,6 +171,19 @@ def test_the_oracle_of_renormalisation_by_its_definition():
     )
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (40, 3, 10, 50)], ids=str)
+def test_a_count_may_be_an_array(shape):
+    """As of several ranks, whose sum is known to the device only."""
+    x, dy, _ = data(shape)
+    _, saved = gpu_bn.batch_norm_forward(x, *parameters(), training=True)
+    for count in (saved.moments.count, 3 * saved.moments.count):
+        number, array = (
+            gpu_bn.batch_norm_backward(dy, replace(saved, moments=replace(saved.moments, count=value)))
+            for value in (count, np.array([count], float))
+        )
+        assert same_bits(number.dx, array.dx)
+
+
 class MaskDroppedInTheBackwardSums(NumpyBackend):
     def backward_reduce(self, dy, saved, dz):
         return super().backward_reduce(np.nan_to_num(dy, nan=1.0), replace(saved, valid=None), dz)
