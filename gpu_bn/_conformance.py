@@ -39,7 +39,7 @@ def conformance(backend: str | None) -> bool:
         if why_not := unavailable(name):
             print(f"{name}: not run, {why_not}\n")
             continue
-        cases = testing.cases()
+        cases = [*testing.cases(), *testing.extended_cases()]
         with progress(f"Checking {name}: {len(cases)} cases", len(cases)) as tick:
             outcomes = [run(case, name, tick) for case in cases]
         print(summary(name, outcomes))

@@ -28,6 +28,9 @@ def batch_norm(
     channel_axis: int = 1,
     backend: Backend | str | None = None,
     out: Array | None = None,
+    mask: Array | None = None,
+    virtual_batch_size: int | None = None,
+    renorm: tuple[float, float] | None = None,
 ) -> Array:
     """Batch normalisation, ``y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)``.
 
@@ -48,6 +51,14 @@ def batch_norm(
         channel_axis: where the channels are; negative counts from the end.
         backend: a name, or ``None`` for the one that serves ``x``.
         out: where to write the result; like ``x``, and ``x`` or ``residual`` itself are allowed.
+        mask: which positions there are, bool or uint8; of ``x``'s rank with one channel, or without the channel axis;
+            other extents are ``x``'s or 1. The rest, whatever ``x`` holds there, is left out of all statistics and
+            sums; ``y`` and its gradients are 0 there.
+        virtual_batch_size: how many samples (axis 0) are normalised together in training; it divides the batch.
+            The result, gradients and running statistics are those of one call for each such ghost batch, in order
+            (Hoffer et al. 2017, Alg. 1).
+        renorm: ``(r_max, d_max)`` of batch renormalisation (Ioffe 2017): in training, statistics are pulled towards
+            the running ones, up to a factor ``r_max`` and ``d_max`` standard deviations; ``(1, 0)`` changes nothing.
 
     Returns:
         ``y``, with ``x``'s shape, dtype and memory format.
@@ -56,7 +67,7 @@ def batch_norm(
         TypeError: not an array, arrays of several libraries, a dtype that is none of the above, or a ``residual`` or
             ``out`` of another dtype than ``x``.
         ValueError: a shape, length or option that does not fit; missing running statistics; one value per channel in
-            training.
+            training (of a ghost batch); ``renorm`` without running statistics or with ghost batches.
         BackendUnavailableError: the backend cannot be had; the message says why.
 
     A call that raises has changed nothing. For torch tensors the call is differentiable
@@ -79,6 +90,9 @@ def batch_norm(
             channel_axis=channel_axis,
             backend=backend,
             out=out,
+            mask=mask,
+            virtual_batch_size=virtual_batch_size,
+            renorm=renorm,
         )
         return y
     return _forward(
@@ -95,6 +109,9 @@ def batch_norm(
         channel_axis,
         backend,
         out,
+        mask,
+        virtual_batch_size,
+        renorm,
         in_place=True,
     )[0]
 
@@ -114,6 +131,9 @@ def batch_norm_forward(
     channel_axis: int = 1,
     backend: Backend | str | None = None,
     out: Array | None = None,
+    mask: Array | None = None,
+    virtual_batch_size: int | None = None,
+    renorm: tuple[float, float] | None = None,
 ) -> tuple[Array, Saved]:
     """:func:`batch_norm`, and what :func:`batch_norm_backward` needs.
 
@@ -135,6 +155,9 @@ def batch_norm_forward(
         channel_axis,
         backend,
         out,
+        mask,
+        virtual_batch_size,
+        renorm,
         in_place=False,
     )
 
@@ -166,8 +189,8 @@ def batch_norm_backward(
     spec.check_like("dy", dy, saved.x)
     available = {
         "dx": True,
-        "dweight": saved.weight is not None,
-        "dbias": saved.bias is not None,
+        "dweight": saved.weight_dtype is not None,
+        "dbias": saved.bias_dtype is not None,
         "dresidual": saved.has_residual,
     }
     if need is None:
@@ -195,6 +218,9 @@ def _forward(
     channel_axis: int,
     backend: Backend | str | None,
     out: Array | None,
+    mask: Array | None,
+    virtual_batch_size: int | None,
+    renorm: tuple[float, float] | None,
     in_place: bool,
 ) -> tuple[Array, Saved]:
     engine = dispatch.select(
@@ -206,6 +232,7 @@ def _forward(
         bias=bias,
         residual=residual,
         out=out,
+        mask=mask,
     )
     options = spec.check_forward(
         x,
@@ -220,5 +247,9 @@ def _forward(
         activation,
         channel_axis,
         out,
+        mask,
+        virtual_batch_size,
+        renorm,
     )
-    return ops.forward(engine, x, options, running_mean, running_var, weight, bias, residual, out, in_place)
+    valid = None if mask is None else ops.positions(mask, x.shape, options.axis)
+    return ops.forward(engine, x, options, running_mean, running_var, weight, bias, residual, out, in_place, valid)

@@ -33,6 +33,7 @@ class BatchNorm:
         activation: what follows, as in :func:`gpu_bn.batch_norm`.
         channel_axis: where the channels are.
         backend: as in :func:`gpu_bn.batch_norm`.
+        virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`; they have no effect in evaluation mode.
 
     Attributes:
         weight, bias: (C,), ones and zeros at first, or ``None``.
@@ -56,6 +57,8 @@ class BatchNorm:
         activation: Activation | str | None = None,
         channel_axis: int = 1,
         backend: Backend | str | None = None,
+        virtual_batch_size: int | None = None,
+        renorm: tuple[float, float] | None = None,
     ) -> None:
         if not isinstance(num_features, (int, np.integer)) or num_features < 0:
             raise ValueError(f"num_features should be a non-negative int, got {num_features!r}")
@@ -70,6 +73,8 @@ class BatchNorm:
         self.activation = Activation.of(activation)
         self.channel_axis = channel_axis
         self.backend = backend
+        self.virtual_batch_size = virtual_batch_size
+        self.renorm = None if renorm is None else spec.check_renorm(renorm, track_running_stats)
         self.training = True
         self.grad: dict[str, Array] = {}
         self._saved: Saved | None = None
@@ -84,12 +89,13 @@ class BatchNorm:
         self.running_var: Array | None = xp.ones(num_features, dtype) if track_running_stats else None
         self.num_batches_tracked: Array | None = xp.zeros((), np.int64) if track_running_stats else None
 
-    def forward(self, x: Array, residual: Array | None = None) -> Array:
+    def forward(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
         """Normalise ``x``; the call's statistics are kept for one :meth:`backward`.
 
         Args:
             x: 2-D to 5-D, C channels along ``channel_axis``.
             residual: added before the activation; like ``x``.
+            mask: which positions count, as in :func:`gpu_bn.batch_norm`.
 
         Returns:
             ``y``, like ``x``.
@@ -97,12 +103,12 @@ class BatchNorm:
         Raises:
             TypeError, ValueError: as :func:`gpu_bn.batch_norm`; neither statistics nor counter have changed then.
         """
-        y, self._saved = self.forward_saving(x, residual)
+        y, self._saved = self.forward_saving(x, residual, mask)
         return y
 
     __call__ = forward
 
-    def forward_saving(self, x: Array, residual: Array | None = None) -> tuple[Array, Saved]:
+    def forward_saving(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> tuple[Array, Saved]:
         """:meth:`forward`, returning what :meth:`backward` needs; for several calls before their backward calls."""
         batch_stats = self.training or self.running_mean is None
         counter = self.num_batches_tracked if self.training else None
@@ -123,6 +129,9 @@ class BatchNorm:
             activation=self.activation,
             channel_axis=self.channel_axis,
             backend=self.backend,
+            mask=mask,
+            virtual_batch_size=self.virtual_batch_size if self.training else None,
+            renorm=self.renorm if self.training else None,
         )
         if counter is not None:
             counter += 1
@@ -234,6 +243,9 @@ class BatchNorm:
         )
         if not self.activation.is_identity:
             text += f", activation={self.activation!r}"
+        for name in ("virtual_batch_size", "renorm"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)}"
         return f"{type(self).__name__}({text})"
 
 

@@ -7,6 +7,7 @@ because they are written last.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gpu_bn.backends.protocol import Backend, Fused, Moments, Saved, Sums
@@ -42,19 +43,23 @@ def forward(
     residual: Array | None,
     out: Array | None,
     in_place: bool,
+    valid: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Normalise, update the running statistics, and return ``y`` and what the backward call needs.
 
-    ``in_place`` allows ``out`` to be the input or the residual, which a backward call would read.
+    ``in_place`` allows ``out`` to be the input or the residual, which a backward call would read; ``valid`` is what
+    :func:`positions` makes of a mask.
     """
     if out is not None:
         backend.check_out(out, x, residual, in_place)
     count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
-    if count and x.shape[spec.axis] and (fused := _fused(backend)):
-        return fused.forward(x, spec, running_mean, running_var, weight, bias, residual, out)
+    if count and x.shape[spec.axis] and spec.renorm is None and (fused := _fused(backend)):
+        arguments = (x, spec, running_mean, running_var, weight, bias, residual, out)
+        return fused.forward(*arguments) if valid is None else fused.forward(*arguments, valid)
     tracked = running_mean is not None and running_var is not None
     if spec.batch_stats:
-        moments = backend.stats(x, spec.axis)
+        plain = valid is None and spec.groups == 1
+        moments = backend.stats(x, spec.axis) if plain else backend.stats(x, spec.axis, valid, spec.groups)
     else:
         moments = Moments(count, backend.vector(running_mean), backend.vector(running_var))
     saved = Saved(
@@ -67,7 +72,10 @@ def forward(
         bias_dtype=None if bias is None else bias.dtype,
         has_residual=residual is not None,
         spec=spec,
+        valid=valid,
     )
+    if spec.renorm is not None:
+        saved = _renormalized(backend, saved, running_mean, running_var)
     y = backend.empty_like(x) if out is None else out
     if count:
         backend.normalize(saved, residual, y)
@@ -79,6 +87,8 @@ def forward(
 def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
     """The gradients named in ``need``, which names only arguments that the forward call had."""
     activation, batch_stats = saved.spec.activation, saved.spec.batch_stats
+    if saved.renorm is not None:
+        return _renormalized_backward(backend, dy, saved, need)
     if math.prod(saved.x.shape) and (fused := _fused(backend)):
         return Grads(*fused.backward(dy, saved, need))
     dx = backend.empty_like(saved.x) if "dx" in need else None
@@ -86,10 +96,13 @@ def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) ->
         return _empty_grads(backend, saved, dx, need)
     dresidual = dz = None
     if "dresidual" in need:
-        dresidual = backend.copy(dy, saved.x) if activation.is_identity else backend.empty_like(saved.x)
+        same = activation.is_identity and saved.valid is None
+        dresidual = backend.copy(dy, saved.x) if same else backend.empty_like(saved.x)
     exact = not activation.is_identity and backend.keeps_dz(saved)
     if not activation.is_identity:
         dz = dx if exact and dresidual is None else dresidual
+    elif saved.valid is not None:
+        dz = dresidual
     sums: Sums | None = None
     if need & {"dweight", "dbias"} or (dx is not None and batch_stats) or (dz is not None and dz is dresidual):
         sums = backend.backward_reduce(dy, saved, dz)
@@ -97,15 +110,65 @@ def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) ->
         backend.backward_input(dy, saved, sums if batch_stats else None, dx, dz if exact and sums else None)
     return Grads(
         dx=dx,
-        dweight=backend.cast(sums.dz_xhat, saved.weight_dtype) if sums and "dweight" in need else None,
-        dbias=backend.cast(sums.dz, saved.bias_dtype) if sums and "dbias" in need else None,
+        dweight=backend.cast(_total(sums.dz_xhat, saved), saved.weight_dtype) if sums and "dweight" in need else None,
+        dbias=backend.cast(_total(sums.dz, saved), saved.bias_dtype) if sums and "dbias" in need else None,
         dresidual=dresidual,
     )
 
 
+def positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """A checked mask as backends take it: bool, dense, of the input's ``shape`` but one channel along ``axis``."""
+    if mask.ndim < len(shape):
+        mask = mask[(slice(None),) * axis + (None,)]
+    valid = mask != 0
+    wanted = (*shape[:axis], 1, *shape[axis + 1 :])
+    if hasattr(valid, "expand"):  # a tensor's broadcast is a method, an array's would need its library
+        return valid.expand(wanted).contiguous()
+    for at, size in enumerate(wanted):
+        if valid.shape[at] != size:
+            valid = valid.repeat(size, at)
+    return valid if valid.flags.c_contiguous else valid.copy()
+
+
+def _total(sums: Array, saved: Saved) -> Array:
+    """The sums of all ghost batches, (C,)."""
+    groups = saved.spec.groups
+    return sums if groups == 1 else sums.reshape((groups, -1)).sum(0)
+
+
+def renormalized(saved: Saved, r: Array, d: Array) -> Saved:
+    """The call with xhat * r + d in the place of xhat, which a change of weight and bias brings about."""
+    weight, bias = (r, d) if saved.weight is None else (saved.weight * r, saved.weight * d)
+    return replace(saved, weight=weight, bias=bias if saved.bias is None else bias + saved.bias, renorm=(r, d))
+
+
+def _renormalized(backend: Backend, saved: Saved, running_mean: Array, running_var: Array) -> Saved:
+    """Batch renormalisation with the running statistics as they are before the call."""
+    assert saved.spec.renorm is not None
+    r_max, d_max = saved.spec.renorm
+    rstd = (backend.vector(running_var) + saved.spec.eps) ** -0.5
+    r = (rstd / saved.rstd).clip(1 / r_max, r_max)
+    d = ((saved.mean - backend.vector(running_mean)) * rstd).clip(-d_max, d_max)
+    return renormalized(saved, r, d)
+
+
+def _renormalized_backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
+    """The gradients by the original weight and bias; ``r`` and ``d`` are constants."""
+    assert saved.renorm is not None
+    r, d = saved.renorm
+    plain = replace(saved, renorm=None, weight_dtype=r.dtype, bias_dtype=r.dtype)
+    grads = backward(backend, dy, plain, need | {"dweight", "dbias"} if "dweight" in need else need)
+    dweight, dbias = grads.dweight, grads.dbias
+    if dweight is not None:
+        dweight = backend.cast(r * dweight + d * dbias, saved.weight_dtype)
+    dbias = backend.cast(dbias, saved.bias_dtype) if "dbias" in need else None
+    return grads._replace(dweight=dweight, dbias=dbias)
+
+
 def _empty_grads(backend: Backend, saved: Saved, dx: Array | None, need: frozenset[str]) -> Grads:
     """The gradients of an empty batch: nothing for the inputs, zeros for the parameters."""
-    zeros = abs(saved.moments.mean) < 0  # false in every channel, also where the mean is NaN
+    mean = saved.moments.mean[: saved.x.shape[saved.spec.axis]]  # of one ghost batch
+    zeros = abs(mean) < 0  # false in every channel, also where the mean is NaN
     return Grads(
         dx=dx,
         dweight=backend.cast(zeros, saved.weight_dtype) if "dweight" in need else None,

@@ -14,6 +14,15 @@ Otherwise they are the running statistics (Alg. 2). With ``g = dz``, the gradien
     dbias = sum(g)        dweight = sum(g * xhat)        dresidual = g
     dx = weight * rstd * (g - dbias / n - xhat * dweight / n)               (batch statistics)
     dx = weight * rstd * g                                                  (running statistics)
+
+A *mask* says which positions there are: the others are left out of every sum and of ``n``, and ``y``, ``dx`` and
+``dresidual`` are 0 there. *Ghost batches* (Hoffer et al. 2017, Alg. 1) are groups of samples that are normalised as if
+each were a call of its own. *Batch renormalisation* (Ioffe 2017) puts ``xhat * r + d`` in the place of ``xhat``, with::
+
+    r = clip(sd_batch / sd_running, 1 / r_max, r_max)
+    d = clip((mean_batch - mean_running) / sd_running, -d_max, d_max)
+
+from the running statistics before the update, ``sd = sqrt(var + eps)``, and both constants to the gradient.
 """
 
 from __future__ import annotations
@@ -30,6 +39,7 @@ Array = Any
 """An array of whichever library serves the call; :mod:`gpu_bn.dispatch` knows which."""
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+MASK_DTYPES = ("bool", "uint8")
 MIN_RANK, MAX_RANK = 2, 5
 
 
@@ -39,7 +49,8 @@ class BatchNormSpec:
 
     ``momentum`` is a number, or a 0-d array that holds it, so that it need not be read from a GPU.
     ``batch_stats`` tells whether ``mean`` and ``var`` come from the batch (training, or evaluation without
-    running statistics); ``axis`` is the channel axis, counted from 0.
+    running statistics); ``axis`` is the channel axis, counted from 0. ``groups`` is the number of ghost batches;
+    ``renorm`` is ``(r_max, d_max)``.
     """
 
     axis: int
@@ -47,6 +58,8 @@ class BatchNormSpec:
     momentum: Any
     eps: float
     activation: Activation
+    groups: int = 1
+    renorm: tuple[float, float] | None = None
 
 
 def check_forward(
@@ -62,6 +75,9 @@ def check_forward(
     activation: Activation | str | None,
     channel_axis: int,
     out: Array | None,
+    mask: Array | None = None,
+    virtual_batch_size: int | None = None,
+    renorm: tuple[float, float] | None = None,
 ) -> BatchNormSpec:
     """Check a forward call and return its options.
 
@@ -82,14 +98,62 @@ def check_forward(
         if vector is not None:
             check_vector(name, vector, channels)
     check_running(running_mean, running_var, training)
-    if training and math.prod(x.shape) == channels > 0:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    groups = 1 if virtual_batch_size is None else check_groups(x.shape, axis, virtual_batch_size, training)
+    if training and math.prod(x.shape) == groups * channels > 0:
+        size = (x.shape[0] // groups, *x.shape[1:])
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    if mask is not None:
+        check_mask(mask, x.shape, axis)
+    if renorm is not None:
+        renorm = check_renorm(renorm, training and running_mean is not None, groups)
     for name, like in (("residual", residual), ("out", out)):
         if like is not None:
             check_like(name, like, x)
     if out is not None:
         check_writeable("out", out)
-    return BatchNormSpec(axis, training, _momentum(momentum), float(eps), Activation.of(activation))
+    return BatchNormSpec(axis, training, _momentum(momentum), float(eps), Activation.of(activation), groups, renorm)
+
+
+def check_mask(mask: Array, shape: tuple[int, ...], axis: int) -> None:
+    """Check a mask: bool or uint8, and broadcast to ``shape`` with one channel, whose axis it may lack."""
+    name = str(mask.dtype).rpartition(".")[2]
+    if name not in MASK_DTYPES:
+        raise TypeError(f"mask should be one of {', '.join(MASK_DTYPES)}, got {name}")
+    wanted = (*shape[:axis], 1, *shape[axis + 1 :])
+    got = tuple(mask.shape)
+    given = got if len(got) == len(shape) else (*got[:axis], 1, *got[axis:])
+    fits = len(given) == len(shape) and all(a in (b, 1) for a, b in zip(given, wanted, strict=True))
+    if not fits:
+        without = (*shape[:axis], *shape[axis + 1 :])
+        raise ValueError(f"mask should broadcast to {wanted} or {without}, got {got}")
+
+
+def check_groups(shape: tuple[int, ...], axis: int, virtual_batch_size: int, training: bool) -> int:
+    """Check a size of ghost batches and return how many there are: one in evaluation."""
+    size = virtual_batch_size
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"virtual_batch_size should be an int, got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"virtual_batch_size should be positive, got {size}")
+    if axis == 0:
+        raise ValueError("virtual_batch_size divides axis 0, which is the channel axis here")
+    if training and shape[0] % size:
+        raise ValueError(f"virtual_batch_size should divide the batch of {shape[0]}, got {size}")
+    return max(shape[0] // size, 1) if training else 1
+
+
+def check_renorm(renorm: tuple[float, float], tracked: bool, groups: int = 1) -> tuple[float, float]:
+    """Check ``(r_max, d_max)`` for a call that has, or has not, running statistics to train."""
+    if not isinstance(renorm, tuple) or len(renorm) != 2 or not all(isinstance(most, Real) for most in renorm):
+        raise TypeError(f"renorm should be two numbers (r_max, d_max), got {renorm!r}")
+    r_max, d_max = map(float, renorm)
+    if not (r_max >= 1 and d_max >= 0):
+        raise ValueError(f"renorm should have r_max >= 1 and d_max >= 0, got {renorm}")
+    if not tracked:
+        raise ValueError("renorm needs training and running statistics")
+    if groups > 1:
+        raise ValueError("renorm cannot be combined with virtual_batch_size: ghost batches have no statistics to share")
+    return r_max, d_max
 
 
 def check_options(training: bool, momentum: float | Array, eps: float) -> None:

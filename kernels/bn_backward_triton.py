@@ -7,14 +7,19 @@ from gpu_bn.kernels.common_triton import (
     affine,
     channel_sum,
     channels_of,
+    group_of,
     known_elements,
     load_bits,
     load_wide,
+    mask_of,
     merged_sums,
     offsets_of,
     pre_activation,
+    reciprocal_from,
     share_of,
+    start_of,
     store_as,
+    valid_elements,
     vectors_at,
 )
 
@@ -23,8 +28,9 @@ from gpu_bn.kernels.common_triton import (
 def gradient_of(
     value, dy, residual, mask, vector, position, last, strip, row, known, centre, scale, shift, parameter,
     GRADIENT: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr,
+    there=None,
 ):  # fmt: skip
-    """dz of one tile, from the forward pass's bits or from z computed again."""
+    """dz of one tile, from the forward pass's bits or from z computed again; 0 where a mask says so."""
     if mask is not None:
         keep = load_bits(mask, vector, position, last, strip, row, LANES, VEC, COLUMNS)
         dz = GRADIENT(keep, dy, parameter.to(COMPUTE))
@@ -33,32 +39,39 @@ def gradient_of(
         if residual is not None:
             added = tl.load(residual + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
         dz = GRADIENT(pre_activation(value, added, centre, scale, shift), dy, parameter.to(COMPUTE))
+    if there is not None:
+        known = there
     return tl.where(known, dz, 0.0)
 
 
 @triton.jit
 def reduce_tiles(
-    x, dy, residual, mask, dz, dx, dz_here, product_here, centre, scale, shift, parameter, first, last, strip,
-    row, jump, magic, power,
+    x, dy, residual, mask, valid, dz, dx, dz_here, product_here, centre, scale, shift, parameter, first, last, strip,
+    row, jump, magic, power, start,
     GRADIENT: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
     WIDE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Add dz and dz * (x - centre), tile by tile, and write what is asked for."""
     for begin in range(first, last, POSITIONS):
         position = begin + tl.arange(0, POSITIONS)
-        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE)
+        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
         known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
         offsets = offsets_of(vector, LANES, VEC)
         value = tl.load(x + offsets, mask=known, other=0.0).to(COMPUTE)
         given = tl.load(dy + offsets, mask=known, other=0.0).to(COMPUTE)
+        there = None
+        if valid is not None:
+            there = valid_elements(valid, known, position, last, VEC, COLUMNS)
         gradient = gradient_of(
             value, given, residual, mask, vector, position, last, strip, row, known, centre, scale, shift,
-            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE,
+            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE, there,
         )  # fmt: skip
         if dz is not None:
             store_as(dz + offsets, gradient, known)
         if dx is not None:
             store_as(dx + offsets, gradient * scale, known)
+        if valid is not None:
+            known = there
         dz_here += gradient
         product_here = tl.fma(gradient, tl.where(known, value - centre, 0.0), product_here)
     return dz_here, product_here
@@ -66,45 +79,50 @@ def reduce_tiles(
 
 @triton.jit
 def bn_backward_reduce_kernel(
-    x, dy, residual, mask, dz, dx, mean, var, weight, bias, partials, eps, parameter,
+    x, dy, residual, mask, valid, dz, dx, mean, var, weight, bias, partials, eps, parameter,
     channels, row, jump, magic, power, positions, share,
     GRADIENT: tl.constexpr, CHAIN: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz and of dz * (x - centre) over each block's share, to partials[2, blocks, channels].
+    """Sums of dz and of dz * (x - centre) over each block's share, to partials[2, blocks, groups * channels].
 
     Also writes dz, and with frozen statistics dx, where they are asked for.
     """
-    strip, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    program, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    strip, group = group_of(program, GROUPS)
+    start = start_of(group, channels, row, positions, GROUPS, COLUMNS, WIDE)
+    valid = mask_of(valid, group, positions, VEC, COLUMNS, WIDE)
     first, last = share_of(block, share, positions, WIDE)
     channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    mean_c = load_wide(mean, channel, known_channels, 0.0)
-    var_c = load_wide(var, channel, known_channels, 1.0)
+    place = channel + group * channels
+    mean_c = load_wide(mean, place, known_channels, 0.0)
+    var_c = load_wide(var, place, known_channels, 1.0)
     weight_c = load_wide(weight, channel, known_channels, 1.0)
     bias_c = load_wide(bias, channel, known_channels, 0.0)
     centre, scale, shift, _, _ = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
     zeros = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
     if CHAIN == 0:
         dz_here, product_here = reduce_tiles(
-            x, dy, residual, mask, dz, dx, zeros, zeros, centre, scale, shift, parameter, first, last, strip,
-            row, jump, magic, power, GRADIENT, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE,
+            x, dy, residual, mask, valid, dz, dx, zeros, zeros, centre, scale, shift, parameter, first, last, strip,
+            row, jump, magic, power, start, GRADIENT, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE,
         )  # fmt: skip
         sum_dz = channel_sum(dz_here, COLUMNS)
         sum_product = channel_sum(product_here, COLUMNS)
     else:
         sum_dz = load_wide(None, channel, known_channels, 0.0)
         sum_product = sum_dz
-        for start in range(first, last, CHAIN * POSITIONS):
-            end = tl.minimum(start + CHAIN * POSITIONS, last)
+        for begin in range(first, last, CHAIN * POSITIONS):
+            end = tl.minimum(begin + CHAIN * POSITIONS, last)
             dz_here, product_here = reduce_tiles(
-                x, dy, residual, mask, dz, dx, zeros, zeros, centre, scale, shift, parameter, start, end, strip,
-                row, jump, magic, power, GRADIENT, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE,
+                x, dy, residual, mask, valid, dz, dx, zeros, zeros, centre, scale, shift, parameter, begin, end, strip,
+                row, jump, magic, power, start, GRADIENT, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE,
             )  # fmt: skip
             sum_dz += channel_sum(dz_here, COLUMNS)
             sum_product += channel_sum(product_here, COLUMNS)
     if partials is not None:
-        tl.store(partials + block * channels + channel, sum_dz, mask=known_channels)
-        tl.store(partials + (blocks + block) * channels + channel, sum_product, mask=known_channels)
+        channels *= GROUPS
+        tl.store(partials + block * channels + place, sum_dz, mask=known_channels)
+        tl.store(partials + (blocks + block) * channels + place, sum_product, mask=known_channels)
 
 
 @triton.jit
@@ -120,10 +138,13 @@ def write_sums(dweight, dbias, sum_dz, sum_dz_xhat, channel, known):
 def bn_merge_sums_kernel(
     partials, mean, var, dweight, dbias, eps, channels, blocks,
     CHUNK: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The parameters' gradients from the blocks' sums."""
-    strip = tl.program_id(0)
+    strip, group = group_of(tl.program_id(0), GROUPS)
     channel, known = channels_of(strip, channels, LANES, VEC, COLUMNS)
+    channel += group * channels
+    channels *= GROUPS
     sum_dz, sum_product = merged_sums(partials, blocks, channel, known, channels, CHUNK, COLUMNS)
     mean_c = load_wide(mean, channel, known, 0.0)
     var_c = load_wide(var, channel, known, 1.0)
@@ -141,55 +162,68 @@ def input_coefficients(sum_dz, sum_dz_xhat, rest, rstd, inverse_count, COMPUTE: 
 
 @triton.jit
 def bn_backward_input_kernel(
-    x, dy, residual, mask, dz, dx, mean, var, weight, bias, partials, sum_dz, sum_dz_xhat, dweight, dbias, eps,
-    parameter, inverse_count, channels, row, jump, magic, power, positions, share,
+    x, dy, residual, mask, valid, dz, dx, mean, var, weight, bias, partials, sum_dz, sum_dz_xhat, dweight, dbias, eps,
+    parameter, inverse_count, counts, channels, row, jump, magic, power, positions, share,
     GRADIENT: tl.constexpr, CHUNK: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """dx (and dz), from the end of the tensor to its start.
 
     The sums come from ``partials``, or else from ``sum_dz`` and ``sum_dz_xhat``; with frozen statistics there are none.
+    ``counts``, if there, has the counts of the ghost batches, in place of ``inverse_count``.
     """
     blocks = tl.num_programs(1)
-    strip = tl.num_programs(0) - 1 - tl.program_id(0)
+    strip, group = group_of(tl.num_programs(0) - 1 - tl.program_id(0), GROUPS)
+    start = start_of(group, channels, row, positions, GROUPS, COLUMNS, WIDE)
+    valid = mask_of(valid, group, positions, VEC, COLUMNS, WIDE)
     block = blocks - 1 - tl.program_id(1)
     first, last = share_of(block, share, positions, WIDE)
     channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    mean_c = load_wide(mean, channel, known_channels, 0.0)
-    var_c = load_wide(var, channel, known_channels, 1.0)
+    place = channel + group * channels
+    mean_c = load_wide(mean, place, known_channels, 0.0)
+    var_c = load_wide(var, place, known_channels, 1.0)
     weight_c = load_wide(weight, channel, known_channels, 1.0)
     bias_c = load_wide(bias, channel, known_channels, 0.0)
     centre, scale, shift, rest, rstd = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
     FROZEN: tl.constexpr = partials is None and sum_dz is None
     if partials is not None:
-        dz_c, product_c = merged_sums(partials, blocks, channel, known_channels, channels, CHUNK, COLUMNS)
+        dz_c, product_c = merged_sums(partials, blocks, place, known_channels, channels * GROUPS, CHUNK, COLUMNS)
         dz_xhat_c = (product_c - rest * dz_c) * rstd
         if block == 0:
-            write_sums(dweight, dbias, dz_c, dz_xhat_c, channel, known_channels)
+            write_sums(dweight, dbias, dz_c, dz_xhat_c, place, known_channels)
     elif not FROZEN:
-        dz_c = load_wide(sum_dz, channel, known_channels, 0.0)
-        dz_xhat_c = load_wide(sum_dz_xhat, channel, known_channels, 0.0)
+        dz_c = load_wide(sum_dz, place, known_channels, 0.0)
+        dz_xhat_c = load_wide(sum_dz_xhat, place, known_channels, 0.0)
     if not FROZEN:
+        if counts is not None:
+            inverse_count = reciprocal_from(tl.load(counts + group), 1.0)
         slope, offset = input_coefficients(dz_c, dz_xhat_c, rest, rstd, inverse_count, COMPUTE)
     tiles = (last - first + POSITIONS - 1) // POSITIONS
     for back in range(tiles):
         position = first + (tiles - 1 - back) * POSITIONS + tl.arange(0, POSITIONS)
-        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE)
+        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
         known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
         offsets = offsets_of(vector, LANES, VEC)
         value = tl.load(x + offsets, mask=known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
         given = tl.load(dy + offsets, mask=known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+        there = None
+        if valid is not None:
+            there = valid_elements(valid, known, position, last, VEC, COLUMNS)
         gradient = gradient_of(
             value, given, residual, mask, vector, position, last, strip, row, known, centre, scale, shift,
-            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE,
+            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE, there,
         )  # fmt: skip
         if dz is not None:
             store_as(dz + offsets, gradient, known)
         if dx is not None:
+            places = dx + offsets
             if FROZEN:
-                store_as(dx + offsets, gradient * scale, known)
+                result = gradient * scale
             else:
-                store_as(dx + offsets, (tl.fma(value - centre, slope, gradient) + offset) * scale, known)
+                result = (tl.fma(value - centre, slope, gradient) + offset) * scale
+            if valid is not None:
+                result = tl.where(there, result, 0.0)
+            store_as(places, result, known)
 
 
 @triton.jit

@@ -33,10 +33,31 @@ def share_of(block, share, positions, WIDE: tl.constexpr):
 
 
 @triton.jit
+def group_of(program, GROUPS: tl.constexpr):
+    """A program's strip and ghost batch, of GROUPS that the strips of a launch are shared by."""
+    if GROUPS == 1:
+        return program, 0
+    else:
+        strips = tl.num_programs(0) // GROUPS
+        return program % strips, program // strips
+
+
+@triton.jit
+def start_of(group, channels, row, positions, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """The number of a ghost batch's first vector."""
+    if GROUPS == 1:
+        return 0
+    else:
+        if WIDE:
+            group = tl.cast(group, tl.int64)
+        return group * positions * (row if COLUMNS else channels)
+
+
+@triton.jit
 def vectors_at(
-    position, strip, row, jump, magic, power, LANES: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
+    position, strip, row, jump, magic, power, LANES: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, start=0
 ):  # fmt: skip
-    """The number of each position's (first) vector.
+    """The number of each position's (first) vector, from ``start`` on.
 
     Rows have ``row`` vectors; from the end of one of a channel's rows to the start of its next it is ``jump``.
     position // row is (position * magic) >> power.
@@ -44,12 +65,40 @@ def vectors_at(
     if WIDE:
         strip = tl.cast(strip, tl.int64)
     if COLUMNS:
-        return position * row + strip * LANES
+        return position * row + strip * LANES + start
     elif WIDE:
-        return position + strip * row + (position // row) * jump
+        return position + strip * row + (position // row) * jump + start
     else:
         outer = ((position.to(tl.int64) * magic) >> power).to(tl.int32)
-        return position + strip * row + outer * jump
+        return position + strip * row + outer * jump + start
+
+
+@triton.jit
+def mask_of(valid, group, positions, VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """Where the mask of a ghost batch starts: it has a byte for each element of a channel."""
+    if valid is None:
+        return None
+    else:
+        if WIDE:
+            group = tl.cast(group, tl.int64)
+        return valid + group * positions * (1 if COLUMNS else VEC)
+
+
+@triton.jit
+def valid_positions(valid, position, last, VEC: tl.constexpr, COLUMNS: tl.constexpr):
+    """[POSITIONS, VEC] or, in columns, [POSITIONS]: what a mask leaves of a channel."""
+    if COLUMNS:
+        return tl.load(valid + position, mask=position < last, other=0) != 0
+    else:
+        places = position[:, None] * VEC + tl.arange(0, VEC)[None, :]
+        return tl.load(valid + places, mask=(position < last)[:, None], other=0) != 0
+
+
+@triton.jit
+def valid_elements(valid, known, position, last, VEC: tl.constexpr, COLUMNS: tl.constexpr):
+    """The known elements that a mask leaves."""
+    there = valid_positions(valid, position, last, VEC, COLUMNS)
+    return known & (there[:, None] if COLUMNS else there)
 
 
 @triton.jit
@@ -92,6 +141,15 @@ def reciprocal(count):
     guess = (1.0 / count.to(tl.float32)).to(tl.float64)
     guess = guess * tl.fma(-count, guess, 2.0)
     return guess * tl.fma(-count, guess, 2.0)
+
+
+@triton.jit
+def reciprocal_from(count, least: tl.constexpr):
+    """1 / count, of a count of at least ``least`` if that is not 0."""
+    if least == 0.0:
+        return reciprocal(count)
+    else:
+        return reciprocal(tl.maximum(count, least))
 
 
 @triton.jit
@@ -158,18 +216,24 @@ def store_bits(
 # -------------------------------------------------------------------------------------------------------- statistics
 @triton.jit
 def first_shift(
-    x, first, last, strip, row, jump, magic, power,
+    x, valid, first, last, strip, row, jump, magic, power, start,
     SAMPLES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The mean of samples spread over a program's share; 0 if it is not finite."""
+    """The mean of samples spread over a program's share; 0 if it is not finite, or nothing of them is valid."""
     step = tl.maximum((last - first) // SAMPLES, 1)
     position = first + tl.arange(0, SAMPLES) * step
-    vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE)
+    vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
     known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
     sample = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
     taken = tl.minimum((last - first + step - 1) // step, SAMPLES).to(COMPUTE)
-    if COLUMNS:
+    if valid is not None:
+        there = valid_elements(valid, known, position, last, VEC, COLUMNS)
+        sample = tl.where(there, sample, 0.0)
+        mean = channel_sum(sample, COLUMNS).to(COMPUTE) / channel_sum(there.to(COMPUTE), COLUMNS).to(COMPUTE)
+        if x.dtype.element_ty.primitive_bitwidth == 16:  # deviations of 16-bit numbers from one of them add up exactly
+            mean = mean.to(x.dtype.element_ty).to(COMPUTE)
+    elif COLUMNS:
         mean = tl.sum(sample, 0) / taken
     else:
         mean = tl.sum(tl.sum(sample, 1), 0) / (taken * VEC)
@@ -187,48 +251,76 @@ def deviations(value, shift, factor, known, RANGE: tl.constexpr):
 
 @triton.jit
 def add_tiles(
-    x, d1, d2, shift, factor, first, last, strip, row, jump, magic, power,
+    x, valid, d0, d1, d2, shift, factor, first, last, strip, row, jump, magic, power, start,
     POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
     COMPUTE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
-    """Add deviations to d1 and their squares to d2, tile by tile."""
+    """Add deviations to d1 and their squares to d2, tile by tile; with a mask, count in d0 what they are of."""
     for begin in range(first, last, POSITIONS):
         position = begin + tl.arange(0, POSITIONS)
-        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE)
+        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
         known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
         value = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
+        if valid is not None:
+            there = valid_positions(valid, position, last, VEC, COLUMNS)
+            known = known & (there[:, None] if COLUMNS else there)
+            d0 += there.to(tl.int32)
         d = deviations(value, shift, factor, known, RANGE)
         d1 += d
         d2 = tl.fma(d, d, d2)
-    return d1, d2
+    return d0, d1, d2
+
+
+@triton.jit
+def counts_of_none(POSITIONS: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr):
+    if COLUMNS:
+        return tl.zeros((POSITIONS,), tl.int32)
+    else:
+        return tl.zeros((POSITIONS, VEC), tl.int32)
+
+
+@triton.jit
+def count_of(block, COLUMNS: tl.constexpr):
+    """The sum of :func:`valid_positions`, in float64: one number, the same for all channels."""
+    if COLUMNS:
+        return tl.sum(block, 0).to(tl.float64)
+    else:
+        return tl.sum(tl.sum(block, 1), 0).to(tl.float64)
 
 
 @triton.jit
 def streamed_sums(
-    x, shift, factor, first, last, strip, row, jump, magic, power,
+    x, valid, shift, factor, first, last, strip, row, jump, magic, power, start,
     CHAIN: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
     WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the deviations and of their squares over a share, in chains of CHAIN additions (0: it is short)."""
+    """Sums of the deviations and of their squares over a share, in chains of CHAIN additions (0: it is short).
+
+    And, with a mask, their number.
+    """
     zeros = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
+    none = counts_of_none(POSITIONS, VEC, COLUMNS)
     if CHAIN == 0:
-        d1, d2 = add_tiles(
-            x, zeros, zeros, shift, factor, first, last, strip, row, jump, magic, power,
+        d0, d1, d2 = add_tiles(
+            x, valid, none, zeros, zeros, shift, factor, first, last, strip, row, jump, magic, power, start,
             POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
         )  # fmt: skip
-        return channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
+        return count_of(d0, COLUMNS), channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
     else:
         total = shift.to(tl.float64) * 0.0
         squares = total
-        for start in range(first, last, CHAIN * POSITIONS):
-            end = tl.minimum(start + CHAIN * POSITIONS, last)
-            d1, d2 = add_tiles(
-                x, zeros, zeros, shift, factor, start, end, strip, row, jump, magic, power,
+        count = count_of(none, COLUMNS)
+        for begin in range(first, last, CHAIN * POSITIONS):
+            end = tl.minimum(begin + CHAIN * POSITIONS, last)
+            d0, d1, d2 = add_tiles(
+                x, valid, none, zeros, zeros, shift, factor, begin, end, strip, row, jump, magic, power, start,
                 POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
             )  # fmt: skip
             total += channel_sum(d1, COLUMNS)
             squares += channel_sum(d2, COLUMNS)
-        return total, squares
+            if valid is not None:
+                count += count_of(d0, COLUMNS)
+        return count, total, squares
 
 
 @triton.jit
@@ -288,12 +380,14 @@ def judged(total, squares, count, inverse, shift, factor, pending, RANGE: tl.con
 @triton.jit
 def merged_moments(
     partials, positions, share, blocks, channel, known, channels,
-    CHUNK: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of a channel from those of its blocks, in the blocks' order.
+    """Mean and variance of a channel, and its count, from those of its blocks, in the blocks' order.
 
-    Means are taken from the first block's, so that only the last addition rounds at their size.
+    Means are taken from the first block's, so that only the last addition rounds at their size. MASKED: the blocks'
+    counts come from ``partials`` too, and may be 0, which needs another divisor.
     """
+    least: tl.constexpr = 1.0 if MASKED else 0.0
     base = load_wide(partials, channel, known, 0.0)
     mean = load_wide(None, channel, known, 0.0)
     squares = mean
@@ -311,16 +405,18 @@ def merged_moments(
             place = i * channels + channel
         means = tl.where(there, tl.load(partials + place, mask=there, other=0.0) - base, 0.0)
         variances = tl.load(partials + blocks * channels + place, mask=there, other=0.0)
+        if MASKED:
+            n = tl.load(partials + 2 * blocks * channels + place, mask=there, other=0.0)
         total = tl.sum(n, 0)
-        here = tl.sum(n * means, 0) * reciprocal(total)
+        here = tl.sum(n * means, 0) * reciprocal_from(total, least)
         apart = tl.where(there, means - here, 0.0)
         squares_here = tl.sum(n * (variances + apart * apart), 0)
-        part = total * reciprocal(count + total)
+        part = total * reciprocal_from(count + total, least)
         delta = here - mean
         squares += squares_here + delta * delta * (count * part)
         mean = tl.where(count > 0.0, mean + delta * part, here)
         count = count + total
-    return base + mean, squares * reciprocal(count)
+    return base + mean, squares * reciprocal_from(count, least), count
 
 
 @triton.jit

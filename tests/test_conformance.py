@@ -7,12 +7,19 @@ from hypothesis import strategies as st
 from support import make_problem
 
 from gpu_bn.activations import ROWS
-from gpu_bn.testing import Case, cases, check, unavailable_cases
+from gpu_bn.testing import Case, cases, check, extended_cases, unavailable_cases
 from gpu_bn.testing.cases import AFFINE, DTYPES, LAYOUTS, MODES, build
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_case(case, backend):
+    shares = check(case, backend)
+    assert {"y", "mean", "rstd", "dx"} <= shares.keys()
+    assert all(0 <= share <= 1 for share in shares.values())
+
+
+@pytest.mark.parametrize("case", extended_cases(), ids=str)
+def test_masked_and_grouped_case(case, backend):
     shares = check(case, backend)
     assert {"y", "mean", "rstd", "dx"} <= shares.keys()
     assert all(0 <= share <= 1 for share in shares.values())

@@ -8,7 +8,7 @@ from support import make_problem, rng
 from test_conformance import random_views
 
 import gpu_bn
-from gpu_bn.testing import cases, check
+from gpu_bn.testing import cases, check, extended_cases
 
 torch = pytest.importorskip("torch")
 
@@ -18,6 +18,11 @@ def test_case(case):
     shares = check(case, "torch")
     assert {"y", "mean", "rstd", "dx"} <= shares.keys()
     assert all(0 <= share <= 1 for share in shares.values())
+
+
+@pytest.mark.parametrize("case", extended_cases(), ids=str)
+def test_masked_and_grouped_case(case):
+    assert {"y", "mean", "rstd", "dx"} <= check(case, "torch").keys()
 
 
 @pytest.mark.slow

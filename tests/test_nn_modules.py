@@ -82,11 +82,12 @@ def test_lazy_layers_become_ours(kind, options):
     assert_close(layers[0].state_dict(), layers[1].state_dict())
 
 
-def test_signatures_are_those_of_torch_and_an_activation():
+def test_signatures_are_those_of_torch_and_what_is_ours():
     for ours, theirs, _ in PAIRS.values():
         mine, other = (list(inspect.signature(cls).parameters.values()) for cls in (ours, theirs))
-        assert [(p.name, p.default, p.kind) for p in mine[:-1]] == [(p.name, p.default, p.kind) for p in other]
-        assert mine[-1].name == "activation"
+        assert [(p.name, p.default, p.kind) for p in mine[:-3]] == [(p.name, p.default, p.kind) for p in other]
+        assert [p.name for p in mine[-3:]] == ["activation", "virtual_batch_size", "renorm"]
+        assert all(p.default is None and p.kind is p.KEYWORD_ONLY for p in mine[-3:])
         assert issubclass(ours, theirs)
 
 

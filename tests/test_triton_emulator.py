@@ -66,6 +66,76 @@ def test_case(arch, tier, case, compile_triton, device):
         assert max(step.num_ctas for step in backend.steps) > 1
 
 
+EXTENDED = [
+    Case((4, 6, 5, 7), mask="random", activation="silu", residual=True),
+    Case((12, 8, 10, 11), "float16", "channels_last", mask="random", virtual_batch_size=4, activation="relu",
+         residual=True),
+    Case((12, 8, 10, 11), "bfloat16", "channels_last", mask="random", virtual_batch_size=4, activation="relu",
+         residual=True),
+    Case((6, 5, 32), "float16", mask="lengths", activation="relu", residual=True),
+    Case((12, 8, 10, 11), mask="first_empty", virtual_batch_size=4, residual=True),
+    Case((12, 8, 10, 11), mask="random", mean=1e4, std=1.0, activation="relu"),
+    Case((6, 5, 4), mask="one", activation="relu", residual=True),
+    Case((6, 5, 33), "float16", mask="lengths", mode="eval", activation="relu", residual=True),
+    Case((32, 40), "float16", virtual_batch_size=8, momentum=0.3, activation="relu", residual=True),
+    Case((600, 33), mask="samples", activation="gelu", layout="fortran"),
+    Case((8, 6, 12), "float64", "fortran", virtual_batch_size=4, mask="random"),
+    Case((12, 8, 10, 11), renorm=(1.5, 0.5), activation="relu", residual=True),
+]  # fmt: skip
+"""Masks, ghost batches and renormalisation: every second one by default."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] if index % 3 == 2 else []) for index, case in enumerate(EXTENDED)],
+    ids=str,
+)
+def test_masked_and_grouped_case(case, compile_triton, device):
+    backend = run(case, 80, None, compile_triton, device)
+    assert sum(compiled.spill_bytes for compiled in backend.compiled) == 0
+    if case.renorm is None:
+        assert len(backend.steps) <= 5
+
+
+@pytest.mark.parametrize("mapping", ["rows", "channels-last"])
+def test_a_mask_is_read_once_a_pass(mapping, compile_triton):
+    """One byte a position for each channel, or strip of channels, beside what an unmasked call reads."""
+    (n, *others), channels_last = SHAPES[mapping]
+    x, dy, _, vectors = tensors((n, *others), torch.float16, channels_last)
+    mask = torch.rand(n, 1, *others[1:]) < 0.7
+    reports = {}
+    for given in (None, mask):
+        device = Device(checks=Checks(races=False))
+        backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4), tier="split")
+        _, saved = gpu_bn.batch_norm_forward(
+            x, *[v.clone() for v in vectors], training=True, activation="relu", mask=given, backend=backend
+        )
+        gpu_bn.batch_norm_backward(dy, saved, backend=backend)
+        reports[given is None] = device.reports
+    plain, masked = reports[True], reports[False]
+    plan = next(iter(backend._prepared.values())).plan
+    sampled = sampled_bytes(plan, x.element_size()) // x.element_size()
+    assert [report.kernel.name for report in masked] == [report.kernel.name for report in plain]
+    for index, (a, b) in enumerate(zip(plain, masked, strict=True)):
+        assert b.buffer("x", "load").bytes == x.nbytes + (sampled_bytes(plan, x.element_size()) if index == 0 else 0)
+        for name, kind in (("dy", "load"), ("y", "store"), ("dx", "store")):
+            assert a.buffer(name, kind).bytes == b.buffer(name, kind).bytes, (name, kind)
+        read = b.buffer("valid", "load")
+        if plan.tiling.columns:  # the lanes of a position share its byte: counted once a lane, and in few sectors
+            assert read.units <= b.buffer("x", "load").units / 4
+        else:
+            assert read.bytes == mask.numel() * plan.tiling.strips + (sampled if index == 0 else 0)
+
+
+def test_ghost_batches_take_as_many_launches_as_one(compile_triton, device):
+    x, dy, _, vectors = tensors((12, 3, 5))
+    backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4))
+    _, saved = gpu_bn.batch_norm_forward(x, *vectors, training=True, virtual_batch_size=2, backend=backend)
+    forward = len(backend.steps)
+    gpu_bn.batch_norm_backward(dy, saved, backend=backend)
+    assert (forward, len(backend.steps) - forward) == (2, 3)
+
+
 EVERY = [
     pytest.param(arch, tier, case, marks=[pytest.mark.slow if index % 150 == 7 * offset else pytest.mark.exhaustive])
     for offset, (arch, tier) in enumerate([(80, None), (80, "split"), (90, None)])

@@ -29,6 +29,7 @@ def interpreted(script, *arguments):
     [
         ("auto", "some", 70),
         ("split", "few", 15),
+        ("auto", "extended", 20),
         pytest.param("split", "some", 70, marks=pytest.mark.slow),
         pytest.param("auto", "all", 400, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
         pytest.param("split", "all", 400, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),

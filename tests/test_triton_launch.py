@@ -25,7 +25,7 @@ class Compiled:
 
 @pytest.fixture
 def step():
-    return Step(bn_merge_moments_kernel, (3, 1), (5, 7, 2, 4, 4, 1, 1, False), num_warps=2, device=1)
+    return Step(bn_merge_moments_kernel, (3, 1), (5, 7, 2, 4, 4, 1, 1, False, 1), num_warps=2, device=1)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_step_is_compiled_once_and_launched_on_its_device_and_the_current_stre
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    args = (torch.zeros(2, 4, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64))
+    args = (torch.zeros(2, 4, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64), None)
     for _ in range(2):
         triton_launch.launch(step, args)
     ((kernel, signature, constants, _), target, options, compiled) = compilations.pop()
@@ -68,14 +68,14 @@ def test_a_step_is_compiled_once_and_launched_on_its_device_and_the_current_stre
     assert options == {"num_warps": 2, "num_ctas": 1, "enable_fp_fusion": False}
     assert signature["partials"] == "*fp64"
     assert signature["positions"] == "i32"
-    assert constants == {"CHUNK": 4, "LANES": 1, "VEC": 1, "COLUMNS": False}
+    assert constants == {"counts": None, "CHUNK": 4, "LANES": 1, "VEC": 1, "COLUMNS": False, "GROUPS": 1}
     assert compiled.launches == [((3, 1, 1), (*args, *step.tail), "stream of 1")] * 2
     assert entered == [1] + [1, 1] * (current != 1)
 
 
 def test_absent_arguments_are_constants_and_whole_numbers_widen(step):
     step.wide = True
-    special = Specialisation.of(step, (None, torch.zeros(2, 5, dtype=torch.float64)))
+    special = Specialisation.of(step, (None, torch.zeros(2, 5, dtype=torch.float64), None))
     assert special.constants["partials"] is None
     assert special.signature["partials"] == "constexpr"
     assert special.signature["positions"] == "i64"

@@ -30,6 +30,9 @@ LARGE_MEAN = Case((12, 8, 10, 11), mean=1e4, std=1.0)
 COLUMNS = Case((70, 24), "float16", activation="relu", residual=True)
 
 
+MASKED = Case((5, 3, 36), mask="random", activation="relu")
+
+
 @dataclass(frozen=True)
 class Bug:
     """A text of one file and what replaces it; the case and the tier that show it, and what is said."""
@@ -63,6 +66,14 @@ BUGS = [
         "out of bounds",
         COLUMNS,
         "cta",
+    ),
+    Bug(
+        "mask dropped in the backward sums",
+        BACKWARD,
+        "if there is not None:\n        known = there",
+        "if there is not None:\n        known = known",
+        "dx[",
+        MASKED,
     ),
     Bug(
         "last position of a share forgotten",

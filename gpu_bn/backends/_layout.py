@@ -52,6 +52,10 @@ class Layout:
         """An array seen as (N, C, S), copied if its strides do not allow it."""
         return array.transpose(self.order).reshape(self.n, self.c, self.s)
 
+    def hidden(self, valid: Array | None) -> Array | None:
+        """Which positions do not count, as (N, 1, S) in this layout's order; ``valid`` has one channel."""
+        return None if valid is None else ~valid.transpose(self.order).reshape(self.n, 1, self.s)
+
     def write(self, array: Array) -> Array | None:
         """An array seen as (N, C, S), or ``None`` if its strides do not allow it."""
         try:

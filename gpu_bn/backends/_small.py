@@ -21,13 +21,17 @@ SMALL = 8 << 10
 FLOAT64 = np.dtype(np.float64)
 
 
-def stats(layout: Layout, x: Array) -> Moments:
-    """Two-pass mean and variance, both corrected for the rounding of the first mean."""
-    count = layout.count
+def stats(layout: Layout, x: Array, hidden: Array | None, count: int) -> Moments:
+    """Two-pass mean and variance, both corrected for the rounding of the first mean.
+
+    ``hidden`` is :meth:`Layout.hidden`'s, ``count`` how many positions it leaves, at least 1.
+    """
     wide = _read(layout, x)
+    _clear(wide, hidden)
     mean = np.add.reduce(wide, 1)
     mean /= count
     wide -= mean[:, None]
+    _clear(wide, hidden)
     remainder = np.add.reduce(wide, 1)
     remainder /= count
     np.multiply(wide, wide, out=wide)
@@ -44,6 +48,7 @@ def normalize(layout: Layout, saved: Saved, residual: Array | None, out: Array) 
     z = _pre_activation(layout, saved, _centred(layout, saved), residual)
     if not saved.spec.activation.is_identity:
         saved.spec.activation.value(z)
+    _clear(z, layout.hidden(saved.valid))
     _write(layout, out, z)
 
 
@@ -65,10 +70,12 @@ def backward_input(layout: Layout, saved: Saved, dy: Array, sums: Sums | None, o
     gradient = _gradient(layout, saved, centred, dy)
     rstd = saved.rstd
     if sums is not None:
-        centred *= (sums.dz_xhat * (rstd / layout.count))[:, None]
+        count = saved.positions
+        centred *= (sums.dz_xhat * (rstd / count))[:, None]
         gradient -= centred
-        gradient -= (sums.dz / layout.count)[:, None]
+        gradient -= (sums.dz / count)[:, None]
     gradient *= (rstd if saved.weight is None else rstd * saved.weight)[:, None]
+    _clear(gradient, layout.hidden(saved.valid))
     _write(layout, out, gradient)
 
 
@@ -78,6 +85,12 @@ def _read(layout: Layout, array: Array) -> Array:
     return by_channel.astype(FLOAT64, order="C").reshape(layout.c, layout.count)
 
 
+def _clear(array: Array, hidden: Array | None) -> None:
+    """Put 0 where positions do not count."""
+    if hidden is not None:
+        np.copyto(array, 0, where=hidden.reshape(1, -1))
+
+
 def _write(layout: Layout, out: Array, value: Array) -> None:
     layout.assign(out, value.reshape(layout.c, layout.n, layout.s).transpose(1, 0, 2))
 
@@ -85,6 +98,7 @@ def _write(layout: Layout, out: Array, value: Array) -> None:
 def _centred(layout: Layout, saved: Saved) -> Array:
     centred = _read(layout, saved.x)
     centred -= saved.moments.mean[:, None]
+    _clear(centred, layout.hidden(saved.valid))
     return centred
 
 
@@ -104,4 +118,5 @@ def _gradient(layout: Layout, saved: Saved, centred: Array, dy: Array) -> Array:
     if not saved.spec.activation.is_identity:
         z = _pre_activation(layout, saved, centred, saved.residual)
         saved.spec.activation.gradient(z, gradient, gradient)
+    _clear(gradient, layout.hidden(saved.valid))
     return gradient

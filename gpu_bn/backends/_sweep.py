@@ -279,26 +279,39 @@ class PerChannel:
 
 
 class Operand:
-    """A tensor, seen as (N, C, S), as the tiles meet it: in place if it is contiguous and in the working dtype."""
+    """A tensor, seen as (N, C, S), as the tiles meet it: in place if it is contiguous and in the working dtype.
 
-    def __init__(self, name: str, array: Array, dtype: np.dtype[Any]) -> None:
+    Where ``hidden``, (N, 1, S), is true, it is read and written as 0.
+    """
+
+    def __init__(self, name: str, array: Array, dtype: np.dtype[Any], hidden: Array | None = None) -> None:
         self.name = name
         self.array = array
+        self.hidden = hidden
         self.in_place = bool(array.dtype == dtype) and array.flags.c_contiguous
 
     @property
     def temporaries(self) -> int:
         """How many arrays of a tile's size loading and storing need."""
-        return 0 if self.in_place else 3 if self.array.dtype == np.float16 else 1
+        return (self.hidden is not None) if self.in_place else 3 if self.array.dtype == np.float16 else 1
 
     def load(self, tile: Tile, work: Workspace) -> Array:
         """A tile of it to read."""
         piece = self.array[tile.box]
-        if self.in_place:
+        if self.in_place and self.hidden is None:
             return piece.reshape(tile.shape)
         buffer = work.take(self.name, piece.shape)
         np.copyto(buffer, piece, casting="unsafe")
+        self.clear(tile, buffer)
         return buffer.reshape(tile.shape)
+
+    def clear(self, tile: Tile, piece: Array) -> None:
+        """Put 0 into a tile where positions do not count."""
+        if self.hidden is not None:
+            samples, channels, inner = tile.box
+            hidden = self.hidden[samples, :, inner]
+            shape = (hidden.shape[0], channels.stop - channels.start, hidden.shape[2])
+            np.copyto(piece.reshape(shape), 0, where=hidden)
 
     def open(self, tile: Tile, work: Workspace) -> Array:
         """A tile of it to write; :meth:`store` ends the writing."""
@@ -308,6 +321,7 @@ class Operand:
 
     def store(self, tile: Tile, value: Array) -> None:
         """Put a tile, which :meth:`open` gave, where it belongs."""
+        self.clear(tile, value)
         if not self.in_place:
             piece = self.array[tile.box]
             if piece.dtype == np.float16:

@@ -8,6 +8,7 @@ and small tensors (:mod:`gpu_bn.backends._small`) in float64.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,21 +66,39 @@ class NumpyBackend:
             if (out.ctypes.data, out.strides) != (array.ctypes.data, array.strides):
                 raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
 
-    def stats(self, x: Array, axis: int) -> Moments:
+    def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
+        if groups > 1:
+            parts = zip(np.split(x, groups), [None] * groups if valid is None else np.split(valid, groups), strict=True)
+            return _joined([self.stats(part, axis, there) for part, there in parts])
         layout = Layout.of(x, axis)
         if x.size == 0:
             return Moments(0, np.zeros(layout.c), np.zeros(layout.c))
+        hidden = layout.hidden(valid)
+        count = layout.count if hidden is None else hidden.size - int(np.count_nonzero(hidden))
         with np.errstate(all="ignore"):
-            return _small.stats(layout, x) if x.size <= SMALL else _moments(layout.read(x), _working_dtype(x))
+            if x.size <= SMALL:
+                moments = _small.stats(layout, x, hidden, max(count, 1))
+            else:
+                moments = _moments(layout.read(x), _working_dtype(x), hidden, max(count, 1))
+        return moments if hidden is None else replace(moments, count=np.array([count], FLOAT64))
 
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
         momentum = float(momentum)
-        bessel = moments.count / max(moments.count - 1, 1)
+        mean, var = running_mean.astype(FLOAT64), running_var.astype(FLOAT64)
         with np.errstate(all="ignore"):
-            running_mean[...] = (1 - momentum) * running_mean.astype(FLOAT64) + momentum * moments.mean
-            running_var[...] = (1 - momentum) * running_var.astype(FLOAT64) + (momentum * bessel) * moments.var
+            for part in moments.parts(len(moments.mean) // max(len(mean), 1)):
+                count = float(np.squeeze(part.count))
+                if count:
+                    bessel = count / max(count - 1, 1)
+                    mean = (1 - momentum) * mean + momentum * part.mean
+                    var = (1 - momentum) * var + (momentum * bessel) * part.var
+            running_mean[...], running_var[...] = mean, var
 
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
+        if saved.spec.groups > 1:
+            for at, part in saved.parts():
+                self.normalize(part, None if residual is None else residual[at], out[at])
+            return
         layout = Layout.of(saved.x, saved.spec.axis)
         with np.errstate(all="ignore"):
             if saved.x.size <= SMALL:
@@ -92,9 +111,14 @@ class NumpyBackend:
                 layout.assign(out, target)
 
     def keeps_dz(self, saved: Saved) -> bool:
-        return saved.x.size > SMALL and bool(_working_dtype(saved.x, saved.moments) == saved.x.dtype)
+        return saved.x.size > SMALL * saved.spec.groups and bool(
+            _working_dtype(saved.x, saved.moments) == saved.x.dtype
+        )
 
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
+        if saved.spec.groups > 1:
+            parts = [self.backward_reduce(dy[at], part, None if dz is None else dz[at]) for at, part in saved.parts()]
+            return Sums(*map(np.concatenate, zip(*parts, strict=True)))
         layout = Layout.of(saved.x, saved.spec.axis)
         with np.errstate(all="ignore"):
             if saved.x.size <= SMALL:
@@ -102,6 +126,12 @@ class NumpyBackend:
             return _backward_reduce(saved, layout, dy, dz)
 
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
+        if saved.spec.groups > 1:
+            each = [None] * saved.spec.groups if sums is None else _split(sums, saved.spec.groups)
+            for (at, part), sums_here in zip(saved.parts(), each, strict=True):
+                dx = out[at]
+                self.backward_input(dy[at], part, sums_here, dx, dx if dz is out else None if dz is None else dz[at])
+            return
         layout = Layout.of(saved.x, saved.spec.axis)
         with np.errstate(all="ignore"):
             if saved.x.size <= SMALL:
@@ -117,16 +147,28 @@ def _working_dtype(x: Array, moments: Moments | None = None) -> np.dtype[Any]:
     return FLOAT32
 
 
-def _moments(x: Array, dtype: np.dtype[Any]) -> Moments:
+def _joined(parts: list[Moments]) -> Moments:
+    """The statistics of ghost batches in one."""
+    count = parts[0].count if isinstance(parts[0].count, int) else np.concatenate([part.count for part in parts])
+    mean, var = (np.concatenate([getattr(part, name) for part in parts]) for name in ("mean", "var"))
+    return Moments(count, mean, var, any(part.wide for part in parts))
+
+
+def _split(sums: Sums, groups: int) -> list[Sums]:
+    return [Sums(*pair) for pair in zip(*(np.split(vector, groups) for vector in sums), strict=True)]
+
+
+def _moments(x: Array, dtype: np.dtype[Any], hidden: Array | None, count: int) -> Moments:
     """Mean and variance of an (N, C, S) tensor: raw sums where they serve, else the corrected two-pass algorithm.
+
+    ``hidden``, (N, 1, S), says which positions do not count, ``count`` how many do.
 
     Where float32 loses the squares' range (overflow or underflow), all is done again in float64. In float64 an
     overflow makes the variance, and with it the channel, NaN: never a plausible wrong number.
     """
-    count = x.shape[0] * x.shape[2]
-    sum_x, sum_xx = _sums(x, None, dtype)
+    sum_x, sum_xx = _sums(x, None, dtype, hidden)
     if dtype == FLOAT32 and _range_lost(sum_x, sum_xx, count):
-        moments = _moments(x, FLOAT64)
+        moments = _moments(x, FLOAT64, hidden, count)
         lost = ~np.isfinite(sum_xx) | (sum_xx < count * UNDERFLOW)
         if np.isfinite(moments.var[lost]).any():
             return Moments(count, moments.mean, moments.var, wide=True)
@@ -136,7 +178,7 @@ def _moments(x: Array, dtype: np.dtype[Any]) -> Moments:
     if not trusted.all():
         # Subtracting zero leaves the trusted channels exactly as they were.
         centre = np.where(trusted, 0.0, mean).astype(dtype)
-        sum_x, sum_xx = _sums(x, centre, dtype)
+        sum_x, sum_xx = _sums(x, centre, dtype, hidden)
         remainder = sum_x / count
         mean = centre + remainder
         var = sum_xx / count - remainder * remainder
@@ -149,9 +191,9 @@ def _range_lost(sum_x: Array, sum_xx: Array, count: int) -> bool:
     return bool((overflow | underflow).any())
 
 
-def _sums(x: Array, centre: Array | None, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+def _sums(x: Array, centre: Array | None, dtype: np.dtype[Any], hidden: Array | None) -> tuple[Array, Array]:
     """Sum of x - centre and of its square."""
-    source = Operand("x", x, dtype)
+    source = Operand("x", x, dtype, hidden)
     tiles = sweep(
         *x.shape,
         dtype.itemsize,
@@ -166,6 +208,7 @@ def _sums(x: Array, centre: Array | None, dtype: np.dtype[Any]) -> tuple[Array, 
         piece = source.load(tile, work)
         if shift is not None:
             piece = np.subtract(piece, shift.at(tile, work), out=work.take("centred", tile.shape))
+            source.clear(tile, piece)
         tiles.add(squares, tile, piece, piece)
         tiles.add(sums, tile, piece)
 
@@ -214,8 +257,9 @@ class _Pass:
         self.dtype = _working_dtype(saved.x, saved.moments)
         self.affine = _Affine.of(saved, self.dtype)
         self.activation = saved.spec.activation
+        hidden = layout.hidden(saved.valid)
         self.operands = {
-            name: Operand(name, array if name == "y" else layout.read(array), self.dtype)
+            name: Operand(name, array if name == "y" else layout.read(array), self.dtype, hidden)
             for name, array in {"x": saved.x, **operands}.items()
             if array is not None
         }
@@ -263,7 +307,11 @@ class _Pass:
         """A tile of dz: dy itself, or computed where ``target`` lies or in a temporary."""
         dy = self.operands["dy"].load(tile, work)
         if self.activation.is_identity:
-            return dy
+            if target is None:
+                return dy
+            copy = target.open(tile, work)
+            np.copyto(copy, dy)
+            return copy
         z = work.take("z", tile.shape) if target is None else target.open(tile, work)
         self.pre_activation(tile, work, centred, z)
         self.activation.gradient(z, dy, z)
@@ -322,9 +370,10 @@ def _backward_input(saved: Saved, layout: Layout, dy: Array, dz: Array | None, s
     target, source = a_pass.operands["dx"], a_pass.operands["dy"]
     slope = offset = None
     if sums is not None:
-        slope_c = -sums.dz_xhat * a_pass.affine.rstd / saved.moments.count
+        count = saved.positions
+        slope_c = -sums.dz_xhat * a_pass.affine.rstd / count
         slope = a_pass.per_channel("slope", slope_c)
-        offset = a_pass.per_channel("offset", -sums.dz / saved.moments.count - slope_c * a_pass.affine.rest)
+        offset = a_pass.per_channel("offset", -sums.dz / count - slope_c * a_pass.affine.rest)
 
     def body(tile: Tile, work: Workspace) -> None:
         out = target.open(tile, work)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from gpu_bn.spec import BatchNormSpec
@@ -19,16 +20,25 @@ class Moments:
     """What is known of each channel's distribution.
 
     Attributes:
-        count: how many positions each channel has.
-        mean: (C,), in the backend's accumulation dtype.
-        var: (C,), biased, in the same dtype.
+        count: how many positions each channel has, of a ghost batch if there are several; where that is known on the
+            device only (with a mask, or over ranks) an array of the backend's library, (groups,) float64.
+        mean: (groups * C,), ordered (ghost batch, channel), in the backend's accumulation dtype.
+        var: like ``mean``, biased.
         wide: whether squares of the input leave the range of its dtype, so that a wider one is needed throughout.
     """
 
-    count: int
+    count: Any
     mean: Array
     var: Array
     wide: bool = False
+
+    def parts(self, groups: int) -> Iterator[Moments]:
+        """Those of each ghost batch."""
+        channels = self.mean.shape[0] // groups
+        for group in range(groups):
+            count = self.count if isinstance(self.count, int) else self.count[group : group + 1]
+            at = slice(group * channels, (group + 1) * channels)
+            yield replace(self, count=count, mean=self.mean[at], var=self.var[at])
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,8 @@ class Saved:
         spec: the call's options.
         mask: one bit an element that decides the activation's gradient, kept in place of the residual; the backend
             that made it knows its layout. A ``count`` of the statistics above the input's own is that of all ranks.
+        valid: bool, dense, of x's shape but one channel: which positions count; ``None`` for all.
+        renorm: (C,) each: batch renormalisation's ``r`` and ``d``, which ``weight`` and ``bias`` include.
     """
 
     x: Array
@@ -61,20 +73,37 @@ class Saved:
     has_residual: bool
     spec: BatchNormSpec
     mask: Array | None = None
+    valid: Array | None = None
+    renorm: tuple[Array, Array] | None = None
+
+    @property
+    def positions(self) -> Any:
+        """How many positions the backward sums are divided by: the count, but at least 1."""
+        count = self.moments.count
+        return count if isinstance(count, int) else count.clip(1.0, None)
+
+    def parts(self) -> Iterator[tuple[slice, Saved]]:
+        """The ghost batches: where each lies along axis 0, and what a call of its own would have kept."""
+        size = self.x.shape[0] // self.spec.groups
+        for group, moments in enumerate(self.moments.parts(self.spec.groups)):
+            at = slice(group * size, (group + 1) * size)
+            residual, valid = (None if array is None else array[at] for array in (self.residual, self.valid))
+            spec = replace(self.spec, groups=1)
+            yield at, replace(self, x=self.x[at], residual=residual, moments=moments, spec=spec, valid=valid)
 
     @property
     def mean(self) -> Array:
-        """(C,) the mean used, in the accumulation dtype."""
+        """(groups * C,) the mean used, in the accumulation dtype."""
         return self.moments.mean
 
     @property
     def rstd(self) -> Array:
-        """(C,) 1 / sqrt(var + eps), in the accumulation dtype."""
+        """(groups * C,) 1 / sqrt(var + eps), in the accumulation dtype."""
         return 1.0 / (self.moments.var + self.spec.eps) ** 0.5
 
 
 class Sums(NamedTuple):
-    """The two reductions of the backward pass, (C,) each in the accumulation dtype."""
+    """The two reductions of the backward pass, (groups * C,) each in the accumulation dtype."""
 
     dz: Array
     dz_xhat: Array
@@ -83,7 +112,8 @@ class Sums(NamedTuple):
 class Backend(Protocol):
     """The phases. Arrays are the backend's own library's; arguments have been checked by :mod:`gpu_bn.spec`.
 
-    A backend may also fuse the phases of a call, as a :class:`Fused` one does.
+    A backend may also fuse the phases of a call, as a :class:`Fused` one does. ``valid`` is as in :class:`Saved`;
+    ``groups`` is the number of ghost batches, equal parts of axis 0 with statistics and sums of their own.
     """
 
     name: str
@@ -103,14 +133,17 @@ class Backend(Protocol):
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
         """Raise ``ValueError`` if writing ``out`` overwrites input not yet read or, unless ``in_place``, any input."""
 
-    def stats(self, x: Array, axis: int) -> Moments:
-        """Mean and biased variance of each channel; zeros for an empty ``x``."""
+    def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
+        """Mean and biased variance of each channel; zeros where there is nothing."""
 
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
-        """Move the running statistics towards ``moments``, in place; the variance with Bessel's correction."""
+        """Move the running statistics towards ``moments``, in place; the variance with Bessel's correction.
+
+        Ghost batches one after the other; those with no positions leave the statistics as they are.
+        """
 
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
-        """Write ``y`` to ``out``."""
+        """Write ``y`` to ``out``; 0 where a position is not valid, as all outputs are."""
 
     def keeps_dz(self, saved: Saved) -> bool:
         """Whether ``dz``, stored in the input's dtype, is exact enough to compute ``dx`` from."""
@@ -139,6 +172,7 @@ class Fused(Protocol):
         bias: Array | None,
         residual: Array | None,
         out: Array | None,
+        valid: Array | None = None,
     ) -> tuple[Array, Saved]:
         """``y``, in ``out`` if it is given, and what the backward call needs; updates the running statistics."""
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from gpu_bn.backends._layout import Layout
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.backends.triton_launch import Launch, Step, interpreting, launch
-from gpu_bn.backends.triton_tensors import View, aligned, dense, is_dense, overlap, view_of
+from gpu_bn.backends.triton_tensors import View, aligned, contiguous_view, dense, is_dense, overlap, view_of
 from gpu_bn.kernels import bn_backward_triton, bn_forward_triton
 from gpu_bn.kernels.activations_triton import functions
 from gpu_bn.plan import (
@@ -90,9 +90,9 @@ class _Geometry(NamedTuple):
     wide: bool
 
     @staticmethod
-    def of(plan: LaunchPlan) -> _Geometry:
+    def of(plan: LaunchPlan, groups: int = 1) -> _Geometry:
         tiling = plan.tiling
-        wide = tiling.n * tiling.c * tiling.s >= 1 << 31
+        wide = groups * tiling.n * tiling.c * tiling.s >= 1 << 31
         row = (tiling.c if tiling.columns else tiling.s) // tiling.vector
         jump = 0 if tiling.columns else (tiling.c - 1) * row
         power = 31 + (row - 1).bit_length()
@@ -131,13 +131,16 @@ class _BackwardCall(NamedTuple):
     view: View
     x: Array
     tensors: tuple[Array | None, ...]
-    """x, dy, residual, mask."""
+    """x, dy, residual, mask, valid."""
     vectors: tuple[Array | None, ...]
     """mean, var, weight, bias."""
     numbers: tuple[float, float]
     """eps, the activation's parameter."""
     gradient: Any
     alignment: int
+    groups: int
+    extended: bool
+    """Whether the split tier has to serve: there is a mask, or the count is not known here."""
 
     def prepared(self, name: str, make: Callable[[], Any]) -> Any:
         key = (name, self.key)
@@ -147,10 +150,10 @@ class _BackwardCall(NamedTuple):
         return found
 
     def work(self, writes: int) -> Work:
-        _, _, residual, mask = self.tensors
+        _, _, residual, mask, _ = self.tensors
         return self.backend._work(
-            self.view.layout, self.x, self.alignment, backward=True, reads=2 + (residual is not None), writes=writes,
-            staged=2 + (residual is not None), mask=mask is not None,
+            _one_of(self.view.layout, self.groups), self.x, self.alignment, backward=True,
+            reads=2 + (residual is not None), writes=writes, staged=2 + (residual is not None), mask=mask is not None,
         )  # fmt: skip
 
 
@@ -203,58 +206,70 @@ class TritonBackend:
                 raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
 
     @torch.no_grad()
-    def stats(self, x: Array, axis: int) -> Moments:
-        view = view_of(x, axis)
-        layout = view.layout
+    def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
+        view = _grouped_view(x, axis, groups)
+        layout = _one_of(view.layout, groups)
         if x.numel() == 0:
-            zeros = torch.zeros((2, layout.c), dtype=torch.float64, device=x.device)
+            zeros = torch.zeros((2, groups * layout.c), dtype=torch.float64, device=x.device)
             return Moments(0, zeros[0], zeros[1])
-        x = dense(x, view)
-        key = ("stats", view, x.dtype, _alignment(x), x.device)
+        x, there = dense(x, view), _there(valid, view)
+        alignment = _alignment(x, there)
+        key = ("stats", view, x.dtype, alignment, x.device, valid is None, groups)
         steps = self._prepared.get(key)
         if steps is None:
-            alignment = _alignment(x)
             plan = self._once(self._work(layout, x, alignment), x)
             step = self._step(
-                bn_forward_triton.bn_merge_moments_kernel, plan, x, (plan.tiling.strips, 1),
-                (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, _chunk(plan), *_strip(plan)),
+                bn_forward_triton.bn_merge_moments_kernel, plan, x, (groups * plan.tiling.strips, 1),
+                (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, _chunk(plan), *_strip(plan), groups),
+                groups=groups,
             )  # fmt: skip
-            steps = self._prepared[key] = (plan, self._stats_step(plan, x, alignment), step)
+            steps = self._prepared[key] = (plan, self._stats_step(plan, x, alignment, groups), step)
         plan, first, merge = steps
-        partials = self._partials(plan, x)
-        saved = self.new((2, layout.c), None, torch.float64, x.device)
-        self._launch(first, (x, partials))
-        self._launch(merge, (partials, saved))
-        return Moments(layout.count, saved[0], saved[1])
+        partials = self._partials(plan, x, groups, valid is not None)
+        saved = self.new((2, groups * layout.c), None, torch.float64, x.device)
+        counts = None if valid is None else self.new((groups,), None, torch.float64, x.device)
+        self._launch(first, (x, there, partials))
+        self._launch(merge, (partials, saved, counts))
+        return Moments(layout.count if counts is None else counts, saved[0], saved[1])
 
     @torch.no_grad()
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
-        bessel = moments.count / max(moments.count - 1, 1)
         momentum = momentum.to(torch.float64) if isinstance(momentum, torch.Tensor) else momentum
-        running_mean.copy_((1 - momentum) * running_mean.double() + momentum * moments.mean)
-        running_var.copy_((1 - momentum) * running_var.double() + (momentum * bessel) * moments.var)
+        mean, var = running_mean.double(), running_var.double()
+        for part in moments.parts(len(moments.mean) // len(mean)):
+            count, weighs = part.count, momentum
+            if isinstance(count, torch.Tensor):  # known to the device only: nothing changes where it is 0
+                weighs = momentum * (count > 0).double()
+                bessel = count / (count - 1).clip(1)
+            else:
+                bessel = count / max(count - 1, 1)
+            mean = (1 - weighs) * mean + weighs * part.mean
+            var = (1 - weighs) * var + (weighs * bessel) * part.var
+        running_mean.copy_(mean)
+        running_var.copy_(var)
 
     @torch.no_grad()
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
-        view = view_of(saved.x, saved.spec.axis)
-        layout = view.layout
+        groups = saved.spec.groups
+        view = _grouped_view(saved.x, saved.spec.axis, groups)
+        layout = _one_of(view.layout, groups)
         x, residual = dense(saved.x, view), None if residual is None else dense(residual, view)
-        y = out if is_dense(out, view) else self.empty_like(x)
-        alignment, activation = _alignment(x, residual, y), saved.spec.activation
+        y, there = out if is_dense(out, view) else self.empty_like(x), _there(saved.valid, view)
+        alignment, activation = _alignment(x, residual, y, there), saved.spec.activation
         vectors = (saved.moments.mean, saved.moments.var, saved.weight, saved.bias)
-        key = ("normalize", view, x.dtype, x.device, alignment, residual is None, activation.name,
-               *[None if v is None else v.dtype for v in vectors])  # fmt: skip
+        key = ("normalize", view, x.dtype, x.device, alignment, residual is None, activation.name, there is None,
+               groups, *[None if v is None else v.dtype for v in vectors])  # fmt: skip
         step = self._prepared.get(key)
         if step is None:
             plan = self._once(self._work(layout, x, alignment, reads=1 + (residual is not None)), x)
             step = self._prepared[key] = self._normalize_step(
-                plan, x, alignment, (functions(activation.name).value, None)
+                plan, x, alignment, (functions(activation.name).value, None), groups
             )
         mean, var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
         self._launch(
             step,
-            (x, residual, y, None, mean, var, None, weight, bias, None, None, None, 0.0, None, 1.0, saved.spec.eps,
-             activation.parameter),
+            (x, residual, y, None, there, mean, var, None, weight, bias, None, None, None, None, 0.0, None, 1.0,
+             saved.spec.eps, activation.parameter),
         )  # fmt: skip
         if y is not out:
             out.copy_(y)
@@ -270,8 +285,8 @@ class TritonBackend:
         plan, reduce, merge = vectors
         target = None if dz is None else (dz if is_dense(dz, call.view) else self.empty_like(call.x))
         partials, sums = (
-            self._partials(plan, call.x),
-            self.new((2, call.view.layout.c), None, torch.float64, call.x.device),
+            self._partials(plan, call.x, call.groups),
+            self.new((2, call.groups * call.view.layout.c), None, torch.float64, call.x.device),
         )
         self._launch(reduce, (*call.tensors, target, None, *call.vectors, partials, *call.numbers))
         self._launch(merge, (partials, *call.vectors[:2], sums[1], sums[0], saved.spec.eps))
@@ -299,7 +314,7 @@ class TritonBackend:
                 None,
                 None,
                 *call.numbers,
-                1.0 / saved.moments.count,
+                *_counted(saved),
             ),
         )
         if dx is not out:
@@ -316,63 +331,78 @@ class TritonBackend:
         bias: Array | None,
         residual: Array | None,
         out: Array | None,
+        valid: Array | None = None,
     ) -> tuple[Array, Saved]:
-        view = view_of(x, spec.axis)
-        layout, given = view.layout, residual
+        groups = spec.groups
+        view, given = _grouped_view(x, spec.axis, groups), residual
+        if view is not view_of(x, spec.axis) and out is None:
+            out = self.empty_like(x)
+        layout, there = _one_of(view.layout, groups), _there(valid, view)
         x_there, residual = dense(x, view), None if residual is None else dense(residual, view)
         y = out if out is not None and is_dense(out, view) else self.new(x.shape, view.dense_strides, x.dtype, x.device)
-        alignment = _alignment(x_there, residual, y)
+        alignment = _alignment(x_there, residual, y, there)
         vectors = (running_mean, running_var, weight, bias)
         key = (
             "forward", view, x.dtype, x.device, alignment, residual is None, spec.activation.name, spec.batch_stats,
-            *[None if v is None else v.dtype for v in vectors], isinstance(spec.momentum, float),
+            *[None if v is None else v.dtype for v in vectors], isinstance(spec.momentum, float), valid is None, groups,
         )  # fmt: skip
+        extended = valid is not None or groups > 1
         steps = self._prepared.get(key)
         if steps is None:
-            steps = self._prepared[key] = self._prepare_forward(layout, spec, x_there, residual, alignment)
+            steps = self._prepared[key] = self._prepare_forward(layout, spec, x_there, residual, alignment, extended)
         running_mean, running_var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
-        kept = self.new((4, layout.c), None, torch.float64, x.device)
+        kept = self.new((2 * groups + 2, layout.c), None, torch.float64, x.device)
+        counts = None
+        if valid is not None and spec.batch_stats:
+            counts = self.new((groups,), None, torch.float64, x.device)
         mask = (
             self.new((x.numel() * x.element_size() // VECTOR_BYTES,), None, torch.uint8, x.device)
             if steps.mask
             else None
         )
         number, at = (spec.momentum, None) if isinstance(spec.momentum, float) else (0.0, spec.momentum)
-        tracked = (running_mean, running_var) if spec.batch_stats else (None, None)
-        common = (weight, bias, kept, *tracked, number, at, steps.bessel, spec.eps, spec.activation.parameter)
+        tracked = (running_mean, running_var) if spec.batch_stats and not extended else (None, None)
+        numbers = (*tracked, number, at, steps.bessel, spec.eps, spec.activation.parameter)
         if steps.stats is None and spec.batch_stats:
-            self._launch(steps.last, (x_there, residual, y, mask, *common))
+            self._launch(steps.last, (x_there, residual, y, mask, weight, bias, kept, *numbers))
         else:
             partials = None
             if steps.stats is not None:
-                partials = self._partials(steps.plan, x)
-                self._launch(steps.stats, (x_there, partials))
+                partials = self._partials(steps.plan, x, groups, valid is not None)
+                self._launch(steps.stats, (x_there, there, partials))
             frozen = (None, None) if spec.batch_stats else (running_mean, running_var)
-            self._launch(steps.last, (x_there, residual, y, mask, *frozen, partials, *common))
-        if spec.batch_stats and running_mean is not None:
+            self._launch(
+                steps.last, (x_there, residual, y, mask, there, *frozen, partials, weight, bias, kept, counts, *numbers)
+            )
+        mean, var = kept[: 2 * groups].view(2, -1)
+        moments = Moments(layout.count if counts is None else counts, mean, var)
+        if spec.batch_stats and extended and vectors[0] is not None:
+            self.update_running(moments, vectors[0], vectors[1], spec.momentum)
+        elif spec.batch_stats and running_mean is not None:
             for mine, theirs in ((running_mean, vectors[0]), (running_var, vectors[1])):
                 if theirs is not None and mine is not theirs:
                     theirs.copy_(mine)
         if out is not None and y is not out:
             out.copy_(y)
             y = out
-        mean, var, weight64, bias64 = kept.unbind(0)
         return y, Saved(
             x=x,
             residual=None if spec.activation.is_identity or mask is not None else given,
-            moments=Moments(layout.count, mean, var),
-            weight=None if weight is None else weight64,
-            bias=None if bias is None else bias64,
+            moments=moments,
+            weight=None if weight is None else kept[2 * groups],
+            bias=None if bias is None else kept[2 * groups + 1],
             weight_dtype=None if weight is None else weight.dtype,
             bias_dtype=None if bias is None else bias.dtype,
             has_residual=given is not None,
             spec=spec,
             mask=mask,
+            valid=valid,
         )
 
     def _prepare_forward(
-        self, layout: Layout, spec: BatchNormSpec, x: Array, residual: Array | None, alignment: int
+        self, layout: Layout, spec: BatchNormSpec, x: Array, residual: Array | None, alignment: int, extended: bool
     ) -> _Forward:
+        groups = spec.groups
         act = functions(spec.activation.name)
         bessel = layout.count / max(layout.count - 1, 1)
         work = self._work(layout, x, alignment, reads=1 + (residual is not None))
@@ -382,12 +412,12 @@ class TritonBackend:
         if not spec.batch_stats:
             plan = self._once(work, x)
             return _Forward(plan, None, self._normalize_step(plan, x, alignment, constants), bessel, masked)
-        plan = self._plan(work, x)
+        plan = self._once(work, x) if extended else self._plan(work, x)
         if plan.tier == "split":
             return _Forward(
                 plan,
-                self._stats_step(plan, x, alignment),
-                self._normalize_step(plan, x, alignment, constants),
+                self._stats_step(plan, x, alignment, groups),
+                self._normalize_step(plan, x, alignment, constants, groups),
                 bessel,
                 masked,
             )
@@ -400,20 +430,21 @@ class TritonBackend:
         )  # fmt: skip
         return _Forward(plan, None, step, bessel, masked)
 
-    def _stats_step(self, plan: LaunchPlan, x: Array, alignment: int) -> Step:
-        geometry, (positions, warps) = _Geometry.of(plan), _streamed_block(plan, x)
+    def _stats_step(self, plan: LaunchPlan, x: Array, alignment: int, groups: int) -> Step:
+        geometry, (positions, warps) = _Geometry.of(plan, groups), _streamed_block(plan, x)
         tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], _chain(plan, positions),
-                positions, *_strip(plan), self._is_wide(geometry), _compute(x), _range(x))  # fmt: skip
-        return self._step(
-            bn_forward_triton.bn_stats_kernel, plan, x, (plan.tiling.strips, plan.blocks), tail, alignment, warps
-        )
+                positions, *_strip(plan), self._is_wide(geometry), _compute(x), _range(x), groups)  # fmt: skip
+        grid = (groups * plan.tiling.strips, plan.blocks)
+        return self._step(bn_forward_triton.bn_stats_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
 
-    def _normalize_step(self, plan: LaunchPlan, x: Array, alignment: int, constants: tuple[Any, Any]) -> Step:
-        geometry, (positions, warps) = _Geometry.of(plan), _streamed_block(plan, x)
+    def _normalize_step(
+        self, plan: LaunchPlan, x: Array, alignment: int, constants: tuple[Any, Any], groups: int = 1
+    ) -> Step:
+        geometry, (positions, warps) = _Geometry.of(plan, groups), _streamed_block(plan, x)
         tail = (*geometry.tail, geometry.positions, plan.share, *constants, _chunk(plan), positions, *_strip(plan),
-                self._is_wide(geometry), _compute(x))  # fmt: skip
-        grid = (plan.tiling.strips, plan.blocks)
-        return self._step(bn_forward_triton.bn_normalize_kernel, plan, x, grid, tail, alignment, warps)
+                self._is_wide(geometry), _compute(x), groups)  # fmt: skip
+        grid = (groups * plan.tiling.strips, plan.blocks)
+        return self._step(bn_forward_triton.bn_normalize_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
 
     # ------------------------------------------------------------------------------------------------------ backward
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
@@ -421,12 +452,14 @@ class TritonBackend:
         x, device = call.x, call.x.device
         dx = self.empty_like(saved.x) if "dx" in need else None
         dz = self.empty_like(saved.x) if "dresidual" in need else None
+        if call.groups > 1:
+            return self._backward_of_groups(call, dy, saved, need)
         c = call.view.layout.c
         dweight = self.new((c,), None, saved.weight_dtype, device) if "dweight" in need else None
         dbias = self.new((c,), None, saved.bias_dtype, device) if "dbias" in need else None
         summed = dweight is not None or dbias is not None
         steps = call.prepared("backward", lambda: self._prepare_backward(call, need, batch_stats))
-        tail = (dweight, dbias, *call.numbers, 1.0 / saved.moments.count)
+        tail = (dweight, dbias, *call.numbers, *_counted(saved))
         if steps.merge is not None:
             partials = self._partials(steps.plan, x)
             self._launch(steps.reduce, (*call.tensors, dz, dx, *call.vectors, partials, *call.numbers))
@@ -436,10 +469,23 @@ class TritonBackend:
             self._launch(steps.reduce, (*call.tensors, None, None, *call.vectors, partials, *call.numbers))
             self._launch(steps.last, (*call.tensors, dz, dx, *call.vectors, partials, None, None, *tail))
         elif batch_stats and (dx is not None or summed):
-            self._launch(steps.last, (*call.tensors, dz, dx, *call.vectors, *tail))
+            self._launch(steps.last, (*call.tensors[:4], dz, dx, *call.vectors, *tail[:-1]))
         elif dx is not None or dz is not None:
             self._launch(steps.last, (*call.tensors, dz, dx, *call.vectors, None, None, None, *tail))
         return dx, dweight, dbias, dz
+
+    def _backward_of_groups(
+        self, call: _BackwardCall, dy: Array, saved: Saved, need: frozenset[str]
+    ) -> tuple[Array | None, ...]:
+        """The same of ghost batches, whose sums are added up in their order."""
+        dx = self.empty_like(saved.x) if "dx" in need else None
+        dz = self.empty_like(saved.x) if "dresidual" in need else None
+        sums = self.backward_reduce(dy, saved, dz)
+        if dx is not None:
+            self.backward_input(dy, saved, sums, dx, None)
+        dz_xhat, dz_sum = (vector.view(call.groups, -1).sum(0) for vector in (sums.dz_xhat, sums.dz))
+        dweight = self.cast(dz_xhat, saved.weight_dtype) if "dweight" in need else None
+        return dx, dweight, self.cast(dz_sum, saved.bias_dtype) if "dbias" in need else None, dz
 
     def _prepare_backward(self, call: _BackwardCall, need: frozenset[str], batch_stats: bool) -> _Backward:
         wants_dx, wants_dz, wants_sums = "dx" in need, "dresidual" in need, bool(need & {"dweight", "dbias"})
@@ -448,7 +494,7 @@ class TritonBackend:
             plan = self._once(work, call.x)
             return _Backward(plan, None, self._input_step(plan, call), None)
         if batch_stats:
-            plan = self._plan(work, call.x)
+            plan = self._once(work, call.x) if call.extended else self._plan(work, call.x)
             if plan.tier != "split":
                 return _Backward(plan, None, self._held_step(plan, call), None)
             if wants_dx:
@@ -457,46 +503,51 @@ class TritonBackend:
         return _Backward(plan, reduce, None, merge)
 
     def _call(self, dy: Array, saved: Saved, need: frozenset[str]) -> _BackwardCall:
-        view = view_of(saved.x, saved.spec.axis)
-        x, dy = dense(saved.x, view), dense(dy, view)
+        groups = saved.spec.groups
+        view = _grouped_view(saved.x, saved.spec.axis, groups)
+        x, dy, there = dense(saved.x, view), dense(dy, view), _there(saved.valid, view)
         activation, mask, residual = saved.spec.activation, saved.mask, saved.residual
         if mask is not None:  # it has a byte for each whole vector
             x, dy = aligned(x, VECTOR_BYTES), aligned(dy, VECTOR_BYTES)
         elif residual is not None:
             residual = dense(residual, view)
-        alignment = _alignment(x, dy, residual)
+        alignment = _alignment(x, dy, residual, there)
         moments = saved.moments
         vectors = (moments.mean.contiguous(), moments.var.contiguous(), saved.weight, saved.bias)
         key = (
             view, x.dtype, x.device, alignment, residual is None, mask is None, activation.name,
             saved.spec.batch_stats, *[None if v is None else v.dtype for v in vectors],
-            saved.weight_dtype, saved.bias_dtype, need,
+            saved.weight_dtype, saved.bias_dtype, need, there is None, groups, isinstance(moments.count, int),
         )  # fmt: skip
         act = functions(activation.name)
         return _BackwardCall(
-            self, key, view, x, (x, dy, residual, mask), vectors, (saved.spec.eps, activation.parameter),
-            act.gradient if mask is None else act.masked_gradient, alignment,
+            self, key, view, x, (x, dy, residual, mask, there), vectors, (saved.spec.eps, activation.parameter),
+            act.gradient if mask is None else act.masked_gradient, alignment, groups,
+            there is not None or not isinstance(moments.count, int),
         )  # fmt: skip
 
     def _reduce_and_merge(self, call: _BackwardCall, outputs: tuple[bool, bool]) -> tuple[LaunchPlan, Step, Step]:
         plan = self._once(call.work(sum(outputs)), call.x)
-        tail = (plan.tiling.c, plan.blocks, _chunk(plan), *_strip(plan), _compute(call.x))
-        merge = self._step(bn_backward_triton.bn_merge_sums_kernel, plan, call.x, (plan.tiling.strips, 1), tail)
+        tail = (plan.tiling.c, plan.blocks, _chunk(plan), *_strip(plan), _compute(call.x), call.groups)
+        grid = (call.groups * plan.tiling.strips, 1)
+        merge = self._step(bn_backward_triton.bn_merge_sums_kernel, plan, call.x, grid, tail, groups=call.groups)
         return plan, self._reduce_step(plan, call), merge
 
     def _reduce_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
-        geometry, (positions, warps) = _Geometry.of(plan), _streamed_block(plan, call.x)
+        geometry, (positions, warps) = _Geometry.of(plan, call.groups), _streamed_block(plan, call.x)
         tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, _chain(plan, positions), positions,
-                *_strip(plan), self._is_wide(geometry), _compute(call.x))  # fmt: skip
-        grid = (plan.tiling.strips, plan.blocks)
-        return self._step(bn_backward_triton.bn_backward_reduce_kernel, plan, call.x, grid, tail, call.alignment, warps)
+                *_strip(plan), self._is_wide(geometry), _compute(call.x), call.groups)  # fmt: skip
+        grid = (call.groups * plan.tiling.strips, plan.blocks)
+        kernel = bn_backward_triton.bn_backward_reduce_kernel
+        return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
 
     def _input_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
-        geometry, (positions, warps) = _Geometry.of(plan), _streamed_block(plan, call.x)
+        geometry, (positions, warps) = _Geometry.of(plan, call.groups), _streamed_block(plan, call.x)
         tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, _chunk(plan), positions, *_strip(plan),
-                self._is_wide(geometry), _compute(call.x))  # fmt: skip
-        grid = (plan.tiling.strips, plan.blocks)
-        return self._step(bn_backward_triton.bn_backward_input_kernel, plan, call.x, grid, tail, call.alignment, warps)
+                self._is_wide(geometry), _compute(call.x), call.groups)  # fmt: skip
+        grid = (call.groups * plan.tiling.strips, plan.blocks)
+        kernel = bn_backward_triton.bn_backward_input_kernel
+        return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
 
     def _held_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
         geometry, (positions, tiles, warps) = _Geometry.of(plan), _held_block(plan, call.x)
@@ -514,8 +565,8 @@ class TritonBackend:
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
-    def _partials(self, plan: LaunchPlan, x: Array) -> Array:
-        return self.new((2, plan.blocks, plan.tiling.c), None, torch.float64, x.device)
+    def _partials(self, plan: LaunchPlan, x: Array, groups: int = 1, counted: bool = False) -> Array:
+        return self.new((2 + counted, plan.blocks, groups * plan.tiling.c), None, torch.float64, x.device)
 
     def _work(
         self, layout: Layout, x: Array, alignment: int, *, backward: bool = False, reads: int = 1, writes: int = 1,
@@ -545,9 +596,9 @@ class TritonBackend:
 
     def _step(
         self, kernel: Any, plan: LaunchPlan, x: Array, grid: tuple[int, int], tail: tuple[Any, ...],
-        alignment: int = 1, num_warps: int = 4, num_ctas: int = 1,
+        alignment: int = 1, num_warps: int = 4, num_ctas: int = 1, groups: int = 1,
     ) -> Step:  # fmt: skip
-        geometry = _Geometry.of(plan)
+        geometry = _Geometry.of(plan, groups)
         aligned = TENSORS if alignment == VECTOR_BYTES else frozenset[str]()
         index = -1 if x.device.index is None else x.device.index
         return Step(kernel, grid, tail, num_warps, num_ctas, self._is_wide(geometry), aligned, index)
@@ -566,7 +617,7 @@ class TritonBackend:
 
 INTERPRETER = Device("Triton's interpreter", 80, 4, 164 << 10, 163 << 10, 1 << 20, 1e8)
 """It runs one program at a time, each slowly: few of them, but enough to be several for a channel."""
-TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx"})
+TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})
 WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)
 """Programs of one launch do not wait for each other."""
 
@@ -582,6 +633,28 @@ def _device(device: Any) -> Device:
     if device.type == "cpu" and interpreting():
         return INTERPRETER
     raise ValueError(f"the Triton backend serves tensors on a CUDA device, got one on {device} ({ELSEWHERE})")
+
+
+def _grouped_view(x: Array, axis: int, groups: int) -> View:
+    """The view of a tensor; one with the batch outermost if that is cut into ghost batches."""
+    view = view_of(x, axis)
+    return view if groups == 1 or view.layout.order[0] == 0 else contiguous_view(x, axis)
+
+
+def _one_of(layout: Layout, groups: int) -> Layout:
+    """Of a ghost batch, what a plan needs to know."""
+    return layout if groups == 1 else replace(layout, n=layout.n // groups)
+
+
+def _there(valid: Array | None, view: View) -> Array | None:
+    """The mask as kernels take it: bytes in the order of the tensor's positions."""
+    return None if valid is None else valid.permute(view.layout.order).contiguous().view(torch.uint8)
+
+
+def _counted(saved: Saved) -> tuple[float, Array | None]:
+    """What a kernel divides by: 1 / count, or the counts where they are."""
+    count = saved.moments.count
+    return (0.0, count.contiguous()) if isinstance(count, torch.Tensor) else (1.0 / count, None)
 
 
 def _alignment(*arrays: Array | None) -> int:

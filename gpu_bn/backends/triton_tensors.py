@@ -39,6 +39,11 @@ def view_of(x: Array, axis: int) -> View:
     return _view(x.shape, x.stride(), axis)
 
 
+def contiguous_view(x: Array, axis: int) -> View:
+    """The view of a contiguous tensor of the same shape."""
+    return _view(x.shape, tuple(math.prod(x.shape[at + 1 :]) for at in range(x.dim())), axis)
+
+
 @lru_cache(4096)
 def _view(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> View:
     shape = tuple(shape)

@@ -43,6 +43,40 @@ def batch_norm(
     return activate(z, activation).to(x.dtype)
 
 
+def masked_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: Activation,
+    valid: Tensor | None,
+    groups: int,
+    r: Tensor,
+    d: Tensor,
+) -> Tensor:
+    """The same with the statistics of each ghost batch's valid positions, renormalised by ``r`` and ``d`` if any."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if valid is None:
+        valid = x.new_ones((1,) * x.dim(), dtype=torch.bool)
+    there = valid.expand(x.shape[0], 1, *x.shape[2:]).unflatten(0, (groups, -1))
+    wide = torch.where(valid, x.to(dtype), 0).unflatten(0, (groups, -1))
+    axes = [1, *range(3, wide.dim())]
+    count = there.sum(axes, keepdim=True).clamp(min=1)
+    mean = wide.sum(axes, keepdim=True) / count
+    centred = (wide - mean) * there
+    xhat = (centred * (centred.square().sum(axes, keepdim=True) / count + eps).rsqrt()).flatten(0, 1)
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    if r.numel():
+        xhat = xhat * r.to(dtype).view(shape) + d.to(dtype).view(shape)
+    z = xhat if weight is None else xhat * weight.to(dtype).view(shape)
+    if bias is not None:
+        z = z + bias.to(dtype).view(shape)
+    if residual is not None:
+        z = z + torch.where(valid, residual.to(dtype), 0)
+    return torch.where(valid, activate(z, activation), 0).to(x.dtype)
+
+
 def torch_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,

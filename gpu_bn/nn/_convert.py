@@ -87,7 +87,8 @@ def revert(model: torch.nn.Module) -> Any:
         ``model``; of a graph module that ``convert(fuse=True)`` returned, the model that it was made from.
 
     Raises:
-        ValueError: a layer has an activation, or is frozen, and torch's layer would lose that. Nothing has changed.
+        ValueError: a layer has an activation, a ``virtual_batch_size`` or ``renorm``, or is frozen, and torch's layer
+            would lose that. Nothing has changed.
     """
     model = getattr(model, "meta", {}).get(ORIGINAL, model)
     found = [
@@ -96,7 +97,7 @@ def revert(model: torch.nn.Module) -> Any:
         if isinstance(module, (Fused, modules.FrozenBatchNorm2d))
     ]
     for module, cls in found:
-        for attribute in ("activation", "frozen", "_converted_from"):
+        for attribute in ("activation", "frozen", "virtual_batch_size", "renorm", "_converted_from"):
             module.__dict__.pop(attribute, None)
         if cls is not None:
             _set_class(module, cls)
@@ -192,6 +193,9 @@ def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | Non
     came_from: type[torch.nn.Module] | None = module.__dict__.get("_converted_from")
     if getattr(module, "frozen", False):
         raise ValueError(f"layer {name!r} is frozen, which torch's layers cannot be: call unfreeze first")
+    for option in ("virtual_batch_size", "renorm"):
+        if getattr(module, option, None) is not None:
+            raise ValueError(f"layer {name!r} has {option}, which torch's layer would lose")
     kept = IDENTITY
     if came_from is not None and (act := dict(module.named_children()).get("act")) is not None:
         kept = activation_of(act) or IDENTITY

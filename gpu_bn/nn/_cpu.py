@@ -43,10 +43,13 @@ class TorchBackend:
         bias: Tensor | None,
         residual: Tensor | None,
         out: Tensor | None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, Saved]:
         vectors = (_optional(running_mean), _optional(running_var), _optional(weight), _optional(bias))
         result = None if out is None else as_array(out)
-        y, saved = ops.forward(NUMPY, _ordered(x), spec, *vectors, _optional(residual), result, in_place=True)
+        y, saved = ops.forward(
+            NUMPY, _ordered(x), spec, *vectors, _optional(residual), result, in_place=True, valid=_optional(valid)
+        )
         return as_tensor(y) if out is None else out, Saved(
             x=x,
             residual=None if spec.activation.is_identity else residual,
@@ -57,6 +60,7 @@ class TorchBackend:
             bias_dtype=None if bias is None else bias.dtype,
             has_residual=residual is not None,
             spec=spec,
+            valid=valid,
         )
 
     def backward(self, dy: Tensor, saved: Saved, need: frozenset[str]) -> tuple[Tensor | None, ...]:
@@ -78,8 +82,8 @@ class TorchBackend:
     def check_out(self, out: Tensor, x: Tensor, residual: Tensor | None, in_place: bool) -> None:
         NUMPY.check_out(as_array(out), as_array(x), _optional(residual), in_place)
 
-    def stats(self, x: Tensor, axis: int) -> Moments:
-        return _tensor_moments(NUMPY.stats(_ordered(x), axis))
+    def stats(self, x: Tensor, axis: int, valid: Tensor | None = None, groups: int = 1) -> Moments:
+        return _tensor_moments(NUMPY.stats(_ordered(x), axis, _optional(valid), groups))
 
     def update_running(self, moments: Moments, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
         NUMPY.update_running(_array_moments(moments), as_array(running_mean), as_array(running_var), momentum)
@@ -154,11 +158,13 @@ def _ordered(x: Tensor) -> Array:
 
 
 def _tensor_moments(moments: Moments) -> Moments:
-    return Moments(moments.count, torch.from_numpy(moments.mean), torch.from_numpy(moments.var), moments.wide)
+    count = moments.count if isinstance(moments.count, int) else torch.from_numpy(moments.count)
+    return Moments(count, torch.from_numpy(moments.mean), torch.from_numpy(moments.var), moments.wide)
 
 
 def _array_moments(moments: Moments) -> Moments:
-    return Moments(moments.count, moments.mean.numpy(), moments.var.numpy(), moments.wide)
+    count = moments.count if isinstance(moments.count, int) else moments.count.numpy()
+    return Moments(count, moments.mean.numpy(), moments.var.numpy(), moments.wide)
 
 
 def _array_saved(saved: Saved) -> Saved:
@@ -169,6 +175,7 @@ def _array_saved(saved: Saved) -> Saved:
         moments=_array_moments(saved.moments),
         weight=_optional(saved.weight),
         bias=_optional(saved.bias),
+        valid=_optional(saved.valid),
         weight_dtype=saved.weight_dtype and _array_dtype(saved.weight_dtype),
         bias_dtype=saved.bias_dtype and _array_dtype(saved.bias_dtype),
     )

@@ -24,9 +24,10 @@ def batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    valid: Tensor | None,
 ) -> Tensor:
     """``y`` by ``engine``; arguments have been checked. ``create_graph=True`` raises NotImplementedError."""
-    y: Tensor = _BatchNorm.apply(x, weight, bias, residual, running_mean, running_var, engine, spec)
+    y: Tensor = _BatchNorm.apply(x, weight, bias, residual, running_mean, running_var, valid, engine, spec)
     for updated in (running_mean, running_var):
         if spec.batch_stats and updated is not None:
             increment_version(updated)
@@ -43,10 +44,12 @@ class _BatchNorm(Function):
         residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
+        valid: Tensor | None,
         engine: Backend,
         spec: BatchNormSpec,
     ) -> Tensor:
-        y, saved = ops.forward(engine, x, spec, running_mean, running_var, weight, bias, residual, None, False)
+        vectors = (running_mean, running_var, weight, bias)
+        y, saved = ops.forward(engine, x, spec, *vectors, residual, None, False, valid)
         ctx.save_for_backward(saved.x, saved.residual)
         ctx.engine, ctx.saved = engine, replace(saved, x=None, residual=None)
         return y  # type: ignore[no-any-return]
@@ -58,4 +61,5 @@ class _BatchNorm(Function):
         x, residual = ctx.saved_tensors
         names = ("dx", "dweight", "dbias", "dresidual")
         need = frozenset(name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed)
-        return (*ops.backward(ctx.engine, dy, replace(ctx.saved, x=x, residual=residual), need), None, None, None, None)
+        grads = ops.backward(ctx.engine, dy, replace(ctx.saved, x=x, residual=residual), need)
+        return (*grads, None, None, None, None, None)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gpu_bn import dispatch, ops
+from gpu_bn import dispatch, ops, spec
 from gpu_bn.activations import IDENTITY, Activation
-from gpu_bn.nn import _autograd, _composed, _engine, _library
-from gpu_bn.spec import MAX_RANK, MIN_RANK, check_forward
+from gpu_bn.nn import _autograd, _composed, _engine, _library, _masked
+from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 VECTORS = ("running_mean", "running_var", "weight", "bias")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -62,6 +62,9 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: Activation | str | None = None,
     num_batches_tracked: Tensor | None = None,
+    mask: Tensor | None = None,
+    virtual_batch_size: int | None = None,
+    renorm: tuple[float, float] | None = None,
 ) -> Tensor:
     """``torch.nn.functional.batch_norm``, with a residual and an activation.
 
@@ -77,6 +80,7 @@ def batch_norm(
         residual: added before the activation; like ``input``.
         activation: a name from :data:`gpu_bn.activations.ROWS`, or an ``Activation`` with its parameter.
         num_batches_tracked: 0-d int64, incremented in training.
+        mask, virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`.
 
     Returns:
         ``y``, with ``input``'s shape, dtype and memory format, and so is its gradient.
@@ -87,11 +91,37 @@ def batch_norm(
     """
     activation = IDENTITY if activation is None else Activation.of(activation)
     check(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+    if mask is not None or virtual_batch_size is not None or renorm is not None:
+        groups = _check_extensions(input, running_mean, training, mask, virtual_batch_size, renorm)
+        extended = mask is not None or groups > 1 or renorm is not None
+    else:
+        extended, groups = False, 1
     tracked = training and running_mean is not None
     if tracked and not torch.compiler.is_compiling() and _updates.off:
-        running_mean = running_var = num_batches_tracked = None
+        if renorm is not None and running_mean is not None and running_var is not None:
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+        else:
+            running_mean = running_var = None
+        num_batches_tracked = None
     if not training:
         num_batches_tracked = None
+    if extended:
+        return _masked.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            activation,
+            num_batches_tracked,
+            mask,
+            groups,
+            renorm,
+        )
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _composed.torch_batch_norm(
             input,
@@ -193,6 +223,31 @@ def check(
             raise RuntimeError(f"residual should be on the input's device {device}, got {residual.device}")
 
 
+def _check_extensions(
+    input: Tensor,
+    running_mean: Tensor | None,
+    training: bool,
+    mask: Tensor | None,
+    virtual_batch_size: int | None,
+    renorm: tuple[float, float] | None,
+) -> int:
+    """Check what torch's function does not have; returns the number of ghost batches."""
+    shape = input.shape
+    groups = 1 if virtual_batch_size is None else spec.check_groups(shape, 1, virtual_batch_size, training)
+    if training and input.numel() == groups * shape[1] > 0:
+        size = torch.Size((shape[0] // groups, *shape[1:]))
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask should be a Tensor, got {type(mask).__name__}")
+        spec.check_mask(mask, shape, 1)
+        if mask.device != input.device:
+            raise RuntimeError(f"mask should be on the input's device {input.device}, got {mask.device}")
+    if renorm is not None:
+        spec.check_renorm(renorm, training and running_mean is not None, groups)
+    return groups
+
+
 def front_door(
     x: Tensor,
     *arguments: Any,
@@ -201,13 +256,19 @@ def front_door(
     out: Tensor | None,
     residual: Tensor | None,
     activation: Activation | str | None,
+    mask: Tensor | None,
+    virtual_batch_size: int | None,
+    renorm: tuple[float, float] | None,
 ) -> Tensor:
     """:func:`gpu_bn.batch_norm` for tensors: any channel axis, its errors, and ``out`` without gradients."""
     names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     options = dict(zip(names, arguments, strict=True)) | {"residual": residual, "activation": activation}
     tensors = {name: options[name] for name in ("running_mean", "running_var", "weight", "bias", "residual")}
-    engine = dispatch.select(backend, input=x, **tensors, out=out)
-    spec = check_forward(x, **options, channel_axis=channel_axis, out=out)
+    extensions: dict[str, Any] = {"mask": mask, "virtual_batch_size": virtual_batch_size, "renorm": renorm}
+    engine = dispatch.select(backend, input=x, **tensors, out=out, mask=mask)
+    checked = spec.check_forward(x, **options, channel_axis=channel_axis, out=out, **extensions)
+    named = backend not in (None, dispatch.default(x))
+    valid = ops.positions(mask, x.shape, checked.axis) if mask is not None and (named or out is not None) else None
     if out is not None:
         differentiable = [tensor for tensor in (x, *tensors.values()) if tensor is not None and tensor.requires_grad]
         if torch.is_grad_enabled() and (differentiable or out.requires_grad):
@@ -215,10 +276,12 @@ def front_door(
                 "batch_norm(): functions with out=... arguments don't support automatic differentiation, "
                 "but one of the arguments requires grad."
             )
-        result: Tensor = ops.forward(engine, x, spec, **tensors, out=out, in_place=True)[0]
+        result: Tensor = ops.forward(engine, x, checked, **tensors, out=out, in_place=True, valid=valid)[0]
         return result
-    if backend not in (None, dispatch.default(x)):
-        return _engine.batch_norm(engine, spec, x, **tensors)
+    if named:
+        return _engine.batch_norm(engine, checked, x, **tensors, valid=valid)
     if residual is not None:
-        options["residual"] = residual.movedim(spec.axis, 1)
-    return batch_norm(x.movedim(spec.axis, 1), **options).movedim(1, spec.axis)
+        options["residual"] = residual.movedim(checked.axis, 1)
+    if mask is not None and mask.dim() == x.dim():
+        extensions["mask"] = mask.movedim(checked.axis, 1)
+    return batch_norm(x.movedim(checked.axis, 1), **options, **extensions).movedim(1, checked.axis)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gpu_bn import spec
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
@@ -22,14 +23,21 @@ class Fused(_BatchNorm):
     Attributes:
         activation: what follows the normalisation, and the residual if the call has one.
         frozen: whether the running statistics are used, and not updated, in training too.
+        virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`; for training.
     """
 
     activation: Activation = IDENTITY
     frozen: bool = False
+    virtual_batch_size: int | None = None
+    renorm: tuple[float, float] | None = None
     ranks: ClassVar[tuple[int, ...]] = ()
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, activation: Activation | str | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: Activation | str | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Normalise.
 
@@ -37,6 +45,7 @@ class Fused(_BatchNorm):
             input: (N, C, ...).
             residual: added before the activation; like ``input``.
             activation: what follows in this call, if it is not the layer's own.
+            mask: which positions count, as in :func:`gpu_bn.batch_norm`.
         """
         activation = self.activation if activation is None else Activation.of(activation)
         training = self.training and not self.frozen
@@ -55,6 +64,9 @@ class Fused(_BatchNorm):
             activation.parameter,
             self.num_batches_tracked if training and tracked else None,
             self.ranks,
+            mask,
+            self.virtual_batch_size if training else None,
+            self.renorm if training else None,
         )
 
     def init_identity_(self, input: Tensor) -> Fused:
@@ -82,7 +94,20 @@ class Fused(_BatchNorm):
         text: str = super().extra_repr()
         if not self.activation.is_identity:
             text += f", activation={self.activation!r}"
+        for name in ("virtual_batch_size", "renorm"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)}"
         return text + ", frozen=True" * self.frozen
+
+    def _set_options(
+        self,
+        activation: Activation | str | None,
+        virtual_batch_size: int | None,
+        renorm: tuple[float, float] | None,
+    ) -> None:
+        self.activation = Activation.of(activation)
+        self.virtual_batch_size = virtual_batch_size
+        self.renorm = None if renorm is None else spec.check_renorm(renorm, self.track_running_stats)
 
 
 class _Sized(Fused):
@@ -100,17 +125,26 @@ class _Sized(Fused):
         *,
         bias: bool = True,
         activation: Activation | str | None = None,
+        virtual_batch_size: int | None = None,
+        renorm: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.activation = Activation.of(activation)
+        self._set_options(activation, virtual_batch_size, renorm)
 
 
 class _Lazy(Fused):
     """A layer that takes its number of channels from its first input."""
 
-    def __init__(self, *arguments: Any, activation: Activation | str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        activation: Activation | str | None = None,
+        virtual_batch_size: int | None = None,
+        renorm: tuple[float, float] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
-        self.activation = Activation.of(activation)
+        self._set_options(activation, virtual_batch_size, renorm)
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         super().initialize_parameters(input)  # type: ignore[misc]
@@ -222,6 +256,9 @@ def layer(
     parameter: float,
     num_batches_tracked: Tensor | None,
     ranks: tuple[int, ...],
+    mask: Tensor | None = None,
+    virtual_batch_size: int | None = None,
+    renorm: tuple[float, float] | None = None,
 ) -> Tensor:
     """A layer's call, one node in a traced graph."""
     if ranks and input.dim() not in ranks:
@@ -239,4 +276,7 @@ def layer(
         residual=residual,
         activation=Activation(activation, parameter),
         num_batches_tracked=num_batches_tracked,
+        mask=mask,
+        virtual_batch_size=virtual_batch_size,
+        renorm=renorm,
     )

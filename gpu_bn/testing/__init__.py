@@ -10,7 +10,7 @@
 A backend joins by its name in :data:`gpu_bn.testing.check.ADAPTERS`, which says how arrays get to it and back.
 """
 
-from gpu_bn.testing.cases import Case, build, cases, unavailable_cases
+from gpu_bn.testing.cases import Case, build, cases, extended_cases, unavailable_cases
 from gpu_bn.testing.check import ADAPTERS, Adapter, check, compare, run
 from gpu_bn.testing.oracle import Problem, Truth, oracle
 from gpu_bn.testing.tolerance import tolerance
@@ -25,6 +25,7 @@ __all__ = [
     "cases",
     "check",
     "compare",
+    "extended_cases",
     "oracle",
     "run",
     "tolerance",

@@ -29,6 +29,7 @@ LAYOUTS = (
 )
 MODES = ("train", "train_no_stats", "eval")
 AFFINE = ("both", "weight", "bias", "none")
+MASKS = ("random", "lengths", "samples", "first_empty", "one")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Case:
         param_dtype: of weight, bias and running statistics; float64 for float64, else float32, unless given.
         mean, std: of x. The first channel has this mean, the others lesser ones of either sign.
         eps, momentum: as in :func:`gpu_bn.batch_norm`.
+        mask: one of ``MASKS``; x, dy and residual are NaN where it says that there is nothing.
+        virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`.
     """
 
     shape: tuple[int, ...]
@@ -65,12 +68,16 @@ class Case:
     std: float = 1.5
     eps: float = 1e-5
     momentum: float = 0.1
+    mask: str | None = None
+    virtual_batch_size: int | None = None
+    renorm: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         words = ["x".join(map(str, self.shape)), self.dtype, self.mode]
         usual = Case(self.shape)
         for name in ("layout", "dy_layout", "channel_axis", "activation", "parameter", "residual", "affine",
-                     "param_dtype", "mean", "std", "eps", "momentum"):  # fmt: skip
+                     "param_dtype", "mean", "std", "eps", "momentum", "mask", "virtual_batch_size",
+                     "renorm"):  # fmt: skip
             value = getattr(self, name)
             if value != getattr(usual, name):
                 plain = name in ("layout", "activation", "residual")
@@ -83,9 +90,14 @@ def cases() -> list[Case]:
     return [case for case in _all_cases() if _can_run(case)]
 
 
+def extended_cases() -> list[Case]:
+    """The cases of masks, ghost batches and batch renormalisation that can run here; :func:`cases` has none of them."""
+    return [case for case in _generate_extended() if _can_run(case)]
+
+
 def unavailable_cases() -> list[Case]:
-    """The conformance cases left out of :func:`cases`: bfloat16 needs the package ``ml_dtypes``."""
-    return [case for case in _all_cases() if not _can_run(case)]
+    """The conformance cases left out of these: bfloat16 needs the package ``ml_dtypes``."""
+    return [case for case in (*_all_cases(), *_generate_extended()) if not _can_run(case)]
 
 
 def build(case: Case) -> Problem:
@@ -110,6 +122,11 @@ def build(case: Case) -> Problem:
     running_var = case.std**2 * rng.uniform(0.25, 4.0, channels)
     tracked = case.mode != "train_no_stats"
     parameter = ROWS[case.activation].default.parameter if case.parameter is None else case.parameter
+    mask = None if case.mask is None else _mask(case, axis, rng)
+    if mask is not None:
+        nothing = np.broadcast_to((mask if mask.ndim == x.ndim else np.expand_dims(mask, axis)) == 0, x.shape)
+        for array in (x, dy, residual):
+            array[nothing] = np.nan
     return Problem(
         x=arrange(x, case.layout, axis),
         dy=arrange(dy, case.dy_layout or case.layout, axis),
@@ -123,7 +140,35 @@ def build(case: Case) -> Problem:
         residual=arrange(residual, case.layout, axis) if case.residual else None,
         activation=(Activation.of(case.activation).name, parameter),
         channel_axis=case.channel_axis,
+        mask=mask,
+        virtual_batch_size=case.virtual_batch_size,
+        renorm=case.renorm,
     )
+
+
+def _mask(case: Case, axis: int, rng: np.random.Generator) -> Array:
+    """A mask of a case: full or without the channel axis, of either dtype, or with extents of 1."""
+    one_channel = (*case.shape[:axis], 1, *case.shape[axis + 1 :])
+    match case.mask:
+        case "random":
+            return (rng.random(one_channel) < 0.6).astype(np.uint8)
+        case "lengths":  # each sample ends somewhere along the last axis; no channel axis
+            lengths = rng.integers(0, case.shape[-1] + 1, (case.shape[0], *[1] * (len(case.shape) - 2)))
+            lengths[0] = case.shape[-1]
+            return np.arange(case.shape[-1]) < lengths
+        case "samples":  # extents of 1
+            mask = rng.random((case.shape[0], *[1] * (len(case.shape) - 1))) < 0.6
+            mask[:2] = True
+            return mask
+        case "first_empty":  # of ghost batches
+            mask = rng.random(one_channel) < 0.6
+            mask[: case.virtual_batch_size or case.shape[0]] = False
+            return mask
+        case "one":
+            mask = np.zeros(one_channel, bool)
+            mask[tuple(size // 2 for size in one_channel)] = True
+            return mask
+    raise ValueError(f"unknown mask {case.mask!r}, expected one of {', '.join(MASKS)}")
 
 
 def arrange(array: Array, layout: str, axis: int) -> Array:
@@ -284,3 +329,25 @@ def _numeric_cases() -> Iterator[Case]:
         yield replace(case, dtype="float16", mean=1e-6, std=1e-6, eps=1e-14)
         yield replace(case, dtype="bfloat16", mean=1e18, std=1e18)
         yield replace(case, dtype="bfloat16", mean=1e2, std=1.0)
+
+
+def _generate_extended() -> Iterator[Case]:
+    fused: dict[str, Any] = {"activation": "relu", "residual": True}
+    for dtype in DTYPES:
+        yield Case((4, 6, 5, 7), dtype, mask="random", activation="silu", residual=True)
+        yield Case((12, 8, 10, 11), dtype, "channels_last", mask="random", virtual_batch_size=4, **fused)
+    yield Case((3, 7, 1111), mask="lengths", **fused)
+    yield Case((6, 5, 33), "float16", mask="lengths", mode="eval", **fused)
+    yield Case((9, 3, 41, 11), "bfloat16", mask="samples", channel_axis=2, residual=True)
+    yield Case((600, 33), mask="samples", activation="gelu", layout="fortran")
+    yield Case((12, 8, 10, 11), mask="first_empty", virtual_batch_size=4, residual=True)
+    yield Case((6, 5, 4), mask="first_empty", mode="train", **fused)
+    yield Case((6, 5, 4), mask="one", **fused)
+    yield Case((12, 8, 10, 11), mask="random", mean=1e4, std=1.0, activation="relu")
+    yield Case((4, 6, 5, 7), mask="random", mean=1e4, std=1.0, mode="train_no_stats")
+    yield Case((32, 40), "float16", virtual_batch_size=8, momentum=0.3, **fused)
+    yield Case((6, 4, 33, 13), virtual_batch_size=3, affine="weight")
+    yield Case((12, 8, 10, 11), virtual_batch_size=1, layout="sliced", activation="gelu")
+    for renorm in ((1.0, 0.0), (1.5, 0.5), (3.0, 5.0)):
+        yield Case((12, 8, 10, 11), renorm=renorm, **fused)
+    yield Case((4, 6, 5), "float16", renorm=(1.2, 0.3), mask="lengths", activation="silu", affine="none")

@@ -84,7 +84,8 @@ ADAPTERS: dict[str, Adapter] = {
 }
 """By the backend's name. ``to_backend`` keeps shape, dtype and, where the library has them, strides."""
 
-TENSORS = ("x", "dy", "residual")
+TENSORS = ("x", "dy", "residual", "mask")
+OPTIONS = ("virtual_batch_size", "renorm")
 RUNNING = ("running_mean", "running_var")
 VECTORS = ("weight", "bias", *RUNNING)
 
@@ -159,6 +160,9 @@ def run(problem: Problem, backend: Backend | str = "numpy", title: str = "proble
     # Running statistics are written to: the problem keeps its own.
     sent = {name: adapter.to_backend(array.copy() if name in VECTORS else array) for name, array in given.items()}
     before = {name: array.tobytes() for name, array in given.items()}
+    options = {name: getattr(problem, name) for name in OPTIONS if getattr(problem, name) is not None}
+    if "mask" in sent:
+        options["mask"] = sent["mask"]
     y, saved = batch_norm_forward(
         sent["x"],
         sent.get("running_mean"),
@@ -172,6 +176,7 @@ def run(problem: Problem, backend: Backend | str = "numpy", title: str = "proble
         activation=Activation(*problem.activation),
         channel_axis=problem.channel_axis,
         backend=backend,
+        **options,
     )
     grads = batch_norm_backward(sent["dy"], saved, backend=backend)
     writable = RUNNING if problem.training else ()

@@ -8,7 +8,8 @@ values near 1e18. It is slow and uses much memory, as a truth may.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,17 @@ class Problem:
     residual: Array | None
     activation: tuple[str, float]
     channel_axis: int
+    mask: Array | None = None
+    virtual_batch_size: int | None = None
+    renorm: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What a call should give, in ``WIDE``; ``mean``, ``var``, ``xhat`` and ``z`` are what led there."""
+    """What a call should give, in ``WIDE``; ``mean``, ``var``, ``xhat`` and ``z`` are what led there.
+
+    ``mean``, ``var`` and ``rstd`` of ghost batches follow each other. ``r`` and ``d`` are batch renormalisation's.
+    """
 
     mean: Array
     var: Array
@@ -55,6 +62,8 @@ class Truth:
     dweight: Array | None
     dbias: Array | None
     dresidual: Array | None
+    r: Array | None = None
+    d: Array | None = None
 
 
 def wide(array: Array) -> Array:
@@ -80,55 +89,125 @@ def channel_sum(tensor: Array, problem: Problem) -> Array:
 def oracle(problem: Problem) -> Truth:
     """Solve a problem, forward and backward."""
     with np.errstate(all="ignore"):
-        return _solve(problem)
+        parts = [truth for _, truth in ghost_batches(problem)]
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def ghost_batches(problem: Problem) -> Iterator[tuple[Problem, Truth]]:
+    """The calls that a call stands for, one after the other, and what each of them gives."""
+    size = problem.virtual_batch_size
+    if size is None or not problem.training:
+        yield problem, _solve(problem)
+        return
+    running: dict[str, Any] = {"running_mean": problem.running_mean, "running_var": problem.running_var}
+    valid = None if problem.mask is None else positions(problem)
+    for first in range(0, len(problem.x), size):
+        tensors = {name: getattr(problem, name) for name in ("x", "dy", "residual")} | {"mask": valid}
+        sliced: dict[str, Any] = {
+            name: None if array is None else array[first : first + size] for name, array in tensors.items()
+        }
+        part = replace(problem, virtual_batch_size=None, **sliced, **running)
+        truth = _solve(part)
+        running = {name: getattr(truth, name) for name in running}
+        yield part, truth
+
+
+def _joined(parts: list[Truth]) -> Truth:
+    """One result of those of the ghost batches: sums are added, the last running statistics stand."""
+    values: dict[str, Any] = {}
+    for field in fields(Truth):
+        each = [getattr(part, field.name) for part in parts]
+        if each[0] is None or field.name.startswith("running"):
+            values[field.name] = each[-1]
+        else:
+            values[field.name] = sum(each) if field.name in ("dweight", "dbias") else np.concatenate(each)
+    return Truth(**values)
+
+
+def positions(problem: Problem) -> Array:
+    """Which elements count, in the shape of ``x``."""
+    if problem.mask is None:
+        return np.ones(problem.x.shape, bool)
+    mask = problem.mask
+    if mask.ndim < problem.x.ndim:
+        mask = np.expand_dims(mask, problem.channel_axis % problem.x.ndim)
+    return np.broadcast_to(mask != 0, problem.x.shape)
+
+
+def valid_count(problem: Problem) -> int:
+    """Positions of a channel that count."""
+    channels = problem.x.shape[problem.channel_axis]
+    valid: int = int(positions(problem).sum()) // max(channels, 1)
+    return valid
+
+
+def masked(tensor: Array, problem: Problem) -> Array:
+    """A tensor in ``WIDE``, 0 where positions do not count."""
+    return np.where(positions(problem), wide(tensor), WIDE(0))
 
 
 def _solve(problem: Problem) -> Truth:
-    x, dy = wide(problem.x), wide(problem.dy)
-    count = x.size // max(x.shape[problem.channel_axis], 1)
+    x, dy, there = masked(problem.x, problem), masked(problem.dy, problem), positions(problem)
+    valid = valid_count(problem)
+    count = valid if problem.mask is None else max(valid, 1)
     if problem.training:
         mean = channel_sum(x, problem) / count
-        mean = mean + channel_sum(x - by_channel(mean, problem), problem) / count
-        var = channel_sum((x - by_channel(mean, problem)) ** 2, problem) / count
+        mean = mean + channel_sum(there * (x - by_channel(mean, problem)), problem) / count
+        var = channel_sum(there * (x - by_channel(mean, problem)) ** 2, problem) / count
     else:
         mean, var = wide(problem.running_mean), wide(problem.running_var)
     running_mean = running_var = None
     if problem.running_mean is not None:
         running_mean, running_var = wide(problem.running_mean), wide(problem.running_var)
-        if problem.training:
+        if problem.training and (valid or problem.mask is None):
             keep, momentum = 1 - WIDE(problem.momentum), WIDE(problem.momentum)
             running_mean = keep * running_mean + momentum * mean
-            running_var = keep * running_var + momentum * var * count / (count - 1)
+            running_var = keep * running_var + momentum * var * count / (count - 1 if count > 1 else 1)
 
     rstd = 1 / np.sqrt(var + WIDE(problem.eps))
-    xhat = (x - by_channel(mean, problem)) * by_channel(rstd, problem)
+    xhat = there * (x - by_channel(mean, problem)) * by_channel(rstd, problem)
     weight = np.ones_like(mean) if problem.weight is None else wide(problem.weight)
-    z = by_channel(weight, problem) * xhat
+    r, d = _renormalisation(problem, mean, rstd)
+    corrected = there * (xhat * by_channel(r, problem) + by_channel(d, problem))
+    z = by_channel(weight, problem) * corrected
     if problem.bias is not None:
         z = z + by_channel(wide(problem.bias), problem)
     if problem.residual is not None:
-        z = z + wide(problem.residual)
+        z = z + masked(problem.residual, problem)
 
     dz = dy * derivative(*problem.activation, z)
-    dbias, dweight = channel_sum(dz, problem), channel_sum(dz * xhat, problem)
+    dbias, dweight = channel_sum(dz, problem), channel_sum(dz * corrected, problem)
     inner = dz
     if problem.training:
-        inner = dz - by_channel(dbias / count, problem) - xhat * by_channel(dweight / count, problem)
+        along = channel_sum(dz * xhat, problem) / count
+        inner = there * (dz - by_channel(dbias / count, problem) - xhat * by_channel(along, problem))
     return Truth(
         mean=mean,
         var=var,
         rstd=rstd,
         xhat=xhat,
         z=z,
-        y=value(*problem.activation, z),
+        y=there * value(*problem.activation, z),
         running_mean=running_mean,
         running_var=running_var,
         dz=dz,
-        dx=by_channel(weight * rstd, problem) * inner,
+        dx=by_channel(weight * r * rstd, problem) * inner,
         dweight=None if problem.weight is None else dweight,
         dbias=None if problem.bias is None else dbias,
         dresidual=None if problem.residual is None else dz,
+        r=r,
+        d=d,
     )
+
+
+def _renormalisation(problem: Problem, mean: Array, rstd: Array) -> tuple[Array, Array]:
+    """Ioffe 2017, Alg. 1, with sd = sqrt(var + eps); 1 and 0 are plain batch normalisation."""
+    if problem.renorm is None:
+        return np.ones_like(mean), np.zeros_like(mean)
+    r_max, d_max = map(WIDE, problem.renorm)
+    sd = np.sqrt(wide(problem.running_var) + WIDE(problem.eps))
+    r = np.minimum(np.maximum(1 / (rstd * sd), 1 / r_max), r_max)
+    return r, np.minimum(np.maximum((mean - wide(problem.running_mean)) / sd, -d_max), d_max)
 
 
 # -------------------------------------------------------------------------------------------------- activations

@@ -29,6 +29,9 @@ dbias, dweight
 dx
     The errors of its three terms, and that of ``rstd``.
 
+Positions that a mask leaves out are 0 to the last bit, and in no sum. Of ghost batches each is allowed its own. Batch
+renormalisation puts ``xhat * r + d`` in the place of xhat, and adds what the errors of mean and rstd do to r and d.
+
 Where an error bound sums worst cases it is generous by a factor that grows slowly with n; a lost element, a biased
 variance or a missing term exceeds it by orders of magnitude, which the planted-bug tests show.
 """
@@ -39,7 +42,19 @@ from typing import Any
 
 import numpy as np
 
-from gpu_bn.testing.oracle import WIDE, Problem, Truth, by_channel, channel_sum, derivative, wide
+from gpu_bn.testing.oracle import (
+    WIDE,
+    Problem,
+    Truth,
+    by_channel,
+    channel_sum,
+    derivative,
+    ghost_batches,
+    masked,
+    positions,
+    valid_count,
+    wide,
+)
 
 Array = Any
 
@@ -57,18 +72,33 @@ def tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
     :func:`ulp` of the quantity's dtype comes on top.
     """
     with np.errstate(all="ignore"):
-        return _tolerance(problem, truth)
+        if problem.virtual_batch_size is None or not problem.training:
+            return _tolerance(problem, truth)
+        return _joined([_tolerance(*part) for part in ghost_batches(problem)], 1 - WIDE(problem.momentum))
+
+
+def _joined(parts: list[dict[str, Array]], keep: Array) -> dict[str, Array]:
+    """What is allowed in a call of ghost batches: errors of sums add up, of running statistics they fade."""
+    allowed: dict[str, Array] = {}
+    for name in parts[0]:
+        each = [part[name] for part in parts]
+        if name.startswith("running"):
+            allowed[name] = sum(keep ** (len(parts) - 1 - at) * one for at, one in enumerate(each))
+        else:
+            allowed[name] = sum(each) if name in ("dweight", "dbias") else np.concatenate(each)
+    return allowed
 
 
 def _tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
     dtype = str(problem.x.dtype)
     u = WIDE(ROUNDOFF[dtype])
-    count = problem.x.size // max(problem.x.shape[problem.channel_axis], 1)
+    valid, there = valid_count(problem), positions(problem)
+    count = max(valid, 1)
     ratio = np.abs(truth.mean) * truth.rstd
 
     mean, var_relative = np.zeros_like(truth.mean), np.zeros_like(truth.mean)
     if problem.training:
-        mean = 4 * u * channel_sum(np.abs(wide(problem.x)), problem) / count
+        mean = 4 * u * channel_sum(np.abs(masked(problem.x, problem)), problem) / count
         var_relative = np.maximum(16 * u, WIDE(VAR_PER_RATIO[dtype]) * np.abs(truth.mean) / np.sqrt(truth.var))
         var_relative = np.where(truth.var > 0, var_relative, 16 * u)
     var = var_relative * truth.var
@@ -80,9 +110,15 @@ def _tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
     if problem.training:
         xhat = xhat + by_channel(4 * u * channel_sum(size, problem) / count, problem)
     weight = _magnitude(problem.weight, problem, default=1.0)
-    terms = weight * size + _magnitude(problem.bias, problem)
-    terms = terms + (0 if problem.residual is None else np.abs(wide(problem.residual)))
-    z = weight * xhat + 2 * u * terms
+    corrected, off = size, xhat
+    if problem.renorm is not None:  # xhat * r + d
+        r, d = by_channel(truth.r, problem), by_channel(truth.d, problem)
+        off_d = by_channel(mean / np.sqrt(wide(problem.running_var) + WIDE(problem.eps)), problem)
+        corrected = r * size + np.abs(d)
+        off = r * (xhat + size * by_channel(rstd_relative + 4 * u, problem)) + off_d + 8 * u * np.abs(d)
+    terms = weight * corrected + _magnitude(problem.bias, problem)
+    terms = terms + (0 if problem.residual is None else np.abs(masked(problem.residual, problem)))
+    z = weight * off + 2 * u * terms
 
     here, below, above = (derivative(*problem.activation, truth.z + step * z) for step in (0, -1, 1))
     steepest = np.maximum(np.abs(here), np.maximum(np.abs(below), np.abs(above)))
@@ -91,24 +127,27 @@ def _tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
     y = steepest * z + 8 * u * np.abs(truth.y) + 2 * u * smooth * np.minimum(np.abs(truth.z), 1)
     dz = np.zeros_like(truth.dz)
     if problem.activation[0] != "identity":
-        dz = np.abs(wide(problem.dy)) * (change + 8 * u * np.maximum(np.abs(here), 1.0 * smooth))
+        dz = np.abs(masked(problem.dy, problem)) * (change + 8 * u * np.maximum(np.abs(here), 1.0 * smooth))
 
     size_dz = np.abs(truth.dz)
     dbias = channel_sum(dz + 4 * u * size_dz, problem)
     dweight = channel_sum(dz * size + size_dz * (xhat + 4 * u * size), problem)
+    dweight_corrected = channel_sum(dz * corrected + size_dz * (off + 4 * u * corrected), problem)
     sum_dz, sum_dz_xhat = (np.abs(channel_sum(term, problem)) for term in (truth.dz, truth.dz * truth.xhat))
     inner = dz + 4 * u * size_dz
     if problem.training:
         inner = inner + by_channel((dbias + 4 * u * sum_dz) / count, problem)
         inner = inner + size * by_channel((dweight + 4 * u * sum_dz_xhat) / count, problem)
         inner = inner + xhat * by_channel(sum_dz_xhat / count, problem)
-    scale = weight * by_channel(truth.rstd, problem)
+    scale = weight * by_channel(truth.rstd if truth.r is None else truth.rstd * truth.r, problem)
+    if problem.renorm is not None:
+        rstd_relative = 2 * rstd_relative + 4 * u
     dx = scale * inner + np.abs(truth.dx) * by_channel(rstd_relative, problem)
 
-    allowed = {"y": y, "mean": mean, "rstd": rstd_relative * truth.rstd, "dx": dx, "dweight": dweight, "dbias": dbias}
-    allowed["dresidual"] = dz
+    allowed = {"y": y * there, "mean": mean, "rstd": rstd_relative * truth.rstd, "dx": dx * there}
+    allowed |= {"dweight": dweight_corrected, "dbias": dbias, "dresidual": dz}
     if problem.running_mean is not None and problem.running_var is not None:
-        momentum = WIDE(problem.momentum if problem.training else 0)
+        momentum = WIDE(problem.momentum if problem.training and valid else 0)
         bessel = count / WIDE(max(count - 1, 1))
         old_mean, old_var = np.abs(wide(problem.running_mean)), np.abs(wide(problem.running_var))
         allowed["running_mean"] = momentum * (mean + 2 * u * np.abs(truth.mean)) + 2 * u * (1 - momentum) * old_mean
