@@ -47,6 +47,7 @@ class BatchNormSpec:
     momentum: Any
     eps: float
     activation: Activation
+    groups: int = 1
 
 
 def check_forward(

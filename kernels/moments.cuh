@@ -38,6 +38,33 @@ template <class L> struct Shift {
     }
   }
 
+  // The same of the elements that count. The origin is one of them, the same for all blocks of the strip, if any is found.
+  __device__ __forceinline__ void sample(const Tile<L>& tile, const typename L::V* x, const Selection<L>& selection) {
+    A sum[L::CHANNELS], first[L::CHANNELS];
+    u32 n = 0;
+#pragma unroll
+    for (int j = 0; j < L::CHANNELS; ++j) sum[j] = first[j] = 0;
+    for (int k = SAMPLES - 1; k >= 0 && tile.count; --k) {
+      const i64 in_strip = tile.g.positions * k / SAMPLES;
+      const i64 in_share = (i64)tile.rank * tile.g.share + (u64)tile.length * k / SAMPLES;
+      const Selected<L> one = selection.in_strip(tile, in_strip), other = selection.in_strip(tile, in_share);
+      const typename L::V v = x[tile.base() + tile.seek_in_group(in_strip).offset];
+      const typename L::V w = x[tile.base() + tile.seek_in_group(in_share).offset];
+#pragma unroll
+      for (int j = L::VEC - 1; j >= 0; --j) {
+        if (one[j]) first[L::COLUMNS ? j : 0] = v[j];
+        if (other[j]) sum[L::COLUMNS ? j : 0] += w[j] * A(1. / (SAMPLES * L::PER_POSITION));
+      }
+      n += other.count();
+    }
+#pragma unroll
+    for (int j = 0; j < L::CHANNELS; ++j) {
+      centre[tile.own() + j] = n ? sum[j] * (A(SAMPLES * L::PER_POSITION) / A(n)) : 0;
+      scale[tile.own() + j] = 1;
+      origin[tile.own() + j] = first[j];
+    }
+  }
+
   // Whether the sums of a sweep lose accuracy, because the centre is more than one sd away from the mean or the squares
   // leave float's range. The shift is changed then.
   __device__ __forceinline__ bool improve(u32 place, double n, double sum, double squares) {
@@ -60,6 +87,7 @@ template <class L> struct Deviations {
   A scale[L::CHANNELS], offset[L::CHANNELS];
   Sum<L> sum, squares;
   u32 pending = 0;
+  u32 count = 0;  // of the elements that count, if not all do
 
   __device__ __forceinline__ Deviations(const Tile<L>& tile, const Shift<L>& shift) {
 #pragma unroll
@@ -69,13 +97,14 @@ template <class L> struct Deviations {
     }
   }
 
-  __device__ __forceinline__ void add(const typename L::V& v) {
+  __device__ __forceinline__ void add(const typename L::V& v, const Selected<L>& selected = {}) {
 #pragma unroll
     for (int j = 0; j < L::VEC; ++j) {
-      const A d = fma(v[j], scale[L::COLUMNS ? j : 0], offset[L::COLUMNS ? j : 0]);
+      const A d = selected[j] ? fma(v[j], scale[L::COLUMNS ? j : 0], offset[L::COLUMNS ? j : 0]) : A(0);
       sum.part[j] += d;
       squares.part[j] = fma(d, d, squares.part[j]);
     }
+    if constexpr (L::MASKED) count += selected.count();
     if (++pending == CHAIN) flush();
   }
   __device__ __forceinline__ void flush() {
@@ -86,10 +115,14 @@ template <class L> struct Deviations {
 };
 
 // Leaves the mean less the origin (first) and the sum of squared deviations (second) of each channel in shared.own.
-// sweep(deviations) adds each of the thread's vectors.
+// sweep(deviations) adds each of the thread's vectors. Returns the elements that each channel has in the share.
 template <class L, class Sweep>
-DEVICE void block_moments(const Tile<L>& tile, const typename L::V* x, Shared<L>& shared, Shift<L>& shift, Sweep sweep) {
-  if (tile.row == 0) shift.sample(tile, x);
+DEVICE double block_moments(const Tile<L>& tile, const typename L::V* x, Shared<L>& shared, Shift<L>& shift, Sweep sweep,
+                            const Selection<L>& selection = {}) {
+  if (tile.row == 0) {
+    if constexpr (L::MASKED) shift.sample(tile, x, selection);
+    else shift.sample(tile, x);
+  }
   for (int attempt = 0;; ++attempt) {
     __syncthreads();
     Deviations<L> d(tile, shift);
@@ -98,17 +131,20 @@ DEVICE void block_moments(const Tile<L>& tile, const typename L::V* x, Shared<L>
     block_sum(d.sum.total, tile.g.lanes, shared.scratch);
     block_sum(d.squares.total, tile.g.lanes, shared.scratch);
     if (tile.row == 0) shared.own.set(tile, d.sum.total, d.squares.total);
+    double counted[1] = {tile.lane ? 0. : d.count};  // a strip's first lane is never idle
+    if constexpr (L::MASKED) block_sum(counted, 1, shared.scratch);
     __syncthreads();
     bool again = false;
     const u32 place = threadIdx.x;
-    if (place < tile.strip_channels()) {
-      const double n = tile.elements_of(tile.rank), sum = shared.own.first[place], squares = shared.own.second[place];
+    const double n = L::MASKED ? counted[0] : tile.elements_of(tile.rank);
+    if (place < tile.strip_channels() && (!L::MASKED || n > 0)) {
+      const double sum = shared.own.first[place], squares = shared.own.second[place];
       const double scale = shift.scale[place], m2 = squares - sum * (sum / n);
       shared.own.first[place] = ((double)shift.centre[place] - shift.origin[place]) + sum / n / scale;
       shared.own.second[place] = (m2 < 0 ? 0 : m2) / (scale * scale);
       again = shift.improve(place, n, sum, squares);
     }
-    if (!__syncthreads_or(again) || attempt == 3) return;
+    if (!__syncthreads_or(again) || attempt == 3) return n;
   }
 }
 
@@ -116,20 +152,50 @@ struct Moments {
   double mean, var;
 };
 
+// How many elements a channel has in the share of each of a strip's blocks: by the shape.
+template <class L, bool MASKED = L::MASKED> struct Elements {
+  const Tile<L>& tile;
+  __device__ __forceinline__ Elements(const Tile<L>& tile, double* = nullptr) : tile(tile) {}
+  __device__ __forceinline__ void set(double) const {}
+  __device__ __forceinline__ double of(u32 rank) const { return tile.elements_of(rank); }
+  __device__ __forceinline__ double all(double*) const { return tile.elements(); }
+};
+
+// Or as the blocks have counted them; published like their partials, which are written later.
+template <class L> struct Elements<L, true> {
+  const Tile<L>& tile;
+  double* counted;  // behind the partials: [strips, blocks]
+  __device__ __forceinline__ Elements(const Tile<L>& tile, double* partials) : tile(tile) {
+    const i64 blocks = tile.g.blocks;
+    counted = partials + tile.g.groups * blocks * 2 * tile.strip_channels() + tile.strip_of_all() * blocks;
+  }
+  __device__ __forceinline__ void set(double n) const {
+    if (threadIdx.x == 0) counted[tile.rank] = n;
+  }
+  __device__ __forceinline__ double of(u32 rank) const { return __ldcg(counted + rank); }
+  __device__ __forceinline__ double all(double* scratch) const {
+    double n[1] = {0};
+    for (u32 r = threadIdx.x; r < tile.g.blocks; r += THREADS) n[0] += of(r);
+    block_sum(n, 1, scratch);
+    return n[0];
+  }
+};
+
 // Merges the shares of a strip's blocks; thread t gets the channel at place t modulo the strip's channels.
 template <class L, class Peers>
-DEVICE Moments merge_moments(const Tile<L>& tile, const Peers& peers, const Shift<L>& shift, double* scratch) {
+DEVICE Moments merge_moments(const Tile<L>& tile, const Peers& peers, const Shift<L>& shift, double* scratch, double count,
+                             const Elements<L>& elements) {
   const u32 width = tile.strip_channels(), place = threadIdx.x & (width - 1);
-  const double n = tile.elements();
+  const double n = L::MASKED && count == 0 ? 1. : count;  // all sums are zero then
   if (tile.g.blocks == 1) return {shift.origin[place] + peers.first(0, place), peers.second(0, place) / n};
   double mean[1] = {0}, m2[1] = {0};
   for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width)
-    mean[0] += tile.elements_of(r) * peers.first(r, place);
+    mean[0] += elements.of(r) * peers.first(r, place);
   block_sum(mean, width, scratch);
   mean[0] /= n;
   for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
     const double d = peers.first(r, place) - mean[0];
-    m2[0] += peers.second(r, place) + tile.elements_of(r) * d * d;
+    m2[0] += peers.second(r, place) + elements.of(r) * d * d;
   }
   block_sum(m2, width, scratch);
   return {shift.origin[place] + mean[0], m2[0] / n};

@@ -61,6 +61,7 @@ class Saved:
     has_residual: bool
     spec: BatchNormSpec
     mask: Array | None = None
+    valid: Array | None = None
 
     @property
     def mean(self) -> Array:
