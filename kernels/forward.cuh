@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
   elements.set(block_moments(
       tile, x, shared, shift,
       [&](Deviations<L>& deviations) {
-        each<4, false>(
+        each<L::MASKED && L::COLUMNS ? 2 : 4, false>(  // more would spill
             tile, 0, tile.count,
             [&](u32 i, i64 offset) { return Pair<L, false>{source.get(i, offset), selection.of(tile, i)}; },
             [&](const Pair<L, false>& pair, i64) { deviations.add(pair.x, pair.selected); });
