@@ -1,7 +1,7 @@
 """Batch normalisation of CuPy arrays by CUDA C++ kernels (:mod:`gpu_bn.kernels`), compiled at first use.
 
 A training call is one launch where a plan (:mod:`gpu_bn.plan`) can keep each channel on chip, else two; evaluation and
-the gradients with frozen statistics are one. Kernels run on the current stream of the current device; nothing waits for
+the gradients with frozen statistics are one. Kernels run on the current stream of the input's device; nothing waits for
 the device, so that calls may be captured in a CUDA graph. Statistics are saved as float64, sums are in a fixed order.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from math import prod
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import cupy
 import numpy as np
@@ -25,6 +25,7 @@ from gpu_bn.plan import THREADS, VECTOR_BYTES, Device, LaunchPlan, Work, plan, p
 from gpu_bn.spec import MAX_RANK, BatchNormSpec, dtype_name
 
 Array = Any
+Method = TypeVar("Method", bound=Callable[..., Any])
 NULL = np.intp(0)
 OLDEST_ARCH = 70
 COUNTERS = 4096
@@ -48,6 +49,21 @@ def backend() -> CupyBackend:
     return CupyBackend()
 
 
+def _where_it_is(method: Method) -> Method:
+    """A method that runs on the device where its first argument is, if that is not the current one."""
+
+    @wraps(method)
+    def run(self: CupyBackend, first: Any, *others: Any, **options: Any) -> Any:
+        array = first.x if isinstance(first, Saved) else first.mean if isinstance(first, Moments) else first
+        device = array.device.id
+        if device == cupy.cuda.runtime.getDevice():
+            return method(self, first, *others, **options)
+        with cupy.cuda.Device(device):
+            return method(self, first, *others, **options)
+
+    return cast(Method, run)
+
+
 class CupyBackend:
     """See :class:`gpu_bn.backends.protocol.Backend` and :class:`gpu_bn.backends.protocol.Fused`."""
 
@@ -60,15 +76,19 @@ class CupyBackend:
         self._counters: dict[tuple[int, int], Array] = {}
 
     # ------------------------------------------------------------------------------------------ small things
+    @_where_it_is
     def vector(self, array: Array) -> Array:
         return array.astype(np.float64)
 
+    @_where_it_is
     def cast(self, vector: Array, dtype: Any) -> Array:
         return vector.astype(dtype)
 
+    @_where_it_is
     def empty_like(self, x: Array) -> Array:
         return _empty(Layout.of(x, 0), x.dtype)
 
+    @_where_it_is
     def copy(self, array: Array, like: Array) -> Array:
         y = self.empty_like(like)
         y[...] = array
@@ -86,6 +106,7 @@ class CupyBackend:
                 raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
 
     # -------------------------------------------------------------------------------------- one call, fused
+    @_where_it_is
     def forward(
         self,
         x: Array,
@@ -125,6 +146,7 @@ class CupyBackend:
             valid=valid,
         )
 
+    @_where_it_is
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
         full = saved.mask is not None  # which has a byte for each
         call = self._call(saved, dy=dy, residual=saved.residual, full_vectors=full)
@@ -146,6 +168,7 @@ class CupyBackend:
         )
 
     # ------------------------------------------------------------------------------------------------ phases
+    @_where_it_is
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
         layout = Layout.of(x, axis)
         saved = cupy.zeros((4, groups * layout.c), np.float64)
@@ -156,6 +179,7 @@ class CupyBackend:
         call.stats(call.once(), saved, call.scratch(call.once(), rows=0))
         return Moments(call.count, saved[0], saved[1])
 
+    @_where_it_is
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
         if _on_device(moments.count) or moments.mean.size != running_mean.size:
             _track(moments.mean, moments.var, moments.count, running_mean, running_var, momentum)
@@ -164,6 +188,7 @@ class CupyBackend:
         running_mean[...] = (1 - momentum) * running_mean.astype(np.float64) + momentum * moments.mean
         running_var[...] = (1 - momentum) * running_var.astype(np.float64) + (momentum * bessel) * moments.var
 
+    @_where_it_is
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
         call = self._call(saved, residual=residual, out=out)
         call.normalize(call.once(), saved.spec, saved.moments.mean, saved.moments.var, saved.weight, saved.bias)
@@ -173,6 +198,7 @@ class CupyBackend:
         del saved
         return False
 
+    @_where_it_is
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         call = self._call(saved, dy=dy, residual=saved.residual)
         once = call.once()
@@ -181,6 +207,7 @@ class CupyBackend:
             call.backward_reduce(once, saved, scratch, dresidual=dresidual)
         return Sums(*scratch[: 2 * call.statistics].reshape(2, call.statistics))
 
+    @_where_it_is
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
         del dz
         call = self._call(saved, dy=dy, residual=saved.residual)
