@@ -35,7 +35,7 @@ template <class T_, int VEC_, bool COLUMNS_, Batch BATCH = WHOLE> struct Layout 
   static constexpr int VEC = VEC_;
   static constexpr bool COLUMNS = COLUMNS_;
   static constexpr bool GROUPED = BATCH != WHOLE;
-  static constexpr bool MASKED = BATCH == MASKED_GROUPS;        // some positions do not count
+  static constexpr bool MASKED = BATCH == MASKED_GROUPS;                          // some positions do not count
   static constexpr int CHANNELS = COLUMNS ? VEC : 1;                              // of a thread
   static constexpr int MAX_CHANNELS = COLUMNS ? 128 / sizeof(typename T::Storage) : 1;  // of a strip
   static constexpr int PER_POSITION = COLUMNS ? 1 : VEC;                          // elements that a channel has in a position

@@ -13,6 +13,7 @@ from itertools import product
 import numpy as np
 import pytest
 from emulator import Checks, Device, EmulatorError
+from emulator.compile import ARCHITECTURES
 from emulator.schedules import require_same_results
 from support import rng, same_bits
 from test_cuda_gates import FULL, require_gates
@@ -203,6 +204,7 @@ def usual() -> Iterator[Masked]:
     yield Masked(Case(TALL, "float16", activation="relu", residual=True))
     yield Masked(Case(TALL, "float64", mean=1e4, std=1), "last")
     yield Masked(Case(ROWS, mean=1e4, std=1), "half", 2)
+    yield Masked(Case(ROWS, residual=True), "half", 2)
     yield Masked(Case(ROWS, activation="leaky_relu"), "one", 2)
     yield Masked(Case(COLUMNS, activation="leaky_relu"), "all")
     yield Masked(Case(COLUMNS, activation="leaky_relu"), "unmasked", 2)
@@ -346,6 +348,17 @@ def test_phases_give_what_the_fused_calls_give(layout, kind, groups, make_gpu):
     for gradient, total in ((dbias, sums.dz), (dweight, sums.dz_xhat)):
         want = np.array(total).reshape(groups, -1).sum(0)
         np.testing.assert_allclose(gradient, want.astype(gradient.dtype), rtol=1e-6)
+
+
+@pytest.mark.parametrize("need", [{"dx"}, {"dweight"}, {"dbias"}, {"dresidual"}, {"dx", "dbias"}], ids=sorted)
+def test_only_what_is_needed(need, make_gpu):
+    gpu = make_gpu(80)
+    dy, (saved, *_), _ = saved_of(gpu, Masked(Case(ROWS, activation="relu", residual=True), "half", 2))
+    everything = gpu.backend.backward(dy, saved, EVERYTHING)
+    some = gpu.backend.backward(dy, saved, frozenset(need))
+    for name, gradient, want in zip(("dx", "dweight", "dbias", "dresidual"), some, everything, strict=True):
+        assert (gradient is not None) == (name in need)
+        assert gradient is None or same_bits(np.array(gradient), np.array(want))
 
 
 @pytest.mark.parametrize("kind", ["half", "unmasked"])
@@ -496,10 +509,10 @@ def test_the_kernels_without_faults_are_clean(masked, make_gpu):
 
 # --------------------------------------------------------------------------------------------------- gates
 def gates() -> Iterator:
-    """Full vectors in each dtype and layout on three architectures; one of them in a normal run."""
-    for arch, dtype, columns, batch in product((75, 80, 90), FULL, (False, True), ("MASKED_GROUPS", "GROUPS")):
+    """Full vectors in each dtype and layout on all architectures, then narrower ones; one set in a normal run."""
+    for arch, dtype, columns, batch in product(ARCHITECTURES, FULL, (False, True), ("MASKED_GROUPS", "GROUPS")):
         usual = (arch, dtype, columns, batch) == (90, "float16", True, "MASKED_GROUPS")
-        slow = batch == "MASKED_GROUPS" and dtype in ("float16", "float64")
+        slow = batch == "MASKED_GROUPS" and dtype in ("float16", "float64") and arch in (75, 80, 90)
         marks = [] if usual else [pytest.mark.slow if slow else pytest.mark.exhaustive]
         yield pytest.param(arch, "gelu" if arch != 80 else "relu", dtype, FULL[dtype], columns, batch, marks=marks)
     for arch, dtype, vector, columns in product((75, 90, 120), ("float16", "float32"), (1, 2, 4), (False, True)):
@@ -564,3 +577,6 @@ def test_each_tensor_is_read_and_written_as_planned(shape, dtype, groups, make_g
     assert stores == {"dx": size, "dresidual": size}
     assert sum(loads.values()) - loads["valid"] + 2 * positions == sum(backward.read_bytes)
     assert sum(stores.values()) == sum(backward.written_bytes)
+    dram = sum(report.dram_read_bytes for report in gpu.device.reports[-2:])
+    vectors = 12 * (8 * groups * shape[1] + 64) + 2 * (8 * backward.partials + 64)
+    assert dram <= sum(backward.read_bytes) + vectors
