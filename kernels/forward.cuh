@@ -141,7 +141,7 @@ template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward
       });
     });
     peers.meet(tile, round);
-    const Moments moments = merge_moments(tile, peers, shift, shared.scratch, tile.elements(), Elements<L>(tile));
+    const Moments moments = merge_moments(tile, peers, shift, shared.scratch, tile.elements(), Shares<L>(tile));
     const u32 place = threadIdx.x;
     const i64 channel = tile.channel(place);
     if (place < tile.strip_channels() && channel < channels) {
@@ -190,8 +190,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
   const Tile<L> tile(g, blockIdx.x / g.blocks, blockIdx.x % g.blocks);
   const Selection<L> selection = {more...};
   const Streamed<V> source = {x};
-  const Elements<L> elements(tile, partials);
-  elements.set(block_moments(
+  const Shares<L> shares(tile, partials);
+  const double own = block_moments(
       tile, x, shared, shift,
       [&](Deviations<L>& deviations) {
         each<L::MASKED && L::COLUMNS ? 2 : 4, false>(  // more would spill
@@ -199,11 +199,12 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
             [&](u32 i, i64 offset) { return Pair<L, false>{source.get(i, offset), selection.of(tile, i)}; },
             [&](const Pair<L, false>& pair, i64) { deviations.add(pair.x, pair.selected); });
       },
-      selection));
+      selection);
+  shares.set(own, shift);
   Split<L> peers;
   if (!peers.last(tile, shared.own, partials, counters)) return;
-  const double n = elements.all(shared.scratch);
-  const Moments moments = merge_moments(tile, peers, shift, shared.scratch, n, elements);
+  const double n = shares.all(shared.scratch);
+  const Moments moments = merge_moments(tile, peers, shift, shared.scratch, n, shares);
   const i64 channel = tile.channel(threadIdx.x);
   if (threadIdx.x < tile.strip_channels() && channel < channels) {
     per_channel.save(tile.statistic(channel), channel, moments.mean, moments.var);

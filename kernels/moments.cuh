@@ -9,7 +9,8 @@ constexpr double LARGEST = 1e38, SMALLEST = 1e-30;    // of sums and means of sq
 constexpr int SAMPLES = 8;
 
 // d = (x - centre) * scale for each channel of a strip, in shared memory. The blocks of a strip tell each other their
-// means as differences from the channel's first element, the origin, so that large means cost no accuracy.
+// means as differences from the channel's first element, the origin, so that large means cost no accuracy. Where not all
+// elements count, each block has an origin of its own: the centre that its sums are of.
 template <class L> struct Shift {
   typedef typename L::A A;
   A centre[L::MAX_CHANNELS], scale[L::MAX_CHANNELS], origin[L::MAX_CHANNELS];
@@ -38,30 +39,26 @@ template <class L> struct Shift {
     }
   }
 
-  // The same of the elements that count. The origin is one of them, the same for all blocks of the strip, if any is found.
+  // The mean of those elements that count, if any do: else the sweep finds a better one.
   __device__ __forceinline__ void sample(const Tile<L>& tile, const typename L::V* x, const Selection<L>& selection) {
-    A sum[L::CHANNELS], first[L::CHANNELS];
+    A sum[L::CHANNELS];
     u32 n = 0;
 #pragma unroll
-    for (int j = 0; j < L::CHANNELS; ++j) sum[j] = first[j] = 0;
-    for (int k = SAMPLES - 1; k >= 0 && tile.count; --k) {
-      const i64 in_strip = tile.g.positions * k / SAMPLES;
-      const i64 in_share = (i64)tile.rank * tile.g.share + (u64)tile.length * k / SAMPLES;
-      const Selected<L> one = selection.in_strip(tile, in_strip), other = selection.in_strip(tile, in_share);
-      const typename L::V v = x[tile.base() + tile.seek_in_group(in_strip).offset];
-      const typename L::V w = x[tile.base() + tile.seek_in_group(in_share).offset];
+    for (int j = 0; j < L::CHANNELS; ++j) sum[j] = 0;
+    for (int k = 0; k < SAMPLES && tile.count; ++k) {
+      const u32 position = (u32)((u64)tile.length * k / SAMPLES);
+      const Selected<L> selected = selection.at(tile, position);
+      const typename L::V v = x[tile.seek(position).offset];
 #pragma unroll
-      for (int j = L::VEC - 1; j >= 0; --j) {
-        if (one[j]) first[L::COLUMNS ? j : 0] = v[j];
-        if (other[j]) sum[L::COLUMNS ? j : 0] += w[j] * A(1. / (SAMPLES * L::PER_POSITION));
-      }
-      n += other.count();
+      for (int j = 0; j < L::VEC; ++j)
+        if (selected[j]) sum[L::COLUMNS ? j : 0] += v[j] * A(1. / (SAMPLES * L::PER_POSITION));
+      n += selected.count();
     }
 #pragma unroll
     for (int j = 0; j < L::CHANNELS; ++j) {
       centre[tile.own() + j] = n ? sum[j] * (A(SAMPLES * L::PER_POSITION) / A(n)) : 0;
       scale[tile.own() + j] = 1;
-      origin[tile.own() + j] = first[j];
+      origin[tile.own() + j] = 0;
     }
   }
 
@@ -139,6 +136,7 @@ DEVICE double block_moments(const Tile<L>& tile, const typename L::V* x, Shared<
     const double n = L::MASKED ? counted[0] : tile.elements_of(tile.rank);
     if (place < tile.strip_channels() && (!L::MASKED || n > 0)) {
       const double sum = shared.own.first[place], squares = shared.own.second[place];
+      if (L::MASKED) shift.origin[place] = shift.centre[place];
       const double scale = shift.scale[place], m2 = squares - sum * (sum / n);
       shared.own.first[place] = ((double)shift.centre[place] - shift.origin[place]) + sum / n / scale;
       shared.own.second[place] = (m2 < 0 ? 0 : m2) / (scale * scale);
@@ -152,25 +150,34 @@ struct Moments {
   double mean, var;
 };
 
-// How many elements a channel has in the share of each of a strip's blocks: by the shape.
-template <class L, bool MASKED = L::MASKED> struct Elements {
+// What the merge has to know of the shares of a strip's blocks beside their partials: how many elements a channel has there,
+// by the shape, and the origin of their means, which they have in common.
+template <class L, bool MASKED = L::MASKED> struct Shares {
   const Tile<L>& tile;
-  __device__ __forceinline__ Elements(const Tile<L>& tile, double* = nullptr) : tile(tile) {}
-  __device__ __forceinline__ void set(double) const {}
+  __device__ __forceinline__ Shares(const Tile<L>& tile, double* = nullptr) : tile(tile) {}
+  __device__ __forceinline__ void set(double, const Shift<L>&) const {}
   __device__ __forceinline__ double of(u32 rank) const { return tile.elements_of(rank); }
   __device__ __forceinline__ double all(double*) const { return tile.elements(); }
+  template <class Peers> __device__ __forceinline__ double mean(const Peers& peers, double, u32 r, u32 place) const {
+    return peers.first(r, place);
+  }
 };
 
-// Or as the blocks have counted them; published like their partials, which are written later.
-template <class L> struct Elements<L, true> {
+// Or as the blocks have counted them, and their own origins; published like their partials, which are written later.
+template <class L> struct Shares<L, true> {
   const Tile<L>& tile;
   double* counted;  // behind the partials: [strips, blocks]
-  __device__ __forceinline__ Elements(const Tile<L>& tile, double* partials) : tile(tile) {
-    const i64 blocks = tile.g.blocks;
-    counted = partials + tile.g.groups * blocks * 2 * tile.strip_channels() + tile.strip_of_all() * blocks;
+  double* origins;  // [strips, blocks, strip_channels]
+  __device__ __forceinline__ Shares(const Tile<L>& tile, double* partials) : tile(tile) {
+    const i64 blocks = tile.g.blocks, all = tile.g.groups * blocks, before = tile.strip_of_all() * blocks;
+    const i64 width = tile.strip_channels();
+    counted = partials + all * 2 * width + before;
+    origins = partials + all * (2 * width + 1) + before * width;
   }
-  __device__ __forceinline__ void set(double n) const {
-    if (threadIdx.x == 0) counted[tile.rank] = n;
+  __device__ __forceinline__ void set(double n, const Shift<L>& shift) const {
+    const u32 place = threadIdx.x, width = tile.strip_channels();
+    if (place == 0) counted[tile.rank] = n;
+    if (place < width) origins[(i64)tile.rank * width + place] = shift.origin[place];
   }
   __device__ __forceinline__ double of(u32 rank) const { return __ldcg(counted + rank); }
   __device__ __forceinline__ double all(double* scratch) const {
@@ -179,24 +186,38 @@ template <class L> struct Elements<L, true> {
     block_sum(n, 1, scratch);
     return n[0];
   }
+  // That of the first share in which anything counts; and the mean of a share less that.
+  __device__ __forceinline__ double origin(u32 place) const {
+    u32 r = 0;
+    while (r + 1 < tile.g.blocks && of(r) == 0) ++r;
+    return origin_of(r, place);
+  }
+  template <class Peers> __device__ __forceinline__ double mean(const Peers& peers, double origin, u32 r, u32 place) const {
+    return (origin_of(r, place) - origin) + peers.first(r, place);
+  }
+  __device__ __forceinline__ double origin_of(u32 r, u32 place) const {
+    return __ldcg(origins + (i64)r * tile.strip_channels() + place);
+  }
 };
 
 // Merges the shares of a strip's blocks; thread t gets the channel at place t modulo the strip's channels.
 template <class L, class Peers>
 DEVICE Moments merge_moments(const Tile<L>& tile, const Peers& peers, const Shift<L>& shift, double* scratch, double count,
-                             const Elements<L>& elements) {
+                             const Shares<L>& shares) {
   const u32 width = tile.strip_channels(), place = threadIdx.x & (width - 1);
   const double n = L::MASKED && count == 0 ? 1. : count;  // all sums are zero then
-  if (tile.g.blocks == 1) return {shift.origin[place] + peers.first(0, place), peers.second(0, place) / n};
+  double origin = 0;
+  if constexpr (L::MASKED) origin = shares.origin(place);
+  if (tile.g.blocks == 1) return {(L::MASKED ? origin : shift.origin[place]) + peers.first(0, place), peers.second(0, place) / n};
   double mean[1] = {0}, m2[1] = {0};
   for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width)
-    mean[0] += elements.of(r) * peers.first(r, place);
+    mean[0] += shares.of(r) * shares.mean(peers, origin, r, place);
   block_sum(mean, width, scratch);
   mean[0] /= n;
   for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
-    const double d = peers.first(r, place) - mean[0];
-    m2[0] += peers.second(r, place) + elements.of(r) * d * d;
+    const double d = shares.mean(peers, origin, r, place) - mean[0];
+    m2[0] += peers.second(r, place) + shares.of(r) * d * d;
   }
   block_sum(m2, width, scratch);
-  return {shift.origin[place] + mean[0], m2[0] / n};
+  return {(L::MASKED ? origin : shift.origin[place]) + mean[0], m2[0] / n};
 }

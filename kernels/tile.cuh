@@ -100,11 +100,11 @@ template <class L> struct Tile {
   // The vector at a position of the share.
   __device__ __forceinline__ Cursor seek(u32 position) const {
     const i64 p = (i64)rank * g.share + position;
-    Cursor cursor = seek_in_group(p);
+    Cursor cursor = in_group(p);
     cursor.offset += base();
     return cursor;
   }
-  __device__ __forceinline__ Cursor seek_in_group(i64 p) const {
+  __device__ __forceinline__ Cursor in_group(i64 p) const {
     if (L::COLUMNS) return {p * g.inner + column(), 0};
     const i64 n = p < 0xffffffffll ? (i64)((u32)p / g.inner) : p / g.inner;
     const u32 rest = (u32)(p - n * g.inner);
@@ -151,17 +151,18 @@ template <class L> struct Selection {
   const u8* valid = nullptr;  // [groups, positions * PER_POSITION] if MASKED
   double* counts = nullptr;   // [groups], the elements that each channel has in a group
 
-  __device__ __forceinline__ Selected<L> in_strip(const Tile<L>& tile, i64 position) const {
+  // At a position of the share, and for vector i of this thread.
+  __device__ __forceinline__ Selected<L> at(const Tile<L>& tile, u32 position) const {
     Selected<L> selected;
     if constexpr (L::MASKED) {
       typedef typename Selected<L>::Flags Flags;
-      selected.flags = load_shared_by_blocks((const Flags*)valid + (tile.group * tile.g.positions + position));
+      const i64 in_strip = (i64)tile.rank * tile.g.share + position;
+      selected.flags = load_shared_by_blocks((const Flags*)valid + (tile.group * tile.g.positions + in_strip));
     }
     return selected;
   }
-  // For vector i of this thread.
   __device__ __forceinline__ Selected<L> of(const Tile<L>& tile, u32 i) const {
-    return in_strip(tile, (i64)tile.rank * tile.g.share + (tile.row + i * tile.step));
+    return at(tile, tile.row + i * tile.step);
   }
 };
 

@@ -449,19 +449,19 @@ FAULTS = {
     "mask dropped in dx of frozen statistics": (
         "at.selected[j] ? g[j] * affine", "true ? affine.centred(j, at.x[j]) * affine",
         Masked(Case(ROWS, mode="eval"))),
-    "shift from what does not count": ("if (other[j]) sum", "sum", Masked(Case(ROWS))),
-    "origin from what does not count": ("if (one[j]) first", "first", Masked(Case((8, 1, 64, 64)), "last")),
+    "shift from what does not count": ("if (selected[j]) sum", "sum", Masked(Case(ROWS))),
+    "origins of blocks not told apart": ("return (origin_of(r, place) - origin) +", "return", LONGER),
     "a bad shift is not noticed": (
         "if (!__syncthreads_or(again) || attempt == 3) return n;", "__syncthreads_or(again); return n;",
         Masked(Case((8, 1, 64, 64), mean=1e4, std=1), "few")),
     "counts of blocks not merged": ("n[0] += of(r)", "n[0] = r ? n[0] : of(r)", LONGER),
     "means of blocks weighted by their shape": (
-        "mean[0] += elements.of(r)", "mean[0] += tile.elements_of(r)", Masked(LONGER.case, "few")),
+        "mean[0] += shares.of(r)", "mean[0] += tile.elements_of(r)", Masked(LONGER.case, "few")),
     "idle lanes counted": ("tile.lane ? 0. : d.count", "d.count", Masked(Case((60, 24)))),
     "count not written": ("selection.counts[tile.group] = n;", ";", LONGER),
     "count of the first group for all": ("selection.counts[tile.group], 1.", "selection.counts[0], 1.", GROUPED),
     "stride of groups wrong": ("(L::COLUMNS ? g.inner : g.channels)", "g.inner", GROUPED),
-    "mask of the first group for all": ("(tile.group * tile.g.positions + position)", "position", GROUPED),
+    "mask of the first group for all": ("(tile.group * tile.g.positions + in_strip)", "in_strip", GROUPED),
     "statistics of the first group for all": (
         "(i64)group * g.channels + channel : channel", "channel : channel", GROUPED),
     "tickets of the first group for all": (

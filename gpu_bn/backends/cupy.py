@@ -337,9 +337,9 @@ class _Call:
         )  # fmt: skip
 
     def scratch(self, plan: LaunchPlan, rows: int) -> Array:
-        """One block of float64: ``rows`` vectors of statistics, then the blocks' partial sums and counts."""
-        counts = 0 if self.valid is None else plan.grid
-        return cupy.empty(rows * self.statistics + plan.partials + counts, np.float64)
+        """One block of float64: ``rows`` vectors of statistics, then the blocks' partial sums, counts and origins."""
+        more = 0 if self.valid is None else plan.grid + plan.partials // 2
+        return cupy.empty(rows * self.statistics + plan.partials + more, np.float64)
 
     # ---------------------------------------------------------------------------------------------- forward
     def forward(
