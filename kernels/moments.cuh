@@ -208,7 +208,8 @@ DEVICE Moments merge_moments(const Tile<L>& tile, const Peers& peers, const Shif
   const double n = L::MASKED && count == 0 ? 1. : count;  // all sums are zero then
   double origin = 0;
   if constexpr (L::MASKED) origin = shares.origin(place);
-  if (tile.g.blocks == 1) return {(L::MASKED ? origin : shift.origin[place]) + peers.first(0, place), peers.second(0, place) / n};
+  if (tile.g.blocks == 1)
+    return {(L::MASKED ? origin : shift.origin[place]) + peers.first(0, place), peers.second(0, place) / n};
   double mean[1] = {0}, m2[1] = {0};
   for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width)
     mean[0] += shares.of(r) * shares.mean(peers, origin, r, place);
