@@ -112,6 +112,8 @@ class Work:
         alignment: bytes, of the least aligned tensor.
         reads, writes: how many tensors are read and written; ``staged`` of those read are needed twice.
         mask: whether one bit an element is written (forward) or read (backward).
+        masked: whether a byte for each position says if it counts.
+        groups: parts of the batch (of ``n``) that are normalised each for itself.
     """
 
     n: int
@@ -124,6 +126,8 @@ class Work:
     writes: int = 1
     staged: int = 1
     mask: bool = False
+    masked: bool = False
+    groups: int = 1
 
     @property
     def tensor_bytes(self) -> int:
@@ -135,6 +139,11 @@ class Work:
         """Of the bit mask: one byte for each full vector."""
         return self.tensor_bytes // VECTOR_BYTES if self.mask else 0
 
+    @property
+    def valid_bytes(self) -> int:
+        """Of the bytes that say which positions count: read in each pass."""
+        return self.n * self.s if self.masked else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
@@ -142,10 +151,10 @@ class Tiling:
 
     Attributes:
         columns: whether a strip is some adjacent channels (channels-last), or one channel's rows.
-        n, c, s: the geometry; a single channel is one long row.
+        n, c, s: the geometry, of one group; a single channel is one long row.
         vector: elements a vector.
         lanes: threads side by side across a strip.
-        strips: how many strips there are.
+        strips: how many strips there are, those of all groups.
         positions: vectors that a lane has to go through in one strip.
     """
 
@@ -224,19 +233,20 @@ class NoPlanError(ValueError):
 
 def tile(work: Work) -> Tiling:
     """Cut a tensor into the widest vectors that its geometry and alignment allow, and into the widest strips."""
-    n, c, s = (1, 1, work.n * work.s) if work.c == 1 else (work.n, work.c, work.s)
+    n = work.n // work.groups
+    n, c, s = (1, 1, n * work.s) if work.c == 1 else (n, work.c, work.s)
     columns = s == 1 and c > 1
     inner = c if columns else s
     vector = math.gcd(VECTOR_BYTES // work.itemsize, inner, max(work.alignment // work.itemsize, 1))
     if not columns:
-        return Tiling(False, n, c, s, vector, 1, c, n * s // vector)
+        return Tiling(False, n, c, s, vector, 1, work.groups * c, n * s // vector)
     across = c // vector
     lanes = min(32, STRIP_BYTES // (vector * work.itemsize), 1 << (across - 1).bit_length())
-    return Tiling(True, n, c, s, vector, lanes, -(-across // lanes), n)
+    return Tiling(True, n, c, s, vector, lanes, work.groups * -(-across // lanes), n)
 
 
 def narrower(tiling: Tiling, least_bytes: int, itemsize: int) -> Iterator[Tiling]:
-    """A tiling, then those with strips half as wide, a quarter, and so on down to ``least_bytes``."""
+    """A tiling, then those with strips half as wide, a quarter, and so on down to ``least_bytes``: of one group."""
     yield tiling
     while tiling.columns and tiling.lanes > 1 and tiling.lanes * tiling.vector * itemsize // 2 >= least_bytes:
         lanes = tiling.lanes // 2
@@ -304,7 +314,9 @@ class _Planner:
 
     @property
     def _crowded(self) -> str:
-        """Why a block cannot keep its strip on chip without spilling registers; empty if it can."""
+        """Why a block cannot keep its strip on chip; empty if it can."""
+        if self.work.masked or self.work.groups > 1:
+            return "masks and groups are served in two passes"
         if self.tiling.columns and self.tiling.vector == 8 and self.work.staged > 2:
             return "three tensors, 8 channels a thread, need more registers than there are"
         return ""
@@ -380,7 +392,7 @@ class _Planner:
         del forced  # it serves everything
         work, once = self.work, self.once()
         second = min(work.reads * work.tensor_bytes, int(self.thresholds.usable_l2 * self.device.l2_bytes))
-        mask = work.mask_bytes if work.backward else 0
+        mask = work.valid_bytes + (work.mask_bytes if work.backward else 0)
         reads = (work.staged * work.tensor_bytes + mask, work.reads * work.tensor_bytes + mask)
         first = (work.writes - 1) * work.tensor_bytes if work.backward else 0  # the residual's gradient
         written = (first, self._written - first)
@@ -418,7 +430,8 @@ class _Planner:
 
     @property
     def _read(self) -> int:
-        return self.work.reads * self.work.tensor_bytes + (self.work.mask_bytes if self.work.backward else 0)
+        bits = self.work.mask_bytes if self.work.backward else 0
+        return self.work.reads * self.work.tensor_bytes + self.work.valid_bytes + bits
 
     @property
     def _written(self) -> int:

@@ -24,7 +24,8 @@ DEVICE void load_channels(const Tile<L>& tile, const Statistics& given, Backward
   const u32 place = threadIdx.x;
   const i64 channel = tile.channel(place);
   if (place < tile.strip_channels() && channel < tile.g.channels) {
-    const double mean = given.mean.get(channel), rstd = 1. / sqrt(given.var.get(channel) + given.eps);
+    const i64 statistic = tile.statistic(channel);
+    const double mean = given.mean.get(statistic), rstd = 1. / sqrt(given.var.get(statistic) + given.eps);
     shared.affine.set(place, mean, rstd, given.weight.get(channel, 1.), given.bias.get(channel, 0.));
     shared.gradient.rstd[place] = (typename L::A)rstd;
     shared.mean[place] = mean;
@@ -36,13 +37,15 @@ DEVICE void load_channels(const Tile<L>& tile, const Statistics& given, Backward
 // The tensors that dz comes from, and dz itself.
 enum Source { DY, FROM_X, FROM_RESIDUAL, FROM_MASK };
 
-template <class V, int FROM> struct Operands {
-  V x, dy;
+template <class L, int FROM> struct Operands {
+  typename L::V x, dy;
   u32 bits;
+  Selected<L> selected;
 };
-template <class V> struct Operands<V, FROM_RESIDUAL> {
-  V x, dy, residual;
+template <class L> struct Operands<L, FROM_RESIDUAL> {
+  typename L::V x, dy, residual;
   u32 bits;
+  Selected<L> selected;
 };
 
 template <class L, int FROM> struct Upstream {
@@ -52,7 +55,14 @@ template <class L, int FROM> struct Upstream {
   const u8* mask;
   A parameter;
 
-  __device__ __forceinline__ A dz(const OwnAffine<L>& affine, const Operands<V, FROM>& at, int j, A centred) const {
+  // (x - centre) and dz; what does not count adds nothing to any sum, whatever x and dy hold there.
+  __device__ __forceinline__ A centred(const OwnAffine<L>& affine, const Operands<L, FROM>& at, int j) const {
+    return at.selected[j] ? affine.centred(j, at.x[j]) : A(0);
+  }
+  __device__ __forceinline__ A dz(const OwnAffine<L>& affine, const Operands<L, FROM>& at, int j, A centred) const {
+    return at.selected[j] ? dz_of_any(affine, at, j, centred) : A(0);
+  }
+  __device__ __forceinline__ A dz_of_any(const OwnAffine<L>& affine, const Operands<L, FROM>& at, int j, A centred) const {
     const A dy = at.dy[j];
     if constexpr (FROM == DY) return dy;
     if constexpr (FROM == FROM_MASK) return at.bits >> j & 1u ? dy : Activation::dropped(dy, parameter);
@@ -62,8 +72,9 @@ template <class L, int FROM> struct Upstream {
   }
 
   // From global memory.
-  template <bool ONCE> __device__ __forceinline__ Operands<V, FROM> load(i64 offset) const {
-    Operands<V, FROM> at;
+  template <bool ONCE> __device__ __forceinline__ Operands<L, FROM> load(i64 offset, const Selected<L>& selected) const {
+    Operands<L, FROM> at;
+    at.selected = selected;
     at.x = ONCE ? load_once(x + offset) : x[offset];
     at.dy = ONCE ? load_once(dy + offset) : dy[offset];
     if constexpr (FROM == FROM_RESIDUAL) at.residual = ONCE ? load_once(residual + offset) : residual[offset];
@@ -89,8 +100,8 @@ template <class L, int FROM> struct StagedUpstream {
     dy.copy(i, from.dy + offset);
     if constexpr (FROM == FROM_RESIDUAL) residual.copy(i, from.residual + offset);
   }
-  __device__ __forceinline__ Operands<V, FROM> get(u32 i, i64 offset) const {
-    Operands<V, FROM> at;
+  __device__ __forceinline__ Operands<L, FROM> get(u32 i, i64 offset) const {
+    Operands<L, FROM> at;
     at.x = x.get(i, offset);
     at.dy = dy.get(i, offset);
     if constexpr (FROM == FROM_RESIDUAL) at.residual = residual.get(i, offset);
@@ -208,7 +219,7 @@ template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWA
     as_quarters_arrive(tile, [&](u32 begin, u32 end) {
       each<1, false>(
           tile, begin, end, [&](u32 i, i64 offset) { return stage.get(i, offset); },
-          [&](const Operands<V, FROM>& at, i64) {
+          [&](const Operands<L, FROM>& at, i64) {
 #pragma unroll
             for (int j = 0; j < L::VEC; ++j) {
               const A centred = affine.centred(j, at.x[j]);
@@ -232,7 +243,7 @@ template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWA
     const OwnGradient<L> gradient(tile, shared.gradient);
     each<1, false>(
         tile, 0, tile.count, [&](u32 i, i64 offset) { return stage.get(i, offset); },
-        [&](const Operands<V, FROM>& at, i64 offset) {
+        [&](const Operands<L, FROM>& at, i64 offset) {
           V out;
           A g[L::VEC];
 #pragma unroll
@@ -269,13 +280,14 @@ __global__ void CLUSTER_OF(BLOCKS) __launch_bounds__(THREADS, RESIDENT(L)) bn_ba
 }
 
 // The sums alone, and dx = scale * g if it does not depend on them (frozen statistics: dx given); dresidual = g if given.
-// sums: [2, C] double, the sums of g and of g * xhat.
-template <class L, int FROM>
+// sums: [2, statistics] double, the sums of g and of g * xhat. Given more than one group, dweight and dbias are null:
+// bn_add_groups_kernel makes them of the sums.
+template <class L, int FROM, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kernel(
     const typename L::V* x, const typename L::V* dy, const typename L::V* residual, const u8* mask, typename L::V* dx,
     typename L::V* dresidual, const void* weight, const void* bias, const void* mean, const void* var, void* dweight,
     void* dbias, double* all_sums, double* partials, u32* counters, u32 dtypes, GEOMETRY_ARGS, double eps,
-    double parameter) {
+    double parameter, More... more) {
   typedef typename L::V V;
   typedef typename L::A A;
   __shared__ BackwardShared<L> shared;
@@ -283,17 +295,18 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   const Statistics given = {{weight, dtypes, 0}, {bias, dtypes, 1}, {mean, dtypes, 2}, {var, dtypes, 3}, eps};
   const Parameter weight_gradient(dweight, dtypes, 4), bias_gradient(dbias, dtypes, 5);
   const Upstream<L, FROM> from = {x, dy, residual, mask, (A)parameter};
+  const Selection<L> selection = {more...};
   const Tile<L> tile(g, blockIdx.x / g.blocks, blockIdx.x % g.blocks);
   load_channels(tile, given, shared);
   const OwnAffine<L> affine(tile, shared.affine);
   BackwardSums<L> sums(tile, shared.gradient);
   each<L::COLUMNS ? 1 : 2, false>(
-      tile, 0, tile.count, [&](u32, i64 offset) { return from.template load<false>(offset); },
-      [&](const Operands<V, FROM>& at, i64 offset) {
+      tile, 0, tile.count, [&](u32 i, i64 offset) { return from.template load<false>(offset, selection.of(tile, i)); },
+      [&](const Operands<L, FROM>& at, i64 offset) {
         A g[L::VEC];
 #pragma unroll
         for (int j = 0; j < L::VEC; ++j) {
-          const A centred = affine.centred(j, at.x[j]);
+          const A centred = from.centred(affine, at, j);
           g[j] = from.dz(affine, at, j, centred);
           sums.add(j, g[j], centred);
         }
@@ -306,7 +319,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
         }
         if (dx) {
 #pragma unroll
-          for (int j = 0; j < L::VEC; ++j) out.at[j] = L::T::down(g[j] * affine.scale[L::COLUMNS ? j : 0]);
+          for (int j = 0; j < L::VEC; ++j)
+            out.at[j] = L::T::down(at.selected[j] ? g[j] * affine.scale[L::COLUMNS ? j : 0] : A(0));
           store_once(dx + offset, out);
         }
       });
@@ -314,49 +328,68 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   Split<L> peers;
   if (!peers.last(tile, shared.sums.own, partials, counters)) return;
   const TwoSums total = merge_sums(tile, peers, shared);
-  const i64 channel = tile.channel(threadIdx.x);
+  const i64 channel = tile.channel(threadIdx.x), statistic = tile.statistic(channel);
   if (threadIdx.x < tile.strip_channels() && channel < channels) {
-    all_sums[channel] = total.dz;
-    all_sums[channels + channel] = total.dz_xhat;
+    all_sums[statistic] = total.dz;
+    all_sums[g.statistics(L::GROUPED) + statistic] = total.dz_xhat;
     weight_gradient.set(channel, total.dz_xhat);
     bias_gradient.set(channel, total.dz);
   }
 }
 
+// The gradients of the parameters from the groups' sums, in order.
+template <class Number>
+__global__ void __launch_bounds__(THREADS)
+    bn_add_groups_kernel(const Number* all_sums, void* dweight, void* dbias, u32 dtypes, u32 channels, u32 groups) {
+  const u32 channel = blockIdx.x * THREADS + threadIdx.x;
+  if (channel >= channels) return;
+  double dz = 0, dz_xhat = 0;
+  for (u32 group = 0; group < groups; ++group) {
+    dz += all_sums[(i64)group * channels + channel];
+    dz_xhat += all_sums[(i64)(groups + group) * channels + channel];
+  }
+  Parameter(dweight, dtypes, 0).set(channel, dz_xhat);
+  Parameter(dbias, dtypes, 1).set(channel, dz);
+}
+
 // dx from given sums, or with frozen statistics (sums null); dresidual = g if given. Runs backwards.
-template <class L, int FROM>
+template <class L, int FROM, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_input_kernel(
     const typename L::V* x, const typename L::V* dy, const typename L::V* residual, const u8* mask, typename L::V* dx,
     typename L::V* dresidual, const void* weight, const void* bias, const void* mean, const void* var,
-    const double* all_sums, u32 dtypes, GEOMETRY_ARGS, double count, double eps, double parameter) {
+    const double* all_sums, u32 dtypes, GEOMETRY_ARGS, double count, double eps, double parameter, More... more) {
   typedef typename L::V V;
   typedef typename L::A A;
   __shared__ BackwardShared<L> shared;
   const Geometry g = GEOMETRY;
   const Statistics given = {{weight, dtypes, 0}, {bias, dtypes, 1}, {mean, dtypes, 2}, {var, dtypes, 3}, eps};
   const Upstream<L, FROM> from = {x, dy, residual, mask, (A)parameter};
+  const Selection<L> selection = {more...};
   const u32 block = gridDim.x - 1 - blockIdx.x;
   const Tile<L> tile(g, block / g.blocks, block % g.blocks);
   load_channels(tile, given, shared);
-  const i64 channel = tile.channel(threadIdx.x);
+  const i64 channel = tile.channel(threadIdx.x), statistic = tile.statistic(channel);
   if (threadIdx.x < tile.strip_channels() && channel < channels) {
-    const TwoSums total = all_sums ? TwoSums{all_sums[channel], all_sums[channels + channel]} : TwoSums{0., 0.};
+    const TwoSums total =
+        all_sums ? TwoSums{all_sums[statistic], all_sums[g.statistics(L::GROUPED) + statistic]} : TwoSums{0., 0.};
+    if (L::GROUPED && selection.counts) count = fmax(selection.counts[tile.group], 1.);  // of nothing, all sums are zero
     set_gradient(shared, threadIdx.x, total, count);
   }
   __syncthreads();
   const OwnAffine<L> affine(tile, shared.affine);
   const OwnGradient<L> gradient(tile, shared.gradient);
   each<L::COLUMNS ? 1 : 2, true>(
-      tile, 0, tile.count, [&](u32, i64 offset) { return from.template load<true>(offset); },
-      [&](const Operands<V, FROM>& at, i64 offset) {
+      tile, 0, tile.count, [&](u32 i, i64 offset) { return from.template load<true>(offset, selection.of(tile, i)); },
+      [&](const Operands<L, FROM>& at, i64 offset) {
         V out, dz;
 #pragma unroll
         for (int j = 0; j < L::VEC; ++j) {
-          const A centred = affine.centred(j, at.x[j]);
+          const A centred = from.centred(affine, at, j);
           const A gj = from.dz(affine, at, j, centred);
           dz.at[j] = L::T::down(gj);
           const A scale = affine.scale[L::COLUMNS ? j : 0];
-          out.at[j] = L::T::down(all_sums ? gradient.dx(j, centred, gj, scale) : gj * scale);
+          const A dxj = all_sums ? gradient.dx(j, centred, gj, scale) : gj * scale;
+          out.at[j] = L::T::down(at.selected[j] ? dxj : A(0));
         }
         store_once(dx + offset, out);
         if (dresidual) store_once(dresidual + offset, dz);

@@ -106,6 +106,10 @@ template <class L> struct Split {
   __device__ __forceinline__ bool last(const Tile<L>& tile, const Partials<L>& own, double* partials, u32* counters) {
     __shared__ u32 ticket;
     width = tile.strip_channels();
+    if (L::GROUPED) {
+      partials += (i64)tile.group * tile.g.strips * tile.g.blocks * 2 * width;
+      counters += tile.group * tile.g.strips;
+    }
     double* all = partials + (i64)tile.strip * tile.g.blocks * 2 * width;
     publish(own, tile, all + (i64)tile.rank * 2 * width);
     base = all;

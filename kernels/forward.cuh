@@ -35,16 +35,16 @@ template <class L> struct OwnAffine : Affine<typename L::A, L::CHANNELS> {
 struct Channels {
   Parameter weight, bias, running_mean, running_var;
   const double* momentum_at;  // on the device; if null, momentum is given by value
-  double* saved;       // [4, C]: mean, var, weight, bias; may be null
-  u32 channels;
+  double* saved;       // [4, statistics]: mean, var, weight, bias; may be null
+  u32 statistics;
   double momentum;
 
-  __device__ __forceinline__ void save(i64 channel, double mean, double var) const {
+  __device__ __forceinline__ void save(i64 statistic, i64 channel, double mean, double var) const {
     if (!saved) return;
-    saved[channel] = mean;
-    saved[channels + channel] = var;
-    saved[2ll * channels + channel] = weight.get(channel, 1.);
-    saved[3ll * channels + channel] = bias.get(channel, 0.);
+    saved[statistic] = mean;
+    saved[statistics + statistic] = var;
+    saved[2ll * statistics + statistic] = weight.get(channel, 1.);
+    saved[3ll * statistics + statistic] = bias.get(channel, 0.);
   }
 
   __device__ __forceinline__ void track(i64 channel, double mean, double var, double n) const {
@@ -63,7 +63,8 @@ template <class L, bool RESIDUAL, bool MASK> struct Output {
   u8* mask;
   A parameter;
 
-  __device__ __forceinline__ void write(const OwnAffine<L>& affine, const V& x, const V& added, i64 offset) const {
+  __device__ __forceinline__ void write(const OwnAffine<L>& affine, const V& x, const V& added,
+                                        const Selected<L>& selected, i64 offset) const {
     V out;
     u32 bits = 0;
 #pragma unroll
@@ -71,37 +72,40 @@ template <class L, bool RESIDUAL, bool MASK> struct Output {
       A z = affine.z(j, affine.centred(j, x[j]));
       if (RESIDUAL) z += added[j];
       if (MASK) bits |= (u32)!Activation::drop(z) << j;
-      out.at[j] = L::T::down(Activation::value(z, parameter));
+      out.at[j] = L::T::down(selected[j] ? Activation::value(z, parameter) : A(0));
     }
     store_once(y + offset, out);
     if (MASK) mask[offset] = (u8)bits;
   }
 };
 
-template <class V, bool RESIDUAL> struct Pair {
-  V x, residual;
+template <class L, bool RESIDUAL> struct Pair {
+  typename L::V x, residual;
+  Selected<L> selected;
 };
-template <class V> struct Pair<V, false> {
-  V x;
+template <class L> struct Pair<L, false> {
+  typename L::V x;
+  Selected<L> selected;
 };
 
 // Writes y for [0, count) of the thread's vectors.
 template <int UNROLL, bool REVERSED, class L, bool RESIDUAL, bool MASK, class Source>
-DEVICE void write_output(const Tile<L>& tile, const OwnAffine<L>& affine, Output<L, RESIDUAL, MASK> output, Source x) {
-  typedef typename L::V V;
+DEVICE void write_output(const Tile<L>& tile, const OwnAffine<L>& affine, Output<L, RESIDUAL, MASK> output, Source x,
+                         const Selection<L>& selection = {}) {
   each<UNROLL, REVERSED>(
       tile, 0, tile.count,
       [&](u32 i, i64 offset) {
-        Pair<V, RESIDUAL> pair;
+        Pair<L, RESIDUAL> pair;
         pair.x = x.get(i, offset);
         if constexpr (RESIDUAL) pair.residual = load_once(output.residual + offset);
+        pair.selected = selection.of(tile, i);
         return pair;
       },
-      [&](const Pair<V, RESIDUAL>& pair, i64 offset) {
+      [&](const Pair<L, RESIDUAL>& pair, i64 offset) {
         if constexpr (RESIDUAL)
-          output.write(affine, pair.x, pair.residual, offset);
+          output.write(affine, pair.x, pair.residual, pair.selected, offset);
         else
-          output.write(affine, pair.x, pair.x, offset);
+          output.write(affine, pair.x, pair.x, pair.selected, offset);
       });
 }
 
@@ -137,14 +141,14 @@ template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward
       });
     });
     peers.meet(tile, round);
-    const Moments moments = merge_moments(tile, peers, shift, shared.scratch);
+    const Moments moments = merge_moments(tile, peers, shift, shared.scratch, tile.elements(), Shares<L>(tile));
     const u32 place = threadIdx.x;
     const i64 channel = tile.channel(place);
     if (place < tile.strip_channels() && channel < channels) {
       const double rstd = 1. / sqrt(moments.var + eps);
       table.set(place, moments.mean, rstd, per_channel.weight.get(channel, 1.), per_channel.bias.get(channel, 0.));
       if (tile.rank == 0) {
-        per_channel.save(channel, moments.mean, moments.var);
+        per_channel.save(channel, channel, moments.mean, moments.var);
         per_channel.track(channel, moments.mean, moments.var, tile.elements());
       }
     }
@@ -170,56 +174,89 @@ __global__ void CLUSTER_OF(BLOCKS) __launch_bounds__(THREADS, RESIDENT(L)) bn_fo
   FORWARD_ON_CHIP(Cluster<BLOCKS>);
 }
 
-// Statistics alone, and the running update: the first launch of two.
-template <class L>
+// Statistics alone, and the running update: the first launch of two. Given more than one group, the running statistics are
+// null: only bn_track_kernel meets the groups in order.
+template <class L, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
     const typename L::V* x, const void* weight, const void* bias, void* running_mean, void* running_var,
-    const double* momentum_at, double* saved, double* partials, u32* counters, u32 dtypes, GEOMETRY_ARGS, double momentum) {
+    const double* momentum_at, double* saved, double* partials, u32* counters, u32 dtypes, GEOMETRY_ARGS, double momentum,
+    More... more) {
   typedef typename L::V V;
   __shared__ Shared<L> shared;
   __shared__ Shift<L> shift;
   const Geometry g = GEOMETRY;
   const Channels per_channel = {{weight, dtypes, 0}, {bias, dtypes, 1}, {running_mean, dtypes, 2}, {running_var, dtypes, 3},
-                                momentum_at, saved, channels, momentum};
+                                momentum_at, saved, g.statistics(L::GROUPED), momentum};
   const Tile<L> tile(g, blockIdx.x / g.blocks, blockIdx.x % g.blocks);
+  const Selection<L> selection = {more...};
   const Streamed<V> source = {x};
-  block_moments(tile, x, shared, shift, [&](Deviations<L>& deviations) {
-    each<4, false>(
-        tile, 0, tile.count, [&](u32 i, i64 offset) { return source.get(i, offset); },
-        [&](const V& v, i64) { deviations.add(v); });
-  });
+  const Shares<L> shares(tile, partials);
+  const double own = block_moments(
+      tile, x, shared, shift,
+      [&](Deviations<L>& deviations) {
+        each<L::MASKED && L::COLUMNS ? 2 : 4, false>(  // more would spill
+            tile, 0, tile.count,
+            [&](u32 i, i64 offset) { return Pair<L, false>{source.get(i, offset), selection.of(tile, i)}; },
+            [&](const Pair<L, false>& pair, i64) { deviations.add(pair.x, pair.selected); });
+      },
+      selection);
+  shares.set(own, shift);
   Split<L> peers;
   if (!peers.last(tile, shared.own, partials, counters)) return;
-  const Moments moments = merge_moments(tile, peers, shift, shared.scratch);
+  const double n = shares.all(shared.scratch);
+  const Moments moments = merge_moments(tile, peers, shift, shared.scratch, n, shares);
   const i64 channel = tile.channel(threadIdx.x);
   if (threadIdx.x < tile.strip_channels() && channel < channels) {
-    per_channel.save(channel, moments.mean, moments.var);
-    per_channel.track(channel, moments.mean, moments.var, tile.elements());
+    per_channel.save(tile.statistic(channel), channel, moments.mean, moments.var);
+    if (!L::MASKED || n > 0) per_channel.track(channel, moments.mean, moments.var, n);
   }
+  if (L::MASKED && tile.strip == 0 && threadIdx.x == 0) selection.counts[tile.group] = n;
+}
+
+// The running update for groups, in order, each with its own number of elements: in counts, or in count if that is null.
+template <class Number>
+__global__ void __launch_bounds__(THREADS) bn_track_kernel(
+    const Number* mean, const Number* var, void* running_mean, void* running_var, const double* momentum_at,
+    const double* counts, u32 dtypes, u32 channels, u32 groups, double count, double momentum) {
+  const Parameter to_mean(running_mean, dtypes, 0), to_var(running_var, dtypes, 1);
+  const double m = momentum_at ? *momentum_at : momentum;
+  const u32 channel = blockIdx.x * THREADS + threadIdx.x;
+  if (channel >= channels) return;
+  double tracked_mean = to_mean.get(channel), tracked_var = to_var.get(channel);
+  for (u32 group = 0; group < groups; ++group) {
+    const double n = counts ? counts[group] : count;
+    if (n == 0.) continue;
+    const i64 statistic = (i64)group * channels + channel;
+    tracked_mean = (1. - m) * tracked_mean + m * mean[statistic];
+    tracked_var = (1. - m) * tracked_var + m * (n > 1. ? n / (n - 1.) : 1.) * var[statistic];
+  }
+  to_mean.set(channel, tracked_mean);
+  to_var.set(channel, tracked_var);
 }
 
 // Output from given statistics: the second launch of two, evaluation. Runs backwards.
-template <class L, bool RESIDUAL, bool MASK>
+template <class L, bool RESIDUAL, bool MASK, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_normalize_kernel(
     const typename L::V* x, typename L::V* y, const typename L::V* residual, u8* mask, const void* weight,
     const void* bias, const void* mean, const void* var, double* saved, u32 dtypes, GEOMETRY_ARGS, double eps,
-    double parameter) {
+    double parameter, More... more) {
   typedef typename L::V V;
   typedef typename L::A A;
   __shared__ Affine<A, L::MAX_CHANNELS> table;
   const Geometry g = GEOMETRY;
   const Channels per_channel = {{weight, dtypes, 0}, {bias, dtypes, 1}, {mean, dtypes, 2}, {var, dtypes, 3},
-                                nullptr, saved, channels, 0.};
+                                nullptr, saved, g.statistics(L::GROUPED), 0.};
   const u32 block = gridDim.x - 1 - blockIdx.x;
   const Tile<L> tile(g, block / g.blocks, block % g.blocks);
   const u32 place = threadIdx.x;
   const i64 channel = tile.channel(place);
   if (place < tile.strip_channels() && channel < channels) {
-    const double m = per_channel.running_mean.get(channel), v = per_channel.running_var.get(channel);
+    const i64 statistic = tile.statistic(channel);
+    const double m = per_channel.running_mean.get(statistic), v = per_channel.running_var.get(statistic);
     table.set(place, m, 1. / sqrt(v + eps), per_channel.weight.get(channel, 1.), per_channel.bias.get(channel, 0.));
-    if (tile.rank == 0) per_channel.save(channel, m, v);
+    if (tile.rank == 0) per_channel.save(statistic, channel, m, v);
   }
   __syncthreads();
   const Output<L, RESIDUAL, MASK> output = {y, residual, mask, (A)parameter};
-  write_output<L::COLUMNS ? 2 : 4, true>(tile, OwnAffine<L>(tile, table), output, StreamedOnce<V>{x});
+  write_output<L::COLUMNS ? 2 : 4, true>(tile, OwnAffine<L>(tile, table), output, StreamedOnce<V>{x}, Selection<L>{more...});
 }

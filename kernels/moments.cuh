@@ -9,7 +9,8 @@ constexpr double LARGEST = 1e38, SMALLEST = 1e-30;    // of sums and means of sq
 constexpr int SAMPLES = 8;
 
 // d = (x - centre) * scale for each channel of a strip, in shared memory. The blocks of a strip tell each other their
-// means as differences from the channel's first element, the origin, so that large means cost no accuracy.
+// means as differences from the channel's first element, the origin, so that large means cost no accuracy. Where not all
+// elements count, each block has an origin of its own: the centre that its sums are of.
 template <class L> struct Shift {
   typedef typename L::A A;
   A centre[L::MAX_CHANNELS], scale[L::MAX_CHANNELS], origin[L::MAX_CHANNELS];
@@ -38,6 +39,29 @@ template <class L> struct Shift {
     }
   }
 
+  // The mean of those elements that count, if any do: else the sweep finds a better one.
+  __device__ __forceinline__ void sample(const Tile<L>& tile, const typename L::V* x, const Selection<L>& selection) {
+    A sum[L::CHANNELS];
+    u32 n = 0;
+#pragma unroll
+    for (int j = 0; j < L::CHANNELS; ++j) sum[j] = 0;
+    for (int k = 0; k < SAMPLES && tile.count; ++k) {
+      const u32 position = (u32)((u64)tile.length * k / SAMPLES);
+      const Selected<L> selected = selection.at(tile, position);
+      const typename L::V v = x[tile.seek(position).offset];
+#pragma unroll
+      for (int j = 0; j < L::VEC; ++j)
+        if (selected[j]) sum[L::COLUMNS ? j : 0] += v[j] * A(1. / (SAMPLES * L::PER_POSITION));
+      n += selected.count();
+    }
+#pragma unroll
+    for (int j = 0; j < L::CHANNELS; ++j) {
+      centre[tile.own() + j] = n ? sum[j] * (A(SAMPLES * L::PER_POSITION) / A(n)) : 0;
+      scale[tile.own() + j] = 1;
+      origin[tile.own() + j] = 0;
+    }
+  }
+
   // Whether the sums of a sweep lose accuracy, because the centre is more than one sd away from the mean or the squares
   // leave float's range. The shift is changed then.
   __device__ __forceinline__ bool improve(u32 place, double n, double sum, double squares) {
@@ -60,6 +84,7 @@ template <class L> struct Deviations {
   A scale[L::CHANNELS], offset[L::CHANNELS];
   Sum<L> sum, squares;
   u32 pending = 0;
+  u32 count = 0;  // of the elements that count, if not all do
 
   __device__ __forceinline__ Deviations(const Tile<L>& tile, const Shift<L>& shift) {
 #pragma unroll
@@ -69,13 +94,14 @@ template <class L> struct Deviations {
     }
   }
 
-  __device__ __forceinline__ void add(const typename L::V& v) {
+  __device__ __forceinline__ void add(const typename L::V& v, const Selected<L>& selected = {}) {
 #pragma unroll
     for (int j = 0; j < L::VEC; ++j) {
-      const A d = fma(v[j], scale[L::COLUMNS ? j : 0], offset[L::COLUMNS ? j : 0]);
+      const A d = selected[j] ? fma(v[j], scale[L::COLUMNS ? j : 0], offset[L::COLUMNS ? j : 0]) : A(0);
       sum.part[j] += d;
       squares.part[j] = fma(d, d, squares.part[j]);
     }
+    if constexpr (L::MASKED) count += selected.count();
     if (++pending == CHAIN) flush();
   }
   __device__ __forceinline__ void flush() {
@@ -86,10 +112,14 @@ template <class L> struct Deviations {
 };
 
 // Leaves the mean less the origin (first) and the sum of squared deviations (second) of each channel in shared.own.
-// sweep(deviations) adds each of the thread's vectors.
+// sweep(deviations) adds each of the thread's vectors. Returns the elements that each channel has in the share.
 template <class L, class Sweep>
-DEVICE void block_moments(const Tile<L>& tile, const typename L::V* x, Shared<L>& shared, Shift<L>& shift, Sweep sweep) {
-  if (tile.row == 0) shift.sample(tile, x);
+DEVICE double block_moments(const Tile<L>& tile, const typename L::V* x, Shared<L>& shared, Shift<L>& shift, Sweep sweep,
+                            const Selection<L>& selection = {}) {
+  if (tile.row == 0) {
+    if constexpr (L::MASKED) shift.sample(tile, x, selection);
+    else shift.sample(tile, x);
+  }
   for (int attempt = 0;; ++attempt) {
     __syncthreads();
     Deviations<L> d(tile, shift);
@@ -98,17 +128,21 @@ DEVICE void block_moments(const Tile<L>& tile, const typename L::V* x, Shared<L>
     block_sum(d.sum.total, tile.g.lanes, shared.scratch);
     block_sum(d.squares.total, tile.g.lanes, shared.scratch);
     if (tile.row == 0) shared.own.set(tile, d.sum.total, d.squares.total);
+    double counted[1] = {tile.lane ? 0. : d.count};  // a strip's first lane is never idle
+    if constexpr (L::MASKED) block_sum(counted, 1, shared.scratch);
     __syncthreads();
     bool again = false;
     const u32 place = threadIdx.x;
-    if (place < tile.strip_channels()) {
-      const double n = tile.elements_of(tile.rank), sum = shared.own.first[place], squares = shared.own.second[place];
+    const double n = L::MASKED ? counted[0] : tile.elements_of(tile.rank);
+    if (place < tile.strip_channels() && (!L::MASKED || n > 0)) {
+      const double sum = shared.own.first[place], squares = shared.own.second[place];
+      if (L::MASKED) shift.origin[place] = shift.centre[place];
       const double scale = shift.scale[place], m2 = squares - sum * (sum / n);
       shared.own.first[place] = ((double)shift.centre[place] - shift.origin[place]) + sum / n / scale;
       shared.own.second[place] = (m2 < 0 ? 0 : m2) / (scale * scale);
       again = shift.improve(place, n, sum, squares);
     }
-    if (!__syncthreads_or(again) || attempt == 3) return;
+    if (!__syncthreads_or(again) || attempt == 3) return n;
   }
 }
 
@@ -116,21 +150,75 @@ struct Moments {
   double mean, var;
 };
 
+// What the merge has to know of the shares of a strip's blocks beside their partials: how many elements a channel has there,
+// by the shape, and the origin of their means, which they have in common.
+template <class L, bool MASKED = L::MASKED> struct Shares {
+  const Tile<L>& tile;
+  __device__ __forceinline__ Shares(const Tile<L>& tile, double* = nullptr) : tile(tile) {}
+  __device__ __forceinline__ void set(double, const Shift<L>&) const {}
+  __device__ __forceinline__ double of(u32 rank) const { return tile.elements_of(rank); }
+  __device__ __forceinline__ double all(double*) const { return tile.elements(); }
+  template <class Peers> __device__ __forceinline__ double mean(const Peers& peers, double, u32 r, u32 place) const {
+    return peers.first(r, place);
+  }
+};
+
+// Or as the blocks have counted them, and their own origins; published like their partials, which are written later.
+template <class L> struct Shares<L, true> {
+  const Tile<L>& tile;
+  double* counted;  // behind the partials: [strips, blocks]
+  double* origins;  // [strips, blocks, strip_channels]
+  __device__ __forceinline__ Shares(const Tile<L>& tile, double* partials) : tile(tile) {
+    const i64 blocks = tile.g.blocks, all = tile.g.groups * blocks, before = tile.strip_of_all() * blocks;
+    const i64 width = tile.strip_channels();
+    counted = partials + all * 2 * width + before;
+    origins = partials + all * (2 * width + 1) + before * width;
+  }
+  __device__ __forceinline__ void set(double n, const Shift<L>& shift) const {
+    const u32 place = threadIdx.x, width = tile.strip_channels();
+    if (place == 0) counted[tile.rank] = n;
+    if (place < width) origins[(i64)tile.rank * width + place] = shift.origin[place];
+  }
+  __device__ __forceinline__ double of(u32 rank) const { return __ldcg(counted + rank); }
+  __device__ __forceinline__ double all(double* scratch) const {
+    double n[1] = {0};
+    for (u32 r = threadIdx.x; r < tile.g.blocks; r += THREADS) n[0] += of(r);
+    block_sum(n, 1, scratch);
+    return n[0];
+  }
+  // That of the first share in which anything counts; and the mean of a share less that.
+  __device__ __forceinline__ double origin(u32 place) const {
+    u32 r = 0;
+    while (r + 1 < tile.g.blocks && of(r) == 0) ++r;
+    return origin_of(r, place);
+  }
+  template <class Peers> __device__ __forceinline__ double mean(const Peers& peers, double origin, u32 r, u32 place) const {
+    return (origin_of(r, place) - origin) + peers.first(r, place);
+  }
+  __device__ __forceinline__ double origin_of(u32 r, u32 place) const {
+    return __ldcg(origins + (i64)r * tile.strip_channels() + place);
+  }
+};
+
 // Merges the shares of a strip's blocks; thread t gets the channel at place t modulo the strip's channels.
 template <class L, class Peers>
-DEVICE Moments merge_moments(const Tile<L>& tile, const Peers& peers, const Shift<L>& shift, double* scratch) {
+DEVICE Moments merge_moments(const Tile<L>& tile, const Peers& peers, const Shift<L>& shift, double* scratch, double count,
+                             const Shares<L>& shares) {
   const u32 width = tile.strip_channels(), place = threadIdx.x & (width - 1);
-  const double n = tile.elements();
-  if (tile.g.blocks == 1) return {shift.origin[place] + peers.first(0, place), peers.second(0, place) / n};
+  const double n = L::MASKED && count == 0 ? 1. : count;  // all sums are zero then
+  double origin = 0;
+  if constexpr (L::MASKED) origin = shares.origin(place);
+  if (tile.g.blocks == 1)
+    return {(L::MASKED ? origin : shift.origin[place]) + peers.first(0, place), peers.second(0, place) / n};
   double mean[1] = {0}, m2[1] = {0};
   for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width)
-    mean[0] += tile.elements_of(r) * peers.first(r, place);
+    mean[0] += shares.of(r) * shares.mean(peers, origin, r, place);
   block_sum(mean, width, scratch);
   mean[0] /= n;
   for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
-    const double d = peers.first(r, place) - mean[0];
-    m2[0] += peers.second(r, place) + tile.elements_of(r) * d * d;
+    const double d = shares.mean(peers, origin, r, place) - mean[0];
+    m2[0] += peers.second(r, place) + shares.of(r) * d * d;
   }
   block_sum(m2, width, scratch);
-  return {shift.origin[place] + mean[0], m2[0] / n};
+  return {(L::MASKED ? origin : shift.origin[place]) + mean[0], m2[0] / n};
 }

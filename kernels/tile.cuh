@@ -3,6 +3,10 @@
 // Rows (COLUMNS false): [n, channels, inner * VEC]; a strip is one channel, its positions are the vectors of its n rows.
 // Columns: [n, inner * VEC], channels last; a strip is `lanes` adjacent vectors of channels, its positions are the n rows.
 // Thread t is lane t % lanes and starts at position t / lanes of the share.
+//
+// A batch of groups is a row of such tensors, each normalised for itself: the strips of the first, then those of the next.
+// Geometry is of one of them, but for Geometry::groups, which counts the strips of them all. Tensors and statistics are
+// [groups, ...], parameters are not.
 
 struct Geometry {
   u32 channels;   // C
@@ -13,18 +17,25 @@ struct Geometry {
   u32 share;      // positions of a block
   u32 blocks;     // that share a strip
   u32 groups;     // strips in progress at a time
+
+  // How many means and variances there are.
+  __device__ __forceinline__ u32 statistics(bool grouped) const { return grouped ? groups / strips * channels : channels; }
 };
 
 #define GEOMETRY_ARGS u32 channels, u32 inner, u32 lanes, u32 strips, i64 positions, u32 share, u32 blocks, u32 groups
 #define GEOMETRY \
   Geometry { channels, inner, lanes, strips, positions, share, blocks, groups }
 
-template <class T_, int VEC_, bool COLUMNS_> struct Layout {
+enum Batch { WHOLE, GROUPS, MASKED_GROUPS };
+
+template <class T_, int VEC_, bool COLUMNS_, Batch BATCH = WHOLE> struct Layout {
   typedef T_ T;
   typedef typename T::Compute A;
   typedef Vector<T, VEC_> V;
   static constexpr int VEC = VEC_;
   static constexpr bool COLUMNS = COLUMNS_;
+  static constexpr bool GROUPED = BATCH != WHOLE;
+  static constexpr bool MASKED = BATCH == MASKED_GROUPS;                          // some positions do not count
   static constexpr int CHANNELS = COLUMNS ? VEC : 1;                              // of a thread
   static constexpr int MAX_CHANNELS = COLUMNS ? 128 / sizeof(typename T::Storage) : 1;  // of a strip
   static constexpr int PER_POSITION = COLUMNS ? 1 : VEC;                          // elements that a channel has in a position
@@ -37,14 +48,17 @@ struct Cursor {
 
 template <class L> struct Tile {
   const Geometry& g;
-  u32 strip, rank;
+  u32 strip, rank;  // the strip's number in its group
+  u32 group;
   u32 lane, row, step;
   u32 length;   // positions of this block
   u32 count;    // of this thread
   u32 jump_rest;
   i64 jump;
 
-  __device__ __forceinline__ Tile(const Geometry& g, u32 strip, u32 rank) : g(g), strip(strip), rank(rank) {
+  __device__ __forceinline__ Tile(const Geometry& g, u32 strip_of_all, u32 rank)
+      : g(g), strip(L::GROUPED ? strip_of_all % g.strips : strip_of_all), rank(rank) {
+    group = L::GROUPED ? strip_of_all / g.strips : 0;
     lane = threadIdx.x & (g.lanes - 1);
     row = threadIdx.x / g.lanes;
     step = THREADS / g.lanes;
@@ -69,12 +83,28 @@ template <class L> struct Tile {
   __device__ __forceinline__ u32 own() const { return L::COLUMNS ? lane * L::VEC : 0; }
   __device__ __forceinline__ i64 channel(u32 place) const { return (i64)strip * strip_channels() + place; }
 
+  __device__ __forceinline__ i64 strip_of_all() const { return L::GROUPED ? (i64)group * g.strips + strip : strip; }
+
+  // The number of a channel's statistics.
+  __device__ __forceinline__ i64 statistic(i64 channel) const {
+    return L::GROUPED ? (i64)group * g.channels + channel : channel;
+  }
+
   // The vector at the strip's first position, the same for all of its blocks.
-  __device__ __forceinline__ i64 origin() const { return L::COLUMNS ? column() : (i64)strip * g.inner; }
+  __device__ __forceinline__ i64 origin() const { return base() + (L::COLUMNS ? column() : (i64)strip * g.inner); }
+  // The group's first vector.
+  __device__ __forceinline__ i64 base() const {
+    return L::GROUPED ? group * g.positions * (L::COLUMNS ? g.inner : g.channels) : 0;
+  }
 
   // The vector at a position of the share.
   __device__ __forceinline__ Cursor seek(u32 position) const {
     const i64 p = (i64)rank * g.share + position;
+    Cursor cursor = in_group(p);
+    cursor.offset += base();
+    return cursor;
+  }
+  __device__ __forceinline__ Cursor in_group(i64 p) const {
     if (L::COLUMNS) return {p * g.inner + column(), 0};
     const i64 n = p < 0xffffffffll ? (i64)((u32)p / g.inner) : p / g.inner;
     const u32 rest = (u32)(p - n * g.inner);
@@ -96,6 +126,43 @@ template <class L> struct Tile {
         if (c.rest >= g.inner) c.rest -= g.inner, c.offset += gap;
       }
     }
+  }
+};
+
+// Which elements of a vector count. Where all do, this is nothing.
+template <class L, bool MASKED = L::MASKED> struct Selected {
+  __device__ __forceinline__ bool operator[](int) const { return true; }
+};
+template <class L> struct Selected<L, true> {
+  typedef Vector<Flag, L::COLUMNS ? 1 : L::VEC> Flags;
+  Flags flags;
+  __device__ __forceinline__ bool operator[](int j) const { return flags[L::COLUMNS ? 0 : j]; }
+  // Elements of each channel.
+  __device__ __forceinline__ u32 count() const {
+    u32 n = 0;
+#pragma unroll
+    for (int j = 0; j < L::PER_POSITION; ++j) n += flags[j];
+    return n;
+  }
+};
+
+// The last arguments of a kernel for groups; a kernel for a whole batch has none of them.
+template <class L> struct Selection {
+  const u8* valid = nullptr;  // [groups, positions * PER_POSITION] if MASKED
+  double* counts = nullptr;   // [groups], the elements that each channel has in a group
+
+  // At a position of the share, and for vector i of this thread.
+  __device__ __forceinline__ Selected<L> at(const Tile<L>& tile, u32 position) const {
+    Selected<L> selected;
+    if constexpr (L::MASKED) {
+      typedef typename Selected<L>::Flags Flags;
+      const i64 in_strip = (i64)tile.rank * tile.g.share + position;
+      selected.flags = load_shared_by_blocks((const Flags*)valid + (tile.group * tile.g.positions + in_strip));
+    }
+    return selected;
+  }
+  __device__ __forceinline__ Selected<L> of(const Tile<L>& tile, u32 i) const {
+    return at(tile, tile.row + i * tile.step);
   }
 };
 

@@ -67,6 +67,12 @@ struct BF16 {
   }
 };
 
+struct Flag {
+  typedef u8 Storage;
+  typedef bool Compute;
+  DEVICE bool up(u8 v) { return v != 0; }
+};
+
 template <class T, int VEC> struct alignas(VEC * sizeof(typename T::Storage)) Vector {
   typename T::Storage at[VEC];
   __device__ __forceinline__ typename T::Compute operator[](int j) const { return T::up(at[j]); }
@@ -78,11 +84,19 @@ template <> struct Word<16> { typedef uint4 Type; };
 template <> struct Word<8> { typedef uint2 Type; };
 template <> struct Word<4> { typedef u32 Type; };
 template <> struct Word<2> { typedef u16 Type; };
+template <> struct Word<1> { typedef u8 Type; };
 
 // For what is read or written once: first to leave the cache.
 template <class V> DEVICE V load_once(const V* p) {
   union { typename Word<sizeof(V)>::Type word; V vector; } u;
   u.word = __ldcs((const typename Word<sizeof(V)>::Type*)p);
+  return u.vector;
+}
+
+// For what other blocks read too.
+template <class V> DEVICE V load_shared_by_blocks(const V* p) {
+  union { typename Word<sizeof(V)>::Type word; V vector; } u;
+  u.word = __ldg((const typename Word<sizeof(V)>::Type*)p);
   return u.vector;
 }
 

@@ -5,6 +5,7 @@ What :mod:`gpu_bn.backends.cupy` uses of CuPy, and no more. ``install`` puts it 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import types
@@ -33,6 +34,13 @@ DEVICES: list[Device] = []
 
 class ndarray(np.ndarray):
     """A NumPy array with the attributes by which CuPy's differs."""
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.device_id = getattr(source, "device_id", 0)
+
+    @property
+    def device(self) -> Any:
+        return types.SimpleNamespace(id=self.device_id)
 
     @property
     def data(self) -> Any:
@@ -73,12 +81,16 @@ class EmulatedGpu:
         self.kernels: dict[int, Kernel] = {}
         self.allocated: list[weakref.ref] = []
         self.launched: list[str] = []
+        self.current = 0
+        self.entered: list[int] = []
+        self.launched_on: set[int] = set()
         self.resident_blocks = 2
         self.edit_source = lambda source: source
 
     def launch(self, kernel: Kernel, grid: tuple, block: tuple, args: tuple, shared: int, **options: Any) -> None:
         values = [_plain(arg) for arg in args]
         self.launched.append(kernel.compiled.name)
+        self.launched_on.add(self.current)
         self.device.launch(kernel.compiled.kernel, grid, block, values, shared, **options)
 
     def raw_module(self, *, code: str, options: tuple = (), name_expressions: tuple = ()) -> Any:
@@ -101,7 +113,16 @@ class EmulatedGpu:
         cells = (ctypes.c_void_p * len(parameters)).from_address(table)
         args = [self._argument(cell, parameter) for cell, parameter in zip(cells, parameters, strict=True)]
         self.launched.append(kernel.compiled.name)
+        self.launched_on.add(self.current)
         self.device.launch(kernel.compiled.kernel, (gx, gy, gz), (bx, by, bz), args, shared, cooperative=True)
+
+    @contextlib.contextmanager
+    def entering(self, index: int) -> Any:
+        """``with cupy.cuda.Device(index)``: all devices are the same emulated one, by other numbers."""
+        before, self.current = self.current, index
+        self.entered.append(index)
+        yield
+        self.current = before
 
     def empty(self, shape: Any, dtype: Any = np.float64) -> ndarray:
         return self._register(self.device.empty(tuple(np.atleast_1d(shape)), dtype))
@@ -129,6 +150,7 @@ class EmulatedGpu:
         cupy.stack = lambda arrays: self._register(np.stack(arrays))
         cupy.shares_memory = np.shares_memory
         cupy.cuda = types.SimpleNamespace(
+            Device=self.entering,
             get_current_stream=lambda: stream,
             driver=types.SimpleNamespace(
                 launchCooperativeKernel=self.launch_cooperative,
@@ -136,7 +158,7 @@ class EmulatedGpu:
             ),
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=RuntimeError,
-                getDevice=lambda: 0,
+                getDevice=lambda: self.current,
                 getDeviceCount=lambda: 1,
                 getDeviceProperties=lambda _: properties,
             ),
@@ -145,6 +167,7 @@ class EmulatedGpu:
 
     def _register(self, array: np.ndarray) -> ndarray:
         owner = array.view(ndarray)
+        owner.device_id = self.current
         self.allocated.append(weakref.ref(array))
         return owner
 

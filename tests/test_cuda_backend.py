@@ -190,3 +190,23 @@ def test_no_gpu_no_driver_no_cupy(make_gpu, monkeypatch):
 def test_importing_gpu_bn_does_not_import_cupy():
     code = "import sys, gpu_bn; gpu_bn.BatchNorm(3); sys.exit('cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("tier", [None, "split", "cooperative"])
+def test_a_call_runs_where_its_input_is(tier, make_gpu):
+    gpu = make_gpu(80, tier)
+    here = arrays(gpu)
+    with gpu.entering(1):
+        there = arrays(gpu)
+    gpu.entered.clear()
+    results = []
+    for device, (x, *vectors) in enumerate((here, there)):
+        gpu.launched_on.clear()
+        y, saved = gpu_bn.batch_norm_forward(x, *vectors, training=True, activation="silu", backend=gpu.backend)
+        grads = gpu_bn.batch_norm_backward(x, saved, backend=gpu.backend)
+        assert gpu.launched_on == {device}
+        results.append((y, saved.mean, grads.dx, grads.dweight, *vectors))
+        assert {array.device.id for array in results[-1]} == {device}
+        assert gpu.entered == [1, 1] * device  # nothing is switched for a call on the current device
+        assert gpu.current == 0
+    assert all(one.tobytes() == other.tobytes() for one, other in zip(*results, strict=True))

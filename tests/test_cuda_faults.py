@@ -102,7 +102,7 @@ PLANTED = [
     planted("truncated block sum", "wrong result", "cta", "k < WARPS * lanes", "k < (WARPS - 1) * lanes"),
     planted("truncated warp sum", "wrong result", "cta", "u32 distance = 16", "u32 distance = 8"),
     planted("merge without the spread of means", "wrong result", "cooperative",
-            " + tile.elements_of(r) * d * d", "", COLUMNS),
+            " + shares.of(r) * d * d", "", COLUMNS),
     planted("gradient bit of the wrong sign", "wrong result", "cta", "return z <= A(0); }", "return z >= A(0); }",
             RESIDUAL),
     planted("running variance without Bessel", "wrong result", "cta", "(n > 1. ? n / (n - 1.) : 1.) * var", "var",

@@ -23,7 +23,7 @@ def on_chip_tiers(arch: int) -> list[tuple[str, str]]:
     return [("", "Cta"), ("", "Cooperative"), *clusters]
 
 
-def variants(arch: int, activation: str, dtype: str, vector: int, columns: bool) -> list[str]:
+def variants(arch: int, activation: str, dtype: str, vector: int, columns: bool, batch: str = _cuda.WHOLE) -> list[str]:
     """The name expressions of all kernels that a call with such tensors can come to."""
     tiling = Tiling(columns, 1, 1, 1, vector, 1, 1, 1)
     full = vector * ITEMSIZE[dtype] == VECTOR_BYTES
@@ -38,7 +38,7 @@ def variants(arch: int, activation: str, dtype: str, vector: int, columns: bool)
         split_sources = sorted({*sources, "FROM_RESIDUAL"})
     crowded = columns and vector == 8  # three tensors on chip: see plan.py
     resident = [source for source in sources if not (crowded and source == "FROM_RESIDUAL")]
-    tiers = on_chip_tiers(arch)
+    tiers = on_chip_tiers(arch) if batch == _cuda.WHOLE else []
     calls = [
         ("bn_stats_kernel",),
         *(("bn_normalize_kernel", *flags) for flags in phases),
@@ -46,12 +46,12 @@ def variants(arch: int, activation: str, dtype: str, vector: int, columns: bool)
         *((f"bn_backward_{part}_kernel", source) for part, source in product(("reduce", "input"), split_sources)),
         *((f"bn_backward{kind}_kernel", tier, source) for (kind, tier), source in product(tiers, resident)),
     ]
-    return [_cuda.kernel(name, dtype, tiling, *arguments) for name, *arguments in calls]
+    return [_cuda.kernel(name, dtype, tiling, *arguments, batch=batch) for name, *arguments in calls]
 
 
-def require_gates(compile_cuda, arch, activation, dtype, vector, columns, tiers=None):
+def require_gates(compile_cuda, arch, activation, dtype, vector, columns, tiers=None, batch=_cuda.WHOLE):
     """Every variant; of those that keep a channel on chip, the ones with the given tiers or cluster sizes."""
-    names = variants(arch, activation, dtype, vector, columns)
+    names = variants(arch, activation, dtype, vector, columns, batch)
     if tiers is not None:
         others = ("stats", "normalize", "reduce", "input")
         names = [name for name in names if any(word in name for word in (*others, *(f", {tier}, " for tier in tiers)))]

@@ -17,6 +17,9 @@ STORAGE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F
 PARAMETER_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
 """How a kernel is told the dtype of a per-channel vector: 2 bits each, packed in the order of its arguments."""
 
+WHOLE = "WHOLE"
+"""What a kernel for a batch without groups or a mask is called with."""
+
 OPTIONS = ("--std=c++17",)
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
@@ -27,10 +30,15 @@ def source(activation: str) -> str:
     return "\n".join([*map(_text, BEFORE), _activation(activation), *map(_text, AFTER)])
 
 
-def kernel(name: str, dtype: str, tiling: Tiling, *arguments: str | bool) -> str:
-    """The name expression of a kernel for tensors of a dtype: ``bn_stats_kernel<Layout<F16, 8, false>>``."""
-    layout = f"Layout<{STORAGE[dtype]}, {tiling.vector}, {_text_of(tiling.columns)}>"
-    return f"{name}<{', '.join([layout, *map(_text_of, arguments)])}>"
+def kernel(name: str, dtype: str, tiling: Tiling, *arguments: str | bool, batch: str = WHOLE) -> str:
+    """The name expression of a kernel for tensors of a dtype: ``bn_stats_kernel<Layout<F16, 8, false>>``.
+
+    ``batch`` is ``"GROUPS"`` or ``"MASKED_GROUPS"`` for a kernel with two arguments more: which positions
+    count, and how many do in each group.
+    """
+    more = [] if batch == WHOLE else ["const u8*", "double*"]
+    layout = ", ".join([STORAGE[dtype], str(tiling.vector), _text_of(tiling.columns), *([batch] if more else [])])
+    return f"{name}<{', '.join([f'Layout<{layout}>', *map(_text_of, arguments), *more])}>"
 
 
 def parameter_codes(*dtypes: str | None) -> int:

@@ -1,17 +1,18 @@
 """Batch normalisation of CuPy arrays by CUDA C++ kernels (:mod:`gpu_bn.kernels`), compiled at first use.
 
 A training call is one launch where a plan (:mod:`gpu_bn.plan`) can keep each channel on chip, else two; evaluation and
-the gradients with frozen statistics are one. Kernels run on the current stream of the current device; nothing waits for
+the gradients with frozen statistics are one. Kernels run on the current stream of the input's device; nothing waits for
 the device, so that calls may be captured in a CUDA graph. Statistics are saved as float64, sums are in a fixed order.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache, wraps
 from math import prod
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import cupy
 import numpy as np
@@ -24,6 +25,7 @@ from gpu_bn.plan import THREADS, VECTOR_BYTES, Device, LaunchPlan, Work, plan, p
 from gpu_bn.spec import MAX_RANK, BatchNormSpec, dtype_name
 
 Array = Any
+Method = TypeVar("Method", bound=Callable[..., Any])
 NULL = np.intp(0)
 OLDEST_ARCH = 70
 COUNTERS = 4096
@@ -47,6 +49,21 @@ def backend() -> CupyBackend:
     return CupyBackend()
 
 
+def _where_it_is(method: Method) -> Method:
+    """A method that runs on the device where its first argument is, if that is not the current one."""
+
+    @wraps(method)
+    def run(self: CupyBackend, first: Any, *others: Any, **options: Any) -> Any:
+        array = first.x if isinstance(first, Saved) else first.mean if isinstance(first, Moments) else first
+        device = array.device.id
+        if device == cupy.cuda.runtime.getDevice():
+            return method(self, first, *others, **options)
+        with cupy.cuda.Device(device):
+            return method(self, first, *others, **options)
+
+    return cast(Method, run)
+
+
 class CupyBackend:
     """See :class:`gpu_bn.backends.protocol.Backend` and :class:`gpu_bn.backends.protocol.Fused`."""
 
@@ -59,15 +76,19 @@ class CupyBackend:
         self._counters: dict[tuple[int, int], Array] = {}
 
     # ------------------------------------------------------------------------------------------ small things
+    @_where_it_is
     def vector(self, array: Array) -> Array:
         return array.astype(np.float64)
 
+    @_where_it_is
     def cast(self, vector: Array, dtype: Any) -> Array:
         return vector.astype(dtype)
 
+    @_where_it_is
     def empty_like(self, x: Array) -> Array:
         return _empty(Layout.of(x, 0), x.dtype)
 
+    @_where_it_is
     def copy(self, array: Array, like: Array) -> Array:
         y = self.empty_like(like)
         y[...] = array
@@ -85,6 +106,7 @@ class CupyBackend:
                 raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
 
     # -------------------------------------------------------------------------------------- one call, fused
+    @_where_it_is
     def forward(
         self,
         x: Array,
@@ -95,8 +117,12 @@ class CupyBackend:
         bias: Array | None,
         residual: Array | None,
         out: Array | None,
+        valid: Array | None = None,
     ) -> tuple[Array, Saved]:
-        call = _Call(self, x, spec.axis, spec.activation, residual=residual, out=out)
+        call = _Call(
+            self, x, spec.axis, spec.activation, residual=residual, out=out, valid=valid, groups=_groups(spec),
+            counts=_new_counts(valid, _groups(spec)) if spec.batch_stats else None,
+        )  # fmt: skip
         saves_residual = residual is not None and not spec.activation.is_identity
         mask = call.new_mask() if saves_residual and _cuda.switched(spec.activation.name) else None
         plans = call.plan(
@@ -104,26 +130,26 @@ class CupyBackend:
             mask=mask is not None,
         )  # fmt: skip
         scratch = call.scratch(plans, rows=4) if spec.batch_stats else cupy.empty(4 * call.layout.c, np.float64)
-        saved = scratch[: 4 * call.layout.c].reshape(4, call.layout.c)
+        saved = scratch[: 4 * call.statistics].reshape(4, call.statistics)
         call.forward(plans, spec, running_mean, running_var, weight, bias, mask, saved, scratch)
         return call.finish(), Saved(
             x=x,
             residual=residual if saves_residual and mask is None else None,
-            moments=Moments(call.layout.count, saved[0], saved[1]),
-            weight=None if weight is None else saved[2],
-            bias=None if bias is None else saved[3],
+            moments=Moments(call.count, saved[0], saved[1]),
+            weight=None if weight is None else saved[2, : call.layout.c],
+            bias=None if bias is None else saved[3, : call.layout.c],
             weight_dtype=None if weight is None else weight.dtype,
             bias_dtype=None if bias is None else bias.dtype,
             has_residual=residual is not None,
             spec=spec,
             mask=mask,
+            valid=valid,
         )
 
+    @_where_it_is
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
         full = saved.mask is not None  # which has a byte for each
-        call = _Call(
-            self, saved.x, saved.spec.axis, saved.spec.activation, dy=dy, residual=saved.residual, full_vectors=full
-        )
+        call = self._call(saved, dy=dy, residual=saved.residual, full_vectors=full)
         grads = {
             "dx": call.new() if "dx" in need else None,
             "dweight": cupy.empty(call.layout.c, saved.weight_dtype) if "dweight" in need else None,
@@ -131,24 +157,40 @@ class CupyBackend:
             "dresidual": call.new() if "dresidual" in need else None,
         }
         call.backward(saved, **grads)
-        return grads["dx"], grads["dweight"], grads["dbias"], grads["dresidual"]
+        return call.like_input(grads["dx"]), grads["dweight"], grads["dbias"], call.like_input(grads["dresidual"])
+
+    def _call(self, saved: Saved, **tensors: Any) -> _Call:
+        """A call with the options of a saved one."""
+        spec, count = saved.spec, saved.moments.count
+        counts = count if _on_device(count) else None
+        return _Call(
+            self, saved.x, spec.axis, spec.activation, valid=saved.valid, groups=_groups(spec), counts=counts, **tensors
+        )
 
     # ------------------------------------------------------------------------------------------------ phases
-    def stats(self, x: Array, axis: int) -> Moments:
+    @_where_it_is
+    def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
         layout = Layout.of(x, axis)
-        saved = cupy.zeros((4, layout.c), np.float64)
-        if x.size:
-            call = _Call(self, x, axis, Activation("identity"))
-            call.stats(call.once(), saved, call.scratch(call.once(), rows=0))
-        return Moments(layout.count, saved[0], saved[1])
+        saved = cupy.zeros((4, groups * layout.c), np.float64)
+        if not x.size:
+            return Moments(0 if valid is None else cupy.zeros(groups, np.float64), saved[0], saved[1])
+        counts = _new_counts(valid, groups)
+        call = _Call(self, x, axis, Activation("identity"), valid=valid, groups=groups, counts=counts)
+        call.stats(call.once(), saved, call.scratch(call.once(), rows=0))
+        return Moments(call.count, saved[0], saved[1])
 
+    @_where_it_is
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
+        if _on_device(moments.count) or moments.mean.size != running_mean.size:
+            _track(moments.mean, moments.var, moments.count, running_mean, running_var, momentum)
+            return
         bessel = moments.count / max(moments.count - 1, 1)
         running_mean[...] = (1 - momentum) * running_mean.astype(np.float64) + momentum * moments.mean
         running_var[...] = (1 - momentum) * running_var.astype(np.float64) + (momentum * bessel) * moments.var
 
+    @_where_it_is
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
-        call = _Call(self, saved.x, saved.spec.axis, saved.spec.activation, residual=residual, out=out)
+        call = self._call(saved, residual=residual, out=out)
         call.normalize(call.once(), saved.spec, saved.moments.mean, saved.moments.var, saved.weight, saved.bias)
         call.finish()
 
@@ -156,18 +198,22 @@ class CupyBackend:
         del saved
         return False
 
+    @_where_it_is
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
-        call = _Call(self, saved.x, saved.spec.axis, saved.spec.activation, dy=dy, residual=saved.residual)
+        call = self._call(saved, dy=dy, residual=saved.residual)
         once = call.once()
         scratch = call.scratch(once, rows=2)
-        call.backward_reduce(once, saved, scratch, dresidual=dz)
-        return Sums(*scratch[: 2 * call.layout.c].reshape(2, call.layout.c))
+        with call.writing(dz) as dresidual:
+            call.backward_reduce(once, saved, scratch, dresidual=dresidual)
+        return Sums(*scratch[: 2 * call.statistics].reshape(2, call.statistics))
 
+    @_where_it_is
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
         del dz
-        call = _Call(self, saved.x, saved.spec.axis, saved.spec.activation, dy=dy, residual=saved.residual)
+        call = self._call(saved, dy=dy, residual=saved.residual)
         both = None if sums is None else cupy.stack([sums.dz, sums.dz_xhat])
-        call.backward_input(call.once(), saved, both, dx=out)
+        with call.writing(out) as dx:
+            call.backward_input(call.once(), saved, both, dx=dx)
 
     # ---------------------------------------------------------------------------------------------- counters
     def counters(self, size: int) -> Array:
@@ -196,10 +242,19 @@ class _Call:
     def __init__(
         self, owner: CupyBackend, x: Array, axis: int, activation: Activation, *,
         dy: Array | None = None, residual: Array | None = None, out: Array | None = None, full_vectors: bool = False,
+        valid: Array | None = None, groups: int = 1, counts: Array | None = None,
     ) -> None:  # fmt: skip
+        """``counts``: how many positions each group has, if the device alone knows."""
         self.owner = owner
         self.activation = activation
-        self.layout = Layout.of(x, axis)
+        self.given = self.layout = Layout.of(x, axis)
+        if groups > 1 and not _leads(0, self.given):  # a group is one piece of memory
+            self.layout = Layout.of_strides(x.shape, tuple(range(x.ndim, 0, -1)), axis)
+        self.groups = groups
+        self.valid = None if valid is None else self._dense_valid(valid)
+        self.counts = counts
+        grouped = groups > 1 or counts is not None
+        self.batch = "MASKED_GROUPS" if valid is not None else "GROUPS" if grouped else _cuda.WHOLE
         self.dtype = dtype_name(x)
         self.x_dtype = x.dtype
         self.x, self.dy, self.residual = (self._dense(array) for array in (x, dy, residual))
@@ -219,12 +274,39 @@ class _Call:
         full = tiling.vector * self.x_dtype.itemsize == VECTOR_BYTES
         return cupy.empty(prod(self.layout.shape) // tiling.vector, np.uint8) if full else None
 
+    @property
+    def count(self) -> Any:
+        """Positions that a channel has in a group, as the statistics have it."""
+        return self.layout.count // self.groups if self.counts is None else self.counts
+
+    @property
+    def statistics(self) -> int:
+        return self.groups * self.layout.c
+
     def finish(self) -> Array:
         """The output, copied to where the caller wants it if that is not dense."""
         if self.out is None or self.out is self.y:
-            return self.y
+            return self.like_input(self.y)
         self.out[...] = self.y
         return self.out
+
+    def like_input(self, array: Array | None) -> Array | None:
+        """An output in the input's memory format, copied if groups are served in another."""
+        if array is None or self.layout is self.given:
+            return array
+        like = _empty(self.given, self.x_dtype)
+        like[...] = array
+        return like
+
+    @contextmanager
+    def writing(self, out: Array | None) -> Iterator[Array | None]:
+        """Memory for an output, which then is the array given."""
+        if out is None or self._is_dense(out):
+            yield out
+        else:
+            dense = self.new()
+            yield dense
+            out[...] = dense
 
     # ------------------------------------------------------------------------------------------------ plans
     def plan(self, train: bool, kernel: Callable[[LaunchPlan], str], **work: Any) -> LaunchPlan:
@@ -232,7 +314,7 @@ class _Call:
         if not train:
             return self.once()
         wanted, device = self._work(**work), _device()
-        found = plan(wanted, device, self.owner.tier)
+        found = plan(wanted, device, self.owner.tier if self.batch == _cuda.WHOLE else "split")
         if found.tier == "cooperative" and found.grid > device.sms * self._resident_blocks(kernel(found), found):
             return plan(wanted, device, "split")  # its blocks would wait for blocks that never start
         return found
@@ -249,11 +331,15 @@ class _Call:
         tensors = (self.x, self.dy, self.residual, getattr(self, "y", None))
         addresses = [array.data.ptr for array in tensors if array is not None]
         layout = self.layout
-        return Work(layout.n, layout.c, layout.s, self.x_dtype.itemsize, alignment=_alignment(addresses), **more)
+        return Work(
+            layout.n, layout.c, layout.s, self.x_dtype.itemsize, alignment=_alignment(addresses),
+            masked=self.valid is not None, groups=self.groups, **more,
+        )  # fmt: skip
 
     def scratch(self, plan: LaunchPlan, rows: int) -> Array:
-        """One block of float64: ``rows`` vectors of C, then the blocks' partial sums."""
-        return cupy.empty(rows * self.layout.c + plan.partials, np.float64)
+        """One block of float64: ``rows`` vectors of statistics, then the blocks' partial sums, counts and origins."""
+        more = 0 if self.valid is None else plan.grid + plan.partials // 2
+        return cupy.empty(rows * self.statistics + plan.partials + more, np.float64)
 
     # ---------------------------------------------------------------------------------------------- forward
     def forward(
@@ -264,12 +350,12 @@ class _Call:
         if not spec.batch_stats:
             self.normalize(plan, spec, running_mean, running_var, weight, bias, mask, saved)
         elif plan.tier == "split":
-            self.stats(plan, saved, scratch, spec, running_mean, running_var, weight, bias)
+            self.stats(plan, saved, scratch[saved.size :], spec, running_mean, running_var, weight, bias)
             self.normalize(plan, spec, saved[0], saved[1], saved[2], saved[3], mask)
         else:
             code = _codes(weight, bias, running_mean, running_var)
             name = self.forward_kernel(plan, mask)
-            momentum_at, momentum = _momentum(spec)
+            momentum_at, momentum = _momentum(spec.momentum)
             arguments = [
                 *_pointers(self.x, self.y, self.residual, mask, weight, bias, running_mean, running_var, momentum_at),
                 *_pointers(saved, scratch[saved.size :], self._counters(plan)),
@@ -281,19 +367,21 @@ class _Call:
         return self._on_chip("forward", plan, self.residual is not None, mask is not None)
 
     def stats(
-        self, plan: LaunchPlan, saved: Array, scratch: Array, spec: BatchNormSpec | None = None,
+        self, plan: LaunchPlan, saved: Array, partials: Array, spec: BatchNormSpec | None = None,
         running_mean: Array | None = None, running_var: Array | None = None,
         weight: Array | None = None, bias: Array | None = None,
     ) -> None:  # fmt: skip
         """Write ``saved``: mean, variance, weight, bias; and update the running statistics."""
-        momentum_at, momentum = (None, np.float64(0)) if spec is None else _momentum(spec)
-        partials = scratch[scratch.size - plan.partials :]
+        momentum_at, momentum = (None, np.float64(0)) if spec is None else _momentum(spec.momentum)
+        running = (running_mean, running_var) if self.groups == 1 else (None, None)
         arguments = [
-            *_pointers(self.x, weight, bias, running_mean, running_var, momentum_at),
+            *_pointers(self.x, weight, bias, *running, momentum_at),
             *_pointers(saved, partials, self._counters(plan)),
-            _codes(weight, bias, running_mean, running_var), *_geometry(plan), momentum,
+            _codes(weight, bias, *running), *_geometry(plan, self.groups), momentum, *self._selection,
         ]  # fmt: skip
         self._launch(self._kernel("bn_stats_kernel", plan), plan, arguments)
+        if self.groups > 1 and spec is not None and running_mean is not None:
+            _track(saved[0], saved[1], self.count, running_mean, running_var, spec.momentum)
 
     def normalize(
         self, plan: LaunchPlan, spec: BatchNormSpec, mean: Array, var: Array, weight: Array | None,
@@ -303,7 +391,8 @@ class _Call:
         name = self._kernel("bn_normalize_kernel", plan, self.residual is not None, mask is not None)
         arguments = [
             *_pointers(self.x, self.y, self.residual, mask, weight, bias, mean, var, saved),
-            _codes(weight, bias, mean, var), *_geometry(plan), np.float64(spec.eps), self._parameter,
+            _codes(weight, bias, mean, var), *_geometry(plan, self.groups), np.float64(spec.eps), self._parameter,
+            *self._selection,
         ]  # fmt: skip
         self._launch(name, plan, arguments)
 
@@ -325,7 +414,7 @@ class _Call:
             frozen_dx = None if train else dx
             self.backward_reduce(plan, saved, scratch, frozen_dx, dweight, dbias, dresidual)
             if train:
-                self.backward_input(plan, saved, scratch[: 2 * self.layout.c], dx)
+                self.backward_input(plan, saved, scratch[: 2 * self.statistics], dx)
         elif dx is not None:
             self.backward_input(plan, saved, None, dx, dresidual)
         else:
@@ -350,23 +439,32 @@ class _Call:
         dbias: Array | None = None, dresidual: Array | None = None,
     ) -> None:  # fmt: skip
         """Write the sums of ``dz`` and ``dz * xhat`` to the start of ``scratch``; ``dx`` with frozen statistics."""
-        partials = scratch[2 * self.layout.c :]
+        partials = scratch[2 * self.statistics :]
+        gradients = (dweight, dbias) if self.groups == 1 else (None, None)
         arguments = [
             *self._upstream(saved, dx, dresidual),
-            *_pointers(dweight, dbias, scratch, partials, self._counters(plan)),
-            self._backward_codes(saved, dweight, dbias), *_geometry(plan), np.float64(saved.spec.eps), self._parameter,
+            *_pointers(*gradients, scratch, partials, self._counters(plan)), self._backward_codes(saved, *gradients),
+            *_geometry(plan, self.groups), np.float64(saved.spec.eps), self._parameter, *self._selection,
         ]  # fmt: skip
         self._launch(self._kernel("bn_backward_reduce_kernel", plan, self._from(saved)), plan, arguments)
+        if self.groups > 1 and (dweight is not None or dbias is not None):
+            sizes = np.uint32(self.layout.c), np.uint32(self.groups)
+            arguments = [*_pointers(scratch, dweight, dbias), _codes(dweight, dbias), *sizes]
+            _launch_small("bn_add_groups_kernel", self.layout.c, arguments)
 
     def backward_input(
         self, plan: LaunchPlan, saved: Saved, sums: Array | None, dx: Array | None, dresidual: Array | None = None
     ) -> None:
         """Write ``dx`` from the sums, or without them for frozen statistics."""
         arguments = [
-            *self._upstream(saved, dx, dresidual), *_pointers(sums), self._backward_codes(saved), *_geometry(plan),
-            np.float64(saved.moments.count), np.float64(saved.spec.eps), self._parameter,
+            *self._upstream(saved, dx, dresidual), *_pointers(sums), self._backward_codes(saved),
+            *_geometry(plan, self.groups), np.float64(self._count_of(saved)), np.float64(saved.spec.eps),
+            self._parameter, *self._selection,
         ]  # fmt: skip
         self._launch(self._kernel("bn_backward_input_kernel", plan, self._from(saved)), plan, arguments)
+
+    def _count_of(self, saved: Saved) -> int:
+        return 0 if self.counts is not None else saved.moments.count  # where there are counts, kernels look there
 
     def _upstream(self, saved: Saved, dx: Array | None, dresidual: Array | None) -> list[Any]:
         moments = saved.moments
@@ -389,12 +487,17 @@ class _Call:
         return np.float64(self.activation.parameter)
 
     def _kernel(self, name: str, plan: LaunchPlan, *arguments: str | bool) -> str:
-        return _kernel_name(name, self.dtype, plan.tiling, *arguments)
+        return _kernel_name(name, self.dtype, plan.tiling, *arguments, batch=self.batch)
 
     def _on_chip(self, direction: str, plan: LaunchPlan, *arguments: str | bool) -> str:
         if plan.tier == "cluster":
             return self._kernel(f"bn_{direction}_cluster_kernel", plan, str(plan.blocks), *arguments)
         return self._kernel(f"bn_{direction}_kernel", plan, plan.tier.capitalize(), *arguments)
+
+    @property
+    def _selection(self) -> list[Any]:
+        """The arguments that a kernel for groups has beyond another's."""
+        return [] if self.batch == _cuda.WHOLE else _pointers(self.valid, self.counts)
 
     def _counters(self, plan: LaunchPlan) -> Array | None:
         return self.owner.counters(plan.counters) if plan.counters else None
@@ -420,6 +523,33 @@ class _Call:
         dense = self.new()
         dense[...] = array
         return dense
+
+    def _dense_valid(self, valid: Array) -> Array:
+        """A byte for each position, in the layout's order, at an address where a vector may begin."""
+        ordered = valid.transpose(self.layout.order)
+        if ordered.flags.c_contiguous and valid.data.ptr % VECTOR_BYTES == 0:
+            return ordered
+        dense = cupy.empty(ordered.shape, valid.dtype)
+        dense[...] = ordered
+        return dense
+
+
+def _groups(spec: BatchNormSpec) -> int:
+    return spec.groups if spec.batch_stats else 1
+
+
+def _on_device(count: Any) -> bool:
+    return isinstance(count, cupy.ndarray)
+
+
+def _new_counts(valid: Array | None, groups: int) -> Array | None:
+    """Where the statistics' launch writes how many positions of each group count, if it has to find that out."""
+    return None if valid is None else cupy.empty(groups, np.float64)
+
+
+def _leads(axis: int, layout: Layout) -> bool:
+    """Whether an axis is the outermost in memory."""
+    return prod(layout.shape[a] for a in layout.order[: layout.order.index(axis)]) == 1
 
 
 def _empty(layout: Layout, dtype: Any) -> Array:
@@ -453,19 +583,31 @@ def _codes_of(*dtypes: str | None) -> np.uint32:
     return np.uint32(_cuda.parameter_codes(*dtypes))
 
 
-def _momentum(spec: BatchNormSpec) -> tuple[Array | None, np.float64]:
+def _momentum(momentum: Any) -> tuple[Array | None, np.float64]:
     """The momentum, where the device finds it or by value."""
-    if isinstance(spec.momentum, float):
-        return None, np.float64(spec.momentum)
-    return cupy.asarray(spec.momentum, np.float64), np.float64(0)
+    if isinstance(momentum, float):
+        return None, np.float64(momentum)
+    return cupy.asarray(momentum, np.float64), np.float64(0)
+
+
+def _track(mean: Array, var: Array, count: Any, running_mean: Array, running_var: Array, momentum: Any) -> None:
+    """The running update of groups in order, or of a count that only the device knows."""
+    channels, counted = running_mean.size, _on_device(count)
+    momentum_at, value = _momentum(momentum)
+    arguments = [
+        *_pointers(mean, var, running_mean, running_var, momentum_at, count if counted else None),
+        _codes(running_mean, running_var), np.uint32(channels), np.uint32(mean.size // channels),
+        np.float64(0 if counted else count), value,
+    ]  # fmt: skip
+    _launch_small("bn_track_kernel", channels, arguments)
 
 
 @lru_cache(4096)
-def _geometry(plan: LaunchPlan) -> tuple[Any, ...]:
+def _geometry(plan: LaunchPlan, groups: int = 1) -> tuple[Any, ...]:
     tiling = plan.tiling
     inner = (tiling.c if tiling.columns else tiling.s) // tiling.vector
     return (
-        np.uint32(tiling.c), np.uint32(inner), np.uint32(tiling.lanes), np.uint32(tiling.strips),
+        np.uint32(tiling.c), np.uint32(inner), np.uint32(tiling.lanes), np.uint32(tiling.strips // groups),
         np.int64(tiling.positions), np.uint32(plan.share), np.uint32(plan.blocks), np.uint32(plan.groups),
     )  # fmt: skip
 
@@ -525,6 +667,12 @@ def _resident_blocks(kernel: Any, shared_bytes: int) -> int:
     driver = cupy.cuda.driver
     blocks: int = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, THREADS, shared_bytes)
     return blocks
+
+
+def _launch_small(name: str, channels: int, arguments: list[Any]) -> None:
+    """Launch a kernel that has a thread for each channel."""
+    kernel = _compiled("identity", f"{name}<double>", 0, cupy.cuda.runtime.getDevice())
+    kernel((-(-channels // THREADS),), (THREADS,), tuple(arguments))
 
 
 def _launch_cooperative(kernel: Any, plan: LaunchPlan, arguments: list[Any]) -> None:
