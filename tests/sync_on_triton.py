@@ -21,12 +21,12 @@ def compare(sizes, activation, dtype):
     x, residual, dy = (torch.randn(sum(sizes), 3, 4, dtype=torch.float64).mul(2).add(5).to(dtype) for _ in range(3))
     weight, bias = torch.rand(3), torch.randn(3)
     parts = [tuple(whole.split(sizes)[at] for whole in (x, residual, dy)) for at in range(len(sizes))]
-    reports = torch.stack([phases.report(part) for part, _, _ in parts])
+    reports = torch.stack([phases.report(part, None) for part, _, _ in parts])
     count, mean, var = phases.merge_reports(reports)
-    layers = [(part, weight, bias, rest, mean, var, 1e-5, activation, 0.0) for part, rest, _ in parts]
+    layers = [(part, weight, bias, rest, None, count, mean, var, 1e-5, activation, 0.0) for part, rest, _ in parts]
     reduced = [phases.reduce(part[2], *layer, True) for part, layer in zip(parts, layers, strict=True)]
     sums = sum(found[0] for found in reduced)
-    dx = [phases.backward_input(part[2], *layer, sums, count, None) for part, layer in zip(parts, layers, strict=True)]
+    dx = [phases.backward_input(part[2], *layer, sums, None) for part, layer in zip(parts, layers, strict=True)]
     y = torch.cat([phases.normalize(*layer) for layer in layers])
     results = (y, torch.cat(dx), sums[1].float(), sums[0].float(), torch.cat([found[1] for found in reduced]))
 

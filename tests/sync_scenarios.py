@@ -148,6 +148,43 @@ def in_ddp(rank, world):
     return gradients
 
 
+def masked_inputs(dtype=torch.float64):
+    """A batch of 6 with a mask; what is hidden is NaN. The second half of it, the second process's part, has little."""
+    x, residual, dy = (data(seed, 6, 3, 5, dtype=dtype) for seed in range(3))
+    mask = torch.rand((6, 5), generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[3:] = False
+    mask[4, 2] = True
+    for tensor in (x, residual, dy):
+        tensor.masked_fill_(~mask[:, None], torch.nan)
+    return x, residual, dy, mask
+
+
+def masked_step(norm, x, residual, dy, mask):
+    """Outputs, first and second derivatives."""
+    x, residual = (tensor.clone().requires_grad_() for tensor in (x, residual))
+    inputs = (x, residual, norm.weight, norm.bias)
+    y = norm(x, residual, mask=mask)
+    firsts = torch.autograd.grad(y, inputs, dy)
+    again = torch.autograd.grad(norm(x, residual, mask=mask), inputs, dy, create_graph=True)
+    seconds = torch.autograd.grad(again[0].sin().sum(), inputs, materialize_grads=True)
+    return y.detach(), firsts, [tensor.detach() for tensor in again], seconds, norm.state_dict()
+
+
+def masked(rank, world):
+    results = {}
+    for activation in ("identity", "silu"):
+        norm = nn.SyncBatchNorm(3, dtype=torch.float64, activation=activation)
+        parts = [tensor.tensor_split(world)[rank] for tensor in masked_inputs()]
+        results[activation] = masked_step(norm, *parts)
+    layer = nn.SyncBatchNorm(3, dtype=torch.float64)
+    x, _, _, mask = (tensor.tensor_split(world)[rank] for tensor in masked_inputs())
+    with nn.accumulate_statistics(layer):
+        for part, there in zip(x.split(2), mask.split(2), strict=True):
+            layer(part, mask=there)
+    results["accumulated"] = layer.state_dict()
+    return results
+
+
 def inside_a_group(rank, world):
     """Outside the layer's group a layer is alone."""
     group = dist.new_group([0])
@@ -201,6 +238,7 @@ def wrong_calls(rank):
         "channels": (torch.randn(4, 5, 2),),
         "dtype": (torch.ones(4, 3, dtype=torch.int64),),
         "residual": (x, x[:2]),
+        "mask": (x, None, None, torch.ones(4, 4, dtype=torch.bool)),
     }
     return {name: call if rank == 1 else (x,) for name, call in calls.items()}
 

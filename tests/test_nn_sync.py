@@ -41,7 +41,7 @@ def test_a_split_batch_trains_as_the_whole(four, whole, sizes):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    names = ["numerics", "second", "compiled", "in_ddp", "inside_a_group", "population", "accumulated"]
+    names = ["numerics", "second", "compiled", "in_ddp", "inside_a_group", "masked", "population", "accumulated"]
     return results(2, once(tmp_path_factory, "two", lambda folder: launch(2, "sync_scenarios", names, folder)))
 
 
@@ -141,6 +141,29 @@ def test_a_group_of_one_and_a_process_outside_are_alone(two):
         assert_close(result["inside_a_group"], nn.BatchNorm(3, dtype=torch.float64)(x).detach())
 
 
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_masks_count_over_all_processes(two, activation):
+    norm = nn.BatchNorm(3, dtype=torch.float64, activation=activation)
+    y, firsts, again, seconds, state = scenarios.masked_step(norm, *scenarios.masked_inputs())
+    assert not y.isnan().any()
+    results = [result["masked"][activation] for result in two]
+    assert_close(torch.cat([result[0] for result in results]), y)
+    for which, whole in ((1, firsts), (2, again), (3, seconds)):
+        for at, expected in enumerate(whole):
+            parts = [result[which][at] for result in results]
+            assert_close(torch.cat(parts) if expected.dim() > 1 else sum(parts), expected)
+    for result in results:
+        assert_close(result[4], state, rtol=1e-12, atol=1e-12)
+
+
+def test_masked_micro_batches_make_one_update(two):
+    layer = nn.BatchNorm(3, dtype=torch.float64)
+    x, _, _, mask = scenarios.masked_inputs()
+    layer(x, mask=mask)
+    for result in two:
+        assert_close(result["masked"]["accumulated"], layer.state_dict(), rtol=1e-12, atol=1e-12)
+
+
 def test_population_statistics_over_processes(two):
     x = scenarios.data(1, 15, 3, 4) * 3 + 1e3
     for result in two:
@@ -190,6 +213,7 @@ REASONS = {
     "channels": "expected input with as many channels as the layer has (got 5)",
     "dtype": "input should be float16, bfloat16, float32 or float64",
     "residual": "residual should have the input's shape, dtype and device",
+    "mask": "mask should be bool or uint8, broadcast to the input's shape with one channel, and be on its device",
 }
 
 
@@ -226,19 +250,21 @@ def test_a_process_that_is_gone_is_an_error_in_time(three, what):
 def test_the_operators_do_what_they_say(shape, dtype):
     x, dy, residual = (scenarios.data(seed, *shape, dtype=dtype) for seed in range(3))
     weight, bias = torch.ones(2), torch.zeros(2)
-    report = _sync_library.report(x)
+    valid = torch.ones(shape[0], 1, shape[2], dtype=torch.bool)
+    report = _sync_library.report(x, valid)
     reports = torch.stack((report, report))
     count, mean, var = _sync_library.merge_reports(reports)
-    layer = (x, weight, bias, residual, mean, var, 1e-5, "silu", 0.0)
+    layer = (x, weight, bias, residual, valid, count, mean, var, 1e-5, "silu", 0.0)
     sums, dz = _sync_library.reduce(dy, *layer, True)
     for operator, arguments in (
-        (_sync_library.report, (x,)),
+        (_sync_library.report, (x, None)),
+        (_sync_library.report, (x, valid)),
         (_sync_library.merge_reports, (reports,)),
         (_sync_library.normalize, layer),
         (_sync_library.reduce, (dy, *layer, True)),
         (_sync_library.reduce, (dy, *layer, False)),
-        (_sync_library.backward_input, (dy, *layer, sums, count, dz)),
-        (_sync_library.backward_input, (dy, *layer, sums, count, None)),
+        (_sync_library.backward_input, (dy, *layer, sums, dz)),
+        (_sync_library.backward_input, (dy, *layer, sums, None)),
     ):
         torch.library.opcheck(operator, arguments)
 
@@ -269,7 +295,7 @@ def test_nothing_is_read_back_from_a_device():
 def test_a_mistake_poisons_statistics_where_reports_are_not_read():
     """What the other processes get on a GPU."""
     reports = torch.stack(
-        (_sync_library.report(torch.randn(4, 3)), _sync_library.trouble_report(2, 5, 3, torch.device("cpu")))
+        (_sync_library.report(torch.randn(4, 3), None), _sync_library.trouble_report(2, 5, 3, torch.device("cpu")))
     )
     _, mean, var = _sync_library.merged(reports)
     assert mean.isnan().all()

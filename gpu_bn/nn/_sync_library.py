@@ -22,15 +22,17 @@ from gpu_bn.merge import Pool, merge
 from gpu_bn.nn._library import LIBRARY
 from gpu_bn.spec import BatchNormSpec
 
-_LAYER = "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, Tensor var"
+_LAYER = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? valid, Tensor count, Tensor mean, Tensor var"
+)
 _OPTIONS = "float eps, str activation, float parameter"
 for _schema in (
-    "sync_report(Tensor x) -> Tensor",
+    "sync_report(Tensor x, Tensor? valid) -> Tensor",
     "sync_merge(Tensor reports) -> (Tensor count, Tensor mean, Tensor var)",
     "sync_fail(Tensor x, Tensor reports, int rank, int trouble, int found) -> Tensor",
     f"sync_normalize({_LAYER}, {_OPTIONS}) -> Tensor",
     f"sync_reduce(Tensor dy, {_LAYER}, {_OPTIONS}, bool need_dz) -> (Tensor sums, Tensor dz)",
-    f"sync_input(Tensor dy, {_LAYER}, {_OPTIONS}, Tensor sums, Tensor count, Tensor? dz) -> Tensor",
+    f"sync_input(Tensor dy, {_LAYER}, {_OPTIONS}, Tensor sums, Tensor? dz) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -41,6 +43,7 @@ TROUBLES = {
     4: "residual should have the input's shape, dtype and device",
     5: "batch_norm eps must be positive during training",
     6: "SyncBatchNorm number of input channels should be non-zero",
+    7: "mask should be bool or uint8, broadcast to the input's shape with one channel, and be on its device",
 }
 """The checks that arguments can fail on one process alone, by number."""
 
@@ -57,14 +60,14 @@ def _raise(rank: int, size: int, trouble: int, found: int) -> NoReturn:
 
 
 # ------------------------------------------------------------------------------------------------- what they compute
-def _report(x: Tensor) -> Tensor:
+def _report(x: Tensor, valid: Tensor | None) -> Tensor:
     if x.is_cuda and not torch.cuda.is_current_stream_capturing():
         look_at_arrivals()
-    moments = dispatch.serving(x).stats(x, 1)
+    moments = dispatch.serving(x).stats(x, 1, valid)
     channels = x.shape[1]
     report = torch.empty(2 + 2 * channels, dtype=torch.float64, device=x.device)
     report[0] = 0.0
-    report[1] = moments.count
+    report[1:2] = moments.count
     report[2 : 2 + channels] = moments.mean
     report[2 + channels :] = -moments.var if moments.wide else moments.var  # the sign keeps Moments.wide, as elsewhere
     return report
@@ -145,18 +148,14 @@ def _reduce(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
-    """dx, of the sums and the count of all processes.
-
-    A backend divides the sums by the count of ``x``, which the host knows; so they are multiplied by it here.
-    """
-    *layer, sums, count, dz = arguments
+    """dx, of the sums and the count of all processes."""
+    *layer, sums, dz = arguments
     engine = dispatch.serving(x)
     dx = engine.empty_like(x)
     if x.numel():
         saved = _saved(x, *layer)
-        share = sums * (saved.moments.count / count)
         kept = dz if dz is not None and engine.keeps_dz(saved) else None
-        engine.backward_input(dy, saved, Sums(share[0], share[1]), dx, kept)
+        engine.backward_input(dy, saved, Sums(sums[0], sums[1]), dx, kept)
     return dx  # type: ignore[no-any-return]
 
 
@@ -165,6 +164,8 @@ def _saved(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    valid: Tensor | None,
+    count: Tensor,
     mean: Tensor,
     var: Tensor,
     eps: float,
@@ -177,18 +178,20 @@ def _saved(
     return Saved(
         x=x,
         residual=None if spec.activation.is_identity else residual,
-        moments=Moments(x.numel() // max(x.shape[1], 1), mean, var.abs(), wide),
+        moments=Moments(count, mean, var.abs(), wide),
         weight=None if weight is None else engine.vector(weight),
         bias=None if bias is None else engine.vector(bias),
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=None if bias is None else bias.dtype,
         has_residual=residual is not None,
         spec=spec,
+        valid=valid,
     )
 
 
 # ------------------------------------------------------------------------------------------ what they would return
-def _report_fake(x: Tensor) -> Tensor:
+def _report_fake(x: Tensor, valid: Tensor | None) -> Tensor:
+    del valid
     return x.new_empty(2 + 2 * x.shape[1], dtype=torch.float64)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gpu_bn import ops
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn import _sync_library, functional
 from gpu_bn.nn.sync import Group, SyncBatchNorm, add_up, gather, several, update_running
@@ -134,7 +135,8 @@ def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
     def record(layer: Any, arguments: tuple[Any, ...], options: dict[str, Any], _: Any) -> None:
         if layer.training and not functional._updates.off:
             given = arguments[0] if arguments else options["input"]
-            pool = _pool_of(given.detach())
+            mask = arguments[3] if len(arguments) > 3 else options.get("mask")
+            pool = _pool_of(given.detach(), mask)
             pools[layer] = _merged([pools[layer], pool]) if layer in pools else pool
 
     hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
@@ -148,8 +150,8 @@ def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
             layer.track_running_stats = True
 
 
-def _pool_of(x: Tensor) -> Pool:
-    report = _sync_library.report(x)
+def _pool_of(x: Tensor, mask: Tensor | None) -> Pool:
+    report = _sync_library.report(x, None if mask is None else ops.positions(mask, x.shape, 1))
     _, count, mean, var = report.split((1, 1, x.shape[1], x.shape[1]))
     return Pool(count, mean, var.abs() * count)
 

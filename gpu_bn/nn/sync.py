@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from gpu_bn import ops
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.merge import Pool
 from gpu_bn.nn import _composed, _sync_library, functional
 from gpu_bn.nn.modules import Fused
-from gpu_bn.spec import MAX_RANK, MIN_RANK
+from gpu_bn.spec import MAX_RANK, MIN_RANK, check_mask
 
 _COLLECTIVES = torch.ops._c10d_functional
 """What ``torch.compile`` takes into a graph."""
@@ -41,6 +42,7 @@ def sync_batch_norm(
     residual: Tensor | None = None,
     activation: Activation | str | None = None,
     num_batches_tracked: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """:func:`gpu_bn.nn.batch_norm` in training, with the statistics of the batch of a whole process group.
 
@@ -51,6 +53,7 @@ def sync_batch_norm(
         input: (N, C, ...), this process's part; N may be 0 and may differ between processes.
         running_mean, running_var, weight, bias, momentum, eps, residual, activation, num_batches_tracked: as there.
         process_group: of :mod:`torch.distributed`; ``None`` is all processes.
+        mask: which positions count, as there; they are counted over all processes.
         num_features: C, where the input's own may be wrong.
 
     Returns:
@@ -76,17 +79,19 @@ def sync_batch_norm(
             residual=residual,
             activation=activation,
             num_batches_tracked=num_batches_tracked,
+            mask=mask,
         )
     group = Group.of(process_group)
     if not torch.compiler.is_compiling() and functional._updates.off:
         running_mean = running_var = num_batches_tracked = None
     channels = input.shape[1:2].numel() if num_features is None else num_features
-    trouble, found = _check(input, residual, eps, channels)
+    trouble, found = _check(input, residual, mask, eps, channels)
     if trouble:
         reports = gather(_sync_library.trouble_report(trouble, found, channels, input.device), group)
         return _sync_library.fail(input.detach(), reports, group.rank, trouble, found)  # type: ignore[no-any-return]
+    valid = None if mask is None else ops.positions(mask, input.shape, 1)
     y, count, mean, var = _SyncBatchNorm.apply(
-        input, weight, bias, residual, *group, eps, activation.name, activation.parameter
+        input, weight, bias, residual, valid, *group, eps, activation.name, activation.parameter
     )
     if running_mean is not None and running_var is not None:
         whole = Pool(count, mean, var.abs() * count)
@@ -138,7 +143,11 @@ class SyncBatchNorm(Fused):
         self.activation = Activation.of(activation)
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, activation: Activation | str | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: Activation | str | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`Fused.forward`, of this process's part of the batch.
 
@@ -146,7 +155,9 @@ class SyncBatchNorm(Fused):
             ValueError, RuntimeError: as :func:`sync_batch_norm`.
         """
         if not (self.training and not self.frozen and several(self.process_group)):
-            return super().forward(input, residual, activation)
+            return super().forward(input, residual, activation, mask)
+        if self.virtual_batch_size is not None or self.renorm is not None:
+            raise ValueError("a SyncBatchNorm over several processes has neither virtual_batch_size nor renorm")
         tracked = self.track_running_stats
         return sync_batch_norm(
             input,
@@ -161,6 +172,7 @@ class SyncBatchNorm(Fused):
             residual=residual,
             activation=self.activation if activation is None else activation,
             num_batches_tracked=self.num_batches_tracked if tracked else None,
+            mask=mask,
         )
 
     @classmethod
@@ -223,7 +235,7 @@ def _exchange(collective: Any, *arguments: Any) -> Tensor:
         ) from error
 
 
-def _check(x: Tensor, residual: Tensor | None, eps: float, channels: int) -> tuple[int, int]:
+def _check(x: Tensor, residual: Tensor | None, mask: Tensor | None, eps: float, channels: int) -> tuple[int, int]:
     """The number of the check that arguments fail, and what was found; 0 if they pass."""
     if not MIN_RANK <= x.dim() <= MAX_RANK:
         return 1, x.dim()
@@ -234,9 +246,19 @@ def _check(x: Tensor, residual: Tensor | None, eps: float, channels: int) -> tup
     alike = residual is None or (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
     if not alike:
         return 4, 0
+    if mask is not None and not _mask_fits(mask, x):
+        return 7, 0
     if not eps > 0.0:
         return 5, 0
     return (0, 0) if channels else (6, 0)
+
+
+def _mask_fits(mask: Tensor, x: Tensor) -> bool:
+    try:
+        check_mask(mask, x.shape, 1)
+    except (TypeError, ValueError):
+        return False
+    return mask.device == x.device
 
 
 class _SyncBatchNorm(Function):
@@ -249,35 +271,38 @@ class _SyncBatchNorm(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        valid: Tensor | None,
         *others: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         group, options = Group(*others[:3]), others[3:]
-        reports = gather(_sync_library.report(x), group)
+        reports = gather(_sync_library.report(x, valid), group)
         count, mean, var = _sync_library.merge_reports(reports)
-        y = _sync_library.normalize(x, weight, bias, residual, mean, var, *options)
+        y = _sync_library.normalize(x, weight, bias, residual, valid, count, mean, var, *options)
         ctx.group, ctx.options = group, options
         kept = None if options[1] == "identity" else residual
-        ctx.save_for_backward(x, weight, bias, kept, count, mean, var)
+        ctx.save_for_backward(x, weight, bias, kept, valid, count, mean, var)
         ctx.mark_non_differentiable(count, mean, var)
         return y, count, mean, var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, count, mean, var = ctx.saved_tensors
+        x, weight, bias, residual, valid, count, mean, var = ctx.saved_tensors
         need = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # these gradients are to be differentiated themselves
-            return (*_composed_gradients(ctx, dy, x, weight, bias, residual, need), *[None] * 6)
+            return (*_composed_gradients(ctx, dy, x, weight, bias, residual, valid, need), *[None] * 7)
         identity = ctx.options[1] == "identity"
-        layer = (x, weight, bias, residual, mean, var, *ctx.options)
+        layer = (x, weight, bias, residual, valid, count, mean, var, *ctx.options)
         sums, dz = _sync_library.reduce(dy, *layer, need[3] and not identity)
         dx = None
         if need[0]:
             total = add_up(sums, ctx.group)
-            dx = _sync_library.backward_input(dy, *layer, total, count, dz if dz.numel() else None)
+            dx = _sync_library.backward_input(dy, *layer, total, dz if dz.numel() else None)
         dweight = sums[1].to(weight.dtype) if weight is not None and need[1] else None
         dbias = sums[0].to(bias.dtype) if bias is not None and need[2] else None
-        dresidual = (dy if identity else dz) if need[3] else None
-        return dx, dweight, dbias, dresidual, *[None] * 6
+        dresidual = None
+        if need[3]:
+            dresidual = dz if not identity else dy if valid is None else torch.where(valid, dy, 0)
+        return dx, dweight, dbias, dresidual, *[None] * 7
 
 
 # ----------------------------------------------------------------------------------- second and higher derivatives
@@ -301,19 +326,24 @@ def _composed_gradients(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    valid: Tensor | None,
     need: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """The gradients by torch's own differentiable operations, which remember where they come from."""
     eps, name, parameter = ctx.options
     if name == "identity" and need[3]:
         residual = torch.zeros_like(x, requires_grad=True)  # of which only the gradient matters
-    wide = x.to(torch.float64)
+    there = x.new_ones(1, dtype=torch.bool) if valid is None else valid
     axes, shape = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
-    count = wide.new_tensor(x.numel() // x.shape[1])
-    sums = _Sum.apply(torch.cat((count.view(1), wide.sum(axes))), ctx.group)
+    wide = torch.where(there, x.to(torch.float64), 0)
+    count = there.expand_as(x).double().sum(axes)[:1]
+    sums = _Sum.apply(torch.cat((count, wide.sum(axes))), ctx.group)
     mean = sums[1:] / sums[0]
-    var = _Sum.apply((wide - mean.view(shape)).square().sum(axes), ctx.group) / sums[0]
-    y = _composed.batch_norm(x, mean, var, weight, bias, residual, eps, Activation(name, parameter))
+    centred = torch.where(there, wide - mean.view(shape), 0)
+    var = _Sum.apply(centred.square().sum(axes), ctx.group) / sums[0]
+    rest = None if residual is None else torch.where(there, residual, 0)
+    y = _composed.batch_norm(wide, mean, var, weight, bias, rest, eps, Activation(name, parameter))
+    y = torch.where(there, y, 0).to(x.dtype)
     inputs = [tensor if needed else None for tensor, needed in zip((x, weight, bias, residual), need, strict=True)]
     wanted = [tensor for tensor in inputs if tensor is not None]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
