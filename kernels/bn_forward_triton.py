@@ -26,6 +26,7 @@ from gpu_bn.kernels.common_triton import (
     store_as,
     store_bits,
     streamed_sums,
+    usable_shift,
     valid_elements,
     vectors_at,
     wide,
@@ -237,8 +238,7 @@ def bn_forward_kernel(
         held = held + (value,)
         total += value.to(COMPUTE)
     count = tl.cast(positions, tl.float64) if COLUMNS else tl.cast(positions, tl.float64) * VEC
-    guess = (channel_sum(total, COLUMNS) * reciprocal(count)).to(COMPUTE)
-    guess = tl.where(tl.abs(guess) < float("inf"), guess, 0.0)
+    guess = usable_shift((channel_sum(total, COLUMNS) * reciprocal(count)).to(COMPUTE), x.dtype.element_ty, COMPUTE)
     inverse = reciprocal(count)
     shift_c = guess
     factor = guess * 0.0 + 1.0

@@ -215,6 +215,17 @@ def store_bits(
 
 # -------------------------------------------------------------------------------------------------------- statistics
 @triton.jit
+def usable_shift(mean, ELEMENT: tl.constexpr, COMPUTE: tl.constexpr):
+    """A mean to take deviations from; 0 if it is not finite.
+
+    Of 16-bit elements it is one itself: then deviations have few digits, and they add up exactly.
+    """
+    if ELEMENT.primitive_bitwidth == 16:
+        mean = mean.to(ELEMENT).to(COMPUTE)
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+
+
+@triton.jit
 def first_shift(
     x, valid, first, last, strip, row, jump, magic, power, start,
     SAMPLES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
@@ -231,13 +242,11 @@ def first_shift(
         there = valid_elements(valid, known, position, last, VEC, COLUMNS)
         sample = tl.where(there, sample, 0.0)
         mean = channel_sum(sample, COLUMNS).to(COMPUTE) / channel_sum(there.to(COMPUTE), COLUMNS).to(COMPUTE)
-        if x.dtype.element_ty.primitive_bitwidth == 16:  # deviations of 16-bit numbers from one of them add up exactly
-            mean = mean.to(x.dtype.element_ty).to(COMPUTE)
     elif COLUMNS:
         mean = tl.sum(sample, 0) / taken
     else:
         mean = tl.sum(tl.sum(sample, 1), 0) / (taken * VEC)
-    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+    return usable_shift(mean, x.dtype.element_ty, COMPUTE)
 
 
 @triton.jit
