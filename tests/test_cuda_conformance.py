@@ -9,7 +9,7 @@ import pytest
 import gpu_bn
 from gpu_bn import functional
 from gpu_bn.plan import NoPlanError
-from gpu_bn.testing import cases, check
+from gpu_bn.testing import cases, check, extended_cases
 
 pytestmark = pytest.mark.compile
 TARGETS = ((80, None), (80, "cta"), (80, "cooperative"), (80, "split"), (90, None), (90, "cluster"))
@@ -44,6 +44,19 @@ def test_case(arch, tier, case, make_gpu):
     assert forward + backward == len(gpu.launched)
     assert forward <= 1 if fused or case.mode == "eval" else forward <= 2
     assert backward <= 1 if fused or case.mode == "eval" else backward <= 2
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if index % 4 else [])
+        for index, case in enumerate(extended_cases())
+    ],
+)
+def test_extended_case(case, make_gpu):
+    """Masks, ghost batches and renormalisation."""
+    shares = check(case, make_gpu(80).backend)
+    assert {"y", "mean", "rstd", "dx"} <= shares.keys()
 
 
 def launches(gpu) -> tuple[int, int]:
