@@ -74,7 +74,7 @@ def test_each_subset_is_part_of_the_whole(shape, activation, training, need, bac
         (True, [], set(), 0),
         (True, list(NAMES), {"backward_reduce", "backward_input"}, 2),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_only_the_phases_needed_run(shape, activation, training, need, phases, arrays):
     dy, saved = forward(shape, activation, training)

@@ -312,7 +312,7 @@ def test_alike_calls_share_their_steps(backend):
 
 
 @pytest.mark.parametrize(
-    "need", [{"dx"}, {"dbias"}, {"dresidual"}, {"dx", "dresidual"}, {"dweight", "dresidual"}], ids=str
+    "need", [{"dx"}, {"dbias"}, {"dresidual"}, {"dx", "dresidual"}, {"dweight", "dresidual"}], ids=sorted
 )
 @pytest.mark.parametrize("tier", ["split", pytest.param("cta", marks=pytest.mark.slow)])
 def test_gradients_that_are_asked_for_are_as_with_all(tier, need, compile_triton, device):
