@@ -80,6 +80,18 @@ def test_an_array_for_the_output_is_the_one_returned(engine):
         gpu_bn.batch_norm_forward(x, *vectors, out=x, backend=engine)
 
 
+def test_masks_and_ghost_batches(engine):
+    x, *vectors = arguments()
+    theirs = [vector.clone() for vector in vectors]
+    call = {"training": True, "mask": torch.rand(4, 1, 5, 8) > 0.3, "virtual_batch_size": 2}
+    want, want_saved = gpu_bn.batch_norm_forward(x, *theirs, **call)
+    got, saved = gpu_bn.batch_norm_forward(x, *vectors, **call, backend=engine)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(vectors, theirs)
+    dx = gpu_bn.batch_norm_backward(got, saved, need="dx", backend=engine).dx
+    torch.testing.assert_close(dx, gpu_bn.batch_norm_backward(want, want_saved, need="dx").dx, rtol=1e-4, atol=1e-5)
+
+
 def test_asked_for_by_name_it_is_differentiable_once(engine, monkeypatch):
     """The route of a CUDA tensor: the front door finds a second backend for it."""
     monkeypatch.setattr(dispatch, "select", lambda *_, **__: engine)
