@@ -18,7 +18,7 @@ Times are a model: bytes over the bandwidth of a copy. Nothing here has been mea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -229,6 +229,14 @@ class LaunchPlan:
 
 class NoPlanError(ValueError):
     """The tier that was asked for cannot serve the work; the message says why."""
+
+
+def alignment(addresses: Iterable[int]) -> int:
+    """The largest power of two, up to a vector's size, that divides all addresses."""
+    least = VECTOR_BYTES
+    for address in addresses:
+        least |= address
+    return least & -least
 
 
 def tile(work: Work) -> Tiling:

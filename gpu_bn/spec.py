@@ -220,6 +220,14 @@ def check_like(name: str, array: Array, x: Array) -> None:
         raise TypeError(f"{name} should have the input's dtype {dtype_name(x)}, got {dtype_name(array)}")
 
 
+def check_overlap(name: str, same: bool, in_place: bool) -> None:
+    """Check an ``out`` that overlaps an input: it may only be the ``same`` memory, and only in a call ``in_place``."""
+    if not in_place:
+        raise ValueError(f"out may not be the {name} or overlap it: the backward call reads it (batch_norm allows it)")
+    if not same:
+        raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
+
+
 def check_writeable(name: str, array: Array) -> None:
     """Check that an array can be written to (only NumPy's can be read-only)."""
     flags = getattr(array, "flags", None)

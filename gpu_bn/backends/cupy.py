@@ -21,8 +21,8 @@ from gpu_bn.activations import Activation
 from gpu_bn.backends import _cuda
 from gpu_bn.backends._layout import Layout
 from gpu_bn.backends.protocol import BackendUnavailableError, Moments, Saved, Sums
-from gpu_bn.plan import THREADS, VECTOR_BYTES, Device, LaunchPlan, Work, plan, plan_once
-from gpu_bn.spec import MAX_RANK, BatchNormSpec, dtype_name
+from gpu_bn.plan import THREADS, VECTOR_BYTES, Device, LaunchPlan, Work, alignment, plan, plan_once
+from gpu_bn.spec import MAX_RANK, BatchNormSpec, check_overlap, dtype_name
 
 Array = Any
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -96,14 +96,8 @@ class CupyBackend:
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
         for name, array in (("input", x), ("residual", residual)):
-            if array is None or not cupy.shares_memory(out, array):
-                continue
-            if not in_place:
-                raise ValueError(
-                    f"out may not be the {name} or overlap it: the backward call reads it (batch_norm allows it)"
-                )
-            if (out.data.ptr, out.strides) != (array.data.ptr, array.strides):
-                raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
+            if array is not None and cupy.shares_memory(out, array):
+                check_overlap(name, (out.data.ptr, out.strides) == (array.data.ptr, array.strides), in_place)
 
     # -------------------------------------------------------------------------------------- one call, fused
     @_where_it_is
@@ -332,7 +326,7 @@ class _Call:
         addresses = [array.data.ptr for array in tensors if array is not None]
         layout = self.layout
         return Work(
-            layout.n, layout.c, layout.s, self.x_dtype.itemsize, alignment=_alignment(addresses),
+            layout.n, layout.c, layout.s, self.x_dtype.itemsize, alignment=alignment(addresses),
             masked=self.valid is not None, groups=self.groups, **more,
         )  # fmt: skip
 
@@ -560,14 +554,6 @@ def _empty(layout: Layout, dtype: Any) -> Array:
 @cache
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(axis) for axis in range(len(order)))
-
-
-def _alignment(addresses: list[int]) -> int:
-    """The largest power of two, up to a vector's size, that divides all addresses."""
-    least = VECTOR_BYTES
-    for address in addresses:
-        least |= address
-    return least & -least
 
 
 def _pointers(*arrays: Array | None) -> list[Any]:

@@ -19,6 +19,7 @@ from gpu_bn.backends._layout import Layout
 from gpu_bn.backends._small import SMALL
 from gpu_bn.backends._sweep import Operand, PerChannel, Tile, Workspace, run, sweep
 from gpu_bn.backends.protocol import Moments, Saved, Sums
+from gpu_bn.spec import check_overlap
 
 Array = NDArray[Any]
 
@@ -57,14 +58,8 @@ class NumpyBackend:
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
         for name, array in (("input", x), ("residual", residual)):
-            if array is None or not np.shares_memory(out, array):
-                continue
-            if not in_place:
-                raise ValueError(
-                    f"out may not be the {name} or overlap it: the backward call reads it (batch_norm allows it)"
-                )
-            if (out.ctypes.data, out.strides) != (array.ctypes.data, array.strides):
-                raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
+            if array is not None and np.shares_memory(out, array):
+                check_overlap(name, (out.ctypes.data, out.strides) == (array.ctypes.data, array.strides), in_place)
 
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
         if groups > 1:

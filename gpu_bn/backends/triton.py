@@ -29,11 +29,12 @@ from gpu_bn.plan import (
     LaunchPlan,
     NoPlanError,
     Work,
+    alignment,
     plan,
     plan_once,
     tile,
 )
-from gpu_bn.spec import BatchNormSpec
+from gpu_bn.spec import BatchNormSpec, check_overlap
 
 Array = Any
 
@@ -196,14 +197,8 @@ class TritonBackend:
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
         for name, array in (("input", x), ("residual", residual)):
-            if array is None or not overlap(out, array):
-                continue
-            if not in_place:
-                raise ValueError(
-                    f"out may not be the {name} or overlap it: the backward call reads it (batch_norm allows it)"
-                )
-            if (out.data_ptr(), out.stride()) != (array.data_ptr(), array.stride()):
-                raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
+            if array is not None and overlap(out, array):
+                check_overlap(name, (out.data_ptr(), out.stride()) == (array.data_ptr(), array.stride()), in_place)
 
     @torch.no_grad()
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
@@ -659,11 +654,7 @@ def _counted(saved: Saved) -> tuple[float, Array | None]:
 
 def _alignment(*arrays: Array | None) -> int:
     """Bytes that the addresses are multiples of, 16 at most."""
-    together = VECTOR_BYTES
-    for array in arrays:
-        if array is not None:
-            together |= array.data_ptr()
-    return int(together & -together)
+    return alignment(array.data_ptr() for array in arrays if array is not None)
 
 
 def _whole_vectors(work: Work) -> bool:

@@ -173,7 +173,13 @@ def _mask_length(x: Tensor, residual: Tensor | None, activation: str) -> int:
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (_, x, weight), bias_dtype, need = arguments[:3], arguments[8], arguments[-1]
+    return empty_gradients(arguments[1], arguments[2], arguments[8], arguments[-1])
+
+
+def empty_gradients(
+    x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype, need: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a backward operator returns, of those gradients that are needed; the others have length 0."""
     channels = x.shape[1]
     return (
         torch.empty_like(x) if need[0] else x.new_empty(0),

@@ -162,14 +162,7 @@ def _train_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    (_, x, weight), bias_dtype, need = arguments[:3], arguments[11], arguments[-1]
-    channels = x.shape[1]
-    return (
-        torch.empty_like(x) if need[0] else x.new_empty(0),
-        weight.new_empty(channels) if weight is not None and need[1] else x.new_empty(0),
-        x.new_empty(channels, dtype=bias_dtype) if need[2] else x.new_empty(0),
-        torch.empty_like(x) if need[3] else x.new_empty(0),
-    )
+    return _library.empty_gradients(arguments[1], arguments[2], arguments[11], arguments[-1])
 
 
 torch.library.register_fake("gpu_bn::train_masked", _train_fake, lib=LIBRARY)
