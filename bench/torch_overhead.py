@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from gpu_bn import dispatch, nn
-from gpu_bn.backends.protocol import Moments, Saved
 
 BATCH = 200
 """Calls in one timing."""
@@ -27,17 +26,8 @@ BATCH = 200
 class Nothing:
     """A backend that allocates and computes nothing."""
 
-    name = "nothing"
-
     def __init__(self) -> None:
         self.zeros = torch.zeros(3, dtype=torch.float64)
-
-    def vector(self, array: torch.Tensor) -> torch.Tensor:
-        return array
-
-    def forward(self, x: torch.Tensor, spec: Any, *_: Any) -> tuple[torch.Tensor, Saved]:
-        moments = Moments(1, self.zeros, self.zeros)
-        return torch.empty_like(x), Saved(x, None, moments, None, None, None, None, False, spec)
 
     def small_forward(self, x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         return torch.empty_like(x), self.zeros, self.zeros, None
@@ -45,10 +35,6 @@ class Nothing:
     def small_backward(self, dy: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor | None, ...]:
         need = arguments[-1]
         vectors = [torch.empty(3) if needed else None for needed in need[1:3]]
-        return torch.empty_like(dy), *vectors, None
-
-    def backward(self, dy: torch.Tensor, _: Saved, need: frozenset[str]) -> tuple[torch.Tensor | None, ...]:
-        vectors = [torch.empty(3) if name in need else None for name in ("dweight", "dbias")]
         return torch.empty_like(dy), *vectors, None
 
 
