@@ -67,22 +67,26 @@ def test_an_overlapping_input_is_right():
         assert np.allclose(dx, gpu_bn.batch_norm_backward(np.cos(y.numpy()), expected[1]).dx, rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_is_copied(monkeypatch):
-    """NumPy works on the tensors' own memory."""
+@pytest.mark.parametrize("size", [5, 60])
+def test_nothing_is_copied(size, monkeypatch):
+    """NumPy works on the tensors' own memory, whichever way it takes."""
+    from gpu_bn.backends import _small
     from gpu_bn.nn import _cpu
 
     seen = []
-    normalize = _cpu.NUMPY.normalize
+    normalize, forward = _cpu.NUMPY.normalize, _small.forward
     monkeypatch.setattr(
         _cpu.NUMPY,
         "normalize",
         lambda saved, residual, out: seen.append((saved.x, out)) or normalize(saved, residual, out),
     )
+    monkeypatch.setattr(_small, "forward", lambda *a: seen.append((a[1], a[-1])) or forward(*a))
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(4, 3, 5, 5).to(dtype, memory_format=torch.channels_last)
+        x = torch.ones(4, 3, size, size).to(dtype, memory_format=torch.channels_last)
         y = gpu_bn.batch_norm(x, training=True)
-        read, written = seen.pop()
+        ((read, written),) = seen
         assert (read.ctypes.data, written.ctypes.data) == (x.data_ptr(), y.data_ptr())
+        seen.clear()
 
 
 def test_without_ml_dtypes_only_bfloat16_is_refused(monkeypatch):

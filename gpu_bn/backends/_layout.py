@@ -17,7 +17,8 @@ Array = NDArray[Any]
 class Layout:
     """A tensor's axes in the order in which they lie in memory, and its (N, C, S) shape in that order.
 
-    Channels-last tensors have S = 1. The order is the input's; outputs are made in the same one.
+    Channels-last tensors have S = 1. The order is the input's; outputs are made in the same one. ``by_channel`` is that
+    order with the channels before all else.
     """
 
     shape: tuple[int, ...]
@@ -25,6 +26,7 @@ class Layout:
     n: int
     c: int
     s: int
+    by_channel: tuple[int, ...]
 
     @staticmethod
     def of(x: Array, axis: int) -> Layout:
@@ -73,7 +75,8 @@ class Layout:
 def _layout(shape: tuple[int, ...], order: tuple[int, ...], axis: int) -> Layout:
     ordered = [shape[a] for a in order]
     at = order.index(axis)
-    return Layout(shape, order, math.prod(ordered[:at]), shape[axis], math.prod(ordered[at + 1 :]))
+    by_channel = (axis, *order[:at], *order[at + 1 :])
+    return Layout(shape, order, math.prod(ordered[:at]), shape[axis], math.prod(ordered[at + 1 :]), by_channel)
 
 
 def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -84,9 +84,7 @@ class NumpyBackend:
             for part in moments.parts(len(moments.mean) // max(len(mean), 1)):
                 count = float(np.squeeze(part.count))
                 if count:
-                    bessel = count / max(count - 1, 1)
-                    mean = (1 - momentum) * mean + momentum * part.mean
-                    var = (1 - momentum) * var + (momentum * bessel) * part.var
+                    _small.move(mean, var, part.mean, part.var, count, momentum)
             running_mean[...], running_var[...] = mean, var
 
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:

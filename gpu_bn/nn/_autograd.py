@@ -26,6 +26,9 @@ _modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 _transforms_active = torch._C._are_functorch_transforms_active
 
+PLAIN = frozenset((Tensor, Parameter))
+"""The types of ordinary tensors."""
+
 
 class _Forward(Function):
     """``train`` or ``infer``, where something is differentiated; a direct call gives ``y`` alone."""
@@ -41,14 +44,15 @@ class _Forward(Function):
         others: tuple[Any, ...],
         direct: bool,
     ) -> Any:
-        result = _below(operator, direct, x, weight, bias, residual, *others)
+        inputs = (x, weight, bias, residual)
+        result = KERNELS[operator](*inputs, *others) if direct else _below(operator, *inputs, *others)
         y, mean, var, mask = result
         ctx.batch_stats = operator is train
         ctx.bias_dtype = x.dtype if bias is None else bias.dtype
         ctx.options = others[-3:]
         if others[-2] == "identity":  # whose gradient reads neither
             bias = residual = None
-        elif mask.shape[0]:
+        elif mask is not None and mask.shape[0]:
             residual = None
         ctx.save_for_backward(x, weight, bias, residual, mean, var, mask)
         ctx.set_materialize_grads(False)
@@ -59,20 +63,25 @@ class _Forward(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * 7
         if dy is None:
-            return tuple(gradients)
+            return (None,) * 7
+        dresidual = None
         need = list(ctx.needs_input_grad[:4])
         if need[3] and ctx.options[1] == "identity":
-            gradients[3], need[3] = dy, False
-        if any(need):
-            arguments = (dy, *ctx.saved_tensors, ctx.bias_dtype, ctx.batch_stats, *ctx.options, need)
-            direct = not torch.is_grad_enabled() and _plain(arguments)
-            result = KERNELS[backward](*arguments) if direct else backward(*arguments)
-            for i, needed in enumerate(need):
-                if needed:
-                    gradients[i] = result[i]
-        return tuple(gradients)
+            dresidual, need[3] = dy, False
+        if not any(need):
+            return None, None, None, dresidual, None, None, None
+        arguments = (dy, *ctx.saved_tensors, ctx.bias_dtype, ctx.batch_stats, *ctx.options, need)
+        if torch.is_grad_enabled() or not _plain(arguments):
+            results = backward(*_with_mask(arguments))
+            results = [result if needed else None for result, needed in zip(results, need, strict=True)]
+        else:
+            results = KERNELS[backward](*arguments)
+        return *results[:3], dresidual if results[3] is None else results[3], None, None, None
+
+
+_apply = super(Function, _Forward).apply
+"""``_Forward.apply`` without its search for leftovers of ``torch.func``, which takes a quarter of its time."""
 
 
 class _Backward(Function):
@@ -83,7 +92,7 @@ class _Backward(Function):
         ctx.save_for_backward(*arguments[:8])
         ctx.options = arguments[8:]
         ctx.set_materialize_grads(False)
-        return _below(backward, False, *arguments)
+        return _below(backward, *arguments)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -130,7 +139,7 @@ class _Masked(Function):
     @staticmethod
     def forward(ctx: Any, dy: Tensor, slope: tuple[Any, ...]) -> Tensor:
         ctx.slope = slope
-        return _below(backward, False, dy, *slope)[3]
+        return _below(backward, dy, *slope)[3]
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Any, None]:
@@ -150,51 +159,73 @@ def call(operator: Any, *arguments: Any) -> Tensor:
 
     Compilers, tracers, dispatch modes and subclasses of tensors see the operator.
     """
-    return _enter(operator, True, *arguments) if _plain(arguments) else operator(*arguments)[0]  # type: ignore[no-any-return]
+    if forward_ad._current_level < 0 and _plain(arguments):
+        return direct(operator, *arguments)
+    return operator(*arguments)[0]  # type: ignore[no-any-return]
 
 
-def _enter(operator: Any, direct: bool, *arguments: Any) -> Any:
+def direct(
+    operator: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *others: Any
+) -> Tensor:
+    """:func:`call` for arguments that are known to be plain, outside forward-mode differentiation."""
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
+        y: Tensor = _apply(x, weight, bias, residual, operator, others, True)
+    else:
+        y = KERNELS[operator](x, weight, bias, residual, *others, False)[0]
+    if operator is train and others[0] is not None:
+        increment_version(others[:2])  # the counter's has been
+    return y
+
+
+def _enter(operator: Any, *arguments: Any) -> Any:
     inputs = arguments[:4]
     if forward_ad._current_level >= 0:
         _refuse_tangents(inputs)
     if torch.is_grad_enabled() and _any_requires_grad(*inputs):
-        result = _Forward.apply(*inputs, operator, arguments[4:], direct)
+        result = _Forward.apply(*inputs, operator, arguments[4:], False)
     else:
-        result = _below(operator, direct, *arguments)
-        result = result[0] if direct else result
+        result = _below(operator, *arguments)
     if operator is train:
-        for mutated in arguments[4:7]:
-            if mutated is not None and not mutated.is_inference():
-                increment_version(mutated)
+        increment_version([tensor for tensor in arguments[4:7] if tensor is not None])
     return result
 
 
 def _enter_backward(*arguments: Any) -> Any:
     if torch.is_grad_enabled() and _any_requires_grad(*arguments[:5]):
         return _Backward.apply(*arguments)
-    return _below(backward, False, *arguments)
+    return _below(backward, *arguments)
 
 
-def _below(operator: Any, direct: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _below(operator: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Call an operator below autograd."""
-    if direct:
-        return KERNELS[operator](*arguments)  # type: ignore[no-any-return]
     with _BelowAutograd():
         return operator(*arguments)  # type: ignore[no-any-return]
 
 
+def _with_mask(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of the operator ``backward``: a direct call has kept no mask where it is empty."""
+    if arguments[7] is not None:
+        return arguments
+    return (*arguments[:7], arguments[1].new_empty(0, dtype=torch.uint8), *arguments[8:])
+
+
 def _plain(arguments: tuple[Any, ...]) -> bool:
     """Whether arguments are ordinary tensors and nobody watches what is called."""
-    if _is_compiling() or _modes() or _tracing() is not None or _transforms_active():
-        return False
-    for argument in arguments[:8]:
-        kind = type(argument)
-        if kind is Tensor or kind is Parameter:
-            if not (argument.is_cpu or argument.is_cuda) or argument.is_neg():
-                return False
-        elif isinstance(argument, Tensor):
-            return False
-    return True
+    return not watched() and not any(map(_is_odd, arguments[:8]))
+
+
+def watched() -> bool:
+    """Whether a compiler, a tracer, a mode or a transform wants to see the operator."""
+    return _is_compiling() or _modes() > 0 or _tracing() is not None or _transforms_active()
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether this is an ordinary tensor in the memory of a CPU or a GPU."""
+    return type(tensor) in PLAIN and (tensor.is_cpu or tensor.is_cuda) and not tensor.is_neg()
+
+
+def _is_odd(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and not is_plain(argument)
 
 
 def _refuse_tangents(inputs: tuple[Tensor | None, ...]) -> None:
@@ -205,5 +236,5 @@ def _refuse_tangents(inputs: tuple[Tensor | None, ...]) -> None:
 
 
 for _operator in (train, infer):
-    LIBRARY.impl(_operator, partial(_enter, _operator, False), "Autograd")
+    LIBRARY.impl(_operator, partial(_enter, _operator), "Autograd")
 LIBRARY.impl(backward, _enter_backward, "Autograd")

@@ -13,7 +13,7 @@ arguments may have no gradient formula there, and each call costs several times 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import compress, product
 from typing import Any
 
@@ -47,6 +47,10 @@ _NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, Tru
 
 
 # ------------------------------------------------------------------------------------------------- what they compute
+# Tensors that are not needed are None here; the operators return empty ones in their places.
+Forward = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
 def _train(
     x: Tensor,
     weight: Tensor | None,
@@ -59,10 +63,11 @@ def _train(
     eps: float,
     activation: str,
     parameter: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool = True,
+) -> Forward:
     weighs = _momentum(momentum, num_batches_tracked)
-    spec = _spec(True, weighs, eps, activation, parameter)
-    result = _forward(x, spec, running_mean, running_var, weight, bias, residual)
+    vectors = (weight, bias, residual, running_mean, running_var)
+    result = _forward(x, *vectors, True, weighs, eps, activation, parameter, keep)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return result
@@ -78,20 +83,39 @@ def _infer(
     eps: float,
     activation: str,
     parameter: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    spec = _spec(False, 0.0, eps, activation, parameter)
-    return _forward(x, spec, running_mean, running_var, weight, bias, residual)
+    keep: bool = True,
+) -> Forward:
+    vectors = (weight, bias, residual, running_mean, running_var)
+    return _forward(x, *vectors, False, 0.0, eps, activation, parameter, keep)
 
 
-def _forward(x: Tensor, spec: BatchNormSpec, *arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    running_mean, running_var, weight, bias, residual = arguments
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batch_stats: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str,
+    parameter: float,
+    keep: bool,
+) -> Forward:
+    """``keep``: whether a gradient may be asked for; a backend with a shorter way for small tensors makes use of it."""
     engine = dispatch.serving(x)
-    y, saved = ops.forward(engine, x, spec, running_mean, running_var, weight, bias, residual, None, False)
-    mask = x.new_empty(0, dtype=torch.uint8) if saved.mask is None else saved.mask
+    vectors = (weight, bias, residual, running_mean, running_var)
+    options = (batch_stats, momentum, eps, activation, parameter)
+    small = getattr(engine, "small_forward", None)
+    if small is not None and (short := small(x, *vectors, *options, keep)) is not None:
+        return short  # type: ignore[no-any-return]
+    y, saved = ops.forward(engine, x, _spec(*options), running_mean, running_var, weight, bias, residual, None, False)
     mean, var = saved.moments.mean, saved.moments.var
     if mean.dtype is not torch.float64:
         mean, var = mean.double(), var.double()
-    return y, mean, -var if saved.moments.wide else var, mask  # the sign keeps Moments.wide, which only the CPU has
+    # the sign keeps Moments.wide, which only the CPU has
+    return y, mean, -var if saved.moments.wide else var, saved.mask
 
 
 def _backward(
@@ -102,15 +126,20 @@ def _backward(
     residual: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     bias_dtype: torch.dtype,
     batch_stats: bool,
     eps: float,
     activation: str,
     parameter: float,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     engine = dispatch.serving(x)
+    small = getattr(engine, "small_backward", None)
+    vectors = (weight, bias, residual, mean, var)
+    options = (batch_stats, eps, activation, parameter)
+    if small is not None and (short := small(dy, x, *vectors, bias_dtype, *options, need)) is not None:
+        return short  # type: ignore[no-any-return]
     wide = batch_stats and var.is_cpu and bool(var.signbit().any())
     saved = Saved(
         x=x,
@@ -122,10 +151,9 @@ def _backward(
         bias_dtype=bias_dtype,
         has_residual=need[3] or residual is not None,
         spec=_spec(batch_stats, 0.0, eps, activation, parameter),
-        mask=mask if mask.numel() else None,
+        mask=mask if mask is not None and mask.numel() else None,
     )
-    grads = ops.backward(engine, dy, saved, _NEEDS[tuple(need)])
-    return tuple([x.new_empty(0) if gradient is None else gradient for gradient in grads])  # type: ignore[return-value]
+    return ops.backward(engine, dy, saved, _NEEDS[tuple(need)])
 
 
 def _momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> float | Tensor:
@@ -151,9 +179,17 @@ def _known_spec(batch_stats: bool, momentum: float, eps: float, activation: str,
 
 
 KERNELS: dict[Any, Callable[..., Any]] = {train: _train, infer: _infer, backward: _backward}
+
+
+def _complete(kernel: Callable[..., tuple[Tensor | None, ...]], *arguments: Any) -> tuple[Tensor, ...]:
+    """An operator's results: empty tensors where the kernel has ``None``."""
+    x, dtype = (arguments[1], arguments[1].dtype) if kernel is _backward else (arguments[0], torch.uint8)
+    return tuple([x.new_empty(0, dtype=dtype) if result is None else result for result in kernel(*arguments)])
+
+
 for _operator, _kernel in KERNELS.items():
     for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_operator, _kernel, _key)
+        LIBRARY.impl(_operator, partial(_complete, _kernel), _key)
 
 
 # ------------------------------------------------------------------------------------------ what they would return

@@ -18,6 +18,7 @@ from gpu_bn.nn import _autograd, _composed, _engine, _library, _masked
 from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 VECTORS = ("running_mean", "running_var", "weight", "bias")
+PLAIN = _autograd.PLAIN
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -90,6 +91,135 @@ def batch_norm(
             for the same mistake. A call that raises has changed nothing.
     """
     activation = IDENTITY if activation is None else Activation.of(activation)
+    return call(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation.name,
+        activation.parameter,
+        num_batches_tracked,
+        mask,
+        virtual_batch_size,
+        renorm,
+    )
+
+
+def call(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    parameter: float,
+    num_batches_tracked: Tensor | None,
+    mask: Tensor | None,
+    virtual_batch_size: int | None,
+    renorm: tuple[float, float] | None,
+) -> Tensor:
+    """:func:`batch_norm` with the name and parameter of a known activation."""
+    plain = mask is None and virtual_batch_size is None and renorm is None
+    vectors = (running_mean, running_var, weight, bias)
+    counter = num_batches_tracked if training else None
+    if plain and _ordinary(input, vectors, residual, counter, training, momentum, eps):
+        arguments = (input, weight, bias, residual, running_mean, running_var)
+        if training:
+            return _autograd.direct(_library.train, *arguments, counter, momentum, eps, activation, parameter)
+        return _autograd.direct(_library.infer, *arguments, eps, activation, parameter)
+    return _any_call(
+        input,
+        *vectors,
+        training,
+        momentum,
+        eps,
+        residual,
+        Activation(activation, parameter),
+        counter,
+        mask,
+        virtual_batch_size,
+        renorm,
+    )
+
+
+def _ordinary(
+    input: Tensor,
+    vectors: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    counter: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> bool:
+    """Whether a call is one that :func:`check` allows, of plain tensors, and nobody watches or transforms it.
+
+    It looks at everything in every call, once, and remembers nothing. What it is not sure of is for :func:`_any_call`.
+    """
+    if _autograd.watched() or forward_ad._current_level >= 0 or not _autograd.is_plain(input):
+        return False
+    shape, dtype, device = input.shape, input.dtype, input.device
+    if not (
+        MIN_RANK <= len(shape) <= MAX_RANK
+        and dtype in FLOATS
+        and type(eps) is float
+        and eps > 0.0
+        and (momentum is None or type(momentum) is float)
+    ):
+        return False
+    channels = shape[1:2]
+    for vector in vectors:
+        if vector is not None and (
+            type(vector) not in PLAIN
+            or vector.shape != channels
+            or vector.dtype not in FLOATS
+            or vector.device != device
+            or vector.is_neg()
+        ):
+            return False
+    mean, var = vectors[:2]
+    if mean is None or var is None:
+        if not training or mean is not var:
+            return False
+    elif torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad):
+        return False
+    if training and (
+        _updates.off or input.numel() == channels[0] or not (counter is None or _autograd.is_plain(counter))
+    ):
+        return False
+    return residual is None or (
+        _autograd.is_plain(residual)
+        and residual.shape == shape
+        and residual.dtype is dtype
+        and residual.device == device
+    )
+
+
+def _any_call(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: Activation,
+    num_batches_tracked: Tensor | None,
+    mask: Tensor | None,
+    virtual_batch_size: int | None,
+    renorm: tuple[float, float] | None,
+) -> Tensor:
+    """A call that may be wrong, extended, watched or transformed."""
     check(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
     if mask is not None or virtual_batch_size is not None or renorm is not None:
         groups = _check_extensions(input, running_mean, training, mask, virtual_batch_size, renorm)
@@ -102,8 +232,6 @@ def batch_norm(
             running_mean, running_var = running_mean.clone(), running_var.clone()
         else:
             running_mean = running_var = None
-        num_batches_tracked = None
-    if not training:
         num_batches_tracked = None
     if extended:
         return _masked.batch_norm(

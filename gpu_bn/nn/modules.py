@@ -264,7 +264,7 @@ def layer(
     if ranks and input.dim() not in ranks:
         expected = " or ".join(f"{rank}D" for rank in ranks)
         raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-    return functional.batch_norm(
+    return functional.call(
         input,
         running_mean,
         running_var,
@@ -273,10 +273,11 @@ def layer(
         training,
         momentum,
         eps,
-        residual=residual,
-        activation=Activation(activation, parameter),
-        num_batches_tracked=num_batches_tracked,
-        mask=mask,
-        virtual_batch_size=virtual_batch_size,
-        renorm=renorm,
+        residual,
+        activation,
+        parameter,
+        num_batches_tracked,
+        mask,
+        virtual_batch_size,
+        renorm,
     )
