@@ -86,6 +86,23 @@ def select(backend: str | Backend | None, **arrays: Any) -> Backend:
         ValueError: an unknown backend name, or a backend that does not serve these arrays.
         BackendUnavailableError: the backend is known but cannot be had.
     """
+    return loaded(backend, row_of(backend, **arrays))
+
+
+def loaded(backend: Any, row: Row | None) -> Backend:
+    """The backend that was asked for, which is ``row``'s if :func:`row_of` has found one."""
+    if row is not None:
+        return load(row.name, row.library)
+    given: Backend = backend
+    return given
+
+
+def row_of(backend: str | Backend | None, **arrays: Any) -> Row | None:
+    """The row of :func:`select`'s backend, which is not loaded; ``None`` for one that is given itself.
+
+    Raises:
+        TypeError, ValueError: as :func:`select`.
+    """
     required = next(iter(arrays))
     libraries = {name: _library(name, array) for name, array in arrays.items() if array is not None or name == required}
     library = libraries[required]
@@ -95,13 +112,13 @@ def select(backend: str | Backend | None, **arrays: Any) -> Backend:
     if backend is not None and not isinstance(backend, str):
         if not hasattr(backend, "normalize"):
             raise TypeError(f"backend should be a name or a Backend, got {type(backend).__name__}")
-        return backend
+        return None
     if backend is None:
-        return load(library.name, library.library)
+        return library
     rows = _rows(backend)
     for row in rows:
         if (row.library, row.device) == (library.library, library.device):
-            return load(row.name, row.library)
+            return row
     served = " or ".join(map(str, rows))
     raise ValueError(f"backend {backend!r} serves arrays of type {served}, got {library}")
 
@@ -110,6 +127,12 @@ def serving(array: Any, name: str = "input") -> Backend:
     """The backend for an array of a known library."""
     row = _library(name, array)
     return load(row.name, row.library)
+
+
+def told_by_type(array: Any) -> bool:
+    """Whether an array's type tells which backend serves it, wherever it is."""
+    kind: Any = type(array)
+    return not any(row.device for row in _rows_of_type(kind))
 
 
 def default(array: Any) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpu_bn import dispatch, ops, spec
 from gpu_bn.activations import Activation
 from gpu_bn.backends.protocol import Backend, Saved
 from gpu_bn.ops import Grads
+from gpu_bn.spec import BatchNormSpec
 
 Array = Any
 
@@ -185,8 +186,28 @@ def batch_norm_backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved should be what batch_norm_forward returned, got {type(saved).__name__}")
-    engine = dispatch.select(backend, dy=dy, input=saved.x)
+    try:
+        if need is not None:
+            need = frozenset([need] if isinstance(need, str) else need)
+        parameters = saved.weight_dtype is None, saved.bias_dtype is None, saved.has_residual
+        key: Any = (_named(backend), _kind(dy), _kind(saved.x), parameters, need)
+        known = _BACKWARDS.get(key)
+    except (AttributeError, TypeError):  # the checks say what is wrong
+        key = known = None
+    if known is not None:
+        row, wanted = known
+        return ops.backward(dispatch.loaded(backend, row), dy, saved, wanted)
+    row = dispatch.row_of(backend, dy=dy, input=saved.x)
+    engine = dispatch.loaded(backend, row)
     spec.check_like("dy", dy, saved.x)
+    wanted = _check_need(need, saved)
+    if key is not None and dispatch.told_by_type(dy):
+        _remember(_BACKWARDS, key, (row, wanted))
+    return ops.backward(engine, dy, saved, wanted)
+
+
+def _check_need(need: Iterable[str] | None, saved: Saved) -> frozenset[str]:
+    """The gradients to compute; ``need`` is a set if it is anything."""
     available = {
         "dx": True,
         "dweight": saved.weight_dtype is not None,
@@ -194,14 +215,14 @@ def batch_norm_backward(
         "dresidual": saved.has_residual,
     }
     if need is None:
-        return ops.backward(engine, dy, saved, frozenset(name for name, there in available.items() if there))
-    need = frozenset([need] if isinstance(need, str) else need)
+        return frozenset(name for name, there in available.items() if there)
+    need = frozenset(need)
     for name in need:
         if name not in available:
             raise ValueError(f"unknown gradient {name!r}, expected some of {', '.join(available)}")
         if not available[name]:
             raise ValueError(f"{name} was asked for, but the forward call had no {name[1:]}")
-    return ops.backward(engine, dy, saved, need)
+    return need
 
 
 def _forward(
@@ -223,33 +244,98 @@ def _forward(
     renorm: tuple[float, float] | None,
     in_place: bool,
 ) -> tuple[Array, Saved]:
-    engine = dispatch.select(
-        backend,
-        input=x,
-        running_mean=running_mean,
-        running_var=running_var,
-        weight=weight,
-        bias=bias,
-        residual=residual,
-        out=out,
-        mask=mask,
-    )
-    options = spec.check_forward(
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        residual,
-        activation,
-        channel_axis,
-        out,
-        mask,
-        virtual_batch_size,
-        renorm,
-    )
+    try:
+        key: Any = (
+            _named(backend), _kind(x), _kind(running_mean), _kind(running_var), _kind(weight), _kind(bias),
+            _kind(residual), _kind(out), _kind(mask), bool(training), eps, activation, channel_axis,
+            virtual_batch_size, renorm, type(eps), type(channel_axis), type(virtual_batch_size), type(momentum),
+            None if type(momentum) is float else getattr(momentum, "shape", None),
+        )  # fmt: skip
+        known = _FORWARDS.get(key)
+    except (AttributeError, TypeError):  # not an array, or nothing to look up: the checks say what is wrong
+        key = known = None
+    if known is None:
+        engine, options = _checked(
+            key, x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
+            channel_axis, backend, out, mask, virtual_batch_size, renorm,
+        )  # fmt: skip
+    else:
+        engine = dispatch.loaded(backend, known.row)
+        if known.guarded:
+            written = {"running_mean": running_mean, "running_var": running_var} if training else {}
+            for name, array in (written | {"out": out}).items():
+                spec.check_writeable(name, array)
+        options = spec.options(known.axis, training, momentum, eps, activation, known.groups, known.renorm)
     valid = None if mask is None else ops.positions(mask, x.shape, options.axis)
     return ops.forward(engine, x, options, running_mean, running_var, weight, bias, residual, out, in_place, valid)
+
+
+def _checked(
+    key: Any,
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Array | None,
+    activation: Activation | str | None,
+    channel_axis: int,
+    backend: Backend | str | None,
+    out: Array | None,
+    mask: Array | None,
+    virtual_batch_size: int | None,
+    renorm: tuple[float, float] | None,
+) -> tuple[Backend, BatchNormSpec]:
+    """Check a forward call, and remember by its key that it is right."""
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    row = dispatch.row_of(backend, input=x, **vectors, residual=residual, out=out, mask=mask)
+    engine = dispatch.loaded(backend, row)
+    options = spec.check_forward(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis, out,
+        mask, virtual_batch_size, renorm,
+    )  # fmt: skip
+    if key is not None and dispatch.told_by_type(x):
+        guarded = hasattr(getattr(x, "flags", None), "writeable")
+        _remember(_FORWARDS, key, _Known(row, options.axis, options.groups, options.renorm, guarded))
+    return engine, options
+
+
+# ------------------------------------------------------------------------------ what has been checked before
+# Whether a call is right depends on its options and on its arrays' types, dtypes and shapes. Those that are, are not
+# checked again; of errors nothing is remembered. What is left for each call is whether arrays may be written to.
+
+REMEMBERED = 1024
+
+
+class _Known(NamedTuple):
+    """What the checks of a forward call have found."""
+
+    row: dispatch.Row | None
+    axis: int
+    groups: int
+    renorm: tuple[float, float] | None
+    guarded: bool
+    """Whether the library has arrays that may not be written to."""
+
+
+_FORWARDS: dict[Any, _Known] = {}
+_BACKWARDS: dict[Any, tuple[dispatch.Row | None, frozenset[str]]] = {}
+
+
+def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(known) >= REMEMBERED:
+        known.clear()
+    known[key] = value
+
+
+def _kind(array: Array | None) -> tuple[Any, ...] | None:
+    return None if array is None else (type(array), array.dtype, array.shape)
+
+
+def _named(backend: Backend | str | None) -> Any:
+    if backend is None or isinstance(backend, str):
+        return backend
+    return type(backend), hasattr(backend, "normalize")

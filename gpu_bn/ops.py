@@ -52,10 +52,10 @@ def forward(
     """
     if out is not None:
         backend.check_out(out, x, residual, in_place)
-    count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
-    if count and x.shape[spec.axis] and spec.renorm is None and (fused := _fused(backend)):
+    if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend)):
         arguments = (x, spec, running_mean, running_var, weight, bias, residual, out)
         return fused.forward(*arguments) if valid is None else fused.forward(*arguments, valid)
+    count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
     tracked = running_mean is not None and running_var is not None
     if spec.batch_stats:
         plain = valid is None and spec.groups == 1
@@ -89,7 +89,7 @@ def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) ->
     activation, batch_stats = saved.spec.activation, saved.spec.batch_stats
     if saved.renorm is not None:
         return _renormalized_backward(backend, dy, saved, need)
-    if math.prod(saved.x.shape) and (fused := _fused(backend)):
+    if 0 not in saved.x.shape and (fused := _fused(backend)):
         return Grads(*fused.backward(dy, saved, need))
     dx = backend.empty_like(saved.x) if "dx" in need else None
     if math.prod(saved.x.shape) == 0:

@@ -111,7 +111,22 @@ def check_forward(
             check_like(name, like, x)
     if out is not None:
         check_writeable("out", out)
-    return BatchNormSpec(axis, training, _momentum(momentum), float(eps), Activation.of(activation), groups, renorm)
+    return options(axis, training, momentum, eps, activation, groups, renorm)
+
+
+def options(
+    axis: int,
+    training: bool,
+    momentum: float | Array,
+    eps: float,
+    activation: Activation | str | None,
+    groups: int,
+    renorm: tuple[float, float] | None,
+) -> BatchNormSpec:
+    """The options of a call whose arguments are known to fit, or fit but for the name of the activation."""
+    if type(momentum) is not float and isinstance(momentum, Real):
+        momentum = float(momentum)
+    return BatchNormSpec(axis, training, momentum, float(eps), Activation.of(activation), groups, renorm)
 
 
 def check_mask(mask: Array, shape: tuple[int, ...], axis: int) -> None:
@@ -166,10 +181,6 @@ def check_options(training: bool, momentum: float | Array, eps: float) -> None:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-
-
-def _momentum(momentum: float | Array) -> float | Array:
-    return float(momentum) if isinstance(momentum, Real) else momentum
 
 
 def check_axis(shape: tuple[int, ...], channel_axis: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import sys
 import types
 import weakref
@@ -32,6 +33,24 @@ PROPERTIES = {
 DEVICES: list[Device] = []
 
 
+@dataclasses.dataclass(frozen=True)
+class MemoryPointer:
+    """A place in an array's memory."""
+
+    array: ndarray
+    device_id: int
+    ptr: int
+
+    def __add__(self, offset: int) -> MemoryPointer:
+        return dataclasses.replace(self, ptr=self.ptr + offset)
+
+    def bytes(self) -> np.ndarray:
+        """The memory from here on."""
+        memory = _plain(self.array)
+        assert memory.flags.c_contiguous
+        return memory.reshape(-1).view(np.uint8)[self.ptr - memory.ctypes.data :]
+
+
 class ndarray(np.ndarray):
     """A NumPy array with the attributes by which CuPy's differs."""
 
@@ -44,7 +63,7 @@ class ndarray(np.ndarray):
 
     @property
     def data(self) -> Any:
-        return types.SimpleNamespace(ptr=self.ctypes.data)
+        return MemoryPointer(self, self.device_id, self.ctypes.data)
 
     def get(self) -> np.ndarray:
         return np.array(self)
@@ -188,6 +207,8 @@ class EmulatedGpu:
 
 def _plain(argument: Any) -> Any:
     """An argument for the emulator: a kernel gets an array's memory, whatever its strides say."""
+    if isinstance(argument, MemoryPointer):
+        return argument.bytes()
     if not isinstance(argument, np.ndarray):
         return argument
     order = sorted(range(argument.ndim), key=lambda axis: -argument.strides[axis])
@@ -198,6 +219,8 @@ def install(monkeypatch: Any, device: Device, arch: int) -> EmulatedGpu:
     """Put an emulated CuPy where ``import cupy`` finds it, with a backend that has seen no other."""
     gpu = EmulatedGpu(device, arch)
     monkeypatch.setitem(sys.modules, "cupy", gpu.module())
-    monkeypatch.delitem(sys.modules, "gpu_bn.backends.cupy", raising=False)
+    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy")]:
+        monkeypatch.delitem(sys.modules, module)
+        monkeypatch.delattr(sys.modules["gpu_bn.backends"], module.rpartition(".")[2], raising=False)
     dispatch.load.cache_clear()
     return gpu

@@ -115,12 +115,12 @@ def test_what_a_call_launches_is_seen(make_gpu):
     case = cases.Case((4, 4, 64), operation=cases.OPERATIONS["backward"])
     tensors = trial.Tensors(case)
     problem = tensors.of("cupy", tensors.problem)
-    module = sys.modules["gpu_bn.backends.cupy"]
-    functions = module.plan, module.plan_once, module._compiled
+    module = sys.modules["gpu_bn.backends.cupy_draft"]
+    functions = module.plan, module.plan_once, module.compiled
     seen = observe.observe("cupy", lambda: subjects.ours(lambda _: gpu.backend)(case.operation, problem, None))
     assert (seen.plan.tier, len(seen.plans)) == ("cta", 1)  # the backward call's alone
     assert seen.registers == []  # of PTX nobody knows them
-    assert functions == (module.plan, module.plan_once, module._compiled)
+    assert functions == (module.plan, module.plan_once, module.compiled)
     assert observe.observe("numpy", pytest.fail).plan is None
 
 

@@ -118,9 +118,9 @@ def test_blocks_that_do_not_fit_together_are_not_launched_together(make_gpu):
     x, *_ = arrays(gpu)
     want = gpu_bn.batch_norm(x, training=True, backend=gpu.backend)
     gpu.resident_blocks = 0
-    sys.modules["gpu_bn.backends.cupy"]._resident_blocks.cache_clear()
+    sys.modules["gpu_bn.backends.cupy_device"].resident_blocks.cache_clear()
     gpu.launched.clear()
-    y = gpu_bn.batch_norm(x, training=True, backend=gpu.backend)
+    y = gpu_bn.batch_norm(x, training=True, backend=type(gpu.backend)("cooperative"))
     assert len(gpu.launched) == 2
     np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6)
 
@@ -181,7 +181,8 @@ def test_no_gpu_no_driver_no_cupy(make_gpu, monkeypatch):
         BackendUnavailableError, match=r"no usable CUDA driver .*InsufficientDriver.*update the NVIDIA driver"
     ):
         gpu_bn.BatchNorm(3, device="cuda")
-    monkeypatch.delitem(sys.modules, "gpu_bn.backends.cupy")
+    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy")]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'gpu_bn\[cupy\]'"):
         gpu_bn.BatchNorm(3, device="cuda")
@@ -210,3 +211,24 @@ def test_a_call_runs_where_its_input_is(tier, make_gpu):
         assert gpu.entered == [1, 1] * device  # nothing is switched for a call on the current device
         assert gpu.current == 0
     assert all(one.tobytes() == other.tobytes() for one, other in zip(*results, strict=True))
+
+
+def test_vectors_of_any_strides(make_gpu):
+    """Parameters and running statistics that are columns of a table, or lie backwards."""
+    gpu = make_gpu(80)
+    x, *_ = arrays(gpu)
+    columns = rng(3).uniform(1, 2, (4, 6, 3)).astype(np.float32)
+    want = [np.ascontiguousarray(table[:, 1]) for table in columns]
+    tables = [gpu.asarray(table) for table in columns]
+    for training in (True, False):
+        for views in ([table[:, 1] for table in tables], [np.flip(table[::-1, 1]) for table in tables]):
+            running = want[:2] if training else [vector.copy() for vector in want[:2]]
+            y, saved = gpu_bn.batch_norm_forward(np.asarray(x), *running, *want[2:], training)
+            got, ours = gpu_bn.batch_norm_forward(x, *views, training, backend=gpu.backend)
+            np.testing.assert_allclose(got, y, rtol=1e-5, atol=1e-5)
+            grads = gpu_bn.batch_norm_backward(x, ours, backend=gpu.backend)
+            for mine, its in zip(grads[:3], gpu_bn.batch_norm_backward(np.asarray(x), saved), strict=False):
+                np.testing.assert_allclose(mine, its, rtol=1e-4, atol=1e-4)
+    for table, vector, before in zip(tables, want, columns, strict=True):
+        np.testing.assert_allclose(table[:, 1], vector, rtol=1e-5)
+        assert np.array_equal(np.asarray(table)[:, ::2], before[:, ::2])

@@ -81,11 +81,14 @@ REFUSED = [
 def test_a_refused_call_says_why_and_changes_nothing(change, error, text, function):
     running_mean, running_var = running_pair(3)
     arguments = {"x": X, "running_mean": running_mean, "running_var": running_var, "weight": array(3), "bias": array(3)}
-    arguments |= {"training": True, "out": np.full((4, 3), 7, np.float32)} | change
+    arguments |= {"training": True, "out": np.full((4, 3), 7, np.float32)}
+    function(**arguments)  # what is right about it is remembered
+    arguments |= change
     before = {name: value.copy() for name, value in arguments.items() if isinstance(value, np.ndarray)}
-    with pytest.raises(error) as caught:
-        function(**arguments)
-    assert text in str(caught.value)
+    for _ in range(2):
+        with pytest.raises(error) as caught:
+            function(**arguments)
+        assert text in str(caught.value)
     for name, value in before.items():
         assert same_bits(np.asarray(arguments[name]), np.asarray(value)), f"{name} was changed"
 
@@ -145,9 +148,12 @@ def test_a_tensor_is_served_where_it_is(device, backend, error, text):
 )
 def test_a_refused_backward_call_says_why(change, error, text):
     _, saved = gpu_bn.batch_norm_forward(X, weight=array(3), training=True)
-    with pytest.raises(error) as caught:
-        gpu_bn.batch_norm_backward(**({"dy": array(4, 3), "saved": saved} | change))
-    assert text in str(caught.value)
+    arguments = {"dy": array(4, 3), "saved": saved}
+    gpu_bn.batch_norm_backward(**arguments)
+    for _ in range(2):
+        with pytest.raises(error) as caught:
+            gpu_bn.batch_norm_backward(**(arguments | change))
+        assert text in str(caught.value)
 
 
 def test_out_may_not_be_what_backward_reads():

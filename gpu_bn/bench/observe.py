@@ -11,7 +11,7 @@ from typing import Any
 from gpu_bn.bench.timing import Call
 from gpu_bn.plan import LaunchPlan
 
-MODULES = {"cupy": "gpu_bn.backends.cupy", "triton": "gpu_bn.backends.triton"}
+MODULES = {"cupy": "gpu_bn.backends.cupy_draft", "triton": "gpu_bn.backends.triton"}
 
 
 @dataclass
@@ -44,7 +44,7 @@ def observe(adapter: str, make: Callable[[], Call]) -> Seen:
     call = make()
     with _noting(module, "plan", seen.plans.append), _noting(module, "plan_once", seen.plans.append):
         if adapter == "cupy":
-            with _noting(module, "_compiled", lambda kernel: _registers(seen, kernel)):
+            with _noting(module, "compiled", lambda kernel: _registers(seen, kernel)):
                 call()
         else:
             with _triton_kernels(seen):
