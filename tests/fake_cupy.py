@@ -207,6 +207,7 @@ class EmulatedGpu:
 
 def _plain(argument: Any) -> Any:
     """An argument for the emulator: a kernel gets an array's memory, whatever its strides say."""
+    assert argument is not None, "CuPy makes no null pointer of None"
     if isinstance(argument, MemoryPointer):
         return argument.bytes()
     if not isinstance(argument, np.ndarray):

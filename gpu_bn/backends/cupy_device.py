@@ -27,6 +27,7 @@ Step = Callable[[Frame], None]
 OLDEST_ARCH = 70
 NATURAL = tuple(range(MAX_RANK))
 BLOCK = (THREADS,)
+NULL = np.intp(0)
 
 
 @cache
@@ -67,8 +68,8 @@ def compiled(activation: str, name: str, shared_bytes: int, device: int) -> Any:
             f"the kernel {name} could not be compiled ({type(error).__name__}): {error}\n"
             "If NVRTC is missing: pip install 'gpu_bn[cupy]'. If it does not know the GPU: update CuPy."
         ) from error
-    if shared_bytes > 32 << 10:
-        kernel.max_dynamic_shared_size_bytes = shared_bytes
+    if shared_bytes > 32 << 10:  # the kernel's, for plans of all sizes
+        kernel.max_dynamic_shared_size_bytes = max(shared_bytes, kernel.max_dynamic_shared_size_bytes)
     return kernel
 
 
@@ -89,7 +90,7 @@ def resident_blocks(kernel: Any, shared_bytes: int) -> int:
 class Launch:
     """Launch a kernel on the current stream: with what the frame has, constants, and more of what the frame has.
 
-    ``None`` is a null pointer.
+    ``None`` in a frame is a null pointer; CuPy itself would make another of it (cupy#9046).
     """
 
     def __init__(
@@ -105,7 +106,8 @@ class Launch:
     def arguments(self, frame: Frame) -> tuple[Any, ...]:
         """The kernel's, in order."""
         found = frame.__getitem__
-        return (*map(found, self.before), *self.constants, *map(found, self.after))
+        arguments = (*map(found, self.before), *self.constants, *map(found, self.after))
+        return tuple([NULL if argument is None else argument for argument in arguments])
 
 
 class CooperativeLaunch(Launch):
@@ -125,8 +127,6 @@ class CooperativeLaunch(Launch):
 
 def _cell(argument: Any) -> tuple[Any, str]:
     """An argument as :mod:`struct` packs it into 8 bytes."""
-    if argument is None:
-        return 0, "Q"
     if isinstance(argument, np.generic):
         return argument, {"u4": "I4x", "i8": "q", "f8": "d"}[argument.dtype.str[1:]]
     return getattr(argument, "data", argument).ptr, "Q"
