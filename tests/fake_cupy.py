@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import sys
 import types
 import weakref
@@ -59,7 +60,7 @@ ndarray.__module__ = "cupy"
 
 
 class Kernel:
-    """One kernel of a module, launched on the emulated device."""
+    """One kernel of a module, launched on the emulated device. As with CUDA, all who ask for it get the same one."""
 
     def __init__(self, gpu: EmulatedGpu, compiled: Compiled) -> None:
         self.gpu, self.compiled = gpu, compiled
@@ -67,8 +68,11 @@ class Kernel:
         self.kernel = types.SimpleNamespace(ptr=id(self))
 
     def __call__(self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
-        assert shared_mem <= self.max_dynamic_shared_size_bytes, "more shared memory than was asked for"
+        self.require_shared(shared_mem)
         self.gpu.launch(self, grid, block, args, shared_mem)
+
+    def require_shared(self, size: int) -> None:
+        assert size <= self.max_dynamic_shared_size_bytes, "more shared memory than was asked for"
 
 
 class EmulatedGpu:
@@ -97,7 +101,8 @@ class EmulatedGpu:
         compiled = compile_cuda(
             self.edit_source(code), self.arch, options, expressions=name_expressions, resources=False
         )
-        return types.SimpleNamespace(get_function=lambda name: self._kernel(compiled[name]))
+        kernel = functools.cache(lambda name: self._kernel(compiled[name]))
+        return types.SimpleNamespace(get_function=kernel)
 
     def _kernel(self, compiled: Compiled) -> Kernel:
         kernel = Kernel(self, compiled)
@@ -114,6 +119,7 @@ class EmulatedGpu:
         args = [self._argument(cell, parameter) for cell, parameter in zip(cells, parameters, strict=True)]
         self.launched.append(kernel.compiled.name)
         self.launched_on.add(self.current)
+        kernel.require_shared(shared)
         self.device.launch(kernel.compiled.kernel, (gx, gy, gz), (bx, by, bz), args, shared, cooperative=True)
 
     @contextlib.contextmanager

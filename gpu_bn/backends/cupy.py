@@ -637,8 +637,8 @@ def _compiled(activation: str, name: str, shared_bytes: int, device: int) -> Any
             f"the kernel {name} could not be compiled ({type(error).__name__}): {error}\n"
             "If NVRTC is missing: pip install 'gpu_bn[cupy]'. If it does not know the GPU: update CuPy."
         ) from error
-    if shared_bytes > 32 << 10:
-        kernel.max_dynamic_shared_size_bytes = shared_bytes
+    if shared_bytes > 32 << 10:  # the kernel's, for plans of all sizes
+        kernel.max_dynamic_shared_size_bytes = max(shared_bytes, kernel.max_dynamic_shared_size_bytes)
     return kernel
 
 
