@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -153,6 +154,15 @@ def test_a_graph_gets_counters_of_its_own(make_gpu):
     assert gpu.backend.counters(8) is usual
     cupy.cuda.get_current_stream().is_capturing = lambda: True
     assert gpu.backend.counters(8) is not usual
+
+
+def test_threads_whose_default_streams_have_one_name_share_no_counters(make_gpu):
+    gpu = make_gpu(80)
+    sys.modules["cupy"].cuda.get_current_stream().ptr = 2  # cudaStreamPerThread
+    usual = gpu.backend.counters(8)
+    assert gpu.backend.counters(8) is usual
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(gpu.backend.counters, 8).result() is not usual
 
 
 def test_an_unknown_dtype_is_refused(make_gpu):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache, wraps
 from math import prod
+from threading import get_ident
 from typing import Any, TypeVar, cast
 
 import cupy
@@ -29,6 +30,8 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 NULL = np.intp(0)
 OLDEST_ARCH = 70
 COUNTERS = 4096
+STREAM_PER_THREAD = 2
+"""CUDA's name for a thread's own default stream: the same in all threads."""
 NATURAL = tuple(range(MAX_RANK))
 
 
@@ -73,7 +76,7 @@ class CupyBackend:
     def __init__(self, tier: str | None = None) -> None:
         """``tier`` forces a tier of :data:`gpu_bn.plan.TIERS` on training calls, for tests and benchmarks."""
         self.tier = tier
-        self._counters: dict[tuple[int, int], Array] = {}
+        self._counters: dict[tuple[int, int, int], Array] = {}
 
     # ------------------------------------------------------------------------------------------ small things
     @_where_it_is
@@ -215,7 +218,8 @@ class CupyBackend:
         stream = cupy.cuda.get_current_stream()
         if stream.is_capturing():
             return cupy.zeros(size, np.uint32)
-        key = (cupy.cuda.runtime.getDevice(), stream.ptr)
+        thread = get_ident() if stream.ptr == STREAM_PER_THREAD else 0
+        key = (cupy.cuda.runtime.getDevice(), stream.ptr, thread)
         found = self._counters.get(key)
         if found is None or found.size < size:
             found = self._counters[key] = cupy.zeros(max(size, COUNTERS), np.uint32)
