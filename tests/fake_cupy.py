@@ -22,6 +22,8 @@ from emulator.parser import TYPE_BYTES
 from gpu_bn import dispatch
 
 PROPERTIES = {
+    75: {"name": b"emulated sm_75", "major": 7, "minor": 5, "multiProcessorCount": 4, "l2CacheSize": 32 << 10,
+         "sharedMemPerMultiprocessor": 64 << 10, "sharedMemPerBlockOptin": 64 << 10},
     80: {"name": b"emulated sm_80", "major": 8, "minor": 0, "multiProcessorCount": 4, "l2CacheSize": 32 << 10,
          "sharedMemPerMultiprocessor": 164 << 10, "sharedMemPerBlockOptin": 163 << 10},
     90: {"name": b"emulated sm_90", "major": 9, "minor": 0, "multiProcessorCount": 6, "l2CacheSize": 64 << 10,
