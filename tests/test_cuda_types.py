@@ -22,9 +22,9 @@ extern "C" __global__ void bfloat16(u16* down, float* up, const float* from) { r
 
 
 def numbers(dtype) -> np.ndarray:
-    """Finite numbers of a 16-bit type and what lies half way between them and above, a bit to either side; infinities."""
+    """Finite numbers of a 16-bit type, what lies half way between two, and a bit to either side; infinities, NaN."""
     bits = np.concatenate([rng().integers(0, 1 << 15, 1000), np.arange(40), [0x7BFF, 0x7C00, 0x7F7F, 0x7F80, 0x3F80]])
-    every_bit = np.array([0x7FFFFFFF, 0x7F800001], np.uint32).view(np.float32)  # NaN: which adding to overflows; one bit
+    every_bit = np.array([0x7FFFFFFF, 0x7F800001], np.uint32).view(np.float32)  # NaN that adding to overflows
     low, high = ((bits + k).astype(np.uint16).view(dtype).astype(np.float64) for k in (0, 1))
     between, low = ((low + high) / 2).astype(np.float32), low.astype(np.float32)
     near = [between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.float32(np.inf))]
