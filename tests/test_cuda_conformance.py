@@ -21,6 +21,16 @@ TARGETS = ((80, None), (80, "cta"), (80, "cooperative"), (80, "split"), (90, Non
 STRIDE, LONG_STRIDE = 36, 24
 """A normal run takes every so manieth case on each target, other cases on another; the long run takes more of them."""
 
+COVERING = (
+    (80, "cta", Case((4, 6, 5), param_dtype="bfloat16")),
+    (80, "split", Case((4, 6, 5), "float16", param_dtype="float16")),
+    (90, "split", Case((4, 2, 64, 32), affine="none", activation="relu")),
+    (90, "cta", Case((3, 4, 41, 8), activation="leaky_relu", residual=True)),
+    (90, "cta", Case((3, 4, 41, 8), activation="relu", mean=1e30, std=1e30, mode="train_no_stats")),
+    (90, "cta", Case((3, 4, 41, 8), activation="relu", mean=1e-20, std=1e-20, eps=1e-50)),
+)
+"""In every run: 16-bit parameters, no parameters and two blocks a channel, a mask's slope, squares out of range."""
+
 
 def selected() -> list:
     return list(_selected())
@@ -61,6 +71,11 @@ def test_extended_case(case, make_gpu):
     """Masks, ghost batches and renormalisation."""
     shares = check(case, make_gpu(80).backend)
     assert {"y", "mean", "rstd", "dx"} <= shares.keys()
+
+
+@pytest.mark.parametrize(("arch", "tier", "case"), COVERING, ids=str)
+def test_covering_case(arch, tier, case, make_gpu):
+    check(case, make_gpu(arch, tier).backend)
 
 
 @pytest.mark.parametrize("tier", [None, "split"])
