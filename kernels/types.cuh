@@ -138,6 +138,18 @@ template <int PENDING> DEVICE void wait_copies() {
 // A (C,) vector of any floating dtype, or none. `code` packs the dtypes of a launch's vectors, 2 bits each.
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16, FLOAT64 };
 
+// To double and back without the flush of subnormal numbers that CuPy asks of float32 arithmetic.
+DEVICE double widen(float v) {
+  double wide;
+  asm("cvt.f64.f32 %0, %1;" : "=d"(wide) : "f"(v));
+  return wide;
+}
+DEVICE float narrow(double v) {
+  float near;
+  asm("cvt.rn.f32.f64 %0, %1;" : "=f"(near) : "d"(v));
+  return near;
+}
+
 struct Parameter {
   const void* data;
   u32 dtype;
@@ -146,16 +158,16 @@ struct Parameter {
 
   __device__ __forceinline__ double get(i64 i, double absent = 0.) const {
     if (!data) return absent;
-    if (dtype == FLOAT32) return ((const float*)data)[i];
+    if (dtype == FLOAT32) return widen(((const float*)data)[i]);
     if (dtype == FLOAT64) return ((const double*)data)[i];
     const u16 bits = ((const u16*)data)[i];
-    return dtype == FLOAT16 ? F16::up(bits) : BF16::up(bits);
+    return widen(dtype == FLOAT16 ? F16::up(bits) : BF16::up(bits));
   }
 
   __device__ __forceinline__ void set(i64 i, double value) const {
     if (!data) return;
-    if (dtype == FLOAT32) ((float*)data)[i] = (float)value;
+    if (dtype == FLOAT32) ((float*)data)[i] = narrow(value);
     else if (dtype == FLOAT64) ((double*)data)[i] = value;
-    else ((u16*)data)[i] = dtype == FLOAT16 ? F16::down((float)value) : BF16::down((float)value);
+    else ((u16*)data)[i] = dtype == FLOAT16 ? F16::down(narrow(value)) : BF16::down(narrow(value));
   }
 };

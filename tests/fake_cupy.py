@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import sys
 import types
 import weakref
@@ -22,6 +23,8 @@ from emulator.parser import TYPE_BYTES
 from gpu_bn import dispatch
 
 PROPERTIES = {
+    75: {"name": b"emulated sm_75", "major": 7, "minor": 5, "multiProcessorCount": 4, "l2CacheSize": 32 << 10,
+         "sharedMemPerMultiprocessor": 64 << 10, "sharedMemPerBlockOptin": 64 << 10},
     80: {"name": b"emulated sm_80", "major": 8, "minor": 0, "multiProcessorCount": 4, "l2CacheSize": 32 << 10,
          "sharedMemPerMultiprocessor": 164 << 10, "sharedMemPerBlockOptin": 163 << 10},
     90: {"name": b"emulated sm_90", "major": 9, "minor": 0, "multiProcessorCount": 6, "l2CacheSize": 64 << 10,
@@ -78,7 +81,7 @@ ndarray.__module__ = "cupy"
 
 
 class Kernel:
-    """One kernel of a module, launched on the emulated device."""
+    """One kernel of a module, launched on the emulated device. As with CUDA, all who ask for it get the same one."""
 
     def __init__(self, gpu: EmulatedGpu, compiled: Compiled) -> None:
         self.gpu, self.compiled = gpu, compiled
@@ -86,8 +89,11 @@ class Kernel:
         self.kernel = types.SimpleNamespace(ptr=id(self))
 
     def __call__(self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
-        assert shared_mem <= self.max_dynamic_shared_size_bytes, "more shared memory than was asked for"
+        self.require_shared(shared_mem)
         self.gpu.launch(self, grid, block, args, shared_mem)
+
+    def require_shared(self, size: int) -> None:
+        assert size <= self.max_dynamic_shared_size_bytes, "more shared memory than was asked for"
 
 
 class EmulatedGpu:
@@ -116,7 +122,8 @@ class EmulatedGpu:
         compiled = compile_cuda(
             self.edit_source(code), self.arch, options, expressions=name_expressions, resources=False
         )
-        return types.SimpleNamespace(get_function=lambda name: self._kernel(compiled[name]))
+        kernel = functools.cache(lambda name: self._kernel(compiled[name]))
+        return types.SimpleNamespace(get_function=kernel)
 
     def _kernel(self, compiled: Compiled) -> Kernel:
         kernel = Kernel(self, compiled)
@@ -133,6 +140,7 @@ class EmulatedGpu:
         args = [self._argument(cell, parameter) for cell, parameter in zip(cells, parameters, strict=True)]
         self.launched.append(kernel.compiled.name)
         self.launched_on.add(self.current)
+        kernel.require_shared(shared)
         self.device.launch(kernel.compiled.kernel, (gx, gy, gz), (bx, by, bz), args, shared, cooperative=True)
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -125,6 +126,18 @@ def test_blocks_that_do_not_fit_together_are_not_launched_together(make_gpu):
     np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("tier", ["cta", "cooperative"])
+def test_a_smaller_tensor_takes_no_shared_memory_from_a_larger_one(tier, make_gpu):
+    """The two are served by one kernel, and how much a launch may ask for is the kernel's, whoever set it."""
+    gpu = make_gpu(80, tier)
+    sizes = (24 << 10, 16 << 10) if tier == "cta" else (48 << 10, 20 << 10)
+    large, small = (gpu.asarray(rng().normal(0, 1, (1, 2, size)).astype(np.float32)) for size in sizes)
+    first = gpu_bn.batch_norm(large, training=True, backend=gpu.backend)
+    gpu_bn.batch_norm(small, training=True, backend=gpu.backend)
+    assert len(set(gpu.launched)) == 1
+    assert gpu_bn.batch_norm(large, training=True, backend=gpu.backend).tobytes() == first.tobytes()
+
+
 def test_counters_are_left_as_they_were_found(make_gpu):
     gpu = make_gpu(80, "split")
     x, *_ = arrays(gpu, shape=(16, 2, 64, 64))
@@ -141,6 +154,15 @@ def test_a_graph_gets_counters_of_its_own(make_gpu):
     assert gpu.backend.counters(8) is usual
     cupy.cuda.get_current_stream().is_capturing = lambda: True
     assert gpu.backend.counters(8) is not usual
+
+
+def test_threads_whose_default_streams_have_one_name_share_no_counters(make_gpu):
+    gpu = make_gpu(80)
+    sys.modules["cupy"].cuda.get_current_stream().ptr = 2  # cudaStreamPerThread
+    usual = gpu.backend.counters(8)
+    assert gpu.backend.counters(8) is usual
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(gpu.backend.counters, 8).result() is not usual
 
 
 def test_an_unknown_dtype_is_refused(make_gpu):

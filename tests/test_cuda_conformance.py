@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import gpu_bn
 from gpu_bn import functional
 from gpu_bn.plan import NoPlanError
-from gpu_bn.testing import cases, check, extended_cases
+from gpu_bn.testing import Case, cases, check, extended_cases
+from gpu_bn.testing.cases import build
+from gpu_bn.testing.check import run
 
 pytestmark = pytest.mark.compile
 TARGETS = ((80, None), (80, "cta"), (80, "cooperative"), (80, "split"), (90, None), (90, "cluster"))
 """Architectures, and a tier that is forced on training calls or None for the plan's own choice."""
 STRIDE, LONG_STRIDE = 36, 24
 """A normal run takes every so manieth case on each target, other cases on another; the long run takes more of them."""
+
+COVERING = (
+    (80, "cta", Case((4, 6, 5), param_dtype="bfloat16")),
+    (80, "split", Case((4, 6, 5), "float16", param_dtype="float16")),
+    (90, "split", Case((4, 2, 64, 32), affine="none", activation="relu")),
+    (90, "cta", Case((3, 4, 41, 8), activation="leaky_relu", residual=True)),
+    (90, "cta", Case((3, 4, 41, 8), activation="relu", mean=1e30, std=1e30, mode="train_no_stats")),
+    (90, "cta", Case((3, 4, 41, 8), activation="relu", mean=1e-20, std=1e-20, eps=1e-50)),
+)
+"""In every run: 16-bit parameters, no parameters and two blocks a channel, a mask's slope, squares out of range."""
 
 
 def selected() -> list:
@@ -57,6 +71,38 @@ def test_extended_case(case, make_gpu):
     """Masks, ghost batches and renormalisation."""
     shares = check(case, make_gpu(80).backend)
     assert {"y", "mean", "rstd", "dx"} <= shares.keys()
+
+
+@pytest.mark.parametrize(("arch", "tier", "case"), COVERING, ids=str)
+def test_covering_case(arch, tier, case, make_gpu):
+    check(case, make_gpu(arch, tier).backend)
+
+
+@pytest.mark.parametrize("tier", [None, "split"])
+def test_without_asynchronous_copies_and_bfloat16_instructions(tier, make_gpu):
+    check(Case((3, 4, 41, 8), "bfloat16", activation="relu", residual=True), make_gpu(75, tier).backend)
+
+
+@pytest.mark.parametrize("activation", ["relu6", "leaky_relu", "elu", "hardswish"])
+def test_gradients_where_they_jump(activation, make_gpu):
+    check(Case((4, 6, 5), activation=activation, affine="kinks"), make_gpu(80).backend)
+
+
+@pytest.mark.parametrize("tier", ["cta", "cluster", "cooperative", "split"])
+def test_nan_and_infinity_stay_in_their_channel(tier, make_gpu):
+    problem = build(Case((3, 4, 41, 8), activation="relu"))
+    results = []
+    for poison in (None, np.nan, np.inf):
+        x = problem.x.copy()
+        x[1, 2, 3, 4] = x[1, 2, 3, 4] if poison is None else poison
+        results.append(run(replace(problem, x=x), make_gpu(90, tier).backend))
+    others = [0, 1, 3]
+    for poisoned in results[1:]:
+        for name, clean in results[0].items():
+            channels = -1 if clean.ndim == 1 else 1
+            got = np.take(poisoned[name], others, channels)
+            assert got.tobytes() == np.take(clean, others, channels).tobytes(), name
+            assert np.isnan(np.take(poisoned[name], 2, channels)).all() or name in ("dbias", "mean", "running_mean")
 
 
 def launches(gpu) -> tuple[int, int]:

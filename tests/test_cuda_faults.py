@@ -25,6 +25,8 @@ LONG = Case((5, 3, 41, 8), activation="relu")
 """410 vectors a channel: some threads have two, on both sides of the end of a row of 82."""
 LONGER = Case((5, 2, 41, 24), activation="relu")
 """1,230 vectors a channel: four or five for each thread."""
+UNEVEN = Case((3, 3, 41, 12), activation="relu")
+"""369 vectors a channel: the blocks of a cluster cannot have equal shares."""
 SMALL = Case((3, 2, 4, 8), activation="relu")
 CHANNELS = Case((3, 20, 4, 8), activation="relu")
 """More channels than two co-resident blocks each can have at a time."""
@@ -32,6 +34,12 @@ TICKETS = Case((4, 2, 64, 32), activation="relu")
 """2,048 vectors a channel: enough for two blocks of a split launch."""
 COLUMNS = Case((260, 40), "float16", activation="relu")
 RESIDUAL = Case((3, 4, 41, 8), activation="relu", residual=True)
+WITHOUT_WEIGHT = Case((4, 2, 64, 32), activation="relu", affine="none")
+SLOPED = Case((3, 4, 41, 8), activation="leaky_relu", residual=True)
+KINKS = Case((4, 6, 5), activation="relu6", affine="kinks")
+HUGE = Case((3, 4, 41, 8), activation="relu", mean=1e30, std=1e30, mode="train_no_stats")
+TINY = Case((3, 4, 41, 8), activation="relu", mean=1e-20, std=1e-20, eps=1e-50)
+OF_16_BITS = Case((4, 6, 5), param_dtype="bfloat16")
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,21 @@ PLANTED = [
     planted("dx without the mean of dz", "wrong result", "cta", "(A)(-sums.dz / count - slope * rest)",
             "(A)0", COLUMNS),
     planted("dx without the slope", "wrong result", "cta", "(A)slope;", "(A)0;", COLUMNS),
+    planted("absent weight saved as 0", "wrong result", "split", "= weight.get(channel, 1.);",
+            "= weight.get(channel, 0.);", WITHOUT_WEIGHT),
+    planted("slope forgotten where bits decide", "wrong result", "cta", "dy : Activation::dropped(dy, parameter)",
+            "dy : A(0)", SLOPED),
+    planted("the other side of a kink", "wrong result", "cta", "return (z <= A(0)) | (z >= A(6))",
+            "return (z < A(0)) | (z > A(6))", KINKS),
+    planted("overflow not noticed", "wrong result", "cta",
+            "if (squares > LARGEST) return scale[place] = SCALE_DOWN, true;", "", HUGE),
+    planted("underflow not noticed", "wrong result", "cta",
+            "if (small && fabs(c) < 1e-8f) return scale[place] = SCALE_UP, true;", "", TINY),
+    planted("running variance flushed", "wrong result", "cta", "cvt.rn.f32.f64", "cvt.rn.ftz.f32.f64", TINY),
+    planted("float16 for bfloat16", "wrong result", "cta", "widen(dtype == FLOAT16 ?", "widen(dtype == BFLOAT16 ?",
+            OF_16_BITS),
+    planted("last share counted as a full one", "wrong result", "cluster", "return (double)length_of(r) *",
+            "return (double)g.share *", UNEVEN),
 ]  # fmt: skip
 
 

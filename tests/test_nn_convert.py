@@ -295,6 +295,68 @@ def test_only_what_is_the_same_is_merged():
     assert_close(fused(x), expected)
 
 
+class InputOverwritten(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        h = 2 * x
+        a = self.a(h.detach())
+        h.add_(1)
+        b = self.b(h.detach())
+        h.mul_(3)
+        return torch.relu(a) + torch.relu(b + x) + h
+
+
+class ResidualOverwritten(InputOverwritten):
+    def forward(self, x):
+        r = 3 * x
+        z = self.a(x) + r
+        r.mul_(2)
+        return torch.relu(z) + self.b(r**3)
+
+
+class SumInPlaceOfTheOther(InputOverwritten):
+    def forward(self, x):
+        h = 2 * x
+        return torch.relu(h.add_(self.a(x))) + self.b(h**3)
+
+
+class ALayerUsedTwice(InputOverwritten):
+    """Its running statistics depend on the order of its calls."""
+
+    def forward(self, x):
+        a, b = self.a(x), self.a(2 * x + 1)
+        c, d = self.b(x), self.b(3 * x - 1)
+        return torch.relu(a) * b + torch.relu(d + c)
+
+
+class Watched(InputOverwritten):
+    def __init__(self):
+        super().__init__()
+        self.act = torch.nn.ReLU()
+        self.act.register_forward_hook(lambda _module, _inputs, y: 2 * y)
+        self.b.register_forward_hook(lambda _module, _inputs, y: -y)
+
+    def forward(self, x):
+        return self.act(self.a(x)) + torch.relu(self.b(x))
+
+
+@pytest.mark.parametrize(
+    "kind", [InputOverwritten, ResidualOverwritten, SumInPlaceOfTheOther, ALayerUsedTwice, Watched]
+)
+def test_merging_keeps_the_order_of_what_it_leaves(kind):
+    plain = kind().double()
+    fused = nn.convert(copy.deepcopy(plain), fuse=True)
+    for seed in range(2):
+        x = torch.from_numpy(rng(seed).standard_normal((6, 3))).requires_grad_()
+        y, expected = fused(x), plain(x)
+        assert_close(y, expected)
+        assert_close(torch.autograd.grad(y.sin().sum(), x), torch.autograd.grad(expected.sin().sum(), x))
+    assert_close(fused.state_dict(), plain.state_dict())
+
+
 def test_fused_activations_with_a_parameter():
     model = torch.nn.Sequential(
         torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Identity(), torch.nn.LeakyReLU(0.3),

@@ -25,20 +25,21 @@ from gpu_bn.plan import DEVICES, VECTOR_BYTES  # noqa: E402
 
 pytestmark = pytest.mark.compile
 
+FROZEN = Case((4, 6, 5, 7), mode="eval", activation="elu", residual=True, mean=1e4, std=1.0, param_dtype="float64")
 COVERING = [
-    (80, None, Case((3, 5, 4, 7), activation="relu")),
+    (80, None, Case((3, 5, 4, 7), activation="relu", affine="none")),
     (80, None, Case((4, 6, 5, 7), "bfloat16", activation="silu", residual=True)),
-    (80, None, Case((4, 6, 16, 2), "float16", activation="relu", residual=True)),
+    (80, None, Case((4, 6, 16, 2), "float16", activation="leaky_relu", residual=True)),
     (80, None, Case((12, 24), "float64", activation="gelu", param_dtype="float32")),
     (80, "split", Case((3, 7, 1111), activation="relu", residual=True)),
     (80, "split", Case((600, 33), activation="gelu_tanh")),
-    (80, "split", Case((40, 48, 6, 6), "float16", "channels_last", activation="relu6", residual=True)),
+    (80, "split", Case((40, 48, 6, 6), "float16", "channels_last", activation="relu6", residual=True, affine="bias")),
     (80, "split", Case((6, 3, 520), "bfloat16", activation="leaky_relu", residual=True)),
     (80, "split", Case((12, 8, 10, 11), mean=1e4, std=1.0, activation="relu")),
     (80, "split", Case((12, 8, 10, 11), mean=1e18, std=1e18, activation="relu")),
     (80, "split", Case((4, 6, 5, 7), mean=1e-20, std=1e-20, eps=1e-50, activation="relu")),
-    (80, None, Case((4, 6, 5, 7), mode="eval", activation="elu", residual=True)),
     (80, None, Case((4, 6, 5), "float16", param_dtype="bfloat16", mode="train_no_stats", affine="weight")),
+    (80, None, FROZEN),
     (90, "cluster", Case((12, 8, 12, 12), "float16", activation="relu", residual=True)),
     (90, "cluster", Case((70, 40), activation="tanh")),
     (90, None, Case((300, 41), "float16", "sliced", activation="relu", residual=True)),
@@ -328,6 +329,16 @@ def test_gradients_that_are_asked_for_are_as_with_all(tier, need, compile_triton
         torch.testing.assert_close(some[name], everything[name], rtol=1e-6, atol=1e-6)
 
 
+def test_frozen_gradients_without_those_of_the_parameters(compile_triton, device):
+    x, dy, residual, vectors = tensors((4, 3, 5, 8))
+    backend = EmulatedBackend(device, compile_triton, 80)
+    _, saved = gpu_bn.batch_norm_forward(x, *vectors, activation="silu", residual=residual, backend=backend)
+    everything = gpu_bn.batch_norm_backward(dy, saved, backend=backend)
+    some = gpu_bn.batch_norm_backward(dy, saved, need={"dx", "dresidual"}, backend=backend)
+    assert torch.equal(some.dx, everything.dx)
+    assert torch.equal(some.dresidual, everything.dresidual)
+
+
 def test_momentum_may_be_a_number_on_the_device(backend):
     x, _, _, vectors = tensors((4, 3, 5))
     spec = gpu_bn.spec.BatchNormSpec(1, True, 0.3, 1e-5, gpu_bn.activations.Activation.of(None))
@@ -401,6 +412,33 @@ def test_the_phases_one_by_one(case, compile_triton, device):
     backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4))
     assert check(case, Phases(backend))
     assert len(backend.steps) >= 3
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((5, 2, 5000), activation="relu"),
+        pytest.param(Case((3000, 24), "float16", activation="relu", residual=True), marks=pytest.mark.slow),
+        pytest.param(Case((5, 2, 5000), mask="random", activation="relu"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_long_shares_are_summed_in_chains(case, compile_triton, device, monkeypatch):
+    """With short chains, for only tensors of 100 million numbers have shares of more than one long one."""
+    monkeypatch.setattr(backend_module, "CHAIN", 2)
+    backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=1), tier="split")
+    check(case, backend)
+    for step in backend.steps:
+        names = [parameter.name for parameter in step.kernel.params]
+        constants = dict(zip(names[-len(step.tail) :], step.tail, strict=True))
+        assert constants.get("CHAIN", 2) == 2
+    assert any(step.kernel.__name__ == "bn_backward_reduce_kernel" for step in backend.steps)
+
+
+@pytest.mark.parametrize("activation", ["relu6", pytest.param("leaky_relu", marks=pytest.mark.slow)])
+def test_gradients_where_they_jump(activation, compile_triton, device):
+    case = Case((4, 6, 5), activation=activation, affine="kinks")
+    check(case, EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4)))
 
 
 def test_nan_stays_in_its_channel(compile_triton):

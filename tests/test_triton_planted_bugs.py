@@ -28,14 +28,17 @@ PLAIN = Case((5, 3, 37), activation="relu")
 LONG = Case((3, 2, 2732), activation="relu", residual=True)
 LARGE_MEAN = Case((12, 8, 10, 11), mean=1e4, std=1.0)
 COLUMNS = Case((70, 24), "float16", activation="relu", residual=True)
-
-
+CHAINS = Case((5, 2, 5000), activation="relu")
+WITHOUT_WEIGHT = Case((5, 3, 37), activation="relu", affine="none")
+SLOPED = Case((4, 6, 16, 2), "float16", activation="leaky_relu", residual=True)
+FROZEN = Case((4, 6, 5, 7), mode="eval", mean=1e4, std=1.0, param_dtype="float64")
+KINKS = Case((4, 6, 5), activation="relu6", affine="kinks")
 MASKED = Case((5, 3, 36), mask="random", activation="relu")
 
 
 @dataclass(frozen=True)
 class Bug:
-    """A text of one file and what replaces it; the case and the tier that show it, and what is said."""
+    """A text of one file and what replaces it; the case, the tier and the chains that show it, and what is said."""
 
     name: str
     file: str
@@ -45,9 +48,12 @@ class Bug:
     case: Case = LONG
     tier: str = "split"
     more: tuple[tuple[str, str], ...] = ()
+    chain: int = backend_module.CHAIN
 
 
-COMMON, FORWARD, BACKWARD = (f"{name}_triton.py" for name in ("common", "bn_forward", "bn_backward"))
+COMMON, FORWARD, BACKWARD, ACTIVATIONS = (
+    f"{name}_triton.py" for name in ("common", "bn_forward", "bn_backward", "activations")
+)
 BUGS = [
     Bug(
         "mask of the tail dropped",
@@ -185,6 +191,59 @@ BUGS = [
         "for back in range(1, tiles):",
         "nobody has written",
     ),
+    Bug(
+        "chains that overlap",
+        COMMON,
+        "end = tl.minimum(begin + CHAIN * POSITIONS, last)",
+        "end = last",
+        "y[",
+        CHAINS,
+        chain=1,
+    ),
+    Bug(
+        "chains that overlap, backward",
+        BACKWARD,
+        "end = tl.minimum(begin + CHAIN * POSITIONS, last)",
+        "end = last",
+        "dx[",
+        CHAINS,
+        chain=1,
+    ),
+    Bug(
+        "absent weight is 0",
+        FORWARD,
+        "weight_c = load_wide(weight, channel, known_channels, 1.0)",
+        "weight_c = load_wide(weight, channel, known_channels, 0.0)",
+        "y[",
+        WITHOUT_WEIGHT,
+        "cta",
+    ),
+    Bug(
+        "slope forgotten where bits decide",
+        ACTIVATIONS,
+        "where(keep, dy, {code.dropped})",
+        "where(keep, dy, 0.0 * dy)",
+        "dx[",
+        SLOPED,
+        "cta",
+    ),
+    Bug(
+        "rest of the mean forgotten in dweight",
+        BACKWARD,
+        "write_sums(dweight, dbias, sum_dz, (sum_product - rest * sum_dz) * rstd, channel, known)",
+        "write_sums(dweight, dbias, sum_dz, sum_product * rstd, channel, known)",
+        "dweight[",
+        FROZEN,
+    ),
+    Bug(
+        "the other side of a kink",
+        ACTIVATIONS,
+        "where({code.drop}, {code.dropped}, dy)",
+        "where({code.drop.replace('=', '')}, {code.dropped}, dy)",
+        "dweight[",
+        KINKS,
+        "cta",
+    ),
 ]
 
 
@@ -220,6 +279,7 @@ def trial(bug: Bug, compile_triton) -> None:
 )
 def test_the_proof_notices(bug, tmp_path, monkeypatch, compile_triton, caught_faults):
     mutated(bug, tmp_path, monkeypatch)
+    monkeypatch.setattr(backend_module, "CHAIN", bug.chain)
     with pytest.raises((AssertionError, EmulatorError)) as caught:
         trial(bug, compile_triton)
     message = str(caught.value)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import lru_cache, wraps
+from threading import get_ident
 from typing import Any, TypeVar, cast
 
 import cupy
@@ -28,6 +29,8 @@ from gpu_bn.spec import BatchNormSpec, check_overlap
 Array = Any
 Method = TypeVar("Method", bound=Callable[..., Any])
 COUNTERS = 4096
+STREAM_PER_THREAD = 2
+"""CUDA's name for a thread's own default stream: the same in all threads."""
 PREPARED = 1024
 """Signatures that a backend remembers, for each kind of call; the one not used for longest is forgotten."""
 
@@ -112,7 +115,7 @@ class CupyBackend:
     def __init__(self, tier: str | None = None) -> None:
         """``tier`` forces a tier of :data:`gpu_bn.plan.TIERS` on training calls, for tests and benchmarks."""
         self.tier = tier
-        self._counters: dict[tuple[int, int], Array] = {}
+        self._counters: dict[tuple[int, int, int], Array] = {}
         prepared = lru_cache(PREPARED)
         self._forward, self._backward = prepared(calls.forward), prepared(calls.backward)
         self._stats, self._normalize = prepared(calls.stats), prepared(calls.normalize)
@@ -284,7 +287,8 @@ class CupyBackend:
         stream = cupy.cuda.get_current_stream()
         if stream.is_capturing():
             return cupy.zeros(size, np.uint32)
-        key = (cupy.cuda.runtime.getDevice(), stream.ptr)
+        thread = get_ident() if stream.ptr == STREAM_PER_THREAD else 0
+        key = (cupy.cuda.runtime.getDevice(), stream.ptr, thread)
         found = self._counters.get(key)
         if found is None or found.size < size:
             found = self._counters[key] = cupy.zeros(max(size, COUNTERS), np.uint32)

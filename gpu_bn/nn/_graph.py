@@ -16,7 +16,8 @@ from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
 ORIGINAL = "gpu_bn_original"
 """Where a graph module's ``meta`` has the model that it was made from."""
 
-ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+IN_PLACE = (operator.iadd, "add_")
+ADDITIONS = (operator.add, torch.add, "add", *IN_PLACE)
 
 
 class _Tracer(torch.fx.Tracer):
@@ -56,7 +57,7 @@ def trace(model: torch.nn.Module) -> GraphModule:
 def fuse_activations(model: torch.nn.Module) -> GraphModule:
     """A graph module in which layers of ours do the activations, and the sums before these, that follow them."""
     traced = trace(model)
-    for node in list(traced.graph.nodes):
+    for node in reversed(list(traced.graph.nodes)):  # of a sum's two layers the later one takes the other's output
         if norm_of(traced, node) is not None and len(node.args) == 1 and not node.kwargs:
             _fuse(traced, node)
     traced.graph.lint()
@@ -78,22 +79,24 @@ def module_of(traced: GraphModule, node: Any) -> torch.nn.Module | None:
 
 
 def _fuse(traced: GraphModule, node: Node) -> None:
-    """Merge a layer's node with what follows it."""
+    """Merge a layer's node with what follows it, where its last input is read: there, or at the sum."""
     norm = norm_of(traced, node)
-    if not norm.activation.is_identity:
+    if not norm.activation.is_identity or _is_watched(norm):
         return
-    chain = [node]
+    chain, place = [node], node
     residual = None
     following = _following(traced, chain)
     if following is not None and (other := _other_term(following, chain[-1])) is not None:
-        residual = other
+        if not _may_merge(traced, node, other, following):
+            return
+        residual, place = other, following
         chain.append(following)
         following = _following(traced, chain)
     activation = None if following is None else _activation(traced, following)
     if following is None or activation is None or activation.is_identity:
         return
     graph = traced.graph
-    with graph.inserting_before(following):
+    with graph.inserting_before(place):
         chosen: Any = activation.name
         if activation.row.parameter:
             chosen = graph.call_function(Activation, (activation.name, activation.parameter))
@@ -115,17 +118,45 @@ def _following(traced: GraphModule, chain: list[Node]) -> Node | None:
 
 
 def _other_term(node: Node, term: Node) -> Node | None:
-    """What a plain addition adds to a term."""
+    """What a plain addition adds to a term; one in place overwrites nothing but that."""
     if node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
+        return None
+    if node.target in IN_PLACE and node.args[0] is not term:
         return None
     others = [other for other in node.args if other is not term]
     return others[0] if len(others) == 1 and isinstance(others[0], Node) else None
 
 
+def _may_merge(traced: GraphModule, call: Node, residual: Node, addition: Node) -> bool:
+    """Whether a layer's call can wait for the residual, and keep it: nothing overwrites a tensor or calls the layer
+    until then, and nothing overwrites the residual at all."""
+    node = call.next
+    while node is not addition:
+        if _may_overwrite(traced, node) or module_of(traced, node) is module_of(traced, call):
+            return False
+        node = node.next
+    return not any(user is not addition and _may_overwrite(traced, user) for user in residual.users)
+
+
+def _may_overwrite(traced: GraphModule, node: Node) -> bool:
+    module = module_of(traced, node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    by_operator = getattr(node.target, "__module__", "") == "_operator" and name.startswith(("i", "set"))
+    return name.endswith("_") or by_operator or True in node.args or bool(node.kwargs.keys() & {"inplace", "out"})
+
+
+def _is_watched(module: torch.nn.Module) -> bool:
+    """Whether hooks see, or change, what goes into a module and comes out of it."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
 def _activation(traced: GraphModule, node: Node) -> Activation | None:
     module = module_of(traced, node)
     if module is not None:
-        return activation_of(module)
+        return None if _is_watched(module) else activation_of(module)
     extra = {name for name in node.kwargs if name != "inplace"}
     if node.op not in ("call_function", "call_method") or len(node.args) != 1 or extra:
         return None

@@ -28,7 +28,9 @@ LAYOUTS = (
     "misaligned",
 )
 MODES = ("train", "train_no_stats", "eval")
-AFFINE = ("both", "weight", "bias", "none")
+AFFINE = ("both", "weight", "bias", "none", "kinks")
+KINKS = (0.0, -3.0, 3.0, 6.0, -0.0)
+"""Where some activation's gradient jumps."""
 MASKS = ("random", "lengths", "samples", "first_empty", "one")
 
 
@@ -44,7 +46,7 @@ class Case:
         channel_axis: where the channels are.
         activation: a name, ``parameter`` its parameter if not the default.
         residual: whether there is one.
-        affine: one of ``AFFINE``, which parameters there are.
+        affine: one of ``AFFINE``, which parameters there are; with ``"kinks"`` every ``z`` is one of ``KINKS``.
         mode: one of ``MODES``.
         param_dtype: of weight, bias and running statistics; float64 for float64, else float32, unless given.
         mean, std: of x. The first channel has this mean, the others lesser ones of either sign.
@@ -127,13 +129,16 @@ def build(case: Case) -> Problem:
         nothing = np.broadcast_to((mask if mask.ndim == x.ndim else np.expand_dims(mask, axis)) == 0, x.shape)
         for array in (x, dy, residual):
             array[nothing] = np.nan
+    bias = rng.standard_normal(channels) if case.affine in ("both", "bias") else None
+    if case.affine == "kinks":
+        weight, bias = np.zeros(channels), np.resize(KINKS, channels)
     return Problem(
         x=arrange(x, case.layout, axis),
         dy=arrange(dy, case.dy_layout or case.layout, axis),
         running_mean=running_mean.astype(param_dtype) if tracked else None,
         running_var=running_var.astype(param_dtype) if tracked else None,
-        weight=weight.astype(param_dtype) if case.affine in ("both", "weight") else None,
-        bias=rng.standard_normal(channels).astype(param_dtype) if case.affine in ("both", "bias") else None,
+        weight=weight.astype(param_dtype) if case.affine in ("both", "weight", "kinks") else None,
+        bias=None if bias is None else bias.astype(param_dtype),
         training=case.mode != "eval",
         momentum=case.momentum,
         eps=case.eps,
@@ -270,6 +275,8 @@ def _generate() -> Iterator[Case]:
     yield from _layout_cases()
     yield from _option_cases()
     yield from _numeric_cases()
+    for name in ROWS:
+        yield Case((4, 6, 5), activation=name, affine="kinks")
 
 
 def _activation_cases() -> Iterator[Case]:
@@ -298,7 +305,7 @@ def _layout_cases() -> Iterator[Case]:
 
 
 def _option_cases() -> Iterator[Case]:
-    for affine, mode, activation in product(AFFINE, MODES, ("identity", "gelu")):
+    for affine, mode, activation in product(AFFINE[:4], MODES, ("identity", "gelu")):
         yield Case((4, 6, 5), affine=affine, mode=mode, activation=activation)
     for dtype, param_dtype in (("float16", "float16"), ("float16", "float64"), ("bfloat16", "bfloat16"),
                                ("float32", "float16"), ("float32", "float64"), ("float64", "float32"),

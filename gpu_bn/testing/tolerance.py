@@ -118,7 +118,8 @@ def _tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
         off = r * (xhat + size * by_channel(rstd_relative + 4 * u, problem)) + off_d + 8 * u * np.abs(d)
     terms = weight * corrected + _magnitude(problem.bias, problem)
     terms = terms + (0 if problem.residual is None else np.abs(masked(problem.residual, problem)))
-    z = weight * off + 2 * u * terms
+    rounds = (weight > 0) | (problem.residual is not None)  # a weight of 0 leaves the bias as it is
+    z = weight * off + 2 * u * terms * rounds
 
     here, below, above = (derivative(*problem.activation, truth.z + step * z) for step in (0, -1, 1))
     steepest = np.maximum(np.abs(here), np.maximum(np.abs(below), np.abs(above)))
