@@ -92,6 +92,21 @@ def test_masks_and_ghost_batches(engine):
     torch.testing.assert_close(dx, gpu_bn.batch_norm_backward(want, want_saved, need="dx").dx, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_renormalisation(dtype, engine):
+    x, *vectors = arguments(dtype)
+    vectors = [vectors[0] + 1, vectors[1] * 5, *(vector.to(dtype) for vector in vectors[2:])]
+    theirs = [vector.clone() for vector in vectors]
+    call = {"training": True, "renorm": (1.2, 0.3), "activation": "relu"}
+    want, want_saved = gpu_bn.batch_norm_forward(x, *theirs, **call)
+    got, saved = gpu_bn.batch_norm_forward(x, *vectors, **call, backend=engine)
+    grads = gpu_bn.batch_norm_backward(got, saved, backend=engine)
+    others = gpu_bn.batch_norm_backward(want, want_saved)
+    for mine, its in [(got, want), *zip(vectors, theirs, strict=True), *zip(grads[:3], others[:3], strict=True)]:
+        assert mine.dtype == its.dtype
+        torch.testing.assert_close(mine, its, atol=1e-4, rtol=0.02 if dtype is torch.bfloat16 else 1e-4)
+
+
 def test_asked_for_by_name_it_is_differentiable_once(engine, monkeypatch):
     """The route of a CUDA tensor: the front door finds a second backend for it."""
     monkeypatch.setattr(dispatch, "select", lambda *_, **__: engine)

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import cupy
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
@@ -56,14 +57,16 @@ class _Views:
         self.tensors: dict[int, tuple[Any, Tensor]] = {}
 
     def of(self, value: Any) -> Any:
-        """A value with arrays in the place of tensors."""
-        return _replaced(value, Tensor, self._array)
+        """A value with arrays in the place of tensors, and their dtypes."""
+        return _replaced(value, (Tensor, torch.dtype), self._array)
 
     def back(self, value: Any) -> Any:
         """A value with tensors in the place of arrays; those that were arguments are the same objects."""
         return _replaced(value, cupy.ndarray, self._tensor)
 
-    def _array(self, tensor: Tensor) -> Any:
+    def _array(self, tensor: Tensor | torch.dtype) -> Any:
+        if isinstance(tensor, torch.dtype):
+            return as_dtype(tensor)
         array = as_array(tensor)
         self.tensors[id(array)] = array, tensor
         return array
@@ -91,6 +94,11 @@ def as_tensor(array: Any) -> Tensor:
     return from_dlpack(array)
 
 
+def as_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """The dtype of such a tensor's array; raises as :func:`as_array`."""
+    return np.dtype(_bfloat16() if dtype is torch.bfloat16 else str(dtype).rpartition(".")[2])
+
+
 def _bfloat16() -> Any:
     try:
         import ml_dtypes
@@ -113,7 +121,7 @@ def _tensors(value: Any) -> Any:
             yield from _tensors(getattr(value, field.name))
 
 
-def _replaced(value: Any, kind: type, convert: Any) -> Any:
+def _replaced(value: Any, kind: type | tuple[type, ...], convert: Any) -> Any:
     """A value, its tuples and dataclasses with ``convert`` applied to what is of a kind in them."""
     if isinstance(value, kind):
         return convert(value)
