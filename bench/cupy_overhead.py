@@ -48,9 +48,9 @@ def main() -> None:
         print(f"{name:40} {microseconds(call, seconds):6.1f}")
 
 
-def without_kernels() -> fake_cupy.EmulatedGpu:
+def without_kernels(arch: int = 90) -> fake_cupy.EmulatedGpu:
     """An emulated GPU whose kernels do nothing and need no compiler."""
-    gpu = fake_cupy.EmulatedGpu(Device(), 90)
+    gpu = fake_cupy.EmulatedGpu(Device(), arch)
 
     def nothing(grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
         pass
