@@ -2,27 +2,88 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import NamedTuple
 
 WIDTH = 100
+"""Of captions, in characters."""
+GAP = "  "
+
+
+class Table(NamedTuple):
+    """A table of plain text.
+
+    Attributes:
+        title: above it.
+        header: a name for each column.
+        rows: cells for each column; a row that is a single text is a heading for those after it.
+        caption: below it.
+        keys: columns that say what a row is; they are repeated in each part of a table that is too wide for its place.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str] | str]
+    caption: str = ""
+    keys: int = 1
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """The table, in parts of some of its columns if it is wider than ``width`` characters."""
+        lines = [self.title]
+        for number, columns in enumerate(self._parts(width)):
+            lines += ["", *self._part(columns)] if number else self._part(columns)
+        return "\n".join([*lines, *paragraph(self.caption, width)]) + "\n"
+
+    @property
+    def _widths(self) -> list[int]:
+        cells = [self.header, *(row for row in self.rows if not isinstance(row, str))]
+        return [max(len(line[column]) for line in cells) for column in range(len(self.header))]
+
+    def _parts(self, width: int | None) -> list[list[int]]:
+        """The columns of each part: the keys, and what else has room beside them; one column at least."""
+        widths, keys = self._widths, list(range(self.keys))
+        taken = sum(len(GAP) + widths[column] for column in keys)
+        parts, room = [list(keys)], (sys.maxsize if width is None else width) - taken
+        left = room
+        for column in range(self.keys, len(widths)):
+            needed = len(GAP) + widths[column]
+            if needed > left and len(parts[-1]) > self.keys:
+                parts, left = [*parts, list(keys)], room
+            parts[-1].append(column)
+            left -= needed
+        return parts
+
+    def _part(self, columns: Sequence[int]) -> list[str]:
+        widths = self._widths
+
+        def line(cells: Sequence[str]) -> str:
+            return (GAP + GAP.join(cells[column].ljust(widths[column]) for column in columns)).rstrip()
+
+        rows = [GAP + row if isinstance(row, str) else line(row) for row in self.rows]
+        return [line(self.header), line(["-" * width for width in widths]), *rows]
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
     """A table of plain text, its caption below."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *rows]]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    text = [title, *("  " + line.rstrip() for line in lines)]
-    return "\n".join([*text, *paragraph(caption)]) + "\n"
+    return Table(title, header, rows, caption).text()
 
 
-def paragraph(text: str) -> list[str]:
-    """Lines of at most :data:`WIDTH` characters, indented by two."""
-    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
+def paragraph(text: str, width: int | None = None) -> list[str]:
+    """Lines of at most ``width`` characters, and of no more than :data:`WIDTH`, indented."""
+    return textwrap.wrap(text, max(20, min(WIDTH, width or WIDTH)), initial_indent=GAP, subsequent_indent=GAP)
+
+
+def terminal_width() -> int | None:
+    """Characters in a line of the terminal that standard output is, if it is one."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @contextmanager

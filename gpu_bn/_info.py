@@ -92,6 +92,8 @@ def unavailable(backend: str) -> str:
         dispatch.load(backend)
     except dispatch.BackendUnavailableError as error:
         return str(error).removeprefix(f"backend {backend!r} cannot be used: ")
+    except OSError as error:  # a library that the package loads
+        return f"{type(error).__name__}: {error}"
     return ""
 
 

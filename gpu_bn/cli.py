@@ -170,7 +170,7 @@ def run_check(options: argparse.Namespace) -> int:
 
 def run_explain(options: argparse.Namespace) -> int:
     """``gpu-bn explain``."""
-    from gpu_bn._console import table
+    from gpu_bn._console import Table, terminal_width
     from gpu_bn._explain import explain, row
 
     def of(device: str) -> Explanation:
@@ -189,7 +189,7 @@ def run_explain(options: argparse.Namespace) -> int:
     header = ["device", "pass", "tier", "launches", "grid", "vector", "shared", "moved/floor", "time", "floor"]
     rows = [row(one, direction) for one in found for direction in ("forward", "backward")]
     caption = "Times are a model, not measured: bytes over the bandwidth of a copy, without what a launch costs."
-    print(table(found[0].call, header, rows, caption), end="")
+    print(Table(found[0].call, header, rows, caption, keys=2).text(terminal_width()), end="")
     return 0
 
 

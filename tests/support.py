@@ -1,8 +1,19 @@
 """Small helpers for the tests."""
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import numpy as np
+import pytest
 
 from gpu_bn.testing import Problem
+
+needs_a_compiler = pytest.mark.skipif(
+    not (shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()),
+    reason="torch's inductor compiles C++: it needs g++ and Python's headers (apt install g++ python3-dev)",
+)
 
 
 def rng(seed=0):

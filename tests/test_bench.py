@@ -1,6 +1,7 @@
 """``gpu-bn bench``: what it times, that it times nothing wrong, and what it prints and writes. No time is asserted."""
 
 import json
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -211,6 +212,7 @@ def test_a_call_that_waits_for_the_device_is_timed_in_the_end():
 PROPERTIES = {
     "name": "GPU X", "major": 9, "minor": 0, "multi_processor_count": 6, "shared_memory_per_multiprocessor": 228 << 10,
     "shared_memory_per_block": 48 << 10, "shared_memory_per_block_optin": 227 << 10, "L2_cache_size": 1 << 12,
+    "uuid": "0c6d1a2e-1-2",
 }  # fmt: skip
 
 
@@ -263,6 +265,7 @@ def test_the_gpu_through_torch(monkeypatch):
     assert isinstance(gpu, gpus.TorchGpu)
     assert why_not == ""
     assert (gpu.device.arch, gpu.device.sms, gpu.device.shared_per_block) == (90, 6, 227 << 10)
+    assert gpu.smi_id == "GPU-0c6d1a2e-1-2"
     assert gpu.cache.size * 4 == 2 * gpu.device.l2_bytes
     assert timing.GpuTimer(gpu).time(clock.call, "cold") == pytest.approx(1000 / 1e9)
     assert clock.done_things == ["flush", "wait", "call"]
@@ -296,6 +299,7 @@ def fake_cupy(clock):
     }  # fmt: skip
     runtime = types.SimpleNamespace(
         getDevice=lambda: 0, getDeviceProperties=lambda _: properties, deviceSynchronize=clock.synchronize,
+        deviceGetPCIBusId=lambda _: "0000:07:00.0",
         memGetInfo=lambda: (8 << 10, 16 << 10),
     )  # fmt: skip
     cuda = types.SimpleNamespace(
@@ -317,6 +321,7 @@ def test_the_gpu_through_cupy_where_there_is_no_torch(monkeypatch):
     gpu, _ = gpus.find()
     assert isinstance(gpu, gpus.CupyGpu)
     assert (gpu.device.name, gpu.device.arch, gpu.cache.size) == ("GPU X", 90, (1 << 13) // 4)
+    assert gpu.smi_id == "0000:07:00.0"
     assert timing.GpuTimer(gpu).time(clock.call, "cold") == pytest.approx(1000 / 1e9)
     assert gpu.copy_bandwidth() == pytest.approx(2 * (1 << 10) / (1000 / 1e9))
     gpu.free()
@@ -326,7 +331,74 @@ def test_the_gpu_through_cupy_where_there_is_no_torch(monkeypatch):
 def test_no_gpu_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert gpus.find() == (None, "torch: ModuleNotFoundError, cupy: ModuleNotFoundError")
+    assert gpus.find() == (None, "torch is not installed, cupy is not installed")
+
+
+def test_a_gpu_that_cannot_be_used_is_a_reason(monkeypatch):
+    """torch sees a device that it has no kernels for; CuPy's compiler is missing."""
+    clock = VirtualGpu()
+    torch, cupy = fake_torch(clock), fake_cupy(clock)
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore of it")
+
+    torch.ones = fail
+    cupy.ones = fail
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    found, why_not = gpus.find()
+    assert found is None
+    assert why_not == ", ".join(
+        f"{library}: RuntimeError: CUDA error: no kernel image is available" for library in ("torch", "cupy")
+    )
+
+
+def test_a_time_that_events_cannot_tell_from_none_is_no_zero():
+    gpu = VirtualGpu(work_cycles=0)
+    assert timing.GpuTimer(gpu).time(gpu.call, "hot") == timing.SHORTEST
+
+
+# --------------------------------------------------------------------------------------------------- nvidia-smi
+def smi_says(monkeypatch, stdout, returncode=0):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        if isinstance(stdout, Exception):
+            raise stdout
+        return subprocess.CompletedProcess(command, returncode, stdout, "")
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    return commands
+
+
+def test_driver_and_clocks_of_the_gpu_that_is_timed(monkeypatch):
+    commands = smi_says(monkeypatch, "580.1, 1410, 2619, 1980, 2619, 700.00, 34\n")
+    found = machine.smi("GPU-7")
+    assert commands[0][-1] == "--id=GPU-7"
+    assert found["driver_version"] == "580.1"
+    assert machine.clocks(found) == ("driver 580.1, SM clock 1410 of 1980 MHz, memory 2619 of 2619 MHz, 700.00 W, 34 C")
+
+
+@pytest.mark.parametrize(
+    ("stdout", "returncode", "says"),
+    [
+        (FileNotFoundError("nvidia-smi"), 0, "nvidia-smi cannot be run (FileNotFoundError)"),
+        (subprocess.TimeoutExpired("nvidia-smi", 60), 0, "nvidia-smi cannot be run (TimeoutExpired)"),
+        ("No devices were found\n", 6, "nvidia-smi: No devices were found"),
+        ("", 9, "nvidia-smi: exit code 9"),
+    ],
+)
+def test_without_nvidia_smi_the_reason_stands_in_its_place(stdout, returncode, says, monkeypatch):
+    smi_says(monkeypatch, stdout, returncode)
+    assert machine.smi("") == {"unknown": says}
+    assert machine.clocks(machine.smi("")) == f"driver and clocks are not known: {says}"
+
+
+def test_a_torch_that_is_broken_takes_no_report_away(monkeypatch):
+    monkeypatch.setattr(machine, "installed", lambda name: "2.13" if name == "torch" else None)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace())
+    assert machine.machine(None, 1e9)["torch"].startswith("AttributeError")
 
 
 # ------------------------------------------------------------------------------------------------------- proof
@@ -375,7 +447,7 @@ def test_what_raises_is_reported_and_the_others_are_timed(capsys, monkeypatch, t
     assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "NOT TIMED 4x8 f32 eval by gpu_bn poor: RuntimeError: out of memory\n" in out
-    assert "4x8 f32 eval  gpu_bn numpy" in out
+    assert "  4x8 f32\n    eval     gpu_bn numpy" in out
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
@@ -428,7 +500,7 @@ def test_the_tables(folder):
     _, text = folder
     assert "/ torch CPU  / textbook NumPy" in text
     measured, _, modelled = text.partition("Model: times on GPUs that are not here")
-    assert "4x8 f32 forward " in measured
+    assert "\n  4x8 f32\n    forward " in measured
     assert "A model" not in measured
     assert "A model, nothing here was measured" in modelled
     assert "gpu_bn numpy" not in modelled
@@ -486,10 +558,71 @@ def test_numpy_alone_is_enough(capsys, monkeypatch, tmp_path):
     assert main(["bench", "--seconds", "0", "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "torch CPU: not installed: torch" in out
-    assert "4x8 f32 eval  gpu_bn numpy" in out
+    assert "  4x8 f32\n    eval     gpu_bn numpy" in out
+    assert "No GPU was timed: torch is not installed, cupy is not installed." in out
     for arguments, says in ((["--dtype", "bf16"], "bf16 needs ml_dtypes"), (["--train"], "--train needs torch")):
         assert main(["bench", "--seconds", "0", "--shapes", "4x8", *arguments, "--out", str(tmp_path)]) == 1
         assert f"{says}: pip install 'gpu_bn[bench]'" in capsys.readouterr().err
+
+
+def test_a_subject_of_one_module_or_another():
+    either = replace(NUMPY, modules=("no_such_module.at_all or json", "sys"))
+    assert either.missing == ""
+    assert replace(either, modules=("no_such_module or nor_this",)).missing == "no_such_module or nor_this"
+    assert "apex.contrib.groupbn.bnp or bnp" in next(s for s in subjects.SUBJECTS if s.name == "apex").modules
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_reports_what_was_measured(capsys, monkeypatch, tmp_path):
+    interrupted = replace(
+        NUMPY, name="peer", ours=False, refuses=lambda case: "" if case.shape == (4, 8) else interrupt()
+    )
+    monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY, interrupted])
+    page = tmp_path / "page.md"
+    line = [*TINY, "--shapes", "4x8,6x8", "--ops", "eval", "--out", str(tmp_path), "--page", str(page)]
+    assert main(line) == 1
+    out = capsys.readouterr().out
+    assert "FAILED interrupted: the report is of what was measured until then" in out
+    assert "  4x8 f32\n" in out
+    assert "  6x8 f32\n" not in out
+    measured = json.loads((tmp_path / "report.json").read_text())["measured"]
+    assert {row["case"] for row in measured} == {"4x8 f32 eval"}
+    assert page.exists()
+
+
+def test_pictures_that_fail_take_no_report_away(capsys, monkeypatch, tmp_path):
+    figures = pytest.importorskip("gpu_bn.bench.figures")
+    monkeypatch.setattr(figures, "draw", lambda *_: interrupt.no_such_attribute)
+    monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY])
+    page = tmp_path / "page.md"
+    line = [*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path), "--page", str(page)]
+    assert main(line) == 0
+    assert "No pictures: AttributeError" in capsys.readouterr().out
+    assert page.exists()
+
+
+def refused(by, shape, why, ours=False, **options):
+    return trial.Result(cases.Case(shape), by, ours, refused=why, **options)
+
+
+def test_what_a_peer_refuses_for_one_reason_is_one_line():
+    from gpu_bn.bench.report import refusals
+
+    results = [refused("peer", (size, 8), "out of luck") for size in (2, 3, 4)]
+    results += [refused("ours", (size, 8), "wrong: y", ours=True) for size in (2, 3)]
+    results += [trial.Result(cases.Case((size, 8)), "ours", True, not_served="too odd") for size in (5, 6)]
+    results += [trial.Result(cases.Case((7, 8)), "ours", True, unseen="AttributeError: n_regs")]
+    results += [trial.Result(cases.Case((8, 8)), "peer", False, not_served="by design")]
+    assert refusals(results).splitlines() == [
+        "NOT TIMED 2x8 f32 nchw forward by ours: wrong: y",
+        "NOT TIMED 3x8 f32 nchw forward by ours: wrong: y",
+        "NOT TIMED 2x8 f32 nchw forward and 2 more by peer: out of luck",
+        "NOT TIMED 5x8 f32 nchw forward and 1 more by ours: too odd",
+        "NOT SEEN what is launched for 7x8 f32 nchw forward by ours: AttributeError: n_regs",
+    ]
 
 
 def test_a_peer_that_is_not_installed_is_named(capsys, monkeypatch, tmp_path):

@@ -76,6 +76,34 @@ def test_a_wrong_variant_is_not_timed_and_is_a_failure(monkeypatch, capsys, tmp_
     assert not re.search(r"torch, eager +not timed", out)
 
 
+def test_agreement_is_as_close_as_torch_itself_is(monkeypatch):
+    """With autocast torch's own gradient is far from that in float32: ours may be as far, and not much farther."""
+
+    def off_by(share):
+        def make(model):
+            model[0].weight.register_hook(lambda grad: grad * (1 + share))
+            return model
+
+        return make
+
+    monkeypatch.setattr(
+        training, "variants", lambda _: iter([("torch, eager", off_by(0.1)), ("gpu_bn, eager", off_by(0.15)),
+                                              ("gpu_bn, fused, eager", off_by(0.3))])
+    )  # fmt: skip
+    monkeypatch.setattr(training, "resnet18", partial(training.resnet18, width=8, classes=10))
+    refused = [row.refused for row in training.train("cpu", 0, True, SMALL)]
+    assert refused == ["", "", "wrong: the first gradient is off by 0.3 of its norm"]
+
+
+def test_what_fails_for_torch_too_is_no_failure_of_ours():
+    def row(name, refused):
+        return training.Trained(name, None, None, refused)
+
+    rows = [row("torch, eager", ""), row("torch, compiled", "no C++ compiler"), row("gpu_bn, eager", "wrong"),
+            row("gpu_bn, compiled", "no C++ compiler"), row("gpu_bn, fused, eager", "")]  # fmt: skip
+    assert training.failures(rows) == ["gpu_bn, eager: wrong"]
+
+
 def test_the_variants():
     assert [name for name, _ in training.variants(eager=False)] == [
         f"{layers}, {how}" for layers in ("torch", "gpu_bn", "gpu_bn, fused") for how in ("eager", "compiled")

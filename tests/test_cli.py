@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -221,3 +222,56 @@ def test_explain_on_all_devices_is_a_table(capsys):
 def test_explain_refuses_what_makes_no_sense(arguments, says, capsys):
     assert main(["explain", *arguments]) == 1
     assert says in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ check, on a GPU that breaks
+def broken_gpu(monkeypatch, calls):
+    """CuPy's device after an access out of bounds in the second case: it fails whatever it is told."""
+
+    def synchronize():
+        if len(calls) > 1:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    runtime = SimpleNamespace(deviceSynchronize=synchronize)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+
+    def check(case, _):
+        calls.append(case)
+        if len(calls) > 1:
+            raise RuntimeError("an illegal memory access was encountered")
+        return {"y": 0.5}
+
+    monkeypatch.setattr(testing, "check", check)
+
+
+def test_a_gpu_that_does_not_answer_ends_the_check(monkeypatch, capsys):
+    calls = []
+    broken_gpu(monkeypatch, calls)
+    monkeypatch.setattr(_conformance, "unavailable", lambda _: "")
+    monkeypatch.setattr(testing, "cases", lambda: FEW * 3)
+    monkeypatch.setattr(testing, "extended_cases", list)
+    monkeypatch.setattr(_conformance.dispatch, "NAMES", ("cupy", "triton"))
+    assert not _conformance.conformance(None)
+    out = capsys.readouterr().out
+    assert len(calls) == 2
+    left = 3 * len(FEW) - 2
+    assert f"The GPU does not answer since the last of these; {left} cases and later backends were not run." in out
+    assert "cupy: 1 of 2 cases have passed" in out
+    assert "triton" not in out
+
+
+@pytest.mark.parametrize(("backend", "answers"), [("numpy", True), ("torch", True), ("triton", True), ("cupy", False)])
+def test_a_backend_on_the_cpu_always_answers(backend, answers, monkeypatch):
+    broken_gpu(monkeypatch, ["one", "two"])
+    if backend == "triton":
+        pytest.importorskip("torch")
+    assert _conformance.answers(backend) is answers
+
+
+def test_a_backend_whose_library_cannot_be_loaded_is_unavailable(monkeypatch):
+    def load(_):
+        raise OSError("libnvrtc.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(_info, "find_spec", lambda _: True)
+    monkeypatch.setattr(_info.dispatch, "load", load)
+    assert _info.unavailable("cupy") == "OSError: libnvrtc.so.12: cannot open shared object file"

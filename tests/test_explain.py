@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gpu_bn
-from gpu_bn import plan
+from gpu_bn import _explain, plan
 
 SHAPE = (32, 64, 56, 56)
 
@@ -120,6 +120,13 @@ def test_a_device_of_ones_own():
     assert found.device is device
     assert "on half an H100 (sm_90, 66 SMs" in str(found)
     assert gpu_bn.explain(SHAPE, device="H100").device is plan.DEVICES["h100"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(2.5, "2.5 s"), (1e-3, "1 ms"), (18.77e-6, "18.77 us"), (9.12e-7, "912 ns"), (0.0, "0 ns")]
+)
+def test_times_have_a_unit_that_fits(seconds, text):
+    assert _explain._time(seconds) == text
 
 
 def test_narrow_vectors_are_explained():

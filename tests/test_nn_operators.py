@@ -5,7 +5,7 @@ import dataclasses
 from itertools import product
 
 import pytest
-from support import rng
+from support import needs_a_compiler, rng
 
 import gpu_bn
 from gpu_bn.activations import IDENTITY, ROWS
@@ -204,6 +204,7 @@ def test_inductor_training_is_bitwise_that_of_eager(momentum, dynamic, memory_fo
             assert eager.stride() == other.stride()
 
 
+@needs_a_compiler
 def test_compiled_training_with_inductor():
     """One compilation for every run of the suite: the operator between operations that inductor fuses."""
     model = torch.nn.Sequential(torch.nn.Tanh(), nn.BatchNorm1d(6, activation="silu"), torch.nn.Tanh())

@@ -9,7 +9,7 @@ import importlib
 import sys
 from typing import Any
 
-from gpu_bn.bench.timing import GpuTimer
+from gpu_bn.bench.timing import GpuTimer, said
 from gpu_bn.plan import Device
 
 COPIED_BYTES = 512 << 20
@@ -28,6 +28,7 @@ class TorchGpu:
 
         self.torch = torch
         self.device = self._properties()
+        self.smi_id = self._smi_id()
         self.cache = torch.ones(2 * self.device.l2_bytes // 4, device="cuda")
 
     def _properties(self) -> Device:
@@ -37,6 +38,11 @@ class TorchGpu:
             of.name, 10 * of.major + of.minor, of.multi_processor_count, of.shared_memory_per_multiprocessor, block,
             of.L2_cache_size, 0.0,
         )  # fmt: skip
+
+    def _smi_id(self) -> str:
+        """What nvidia-smi calls the device, whichever of them this process sees; empty if torch does not tell."""
+        of: Any = self.torch.cuda.get_device_properties(self.torch.cuda.current_device())
+        return f"GPU-{of.uuid}" if hasattr(of, "uuid") else ""
 
     def record(self) -> Any:
         event = self.torch.cuda.Event(enable_timing=True)
@@ -78,6 +84,8 @@ class CupyGpu:
     def __init__(self) -> None:
         self.cupy: Any = importlib.import_module("cupy")
         self.device = self._properties()
+        runtime = self.cupy.cuda.runtime
+        self.smi_id: str = runtime.deviceGetPCIBusId(runtime.getDevice())
         self.cache = self.cupy.ones(2 * self.device.l2_bytes // 4, "float32")
         self.spin = self.cupy.RawKernel(SPIN, "spin")
 
@@ -133,12 +141,14 @@ def find() -> tuple[AnyGpu | None, str]:
         try:
             module: Any = importlib.import_module(library)
             there = module.cuda.is_available()
-        except Exception as error:  # CuPy without a driver raises what it likes
-            reasons.append(f"{library}: {type(error).__name__}")
-            continue
-        if there:
-            return kind(), ""
-        reasons.append(f"{library} sees no CUDA device")
+            if there:
+                return kind(), ""
+        except ModuleNotFoundError:
+            reasons.append(f"{library} is not installed")
+        except Exception as error:  # of a driver, a build without kernels for the GPU, a compiler that is missing
+            reasons.append(f"{library}: {said(error)}")
+        else:
+            reasons.append(f"{library} sees no CUDA device")
     return None, ", ".join(reasons)
 
 

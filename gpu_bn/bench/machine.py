@@ -16,6 +16,7 @@ import numpy as np
 from gpu_bn import __version__, get_num_threads
 from gpu_bn._info import blas, installed
 from gpu_bn.bench.gpus import AnyGpu
+from gpu_bn.bench.timing import said
 
 PACKAGES = ("numpy", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend", "apex", "ml_dtypes")
 SMI = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
@@ -38,28 +39,42 @@ def machine(gpu: AnyGpu | None, copy_bandwidth: float) -> dict[str, Any]:
         "copy_bandwidth": copy_bandwidth,
         "gpu": None,
     }
-    torch_version = facts["packages"].get("torch")
-    if torch_version:
-        torch: Any = import_module("torch")
-        facts["threads"]["torch"] = torch.get_num_threads()
-        facts["cuda"], facts["cudnn"] = torch.version.cuda, _cudnn(torch)
+    if facts["packages"].get("torch"):
+        facts |= _of_torch(facts["threads"])
     if gpu is not None:
         device = gpu.device
         facts["gpu"] = {
             "name": device.name, "arch": device.arch, "sms": device.sms, "l2_bytes": device.l2_bytes,
-            "shared_per_block": device.shared_per_block, **smi(),
+            "shared_per_block": device.shared_per_block, **smi(gpu.smi_id),
         }  # fmt: skip
     return facts
 
 
-def smi() -> dict[str, str]:
-    """Driver and clocks by nvidia-smi; empty without it. Asked again at the end, it shows a GPU that slowed down."""
-    if not shutil.which("nvidia-smi"):
-        return {}
+def smi(which: str) -> dict[str, str]:
+    """Driver and clocks of a GPU by nvidia-smi, or ``unknown``: why not. Asked again at the end, it shows a GPU that
+    slowed down.
+    """
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    return dict(zip(SMI, map(str.strip, lines[0].split(",")), strict=False)) if done.returncode == 0 and lines else {}
+    command += [f"--id={which}"] if which else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"unknown": f"nvidia-smi cannot be run ({type(error).__name__})"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"unknown": f"nvidia-smi: {lines[-1] if lines else f'exit code {done.returncode}'}"}
+    return dict(zip(SMI, map(str.strip, lines[0].split(",")), strict=False))
+
+
+def clocks(facts: dict[str, str]) -> str:
+    """Of what :func:`smi` has found, in words: the driver, and the clocks in MHz with the highest ones."""
+    if "unknown" in facts:
+        return f"driver and clocks are not known: {facts['unknown']}"
+    of = {name: facts.get(name, "?") for name in SMI}
+    return (
+        f"driver {of['driver_version']}, SM clock {of['clocks.sm']} of {of['clocks.max.sm']} MHz, "
+        f"memory {of['clocks.mem']} of {of['clocks.max.mem']} MHz, {of['power.limit']} W, {of['temperature.gpu']} C"
+    )
 
 
 def commit() -> str | None:
@@ -94,6 +109,12 @@ def cpu_copy_bandwidth(size: int) -> float:
     return 2 * size / sorted(taken)[3]
 
 
-def _cudnn(torch: Any) -> int | None:
-    found = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return None if found is None else int(found)
+def _of_torch(threads: dict[str, Any]) -> dict[str, Any]:
+    """Its versions of CUDA and cuDNN, or why it does not tell them; its threads go to the others'."""
+    try:
+        torch: Any = import_module("torch")
+        threads["torch"] = torch.get_num_threads()
+        cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+        return {"cuda": torch.version.cuda, "cudnn": None if cudnn is None else int(cudnn)}
+    except Exception as error:  # a library of its own may be missing
+        return {"cuda": None, "cudnn": None, "torch": said(error)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gpu_bn._console import Table
+from gpu_bn.bench.machine import clocks
 from gpu_bn.bench.model import TRAFFIC
 from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals
 
@@ -25,21 +27,23 @@ def page(report: Report) -> str:
         f"{facts['date']}, {where}, {facts['system']}, Python {facts['python']}, gpu_bn {facts['gpu_bn']} "
         f"(commit {facts['commit'] or 'unknown'}), {packages}; threads: "
         + ", ".join(f"{name} {count}" for name, count in facts["threads"].items())
-        + f". Load average before the start: {facts['load']}.",
+        + f". Load average before the start: {facts['load']}."
+        + (f" {clocks(facts['gpu'])}." if facts["gpu"] else ""),
+        *report.left_out,
         *_section(
             f"Measured on the {'GPU' if facts['gpu'] else 'CPU'}",
-            [measured_table(report.results, facts["copy_bandwidth"]), layers_table(report.results),
+            [*measured_table(report.results, facts["copy_bandwidth"]), *layers_table(report.results),
              refusals([*report.results, *report.raced]), *report.texts],
         ),
-        *_section("Modelled: GPUs that are not here", [model_tables(report.modelled), *_traffic(report)]),
+        *_section("Modelled: GPUs that are not here", [*model_tables(report.modelled), *_traffic(report)]),
     ]  # fmt: skip
     if facts["gpu"] is None:
         parts.append("No GPU table: nobody has run this command on one yet.")
     return "\n\n".join(parts) + "\n"
 
 
-def _section(title: str, texts: Sequence[str]) -> list[str]:
-    found = [f"```text\n{text.rstrip()}\n```" for text in texts if text]
+def _section(title: str, texts: Sequence[Table | str]) -> list[str]:
+    found = [f"```text\n{text.rstrip()}\n```" for text in map(str, texts) if text]
     return [f"## {title}", *found] if found else []
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gpu_bn._console import table
+from gpu_bn._console import Table
 from gpu_bn._explain import _size, _time
 from gpu_bn.bench.cases import NETWORKS, Shape
 from gpu_bn.bench.model import Modelled
@@ -34,11 +34,11 @@ class Report:
         machine: see :func:`gpu_bn.bench.machine.machine`.
         results: measured.
         modelled: not measured.
-        left_out: peers that are not here, and why.
+        left_out: peers and parts of the benchmark that are not here, and why.
         extra: by name, what further parts of the benchmark have found, ready for JSON.
         texts: their tables.
         raced: measured, of forced tiers.
-        failed: what else of ours gave a wrong result.
+        failed: what else is wrong with ours, or ended the run.
     """
 
     command: str
@@ -47,7 +47,7 @@ class Report:
     modelled: list[Modelled] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
-    texts: list[str] = field(default_factory=list)
+    texts: list[Table | str] = field(default_factory=list)
     raced: list[Result] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -61,30 +61,40 @@ class Report:
         found = {
             "schema": SCHEMA, "command": self.command, "machine": self.machine,
             "measured": [result.as_json() for result in self.results],
-            "model": [row.as_json() for row in self.modelled], "left_out": self.left_out, **self.extra,
+            "model": [row.as_json() for row in self.modelled], "left_out": self.left_out, "failed": self.failed,
+            "raced": [result.as_json() for result in self.raced], **self.extra,
         }  # fmt: skip
         path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
-def measured_table(results: Sequence[Result], copy_bandwidth: float) -> str:
-    """Ours, a line each, with the ratio to each peer; then what was refused."""
+def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Table]:
+    """Ours, a line each, with the ratio to each peer: one table, or none."""
     ours = [result for result in results if result.ours and result.timings]
     if not ours:
-        return ""
+        return []
     regimes = list(ours[0].timings)
     peers = list(dict.fromkeys(peer for result in ours for peer in result.ratios[regimes[0]]))
     on_gpu = any(result.plan is not None for result in ours)
     names = [*(["tier", "registers", "moved / floor"] if on_gpu else [])]
-    header = ["case", "by", *names, *regimes, "IQR", "GB/s", "of copy", *(f"/ {peer}" for peer in peers)]
-    rows = [_row(result, regimes, peers, on_gpu, copy_bandwidth) for result in ours]
+    header = ["operation", "by", *names, *regimes, "IQR", "GB/s", "of copy", *(f"/ {peer}" for peer in peers)]
+    rows: list[list[str] | str] = []
+    for tensor, group in groupby(ours, lambda result: result.case.tensor):
+        rows += [tensor, *(_row(result, regimes, peers, on_gpu, copy_bandwidth) for result in group)]
     caption = (
-        f"Times are medians; IQR is the interquartile range of {regimes[0]}, as are GB/s (bytes if every tensor is "
-        f"read and written once), the share of a copy ({copy_bandwidth / 1e9:.4g} GB/s, measured) and the ratios: our "
+        f"Times are medians{_regimes_explained(regimes)}. IQR is the interquartile range of {regimes[0]}, as are GB/s "
+        f"(bytes if every tensor is read and written once), the share of a copy ({copy_bandwidth / 1e9:.4g} GB/s, "
+        "measured, of a tensor beyond the caches: what stays in a cache may have more than 100 %) and the ratios: our "
         "time over the peer's, below 1 ours is the faster."
     )
     if ours[0].timings[regimes[0]].samples == 1:
         caption = f"One sample of each, which is no measurement. {caption}"
-    return table("Measured", header, rows, caption)
+    return [Table("Measured", header, rows, caption, keys=2)]
+
+
+def _regimes_explained(regimes: Sequence[str]) -> str:
+    if "cold" not in regimes:
+        return ""
+    return ": cold and hot of the device, with the L2 cache emptied before a call or not, wall of CPU and device"
 
 
 def _row(result: Result, regimes: list[str], peers: list[str], on_gpu: bool, copy_bandwidth: float) -> list[str]:
@@ -95,7 +105,7 @@ def _row(result: Result, regimes: list[str], peers: list[str], on_gpu: bool, cop
         facts = [result.tier, "-" if result.registers is None else str(result.registers), moved]
     ratios = result.ratios[regimes[0]]
     return [
-        str(result.case),
+        f"  {result.case.operation}",
         result.by,
         *facts,
         *(_time(result.timings[regime].median) if regime in result.timings else "-" for regime in regimes),
@@ -107,12 +117,25 @@ def _row(result: Result, regimes: list[str], peers: list[str], on_gpu: bool, cop
 
 
 def refusals(results: Iterable[Result]) -> str:
-    """A line for each result that was not timed because it was wrong, or because it failed."""
-    return "\n".join(f"NOT TIMED {r.case} by {r.by}: {r.refused}" for r in results if r.refused)
+    """A line for each of our results that is wrong or failed; one for all that a peer was refused for the same reason,
+    or that we do not serve, or whose launches are not known.
+    """
+    lines, alike = [], dict[tuple[str, str, str], list[Result]]()
+    for r in results:
+        if r.refused and r.ours:
+            lines.append(f"NOT TIMED {r.case} by {r.by}: {r.refused}")
+        elif r.refused or (r.ours and r.not_served):
+            alike.setdefault(("NOT TIMED", r.by, r.refused or r.not_served), []).append(r)
+        elif r.unseen:
+            alike.setdefault(("NOT SEEN what is launched for", r.by, r.unseen), []).append(r)
+    for (what, by, why), found in alike.items():
+        others = f" and {len(found) - 1} more" if found[1:] else ""
+        lines.append(f"{what} {found[0].case}{others} by {by}: {why}")
+    return "\n".join(lines)
 
 
-def layers_table(results: Sequence[Result]) -> str:
-    """Times of all layers of a network together, of the networks of which every shape was timed."""
+def layers_table(results: Sequence[Result]) -> list[Table]:
+    """Times of all layers of a network together, of the networks of which every shape was timed: a table, or none."""
     seconds: dict[tuple[str, str, str, str], dict[Shape, float]] = {}
     for result in results:
         if result.best is not None:
@@ -127,32 +150,34 @@ def layers_table(results: Sequence[Result]) -> str:
                 total = sum(layer.layers * times[layer.shape] for layer in layers)
                 rows.append([network, str(number), f"{dtype} {layout} {operation}", by, _time(total)])
     header = ["network", "layers", "operation", "by", "all layers"]
-    return table("All layers of a network together", header, rows, "Sums of medians.") if rows else ""
+    return [Table("All layers of a network together", header, rows, "Sums of medians.", keys=4)] if rows else []
 
 
-def model_tables(modelled: Sequence[Modelled]) -> str:
+def model_tables(modelled: Sequence[Modelled]) -> list[Table]:
     """Times on each device, and bytes by tier on one of them."""
     if not modelled:
-        return ""
+        return []
     devices = list(dict.fromkeys(row.device.name for row in modelled))
-    header = ["case", "by", *devices]
-    rows = []
+    rows: list[list[str] | str] = []
     for _, group in groupby(modelled, lambda row: str(row.case)):
         on = {row.device.name: row for row in group}
         first = next(iter(on.values()))
-        rows.append([str(first.case), "gpu_bn", *(f"{_time(on[d].plan.seconds)} {on[d].tier}" for d in devices)])
-        for name in ("torch", "cudnn"):
-            moved: int | None = getattr(first, f"{name}_bytes")
+        if first.case.tensor not in rows:
+            rows.append(first.case.tensor)
+        name = f"  {first.case.operation}"
+        rows.append([name, "gpu_bn", *(f"{_time(on[d].plan.seconds)} {on[d].tier}" for d in devices)])
+        for other in ("torch", "cudnn"):
+            moved: int | None = getattr(first, f"{other}_bytes")
             if moved is not None:
                 times = [_time(on[device].seconds(moved) or 0.0) for device in devices]
-                rows.append(["", {"torch": "PyTorch native", "cudnn": "cuDNN"}[name], *times])
-    times_table = table("Model: times on GPUs that are not here", header, rows, MODEL_NOTE)
+                rows.append([name, {"torch": "PyTorch native", "cudnn": "cuDNN"}[other], *times])
+    title, header = "Model: times on GPUs that are not here", ["operation", "by", *devices]
     shown = [row for row in modelled if row.device.name == devices[min(3, len(devices) - 1)]]
     trained = [row for row in shown if row.case.operation.training]
-    return times_table + ("\n" + tiers_table(trained) if trained else "")
+    return [Table(title, header, rows, MODEL_NOTE, keys=2), *([tiers_table(trained)] if trained else [])]
 
 
-def tiers_table(rows: Sequence[Modelled]) -> str:
+def tiers_table(rows: Sequence[Modelled]) -> Table:
     """Bytes by tier on one device, as multiples of the floor."""
     header = ["case", "floor", *TIERS, "PyTorch native", "cuDNN"]
     lines = []
@@ -167,4 +192,4 @@ def tiers_table(rows: Sequence[Modelled]) -> str:
         "As multiples of the floor (every tensor read and written once). By tier, what reaches the memory by the plan; "
         "* is chosen. Of the others, what their kernels ask for, whether or not the cache has it."
     )
-    return table(f"Model: bytes by tier on {rows[0].device.name}", header, lines, caption)
+    return Table(f"Model: bytes by tier on {rows[0].device.name}", header, lines, caption)

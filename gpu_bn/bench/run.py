@@ -10,15 +10,15 @@ from itertools import groupby
 from pathlib import Path
 
 from gpu_bn import set_num_threads
-from gpu_bn._console import progress
+from gpu_bn._console import Table, progress, terminal_width
 from gpu_bn.bench import gpus
 from gpu_bn.bench.cases import Case, select
-from gpu_bn.bench.machine import cpu_copy_bandwidth, machine, smi
+from gpu_bn.bench.machine import clocks, cpu_copy_bandwidth, machine, smi
 from gpu_bn.bench.model import model
 from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals
-from gpu_bn.bench.subjects import chosen
+from gpu_bn.bench.subjects import Subject, chosen
 from gpu_bn.bench.tiers import crossovers
-from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer
+from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, said
 from gpu_bn.bench.trial import Entry, Result, Tensors, trial
 from gpu_bn.bench.verify import verify
 from gpu_bn.plan import THRESHOLDS, TIERS, Device
@@ -96,6 +96,7 @@ class Bench:
         gpu: the GPU, or ``None``; ``why_not`` there is none.
         timer: what times a call.
         copy_bandwidth: bytes per second of a copy on the device, measured.
+        lost: since when and why the GPU does not answer any more; empty while it does.
     """
 
     options: Options
@@ -103,6 +104,7 @@ class Bench:
     why_not: str
     timer: Timer
     copy_bandwidth: float
+    lost: str = ""
 
     @property
     def kind(self) -> str:
@@ -121,9 +123,8 @@ class Bench:
             return None
         return replace(self.gpu.device, bandwidth=self.copy_bandwidth / THRESHOLDS.copy_share)
 
-    def each(self, cases: list[Case], run: Callable[[Case, Tensors], list[Result]]) -> list[Result]:
-        """Run cases, those of one tensor with the same data."""
-        results: list[Result] = []
+    def each(self, cases: list[Case], run: Callable[[Case, Tensors], list[Result]], results: list[Result]) -> None:
+        """Run cases, those of one tensor with the same data, and add to ``results``; up to one that breaks the GPU."""
         with progress(f"Timing {len(cases)} cases on the {'CPU' if self.gpu is None else 'GPU'}", len(cases)) as tick:
             for _, group in groupby(cases, lambda case: case.tensor):
                 members = list(group)
@@ -131,10 +132,20 @@ class Bench:
                 for case in members:
                     results += run(case, tensors)
                     tick(1)
+                    if not self._answers(case):
+                        return
                 del tensors
                 if self.gpu is not None:
                     self.gpu.free()
-        return results
+
+    def _answers(self, case: Case) -> bool:
+        """Whether the GPU still does: after an access out of bounds every later call would fail, whoever makes it."""
+        try:
+            if self.gpu is not None:
+                self.gpu.synchronize()
+        except Exception as error:
+            self.lost = f"the GPU does not answer since {case}: {said(error)}"
+        return not self.lost
 
 
 def start(options: Options) -> Bench:
@@ -147,7 +158,10 @@ def start(options: Options) -> Bench:
     if gpu is None and options.device == "cuda":
         raise BenchError(f"--device cuda needs a GPU: {why_not}")
     if gpu is not None:
-        return Bench(options, gpu, "", GpuTimer(gpu), gpu.copy_bandwidth())
+        try:
+            return Bench(options, gpu, "", GpuTimer(gpu), gpu.copy_bandwidth())
+        except Exception as error:  # of a driver, or another process that has taken the memory
+            raise BenchError(f"nothing can be copied on {gpu.device.name}: {said(error)}") from error
     if options.threads is not None:
         set_num_threads(options.threads)
         if find_spec("torch") is not None:
@@ -167,7 +181,7 @@ def bench(options: Options) -> bool:
     """
     try:
         here = start(options)
-        subjects, left_out = chosen(here.kind, options.peers)
+        subjects, left_out = without_torch(here, *chosen(here.kind, options.peers))
         cases = options.cases(here.kind)
         imagined = options.cases("model") if here.gpu is None else []
     except ValueError as error:
@@ -182,60 +196,99 @@ def bench(options: Options) -> bool:
         raise BenchError(f"there is no folder {options.page.parent} for the page")
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.command, machine(here.gpu, here.copy_bandwidth), left_out=left_out)
+    if here.gpu is None and options.device == "auto":
+        report.left_out.append(f"No GPU was timed: {here.why_not}.")
     entries = [Entry(subject) for subject in subjects]
-    report.results = here.each(cases, lambda case, data: trial(case, data, entries, here.timer, here.seconds))
     report.modelled = model(imagined)
-    further(here, report, cases)
+    try:
+        here.each(cases, lambda case, data: trial(case, data, entries, here.timer, here.seconds), report.results)
+        further(here, report, cases, [subject for subject in subjects if subject.ours])
+    except KeyboardInterrupt:  # what was measured on a rented GPU is worth keeping
+        report.failed.append("interrupted: the report is of what was measured until then")
+    report.failed += [here.lost] if here.lost else []
     if here.gpu is not None:
-        report.machine["gpu"]["after"] = smi()
+        report.machine["gpu"]["after"] = smi(here.gpu.smi_id)
     show(report, here)
     write(report, here)
     return not (report.wrong or report.failed)
 
 
-def further(here: Bench, report: Report, cases: list[Case]) -> None:
-    """The parts that have to be asked for; ``cases`` are those that were timed."""
-    options = here.options
-    for asked, name in ((options.tiers, "--tiers"), (options.verify, "--verify-model")):
-        if asked and here.gpu is None:
-            report.left_out.append(f"{name}: needs a GPU: {here.why_not}")
-    if options.tiers and here.device is not None and isinstance(here.timer, GpuTimer):
-        subjects, _ = chosen(here.kind, [])
-        forced = [Entry(subject, tier) for subject in subjects for tier in TIERS]
-        cold = replace(here.timer, regimes=("cold",))
-        training = [case for case in cases if case.operation.training]
-        raced = here.each(training, lambda case, data: trial(case, data, forced, cold, here.seconds))
-        report.raced = raced
-        text, report.extra["crossovers"] = crossovers(raced, here.device)
-        report.texts.append(text)
-    if options.verify and here.gpu is not None:
-        text, report.extra["verification"] = verify(report.results, here.copy_bandwidth)
-        report.texts.append(text)
-    if options.train:
-        from gpu_bn.bench.training import train, training_table
+def without_torch(here: Bench, subjects: list[Subject], left_out: list[str]) -> tuple[list[Subject], list[str]]:
+    """Without those that need torch on a GPU that only CuPy sees: torch would serve them on the CPU."""
+    if not isinstance(here.gpu, gpus.CupyGpu):
+        return subjects, left_out
+    served = [subject for subject in subjects if "torch" not in subject.modules]
+    refused = [f"{subject.name}: torch does not see the GPU" for subject in subjects if subject not in served]
+    return served, [*left_out, *refused]
 
-        trained = train(here.kind, here.seconds, options.eager)
-        report.failed += [f"{row.name}: {row.refused}" for row in trained if row.refused and "gpu_bn" in row.name]
-        text, report.extra["training"] = training_table(trained, here.kind)
-        report.texts.append(text)
+
+def further(here: Bench, report: Report, cases: list[Case], ours: list[Subject]) -> None:
+    """The parts that have to be asked for; ``cases`` are those that were timed. One that fails is left out."""
+    options, torch_missing = here.options, "torch does not see the GPU" if isinstance(here.gpu, gpus.CupyGpu) else ""
+    no_gpu = f"needs a GPU: {here.why_not}" if here.gpu is None else ""
+    parts: list[tuple[bool, str, str, Callable[[], None]]] = [
+        (options.tiers, "--tiers", no_gpu, lambda: race(here, report, cases, ours)),
+        (options.verify, "--verify-model", no_gpu, lambda: compare_with_plan(here, report)),
+        (options.train, "--train", torch_missing, lambda: train_steps(here, report)),
+    ]
+    for asked, name, why_not, part in parts:
+        try:
+            if asked and not why_not and not here.lost:
+                part()
+        except Exception as error:  # of any library: what was measured before is worth more than a traceback
+            why_not = said(error)
+        if asked and (why_not or here.lost):
+            report.left_out.append(f"{name}: {why_not or here.lost}")
+
+
+def race(here: Bench, report: Report, cases: list[Case], ours: list[Subject]) -> None:
+    """``--tiers all``."""
+    assert isinstance(here.timer, GpuTimer)
+    assert here.device is not None
+    forced = [Entry(subject, tier) for subject in ours for tier in TIERS]
+    cold = replace(here.timer, regimes=("cold",))
+    training = [case for case in cases if case.operation.training]
+    here.each(training, lambda case, data: trial(case, data, forced, cold, here.seconds), report.raced)
+    texts, report.extra["crossovers"] = crossovers(report.results, report.raced, here.device)
+    report.texts += texts
+
+
+def compare_with_plan(here: Bench, report: Report) -> None:
+    """``--verify-model``."""
+    assert here.device is not None
+    text, report.extra["verification"] = verify(report.results, here.copy_bandwidth, here.device.l2_bytes)
+    report.texts.append(text)
+
+
+def train_steps(here: Bench, report: Report) -> None:
+    """``--train``."""
+    from gpu_bn.bench.training import failures, train, training_table
+
+    trained = train(here.kind, here.seconds, here.options.eager)
+    report.failed += failures(trained)
+    text, report.extra["training"] = training_table(trained, here.kind)
+    report.texts.append(text)
 
 
 def show(report: Report, here: Bench) -> None:
     """Print the report."""
-    facts = report.machine
+    facts, width = report.machine, terminal_width()
     where = facts["gpu"]["name"] if facts["gpu"] else f"{facts['processor']}, {facts['cores']} cores"
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     print(f"gpu_bn {facts['gpu_bn']} ({facts['commit'] or 'no checkout'}), {where}\n{packages}")
-    print(*report.left_out, sep="\n", end="\n\n" if report.left_out else "\n")
+    if facts["gpu"]:
+        print(clocks(facts["gpu"]))
+    notes = [*report.left_out, *(f"FAILED {failure}" for failure in report.failed)]
+    print(*notes, sep="\n", end="\n\n" if notes else "\n")
     for text in (
-        measured_table(report.results, here.copy_bandwidth),
-        layers_table(report.results),
+        *measured_table(report.results, here.copy_bandwidth),
+        *layers_table(report.results),
         refusals([*report.results, *report.raced]),
         *report.texts,
-        model_tables(report.modelled),
+        *model_tables(report.modelled),
     ):
         if text:
-            print(text)
+            print(text.text(width) if isinstance(text, Table) else text)
 
 
 def write(report: Report, here: Bench) -> None:
@@ -248,7 +301,10 @@ def write(report: Report, here: Bench) -> None:
     else:
         from gpu_bn.bench.figures import draw
 
-        written += draw(report.results, here.copy_bandwidth, options.out, report.raced)
+        try:
+            written += draw(report.results, here.copy_bandwidth, options.out, report.raced)
+        except Exception as error:  # of matplotlib
+            print(f"No pictures: {said(error)}")
     if options.page is not None:
         from gpu_bn.bench.page import page
 

@@ -46,7 +46,7 @@ class Subject:
         device: ``cpu`` or ``cuda``.
         adapter: which of :data:`gpu_bn.testing.ADAPTERS` makes its arrays.
         build: see this module's text.
-        modules: what it is made of; it is left out if one is not installed.
+        modules: what it is made of; it is left out if one is not installed. One may be ``this or that``.
         ours: whether it has to meet the oracle's tolerances, and its failure is the command's.
         refuses: why it does not serve a case; empty if it does.
         setting: what is set while its call is made; also while it is timed.
@@ -66,7 +66,7 @@ class Subject:
     @property
     def missing(self) -> str:
         """The modules that are not installed, in words."""
-        return ", ".join(module for module in self.modules if not _installed(module))
+        return ", ".join(names for names in self.modules if not any(map(_installed, names.split(" or "))))
 
 
 def ours(backend: Callable[[str | None], Any]) -> Build:
@@ -115,7 +115,7 @@ SUBJECTS = [
     Subject("torch cuDNN", "cuda", "triton", peers.torch(), ("torch",)),
     Subject("torch native", "cuda", "triton", peers.torch(), ("torch",), setting=peers.without_cudnn),
     Subject("torch.compile", "cuda", "triton", peers.torch(peers.compiled), ("torch", "triton")),
-    Subject("apex", "cuda", "triton", peers.apex, ("apex.contrib.groupbn.bnp",), refuses=peers.not_apex),
+    Subject("apex", "cuda", "triton", peers.apex, ("torch", "apex.contrib.groupbn.bnp or bnp"), refuses=peers.not_apex),
     Subject("cuDNN frontend", "cuda", "triton", peers.cudnn, ("torch", "cudnn"), refuses=peers.not_cudnn),
 ]
 """``torch cuDNN`` is torch as it comes: it decides by itself where it calls cuDNN."""

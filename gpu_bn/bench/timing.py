@@ -18,6 +18,8 @@ WARM_UP = 3
 """Calls before the first sample."""
 FIRST_CYCLES = 200_000
 """That a GPU is kept busy, at first: about a tenth of a millisecond."""
+SHORTEST = 1e-7
+"""Seconds; events may be too coarse to tell a shorter time from none, by which nothing could be divided."""
 
 
 class Timer(Protocol):
@@ -185,7 +187,7 @@ class GpuTimer:
                 continue
             if late:  # a call that waits for the device always is: the others need not wait so long
                 self.cycles = FIRST_CYCLES
-            return self.gpu.elapsed(start, end)
+            return max(self.gpu.elapsed(start, end), SHORTEST)
 
     def _wall(self, call: Call) -> float:
         self.gpu.synchronize()

@@ -6,7 +6,7 @@ import copy
 import ctypes
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from gpu_bn import nn as ours
-from gpu_bn._console import progress, table
+from gpu_bn._console import Table, progress
 from gpu_bn._explain import _size, _time
 from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, Timing, measure, said
 
-AGREEMENT = {"cpu": 1e-3, "cuda": 5e-2}
-"""How far the first gradient may be from that of torch's layers, relative to its norm: float32; float16 by autocast."""
+AGREEMENT, NOISE = 1e-3, 2.0
+"""How far a first gradient may be from that of torch's layers in float32, relative to its norm; and how many times as
+far as torch's own with autocast. In float16 that is far: torch's own was off by 12 to 16 % in such networks."""
 
 
 class Sizes(NamedTuple):
@@ -70,6 +71,16 @@ class Trained(NamedTuple):
     peak_bytes: int | None
     refused: str
 
+    @property
+    def ours(self) -> bool:
+        """Whether the layers are this library's."""
+        return self.name.startswith("gpu_bn")
+
+    @property
+    def how(self) -> str:
+        """Eager or compiled."""
+        return self.name.rpartition(", ")[2]
+
 
 def variants(eager: bool) -> Iterator[tuple[str, Callable[[nn.Module], Any]]]:
     """What is made of the model, by name; the first is the one to compare with."""
@@ -101,15 +112,16 @@ def train(
     images = images.contiguous(memory_format=torch.channels_last) if kind == "cuda" else images
     labels = torch.arange(sizes.images, device=kind)
     steps, peaks, refused = {}, {}, {}
-    expected: torch.Tensor | None = None
+    _, expected = prepared(copy.deepcopy(model), images, labels, autocast=False)
+    allowed: float | None = None
     names = [name for name, _ in variants(eager)]
     with progress(f"Training steps of ResNet-18: {len(names)} variants", len(names)) as tick:
         for name, make in variants(eager):
             try:
                 step, gradient = prepared(make(copy.deepcopy(model)), images, labels)
-                expected = gradient if expected is None else expected
                 error = float((gradient - expected).norm() / expected.norm())
-                if not error <= AGREEMENT[kind]:
+                allowed = AGREEMENT + NOISE * error if allowed is None else allowed
+                if not error <= allowed:
                     refused[name] = f"wrong: the first gradient is off by {error:.2g} of its norm"
                 else:
                     steps[name], peaks[name] = step, peak_bytes(step, kind)
@@ -123,13 +135,15 @@ def train(
     return [Trained(name, timings.get(name), peaks.get(name), refused.get(name, "")) for name in names]
 
 
-def prepared(model: Any, images: torch.Tensor, labels: torch.Tensor) -> tuple[Callable[[], Any], torch.Tensor]:
-    """A training step, and the gradient of the first layer after one of them."""
+def prepared(
+    model: Any, images: torch.Tensor, labels: torch.Tensor, autocast: bool = True
+) -> tuple[Callable[[], Any], torch.Tensor]:
+    """A training step, and the gradient of the first layer after one of them; ``autocast`` on a GPU."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with _autocast(images.device.type):
+        with torch.autocast("cuda", torch.float16) if autocast and images.is_cuda else nullcontext():
             loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
@@ -171,7 +185,13 @@ def resident(name: str) -> int:
     return int(line.split()[1]) << 10
 
 
-def training_table(rows: list[Trained], kind: str) -> tuple[str, list[Any]]:
+def failures(rows: list[Trained]) -> list[str]:
+    """What is wrong with ours; not where torch's own layers fail in the same way, as for want of a C++ compiler."""
+    elsewhere = {row.how for row in rows if row.refused and not row.ours}
+    return [f"{row.name}: {row.refused}" for row in rows if row.refused and row.ours and row.how not in elsewhere]
+
+
+def training_table(rows: list[Trained], kind: str) -> tuple[Table, list[Any]]:
     """The table, and what JSON keeps of it."""
     sizes = SIZES[kind]
     base = rows[0].timing
@@ -186,19 +206,16 @@ def training_table(rows: list[Trained], kind: str) -> tuple[str, list[Any]]:
         for row in rows
     ]
     how = "float16 by autocast, channels-last" if kind == "cuda" else "float32"
+    agrees = f"agrees with that of torch's layers in float32{', as far as autocast lets it' * (kind == 'cuda')}"
     memory = "of torch's allocator" if kind == "cuda" else "of the process (coarse)"
     caption = (
-        f"{sizes.images} images of {sizes.side} x {sizes.side}, {how}. The first gradient of each variant agrees with "
-        f"that of torch's. Peak memory: what a step takes beyond what was taken before it, {memory}."
+        f"{sizes.images} images of {sizes.side} x {sizes.side}, {how}. The first gradient of each variant {agrees}. "
+        f"Peak memory: what a step takes beyond what was taken before it, {memory}."
     )
     header = ["layers", "a step", "IQR", "/ torch, eager", "peak memory"]
-    return table(f"Training step of ResNet-18 on the {kind}", header, lines, caption), [
+    return Table(f"Training step of ResNet-18 on the {kind}", header, lines, caption), [
         {**row._asdict(), "timing": row.timing._asdict() if row.timing else None} for row in rows
     ]
-
-
-def _autocast(kind: str) -> AbstractContextManager[Any]:
-    return torch.autocast("cuda", torch.float16) if kind == "cuda" else nullcontext()
 
 
 def _gpu_timer() -> GpuTimer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ class Result:
         timings: by regime.
         ratios: by regime, then by peer: our time over the peer's.
         plan: what was launched, of a GPU backend of ours; ``registers`` the most of its kernels.
+        unseen: why these two are not known, where they should be.
         floor_bytes: of the case.
     """
 
@@ -57,6 +58,7 @@ class Result:
     ratios: dict[str, dict[str, float]] = field(default_factory=dict)
     plan: LaunchPlan | None = None
     registers: int | None = None
+    unseen: str = ""
     floor_bytes: int = 0
 
     @property
@@ -145,8 +147,7 @@ def _proved(entry: Entry, case: Case, tensors: Tensors, result: Result) -> Call 
             call = make()
             result.error = tensors.proof.check(subject, operation, call())
             if subject.ours:
-                seen = observe(subject.adapter, make)
-                result.plan, result.registers = seen.plan, max(seen.registers, default=None)
+                _look(subject, make, result)
     except (BackendUnavailableError, NoPlanError) as reason:
         result.not_served = said(reason)
     except AssertionError as error:
@@ -161,3 +162,12 @@ def _proved(entry: Entry, case: Case, tensors: Tensors, result: Result) -> Call 
             return call()
 
     return within_setting
+
+
+def _look(subject: Subject, make: Callable[[], Call], result: Result) -> None:
+    """Note what a proved call launches; a time without it is better than none."""
+    try:
+        seen = observe(subject.adapter, make)
+        result.plan, result.registers = seen.plan, max(seen.registers, default=None)
+    except Exception as error:  # of the libraries whose insides are looked at
+        result.unseen = said(error)

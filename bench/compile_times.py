@@ -1,0 +1,104 @@
+"""How many kernels CuPy has to compile for `gpu-bn check` and `gpu-bn bench`, and how long NVRTC takes for some.
+
+Launches do nothing, so no GPU is needed. What CuPy has compiled it keeps in `~/.cupy/kernel_cache`.
+
+    python bench/compile_times.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+import types
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import fake_cupy
+from emulator import Device
+from emulator.compile import cuda_headers, nvrtc
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", type=int, default=20, help="to compile")
+    parser.add_argument("--arch", type=int, default=90, help="of the GPU")
+    options = parser.parse_args()
+    gpu = without_kernels(options.arch)
+    sys.modules["cupy"] = gpu.module()
+    sys.modules["cupy"].empty = lambda shape, dtype=np.float64: np.empty(shape, dtype).view(fake_cupy.ndarray)
+
+    from gpu_bn import testing
+    from gpu_bn.backends import _cuda
+    from gpu_bn.backends import cupy_device
+
+    needed: dict[tuple[str, str], None] = {}
+    make = cupy_device._module
+
+    def noting(activation: str, name: str) -> object:
+        needed[activation, name] = None
+        return make(activation, name)
+
+    cupy_device._module = noting
+    testing.ADAPTERS["cupy"] = testing.Adapter(gpu.asarray, np.array)
+    found = {"gpu-bn check": kernels_of_check, "gpu-bn bench": kernels_of_bench}
+    for command, use in found.items():
+        before = len(needed)
+        use(testing)
+        print(f"{command}: {len(needed) - before} kernels for sm_{options.arch}", flush=True)
+    compiler, seconds = nvrtc(), []
+    headers = [f"--include-path={cuda_headers()}"]
+    for activation, name in random.Random(0).sample(list(needed), min(options.kernels, len(needed))):
+        start = time.perf_counter()
+        flags = [f"--gpu-architecture=sm_{options.arch}", *_cuda.OPTIONS, *headers]
+        compiler.compile(_cuda.source(activation), flags, {}, [name])
+        seconds.append(time.perf_counter() - start)
+    if seconds:
+        low, median, high = statistics.quantiles(seconds, n=4) if seconds[1:] else seconds * 3
+        spread = f"quartiles {low:.2f} and {high:.2f}, of {len(seconds)}"
+        print(f"NVRTC {'.'.join(map(str, compiler.version))}: {median:.2f} s a kernel ({spread})")
+
+
+def without_kernels(arch: int) -> fake_cupy.EmulatedGpu:
+    """An emulated GPU whose kernels do nothing and need no compiler."""
+    gpu = fake_cupy.EmulatedGpu(Device(), arch)
+
+    def nothing(grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
+        pass
+
+    nothing.max_dynamic_shared_size_bytes = 48 << 10
+    nothing.kernel = types.SimpleNamespace(ptr=0)
+    gpu.raw_module = lambda **_: types.SimpleNamespace(get_function=lambda _: nothing)
+    gpu.launch_cooperative = lambda *_: None
+    return gpu
+
+
+def kernels_of_check(testing) -> None:
+    for case in [*testing.cases(), *testing.extended_cases()]:
+        with suppress(AssertionError), np.errstate(all="ignore"):  # launches that do nothing leave what was there
+            testing.run(testing.build(case), "cupy")
+
+
+def kernels_of_bench(testing) -> None:
+    from gpu_bn.bench.cases import select
+    from gpu_bn.bench.run import DEFAULTS
+    from gpu_bn.bench.subjects import SUBJECTS
+    from gpu_bn.bench.trial import Tensors, problem_of
+
+    del testing
+    usual = DEFAULTS["cuda"]
+    subject = next(subject for subject in SUBJECTS if subject.name == "gpu_bn cupy")
+    for case in select(usual["shapes"], usual["dtypes"], usual["layouts"], usual["operations"]):
+        tensors = Tensors(case)
+        problem = tensors.of("cupy", problem_of(case.operation, tensors.problem))
+        subject.build(case.operation, problem, None)()
+
+
+if __name__ == "__main__":
+    main()
