@@ -35,8 +35,7 @@ def main() -> None:
     sys.modules["cupy"].empty = lambda shape, dtype=np.float64: np.empty(shape, dtype).view(fake_cupy.ndarray)
 
     from gpu_bn import testing
-    from gpu_bn.backends import _cuda
-    from gpu_bn.backends import cupy_device
+    from gpu_bn.backends import _cuda, cupy_device
 
     needed: dict[tuple[str, str], None] = {}
     make = cupy_device._module
