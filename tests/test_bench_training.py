@@ -34,7 +34,8 @@ def test_it_is_a_resnet_18():
     assert sum(p.numel() for p in model.parameters()) == 11_689_512  # torchvision's
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 20
     fused = nn.convert(model, fuse=True)
-    layers = [node for node in fused.graph.nodes if node.op == "call_module" and "bn" in str(node.target)]
+    calls = [node for node in fused.graph.nodes if node.op == "call_module"]
+    layers = [node for node in calls if isinstance(fused.get_submodule(node.target), nn.BatchNorm2d)]
     assert sum(len(node.args) == 2 for node in layers) == 8  # with a residual
     with_relu = [node for node in fused.graph.nodes if str(node.kwargs.get("activation")) == "relu"]
     assert len(with_relu) == 17  # all but those of three shortcuts
