@@ -1,6 +1,7 @@
 // The functions that the expressions of gpu_bn/activations.py know. The struct Activation is made from them.
 
-template <class A> DEVICE A where(bool condition, A then, A otherwise) { return condition ? then : otherwise; }
+// Not a function, which would compute both: some kernels have no registers left for that.
+#define where(condition, then, otherwise) ((condition) ? (then) : (otherwise))
 
 template <class A> DEVICE A sigmoid(A z) { return A(1) / (A(1) + exp(-z)); }
 

@@ -209,8 +209,7 @@ template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWA
   const StagedUpstream<L, FROM> stage(from, g, staging);
   typename Exchange::template State<L> peers(g, &shared.sums.own, partials, counters);
 
-  u32 round = 0;
-  for (u32 strip = blockIdx.x / g.blocks; strip < g.strips; strip += g.groups, ++round) {
+  for (u32 strip = blockIdx.x / g.blocks; strip < g.strips; strip += g.groups) {
     const Tile<L> tile(g, strip, blockIdx.x % g.blocks);
     copy_in_quarters(tile, [&](u32 i, i64 offset) { stage.copy(i, offset); });
     load_channels(tile, given, shared);
@@ -229,7 +228,7 @@ template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWA
           });
     });
     sums.finish(tile, shared.sums);
-    peers.meet(tile, round);
+    peers.meet(tile);
     const TwoSums total = merge_sums(tile, peers, shared);
     const i64 channel = tile.channel(threadIdx.x);
     if (threadIdx.x < tile.strip_channels() && channel < channels) {

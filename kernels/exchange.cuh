@@ -7,7 +7,7 @@ struct Cta {
   template <class L> struct State {
     const Partials<L>* own;
     __device__ State(const Geometry&, Partials<L>* own, double*, u32*) : own(own) {}
-    __device__ __forceinline__ void meet(const Tile<L>&, u32) { __syncthreads(); }
+    __device__ __forceinline__ void meet(const Tile<L>&) { __syncthreads(); }
     __device__ __forceinline__ double first(u32, u32 place) const { return own->first[place]; }
     __device__ __forceinline__ double second(u32, u32 place) const { return own->second[place]; }
     __device__ __forceinline__ void leave() {}
@@ -19,7 +19,7 @@ template <int BLOCKS> struct Cluster {
   template <class L> struct State {
     const Partials<L>* own;
     __device__ State(const Geometry&, Partials<L>* own, double*, u32*) : own(own) {}
-    __device__ __forceinline__ void meet(const Tile<L>&, u32) { barrier(); }
+    __device__ __forceinline__ void meet(const Tile<L>&) { barrier(); }
     __device__ __forceinline__ double first(u32 rank, u32 place) const { return remote(rank, own->first + place); }
     __device__ __forceinline__ double second(u32 rank, u32 place) const { return remote(rank, own->second + place); }
     // Nobody leaves while another may still read its shared memory.
@@ -68,8 +68,9 @@ struct Cooperative {
     __device__ State(const Geometry& g, Partials<L>* own, double* partials, u32* counters)
         : g(g), own(own), partials(partials), arrived(counters), left(counters + g.groups) {}
 
-    __device__ __forceinline__ void meet(const Tile<L>& tile, u32 round) {
-      const u32 group = blockIdx.x / g.blocks;
+    // Both numbers from the strip's: kept from round to round, they would cost a register that some kernels have to spill.
+    __device__ __forceinline__ void meet(const Tile<L>& tile) {
+      const u32 round = tile.strip / g.groups, group = tile.strip % g.groups;
       width = tile.strip_channels();
       double* all = partials + (i64)((round & 1) * g.groups + group) * g.blocks * 2 * width;
       publish(*own, tile, all + (i64)tile.rank * 2 * width);

@@ -130,8 +130,7 @@ template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward
   const Staged<V> stage = {(V*)staging};
   typename Exchange::template State<L> peers(g, &shared.own, partials, counters);
 
-  u32 round = 0;
-  for (u32 strip = blockIdx.x / g.blocks; strip < g.strips; strip += g.groups, ++round) {
+  for (u32 strip = blockIdx.x / g.blocks; strip < g.strips; strip += g.groups) {
     const Tile<L> tile(g, strip, blockIdx.x % g.blocks);
     copy_in_quarters(tile, [&](u32 i, i64 offset) { stage.copy(i, x + offset); });
     block_moments(tile, x, shared, shift, [&](Deviations<L>& deviations) {
@@ -140,7 +139,7 @@ template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward
         for (u32 i = begin; i < end; ++i) deviations.add(stage.get(i, 0));
       });
     });
-    peers.meet(tile, round);
+    peers.meet(tile);
     const Moments moments = merge_moments(tile, peers, shift, shared.scratch, tile.elements(), Shares<L>(tile));
     const u32 place = threadIdx.x;
     const i64 channel = tile.channel(place);

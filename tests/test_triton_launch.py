@@ -14,12 +14,15 @@ from gpu_bn.kernels.bn_forward_triton import bn_merge_moments_kernel  # noqa: E4
 
 
 class Compiled:
-    """A compiled kernel: notes its launches."""
+    """A compiled kernel: notes its launches. Loading it says what it spills."""
+
+    spills = 0
 
     def __init__(self):
         self.launches = []
 
     def __getitem__(self, grid):
+        self.n_spills = self.spills
         return lambda *args, stream: self.launches.append((grid, args, stream))
 
 
@@ -114,3 +117,15 @@ def test_every_case_on_the_gpu(tier):
     backend = TritonBackend(tier=tier)
     for case in cases():
         check(case, backend)
+
+
+def test_what_spills_is_compiled_again_with_all_registers(step, compilations, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(Compiled, "spills", 4)
+    args = (torch.zeros(2, 4, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64), None)
+    triton_launch.launch(step, args)
+    (*_, first, spilled), (*_, second, kept) = compilations
+    assert second == first | {"maxnreg": 255}
+    assert not spilled.launches
+    assert len(kept.launches) == 1

@@ -46,11 +46,22 @@ MERGED_AT_ONCE = 512
 """Elements of a block of partial results."""
 MOST_BLOCKS = {False: 1024, True: 64}
 """Blocks that a strip is cut into: each program of the second launch reads the results of all."""
-HELD_ELEMENTS = {False: 20480, True: 16384}
-"""Of a tensor, that a program can hold in registers with nothing spilled; backward holds two tensors of half.
-The second number is for channels-last, where a thread has several channels' sums besides."""
-HELD_BYTES = 128 << 10
 MOST_WARPS = 8
+
+
+class Room(NamedTuple):
+    """Elements that a program can hold in registers with nothing spilled, whatever the activation.
+
+    Forward in rows, and in channels-last, where a thread has several channels' sums besides; backward, of all tensors.
+    """
+
+    rows: int
+    columns: int
+    backward: int
+
+
+ROOM = {2: Room(20480, 16384, 16384), 4: Room(20480, 12288, 16384), 8: Room(8192, 8192, 4096)}
+"""By the size of an element. ``tests/record_gates.py`` compiles what it allows."""
 
 
 class Shape(NamedTuple):
@@ -573,7 +584,8 @@ class TritonBackend:
 
     def _plan(self, work: Work, x: Array) -> LaunchPlan:
         """The plan of a call with batch statistics, where registers are what a block keeps a channel in."""
-        room = min(HELD_ELEMENTS[tile(work).columns] * work.itemsize, HELD_BYTES)
+        most = ROOM[work.itemsize]
+        room = (most.backward if work.backward else most.columns if tile(work).columns else most.rows) * work.itemsize
         device = replace(
             self._device_of(x),
             shared_per_block=room + STATIC_SHARED,

@@ -27,6 +27,8 @@ TYPES = {
     torch.float64: "*fp64",
     torch.uint8: "*u8",
 }
+ALL_REGISTERS = {"maxnreg": 255}
+"""What the compiler is told again where it has spilled: by itself it may, a few bytes, to stay at 128 registers."""
 WIDE_NUMBERS = ("magic",)
 """Whole numbers that may need 64 bits whatever the tensor's size."""
 
@@ -118,8 +120,11 @@ def _compiled(step: Step, args: tuple[Any, ...]) -> Callable[..., None]:
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in special.aligned}
     with torch.cuda.device(step.device):
         source = ASTSource(step.kernel, special.signature, special.constants, hints)
-        compiled = triton.compile(source, target=driver.active.get_current_target(), options=special.options)
-        start = compiled[(*step.grid, 1)]
+        target = driver.active.get_current_target()
+        compiled = triton.compile(source, target=target, options=special.options)
+        start = compiled[(*step.grid, 1)]  # which loads it: what it spills is known then
+        if compiled.n_spills:
+            start = triton.compile(source, target=target, options=special.options | ALL_REGISTERS)[(*step.grid, 1)]
     return partial(_run, start, step.tail, step.device, driver.active.get_current_stream)
 
 
