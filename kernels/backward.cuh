@@ -110,18 +110,16 @@ template <class L, int FROM> struct StagedUpstream {
   }
 };
 
-// A thread's sums of g and of g * (x - centre) * rstd.
+// A thread's sums of g and of g * (x - centre) * rstd. rstd stays in shared memory: kept in registers, it would make some
+// kernels spill others.
 template <class L> struct BackwardSums {
   typedef typename L::A A;
-  A rstd[L::CHANNELS];
+  const A* rstd;
   Sum<L> dz, dz_xhat;
   u32 pending = 0;
 
-  __device__ __forceinline__ BackwardSums(const Tile<L>& tile, const Gradient<A, L::MAX_CHANNELS>& table) {
-    if (!tile.count) return;
-#pragma unroll
-    for (int j = 0; j < L::CHANNELS; ++j) rstd[j] = table.rstd[tile.own() + j];
-  }
+  __device__ __forceinline__ BackwardSums(const Tile<L>& tile, const Gradient<A, L::MAX_CHANNELS>& table)
+      : rstd(table.rstd + tile.own()) {}
   __device__ __forceinline__ void add(int j, A g, A centred) {
     dz.part[j] += g;
     dz_xhat.part[j] = fma(g, centred * rstd[L::COLUMNS ? j : 0], dz_xhat.part[j]);
