@@ -1,122 +1,118 @@
-"""What the compiler makes of the Triton kernels: registers, spills, shared memory and the width of accesses."""
+"""What the compiler makes of the Triton kernels: registers, spills, shared memory and the width of accesses.
+
+A covering set is compiled here, and samples of what ``triton_variants.py`` does not enumerate; ``test_gates.py`` has
+all that it does, as it was recorded.
+"""
 
 from __future__ import annotations
 
 from itertools import product
 
 import pytest
-from emulator.compile import ARCHITECTURES
-
-import gpu_bn
+from gates import Group
 
 torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from triton_backends import RecordingBackend  # noqa: E402
+from triton_variants import DTYPES, FAMILY, Tensors, built, kernel_name, recorded  # noqa: E402
 
+import gpu_bn  # noqa: E402
+from gpu_bn.activations import ROWS  # noqa: E402
 from gpu_bn.plan import DEVICES  # noqa: E402
 
-pytestmark = pytest.mark.compile
-
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
-GEOMETRIES = {
-    "split rows": ((64, 64, 56, 56), False, "split"),
-    "split channels-last": ((64, 64, 56, 56), True, "split"),
-    "held rows": ((32, 256, 16, 16), False, "cta"),
-    "narrow rows": ((32, 256, 14, 14), False, "split"),
-    "held channels-last": ((2, 256, 7, 7), True, "cta"),
-    "largest held rows": ((26, 512, 28, 28), False, "cta"),
-    "cluster": ((32, 256, 28, 28), False, "cluster"),
-}
-PLANNED = {75: "t4", 80: "a100", 86: "a100", 89: "4090", 90: "h100", 100: "b200", 120: "b200"}
-"""What is planned for: the architecture's device, or one that is served alike."""
-CEILINGS = {
-    "bn_stats_kernel": (64, 128),
-    "bn_normalize_kernel": (72, 96),
-    "bn_backward_reduce_kernel": (88, 112),
-    "bn_backward_input_kernel": (80, 112),
-    "bn_forward_kernel": (255, 255),
-    "bn_backward_kernel": (255, 255),
-}
-"""Registers a thread in rows and in channels-last, for half precision and ReLU. Beyond 128, an SM runs one block of 8
-warps at a time; the kernels that hold a channel may."""
+FULL = {"float16": 8, "bfloat16": 8, "float32": 4, "float64": 2}
 
 
-def recorded(geometry, dtype, activation, residual, device="h100"):
-    """The steps of a call, forward and backward, and what they are compiled from. No tensor is touched."""
-    shape, channels_last, tier = GEOMETRIES[geometry]
-    backend = RecordingBackend(DEVICES[device], tier=tier)
-    if channels_last:
-        n, c, h, w = shape
-        x = torch.empty(n, h, w, c, dtype=DTYPES[dtype]).permute(0, 3, 1, 2)
-    else:
-        x = torch.empty(shape, dtype=DTYPES[dtype])
-    vectors = [torch.ones(shape[1]) for _ in range(4)]
-    added = torch.empty_like(x) if residual else None
-    options = {"training": True, "activation": activation, "residual": added, "backend": backend}
-    _, saved = gpu_bn.batch_norm_forward(x, *vectors, **options)
-    gpu_bn.batch_norm_backward(torch.empty_like(x), saved, backend=backend)
-    return backend.launches
+def _covering():
+    """Each architecture, dtype, layout and kind of call; what needs most registers more often."""
+    for arch, dtype, columns, kind in (
+        (75, "float16", False, "split"), (80, "float16", True, "held"), (90, "float16", False, "cluster"),
+        (120, "float32", False, "held"), (89, "bfloat16", True, "masked groups"), (86, "float64", False, "held"),
+        (100, "float16", True, "split"), (80, "float32", True, "phases"), (90, "float64", True, "held"),
+        (75, "float32", True, "held"), (120, "float16", True, "frozen"), (100, "float32", True, "cluster"),
+        (86, "float16", False, "sizes"), (89, "float32", False, "long"), (75, "float16", True, "wide"),
+    ):  # fmt: skip
+        for activation in ("relu", "gelu"):
+            if activation == "gelu" or kind != "sizes":
+                yield Group(arch, activation, dtype, FULL[dtype], columns, kind)
+    for dtype, vector, columns in (("float16", 4, False), ("float16", 1, True), ("float32", 2, True)):
+        yield Group(90, "gelu", dtype, vector, columns, "split")
+        yield Group(80, "relu", dtype, vector, columns, "held")
 
 
-def require(geometry, dtype, activation, residual, arch, compile_triton):
-    launches = recorded(geometry, dtype, activation, residual, PLANNED[arch])
-    for step, special in launches:
-        options = dict(special.options)
-        options["fp_fusion"] = options.pop("enable_fp_fusion")
-        compiled = compile_triton(
-            step.kernel, arch, special.signature, special.constants, aligned=special.aligned, **options
-        )
-        name = step.kernel.__name__
-        usual = dtype in ("f16", "bf16") and activation == "relu"
-        ceiling = CEILINGS[name]["channels-last" in geometry] if usual else 255
-        size = DTYPES[dtype].itemsize
-        width = min(16, 4 * size) if geometry == "narrow rows" else 16  # rows of 196 elements
-        compiled.require(registers=ceiling, shared_bytes=16 << 10, load_bytes=width)
-        if name not in ("bn_stats_kernel", "bn_backward_reduce_kernel"):
-            compiled.require(store_bytes=width)
-        for kind in ("ld", "st"):
-            narrow = compiled.global_widths(kind)[size] if size < 4 else 0
-            assert narrow <= (1 if name == "bn_stats_kernel" else 0), f"{name}: {narrow} accesses of one element"
-    return launches
+def _marked(groups):
+    for index, group in enumerate(groups):
+        marks = [] if index in (0, 3, 4, 7) else [pytest.mark.slow if index % 2 else pytest.mark.exhaustive]
+        yield pytest.param(group, id=str(group), marks=marks)
 
 
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_triton")
+@pytest.mark.parametrize("group", list(_marked(_covering())))
+def test_gates(group):
+    FAMILY.check(group)
+
+
+OTHERS = [(name, kind) for kind in ("split", "masked", "frozen") for name in ROWS if name not in ("relu", "gelu")]
+"""Streaming kernels that are not enumerated, for their activations."""
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_triton")
 @pytest.mark.parametrize(
-    ("geometry", "arch"),
-    [("split rows", 75), ("split rows", 120), ("split channels-last", 80), ("narrow rows", 90), ("held rows", 80),
-     ("held channels-last", 89)],
-)  # fmt: skip
-def test_half_precision_with_relu_and_residual(geometry, arch, compile_triton):
-    require(geometry, "f16", "relu", True, arch, compile_triton)
+    ("activation", "kind", "arch"),
+    [
+        pytest.param(activation, kind, (75, 80, 90, 120)[index % 4], marks=[pytest.mark.slow] if index % 5 else [])
+        for index, (activation, kind) in enumerate(OTHERS)
+    ],
+)
+def test_other_activations_in_streaming_kernels(activation, kind, arch):
+    group = Group(arch, activation, "float16", 8, arch in (80, 120), kind)
+    assert not FAMILY.outside(group, FAMILY.build(group, FAMILY.variants(group), True))
 
 
-def test_clusters(compile_triton):
-    launches = require("cluster", "f16", "relu", True, 90, compile_triton)
-    assert [step.num_ctas > 1 for step, _ in launches] == [True, True]
-
-
-EVERYTHING = [
-    pytest.param(
-        geometry, dtype, activation, residual, arch,
-        marks=[pytest.mark.slow if index % 87 == 0 else pytest.mark.exhaustive],
-    )
-    for index, (geometry, dtype, (activation, residual), arch) in enumerate(
-        product(
-            GEOMETRIES, DTYPES, [("identity", False), ("relu", False), ("relu", True), ("gelu", True)], ARCHITECTURES
-        )
-    )
+PARAMETERS = [
+    {"parameters": torch.float16}, {"parameters": torch.bfloat16}, {"parameters": torch.float64}, {"affine": False},
+    {"need": {"dx"}}, {"need": {"dweight", "dresidual"}}, {"groups": 2}, {"groups": 8}, {"tracked": False},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("geometry", "dtype", "activation", "residual", "arch"), EVERYTHING)
-def test_everything(geometry, dtype, activation, residual, arch, compile_triton):
-    require(geometry, dtype, activation, residual, arch, compile_triton)
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_triton")
+@pytest.mark.parametrize(
+    ("options", "tier", "arch"),
+    [
+        pytest.param(options, tier, (80, 90, 75, 120)[index % 4], marks=[pytest.mark.slow] if index % 3 else [])
+        for index, (options, tier) in enumerate(product(PARAMETERS, ("split", "cta")))
+    ],
+    ids=str,
+)
+def test_other_parameters(options, tier, arch):
+    """What is not enumerated because it changes a few instructions of a program."""
+    tensors = Tensors("float16", 8, options.get("parameters") is not None)
+    options = dict(options)
+    x = tensors(2 * tensors.tile)
+    if "groups" in options:
+        count = options.pop("groups")
+        x = x[: x.shape[0] // count * count]
+        options["virtual_batch_size"] = x.shape[0] // count
+    group = Group(arch, "relu", "float16", 8, tensors.columns, f"{options}")
+    launches = recorded(x, arch, sms=64, tier=tier, activation="relu", residual=True, **options)
+    assert not FAMILY.outside(group, {kernel_name(*launch): built(arch, *launch) for launch in launches})
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_the_plans_are_ones_that_the_kernels_can_follow(name):
-    for geometry in ("split rows", "held rows", "held channels-last"):
-        for step, special in recorded(geometry, "f16", "relu", True, name):
+    for (*shape, columns), tier in product(
+        ((64, 64, 3136, False), (32, 256, 256, False), (2, 49, 256, True)), ("split", "cta")
+    ):
+        backend = RecordingBackend(DEVICES[name], tier=tier)
+        x = torch.empty(shape, dtype=DTYPES["float16"])
+        x = x.permute(0, 2, 1) if columns else x
+        vectors = [torch.ones(x.shape[1]) for _ in range(4)]
+        gpu_bn.batch_norm_forward(x, *vectors, training=True, activation="relu", residual=x, backend=backend)
+        for step, special in backend.launches:
             assert step.num_warps <= 8
             assert step.num_ctas == 1 or DEVICES[name].arch >= 90
             assert step.grid[1] <= 65535

@@ -211,22 +211,35 @@ def compile_cuda(
     expression. `headers` are the texts of files that the source includes. Without `resources` only PTX is made,
     several times faster: such a kernel can be run, but `require` refuses to judge it.
     """
-    compiler = nvrtc()
-    target = [f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v"] if resources else [f"-arch=compute_{arch}"]
-    flags = [*target, "--std=c++17", *options]
+    flags = _flags(arch, options, resources)
     headers = dict(headers or {})
-    path = _cached(["cuda", compiler.version, flags, source, headers, list(expressions)])
+    path = _cached(["cuda", nvrtc().version, flags, source, headers, list(expressions)])
     if (cached := _load(path)) is None:
-        if include := cuda_headers():
-            flags.append(f"--include-path={include}")
-        module, log, lowered = compiler.compile(source, flags, headers, expressions)
-        cached = {}
-        for name, ptx in separate(module).items():
-            report = _resources(log, name) if resources else _NOT_ASSEMBLED
-            for key in [key for key in lowered if lowered[key] == name] or [name]:
-                cached[key] = Compiled(name, arch, ptx, **report, log=log)
+        cached = build_cuda(source, arch, options, expressions=expressions, headers=headers, resources=resources)
         _save(path, cached)
     return cached
+
+
+def build_cuda(
+    source: str, arch: int, options: Sequence[str] = (), *, expressions: Sequence[str] = (),
+    headers: Mapping[str, str] | None = None, resources: bool = True,
+) -> dict[str, Compiled]:  # fmt: skip
+    """:func:`compile_cuda` without the cache."""
+    flags = _flags(arch, options, resources)
+    if include := cuda_headers():
+        flags.append(f"--include-path={include}")
+    module, log, lowered = nvrtc().compile(source, flags, headers or {}, expressions)
+    found = {}
+    for name, ptx in separate(module).items():
+        report = _resources(log, name) if resources else _NOT_ASSEMBLED
+        for key in [key for key in lowered if lowered[key] == name] or [name]:
+            found[key] = Compiled(name, arch, ptx, **report, log=log)
+    return found
+
+
+def _flags(arch: int, options: Sequence[str], resources: bool) -> list[str]:
+    target = [f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v"] if resources else [f"-arch=compute_{arch}"]
+    return [*target, "--std=c++17", *options]
 
 
 _RESOURCES = {
@@ -270,6 +283,7 @@ def compile_triton(
     num_stages: int = 3,
     num_ctas: int = 1,
     fp_fusion: bool = True,
+    maxnreg: int | None = None,
     resources: bool = True,
 ) -> Compiled:
     """Compile a @triton.jit function ahead of time for sm_<arch>.
@@ -279,12 +293,7 @@ def compile_triton(
     `triton_arguments`. A cluster of `num_ctas` blocks counts as one program: launch num_ctas times the grid.
     `resources` as for `compile_cuda`.
     """
-    options = {
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-        "num_ctas": num_ctas,
-        "enable_fp_fusion": fp_fusion,
-    }
+    options = _triton_options(num_warps, num_stages, num_ctas, fp_fusion, maxnreg)
     constants = dict(constants or {})
     texts = {name: getattr(value, "cache_key", value) for name, value in constants.items()}  # functions: by their text
     key = [function.cache_key, arch, dict(signature), texts, list(aligned), options, resources]
@@ -293,6 +302,23 @@ def compile_triton(
         cached = {"kernel": _compile_triton(function, arch, signature, constants, aligned, options, resources)}
         _save(path, cached)
     return cached["kernel"]
+
+
+def build_triton(
+    function: Any, arch: int, signature: Mapping[str, str], constants: Mapping[str, Any] | None = None, *,
+    aligned: Sequence[str] = (), num_warps: int = 4, num_stages: int = 3, num_ctas: int = 1, fp_fusion: bool = True,
+    maxnreg: int | None = None,
+) -> Compiled:  # fmt: skip
+    """:func:`compile_triton` without the cache."""
+    options = _triton_options(num_warps, num_stages, num_ctas, fp_fusion, maxnreg)
+    return _compile_triton(function, arch, signature, dict(constants or {}), aligned, options, True)
+
+
+def _triton_options(
+    num_warps: int, num_stages: int, num_ctas: int, fp_fusion: bool, maxnreg: int | None
+) -> dict[str, int]:
+    options = {"num_warps": num_warps, "num_stages": num_stages, "num_ctas": num_ctas, "enable_fp_fusion": fp_fusion}
+    return options if maxnreg is None else {**options, "maxnreg": maxnreg}
 
 
 def _compile_triton(
