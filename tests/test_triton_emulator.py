@@ -26,6 +26,7 @@ from gpu_bn.plan import DEVICES, VECTOR_BYTES  # noqa: E402
 pytestmark = pytest.mark.compile
 
 FROZEN = Case((4, 6, 5, 7), mode="eval", activation="elu", residual=True, mean=1e4, std=1.0, param_dtype="float64")
+HUGE = Case((4, 6, 5, 7), activation="relu", mode="train_no_stats", mean=1e30, std=1e30)
 COVERING = [
     (80, None, Case((3, 5, 4, 7), activation="relu", affine="none")),
     (80, None, Case((4, 6, 5, 7), "bfloat16", activation="silu", residual=True)),
@@ -43,6 +44,7 @@ COVERING = [
     (90, "cluster", Case((12, 8, 12, 12), "float16", activation="relu", residual=True)),
     (90, "cluster", Case((70, 40), activation="tanh")),
     (90, None, Case((300, 41), "float16", "sliced", activation="relu", residual=True)),
+    (80, "split", HUGE),
 ]
 """Architecture, tier and case: each kernel in each mapping, dtype and kind of activation, and the hard numbers."""
 
