@@ -74,7 +74,7 @@ PLANTED = [
             BLOCK_SUM_READS),
     planted("block sum: no barrier before reuse", "data race", "cta", "  __syncthreads();  // the scratch may", "//"),
     planted("cluster: no barrier before reading", "block not started", "cluster",
-            "meet(const Tile<L>&, u32) { barrier(); }", "meet(const Tile<L>&, u32) { __syncthreads(); }"),
+            "meet(const Tile<L>&) { barrier(); }", "meet(const Tile<L>&) { __syncthreads(); }"),
     planted("cluster: relaxed barrier", "data race", "cluster", "cluster.arrive.release", "cluster.arrive.relaxed"),
     planted("cluster: no barrier before leaving", "exited block", "cluster", "leave() { barrier(); }", "leave() {}"),
     planted("no wait for copies", "copy in flight", "cta",

@@ -50,7 +50,7 @@ def planned(monkeypatch, device):
         gpu.asked.add((activation, name))
         return Nothing()
 
-    monkeypatch.setattr(backend, "_compiled", asked)
+    monkeypatch.setattr(importlib.import_module("gpu_bn.backends.cupy_draft"), "compiled", asked)
     gpu.backend = backend.CupyBackend
     return gpu
 
