@@ -12,11 +12,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+from cuda_variants import FAMILY
 from emulator import Checks, Device, EmulatorError
 from emulator.compile import ARCHITECTURES
 from emulator.schedules import require_same_results
+from gates import Group
 from support import rng, same_bits
-from test_cuda_gates import FULL, require_gates
+from test_cuda_gates import FULL
 
 from gpu_bn.activations import Activation
 from gpu_bn.backends._layout import Layout
@@ -514,15 +516,18 @@ def gates() -> Iterator:
         usual = (arch, dtype, columns, batch) == (90, "float16", True, "MASKED_GROUPS")
         slow = batch == "MASKED_GROUPS" and dtype in ("float16", "float64") and arch in (75, 80, 90)
         marks = [] if usual else [pytest.mark.slow if slow else pytest.mark.exhaustive]
-        yield pytest.param(arch, "gelu" if arch != 80 else "relu", dtype, FULL[dtype], columns, batch, marks=marks)
+        group = Group(arch, "gelu" if arch != 80 else "relu", dtype, FULL[dtype], columns, batch)
+        yield pytest.param(group, id=str(group), marks=marks)
     for arch, dtype, vector, columns in product((75, 90, 120), ("float16", "float32"), (1, 2, 4), (False, True)):
-        yield pytest.param(arch, "gelu", dtype, vector, columns, "MASKED_GROUPS", marks=pytest.mark.exhaustive)
+        group = Group(arch, "gelu", dtype, vector, columns, "MASKED_GROUPS")
+        yield pytest.param(group, id=str(group), marks=pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize(("arch", "activation", "dtype", "vector", "columns", "batch"), list(gates()))
-def test_gates(arch, activation, dtype, vector, columns, batch, compile_cuda):
+@pytest.mark.usefixtures("compile_cuda")
+@pytest.mark.parametrize("group", list(gates()))
+def test_gates(group):
     """No spills, no stack, the registers and the shared memory of the unmasked kernels, full vectors."""
-    require_gates(compile_cuda, arch, activation, dtype, vector, columns, batch=batch)
+    FAMILY.check(group)
 
 
 # ------------------------------------------------------------------------------------------------- traffic
