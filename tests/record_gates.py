@@ -3,10 +3,10 @@
     python tests/record_gates.py sweep cuda --work DIRECTORY [--processes 2]
     python tests/record_gates.py write cuda --work DIRECTORY
 
-``sweep`` appends a row for each group to files in the directory: of what has no row of the present sources yet, so that
-it goes on where it was stopped, and after a change compiles what that concerns. ``write`` makes the record of the rows
-there are. ``stamp`` marks rows that another program has left there as made of the sources that are imported now. The
-kernels are those for ``cuda`` or ``triton``.
+``sweep`` appends a row for each group to files in the directory: of what neither the record nor a row has of the
+present sources yet, so that it goes on where it was stopped, and after a change compiles what that concerns. ``write``
+adds the rows there are to what still holds of the record. ``stamp`` marks rows that another program has left there as
+made of the sources that are imported now. The kernels are those for ``cuda`` or ``triton``.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def marked(family: Family, group: Group, kernels: dict[str, Any], seconds: float
 # -------------------------------------------------------------------------------------------------------- actions
 def sweep(family: Family, work: Path, part: int, parts: int) -> None:
     """Compile what is not known yet, and say which kernels are outside the gates."""
-    known = Rows(family, work)
-    todo = sorted((group for group in family.every_group() if known.missing(group)), key=family.importance)[part::parts]
+    known, recorded = Rows(family, work), standing(family).cells
+    wanted = [group for group in family.every_group() if group not in recorded and known.missing(group)]
+    todo = sorted(wanted, key=family.importance)[part::parts]
     print(f"{len(todo)} groups to compile", flush=True)
     with (work / f"rows.{part}.jsonl").open("a") as file:
         for group in todo:
@@ -119,13 +120,20 @@ def sweep(family: Family, work: Path, part: int, parts: int) -> None:
 
 def write(family: Family, work: Path) -> None:
     """Write the record."""
-    record, known = Record(family.compiler()), Rows(family, work)
+    record, known = standing(family), Rows(family, work)
     for group in family.every_group():
-        if (kernels := known.kernels(group)) is not None:
+        if group not in record.cells and (kernels := known.kernels(group)) is not None:
             record.cells[group] = Cell.of(family, group, kernels)
             record.outside += family.outside(group, kernels)
     Record.file(family).write_text(record.text(family))
     print(f"{Record.file(family)}: {len(record.cells)} groups, {len(record.outside)} kernels outside the gates")
+
+
+def standing(family: Family) -> Record:
+    """What still holds of the record; nothing, if something in it was outside the gates."""
+    record = Record.read(family)
+    same = record.compiler == family.compiler() and not record.outside
+    return Record(family.compiler(), cells=record.current(family) if same else {})
 
 
 def stamp(family: Family, work: Path) -> None:
