@@ -93,12 +93,14 @@ class DeviceCode:
         value: ``y`` from ``z``.
         gradient: ``dz`` from ``z`` and ``dy``, if the activation is smooth.
         drop, dropped: ``dz`` is ``dropped`` where ``drop`` holds and ``dy`` elsewhere, if one bit of ``z`` decides.
+        slope: in place of ``dropped``, what ``dy`` is multiplied by.
     """
 
     value: str
     gradient: str = ""
     drop: str = ""
     dropped: str = ""
+    slope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +386,7 @@ ROWS = {
         ),
         Row(
             Activation("leaky_relu", 0.01), "negative_slope", _leaky_relu, 1, _leaky_relu_gradient, 3,
-            DeviceCode("where(z <= 0, p * z, z)", drop="z <= 0", dropped="p * dy"),
+            DeviceCode("where(z <= 0, p * z, z)", drop="z <= 0", slope="p"),
         ),
         Row(
             Activation("elu", 1.0), "alpha", _elu, 2, _elu_gradient, 2,

@@ -34,10 +34,13 @@ def functions(name: str) -> Functions:
     """An activation's functions; the same ones each time, so that kernels are compiled once."""
     code = ROWS[name].device
     gradient = code.gradient or f"where({code.drop}, {code.dropped}, dy)"
+    masked = f"where(keep, dy, {code.dropped})"
+    if code.slope:  # one product of a choice: of a choice of products Triton 3.9 crashes (sm_75, 86, 89, 90)
+        gradient, masked = f"dy * where({code.drop}, {code.slope}, 1)", f"dy * where(keep, 1, {code.slope})"
     bodies = {"value(z, p)": code.value, "gradient(z, dy, p)": gradient}
     if code.drop:
         bodies["drop(z)"] = code.drop
-        bodies["masked_gradient(keep, dy, p)"] = f"where(keep, dy, {code.dropped})"
+        bodies["masked_gradient(keep, dy, p)"] = masked
     found = _define(name, "\n\n".join(f"def {name}_{head}:\n    return {body}\n" for head, body in bodies.items()))
     made = {head.partition("(")[0]: triton.jit(found[f"{name}_{head.partition('(')[0]}"]) for head in bodies}
     return Functions(made["value"], made["gradient"], made.get("drop"), made.get("masked_gradient"))

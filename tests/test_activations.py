@@ -44,8 +44,9 @@ def test_the_expressions_for_kernels_are_the_same_functions(activation):
     z = np.concatenate([np.linspace(-20, 20, 1001), [0.0, 6.0, -3.0, 3.0, np.nan]])
     dy = np.linspace(-2, 3, len(z))
     code = activation.row.device
-    assert bool(code.drop) == bool(code.dropped) != bool(code.gradient)
-    gradient = code.gradient or f"where({code.drop}, {code.dropped}, dy)"
+    dropped = f"{code.slope} * dy" if code.slope else code.dropped
+    assert bool(code.drop) == bool(dropped) != bool(code.gradient)
+    gradient = code.gradient or f"where({code.drop}, {dropped}, dy)"
     close = {"rtol": 1e-12, "atol": 1e-15}
     np.testing.assert_allclose(in_expressions(code.value, activation, z, dy), values(activation, z), **close)
     np.testing.assert_allclose(in_expressions(gradient, activation, z, dy), slopes(activation, z, dy), **close)

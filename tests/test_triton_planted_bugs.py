@@ -221,8 +221,8 @@ BUGS = [
     Bug(
         "slope forgotten where bits decide",
         ACTIVATIONS,
-        "where(keep, dy, {code.dropped})",
-        "where(keep, dy, 0.0 * dy)",
+        "dy * where(keep, 1, {code.slope})",
+        "dy * where(keep, 1, 0)",
         "dx[",
         SLOPED,
         "cta",

@@ -56,9 +56,10 @@ def switched(activation: str) -> bool:
 def _activation(name: str) -> str:
     """The struct ``Activation`` of a row's expressions; numbers get the precision that is computed in."""
     code = ROWS[name].device
+    dropped = f"{code.slope} * dy" if code.slope else code.dropped or "dy"
     value, gradient, drop, dropped = (
         NUMBER.sub(lambda number: f"A({number[0]})", text)
-        for text in (code.value, code.gradient, code.drop or "false", code.dropped or "dy")
+        for text in (code.value, code.gradient, code.drop or "false", dropped)
     )
     if code.drop:
         gradient = f"drop(z) ? {dropped} : dy"
