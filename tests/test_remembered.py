@@ -54,7 +54,7 @@ EQUAL = [
     ({"momentum": 0.5}, {"momentum": Decimal("0.5")}, "momentum should be a number, got Decimal"),
     ({"momentum": np.array(0.5)}, {"momentum": np.array([0.5])}, "momentum should be a number, got ndarray"),
     ({"renorm": (3.0, 5.0)}, {"renorm": [3.0, 5.0]}, "renorm should be two numbers"),
-    ({"activation": "relu"}, {"activation": SimpleNamespace(name="relu")}, "activation should be a name or an Activ"),
+    ({"activation": "relu"}, {"activation": SimpleNamespace(name="relu")}, "activation should be a name or an"),
 ]
 
 
