@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import combinations
 
 import numpy as np
 import pytest
+from pairwise import covering
 
 import gpu_bn
 from gpu_bn import functional
@@ -18,8 +20,8 @@ from gpu_bn.testing.check import run
 pytestmark = pytest.mark.compile
 TARGETS = ((80, None), (80, "cta"), (80, "cooperative"), (80, "split"), (90, None), (90, "cluster"))
 """Architectures, and a tier that is forced on training calls or None for the plan's own choice."""
-STRIDE, LONG_STRIDE = 36, 24
-"""A normal run takes every so manieth case on each target, other cases on another; the long run takes more of them."""
+LONG_STRIDE = 24
+"""The long run takes every so manieth case on each target, other cases on another."""
 
 COVERING = (
     (80, "cta", Case((4, 6, 5), param_dtype="bfloat16")),
@@ -37,9 +39,11 @@ def selected() -> list:
 
 
 def _selected():
+    """A normal run has all pairs of values, each on one target or another."""
+    usually = {case: index % len(TARGETS) for index, case in enumerate(covering(cases()))}
     for offset, (arch, tier) in enumerate(TARGETS):
         for index, case in enumerate(cases()):
-            usual, long = index % STRIDE == offset * 6, index % LONG_STRIDE == offset
+            usual, long = usually.get(case) == offset, index % LONG_STRIDE == offset
             marks = [] if usual else [pytest.mark.slow if long else pytest.mark.exhaustive]
             yield pytest.param(arch, tier, case, id=f"sm_{arch}-{tier or 'planned'}-{case}", marks=marks)
 
@@ -58,6 +62,17 @@ def test_case(arch, tier, case, make_gpu):
     assert forward + backward == len(gpu.launched)
     assert forward <= 1 if fused or case.mode == "eval" else forward <= 2
     assert backward <= 1 if fused or case.mode == "eval" else backward <= 2
+
+
+def test_a_normal_run_has_all_pairs_of_values():
+    def pairs(chosen):
+        values = [{name: value for name, value in asdict(case).items() if name != "shape"} for case in chosen]
+        return {pair for found in values for pair in combinations(found.items(), 2)}
+
+    usual = [param.values for param in selected() if not param.marks]
+    assert pairs(case for *_, case in usual) == pairs(cases())
+    assert {(arch, tier) for arch, tier, _ in usual} == set(TARGETS)
+    assert len(usual) < len(cases()) / 3
 
 
 @pytest.mark.parametrize(
