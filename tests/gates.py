@@ -139,7 +139,7 @@ class Family:
 
     def drawn(self, count: int) -> list[Group]:
         """Some groups, others with each change of the sources."""
-        seed = self.sources()
+        seed = digest(self.sources(), 16)
         return sorted(self.every_group(), key=lambda group: digest([seed, *group], 16))[:count]
 
 

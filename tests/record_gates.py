@@ -5,18 +5,17 @@
 
 ``sweep`` appends a row for each group to files in the directory: of what neither the record nor a row has of the
 present sources yet, so that it goes on where it was stopped, and after a change compiles what that concerns. ``write``
-adds the rows there are to what still holds of the record. ``stamp`` marks rows that another program has left there as
-made of the sources that are imported now. The kernels are those for ``cuda`` or ``triton``.
+adds the rows there are to what still holds of the record. The kernels are those for ``cuda`` or ``triton``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,17 @@ from gates import Cell, Family, Group, Record, Resources
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("sweep", "write", "stamp"))
+    parser.add_argument("action", choices=("sweep", "write"))
     parser.add_argument("family", choices=("cuda", "triton"))
     parser.add_argument("--work", type=Path, required=True, help="directory of the rows")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     family = family_of(given.family)
     given.work.mkdir(parents=True, exist_ok=True)
     if given.action == "write":
         write(family, given.work)
-    elif given.action == "stamp":
-        stamp(family, given.work)
-    elif given.processes == 1 or given.part is not None:
-        sweep(family, given.work, given.part or 0, given.processes)
     else:
-        parts = [subprocess.Popen([sys.executable, *sys.argv, f"--part={part}"]) for part in range(given.processes)]
-        sys.exit(max(part.wait() for part in parts))
+        sweep(family, given.work, given.processes)
 
 
 def family_of(name: str) -> Family:
@@ -57,35 +50,42 @@ def family_of(name: str) -> Family:
 KEYS = ("arch", "act", "dtype", "vector", "columns", "batch")
 
 
+Kernel = tuple[int, str, str]
+"""Its architecture, its name and the stamp of what it is made of: groups may have it in common."""
+
+
 class Rows:
-    """The rows of a directory: of each group, what is known of kernels as they are now.
+    """The rows of a directory: what is known of kernels.
 
     A row is of one group, and says by which compiler (``by``) and of what (``of``, stamps) its kernels were made.
     """
 
     def __init__(self, family: Family, work: Path) -> None:
         self.family = family
-        self.known: dict[Group, dict[str, Resources]] = {}
+        self.known: dict[Kernel, Resources] = {}
         for row in read(work):
-            if row.get("by") != family.compiler():
-                continue
-            group, known = group_of(row), self.known.setdefault(group_of(row), {})
-            for name, kernel in row["kernels"].items():
-                if row["of"][name] == family.stamp(group, name):
-                    known[name] = Resources(*kernel[:4], tuple(kernel[4]), tuple(kernel[5]))
+            if row.get("by") == family.compiler():
+                for name, kernel in row["kernels"].items():
+                    found = Resources(*kernel[:4], tuple(kernel[4]), tuple(kernel[5]))
+                    self.known[row["arch"], name, row["of"][name]] = found
+
+    def of(self, group: Group, name: str) -> Kernel:
+        """A variant of a group, as it is now."""
+        return group.arch, name, self.family.stamp(group, name)
 
     def missing(self, group: Group) -> list[str]:
         """The variants of a group of which nothing is known."""
-        return [name for name in self.family.variants(group) if name not in self.known.get(group, {})]
+        return [name for name in self.family.variants(group) if self.of(group, name) not in self.known]
 
     def kernels(self, group: Group) -> dict[str, Resources] | None:
         """All variants of a group, if they are known."""
-        known = self.known.get(group, {})
-        return None if self.missing(group) else {name: known[name] for name in self.family.variants(group)}
+        kernels = {name: self.known.get(self.of(group, name)) for name in self.family.variants(group)}
+        found = {name: kernel for name, kernel in kernels.items() if kernel is not None}
+        return found if len(found) == len(kernels) else None
 
 
 def read(work: Path) -> Iterator[dict[str, Any]]:
-    for file in sorted(work.glob("rows.*.jsonl")):
+    for file in sorted(work.glob("rows*.jsonl")):
         for line in file.read_text().splitlines():
             yield json.loads(line)
 
@@ -102,20 +102,42 @@ def marked(family: Family, group: Group, kernels: dict[str, Any], seconds: float
 
 
 # -------------------------------------------------------------------------------------------------------- actions
-def sweep(family: Family, work: Path, part: int, parts: int) -> None:
+def sweep(family: Family, work: Path, processes: int) -> None:
     """Compile what is not known yet, and say which kernels are outside the gates."""
-    known, recorded = Rows(family, work), standing(family).cells
-    wanted = [group for group in family.every_group() if group not in recorded and known.missing(group)]
-    todo = sorted(wanted, key=family.importance)[part::parts]
-    print(f"{len(todo)} groups to compile", flush=True)
-    with (work / f"rows.{part}.jsonl").open("a") as file:
-        for group in todo:
-            start = time.monotonic()
-            kernels = family.build(group, known.missing(group), False)
-            file.write(marked(family, group, kernels, time.monotonic() - start))
-            file.flush()
-            for why in family.outside(group, kernels):
+    rows, recorded = Rows(family, work), standing(family).cells
+    groups = sorted((group for group in family.every_group() if group not in recorded), key=family.importance)
+    batches: dict[Group, list[Group]] = {}
+    for group in groups:  # those that have kernels in common
+        batches.setdefault(group._replace(activation=""), []).append(group)
+    print(f"{len(groups)} groups that the record does not have", flush=True)
+    with ProcessPoolExecutor(processes, get_context("fork"), initializer=_start, initargs=(rows,)) as pool:
+        for lines, outside in pool.map(_compile, batches.values()):
+            with (work / "rows.jsonl").open("a") as file:
+                file.writelines(lines)
+            for why in outside:
                 print(why, flush=True)
+
+
+_rows: Rows
+"""What a process of the pool knows."""
+
+
+def _start(rows: Rows) -> None:
+    global _rows
+    _rows = rows
+
+
+def _compile(groups: list[Group]) -> tuple[list[str], list[str]]:
+    """The rows of what was not known of some groups, and which kernels are outside the gates."""
+    family, lines, outside = _rows.family, [], []
+    for group in groups:
+        if missing := _rows.missing(group):
+            start = time.monotonic()
+            kernels = family.build(group, missing, False)
+            _rows.known |= {_rows.of(group, name): kernel for name, kernel in kernels.items()}
+            lines.append(marked(family, group, kernels, time.monotonic() - start))
+            outside += family.outside(group, kernels)
+    return lines, outside
 
 
 def write(family: Family, work: Path) -> None:
@@ -134,22 +156,6 @@ def standing(family: Family) -> Record:
     record = Record.read(family)
     same = record.compiler == family.compiler() and not record.outside
     return Record(family.compiler(), cells=record.current(family) if same else {})
-
-
-def stamp(family: Family, work: Path) -> None:
-    """Mark the rows that do not say what they are of, after compiling three of them again."""
-    files = {file: [json.loads(line) for line in file.read_text().splitlines()] for file in work.glob("rows.*.jsonl")}
-    unmarked = [row for found in files.values() for row in found if not isinstance(row.get("of"), dict)]
-    for row in unmarked[:: max(1, len(unmarked) // 3)]:
-        again = family.build(group_of(row), list(row["kernels"]), False)
-        assert json.loads(json.dumps(again)) == row["kernels"], f"{group_of(row)} is of other sources"
-    for file, found in files.items():
-        with file.open("w") as lines:
-            for row in found:
-                new = row in unmarked
-                group, kernels, seconds = group_of(row), row["kernels"], row["seconds"]
-                lines.write(marked(family, group, kernels, seconds) if new else json.dumps(row) + "\n")
-    print(f"{len(unmarked)} rows marked")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -247,6 +248,7 @@ def broken_gpu(monkeypatch, calls):
 def test_a_gpu_that_does_not_answer_ends_the_check(monkeypatch, capsys):
     calls = []
     broken_gpu(monkeypatch, calls)
+    monkeypatch.setattr(_conformance, "THREADS", {})
     monkeypatch.setattr(_conformance, "unavailable", lambda _: "")
     monkeypatch.setattr(testing, "cases", lambda: FEW * 3)
     monkeypatch.setattr(testing, "extended_cases", list)
@@ -255,9 +257,28 @@ def test_a_gpu_that_does_not_answer_ends_the_check(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert len(calls) == 2
     left = 3 * len(FEW) - 2
-    assert f"The GPU does not answer since the last of these; {left} cases and later backends were not run." in out
+    assert (
+        f"The GPU does not answer since one of the last of these; {left} cases and later backends were not run." in out
+    )
     assert "cupy: 1 of 2 cases have passed" in out
     assert "triton" not in out
+
+
+def test_cases_run_side_by_side_and_are_reported_in_order(monkeypatch):
+    together = threading.Barrier(4, timeout=60)
+
+    def check(case, _):
+        together.wait()
+        return {"y": float(case.shape[0])}
+
+    monkeypatch.setattr(_conformance, "THREADS", {"cupy": 4})
+    monkeypatch.setattr(testing, "check", check)
+    cases = [testing.Case((size, 2)) for size in range(2, 10)]
+    ticks = []
+    outcomes = _conformance.run_all(cases, "cupy", ticks.append)
+    assert [outcome.case for outcome in outcomes] == cases
+    assert [outcome.errors["y"] for outcome in outcomes] == [case.shape[0] for case in cases]
+    assert sum(ticks) == len(cases)
 
 
 @pytest.mark.parametrize(("backend", "answers"), [("numpy", True), ("torch", True), ("triton", True), ("cupy", False)])

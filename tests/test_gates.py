@@ -93,7 +93,7 @@ def test_a_kernel_outside_the_gates_is_found(change, tmp_path, monkeypatch):
     family = toy({"good": GOOD, "bad": GOOD._replace(**change)})
     with pytest.raises(AssertionError, match="sm_80 relu float16 x8 rows WHOLE: bad: "):
         family.check(GROUP)
-    record_gates.sweep(family, tmp_path, 0, 1)
+    record_gates.sweep(family, tmp_path, 1)
     record_gates.write(family, tmp_path)
     record = Record.read(family)
     with pytest.raises(AssertionError):
@@ -103,7 +103,7 @@ def test_a_kernel_outside_the_gates_is_found(change, tmp_path, monkeypatch):
 def test_the_record_is_of_what_was_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(gates, "DATA", tmp_path)
     family = toy({"good": GOOD, "better": GOOD._replace(registers=30)})
-    record_gates.sweep(family, tmp_path, 0, 1)
+    record_gates.sweep(family, tmp_path, 1)
     record_gates.write(family, tmp_path)
     cell = Record.read(family).current(family)[GROUP]
     assert (cell.kernels, cell.registers, cell.shared, cell.load) == (2, 40, 512, 16)
@@ -115,16 +115,18 @@ def test_the_record_is_of_what_was_compiled(tmp_path, monkeypatch):
 
 def test_a_row_serves_as_long_as_its_kernels_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(gates, "DATA", tmp_path)
-    record_gates.sweep(toy({"good": GOOD}), tmp_path, 0, 1)
+    record_gates.sweep(toy({"good": GOOD}), tmp_path, 1)
     more, changed = toy({"good": GOOD, "more": GOOD}), toy({"good": GOOD}, stamp="two")
     assert record_gates.Rows(more, tmp_path).missing(GROUP) == ["more"]
+    assert record_gates.Rows(more, tmp_path).missing(GROUP._replace(activation="gelu")) == ["more"]
+    assert record_gates.Rows(more, tmp_path).missing(GROUP._replace(arch=90)) == ["good", "more"]
     assert record_gates.Rows(changed, tmp_path).missing(GROUP) == ["good"]
     record_gates.write(toy({"good": GOOD}), tmp_path)
     for family in (more, changed):
         assert not Record.read(family).current(family)
         with pytest.raises(pytest.skip.Exception, match="nothing of these sources"):
             family.check(GROUP)
-    record_gates.sweep(more, tmp_path, 0, 1)
+    record_gates.sweep(more, tmp_path, 2)
     assert set(record_gates.Rows(more, tmp_path).kernels(GROUP)) == {"good", "more"}
 
 

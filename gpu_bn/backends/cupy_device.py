@@ -9,6 +9,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from threading import Lock
 from typing import Any
 
 import cupy
@@ -28,6 +29,7 @@ OLDEST_ARCH = 70
 NATURAL = tuple(range(MAX_RANK))
 BLOCK = (THREADS,)
 NULL = np.intp(0)
+_LIMIT = Lock()
 
 
 @cache
@@ -68,8 +70,9 @@ def compiled(activation: str, name: str, shared_bytes: int, device: int) -> Any:
             f"the kernel {name} could not be compiled ({type(error).__name__}): {error}\n"
             "If NVRTC is missing: pip install 'gpu_bn[cupy]'. If it does not know the GPU: update CuPy."
         ) from error
-    if shared_bytes > 32 << 10:  # the kernel's, for plans of all sizes
-        kernel.max_dynamic_shared_size_bytes = max(shared_bytes, kernel.max_dynamic_shared_size_bytes)
+    if shared_bytes > 32 << 10:
+        with _LIMIT:  # the kernel's, for plans of all sizes
+            kernel.max_dynamic_shared_size_bytes = max(shared_bytes, kernel.max_dynamic_shared_size_bytes)
     return kernel
 
 
