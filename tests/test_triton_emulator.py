@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from triton_backends import EmulatedBackend  # noqa: E402
 
-from gpu_bn.backends import triton as backend_module  # noqa: E402
+from gpu_bn.backends import triton_programs  # noqa: E402
 from gpu_bn.plan import DEVICES, VECTOR_BYTES  # noqa: E402
 
 pytestmark = pytest.mark.compile
@@ -179,7 +179,7 @@ SHAPES = {
 
 def sampled_bytes(plan, itemsize):
     """What the first launch reads to choose its shifts."""
-    samples = backend_module.SAMPLES[plan.tiling.columns]
+    samples = triton_programs.SAMPLES[plan.tiling.columns]
     width = (plan.tiling.c if plan.tiling.columns else plan.tiling.vector) * itemsize
     taken = 0
     for block in range(plan.blocks):
@@ -427,7 +427,7 @@ def test_the_phases_one_by_one(case, compile_triton, device):
 )
 def test_long_shares_are_summed_in_chains(case, compile_triton, device, monkeypatch):
     """With short chains, for only tensors of 100 million numbers have shares of more than one long one."""
-    monkeypatch.setattr(backend_module, "CHAIN", 2)
+    monkeypatch.setattr(triton_programs, "CHAIN", 2)
     backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=1), tier="split")
     check(case, backend)
     for step in backend.steps:

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from triton_backends import EmulatedBackend
 
 from gpu_bn.backends import triton as backend_module
+from gpu_bn.backends import triton_programs
 
 pytestmark = pytest.mark.compile
 
@@ -48,7 +49,7 @@ class Bug:
     case: Case = LONG
     tier: str = "split"
     more: tuple[tuple[str, str], ...] = ()
-    chain: int = backend_module.CHAIN
+    chain: int = triton_programs.CHAIN
 
 
 COMMON, FORWARD, BACKWARD, ACTIVATIONS = (
@@ -279,7 +280,7 @@ def trial(bug: Bug, compile_triton) -> None:
 )
 def test_the_proof_notices(bug, tmp_path, monkeypatch, compile_triton, caught_faults):
     mutated(bug, tmp_path, monkeypatch)
-    monkeypatch.setattr(backend_module, "CHAIN", bug.chain)
+    monkeypatch.setattr(triton_programs, "CHAIN", bug.chain)
     with pytest.raises((AssertionError, EmulatorError)) as caught:
         trial(bug, compile_triton)
     message = str(caught.value)

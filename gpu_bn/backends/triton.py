@@ -17,67 +17,26 @@ import triton.language as tl
 from gpu_bn.backends._layout import Layout
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.backends.triton_launch import Launch, Step, interpreting, launch
+from gpu_bn.backends.triton_programs import (
+    ELSEWHERE,
+    SAMPLES,
+    Geometry,
+    chain,
+    chunk,
+    device_of,
+    held_block,
+    one_pass_plan,
+    streamed_block,
+    strip,
+    training_plan,
+)
 from gpu_bn.backends.triton_tensors import View, aligned, contiguous_view, dense, is_dense, overlap, view_of
 from gpu_bn.kernels import bn_backward_triton, bn_forward_triton
 from gpu_bn.kernels.activations_triton import functions
-from gpu_bn.plan import (
-    DEVICES,
-    STATIC_SHARED,
-    THRESHOLDS,
-    VECTOR_BYTES,
-    Device,
-    LaunchPlan,
-    NoPlanError,
-    Work,
-    alignment,
-    plan,
-    plan_once,
-    tile,
-)
+from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan, Work, alignment, tile
 from gpu_bn.spec import BatchNormSpec, check_overlap
 
 Array = Any
-
-CHAIN = 64
-"""Additions in a row in float32 at most, before a sum goes on in float64."""
-SAMPLES = {False: 32, True: 16}
-"""Positions that the first shift is the mean of; the second number is for channels-last."""
-MERGED_AT_ONCE = 512
-"""Elements of a block of partial results."""
-MOST_BLOCKS = {False: 1024, True: 64}
-"""Blocks that a strip is cut into: each program of the second launch reads the results of all."""
-MOST_WARPS = 8
-
-
-class Room(NamedTuple):
-    """Elements that a program can hold in registers with nothing spilled, whatever the activation.
-
-    Forward in rows, and in channels-last, where a thread has several channels' sums besides; backward, of all tensors.
-    """
-
-    rows: int
-    columns: int
-    backward: int
-
-
-ROOM = {2: Room(20480, 16384, 16384), 4: Room(20480, 12288, 16384), 8: Room(8192, 8192, 4096)}
-"""By the size of an element. ``tests/record_gates.py`` compiles what it allows."""
-
-
-class Shape(NamedTuple):
-    """Of the blocks of elements that a program works on: elements, and elements for each of its threads at least."""
-
-    elements: int
-    per_thread: int
-
-
-STREAMED = {2: Shape(4096, 16), 4: Shape(4096, 16), 8: Shape(2048, 8)}
-"""Of a program that reads its share piece by piece; by the size of an element."""
-HELD = {2: Shape(4096, 8), 4: Shape(4096, 8), 8: Shape(2048, 8)}
-"""Of one that holds it."""
-
-
-ELSEWHERE = "with TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly"
 
 
 def backend() -> TritonBackend:
@@ -89,29 +48,6 @@ def backend() -> TritonBackend:
     if not (interpreting() or torch.cuda.is_available()):
         raise RuntimeError(f"torch sees no CUDA device ({ELSEWHERE})")
     return TritonBackend()
-
-
-class _Geometry(NamedTuple):
-    """How a tensor is cut into strips, as kernels take it."""
-
-    tail: tuple[int, ...]
-    columns: bool
-    lanes: int
-    vector: int
-    positions: int
-    wide: bool
-
-    @staticmethod
-    def of(plan: LaunchPlan, groups: int = 1) -> _Geometry:
-        tiling = plan.tiling
-        wide = groups * tiling.n * tiling.c * tiling.s >= 1 << 31
-        row = (tiling.c if tiling.columns else tiling.s) // tiling.vector
-        jump = 0 if tiling.columns else (tiling.c - 1) * row
-        power = 31 + (row - 1).bit_length()
-        magic = -(-(1 << power) // row)
-        return _Geometry(
-            (tiling.c, row, jump, magic, power), tiling.columns, tiling.lanes, tiling.vector, tiling.positions, wide
-        )
 
 
 @dataclass(slots=True, eq=False)
@@ -226,7 +162,7 @@ class TritonBackend:
             plan = self._once(self._work(layout, x, alignment), x)
             step = self._step(
                 bn_forward_triton.bn_merge_moments_kernel, plan, x, (groups * plan.tiling.strips, 1),
-                (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, _chunk(plan), *_strip(plan), groups),
+                (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, chunk(plan), *strip(plan), groups),
                 groups=groups,
             )  # fmt: skip
             steps = self._prepared[key] = (plan, self._stats_step(plan, x, alignment, groups), step)
@@ -427,27 +363,27 @@ class TritonBackend:
                 bessel,
                 masked,
             )
-        positions, tiles, warps = _held_block(plan, x)
-        geometry = _Geometry.of(plan)
+        positions, tiles, warps = held_block(plan, x)
+        geometry = Geometry.of(plan)
         step = self._step(
             bn_forward_triton.bn_forward_kernel, plan, x, (plan.tiling.strips, 1),
-            (*geometry.tail, geometry.positions, *constants, tiles, positions, *_strip(plan), self._is_wide(geometry),
+            (*geometry.tail, geometry.positions, *constants, tiles, positions, *strip(plan), self._is_wide(geometry),
              _compute(x), _range(x)), alignment, warps, plan.blocks,
         )  # fmt: skip
         return _Forward(plan, None, step, bessel, masked)
 
     def _stats_step(self, plan: LaunchPlan, x: Array, alignment: int, groups: int) -> Step:
-        geometry, (positions, warps) = _Geometry.of(plan, groups), _streamed_block(plan, x)
-        tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], _chain(plan, positions),
-                positions, *_strip(plan), self._is_wide(geometry), _compute(x), _range(x), groups)  # fmt: skip
+        geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x)
+        tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], chain(plan, positions),
+                positions, *strip(plan), self._is_wide(geometry), _compute(x), _range(x), groups)  # fmt: skip
         grid = (groups * plan.tiling.strips, plan.blocks)
         return self._step(bn_forward_triton.bn_stats_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
 
     def _normalize_step(
         self, plan: LaunchPlan, x: Array, alignment: int, constants: tuple[Any, Any], groups: int = 1
     ) -> Step:
-        geometry, (positions, warps) = _Geometry.of(plan, groups), _streamed_block(plan, x)
-        tail = (*geometry.tail, geometry.positions, plan.share, *constants, _chunk(plan), positions, *_strip(plan),
+        geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x)
+        tail = (*geometry.tail, geometry.positions, plan.share, *constants, chunk(plan), positions, *strip(plan),
                 self._is_wide(geometry), _compute(x), groups)  # fmt: skip
         grid = (groups * plan.tiling.strips, plan.blocks)
         return self._step(bn_forward_triton.bn_normalize_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
@@ -534,30 +470,30 @@ class TritonBackend:
 
     def _reduce_and_merge(self, call: _BackwardCall, outputs: tuple[bool, bool]) -> tuple[LaunchPlan, Step, Step]:
         plan = self._once(call.work(sum(outputs)), call.x)
-        tail = (plan.tiling.c, plan.blocks, _chunk(plan), *_strip(plan), _compute(call.x), call.groups)
+        tail = (plan.tiling.c, plan.blocks, chunk(plan), *strip(plan), _compute(call.x), call.groups)
         grid = (call.groups * plan.tiling.strips, 1)
         merge = self._step(bn_backward_triton.bn_merge_sums_kernel, plan, call.x, grid, tail, groups=call.groups)
         return plan, self._reduce_step(plan, call), merge
 
     def _reduce_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
-        geometry, (positions, warps) = _Geometry.of(plan, call.groups), _streamed_block(plan, call.x)
-        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, _chain(plan, positions), positions,
-                *_strip(plan), self._is_wide(geometry), _compute(call.x), call.groups)  # fmt: skip
+        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x)
+        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chain(plan, positions), positions,
+                *strip(plan), self._is_wide(geometry), _compute(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)
         kernel = bn_backward_triton.bn_backward_reduce_kernel
         return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
 
     def _input_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
-        geometry, (positions, warps) = _Geometry.of(plan, call.groups), _streamed_block(plan, call.x)
-        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, _chunk(plan), positions, *_strip(plan),
+        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x)
+        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chunk(plan), positions, *strip(plan),
                 self._is_wide(geometry), _compute(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)
         kernel = bn_backward_triton.bn_backward_input_kernel
         return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
 
     def _held_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
-        geometry, (positions, tiles, warps) = _Geometry.of(plan), _held_block(plan, call.x)
-        tail = (*geometry.tail, geometry.positions, call.gradient, tiles, positions, *_strip(plan),
+        geometry, (positions, tiles, warps) = Geometry.of(plan), held_block(plan, call.x)
+        tail = (*geometry.tail, geometry.positions, call.gradient, tiles, positions, *strip(plan),
                 self._is_wide(geometry), _compute(call.x))  # fmt: skip
         grid = (plan.tiling.strips, 1)
         return self._step(
@@ -583,34 +519,21 @@ class TritonBackend:
         )  # fmt: skip
 
     def _plan(self, work: Work, x: Array) -> LaunchPlan:
-        """The plan of a call with batch statistics, where registers are what a block keeps a channel in."""
-        most = ROOM[work.itemsize]
-        room = (most.backward if work.backward else most.columns if tile(work).columns else most.rows) * work.itemsize
-        device = replace(
-            self._device_of(x),
-            shared_per_block=room + STATIC_SHARED,
-            shared_per_sm=THRESHOLDS.blocks_per_sm * (room // 2 + STATIC_SHARED),
-        )
-        try:
-            found = plan(work, device, self._tier, WITHOUT_COOPERATION)
-        except NoPlanError:
-            found = plan(work, device, None, WITHOUT_COOPERATION)
-        return _fewer_blocks(found)
+        return training_plan(work, self._device_of(x), self._tier)
 
     def _once(self, work: Work, x: Array) -> LaunchPlan:
-        """The plan of one pass over the tensors."""
-        return _fewer_blocks(plan_once(work, self._device_of(x), WITHOUT_COOPERATION))
+        return one_pass_plan(work, self._device_of(x))
 
     def _step(
         self, kernel: Any, plan: LaunchPlan, x: Array, grid: tuple[int, int], tail: tuple[Any, ...],
         alignment: int = 1, num_warps: int = 4, num_ctas: int = 1, groups: int = 1,
     ) -> Step:  # fmt: skip
-        geometry = _Geometry.of(plan, groups)
+        geometry = Geometry.of(plan, groups)
         aligned = TENSORS if alignment == VECTOR_BYTES else frozenset[str]()
         index = -1 if x.device.index is None else x.device.index
         return Step(kernel, grid, tail, num_warps, num_ctas, self._is_wide(geometry), aligned, index)
 
-    def _is_wide(self, geometry: _Geometry) -> bool:
+    def _is_wide(self, geometry: Geometry) -> bool:
         return geometry.wide or self._wide
 
     def _device_of(self, x: Array) -> Device:
@@ -618,28 +541,11 @@ class TritonBackend:
             return self._device
         found = self._devices.get(x.device)
         if found is None:
-            found = self._devices[x.device] = _device(x.device)
+            found = self._devices[x.device] = device_of(x.device)
         return found
 
 
-INTERPRETER = Device("Triton's interpreter", 80, 4, 164 << 10, 163 << 10, 1 << 20, 1e8)
-"""It runs one program at a time, each slowly: few of them, but enough to be several for a channel."""
 TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})
-WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)
-"""Programs of one launch do not wait for each other."""
-
-
-def _device(device: Any) -> Device:
-    """What a plan needs to know of torch's device."""
-    if device.type == "cuda":
-        of = torch.cuda.get_device_properties(device)
-        return Device(
-            of.name, 10 * of.major + of.minor, of.multi_processor_count, of.shared_memory_per_multiprocessor,
-            of.shared_memory_per_block, of.L2_cache_size, DEVICES["a100"].bandwidth,
-        )  # fmt: skip
-    if device.type == "cpu" and interpreting():
-        return INTERPRETER
-    raise ValueError(f"the Triton backend serves tensors on a CUDA device, got one on {device} ({ELSEWHERE})")
 
 
 def _grouped_view(x: Array, axis: int, groups: int) -> View:
@@ -680,53 +586,3 @@ def _compute(x: Array) -> Any:
 def _range(x: Array) -> bool:
     """Whether squares of the dtype's numbers may leave float32's range."""
     return x.dtype in (torch.float32, torch.bfloat16)
-
-
-def _strip(plan: LaunchPlan) -> tuple[int, int, bool]:
-    return plan.tiling.lanes, plan.tiling.vector, plan.tiling.columns
-
-
-def _fewer_blocks(plan: LaunchPlan) -> LaunchPlan:
-    most = MOST_BLOCKS[plan.tiling.columns]
-    if plan.tier != "split" or plan.blocks <= most:
-        return plan
-    share = -(-plan.tiling.positions // most)
-    return replace(plan, share=share, blocks=-(-plan.tiling.positions // share))
-
-
-def _chunk(plan: LaunchPlan) -> int:
-    """Blocks whose results are merged at a time."""
-    return min(_power_of_two(plan.blocks), max(1, MERGED_AT_ONCE // _width(plan)))
-
-
-def _chain(plan: LaunchPlan, positions: int) -> int:
-    """The longest chain of additions, 0 if a share is no longer than that."""
-    return CHAIN if plan.share > CHAIN * positions else 0
-
-
-def _width(plan: LaunchPlan) -> int:
-    return plan.tiling.lanes * plan.tiling.vector
-
-
-def _streamed_block(plan: LaunchPlan, x: Array) -> tuple[int, int]:
-    """Positions and warps of a program that reads its share piece by piece."""
-    shape = STREAMED[x.element_size()]
-    positions = min(_power_of_two(plan.share), max(1, shape.elements // _width(plan)))
-    return positions, _warps(positions * _width(plan), shape)
-
-
-def _held_block(plan: LaunchPlan, x: Array) -> tuple[int, int, int]:
-    """Positions of a tile, tiles, and warps of a program (in a cluster: of each of its blocks) that holds a strip."""
-    shape = HELD[x.element_size()]
-    most = max(1, plan.blocks * shape.elements // _width(plan))
-    positions = min(_power_of_two(plan.tiling.positions), most)
-    tiles = -(-plan.tiling.positions // positions)
-    return positions, tiles, _warps(positions * _width(plan) // plan.blocks, shape)
-
-
-def _warps(elements: int, shape: Shape) -> int:
-    return max(1, min(MOST_WARPS, elements // (32 * shape.per_thread)))
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()

@@ -11,7 +11,7 @@ from typing import Any
 from gpu_bn.bench.timing import Call
 from gpu_bn.plan import LaunchPlan
 
-MODULES = {"cupy": "gpu_bn.backends.cupy_draft", "triton": "gpu_bn.backends.triton"}
+MODULES = {"cupy": "gpu_bn.backends.cupy_draft", "triton": "gpu_bn.backends.triton_programs"}
 
 
 @dataclass
