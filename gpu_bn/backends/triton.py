@@ -244,21 +244,8 @@ class TritonBackend:
         step = call.prepared(key, lambda: self._input_step(self._once(call.work(1), call.x), call))
         dx = out if is_dense(out, call.view) else self.empty_like(call.x)
         given = (None, None) if sums is None else (sums.dz.contiguous(), sums.dz_xhat.contiguous())
-        self._launch(
-            step,
-            (
-                *call.tensors,
-                None,
-                dx,
-                *call.vectors,
-                None,
-                *given,
-                None,
-                None,
-                *call.numbers,
-                *_counted(saved),
-            ),
-        )
+        tail = (*given, None, None, *call.numbers, *_counted(saved))
+        self._launch(step, (*call.tensors, None, dx, *call.vectors, None, *tail))
         if dx is not out:
             out.copy_(dx)
 
@@ -297,11 +284,8 @@ class TritonBackend:
         counts = None
         if valid is not None and spec.batch_stats:
             counts = self.new((groups,), None, torch.float64, x.device)
-        mask = (
-            self.new((x.numel() * x.element_size() // VECTOR_BYTES,), None, torch.uint8, x.device)
-            if steps.mask
-            else None
-        )
+        mask_size = x.numel() * x.element_size() // VECTOR_BYTES
+        mask = self.new((mask_size,), None, torch.uint8, x.device) if steps.mask else None
         number, at = (spec.momentum, None) if isinstance(spec.momentum, float) else (0.0, spec.momentum)
         tracked = (running_mean, running_var) if spec.batch_stats and not extended else (None, None)
         numbers = (*tracked, number, at, steps.bessel, spec.eps, spec.activation.parameter)
@@ -320,10 +304,8 @@ class TritonBackend:
         moments = Moments(layout.count if counts is None else counts, mean, var)
         if spec.batch_stats and extended and vectors[0] is not None:
             self.update_running(moments, vectors[0], vectors[1], spec.momentum)
-        elif spec.batch_stats and running_mean is not None:
-            for mine, theirs in ((running_mean, vectors[0]), (running_var, vectors[1])):
-                if theirs is not None and mine is not theirs:
-                    theirs.copy_(mine)
+        elif spec.batch_stats:
+            _give_back((running_mean, running_var), vectors[:2])
         if out is not None and y is not out:
             out.copy_(y)
             y = out
@@ -562,6 +544,13 @@ def _one_of(layout: Layout, groups: int) -> Layout:
 def _there(valid: Array | None, view: View) -> Array | None:
     """The mask as kernels take it: bytes in the order of the tensor's positions."""
     return None if valid is None else valid.permute(view.layout.order).contiguous().view(torch.uint8)
+
+
+def _give_back(written: tuple[Array | None, ...], given: tuple[Array | None, ...]) -> None:
+    """Copy vectors to those in whose place they were."""
+    for mine, theirs in zip(written, given, strict=True):
+        if theirs is not None and mine is not theirs:
+            theirs.copy_(mine)
 
 
 def _counted(saved: Saved) -> tuple[float, Array | None]:

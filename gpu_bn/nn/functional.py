@@ -233,66 +233,21 @@ def _any_call(
         else:
             running_mean = running_var = None
         num_batches_tracked = None
+    arguments = (
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
+        num_batches_tracked,
+    )  # fmt: skip
     if extended:
-        return _masked.batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual,
-            activation,
-            num_batches_tracked,
-            mask,
-            groups,
-            renorm,
-        )
+        return _masked.batch_norm(*arguments, mask, groups, renorm)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _composed.torch_batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual,
-            activation,
-            num_batches_tracked,
-        )
-    if training:
-        return _autograd.call(
-            _library.train,
-            input,
-            weight,
-            bias,
-            residual,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            momentum,
-            eps,
-            activation.name,
-            activation.parameter,
-        )
-    if torch.compiler.is_compiling():
+        return _composed.torch_batch_norm(*arguments)
+    if not training and torch.compiler.is_compiling():
         return _composed.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
-    return _autograd.call(
-        _library.infer,
-        input,
-        weight,
-        bias,
-        residual,
-        running_mean,
-        running_var,
-        eps,
-        activation.name,
-        activation.parameter,
-    )
+    tensors, running = (input, weight, bias, residual), (running_mean, running_var)
+    numbers = (eps, activation.name, activation.parameter)
+    if training:
+        return _autograd.call(_library.train, *tensors, *running, num_batches_tracked, momentum, *numbers)
+    return _autograd.call(_library.infer, *tensors, *running, *numbers)
 
 
 def check(
