@@ -307,7 +307,10 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
           g[j] = from.dz(affine, at, j, centred);
           sums.add(j, g[j], centred);
         }
+#if __CUDA_ARCH__ >= 1000
+#else
         sums.next();
+#endif
         V out;
         if (dresidual) {
 #pragma unroll
@@ -320,6 +323,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
             out.at[j] = L::T::down(at.selected[j] ? g[j] * affine.scale[L::COLUMNS ? j : 0] : A(0));
           store_once(dx + offset, out);
         }
+#if __CUDA_ARCH__ >= 1000
+        sums.next();  // last: beside sums that are flushed, g would need more registers than there are
+#endif
       });
   sums.finish(tile, shared.sums);
   Split<L> peers;
