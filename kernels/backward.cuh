@@ -307,9 +307,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
           g[j] = from.dz(affine, at, j, centred);
           sums.add(j, g[j], centred);
         }
+#if __CUDA_ARCH__ >= 1200
+        if (L::COLUMNS) sums.next();
+#else
 #if __CUDA_ARCH__ >= 1000
 #else
         sums.next();
+#endif
 #endif
         V out;
         if (dresidual) {
@@ -323,8 +327,12 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
             out.at[j] = L::T::down(at.selected[j] ? g[j] * affine.scale[L::COLUMNS ? j : 0] : A(0));
           store_once(dx + offset, out);
         }
+#if __CUDA_ARCH__ >= 1200
+        if (!L::COLUMNS) sums.next();  // before g is stored, or after, whichever spills nothing
+#else
 #if __CUDA_ARCH__ >= 1000
-        sums.next();  // last: beside sums that are flushed, g would need more registers than there are
+        sums.next();
+#endif
 #endif
       });
   sums.finish(tile, shared.sums);
