@@ -29,6 +29,10 @@ PROPERTIES = {
          "sharedMemPerMultiprocessor": 164 << 10, "sharedMemPerBlockOptin": 163 << 10},
     90: {"name": b"emulated sm_90", "major": 9, "minor": 0, "multiProcessorCount": 6, "l2CacheSize": 64 << 10,
          "sharedMemPerMultiprocessor": 228 << 10, "sharedMemPerBlockOptin": 227 << 10},
+    100: {"name": b"emulated sm_100", "major": 10, "minor": 0, "multiProcessorCount": 6, "l2CacheSize": 64 << 10,
+          "sharedMemPerMultiprocessor": 228 << 10, "sharedMemPerBlockOptin": 227 << 10},
+    120: {"name": b"emulated sm_120", "major": 12, "minor": 0, "multiProcessorCount": 4, "l2CacheSize": 32 << 10,
+          "sharedMemPerMultiprocessor": 100 << 10, "sharedMemPerBlockOptin": 99 << 10},
 }  # fmt: skip
 """Small GPUs: few multiprocessors and little cache, so that small tensors meet every tier."""
 

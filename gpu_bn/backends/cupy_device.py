@@ -30,6 +30,7 @@ NATURAL = tuple(range(MAX_RANK))
 BLOCK = (THREADS,)
 NULL = np.intp(0)
 _LIMIT = Lock()
+"""Held while a kernel's limit of shared memory is read and raised."""
 
 
 @cache
