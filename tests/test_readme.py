@@ -69,7 +69,8 @@ def test_the_example_of_several_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     digits = "".join(done.stdout.split())  # the two write at once: "11\n\n" may come in place of "1\n1\n"
     first, second = digits[: len(digits) // 2], digits[len(digits) // 2 :]
-    assert first == second and float(first) != 0
+    assert first == second
+    assert float(first) != 0
 
 
 def test_ci_runs_the_test_command():
