@@ -307,13 +307,10 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
           g[j] = from.dz(affine, at, j, centred);
           sums.add(j, g[j], centred);
         }
-#if __CUDA_ARCH__ >= 1200
-        if (L::COLUMNS) sums.next();
-#else
-#if __CUDA_ARCH__ >= 1000
-#else
+#if __CUDA_ARCH__ < 1000  // before g is stored, or after: whichever spills nothing
         sums.next();
-#endif
+#elif __CUDA_ARCH__ >= 1200
+        if (L::COLUMNS) sums.next();
 #endif
         V out;
         if (dresidual) {
@@ -328,11 +325,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
           store_once(dx + offset, out);
         }
 #if __CUDA_ARCH__ >= 1200
-        if (!L::COLUMNS) sums.next();  // before g is stored, or after, whichever spills nothing
-#else
-#if __CUDA_ARCH__ >= 1000
+        if (!L::COLUMNS) sums.next();
+#elif __CUDA_ARCH__ >= 1000
         sums.next();
-#endif
 #endif
       });
   sums.finish(tile, shared.sums);

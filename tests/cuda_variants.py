@@ -137,16 +137,19 @@ def _names(definition: str) -> list[str]:
 
 def for_architecture(source: str, arch: int) -> Iterator[str]:
     """The lines that ``#if __CUDA_ARCH__ >= ...`` leaves: a change for one architecture concerns no other's kernels."""
-    taken = [True]
+    taken: list[tuple[bool, bool]] = []  # of each #if that is open: whether its lines are taken, and whether some were
     for line in source.splitlines():
-        if condition := re.match(r"\s*#if __CUDA_ARCH__ >= (\d+)\s*$", line):
-            taken.append(10 * arch >= int(condition[1]))
-        elif line.strip() == "#else":
-            taken[-1] = not taken[-1]
-        elif line.strip() == "#endif":
-            taken.pop()
-        elif all(taken):
-            yield line
+        directive = re.match(r"\s*#(if|elif|else|endif)\b(?: __CUDA_ARCH__ (<|>=) (\d+)\s*$)?", line)
+        if directive is None:
+            if all(now for now, _ in taken):
+                yield line
+            continue
+        kind, relation, number = directive.groups()
+        assert bool(relation) == (kind in ("if", "elif")), line
+        holds = not relation or (10 * arch >= int(number)) == (relation == ">=")
+        done = kind != "if" and taken.pop()[1]
+        if kind != "endif":
+            taken.append((holds and not done, holds or done))
 
 
 def sources() -> str:

@@ -25,6 +25,7 @@ from gpu_bn.activations import ROWS
 from gpu_bn.plan import VECTOR_BYTES
 
 DATA = Path(__file__).parent / "data"
+ALIGNMENT = 16
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -54,7 +55,10 @@ class Group(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What the compiler made of a kernel; ``loads`` and ``stores``: the widths of accesses to global memory."""
+    """What the compiler made of a kernel; ``loads`` and ``stores``: the widths of accesses to global memory.
+
+    Shared memory is rounded up to ``ALIGNMENT``: how closely variables lie depends on what is compiled with a kernel.
+    """
 
     registers: int
     spilled: int
@@ -66,7 +70,7 @@ class Resources(NamedTuple):
     @staticmethod
     def of(compiled: Compiled) -> Resources:
         """Of a compiled kernel."""
-        shared = compiled.shared_bytes + compiled.dynamic_shared_bytes
+        shared = -(-(compiled.shared_bytes + compiled.dynamic_shared_bytes) // ALIGNMENT) * ALIGNMENT
         return Resources(
             compiled.registers, compiled.spill_bytes, compiled.stack_bytes, shared, *access_widths(compiled.ptx)
         )
@@ -211,7 +215,7 @@ class Definitions:
 # ------------------------------------------------------------------------------------------------------- the record
 class Cell(NamedTuple):
     """A group in the record: of its kernels the number, most registers, spilled bytes, most stack and shared bytes, the
-    narrowest of their accesses to tensors, and digests of what they were made of and of all their resources."""
+    narrowest of their accesses to tensors, and a digest of what they were made of."""
 
     kernels: int
     registers: int
@@ -221,7 +225,6 @@ class Cell(NamedTuple):
     load: int
     store: int
     made_of: str
-    digest: str
 
     @staticmethod
     def of(family: Family, group: Group, kernels: Mapping[str, Resources]) -> Cell:
@@ -241,7 +244,6 @@ class Cell(NamedTuple):
             min(widths["loads"]),
             min(widths["stores"]),
             family.made_of(group),
-            digest(sorted(kernels.items()), 8),
         )
 
     def __str__(self) -> str:
@@ -250,8 +252,8 @@ class Cell(NamedTuple):
     @staticmethod
     def parse(text: str) -> Cell:
         """From a record's text."""
-        *numbers, made_of, resources = text.split(":")
-        return Cell(*map(int, numbers), made_of, resources)
+        *numbers, made_of = text.split(":")
+        return Cell(*map(int, numbers), made_of)
 
 
 @dataclass
@@ -298,7 +300,7 @@ class Record:
         lines = [
             f"# What the compiler makes of the kernels, by: python tests/record_gates.py write {family.name}",
             "# A cell is of a group's kernels: how many, most registers, bytes spilled, of stack, of shared memory,",
-            "# their narrowest loads and stores of tensors, a digest of what they are made of, and one of all this.",
+            "# their narrowest loads and stores of tensors, and a digest of what they are made of.",
             f"# By activation: {' '.join(ROWS)}. '-' is not compiled yet, '.' not a group.",
             f"compiler {self.compiler}",
             f"covered {len(groups) - len(missing)} of {len(groups)} groups, "

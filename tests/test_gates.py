@@ -110,7 +110,7 @@ def test_the_record_is_of_what_was_compiled(tmp_path, monkeypatch):
     test_what_is_recorded_is_within_the_gates(family, {GROUP: cell})
     family.check(GROUP)
     with pytest.raises(AssertionError):  # the same kernels, and another compilation
-        toy({"good": GOOD, "better": GOOD._replace(registers=29)}).check(GROUP)
+        toy({"good": GOOD._replace(registers=41), "better": GOOD._replace(registers=30)}).check(GROUP)
 
 
 def test_a_row_serves_as_long_as_its_kernels_are_the_same(tmp_path, monkeypatch):
