@@ -23,6 +23,8 @@ SQRT_HALF = 0.7071067811865476
 SQRT_2_OVER_PI = 0.7978845608028654
 INV_SQRT_2PI = 0.3989422804014327
 GELU_CUBIC = 0.044715
+GELU_TANH_ENDS = 30.0
+"""Beyond, in float64 too, the gradient is 0 on the left and 1 on the right; its factors would be 0 times infinity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +298,7 @@ def _gelu_tanh(z: Array, _: float) -> None:
 
 
 def _gelu_tanh_gradient(z: Array, dy: Array, out: Array, _: float) -> None:
+    z = np.clip(z, -GELU_TANH_ENDS, GELU_TANH_ENDS)
     argument = _gelu_tanh_argument(z)
     slope = _sech_squared(argument)
     slope *= 0.5 * SQRT_2_OVER_PI
@@ -371,6 +374,7 @@ IDENTITY = Activation("identity")
 GELU_TANH_ARGUMENT = f"{2 * SQRT_2_OVER_PI} * z * (1 + {GELU_CUBIC} * z * z)"
 """Twice the argument of gelu_tanh's tanh."""
 GELU_TANH_SLOPE = f"{2 * SQRT_2_OVER_PI} * (1 + {3 * GELU_CUBIC} * z * z)"
+GELU_TANH_DERIVATIVE = f"sigmoid({GELU_TANH_ARGUMENT}) * (1 + z * sigmoid(-({GELU_TANH_ARGUMENT})) * {GELU_TANH_SLOPE})"
 
 ROWS = {
     row.default.name: row
@@ -401,10 +405,10 @@ ROWS = {
             DeviceCode("z * normal_cdf(z)", f"dy * (normal_cdf(z) + {INV_SQRT_2PI} * z * exp(-0.5 * z * z))"),
         ),
         Row(
-            Activation("gelu_tanh"), "", _gelu_tanh, 1, _gelu_tanh_gradient, 4,
+            Activation("gelu_tanh"), "", _gelu_tanh, 1, _gelu_tanh_gradient, 5,
             DeviceCode(
                 f"z * sigmoid({GELU_TANH_ARGUMENT})",
-                f"dy * sigmoid({GELU_TANH_ARGUMENT}) * (1 + z * sigmoid(-({GELU_TANH_ARGUMENT})) * {GELU_TANH_SLOPE})",
+                f"dy * where(z < -{GELU_TANH_ENDS}, 0, where(z > {GELU_TANH_ENDS}, 1, {GELU_TANH_DERIVATIVE}))",
             ),
         ),
         Row(

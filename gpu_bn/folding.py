@@ -122,6 +122,7 @@ def _scale_and_shift(norm: Norm, weight: Array) -> tuple[Array, Array]:
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"folding needs running statistics, but {norm!r} has none")
     libraries = [type(array).__module__.partition(".")[0] for array in (weight, norm.running_var)]
+    spec.check_float("weight", weight)
     if libraries[0] != libraries[1]:
         raise TypeError(f"weight and norm should hold arrays of one library, got {' and '.join(libraries)}")
     scale = (_wide(norm.running_var) + norm.eps) ** -0.5

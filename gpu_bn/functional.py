@@ -249,7 +249,7 @@ def _forward(
             _named(backend), _kind(x), _kind(running_mean), _kind(running_var), _kind(weight), _kind(bias),
             _kind(residual), _kind(out), _kind(mask), bool(training), eps, activation, channel_axis,
             virtual_batch_size, renorm, type(eps), type(channel_axis), type(virtual_batch_size), type(momentum),
-            None if type(momentum) is float else getattr(momentum, "shape", None),
+            None if type(momentum) is float else _kind(momentum) if hasattr(momentum, "dtype") else (),
         )  # fmt: skip
         known = _FORWARDS.get(key)
     except (AttributeError, TypeError):  # not an array, or nothing to look up: the checks say what is wrong

@@ -111,7 +111,9 @@ class BatchNorm:
     def forward_saving(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> tuple[Array, Saved]:
         """:meth:`forward`, returning what :meth:`backward` needs; for several calls before their backward calls."""
         batch_stats = self.training or self.running_mean is None
-        counter = self.num_batches_tracked if self.training else None
+        counter = self.num_batches_tracked if self.training and self.track_running_stats else None
+        if counter is not None:
+            spec.check_counter(counter)
         use_running = not self.training or self.track_running_stats
         momentum = self.momentum
         if momentum is None:
@@ -221,15 +223,15 @@ class BatchNorm:
         A state without ``num_batches_tracked`` (from before torch 0.4.1) leaves the counter as it is.
 
         Raises:
-            ValueError: a missing or unexpected key (if ``strict``), or an array of the wrong shape; nothing has been
-                copied then.
+            ValueError: a missing or unexpected key (if ``strict``), or an array of the wrong shape, or whose values
+                are no numbers; nothing has been copied then.
         """
         own = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
         missing = [name for name in own if name not in state and name != "num_batches_tracked"]
         unexpected = [name for name in state if name not in own]
         if strict and (missing or unexpected):
             raise ValueError(f"state of {self!r}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
-        values = {name: _like(own[name], state[name]) for name in own if name in state}
+        values = {name: _like(name, own[name], state[name]) for name in own if name in state}
         for name, value in values.items():
             if value.shape != own[name].shape:
                 raise ValueError(f"state of {self!r}: {name} should have shape {own[name].shape}, got {value.shape}")
@@ -249,9 +251,16 @@ class BatchNorm:
         return f"{type(self).__name__}({text})"
 
 
-def _like(own: Array, value: Array) -> Array:
-    """An array, brought to the host if it is to be copied to an array there."""
-    on_device = hasattr(value, "get") and not isinstance(value, np.ndarray)
-    if on_device:
-        return value.get() if isinstance(own, np.ndarray) else value
-    return np.asarray(value)
+def _like(name: str, own: Array, value: Any) -> Array:
+    """An array of ``own``'s dtype, brought to the host if it is to be copied to an array there."""
+    if hasattr(value, "detach"):  # a torch tensor: NumPy takes none that requires a gradient, and no bfloat16
+        value = value.detach().to("cpu")
+        value = value.double().numpy() if value.is_floating_point() else value.numpy()
+    if isinstance(value, np.ndarray) or not hasattr(value, "get"):
+        value = np.asarray(value)
+    elif isinstance(own, np.ndarray):
+        value = value.get()
+    try:
+        return value.astype(own.dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} should be numbers that {own.dtype} can hold: {error}") from None

@@ -173,7 +173,7 @@ def check_renorm(renorm: tuple[float, float], tracked: bool, groups: int = 1) ->
 
 def check_options(training: bool, momentum: float | Array, eps: float) -> None:
     """Check ``momentum``, a real number or 0-d array, and ``eps``, positive in training and never negative."""
-    if not isinstance(momentum, Real) and getattr(momentum, "shape", None) != ():
+    if not isinstance(momentum, Real) and not _is_real_scalar(momentum):
         raise TypeError(f"momentum should be a number, got {type(momentum).__name__}")
     if not isinstance(eps, Real):
         raise TypeError(f"eps should be a number, got {type(eps).__name__}")
@@ -181,6 +181,11 @@ def check_options(training: bool, momentum: float | Array, eps: float) -> None:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+
+
+def _is_real_scalar(value: Any) -> bool:
+    """Whether it is a 0-d array of real numbers."""
+    return getattr(value, "shape", None) == () and dtype_name(value).startswith(("float", "bfloat", "int", "uint"))
 
 
 def check_axis(shape: tuple[int, ...], channel_axis: int) -> int:
@@ -237,6 +242,13 @@ def check_overlap(name: str, same: bool, in_place: bool) -> None:
         raise ValueError(f"out may not be the {name} or overlap it: the backward call reads it (batch_norm allows it)")
     if not same:
         raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
+
+
+def check_counter(counter: Array) -> None:
+    """Check that a counter of batches can count."""
+    if not dtype_name(counter).startswith(("int", "uint", "float")):
+        raise TypeError(f"num_batches_tracked should be an integer, got {dtype_name(counter)}")
+    check_writeable("num_batches_tracked", counter)
 
 
 def check_writeable(name: str, array: Array) -> None:

@@ -349,6 +349,12 @@ def held_sums(
     return channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
 
 
+@triton.jit
+def nan_for_infinity(var):
+    """A variance; float64 squares that overflow must not look like a result."""
+    return tl.where(var < float("inf"), var, float("nan"))
+
+
 MOST_SWEEPS = tl.constexpr(3)
 """One may find the range lost, one the shift bad, and one does justice."""
 
@@ -380,6 +386,7 @@ def judged(total, squares, count, inverse, shift, factor, pending, RANGE: tl.con
         factor = factor * scale
         pending = moved | lost
     else:
+        var = nan_for_infinity(spread)
         moved = pending & (apart * apart > TRUSTED_SHIFT * spread)
         shift = tl.where(moved, found.to(shift.dtype), shift)
         pending = moved
@@ -425,7 +432,7 @@ def merged_moments(
         squares += squares_here + delta * delta * (count * part)
         mean = tl.where(count > 0.0, mean + delta * part, here)
         count = count + total
-    return base + mean, squares * reciprocal_from(count, least), count
+    return base + mean, nan_for_infinity(squares * reciprocal_from(count, least)), count
 
 
 @triton.jit

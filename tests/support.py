@@ -20,6 +20,12 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
+def read_only(array):
+    """The array, which can no longer be written to."""
+    array.flags.writeable = False
+    return array
+
+
 def make_problem(x, **options):
     """A problem with random ``dy`` and ``training=True``; ``options`` are further fields."""
     fields = {

@@ -136,6 +136,18 @@ def test_infinite_arguments_have_limits(activation):
 
 
 @pytest.mark.parametrize("activation", FORMS, ids=repr)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
+def test_the_gradient_of_large_numbers_is_that_of_smaller_ones(activation, dtype):
+    most = np.log10(np.finfo(dtype).max)
+    z = np.concatenate([sign * np.logspace(3, most - 0.1, 50, dtype=dtype) for sign in (1, -1)])
+    expected = slopes(activation, np.copysign(np.full_like(z, 1000), z))
+    assert np.array_equal(slopes(activation, z), expected)
+    code = activation.row.device
+    if code.gradient:
+        assert np.array_equal(in_expressions(code.gradient, activation, z, np.ones_like(z)), expected)
+
+
+@pytest.mark.parametrize("activation", FORMS, ids=repr)
 def test_nan_propagates(activation):
     z = np.array([np.nan, 1.0])
     assert np.isnan(values(activation, z)).tolist() == [True, False]

@@ -235,6 +235,24 @@ def test_a_call_runs_where_its_input_is(tier, make_gpu):
     assert all(one.tobytes() == other.tobytes() for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("name", ["weight", "running_mean", "residual", "out", "mask"])
+def test_arrays_on_several_gpus_are_refused(name, make_gpu):
+    gpu = make_gpu(80)
+    x, running_mean, running_var, weight, bias = arrays(gpu)
+    call = {"x": x, "running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    call |= {"residual": gpu.asarray(np.asarray(x)), "out": gpu.asarray(np.asarray(x))}
+    call |= {"mask": gpu.asarray(np.ones((x.shape[0], 1, *x.shape[2:]), bool))}
+    gpu_bn.batch_norm(**call, training=True, backend=gpu.backend)
+    with gpu.entering(1):
+        call[name] = gpu.asarray(np.asarray(call[name]))
+    before = {key: array.tobytes() for key, array in call.items()}
+    gpu.launched.clear()
+    with pytest.raises(ValueError, match=f"expected all arrays on one GPU, got input on GPU 0, {name} on GPU 1"):
+        gpu_bn.batch_norm(**call, training=True, backend=gpu.backend)
+    assert {key: array.tobytes() for key, array in call.items()} == before
+    assert not gpu.launched
+
+
 def test_vectors_of_any_strides(make_gpu):
     """Parameters and running statistics that are columns of a table, or lie backwards."""
     gpu = make_gpu(80)

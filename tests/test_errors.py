@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from support import running_pair, same_bits
+from support import read_only, running_pair, same_bits
 
 import gpu_bn
 from gpu_bn import dispatch
@@ -12,11 +12,6 @@ from gpu_bn import dispatch
 
 def array(*shape, dtype=np.float32):
     return np.arange(np.prod(shape), dtype=np.float64).reshape(shape).astype(dtype)
-
-
-def read_only(values):
-    values.flags.writeable = False
-    return values
 
 
 X = array(4, 3)
@@ -58,6 +53,8 @@ REFUSED = [
     ({"eps": -1e-5, "training": False}, ValueError, "batch_norm eps must be non-negative, but got -1e-05"),
     ({"eps": "small"}, TypeError, "eps should be a number, got str"),
     ({"momentum": None}, TypeError, "momentum should be a number, got NoneType"),
+    ({"momentum": np.array("abc")}, TypeError, "momentum should be a number, got ndarray"),
+    ({"momentum": np.array(1j)}, TypeError, "momentum should be a number, got ndarray"),
     ({"channel_axis": 2}, ValueError, "channel_axis should be in [-2, 2) for 2D input, got 2"),
     ({"channel_axis": -3}, ValueError, "channel_axis should be in [-2, 2) for 2D input, got -3"),
     ({"channel_axis": 1.0}, TypeError, "channel_axis should be an int, got float"),

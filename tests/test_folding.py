@@ -133,6 +133,11 @@ def test_another_number_of_channels_is_refused(shape, options, outputs):
         gpu_bn.fold(np.ones(shape), None, gpu_bn.BatchNorm(6), **options)
 
 
+def test_a_weight_of_integers_is_refused():
+    with pytest.raises(TypeError, match=r"weight should be one of .*, got int64"):
+        gpu_bn.fold(np.ones((6, 5), np.int64), None, gpu_bn.BatchNorm(6))
+
+
 def test_a_zero_weight_cannot_be_unfolded():
     norm = gpu_bn.BatchNorm(6)
     norm.weight[2] = 0

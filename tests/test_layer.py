@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support import rng, same_bits
+from support import read_only, rng, same_bits
 
 import gpu_bn
 
@@ -95,6 +95,33 @@ def test_torch_tensors_may_be_loaded_as_they_are():
     assert same_bits(other.state_dict(), ours.state_dict())
 
 
+def test_tensors_in_half_precision_and_parameters_may_be_loaded():
+    torch = pytest.importorskip("torch")
+    theirs = torch.nn.BatchNorm1d(3).bfloat16()
+    theirs(torch.from_numpy(data()).bfloat16())
+    layer = gpu_bn.BatchNorm(3)
+    layer.load_state_dict(theirs.state_dict(keep_vars=True))
+    assert np.array_equal(layer.running_var, theirs.running_var.float().numpy())
+    assert layer.num_batches_tracked == 1
+
+
+def test_a_layer_that_stops_tracking_does_not_count():
+    layer = gpu_bn.BatchNorm(3)
+    layer.track_running_stats = False
+    layer(data())
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("counter", [np.array(False), read_only(np.array(0))], ids=["bool", "read-only"])
+def test_a_counter_that_cannot_count_is_refused_first(counter):
+    layer = gpu_bn.BatchNorm(3)
+    layer.num_batches_tracked = counter
+    before = layer.running_mean.copy()
+    with pytest.raises((TypeError, ValueError), match="num_batches_tracked"):
+        layer(data())
+    assert same_bits(layer.running_mean, before)
+
+
 def test_state_is_a_copy_both_ways():
     layer = gpu_bn.BatchNorm(3)
     state = layer.state_dict()
@@ -126,6 +153,8 @@ def test_a_state_from_before_the_counter_is_accepted():
         ({"scale": np.ones(3)}, "missing nothing, unexpected ['scale']"),
         ({"running_var": np.ones(4)}, "running_var should have shape (3,), got (4,)"),
         ({"num_batches_tracked": np.ones(1, int)}, "num_batches_tracked should have shape (), got (1,)"),
+        ({"bias": np.array(["a", "b", "c"])}, "bias should be numbers that float32 can hold: "),
+        ({"num_batches_tracked": 2**70}, "num_batches_tracked should be numbers that int64 can hold: "),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from support import make_problem, relative_error, rng, running_pair, same_bits
 
+import gpu_bn
 from gpu_bn.activations import ROWS
 from gpu_bn.testing import check, oracle, run
 from gpu_bn.testing.oracle import wide
@@ -126,6 +127,24 @@ def test_a_bad_value_stays_in_its_channel(shape, dtype, bad, backend):
             assert np.isnan(array[:, 2].astype(np.float64)).all(), name
     for name in ("rstd", "running_var", "dweight"):
         assert np.isnan(dirty[name][2]), name
+
+
+def test_a_bad_value_beside_a_channel_of_zeros_stays_in_its_channel(backend):
+    x = rng(11).normal(1, 2, (40, 12, 30)).astype(np.float32)
+    x[:, 2] = 0
+    clean = run(make_problem(x), backend)
+    spoilt = x.copy()
+    spoilt[0, 1, 0] = np.nan
+    dirty = run(make_problem(spoilt), backend)
+    others = np.arange(12) != 1
+    assert same_bits(dirty["y"][:, others], clean["y"][:, others])
+    assert same_bits(dirty["dx"][:, others], clean["dx"][:, others])
+
+
+@pytest.mark.parametrize("numbers", [[1e200, 3e200, -2e200], [1e9, 1e9 + 1e-3, 1e9 + 4e-3]], ids=str)
+def test_the_order_of_bytes_does_not_matter(numbers):
+    x = np.array(numbers)[:, None]
+    assert np.array_equal(*(gpu_bn.batch_norm(x.astype(dtype), training=True) for dtype in ("<f8", ">f8")), True)
 
 
 @pytest.mark.parametrize("name", list(ROWS))

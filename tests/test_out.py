@@ -30,13 +30,15 @@ def test_out_of_any_strides_gets_the_result(shape, layout, dtype, activation):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", WRITABLE)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("target", ["x", "residual"])
-def test_out_may_be_the_input_or_the_residual_itself(shape, layout, mode, target):
+@pytest.mark.parametrize("target", ["x", "residual", "both"])
+@pytest.mark.parametrize("mean", [0, 50])
+def test_out_may_be_the_input_or_the_residual_itself(shape, layout, mode, target, mean):
     running_mean, running_var = running_pair(shape[1])
     options = {"running_mean": running_mean, "running_var": running_var, "training": mode == "train", "momentum": 0.0}
-    x, residual = arrange(data(shape), layout, 1), arrange(data(shape[::-1]).reshape(shape), layout, 1)
+    x, residual = arrange(mean + data(shape), layout, 1), arrange(data(shape[::-1]).reshape(shape), layout, 1)
+    residual = x if target == "both" else residual
     expected = gpu_bn.batch_norm(x, residual=residual, activation="silu", **options)
-    out = {"x": x, "residual": residual}[target]
+    out = residual if target == "residual" else x
     y = gpu_bn.batch_norm(x, residual=residual, activation="silu", **options, out=out)
     assert y is out
     assert np.array_equal(y, expected)

@@ -53,6 +53,7 @@ EQUAL = [
     ({"eps": 0.5}, {"eps": Decimal("0.5")}, "eps should be a number, got Decimal"),
     ({"momentum": 0.5}, {"momentum": Decimal("0.5")}, "momentum should be a number, got Decimal"),
     ({"momentum": np.array(0.5)}, {"momentum": np.array([0.5])}, "momentum should be a number, got ndarray"),
+    ({"momentum": np.array(0.5)}, {"momentum": np.array("half")}, "momentum should be a number, got ndarray"),
     ({"renorm": (3.0, 5.0)}, {"renorm": [3.0, 5.0]}, "renorm should be two numbers"),
     ({"activation": "relu"}, {"activation": SimpleNamespace(name="relu")}, "activation should be a name or an"),
 ]

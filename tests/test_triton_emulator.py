@@ -69,6 +69,18 @@ def test_case(arch, tier, case, compile_triton, device):
         assert max(step.num_ctas for step in backend.steps) > 1
 
 
+@pytest.mark.parametrize("tier", [None, "split"])
+@pytest.mark.parametrize("numbers", ["random", "halves"])
+def test_float64_whose_squares_overflow_is_nan(numbers, tier, compile_triton, device):
+    """Within blocks, or only between them."""
+    positions = torch.arange(2 * 5000).reshape(2, 1, 5000)
+    x = 1e160 * torch.where(positions < 5000, 1.0, -1.0).to(torch.float64)
+    if numbers == "random":
+        x = 1e160 * torch.randn(2, 1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = gpu_bn.batch_norm(x, training=True, backend=EmulatedBackend(device, compile_triton, tier=tier))
+    assert y.isnan().all()
+
+
 EXTENDED = [
     Case((4, 6, 5, 7), mask="random", activation="silu", residual=True),
     Case((12, 8, 10, 11), "float16", "channels_last", mask="random", virtual_batch_size=4, activation="relu",

@@ -200,7 +200,7 @@ def _statistics(wide: Array, hidden: Array | None, count: int, dtype: np.dtype[A
     _clear(centred, hidden)
     var = _sum_of_products(centred, centred)
     var /= count
-    if dtype == FLOAT64:
+    if dtype.itemsize == FLOAT64.itemsize:
         rest = _sum(centred)
         rest /= count
         mean += rest

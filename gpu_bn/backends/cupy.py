@@ -20,7 +20,7 @@ import numpy as np
 
 from gpu_bn.backends import cupy_calls as calls
 from gpu_bn.backends._layout import Layout
-from gpu_bn.backends.cupy_calls import ABSENT, ROW, place, tensor, vector
+from gpu_bn.backends.cupy_calls import ABSENT, place, row, tensor, vector
 from gpu_bn.backends.cupy_device import Frame, empty
 from gpu_bn.backends.cupy_draft import Vector
 from gpu_bn.backends.protocol import BackendUnavailableError, Moments, Saved, Sums
@@ -268,7 +268,8 @@ class CupyBackend:
             count, start, size = saved.count, saved.rows.data, saved.rows.nbytes // len(calls.SAVED)
             weighs, biased = saved.weight_dtype is not None, saved.bias_dtype is not None
             arrays = start, start + size, start + 2 * size if weighs else None, start + 3 * size if biased else None
-            vectors = ROW, ROW, ROW if weighs else None, ROW if biased else None
+            one = row(start.device_id)
+            vectors = one, one, one if weighs else None, one if biased else None
         counts = count if _on_device(count) else None
         frame = ABSENT | {
             "x": saved.x, "valid": saved.valid, "counts": counts, "zeros": self.counters,

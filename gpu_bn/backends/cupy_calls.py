@@ -37,16 +37,23 @@ def tensor(x: Array) -> Tensor:
 
 def place(array: Array | None) -> Place | None:
     """The part of a tensor whose shape and dtype follow from the input's."""
-    return None if array is None else (array.strides, array.data.ptr % VECTOR_BYTES)
+    if array is None:
+        return None
+    data = array.data
+    return array.strides, data.ptr % VECTOR_BYTES, data.device_id
 
 
 def vector(array: Array | None) -> Vector | None:
     """The part of a per-channel vector."""
-    return None if array is None else (array.dtype, array.strides, array.data.ptr % FLOAT64.itemsize)
+    if array is None:
+        return None
+    data = array.data
+    return array.dtype, array.strides, data.ptr % FLOAT64.itemsize, data.device_id
 
 
-ROW: Vector = (FLOAT64, (FLOAT64.itemsize,), 0)
-"""The part of a vector that a forward call has saved."""
+def row(device: int) -> Vector:
+    """The part of a vector that a forward call has saved."""
+    return FLOAT64, (FLOAT64.itemsize,), 0, device
 
 
 class Call:

@@ -33,12 +33,14 @@ from gpu_bn.plan import THREADS, VECTOR_BYTES, LaunchPlan, Work, alignment, plan
 
 Shape = tuple[int, ...]
 Tensor = tuple[int, Shape, Any, Shape, int]
-Place = tuple[Shape, int]
-Vector = tuple[Any, Shape, int]
+Place = tuple[Shape, int, int]
+Vector = tuple[Any, Shape, int, int]
 
 FLOAT64 = np.dtype(np.float64)
 NONE = "none"
 """The name of a null pointer."""
+ASKED_AS = {"y": "out", "valid": "mask"}
+"""What the front door calls an array that has another name here."""
 
 
 class Steps:
@@ -59,11 +61,18 @@ class Steps:
         for name, found in vectors.items():
             if found is None:
                 continue
-            dtype, strides, low = found
+            dtype, strides, low, device = found
+            self.check_device(name, device)
             self.dtypes[name] = dtype.name
             if (strides[0] != dtype.itemsize and self.channels > 1) or low % dtype.itemsize:
                 self.steps.append(Dense(name, (self.channels,), dtype))
                 self.replaced.add(name)
+
+    def check_device(self, name: str, device: int) -> None:
+        """An array must be where the input is: kernels get addresses only."""
+        if device != self.device:
+            name = ASKED_AS.get(name, name)
+            raise ValueError(f"expected all arrays on one GPU, got input on GPU {self.device}, {name} on GPU {device}")
 
     def gives_back(self, *names: str) -> None:
         """Copy outputs to the arrays given, where a kernel could not write those."""
@@ -106,7 +115,7 @@ class Draft(Steps):
         self.selection = () if self.batch == _cuda.WHOLE else ("valid", "counts")
         self.lows: list[int] = []
         self.rearranged: set[str] = set()
-        self.reads("x", (strides, low))
+        self.reads("x", (strides, low, device))
         if valid is not None:
             self._reads_valid(valid, axis)
 
@@ -125,6 +134,7 @@ class Draft(Steps):
         """Say that a tensor is read; it is copied if it is not dense, or not where ``full_vectors`` begin."""
         if at is None:
             return
+        self.check_device(name, at[2])
         if self._is_dense(at) and not (full_vectors and at[1]):
             self.lows.append(at[1])
         else:
@@ -132,9 +142,11 @@ class Draft(Steps):
 
     def writes(self, name: str, at: Place | None = None) -> None:
         """Say that a tensor is written: the one given, or a new one. Allocators align for any vector."""
-        if at is not None and self._is_dense(at):
-            self.lows.append(at[1])
-            return
+        if at is not None:
+            self.check_device(name, at[2])
+            if self._is_dense(at):
+                self.lows.append(at[1])
+                return
         new = Empty if at is None else Instead
         self.steps.append(new(name, self.layout.shape, self.dtype, self.layout.order))
         if at is not None:
@@ -148,11 +160,12 @@ class Draft(Steps):
         self.steps += [Dense(name, given.shape, self.dtype, given.order) for name in names if name in self.rearranged]
 
     def _is_dense(self, at: Place) -> bool:
-        (strides, low), layout, itemsize = at, self.layout, self.dtype.itemsize
+        (strides, low, _), layout, itemsize = at, self.layout, self.dtype.itemsize
         return low % itemsize == 0 and _contiguous(layout.shape, strides, itemsize, layout.order)
 
     def _reads_valid(self, at: Place, axis: int) -> None:
         """A byte for each position, in the layout's order, at an address where a vector may begin."""
+        self.check_device("valid", at[2])
         shape, order = self.layout.shape, self.layout.order
         shape = (*shape[:axis], 1, *shape[axis + 1 :])
         if at[1] or not _contiguous(shape, at[0], 1, order):

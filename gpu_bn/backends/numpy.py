@@ -160,9 +160,8 @@ def _moments(x: Array, dtype: np.dtype[Any], hidden: Array | None, count: int) -
     overflow makes the variance, and with it the channel, NaN: never a plausible wrong number.
     """
     sum_x, sum_xx = _sums(x, None, dtype, hidden)
-    if dtype == FLOAT32 and _range_lost(sum_x, sum_xx, count):
+    if dtype == FLOAT32 and (lost := _range_lost(sum_x, sum_xx, count)).any():
         moments = _moments(x, FLOAT64, hidden, count)
-        lost = ~np.isfinite(sum_xx) | (sum_xx < count * UNDERFLOW)
         if np.isfinite(moments.var[lost]).any():
             return Moments(count, moments.mean, moments.var, wide=True)
     mean = sum_x / count
@@ -178,10 +177,12 @@ def _moments(x: Array, dtype: np.dtype[Any], hidden: Array | None, count: int) -
     return Moments(count, mean, np.where(var < np.inf, np.maximum(var, 0.0), np.nan))
 
 
-def _range_lost(sum_x: Array, sum_xx: Array, count: int) -> bool:
+def _range_lost(sum_x: Array, sum_xx: Array, count: int) -> Array:
+    """(C,) which channels' squares may have left float32's range; not those of zeros alone."""
     overflow = ~np.isfinite(sum_xx)
     underflow = (sum_xx < count * UNDERFLOW) & (sum_x != 0)
-    return bool((overflow | underflow).any())
+    lost: Array = overflow | underflow
+    return lost
 
 
 def _sums(x: Array, centre: Array | None, dtype: np.dtype[Any], hidden: Array | None) -> tuple[Array, Array]:
@@ -288,9 +289,12 @@ class _Pass:
             return x
         return np.subtract(x, self.centre.at(tile, work), out=work.take("centred", x.shape) if out is None else out)
 
-    def pre_activation(self, tile: Tile, work: Workspace, centred: Array, out: Array) -> None:
+    def residual(self, tile: Tile, work: Workspace) -> Array | None:
+        """A tile of the residual."""
+        return self.operands["residual"].load(tile, work) if "residual" in self.operands else None
+
+    def pre_activation(self, tile: Tile, work: Workspace, centred: Array, residual: Array | None, out: Array) -> None:
         """Write a tile of z to ``out``; the order of roundings is the same forward and backward."""
-        residual = self.operands["residual"].load(tile, work) if "residual" in self.operands else None
         np.multiply(centred, self.scale.at(tile, work), out=out)
         np.add(out, self.shift.at(tile, work), out=out)
         if residual is not None:
@@ -306,7 +310,7 @@ class _Pass:
             np.copyto(copy, dy)
             return copy
         z = work.take("z", tile.shape) if target is None else target.open(tile, work)
-        self.pre_activation(tile, work, centred, z)
+        self.pre_activation(tile, work, centred, self.residual(tile, work), z)
         self.activation.gradient(z, dy, z)
         return z
 
@@ -318,7 +322,8 @@ def _normalize(saved: Saved, layout: Layout, residual: Array | None, y: Array) -
 
     def body(tile: Tile, work: Workspace) -> None:
         z = target.open(tile, work)
-        a_pass.pre_activation(tile, work, a_pass.centred(tile, work, z), z)
+        residual = a_pass.residual(tile, work)  # first: z may be where it lies
+        a_pass.pre_activation(tile, work, a_pass.centred(tile, work, z), residual, z)
         a_pass.activation.value(z)
         target.store(tile, z)
 
