@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from networks import BatchNormAct2d, FrozenBatchNorm2d, mobilenet, resnet, unet
+from networks import BatchNormAct2d, FrozenBatchNorm2d, mobilenet, register, resnet, unet
 from support import rng
 
 import gpu_bn
@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
-from gpu_bn.nn import _activations, _convert  # noqa: E402
+from gpu_bn.nn import _activations  # noqa: E402
 from gpu_bn.nn.modules import Fused  # noqa: E402
 
 NETWORKS = {"resnet": resnet, "mobilenet": mobilenet, "unet": unet}
@@ -40,13 +40,8 @@ def norms(model):
 
 
 @pytest.fixture
-def register(monkeypatch):
-    """Stand-ins are known as the classes that they stand for."""
-    for name, cls in (
-        ("timm.layers.norm_act.BatchNormAct2d", BatchNormAct2d),
-        ("torchvision.ops.misc.FrozenBatchNorm2d", FrozenBatchNorm2d),
-    ):
-        monkeypatch.setitem(_convert.CLASSES, f"{cls.__module__}.{cls.__qualname__}", _convert.CLASSES[name])
+def stand_ins(monkeypatch):
+    register(monkeypatch)
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
@@ -140,7 +135,7 @@ def test_parametrised_layers():
         (torch.nn.Identity(), "identity"),
     ],
 )
-@pytest.mark.usefixtures("register")
+@pytest.mark.usefixtures("stand_ins")
 def test_a_fused_activation_is_kept(act, name):
     layer = BatchNormAct2d(3, act)
     text, x = repr(layer), image()
@@ -152,18 +147,32 @@ def test_a_fused_activation_is_kept(act, name):
     assert (type(layer), repr(layer)) == (BatchNormAct2d, text)
 
 
-@pytest.mark.usefixtures("register")
+@pytest.mark.usefixtures("stand_ins")
 def test_what_cannot_be_converted_is_left_as_it_is():
     class Special(torch.nn.BatchNorm2d):
         pass
 
-    layers = [BatchNormAct2d(3, torch.nn.Mish()), BatchNormAct2d(3, torch.nn.ReLU(), torch.nn.Dropout()), Special(3)]
+    class Shifted(torch.nn.LeakyReLU):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    watched = [torch.nn.ReLU(), torch.nn.Identity()]
+    for module in watched:
+        module.register_forward_hook(lambda _module, _inputs, y: 2 * y)
+    layers = [
+        BatchNormAct2d(3, torch.nn.Mish()),
+        BatchNormAct2d(3, torch.nn.ReLU(), torch.nn.Dropout()),
+        BatchNormAct2d(3, Shifted(0.1)),
+        BatchNormAct2d(3, watched[0]),
+        BatchNormAct2d(3, torch.nn.ReLU(), watched[1]),
+        Special(3),
+    ]
     kinds = [type(layer) for layer in layers]
     nn.convert(torch.nn.Sequential(*layers))
     assert [type(layer) for layer in layers] == kinds
 
 
-@pytest.mark.usefixtures("register")
+@pytest.mark.usefixtures("stand_ins")
 def test_frozen_layers_of_torchvision():
     layer = FrozenBatchNorm2d(3)
     with torch.no_grad():

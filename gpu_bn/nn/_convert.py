@@ -1,8 +1,7 @@
 """Swapping the BatchNorm layers of a model for ours, and back.
 
 A layer stays the object that it is: only its class changes, so that parameters, buffers, hooks, flags, names and
-whoever else refers to it are kept. Layers of other libraries are known by the name of their class; nothing is imported
-for them. Subclasses of the classes below are left as they are, for they may compute something else.
+whoever else refers to it are kept.
 """
 
 from __future__ import annotations
@@ -14,30 +13,15 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.activations import IDENTITY
 from gpu_bn.nn import modules
 from gpu_bn.nn._activations import activation_of
 from gpu_bn.nn._graph import ORIGINAL, fuse_activations
+from gpu_bn.nn._known import class_of, rule
 from gpu_bn.nn.modules import Fused
 from gpu_bn.nn.sync import SyncBatchNorm
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-
-_TORCH = "torch.nn.modules.batchnorm"
-CLASSES: dict[str, type[torch.nn.Module]] = {
-    f"{_TORCH}.BatchNorm1d": modules.BatchNorm1d,
-    f"{_TORCH}.BatchNorm2d": modules.BatchNorm2d,
-    f"{_TORCH}.BatchNorm3d": modules.BatchNorm3d,
-    f"{_TORCH}.LazyBatchNorm1d": modules.LazyBatchNorm1d,
-    f"{_TORCH}.LazyBatchNorm2d": modules.LazyBatchNorm2d,
-    f"{_TORCH}.LazyBatchNorm3d": modules.LazyBatchNorm3d,
-    f"{_TORCH}.SyncBatchNorm": SyncBatchNorm,
-    "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
-    "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
-    "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
-}
-"""What is converted, by qualified name, and to which class."""
-
 
 SYNCHRONISED = (modules.BatchNorm, modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d, SyncBatchNorm)
 """What becomes a SyncBatchNorm; what is derived from these may compute something else."""
@@ -60,7 +44,7 @@ def convert(model: Model, *, fuse: bool = False) -> Any:
     Raises:
         ValueError: with ``fuse``, a model that cannot be traced.
     """
-    found = [(module, rule) for module in model.modules() if (rule := _rule(module)) is not None]
+    found = [(module, known) for module in model.modules() if (known := rule(module)) is not None]
     for module, (cls, activation) in found:
         _become(module, cls)
         if not activation.is_identity:
@@ -74,7 +58,7 @@ def synchronise(model: Model, process_group: Any) -> Model:
     if lazy := [repr(name) for name, module in named if isinstance(module, _LazyNormBase)]:
         raise ValueError(f"lazy layers do not know their channels yet: run a batch through {', '.join(lazy)} first")
     for module in convert(model).modules():
-        if _class_of(module) in SYNCHRONISED:
+        if class_of(module) in SYNCHRONISED:
             _set_class(module, SyncBatchNorm)
             setattr(module, "process_group", process_group)  # noqa: B010 - not of every module's type
     return model
@@ -175,19 +159,6 @@ def _set_frozen(model: Model, frozen: bool, parameters: bool) -> Model:
     return model
 
 
-def _rule(module: torch.nn.Module) -> tuple[type[torch.nn.Module], Activation] | None:
-    """What a module becomes, and the activation it has; ``None`` if it stays what it is."""
-    kind = _class_of(module)
-    cls = CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
-    if cls is None:
-        return None
-    children = dict(module.named_children())
-    activation = activation_of(children["act"]) if "act" in children else IDENTITY
-    if activation is None or not isinstance(children.get("drop"), (torch.nn.Identity, type(None))):
-        return None
-    return cls, activation
-
-
 def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | None:
     """The class that a layer of ours goes back to; ``None`` if torch has none."""
     came_from: type[torch.nn.Module] | None = module.__dict__.get("_converted_from")
@@ -206,16 +177,11 @@ def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | Non
     )
     if came_from is not None and not grown_up:
         return came_from
-    return getattr(torch.nn, _class_of(module).__name__, None)
-
-
-def _class_of(module: torch.nn.Module) -> type[Any]:
-    """A module's class, without what parametrisations make of it."""
-    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    return getattr(torch.nn, class_of(module).__name__, None)
 
 
 def _become(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
-    module.__dict__["_converted_from"] = _class_of(module)
+    module.__dict__["_converted_from"] = class_of(module)
     _set_class(module, cls)
 
 

@@ -10,7 +10,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_bn.activations import Activation
+from gpu_bn.nn import _activations
 from gpu_bn.nn._activations import TARGETS, activation_of
+from gpu_bn.nn._known import counterpart, is_watched
 from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
 
 ORIGINAL = "gpu_bn_original"
@@ -22,8 +24,8 @@ ADDITIONS = (operator.add, torch.add, "add", *IN_PLACE)
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, (_BatchNorm, FrozenBatchNorm2d))
-        return ours or super().is_leaf_module(m, module_qualified_name)
+        norm = isinstance(m, (_BatchNorm, FrozenBatchNorm2d)) or counterpart(type(m)) is not None
+        return norm or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: torch.nn.Module) -> GraphModule:
@@ -78,10 +80,32 @@ def module_of(traced: GraphModule, node: Any) -> torch.nn.Module | None:
     return traced.get_submodule(str(node.target))
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """What a layer's call is given, by name."""
+    given: dict[str, Any] = dict(zip(("input", "residual", "activation", "mask"), node.args, strict=False))
+    given.update(node.kwargs)
+    chosen = given.get("activation")
+    if isinstance(chosen, Node) and chosen.target is Activation:  # one with a parameter is a node of its own
+        given["activation"] = Activation(*chosen.args, **chosen.kwargs)  # type: ignore[arg-type]
+    return given
+
+
+def replace_call(graph: Graph, node: Node, value: Node, residual: Any, activation: Activation) -> None:
+    """Replace a layer's call by a value, and torch's functions for the sum and the activation after it."""
+    with graph.inserting_before(node):
+        if residual is not None:
+            value = graph.call_function(torch.add, (value, residual))
+        if not activation.is_identity:
+            call, options = _activations.function(activation)
+            value = graph.call_function(call, (value,), options)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+
+
 def _fuse(traced: GraphModule, node: Node) -> None:
     """Merge a layer's node with what follows it, where its last input is read: there, or at the sum."""
     norm = norm_of(traced, node)
-    if not norm.activation.is_identity or _is_watched(norm):
+    if not norm.activation.is_identity or is_watched(norm):
         return
     chain, place = [node], node
     residual = None
@@ -147,16 +171,10 @@ def _may_overwrite(traced: GraphModule, node: Node) -> bool:
     return name.endswith("_") or by_operator or True in node.args or bool(node.kwargs.keys() & {"inplace", "out"})
 
 
-def _is_watched(module: torch.nn.Module) -> bool:
-    """Whether hooks see, or change, what goes into a module and comes out of it."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
-
-
 def _activation(traced: GraphModule, node: Node) -> Activation | None:
     module = module_of(traced, node)
     if module is not None:
-        return None if _is_watched(module) else activation_of(module)
+        return None if is_watched(module) else activation_of(module)
     extra = {name for name in node.kwargs if name != "inplace"}
     if node.op not in ("call_function", "call_method") or len(node.args) != 1 or extra:
         return None
