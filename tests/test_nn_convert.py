@@ -437,6 +437,31 @@ def test_identities_inserted_into_a_trained_network():
         nn.insert_identity_(model, ["7"], x)
 
 
+@pytest.mark.parametrize("names", [["0", "0.0"], ["0.0", "0"], ["0", "0"]])
+def test_identities_inserted_into_a_module_and_into_what_it_is_in(names):
+    inner = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Tanh())
+    model, x = torch.nn.Sequential(inner, torch.nn.Conv2d(5, 2, 1)), image(size=8)
+    expected = model(x)
+    assert_close(nn.insert_identity_(model, names, x)(x), expected, rtol=1e-4, atol=1e-5)
+    assert model[0][0] is inner
+    assert [type(layer) for layer in norms(model)] == [nn.BatchNorm2d] * len(set(names))
+
+
+def test_identities_inserted_before_what_overwrites_its_input():
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.ReLU(inplace=True)), image(size=8)
+    expected = model(x)
+    nn.insert_identity_(model, ["0"], x)
+    for mode in (False, True):
+        assert_close(model.train(mode)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_identity_behind_what_gives_no_tensor_is_refused():
+    model, x = torch.nn.Sequential(torch.nn.LSTM(3, 4)), torch.randn(2, 5, 3)
+    with pytest.raises(ValueError, match="0 should give a tensor of rank 2 to 5"):
+        nn.insert_identity_(model, ["0"], x)
+    assert type(model[0]) is torch.nn.LSTM
+
+
 def test_every_activation_of_ours_is_known_by_torchs_name():
     names = {activation.name for activation in _activations.LAYERS.values()} | {"leaky_relu", "elu"}
     assert names == set(gpu_bn.activations.ROWS)

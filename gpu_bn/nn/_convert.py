@@ -118,12 +118,20 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
     Raises:
         ValueError: a name that is none, or whose module was not called or did not give a tensor of rank 2 to 5.
     """
-    outputs: dict[str, torch.Tensor] = {}
     known = dict(model.named_modules())
     if unknown := [name for name in names if name not in known or not name]:
         raise ValueError(f"the model has no modules named {', '.join(unknown)}")
+    ranks = {rank: cls for cls in (modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d) for rank in cls.ranks}
+    layers: dict[str, torch.nn.Module] = {}
+
+    def look(name: str, output: Any) -> None:
+        """Make a module's layer at once, for what follows may overwrite the module's output."""
+        if isinstance(output, torch.Tensor) and output.dim() in ranks:
+            like = {"device": output.device, "dtype": None if output.dtype.itemsize < 4 else output.dtype}
+            layers[name] = ranks[output.dim()](output.shape[1], **(like | options)).init_identity_(output)
+
     hooks = [
-        known[name].register_forward_hook(lambda *called, name=name: outputs.__setitem__(name, called[2]))
+        known[name].register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output))
         for name in names
     ]
     modes = [(module, module.training) for module in model.modules()]
@@ -135,18 +143,12 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
             hook.remove()
         for module, mode in modes:
             module.training = mode
-    ranks = {rank: cls for cls in (modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d) for rank in cls.ranks}
-    layers = {}
-    for name in names:
-        output = outputs.get(name)
-        if not isinstance(output, torch.Tensor) or output.dim() not in ranks:
-            raise ValueError(f"{name} should give a tensor of rank 2 to 5 for these inputs")
-        like = {"device": output.device, "dtype": None if output.dtype.itemsize < 4 else output.dtype}
-        layers[name] = ranks[output.dim()](output.shape[1], **(like | options)).init_identity_(output)
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        sequence = torch.nn.Sequential(known[name], layer.train(known[name].training))
-        setattr(model.get_submodule(parent), child, sequence)
+    if missing := [name for name in names if name not in layers]:
+        raise ValueError(f"{', '.join(missing)} should give a tensor of rank 2 to 5 for these inputs")
+    places = [name.rpartition(".") for name in layers]
+    parents = [model.get_submodule(parent) for parent, _, _ in places]  # before a name may lead somewhere else
+    for (name, layer), parent, (_, _, child) in zip(layers.items(), parents, places, strict=True):
+        setattr(parent, child, torch.nn.Sequential(known[name], layer.train(known[name].training)))
     return model
 
 
