@@ -232,8 +232,11 @@ def test_converting_to_sync_batch_norm_keeps_what_a_layer_has():
     layers[0](image())
     assert called == [True]
     assert nn.SyncBatchNorm.convert_sync_batchnorm(layers[0]) is layers[0]
-    assert type(nn.revert(layers[0])) is torch.nn.BatchNorm2d
-    assert type(nn.revert(layers[1])) is torch.nn.SyncBatchNorm
+    layers[2].activation = gpu_bn.Activation("identity")
+    nn.unfreeze(layers[4])
+    kinds = [torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm, torch.nn.BatchNorm2d, nn.BatchNorm, torch.nn.BatchNorm3d]
+    assert [type(nn.revert(layer)) for layer in layers[:5]] == kinds
+    assert [hasattr(layer, "process_group") for layer in layers[:5]] == [False, True, False, False, False]
 
 
 def test_lazy_layers_are_not_left_out_in_silence():
@@ -259,7 +262,8 @@ def test_lazy_layers_are_converted_before_and_after_their_first_input():
     assert type(layer) is nn.LazyBatchNorm1d
     layer(torch.randn(4, 3))
     assert type(layer) is nn.BatchNorm1d
-    assert type(nn.revert(layer)) is torch.nn.BatchNorm1d
+    assert type(nn.revert(copy.deepcopy(layer))) is torch.nn.BatchNorm1d
+    assert type(nn.revert(nn.SyncBatchNorm.convert_sync_batchnorm(layer))) is torch.nn.BatchNorm1d
 
 
 class Dropping(torch.nn.Module):

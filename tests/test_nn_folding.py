@@ -214,3 +214,16 @@ def test_a_batch_tells_how_many_axes_a_linear_layers_outputs_have():
     assert model[1].num_batches_tracked == counter
     with pytest.raises(ValueError, match="2D inputs, got 3D: give nn"):
         nn.fold(model)(x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("outputs", [1, 16])
+def test_a_single_channel_is_that_of_all_outputs_of_a_linear_layer(bias, outputs):
+    linear, norm = evaluated(torch.nn.Linear(8, outputs, bias=bias)), evaluated(torch.nn.BatchNorm1d(1))
+    x = tensor(5, 1, 8)
+    fused = nn.fuse_linear_bn_eval(linear, norm)
+    assert_close(fused(x), norm(linear(x)))
+    if bias:  # without one torch's has a bias of one element
+        assert_close(fused.state_dict(), torch.nn.utils.fuse_linear_bn_eval(linear, norm).state_dict())
+    with pytest.raises(ValueError, match=f"outputs, {outputs}, got 3"):
+        nn.fuse_linear_bn_eval(linear, evaluated(torch.nn.BatchNorm1d(3)))

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _LazyNormBase
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from gpu_bn.activations import IDENTITY
@@ -58,7 +57,9 @@ def synchronise(model: Model, process_group: Any) -> Model:
     if lazy := [repr(name) for name, module in named if isinstance(module, _LazyNormBase)]:
         raise ValueError(f"lazy layers do not know their channels yet: run a batch through {', '.join(lazy)} first")
     for module in convert(model).modules():
-        if class_of(module) in SYNCHRONISED:
+        kind = class_of(module)
+        if kind in SYNCHRONISED:
+            module.__dict__.setdefault("_converted_from", getattr(torch.nn, kind.__name__, kind))
             _set_class(module, SyncBatchNorm)
             setattr(module, "process_group", process_group)  # noqa: B010 - not of every module's type
     return model
@@ -84,6 +85,8 @@ def revert(model: torch.nn.Module) -> Any:
         for attribute in ("activation", "frozen", "virtual_batch_size", "renorm", "_converted_from"):
             module.__dict__.pop(attribute, None)
         if cls is not None:
+            if cls is not torch.nn.SyncBatchNorm:
+                module.__dict__.pop("process_group", None)
             _set_class(module, cls)
     return model
 
@@ -174,12 +177,11 @@ def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | Non
         kept = activation_of(act) or IDENTITY
     if module.activation != kept:
         raise ValueError(f"layer {name!r} has the activation {module.activation!r}, which torch's layer would lose")
-    grown_up = (
-        came_from is not None and issubclass(came_from, LazyModuleMixin) and not isinstance(module, LazyModuleMixin)
-    )
-    if came_from is not None and not grown_up:
-        return came_from
-    return getattr(torch.nn, class_of(module).__name__, None)
+    if came_from is None:
+        return getattr(torch.nn, class_of(module).__name__, None)
+    if issubclass(came_from, _LazyNormBase) and not isinstance(module, _LazyNormBase):
+        return came_from.cls_to_become  # it has had its first input
+    return came_from
 
 
 def _become(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:

@@ -57,7 +57,10 @@ def fuse_linear_bn_weights(
     bn_w: Tensor | None,
     bn_b: Tensor | None,
 ) -> tuple[Parameter, Parameter]:
-    """``torch.nn.utils.fuse_linear_bn_weights``, computed in float64."""
+    """``torch.nn.utils.fuse_linear_bn_weights``, computed in float64; a single channel is that of all outputs."""
+    if len(bn_rm) == 1:
+        vectors = (None if vector is None else vector.expand(len(linear_w)) for vector in (bn_rm, bn_rv, bn_w, bn_b))
+        bn_rm, bn_rv, bn_w, bn_b = vectors  # type: ignore[assignment]
     return fuse_conv_bn_weights(linear_w, linear_b, bn_rm, bn_rv, bn_eps, bn_w, bn_b)
 
 
@@ -75,7 +78,7 @@ def fuse_conv_bn_eval(conv: Any, bn: Any, transpose: bool = False) -> Any:
 
 
 def fuse_linear_bn_eval(linear: Any, bn: Any) -> Any:
-    """``torch.nn.utils.fuse_linear_bn_eval``, as :func:`fuse_conv_bn_eval`."""
+    """``torch.nn.utils.fuse_linear_bn_eval``, as :func:`fuse_conv_bn_eval`; ``bn`` may also have a single channel."""
     return _fuse_eval(linear, bn, False)
 
 
