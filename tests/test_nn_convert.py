@@ -1,6 +1,7 @@
 """Converting models and back, merging activations and sums, folding, inserting identities."""
 
 import copy
+import io
 
 import pytest
 from networks import BatchNormAct2d, FrozenBatchNorm2d, mobilenet, register, resnet, unet
@@ -386,6 +387,114 @@ def test_fused_activations_with_a_parameter():
     with pytest.raises(ValueError, match="normalisation of 2D inputs, got 3D"):
         folded(torch.randn(2, 4, 3))
     assert_close(copy.deepcopy(fused)(x), evaluated)
+
+
+class Normalising(torch.nn.Module):
+    """It has tensors of its own, some of which its calls, its state or its order leave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.rand(3, 1, 1))
+        self.register_buffer("scale", torch.rand(3, 1, 1), persistent=False)
+        self.register_buffer("unused", torch.rand(2), persistent=False)
+        self.offset = torch.tensor(0.5)
+
+    def forward(self, x):
+        return (x - self.shift) * self.scale + self.offset
+
+
+class Whole(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.auxiliary = torch.nn.Linear(4, 2), torch.nn.Linear(4, 3)
+        self.factor, self.spare = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+        self.register_buffer("hidden", torch.rand(1), persistent=False)
+        self.inputs, self.norm, self.act = Normalising(), torch.nn.BatchNorm2d(4), torch.nn.LeakyReLU(0.2)
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.all = torch.nn.ModuleList([self.inputs, self.conv, torch.nn.Sequential()])
+
+    def forward(self, x):
+        y = self.conv(self.inputs(x))
+        y = self.act(self.norm(y) + y)
+        return self.head(y.mean((2, 3))) * self.factor + self.hidden
+
+
+def states(model):
+    """The names of all that a model has, and of all that it saves, in order."""
+    names = (model.named_parameters(), model.named_buffers(), model.state_dict().items())
+    return [[name for name, _ in pairs if name != "inputs.offset"] for pairs in names]
+
+
+def test_a_fused_model_has_the_state_of_its_model():
+    model = Whole()
+    expected = states(model)
+    fused = nn.convert(model, fuse=True)
+    assert states(fused) == expected
+    copied = copy.deepcopy(copy.deepcopy(fused.eval()))
+    assert states(copied) == expected
+    assert not any(module.training for module in copied.modules())
+    assert_close(copied(image()), fused(image()))
+    copied.auxiliary, copied.extra = torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(1, 1)
+    assert set(copy.deepcopy(copied).state_dict()) == set(copied.state_dict())
+
+
+def test_reverting_gives_a_model_what_its_fused_one_has():
+    model = Whole()
+    fused = nn.convert(model, fuse=True)
+    fused(image())
+    with torch.no_grad():
+        fused.inputs.shift.add_(1)
+    fused.head = torch.nn.Linear(4, 5)
+    fused.double().eval()
+    x = image().double()
+    expected, state = fused(x), fused.state_dict()
+    assert nn.revert(fused) is model
+    assert model.head is fused.head
+    assert not any(module.training for module in model.modules())
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert {tensor.dtype for tensor in (model.hidden, model.inputs.scale, model.factor)} == {torch.float64}
+    assert_close(model(x), expected)
+    assert_close(fused(x), expected)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        saved_and_loaded,
+        copy.deepcopy,
+        lambda fused: torch.nn.Sequential(fused, torch.nn.ReLU()),
+        lambda fused: nn.convert(fused, fuse=True),
+        lambda fused: saved_and_loaded(nn.convert(torch.nn.Sequential(fused, torch.nn.ReLU()), fuse=True)),
+    ],
+)
+def test_fused_models_are_reverted_wherever_they_are(change):
+    torch.manual_seed(0)
+    changed = change(nn.convert(Whole(), fuse=True))
+    changed(image(1))
+    expected, x = copy.deepcopy(changed)(image()), image()
+    model = nn.revert(changed)
+    assert not norms(model)
+    assert_close(model(x), expected)
+    again = nn.convert(model, fuse=True)
+    assert sum(layer.activation.is_identity for layer in norms(again)) == 1
+    assert_close(again.eval()(x), model.eval()(x))
+
+
+def test_a_fused_model_that_cannot_be_reverted_is_left_as_it_is():
+    model = nn.convert(Whole(), fuse=True).eval()
+    expected = model(image())
+    nn.freeze(model)
+    with pytest.raises(ValueError, match="layer 'norm' is frozen"):
+        nn.revert(torch.nn.Sequential(model)[0])
+    assert_close(model(image()), expected)
+    assert len(norms(model)) == 1
 
 
 @pytest.mark.parametrize("transpose", [False, True])

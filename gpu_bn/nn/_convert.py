@@ -6,16 +6,18 @@ whoever else refers to it are kept.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.utils import parametrize
 
 from gpu_bn.activations import IDENTITY
 from gpu_bn.nn import modules
 from gpu_bn.nn._activations import activation_of
-from gpu_bn.nn._graph import ORIGINAL, fuse_activations
+from gpu_bn.nn._graph import fuse_activations, give_back, origins, unfuse
 from gpu_bn.nn._known import class_of, rule
 from gpu_bn.nn.modules import Fused
 from gpu_bn.nn.sync import SyncBatchNorm
@@ -35,7 +37,10 @@ def convert(model: Model, *, fuse: bool = False) -> Any:
     Args:
         model: a model, or a layer.
         fuse: also merge a layer with the activation after it, and with a sum between the two. The model is traced
-            by ``torch.fx`` for that, and a ``GraphModule`` over the same layers is returned.
+            by ``torch.fx`` for that, and a ``GraphModule`` over the same layers is returned, with the same state. It
+            loses what the model, and modules that are not torch's, have beyond layers, parameters and buffers: methods,
+            a ``train`` of their own, other attributes; and once loaded from a file as a whole, second names of
+            modules, and that buffers of the model itself were not persistent.
 
     Returns:
         ``model``, or with ``fuse`` the graph module.
@@ -68,19 +73,26 @@ def synchronise(model: Model, process_group: Any) -> Model:
 def revert(model: torch.nn.Module) -> Any:
     """Undo :func:`convert`: every layer of ours becomes what it was, or torch's of the same name.
 
+    In graph modules the merged activations and sums become torch's functions.
+
     Returns:
-        ``model``; of a graph module that ``convert(fuse=True)`` returned, the model that it was made from.
+        ``model``; of a graph module that ``convert(fuse=True)`` returned, the model that it was made from, with what
+        the graph module has now. Loaded from a file, or in a larger model, it is a graph module still.
 
     Raises:
         ValueError: a layer has an activation, a ``virtual_batch_size`` or ``renorm``, or is frozen, and torch's layer
             would lose that. Nothing has changed.
     """
-    model = getattr(model, "meta", {}).get(ORIGINAL, model)
     found = [
         (module, _original(name, module))
         for name, module in model.named_modules()
         if isinstance(module, (Fused, modules.FrozenBatchNorm2d))
     ]
+    made_from = origins(model)
+    for graph in {module for origin in made_from for module in origin.modules() if isinstance(module, GraphModule)}:
+        unfuse(graph)
+    for made, origin in pairwise(made_from):
+        give_back(origin, made)
     for module, cls in found:
         for attribute in ("activation", "frozen", "virtual_batch_size", "renorm", "_converted_from"):
             module.__dict__.pop(attribute, None)
@@ -88,7 +100,7 @@ def revert(model: torch.nn.Module) -> Any:
             if cls is not torch.nn.SyncBatchNorm:
                 module.__dict__.pop("process_group", None)
             _set_class(module, cls)
-    return model
+    return made_from[-1]
 
 
 def freeze(model: Model, *, parameters: bool = True) -> Model:

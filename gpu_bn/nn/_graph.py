@@ -59,12 +59,77 @@ def trace(model: torch.nn.Module) -> GraphModule:
 def fuse_activations(model: torch.nn.Module) -> GraphModule:
     """A graph module in which layers of ours do the activations, and the sums before these, that follow them."""
     traced = trace(model)
+    _complete(traced, model, {})
+    for name, module in model.named_modules():
+        traced.get_submodule(name).training = module.training
+    traced._deepcopy_hooks.append(_complete_copy)
     for node in reversed(list(traced.graph.nodes)):  # of a sum's two layers the later one takes the other's output
         if norm_of(traced, node) is not None and len(node.args) == 1 and not node.kwargs:
             _fuse(traced, node)
     traced.graph.lint()
     traced.recompile()
     return traced
+
+
+def _complete(traced: Any, model: Any, done: dict[Any, Any]) -> Any:
+    """Give a graph module what its graph does not use of its model too, in the model's order, for the state has it.
+
+    What torch.fx made for a module that has several names becomes one again, which is returned.
+    """
+    twin = done.setdefault(model, traced)
+    plain = traced._buffers.keys() & model.__dict__.keys()  # tensors that are no buffers of the model
+    twin._non_persistent_buffers_set = model._non_persistent_buffers_set | plain | twin._non_persistent_buffers_set
+    twin._buffers = {**model._buffers, **traced._buffers, **twin._buffers}
+    twin._parameters = {**model._parameters, **traced._parameters, **twin._parameters}
+    children = {}
+    for name, child in model._modules.items():
+        mine = traced._modules[name] if name in traced._modules else done.get(child, child)
+        children[name] = _complete(mine, child, done) if type(mine) is torch.nn.Module else mine
+    twin._modules = {**children, **{name: mine for name, mine in twin._modules.items() if name not in children}}
+    return twin
+
+
+def _complete_copy(traced: GraphModule) -> None:
+    """What torch's copying leaves out."""
+    if (model := traced.meta.get(ORIGINAL)) is not None:
+        _complete(traced, model, {})
+
+
+def origins(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """A model, what it was made from, what that was made from, and so on."""
+    found = [model]
+    while (before := getattr(found[-1], "meta", {}).get(ORIGINAL)) is not None:
+        found.append(before)
+    return found
+
+
+def give_back(model: torch.nn.Module, traced: torch.nn.Module) -> None:
+    """Give a model what its graph module has now: values, modes, and layers."""
+    model.training = traced.training
+    tensors: Any
+    for tensors, present in ((model._parameters, traced._parameters), (model._buffers, traced._buffers)):
+        tensors.update((name, present[name]) for name in tensors.keys() & present.keys())
+    for name, child in model._modules.items():
+        now = traced._modules.get(name)
+        if child is not None and type(now) is torch.nn.Module:  # torch.fx's, for a module that the graph goes into
+            give_back(child, now)
+        elif now is not None:
+            model._modules[name] = now
+
+
+def unfuse(traced: GraphModule) -> None:
+    """Have torch's functions do the activations and sums that calls of our layers do in a graph."""
+    for node in list(traced.graph.nodes):
+        given = arguments(node)
+        if norm_of(traced, node) is None or given.keys() <= {"input"} or given.get("mask") is not None:
+            continue
+        with traced.graph.inserting_before(node):
+            alone = traced.graph.call_module(str(node.target), (given["input"],))
+        replace_call(traced.graph, node, alone, given.get("residual"), Activation.of(given.get("activation")))
+    for node in reversed(traced.graph.nodes):
+        if node.target is Activation and not node.users:
+            traced.graph.erase_node(node)
+    traced.recompile()
 
 
 def norm_of(traced: GraphModule, node: Node) -> Any:
