@@ -438,6 +438,30 @@ def test_a_fused_model_has_the_state_of_its_model():
     assert set(copy.deepcopy(copied).state_dict()) == set(copied.state_dict())
 
 
+class PartlyInEvaluation(Watched):
+    def __init__(self):
+        super().__init__()
+        self.all = torch.nn.Sequential(self.a)
+
+    def forward(self, x):
+        return torch.relu(self.b(self.a(x)))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.a.eval()
+        return self
+
+
+@pytest.mark.parametrize("model", [PartlyInEvaluation, lambda: torch.nn.Sequential(PartlyInEvaluation())])
+def test_a_fused_model_trains_what_its_model_does(model):
+    fused = nn.convert(model(), fuse=True)
+    for graph in (fused, copy.deepcopy(copy.deepcopy(fused)), nn.convert(fused, fuse=True)):
+        for mode in (False, True):
+            assert graph.train(mode) is graph
+            assert [layer.training for layer in norms(graph)] == [False, mode]
+            assert graph.training == mode
+
+
 def test_reverting_gives_a_model_what_its_fused_one_has():
     model = Whole()
     fused = nn.convert(model, fuse=True)

@@ -38,9 +38,8 @@ def convert(model: Model, *, fuse: bool = False) -> Any:
         model: a model, or a layer.
         fuse: also merge a layer with the activation after it, and with a sum between the two. The model is traced
             by ``torch.fx`` for that, and a ``GraphModule`` over the same layers is returned, with the same state. It
-            loses what the model, and modules that are not torch's, have beyond layers, parameters and buffers: methods,
-            a ``train`` of their own, other attributes; and once loaded from a file as a whole, second names of
-            modules, and that buffers of the model itself were not persistent.
+            loses methods and attributes of the model's own but ``train``; and once loaded from a file as a whole, that
+            too, second names of modules, and that buffers of the model itself were not persistent.
 
     Returns:
         ``model``, or with ``fuse`` the graph module.

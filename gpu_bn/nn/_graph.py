@@ -59,10 +59,10 @@ def trace(model: torch.nn.Module) -> GraphModule:
 def fuse_activations(model: torch.nn.Module) -> GraphModule:
     """A graph module in which layers of ours do the activations, and the sums before these, that follow them."""
     traced = trace(model)
-    _complete(traced, model, {})
+    _keep(traced)
     for name, module in model.named_modules():
         traced.get_submodule(name).training = module.training
-    traced._deepcopy_hooks.append(_complete_copy)
+    traced._deepcopy_hooks.append(_keep)
     for node in reversed(list(traced.graph.nodes)):  # of a sum's two layers the later one takes the other's output
         if norm_of(traced, node) is not None and len(node.args) == 1 and not node.kwargs:
             _fuse(traced, node)
@@ -89,10 +89,19 @@ def _complete(traced: Any, model: Any, done: dict[Any, Any]) -> Any:
     return twin
 
 
-def _complete_copy(traced: GraphModule) -> None:
-    """What torch's copying leaves out."""
+def _keep(traced: GraphModule) -> None:
+    """Keep what torch.fx leaves out of a graph module, and torch's copying out of a copy."""
     if (model := traced.meta.get(ORIGINAL)) is not None:
         _complete(traced, model, {})
+        type(traced).train = _train  # type: ignore[assignment,method-assign] # each graph module has a class of its own
+
+
+def _train(traced: GraphModule, mode: bool = True) -> GraphModule:
+    """As the model's own ``train``, which may leave layers in evaluation mode."""
+    torch.nn.Module.train(traced, mode)
+    if (model := traced.meta.get(ORIGINAL)) is not None:
+        model.train(mode)
+    return traced
 
 
 def origins(model: torch.nn.Module) -> list[torch.nn.Module]:
