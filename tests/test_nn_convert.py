@@ -352,9 +352,11 @@ class Watched(InputOverwritten):
         self.act = torch.nn.ReLU()
         self.act.register_forward_hook(lambda _module, _inputs, y: 2 * y)
         self.b.register_forward_hook(lambda _module, _inputs, y: -y)
+        self.c, self.same = torch.nn.BatchNorm1d(3), torch.nn.Identity()
+        self.same.register_forward_hook(lambda _module, _inputs, y: 3 * y)
 
     def forward(self, x):
-        return self.act(self.a(x)) + torch.relu(self.b(x))
+        return self.act(self.a(x)) + torch.relu(self.b(x)) + torch.sigmoid(self.same(self.c(x)))
 
 
 @pytest.mark.parametrize(
@@ -438,7 +440,7 @@ def test_a_fused_model_has_the_state_of_its_model():
     assert set(copy.deepcopy(copied).state_dict()) == set(copied.state_dict())
 
 
-class PartlyInEvaluation(Watched):
+class PartlyInEvaluation(InputOverwritten):
     def __init__(self):
         super().__init__()
         self.all = torch.nn.Sequential(self.a)

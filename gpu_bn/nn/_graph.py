@@ -209,7 +209,8 @@ def _following(traced: GraphModule, chain: list[Node]) -> Node | None:
     """The only user of a chain's end; identities on the way join the chain."""
     while len(chain[-1].users) == 1:
         (user,) = chain[-1].users
-        if type(module_of(traced, user)) is not torch.nn.Identity:
+        module = module_of(traced, user)
+        if type(module) is not torch.nn.Identity or is_watched(module):
             return user
         chain.append(user)
     return None
