@@ -1,9 +1,10 @@
 """Converting models and back, merging activations and sums, folding, inserting identities."""
 
 import copy
+import io
 
 import pytest
-from networks import BatchNormAct2d, FrozenBatchNorm2d, mobilenet, resnet, unet
+from networks import BatchNormAct2d, FrozenBatchNorm2d, mobilenet, register, resnet, unet
 from support import rng
 
 import gpu_bn
@@ -13,7 +14,7 @@ torch = pytest.importorskip("torch")
 from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
-from gpu_bn.nn import _activations, _convert  # noqa: E402
+from gpu_bn.nn import _activations  # noqa: E402
 from gpu_bn.nn.modules import Fused  # noqa: E402
 
 NETWORKS = {"resnet": resnet, "mobilenet": mobilenet, "unet": unet}
@@ -40,13 +41,8 @@ def norms(model):
 
 
 @pytest.fixture
-def register(monkeypatch):
-    """Stand-ins are known as the classes that they stand for."""
-    for name, cls in (
-        ("timm.layers.norm_act.BatchNormAct2d", BatchNormAct2d),
-        ("torchvision.ops.misc.FrozenBatchNorm2d", FrozenBatchNorm2d),
-    ):
-        monkeypatch.setitem(_convert.CLASSES, f"{cls.__module__}.{cls.__qualname__}", _convert.CLASSES[name])
+def stand_ins(monkeypatch):
+    register(monkeypatch)
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
@@ -140,7 +136,7 @@ def test_parametrised_layers():
         (torch.nn.Identity(), "identity"),
     ],
 )
-@pytest.mark.usefixtures("register")
+@pytest.mark.usefixtures("stand_ins")
 def test_a_fused_activation_is_kept(act, name):
     layer = BatchNormAct2d(3, act)
     text, x = repr(layer), image()
@@ -152,18 +148,32 @@ def test_a_fused_activation_is_kept(act, name):
     assert (type(layer), repr(layer)) == (BatchNormAct2d, text)
 
 
-@pytest.mark.usefixtures("register")
+@pytest.mark.usefixtures("stand_ins")
 def test_what_cannot_be_converted_is_left_as_it_is():
     class Special(torch.nn.BatchNorm2d):
         pass
 
-    layers = [BatchNormAct2d(3, torch.nn.Mish()), BatchNormAct2d(3, torch.nn.ReLU(), torch.nn.Dropout()), Special(3)]
+    class Shifted(torch.nn.LeakyReLU):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    watched = [torch.nn.ReLU(), torch.nn.Identity()]
+    for module in watched:
+        module.register_forward_hook(lambda _module, _inputs, y: 2 * y)
+    layers = [
+        BatchNormAct2d(3, torch.nn.Mish()),
+        BatchNormAct2d(3, torch.nn.ReLU(), torch.nn.Dropout()),
+        BatchNormAct2d(3, Shifted(0.1)),
+        BatchNormAct2d(3, watched[0]),
+        BatchNormAct2d(3, torch.nn.ReLU(), watched[1]),
+        Special(3),
+    ]
     kinds = [type(layer) for layer in layers]
     nn.convert(torch.nn.Sequential(*layers))
     assert [type(layer) for layer in layers] == kinds
 
 
-@pytest.mark.usefixtures("register")
+@pytest.mark.usefixtures("stand_ins")
 def test_frozen_layers_of_torchvision():
     layer = FrozenBatchNorm2d(3)
     with torch.no_grad():
@@ -223,8 +233,11 @@ def test_converting_to_sync_batch_norm_keeps_what_a_layer_has():
     layers[0](image())
     assert called == [True]
     assert nn.SyncBatchNorm.convert_sync_batchnorm(layers[0]) is layers[0]
-    assert type(nn.revert(layers[0])) is torch.nn.BatchNorm2d
-    assert type(nn.revert(layers[1])) is torch.nn.SyncBatchNorm
+    layers[2].activation = gpu_bn.Activation("identity")
+    nn.unfreeze(layers[4])
+    kinds = [torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm, torch.nn.BatchNorm2d, nn.BatchNorm, torch.nn.BatchNorm3d]
+    assert [type(nn.revert(layer)) for layer in layers[:5]] == kinds
+    assert [hasattr(layer, "process_group") for layer in layers[:5]] == [False, True, False, False, False]
 
 
 def test_lazy_layers_are_not_left_out_in_silence():
@@ -250,7 +263,8 @@ def test_lazy_layers_are_converted_before_and_after_their_first_input():
     assert type(layer) is nn.LazyBatchNorm1d
     layer(torch.randn(4, 3))
     assert type(layer) is nn.BatchNorm1d
-    assert type(nn.revert(layer)) is torch.nn.BatchNorm1d
+    assert type(nn.revert(copy.deepcopy(layer))) is torch.nn.BatchNorm1d
+    assert type(nn.revert(nn.SyncBatchNorm.convert_sync_batchnorm(layer))) is torch.nn.BatchNorm1d
 
 
 class Dropping(torch.nn.Module):
@@ -338,9 +352,11 @@ class Watched(InputOverwritten):
         self.act = torch.nn.ReLU()
         self.act.register_forward_hook(lambda _module, _inputs, y: 2 * y)
         self.b.register_forward_hook(lambda _module, _inputs, y: -y)
+        self.c, self.same = torch.nn.BatchNorm1d(3), torch.nn.Identity()
+        self.same.register_forward_hook(lambda _module, _inputs, y: 3 * y)
 
     def forward(self, x):
-        return self.act(self.a(x)) + torch.relu(self.b(x))
+        return self.act(self.a(x)) + torch.relu(self.b(x)) + torch.sigmoid(self.same(self.c(x)))
 
 
 @pytest.mark.parametrize(
@@ -373,6 +389,138 @@ def test_fused_activations_with_a_parameter():
     with pytest.raises(ValueError, match="normalisation of 2D inputs, got 3D"):
         folded(torch.randn(2, 4, 3))
     assert_close(copy.deepcopy(fused)(x), evaluated)
+
+
+class Normalising(torch.nn.Module):
+    """It has tensors of its own, some of which its calls, its state or its order leave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.rand(3, 1, 1))
+        self.register_buffer("scale", torch.rand(3, 1, 1), persistent=False)
+        self.register_buffer("unused", torch.rand(2), persistent=False)
+        self.offset = torch.tensor(0.5)
+
+    def forward(self, x):
+        return (x - self.shift) * self.scale + self.offset
+
+
+class Whole(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.auxiliary = torch.nn.Linear(4, 2), torch.nn.Linear(4, 3)
+        self.factor, self.spare = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+        self.register_buffer("hidden", torch.rand(1), persistent=False)
+        self.inputs, self.norm, self.act = Normalising(), torch.nn.BatchNorm2d(4), torch.nn.LeakyReLU(0.2)
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.all = torch.nn.ModuleList([self.inputs, self.conv, torch.nn.Sequential()])
+
+    def forward(self, x):
+        y = self.conv(self.inputs(x))
+        y = self.act(self.norm(y) + y)
+        return self.head(y.mean((2, 3))) * self.factor + self.hidden
+
+
+def states(model):
+    """The names of all that a model has, and of all that it saves, in order."""
+    names = (model.named_parameters(), model.named_buffers(), model.state_dict().items())
+    return [[name for name, _ in pairs if name != "inputs.offset"] for pairs in names]
+
+
+def test_a_fused_model_has_the_state_of_its_model():
+    model = Whole()
+    expected = states(model)
+    fused = nn.convert(model, fuse=True)
+    assert states(fused) == expected
+    copied = copy.deepcopy(copy.deepcopy(fused.eval()))
+    assert states(copied) == expected
+    assert not any(module.training for module in copied.modules())
+    assert_close(copied(image()), fused(image()))
+    copied.auxiliary, copied.extra = torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(1, 1)
+    assert set(copy.deepcopy(copied).state_dict()) == set(copied.state_dict())
+
+
+class PartlyInEvaluation(InputOverwritten):
+    def __init__(self):
+        super().__init__()
+        self.all = torch.nn.Sequential(self.a)
+
+    def forward(self, x):
+        return torch.relu(self.b(self.a(x)))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.a.eval()
+        return self
+
+
+@pytest.mark.parametrize("model", [PartlyInEvaluation, lambda: torch.nn.Sequential(PartlyInEvaluation())])
+def test_a_fused_model_trains_what_its_model_does(model):
+    fused = nn.convert(model(), fuse=True)
+    for graph in (fused, copy.deepcopy(copy.deepcopy(fused)), nn.convert(fused, fuse=True)):
+        for mode in (False, True):
+            assert graph.train(mode) is graph
+            assert [layer.training for layer in norms(graph)] == [False, mode]
+            assert graph.training == mode
+
+
+def test_reverting_gives_a_model_what_its_fused_one_has():
+    model = Whole()
+    fused = nn.convert(model, fuse=True)
+    fused(image())
+    with torch.no_grad():
+        fused.inputs.shift.add_(1)
+    fused.head = torch.nn.Linear(4, 5)
+    fused.double().eval()
+    x = image().double()
+    expected, state = fused(x), fused.state_dict()
+    assert nn.revert(fused) is model
+    assert model.head is fused.head
+    assert not any(module.training for module in model.modules())
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert {tensor.dtype for tensor in (model.hidden, model.inputs.scale, model.factor)} == {torch.float64}
+    assert_close(model(x), expected)
+    assert_close(fused(x), expected)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        saved_and_loaded,
+        copy.deepcopy,
+        lambda fused: torch.nn.Sequential(fused, torch.nn.ReLU()),
+        lambda fused: nn.convert(fused, fuse=True),
+        lambda fused: saved_and_loaded(nn.convert(torch.nn.Sequential(fused, torch.nn.ReLU()), fuse=True)),
+    ],
+)
+def test_fused_models_are_reverted_wherever_they_are(change):
+    torch.manual_seed(0)
+    changed = change(nn.convert(Whole(), fuse=True))
+    changed(image(1))
+    expected, x = copy.deepcopy(changed)(image()), image()
+    model = nn.revert(changed)
+    assert not norms(model)
+    assert_close(model(x), expected)
+    again = nn.convert(model, fuse=True)
+    assert sum(layer.activation.is_identity for layer in norms(again)) == 1
+    assert_close(again.eval()(x), model.eval()(x))
+
+
+def test_a_fused_model_that_cannot_be_reverted_is_left_as_it_is():
+    model = nn.convert(Whole(), fuse=True).eval()
+    expected = model(image())
+    nn.freeze(model)
+    with pytest.raises(ValueError, match="layer 'norm' is frozen"):
+        nn.revert(torch.nn.Sequential(model)[0])
+    assert_close(model(image()), expected)
+    assert len(norms(model)) == 1
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -426,6 +574,31 @@ def test_identities_inserted_into_a_trained_network():
         assert_close(model.train(mode)(x), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no modules named 7"):
         nn.insert_identity_(model, ["7"], x)
+
+
+@pytest.mark.parametrize("names", [["0", "0.0"], ["0.0", "0"], ["0", "0"]])
+def test_identities_inserted_into_a_module_and_into_what_it_is_in(names):
+    inner = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Tanh())
+    model, x = torch.nn.Sequential(inner, torch.nn.Conv2d(5, 2, 1)), image(size=8)
+    expected = model(x)
+    assert_close(nn.insert_identity_(model, names, x)(x), expected, rtol=1e-4, atol=1e-5)
+    assert model[0][0] is inner
+    assert [type(layer) for layer in norms(model)] == [nn.BatchNorm2d] * len(set(names))
+
+
+def test_identities_inserted_before_what_overwrites_its_input():
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.ReLU(inplace=True)), image(size=8)
+    expected = model(x)
+    nn.insert_identity_(model, ["0"], x)
+    for mode in (False, True):
+        assert_close(model.train(mode)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_identity_behind_what_gives_no_tensor_is_refused():
+    model, x = torch.nn.Sequential(torch.nn.LSTM(3, 4)), torch.randn(2, 5, 3)
+    with pytest.raises(ValueError, match="0 should give a tensor of rank 2 to 5"):
+        nn.insert_identity_(model, ["0"], x)
+    assert type(model[0]) is torch.nn.LSTM
 
 
 def test_every_activation_of_ours_is_known_by_torchs_name():

@@ -85,3 +85,23 @@ def test_the_backbone_of_a_detector_with_frozen_layers(torchvision):
     assert any(isinstance(layer, nn.FrozenBatchNorm2d) for layer in ours.modules())
     x = torch.from_numpy(rng().standard_normal((2, 3, 32, 32)))
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_folding_keeps_timms_activations(converted, timm):
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv3_small_050", pretrained=False, num_classes=10).double()
+    x = torch.from_numpy(rng().standard_normal((2, 3, 32, 32)))
+    model(x)
+    expected = model.eval()(x)
+    folded = nn.fold(nn.convert(model) if converted else model)
+    assert not any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in folded.modules())
+    torch.testing.assert_close(folded(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_folding_torchvisions_frozen_layers(torchvision):
+    model = torchvision.models.resnet18(norm_layer=torchvision.ops.misc.FrozenBatchNorm2d).double().eval()
+    folded = nn.fold(model)
+    assert not any(isinstance(layer, torchvision.ops.misc.FrozenBatchNorm2d) for layer in folded.modules())
+    x = torch.from_numpy(rng().standard_normal((2, 3, 32, 32)))
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-9, atol=1e-9)

@@ -80,13 +80,13 @@ TARGETS: dict[Any, Activation] = {
 """Functions and methods of tensors, as they appear in a graph."""
 
 
-def activation_of(module: torch.nn.Module) -> Activation | None:
-    """The activation that a module is, if it is one of ours."""
-    match module:
-        case torch.nn.LeakyReLU():
-            return leaky_relu(module.negative_slope)
-        case torch.nn.ELU():
-            return elu(module.alpha)
-        case torch.nn.GELU():
-            return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
-    return LAYERS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+def activation_of(module: Any) -> Activation | None:
+    """The activation that a module is, if it is one of ours; a subclass may compute something else."""
+    kind = type(module)
+    if kind is torch.nn.LeakyReLU:
+        return leaky_relu(module.negative_slope)
+    if kind is torch.nn.ELU:
+        return elu(module.alpha)
+    if kind is torch.nn.GELU:
+        return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
+    return LAYERS.get(f"{kind.__module__}.{kind.__qualname__}")

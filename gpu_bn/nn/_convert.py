@@ -1,43 +1,28 @@
 """Swapping the BatchNorm layers of a model for ours, and back.
 
 A layer stays the object that it is: only its class changes, so that parameters, buffers, hooks, flags, names and
-whoever else refers to it are kept. Layers of other libraries are known by the name of their class; nothing is imported
-for them. Subclasses of the classes below are left as they are, for they may compute something else.
+whoever else refers to it are kept.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _LazyNormBase
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.activations import IDENTITY
 from gpu_bn.nn import modules
 from gpu_bn.nn._activations import activation_of
-from gpu_bn.nn._graph import ORIGINAL, fuse_activations
+from gpu_bn.nn._graph import fuse_activations, give_back, origins, unfuse
+from gpu_bn.nn._known import class_of, rule
 from gpu_bn.nn.modules import Fused
 from gpu_bn.nn.sync import SyncBatchNorm
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-
-_TORCH = "torch.nn.modules.batchnorm"
-CLASSES: dict[str, type[torch.nn.Module]] = {
-    f"{_TORCH}.BatchNorm1d": modules.BatchNorm1d,
-    f"{_TORCH}.BatchNorm2d": modules.BatchNorm2d,
-    f"{_TORCH}.BatchNorm3d": modules.BatchNorm3d,
-    f"{_TORCH}.LazyBatchNorm1d": modules.LazyBatchNorm1d,
-    f"{_TORCH}.LazyBatchNorm2d": modules.LazyBatchNorm2d,
-    f"{_TORCH}.LazyBatchNorm3d": modules.LazyBatchNorm3d,
-    f"{_TORCH}.SyncBatchNorm": SyncBatchNorm,
-    "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
-    "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
-    "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
-}
-"""What is converted, by qualified name, and to which class."""
-
 
 SYNCHRONISED = (modules.BatchNorm, modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d, SyncBatchNorm)
 """What becomes a SyncBatchNorm; what is derived from these may compute something else."""
@@ -52,7 +37,9 @@ def convert(model: Model, *, fuse: bool = False) -> Any:
     Args:
         model: a model, or a layer.
         fuse: also merge a layer with the activation after it, and with a sum between the two. The model is traced
-            by ``torch.fx`` for that, and a ``GraphModule`` over the same layers is returned.
+            by ``torch.fx`` for that, and a ``GraphModule`` over the same layers is returned, with the same state. It
+            loses methods and attributes of the model's own but ``train``; and once loaded from a file as a whole, that
+            too, second names of modules, and that buffers of the model itself were not persistent.
 
     Returns:
         ``model``, or with ``fuse`` the graph module.
@@ -60,7 +47,7 @@ def convert(model: Model, *, fuse: bool = False) -> Any:
     Raises:
         ValueError: with ``fuse``, a model that cannot be traced.
     """
-    found = [(module, rule) for module in model.modules() if (rule := _rule(module)) is not None]
+    found = [(module, known) for module in model.modules() if (known := rule(module)) is not None]
     for module, (cls, activation) in found:
         _become(module, cls)
         if not activation.is_identity:
@@ -74,7 +61,9 @@ def synchronise(model: Model, process_group: Any) -> Model:
     if lazy := [repr(name) for name, module in named if isinstance(module, _LazyNormBase)]:
         raise ValueError(f"lazy layers do not know their channels yet: run a batch through {', '.join(lazy)} first")
     for module in convert(model).modules():
-        if _class_of(module) in SYNCHRONISED:
+        kind = class_of(module)
+        if kind in SYNCHRONISED:
+            module.__dict__.setdefault("_converted_from", getattr(torch.nn, kind.__name__, kind))
             _set_class(module, SyncBatchNorm)
             setattr(module, "process_group", process_group)  # noqa: B010 - not of every module's type
     return model
@@ -83,25 +72,34 @@ def synchronise(model: Model, process_group: Any) -> Model:
 def revert(model: torch.nn.Module) -> Any:
     """Undo :func:`convert`: every layer of ours becomes what it was, or torch's of the same name.
 
+    In graph modules the merged activations and sums become torch's functions.
+
     Returns:
-        ``model``; of a graph module that ``convert(fuse=True)`` returned, the model that it was made from.
+        ``model``; of a graph module that ``convert(fuse=True)`` returned, the model that it was made from, with what
+        the graph module has now. Loaded from a file, or in a larger model, it is a graph module still.
 
     Raises:
         ValueError: a layer has an activation, a ``virtual_batch_size`` or ``renorm``, or is frozen, and torch's layer
             would lose that. Nothing has changed.
     """
-    model = getattr(model, "meta", {}).get(ORIGINAL, model)
     found = [
         (module, _original(name, module))
         for name, module in model.named_modules()
         if isinstance(module, (Fused, modules.FrozenBatchNorm2d))
     ]
+    made_from = origins(model)
+    for graph in {module for origin in made_from for module in origin.modules() if isinstance(module, GraphModule)}:
+        unfuse(graph)
+    for made, origin in pairwise(made_from):
+        give_back(origin, made)
     for module, cls in found:
         for attribute in ("activation", "frozen", "virtual_batch_size", "renorm", "_converted_from"):
             module.__dict__.pop(attribute, None)
         if cls is not None:
+            if cls is not torch.nn.SyncBatchNorm:
+                module.__dict__.pop("process_group", None)
             _set_class(module, cls)
-    return model
+    return made_from[-1]
 
 
 def freeze(model: Model, *, parameters: bool = True) -> Model:
@@ -134,12 +132,20 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
     Raises:
         ValueError: a name that is none, or whose module was not called or did not give a tensor of rank 2 to 5.
     """
-    outputs: dict[str, torch.Tensor] = {}
     known = dict(model.named_modules())
     if unknown := [name for name in names if name not in known or not name]:
         raise ValueError(f"the model has no modules named {', '.join(unknown)}")
+    ranks = {rank: cls for cls in (modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d) for rank in cls.ranks}
+    layers: dict[str, torch.nn.Module] = {}
+
+    def look(name: str, output: Any) -> None:
+        """Make a module's layer at once, for what follows may overwrite the module's output."""
+        if isinstance(output, torch.Tensor) and output.dim() in ranks:
+            like = {"device": output.device, "dtype": None if output.dtype.itemsize < 4 else output.dtype}
+            layers[name] = ranks[output.dim()](output.shape[1], **(like | options)).init_identity_(output)
+
     hooks = [
-        known[name].register_forward_hook(lambda *called, name=name: outputs.__setitem__(name, called[2]))
+        known[name].register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output))
         for name in names
     ]
     modes = [(module, module.training) for module in model.modules()]
@@ -151,18 +157,12 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
             hook.remove()
         for module, mode in modes:
             module.training = mode
-    ranks = {rank: cls for cls in (modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d) for rank in cls.ranks}
-    layers = {}
-    for name in names:
-        output = outputs.get(name)
-        if not isinstance(output, torch.Tensor) or output.dim() not in ranks:
-            raise ValueError(f"{name} should give a tensor of rank 2 to 5 for these inputs")
-        like = {"device": output.device, "dtype": None if output.dtype.itemsize < 4 else output.dtype}
-        layers[name] = ranks[output.dim()](output.shape[1], **(like | options)).init_identity_(output)
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        sequence = torch.nn.Sequential(known[name], layer.train(known[name].training))
-        setattr(model.get_submodule(parent), child, sequence)
+    if missing := [name for name in names if name not in layers]:
+        raise ValueError(f"{', '.join(missing)} should give a tensor of rank 2 to 5 for these inputs")
+    places = [name.rpartition(".") for name in layers]
+    parents = [model.get_submodule(parent) for parent, _, _ in places]  # before a name may lead somewhere else
+    for (name, layer), parent, (_, _, child) in zip(layers.items(), parents, places, strict=True):
+        setattr(parent, child, torch.nn.Sequential(known[name], layer.train(known[name].training)))
     return model
 
 
@@ -173,19 +173,6 @@ def _set_frozen(model: Model, frozen: bool, parameters: bool) -> Model:
             for parameter in module.parameters(recurse=False) if parameters else ():
                 parameter.requires_grad_(not frozen)
     return model
-
-
-def _rule(module: torch.nn.Module) -> tuple[type[torch.nn.Module], Activation] | None:
-    """What a module becomes, and the activation it has; ``None`` if it stays what it is."""
-    kind = _class_of(module)
-    cls = CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
-    if cls is None:
-        return None
-    children = dict(module.named_children())
-    activation = activation_of(children["act"]) if "act" in children else IDENTITY
-    if activation is None or not isinstance(children.get("drop"), (torch.nn.Identity, type(None))):
-        return None
-    return cls, activation
 
 
 def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | None:
@@ -201,21 +188,15 @@ def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | Non
         kept = activation_of(act) or IDENTITY
     if module.activation != kept:
         raise ValueError(f"layer {name!r} has the activation {module.activation!r}, which torch's layer would lose")
-    grown_up = (
-        came_from is not None and issubclass(came_from, LazyModuleMixin) and not isinstance(module, LazyModuleMixin)
-    )
-    if came_from is not None and not grown_up:
-        return came_from
-    return getattr(torch.nn, _class_of(module).__name__, None)
-
-
-def _class_of(module: torch.nn.Module) -> type[Any]:
-    """A module's class, without what parametrisations make of it."""
-    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    if came_from is None:
+        return getattr(torch.nn, class_of(module).__name__, None)
+    if issubclass(came_from, _LazyNormBase) and not isinstance(module, _LazyNormBase):
+        return came_from.cls_to_become  # it has had its first input
+    return came_from
 
 
 def _become(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
-    module.__dict__["_converted_from"] = _class_of(module)
+    module.__dict__["_converted_from"] = class_of(module)
     _set_class(module, cls)
 
 

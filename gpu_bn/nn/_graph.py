@@ -10,7 +10,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_bn.activations import Activation
+from gpu_bn.nn import _activations
 from gpu_bn.nn._activations import TARGETS, activation_of
+from gpu_bn.nn._known import counterpart, is_watched
 from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
 
 ORIGINAL = "gpu_bn_original"
@@ -22,8 +24,8 @@ ADDITIONS = (operator.add, torch.add, "add", *IN_PLACE)
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, (_BatchNorm, FrozenBatchNorm2d))
-        return ours or super().is_leaf_module(m, module_qualified_name)
+        norm = isinstance(m, (_BatchNorm, FrozenBatchNorm2d)) or counterpart(type(m)) is not None
+        return norm or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: torch.nn.Module) -> GraphModule:
@@ -57,12 +59,86 @@ def trace(model: torch.nn.Module) -> GraphModule:
 def fuse_activations(model: torch.nn.Module) -> GraphModule:
     """A graph module in which layers of ours do the activations, and the sums before these, that follow them."""
     traced = trace(model)
+    _keep(traced)
+    for name, module in model.named_modules():
+        traced.get_submodule(name).training = module.training
+    traced._deepcopy_hooks.append(_keep)
     for node in reversed(list(traced.graph.nodes)):  # of a sum's two layers the later one takes the other's output
         if norm_of(traced, node) is not None and len(node.args) == 1 and not node.kwargs:
             _fuse(traced, node)
     traced.graph.lint()
     traced.recompile()
     return traced
+
+
+def _complete(traced: Any, model: Any, done: dict[Any, Any]) -> Any:
+    """Give a graph module what its graph does not use of its model too, in the model's order, for the state has it.
+
+    What torch.fx made for a module that has several names becomes one again, which is returned.
+    """
+    twin = done.setdefault(model, traced)
+    plain = traced._buffers.keys() & model.__dict__.keys()  # tensors that are no buffers of the model
+    twin._non_persistent_buffers_set = model._non_persistent_buffers_set | plain | twin._non_persistent_buffers_set
+    twin._buffers = {**model._buffers, **traced._buffers, **twin._buffers}
+    twin._parameters = {**model._parameters, **traced._parameters, **twin._parameters}
+    children = {}
+    for name, child in model._modules.items():
+        mine = traced._modules[name] if name in traced._modules else done.get(child, child)
+        children[name] = _complete(mine, child, done) if type(mine) is torch.nn.Module else mine
+    twin._modules = {**children, **{name: mine for name, mine in twin._modules.items() if name not in children}}
+    return twin
+
+
+def _keep(traced: GraphModule) -> None:
+    """Keep what torch.fx leaves out of a graph module, and torch's copying out of a copy."""
+    if (model := traced.meta.get(ORIGINAL)) is not None:
+        _complete(traced, model, {})
+        type(traced).train = _train  # type: ignore[assignment,method-assign] # each graph module has a class of its own
+
+
+def _train(traced: GraphModule, mode: bool = True) -> GraphModule:
+    """As the model's own ``train``, which may leave layers in evaluation mode."""
+    torch.nn.Module.train(traced, mode)
+    if (model := traced.meta.get(ORIGINAL)) is not None:
+        model.train(mode)
+    return traced
+
+
+def origins(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """A model, what it was made from, what that was made from, and so on."""
+    found = [model]
+    while (before := getattr(found[-1], "meta", {}).get(ORIGINAL)) is not None:
+        found.append(before)
+    return found
+
+
+def give_back(model: torch.nn.Module, traced: torch.nn.Module) -> None:
+    """Give a model what its graph module has now: values, modes, and layers."""
+    model.training = traced.training
+    tensors: Any
+    for tensors, present in ((model._parameters, traced._parameters), (model._buffers, traced._buffers)):
+        tensors.update((name, present[name]) for name in tensors.keys() & present.keys())
+    for name, child in model._modules.items():
+        now = traced._modules.get(name)
+        if child is not None and type(now) is torch.nn.Module:  # torch.fx's, for a module that the graph goes into
+            give_back(child, now)
+        elif now is not None:
+            model._modules[name] = now
+
+
+def unfuse(traced: GraphModule) -> None:
+    """Have torch's functions do the activations and sums that calls of our layers do in a graph."""
+    for node in list(traced.graph.nodes):
+        given = arguments(node)
+        if norm_of(traced, node) is None or given.keys() <= {"input"} or given.get("mask") is not None:
+            continue
+        with traced.graph.inserting_before(node):
+            alone = traced.graph.call_module(str(node.target), (given["input"],))
+        replace_call(traced.graph, node, alone, given.get("residual"), Activation.of(given.get("activation")))
+    for node in reversed(traced.graph.nodes):
+        if node.target is Activation and not node.users:
+            traced.graph.erase_node(node)
+    traced.recompile()
 
 
 def norm_of(traced: GraphModule, node: Node) -> Any:
@@ -78,10 +154,32 @@ def module_of(traced: GraphModule, node: Any) -> torch.nn.Module | None:
     return traced.get_submodule(str(node.target))
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """What a layer's call is given, by name."""
+    given: dict[str, Any] = dict(zip(("input", "residual", "activation", "mask"), node.args, strict=False))
+    given.update(node.kwargs)
+    chosen = given.get("activation")
+    if isinstance(chosen, Node) and chosen.target is Activation:  # one with a parameter is a node of its own
+        given["activation"] = Activation(*chosen.args, **chosen.kwargs)  # type: ignore[arg-type]
+    return given
+
+
+def replace_call(graph: Graph, node: Node, value: Node, residual: Any, activation: Activation) -> None:
+    """Replace a layer's call by a value, and torch's functions for the sum and the activation after it."""
+    with graph.inserting_before(node):
+        if residual is not None:
+            value = graph.call_function(torch.add, (value, residual))
+        if not activation.is_identity:
+            call, options = _activations.function(activation)
+            value = graph.call_function(call, (value,), options)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+
+
 def _fuse(traced: GraphModule, node: Node) -> None:
     """Merge a layer's node with what follows it, where its last input is read: there, or at the sum."""
     norm = norm_of(traced, node)
-    if not norm.activation.is_identity or _is_watched(norm):
+    if not norm.activation.is_identity or is_watched(norm):
         return
     chain, place = [node], node
     residual = None
@@ -111,7 +209,8 @@ def _following(traced: GraphModule, chain: list[Node]) -> Node | None:
     """The only user of a chain's end; identities on the way join the chain."""
     while len(chain[-1].users) == 1:
         (user,) = chain[-1].users
-        if type(module_of(traced, user)) is not torch.nn.Identity:
+        module = module_of(traced, user)
+        if type(module) is not torch.nn.Identity or is_watched(module):
             return user
         chain.append(user)
     return None
@@ -147,16 +246,10 @@ def _may_overwrite(traced: GraphModule, node: Node) -> bool:
     return name.endswith("_") or by_operator or True in node.args or bool(node.kwargs.keys() & {"inplace", "out"})
 
 
-def _is_watched(module: torch.nn.Module) -> bool:
-    """Whether hooks see, or change, what goes into a module and comes out of it."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
-
-
 def _activation(traced: GraphModule, node: Node) -> Activation | None:
     module = module_of(traced, node)
     if module is not None:
-        return None if _is_watched(module) else activation_of(module)
+        return None if is_watched(module) else activation_of(module)
     extra = {name for name in node.kwargs if name != "inplace"}
     if node.op not in ("call_function", "call_method") or len(node.args) != 1 or extra:
         return None

@@ -1,0 +1,71 @@
+"""The layers whose computation is known: torch's, ours, and those of other libraries by the name of their class.
+
+Nothing is imported for other libraries. Subclasses are not known, for they may compute something else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.nn import modules
+from gpu_bn.nn._activations import activation_of
+from gpu_bn.nn.sync import SyncBatchNorm
+
+_TORCH = "torch.nn.modules.batchnorm"
+CLASSES: dict[str, type[torch.nn.Module]] = {
+    f"{_TORCH}.BatchNorm1d": modules.BatchNorm1d,
+    f"{_TORCH}.BatchNorm2d": modules.BatchNorm2d,
+    f"{_TORCH}.BatchNorm3d": modules.BatchNorm3d,
+    f"{_TORCH}.LazyBatchNorm1d": modules.LazyBatchNorm1d,
+    f"{_TORCH}.LazyBatchNorm2d": modules.LazyBatchNorm2d,
+    f"{_TORCH}.LazyBatchNorm3d": modules.LazyBatchNorm3d,
+    f"{_TORCH}.SyncBatchNorm": SyncBatchNorm,
+    "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
+    "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
+}
+"""What is converted, by qualified name, and to which class."""
+
+OURS = frozenset({modules.BatchNorm, *CLASSES.values()})
+
+
+def counterpart(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    """Our class for one of torch or another library."""
+    return CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def rule(module: torch.nn.Module) -> tuple[type[torch.nn.Module], Activation] | None:
+    """What a module becomes, and the activation it has; ``None`` if it stays what it is."""
+    cls = counterpart(class_of(module))
+    if cls is None:
+        return None
+    children = dict(module.named_children())
+    drop, act = (children.get(name) for name in ("drop", "act"))
+    if drop is not None and (type(drop) is not torch.nn.Identity or is_watched(drop)):
+        return None
+    if act is None:
+        return cls, IDENTITY
+    activation = None if is_watched(act) else activation_of(act)
+    return None if activation is None else (cls, activation)
+
+
+def known_norm(module: Any) -> tuple[type[torch.nn.Module], Activation] | None:
+    """Our class for a normalisation, and its activation, if its parameters and these are all that it computes with."""
+    if not isinstance(module, torch.nn.Module) or is_watched(module) or parametrize.is_parametrized(module):
+        return None
+    return rule(module) if type(module) not in OURS else (type(module), getattr(module, "activation", IDENTITY))
+
+
+def class_of(module: torch.nn.Module) -> type[Any]:
+    """A module's class, without what parametrisations make of it."""
+    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
+def is_watched(module: torch.nn.Module) -> bool:
+    """Whether hooks, or a ``forward`` of its own, see or change what goes into a module and comes out of it."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
