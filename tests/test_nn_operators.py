@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from itertools import product
 
+import numpy as np
 import pytest
 from support import needs_a_compiler, rng
 
@@ -202,6 +203,16 @@ def test_inductor_training_is_bitwise_that_of_eager(momentum, dynamic, memory_fo
         for eager, other in zip(train_some(model, x), train_some(compiled, x), strict=True):
             assert torch.equal(eager, other)
             assert eager.stride() == other.stride()
+
+
+@pytest.mark.parametrize("momentum", [np.float64(0.3), np.int64(1), torch.tensor(0.3)], ids=repr)
+def test_compiled_training_takes_a_momentum_that_is_data(momentum):
+    """NumPy's numbers, which are arrays there, and tensors."""
+    model = nn.BatchNorm2d(3, momentum=momentum, activation="relu")
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    x = tensor(4, 3, 5, 6, dtype=torch.float32, grad=False)
+    for eager, other in zip(train_some(model, x), train_some(compiled, x), strict=True):
+        assert_close(eager, other)
 
 
 @needs_a_compiler
