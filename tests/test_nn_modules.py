@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
-from gpu_bn.nn import functional  # noqa: E402
+from gpu_bn.nn import _library, functional  # noqa: E402
 
 PAIRS = {
     "1d": (nn.BatchNorm1d, torch.nn.BatchNorm1d, (6, 3, 5)),
@@ -255,6 +255,60 @@ def test_asking_torch_what_is_wrong_changes_nothing(name, kind, affine):
 def test_what_torch_takes_and_is_refused_here_is_named():
     with pytest.raises(TypeError, match=r"expects arguments of .*, got bias of torch.int32 on cpu"):
         nn.batch_norm(X[:0], bias=torch.zeros(3, dtype=torch.int32), training=True)
+
+
+def created_for_inference(layer):
+    with torch.inference_mode():
+        layer.running_mean, layer.running_var, layer.num_batches_tracked = (
+            buffer.clone() for buffer in (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+        )
+
+
+NO_COUNTERS = {
+    "bool": lambda layer: setattr(layer, "num_batches_tracked", torch.tensor(False)),
+    "float8": lambda layer: setattr(layer, "num_batches_tracked", torch.tensor(0.0).to(torch.float8_e4m3fn)),
+    "inference": created_for_inference,
+}
+
+
+@pytest.mark.parametrize("counter", list(NO_COUNTERS))
+@pytest.mark.parametrize("options", [{}, {"renorm": (2.0, 1.0)}], ids=str)
+@pytest.mark.parametrize("x", [X, data((8, 3, 2048))], ids=["small", "large"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_cannot_be_counted_is_refused_before_anything_changes(counter, options, x, grad):
+    ours, theirs = nn.BatchNorm1d(3, **options), torch.nn.BatchNorm1d(3)
+    texts = []
+    for layer in (ours, theirs):
+        NO_COUNTERS[counter](layer)
+        with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, NotImplementedError)) as caught:
+            layer(x)
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+    assert not ours.running_mean.any()
+    assert not ours.num_batches_tracked.float()
+
+
+def test_statistics_made_for_inference_are_updated_there():
+    ours, theirs = nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    created_for_inference(ours)
+    with torch.inference_mode():
+        assert_close(ours(X), theirs(X))
+    assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_a_call_that_fails_has_not_counted(monkeypatch):
+    class Failed(Exception):
+        pass
+
+    def fail(*_):
+        raise Failed
+
+    for options in ({}, {"virtual_batch_size": 2}):
+        layer = nn.BatchNorm1d(3, **options)
+        monkeypatch.setattr(_library.dispatch, "serving", fail)
+        with pytest.raises(Failed):
+            layer(X)
+        assert layer.num_batches_tracked == 0
 
 
 NUMBERS = [np.float32(0.3), np.float64(0.3), np.int64(1), np.bool_(True), torch.tensor(0.3), torch.tensor(1)]

@@ -318,10 +318,13 @@ def test_the_operator_refuses_to_lose_a_tangent():
 
 
 def test_vmap_over_running_statistics_that_are_not_batched_is_refused():
-    mean, var = running(3)
+    (mean, var), counter = running(3), torch.tensor(0)
     with pytest.raises(RuntimeError, match="Batch norm got a batched tensor as input while the running_mean"):
-        torch.func.vmap(lambda x: nn.batch_norm(x, mean, var, training=True))(tensor(2, 4, 3, grad=False))
+        torch.func.vmap(lambda x: nn.batch_norm(x, mean, var, training=True, num_batches_tracked=counter))(
+            tensor(2, 4, 3, grad=False)
+        )
     assert torch.equal(mean, running(3)[0])
+    assert counter == 0
 
 
 # ------------------------------------------------------------------------------------------------------ behaviour

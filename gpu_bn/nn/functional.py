@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from gpu_bn import dispatch, ops, spec
 from gpu_bn.activations import IDENTITY, Activation
@@ -194,7 +195,9 @@ def _ordinary(
     elif torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad):
         return False
     if training and (
-        _updates.off or input.numel() == channels[0] or not (counter is None or _autograd.is_plain(counter))
+        _updates.off
+        or input.numel() == channels[0]
+        or not (counter is None or (_autograd.is_plain(counter) and not counter.is_inference()))
     ):
         return False
     return residual is None or (
@@ -237,6 +240,8 @@ def _any_call(
         else:
             running_mean = running_var = None
         num_batches_tracked = None
+    if num_batches_tracked is not None and not torch.compiler.is_compiling() and num_batches_tracked.is_inference():
+        num_batches_tracked.add_(0)  # outside inference mode torch refuses, when it has already added
     if isinstance(momentum, Tensor) and (extended or not _unread(momentum)):
         momentum = momentum.item()
     arguments = (
@@ -341,8 +346,8 @@ def check(
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if unknown:
         momentum = 0.0 if momentum is None else momentum
-        copies: list[Any] = [None if running is None else running.clone() for running in (running_mean, running_var)]
-        F.batch_norm(input, *copies, weight, bias, training, momentum, eps)  # says what is wrong, and may say nothing
+        mean, var = (None if running is None else running.clone() for running in (running_mean, running_var))
+        F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)  # says what is wrong, and may say nothing
         raise TypeError(
             f"gpu_bn.nn expects arguments of {', '.join(map(str, FLOATS))} on one device, got {', '.join(unknown)}"
         )
@@ -415,6 +420,7 @@ def front_door(
                 "but one of the arguments requires grad."
             )
         result: Tensor = ops.forward(engine, x, checked, **tensors, out=out, in_place=True, valid=valid)[0]
+        count_writes(checked.batch_stats, tensors["running_mean"], tensors["running_var"], out)
         return result
     if named:
         return _engine.batch_norm(engine, checked, x, **tensors, valid=valid)
@@ -423,3 +429,9 @@ def front_door(
     if mask is not None and mask.dim() == x.dim():
         extensions["mask"] = mask.movedim(checked.axis, 1)
     return batch_norm(x.movedim(checked.axis, 1), **options, **extensions).movedim(1, checked.axis)
+
+
+def count_writes(training: bool, running_mean: Tensor | None, running_var: Tensor | None, out: Tensor | None) -> None:
+    """Tell autograd what a call without it has written, so that a graph that has saved it refuses to go backward."""
+    written = (running_mean, running_var, out) if training else (out,)
+    increment_version([tensor for tensor in written if tensor is not None])
