@@ -80,6 +80,23 @@ def test_second_derivatives_without_some_arguments(affine, training, activation)
     assert torch.autograd.gradgradcheck(call, (x, *parameters.values()))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_batched_gradients(training, activation):
+    def call(x, weight, bias, residual):
+        return nn.batch_norm(x, *running(), weight, bias, training, residual=residual, activation=activation)
+
+    given = inputs()
+    y, many = call(*given), tensor(5, 3, 2, 4, grad=False)
+    batched = torch.autograd.grad(y, given, many, is_grads_batched=True, retain_graph=True)
+    for at, dy in enumerate(many):
+        assert_close(
+            [gradients[at] for gradients in batched], list(torch.autograd.grad(y, given, dy, retain_graph=True))
+        )
+    assert torch.autograd.gradcheck(call, given, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(call, given, check_batched_grad=True)
+
+
 def test_third_derivatives():
     """Those of the textbook's formula; torch's own are wrong, they take the saved statistics for constants."""
 

@@ -21,6 +21,7 @@ from gpu_bn.nn._library import KERNELS, LIBRARY, backward, infer, train
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched=True; an ordinary tensor to all else
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
@@ -72,7 +73,7 @@ class _Forward(Function):
         if not any(need):
             return None, None, None, dresidual, None, None, None
         arguments = (dy, *ctx.saved_tensors, ctx.bias_dtype, ctx.batch_stats, *ctx.options, need)
-        if torch.is_grad_enabled() or not _plain(arguments):
+        if torch.is_grad_enabled() or _is_batched(dy) or not _plain(arguments):
             results = backward(*_with_mask(arguments))
             results = [result if needed else None for result, needed in zip(results, need, strict=True)]
         else:
