@@ -172,6 +172,7 @@ MISTAKES = {
     "learned momentum": lambda c: c(3, momentum=torch.tensor(0.1, requires_grad=True))(X),
     "momentum of text": lambda c: c(3, momentum="a")(X),
     "whole numbers": lambda c: c(3)(X.long()),
+    "sparse": lambda c: c(3)(data((4, 3)).to_sparse()),
     "complex": lambda c: c(3)(X.to(torch.complex64)),
     "not a tensor": lambda c: c(3)([1.0]),
     "meta input": lambda c: c(3)(X.to("meta")),
@@ -255,6 +256,44 @@ def test_asking_torch_what_is_wrong_changes_nothing(name, kind, affine):
 def test_what_torch_takes_and_is_refused_here_is_named():
     with pytest.raises(TypeError, match=r"expects arguments of .*, got bias of torch.int32 on cpu"):
         nn.batch_norm(X[:0], bias=torch.zeros(3, dtype=torch.int32), training=True)
+
+
+def test_a_subclass_may_check_its_inputs_itself():
+    class Accepting:
+        def _check_input_dim(self, input):
+            if input.shape[0] == 1:
+                raise ValueError("one sample")
+
+    class Ours(Accepting, nn.BatchNorm2d):
+        pass
+
+    class Theirs(Accepting, torch.nn.BatchNorm2d):
+        pass
+
+    class Further(Ours):
+        pass
+
+    for cls in (Ours, Further):
+        assert_close(cls(3)(X), Theirs(3)(X))
+        with pytest.raises(ValueError, match="one sample"):
+            cls(3)(X[:1])
+    with pytest.raises(ValueError, match="expected 4D input"):
+        nn.BatchNorm2d(3)(X)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tensors_in_the_layout_of_onednn(training):
+    layer, plain = (nn.BatchNorm2d(3, activation="relu").train(training) for _ in range(2))
+    x, other = data((6, 3, 4, 5)), data((6, 3, 4, 5), 1)
+    given, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = layer(given.to_mkldnn(), other.to_mkldnn())
+    assert y.is_mkldnn
+    y.to_dense().square().sum().backward()
+    z = plain(expected, other)
+    z.square().sum().backward()
+    assert torch.equal(y.to_dense(), z)
+    assert torch.equal(given.grad, expected.grad)
+    assert_close(layer.state_dict(), plain.state_dict())
 
 
 def created_for_inference(layer):

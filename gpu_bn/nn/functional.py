@@ -173,6 +173,7 @@ def _ordinary(
     if not (
         MIN_RANK <= len(shape) <= MAX_RANK
         and dtype in FLOATS
+        and input.layout is torch.strided
         and type(eps) is float
         and eps > 0.0
         and (momentum is None or type(momentum) is float)
@@ -225,6 +226,12 @@ def _any_call(
     renorm: tuple[float, float] | None,
 ) -> Tensor:
     """A call that may be wrong, extended, watched or transformed."""
+    if input.is_mkldnn:  # whose memory is oneDNN's
+        dense = None if residual is None else residual.to_dense()
+        return _any_call(
+            input.to_dense(), running_mean, running_var, weight, bias, training, momentum, eps, dense, activation,
+            num_batches_tracked, mask, virtual_batch_size, renorm,
+        ).to_mkldnn()  # fmt: skip
     momentum, eps = _number(momentum), _number(eps)
     check(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
     eps = eps.item() if isinstance(eps, Tensor) else eps
@@ -326,7 +333,8 @@ def check(
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if eps < 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    unknown = [] if input.dtype in FLOATS else [f"input of {input.dtype}"]
+    plain = input.dtype in FLOATS and input.layout is torch.strided
+    unknown = [] if plain else [f"input of {input.dtype} and layout {input.layout}"]
     for name, number in (("momentum", momentum), ("eps", eps)):
         if not _is_number(number) and not (number is None and name == "momentum"):
             unknown.append(f"{name} of type {type(number).__name__}")
