@@ -327,6 +327,23 @@ def test_what_cannot_be_counted_is_refused_before_anything_changes(counter, opti
     assert not ours.num_batches_tracked.float()
 
 
+@pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"virtual_batch_size": 2}], ids=str)
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_what_cannot_be_saved_is_refused_before_anything_changes(options, name):
+    arguments = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "training": True}
+    arguments |= {"input": X, "weight": torch.ones(3), "bias": torch.zeros(3)}
+    with torch.inference_mode():
+        arguments[name] = arguments[name].clone()
+    leaf = "weight" if name == "input" else "input"
+    arguments[leaf] = arguments[leaf].clone().requires_grad_()
+    if name == "bias" and "activation" not in options:  # which is not saved
+        nn.batch_norm(**arguments, **options).sum().backward()
+        return
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        nn.batch_norm(**arguments, **options)
+    assert not arguments["running_mean"].any()
+
+
 def test_statistics_made_for_inference_are_updated_there():
     ours, theirs = nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     created_for_inference(ours)

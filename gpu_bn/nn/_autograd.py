@@ -46,6 +46,7 @@ class _Forward(Function):
         direct: bool,
     ) -> Any:
         inputs = (x, weight, bias, residual)
+        require_savable(inputs[:2] if others[-2] == "identity" else inputs)
         result = KERNELS[operator](*inputs, *others) if direct else _below(operator, *inputs, *others)
         y, mean, var, mask = result
         ctx.batch_stats = operator is train
@@ -208,6 +209,14 @@ def _with_mask(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     if arguments[7] is not None:
         return arguments
     return (*arguments[:7], arguments[1].new_empty(0, dtype=torch.uint8), *arguments[8:])
+
+
+def require_savable(tensors: tuple[Tensor | None, ...]) -> None:
+    """Raise what torch raises for tensors of inference mode in a graph, but before anything has changed."""
+    for tensor in tensors:
+        if tensor is not None and tensor.is_inference():
+            with torch.enable_grad():
+                tensor * torch.ones((), requires_grad=True)  # which would save it
 
 
 def _plain(arguments: tuple[Any, ...]) -> bool:

@@ -178,6 +178,7 @@ torch.library.register_fake("gpu_bn::backward_masked", _backward_fake, lib=LIBRA
 class _Train(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
+        _autograd.require_savable(arguments[:2] if arguments[10] == "identity" else arguments[:4])
         with _autograd._BelowAutograd():
             y, *kept = train(*arguments)
         x, weight, bias, residual, valid = arguments[:5]
