@@ -82,7 +82,7 @@ def select(backend: str | Backend | None, **arrays: Any) -> Backend:
     that serves the arrays' library.
 
     Raises:
-        TypeError: an array of no known library, or arrays of several.
+        TypeError: an array of no known library, or arrays of several, or on several devices.
         ValueError: an unknown backend name, or a backend that does not serve these arrays.
         BackendUnavailableError: the backend is known but cannot be had.
     """
@@ -106,8 +106,12 @@ def row_of(backend: str | Backend | None, **arrays: Any) -> Row | None:
     required = next(iter(arrays))
     libraries = {name: _library(name, array) for name, array in arrays.items() if array is not None or name == required}
     library = libraries[required]
-    if any(other is not library for other in libraries.values()):
-        found = ", ".join(f"{name} is a {row}" for name, row in libraries.items())
+    places = [arrays[name].device if row.device else None for name, row in libraries.items()]
+    if any(other is not library for other in libraries.values()) or any(place != places[0] for place in places):
+        found = ", ".join(
+            f"{name} is a {row.array}" + ("" if place is None else f" on {place}")
+            for (name, row), place in zip(libraries.items(), places, strict=True)
+        )
         raise TypeError(f"expected all arrays in one library and on one device, got: {found}")
     if backend is not None and not isinstance(backend, str):
         if not hasattr(backend, "normalize"):

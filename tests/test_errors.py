@@ -1,5 +1,6 @@
 """Every refusal: its type, a text that says what was expected and what came, and nothing changed."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -121,6 +122,27 @@ def test_a_tensor_is_served_where_it_is(device, backend, error, text):
     torch = pytest.importorskip("torch")
     with pytest.raises(error, match=text):
         gpu_bn.batch_norm(torch.ones(4, 3, device=device), training=True, backend=backend)
+
+
+def test_one_device_for_all_tensors():
+    torch = pytest.importorskip("torch")
+
+    class Second(torch.Tensor):
+        device = torch.device("cuda:1")
+
+    class First(torch.Tensor):
+        device = torch.device("cuda:0")
+
+    first, second = torch.ones(4, 3).as_subclass(First), torch.ones(4, 3).as_subclass(Second)
+    assert dispatch.row_of(None, input=first, residual=first)
+    for function in (gpu_bn.batch_norm, gpu_bn.batch_norm_forward):
+        with pytest.raises(
+            TypeError, match=r"one device, got: input is a torch.Tensor on cuda:0, weight is a torch.Tensor on cuda:1"
+        ):
+            function(first, weight=second[0], training=True)
+    _, saved = gpu_bn.batch_norm_forward(torch.ones(4, 3), training=True)
+    with pytest.raises(TypeError, match=r"one device, got: dy is a torch.Tensor on cuda:1, input is a .* on cuda:0"):
+        gpu_bn.batch_norm_backward(second, dataclasses.replace(saved, x=first))
 
 
 @pytest.mark.parametrize(

@@ -287,3 +287,22 @@ def test_small_calls_have_the_bits_of_the_operators(activation):
         with Watch() if watched else torch.enable_grad():
             results.append([y := layer(x), *torch.autograd.grad(y, given, dy), *layer.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(4, 3, 5), (8, 3, 2048)])
+def test_storages_can_be_resized_after_a_call(dtype, training, shape):
+    """As by FullyShardedDataParallel, which frees parameters between calls."""
+    layer = nn.BatchNorm1d(3, activation="relu", dtype=dtype).train(training)
+    x, residual = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(2))
+    y = layer(x, residual)
+    y.sum().backward()
+    for tensor in (x, residual, y, *layer.parameters(), *layer.buffers()):
+        assert tensor.untyped_storage().resizable()
+
+
+def test_only_what_lies_in_memory_is_seen_there():
+    for tensor in (torch._neg_view(torch.ones(4, 3)), torch._efficientzerotensor((4, 3))):
+        with pytest.raises(RuntimeError):
+            gpu_bn.batch_norm_forward(tensor, training=True)

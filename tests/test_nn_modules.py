@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 
+import numpy as np
 import pytest
 from support import rng
 
@@ -14,6 +15,7 @@ torch = pytest.importorskip("torch")
 from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
+from gpu_bn.nn import _library, functional  # noqa: E402
 
 PAIRS = {
     "1d": (nn.BatchNorm1d, torch.nn.BatchNorm1d, (6, 3, 5)),
@@ -164,8 +166,13 @@ MISTAKES = {
     "eps below 0": lambda c: c(3, eps=-1.0)(X),
     "eps below 0 in evaluation": lambda c: c(3, eps=-1.0).eval()(X),
     "eps of text": lambda c: c(3, eps="a")(X),
+    "eps of a complex number": lambda c: c(3, eps=1j)(X),
+    "eps of two": lambda c: c(3, eps=torch.ones(2))(X),
+    "momentum of one in a row": lambda c: c(3, momentum=torch.ones(1))(X),
+    "learned momentum": lambda c: c(3, momentum=torch.tensor(0.1, requires_grad=True))(X),
     "momentum of text": lambda c: c(3, momentum="a")(X),
     "whole numbers": lambda c: c(3)(X.long()),
+    "sparse": lambda c: c(3)(data((4, 3)).to_sparse()),
     "complex": lambda c: c(3)(X.to(torch.complex64)),
     "not a tensor": lambda c: c(3)([1.0]),
     "meta input": lambda c: c(3)(X.to("meta")),
@@ -221,6 +228,177 @@ def test_a_refused_call_changes_nothing(x):
     with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
         layer(x)
     assert_close(layer.state_dict(), before)
+
+
+ODD = {
+    "whole numbers": lambda: torch.ones(3, dtype=torch.int32),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64),
+    "bool": lambda: torch.ones(3, dtype=torch.bool),
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "meta": lambda: torch.ones(3, device="meta"),
+}
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("kind", list(ODD))
+@pytest.mark.parametrize("affine", [False, True])
+def test_asking_torch_what_is_wrong_changes_nothing(name, kind, affine):
+    """It takes some of what is refused here, and finds others wrong when it has written the statistics."""
+    arguments = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "training": True}
+    if affine:
+        arguments |= {"weight": torch.ones(3), "bias": torch.zeros(3)}
+    with pytest.raises((TypeError, RuntimeError)):
+        nn.batch_norm(X, **(arguments | {name: ODD[kind]()}))
+    assert not arguments["running_mean"].any()
+    assert (arguments["running_var"] == 1).all()
+
+
+def test_what_torch_takes_and_is_refused_here_is_named():
+    with pytest.raises(TypeError, match=r"expects arguments of .*, got bias of torch.int32 on cpu"):
+        nn.batch_norm(X[:0], bias=torch.zeros(3, dtype=torch.int32), training=True)
+
+
+def test_a_subclass_may_check_its_inputs_itself():
+    class Accepting:
+        def _check_input_dim(self, input):
+            if input.shape[0] == 1:
+                raise ValueError("one sample")
+
+    class Ours(Accepting, nn.BatchNorm2d):
+        pass
+
+    class Theirs(Accepting, torch.nn.BatchNorm2d):
+        pass
+
+    class Further(Ours):
+        pass
+
+    for cls in (Ours, Further):
+        assert_close(cls(3)(X), Theirs(3)(X))
+        with pytest.raises(ValueError, match="one sample"):
+            cls(3)(X[:1])
+    with pytest.raises(ValueError, match="expected 4D input"):
+        nn.BatchNorm2d(3)(X)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tensors_in_the_layout_of_onednn(training):
+    layer, plain = (nn.BatchNorm2d(3, activation="relu").train(training) for _ in range(2))
+    x, other = data((6, 3, 4, 5)), data((6, 3, 4, 5), 1)
+    given, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = layer(given.to_mkldnn(), other.to_mkldnn())
+    assert y.is_mkldnn
+    y.to_dense().square().sum().backward()
+    z = plain(expected, other)
+    z.square().sum().backward()
+    assert torch.equal(y.to_dense(), z)
+    assert torch.equal(given.grad, expected.grad)
+    assert_close(layer.state_dict(), plain.state_dict())
+
+
+def created_for_inference(layer):
+    with torch.inference_mode():
+        layer.running_mean, layer.running_var, layer.num_batches_tracked = (
+            buffer.clone() for buffer in (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+        )
+
+
+NO_COUNTERS = {
+    "bool": lambda layer: setattr(layer, "num_batches_tracked", torch.tensor(False)),
+    "float8": lambda layer: setattr(layer, "num_batches_tracked", torch.tensor(0.0).to(torch.float8_e4m3fn)),
+    "inference": created_for_inference,
+}
+
+
+@pytest.mark.parametrize("counter", list(NO_COUNTERS))
+@pytest.mark.parametrize("options", [{}, {"renorm": (2.0, 1.0)}], ids=str)
+@pytest.mark.parametrize("x", [X, data((8, 3, 2048))], ids=["small", "large"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_cannot_be_counted_is_refused_before_anything_changes(counter, options, x, grad):
+    ours, theirs = nn.BatchNorm1d(3, **options), torch.nn.BatchNorm1d(3)
+    texts = []
+    for layer in (ours, theirs):
+        NO_COUNTERS[counter](layer)
+        with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, NotImplementedError)) as caught:
+            layer(x)
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+    assert not ours.running_mean.any()
+    assert not ours.num_batches_tracked.float()
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"virtual_batch_size": 2}], ids=str)
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_what_cannot_be_saved_is_refused_before_anything_changes(options, name):
+    arguments = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "training": True}
+    arguments |= {"input": X, "weight": torch.ones(3), "bias": torch.zeros(3)}
+    with torch.inference_mode():
+        arguments[name] = arguments[name].clone()
+    leaf = "weight" if name == "input" else "input"
+    arguments[leaf] = arguments[leaf].clone().requires_grad_()
+    if name == "bias" and "activation" not in options:  # which is not saved
+        nn.batch_norm(**arguments, **options).sum().backward()
+        return
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        nn.batch_norm(**arguments, **options)
+    assert not arguments["running_mean"].any()
+
+
+def test_statistics_made_for_inference_are_updated_there():
+    ours, theirs = nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    created_for_inference(ours)
+    with torch.inference_mode():
+        assert_close(ours(X), theirs(X))
+    assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_a_call_that_fails_has_not_counted(monkeypatch):
+    class Failed(Exception):
+        pass
+
+    def fail(*_):
+        raise Failed
+
+    for options in ({}, {"virtual_batch_size": 2}):
+        layer = nn.BatchNorm1d(3, **options)
+        monkeypatch.setattr(_library.dispatch, "serving", fail)
+        with pytest.raises(Failed):
+            layer(X)
+        assert layer.num_batches_tracked == 0
+
+
+NUMBERS = [np.float32(0.3), np.float64(0.3), np.int64(1), np.bool_(True), torch.tensor(0.3), torch.tensor(1)]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=repr)
+@pytest.mark.parametrize("name", ["momentum", "eps"])
+def test_numbers_of_numpy_and_tensors_as_torch(number, name):
+    ours, theirs = nn.BatchNorm1d(3, **{name: number}), torch.nn.BatchNorm1d(3, **{name: number})
+    for _ in range(2):
+        assert_close(ours(X), theirs(X))
+    assert_close(ours.state_dict(), theirs.state_dict())
+    assert_close(ours.eval()(X), theirs.eval()(X))
+
+
+@pytest.mark.parametrize("momentum", [np.float32(0.3), np.array(0.3), torch.tensor(0.3)], ids=repr)
+def test_the_front_door_takes_a_momentum_of_its_library(momentum):
+    if isinstance(momentum, np.ndarray):
+        momentum = torch.from_numpy(momentum)
+    expected, got = torch.zeros(3), torch.zeros(3)
+    gpu_bn.batch_norm(X, expected, torch.ones(3), training=True, momentum=0.3)
+    gpu_bn.batch_norm(X, got, torch.ones(3), training=True, momentum=momentum)
+    assert_close(got, expected)
+
+
+def test_a_momentum_on_a_gpu_is_not_read(monkeypatch):
+    monkeypatch.setattr(functional, "_unread", lambda _: True)
+    ours, theirs = nn.BatchNorm1d(3, momentum=torch.tensor(0.3)), torch.nn.BatchNorm1d(3, momentum=0.3)
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    x = X.clone().requires_grad_()
+    assert_close(torch.autograd.grad(ours(x).sum(), x), torch.autograd.grad(theirs(x).sum(), x))
+    assert_close(ours.state_dict(), theirs.state_dict())
+    nn.batch_norm(X, training=True, momentum=torch.tensor(0.3), num_batches_tracked=ours.num_batches_tracked)
+    assert ours.num_batches_tracked == 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from itertools import product
 
+import numpy as np
 import pytest
 from support import needs_a_compiler, rng
 
@@ -77,6 +78,23 @@ def test_second_derivatives_without_some_arguments(affine, training, activation)
 
     assert torch.autograd.gradcheck(call, (x, *parameters.values()))
     assert torch.autograd.gradgradcheck(call, (x, *parameters.values()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_batched_gradients(training, activation):
+    def call(x, weight, bias, residual):
+        return nn.batch_norm(x, *running(), weight, bias, training, residual=residual, activation=activation)
+
+    given = inputs()
+    y, many = call(*given), tensor(5, 3, 2, 4, grad=False)
+    batched = torch.autograd.grad(y, given, many, is_grads_batched=True, retain_graph=True)
+    for at, dy in enumerate(many):
+        assert_close(
+            [gradients[at] for gradients in batched], list(torch.autograd.grad(y, given, dy, retain_graph=True))
+        )
+    assert torch.autograd.gradcheck(call, given, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(call, given, check_batched_grad=True)
 
 
 def test_third_derivatives():
@@ -204,6 +222,16 @@ def test_inductor_training_is_bitwise_that_of_eager(momentum, dynamic, memory_fo
             assert eager.stride() == other.stride()
 
 
+@pytest.mark.parametrize("momentum", [np.float64(0.3), np.int64(1), torch.tensor(0.3)], ids=repr)
+def test_compiled_training_takes_a_momentum_that_is_data(momentum):
+    """NumPy's numbers, which are arrays there, and tensors."""
+    model = nn.BatchNorm2d(3, momentum=momentum, activation="relu")
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    x = tensor(4, 3, 5, 6, dtype=torch.float32, grad=False)
+    for eager, other in zip(train_some(model, x), train_some(compiled, x), strict=True):
+        assert_close(eager, other)
+
+
 @needs_a_compiler
 def test_compiled_training_with_inductor():
     """One compilation for every run of the suite: the operator between operations that inductor fuses."""
@@ -307,10 +335,13 @@ def test_the_operator_refuses_to_lose_a_tangent():
 
 
 def test_vmap_over_running_statistics_that_are_not_batched_is_refused():
-    mean, var = running(3)
+    (mean, var), counter = running(3), torch.tensor(0)
     with pytest.raises(RuntimeError, match="Batch norm got a batched tensor as input while the running_mean"):
-        torch.func.vmap(lambda x: nn.batch_norm(x, mean, var, training=True))(tensor(2, 4, 3, grad=False))
+        torch.func.vmap(lambda x: nn.batch_norm(x, mean, var, training=True, num_batches_tracked=counter))(
+            tensor(2, 4, 3, grad=False)
+        )
     assert torch.equal(mean, running(3)[0])
+    assert counter == 0
 
 
 # ------------------------------------------------------------------------------------------------------ behaviour

@@ -114,6 +114,20 @@ def test_micro_batches_make_one_update(norm, momentum):
         assert_close(layer.state_dict(), whole.state_dict(), rtol=1e-13, atol=1e-13)
 
 
+def test_renormalisation_reads_the_running_statistics_meanwhile():
+    layer, whole = (nn.BatchNorm1d(3, renorm=(1.5, 0.5)).double() for _ in range(2))
+    x = batch(12, 3, 2)
+    whole(x)
+    with nn.no_tracking():
+        expected = [layer(part) for part in x.split(4)]
+    with nn.accumulate_statistics(layer):
+        for part, y in zip(x.split(4), expected, strict=True):
+            assert torch.equal(layer(part), y)
+    assert_close(layer.state_dict(), whole.state_dict(), rtol=1e-13, atol=1e-13)
+    nn.update_population_stats(layer, x.split(4))
+    assert_close(layer.running_mean, x.mean((0, 2)))
+
+
 def test_micro_batches_in_evaluation_do_not_count():
     layer, whole = (nn.BatchNorm1d(3).double() for _ in range(2))
     x = batch(12, 3)

@@ -126,3 +126,17 @@ def test_a_forward_for_backward_keeps_its_input(view):
     with pytest.raises(ValueError, match="the backward call reads it"):
         gpu_bn.batch_norm_forward(x, training=True, out=view(x))
     assert np.array_equal(x, before)
+
+
+@pytest.mark.parametrize("call", [gpu_bn.batch_norm, gpu_bn.batch_norm_forward])
+def test_autograd_notices_what_is_written(call):
+    torch = pytest.importorskip("torch")
+    factor, x = torch.ones(4, 3, requires_grad=True), torch.from_numpy(data((4, 3)))
+    for written in ("out", "running_mean", "running_var"):
+        tensors = {"out": torch.ones(4, 3), "running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+        z = (factor * tensors[written]).sum()
+        call(x, training=False, **(tensors | {"out": None}))
+        assert [tensor._version for tensor in tensors.values()] == [0, 0, 0]
+        call(x, training=True, **tensors)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            z.backward()

@@ -21,6 +21,7 @@ from gpu_bn.nn._library import KERNELS, LIBRARY, backward, infer, train
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched=True; an ordinary tensor to all else
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
@@ -45,6 +46,7 @@ class _Forward(Function):
         direct: bool,
     ) -> Any:
         inputs = (x, weight, bias, residual)
+        require_savable(inputs[:2] if others[-2] == "identity" else inputs)
         result = KERNELS[operator](*inputs, *others) if direct else _below(operator, *inputs, *others)
         y, mean, var, mask = result
         ctx.batch_stats = operator is train
@@ -72,7 +74,7 @@ class _Forward(Function):
         if not any(need):
             return None, None, None, dresidual, None, None, None
         arguments = (dy, *ctx.saved_tensors, ctx.bias_dtype, ctx.batch_stats, *ctx.options, need)
-        if torch.is_grad_enabled() or not _plain(arguments):
+        if torch.is_grad_enabled() or _is_batched(dy) or not _plain(arguments):
             results = backward(*_with_mask(arguments))
             results = [result if needed else None for result, needed in zip(results, need, strict=True)]
         else:
@@ -207,6 +209,14 @@ def _with_mask(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     if arguments[7] is not None:
         return arguments
     return (*arguments[:7], arguments[1].new_empty(0, dtype=torch.uint8), *arguments[8:])
+
+
+def require_savable(tensors: tuple[Tensor | None, ...]) -> None:
+    """Raise what torch raises for tensors of inference mode in a graph, but before anything has changed."""
+    for tensor in tensors:
+        if tensor is not None and tensor.is_inference():
+            with torch.enable_grad():
+                tensor * torch.ones((), requires_grad=True)  # which would save it
 
 
 def _plain(arguments: tuple[Any, ...]) -> bool:

@@ -95,7 +95,12 @@ def torch_batch_norm(
         num_batches_tracked.add_(1)
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
-    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    try:
+        z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    except BaseException:
+        if num_batches_tracked is not None:
+            num_batches_tracked.sub_(1)
+        raise
     if residual is not None:
         z = z + residual
     return activate(z, activation)

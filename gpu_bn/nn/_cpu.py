@@ -49,11 +49,11 @@ class TorchBackend:
         valid: Tensor | None = None,
     ) -> tuple[Tensor, Saved]:
         vectors = (_optional(running_mean), _optional(running_var), _optional(weight), _optional(bias))
-        result = None if out is None else as_array(out)
-        y, saved = ops.forward(
-            NUMPY, _ordered(x), spec, *vectors, _optional(residual), result, in_place=True, valid=_optional(valid)
+        y = torch.empty_like(x) if out is None else out
+        _, saved = ops.forward(
+            NUMPY, _ordered(x), spec, *vectors, _optional(residual), as_array(y), in_place=True, valid=_optional(valid)
         )
-        return as_tensor(y) if out is None else out, Saved(
+        return y, Saved(
             x=x,
             residual=None if spec.activation.is_identity else residual,
             moments=_tensor_moments(saved.moments),
@@ -206,11 +206,50 @@ def as_array(tensor: Tensor) -> Array:
     Raises:
         ImportError: a bfloat16 tensor, and the package ml_dtypes, which gives NumPy that type, is not installed.
     """
-    if tensor.requires_grad:
-        tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(_bfloat16())
-    array: Array = tensor.numpy()
+        return _seen(tensor.detach().view(torch.uint16)).view(_bfloat16())
+    return _seen(tensor)
+
+
+_export: Any = getattr(torch._C, "_to_dlpack_versioned", None)
+_dispatch_keys = torch._C._dispatch_keys
+
+
+def _ordinary() -> frozenset[int]:
+    """The dispatch keys of tensors that are what lies in their memory: not negated, nor wrapped by a transform."""
+    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    inference = keys(key.CPU) | keys(key.AutocastCPU)
+    usual = inference | keys(key.ADInplaceOrView) | keys(key.AutogradCPU)
+    return frozenset((inference.raw_repr(), usual.raw_repr()))
+
+
+_ORDINARY = frozenset[int]() if _export is None else _ordinary()
+
+
+class _Exported:
+    """What NumPy asks for a DLPack capsule."""
+
+    __slots__ = ("capsule",)
+
+    def __init__(self, capsule: Any) -> None:
+        self.capsule = capsule
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # a CPU
+
+
+def _seen(tensor: Tensor) -> Array:
+    """A tensor's memory as an array, through DLPack: ``numpy()`` would keep its storage from ever being resized.
+
+    FullyShardedDataParallel resizes the storages of parameters.
+    """
+    if _dispatch_keys(tensor).raw_repr() in _ORDINARY:
+        array: Array = np.from_dlpack(_Exported(_export(tensor)))
+    else:
+        array = tensor.detach().numpy()  # which refuses what it cannot show
     return array
 
 

@@ -67,10 +67,14 @@ def _train(
 ) -> Forward:
     weighs = _momentum(momentum, num_batches_tracked)
     vectors = (weight, bias, residual, running_mean, running_var)
-    result = _forward(x, *vectors, True, weighs, eps, activation, parameter, keep)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    return result
+    if num_batches_tracked is None:
+        return _forward(x, *vectors, True, weighs, eps, activation, parameter, keep)
+    num_batches_tracked.add_(1)  # first: if it cannot be counted, nothing has changed
+    try:
+        return _forward(x, *vectors, True, weighs, eps, activation, parameter, keep)
+    except BaseException:
+        num_batches_tracked.sub_(1)
+        raise
 
 
 def _infer(

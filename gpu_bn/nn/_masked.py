@@ -94,9 +94,14 @@ def _train(
     options = _spec(weighs, eps, activation, parameter, groups)
     options = replace(options, renorm=spec.check_renorm(tuple(renorm), True, groups)) if renorm else options  # type: ignore[arg-type]
     tensors = (running_mean, running_var, weight, bias, residual)
-    y, saved = ops.forward(dispatch.serving(x), x, options, *tensors, None, False, valid)
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+        num_batches_tracked.add_(1)  # first, as in _library
+    try:
+        y, saved = ops.forward(dispatch.serving(x), x, options, *tensors, None, False, valid)
+    except BaseException:
+        if num_batches_tracked is not None:
+            num_batches_tracked.sub_(1)
+        raise
     moments = saved.moments
     mean, var = moments.mean.double(), moments.var.double()
     nothing = x.new_empty(0, dtype=torch.float64)
@@ -173,6 +178,7 @@ torch.library.register_fake("gpu_bn::backward_masked", _backward_fake, lib=LIBRA
 class _Train(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
+        _autograd.require_savable(arguments[:2] if arguments[10] == "identity" else arguments[:4])
         with _autograd._BelowAutograd():
             y, *kept = train(*arguments)
         x, weight, bias, residual, valid = arguments[:5]

@@ -7,13 +7,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import local
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from gpu_bn import dispatch, ops, spec
 from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.merge import Pool
 from gpu_bn.nn import _autograd, _composed, _engine, _library, _masked
 from gpu_bn.spec import MAX_RANK, MIN_RANK
 
@@ -75,8 +78,8 @@ def batch_norm(
             the statistics used.
         weight, bias: (C,); absent, they are 1 and 0.
         training: whether to use the batch's statistics.
-        momentum: what the batch weighs in the running update; ``None`` averages over all batches that
-            ``num_batches_tracked`` counts.
+        momentum: what the batch weighs in the running update, a number or a 0-d tensor; ``None`` averages over all
+            batches that ``num_batches_tracked`` counts.
         eps: added to the variance.
         residual: added before the activation; like ``input``.
         activation: a name from :data:`gpu_bn.activations.ROWS`, or an ``Activation`` with its parameter.
@@ -170,6 +173,7 @@ def _ordinary(
     if not (
         MIN_RANK <= len(shape) <= MAX_RANK
         and dtype in FLOATS
+        and input.layout is torch.strided
         and type(eps) is float
         and eps > 0.0
         and (momentum is None or type(momentum) is float)
@@ -192,7 +196,9 @@ def _ordinary(
     elif torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad):
         return False
     if training and (
-        _updates.off or input.numel() == channels[0] or not (counter is None or _autograd.is_plain(counter))
+        _updates.off
+        or input.numel() == channels[0]
+        or not (counter is None or (_autograd.is_plain(counter) and not counter.is_inference()))
     ):
         return False
     return residual is None or (
@@ -220,7 +226,15 @@ def _any_call(
     renorm: tuple[float, float] | None,
 ) -> Tensor:
     """A call that may be wrong, extended, watched or transformed."""
+    if input.is_mkldnn:  # whose memory is oneDNN's
+        dense = None if residual is None else residual.to_dense()
+        return _any_call(
+            input.to_dense(), running_mean, running_var, weight, bias, training, momentum, eps, dense, activation,
+            num_batches_tracked, mask, virtual_batch_size, renorm,
+        ).to_mkldnn()  # fmt: skip
+    momentum, eps = _number(momentum), _number(eps)
     check(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+    eps = eps.item() if isinstance(eps, Tensor) else eps
     if mask is not None or virtual_batch_size is not None or renorm is not None:
         groups = _check_extensions(input, running_mean, training, mask, virtual_batch_size, renorm)
         extended = mask is not None or groups > 1 or renorm is not None
@@ -233,6 +247,10 @@ def _any_call(
         else:
             running_mean = running_var = None
         num_batches_tracked = None
+    if num_batches_tracked is not None and not torch.compiler.is_compiling() and num_batches_tracked.is_inference():
+        num_batches_tracked.add_(0)  # outside inference mode torch refuses, when it has already added
+    if isinstance(momentum, Tensor) and (extended or not _unread(momentum)):
+        momentum = momentum.item()
     arguments = (
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
         num_batches_tracked,
@@ -245,9 +263,51 @@ def _any_call(
         return _composed.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
     tensors, running = (input, weight, bias, residual), (running_mean, running_var)
     numbers = (eps, activation.name, activation.parameter)
-    if training:
-        return _autograd.call(_library.train, *tensors, *running, num_batches_tracked, momentum, *numbers)
-    return _autograd.call(_library.infer, *tensors, *running, *numbers)
+    if not training:
+        return _autograd.call(_library.infer, *tensors, *running, *numbers)
+    if isinstance(momentum, Tensor):
+        return _train_unread(tensors, running, num_batches_tracked, momentum, numbers)
+    return _autograd.call(_library.train, *tensors, *running, num_batches_tracked, momentum, *numbers)
+
+
+def _unread(momentum: Tensor) -> bool:
+    """Whether a momentum is not to be read: on a GPU one would wait for it, and compiled code holds no number of it."""
+    return momentum.is_cuda or torch.compiler.is_compiling()
+
+
+def _train_unread(
+    tensors: tuple[Tensor | None, ...],
+    running: tuple[Tensor | None, Tensor | None],
+    num_batches_tracked: Tensor | None,
+    momentum: Any,
+    numbers: tuple[float, str, float],
+) -> Tensor:
+    """Training, with the running statistics moved by torch's operations, which take ``momentum`` where it is."""
+    from gpu_bn.nn.sync import update_running
+
+    y, mean, var, _ = _library.train(*tensors, None, None, None, None, *numbers)
+    running_mean, running_var = running
+    if running_mean is not None and running_var is not None:
+        count = mean.new_full((1,), y.numel() // max(y.shape[1], 1))
+        whole = Pool(count, mean, var.abs() * count)
+        update_running(running_mean, running_var, num_batches_tracked, momentum, whole)
+    elif num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return y  # type: ignore[no-any-return]
+
+
+def _number(value: Any) -> Any:
+    """A number of NumPy's as Python's; in compiled code, where it is an array, as a tensor."""
+    if torch.compiler.is_compiling():
+        return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether torch's function takes it for a number."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.requires_grad and not value.is_complex()
+    return isinstance(value, (float, int))
 
 
 def check(
@@ -273,7 +333,11 @@ def check(
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if eps < 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    unknown = input.dtype not in FLOATS or not (momentum is None or isinstance(momentum, (float, int)))
+    plain = input.dtype in FLOATS and input.layout is torch.strided
+    unknown = [] if plain else [f"input of {input.dtype} and layout {input.layout}"]
+    for name, number in (("momentum", momentum), ("eps", eps)):
+        if not _is_number(number) and not (number is None and name == "momentum"):
+            unknown.append(f"{name} of type {type(number).__name__}")
     vectors = (running_mean, running_var, weight, bias)
     for name, vector in zip(VECTORS, vectors, strict=True):
         if vector is None:
@@ -284,13 +348,17 @@ def check(
             raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
         if vector.dim() != 1:
             raise RuntimeError(f"TensorAccessor expected 1 dims but tensor has {vector.dim()}")
-        unknown = unknown or vector.dtype not in FLOATS or vector.device != device
+        if vector.dtype not in FLOATS or vector.device != device:
+            unknown.append(f"{name} of {vector.dtype} on {vector.device}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if unknown:
         momentum = 0.0 if momentum is None else momentum
-        F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)  # says what is wrong
-        raise TypeError("gpu_bn does not know arguments of these types")
+        mean, var = (None if running is None else running.clone() for running in (running_mean, running_var))
+        F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)  # says what is wrong, and may say nothing
+        raise TypeError(
+            f"gpu_bn.nn expects arguments of {', '.join(map(str, FLOATS))} on one device, got {', '.join(unknown)}"
+        )
     for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
         if vector is not None and vector.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
@@ -360,6 +428,7 @@ def front_door(
                 "but one of the arguments requires grad."
             )
         result: Tensor = ops.forward(engine, x, checked, **tensors, out=out, in_place=True, valid=valid)[0]
+        count_writes(checked.batch_stats, tensors["running_mean"], tensors["running_var"], out)
         return result
     if named:
         return _engine.batch_norm(engine, checked, x, **tensors, valid=valid)
@@ -368,3 +437,9 @@ def front_door(
     if mask is not None and mask.dim() == x.dim():
         extensions["mask"] = mask.movedim(checked.axis, 1)
     return batch_norm(x.movedim(checked.axis, 1), **options, **extensions).movedim(1, checked.axis)
+
+
+def count_writes(training: bool, running_mean: Tensor | None, running_var: Tensor | None, out: Tensor | None) -> None:
+    """Tell autograd what a call without it has written, so that a graph that has saved it refuses to go backward."""
+    written = (running_mean, running_var, out) if training else (out,)
+    increment_version([tensor for tensor in written if tensor is not None])

@@ -31,6 +31,13 @@ class Fused(_BatchNorm):
     virtual_batch_size: int | None = None
     renorm: tuple[float, float] | None = None
     ranks: ClassVar[tuple[int, ...]] = ()
+    own_check: ClassVar[bool] = False
+    """Whether a subclass says itself, in torch's ``_check_input_dim``, what inputs it takes."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls._check_input_dim.__module__ != _BatchNorm.__module__:
+            cls.own_check, cls.ranks = True, ()
 
     def forward(
         self,
@@ -47,13 +54,16 @@ class Fused(_BatchNorm):
             activation: what follows in this call, if it is not the layer's own.
             mask: which positions count, as in :func:`gpu_bn.batch_norm`.
         """
+        if self.own_check:
+            self._check_input_dim(input)
         activation = self.activation if activation is None else Activation.of(activation)
         training = self.training and not self.frozen
         tracked = not training or self.track_running_stats
+        running_mean, running_var = (self.running_mean, self.running_var) if tracked else self._untracked()
         return layer(
             input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
+            running_mean,
+            running_var,
             self.weight,
             self.bias,
             training or (self.running_mean is None and self.running_var is None),
@@ -68,6 +78,12 @@ class Fused(_BatchNorm):
             self.virtual_batch_size if training else None,
             self.renorm if training else None,
         )
+
+    def _untracked(self) -> tuple[Tensor | None, Tensor | None]:
+        """The running statistics of a call in training that may not change them: renormalisation reads them."""
+        if self.renorm is None or self.running_mean is None or self.running_var is None:
+            return None, None
+        return self.running_mean.clone(), self.running_var.clone()
 
     def init_identity_(self, input: Tensor) -> Fused:
         """Make the layer the identity (then its activation) on a batch, in training and in evaluation mode.
