@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn._activations import activate
+from gpu_bn.nn._library import counted
 
 
 def batch_norm(
@@ -91,16 +92,10 @@ def torch_batch_norm(
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
     """The transform by ``torch.nn.functional.batch_norm``, which the transforms of ``torch.func`` know."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
     if momentum is None:
-        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
-    try:
-        z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    except BaseException:
-        if num_batches_tracked is not None:
-            num_batches_tracked.sub_(1)
-        raise
+        momentum = 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1)
+    tensors = (running_mean, running_var, weight, bias)
+    z = counted(num_batches_tracked, F.batch_norm, x, *tensors, training, momentum, eps)
     if residual is not None:
         z = z + residual
     return activate(z, activation)

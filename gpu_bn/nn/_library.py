@@ -67,13 +67,19 @@ def _train(
 ) -> Forward:
     weighs = _momentum(momentum, num_batches_tracked)
     vectors = (weight, bias, residual, running_mean, running_var)
-    if num_batches_tracked is None:
-        return _forward(x, *vectors, True, weighs, eps, activation, parameter, keep)
-    num_batches_tracked.add_(1)  # first: if it cannot be counted, nothing has changed
+    numbers = (weighs, eps, activation, parameter)
+    return counted(num_batches_tracked, _forward, x, *vectors, True, *numbers, keep)  # type: ignore[no-any-return]
+
+
+def counted(counter: Tensor | None, call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call returns, which is counted, unless it fails; first, for if it cannot be, nothing may change."""
+    if counter is None:
+        return call(*arguments)
+    counter.add_(1)
     try:
-        return _forward(x, *vectors, True, weighs, eps, activation, parameter, keep)
+        return call(*arguments)
     except BaseException:
-        num_batches_tracked.sub_(1)
+        counter.sub_(1)
         raise
 
 

@@ -94,14 +94,9 @@ def _train(
     options = _spec(weighs, eps, activation, parameter, groups)
     options = replace(options, renorm=spec.check_renorm(tuple(renorm), True, groups)) if renorm else options  # type: ignore[arg-type]
     tensors = (running_mean, running_var, weight, bias, residual)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)  # first, as in _library
-    try:
-        y, saved = ops.forward(dispatch.serving(x), x, options, *tensors, None, False, valid)
-    except BaseException:
-        if num_batches_tracked is not None:
-            num_batches_tracked.sub_(1)
-        raise
+    y, saved = _library.counted(
+        num_batches_tracked, ops.forward, dispatch.serving(x), x, options, *tensors, None, False, valid
+    )
     moments = saved.moments
     mean, var = moments.mean.double(), moments.var.double()
     nothing = x.new_empty(0, dtype=torch.float64)
