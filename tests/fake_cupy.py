@@ -84,20 +84,36 @@ class ndarray(np.ndarray):
 ndarray.__module__ = "cupy"
 
 
+SHARED_UNASKED = 48 << 10
+"""Bytes of shared memory that a block may have without being asked for, static and dynamic together."""
+
+
 class Kernel:
-    """One kernel of a module, launched on the emulated device. As with CUDA, all who ask for it get the same one."""
+    """One kernel of a module on one device. As with CUDA, all who ask for it get the same one."""
 
     def __init__(self, gpu: EmulatedGpu, compiled: Compiled) -> None:
-        self.gpu, self.compiled = gpu, compiled
-        self.max_dynamic_shared_size_bytes = 48 << 10
+        self.gpu, self.compiled, self.device_id = gpu, compiled, gpu.current
+        self.asked: int | None = None
         self.kernel = types.SimpleNamespace(ptr=id(self))
 
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        return SHARED_UNASKED if self.asked is None else self.asked
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        self.asked = size
+
     def __call__(self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
-        self.require_shared(shared_mem)
+        self.require_launchable(shared_mem)
+        here = {getattr(arg, "device_id", self.device_id) for arg in args}
+        assert here == {self.device_id}, "an array of another device"
         self.gpu.launch(self, grid, block, args, shared_mem)
 
-    def require_shared(self, size: int) -> None:
-        assert size <= self.max_dynamic_shared_size_bytes, "more shared memory than was asked for"
+    def require_launchable(self, shared: int) -> None:
+        assert self.device_id == self.gpu.current, "a kernel of another device"
+        room = SHARED_UNASKED - self.compiled.kernel.shared_bytes if self.asked is None else self.asked
+        assert shared <= room, "more shared memory than was asked for"
 
 
 class EmulatedGpu:
@@ -126,8 +142,8 @@ class EmulatedGpu:
         compiled = compile_cuda(
             self.edit_source(code), self.arch, options, expressions=name_expressions, resources=False
         )
-        kernel = functools.cache(lambda name: self._kernel(compiled[name]))
-        return types.SimpleNamespace(get_function=kernel)
+        kernel = functools.cache(lambda name, device: self._kernel(compiled[name]))  # noqa: ARG005
+        return types.SimpleNamespace(get_function=lambda name: kernel(name, self.current))
 
     def _kernel(self, compiled: Compiled) -> Kernel:
         kernel = Kernel(self, compiled)
@@ -144,7 +160,7 @@ class EmulatedGpu:
         args = [self._argument(cell, parameter) for cell, parameter in zip(cells, parameters, strict=True)]
         self.launched.append(kernel.compiled.name)
         self.launched_on.add(self.current)
-        kernel.require_shared(shared)
+        kernel.require_launchable(shared)
         self.device.launch(kernel.compiled.kernel, (gx, gy, gz), (bx, by, bz), args, shared, cooperative=True)
 
     @contextlib.contextmanager

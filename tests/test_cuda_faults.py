@@ -171,62 +171,87 @@ def test_the_kernels_without_faults_are_clean(tier, seed, make_gpu):
 # -------------------------------------------------------------------- offsets beyond 32 bits
 
 SEEK = """
-template <bool COLUMNS> __device__ void seek_and_step(i64* out, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
+template <bool COLUMNS> __device__ void seek_and_step(
+    i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
+  typedef Layout<F32, 4, COLUMNS, MASKED_GROUPS> L;
   const Geometry g = GEOMETRY;
-  const Tile<Layout<F32, 4, COLUMNS>> tile(g, strip, rank);
-  Cursor cursor = tile.seek(first);
-  i64* own = out + threadIdx.x * 3;
+  const Tile<L> tile(g, strip, rank);
+  Cursor cursor = tile.seek(first), back = tile.seek(first + tile.step);
+  i64* own = out + threadIdx.x * 6;
   own[0] = tile.seek(first + threadIdx.x / lanes).offset;
   own[1] = cursor.offset;
   tile.template advance<false>(cursor);
   own[2] = cursor.offset;
+  tile.template advance<true>(back);
+  own[3] = back.offset;
+  own[4] = (i64)tile.elements();
+  const Selection<L> selection = {flags - flag, nullptr};
+  own[5] = selection.at(tile, first).count();
 }
-extern "C" __global__ void seek_rows(i64* out, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
-  seek_and_step<false>(out, channels, inner, lanes, strips, positions, share, blocks, groups, strip, rank, first);
+extern "C" __global__ void seek_rows(
+    i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
+  seek_and_step<false>(
+      out, flags, flag, channels, inner, lanes, strips, positions, share, blocks, groups, strip, rank, first);
 }
-extern "C" __global__ void seek_columns(i64* out, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
-  seek_and_step<true>(out, channels, inner, lanes, strips, positions, share, blocks, groups, strip, rank, first);
+extern "C" __global__ void seek_columns(
+    i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
+  seek_and_step<true>(
+      out, flags, flag, channels, inner, lanes, strips, positions, share, blocks, groups, strip, rank, first);
 }
 """
 GEOMETRIES = {
     # channels, inner, lanes, strips, positions, share, blocks, groups; strip, rank, first
     "rows": (70_000, 1_000, 1, 70_000, 100_000_000, 1_000_000, 100, 1, 69_999, 99, 999_000),
+    "long rows": (70_000, 100_000, 1, 70_000, 100_000_000, 1_000_000, 100, 1, 69_999, 98, 999_900),
     "one long row": (1, (1 << 32) - 1, 1, 1, (1 << 32) - 1, 1 << 25, 128, 1, 0, 127, (1 << 25) - 600),
     "more positions than 32 bits": (1, 4_000_000_000, 1, 1, 5_000_000_000, 50_000_000, 100, 1, 0, 99, 49_000_000),
     "columns": (400_000, 100_000, 8, 12_500, 1_000_000, 10_000, 100, 12_500, 12_499, 99, 9_000),
+    "rows of groups": (70_000, 1_000, 1, 70_000, 1_000_000, 10_000, 100, 350_000, 349_999, 9, 9_000),
+    "columns of groups": (400_000, 100_000, 8, 12_500, 10_000, 10_000, 1, 75_000, 74_999, 0, 9_000),
 }
 CUTS = {
-    "rows": ("return {(n * g.channels + strip) * g.inner + rest, rest};",
-             "return {(i64)(((u32)n * g.channels + strip) * g.inner + rest), rest};"),
-    "one long row": ("return {(n * g.channels + strip) * g.inner + rest, rest};",
-                     "return {(i64)(int)((n * g.channels + strip) * g.inner + rest), rest};"),
-    "more positions than 32 bits": ("const i64 p = (i64)rank * g.share + position;",
-                                    "const i64 p = rank * g.share + position;"),
-    "columns": ("return {p * g.inner + column(), 0};", "return {(i64)((u32)p * g.inner + column()), 0};"),
+    "rows": [("return {(n * g.channels + strip) * g.inner + rest, rest};",
+              "return {(i64)(((u32)n * g.channels + strip) * g.inner + rest), rest};")],
+    "long rows": [("const i64 gap = (i64)(g.channels - 1) * g.inner;", "const i64 gap = (g.channels - 1) * g.inner;")],
+    "one long row": [("return {(n * g.channels + strip) * g.inner + rest, rest};",
+                      "return {(i64)(int)((n * g.channels + strip) * g.inner + rest), rest};")],
+    "more positions than 32 bits": [
+        ("const i64 p = (i64)rank * g.share + position;", "const i64 p = rank * g.share + position;"),
+        ("return (double)g.positions * L::PER_POSITION;", "return (double)((u32)g.positions * L::PER_POSITION);")],
+    "columns": [("return {p * g.inner + column(), 0};", "return {(i64)((u32)p * g.inner + column()), 0};")],
+    "rows of groups": [("group * g.positions * (L::COLUMNS", "group * (u32)g.positions * (L::COLUMNS")],
+    "columns of groups": [("group * g.positions * (L::COLUMNS", "group * (u32)g.positions * (L::COLUMNS")],
 }  # fmt: skip
 
 
 def seek_errors(source: str, name: str, compile_cuda) -> int:
-    """How many of the offsets differ from those computed in Python's integers."""
-    *geometry, strip, rank, first = GEOMETRIES[name]
-    channels, inner, lanes, _, positions, share, *_ = geometry
-    columns = name == "columns"
+    """How many of the numbers differ from those computed in Python's integers."""
+    *geometry, of_all, rank, first = GEOMETRIES[name]
+    channels, inner, lanes, strips, positions, share, *_ = geometry
+    columns = name.startswith("columns")
+    group, strip = divmod(of_all, strips)
+    start = group * positions * (inner if columns else channels)
     kernel = compile_cuda(source + SEEK, 80, _cuda.OPTIONS)["seek_columns" if columns else "seek_rows"]
     device = Device()
-    out = device.empty((256, 3), np.int64)
+    out, flags = device.empty((256, 6), np.int64), np.array([1, 0, 1, 1], np.uint8)
     wide = [np.int64(value) if at == 4 else np.uint32(value) for at, value in enumerate(geometry)]
-    device.launch(kernel.kernel, 1, 256, [out, *wide, *map(np.uint32, (strip, rank, first))])
 
     def offset(position: int, lane: int) -> int:
         assert position < positions
         row, rest = divmod(position, inner)
-        return position * inner + strip * lanes + lane if columns else (row * channels + strip) * inner + rest
+        if columns:
+            return start + position * inner + strip * lanes + lane
+        return start + (row * channels + strip) * inner + rest
 
-    begin, step = rank * share + first, 256 // lanes
+    begin, step, per_position = rank * share + first, 256 // lanes, 1 if columns else 4
+    flag = (group * positions + begin) * per_position
+    device.launch(kernel.kernel, 1, 256, [out, flags, np.int64(flag), *wide, *map(np.uint32, (of_all, rank, first))])
+    counted = int(flags[:per_position].sum())
     want = [
-        (offset(begin + t // lanes, t % lanes), offset(begin, t % lanes), offset(begin + step, t % lanes))
+        (offset(begin + t // lanes, t % lanes), offset(begin, t % lanes), offset(begin + step, t % lanes),
+         offset(begin, t % lanes), positions * per_position, counted)
         for t in range(256)
-    ]
+    ]  # fmt: skip
     assert max(map(max, want)) * 16 >= 1 << 32
     return int((out != np.array(want)).sum())
 
@@ -235,8 +260,16 @@ def seek_errors(source: str, name: str, compile_cuda) -> int:
 def test_offsets_beyond_32_bits(name, compile_cuda, caught_faults):
     source = _cuda.source("identity")
     assert seek_errors(source, name, compile_cuda) == 0
-    old, new = CUTS[name]
+    for old, new in CUTS[name]:
+        assert old in source
+        wrong = seek_errors(source.replace(old, new), name, compile_cuda)
+        assert wrong > 0
+        caught_faults[f"CUDA: offset cut to 32 bits, {name}"] = f"wrong result: {wrong} of 1536 numbers"
+
+
+def test_the_place_of_a_flag_beyond_32_bits(compile_cuda):
+    source = _cuda.source("identity")
+    old, new = "const i64 in_strip = (i64)tile.rank *", "const u32 in_strip = tile.rank *"
     assert old in source
-    wrong = seek_errors(source.replace(old, new), name, compile_cuda)
-    assert wrong > 0
-    caught_faults[f"CUDA: offset cut to 32 bits, {name}"] = f"wrong result: {wrong} of 768 offsets"
+    with pytest.raises(EmulatorError, match="out of bounds"):
+        seek_errors(source.replace(old, new), "more positions than 32 bits", compile_cuda)

@@ -362,6 +362,27 @@ def test_a_plain_store_races_with_an_atomic_whatever_it_stores():
             Device().launch(snippet(body.format(value=value), "u64 x"), 2, 1, [np.zeros(1, np.uint32)])
 
 
+@pytest.mark.parametrize(("load", "again", "clean"), [("ld.global", 0, True), ("ld.global.nc", 64, True),
+                                                      ("ld.global.nc", 0, False)])  # fmt: skip
+def test_the_read_only_cache_does_not_see_what_the_launch_has_written(load, again, clean):
+    """Each thread reads, writes and reads again, there or elsewhere."""
+    body = f"""
+        mov.u32 %r1, %tid.x; ld.param.u64 %rd1, [x]; mad.wide.u32 %rd2, %r1, 4, %rd1;
+        ld.global.nc.u32 %r2, [%rd2]; add.u32 %r2, %r2, 1; st.global.u32 [%rd2], %r2; bar.sync 0;
+        {load}.u32 %r3, [%rd2+{4 * again}];
+    """
+
+    def run(device: Device) -> None:
+        device.launch(snippet(body, "u64 x"), 1, 64, [np.zeros(128, np.uint32)], names=["x"])
+
+    if clean:
+        run(Device())
+    else:
+        error = first_report(run)
+        assert error.check == "stale read"
+        assert "x is read through the read-only cache, but block 0, thread 0 of this launch" in str(error)
+
+
 # -------------------------------------------------------------------- clusters, launches
 
 

@@ -84,6 +84,16 @@ def test_absent_arguments_are_constants_and_whole_numbers_widen(step):
     assert special.signature["positions"] == "i64"
 
 
+def test_what_is_aligned_is_told_by_the_place_of_its_parameter(step, compilations, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    step.aligned = frozenset({"saved", "counts"})
+    triton_launch.launch(step, (None, torch.zeros(2, 5, dtype=torch.float64), None))
+    (((_, signature, _, hints), *_),) = compilations
+    assert list(signature)[:3] == ["partials", "saved", "counts"]
+    assert hints == {(1,): [["tt.divisibility", 16]]}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_a_cuda_graph_replays_a_call():

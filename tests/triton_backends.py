@@ -13,7 +13,7 @@ from emulator.counters import Report
 
 from gpu_bn.backends.triton import TritonBackend
 from gpu_bn.backends.triton_launch import Specialisation, Step
-from gpu_bn.plan import DEVICES
+from gpu_bn.plan import DEVICES, VECTOR_BYTES
 from gpu_bn.plan import Device as Planned
 
 ARCHITECTURES = {75: "t4", 80: "a100", 89: "4090", 90: "h100", 100: "b200"}
@@ -42,6 +42,7 @@ class EmulatedBackend(TritonBackend):
         self.owners: dict[int, np.ndarray] = {}
         self.steps: list[Step] = []
         self.compiled: list[Compiled] = []
+        self.met: dict[Step, dict[str, str]] = {}
 
     def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> torch.Tensor:
         del device
@@ -56,11 +57,12 @@ class EmulatedBackend(TritonBackend):
         compiled = self.compile(step, args)
         everything = (*args, *step.tail)
         names = [parameter.name for parameter in step.kernel.params]
-        constants = Specialisation.of(step, args).constants
+        special = Specialisation.of(step, args)
+        self.require_as_compiled(step, special, dict(zip(names, everything, strict=True)))
         given = [
             (name, self.memory_of(value))
             for name, value in zip(names, everything, strict=True)
-            if name not in constants
+            if name not in special.constants
         ]
         strips, blocks = step.grid
         self.steps.append(step)
@@ -71,6 +73,13 @@ class EmulatedBackend(TritonBackend):
             compiled.kernel, (strips * step.num_ctas, blocks), compiled.threads, parameters,
             compiled.dynamic_shared_bytes, names=called,
         )  # fmt: skip
+
+    def require_as_compiled(self, step: Step, special: Specialisation, arguments: dict[str, Any]) -> None:
+        """A step is compiled for its first arguments: what comes later must be of the same types, and aligned."""
+        types = self.met.setdefault(step, special.signature)
+        assert special.signature == types, f"{step.kernel.__name__} was compiled for {types}, got {special.signature}"
+        for name in special.aligned:
+            assert arguments[name].data_ptr() % VECTOR_BYTES == 0, f"{name} is not aligned, as was promised"
 
     def compile(self, step: Step, args: tuple[Any, ...]) -> Compiled:
         special = Specialisation.of(step, args)

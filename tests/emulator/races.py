@@ -8,6 +8,8 @@ accesses) at a scope that holds both. Shuffles and votes order nothing, as in th
 Kept small on purpose: a place keeps two of its readers (the first and last lane of the latest reading instruction), a
 store that leaves the value as it was is no race, a barrier of some warps counts as one of the block, and a cluster's
 scope is the device's.
+
+A load through the read-only cache (ld.global.nc) is told of any write of the same launch that it comes after.
 """
 
 from __future__ import annotations
@@ -81,6 +83,8 @@ class RaceDetector:
         if target.region.space != "local":
             shadow, index = self._shadow(target, size)
             self._check(ins, target, shadow[0][index], "load", "write", None)
+            if "nc" in ins.modifiers:
+                self._check_unwritten(ins, target, shadow[0][index])
             tags = np.broadcast_to(self._tags(ins, target)[:, None], index.shape)
             shadow[2][index] = tags
             shadow[1][index[::-1]] = tags[::-1]
@@ -132,6 +136,17 @@ class RaceDetector:
                 f"{kind} of {target.region.name} is not ordered after the {what} by block {block}, thread {thread}"
             )
             self.launch.fail("data race", message, ins, int(target.lanes[rows[first]]))
+
+    def _check_unwritten(self, ins: Instruction, target: Target, old: Array) -> None:
+        """The cache for what is only read may hold what was there before, whatever orders the load after the write."""
+        rows, columns = np.nonzero(old >= 0)
+        if len(rows):
+            block, thread = divmod(int(old[rows[0], columns[0]] >> _THREAD_SHIFT), self.launch.shape.lanes)
+            message = (
+                f"{target.region.name} is read through the read-only cache, but block {block}, thread {thread} of "
+                "this launch has written there"
+            )
+            self.launch.fail("stale read", message, ins, int(target.lanes[rows[0]]))
 
     def _ordered(self, tags: Array, lanes: Array) -> Array:
         """Does each lane know the clock of the tag it met?"""
