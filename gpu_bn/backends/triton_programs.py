@@ -45,7 +45,7 @@ class Room(NamedTuple):
     backward: int
 
 
-ROOM = {2: Room(20480, 16384, 16384), 4: Room(20480, 12288, 16384), 8: Room(8192, 8192, 4096)}
+ROOM = {2: Room(20480, 12288, 16384), 4: Room(16384, 12288, 16384), 8: Room(8192, 8192, 4096)}
 """By the size of an element. ``tests/record_gates.py`` compiles what it allows."""
 
 
