@@ -57,14 +57,20 @@ def test_the_example_of_training_learns(tmp_path):
     assert float(done.stdout) < 1e-3
 
 
+ENDED = """
+from processes import gloo_threads
+assert not gloo_threads()  # one that is still at work when the interpreter ends can abort the process
+"""
+
+
 def test_the_example_of_several_processes(tmp_path):
     """As written, by the command below it."""
     (code,) = (code for code in blocks("python") if "init_process_group" in code)
     (command,) = (block.split() for block in blocks("sh") if "torchrun" in block)
-    (tmp_path / command[-1]).write_text(code)
+    (tmp_path / command[-1]).write_text(code + ENDED)
     assert command[0] == "torchrun"  # which is the module's main function
     run = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
     digits = "".join(done.stdout.split())  # the two write at once: "11\n\n" may come in place of "1\n1\n"

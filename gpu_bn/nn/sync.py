@@ -24,6 +24,12 @@ from gpu_bn.nn import _composed, _sync_library, functional
 from gpu_bn.nn.modules import Fused
 from gpu_bn.spec import MAX_RANK, MIN_RANK, check_mask
 
+if dist.is_available():
+    # Its functions keep the default group of the time of import, as a default argument. DistributedDataParallel imports
+    # it when there is a group, whose threads destroy_process_group then cannot end: one at work when the interpreter
+    # ends aborts the process.
+    import torch.distributed.nn
+
 _COLLECTIVES = torch.ops._c10d_functional
 """What ``torch.compile`` takes into a graph."""
 
