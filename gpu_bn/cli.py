@@ -17,7 +17,7 @@ from gpu_bn.plan import DEVICES
 if TYPE_CHECKING:
     from gpu_bn._explain import Explanation
 
-DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich", "threadpoolctl": "threadpoolctl"}
 """Modules of the extra ``demo``, and the packages that have them."""
 
 

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from gpu_bn import dispatch
 from gpu_bn._console import paragraph, progress
@@ -60,7 +61,8 @@ def demo(options: Options) -> None:
     print("A network of two hidden layers, h1 and h2, of 100 sigmoids each, trained on scikit-learn's digits:")
     print(f"{options.steps} steps, batches of {BATCH}, learning rate {options.rate:g}, ", end="")
     print(f"{options.seeds} seed{'s' if options.seeds > 1 else ''}, backend {backend}.\n", flush=True)
-    results = run(options, backend)
+    with threadpool_limits(1, "blas"):  # the matrices are small: on a busy machine, threads would wait for each other
+        results = run(options, backend)
     print(report.training_table(results.runs))
     print(report.drift_table(results.runs))
     print(report.identity_table(results.identities))
