@@ -33,8 +33,6 @@ def _covering():
     for dtype, vector, columns in (("float16", 1, True), ("float16", 4, True), ("float32", 1, False)):
         yield Group(80, "gelu", dtype, vector, columns, _cuda.WHOLE)
     yield Group(86, "leaky_relu", "float16", 8, True, _cuda.WHOLE)
-    yield Group(80, "relu", "float16", 8, True, "MASKED_GROUPS")
-    yield Group(90, "gelu", "float32", 4, False, "MASKED_GROUPS")
 
 
 def _marked(groups):
@@ -43,10 +41,24 @@ def _marked(groups):
         yield pytest.param(group, id=str(group), marks=marks)
 
 
+def _masked():
+    """Masks and ghost batches: full vectors in each dtype and layout on all architectures, then narrower ones."""
+    for arch, dtype, columns, batch in product(ARCHITECTURES, FULL, (False, True), ("MASKED_GROUPS", "GROUPS")):
+        usual = (arch, dtype, columns, batch) == (90, "float16", True, "MASKED_GROUPS")
+        slow = batch == "MASKED_GROUPS" and dtype in ("float16", "float64") and arch in (75, 80, 90)
+        marks = [] if usual else [pytest.mark.slow if slow else pytest.mark.exhaustive]
+        group = Group(arch, "gelu" if arch != 80 else "relu", dtype, FULL[dtype], columns, batch)
+        yield pytest.param(group, id=str(group), marks=marks)
+    for arch, dtype, vector, columns in product((75, 90, 120), ("float16", "float32"), (1, 2, 4), (False, True)):
+        group = Group(arch, "gelu", dtype, vector, columns, "MASKED_GROUPS")
+        yield pytest.param(group, id=str(group), marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.compile
 @pytest.mark.usefixtures("compile_cuda")
-@pytest.mark.parametrize("group", list(_marked(_covering())))
+@pytest.mark.parametrize("group", [*_marked(_covering()), *_masked()])
 def test_gates(group):
+    """Masks and ghost batches have the registers and the shared memory of the kernels without."""
     FAMILY.check(group)
 
 

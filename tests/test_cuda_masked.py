@@ -1,194 +1,37 @@
-"""Masks and ghost batches in the CUDA kernels, on emulated GPUs; the truth is the oracle's for what counts of a group.
-
-Whatever does not count is NaN, in the input, the residual and the gradient.
-"""
+"""Masks and ghost batches in the CUDA kernels: results, whatever the schedule, and the bytes they move."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
-from cuda_variants import FAMILY
-from emulator import Checks, Device, EmulatorError
-from emulator.compile import ARCHITECTURES
+from cuda_masked import (
+    COLUMNS,
+    EVERYTHING,
+    ROWS,
+    TENSORS,
+    Masked,
+    check_masked,
+    mask,
+    problem_of,
+    run,
+    spec_of,
+    work_of,
+)
+from emulator import Checks, Device
 from emulator.schedules import require_same_results
-from gates import Group
-from support import rng, same_bits
-from test_cuda_gates import FULL
+from support import same_bits
 
-from gpu_bn.activations import Activation
-from gpu_bn.backends._layout import Layout
 from gpu_bn.backends.protocol import Moments
-from gpu_bn.plan import DEVICES, Work, plan
-from gpu_bn.spec import BatchNormSpec
-from gpu_bn.testing import Case, Problem, build
-from gpu_bn.testing.check import ADAPTERS, compare
-from gpu_bn.testing.oracle import WIDE, oracle, wide
-from gpu_bn.testing.tolerance import ROUNDOFF, tolerance
+from gpu_bn.plan import DEVICES, plan
+from gpu_bn.testing import Case, build
+from gpu_bn.testing.check import ADAPTERS
 
 pytestmark = pytest.mark.compile
-TENSORS = ("y", "dx", "dresidual")
-EVERYTHING = frozenset({"dx", "dweight", "dbias", "dresidual"})
-
-
-# ------------------------------------------------------------------------------------------------ problems
-@dataclass(frozen=True)
-class Masked:
-    """A case of the conformance suite, which positions of it count (:func:`mask`), and its groups."""
-
-    case: Case
-    mask: str = "half"
-    groups: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.case} {self.mask}{f' in {self.groups} groups' if self.groups > 1 else ''}".replace(" ", "-")
-
-
-def mask(kind: str, shape: tuple[int, ...], axis: int, groups: int) -> np.ndarray | None:
-    """Which positions count, True for those; of extent 1 along the channels."""
-    shape = tuple(1 if a == axis else size for a, size in enumerate(shape))
-    valid = np.zeros(shape, bool)
-    match kind:
-        case "all":
-            valid[...] = True
-        case "half":
-            valid = rng(3).random(shape) < 0.5
-        case "few":
-            valid = rng(3).random(shape) < 0.02
-        case "last":  # padding first, so that nothing at the start of a share helps to guess the mean
-            valid[len(valid) // 2 :] = True
-        case "a group is empty":
-            valid = rng(3).random(shape) < 0.7
-            valid[len(valid) // groups : 2 * len(valid) // groups] = False
-        case "none":
-            pass
-        case "one":
-            valid.reshape(-1)[valid.size * 2 // 3] = True
-        case "unmasked":
-            return None
-    return valid
-
-
-def problem_of(masked: Masked) -> tuple[Problem, np.ndarray | None]:
-    """The problem, with NaN wherever nothing counts, and the mask."""
-    problem = build(masked.case)
-    valid = mask(masked.mask, problem.x.shape, problem.channel_axis % problem.x.ndim, masked.groups)
-    if valid is None:
-        return problem, None
-    poisoned = {}
-    for name in ("x", "dy", "residual"):
-        if (array := getattr(problem, name)) is not None:
-            poisoned[name] = array.copy("K")
-            poisoned[name][np.broadcast_to(~valid, array.shape)] = np.nan
-    return replace(problem, **poisoned), valid
-
-
-def parts(problem: Problem, valid: np.ndarray | None, groups: int) -> Iterator[tuple[np.ndarray, Problem]]:
-    """What counts of each group: where it is, with the channels last, and a problem of that alone."""
-    axis = problem.channel_axis
-    everywhere = np.ones([1 if a == axis % problem.x.ndim else size for a, size in enumerate(problem.x.shape)], bool)
-    positions = np.moveaxis(everywhere if valid is None else valid, axis, -1)[..., 0]
-    for group in range(groups):
-        chosen = np.zeros_like(positions)
-        size = len(chosen) // groups
-        part = slice(group * size, (group + 1) * size)
-        chosen[part] = positions[part]
-        tensors = {
-            name: None if (array := getattr(problem, name)) is None else np.moveaxis(array, axis, -1)[chosen]
-            for name in ("x", "dy", "residual")
-        }
-        running = {"running_mean": None, "running_var": None} if problem.training else {}
-        yield chosen, replace(problem, channel_axis=1, **tensors, **running)
-
-
-def truth_of(problem: Problem, valid: np.ndarray | None, groups: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What a call should give, and the error allowed in it."""
-    axis, u, momentum = problem.channel_axis, WIDE(ROUNDOFF[str(problem.x.dtype)]), WIDE(problem.momentum)
-    groups = groups if problem.training else 1
-    found = {name: np.zeros((2, *np.moveaxis(problem.x, axis, -1).shape), WIDE) for name in TENSORS}
-    channels = problem.x.shape[axis]
-    sums = {name: np.zeros((2, channels), WIDE) for name in ("dweight", "dbias")}
-    statistics = {name: [np.zeros((2, channels), WIDE)] * groups for name in ("mean", "rstd")}
-    tracked = {}
-    if problem.running_mean is not None:
-        old = {"mean": wide(problem.running_mean), "var": wide(problem.running_var)}
-        tracked = {name: np.stack([value, 2 * u * np.abs(value)]) for name, value in old.items()}
-    for group, (chosen, part) in enumerate(parts(problem, valid, groups)):
-        if not len(part.x):
-            statistics["rstd"][group] = np.stack([np.full(channels, 1 / np.sqrt(WIDE(problem.eps)))] * 2)
-            continue
-        truth = oracle(part)
-        allowed = tolerance(part, truth)
-        for name in TENSORS:
-            if getattr(truth, name) is not None:
-                found[name][:, chosen] = np.stack([getattr(truth, name), np.broadcast_to(allowed[name], part.x.shape)])
-        for name, total in sums.items():
-            if getattr(truth, name) is not None:
-                total += np.stack([getattr(truth, name), allowed[name]])
-        for name, each in statistics.items():
-            each[group] = np.stack([getattr(truth, name), allowed[name]])
-        if problem.training and tracked:
-            n = len(part.x)
-            var = truth.var * n / max(n - 1, 1), 2 * (allowed["rstd"] / truth.rstd + u) * truth.var * 2
-            mean = truth.mean, allowed["mean"] + 2 * u * np.abs(truth.mean)
-            for name, new in (("mean", mean), ("var", var)):
-                tracked[name] = (1 - momentum) * tracked[name] + momentum * np.stack(new)
-    results = {name: np.moveaxis(value, -1, problem.channel_axis % problem.x.ndim + 1) for name, value in found.items()}
-    results |= sums | {name: np.concatenate(each, axis=-1) for name, each in statistics.items()}
-    results |= {f"running_{name}": value for name, value in tracked.items()}
-    return {name: (value[0], value[1]) for name, value in results.items()}
-
-
-def work_of(shape: tuple[int, ...], itemsize: int, **options) -> Work:
-    layout = Layout.of(np.empty(shape, np.uint8), 1)
-    return Work(layout.n, layout.c, layout.s, itemsize, **options)
-
-
-def spec_of(problem: Problem, groups: int = 1) -> BatchNormSpec:
-    axis = problem.channel_axis % problem.x.ndim
-    return BatchNormSpec(axis, problem.training, problem.momentum, problem.eps, Activation(*problem.activation), groups)
-
-
-def run(gpu, problem: Problem, valid: np.ndarray | None, groups: int = 1) -> dict[str, np.ndarray]:
-    """What the backend's fused calls give, by name."""
-    send, receive = ADAPTERS["cupy"]
-    names = ("running_mean", "running_var", "weight", "bias", "residual")
-    sent = [None if (a := getattr(problem, name)) is None else send(a.copy("K")) for name in names]
-    y, saved = gpu.backend.forward(
-        send(problem.x), spec_of(problem, groups), *sent, None, valid=None if valid is None else send(valid)
-    )
-    need = EVERYTHING - {f"d{name}" for name, array in zip(names, sent, strict=True) if array is None}
-    grads = gpu.backend.backward(send(problem.dy), saved, need)
-    found = {"y": y, "mean": saved.mean, "rstd": saved.rstd}
-    found |= dict(zip(("dx", "dweight", "dbias", "dresidual"), grads, strict=True))
-    found |= dict(zip(names[:2], sent[:2], strict=True))
-    if valid is not None and problem.training:
-        assert saved.moments.count.dtype == np.float64
-        expected = [len(part.x) for _, part in parts(problem, valid != 0, groups)]
-        assert list(receive(saved.moments.count)) == expected
-    return {name: receive(array) for name, array in found.items() if array is not None}
-
-
-def check_masked(gpu, masked: Masked) -> dict[str, np.ndarray]:
-    """Compare all that a call gives with the truth; zeros must be zeros where nothing counts."""
-    problem, valid = problem_of(masked)
-    results = run(gpu, problem, valid, masked.groups)
-    truth = truth_of(problem, valid, masked.groups)
-    assert {"y", "mean", "rstd", "dx"} <= results.keys()
-    for name, got in results.items():
-        compare(f"{masked}: {name}", got, *truth[name])
-        if name in TENSORS:
-            assert got.dtype == problem.x.dtype
-            assert valid is None or not got[np.broadcast_to(~valid, got.shape)].any()
-    return results
-
-
-# ------------------------------------------------------------------------------------------------ results
-ROWS, COLUMNS = (6, 5, 4, 8), (60, 24)
 LONG, TALL = (8, 2, 64, 64), (2600, 16)
 """Channels that several blocks share, also of one group."""
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -436,98 +279,6 @@ def test_results_do_not_depend_on_the_schedule(masked, make_gpu):
         return list(found.values())
 
     require_same_results(results, range(2), Device(checks=Checks(races=False)))
-
-
-# ------------------------------------------------------------------------------------------------- faults
-LONGER = Masked(Case((8, 1, 64, 64), activation="relu"), "half")
-GROUPED = Masked(Case(ROWS, activation="relu", residual=True), "a group is empty", 3)
-FAULTS = {
-    "mask dropped in the sums": ("const A d = selected[j] ?", "const A d = true ?", Masked(Case(ROWS))),
-    "mask dropped in the sums of the backward pass": (
-        "return at.selected[j] ? dz_of_any", "return true ? dz_of_any", Masked(Case(ROWS))),
-    "mask dropped in x - centre": ("return at.selected[j] ? affine", "return true ? affine", Masked(Case(ROWS))),
-    "mask dropped in y": ("selected[j] ? Activation::value", "true ? Activation::value", Masked(Case(ROWS))),
-    "mask dropped in dx": ("at.selected[j] ? dxj", "true ? dxj", Masked(Case(ROWS))),
-    "mask dropped in dx of frozen statistics": (
-        "at.selected[j] ? g[j] * affine", "true ? affine.centred(j, at.x[j]) * affine",
-        Masked(Case(ROWS, mode="eval"))),
-    "shift from what does not count": ("if (selected[j]) sum", "sum", Masked(Case(ROWS))),
-    "origins of blocks not told apart": ("return (origin_of(r, place) - origin) +", "return", LONGER),
-    "a bad shift is not noticed": (
-        "if (!__syncthreads_or(again) || attempt == 3) return n;", "__syncthreads_or(again); return n;",
-        Masked(Case((8, 1, 64, 64), mean=1e4, std=1), "few")),
-    "counts of blocks not merged": ("n[0] += of(r)", "n[0] = r ? n[0] : of(r)", LONGER),
-    "means of blocks weighted by their shape": (
-        "mean[0] += shares.of(r)", "mean[0] += tile.elements_of(r)", Masked(LONGER.case, "few")),
-    "idle lanes counted": ("tile.lane ? 0. : d.count", "d.count", Masked(Case((60, 24)))),
-    "count not written": ("selection.counts[tile.group] = n;", ";", LONGER),
-    "count of the first group for all": ("selection.counts[tile.group], 1.", "selection.counts[0], 1.", GROUPED),
-    "stride of groups wrong": ("(L::COLUMNS ? g.inner : g.channels)", "g.inner", GROUPED),
-    "mask of the first group for all": ("(tile.group * tile.g.positions + in_strip)", "in_strip", GROUPED),
-    "statistics of the first group for all": (
-        "(i64)group * g.channels + channel : channel", "channel : channel", GROUPED),
-    "tickets of the first group for all": (
-        "counters += tile.group * tile.g.strips;", "", Masked(Case((8, 1, 64, 64)), "half", 2)),
-    "empty group moves the running statistics": ("if (n == 0.) continue;", "", GROUPED),
-    "empty batch moves the running statistics": ("if (!L::MASKED || n > 0) per", "per", Masked(Case(ROWS), "none")),
-    "groups added up but for the first": (
-        "dz_xhat = 0;\n  for (u32 group = 0", "dz_xhat = 0;\n  for (u32 group = 1", GROUPED),
-    "running variance of groups without Bessel": (
-        "m * (n > 1. ? n / (n - 1.) : 1.) * var[", "m * var[", GROUPED),
-}  # fmt: skip
-
-
-SHORT = (
-    "mask dropped in the sums", "mask dropped in the sums of the backward pass", "counts of blocks not merged",
-    "idle lanes counted", "stride of groups wrong", "mask of the first group for all",
-    "empty group moves the running statistics", "groups added up but for the first",
-)  # fmt: skip
-"""What a normal run plants."""
-
-
-@pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=[] if fault in SHORT else [pytest.mark.slow]) for fault in FAULTS]
-)
-def test_a_planted_fault_is_reported(fault, make_gpu, caught_faults):
-    old, new, masked = FAULTS[fault]
-
-    def edit(source: str) -> str:
-        assert old in source, f"the kernels no longer hold {old!r}"
-        return source.replace(old, new)
-
-    gpu = make_gpu(90, None, Device(max_steps=50_000))
-    gpu.edit_source = edit
-    with pytest.raises((AssertionError, EmulatorError)) as caught:
-        check_masked(gpu, masked)
-    assert "no longer hold" not in str(caught.value)
-    caught_faults[f"CUDA, masked: {fault}"] = str(caught.value).partition("\n")[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("masked", dict.fromkeys(masked for _, _, masked in FAULTS.values()), ids=str)
-def test_the_kernels_without_faults_are_clean(masked, make_gpu):
-    check_masked(make_gpu(90), masked)
-
-
-# --------------------------------------------------------------------------------------------------- gates
-def gates() -> Iterator:
-    """Full vectors in each dtype and layout on all architectures, then narrower ones; one set in a normal run."""
-    for arch, dtype, columns, batch in product(ARCHITECTURES, FULL, (False, True), ("MASKED_GROUPS", "GROUPS")):
-        usual = (arch, dtype, columns, batch) == (90, "float16", True, "MASKED_GROUPS")
-        slow = batch == "MASKED_GROUPS" and dtype in ("float16", "float64") and arch in (75, 80, 90)
-        marks = [] if usual else [pytest.mark.slow if slow else pytest.mark.exhaustive]
-        group = Group(arch, "gelu" if arch != 80 else "relu", dtype, FULL[dtype], columns, batch)
-        yield pytest.param(group, id=str(group), marks=marks)
-    for arch, dtype, vector, columns in product((75, 90, 120), ("float16", "float32"), (1, 2, 4), (False, True)):
-        group = Group(arch, "gelu", dtype, vector, columns, "MASKED_GROUPS")
-        yield pytest.param(group, id=str(group), marks=pytest.mark.exhaustive)
-
-
-@pytest.mark.usefixtures("compile_cuda")
-@pytest.mark.parametrize("group", list(gates()))
-def test_gates(group):
-    """No spills, no stack, the registers and the shared memory of the unmasked kernels, full vectors."""
-    FAMILY.check(group)
 
 
 # ------------------------------------------------------------------------------------------------- traffic
