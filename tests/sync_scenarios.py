@@ -243,6 +243,28 @@ def wrong_calls(rank):
     return {name: call if rank == 1 else (x,) for name, call in calls.items()}
 
 
+def wrong_vectors(rank, world):
+    """What each process raises if one gives something per channel that does not fit, and the counts then."""
+    results = {}
+    x, three, four = torch.randn(4, 3), torch.ones(3), torch.ones(4)
+    for name, wrong in {
+        "weight": {"weight": four},
+        "bias": {"bias": three[:, None]},
+        "running": {"running_mean": three, "running_var": four},
+        "dtype": {"running_mean": three.int(), "running_var": three},
+        "device": {"weight": three.to("meta")},
+        "pair": {"running_mean": three},
+    }.items():
+        counter = torch.tensor(0)
+        right = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+        arguments = wrong if rank == world - 1 else right
+        try:
+            nn.sync_batch_norm(x, **arguments, num_batches_tracked=counter)
+        except ValueError as error:
+            results[name] = str(error), counter.item()
+    return results
+
+
 def troubles(rank, _, wrap=lambda layer: layer):
     """What each process raises if one of them makes a mistake, and whether that changed anything."""
     results = {}

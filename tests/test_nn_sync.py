@@ -42,6 +42,7 @@ def test_a_split_batch_trains_as_the_whole(four, whole, sizes):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     names = ["numerics", "second", "compiled", "in_ddp", "inside_a_group", "masked", "population", "accumulated"]
+    names.append("wrong_vectors")
     return results(2, once(tmp_path_factory, "two", lambda folder: launch(2, "sync_scenarios", names, folder)))
 
 
@@ -225,6 +226,14 @@ def test_a_mistake_of_one_process_raises_on_all(three, mistake):
 
 def test_a_mistake_changes_nothing(three):
     assert all(result["troubles"]["unchanged"] and result["troubles"]["after"] == (4, 3) for result in three)
+
+
+@pytest.mark.parametrize("mistake", ["weight", "bias", "running", "dtype", "device", "pair"])
+def test_what_does_not_fit_per_channel_on_one_process_raises_on_all(two, mistake):
+    for result in two:
+        text, count = result["wrong_vectors"][mistake]
+        assert text.startswith("SyncBatchNorm, process 1 of 2: weight, bias, running_mean and running_var should")
+        assert count == 0
 
 
 @pytest.mark.slow

@@ -44,6 +44,8 @@ TROUBLES = {
     5: "batch_norm eps must be positive during training",
     6: "SyncBatchNorm number of input channels should be non-zero",
     7: "mask should be bool or uint8, broadcast to the input's shape with one channel, and be on its device",
+    8: "weight, bias, running_mean and running_var should have a floating-point number for each channel, on the "
+    "input's device, and running statistics come in a pair",
 }
 """The checks that arguments can fail on one process alone, by number."""
 

@@ -91,7 +91,8 @@ def sync_batch_norm(
     if not torch.compiler.is_compiling() and functional._updates.off:
         running_mean = running_var = num_batches_tracked = None
     channels = input.shape[1:2].numel() if num_features is None else num_features
-    trouble, found = _check(input, residual, mask, eps, channels)
+    vectors = (running_mean, running_var, weight, bias)
+    trouble, found = _check(input, vectors, residual, mask, eps, channels)
     if trouble:
         reports = gather(_sync_library.trouble_report(trouble, found, channels, input.device), group)
         return _sync_library.fail(input.detach(), reports, group.rank, trouble, found)  # type: ignore[no-any-return]
@@ -241,7 +242,14 @@ def _exchange(collective: Any, *arguments: Any) -> Tensor:
         ) from error
 
 
-def _check(x: Tensor, residual: Tensor | None, mask: Tensor | None, eps: float, channels: int) -> tuple[int, int]:
+def _check(
+    x: Tensor,
+    vectors: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    channels: int,
+) -> tuple[int, int]:
     """The number of the check that arguments fail, and what was found; 0 if they pass."""
     if not MIN_RANK <= x.dim() <= MAX_RANK:
         return 1, x.dim()
@@ -254,9 +262,17 @@ def _check(x: Tensor, residual: Tensor | None, mask: Tensor | None, eps: float, 
         return 4, 0
     if mask is not None and not _mask_fits(mask, x):
         return 7, 0
+    if not all(vector is None or _vector_fits(vector, x, channels) for vector in vectors):
+        return 8, 0
+    if (vectors[0] is None) != (vectors[1] is None):
+        return 8, 0
     if not eps > 0.0:
         return 5, 0
     return (0, 0) if channels else (6, 0)
+
+
+def _vector_fits(vector: Tensor, x: Tensor, channels: int) -> bool:
+    return vector.shape == (channels,) and vector.dtype in functional.FLOATS and vector.device == x.device
 
 
 def _mask_fits(mask: Tensor, x: Tensor) -> bool:
