@@ -26,8 +26,8 @@ TIERS = ("cta", "cluster", "cooperative", "split")
 THREADS = 256
 VECTOR_BYTES = 16
 STRIP_BYTES = 128
-STATIC_SHARED = 8 << 10
-"""Room for a block's static shared memory, and what the driver reserves."""
+STATIC_SHARED = 7_696
+"""A block's static shared memory, at most."""
 CO_RESIDENT = 2
 """Blocks that the kernels' launch bounds let an SM hold (float64: one)."""
 
@@ -52,6 +52,11 @@ class Device:
     shared_per_block: int
     l2_bytes: int
     bandwidth: float
+
+    @property
+    def reserved_shared(self) -> int:
+        """What the driver takes of an SM's shared memory for each block."""
+        return 1 << 10 if self.arch >= 80 else 0
 
 
 DEVICES = {
@@ -385,9 +390,10 @@ class _Planner:
         if not forced and tensors <= self.thresholds.usable_l2 * self.device.l2_bytes:
             return "the second read of a split call hits L2"
         capacity = self.device.sms * self._co_resident
-        room = min(self.device.shared_per_sm // self._co_resident - STATIC_SHARED, self._most_shared)
+        room = min(self._share_of_sm(self._co_resident), self._most_shared)
         most = min(self.thresholds.max_cooperative, capacity, self.tiling.positions)
-        wanted = max(2, -(-self._shared(1) // room))
+        vectors = max(1, room * self._vectors(1) // self._shared(1))  # of a thread: whole ones
+        wanted = max(2, -(-self.tiling.positions // (vectors * self._rows)))
         if wanted > most or self._shared(wanted) > room:
             return f"a strip needs {wanted} blocks or more, {most} may share one"
         if not forced:  # as few rounds as can be, all of them full
@@ -465,7 +471,11 @@ class _Planner:
 
     @property
     def _even_shared(self) -> int:
-        return self.device.shared_per_sm // self.thresholds.blocks_per_sm - STATIC_SHARED
+        return self._share_of_sm(self.thresholds.blocks_per_sm)
+
+    def _share_of_sm(self, blocks: int) -> int:
+        """Dynamic shared memory of each of some blocks that an SM holds."""
+        return self.device.shared_per_sm // blocks - STATIC_SHARED - self.device.reserved_shared
 
     def _shared(self, blocks: int) -> int:
         """Bytes that each of a strip's blocks keeps on chip."""

@@ -13,12 +13,10 @@ from gates import ITEMSIZE, Definitions, Family, Group, Limits, Resources
 
 from gpu_bn.activations import ROWS
 from gpu_bn.backends import _cuda
-from gpu_bn.plan import VECTOR_BYTES, Tiling
+from gpu_bn.plan import STATIC_SHARED, VECTOR_BYTES, Tiling
 
 REGISTERS = {"float32": 128, "float16": 128, "bfloat16": 128, "float64": 255}
 """A file of 65,536 for two blocks of 256 threads; float64 has one block and the most that a thread may have."""
-STATIC_SHARED = 7_696
-"""Of the largest kernels; less than plan.py leaves for it."""
 SMALL = ("bn_track_kernel<double>", "bn_add_groups_kernel<double>")
 """Kernels with a thread for each channel, the same for all activations."""
 BATCHES = (_cuda.WHOLE, "GROUPS", "MASKED_GROUPS")

@@ -9,12 +9,12 @@ import re
 from itertools import product
 
 import pytest
-from cuda_variants import FAMILY, SMALL, STATIC_SHARED, definitions
+from cuda_variants import FAMILY, SMALL, definitions
 from emulator.compile import ARCHITECTURES
 from gates import ITEMSIZE, Group, Resources
 
 from gpu_bn.backends import _cuda
-from gpu_bn.plan import DEVICES, NoPlanError, Work, plan
+from gpu_bn.plan import DEVICES, STATIC_SHARED, NoPlanError, Work, plan
 
 FULL = {"float16": 8, "bfloat16": 8, "float32": 4, "float64": 2}
 LAYOUTS = pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
@@ -87,8 +87,10 @@ def test_a_stamp_is_of_all_that_a_kernel_is_made_of(name, compile_cuda):
         compile_cuda(source, 90, _cuda.OPTIONS, expressions=[name], resources=False)[name].ptx
         for source in (whole, "\n".join(part))
     ]
-    # But for constants that nobody uses, before the kernel, and the source's hash and the compiling process in names.
-    instructions = [re.sub(r"kernel_cu_[0-9a-f]{8}_\d+", "", ptx[ptx.index(".entry") :]) for ptx in made]
+    # But for constants that nobody uses, before the kernel, and the source's hash and the compiling process in names,
+    # before which stands their length.
+    process = r"\d+_INTERNAL_\w*?kernel_cu_[0-9a-f]{8}_\d+"
+    instructions = [re.sub(process, "", ptx[ptx.index(".entry") :]) for ptx in made]
     assert instructions[0] == instructions[1]
 
 
@@ -104,11 +106,12 @@ def test_widths_are_those_that_the_emulator_finds(compile_cuda):
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @LAYOUTS
 def test_co_resident_blocks_have_the_shared_memory_that_the_plan_counts_on(device, columns):
-    """Static, dynamic and the driver's 1 KiB (none on sm_75), for the largest share that the plan gives a block."""
+    """Static, dynamic and the driver's 1 KiB (none on sm_75), for the largest shares that the plan gives a block."""
     static = STATIC_SHARED if columns else 256
     reserved = 1024 if device.arch >= 80 else 0
-    for backward, size in product((False, True), (1 << k for k in range(12, 25))):
-        shape = (size, 64, 1) if columns else (1, 2, 8 * size)
+    sizes = [size + odd for size in (1 << k for k in range(12, 25)) for odd in (0, size // 3, 2 * size // 3)]
+    for backward, size, vector in product((False, True), sizes, (8, 4, 2, 1)):
+        shape = (size, 248 + vector, 1) if columns else (1, 2, 8 * size + vector)
         tensors = 2 if backward else 1
         work = Work(*shape, 2, backward=backward, reads=tensors, staged=tensors)
         try:

@@ -31,7 +31,7 @@ def test_the_text_says_what_was_chosen_and_why():
         r"shared memory +none for tensors\n",
         r"bytes +25.69 MB moved, 25.69 MB is the floor\n",
         r"time \(model\) +18.77 us, 18.77 us is the floor: at the floor\n",
-        r"not cta +a strip needs 200704 bytes of shared memory, a block has 158720\n",
+        r"not cta +a strip needs 200704 bytes of shared memory, a block has 159216\n",
         r"not cluster +clusters need sm_90\n",
         r"not cooperative +the second read of a split call hits L2\n",
     ):

@@ -91,7 +91,7 @@ def test_blocks_fit_the_device(work, device):
         if found.tier == "cooperative":
             per_sm = 2 if work.itemsize < 8 else 1
             assert found.grid <= device.sms * per_sm
-            assert per_sm * (found.shared_bytes + STATIC_SHARED) <= device.shared_per_sm
+            assert per_sm * (found.shared_bytes + STATIC_SHARED + device.reserved_shared) <= device.shared_per_sm
             assert found.blocks <= THRESHOLDS.max_cooperative
         if found.tier == "cluster":
             assert device.arch >= 90
@@ -153,7 +153,7 @@ def test_a_forced_tier_is_honoured_or_refused_with_its_reason(work, device, tier
             Work(32, 64, 3136, 4),
             H100,
             "cta",
-            "not cta: a strip needs 401408 bytes of shared memory, a block has 224256",
+            "not cta: a strip needs 401408 bytes of shared memory, a block has 224752",
         ),
         (Work(1, 64, 8, 2), H100, "cluster", "does not fit"),
         (Work(4096, 1, 65536, 4), H100, "cooperative", "blocks or more, 64 may share one"),
@@ -164,6 +164,25 @@ def test_a_forced_tier_is_honoured_or_refused_with_its_reason(work, device, tier
 def test_refusals(work, device, tier, says):
     with pytest.raises(NoPlanError, match=says):
         plan(work, device, tier)
+
+
+@given(works(), DEVICE)
+@example(Work(32, 64, 128 * 128, 2), DEVICES["4090"])  # a thread has whole vectors: 8 of them in 23 blocks, not in 22
+@example(Work(64, 64, 112 * 112, 2, backward=True, reads=2, staged=2), DEVICES["a100"])
+def test_blocks_share_a_strip_cooperatively_if_any_number_of_them_can_hold_it(work, device):
+    t = plan_once(work, device).tiling
+    try:
+        plan(work, device, "cooperative")
+    except NoPlanError as error:
+        if "may share one" not in str(error):
+            return
+    else:
+        return
+    resident = 2 if work.itemsize < 8 else 1
+    room = min(device.shared_per_sm // resident - device.reserved_shared, device.shared_per_block) - STATIC_SHARED
+    for blocks in range(2, min(THRESHOLDS.max_cooperative, device.sms * resident, t.positions) + 1):
+        vectors = -(-(-(-t.positions // blocks)) // (THREADS // t.lanes))
+        assert vectors * THREADS * t.vector * work.itemsize * work.staged > room
 
 
 @pytest.mark.parametrize("backward", [False, True])

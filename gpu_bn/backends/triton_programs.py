@@ -87,7 +87,7 @@ def training_plan(work: Work, device: Device, tier: str | None) -> LaunchPlan:
     device = replace(
         device,
         shared_per_block=room + STATIC_SHARED,
-        shared_per_sm=THRESHOLDS.blocks_per_sm * (room // 2 + STATIC_SHARED),
+        shared_per_sm=THRESHOLDS.blocks_per_sm * (room // 2 + STATIC_SHARED + device.reserved_shared),
     )
     try:
         found = plan(work, device, tier, WITHOUT_COOPERATION)
