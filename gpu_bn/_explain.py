@@ -188,14 +188,17 @@ def row(explanation: Explanation, name: str) -> list[str]:
 def works(
     n: int, c: int, s: int, itemsize: int, activation: Activation, residual: bool, training: bool = True
 ) -> tuple[Work, Work]:
-    """What a forward call and its backward call have to do, all gradients asked for."""
+    """What a forward call and its backward call have to do, all gradients asked for.
+
+    In evaluation the forward call is :func:`gpu_bn.batch_norm`, which keeps nothing.
+    """
     forward = Work(n, c, s, itemsize, reads=1 + residual)
     both = residual and not activation.is_identity  # the backward call needs the sign of their sum
     full = tile(forward).vector * itemsize == VECTOR_BYTES
-    mask = both and training and full and _cuda.switched(activation.name)
+    mask = both and full and _cuda.switched(activation.name)
     reads = 2 + (both and not mask)
     backward = Work(n, c, s, itemsize, backward=True, reads=reads, staged=reads, writes=1 + residual, mask=mask)
-    return Work(n, c, s, itemsize, reads=1 + residual, mask=mask), backward
+    return Work(n, c, s, itemsize, reads=1 + residual, mask=mask and training), backward
 
 
 def device_of(device: Device | str) -> Device:

@@ -267,7 +267,9 @@ def _forward(
                 spec.check_writeable(name, array)
         options = spec.options(known.axis, training, momentum, eps, activation, known.groups, known.renorm)
     valid = None if mask is None else ops.positions(mask, x.shape, options.axis)
-    result = ops.forward(engine, x, options, running_mean, running_var, weight, bias, residual, out, in_place, valid)
+    result = ops.forward(
+        engine, x, options, running_mean, running_var, weight, bias, residual, out, in_place, valid, keep=not in_place
+    )
     if known is None and (front := dispatch.differentiable(x, None)) is not None:  # its arrays are never known
         front.count_writes(training, running_mean, running_var, out)
     return result

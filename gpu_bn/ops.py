@@ -44,17 +44,17 @@ def forward(
     out: Array | None,
     in_place: bool,
     valid: Array | None = None,
+    keep: bool = True,
 ) -> tuple[Array, Saved]:
     """Normalise, update the running statistics, and return ``y`` and what the backward call needs.
 
     ``in_place`` allows ``out`` to be the input or the residual, which a backward call would read; ``valid`` is what
-    :func:`positions` makes of a mask.
+    :func:`positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.Fused`.
     """
     if out is not None:
         backend.check_out(out, x, residual, in_place)
     if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend)):
-        arguments = (x, spec, running_mean, running_var, weight, bias, residual, out)
-        return fused.forward(*arguments) if valid is None else fused.forward(*arguments, valid)
+        return fused.forward(x, spec, running_mean, running_var, weight, bias, residual, out, valid, keep)
     count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
     tracked = running_mean is not None and running_var is not None
     if spec.batch_stats:

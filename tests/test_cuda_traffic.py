@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from emulator import Checks, Device
 
-from gpu_bn.functional import batch_norm_backward, batch_norm_forward
+from gpu_bn import batch_norm, batch_norm_backward, batch_norm_forward, explain
 
 pytestmark = pytest.mark.compile
 ROWS, COLUMNS = (4, 4, 1024), (1024, 32)
@@ -171,3 +171,29 @@ def test_the_second_pass_starts_with_what_the_first_left(residual, measured):
         asked = sum(call.plan.read_bytes) + sum(call.plan.written_bytes)
         assert asked - call.plan.dram_bytes == L2 // 2
         assert abs(call.dram - call.plan.dram_bytes) <= L2 // 8
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout"), [(ROWS, "float32", "nchw"), (COLUMNS, "float16", "nc")], ids=str)
+def test_evaluation_moves_what_is_explained(shape, dtype, layout, make_gpu):
+    """A mask is written only where a backward call may read it."""
+    gpu = make_gpu(80, None, Device(checks=Checks(races=False, initialised=False), l2_bytes=L2))
+    rng = np.random.default_rng(0)
+    x, dy, added = (gpu.asarray(rng.standard_normal(shape).astype(dtype)) for _ in range(3))
+    vectors = [gpu.asarray(rng.uniform(1, 2, shape[1]).astype(np.float32)) for _ in range(4)]
+    options = {"activation": "relu", "residual": added, "backend": gpu.backend}
+
+    def moved(call):
+        before = len(gpu.device.reports)
+        result = call()
+        (report,) = gpu.device.reports[before:]
+        kind = next(kind for kind in ARGUMENTS if f"bn_{kind}" in gpu.launched[-1])
+        buffers = [report.buffer(f"arg{at}", way) for at in range(len(ARGUMENTS[kind])) for way in ("load", "store")]
+        return result, sum(buffer.bytes for buffer in buffers)
+
+    expected = explain(shape, dtype, layout, "a100", activation="relu", residual=True, training=False)
+    y, bytes_of_inference = moved(lambda: batch_norm(x, *vectors, **options))
+    assert bytes_of_inference == expected.forward.moved_bytes
+    (same, saved), bytes_of_forward = moved(lambda: batch_norm_forward(x, *vectors, **options))
+    assert bytes_of_forward == bytes_of_inference + saved.mask.nbytes
+    assert same.tobytes() == y.tobytes()
+    assert moved(lambda: batch_norm_backward(dy, saved, backend=gpu.backend))[1] == expected.backward.moved_bytes

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from math import ceil
 
 import plan_snapshot
 import pytest
@@ -181,7 +182,7 @@ def test_blocks_share_a_strip_cooperatively_if_any_number_of_them_can_hold_it(wo
     resident = 2 if work.itemsize < 8 else 1
     room = min(device.shared_per_sm // resident - device.reserved_shared, device.shared_per_block) - STATIC_SHARED
     for blocks in range(2, min(THRESHOLDS.max_cooperative, device.sms * resident, t.positions) + 1):
-        vectors = -(-(-(-t.positions // blocks)) // (THREADS // t.lanes))
+        vectors = ceil(ceil(t.positions / blocks) / (THREADS // t.lanes))
         assert vectors * THREADS * t.vector * work.itemsize * work.staged > room
 
 

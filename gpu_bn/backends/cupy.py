@@ -158,11 +158,12 @@ class CupyBackend:
         residual: Array | None,
         out: Array | None,
         valid: Array | None = None,
+        keep: bool = True,
     ) -> tuple[Array, Saved]:
         activation = spec.activation
         call = self._forward(
             self.tier, tensor(x), spec.axis, activation.name, _groups(spec), place(valid), bool(spec.batch_stats),
-            place(residual), place(out), vector(weight), vector(bias), vector(running_mean), vector(running_var),
+            place(residual), place(out), vector(weight), vector(bias), vector(running_mean), vector(running_var), keep,
         )  # fmt: skip
         momentum_at, momentum = _momentum(spec.momentum)
         frame = ABSENT | {

@@ -173,8 +173,12 @@ class Fused(Protocol):
         residual: Array | None,
         out: Array | None,
         valid: Array | None = None,
+        keep: bool = True,
     ) -> tuple[Array, Saved]:
-        """``y``, in ``out`` if it is given, and what the backward call needs; updates the running statistics."""
+        """``y``, in ``out`` if it is given, and what the backward call needs; updates the running statistics.
+
+        ``keep``: whether there may be one. An evaluation without keeps nothing that costs memory.
+        """
 
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
         """``dx, dweight, dbias, dresidual``, each ``None`` unless ``need`` names it."""

@@ -261,6 +261,7 @@ class TritonBackend:
         residual: Array | None,
         out: Array | None,
         valid: Array | None = None,
+        keep: bool = True,
     ) -> tuple[Array, Saved]:
         groups = spec.groups
         view, given = _grouped_view(x, spec.axis, groups), residual
@@ -274,11 +275,15 @@ class TritonBackend:
         key = (
             "forward", view, x.dtype, x.device, alignment, residual is None, spec.activation.name, spec.batch_stats,
             *[None if v is None else v.dtype for v in vectors], isinstance(spec.momentum, float), valid is None, groups,
+            keep,
         )  # fmt: skip
         extended = valid is not None or groups > 1
         steps = self._prepared.get(key)
         if steps is None:
-            steps = self._prepared[key] = self._prepare_forward(layout, spec, x_there, residual, alignment, extended)
+            bits = residual is not None and (keep or spec.batch_stats)
+            steps = self._prepared[key] = self._prepare_forward(
+                layout, spec, x_there, residual is not None, bits, alignment, extended
+            )
         running_mean, running_var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
         kept = self.new((2 * groups + 2, layout.c), None, torch.float64, x.device)
         counts = None
@@ -324,13 +329,14 @@ class TritonBackend:
         )
 
     def _prepare_forward(
-        self, layout: Layout, spec: BatchNormSpec, x: Array, residual: Array | None, alignment: int, extended: bool
+        self, layout: Layout, spec: BatchNormSpec, x: Array, residual: bool, bits: bool, alignment: int, extended: bool
     ) -> _Forward:
+        """``bits``: whether a mask may take the place of the residual."""
         groups = spec.groups
         act = functions(spec.activation.name)
         bessel = layout.count / max(layout.count - 1, 1)
-        work = self._work(layout, x, alignment, reads=1 + (residual is not None))
-        masked = residual is not None and act.drop is not None and _whole_vectors(work)
+        work = self._work(layout, x, alignment, reads=1 + residual)
+        masked = bits and act.drop is not None and _whole_vectors(work)
         work = replace(work, mask=masked)
         constants = (act.value, act.drop if masked else None)
         if not spec.batch_stats:

@@ -113,14 +113,15 @@ def _forward(
     parameter: float,
     keep: bool,
 ) -> Forward:
-    """``keep``: whether a gradient may be asked for; a backend with a shorter way for small tensors makes use of it."""
+    """``keep``: whether a gradient may be asked for."""
     engine = dispatch.serving(x)
     vectors = (weight, bias, residual, running_mean, running_var)
     options = (batch_stats, momentum, eps, activation, parameter)
     small = getattr(engine, "small_forward", None)
     if small is not None and (short := small(x, *vectors, *options, keep)) is not None:
         return short  # type: ignore[no-any-return]
-    y, saved = ops.forward(engine, x, _spec(*options), running_mean, running_var, weight, bias, residual, None, False)
+    tensors = (running_mean, running_var, weight, bias, residual)
+    y, saved = ops.forward(engine, x, _spec(*options), *tensors, None, False, keep=keep)
     mean, var = saved.moments.mean, saved.moments.var
     if mean.dtype is not torch.float64:
         mean, var = mean.double(), var.double()

@@ -427,7 +427,7 @@ def front_door(
                 "batch_norm(): functions with out=... arguments don't support automatic differentiation, "
                 "but one of the arguments requires grad."
             )
-        result: Tensor = ops.forward(engine, x, checked, **tensors, out=out, in_place=True, valid=valid)[0]
+        result: Tensor = ops.forward(engine, x, checked, **tensors, out=out, in_place=True, valid=valid, keep=False)[0]
         count_writes(checked.batch_stats, tensors["running_mean"], tensors["running_var"], out)
         return result
     if named:
