@@ -47,7 +47,9 @@ class TorchBackend:
         residual: Tensor | None,
         out: Tensor | None,
         valid: Tensor | None = None,
+        keep: bool = True,
     ) -> tuple[Tensor, Saved]:
+        del keep  # nothing is written for it
         vectors = (_optional(running_mean), _optional(running_var), _optional(weight), _optional(bias))
         y = torch.empty_like(x) if out is None else out
         _, saved = ops.forward(

@@ -49,7 +49,8 @@ class _BatchNorm(Function):
         spec: BatchNormSpec,
     ) -> Tensor:
         vectors = (running_mean, running_var, weight, bias)
-        y, saved = ops.forward(engine, x, spec, *vectors, residual, None, False, valid)
+        keep = any(ctx.needs_input_grad)
+        y, saved = ops.forward(engine, x, spec, *vectors, residual, None, False, valid, keep)
         ctx.save_for_backward(saved.x, saved.residual)
         ctx.engine, ctx.saved = engine, replace(saved, x=None, residual=None)
         return y  # type: ignore[no-any-return]
