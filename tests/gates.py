@@ -141,6 +141,17 @@ class Family:
             pytest.skip(f"within the gates; the record is of {record.compiler}, not of {self.compiler()}")
         assert Cell.of(self, group, kernels) == cell
 
+    def changed(self, spare: int) -> list[Group]:
+        """Groups that have changed since they were recorded, and had few registers to ``spare``; fewest first."""
+        record = Record.read(self)
+        current = record.current(self)
+        found = {}
+        for group in self.every_group():
+            if group in record.cells and group not in current:
+                most = max(self.limits(group, name).registers for name in self.variants(group))
+                found[group] = most - record.cells[group].registers
+        return sorted((group for group in found if found[group] <= spare), key=lambda group: (found[group], str(group)))
+
     def drawn(self, count: int) -> list[Group]:
         """Some groups, others with each change of the sources."""
         seed = digest(self.sources(), 16)

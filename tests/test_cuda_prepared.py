@@ -231,3 +231,15 @@ def test_what_is_saved_is_seen_only_when_asked_for(make_gpu):
     got = gpu_bn.batch_norm_backward(dy, doubled, backend=gpu.backend)
     np.testing.assert_allclose(got.dx, 2 * np.array(want.dx), rtol=1e-5, atol=1e-6)
     assert np.array_equal(got.dbias, want.dbias)
+
+
+def test_rows_longer_than_the_kernels_can_count_are_refused(make_gpu):
+    """2**32 vectors: only where odd lengths make vectors of one element."""
+    gpu = make_gpu(80)
+    draft = sys.modules["gpu_bn.backends.cupy_draft"]
+    shape, itemsize = (1, 1, (1 << 32) + 1), 2
+    strides = (itemsize * shape[2], itemsize * shape[2], itemsize)
+    x = (0, shape, np.dtype(np.float16), strides, 0)
+    with pytest.raises(ValueError, match="less than 2\\*\\*32 vectors, got 4294967297 vectors of 1 elements"):
+        gpu.backend._stats(None, x, 1, 1, None)
+    assert draft.Draft(None, x, 1, "identity", 1, None, False).once().tiling.vector == 1

@@ -66,6 +66,33 @@ def test_drawn_triton_kernels(group):
     TRITON.check(group)
 
 
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_cuda")
+@pytest.mark.parametrize("dtype", gates.ITEMSIZE)
+def test_cuda_kernels_that_have_changed_are_within_the_gates(dtype):
+    """Those likely to be outside: of each kind and layout the one that had the fewest registers to spare."""
+    tightest = {}
+    for group in CUDA.changed(spare=255):
+        if group.dtype == dtype:
+            tightest.setdefault((group.kind, group.columns), group)
+    require_within_the_gates(CUDA, tightest.values())
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_cuda")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_all_cuda_kernels_that_have_changed_and_were_tight_are_within_the_gates(arch):
+    require_within_the_gates(CUDA, [group for group in CUDA.changed(spare=2) if group.arch == arch])
+
+
+def require_within_the_gates(family, groups):
+    outside = [
+        why for group in groups for why in family.outside(group, family.build(group, family.variants(group), True))
+    ]
+    assert not outside, "\n".join(outside)
+
+
 # ------------------------------------------------------------------------------------------------ how that is judged
 GROUP = Group(80, "relu", "float16", 8, False, "WHOLE")
 GOOD = Resources(40, 0, 0, 512, (4, 16), (16,))

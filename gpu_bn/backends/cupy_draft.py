@@ -335,6 +335,8 @@ def _leads(axis: int, layout: Layout) -> bool:
 def _geometry(plan: LaunchPlan, groups: int = 1) -> tuple[Any, ...]:
     tiling = plan.tiling
     inner = (tiling.c if tiling.columns else tiling.s) // tiling.vector
+    if inner >= 1 << 32:
+        raise ValueError(f"expected rows of less than 2**32 vectors, got {inner} vectors of {tiling.vector} elements")
     return (
         np.uint32(tiling.c), np.uint32(inner), np.uint32(tiling.lanes), np.uint32(tiling.strips // groups),
         np.int64(tiling.positions), np.uint32(plan.share), np.uint32(plan.blocks), np.uint32(plan.groups),
