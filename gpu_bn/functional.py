@@ -44,8 +44,8 @@ def batch_norm(
             be absent; otherwise they are the statistics used.
         weight, bias: (C,), any of the float dtypes; absent, they are 1 and 0.
         training: whether to use the batch's statistics.
-        momentum: what the batch's statistics weigh in the running update, between 0 and 1; or a 0-d array of ``x``'s
-            library that holds it, which is not read on the host.
+        momentum: what the batch's statistics weigh in the running update, usually between 0 and 1; or a 0-d array of
+            ``x``'s library that holds it, which is not read on the host.
         eps: added to the variance, in its units; positive in training.
         residual: added before the activation; like ``x``.
         activation: a name from :data:`gpu_bn.activations.ROWS`, or an ``Activation`` with its parameter.

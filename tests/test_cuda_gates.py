@@ -63,6 +63,17 @@ def test_gates(group):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize(("dtype", "columns"), [("float16", True), ("float32", False)])
+def test_the_oldest_gpus_have_kernels(dtype, columns, compile_cuda):
+    """sm_70, of which the record has nothing."""
+    group = Group(70, "relu", dtype, FULL[dtype], columns, _cuda.WHOLE)
+    names = FAMILY.variants(group)
+    for compiled in compile_cuda(_cuda.source("relu"), 70, _cuda.OPTIONS, expressions=names).values():
+        compiled.require(registers=128, shared_bytes=STATIC_SHARED)
+        assert compiled.stack_bytes == 0
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_small_kernels(arch, compile_cuda):
     for compiled in compile_cuda(_cuda.source("identity"), arch, _cuda.OPTIONS, expressions=SMALL).values():

@@ -10,7 +10,7 @@ from support import rng
 
 import gpu_bn
 from gpu_bn.plan import TIERS, NoPlanError
-from gpu_bn.testing import cases, check
+from gpu_bn.testing import cases, check, extended_cases
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +33,12 @@ def test_case(case, tier, cupy):
         check(case, importlib.import_module("gpu_bn.backends.cupy").CupyBackend(tier))
     except NoPlanError as refusal:
         pytest.skip(str(refusal))
+
+
+@pytest.mark.parametrize("case", extended_cases(), ids=str)
+def test_masks_ghost_batches_and_renormalisation(case, cupy):
+    del cupy  # skips the test if there is no GPU
+    check(case, "cupy")
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 5, 8), (64, 64, 56, 56), (1, 3, 1024, 1024)], ids=str)

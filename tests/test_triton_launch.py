@@ -122,10 +122,10 @@ def test_a_cuda_graph_replays_a_call():
 @pytest.mark.parametrize("tier", [None, "split", "cta", "cluster"])
 def test_every_case_on_the_gpu(tier):
     from gpu_bn.backends.triton import TritonBackend
-    from gpu_bn.testing import cases, check
+    from gpu_bn.testing import cases, check, extended_cases
 
     backend = TritonBackend(tier=tier)
-    for case in cases():
+    for case in cases() if tier else [*cases(), *extended_cases()]:
         check(case, backend)
 
 
