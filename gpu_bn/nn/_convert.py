@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from gpu_bn.activations import IDENTITY
 from gpu_bn.nn import modules
 from gpu_bn.nn._activations import activation_of
-from gpu_bn.nn._graph import fuse_activations, give_back, origins, unfuse
+from gpu_bn.nn._graph import fuse_activations, give_back, is_layer, origins, trace, unfuse
 from gpu_bn.nn._known import class_of, rule
 from gpu_bn.nn.modules import Fused
 from gpu_bn.nn.sync import SyncBatchNorm
@@ -42,12 +42,15 @@ def convert(model: Model, *, fuse: bool = False) -> Any:
             too, second names of modules, and that buffers of the model itself were not persistent.
 
     Returns:
-        ``model``, or with ``fuse`` the graph module.
+        ``model``, or with ``fuse`` the graph module; a layer by itself has nothing to be merged with.
 
     Raises:
         ValueError: with ``fuse``, a model that cannot be traced.
     """
     found = [(module, known) for module in model.modules() if (known := rule(module)) is not None]
+    fuse = fuse and not is_layer(model)
+    if fuse:
+        trace(model)  # refuses what cannot be, before anything changes
     for module, (cls, activation) in found:
         _become(module, cls)
         if not activation.is_identity:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn import _activations
 from gpu_bn.nn._activations import TARGETS, activation_of
+from gpu_bn.nn._aliases import aliases, may_overwrite, module_of
 from gpu_bn.nn._known import counterpart, is_watched
 from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
 
@@ -23,9 +26,15 @@ ADDITIONS = (operator.add, torch.add, "add", *IN_PLACE)
 
 
 class _Tracer(torch.fx.Tracer):
+    proxy_buffer_attributes = True  # else what is computed of a buffer would stay what it is now
+
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        norm = isinstance(m, (_BatchNorm, FrozenBatchNorm2d)) or counterpart(type(m)) is not None
-        return norm or super().is_leaf_module(m, module_qualified_name)
+        return is_layer(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def is_layer(module: torch.nn.Module) -> bool:
+    """Whether a module is a batch normalisation, which graphs call as a whole."""
+    return isinstance(module, (_BatchNorm, FrozenBatchNorm2d)) or counterpart(type(module)) is not None
 
 
 def trace(model: torch.nn.Module) -> GraphModule:
@@ -36,24 +45,52 @@ def trace(model: torch.nn.Module) -> GraphModule:
             layers, which a graph would fix.
     """
     modes = [(module, module.training) for module in model.modules()]
-    graphs: list[Graph] = []
     try:
-        for mode in (True, False):
-            graphs.append(_Tracer().trace(model.train(mode)))
+        (graph, constants), evaluation = (_traced(model.train(mode)) for mode in (True, False))
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
     finally:
         for module, mode in modes:
             module.training = mode
-    if str(graphs[0]) != str(graphs[1]):
+    if not _same((graph, constants), evaluation):
         raise ValueError(
             f"{type(model).__name__} takes other steps in training than in evaluation (a functional dropout?), "
             "which a graph cannot"
         )
-    traced = GraphModule(model, graphs[0], type(model).__name__)
+    model.__dict__.update(constants)
+    try:
+        traced = GraphModule(model, graph, type(model).__name__)
+    finally:
+        _take_out(model, constants)
     traced.training = model.training
     traced.meta[ORIGINAL] = model
     return traced
+
+
+def _traced(model: torch.nn.Module) -> tuple[Graph, dict[str, Any]]:
+    """A model's graph, and the constants that torch.fx would leave in the model for it."""
+    before = set(model.__dict__)
+    try:
+        graph = _Tracer().trace(model)
+    finally:
+        constants = _take_out(model, model.__dict__.keys() - before)
+    return graph, constants
+
+
+def _take_out(model: torch.nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    return {name: model.__dict__.pop(name) for name in sorted(names)}
+
+
+def _same(one: tuple[Graph, dict[str, Any]], other: tuple[Graph, dict[str, Any]]) -> bool:
+    """Whether two graphs take the same steps, with the same constants."""
+    if str(one[0]) != str(other[0]) or one[1].keys() != other[1].keys():
+        return False
+    pairs = ((value, other[1][name]) for name, value in one[1].items())
+    return all(a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and _equal(a, b)) for a, b in pairs)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
 
 
 def fuse_activations(model: torch.nn.Module) -> GraphModule:
@@ -77,7 +114,7 @@ def _complete(traced: Any, model: Any, done: dict[Any, Any]) -> Any:
     What torch.fx made for a module that has several names becomes one again, which is returned.
     """
     twin = done.setdefault(model, traced)
-    plain = traced._buffers.keys() & model.__dict__.keys()  # tensors that are no buffers of the model
+    plain = traced._buffers.keys() - model._buffers.keys()  # constants, and tensors that are no buffers of the model
     twin._non_persistent_buffers_set = model._non_persistent_buffers_set | plain | twin._non_persistent_buffers_set
     twin._buffers = {**model._buffers, **traced._buffers, **twin._buffers}
     twin._parameters = {**model._parameters, **traced._parameters, **twin._parameters}
@@ -145,13 +182,6 @@ def norm_of(traced: GraphModule, node: Node) -> Any:
     """The layer of ours that a node calls."""
     module = module_of(traced, node)
     return module if isinstance(module, (Fused, FrozenBatchNorm2d)) else None
-
-
-def module_of(traced: GraphModule, node: Any) -> torch.nn.Module | None:
-    """The module that a node calls."""
-    if not isinstance(node, Node) or node.op != "call_module":
-        return None
-    return traced.get_submodule(str(node.target))
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -231,19 +261,11 @@ def _may_merge(traced: GraphModule, call: Node, residual: Node, addition: Node) 
     until then, and nothing overwrites the residual at all."""
     node = call.next
     while node is not addition:
-        if _may_overwrite(traced, node) or module_of(traced, node) is module_of(traced, call):
+        if may_overwrite(traced, node) or module_of(traced, node) is module_of(traced, call):
             return False
         node = node.next
-    return not any(user is not addition and _may_overwrite(traced, user) for user in residual.users)
-
-
-def _may_overwrite(traced: GraphModule, node: Node) -> bool:
-    module = module_of(traced, node)
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    by_operator = getattr(node.target, "__module__", "") == "_operator" and name.startswith(("i", "set"))
-    return name.endswith("_") or by_operator or True in node.args or bool(node.kwargs.keys() & {"inplace", "out"})
+    readers = {user for alias in aliases(traced, residual) for user in alias.users}
+    return not any(user is not addition and may_overwrite(traced, user) for user in readers)
 
 
 def _activation(traced: GraphModule, node: Node) -> Activation | None:

@@ -18,7 +18,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from gpu_bn import folding
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import _activations
-from gpu_bn.nn._graph import arguments, module_of, replace_call, trace
+from gpu_bn.nn._aliases import module_of
+from gpu_bn.nn._graph import arguments, is_layer, replace_call, trace
 from gpu_bn.nn._known import is_watched, known_norm
 
 FOLDED = (
@@ -100,7 +101,7 @@ def fold(model: nn.Module, *inputs: Any) -> GraphModule:
     """
     traced = copy.deepcopy(model).eval()
     if not isinstance(traced, GraphModule):
-        traced = trace(traced)
+        traced = trace(nn.Sequential(traced) if is_layer(traced) else traced)
     if inputs:
         with torch.no_grad():
             ShapeProp(traced).propagate(*inputs)

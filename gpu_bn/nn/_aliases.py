@@ -1,0 +1,68 @@
+"""Which nodes of a graph of ``torch.fx`` may share memory, and which may overwrite it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+MODULES = (torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten, torch.nn.modules.dropout._DropoutNd)
+"""Those that may return a view of their input."""
+VIEWS = frozenset({
+    "getitem", "getattr", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze",
+    "unsqueeze", "expand", "expand_as", "broadcast_to", "broadcast_tensors", "permute", "transpose", "movedim",
+    "moveaxis", "swapaxes", "swapdims", "t", "narrow", "select", "chunk", "split", "tensor_split", "hsplit", "vsplit",
+    "dsplit", "unbind", "unfold", "diagonal", "as_strided", "detach", "alias", "contiguous", "to", "type", "float",
+    "double", "half", "bfloat16", "cpu", "cuda", "real", "imag", "dropout", "dropout1d", "dropout2d", "dropout3d",
+})  # fmt: skip
+"""Functions and methods that may."""
+KNOWN = ("torch", "_operator")
+"""Where functions are from of which others return new tensors."""
+
+
+def aliases(traced: GraphModule, node: Node) -> set[Node]:
+    """What may have a node's memory, or a part of it: views of it, what it is a view of, and so on."""
+    found, left = {node}, [node]
+    while left:
+        alias = left.pop()
+        near = [user for user in alias.users if _may_be_view(traced, user)]
+        if _may_be_view(traced, alias):
+            near += alias.all_input_nodes
+        left += [other for other in near if other not in found]
+        found.update(near)
+    return found
+
+
+def may_overwrite(traced: GraphModule, node: Node) -> bool:
+    """Whether a node may write to an input of its."""
+    module = module_of(traced, node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    name = _name(node)
+    by_operator = _home(node) == "_operator" and name.startswith(("i", "set"))
+    asked = any(given is True for given in node.args) or not node.kwargs.keys().isdisjoint(("inplace", "out"))
+    return name.endswith("_") or by_operator or asked
+
+
+def module_of(traced: GraphModule, node: Any) -> torch.nn.Module | None:
+    """The module that a node calls."""
+    if not isinstance(node, Node) or node.op != "call_module":
+        return None
+    return traced.get_submodule(str(node.target))
+
+
+def _may_be_view(traced: GraphModule, node: Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(module_of(traced, node), MODULES)
+    return _name(node) in VIEWS or (node.op == "call_function" and not _home(node).startswith(KNOWN))
+
+
+def _name(node: Node) -> str:
+    """What a node's function or method is called."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _home(node: Node) -> str:
+    """The module that a node's function is from."""
+    return str(getattr(node.target, "__module__", ""))

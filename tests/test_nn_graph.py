@@ -1,0 +1,116 @@
+"""Models whose graphs are not plain: constants, buffers, views, single layers; fused, folded and given back."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gpu_bn import nn
+
+
+class Positions(torch.nn.Module):
+    """Computes with a buffer, a tensor of its own and constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4)
+        self.register_buffer("shift", torch.randn(1, 4, 9, 9))
+        self.scale = torch.tensor(2.0)
+
+    def forward(self, x):
+        x = (x + self.shift[:, :, :8, :8]) * torch.tensor([1.0, 2.0]).sum() + self.scale * 3
+        return torch.relu(self.norm(self.conv(x)))
+
+
+def test_a_model_that_computes_with_buffers_and_constants_is_fused_and_folded():
+    model, x = Positions(), torch.randn(2, 4, 8, 8)
+    names, before = list(model.__dict__), model.state_dict().keys()
+    plain = copy.deepcopy(model)
+    fused = nn.convert(model, fuse=True)
+    assert list(model.__dict__) == names
+    assert fused.state_dict().keys() == before
+    assert any(node.kwargs.get("activation") == "relu" for node in fused.graph.nodes)
+    assert_close(fused(x), plain(x))
+    for either in (fused, plain):
+        either.load_state_dict({"shift": torch.ones(1, 4, 9, 9)}, strict=False)
+    assert_close(copy.deepcopy(fused)(x), plain(x))
+    assert_close(nn.fold(plain)(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
+    assert list(plain.__dict__) == names
+
+
+class OtherConstant(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(x) * torch.tensor(2.0 if self.training else 1.0)
+
+
+def test_a_model_that_is_refused_is_left_as_it_is():
+    model = OtherConstant()
+    names = list(model.__dict__)
+    with pytest.raises(ValueError, match="takes other steps in training"):
+        nn.convert(model, fuse=True)
+    assert list(model.__dict__) == names
+    assert type(model.norm) is torch.nn.BatchNorm1d
+
+
+class ViewOverwritten(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        residual = x * 2
+        part = residual[:, :2]
+        y = self.norm(x) + residual
+        part.zero_()
+        return torch.relu(y) + residual
+
+
+class BaseOverwritten(ViewOverwritten):
+    def forward(self, x):
+        base = x * 2
+        y = self.norm(x) + base.view(x.shape)
+        base.zero_()
+        return torch.relu(y) + base
+
+
+@pytest.mark.parametrize("kind", [ViewOverwritten, BaseOverwritten])
+def test_a_residual_that_is_overwritten_through_other_names_is_not_merged(kind):
+    model, x = kind(), torch.randn(2, 4, 8, 8, requires_grad=True)
+    want = copy.deepcopy(model)(x)
+    got = nn.convert(model, fuse=True)(x)
+    assert_close(got, want)
+    assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want)), rtol=1e-4, atol=1e-5)
+
+
+class Flattened(torch.nn.Module):
+    """A residual whose other reader takes the number 1, which is not True."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        residual = x * 2
+        return torch.relu(self.norm(x) + residual).flatten(1) + residual.flatten(1)
+
+
+def test_the_number_1_overwrites_nothing():
+    fused = nn.convert(Flattened(), fuse=True)
+    (call,) = (node for node in fused.graph.nodes if node.op == "call_module")
+    assert len(call.args) == 2
+    assert call.kwargs["activation"] == "relu"
+
+
+@pytest.mark.parametrize("layer", [torch.nn.BatchNorm1d(3), nn.BatchNorm1d(3, activation="relu")])
+def test_a_layer_alone_has_nothing_to_be_merged_with_or_folded_into(layer):
+    x = torch.randn(5, 3)
+    want = copy.deepcopy(layer)(x)
+    converted = nn.convert(layer, fuse=True)
+    assert converted is layer
+    assert_close(converted(x), want)
+    assert_close(nn.fold(layer)(x), layer.eval()(x))
