@@ -7,12 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import fake_cupy
-import numpy as np
 import pytest
 from emulator import Device
 
 from gpu_bn import dispatch
-from gpu_bn.testing.check import ADAPTERS, Adapter
 
 
 @pytest.fixture
@@ -22,7 +20,6 @@ def make_gpu(monkeypatch: pytest.MonkeyPatch, compile_cuda: Any) -> Callable[...
 
     def make(arch: int, tier: str | None = None, device: Device | None = None) -> Any:
         gpu = fake_cupy.install(monkeypatch, Device() if device is None else device, arch)
-        monkeypatch.setitem(ADAPTERS, "cupy", Adapter(gpu.asarray, lambda array: np.array(array)))
         gpu.backend = importlib.import_module("gpu_bn.backends.cupy").CupyBackend(tier)
         return gpu
 

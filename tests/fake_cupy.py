@@ -12,6 +12,7 @@ import functools
 import sys
 import types
 import weakref
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -53,13 +54,23 @@ class MemoryPointer:
 
     def bytes(self) -> np.ndarray:
         """The memory from here on."""
+        memory, offset = self.place()
+        return memory[offset:]
+
+    def place(self) -> tuple[np.ndarray, int]:
+        """The array's memory, and how many bytes of it are before here."""
         memory = _plain(self.array)
         assert memory.flags.c_contiguous
-        return memory.reshape(-1).view(np.uint8)[self.ptr - memory.ctypes.data :]
+        return memory.reshape(-1).view(np.uint8), self.ptr - memory.ctypes.data
 
 
 class ndarray(np.ndarray):
     """A NumPy array with the attributes by which CuPy's differs."""
+
+    def __new__(cls, shape: Any, dtype: Any, memptr: MemoryPointer, strides: Any = None) -> ndarray:
+        array = super().__new__(cls, shape, dtype, *memptr.place(), strides)
+        array.device_id = memptr.device_id
+        return array
 
     def __array_finalize__(self, source: Any) -> None:
         self.device_id = getattr(source, "device_id", 0)
@@ -116,6 +127,32 @@ class Kernel:
         assert shared <= room, "more shared memory than was asked for"
 
 
+class Stream:
+    """A queue that runs what is put in at once, also while it is captured. Each thread has a current one a device."""
+
+    def __init__(self, gpu: EmulatedGpu, ptr: int | None = None) -> None:
+        self.gpu, self.ptr = gpu, id(self) if ptr is None else ptr
+        self.capturing = False
+        self.before: list[Stream] = []
+
+    def __enter__(self) -> Stream:
+        self.before.append(self.gpu.stream)
+        self.gpu.stream = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.gpu.stream = self.before.pop()
+
+    def is_capturing(self) -> bool:
+        return self.capturing
+
+    def begin_capture(self) -> None:
+        self.capturing = True
+
+    def end_capture(self) -> None:
+        self.capturing = False
+
+
 class EmulatedGpu:
     """The module ``cupy``: what it holds, and what has been launched."""
 
@@ -129,13 +166,27 @@ class EmulatedGpu:
         self.current = 0
         self.entered: list[int] = []
         self.launched_on: set[int] = set()
+        self.launched_in: set[int] = set()
+        """The streams, by ``ptr``."""
+        self.null, self.streams = Stream(self, 0), {}
+        self.properties = {"memoryClockRate": 1_000_000, "memoryBusWidth": 1024, **PROPERTIES[arch]}
         self.resident_blocks = 2
+        self.shared_per_sm = self.properties["sharedMemPerMultiprocessor"]
+        """What an SM's blocks really have of that."""
         self.edit_source = lambda source: source
+
+    @property
+    def stream(self) -> Stream:
+        """The calling thread's current stream on the current device."""
+        return self.streams.get((get_ident(), self.current), self.null)
+
+    @stream.setter
+    def stream(self, stream: Stream) -> None:
+        self.streams[get_ident(), self.current] = stream
 
     def launch(self, kernel: Kernel, grid: tuple, block: tuple, args: tuple, shared: int, **options: Any) -> None:
         values = [_plain(arg) for arg in args]
-        self.launched.append(kernel.compiled.name)
-        self.launched_on.add(self.current)
+        self._note(kernel, self.stream.ptr)
         self.device.launch(kernel.compiled.kernel, grid, block, values, shared, **options)
 
     def raw_module(self, *, code: str, options: tuple = (), name_expressions: tuple = ()) -> Any:
@@ -153,30 +204,45 @@ class EmulatedGpu:
     def launch_cooperative(
         self, pointer: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int, table: int
     ) -> None:
-        del stream
         kernel = self.kernels[pointer]
         parameters = kernel.compiled.kernel.parameters
         cells = (ctypes.c_void_p * len(parameters)).from_address(table)
         args = [self._argument(cell, parameter) for cell, parameter in zip(cells, parameters, strict=True)]
+        self._note(kernel, stream)
+        kernel.require_launchable(shared)
+        room = self.properties["multiProcessorCount"] * self.occupancy(pointer, bx * by * bz, shared)
+        if gx * gy * gz > room:
+            raise RuntimeError("CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE")
+        self.device.launch(kernel.compiled.kernel, (gx, gy, gz), (bx, by, bz), args, shared, cooperative=True)
+
+    def occupancy(self, pointer: int, threads: int, shared: int) -> int:
+        """Blocks of a kernel that an SM holds, with so much dynamic shared memory each."""
+        del threads  # the kernels' launch bounds stand for registers and threads
+        static = self.kernels[pointer].compiled.kernel.shared_bytes if pointer in self.kernels else 0
+        reserved = 1024 if self.arch >= 80 else 0
+        return min(self.resident_blocks, self.shared_per_sm // max(static + shared + reserved, 1))
+
+    def _note(self, kernel: Kernel, stream: int) -> None:
         self.launched.append(kernel.compiled.name)
         self.launched_on.add(self.current)
-        kernel.require_launchable(shared)
-        self.device.launch(kernel.compiled.kernel, (gx, gy, gz), (bx, by, bz), args, shared, cooperative=True)
+        self.launched_in.add(stream)
 
     @contextlib.contextmanager
     def entering(self, index: int) -> Any:
         """``with cupy.cuda.Device(index)``: all devices are the same emulated one, by other numbers."""
         before, self.current = self.current, index
         self.entered.append(index)
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     def empty(self, shape: Any, dtype: Any = np.float64) -> ndarray:
         return self._register(self.device.empty(tuple(np.atleast_1d(shape)), dtype))
 
     def asarray(self, array: Any, dtype: Any = None) -> ndarray:
-        """A copy in aligned memory, in the strides of the original where they can be had."""
-        if isinstance(array, ndarray) and dtype is None:
+        """An array of that dtype as it is; else a copy in aligned memory, in the same strides where they can be had."""
+        if isinstance(array, ndarray) and dtype in (None, array.dtype):
             return array
         array = np.asarray(array, dtype)
         order = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
@@ -186,8 +252,6 @@ class EmulatedGpu:
     def module(self) -> types.ModuleType:
         """Everything, as a module."""
         cupy = types.ModuleType("cupy")
-        stream = types.SimpleNamespace(ptr=0, is_capturing=lambda: False)
-        properties = {"memoryClockRate": 1_000_000, "memoryBusWidth": 1024, **PROPERTIES[self.arch]}
         cupy.float32, cupy.float64, cupy.float16 = np.float32, np.float64, np.float16
         cupy.ndarray, cupy.RawModule, cupy.empty = ndarray, self.raw_module, self.empty
         cupy.zeros = lambda shape, dtype=np.float64: self._register(np.zeros(shape, dtype))
@@ -198,16 +262,18 @@ class EmulatedGpu:
         cupy.shares_memory = np.shares_memory
         cupy.cuda = types.SimpleNamespace(
             Device=self.entering,
-            get_current_stream=lambda: stream,
+            Stream=lambda non_blocking=False: Stream(self),  # noqa: ARG005
+            ExternalStream=lambda ptr: Stream(self, ptr),
+            get_current_stream=lambda: self.stream,
             driver=types.SimpleNamespace(
                 launchCooperativeKernel=self.launch_cooperative,
-                occupancyMaxActiveBlocksPerMultiprocessor=lambda *_: self.resident_blocks,
+                occupancyMaxActiveBlocksPerMultiprocessor=self.occupancy,
             ),
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=RuntimeError,
                 getDevice=lambda: self.current,
                 getDeviceCount=lambda: 1,
-                getDeviceProperties=lambda _: properties,
+                getDeviceProperties=lambda _: self.properties,
             ),
         )
         return cupy

@@ -73,12 +73,13 @@ def test_an_activation_has_its_parameter_in_float64(tier, mode, make_gpu):
     check(Case((4, 6, 5), "float64", activation="leaky_relu", mode=mode), make_gpu(80, tier).backend)
 
 
+@pytest.mark.parametrize("value", [np.float64(0.25), np.float32(0.25), np.float16(0.25), np.int64(1)], ids=repr)
 @pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 2}], ids=str)
-def test_momentum_may_be_a_number_on_the_device(options, make_gpu):
+def test_momentum_may_be_a_number_on_the_device(options, value, make_gpu):
     gpu = make_gpu(80, "split")
     problem = build(Case((4, 6, 5)))
     results = []
-    for momentum in (0.25, gpu.asarray(np.array(0.25))):
+    for momentum in (float(value), gpu.asarray(np.array(value))):
         running = [gpu.asarray(array.copy()) for array in (problem.running_mean, problem.running_var)]
         gpu_bn.batch_norm(
             gpu.asarray(problem.x), *running, training=True, momentum=momentum, backend=gpu.backend, **options

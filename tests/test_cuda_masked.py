@@ -234,9 +234,10 @@ def test_a_count_may_be_on_the_device(kind, make_gpu):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
-def test_no_position_counts(make_gpu):
+@pytest.mark.parametrize(("shape", "groups"), [(ROWS, 1), (COLUMNS, 1), ((8, 1, 16, 64), 1), (ROWS, 2)], ids=str)
+def test_no_position_counts(shape, groups, make_gpu):
     gpu = make_gpu(80)
-    nothing = Masked(Case(ROWS, activation="sigmoid", residual=True), "none", 2)
+    nothing = Masked(Case(shape, activation="sigmoid", residual=True), "none", groups)
     results, (problem, _) = check_masked(gpu, nothing), problem_of(nothing)
     for name in ("y", "dx", "dresidual", "dweight", "dbias"):
         assert not results[name].any()

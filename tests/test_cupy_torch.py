@@ -3,7 +3,6 @@
 import importlib
 import sys
 import types
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,27 +17,31 @@ SHAPE = (4, 6, 5, 8)
 
 @pytest.fixture
 def engine(make_gpu, monkeypatch):
-    """The backend, for CPU tensors; the streams that it has entered are in ``engine.streams``."""
+    """The backend, for CPU tensors and those that say that they are on a GPU."""
     gpu = make_gpu(80)
-    streams = []
     cupy = sys.modules["cupy"]
     owners = {}
 
     def from_dlpack(tensor):
         """A view of the tensor's storage, which the emulator knows as one allocation."""
+        index = tensor.device.index if tensor.is_cuda else 0
+        tensor = tensor.as_subclass(torch.Tensor)
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owners:
             owners[storage.data_ptr()] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
         layout = np.from_dlpack(tensor)
         start = tensor.data_ptr() - storage.data_ptr()
-        return gpu._register(np.ndarray(layout.shape, layout.dtype, owners[storage.data_ptr()], start, layout.strides))
+        view = np.ndarray(layout.shape, layout.dtype, owners[storage.data_ptr()], start, layout.strides)
+        with gpu.entering(index):
+            return gpu._register(view)
 
     cupy.from_dlpack = from_dlpack
-    cupy.cuda.ExternalStream = lambda pointer: streams.append(pointer) or nullcontext()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=1234))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=1234 + (device.index or 0))
+    )
     monkeypatch.delitem(sys.modules, "gpu_bn.backends.cupy_torch", raising=False)
     engine = importlib.import_module("gpu_bn.backends.cupy_torch").CupyForTorch(gpu.backend)
-    engine.gpu, engine.streams = gpu, streams
+    engine.gpu = gpu
     return engine
 
 
@@ -59,7 +62,7 @@ def test_forward_and_backward(dtype, memory_format, engine):
     want, want_saved = gpu_bn.batch_norm_forward(x, *theirs, **call)
     got, saved = gpu_bn.batch_norm_forward(x, *vectors, **call, backend=engine)
     assert engine.gpu.launched
-    assert set(engine.streams) == {1234}
+    assert engine.gpu.launched_in == {1234}
     assert isinstance(got, torch.Tensor)
     assert (got.dtype, got.stride()) == (dtype, x.stride())
     assert saved.x is x
@@ -69,6 +72,25 @@ def test_forward_and_backward(dtype, memory_format, engine):
     for mine, its in pairs:
         assert mine.dtype == its.dtype
         torch.testing.assert_close(mine, its)
+
+
+class OnTheSecondGpu(torch.Tensor):
+    """A CPU tensor that says it is elsewhere."""
+
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+
+def test_kernels_run_where_the_tensors_are_on_the_current_stream_there(engine):
+    theirs = arguments()
+    x, *vectors = (tensor.clone().as_subclass(OnTheSecondGpu) for tensor in theirs)
+    got, _ = gpu_bn.batch_norm_forward(x, *vectors, training=True, backend=engine)
+    want, _ = gpu_bn.batch_norm_forward(*theirs, training=True)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(vectors[0].as_subclass(torch.Tensor), theirs[1])  # the running mean
+    assert engine.gpu.launched
+    assert engine.gpu.launched_on == {1}
+    assert engine.gpu.launched_in == {1235}
 
 
 def test_an_array_for_the_output_is_the_one_returned(engine):

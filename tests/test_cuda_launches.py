@@ -1,0 +1,149 @@
+"""How the CuPy backend launches its kernels: on which stream, with which counters, together or not, on what memory."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from emulator import Device
+from support import rng, same_bits
+
+import gpu_bn
+from gpu_bn.testing import Case, build, check
+from gpu_bn.testing.check import run
+
+pytestmark = pytest.mark.compile
+SHARED = (8, 1, 16, 64)
+"""A channel that several blocks share, in the tiers in which blocks may."""
+
+
+def stream():
+    return sys.modules["cupy"].cuda.Stream(non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------- streams and graphs
+@pytest.mark.parametrize("tier", ["cta", "cluster", "cooperative", "split"])
+def test_every_kernel_runs_on_the_current_stream(tier, make_gpu):
+    gpu = make_gpu(90, tier)
+    with stream() as current:
+        run(build(Case(SHARED, activation="relu")), gpu.backend)
+    assert len(gpu.launched) == (4 if tier == "split" else 2)
+    assert gpu.launched_in == {current.ptr}
+
+
+def test_small_kernels_run_on_the_current_stream(make_gpu):
+    gpu = make_gpu(80)
+    with stream() as current:
+        run(build(Case((4, 6, 5), virtual_batch_size=2)), gpu.backend)
+    assert any("track" in name for name in gpu.launched)
+    assert any("add_groups" in name for name in gpu.launched)
+    assert gpu.launched_in == {current.ptr}
+
+
+def counting(gpu):
+    """The current stream's counters, as a launch has them that has not ended: of seven blocks or more."""
+    counters = gpu.backend.counters(8)
+    counters[...] = 7
+    return counters
+
+
+def results_of(gpu):
+    found = run(build(Case(SHARED, activation="relu")), gpu.backend)
+    assert {"y", "running_mean", "dx", "dweight"} <= found.keys()
+    return found
+
+
+@pytest.mark.parametrize("tier", ["cooperative", "split"])
+def test_a_call_on_one_stream_is_not_disturbed_by_one_that_runs_on_another(tier, make_gpu):
+    gpu = make_gpu(80, tier)
+    want = results_of(gpu)
+    busy, free = stream(), stream()
+    with busy:
+        counters = counting(gpu)
+    with free:
+        assert same_bits(results_of(gpu), want)
+    assert (counters == 7).all()
+
+
+def test_a_stream_keeps_its_counters(make_gpu):
+    """Or each call would allocate others, and set them to zero."""
+    gpu = make_gpu(80)
+    streams = stream(), stream()
+    counters = []
+    for current in streams * 2:
+        with current:
+            counters.append(gpu.backend.counters(8))
+    assert counters[2] is counters[0]
+    assert counters[3] is counters[1]
+
+
+@pytest.mark.parametrize("tier", ["cooperative", "split"])
+def test_what_is_captured_counts_from_zero_whatever_runs_on_the_stream(tier, make_gpu):
+    """The graph may be launched at any time, on any stream."""
+    gpu = make_gpu(80, tier)
+    want = results_of(gpu)
+    with stream() as current:
+        counters = counting(gpu)
+        current.begin_capture()
+        assert same_bits(results_of(gpu), want)
+        assert gpu.backend.counters(8) is not gpu.backend.counters(8)  # two graphs may run at a time
+        current.end_capture()
+    assert (counters == 7).all()
+
+
+# ----------------------------------------------------------------------------------- blocks that wait for each other
+def test_blocks_that_wait_for_each_other_are_launched_to_run_together(make_gpu):
+    """Of an ordinary launch the GPU may run one block at a time: the first would wait for ever."""
+    gpu = make_gpu(80, "cooperative", Device(resident_threads=256))
+    check(Case(SHARED, activation="relu"), gpu.backend)
+    assert len(gpu.launched) == 2
+
+
+def test_blocks_whose_shared_memory_does_not_fit_together_are_not_launched_together(make_gpu):
+    gpu = make_gpu(80, "cooperative")
+    case = Case((1, 4, 2048), activation="relu")
+    check(case, gpu.backend)
+    assert len(gpu.launched) == 2
+    gpu.launched.clear()
+    gpu.shared_per_sm = 8 << 10  # two blocks of 4 KiB, but for what they have of their own
+    sys.modules["gpu_bn.backends.cupy_device"].resident_blocks.cache_clear()
+    check(case, type(gpu.backend)("cooperative"))
+    assert len(gpu.launched) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+@pytest.mark.parametrize(
+    "options", [{"training": True}, {"training": False}, {"training": True, "virtual_batch_size": 2}], ids=str
+)
+def test_vectors_may_begin_at_any_byte(options, make_gpu):
+    gpu = make_gpu(80)
+
+    def moved(array):
+        copy = gpu.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype)
+        copy[...] = array
+        return copy
+
+    problem = build(Case((4, 6, 5)))
+    vectors_of_it = [getattr(problem, name) for name in ("running_mean", "running_var", "weight", "bias")]
+    results = []
+    for send in (gpu.asarray, moved):
+        vectors = [send(vector) for vector in vectors_of_it]
+        y, saved = gpu_bn.batch_norm_forward(gpu.asarray(problem.x), *vectors, **options, backend=gpu.backend)
+        dx, dweight, dbias, _ = gpu_bn.batch_norm_backward(gpu.asarray(problem.dy), saved, backend=gpu.backend)
+        results.append([np.array(array) for array in (y, dx, dweight, dbias, *vectors)])
+    assert all(map(same_bits, *results))
+
+
+def test_ghost_batches_of_more_channels_than_a_block_has_threads(make_gpu):
+    """Running statistics and the gradients of parameters, which a thread for each channel adds up."""
+    check(Case((4, 600), virtual_batch_size=2), make_gpu(80).backend)
+
+
+@pytest.mark.parametrize("step", [(slice(None, None, -1), slice(None)), (slice(None), slice(None, None, -2))], ids=str)
+def test_an_array_from_the_host_has_the_values_and_the_strides_that_it_had(step, make_gpu):
+    make_gpu(80)
+    array = rng().normal(0, 1, (4, 6)).astype(np.float32)[step]
+    sent = sys.modules["gpu_bn.backends.cupy"].from_host(array)
+    assert sent.strides == array.strides
+    assert same_bits(sent.get(), np.array(array))
