@@ -40,7 +40,7 @@ Launch = tuple[Step, Specialisation]
 CEILINGS = {
     "bn_stats_kernel": (64, 128),
     "bn_normalize_kernel": (72, 96),
-    "bn_backward_reduce_kernel": (88, 112),
+    "bn_backward_reduce_kernel": (88, 128),
     "bn_backward_input_kernel": (80, 112),
 }
 """Registers a thread of streaming kernels in rows and in channels-last, for half precision and ReLU. Beyond 128, an

@@ -464,7 +464,8 @@ class TritonBackend:
         return plan, self._reduce_step(plan, call), merge
 
     def _reduce_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
-        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x)
+        crowded = call.groups > 1 and call.tensors[-1] is not None
+        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x, crowded)
         tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chain(plan, positions), positions,
                 *strip(plan), self._is_wide(geometry), _compute(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)

@@ -12,6 +12,7 @@ from gpu_bn.plan import (
     DEVICES,
     STATIC_SHARED,
     THRESHOLDS,
+    VECTOR_BYTES,
     Device,
     LaunchPlan,
     NoPlanError,
@@ -37,15 +38,24 @@ MOST_WARPS = 8
 class Room(NamedTuple):
     """Elements that a program can hold in registers with nothing spilled, whatever the activation.
 
-    Forward in rows, and in channels-last, where a thread has several channels' sums besides; backward, of all tensors.
+    Forward in rows, of full vectors, and of narrower ones, which need more addresses; in channels-last, where a thread
+    has several channels' sums besides; backward, of all tensors.
     """
 
     rows: int
+    narrow: int
     columns: int
     backward: int
 
+    def of(self, work: Work) -> int:
+        """In a call."""
+        tiling = tile(work)
+        if work.backward or tiling.columns:
+            return self.backward if work.backward else self.columns
+        return self.rows if tiling.vector * work.itemsize == VECTOR_BYTES else self.narrow
 
-ROOM = {2: Room(20480, 12288, 16384), 4: Room(16384, 12288, 16384), 8: Room(8192, 8192, 4096)}
+
+ROOM = {2: Room(20480, 12288, 12288, 16384), 4: Room(16384, 12288, 12288, 16384), 8: Room(8192, 8192, 8192, 4096)}
 """By the size of an element. ``tests/record_gates.py`` compiles what it allows."""
 
 
@@ -58,6 +68,8 @@ class Shape(NamedTuple):
 
 STREAMED = {2: Shape(4096, 16), 4: Shape(4096, 16), 8: Shape(2048, 8)}
 """Of a program that reads its share piece by piece; by the size of an element."""
+CROWDED = STREAMED | {8: Shape(1024, 4)}
+"""Of one that sums besides, with a mask and ghost batches."""
 HELD = {2: Shape(4096, 8), 4: Shape(4096, 8), 8: Shape(2048, 8)}
 """Of one that holds it."""
 WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)
@@ -82,8 +94,7 @@ def device_of(device: Any) -> Device:
 
 def training_plan(work: Work, device: Device, tier: str | None) -> LaunchPlan:
     """The plan of a call with batch statistics, where registers are what a block keeps a channel in."""
-    most = ROOM[work.itemsize]
-    room = (most.backward if work.backward else most.columns if tile(work).columns else most.rows) * work.itemsize
+    room = ROOM[work.itemsize].of(work) * work.itemsize
     device = replace(
         device,
         shared_per_block=room + STATIC_SHARED,
@@ -151,9 +162,9 @@ def _width(plan: LaunchPlan) -> int:
     return plan.tiling.lanes * plan.tiling.vector
 
 
-def streamed_block(plan: LaunchPlan, x: Array) -> tuple[int, int]:
+def streamed_block(plan: LaunchPlan, x: Array, crowded: bool = False) -> tuple[int, int]:
     """Positions and warps of a program that reads its share piece by piece."""
-    shape = STREAMED[x.element_size()]
+    shape = (CROWDED if crowded else STREAMED)[x.element_size()]
     positions = min(_power_of_two(plan.share), max(1, shape.elements // _width(plan)))
     return positions, _warps(positions * _width(plan), shape)
 
