@@ -136,6 +136,20 @@ def test_frozen_layers_use_their_statistics_in_training():
     assert not torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("parameters", [True, False])
+def test_lazy_layers_freeze_before_their_first_input(parameters):
+    model = torch.nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d(), nn.LazyBatchNorm2d(affine=False))
+    x = data((4, 3, 5, 5))
+    nn.freeze(model, parameters=parameters)
+    assert_close(model(x), x, rtol=1e-4, atol=1e-4)
+    assert all(layer.frozen for layer in model)
+    assert [p.requires_grad for p in model.parameters()] == [not parameters] * 4
+    again = nn.unfreeze(nn.freeze(torch.nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d())))
+    again(x)
+    assert all(p.requires_grad for p in again.parameters())
+    assert again[1].num_batches_tracked == 1
+
+
 def test_the_identity():
     x = 5 + 3 * data((64, 8, 3, 3))
     layer = nn.BatchNorm2d(8).init_identity_(x)
