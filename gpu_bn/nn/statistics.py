@@ -54,8 +54,8 @@ def update_population_stats(
         progress: whether to show a bar, if rich is installed.
 
     Raises:
-        ValueError: no layer saw any data; a lazy layer has not seen its first input yet; or, with a :class:`SyncBatchNorm` in the model, the processes have different
-            numbers of batches.
+        ValueError: no layer saw any data; a lazy layer has not seen its first input yet; or, with a
+            :class:`SyncBatchNorm` in the model, the processes have different numbers of batches.
     """
     layers = _tracking(model)
     modes = [(layer, layer.training) for layer in layers]
