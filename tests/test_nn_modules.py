@@ -160,6 +160,24 @@ def test_the_identity():
         nn.BatchNorm2d(8, affine=False).init_identity_(x)
 
 
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (data((3, 1, 4, 4)), "weight should contain 1 elements not 5"),
+        (data((3, 4, 4, 4)), "weight should contain 4 elements not 5"),
+        (data((5,)), "expected 2D to 5D input"),
+    ],
+)
+def test_an_identity_on_another_number_of_channels_is_refused(x, text):
+    layer = nn.BatchNorm2d(5)
+    with pytest.raises(ValueError, match=text) as ours:
+        layer.init_identity_(x)
+    assert_close(layer.state_dict(), nn.BatchNorm2d(5).state_dict())
+    with pytest.raises(ValueError, match=text) as plain:
+        gpu_bn.BatchNorm(5).init_identity_(x.numpy())
+    assert str(ours.value) == str(plain.value)
+
+
 def broken(cls, **attributes):
     layer = cls(3)
     for name, value in attributes.items():

@@ -93,10 +93,11 @@ class Fused(_BatchNorm):
         2015, section 3).
 
         Raises:
-            ValueError: the layer has no weight or no bias.
+            ValueError: the layer has no weight or no bias, or another number of channels than the batch.
         """
         if self.weight is None or self.bias is None:
             raise ValueError(f"an identity needs weight and bias, got {self!r}")
+        spec.check_vector("weight", self.weight, input.shape[spec.check_axis(input.shape, 1)])
         with torch.no_grad():
             moments = batch_moments(input, self.eps)
             self.weight.copy_((moments.var + self.eps).sqrt())
