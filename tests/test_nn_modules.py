@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import re
 
 import numpy as np
 import pytest
@@ -251,6 +252,34 @@ def test_errors_of_the_functional_form_are_those_of_torch(mistake):
         texts.append((caught.type, str(caught.value)))
     assert texts[0] == texts[1]
     assert not arguments["running_mean"].any()
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias", "input"])
+@pytest.mark.parametrize("value", [[0.0] * 3, np.zeros(3), 1.0], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_no_tensor_is_refused_as_by_torch(name, value, training):
+    arguments = {"input": X, "running_mean": torch.zeros(3), "running_var": torch.ones(3)} | {name: value}
+    with pytest.raises(TypeError) as ours:
+        nn.batch_norm(**arguments, training=training)
+    with pytest.raises(TypeError) as theirs:
+        torch.nn.functional.batch_norm(**arguments, training=training and name != "input")
+    assert str(ours.value) == re.sub(r" \(position \d\)", "", str(theirs.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("residual", 1.0, "float"),
+        ("residual", X.numpy(), "numpy.ndarray"),
+        ("num_batches_tracked", 0, "int"),
+        ("num_batches_tracked", np.zeros((), np.int64), "numpy.ndarray"),
+    ],
+)
+def test_what_only_we_take_is_to_be_a_tensor_too(name, value, kind):
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(TypeError, match=rf"batch_norm\(\): argument '{name}' must be Tensor, not {kind}"):
+        nn.batch_norm(X, mean, var, training=True, **{name: value})
+    assert not mean.any()
 
 
 @pytest.mark.parametrize("x", [data((1, 3)), data((4, 4)), X.long(), data((3,))], ids=lambda x: str(tuple(x.shape)))
