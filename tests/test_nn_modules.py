@@ -121,6 +121,40 @@ def test_residual_and_activation():
         nn.BatchNorm2d(3, activation="swish")
 
 
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, nn.SyncBatchNorm, nn.FrozenBatchNorm2d])
+def test_an_activation_may_be_set_later(cls):
+    layer, x = cls(3), data((4, 3, 5, 5))
+    plain = layer(x)
+    layer.activation = "relu"
+    assert layer.activation == gpu_bn.activations.Activation("relu")
+    assert repr(layer).count("activation=relu") == 1
+    stored = io.BytesIO()
+    torch.save(layer, stored)
+    stored.seek(0)
+    again = torch.load(stored, weights_only=False)
+    for one in (layer, copy.deepcopy(layer), again, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        assert_close(one(x), plain.relu())
+    assert layer.state_dict().keys() == cls(3).state_dict().keys()
+    for wrong, error in (("swish", ValueError), (torch.nn.ReLU(), TypeError)):
+        with pytest.raises(error, match="activation"):
+            layer.activation = wrong
+    assert repr(layer).count("activation=relu") == 1
+    layer.activation = None
+    assert "activation" not in repr(layer)
+    assert_close(layer(x), plain)
+
+
+def test_an_activation_set_later_is_kept_and_missed_as_any():
+    layer = nn.convert(torch.nn.BatchNorm2d(3))
+    layer.activation = "relu"
+    with pytest.raises(ValueError, match="has the activation relu"):
+        nn.revert(layer)
+    assert repr(nn.SyncBatchNorm.convert_sync_batchnorm(layer)).endswith("activation=relu)")
+    layer.activation = None
+    assert type(nn.revert(layer)) is torch.nn.BatchNorm2d
+    assert "activation" not in vars(layer)
+
+
 def test_frozen_layers_use_their_statistics_in_training():
     layer = nn.BatchNorm2d(3)
     layer(data((4, 3, 5, 5)))
