@@ -93,7 +93,8 @@ def fold(
 
     Raises:
         TypeError: ``norm`` holds arrays of another library than ``weight``.
-        ValueError: ``norm`` has no running statistics, or another number of channels than ``weight`` has outputs.
+        ValueError: ``norm`` has no running statistics, or another number of channels than ``weight`` has outputs;
+            ``weight`` has fewer than two axes.
     """
     scale, shift = _scale_and_shift(norm, weight)
     by_output = _by_output(scale, weight, transposed, groups)
@@ -102,7 +103,9 @@ def fold(
     return _like(folded, weight), _like(offset, weight)
 
 
-def unfold(weight: Array, bias: Array, norm: Norm, *, transposed: bool = False, groups: int = 1) -> tuple[Array, Array]:
+def unfold(
+    weight: Array, bias: Array | None, norm: Norm, *, transposed: bool = False, groups: int = 1
+) -> tuple[Array, Array]:
     """Undo :func:`fold`: the weight and bias with which ``norm`` behind the layer gives the same outputs.
 
     Arguments and results are those of :func:`fold`; a bias that was ``None`` comes back as zeros to rounding.
@@ -114,7 +117,8 @@ def unfold(weight: Array, bias: Array, norm: Norm, *, transposed: bool = False, 
     if bool((scale == 0).any()):
         raise ValueError("norm has channels of weight 0: folding them cannot be undone")
     by_output = _by_output(scale, weight, transposed, groups)
-    return _like(_wide(weight) / by_output, weight), _like((_wide(bias) - shift) / scale, weight)
+    offset = -shift if bias is None else _wide(bias) - shift
+    return _like(_wide(weight) / by_output, weight), _like(offset / scale, weight)
 
 
 def _scale_and_shift(norm: Norm, weight: Array) -> tuple[Array, Array]:
@@ -134,6 +138,9 @@ def _scale_and_shift(norm: Norm, weight: Array) -> tuple[Array, Array]:
 
 def _by_output(vector: Array, weight: Array, transposed: bool, groups: int) -> Array:
     """A vector over the outputs, shaped to broadcast against the weight."""
+    if len(weight.shape) < 2:
+        expected = "(out, in, ...), or (in, out, ...) if transposed"
+        raise ValueError(f"weight should have shape {expected}, got {tuple(weight.shape)}")
     channels = vector.shape[0]
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
     if outputs != channels:

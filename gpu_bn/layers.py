@@ -70,7 +70,7 @@ class BatchNorm:
         self.momentum = momentum
         self.affine = affine
         self.track_running_stats = track_running_stats
-        self.activation = Activation.of(activation)
+        self.activation = activation
         self.channel_axis = channel_axis
         self.backend = backend
         self.virtual_batch_size = virtual_batch_size
@@ -88,6 +88,15 @@ class BatchNorm:
         self.running_mean: Array | None = xp.zeros(num_features, dtype) if track_running_stats else None
         self.running_var: Array | None = xp.ones(num_features, dtype) if track_running_stats else None
         self.num_batches_tracked: Array | None = xp.zeros((), np.int64) if track_running_stats else None
+
+    @property
+    def activation(self) -> Activation:
+        """What follows the normalisation; a name may be set as well."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: Activation | str | None) -> None:
+        self._activation = Activation.of(activation)
 
     def forward(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
         """Normalise ``x``; the call's statistics are kept for one :meth:`backward`.

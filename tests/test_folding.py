@@ -133,6 +133,24 @@ def test_another_number_of_channels_is_refused(shape, options, outputs):
         gpu_bn.fold(np.ones(shape), None, gpu_bn.BatchNorm(6), **options)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(), (6,)])
+def test_a_weight_of_fewer_axes_is_refused(transposed, shape):
+    text = r"weight should have shape \(out, in, \.\.\.\), or \(in, out, \.\.\.\) if transposed, got \("
+    with pytest.raises(ValueError, match=text):
+        gpu_bn.fold(np.ones(shape), None, gpu_bn.BatchNorm(6), transposed=transposed)
+    with pytest.raises(ValueError, match=text):
+        gpu_bn.unfold(np.ones(shape), np.ones(6), gpu_bn.BatchNorm(6), transposed=transposed)
+
+
+def test_no_bias_unfolds_as_zeros():
+    norm = gpu_bn.BatchNorm(6, dtype=np.float64)
+    norm(rng(0).standard_normal((8, 6)))
+    weight = rng(1).standard_normal((6, 5))
+    for got, expected in zip(gpu_bn.unfold(weight, None, norm), gpu_bn.unfold(weight, np.zeros(6), norm), strict=True):
+        assert np.array_equal(got, expected)
+
+
 def test_a_weight_of_integers_is_refused():
     with pytest.raises(TypeError, match=r"weight should be one of .*, got int64"):
         gpu_bn.fold(np.ones((6, 5), np.int64), None, gpu_bn.BatchNorm(6))

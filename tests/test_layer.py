@@ -1,5 +1,8 @@
 """``BatchNorm``, the layer: modes, state, accumulation, refusals; and what it shares with torch's."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from support import read_only, rng, same_bits
@@ -73,6 +76,20 @@ def test_repr_is_that_of_torch(options):
 
 def test_repr_shows_the_activation():
     assert repr(gpu_bn.BatchNorm(3, activation=gpu_bn.elu(2.0))).endswith(", activation=elu(alpha=2.0))")
+
+
+def test_an_activation_may_be_set_later():
+    layer = gpu_bn.BatchNorm(3)
+    layer.activation = "relu"
+    for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert one.activation == gpu_bn.activations.Activation("relu")
+        assert repr(one).endswith(", activation=relu)")
+        assert one(data()).min() == 0
+    with pytest.raises(ValueError, match="unknown activation 'swish'"):
+        layer.activation = "swish"
+    layer.activation = None
+    assert "activation" not in repr(layer)
+    assert layer(data()).min() < 0
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -84,6 +84,23 @@ def test_a_mask_in_evaluation(activation):
     assert torch.equal(results[0][0][there], plain[there])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_memory_formats_are_kept(compiled, training, grad):
+    shape = 3, 2, 5, 6
+    x, residual = (tensor(*shape, seed=seed, grad=False).mT.contiguous().mT.requires_grad_(grad) for seed in range(2))
+    mask = torch.ones(3, 5, 6, dtype=torch.bool)
+
+    def call(x, residual):
+        return nn.batch_norm(x, *running(), None, None, training, residual=residual, activation="silu", mask=mask)
+
+    y = (torch.compile(call, backend="aot_eager") if compiled else call)(x, residual)
+    assert y.stride() == x.stride()
+    for gradient in torch.autograd.grad(y, (x, residual), tensor(*shape, grad=False)) if grad else ():
+        assert gradient.stride() == x.stride()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_what_a_mask_hides_is_never_used(training):
     results = []

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import re
 
 import numpy as np
 import pytest
@@ -120,6 +121,40 @@ def test_residual_and_activation():
         nn.BatchNorm2d(3, activation="swish")
 
 
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, nn.SyncBatchNorm, nn.FrozenBatchNorm2d])
+def test_an_activation_may_be_set_later(cls):
+    layer, x = cls(3), data((4, 3, 5, 5))
+    plain = layer(x)
+    layer.activation = "relu"
+    assert layer.activation == gpu_bn.activations.Activation("relu")
+    assert repr(layer).count("activation=relu") == 1
+    stored = io.BytesIO()
+    torch.save(layer, stored)
+    stored.seek(0)
+    again = torch.load(stored, weights_only=False)
+    for one in (layer, copy.deepcopy(layer), again, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        assert_close(one(x), plain.relu())
+    assert layer.state_dict().keys() == cls(3).state_dict().keys()
+    for wrong, error in (("swish", ValueError), (torch.nn.ReLU(), TypeError)):
+        with pytest.raises(error, match="activation"):
+            layer.activation = wrong
+    assert repr(layer).count("activation=relu") == 1
+    layer.activation = None
+    assert "activation" not in repr(layer)
+    assert_close(layer(x), plain)
+
+
+def test_an_activation_set_later_is_kept_and_missed_as_any():
+    layer = nn.convert(torch.nn.BatchNorm2d(3))
+    layer.activation = "relu"
+    with pytest.raises(ValueError, match="has the activation relu"):
+        nn.revert(layer)
+    assert repr(nn.SyncBatchNorm.convert_sync_batchnorm(layer)).endswith("activation=relu)")
+    layer.activation = None
+    assert type(nn.revert(layer)) is torch.nn.BatchNorm2d
+    assert "activation" not in vars(layer)
+
+
 def test_frozen_layers_use_their_statistics_in_training():
     layer = nn.BatchNorm2d(3)
     layer(data((4, 3, 5, 5)))
@@ -136,6 +171,20 @@ def test_frozen_layers_use_their_statistics_in_training():
     assert not torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("parameters", [True, False])
+def test_lazy_layers_freeze_before_their_first_input(parameters):
+    model = torch.nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d(), nn.LazyBatchNorm2d(affine=False))
+    x = data((4, 3, 5, 5))
+    nn.freeze(model, parameters=parameters)
+    assert_close(model(x), x, rtol=1e-4, atol=1e-4)
+    assert all(layer.frozen for layer in model)
+    assert [p.requires_grad for p in model.parameters()] == [not parameters] * 4
+    again = nn.unfreeze(nn.freeze(torch.nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d())))
+    again(x)
+    assert all(p.requires_grad for p in again.parameters())
+    assert again[1].num_batches_tracked == 1
+
+
 def test_the_identity():
     x = 5 + 3 * data((64, 8, 3, 3))
     layer = nn.BatchNorm2d(8).init_identity_(x)
@@ -144,6 +193,24 @@ def test_the_identity():
     assert_close(layer.eval()(x), x)
     with pytest.raises(ValueError, match="an identity needs weight and bias"):
         nn.BatchNorm2d(8, affine=False).init_identity_(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (data((3, 1, 4, 4)), "weight should contain 1 elements not 5"),
+        (data((3, 4, 4, 4)), "weight should contain 4 elements not 5"),
+        (data((5,)), "expected 2D to 5D input"),
+    ],
+)
+def test_an_identity_on_another_number_of_channels_is_refused(x, text):
+    layer = nn.BatchNorm2d(5)
+    with pytest.raises(ValueError, match=text) as ours:
+        layer.init_identity_(x)
+    assert_close(layer.state_dict(), nn.BatchNorm2d(5).state_dict())
+    with pytest.raises(ValueError, match=text) as plain:
+        gpu_bn.BatchNorm(5).init_identity_(x.numpy())
+    assert str(ours.value) == str(plain.value)
 
 
 def broken(cls, **attributes):
@@ -219,6 +286,34 @@ def test_errors_of_the_functional_form_are_those_of_torch(mistake):
         texts.append((caught.type, str(caught.value)))
     assert texts[0] == texts[1]
     assert not arguments["running_mean"].any()
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias", "input"])
+@pytest.mark.parametrize("value", [[0.0] * 3, np.zeros(3), 1.0], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_no_tensor_is_refused_as_by_torch(name, value, training):
+    arguments = {"input": X, "running_mean": torch.zeros(3), "running_var": torch.ones(3)} | {name: value}
+    with pytest.raises(TypeError) as ours:
+        nn.batch_norm(**arguments, training=training)
+    with pytest.raises(TypeError) as theirs:
+        torch.nn.functional.batch_norm(**arguments, training=training and name != "input")
+    assert str(ours.value) == re.sub(r" \(position \d\)", "", str(theirs.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("residual", 1.0, "float"),
+        ("residual", X.numpy(), "numpy.ndarray"),
+        ("num_batches_tracked", 0, "int"),
+        ("num_batches_tracked", np.zeros((), np.int64), "numpy.ndarray"),
+    ],
+)
+def test_what_only_we_take_is_to_be_a_tensor_too(name, value, kind):
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(TypeError, match=rf"batch_norm\(\): argument '{name}' must be Tensor, not {kind}"):
+        nn.batch_norm(X, mean, var, training=True, **{name: value})
+    assert not mean.any()
 
 
 @pytest.mark.parametrize("x", [data((1, 3)), data((4, 4)), X.long(), data((3,))], ids=lambda x: str(tuple(x.shape)))

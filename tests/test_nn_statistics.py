@@ -159,3 +159,20 @@ def test_a_block_with_no_call_updates_nothing():
     with nn.accumulate_statistics(layer):
         pass
     assert_close(layer.state_dict(), nn.BatchNorm1d(3).state_dict())
+
+
+@pytest.mark.parametrize("norm", [nn.LazyBatchNorm1d, torch.nn.LazyBatchNorm1d])
+@pytest.mark.parametrize("affine", [True, False])
+def test_lazy_layers_are_refused_until_their_first_input(norm, affine):
+    model = torch.nn.Sequential(nn.BatchNorm1d(3), norm(affine=affine)).double()
+    before, x = everything(model[0]), batch(4, 3)
+    text = "lazy layers do not know their channels yet: run a batch through '1' first"
+    with pytest.raises(ValueError, match=text), nn.accumulate_statistics(model):
+        model(x)
+    with pytest.raises(ValueError, match=text):
+        nn.update_population_stats(model, [x])
+    assert_close(everything(model[0]), before, rtol=0, atol=0)
+    model(x)
+    with nn.accumulate_statistics(model):
+        model(x)
+    assert model[1].num_batches_tracked == 2

@@ -174,7 +174,7 @@ def _set_frozen(model: Model, frozen: bool, parameters: bool) -> Model:
         if isinstance(module, Fused):
             module.frozen = frozen
             for parameter in module.parameters(recurse=False) if parameters else ():
-                parameter.requires_grad_(not frozen)
+                parameter.requires_grad = not frozen  # the method refuses a lazy layer's
     return model
 
 

@@ -63,6 +63,7 @@ def batch_norm(
         y: Tensor = train(input, weight, bias, residual, valid, *running, momentum, *options, groups, limits)[0]
         return y
     assert valid is not None
+    valid = torch.empty_like(input[:, :1], dtype=torch.bool).copy_(valid)  # torch.where takes the order of its axes
     if torch.is_grad_enabled():  # the sums of the parameters' gradients must not meet what is hidden
         input = torch.where(valid, input, 0)
         residual = None if residual is None else torch.where(valid, residual, 0)

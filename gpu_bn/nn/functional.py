@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.overrides import is_tensor_like
 
 from gpu_bn import dispatch, ops, spec
 from gpu_bn.activations import IDENTITY, Activation
@@ -21,6 +22,7 @@ from gpu_bn.nn import _autograd, _composed, _engine, _library, _masked
 from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 VECTORS = ("running_mean", "running_var", "weight", "bias")
+TENSORS = ("input", *VECTORS, "residual", "num_batches_tracked")
 PLAIN = _autograd.PLAIN
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -226,6 +228,9 @@ def _any_call(
     renorm: tuple[float, float] | None,
 ) -> Tensor:
     """A call that may be wrong, extended, watched or transformed."""
+    given = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked)
+    for name, value in zip(TENSORS, given, strict=True):
+        _check_tensor(name, value)
     if input.is_mkldnn:  # whose memory is oneDNN's
         dense = None if residual is None else residual.to_dense()
         return _any_call(
@@ -308,6 +313,14 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.dim() == 0 and not value.requires_grad and not value.is_complex()
     return isinstance(value, (float, int))
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    """Raise what torch raises for what is no tensor, nor stands for one; only the input must be given."""
+    if not (isinstance(value, Tensor) or (value is None and name != "input") or is_tensor_like(value)):
+        kind = type(value)
+        got = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        raise TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {got}")
 
 
 def check(

@@ -17,16 +17,23 @@ from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
 
 
-class Fused(_BatchNorm):
+class _Activated(torch.nn.Module):
+    activation: Activation = IDENTITY
+
+    def __setattr__(self, name: str, value: Any) -> None:  # a property would not see modules, which torch keeps apart
+        value = Activation.of(value) if name == "activation" else value
+        super().__setattr__(name, value)
+
+
+class Fused(_Activated, _BatchNorm):
     """What the layers have beyond torch's.
 
     Attributes:
-        activation: what follows the normalisation, and the residual if the call has one.
+        activation: what follows the normalisation, and the residual if the call has one; a name may be set as well.
         frozen: whether the running statistics are used, and not updated, in training too.
         virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`; for training.
     """
 
-    activation: Activation = IDENTITY
     frozen: bool = False
     virtual_batch_size: int | None = None
     renorm: tuple[float, float] | None = None
@@ -93,10 +100,11 @@ class Fused(_BatchNorm):
         2015, section 3).
 
         Raises:
-            ValueError: the layer has no weight or no bias.
+            ValueError: the layer has no weight or no bias, or another number of channels than the batch.
         """
         if self.weight is None or self.bias is None:
             raise ValueError(f"an identity needs weight and bias, got {self!r}")
+        spec.check_vector("weight", self.weight, input.shape[spec.check_axis(input.shape, 1)])
         with torch.no_grad():
             moments = batch_moments(input, self.eps)
             self.weight.copy_((moments.var + self.eps).sqrt())
@@ -209,10 +217,9 @@ class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d):
     ranks = (5,)
 
 
-class FrozenBatchNorm2d(torch.nn.Module):
+class FrozenBatchNorm2d(_Activated):
     """torchvision's ``FrozenBatchNorm2d``, with an activation and a residual: parameters are buffers, all is fixed."""
 
-    activation: Activation = IDENTITY
     weight: Tensor
     bias: Tensor
     running_mean: Tensor

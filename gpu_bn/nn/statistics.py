@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from gpu_bn import ops
 from gpu_bn.merge import Pool, merge
@@ -54,8 +54,8 @@ def update_population_stats(
         progress: whether to show a bar, if rich is installed.
 
     Raises:
-        ValueError: no layer saw any data; or, with a :class:`SyncBatchNorm` in the model, the processes have different
-            numbers of batches.
+        ValueError: no layer saw any data; a lazy layer has not seen its first input yet; or, with a
+            :class:`SyncBatchNorm` in the model, the processes have different numbers of batches.
     """
     layers = _tracking(model)
     modes = [(layer, layer.training) for layer in layers]
@@ -89,7 +89,7 @@ def accumulate_statistics(model: torch.nn.Module) -> Iterator[None]:
     layer that was called in training mode move once, by the layer's momentum, towards the mean and the unbiased
     variance of all that it was given in the block, and its counter grows by one: what one call with all of that would
     have done. A :class:`SyncBatchNorm` counts what all processes were given. A block that an error ends updates
-    nothing. It costs one more reading of each layer's input. ::
+    nothing. It costs one more reading of each layer's input. Lazy layers must have seen their first input. ::
 
         with nn.accumulate_statistics(model):
             for part, target in micro_batches:
@@ -111,14 +111,22 @@ def accumulate_statistics(model: torch.nn.Module) -> Iterator[None]:
 
 def _tracking(model: torch.nn.Module) -> list[_BatchNorm]:
     """The layers that keep running statistics."""
-    return [
-        module
-        for module in model.modules()
+    found = {
+        name: module
+        for name, module in model.named_modules()
         if isinstance(module, _BatchNorm)
         and module.track_running_stats
         and module.running_mean is not None
         and not getattr(module, "frozen", False)
+    }
+    lazy = [
+        repr(name)
+        for name, module in found.items()
+        if isinstance(module, _LazyNormBase) and module.has_uninitialized_params()
     ]
+    if lazy:
+        raise ValueError(f"lazy layers do not know their channels yet: run a batch through {', '.join(lazy)} first")
+    return list(found.values())
 
 
 def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
