@@ -64,3 +64,11 @@ def test_fewer_than_one_thread_is_refused(threads):
     with pytest.raises(ValueError, match=f"at least 1 thread, got {threads}"):
         gpu_bn.set_num_threads(threads)
     assert gpu_bn.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("threads", "error"), [(2.5, TypeError), ("2", TypeError), (0, ValueError)])
+def test_a_number_of_threads_that_cannot_be_is_refused(threads, error):
+    before = gpu_bn.get_num_threads()
+    with pytest.raises(error, match="thread"):
+        gpu_bn.set_num_threads(threads)
+    assert gpu_bn.get_num_threads() == before

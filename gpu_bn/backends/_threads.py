@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +38,13 @@ def set_num_threads(threads: int) -> None:
     """Set how many threads the NumPy backend may use. Results do not depend on it, to the last bit.
 
     Raises:
+        TypeError: no integer.
         ValueError: fewer than one.
     """
+    try:
+        threads = operator.index(threads)
+    except TypeError:
+        raise TypeError(f"threads should be an int, got {type(threads).__name__}") from None
     if threads < 1:
         raise ValueError(f"expected at least 1 thread, got {threads}")
     global _threads
