@@ -38,13 +38,20 @@ from gpu_bn.plan import DEVICES, STRIP_BYTES, VECTOR_BYTES
 Launch = tuple[Step, Specialisation]
 
 CEILINGS = {
-    "bn_stats_kernel": (64, 160),
+    "bn_stats_kernel": (64, 128),
     "bn_normalize_kernel": (72, 96),
-    "bn_backward_reduce_kernel": (88, 128),
+    "bn_backward_reduce_kernel": (88, 112),
     "bn_backward_input_kernel": (80, 112),
 }
 """Registers a thread of streaming kernels in rows and in channels-last, for half precision and ReLU. Beyond 128, an
-SM runs one block of 8 warps at a time: so it does the statistics of bfloat16 in channels-last on sm_100 and sm_120."""
+SM runs one block of 8 warps at a time."""
+EXCEEDED = {
+    ("bn_stats_kernel", 100, "bfloat16"): 160,
+    ("bn_stats_kernel", 120, "bfloat16"): 136,
+    ("bn_backward_reduce_kernel", 120, "float16"): 128,
+    ("bn_backward_reduce_kernel", 120, "bfloat16"): 128,
+}
+"""Where more are needed, in channels-last."""
 MOST_REGISTERS = 255
 MOST_SHARED = 16 << 10
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -271,6 +278,8 @@ def limits(group: Group, name: str) -> Limits:
     kernel = name.partition("<")[0]
     usual = group.kind == "split" and group.activation == "relu" and group.full and ITEMSIZE[group.dtype] == 2
     registers = CEILINGS[kernel][group.columns] if usual else MOST_REGISTERS
+    if usual and group.columns:
+        registers = EXCEEDED.get((kernel, group.arch, group.dtype), registers)
     merges = "merge" in kernel
     writes = not merges and "stats" not in kernel and "dz=None, dx=None" not in name
     numbers = dict(re.findall(r"(POSITIONS|LANES)=(\d+)", name))
