@@ -161,9 +161,10 @@ class CupyBackend:
         keep: bool = True,
     ) -> tuple[Array, Saved]:
         activation = spec.activation
+        bits = residual is not None and (keep or spec.batch_stats)
         call = self._forward(
             self.tier, tensor(x), spec.axis, activation.name, _groups(spec), place(valid), bool(spec.batch_stats),
-            place(residual), place(out), vector(weight), vector(bias), vector(running_mean), vector(running_var), keep,
+            place(residual), place(out), vector(weight), vector(bias), vector(running_mean), vector(running_var), bits,
         )  # fmt: skip
         momentum_at, momentum = _momentum(spec.momentum)
         frame = ABSENT | {

@@ -78,15 +78,18 @@ class Call:
 def forward(
     tier: str | None, x: Tensor, axis: int, activation: str, groups: int, valid: Place | None, batch_stats: bool,
     residual: Place | None, out: Place | None, weight: Vector | None, bias: Vector | None,
-    running_mean: Vector | None, running_var: Vector | None, keep: bool,
+    running_mean: Vector | None, running_var: Vector | None, bits: bool,
 ) -> Call:  # fmt: skip
-    """Fills ``y``, ``rows`` (:data:`SAVED`), and, if it has them, ``mask`` and ``counts``."""
+    """Fills ``y``, ``rows`` (:data:`SAVED`), and, if it has them, ``mask`` and ``counts``.
+
+    ``bits``: whether a mask may take the place of the residual.
+    """
     draft = Draft(tier, x, axis, activation, groups, valid, counted=batch_stats and valid is not None)
     draft.reads("residual", residual)
     draft.writes("y", out)
     draft.vectors(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     keeps = "residual" if residual is not None and activation != "identity" else ""
-    if keeps and (keep or batch_stats) and _cuda.switched(activation) and draft.vectors_are_full:
+    if keeps and bits and _cuda.switched(activation) and draft.vectors_are_full:
         keeps = "mask"
     variant = residual is not None, keeps == "mask"
     if batch_stats:

@@ -272,15 +272,15 @@ class TritonBackend:
         y = out if out is not None and is_dense(out, view) else self.new(x.shape, view.dense_strides, x.dtype, x.device)
         alignment = _alignment(x_there, residual, y, there)
         vectors = (running_mean, running_var, weight, bias)
+        bits = residual is not None and (keep or spec.batch_stats)
         key = (
             "forward", view, x.dtype, x.device, alignment, residual is None, spec.activation.name, spec.batch_stats,
             *[None if v is None else v.dtype for v in vectors], isinstance(spec.momentum, float), valid is None, groups,
-            keep,
+            bits,
         )  # fmt: skip
         extended = valid is not None or groups > 1
         steps = self._prepared.get(key)
         if steps is None:
-            bits = residual is not None and (keep or spec.batch_stats)
             steps = self._prepared[key] = self._prepare_forward(
                 layout, spec, x_there, residual is not None, bits, alignment, extended
             )
