@@ -48,21 +48,17 @@ def convert(model: Model, *, fuse: bool = False) -> Any:
         ValueError: with ``fuse``, a model that cannot be traced.
     """
     found = [(module, known) for module in model.modules() if (known := rule(module)) is not None]
-    fuse = fuse and not is_layer(model)
-    if fuse:
-        trace(model)  # refuses what cannot be, before anything changes
+    traced = trace(model) if fuse and not is_layer(model) else None  # refuses what cannot be, before anything changes
     for module, (cls, activation) in found:
         _become(module, cls)
         if not activation.is_identity:
             setattr(module, "activation", activation)  # noqa: B010 - not of every module's type
-    return fuse_activations(model) if fuse else model
+    return model if traced is None else fuse_activations(traced)
 
 
 def synchronise(model: Model, process_group: Any) -> Model:
     """See :meth:`gpu_bn.nn.SyncBatchNorm.convert_sync_batchnorm`."""
-    named = model.named_modules()
-    if lazy := [repr(name) for name, module in named if isinstance(module, _LazyNormBase)]:
-        raise ValueError(f"lazy layers do not know their channels yet: run a batch through {', '.join(lazy)} first")
+    modules.require_channels(name for name, module in model.named_modules() if isinstance(module, _LazyNormBase))
     for module in convert(model).modules():
         kind = class_of(module)
         if kind in SYNCHRONISED:

@@ -93,11 +93,10 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
 
 
-def fuse_activations(model: torch.nn.Module) -> GraphModule:
-    """A graph module in which layers of ours do the activations, and the sums before these, that follow them."""
-    traced = trace(model)
+def fuse_activations(traced: GraphModule) -> GraphModule:
+    """Have layers of ours do the activations, and the sums before these, that follow them in what was traced."""
     _keep(traced)
-    for name, module in model.named_modules():
+    for name, module in traced.meta[ORIGINAL].named_modules():
         traced.get_submodule(name).training = module.training
     traced._deepcopy_hooks.append(_keep)
     for node in reversed(list(traced.graph.nodes)):  # of a sum's two layers the later one takes the other's output

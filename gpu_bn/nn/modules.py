@@ -5,6 +5,7 @@ They are subclasses of torch's: parameters, buffers, state_dict, repr and errors
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -194,6 +195,12 @@ class BatchNorm3d(_Sized, torch.nn.BatchNorm3d):
     """``torch.nn.BatchNorm3d`` with ``activation=``, and ``residual`` in the call."""
 
     ranks = (5,)
+
+
+def require_channels(lazy: Iterable[str]) -> None:
+    """Refuse lazy layers, of these names, that have not seen their first input."""
+    if names := ", ".join(map(repr, lazy)):
+        raise ValueError(f"lazy layers do not know their channels yet: run a batch through {names} first")
 
 
 class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d):

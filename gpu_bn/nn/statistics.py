@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from gpu_bn import ops
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn import _sync_library, functional
+from gpu_bn.nn.modules import require_channels
 from gpu_bn.nn.sync import Group, SyncBatchNorm, add_up, gather, several, update_running
 
 Pools = dict[_BatchNorm, Pool]
@@ -119,13 +120,8 @@ def _tracking(model: torch.nn.Module) -> list[_BatchNorm]:
         and module.running_mean is not None
         and not getattr(module, "frozen", False)
     }
-    lazy = [
-        repr(name)
-        for name, module in found.items()
-        if isinstance(module, _LazyNormBase) and module.has_uninitialized_params()
-    ]
-    if lazy:
-        raise ValueError(f"lazy layers do not know their channels yet: run a batch through {', '.join(lazy)} first")
+    lazy = {name: module for name, module in found.items() if isinstance(module, _LazyNormBase)}
+    require_channels(name for name, module in lazy.items() if module.has_uninitialized_params())
     return list(found.values())
 
 
