@@ -39,11 +39,13 @@ def test_a_model_that_computes_with_buffers_and_constants_is_fused_and_folded():
     assert list(plain.__dict__) == names
 
 
-class OtherConstant(torch.nn.Module):
+class WithNorm(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm = torch.nn.BatchNorm1d(3)
+        self.norm = torch.nn.BatchNorm2d(4)
 
+
+class OtherConstant(WithNorm):
     def forward(self, x):
         return self.norm(x) * torch.tensor(2.0 if self.training else 1.0)
 
@@ -54,14 +56,10 @@ def test_a_model_that_is_refused_is_left_as_it_is():
     with pytest.raises(ValueError, match="takes other steps in training"):
         nn.convert(model, fuse=True)
     assert list(model.__dict__) == names
-    assert type(model.norm) is torch.nn.BatchNorm1d
+    assert type(model.norm) is torch.nn.BatchNorm2d
 
 
-class ViewOverwritten(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = torch.nn.BatchNorm2d(4)
-
+class ViewOverwritten(WithNorm):
     def forward(self, x):
         residual = x * 2
         part = residual[:, :2]
@@ -70,7 +68,7 @@ class ViewOverwritten(torch.nn.Module):
         return torch.relu(y) + residual
 
 
-class BaseOverwritten(ViewOverwritten):
+class BaseOverwritten(WithNorm):
     def forward(self, x):
         base = x * 2
         y = self.norm(x) + base.view(x.shape)
@@ -87,12 +85,8 @@ def test_a_residual_that_is_overwritten_through_other_names_is_not_merged(kind):
     assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want)), rtol=1e-4, atol=1e-5)
 
 
-class Flattened(torch.nn.Module):
+class Flattened(WithNorm):
     """A residual whose other reader takes the number 1, which is not True."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = torch.nn.BatchNorm2d(4)
 
     def forward(self, x):
         residual = x * 2

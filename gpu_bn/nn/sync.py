@@ -262,17 +262,20 @@ def _check(
         return 4, 0
     if mask is not None and not _mask_fits(mask, x):
         return 7, 0
-    if not all(vector is None or _vector_fits(vector, x, channels) for vector in vectors):
-        return 8, 0
-    if (vectors[0] is None) != (vectors[1] is None):
+    if not _vectors_fit(vectors, x, channels):
         return 8, 0
     if not eps > 0.0:
         return 5, 0
     return (0, 0) if channels else (6, 0)
 
 
-def _vector_fits(vector: Tensor, x: Tensor, channels: int) -> bool:
-    return vector.shape == (channels,) and vector.dtype in functional.FLOATS and vector.device == x.device
+def _vectors_fit(vectors: tuple[Tensor | None, ...], x: Tensor, channels: int) -> bool:
+    running_mean, running_var, *_ = vectors
+    return (running_mean is None) == (running_var is None) and all(
+        vector.shape == (channels,) and vector.dtype in functional.FLOATS and vector.device == x.device
+        for vector in vectors
+        if vector is not None
+    )
 
 
 def _mask_fits(mask: Tensor, x: Tensor) -> bool:
