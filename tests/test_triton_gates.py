@@ -74,7 +74,7 @@ def test_other_activations_in_streaming_kernels(activation, kind, arch):
 
 PARAMETERS = [
     {"parameters": torch.float16}, {"parameters": torch.bfloat16}, {"parameters": torch.float64}, {"affine": False},
-    {"need": {"dx"}}, {"need": {"dweight", "dresidual"}}, {"groups": 2}, {"groups": 8}, {"tracked": False},
+    {"need": ("dx",)}, {"need": ("dweight", "dresidual")}, {"groups": 2}, {"groups": 8}, {"tracked": False},
 ]  # fmt: skip
 
 

@@ -1,0 +1,23 @@
+"""Tests have the same names in every process: pytest-xdist refuses to run anything when they differ."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_names_do_not_depend_on_the_order_of_sets():
+    """Strings hash differently in each process, so a name that holds a set of them is written in different orders."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "-p", "no:cacheprovider", "tests"]
+    names = set()
+    for seed in range(4):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        names.add(tuple(line for line in done.stdout.splitlines() if "::" in line))
+    assert len(names) == 1
+    assert len(names.pop()) > 1000
