@@ -259,7 +259,6 @@ class EmulatedGpu:
         cupy.asarray = self.asarray
         cupy.asnumpy = lambda array: np.array(array)
         cupy.stack = lambda arrays: self._register(np.stack(arrays))
-        cupy.shares_memory = np.shares_memory
         cupy.cuda = types.SimpleNamespace(
             Device=self.entering,
             Stream=lambda non_blocking=False: Stream(self),  # noqa: ARG005

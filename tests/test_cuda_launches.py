@@ -135,6 +135,24 @@ def test_vectors_may_begin_at_any_byte(options, make_gpu):
     assert all(map(same_bits, *results))
 
 
+def test_where_the_output_may_go_is_decided_without_the_device(make_gpu):
+    """CuPy's own shares_memory sorts all addresses on the device, and waits; the stand-in has none."""
+    gpu = make_gpu(80)
+    base = gpu.asarray(rng().normal(1, 2, (9, 6, 5, 4)).astype(np.float32))
+    x, residual, beside = base[:4], gpu.asarray(np.array(base[:4]) / 2), base[5:]
+    want = np.array(gpu_bn.batch_norm(np.array(x), residual=np.array(residual), training=True))
+    for out in (beside, gpu.asarray(np.array(x).transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)):
+        assert gpu_bn.batch_norm(x, residual=residual, training=True, out=out, backend=gpu.backend) is out
+        np.testing.assert_allclose(out, want, atol=1e-5)
+    for name, overlapping in (("input", base[1:5]), ("input", x[::-1]), ("residual", residual[:, :, ::-1])):
+        with pytest.raises(ValueError, match=f"out should be the {name} itself or share no memory with it"):
+            gpu_bn.batch_norm(x, residual=residual, training=True, out=overlapping, backend=gpu.backend)
+    with pytest.raises(ValueError, match="out may not be the input or overlap it"):
+        gpu_bn.batch_norm_forward(x, training=True, out=x[:], backend=gpu.backend)
+    gpu_bn.batch_norm(x, residual=residual, training=True, out=x, backend=gpu.backend)
+    np.testing.assert_allclose(x, want, atol=1e-5)
+
+
 def test_ghost_batches_of_more_channels_than_a_block_has_threads(make_gpu):
     """Running statistics and the gradients of parameters, which a thread for each channel adds up."""
     check(Case((4, 600), virtual_batch_size=2), make_gpu(80).backend)

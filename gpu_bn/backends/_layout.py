@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,36 @@ class Layout:
         """Write an (N, C, S) array to one of this layout's shape, with any strides."""
         ordered = out.transpose(self.order)
         np.copyto(ordered, value.reshape(ordered.shape), casting="unsafe")
+
+
+class Extent(NamedTuple):
+    """Where the elements of any library's array are: an address, and strides, in bytes."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+
+def extents_overlap(a: Extent, b: Extent) -> bool:
+    """Whether two arrays of one device have an element in common. Nothing is read there."""
+    if 0 in a.shape or 0 in b.shape:
+        return False
+    return bool(np.shares_memory(np.asarray(_Addresses(a)), np.asarray(_Addresses(b))))
+
+
+class _Addresses:
+    """What NumPy needs to know of an array to compare where its elements are."""
+
+    def __init__(self, extent: Extent) -> None:
+        address, shape, strides, itemsize = extent
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{itemsize}",
+            "shape": shape,
+            "strides": strides,
+            "data": (address, False),
+        }
 
 
 @lru_cache(1024)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_bn.backends._layout import Layout
+from gpu_bn.backends._layout import Extent, Layout, extents_overlap
 
 Array = Any
 
@@ -77,22 +77,13 @@ def aligned(array: Array, size: int) -> Array:
     return array if array.data_ptr() % size == 0 else array.clone(memory_format=torch.preserve_format)
 
 
-class _Extent:
-    """What NumPy needs to know of a tensor's addresses to compare them; nothing is read."""
-
-    def __init__(self, array: Array) -> None:
-        size = array.element_size()
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": f"|V{size}",
-            "shape": tuple(array.shape),
-            "strides": tuple(size * stride for stride in array.stride()),
-            "data": (array.data_ptr(), False),
-        }
-
-
 def overlap(a: Array, b: Array) -> bool:
     """Whether two tensors have an element in common."""
-    if a.device != b.device or not (a.numel() and b.numel()):
+    if a.device != b.device:
         return False
-    return bool(np.shares_memory(np.asarray(_Extent(a)), np.asarray(_Extent(b))))
+    return extents_overlap(*[_extent(array) for array in (a, b)])
+
+
+def _extent(array: Array) -> Extent:
+    size = array.element_size()
+    return Extent(array.data_ptr(), tuple(array.shape), tuple(size * stride for stride in array.stride()), size)
