@@ -6,6 +6,7 @@ importing. A backend's module, which alone imports its library, is loaded when t
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -154,6 +155,21 @@ def differentiable(array: Any, backend: str | Backend | None) -> ModuleType | No
     kind: Any = type(array)
     rows = _rows_of_type(kind)
     return import_module(rows[0].differentiable) if rows and rows[0].differentiable else None
+
+
+def device_of(array: Any) -> AbstractContextManager[Any]:
+    """A context in which CuPy's own kernels run where an array is; for other libraries, which need none, nothing."""
+    kind: Any = type(array)
+    return array.device if _is_cupy(kind) else _NOWHERE
+
+
+_NOWHERE = nullcontext()
+
+
+@cache
+def _is_cupy(kind: type) -> bool:
+    rows = _rows_of_type(kind)
+    return bool(rows) and rows[0].library == "cupy"
 
 
 @cache

@@ -69,7 +69,8 @@ def identity_affine(
     moments = batch_moments(x, eps, channel_axis=channel_axis, backend=backend)
     engine = dispatch.select(backend, input=x)
     dtype = "float64" if spec.dtype_name(x) == "float64" else "float32"
-    return engine.cast((moments.var + eps) ** 0.5, dtype), engine.cast(moments.mean, dtype)
+    with dispatch.device_of(x):
+        return engine.cast((moments.var + eps) ** 0.5, dtype), engine.cast(moments.mean, dtype)
 
 
 def fold(
@@ -96,11 +97,12 @@ def fold(
         ValueError: ``norm`` has no running statistics, or another number of channels than ``weight`` has outputs;
             ``weight`` has fewer than two axes.
     """
-    scale, shift = _scale_and_shift(norm, weight)
-    by_output = _by_output(scale, weight, transposed, groups)
-    folded = _wide(weight) * by_output
-    offset = shift if bias is None else _wide(bias) * scale + shift
-    return _like(folded, weight), _like(offset, weight)
+    with dispatch.device_of(weight):
+        scale, shift = _scale_and_shift(norm, weight)
+        by_output = _by_output(scale, weight, transposed, groups)
+        folded = _wide(weight) * by_output
+        offset = shift if bias is None else _wide(bias) * scale + shift
+        return _like(folded, weight), _like(offset, weight)
 
 
 def unfold(
@@ -113,12 +115,13 @@ def unfold(
     Raises:
         TypeError, ValueError: as :func:`fold`; also if a channel's ``norm.weight`` is 0, which loses the layer.
     """
-    scale, shift = _scale_and_shift(norm, weight)
-    if bool((scale == 0).any()):
-        raise ValueError("norm has channels of weight 0: folding them cannot be undone")
-    by_output = _by_output(scale, weight, transposed, groups)
-    offset = -shift if bias is None else _wide(bias) - shift
-    return _like(_wide(weight) / by_output, weight), _like(offset / scale, weight)
+    with dispatch.device_of(weight):
+        scale, shift = _scale_and_shift(norm, weight)
+        if bool((scale == 0).any()):
+            raise ValueError("norm has channels of weight 0: folding them cannot be undone")
+        by_output = _by_output(scale, weight, transposed, groups)
+        offset = -shift if bias is None else _wide(bias) - shift
+        return _like(_wide(weight) / by_output, weight), _like(offset / scale, weight)
 
 
 def _scale_and_shift(norm: Norm, weight: Array) -> tuple[Array, Array]:

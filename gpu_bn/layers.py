@@ -126,7 +126,8 @@ class BatchNorm:
         use_running = not self.training or self.track_running_stats
         momentum = self.momentum
         if momentum is None:
-            momentum = 1.0 / (counter + 1) if counter is not None else 0.0  # on a GPU, a 0-d array
+            with dispatch.device_of(counter):
+                momentum = 1.0 / (counter + 1) if counter is not None else 0.0  # on a GPU, a 0-d array
         y, saved = batch_norm_forward(
             x,
             self.running_mean if use_running else None,
@@ -145,7 +146,8 @@ class BatchNorm:
             renorm=self.renorm if self.training else None,
         )
         if counter is not None:
-            counter += 1
+            with dispatch.device_of(counter):
+                counter += 1
         return y, saved
 
     def backward(self, dy: Array, saved: Saved | None = None) -> Any:
@@ -165,7 +167,8 @@ class BatchNorm:
         grads = batch_norm_backward(dy, saved, backend=self.backend)
         for name, gradient in (("weight", grads.dweight), ("bias", grads.dbias)):
             if gradient is not None:
-                self.grad[name] = self.grad[name] + gradient if name in self.grad else gradient
+                with dispatch.device_of(gradient):
+                    self.grad[name] = self.grad[name] + gradient if name in self.grad else gradient
         return grads.dx if grads.dresidual is None else (grads.dx, grads.dresidual)
 
     def zero_grad(self) -> None:
@@ -187,19 +190,21 @@ class BatchNorm:
 
     def reset_running_stats(self) -> None:
         """Running mean 0, variance 1, no batches."""
-        if self.running_mean is not None and self.running_var is not None:
-            self.running_mean[...] = 0
-            self.running_var[...] = 1
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked[...] = 0
+        with dispatch.device_of(self.running_mean):
+            if self.running_mean is not None and self.running_var is not None:
+                self.running_mean[...] = 0
+                self.running_var[...] = 1
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked[...] = 0
 
     def reset_parameters(self) -> None:
         """Reset the running statistics; weight 1, bias 0."""
         self.reset_running_stats()
-        if self.weight is not None:
-            self.weight[...] = 1
-        if self.bias is not None:
-            self.bias[...] = 0
+        with dispatch.device_of(self.weight):
+            if self.weight is not None:
+                self.weight[...] = 1
+            if self.bias is not None:
+                self.bias[...] = 0
 
     def init_identity_(self, x: Array) -> BatchNorm:
         """Make the layer the identity (then its activation) on a batch, in training and in evaluation mode.
@@ -215,11 +220,12 @@ class BatchNorm:
             raise ValueError(f"an identity needs weight and bias, got {self!r}")
         spec.check_vector("weight", self.weight, x.shape[spec.check_axis(x.shape, self.channel_axis)])
         moments = batch_moments(x, self.eps, channel_axis=self.channel_axis, backend=self.backend)
-        self.weight[...] = (moments.var + self.eps) ** 0.5
-        self.bias[...] = moments.mean
-        if self.running_mean is not None and self.running_var is not None:
-            self.running_mean[...] = moments.mean
-            self.running_var[...] = moments.var
+        with dispatch.device_of(self.weight):
+            self.weight[...] = (moments.var + self.eps) ** 0.5
+            self.bias[...] = moments.mean
+            if self.running_mean is not None and self.running_var is not None:
+                self.running_mean[...] = moments.mean
+                self.running_var[...] = moments.var
         return self
 
     def state_dict(self) -> dict[str, Array]:

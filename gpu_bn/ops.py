@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gpu_bn.backends.protocol import Backend, Fused, Moments, Saved, Sums
+from gpu_bn.dispatch import device_of
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -55,6 +56,23 @@ def forward(
         backend.check_out(out, x, residual, in_place)
     if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend)):
         return fused.forward(x, spec, running_mean, running_var, weight, bias, residual, out, valid, keep)
+    with device_of(x):
+        return _forward(backend, x, spec, running_mean, running_var, weight, bias, residual, out, valid)
+
+
+def _forward(
+    backend: Backend,
+    x: Array,
+    spec: BatchNormSpec,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array | None,
+    valid: Array | None,
+) -> tuple[Array, Saved]:
+    """:func:`forward`, phase after phase."""
     count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
     tracked = running_mean is not None and running_var is not None
     if spec.batch_stats:
@@ -86,11 +104,18 @@ def forward(
 
 def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
     """The gradients named in ``need``, which names only arguments that the forward call had."""
-    activation, batch_stats = saved.spec.activation, saved.spec.batch_stats
     if saved.renorm is not None:
-        return _renormalized_backward(backend, dy, saved, need)
+        with device_of(dy):
+            return _renormalized_backward(backend, dy, saved, need)
     if 0 not in saved.x.shape and (fused := _fused(backend)):
         return Grads(*fused.backward(dy, saved, need))
+    with device_of(dy):
+        return _backward(backend, dy, saved, need)
+
+
+def _backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
+    """:func:`backward`, phase after phase."""
+    activation, batch_stats = saved.spec.activation, saved.spec.batch_stats
     dx = backend.empty_like(saved.x) if "dx" in need else None
     if math.prod(saved.x.shape) == 0:
         return _empty_grads(backend, saved, dx, need)
@@ -118,6 +143,11 @@ def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) ->
 
 def positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
     """A checked mask as backends take it: bool, dense, of the input's ``shape`` but one channel along ``axis``."""
+    with device_of(mask):
+        return _positions(mask, shape, axis)
+
+
+def _positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
     if mask.ndim < len(shape):
         mask = mask[(slice(None),) * axis + (None,)]
     valid = mask != 0

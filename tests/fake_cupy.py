@@ -39,6 +39,8 @@ PROPERTIES = {
 
 
 DEVICES: list[Device] = []
+GPUS: list[EmulatedGpu] = []
+"""The one in use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,22 @@ class MemoryPointer:
         return memory.reshape(-1).view(np.uint8), self.ptr - memory.ctypes.data
 
 
+class CurrentDevice:
+    """``array.device``: a number, and a context in which it is the current device's."""
+
+    def __init__(self, index: int) -> None:
+        self.id = index
+        self.inside: list[Any] = []
+
+    def __enter__(self) -> CurrentDevice:
+        self.inside.append(GPUS[0].entering(self.id))
+        self.inside[-1].__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.inside.pop().__exit__(None, None, None)
+
+
 class ndarray(np.ndarray):
     """A NumPy array with the attributes by which CuPy's differs."""
 
@@ -77,7 +95,7 @@ class ndarray(np.ndarray):
 
     @property
     def device(self) -> Any:
-        return types.SimpleNamespace(id=self.device_id)
+        return CurrentDevice(self.device_id)
 
     @property
     def data(self) -> Any:
@@ -86,13 +104,32 @@ class ndarray(np.ndarray):
     def get(self) -> np.ndarray:
         return np.array(self)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """As CuPy does: on the current device, where arguments must be and the result is."""
+        given = (*inputs, *options.get("out", ()))
+        _require_current(given)
+        if "out" in options:
+            options["out"] = tuple(array.view(np.ndarray) for array in options["out"])
+        plain = [array.view(np.ndarray) if isinstance(array, ndarray) else array for array in inputs]
+        result = getattr(ufunc, method)(*plain, **options)
+        if "out" in options:
+            return given[len(inputs)]
+        return GPUS[0]._register(np.asarray(result)) if GPUS else result
+
     def __setitem__(self, where: Any, value: Any) -> None:
+        _require_current((self, value))
         super().__setitem__(where, value)
         for device in DEVICES:  # what the host writes, a kernel may read
             device.memory.mark_written(self[where])
 
 
 ndarray.__module__ = "cupy"
+
+
+def _require_current(arguments: tuple[Any, ...]) -> None:
+    """CuPy's own kernels run on the current device, and on another's arrays only where GPUs can access each other."""
+    here = {array.device_id for array in arguments if isinstance(array, ndarray)}
+    assert not GPUS or here <= {GPUS[0].current}, "arithmetic with an array of another device than the current one"
 
 
 SHARED_UNASKED = 48 << 10
@@ -158,8 +195,7 @@ class EmulatedGpu:
 
     def __init__(self, device: Device, arch: int) -> None:
         self.device, self.arch = device, arch
-        DEVICES.clear()
-        DEVICES.append(device)
+        DEVICES[:], GPUS[:] = [device], [self]
         self.kernels: dict[int, Kernel] = {}
         self.allocated: list[weakref.ref] = []
         self.launched: list[str] = []

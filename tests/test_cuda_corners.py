@@ -151,3 +151,56 @@ def test_each_device_has_its_own_kernels_and_counters(tier, make_gpu):
     assert {key[0]: counters.device.id for key, counters in gpu.backend._counters.items()} == (
         {} if tier == "cta" else {0: 0, 1: 1}
     )
+
+
+@pytest.mark.parametrize(
+    "options", [{"mask": True}, {"mask": True, "renorm": (1.2, 0.3)}, {"renorm": (2.0, 1.0), "training": True}], ids=str
+)
+def test_all_is_done_where_the_input_is(options, make_gpu):
+    """Also what CuPy's own kernels do, which run on the current device and refuse another's arrays."""
+    gpu = make_gpu(80)
+    problem = build(Case((4, 6, 5), activation="relu"))
+    keep = rng().random((4, 1, 5)) > 0.3
+    vectors = [getattr(problem, name).copy() for name in ("running_mean", "running_var", "weight", "bias")]
+    call = {"training": True, **options, "activation": "relu"}
+    if "mask" in options:
+        call["mask"] = keep
+    y, saved = gpu_bn.batch_norm_forward(problem.x, *vectors, **call)
+    want = [y, *gpu_bn.batch_norm_backward(problem.dy, saved)[:3], *vectors]
+    with gpu.entering(1):
+        x, dy = gpu.asarray(problem.x), gpu.asarray(problem.dy)
+        theirs = [
+            gpu.asarray(getattr(problem, name).copy()) for name in ("running_mean", "running_var", "weight", "bias")
+        ]
+        if "mask" in options:
+            call["mask"] = gpu.asarray(keep)
+    y, saved = gpu_bn.batch_norm_forward(x, *theirs, **call, backend=gpu.backend)
+    got = [y, *gpu_bn.batch_norm_backward(dy, saved, backend=gpu.backend)[:3], *theirs]
+    assert [array.device.id for array in got] == [1] * len(got)
+    for mine, its in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine.get(), its, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (0, 3)], ids=str)
+def test_a_layer_counts_where_it_is(shape, make_gpu):
+    gpu = make_gpu(80)
+    with gpu.entering(1):
+        norm = gpu_bn.BatchNorm(3, momentum=None, device="cuda")
+        x = gpu.asarray(rng().normal(1, 2, shape).astype(np.float32))
+    for _ in range(2):
+        norm.backward(norm(x))
+    assert norm.num_batches_tracked.device.id == norm.grad["weight"].device.id == 1
+    assert norm.num_batches_tracked.get() == 2
+    if x.size:
+        np.testing.assert_allclose(norm.running_mean.get(), x.get().mean(0), rtol=1e-5)
+
+
+def test_a_momentum_of_another_device_is_refused(make_gpu):
+    gpu = make_gpu(80)
+    x = gpu.asarray(np.ones((4, 3), np.float32))
+    running = [gpu.asarray(np.ones(3, np.float32)) for _ in range(2)]
+    with gpu.entering(1):
+        momentum = gpu.asarray(np.array(0.5))
+    with pytest.raises(ValueError, match="on one GPU, got input on GPU 0, momentum on GPU 1"):
+        gpu_bn.batch_norm(x, *running, training=True, momentum=momentum, backend=gpu.backend)
+    assert not gpu.launched

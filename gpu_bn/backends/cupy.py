@@ -22,7 +22,7 @@ from gpu_bn.backends import cupy_calls as calls
 from gpu_bn.backends._layout import Extent, Layout, extents_overlap
 from gpu_bn.backends.cupy_calls import ABSENT, place, row, tensor, vector
 from gpu_bn.backends.cupy_device import Frame, empty
-from gpu_bn.backends.cupy_draft import Vector
+from gpu_bn.backends.cupy_draft import Vector, check_device
 from gpu_bn.backends.protocol import BackendUnavailableError, Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec, check_overlap
 
@@ -166,7 +166,7 @@ class CupyBackend:
             self.tier, tensor(x), spec.axis, activation.name, _groups(spec), place(valid), bool(spec.batch_stats),
             place(residual), place(out), vector(weight), vector(bias), vector(running_mean), vector(running_var), bits,
         )  # fmt: skip
-        momentum_at, momentum = _momentum(spec.momentum)
+        momentum_at, momentum = _momentum(spec.momentum, x.data.device_id)
         frame = ABSENT | {
             "x": x, "y": out, "residual": residual, "valid": valid, "weight": weight, "bias": bias,
             "running_mean": running_mean, "running_var": running_var, "momentum_at": momentum_at,
@@ -225,7 +225,7 @@ class CupyBackend:
             mean.data.device_id, channels, mean.size // channels, 0 if counts is not None else count,
             tuple(map(vector, vectors.values())),
         )  # fmt: skip
-        momentum_at, value = _momentum(momentum)
+        momentum_at, value = _momentum(momentum, mean.data.device_id)
         call(ABSENT | vectors | {"momentum_at": momentum_at, "momentum": value, "counts": counts})
 
     @_where_it_is
@@ -320,8 +320,10 @@ def _on_device(count: Any) -> bool:
     return isinstance(count, cupy.ndarray)
 
 
-def _momentum(momentum: Any) -> tuple[Array | None, np.float64]:
+def _momentum(momentum: Any, device: int) -> tuple[Array | None, np.float64]:
     """The momentum, where the device finds it or by value."""
     if isinstance(momentum, float):
         return None, np.float64(momentum)
+    if _on_device(momentum):
+        check_device(device, "momentum", momentum.data.device_id)
     return cupy.asarray(momentum, np.float64), np.float64(0)

@@ -69,10 +69,8 @@ class Steps:
                 self.replaced.add(name)
 
     def check_device(self, name: str, device: int) -> None:
-        """An array must be where the input is: kernels get addresses only."""
-        if device != self.device:
-            name = ASKED_AS.get(name, name)
-            raise ValueError(f"expected all arrays on one GPU, got input on GPU {self.device}, {name} on GPU {device}")
+        """An array must be where the input is."""
+        check_device(self.device, ASKED_AS.get(name, name), device)
 
     def gives_back(self, *names: str) -> None:
         """Copy outputs to the arrays given, where a kernel could not write those."""
@@ -308,6 +306,12 @@ class Draft(Steps):
     def _counters(self, plan: LaunchPlan) -> None:
         if plan.counters:
             self.steps.append(Counters(plan))
+
+
+def check_device(expected: int, name: str, device: int) -> None:
+    """An array must be on the input's device: kernels get addresses only."""
+    if device != expected:
+        raise ValueError(f"expected all arrays on one GPU, got input on GPU {expected}, {name} on GPU {device}")
 
 
 def _layout(shape: Shape, strides: Shape, itemsize: int, axis: int) -> Layout:
