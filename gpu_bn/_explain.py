@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from gpu_bn.activations import Activation
@@ -138,7 +139,7 @@ def explain(
             a shape, it may be left out: the array's, or ``float32``.
         layout: how the axes lie in memory: ``nchw``, channels second, ``nhwc``, channels last, or ``nc`` for 2 axes.
             An array that has strides, as those of NumPy, CuPy and torch have, is asked for its own instead.
-        device: a name of :data:`gpu_bn.plan.DEVICES`, or a ``Device``.
+        device: a key of :data:`gpu_bn.plan.DEVICES` or a name in it, or a ``Device``.
         activation, residual, training: as in :func:`gpu_bn.batch_norm`.
 
     Raises:
@@ -205,7 +206,8 @@ def device_of(device: Device | str) -> Device:
     """A device, or the one that a name stands for."""
     if isinstance(device, Device):
         return device
-    found = DEVICES.get(device.lower()) if isinstance(device, str) else None
+    names = {name: found for key, found in DEVICES.items() for name in (key, found.name.lower())}
+    found = names.get(device.lower()) if isinstance(device, str) else None
     if found is None:
         raise ValueError(f"unknown device {device!r}, expected a gpu_bn.plan.Device or one of {', '.join(DEVICES)}")
     return found
@@ -227,7 +229,7 @@ def dtype_of(dtype: Any) -> str:
 def shape_of(shape: Any) -> tuple[int, ...]:
     """A shape, checked."""
     try:
-        found = tuple(int(size) for size in shape)
+        found = tuple(index(size) for size in shape)
     except (TypeError, ValueError):
         raise TypeError(f"expected an array, or a shape such as (32, 64, 56, 56), got {shape!r}") from None
     if not 2 <= len(found) <= 5:

@@ -187,8 +187,10 @@ def load(name: str, library: str | None = None) -> Backend:
     try:
         backend: Backend = import_module(row.module).backend()
     except ImportError as error:
+        missing = str(error.name).partition(".")[0]
+        extra = {"triton": "torch"}.get(missing, missing if missing in row.packages else row.packages[0])
         raise BackendUnavailableError(
-            f"backend {name!r} cannot be used: {error}; install it with pip install 'gpu_bn[{row.library}]'"
+            f"backend {name!r} cannot be used: {error}; install it with pip install 'gpu_bn[{extra}]'"
         ) from error
     except RuntimeError as error:
         raise BackendUnavailableError(f"backend {name!r} cannot be used: {error}") from None

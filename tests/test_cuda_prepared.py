@@ -178,6 +178,17 @@ def test_a_refused_call_is_refused_again_and_changes_nothing(make_gpu):
     assert gpu.launched
 
 
+def test_a_compiler_that_fails_says_why_and_what_may_help(make_gpu):
+    """With NVRTC's log."""
+    gpu = make_gpu(80)
+    gpu.edit_source = lambda source: source.replace("block_sum", "block_sun", 1)
+    with pytest.raises(BackendUnavailableError) as caught:
+        gpu_bn.batch_norm(gpu.asarray(numbers()["x"]), training=True, backend=gpu.backend)
+    text = str(caught.value)
+    for said in ('identifier "block_sum" is undefined', "pip install 'gpu_bn[cupy]'", "update CuPy", "NVIDIA driver"):
+        assert said in text
+
+
 def test_a_split_call_compiles_everything_before_it_launches(make_gpu):
     gpu = make_gpu(80, "split")
     call = sent(gpu, numbers())

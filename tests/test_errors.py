@@ -111,6 +111,29 @@ def test_a_backend_that_cannot_be_had_says_why(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("missing", "name", "library", "extra"),
+    [
+        ("triton", "triton", "torch", "torch"),
+        ("cupy", "cupy", "torch", "cupy"),
+        ("torch", "cupy", "torch", "torch"),
+        ("cupy", "cupy", "cupy", "cupy"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_what_installs_it(missing, name, library, extra, monkeypatch, make_gpu):
+    pytest.importorskip("torch")
+    make_gpu(80)
+    mine = "gpu_bn.backends.cupy", "gpu_bn.backends.triton"
+    for module in [found for found in sys.modules if found.startswith(mine)]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, missing, None)
+    dispatch.load.cache_clear()
+    text = rf"backend '{name}' cannot be used: .*{missing}.*; install it with pip install 'gpu_bn\[{extra}\]'"
+    with pytest.raises(gpu_bn.BackendUnavailableError, match=text):
+        dispatch.load(name, library)
+    dispatch.load.cache_clear()
+
+
+@pytest.mark.parametrize(
     ("device", "backend", "error", "text"),
     [
         ("cpu", "triton", ValueError, "backend 'triton' serves arrays of type torch.Tensor on cuda, got .* on cpu"),

@@ -122,6 +122,12 @@ def test_a_device_of_ones_own():
     assert gpu_bn.explain(SHAPE, device="H100").device is plan.DEVICES["h100"]
 
 
+@pytest.mark.parametrize("device", plan.DEVICES.values(), ids=lambda device: device.name)
+def test_a_device_has_the_name_that_is_printed(device):
+    assert gpu_bn.explain(SHAPE, device=device.name).device is device
+    assert gpu_bn.explain((np.int64(8), 8), device=device.name.lower()).device is device
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(2.5, "2.5 s"), (1e-3, "1 ms"), (18.77e-6, "18.77 us"), (9.12e-7, "912 ns"), (0.0, "0 ns")]
 )
@@ -138,6 +144,7 @@ def test_narrow_vectors_are_explained():
     [
         ((7,), TypeError, "expected an array, or a shape such as"),
         (("32x64",), TypeError, "expected an array, or a shape such as"),
+        (((2.5, 8),), TypeError, r"expected an array, or a shape such as .*, got \(2.5, 8\)"),
         (((8,),), ValueError, "2 to 5 axes, got 1"),
         (((8, 0),), ValueError, r"no empty axis, got \(8, 0\)"),
         (((8, 8), "int8"), TypeError, "one of float16, bfloat16, float32, float64, got 'int8'"),
