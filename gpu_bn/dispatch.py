@@ -159,8 +159,13 @@ def differentiable(array: Any, backend: str | Backend | None) -> ModuleType | No
 
 def device_of(array: Any) -> AbstractContextManager[Any]:
     """A context in which CuPy's own kernels run where an array is; for other libraries, which need none, nothing."""
+    return array.device if is_cupy(array) else _NOWHERE
+
+
+def is_cupy(array: Any) -> bool:
+    """Whether it is an array of CuPy's."""
     kind: Any = type(array)
-    return array.device if _is_cupy(kind) else _NOWHERE
+    return _is_cupy(kind)
 
 
 _NOWHERE = nullcontext()

@@ -251,7 +251,8 @@ class BatchNorm:
             if value.shape != own[name].shape:
                 raise ValueError(f"state of {self!r}: {name} should have shape {own[name].shape}, got {value.shape}")
         for name, value in values.items():
-            own[name][...] = value
+            with dispatch.device_of(own[name]):
+                own[name][...] = value
 
     def __repr__(self) -> str:
         text = (
@@ -267,15 +268,20 @@ class BatchNorm:
 
 
 def _like(name: str, own: Array, value: Any) -> Array:
-    """An array of ``own``'s dtype, brought to the host if it is to be copied to an array there."""
+    """An array of ``own``'s library and dtype."""
     if hasattr(value, "detach"):  # a torch tensor: NumPy takes none that requires a gradient, and no bfloat16
         value = value.detach().to("cpu")
         value = value.double().numpy() if value.is_floating_point() else value.numpy()
-    if isinstance(value, np.ndarray) or not hasattr(value, "get"):
+    if not dispatch.is_cupy(value):
         value = np.asarray(value)
-    elif isinstance(own, np.ndarray):
+    elif not dispatch.is_cupy(own):
         value = value.get()
     try:
-        return value.astype(own.dtype)
+        with dispatch.device_of(value):
+            value = value.astype(own.dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} should be numbers that {own.dtype} can hold: {error}") from None
+    if dispatch.is_cupy(value) or not dispatch.is_cupy(own):
+        return value
+    with dispatch.device_of(own):  # CuPy's arrays do not take NumPy's
+        return dispatch.load("cupy").xp.asarray(value)  # type: ignore[attr-defined]

@@ -102,12 +102,15 @@ class ndarray(np.ndarray):
         return MemoryPointer(self, self.device_id, self.ctypes.data)
 
     def get(self) -> np.ndarray:
-        return np.array(self)
+        """In C order, whatever the array's."""
+        return np.array(self, order="C")
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """As CuPy does: on the current device, where arguments must be and the result is."""
         given = (*inputs, *options.get("out", ()))
         _require_current(given)
+        if any(type(array) is np.ndarray and array.ndim for array in given):
+            raise TypeError("Unsupported type <class 'numpy.ndarray'>")
         if "out" in options:
             options["out"] = tuple(array.view(np.ndarray) for array in options["out"])
         plain = [array.view(np.ndarray) if isinstance(array, ndarray) else array for array in inputs]
@@ -118,6 +121,8 @@ class ndarray(np.ndarray):
 
     def __setitem__(self, where: Any, value: Any) -> None:
         _require_current((self, value))
+        if type(value) is np.ndarray and value.ndim:
+            raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
         super().__setitem__(where, value)
         for device in DEVICES:  # what the host writes, a kernel may read
             device.memory.mark_written(self[where])

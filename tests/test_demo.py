@@ -1,5 +1,6 @@
 """The demo: its network's gradients, what it measures, what it claims, and one short run of it all."""
 
+import sys
 from itertools import islice
 
 import numpy as np
@@ -180,3 +181,19 @@ def test_tables_have_a_row_for_the_first_and_the_last_record():
 def test_the_typical_unit_wanders_the_median_way():
     medians = np.array([[0, 0, 0], [5, 1, 2], [5, 2, 4]])
     assert typical_unit(np.stack([medians] * 3, 1)) == 2
+
+
+@pytest.mark.compile
+def test_networks_can_be_on_a_gpu(make_gpu):
+    """With CuPy, the default where it can be had: the layers have its arrays."""
+    make_gpu(80)
+    cupy, x = sys.modules["cupy"], np.random.default_rng(0).uniform(0, 1, (12, 64)).astype(np.float32)
+    cupy.tanh = np.tanh
+    for variant in VARIANTS:
+        ours, theirs = (Network.create(variant, np.random.default_rng(0), *options) for options in ((), (cupy, "cupy")))
+        if variant == "none":
+            ours, theirs = ours.with_identity_norms(x), theirs.with_identity_norms(cupy.asarray(x), "cupy")
+        scores = theirs.forward(cupy.asarray(x))
+        np.testing.assert_allclose(scores.get(), ours.forward(x), atol=1e-4)
+        np.testing.assert_allclose(theirs.backward(scores).get(), ours.backward(ours.forward(x)), atol=1e-4)
+        theirs.descend(0.1)

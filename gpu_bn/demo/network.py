@@ -94,7 +94,9 @@ class Network:
         if variant == "none":
             return cls(linears, [Sigmoid(xp) for _ in SIZES[1:-1]], xp)
         norms = [
-            BatchNorm(units, affine=variant == "learned", activation="sigmoid", backend=backend)
+            BatchNorm(
+                units, affine=variant == "learned", device=_device(backend), activation="sigmoid", backend=backend
+            )
             for units in SIZES[1:-1]
         ]
         return cls(linears, norms, xp)
@@ -102,7 +104,9 @@ class Network:
     def with_identity_norms(self, x: Array, backend: str | None = None) -> Network:
         """This network (without BN) with BN inserted that is the identity on the batch ``x`` (N, pixels)."""
         norms = [
-            BatchNorm(seen.raw.shape[1], activation="sigmoid", backend=backend).init_identity_(seen.raw)
+            BatchNorm(seen.raw.shape[1], device=_device(backend), activation="sigmoid", backend=backend).init_identity_(
+                seen.raw
+            )
             for seen in self.watch(x)
         ]
         return Network(self.layers[::2], norms, self.xp)
@@ -163,3 +167,8 @@ def cross_entropy(xp: Any, scores: Array, labels: Array) -> tuple[float, Array]:
     gradient = xp.exp(shifted - log_sum)
     gradient[rows, labels] -= 1
     return loss, gradient / len(labels)
+
+
+def _device(backend: str | None) -> str | None:
+    """Where the layers' arrays are."""
+    return "cuda" if backend == "cupy" else None

@@ -73,7 +73,9 @@ def _to_cupy(array: Array) -> Array:
 
 
 def _from_cupy(array: Array) -> Array:
-    return array.get()
+    """In the array's memory order, which CuPy's own ``get`` does not keep."""
+    order = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+    return array.transpose(order).get().transpose(np.argsort(order))
 
 
 ADAPTERS: dict[str, Adapter] = {
