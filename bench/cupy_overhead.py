@@ -14,7 +14,7 @@ import sys
 import time
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -104,13 +104,16 @@ def rows() -> dict[str, Callable[[], Any]]:
 
     x = ndarray((2, 8, 4, 4), np.float32)
     vectors = [ndarray((8,), np.float32) for _ in range(4)]
-    _, saved = gpu_bn.batch_norm_forward(x, *vectors, training=True)
+    y, saved = gpu_bn.batch_norm_forward(x, *vectors, training=True)
+    out = ndarray(y.shape, y.dtype)
+    out._data = MemoryPointer(1 << 21)
     return {
         "forward, evaluation": lambda: gpu_bn.batch_norm(x, *vectors),
         "forward, training": lambda: gpu_bn.batch_norm(x, *vectors, training=True),
         "forward, training, relu and residual": lambda: gpu_bn.batch_norm(
             x, *vectors, training=True, residual=x, activation="relu"
         ),
+        "forward, training, given an output": lambda: gpu_bn.batch_norm(x, *vectors, training=True, out=out),
         "backward": lambda: gpu_bn.batch_norm_backward(x, saved),
     }
 
@@ -126,19 +129,32 @@ def microseconds(call: Callable[[], Any], seconds: float) -> float:
     return 1e6 * best
 
 
+def below(limit: float, tries: Iterator[float]) -> Iterator[float]:
+    """The tries up to the first below a limit: a machine may be busy for a while."""
+    for found in tries:
+        yield found
+        if found < limit:
+            return
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure and print; the exit code is 1 if a row is not below the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each row")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--limit", type=float, default=float("inf"), help="microseconds, with five tries for each row")
+    options = parser.parse_args()
     sys.modules["cupy"] = stand_in()
     print(f"{'microseconds a call, the best of batches of 100':50}{'allocations':>12}{'views':>7}{'launches':>10}")
+    missed = False
     for name, call in rows().items():
         call()
         CALLS.clear()
         call()
         counts = [CALLS[what] for what in ("allocations", "views", "launches")]
-        print(f"{name:40}{microseconds(call, seconds):10.1f}{counts[0]:12}{counts[1]:7}{counts[2]:10}")
+        best = min(below(options.limit, (microseconds(call, options.seconds) for _ in range(5))))
+        missed |= best >= options.limit
+        print(f"{name:40}{best:10.1f}{counts[0]:12}{counts[1]:7}{counts[2]:10}")
+    sys.exit(missed)
 
 
 if __name__ == "__main__":
