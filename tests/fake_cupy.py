@@ -109,8 +109,6 @@ class ndarray(np.ndarray):
         """As CuPy does: on the current device, where arguments must be and the result is."""
         given = (*inputs, *options.get("out", ()))
         _require_current(given)
-        if any(type(array) is np.ndarray and array.ndim for array in given):
-            raise TypeError("Unsupported type <class 'numpy.ndarray'>")
         if "out" in options:
             options["out"] = tuple(array.view(np.ndarray) for array in options["out"])
         plain = [array.view(np.ndarray) if isinstance(array, ndarray) else array for array in inputs]
@@ -193,6 +191,23 @@ class Stream:
 
     def end_capture(self) -> None:
         self.capturing = False
+
+
+class MadeStreams:
+    """``cupy.cuda.Stream``."""
+
+    def __init__(self, gpu: EmulatedGpu) -> None:
+        self.gpu = gpu
+
+    def __call__(self, non_blocking: bool = False) -> Stream:
+        del non_blocking
+        return Stream(self.gpu)
+
+    def from_external(self, stream: Any) -> Stream:
+        """Another library's, by CUDA's stream protocol."""
+        version, ptr = stream.__cuda_stream__()
+        assert version == 0
+        return Stream(self.gpu, ptr)
 
 
 class EmulatedGpu:
@@ -302,8 +317,7 @@ class EmulatedGpu:
         cupy.stack = lambda arrays: self._register(np.stack(arrays))
         cupy.cuda = types.SimpleNamespace(
             Device=self.entering,
-            Stream=lambda non_blocking=False: Stream(self),  # noqa: ARG005
-            ExternalStream=lambda ptr: Stream(self, ptr),
+            Stream=MadeStreams(self),
             get_current_stream=lambda: self.stream,
             driver=types.SimpleNamespace(
                 launchCooperativeKernel=self.launch_cooperative,

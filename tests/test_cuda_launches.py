@@ -121,7 +121,7 @@ def test_vectors_may_begin_at_any_byte(options, make_gpu):
 
     def moved(array):
         copy = gpu.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype)
-        copy[...] = array
+        copy[...] = gpu.asarray(array)
         return copy
 
     problem = build(Case((4, 6, 5)))

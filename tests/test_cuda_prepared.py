@@ -43,7 +43,7 @@ def both(backend, dy, **call):
 def moved(gpu, array):
     """A copy at an address where no vector begins."""
     copy = gpu.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
-    copy[...] = array
+    copy[...] = gpu.asarray(array)
     return copy
 
 
@@ -242,6 +242,15 @@ def test_what_is_saved_is_seen_only_when_asked_for(make_gpu):
     got = gpu_bn.batch_norm_backward(dy, doubled, backend=gpu.backend)
     np.testing.assert_allclose(got.dx, 2 * np.array(want.dx), rtol=1e-5, atol=1e-6)
     assert np.array_equal(got.dbias, want.dbias)
+
+
+def test_more_blocks_than_a_launch_may_have_are_refused(make_gpu):
+    """CuPy itself would cut the number to 32 bits."""
+    gpu = make_gpu(80)
+    shape, itemsize = (1 << 21, 1 << 11, 2), 2
+    strides = (itemsize << 12, itemsize << 1, itemsize)
+    with pytest.raises(ValueError, match="launches of less than 2\\*\\*31 blocks, got 4294967296"):
+        gpu.backend._stats(None, (0, shape, np.dtype(np.float16), strides, 0), 1, 1 << 21, None)
 
 
 def test_rows_longer_than_the_kernels_can_count_are_refused(make_gpu):

@@ -339,6 +339,8 @@ def _leads(axis: int, layout: Layout) -> bool:
 def _geometry(plan: LaunchPlan, groups: int = 1) -> tuple[Any, ...]:
     tiling = plan.tiling
     inner = (tiling.c if tiling.columns else tiling.s) // tiling.vector
+    if plan.grid >= 1 << 31:
+        raise ValueError(f"expected launches of less than 2**31 blocks, got {plan.grid}")
     if inner >= 1 << 32:
         raise ValueError(f"expected rows of less than 2**32 vectors, got {inner} vectors of {tiling.vector} elements")
     return (

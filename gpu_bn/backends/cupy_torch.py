@@ -45,9 +45,19 @@ class CupyForTorch:
         with ExitStack() as stack:
             if tensor.is_cuda:
                 stack.enter_context(cupy.cuda.Device(tensor.device.index))
-            stack.enter_context(cupy.cuda.ExternalStream(torch.cuda.current_stream(tensor.device).cuda_stream))
+            stack.enter_context(cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(tensor.device))))
             result = getattr(self.inner, method)(*[views.of(argument) for argument in arguments])
             return views.back(result)
+
+
+class _Stream:
+    """torch's stream by CUDA's stream protocol, which not all versions of torch speak."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream.cuda_stream
 
 
 class _Views:
