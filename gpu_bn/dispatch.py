@@ -6,7 +6,6 @@ importing. A backend's module, which alone imports its library, is loaded when t
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -155,26 +154,6 @@ def differentiable(array: Any, backend: str | Backend | None) -> ModuleType | No
     kind: Any = type(array)
     rows = _rows_of_type(kind)
     return import_module(rows[0].differentiable) if rows and rows[0].differentiable else None
-
-
-def device_of(array: Any) -> AbstractContextManager[Any]:
-    """A context in which CuPy's own kernels run where an array is; for other libraries, which need none, nothing."""
-    return array.device if is_cupy(array) else _NOWHERE
-
-
-def is_cupy(array: Any) -> bool:
-    """Whether it is an array of CuPy's."""
-    kind: Any = type(array)
-    return _is_cupy(kind)
-
-
-_NOWHERE = nullcontext()
-
-
-@cache
-def _is_cupy(kind: type) -> bool:
-    rows = _rows_of_type(kind)
-    return bool(rows) and rows[0].library == "cupy"
 
 
 @cache

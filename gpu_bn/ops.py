@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gpu_bn.backends.protocol import Backend, Fused, Moments, Saved, Sums
-from gpu_bn.dispatch import device_of
-from gpu_bn.spec import BatchNormSpec
+from gpu_bn.spec import BatchNormSpec, device_of
 
 Array = Any
 

@@ -28,6 +28,7 @@ from the running statistics before the update, ``sd = sqrt(var + eps)``, and bot
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
@@ -266,3 +267,22 @@ def dtype_name(array: Array) -> str:
 @cache
 def _dtype_name(dtype: Any) -> str:
     return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+
+
+def device_of(array: Any) -> AbstractContextManager[Any]:
+    """A context in which CuPy's own kernels run where an array is; for other libraries, which need none, nothing."""
+    return array.device if is_cupy(array) else _NOWHERE
+
+
+_NOWHERE = nullcontext()
+
+
+def is_cupy(array: Any) -> bool:
+    """Whether it is an array of CuPy's."""
+    kind: Any = type(array)
+    return _is_cupy(kind)
+
+
+@cache
+def _is_cupy(kind: Any) -> bool:
+    return any((base.__module__, base.__qualname__) == ("cupy", "ndarray") for base in kind.__mro__)
