@@ -1,5 +1,7 @@
 """What all tests share: the backends under test, the emulator's fixtures, and settings put back after each test."""
 
+import sys
+
 import hypothesis
 import pytest
 from cupy_on_emulator import make_gpu
@@ -33,3 +35,10 @@ def _keep_num_threads():
     threads = gpu_bn.get_num_threads()
     yield
     gpu_bn.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    """Or else what a test draws depends on the tests that its process has run before."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)

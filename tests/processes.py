@@ -13,12 +13,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+TIMEOUT = 280  # seconds, for a hang: a busy machine may take its time, and pytest ends a test after 300
 
 
-def launch(world, module, names, folder, timeout=120):
+def launch(world, module, names, folder):
     """What each process's functions returned, by rank; with an error of one, an assertion error."""
     processes = start(world, module, names, folder)
-    outputs = finish(processes, timeout)
+    outputs = finish(processes)
     if any(process.returncode for process in processes):  # the first to fail ends the others
         raise AssertionError(min(outputs, key=lambda output: "closed by peer" in output or not output))
     return results(world, folder)
@@ -66,10 +67,11 @@ def start(world, module, names, folder):
     ]
 
 
-def finish(processes, timeout):
+def finish(processes):
     """What they print; none outlives this."""
+    end = time.monotonic() + TIMEOUT
     try:
-        return [process.communicate(timeout=timeout)[0] for process in processes]
+        return [process.communicate(timeout=end - time.monotonic())[0] for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:
@@ -88,7 +90,7 @@ def main(module, folder, rank, world, *names):
         init_method=f"file://{folder}/store",
         rank=int(rank),
         world_size=int(world),
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=TIMEOUT),
     )
     found = {}
     for name in names:

@@ -295,10 +295,10 @@ def caught(call):
 
 
 def silent(rank, world):
-    """One process does not take part."""
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    """One process does not take part; in what is next, its first collective call meets the others after their error."""
+    group = dist.new_group()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)  # only now: processes may come late to a group
     if rank == world - 1:
-        time.sleep(4)
         return None
     return caught(lambda: nn.SyncBatchNorm(3, process_group=group)(torch.randn(4, 3)))
 

@@ -115,7 +115,7 @@ def test_compiled_whole_with_the_same_bits(two):
 
 @pytest.mark.slow
 def test_compiled_by_inductor(tmp_path):
-    for result in launch(2, "sync_scenarios", ["by_inductor"], tmp_path, timeout=280):
+    for result in launch(2, "sync_scenarios", ["by_inductor"], tmp_path):
         eager, compiled = result["by_inductor"]
         assert_close(compiled, eager)
 
@@ -201,7 +201,7 @@ def three(tmp_path_factory):
 
     def run(folder):
         names = ["troubles", "silent", "killed"]
-        (folder / "output").write_text("\n".join(finish(start(3, "sync_scenarios", names, folder), 120)))
+        (folder / "output").write_text("\n".join(finish(start(3, "sync_scenarios", names, folder))))
 
     folder = once(tmp_path_factory, "three", run)
     found = results(3, folder)
@@ -251,7 +251,7 @@ def test_a_process_that_is_gone_is_an_error_in_time(three, what):
     for result in three[:2]:
         text, seconds = result[what]
         assert text.startswith("SyncBatchNorm: a process of the group has ended, or did not answer within its timeout")
-        assert seconds < 10
+        assert seconds < 60
 
 
 # ------------------------------------------------------------------------------------------------- in one process

@@ -71,6 +71,7 @@ def test_the_example_of_several_processes(tmp_path):
     assert command[0] == "torchrun"  # which is the module's main function
     run = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment["PET_LOCAL_ADDR"] = "localhost"  # the machine's own name, torchrun's choice, may not resolve
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
     digits = "".join(done.stdout.split())  # the two write at once: "11\n\n" may come in place of "1\n1\n"
