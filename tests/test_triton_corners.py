@@ -136,6 +136,16 @@ def test_offsets_are_of_64_bits_from_the_first_that_32_do_not_hold(n, wide):
     assert Geometry.of(plan_once(Work(n, 1 << 10, 1 << 20, 2), DEVICES["h100"])).wide == wide
 
 
+@pytest.mark.parametrize(
+    ("work", "groups"),
+    [(Work(1, 1, 2**31 - 1, 4), 1), (Work(2, 768, 1, 2), 2**20)],
+    ids=["the end of the last share", "partial results of many groups"],
+)
+def test_numbers_beside_offsets_are_of_64_bits_where_32_do_not_hold_them(work, groups):
+    """Although all offsets would be."""
+    assert Geometry.of(plan_once(work, DEVICES["h100"]), groups).wide
+
+
 # --------------------------------------------------------------------------------------------------------- statistics
 @pytest.mark.parametrize(("dtype", "scale"), [("float32", 1), ("float32", 1e20), ("float16", 1)])
 def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(dtype, scale, compile_triton):
