@@ -148,7 +148,11 @@ def run(gpu, problem: Problem, valid: np.ndarray | None, groups: int = 1) -> dic
     names = ("running_mean", "running_var", "weight", "bias", "residual")
     sent = [None if (a := getattr(problem, name)) is None else send(a.copy("K")) for name in names]
     y, saved = gpu.backend.forward(
-        send(problem.x), spec_of(problem, groups), *sent, None, valid=None if valid is None else send(valid)
+        send(problem.x),
+        spec_of(problem, groups),
+        *sent,
+        None,
+        valid=send(valid) if type(valid) is np.ndarray else valid,
     )
     need = EVERYTHING - {f"d{name}" for name, array in zip(names, sent, strict=True) if array is None}
     grads = gpu.backend.backward(send(problem.dy), saved, need)

@@ -3,12 +3,13 @@
 import os
 import shutil
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpu_bn.testing import Problem
+from gpu_bn.testing import Case, Problem, build
 
 needs_a_compiler = pytest.mark.skipif(
     not (shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()),
@@ -43,6 +44,14 @@ def make_problem(x, **options):
         "channel_axis": 1,
     }
     return Problem(**(fields | options))
+
+
+def far_from_zero(activation):
+    """A problem with frozen statistics and ``z`` up to where exp overflows and beyond."""
+    problem = build(Case((1, 1, 1024), activation=activation, mode="eval"))
+    z = np.concatenate([np.linspace(-120, 120, 1019), [-1e30, -1e4, 0, 1e4, 1e30]]).astype(np.float32)
+    numbers = {"running_mean": 0, "running_var": 1, "weight": 1, "bias": 0}
+    return replace(problem, x=z.reshape(1, 1, -1), **{k: np.full(1, v, np.float32) for k, v in numbers.items()})
 
 
 def running_pair(channels, dtype=np.float32):

@@ -8,9 +8,10 @@ import fake_cupy
 import numpy as np
 import pytest
 from emulator import Checks, Device
-from support import rng, same_bits
+from support import far_from_zero, rng, same_bits
 
 import gpu_bn
+from gpu_bn.activations import ROWS
 from gpu_bn.testing import Case, build, check
 
 pytestmark = pytest.mark.compile
@@ -73,6 +74,11 @@ def test_an_activation_has_its_parameter_in_float64(tier, mode, make_gpu):
     check(Case((4, 6, 5), "float64", activation="leaky_relu", mode=mode), make_gpu(80, tier).backend)
 
 
+def test_ghost_batches_are_added_up_in_float64(make_gpu):
+    """Their running statistics, momentum included, and the gradients of the parameters."""
+    check(Case((4, 6, 5), "float64", virtual_batch_size=2), make_gpu(80).backend)
+
+
 @pytest.mark.parametrize("value", [np.float64(0.25), np.float32(0.25), np.float16(0.25), np.int64(1)], ids=repr)
 @pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 2}], ids=str)
 def test_momentum_may_be_a_number_on_the_device(options, value, make_gpu):
@@ -104,12 +110,49 @@ def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(scale, make_gpu)
     check(replace(problem, x=x.reshape(4, 1, 4096) * np.float32(scale)), make_gpu(80, "cta").backend)
 
 
+def test_a_channel_of_one_large_number_is_not_scaled(make_gpu):
+    """All squares are zero, but there is nothing to be made larger."""
+    problem = build(Case((3, 4, 41, 8), mode="train_no_stats"))
+    check(replace(problem, x=np.full_like(problem.x, 1e20)), make_gpu(80, "cta").backend)
+
+
 def test_the_first_shift_is_a_mean_and_no_sum(make_gpu):
     """The sum of its samples would overflow."""
     gpu = make_gpu(80, "cta")
     x = rng().normal(1e38, 1e37, (3, 4, 41, 8)).astype(np.float32)
     y = gpu_bn.batch_norm(gpu.asarray(x), training=True, backend=gpu.backend)
     np.testing.assert_allclose(y, gpu_bn.batch_norm(x, training=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("tier", ["cta", "split"])
+def test_numbers_that_cancel_and_whose_squares_underflow_are_no_zeros(tier, make_gpu):
+    """The first sweep finds zero for all that it sums."""
+    problem = build(Case((4, 2, 8), mode="train_no_stats", eps=1e-50))
+    x = np.resize(np.array([1e-20, -1e-20], np.float32), problem.x.shape)
+    check(replace(problem, x=x), make_gpu(80, tier).backend)
+
+
+def test_small_numbers_that_follow_a_large_one_are_not_lost(make_gpu, monkeypatch):
+    """Each thread sums 64 vectors, a 1 first: float32 alone would lose all others, so that its chains are short.
+
+    In the first two channels the others are too small for x and dy to be added, in the last two for squares.
+    """
+    monkeypatch.setitem(fake_cupy.PROPERTIES, 80, fake_cupy.PROPERTIES[80] | {"multiProcessorCount": 1})
+    problem = build(Case((1, 4, 1 << 16), mode="train_no_stats"))
+    numbers = np.full((4, 64, 1024), 2.0**-24 / 10, np.float32)
+    numbers[2:] = 1943 * 2.0**-23
+    numbers[:, 0] = 1
+    numbers[:, ::8, :4] = 0  # what the first shift is the mean of
+    numbers = numbers.reshape(problem.x.shape)
+    gpu = make_gpu(80, "split", Device(checks=Checks(races=False)))
+    check(replace(problem, x=numbers, dy=numbers), gpu.backend)
+
+
+# ------------------------------------------------------------------------------------------------------ activations
+@pytest.mark.parametrize("activation", ROWS)
+def test_activations_far_from_zero(activation, make_gpu):
+    """No overflow on the way to a small number, and none of its digits lost."""
+    check(far_from_zero(activation), make_gpu(80).backend)
 
 
 # ------------------------------------------------------------------------------------------------ frozen statistics

@@ -177,7 +177,7 @@ template <bool COLUMNS> __device__ void seek_and_step(
   const Geometry g = GEOMETRY;
   const Tile<L> tile(g, strip, rank);
   Cursor cursor = tile.seek(first), back = tile.seek(first + tile.step);
-  i64* own = out + threadIdx.x * 6;
+  i64* own = out + threadIdx.x * 7;
   own[0] = tile.seek(first + threadIdx.x / lanes).offset;
   own[1] = cursor.offset;
   tile.template advance<false>(cursor);
@@ -187,6 +187,7 @@ template <bool COLUMNS> __device__ void seek_and_step(
   own[4] = (i64)tile.elements();
   const Selection<L> selection = {flags - flag, nullptr};
   own[5] = selection.at(tile, first).count();
+  own[6] = tile.origin();
 }
 extern "C" __global__ void seek_rows(
     i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
@@ -212,7 +213,9 @@ GEOMETRIES = {
 CUTS = {
     "rows": [("return {(n * g.channels + strip) * g.inner + rest, rest};",
               "return {(i64)(((u32)n * g.channels + strip) * g.inner + rest), rest};")],
-    "long rows": [("const i64 gap = (i64)(g.channels - 1) * g.inner;", "const i64 gap = (g.channels - 1) * g.inner;")],
+    "long rows": [
+        ("(i64)strip * g.inner); }", "strip * g.inner); }"),
+        ("const i64 gap = (i64)(g.channels - 1) * g.inner;", "const i64 gap = (g.channels - 1) * g.inner;")],
     "one long row": [("return {(n * g.channels + strip) * g.inner + rest, rest};",
                       "return {(i64)(int)((n * g.channels + strip) * g.inner + rest), rest};")],
     "more positions than 32 bits": [
@@ -233,7 +236,7 @@ def seek_errors(source: str, name: str, compile_cuda) -> int:
     start = group * positions * (inner if columns else channels)
     kernel = compile_cuda(source + SEEK, 80, _cuda.OPTIONS)["seek_columns" if columns else "seek_rows"]
     device = Device()
-    out, flags = device.empty((256, 6), np.int64), np.array([1, 0, 1, 1], np.uint8)
+    out, flags = device.empty((256, 7), np.int64), np.array([1, 0, 1, 1], np.uint8)
     wide = [np.int64(value) if at == 4 else np.uint32(value) for at, value in enumerate(geometry)]
 
     def offset(position: int, lane: int) -> int:
@@ -249,7 +252,8 @@ def seek_errors(source: str, name: str, compile_cuda) -> int:
     counted = int(flags[:per_position].sum())
     want = [
         (offset(begin + t // lanes, t % lanes), offset(begin, t % lanes), offset(begin + step, t % lanes),
-         offset(begin, t % lanes), positions * per_position, counted)
+         offset(begin, t % lanes), positions * per_position, counted,
+         start + strip * (lanes if columns else inner) + (t % lanes if columns else 0))
         for t in range(256)
     ]  # fmt: skip
     assert max(map(max, want)) * 16 >= 1 << 32
@@ -264,7 +268,7 @@ def test_offsets_beyond_32_bits(name, compile_cuda, caught_faults):
         assert old in source
         wrong = seek_errors(source.replace(old, new), name, compile_cuda)
         assert wrong > 0
-        caught_faults[f"CUDA: offset cut to 32 bits, {name}"] = f"wrong result: {wrong} of 1536 numbers"
+        caught_faults[f"CUDA: offset cut to 32 bits, {name}"] = f"wrong result: {wrong} of 1792 numbers"
 
 
 def test_the_place_of_a_flag_beyond_32_bits(compile_cuda):

@@ -78,6 +78,16 @@ def test_a_stream_keeps_its_counters(make_gpu):
     assert counters[3] is counters[1]
 
 
+def test_a_stream_gets_more_counters_when_it_asks_for_more(make_gpu):
+    """Strips of a split launch may be any number."""
+    gpu = make_gpu(80)
+    many = gpu.backend.counters(8).size + 1
+    counters = gpu.backend.counters(many)
+    assert counters.size >= many
+    assert not counters.any()
+    assert gpu.backend.counters(8) is counters
+
+
 @pytest.mark.parametrize("tier", ["cooperative", "split"])
 def test_what_is_captured_counts_from_zero_whatever_runs_on_the_stream(tier, make_gpu):
     """The graph may be launched at any time, on any stream."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emulator import Checks, Device
+from support import far_from_zero
 
 import gpu_bn
 from gpu_bn.plan import DEVICES, Work, plan_once
@@ -38,7 +39,7 @@ def tensors():
 
 def moved(tensor):
     """A copy at an address where no vector begins."""
-    copy = torch.empty(tensor.numel() + 1)[1:].view(tensor.shape)
+    copy = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
     return copy.copy_(tensor)
 
 
@@ -106,6 +107,24 @@ def test_backward_with_a_tensor_moved(activation, name, make_backend):
         torch.testing.assert_close(tensor, want)
 
 
+@pytest.mark.parametrize(("valid_moved", "out_moved"), [(False, False), (True, False), (False, True)])
+def test_no_alignment_is_promised_of_what_has_none(valid_moved, out_moved):
+    """The front door aligns masks: other callers need not. No gradient is computed in place."""
+    backend = RecordingBackend(SMALL)
+    x, dy, out = tensors()
+    valid = torch.ones((SHAPE[0], 1, *SHAPE[2:]), dtype=torch.bool)
+    valid, out = moved(valid) if valid_moved else valid, moved(out) if out_moved else out
+    spec = gpu_bn.spec.BatchNormSpec(1, True, 0.1, 1e-5, gpu_bn.activations.Activation.of(None))
+    _, saved = backend.forward(x, spec, None, None, None, None, None, None, valid)
+    backend.backward(dy, saved, frozenset({"dx"}))
+    backend.stats(x, 1, valid)
+    before = len(backend.launches)
+    backend.normalize(saved, None, out)
+    steps = [step for step, _ in backend.launches]
+    assert any(step.aligned for step in steps[:before]) != valid_moved
+    assert bool(steps[before].aligned) == (not valid_moved and not out_moved)
+
+
 # ------------------------------------------------------------------------------------------ momentum on the device
 def test_the_second_launch_takes_its_momentum_from_the_device(make_backend):
     backend = make_backend(tier="split")
@@ -134,6 +153,22 @@ def test_positions_are_divided_by_the_row_without_a_division(size):
 @pytest.mark.parametrize(("n", "wide"), [(1, False), (2, True)])
 def test_offsets_are_of_64_bits_from_the_first_that_32_do_not_hold(n, wide):
     assert Geometry.of(plan_once(Work(n, 1 << 10, 1 << 20, 2), DEVICES["h100"])).wide == wide
+
+
+@pytest.mark.parametrize(
+    ("work", "groups"),
+    [(Work(1, 1, 2**31 - 1, 4), 1), (Work(2, 768, 1, 2), 2**20)],
+    ids=["the end of the last share", "partial results of many groups"],
+)
+def test_numbers_beside_offsets_are_of_64_bits_where_32_do_not_hold_them(work, groups):
+    """Although all offsets would be."""
+    assert Geometry.of(plan_once(work, DEVICES["h100"]), groups).wide
+
+
+# -------------------------------------------------------------------------------------------------------- activations
+@pytest.mark.parametrize("activation", ["elu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh"])
+def test_activations_far_from_zero(activation, make_backend):
+    check(far_from_zero(activation), make_backend())
 
 
 # --------------------------------------------------------------------------------------------------------- statistics

@@ -26,6 +26,8 @@ Array = Any
 
 CHAIN = 64
 """Additions in a row in float32 at most, before a sum goes on in float64."""
+AHEAD = 1 << 20
+"""Numbers of positions go so far beyond the last at most: those of a last block's share, chain and tile."""
 SAMPLES = {False: 32, True: 16}
 """Positions that the first shift is the mean of; the second number is for channels-last."""
 MERGED_AT_ONCE = 512
@@ -125,7 +127,8 @@ class Geometry(NamedTuple):
     @staticmethod
     def of(plan: LaunchPlan, groups: int = 1) -> Geometry:
         tiling = plan.tiling
-        wide = groups * tiling.n * tiling.c * tiling.s >= 1 << 31
+        elements, results = tiling.n * tiling.c * tiling.s, 4 * plan.blocks * tiling.c
+        wide = groups * max(elements, results) >= (1 << 31) - AHEAD
         row = (tiling.c if tiling.columns else tiling.s) // tiling.vector
         jump = 0 if tiling.columns else (tiling.c - 1) * row
         power = 31 + (row - 1).bit_length()
