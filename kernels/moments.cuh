@@ -68,7 +68,7 @@ template <class L> struct Shift {
     const A c = centre[place], s = scale[place];
     if (sizeof(A) == 4 && s == 1) {
       if (squares > LARGEST) return scale[place] = SCALE_DOWN, true;
-      const bool small = squares < n * SMALLEST;  // zeros too: numbers may cancel, and their squares be lost
+      const bool small = squares < n * SMALLEST && (sum != 0 || squares != 0 || c != 0);
       if (small && fabs(c) < 1e-8f) return scale[place] = SCALE_UP, true;
     }
     const double far = sum / n;
