@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from triton_backends import EmulatedBackend, RecordingBackend  # noqa: E402
 
+from gpu_bn.backends.protocol import Sums  # noqa: E402
 from gpu_bn.backends.triton_programs import Geometry  # noqa: E402
 
 pytestmark = pytest.mark.compile
@@ -69,6 +70,41 @@ def test_calls_on_two_devices_share_no_launch():
     steps = [step for step, _ in backend.launches]
     assert steps[:2] == steps[4:]
     assert len(set(steps)) == 4
+
+
+def test_the_phases_share_launches_only_with_calls_alike():
+    """In the number of groups, in the activation, and in where the count is."""
+    backend = RecordingBackend(SMALL)
+    x, dy, out = tensors()
+
+    def steps_of(call):
+        before = len(backend.launches)
+        call()
+        return {step for step, _ in backend.launches[before:]}
+
+    assert not steps_of(lambda: backend.stats(x, 1)) & steps_of(lambda: backend.stats(x, 1, None, 2))
+    saved = []
+    for name in ("silu", "gelu"):
+        spec = gpu_bn.spec.BatchNormSpec(1, True, 0.1, 1e-5, gpu_bn.activations.Activation.of(name))
+        saved.append(backend.forward(x, spec, None, None, None, None, None, None)[1])
+    silu, gelu = saved
+    assert not steps_of(lambda: backend.normalize(silu, None, out)) & steps_of(
+        lambda: backend.normalize(gelu, None, out)
+    )
+    counted = replace(silu, moments=replace(silu.moments, count=torch.tensor([160.0]).double()))
+    sums = Sums(*torch.zeros((2, SHAPE[1]), dtype=torch.float64))
+    first = steps_of(lambda: backend.backward_input(dy, silu, sums, out, None))
+    assert not first & steps_of(lambda: backend.backward_input(dy, counted, sums, out, None))
+
+
+def test_a_mask_is_written_where_it_is_kept_whatever_was_called_before():
+    backend = RecordingBackend(SMALL)
+    x, _, residual = tensors()
+    spec = gpu_bn.spec.BatchNormSpec(1, False, 0.1, 1e-5, gpu_bn.activations.Activation.of("relu"))
+    running = torch.zeros(SHAPE[1]), torch.ones(SHAPE[1])
+    for keep in (False, True, False):
+        _, saved = backend.forward(x, spec, *running, None, None, residual, None, keep=keep)
+        assert (saved.mask is not None) == keep
 
 
 # -------------------------------------------------------------------------- tensors where no vector of memory begins
