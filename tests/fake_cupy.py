@@ -21,7 +21,7 @@ from emulator.compile import Compiled, compile_cuda
 from emulator.formats import VALUE
 from emulator.parser import TYPE_BYTES
 
-from gpu_bn import dispatch
+from gpu_bn import dispatch, functional
 
 PROPERTIES = {
     75: {"name": b"emulated sm_75", "major": 7, "minor": 5, "multiProcessorCount": 4, "l2CacheSize": 32 << 10,
@@ -318,4 +318,6 @@ def install(monkeypatch: Any, device: Device, arch: int) -> EmulatedGpu:
         monkeypatch.delitem(sys.modules, module)
         monkeypatch.delattr(sys.modules["gpu_bn.backends"], module.rpartition(".")[2], raising=False)
     dispatch.load.cache_clear()
+    for known in (functional._FORWARDS, functional._BACKWARDS):  # by the backend's class, which holds an earlier GPU
+        known.clear()
     return gpu
