@@ -258,7 +258,7 @@ def test_masks_in_any_memory(layout, make_gpu):
             odd = np.repeat(valid, 2, axis=-1)[..., ::2]
         case "misaligned":
             odd = gpu.empty(valid.size + 1, np.uint8)[1:].view(bool).reshape(valid.shape)  # sent, it would be aligned
-            odd[...] = valid
+            odd[...] = gpu.asarray(valid)
         case "transposed":
             odd = np.asfortranarray(valid)
         case _:
