@@ -69,7 +69,7 @@ def identity_affine(
     moments = batch_moments(x, eps, channel_axis=channel_axis, backend=backend)
     engine = dispatch.select(backend, input=x)
     dtype = "float64" if spec.dtype_name(x) == "float64" else "float32"
-    with spec.device_of(x):
+    with spec.on_device_of(x):
         return engine.cast((moments.var + eps) ** 0.5, dtype), engine.cast(moments.mean, dtype)
 
 
@@ -97,7 +97,7 @@ def fold(
         ValueError: ``norm`` has no running statistics, or another number of channels than ``weight`` has outputs;
             ``weight`` has fewer than two axes.
     """
-    with spec.device_of(weight):
+    with spec.on_device_of(weight):
         scale, shift = _scale_and_shift(norm, weight)
         by_output = _by_output(scale, weight, transposed, groups)
         folded = _wide(weight) * by_output
@@ -115,7 +115,7 @@ def unfold(
     Raises:
         TypeError, ValueError: as :func:`fold`; also if a channel's ``norm.weight`` is 0, which loses the layer.
     """
-    with spec.device_of(weight):
+    with spec.on_device_of(weight):
         scale, shift = _scale_and_shift(norm, weight)
         if bool((scale == 0).any()):
             raise ValueError("norm has channels of weight 0: folding them cannot be undone")

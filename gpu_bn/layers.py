@@ -126,7 +126,7 @@ class BatchNorm:
         use_running = not self.training or self.track_running_stats
         momentum = self.momentum
         if momentum is None:
-            with spec.device_of(counter):
+            with spec.on_device_of(counter):
                 momentum = 1.0 / (counter + 1) if counter is not None else 0.0  # on a GPU, a 0-d array
         y, saved = batch_norm_forward(
             x,
@@ -146,7 +146,7 @@ class BatchNorm:
             renorm=self.renorm if self.training else None,
         )
         if counter is not None:
-            with spec.device_of(counter):
+            with spec.on_device_of(counter):
                 counter += 1
         return y, saved
 
@@ -167,7 +167,7 @@ class BatchNorm:
         grads = batch_norm_backward(dy, saved, backend=self.backend)
         for name, gradient in (("weight", grads.dweight), ("bias", grads.dbias)):
             if gradient is not None:
-                with spec.device_of(gradient):
+                with spec.on_device_of(gradient):
                     self.grad[name] = self.grad[name] + gradient if name in self.grad else gradient
         return grads.dx if grads.dresidual is None else (grads.dx, grads.dresidual)
 
@@ -190,7 +190,7 @@ class BatchNorm:
 
     def reset_running_stats(self) -> None:
         """Running mean 0, variance 1, no batches."""
-        with spec.device_of(self.running_mean):
+        with spec.on_device_of(self.running_mean):
             if self.running_mean is not None and self.running_var is not None:
                 self.running_mean[...] = 0
                 self.running_var[...] = 1
@@ -200,7 +200,7 @@ class BatchNorm:
     def reset_parameters(self) -> None:
         """Reset the running statistics; weight 1, bias 0."""
         self.reset_running_stats()
-        with spec.device_of(self.weight):
+        with spec.on_device_of(self.weight):
             if self.weight is not None:
                 self.weight[...] = 1
             if self.bias is not None:
@@ -220,7 +220,7 @@ class BatchNorm:
             raise ValueError(f"an identity needs weight and bias, got {self!r}")
         spec.check_vector("weight", self.weight, x.shape[spec.check_axis(x.shape, self.channel_axis)])
         moments = batch_moments(x, self.eps, channel_axis=self.channel_axis, backend=self.backend)
-        with spec.device_of(self.weight):
+        with spec.on_device_of(self.weight):
             self.weight[...] = (moments.var + self.eps) ** 0.5
             self.bias[...] = moments.mean
             if self.running_mean is not None and self.running_var is not None:
@@ -251,7 +251,7 @@ class BatchNorm:
             if value.shape != own[name].shape:
                 raise ValueError(f"state of {self!r}: {name} should have shape {own[name].shape}, got {value.shape}")
         for name, value in values.items():
-            with spec.device_of(own[name]):
+            with spec.on_device_of(own[name]):
                 own[name][...] = value
 
     def __repr__(self) -> str:
@@ -277,11 +277,11 @@ def _like(name: str, own: Array, value: Any) -> Array:
     elif not spec.is_cupy(own):
         value = value.get()
     try:
-        with spec.device_of(value):
+        with spec.on_device_of(value):
             value = value.astype(own.dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} should be numbers that {own.dtype} can hold: {error}") from None
     if spec.is_cupy(value) or not spec.is_cupy(own):
         return value
-    with spec.device_of(own):  # CuPy's arrays do not take NumPy's
+    with spec.on_device_of(own):  # CuPy's arrays do not take NumPy's
         return dispatch.load("cupy").xp.asarray(value)  # type: ignore[attr-defined]

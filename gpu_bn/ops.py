@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gpu_bn.backends.protocol import Backend, Fused, Moments, Saved, Sums
-from gpu_bn.spec import BatchNormSpec, device_of
+from gpu_bn.spec import BatchNormSpec, on_device_of
 
 Array = Any
 
@@ -55,61 +55,42 @@ def forward(
         backend.check_out(out, x, residual, in_place)
     if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend)):
         return fused.forward(x, spec, running_mean, running_var, weight, bias, residual, out, valid, keep)
-    with device_of(x):
-        return _forward(backend, x, spec, running_mean, running_var, weight, bias, residual, out, valid)
-
-
-def _forward(
-    backend: Backend,
-    x: Array,
-    spec: BatchNormSpec,
-    running_mean: Array | None,
-    running_var: Array | None,
-    weight: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-    out: Array | None,
-    valid: Array | None,
-) -> tuple[Array, Saved]:
-    """:func:`forward`, phase after phase."""
-    count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
-    tracked = running_mean is not None and running_var is not None
-    if spec.batch_stats:
-        plain = valid is None and spec.groups == 1
-        moments = backend.stats(x, spec.axis) if plain else backend.stats(x, spec.axis, valid, spec.groups)
-    else:
-        moments = Moments(count, backend.vector(running_mean), backend.vector(running_var))
-    saved = Saved(
-        x=x,
-        residual=None if spec.activation.is_identity else residual,
-        moments=moments,
-        weight=None if weight is None else backend.vector(weight),
-        bias=None if bias is None else backend.vector(bias),
-        weight_dtype=None if weight is None else weight.dtype,
-        bias_dtype=None if bias is None else bias.dtype,
-        has_residual=residual is not None,
-        spec=spec,
-        valid=valid,
-    )
-    if spec.renorm is not None:
-        saved = _renormalized(backend, saved, running_mean, running_var)
-    y = backend.empty_like(x) if out is None else out
-    if count:
-        backend.normalize(saved, residual, y)
-    if spec.batch_stats and tracked and count:
-        backend.update_running(moments, running_mean, running_var, spec.momentum)
-    return y, saved
+    with on_device_of(x):
+        count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
+        tracked = running_mean is not None and running_var is not None
+        if spec.batch_stats:
+            plain = valid is None and spec.groups == 1
+            moments = backend.stats(x, spec.axis) if plain else backend.stats(x, spec.axis, valid, spec.groups)
+        else:
+            moments = Moments(count, backend.vector(running_mean), backend.vector(running_var))
+        saved = Saved(
+            x=x,
+            residual=None if spec.activation.is_identity else residual,
+            moments=moments,
+            weight=None if weight is None else backend.vector(weight),
+            bias=None if bias is None else backend.vector(bias),
+            weight_dtype=None if weight is None else weight.dtype,
+            bias_dtype=None if bias is None else bias.dtype,
+            has_residual=residual is not None,
+            spec=spec,
+            valid=valid,
+        )
+        if spec.renorm is not None:
+            saved = _renormalized(backend, saved, running_mean, running_var)
+        y = backend.empty_like(x) if out is None else out
+        if count:
+            backend.normalize(saved, residual, y)
+        if spec.batch_stats and tracked and count:
+            backend.update_running(moments, running_mean, running_var, spec.momentum)
+        return y, saved
 
 
 def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
     """The gradients named in ``need``, which names only arguments that the forward call had."""
-    if saved.renorm is not None:
-        with device_of(dy):
-            return _renormalized_backward(backend, dy, saved, need)
-    if 0 not in saved.x.shape and (fused := _fused(backend)):
+    if saved.renorm is None and 0 not in saved.x.shape and (fused := _fused(backend)):
         return Grads(*fused.backward(dy, saved, need))
-    with device_of(dy):
-        return _backward(backend, dy, saved, need)
+    with on_device_of(dy):
+        return (_backward if saved.renorm is None else _renormalized_backward)(backend, dy, saved, need)
 
 
 def _backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
@@ -142,21 +123,17 @@ def _backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -
 
 def positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
     """A checked mask as backends take it: bool, dense, of the input's ``shape`` but one channel along ``axis``."""
-    with device_of(mask):
-        return _positions(mask, shape, axis)
-
-
-def _positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
-    if mask.ndim < len(shape):
-        mask = mask[(slice(None),) * axis + (None,)]
-    valid = mask != 0
-    wanted = (*shape[:axis], 1, *shape[axis + 1 :])
-    if hasattr(valid, "expand"):  # a tensor's broadcast is a method, an array's would need its library
-        return valid.expand(wanted).contiguous()
-    for at, size in enumerate(wanted):
-        if valid.shape[at] != size:
-            valid = valid.repeat(size, at)
-    return valid if valid.flags.c_contiguous else valid.copy()
+    with on_device_of(mask):
+        if mask.ndim < len(shape):
+            mask = mask[(slice(None),) * axis + (None,)]
+        valid = mask != 0
+        wanted = (*shape[:axis], 1, *shape[axis + 1 :])
+        if hasattr(valid, "expand"):  # a tensor's broadcast is a method, an array's would need its library
+            return valid.expand(wanted).contiguous()
+        for at, size in enumerate(wanted):
+            if valid.shape[at] != size:
+                valid = valid.repeat(size, at)
+        return valid if valid.flags.c_contiguous else valid.copy()
 
 
 def _total(sums: Array, saved: Saved) -> Array:

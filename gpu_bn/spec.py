@@ -269,7 +269,7 @@ def _dtype_name(dtype: Any) -> str:
     return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
 
 
-def device_of(array: Any) -> AbstractContextManager[Any]:
+def on_device_of(array: Any) -> AbstractContextManager[Any]:
     """A context in which CuPy's own kernels run where an array is; for other libraries, which need none, nothing."""
     return array.device if is_cupy(array) else _NOWHERE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,41 +71,10 @@ class Layout:
         np.copyto(ordered, value.reshape(ordered.shape), casting="unsafe")
 
 
-class Extent(NamedTuple):
-    """Where the elements of any library's array are: an address, and strides, in bytes."""
+class Extent:
+    """Where the elements of any library's array are, as NumPy wants to know it: an address, and strides, in bytes."""
 
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    itemsize: int
-
-
-def extents_overlap(a: Extent, b: Extent) -> bool:
-    """Whether two arrays of one device have an element in common. Nothing is read there."""
-    if 0 in a.shape or 0 in b.shape:
-        return False
-    (start, end), (other_start, other_end) = _bounds(a), _bounds(b)
-    if end <= other_start or other_end <= start:
-        return False  # the usual case, in a fraction of the time
-    return bool(np.shares_memory(np.asarray(_Addresses(a)), np.asarray(_Addresses(b))))
-
-
-def _bounds(extent: Extent) -> tuple[int, int]:
-    """The first address, and that behind the last."""
-    start = end = extent.address
-    for size, stride in zip(extent.shape, extent.strides, strict=True):
-        if stride < 0:
-            start += (size - 1) * stride
-        else:
-            end += (size - 1) * stride
-    return start, end + extent.itemsize
-
-
-class _Addresses:
-    """What NumPy needs to know of an array to compare where its elements are."""
-
-    def __init__(self, extent: Extent) -> None:
-        address, shape, strides, itemsize = extent
+    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
         self.__array_interface__ = {
             "version": 3,
             "typestr": f"|V{itemsize}",
@@ -113,6 +82,10 @@ class _Addresses:
             "strides": strides,
             "data": (address, False),
         }
+
+    def overlaps(self, other: Extent) -> bool:
+        """Whether two arrays of one device have an element in common. Nothing is read there."""
+        return bool(np.shares_memory(np.asarray(self), np.asarray(other)))
 
 
 @lru_cache(1024)

@@ -19,7 +19,7 @@ import cupy
 import numpy as np
 
 from gpu_bn.backends import cupy_calls as calls
-from gpu_bn.backends._layout import Extent, Layout, extents_overlap
+from gpu_bn.backends._layout import Extent, Layout
 from gpu_bn.backends.cupy_calls import ABSENT, place, row, tensor, vector
 from gpu_bn.backends.cupy_device import Frame, empty
 from gpu_bn.backends.cupy_draft import Vector, check_device
@@ -308,8 +308,10 @@ def from_host(array: np.ndarray[Any, Any]) -> Array:
 
 def _overlap(a: Array, b: Array) -> bool:
     """Whether two arrays have an element in common. CuPy's own function sorts addresses on the device, and waits."""
-    places = [Extent(array.data.ptr, array.shape, array.strides, array.dtype.itemsize) for array in (a, b)]
-    return a.data.device_id == b.data.device_id and extents_overlap(*places)
+    if a.data.device_id != b.data.device_id:
+        return False
+    one, other = (Extent(array.data.ptr, array.shape, array.strides, array.dtype.itemsize) for array in (a, b))
+    return one.overlaps(other)
 
 
 def _groups(spec: BatchNormSpec) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_bn.backends._layout import Extent, Layout, extents_overlap
+from gpu_bn.backends._layout import Extent, Layout
 
 Array = Any
 
@@ -81,7 +81,7 @@ def overlap(a: Array, b: Array) -> bool:
     """Whether two tensors have an element in common."""
     if a.device != b.device:
         return False
-    return extents_overlap(*[_extent(array) for array in (a, b)])
+    return _extent(a).overlaps(_extent(b))
 
 
 def _extent(array: Array) -> Extent:

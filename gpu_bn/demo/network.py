@@ -93,22 +93,12 @@ class Network:
         ]
         if variant == "none":
             return cls(linears, [Sigmoid(xp) for _ in SIZES[1:-1]], xp)
-        norms = [
-            BatchNorm(
-                units, affine=variant == "learned", device=_device(backend), activation="sigmoid", backend=backend
-            )
-            for units in SIZES[1:-1]
-        ]
+        norms = [_norm(units, backend, affine=variant == "learned") for units in SIZES[1:-1]]
         return cls(linears, norms, xp)
 
     def with_identity_norms(self, x: Array, backend: str | None = None) -> Network:
         """This network (without BN) with BN inserted that is the identity on the batch ``x`` (N, pixels)."""
-        norms = [
-            BatchNorm(seen.raw.shape[1], device=_device(backend), activation="sigmoid", backend=backend).init_identity_(
-                seen.raw
-            )
-            for seen in self.watch(x)
-        ]
+        norms = [_norm(seen.raw.shape[1], backend).init_identity_(seen.raw) for seen in self.watch(x)]
         return Network(self.layers[::2], norms, self.xp)
 
     def forward(self, x: Array) -> Array:
@@ -169,6 +159,7 @@ def cross_entropy(xp: Any, scores: Array, labels: Array) -> tuple[float, Array]:
     return loss, gradient / len(labels)
 
 
-def _device(backend: str | None) -> str | None:
-    """Where the layers' arrays are."""
-    return "cuda" if backend == "cupy" else None
+def _norm(units: int, backend: str | None, affine: bool = True) -> BatchNorm:
+    """Normalisation and sigmoid, with their arrays where the backend works."""
+    device = "cuda" if backend == "cupy" else None
+    return BatchNorm(units, affine=affine, device=device, activation="sigmoid", backend=backend)
