@@ -1,6 +1,11 @@
 """What all tests share: the backends under test, the emulator's fixtures, and settings put back after each test."""
 
+import os
 import sys
+
+# Before NumPy and torch are loaded: their threads spin at barriers, and those of processes that share cores wait for
+# each other's turns, thousands of times in one depthwise convolution. Processes that tests start have these too.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import hypothesis
 import pytest

@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 
 HERE = Path(__file__).parent
-THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 TIMEOUT = 280  # seconds, for a hang: a busy machine may take its time, and pytest ends a test after 300
 
 
@@ -53,7 +52,7 @@ def results(world, folder):
 def start(world, module, names, folder):
     """The processes, running."""
     paths = os.pathsep.join((str(HERE.parent), str(HERE)))
-    environment = os.environ | THREADS | {"PYTHONPATH": paths}
+    environment = os.environ | {"PYTHONPATH": paths}
     command = [sys.executable, __file__, module, str(folder)]
     return [
         subprocess.Popen(
@@ -83,7 +82,6 @@ def main(module, folder, rank, world, *names):
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
     functions = importlib.import_module(module)  # with gpu_bn, before there is a group
     dist.init_process_group(
         "gloo",

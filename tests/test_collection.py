@@ -1,4 +1,4 @@
-"""Tests have the same names in every process: pytest-xdist refuses to run anything when they differ."""
+"""What tests need of the processes that run them: the same names in all, and one thread in each."""
 
 import os
 import subprocess
@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_names_do_not_depend_on_the_order_of_sets():
-    """Strings hash differently in each process, so a name that holds a set of them is written in different orders."""
+    """Strings hash differently in each process, so a name that holds a set of them is written in different orders.
+
+    pytest-xdist then refuses to run anything.
+    """
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "-p", "no:cacheprovider", "tests"]
     names = set()
     for seed in range(4):
@@ -21,3 +24,7 @@ def test_names_do_not_depend_on_the_order_of_sets():
         names.add(tuple(line for line in done.stdout.splitlines() if "::" in line))
     assert len(names) == 1
     assert len(names.pop()) > 1000
+
+
+def test_torch_has_one_thread():
+    assert pytest.importorskip("torch").get_num_threads() == 1

@@ -24,7 +24,7 @@ CPU = [code for code in blocks("python") if "import cupy" not in code and "init_
 
 @pytest.mark.parametrize("code", CPU, ids=lambda code: code.splitlines()[3][:30])
 def test_example(code, tmp_path):
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
 
@@ -53,7 +53,7 @@ def test_the_example_for_cupy(make_gpu, capsys):
 
 def test_the_example_of_training_learns(tmp_path):
     code = next(code for code in blocks("python") if "zero_grad" in code)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert float(done.stdout) < 1e-3
 
 
@@ -70,9 +70,9 @@ def test_the_example_of_several_processes(tmp_path):
     (tmp_path / command[-1]).write_text(code + ENDED)
     assert command[0] == "torchrun"  # which is the module's main function
     run = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     environment["PET_LOCAL_ADDR"] = "localhost"  # the machine's own name, torchrun's choice, may not resolve
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     digits = "".join(done.stdout.split())  # the two write at once: "11\n\n" may come in place of "1\n1\n"
     first, second = digits[: len(digits) // 2], digits[len(digits) // 2 :]
