@@ -63,18 +63,7 @@ def forward(
             moments = backend.stats(x, spec.axis) if plain else backend.stats(x, spec.axis, valid, spec.groups)
         else:
             moments = Moments(count, backend.vector(running_mean), backend.vector(running_var))
-        saved = Saved(
-            x=x,
-            residual=None if spec.activation.is_identity else residual,
-            moments=moments,
-            weight=None if weight is None else backend.vector(weight),
-            bias=None if bias is None else backend.vector(bias),
-            weight_dtype=None if weight is None else weight.dtype,
-            bias_dtype=None if bias is None else bias.dtype,
-            has_residual=residual is not None,
-            spec=spec,
-            valid=valid,
-        )
+        saved = kept(backend, x, spec, moments, weight, bias, residual, valid)
         if spec.renorm is not None:
             saved = _renormalized(backend, saved, running_mean, running_var)
         y = backend.empty_like(x) if out is None else out
@@ -83,6 +72,31 @@ def forward(
         if spec.batch_stats and tracked and count:
             backend.update_running(moments, running_mean, running_var, spec.momentum)
         return y, saved
+
+
+def kept(
+    backend: Backend,
+    x: Array,
+    spec: BatchNormSpec,
+    moments: Moments,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    valid: Array | None,
+) -> Saved:
+    """What a call with these arguments and statistics keeps."""
+    return Saved(
+        x=x,
+        residual=None if spec.activation.is_identity else residual,
+        moments=moments,
+        weight=None if weight is None else backend.vector(weight),
+        bias=None if bias is None else backend.vector(bias),
+        weight_dtype=None if weight is None else weight.dtype,
+        bias_dtype=None if bias is None else bias.dtype,
+        has_residual=residual is not None,
+        spec=spec,
+        valid=valid,
+    )
 
 
 def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:

@@ -1,14 +1,20 @@
-"""How a tensor of any rank, channel axis and strides is seen as (N, C, S): outer axes, channels, inner axes."""
+"""How a tensor of any rank, channel axis and strides is seen as (N, C, S): outer axes, channels, inner axes.
+
+And whether two tensors overlap.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gpu_bn.spec import check_overlap
 
 Array = NDArray[Any]
 
@@ -38,7 +44,7 @@ class Layout:
     @staticmethod
     def of_strides(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Layout:
         """The layout of any library's array, from its shape and its strides in any unit."""
-        return _layout(shape, _memory_order(shape, strides), axis)
+        return _layout(shape, memory_order(shape, strides), axis)
 
     @property
     def count(self) -> int:
@@ -71,21 +77,20 @@ class Layout:
         np.copyto(ordered, value.reshape(ordered.shape), casting="unsafe")
 
 
-class Extent:
-    """Where the elements of any library's array are, as NumPy wants to know it: an address, and strides, in bytes."""
+def extent(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Array:
+    """Another library's array as NumPy sees its memory, to be compared with others and never read; strides in bytes."""
+    seen = {"version": 3, "typestr": f"|V{itemsize}", "shape": shape, "strides": strides, "data": (address, False)}
+    return np.asarray(SimpleNamespace(__array_interface__=seen))
 
-    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": f"|V{itemsize}",
-            "shape": shape,
-            "strides": strides,
-            "data": (address, False),
-        }
 
-    def overlaps(self, other: Extent) -> bool:
-        """Whether two arrays of one device have an element in common. Nothing is read there."""
-        return bool(np.shares_memory(np.asarray(self), np.asarray(other)))
+def check_out(out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
+    """:meth:`Backend.check_out <gpu_bn.backends.protocol.Backend.check_out>` of arrays, or of extents.
+
+    No two devices of a process have addresses in common.
+    """
+    for name, array in (("input", x), ("residual", residual)):
+        if array is not None and np.shares_memory(out, array):
+            check_overlap(name, (out.ctypes.data, out.strides) == (array.ctypes.data, array.strides), in_place)
 
 
 @lru_cache(1024)
@@ -96,7 +101,7 @@ def _layout(shape: tuple[int, ...], order: tuple[int, ...], axis: int) -> Layout
     return Layout(shape, order, math.prod(ordered[:at]), shape[axis], math.prod(ordered[at + 1 :]), by_channel)
 
 
-def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The axes from the largest stride to the smallest; a broadcast array has no order of its own."""
     if any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
         return tuple(range(len(shape)))

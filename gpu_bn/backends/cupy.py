@@ -19,12 +19,12 @@ import cupy
 import numpy as np
 
 from gpu_bn.backends import cupy_calls as calls
-from gpu_bn.backends._layout import Extent, Layout
+from gpu_bn.backends._layout import Layout, check_out, extent
 from gpu_bn.backends.cupy_calls import ABSENT, place, row, tensor, vector
 from gpu_bn.backends.cupy_device import Frame, empty
 from gpu_bn.backends.cupy_draft import Vector, check_device
 from gpu_bn.backends.protocol import BackendUnavailableError, Moments, Saved, Sums
-from gpu_bn.spec import BatchNormSpec, check_overlap
+from gpu_bn.spec import BatchNormSpec
 
 Array = Any
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -141,9 +141,7 @@ class CupyBackend:
         return y
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
-        for name, array in (("input", x), ("residual", residual)):
-            if array is not None and _overlap(out, array):
-                check_overlap(name, (out.data.ptr, out.strides) == (array.data.ptr, array.strides), in_place)
+        check_out(_extent(out), _extent(x), None if residual is None else _extent(residual), in_place)
 
     # -------------------------------------------------------------------------------------- one call, fused
     @_where_it_is
@@ -306,12 +304,9 @@ def from_host(array: np.ndarray[Any, Any]) -> Array:
     return cupy.ndarray(array.shape, array.dtype, memory.data + (array.ctypes.data - low), array.strides)
 
 
-def _overlap(a: Array, b: Array) -> bool:
-    """Whether two arrays have an element in common. CuPy's own function sorts addresses on the device, and waits."""
-    if a.data.device_id != b.data.device_id:
-        return False
-    one, other = (Extent(array.data.ptr, array.shape, array.strides, array.dtype.itemsize) for array in (a, b))
-    return one.overlaps(other)
+def _extent(array: Array) -> np.ndarray[Any, Any]:
+    """Compared on the host: CuPy's own ``shares_memory`` sorts addresses on the device, and waits."""
+    return extent(array.data.ptr, array.shape, array.strides, array.dtype.itemsize)
 
 
 def _groups(spec: BatchNormSpec) -> int:

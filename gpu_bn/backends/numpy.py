@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_bn.backends import _small
-from gpu_bn.backends._layout import Layout
+from gpu_bn.backends._layout import Layout, check_out
 from gpu_bn.backends._small import SMALL
 from gpu_bn.backends._sweep import Operand, PerChannel, Tile, Workspace, run, sweep
 from gpu_bn.backends.protocol import Moments, Saved, Sums
-from gpu_bn.spec import check_overlap
 
 Array = NDArray[Any]
 
@@ -57,9 +56,7 @@ class NumpyBackend:
         return y
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
-        for name, array in (("input", x), ("residual", residual)):
-            if array is not None and np.shares_memory(out, array):
-                check_overlap(name, (out.ctypes.data, out.strides) == (array.ctypes.data, array.strides), in_place)
+        check_out(out, x, residual, in_place)
 
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
         if groups > 1:

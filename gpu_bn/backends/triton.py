@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from gpu_bn.backends._layout import Layout
+from gpu_bn.backends._layout import Layout, check_out
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.backends.triton_launch import Launch, Step, interpreting, launch
 from gpu_bn.backends.triton_programs import (
@@ -30,11 +30,11 @@ from gpu_bn.backends.triton_programs import (
     strip,
     training_plan,
 )
-from gpu_bn.backends.triton_tensors import View, aligned, contiguous_view, dense, is_dense, overlap, view_of
+from gpu_bn.backends.triton_tensors import View, aligned, contiguous_view, dense, extent_of, is_dense, view_of
 from gpu_bn.kernels import bn_backward_triton, bn_forward_triton
 from gpu_bn.kernels.activations_triton import functions
 from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan, Work, alignment, tile
-from gpu_bn.spec import BatchNormSpec, check_overlap
+from gpu_bn.spec import BatchNormSpec
 
 Array = Any
 
@@ -143,9 +143,7 @@ class TritonBackend:
         return self.empty_like(like).copy_(array)
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
-        for name, array in (("input", x), ("residual", residual)):
-            if array is not None and overlap(out, array):
-                check_overlap(name, (out.data_ptr(), out.stride()) == (array.data_ptr(), array.stride()), in_place)
+        check_out(extent_of(out), extent_of(x), None if residual is None else extent_of(residual), in_place)
 
     @torch.no_grad()
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:

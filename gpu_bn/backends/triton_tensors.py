@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_bn.backends._layout import Extent, Layout
+from gpu_bn.backends._layout import Layout, extent
 
 Array = Any
 
@@ -77,13 +77,7 @@ def aligned(array: Array, size: int) -> Array:
     return array if array.data_ptr() % size == 0 else array.clone(memory_format=torch.preserve_format)
 
 
-def overlap(a: Array, b: Array) -> bool:
-    """Whether two tensors have an element in common."""
-    if a.device != b.device:
-        return False
-    return _extent(a).overlaps(_extent(b))
-
-
-def _extent(array: Array) -> Extent:
+def extent_of(array: Array) -> np.ndarray[Any, Any]:
+    """A tensor's memory, to be compared with others'."""
     size = array.element_size()
-    return Extent(array.data_ptr(), tuple(array.shape), tuple(size * stride for stride in array.stride()), size)
+    return extent(array.data_ptr(), tuple(array.shape), tuple(size * stride for stride in array.stride()), size)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gpu_bn import dispatch
+from gpu_bn import dispatch, ops
 from gpu_bn.activations import Activation
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.merge import Pool, merge
@@ -177,18 +177,7 @@ def _saved(
     engine = dispatch.serving(x)
     spec = BatchNormSpec(1, True, 0.0, eps, Activation(activation, parameter))
     wide = var.is_cpu and bool(var.signbit().any())
-    return Saved(
-        x=x,
-        residual=None if spec.activation.is_identity else residual,
-        moments=Moments(count, mean, var.abs(), wide),
-        weight=None if weight is None else engine.vector(weight),
-        bias=None if bias is None else engine.vector(bias),
-        weight_dtype=None if weight is None else weight.dtype,
-        bias_dtype=None if bias is None else bias.dtype,
-        has_residual=residual is not None,
-        spec=spec,
-        valid=valid,
-    )
+    return ops.kept(engine, x, spec, Moments(count, mean, var.abs(), wide), weight, bias, residual, valid)
 
 
 # ------------------------------------------------------------------------------------------ what they would return

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_bn.activations import Activation
+from gpu_bn.backends._layout import memory_order
 from gpu_bn.backends.protocol import Backend
 from gpu_bn.functional import batch_norm_backward, batch_norm_forward
 from gpu_bn.testing.cases import Case, build
@@ -74,7 +75,7 @@ def _to_cupy(array: Array) -> Array:
 
 def _from_cupy(array: Array) -> Array:
     """In the array's memory order, which CuPy's own ``get`` does not keep."""
-    order = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+    order = memory_order(array.shape, array.strides)
     return array.transpose(order).get().transpose(np.argsort(order))
 
 
