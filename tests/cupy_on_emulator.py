@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import fake_cupy
+import numpy as np
 import pytest
 from emulator import Device
 
@@ -25,3 +26,11 @@ def make_gpu(monkeypatch: pytest.MonkeyPatch, compile_cuda: Any) -> Callable[...
 
     yield make
     dispatch.load.cache_clear()
+
+
+def moved(gpu: Any, array: np.ndarray, by: int | None = None) -> Any:
+    """A copy on the GPU at an address where no vector begins: some bytes after one, as many as an element has."""
+    by = array.itemsize if by is None else by
+    copy = gpu.empty(array.nbytes + by, np.uint8)[by:].view(array.dtype).reshape(array.shape)
+    copy[...] = gpu.asarray(array)
+    return copy

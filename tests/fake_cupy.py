@@ -38,7 +38,6 @@ PROPERTIES = {
 """Small GPUs: few multiprocessors and little cache, so that small tensors meet every tier."""
 
 
-DEVICES: list[Device] = []
 GPUS: list[EmulatedGpu] = []
 """The one in use."""
 
@@ -122,8 +121,8 @@ class ndarray(np.ndarray):
         if type(value) is np.ndarray and value.ndim:
             raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
         super().__setitem__(where, value)
-        for device in DEVICES:  # what the host writes, a kernel may read
-            device.memory.mark_written(self[where])
+        for gpu in GPUS:  # what the host writes, a kernel may read
+            gpu.device.memory.mark_written(self[where])
 
 
 ndarray.__module__ = "cupy"
@@ -215,7 +214,7 @@ class EmulatedGpu:
 
     def __init__(self, device: Device, arch: int) -> None:
         self.device, self.arch = device, arch
-        DEVICES[:], GPUS[:] = [device], [self]
+        GPUS[:] = [self]
         self.kernels: dict[int, Kernel] = {}
         self.allocated: list[weakref.ref] = []
         self.launched: list[str] = []

@@ -197,18 +197,15 @@ def test_all_is_done_where_the_input_is(options, make_gpu):
     problem = build(Case((4, 6, 5), activation="relu"))
     keep = rng().random((4, 1, 5)) > 0.3
     vectors = [getattr(problem, name).copy() for name in ("running_mean", "running_var", "weight", "bias")]
+    with gpu.entering(1):
+        x, dy, mask, *theirs = map(gpu.asarray, (problem.x, problem.dy, keep, *vectors))
     call = {"training": True, **options, "activation": "relu"}
     if "mask" in options:
         call["mask"] = keep
     y, saved = gpu_bn.batch_norm_forward(problem.x, *vectors, **call)
     want = [y, *gpu_bn.batch_norm_backward(problem.dy, saved)[:3], *vectors]
-    with gpu.entering(1):
-        x, dy = gpu.asarray(problem.x), gpu.asarray(problem.dy)
-        theirs = [
-            gpu.asarray(getattr(problem, name).copy()) for name in ("running_mean", "running_var", "weight", "bias")
-        ]
-        if "mask" in options:
-            call["mask"] = gpu.asarray(keep)
+    if "mask" in options:
+        call["mask"] = mask
     y, saved = gpu_bn.batch_norm_forward(x, *theirs, **call, backend=gpu.backend)
     got = [y, *gpu_bn.batch_norm_backward(dy, saved, backend=gpu.backend)[:3], *theirs]
     assert [array.device.id for array in got] == [1] * len(got)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
+from cupy_on_emulator import moved
 from emulator import Device
 from support import rng, same_bits
 
@@ -128,16 +130,10 @@ def test_blocks_whose_shared_memory_does_not_fit_together_are_not_launched_toget
 )
 def test_vectors_may_begin_at_any_byte(options, make_gpu):
     gpu = make_gpu(80)
-
-    def moved(array):
-        copy = gpu.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype)
-        copy[...] = gpu.asarray(array)
-        return copy
-
     problem = build(Case((4, 6, 5)))
     vectors_of_it = [getattr(problem, name) for name in ("running_mean", "running_var", "weight", "bias")]
     results = []
-    for send in (gpu.asarray, moved):
+    for send in (gpu.asarray, partial(moved, gpu, by=1)):
         vectors = [send(vector) for vector in vectors_of_it]
         y, saved = gpu_bn.batch_norm_forward(gpu.asarray(problem.x), *vectors, **options, backend=gpu.backend)
         dx, dweight, dbias, _ = gpu_bn.batch_norm_backward(gpu.asarray(problem.dy), saved, backend=gpu.backend)

@@ -22,6 +22,7 @@ from cuda_masked import (
     spec_of,
     work_of,
 )
+from cupy_on_emulator import moved
 from emulator import Checks, Device
 from emulator.schedules import require_same_results
 from support import same_bits
@@ -257,8 +258,7 @@ def test_masks_in_any_memory(layout, make_gpu):
         case "strided":
             odd = np.repeat(valid, 2, axis=-1)[..., ::2]
         case "misaligned":
-            odd = gpu.empty(valid.size + 1, np.uint8)[1:].view(bool).reshape(valid.shape)  # sent, it would be aligned
-            odd[...] = gpu.asarray(valid)
+            odd = moved(gpu, valid)
         case "transposed":
             odd = np.asfortranarray(valid)
         case _:

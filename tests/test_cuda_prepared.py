@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cupy_on_emulator import moved
 from support import rng, same_bits
 
 import gpu_bn
@@ -38,13 +39,6 @@ def both(backend, dy, **call):
     found = {"y": y, "mean": saved.mean, "rstd": saved.rstd, "saved weight": saved.weight, "saved bias": saved.bias}
     found |= grads._asdict() | {name: call[name] for name in ("running_mean", "running_var")}
     return {name: np.array(array) for name, array in found.items() if array is not None}
-
-
-def moved(gpu, array):
-    """A copy at an address where no vector begins."""
-    copy = gpu.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
-    copy[...] = gpu.asarray(array)
-    return copy
 
 
 def channels_last(gpu, array):
