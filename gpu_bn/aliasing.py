@@ -6,6 +6,7 @@ Arrays are of any library. What bounds cannot tell apart is decided exactly, fro
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,18 +18,21 @@ LIMIT = 100_000
 """Steps of NumPy's search for common elements; arrays that it cannot tell apart in as many count as overlapping."""
 
 
-def check_written(written: dict[str, Array | None], read: dict[str, Array | None]) -> None:
+def check_written(written: dict[str, Array | None], read: dict[str, Array | None]) -> bool:
     """Check that each array written is distinct memory from all others, and has no two elements in one place.
 
     ``out`` may share memory with the input and the residual: :meth:`Backend.check_out
     <gpu_bn.backends.protocol.Backend.check_out>` says when.
+
+    Returns:
+        Whether it is plain that no two arrays share memory.
 
     Raises:
         ValueError: it is not; the message names both arguments.
     """
     targets = [array for array in written.values() if array is not None]
     if not targets or _plainly_distinct(targets, [array for array in read.values() if array is not None]):
-        return
+        return True
     views = {name: view(array) for name, array in (written | read).items() if array is not None}
     names = list(views)
     for at, name in enumerate(names[: len(targets)]):
@@ -37,31 +41,45 @@ def check_written(written: dict[str, Array | None], read: dict[str, Array | None
         for other in names[at + 1 :]:
             if not (name == "out" and other in ("input", "residual")) and overlap(views[name], views[other]):
                 raise ValueError(f"{name} is written to, so it may not share memory with {other}")
+    return False
 
 
 def _plainly_distinct(targets: list[Array], others: list[Array]) -> bool:
-    """Whether the arrays' kinds and bounds alone say that nothing is shared: the usual case, told quickly."""
-    if all(type(array) is np.ndarray and array.flags.owndata for array in targets + others):
+    """Whether owners or bounds alone say that nothing is shared: the usual case, told quickly."""
+    if not isinstance(targets[0], np.ndarray):
+        return _bounds_are_distinct(targets, others)
+    arrays = targets + others
+    if all(type(array) is np.ndarray and array.flags.owndata for array in arrays):
         distinct = set(map(id, targets))
         return len(distinct) == len(targets) and distinct.isdisjoint(map(id, others))
-    if isinstance(targets[0], np.ndarray):
-        return False
-    bounds = [_bounds(array) for array in targets + others]
-    return None not in bounds and not any(
-        mine[0] < other[1] and other[0] < mine[1]
-        for at, mine in enumerate(bounds[: len(targets)])
-        for other in bounds[at + 1 :]
-    )
+    for at, array in enumerate(targets):
+        if not array.flags.c_contiguous:
+            return False
+        for other in arrays[at + 1 :]:
+            if np.may_share_memory(array, other):
+                return False
+    return True
 
 
-def _bounds(array: Array) -> Any:
-    """The first and last address of a contiguous torch tensor or CuPy array; ``None`` of others."""
-    if hasattr(array, "data_ptr"):
-        start = array.data_ptr()
-        return (start, start + array.numel() * array.element_size()) if array.is_contiguous() else None
-    if hasattr(array.data, "ptr") and array.flags.c_contiguous:
-        return array.data.ptr, array.data.ptr + array.nbytes
-    return None
+def _bounds_are_distinct(targets: list[Array], others: list[Array]) -> bool:
+    """The same of torch tensors and of CuPy arrays."""
+    bounds = []
+    for array in [*targets, *{id(array): array for array in others}.values()]:
+        if hasattr(array, "data_ptr"):
+            start, dense = array.data_ptr(), array.is_contiguous()
+        else:
+            start, dense = array.data.ptr, array.flags.c_contiguous
+        if dense:
+            bounds.append((start, start + array.nbytes))
+        elif len(bounds) < len(targets):  # they might overlap themselves
+            return False
+        elif hasattr(array, "data_ptr"):  # whose strides are not negative
+            last = sum((size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True))
+            bounds.append((start, start + (last + 1) * array.element_size()))
+        else:
+            bounds.append(np.lib.array_utils.byte_bounds(view(array)))
+    bounds.sort()
+    return all(one[1] <= after[0] for one, after in pairwise(bounds))
 
 
 def view(array: Array) -> NDArray[Any]:

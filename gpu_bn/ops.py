@@ -63,11 +63,11 @@ def forward(
         ValueError: an array that is written shares memory with another, or two of its elements do.
     """
     state = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": counter}
-    aliasing.check_written(
+    distinct = aliasing.check_written(
         {"out": out, **(state if spec.batch_stats else {})},
         {"input": x, "weight": weight, "bias": bias, "residual": residual, **({} if spec.batch_stats else state)},
     )
-    if out is not None:
+    if out is not None and not distinct:
         backend.check_out(out, x, residual, in_place)
     rest = weight, bias, residual, out, valid, keep
     if not (spec.batch_stats and isinstance(running_mean, np.ndarray) and not is_cupy(running_mean)):
