@@ -18,8 +18,28 @@ from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
 
 
+class _LeafName(str):
+    """The name of a module of ours, which tracers take for ``torch.nn``: they call its layers as a whole, as torch's.
+
+    Else they would enter ``forward``, where they would keep the mode of that moment for all time.
+    """
+
+    __slots__ = ()
+
+    def startswith(self, prefix: Any, *bounds: Any) -> bool:
+        return "torch.nn" in (prefix if isinstance(prefix, tuple) else (prefix,)) or super().startswith(prefix, *bounds)
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str.__str__(self),)
+
+
 class _Activated(torch.nn.Module):
     activation: Activation = IDENTITY
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.startswith("gpu_bn."):  # a subclass elsewhere is entered, as one of torch's is
+            cls.__module__ = _LeafName(cls.__module__)
 
     def __setattr__(self, name: str, value: Any) -> None:  # a property would not see modules, which torch keeps apart
         value = Activation.of(value) if name == "activation" else value
