@@ -6,11 +6,12 @@ whoever else refers to it are kept.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
-from torch.nn.modules.batchnorm import _LazyNormBase, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
 from gpu_bn.activations import IDENTITY, Activation
@@ -18,7 +19,7 @@ from gpu_bn.nn import modules
 from gpu_bn.nn._activations import activation_of
 from gpu_bn.nn._forward import own_forwards
 from gpu_bn.nn._graph import fuse_activations, unfuse
-from gpu_bn.nn._known import OURS, class_of, frozen_eps, rule
+from gpu_bn.nn._known import CLASSES, OURS, class_of, frozen_eps, rule
 from gpu_bn.nn._report import Report
 from gpu_bn.nn.modules import Fused
 from gpu_bn.nn.sync import SyncBatchNorm
@@ -54,11 +55,23 @@ def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -
         if (known := rule(module)) is not None:
             _become(module, *known)
             report.converted.append(name)
-        elif type(module) not in OURS and isinstance(module, _NormBase):
+        elif type(module) not in OURS and isinstance(module, _BatchNorm):
             report.left[name] = f"{type(module).__name__} is not known, or its activation is not, or it has hooks"
     if fuse:
         fuse_activations(model, report)
+    _tell_opacus()
     return model
+
+
+def _tell_opacus() -> None:
+    """Have opacus, if it is loaded, treat our layers as torch's: it looks for their exact types."""
+    validators = sys.modules.get("opacus.validators.module_validator")
+    if validators is not None:
+        for known in (validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS):
+            for cls in CLASSES.values():
+                theirs = getattr(torch.nn, cls.__name__, None)
+                if theirs in known:
+                    known.setdefault(cls, known[theirs])
 
 
 def synchronise(model: Model, process_group: Any) -> Model:

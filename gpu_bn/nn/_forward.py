@@ -116,7 +116,7 @@ class Plan:
         if torch_module._has_any_global_hook():
             return False
         for module in self.merged:
-            if has_hooks(module):
+            if has_hooks(module) or "forward" in vars(module):
                 return False
         for module, attributes, children in self.fixed:
             now = vars(module)
@@ -126,7 +126,7 @@ class Plan:
                 found = now.get(name, now)
                 if found is not value and not (type(value) in SIMPLE and type(found) in SIMPLE and found == value):
                     return False
-        return not any(has_hooks(module) for module, _, _ in self.fixed[1:])
+        return not any(has_hooks(module) or _is_patched(module) for module, _, _ in self.fixed[1:])
 
 
 class Forward:
@@ -142,6 +142,10 @@ class Forward:
         return signature(self.own)
 
     @property
+    def __code__(self) -> Any:
+        return self.own.__code__
+
+    @property
     def own(self) -> Callable[..., Any]:
         """The module's own ``forward``."""
         return type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
@@ -155,6 +159,10 @@ class Forward:
             if inputs is not None and plan.holds(training) and plan.function is not None:
                 return plan.function(module, *inputs)
         return type(module).forward(module, *arguments, **options)
+
+
+def _is_patched(module: torch.nn.Module) -> bool:
+    return not isinstance(vars(module).get("forward"), Forward | None)
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

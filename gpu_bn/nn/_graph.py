@@ -19,7 +19,7 @@ from gpu_bn.nn import _activations
 from gpu_bn.nn._activations import TARGETS, activation_of
 from gpu_bn.nn._aliases import aliases, is_opaque, may_overwrite, module_of
 from gpu_bn.nn._forward import Forward, Plan, normalise
-from gpu_bn.nn._known import counterpart, is_watched
+from gpu_bn.nn._known import counterpart, is_watched, looks_frozen
 from gpu_bn.nn._report import Report
 from gpu_bn.nn._trace import Refused, Steps, in_mode, steps_of
 from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
@@ -31,7 +31,8 @@ LEAVES = ("torch.nn.", "torch.ao.nn.")
 
 def is_layer(module: torch.nn.Module) -> bool:
     """Whether a module is a batch normalisation, which graphs call as a whole."""
-    return isinstance(module, (_BatchNorm, FrozenBatchNorm2d)) or counterpart(type(module)) is not None
+    known = isinstance(module, (_BatchNorm, FrozenBatchNorm2d)) or counterpart(type(module)) is not None
+    return known or looks_frozen(module)
 
 
 def fuse_activations(model: torch.nn.Module, report: Report) -> None:
@@ -206,7 +207,8 @@ def _other_term(node: Node, term: Node) -> Node | None:
 def _may_merge(root: torch.nn.Module, call: Node, residual: Node, addition: Node) -> bool:
     """Whether a layer's call can wait for the residual, and keep it: nothing overwrites a tensor or calls the layer
     until then, and nothing overwrites the residual at all."""
-    layer, inputs = module_of(root, call), aliases(root, call.all_input_nodes[0])
+    layer: Any = module_of(root, call)
+    inputs = aliases(root, call.all_input_nodes[0])
     node, passed = call.next, False
     readers = {user for alias in aliases(root, residual) for user in alias.users} - {addition}
     while node.op != "root":
@@ -215,7 +217,7 @@ def _may_merge(root: torch.nn.Module, call: Node, residual: Node, addition: Node
             passed = True
         elif not passed and (may_overwrite(root, node) or called is layer):
             return False
-        elif is_opaque(called):
+        elif called is not None and is_opaque(called):
             reads = (node in readers) if passed else bool(inputs.intersection(node.all_input_nodes))
             if reads or (not passed and layer in called.modules()):
                 return False

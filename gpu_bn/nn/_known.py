@@ -61,15 +61,20 @@ FROZEN = {"weight", "bias", "running_mean", "running_var"}
 FROZEN_RTOL = 1e-9
 
 
+def looks_frozen(module: torch.nn.Module) -> bool:
+    """Whether a module holds what a frozen normalisation holds, and is none of ours."""
+    buffers = module._buffers
+    if type(module) in OURS or buffers.keys() != FROZEN or module._parameters or module._modules:
+        return False
+    return all(buffer is not None and buffer.dim() == 1 for buffer in buffers.values())
+
+
 def frozen_eps(module: torch.nn.Module) -> float | None:
     """The eps of a frozen normalisation of whatever library: four buffers, nothing else, and the values to match.
 
     It is found by what a copy gives for other buffers, so that it does not matter whether the module keeps it.
     """
-    buffers = module._buffers
-    if type(module) in OURS or buffers.keys() != FROZEN or module._parameters or module._modules or is_watched(module):
-        return None
-    if any(buffer is None or buffer.dim() != 1 or buffer.is_meta for buffer in buffers.values()):
+    if not looks_frozen(module) or is_watched(module) or any(buffer.is_meta for buffer in module.buffers()):
         return None
     channels = len(module._buffers["weight"])  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)

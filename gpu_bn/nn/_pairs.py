@@ -32,9 +32,12 @@ def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
     left, seen = [model], set()
     while left:
         module = left.pop()
-        if module in seen or is_leaf(module):
+        if module in seen:
             continue
         seen.add(module)
+        if is_leaf(module):  # a list of modules is one
+            left += module.children()
+            continue
         try:
             graph = steps_of(module, lambda called, *_: not is_leaf(called) and not is_watched(called)).graph
         except Refused as error:

@@ -17,7 +17,7 @@ from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import _activations
 from gpu_bn.nn._forward import INTERNAL, own_forwards
 from gpu_bn.nn._graph import is_layer, is_ours, unfuse
-from gpu_bn.nn._known import is_watched, known_norm
+from gpu_bn.nn._known import frozen_eps, is_watched, known_norm
 from gpu_bn.nn._pairs import observed_pairs, traced_pairs
 from gpu_bn.nn._report import Report
 
@@ -195,7 +195,8 @@ def _fuse_eval(layer: Any, bn: Any, transposed: bool) -> Any:
 
 
 def _folded(layer: Any, bn: Any, transposed: bool = False) -> tuple[Parameter, Parameter]:
-    tensors = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+    eps = bn.eps if hasattr(bn, "eps") else frozen_eps(bn)
+    tensors: list[Any] = [layer.weight, layer.bias, bn.running_mean, bn.running_var, eps, bn.weight, bn.bias]
     if isinstance(layer, nn.Linear):
         return fuse_linear_bn_weights(*tensors)
     transposed = transposed or isinstance(layer, _ConvTransposeNd)
