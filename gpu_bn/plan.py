@@ -43,6 +43,7 @@ class Device:
         shared_per_sm, shared_per_block: bytes of shared memory, the second with opt-in.
         l2_bytes: of cache.
         bandwidth: bytes per second of the memory, from the data sheet.
+        clusters: whether blocks may form clusters, on sm_90 and later.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Device:
     shared_per_block: int
     l2_bytes: int
     bandwidth: float
+    clusters: bool = True
 
     @property
     def reserved_shared(self) -> int:
@@ -366,6 +368,8 @@ class _Planner:
     def cluster(self, forced: bool) -> LaunchPlan | str:
         if self.device.arch < 90:
             return "clusters need sm_90"
+        if not self.device.clusters:
+            return "the device refuses clusters"
         if self._crowded:
             return self._crowded
         if not forced and self.tiling.positions < 2 * self._rows:
@@ -488,7 +492,7 @@ class _Planner:
         return -(-share // self._rows)
 
     def _can_cluster(self) -> bool:
-        return self.device.arch >= 90 and self.tiling.positions >= 2
+        return self.device.arch >= 90 and self.device.clusters and self.tiling.positions >= 2
 
     def _seconds(self, dram_bytes: int) -> float:
         return dram_bytes / (self.thresholds.copy_share * self.device.bandwidth)

@@ -138,6 +138,10 @@ SHARED_UNASKED = 48 << 10
 """Bytes of shared memory that a block may have without being asked for, static and dynamic together."""
 
 
+class CUDADriverError(RuntimeError):
+    """``cupy.cuda.driver``'s."""
+
+
 class Kernel:
     """One kernel of a module on one device. As with CUDA, all who ask for it get the same one."""
 
@@ -152,10 +156,14 @@ class Kernel:
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        self.gpu.require_context()
         self.asked = size
 
     def __call__(self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
+        self.gpu.bind_context()
         self.require_launchable(shared_mem)
+        if self.gpu.refuses_clusters and self.compiled.kernel.cluster > 1:
+            raise CUDADriverError("CUDA_ERROR_INVALID_CLUSTER_SIZE: invalid cluster size")
         here = {getattr(arg, "device_id", self.device_id) for arg in args}
         assert here == {self.device_id}, "an array of another device"
         self.gpu.launch(self, grid, block, args, shared_mem)
@@ -225,6 +233,10 @@ class EmulatedGpu:
         """The streams, by ``ptr``."""
         self.null, self.streams = Stream(self, 0), {}
         self.properties = {"memoryClockRate": 1_000_000, "memoryBusWidth": 1024, **PROPERTIES[arch]}
+        self.contexts: set[tuple[int, int]] = set()
+        """The threads, and the devices whose context they have."""
+        self.refuses_clusters = False
+        self.nvrtc = 12, 9
         self.resident_blocks = 2
         self.shared_per_sm = self.properties["sharedMemPerMultiprocessor"]
         """What an SM's blocks really have of that."""
@@ -256,9 +268,20 @@ class EmulatedGpu:
         self.kernels[id(kernel)] = kernel
         return kernel
 
+    def bind_context(self) -> tuple[int, int]:
+        """What CuPy does before it launches a kernel, and ``memGetInfo`` does in passing: free and all memory."""
+        self.contexts.add((get_ident(), self.current))
+        return 1 << 30, 1 << 30
+
+    def require_context(self) -> None:
+        """The driver's functions do not make one."""
+        if (get_ident(), self.current) not in self.contexts:
+            raise CUDADriverError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
+
     def launch_cooperative(
         self, pointer: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int, table: int
     ) -> None:
+        self.require_context()
         kernel = self.kernels[pointer]
         parameters = kernel.compiled.kernel.parameters
         cells = (ctypes.c_void_p * len(parameters)).from_address(table)
@@ -272,6 +295,7 @@ class EmulatedGpu:
 
     def occupancy(self, pointer: int, threads: int, shared: int) -> int:
         """Blocks of a kernel that an SM holds, with so much dynamic shared memory each."""
+        self.require_context()
         del threads  # the kernels' launch bounds stand for registers and threads
         static = self.kernels[pointer].compiled.kernel.shared_bytes if pointer in self.kernels else 0
         reserved = 1024 if self.arch >= 80 else 0
@@ -318,12 +342,15 @@ class EmulatedGpu:
             Device=self.entering,
             Stream=MadeStreams(self),
             get_current_stream=lambda: self.stream,
+            nvrtc=types.SimpleNamespace(getVersion=lambda: self.nvrtc),
             driver=types.SimpleNamespace(
+                CUDADriverError=CUDADriverError,
                 launchCooperativeKernel=self.launch_cooperative,
                 occupancyMaxActiveBlocksPerMultiprocessor=self.occupancy,
             ),
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=RuntimeError,
+                memGetInfo=self.bind_context,
                 getDevice=lambda: self.current,
                 getDeviceCount=lambda: 1,
                 getDeviceProperties=lambda _: self.properties,
@@ -363,9 +390,9 @@ def _plain(argument: Any) -> Any:
     return argument.view(np.ndarray).transpose(order)
 
 
-def install(monkeypatch: Any, device: Device, arch: int) -> EmulatedGpu:
+def install(monkeypatch: Any, device: Device, arch: int, kind: type[EmulatedGpu] = EmulatedGpu) -> EmulatedGpu:
     """Put an emulated CuPy where ``import cupy`` finds it, with a backend that has seen no other."""
-    gpu = EmulatedGpu(device, arch)
+    gpu = kind(device, arch)
     monkeypatch.setitem(sys.modules, "cupy", gpu.module())
     for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy")]:
         monkeypatch.delitem(sys.modules, module)

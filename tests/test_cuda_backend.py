@@ -141,7 +141,7 @@ def test_counters_are_left_as_they_were_found(make_gpu):
     gpu = make_gpu(80, "split")
     x, *_ = arrays(gpu, shape=(16, 2, 64, 64))
     first = gpu_bn.batch_norm(x, training=True, backend=gpu.backend)
-    (counters,) = gpu.backend._counters.values()
+    ((_, counters),) = gpu.backend._counters.values()
     assert not counters.any()
     assert gpu_bn.batch_norm(x, training=True, backend=gpu.backend).tobytes() == first.tobytes()
 
@@ -183,8 +183,20 @@ def test_an_old_gpu_is_refused(make_gpu):
     gpu = make_gpu(80)
     properties = sys.modules["cupy"].cuda.runtime.getDeviceProperties(0)
     properties["major"], properties["minor"] = 6, 1
-    with pytest.raises(BackendUnavailableError, match=r"emulated sm_80 is sm_61, the kernels need sm_70 or newer"):
+    with pytest.raises(BackendUnavailableError, match=r"is sm_61, the kernels need sm_70 or newer .*NumPy arrays$"):
         gpu_bn.batch_norm(arrays(gpu)[0], training=True)
+
+
+def test_a_gpu_that_cuda_13_has_left_behind_is_told_of_cuda_12(make_gpu):
+    gpu = make_gpu(80)
+    properties = sys.modules["cupy"].cuda.runtime.getDeviceProperties(0)
+    properties["major"], properties["minor"] = 7, 0
+    gpu.nvrtc = 13, 0
+    says = "is sm_70, the kernels need sm_75 or newer with CUDA 13; use NumPy arrays, or cupy-cuda12x in place of this"
+    with pytest.raises(BackendUnavailableError, match=says):
+        gpu_bn.batch_norm(arrays(gpu)[0], training=True)
+    gpu.nvrtc = 12, 9
+    assert sys.modules["gpu_bn.backends.cupy_device"].properties(0).arch == 70
 
 
 def test_no_gpu_no_driver_no_cupy(make_gpu, monkeypatch):

@@ -183,7 +183,7 @@ def test_each_device_has_its_own_kernels_and_counters(tier, make_gpu):
         _, saved = gpu_bn.batch_norm_forward(x, training=True, activation="relu", backend=gpu.backend)
         dx = gpu_bn.batch_norm_backward(dy, saved, backend=gpu.backend).dx
         assert dx.device.id == device
-    assert {key[0]: counters.device.id for key, counters in gpu.backend._counters.items()} == (
+    assert {key[0]: counters.device.id for key, (_, counters) in gpu.backend._counters.items()} == (
         {} if tier == "cta" else {0: 0, 1: 1}
     )
 

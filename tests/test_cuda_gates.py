@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 from cuda_variants import FAMILY, SMALL, definitions
-from emulator.compile import ARCHITECTURES
+from emulator.compile import ARCHITECTURES, nvrtc
 from gates import ITEMSIZE, Group, Resources
 
 from gpu_bn.backends import _cuda
@@ -65,7 +65,9 @@ def test_gates(group):
 @pytest.mark.compile
 @pytest.mark.parametrize(("dtype", "columns"), [("float16", True), ("float32", False)])
 def test_the_oldest_gpus_have_kernels(dtype, columns, compile_cuda):
-    """sm_70, of which the record has nothing."""
+    """sm_70, of which the record has nothing, and which CUDA 13 has left behind."""
+    if nvrtc().version >= (13, 0):
+        pytest.skip("NVRTC 13 compiles for sm_75 and later")
     group = Group(70, "relu", dtype, FULL[dtype], columns, _cuda.WHOLE)
     names = FAMILY.variants(group)
     for compiled in compile_cuda(_cuda.source("relu"), 70, _cuda.OPTIONS, expressions=names).values():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,6 +16,7 @@ from emulator import Device
 from support import rng, same_bits
 
 import gpu_bn
+from gpu_bn.plan import DEVICES, NoPlanError, Work, plan_once
 from gpu_bn.testing import Case, build, check
 from gpu_bn.testing.check import run
 
@@ -80,6 +85,30 @@ def test_a_stream_keeps_its_counters(make_gpu):
     assert counters[3] is counters[1]
 
 
+def test_a_stream_that_was_let_go_keeps_its_handle_from_the_next(make_gpu):
+    """What was launched on it may be running still, and the next stream of that handle would get the same counters."""
+    gpu = make_gpu(80)
+    used, unused = stream(), stream()
+    with used:
+        gpu.backend.counters(8)
+    kept, let_go = weakref.ref(used), weakref.ref(unused)
+    del used, unused
+    gpu.streams.clear()
+    gc.collect()
+    assert let_go() is None
+    assert kept() is not None
+
+
+def test_counters_of_few_streams_are_kept(make_gpu):
+    gpu = make_gpu(80)
+    most = sys.modules["gpu_bn.backends.cupy"].STREAMS
+    for _ in range(most + 5):
+        with stream() as current:
+            gpu.backend.counters(8)
+    assert len(gpu.backend._counters) == most
+    assert (0, current.ptr) in gpu.backend._counters
+
+
 def test_a_stream_gets_more_counters_when_it_asks_for_more(make_gpu):
     """Strips of a split launch may be any number."""
     gpu = make_gpu(80)
@@ -110,6 +139,51 @@ def test_blocks_that_wait_for_each_other_are_launched_to_run_together(make_gpu):
     gpu = make_gpu(80, "cooperative", Device(resident_threads=256))
     check(Case(SHARED, activation="relu"), gpu.backend)
     assert len(gpu.launched) == 2
+
+
+@pytest.mark.parametrize("tier", ["cooperative", "cta"])
+def test_a_thread_that_has_not_met_the_device_yet_may_call(tier, make_gpu):
+    """CuPy binds the device's context where it launches a kernel itself; the driver's own functions need it bound."""
+    gpu = make_gpu(80, tier)
+    want = results_of(gpu)
+    assert {"y", "dx"} <= want.keys()
+    with ThreadPoolExecutor(1) as other:
+        assert same_bits(other.submit(results_of, gpu).result(), want)
+        sys.modules["gpu_bn.backends.cupy_device"].resident_blocks.cache_clear()
+    with ThreadPoolExecutor(1) as other:  # which has to prepare its calls as well
+        gpu.backend = type(gpu.backend)(tier)
+        assert same_bits(other.submit(results_of, gpu).result(), want)
+
+
+# ----------------------------------------------------------------------------------------------- refused clusters
+def test_a_device_without_room_for_a_cluster_is_served_without(make_gpu):
+    """As a part of a GPU (MIG) may be. Nothing has been written when the device refuses."""
+    gpu = make_gpu(90)
+    want = results_of(gpu)
+    assert all("cluster" in name for name in gpu.launched)
+    gpu.launched.clear()
+    gpu.refuses_clusters = True
+    for _ in range(2):
+        got = results_of(gpu)
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert gpu.launched
+    assert not any("cluster" in name for name in gpu.launched)
+    with pytest.raises(NoPlanError, match="not cluster: the device refuses clusters"):
+        gpu_bn.batch_norm(gpu.asarray(build(Case(SHARED)).x), training=True, backend=type(gpu.backend)("cluster"))
+
+
+def test_another_failure_of_a_launch_is_not_taken_for_a_refusal(make_gpu):
+    gpu = make_gpu(90, "cluster")
+    error = sys.modules["cupy"].cuda.driver.CUDADriverError("CUDA_ERROR_ILLEGAL_ADDRESS: an earlier kernel's")
+
+    def fails(*_, **__):
+        raise error
+
+    gpu.launch = fails
+    with pytest.raises(type(error), match="ILLEGAL_ADDRESS"):
+        results_of(gpu)
+    assert sys.modules["gpu_bn.backends.cupy_device"].properties(0).clusters
 
 
 def test_blocks_whose_shared_memory_does_not_fit_together_are_not_launched_together(make_gpu):
@@ -171,3 +245,22 @@ def test_an_array_from_the_host_has_the_values_and_the_strides_that_it_had(step,
     sent = sys.modules["gpu_bn.backends.cupy"].from_host(array)
     assert sent.strides == array.strides
     assert same_bits(sent.get(), np.array(array))
+
+
+# -------------------------------------------------------------------------------------------------------- many channels
+@pytest.mark.parametrize("backward", [False, True])
+def test_channels_are_counted_in_64_bits_or_refused(backward, make_gpu):
+    """2**31 of them in one pass: what a kernel is told holds the numbers, and its partial sums have room."""
+    make_gpu(80)
+    geometry = sys.modules["gpu_bn.backends.cupy_draft"]._geometry
+    work = Work(1, 1 << 31, 1, 2, backward=backward, reads=1 + backward)
+    plan = plan_once(work, DEVICES["h100"])
+    told = [int(number) for number in geometry(plan)]
+    assert told[0] == 1 << 31
+    assert told[1] * plan.tiling.vector == 1 << 31
+    assert told[3] * told[2] * plan.tiling.vector >= 1 << 31
+    assert plan.partials >= 2 * plan.tiling.c  # a Python number, and the kernels' are 64 bits wide
+    with pytest.raises(ValueError, match=r"less than 2\*\*31 blocks, got 2147483648"):
+        geometry(plan_once(replace(work, s=2), DEVICES["h100"]))
+    with pytest.raises(ValueError, match=r"less than 2\*\*32 channels in all groups, got 4294967296"):
+        geometry(plan_once(replace(work, n=2, groups=2), DEVICES["h100"]), 2)

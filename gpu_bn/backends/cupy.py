@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from threading import get_ident
+from threading import local
 from typing import Any, TypeVar, cast
 
 import cupy
@@ -21,7 +21,7 @@ import numpy as np
 from gpu_bn.backends import cupy_calls as calls
 from gpu_bn.backends._layout import Layout, check_out, extent
 from gpu_bn.backends.cupy_calls import ABSENT, place, row, tensor, vector
-from gpu_bn.backends.cupy_device import Frame, empty
+from gpu_bn.backends.cupy_device import ClusterRefusedError, Frame, empty
 from gpu_bn.backends.cupy_draft import Vector, check_device
 from gpu_bn.backends.protocol import BackendUnavailableError, Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec
@@ -29,6 +29,8 @@ from gpu_bn.spec import BatchNormSpec
 Array = Any
 Method = TypeVar("Method", bound=Callable[..., Any])
 COUNTERS = 4096
+STREAMS = 64
+"""Streams for which a backend keeps counters."""
 STREAM_PER_THREAD = 2
 """CUDA's name for a thread's own default stream: the same in all threads."""
 PREPARED = 1024
@@ -115,7 +117,8 @@ class CupyBackend:
     def __init__(self, tier: str | None = None) -> None:
         """``tier`` forces a tier of :data:`gpu_bn.plan.TIERS` on training calls, for tests and benchmarks."""
         self.tier = tier
-        self._counters: dict[tuple[int, int, int], Array] = {}
+        self._counters: dict[tuple[int, int], tuple[Any, Array]] = {}
+        self._of_thread = local()
         prepared = lru_cache(PREPARED)
         self._forward, self._backward = prepared(calls.forward), prepared(calls.backward)
         self._stats, self._normalize = prepared(calls.stats), prepared(calls.normalize)
@@ -160,10 +163,6 @@ class CupyBackend:
     ) -> tuple[Array, Saved]:
         activation = spec.activation
         bits = residual is not None and (keep or spec.batch_stats)
-        call = self._forward(
-            self.tier, tensor(x), spec.axis, activation.name, _groups(spec), place(valid), bool(spec.batch_stats),
-            place(residual), place(out), vector(weight), vector(bias), vector(running_mean), vector(running_var), bits,
-        )  # fmt: skip
         momentum_at, momentum = _momentum(spec.momentum, x.data.device_id)
         frame = ABSENT | {
             "x": x, "y": out, "residual": residual, "valid": valid, "weight": weight, "bias": bias,
@@ -171,7 +170,11 @@ class CupyBackend:
             "momentum": momentum, "eps": np.float64(spec.eps), "parameter": np.float64(activation.parameter),
             "zeros": self.counters,
         }  # fmt: skip
-        call(frame)
+        call, frame = self._made(
+            self._forward, frame, tensor(x), spec.axis, activation.name, _groups(spec), place(valid),
+            bool(spec.batch_stats), place(residual), place(out), vector(weight), vector(bias), vector(running_mean),
+            vector(running_var), bits,
+        )  # fmt: skip
         counts = frame["counts"]
         return frame["y"], Kept.of(
             frame["rows"],
@@ -191,11 +194,26 @@ class CupyBackend:
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
         frame, signature, vectors = self._upstream(saved)
         frame |= {"dy": dy, "residual": saved.residual, "mask": saved.mask}
-        self._backward(
-            self.tier, *signature, bool(saved.spec.batch_stats), place(dy), place(saved.residual),
+        _, frame = self._made(
+            self._backward, frame, *signature, bool(saved.spec.batch_stats), place(dy), place(saved.residual),
             saved.mask is not None, vectors, need, saved.weight_dtype, saved.bias_dtype,
-        )(frame)  # fmt: skip
+        )  # fmt: skip
         return frame["dx"], frame["dweight"], frame["dbias"], frame["dresidual"]
+
+    def _made(self, prepare: Any, frame: Frame, *signature: Any) -> tuple[calls.Call, Frame]:
+        """Make a call, prepared before or now, and return it with its filled frame.
+
+        A device that refuses a cluster has run nothing: the call is prepared again, without clusters.
+        """
+        call = prepare(self.tier, *signature)
+        filled = frame.copy()
+        try:
+            call(filled)
+        except ClusterRefusedError:
+            prepare.cache_clear()
+            call, filled = prepare(self.tier, *signature), frame
+            call(filled)
+        return call, filled
 
     # ------------------------------------------------------------------------------------------------ phases
     @_where_it_is
@@ -232,10 +250,6 @@ class CupyBackend:
         frame |= {"residual": residual, "y": out}
         self._normalize(self.tier, *signature, place(residual), place(out), vectors)(frame)
 
-    def keeps_dz(self, saved: Saved) -> bool:
-        del saved
-        return False
-
     @_where_it_is
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         frame, signature, vectors = self._upstream(saved)
@@ -247,8 +261,7 @@ class CupyBackend:
         return Sums(*frame["sums"][: 2 * size].reshape(2, size))
 
     @_where_it_is
-    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
-        del dz
+    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         frame, signature, vectors = self._upstream(saved)
         frame |= {"dy": dy, "residual": saved.residual, "dx": out}
         if sums is not None:
@@ -284,15 +297,23 @@ class CupyBackend:
 
     # ---------------------------------------------------------------------------------------------- counters
     def counters(self, size: int) -> Array:
-        """Zeros, which a kernel leaves as it found them: one array a stream; a graph gets one of its own."""
+        """Zeros, which a kernel leaves as it found them: one array a stream; a graph gets one of its own.
+
+        Streams are kept with their counters, so that no other stream gets the handle of one that is still running.
+        Those of a thread's own default stream end with the thread.
+        """
         stream = cupy.cuda.get_current_stream()
         if stream.is_capturing():
             return cupy.zeros(size, np.uint32)
-        thread = get_ident() if stream.ptr == STREAM_PER_THREAD else 0
-        key = (cupy.cuda.runtime.getDevice(), stream.ptr, thread)
-        found = self._counters.get(key)
+        of_thread = stream.ptr == STREAM_PER_THREAD
+        known = self._of_thread.__dict__.setdefault("counters", {}) if of_thread else self._counters
+        key = (cupy.cuda.runtime.getDevice(), stream.ptr)
+        _, found = known.get(key, (None, None))
         if found is None or found.size < size:
-            found = self._counters[key] = cupy.zeros(max(size, COUNTERS), np.uint32)
+            if len(known) >= STREAMS:
+                known.pop(next(iter(known.copy())), None)
+            found = cupy.zeros(max(size, COUNTERS), np.uint32)
+            known[key] = stream, found
         return found
 
 

@@ -9,7 +9,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import cupy
@@ -25,12 +25,25 @@ Array = Any
 Frame = dict[str, Any]
 Step = Callable[[Frame], None]
 
-OLDEST_ARCH = 70
+OLDEST_ARCHES = {12: 70, 13: 75}
+"""What NVRTC compiles for, by its major version."""
+KERNELS = 1024
+"""Modules that are kept; CuPy has those that are forgotten on disk."""
+REFUSALS = ("CUDA_ERROR_INVALID_CLUSTER_SIZE", "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "CUDA_ERROR_NOT_SUPPORTED")
+"""How a launch fails if a part of a GPU (MIG) has no room for a cluster."""
 NATURAL = tuple(range(MAX_RANK))
 BLOCK = (THREADS,)
 NULL = np.intp(0)
 _LIMIT = Lock()
 """Held while a kernel's limit of shared memory is read and raised."""
+_BOUND = local()
+"""``devices``: those whose context this thread has."""
+_WITHOUT_CLUSTERS: set[int] = set()
+"""Devices that have refused a cluster."""
+
+
+class ClusterRefusedError(Exception):
+    """The device has no room for a cluster; from now on its plans have none."""
 
 
 @cache
@@ -43,13 +56,16 @@ def properties(index: int) -> Device:
     found = cupy.cuda.runtime.getDeviceProperties(index)
     arch = 10 * found["major"] + found["minor"]
     name = found["name"].decode()
-    if arch < OLDEST_ARCH:
+    cuda = cupy.cuda.nvrtc.getVersion()[0]
+    oldest = OLDEST_ARCHES.get(cuda, max(OLDEST_ARCHES.values()))
+    if arch < oldest:
+        with_12 = ", or cupy-cuda12x in place of this CuPy" if arch >= OLDEST_ARCHES[12] else ""
         raise BackendUnavailableError(
-            f"{name} is sm_{arch}, the kernels need sm_{OLDEST_ARCH} or newer; use NumPy arrays"
+            f"{name} is sm_{arch}, the kernels need sm_{oldest} or newer with CUDA {cuda}; use NumPy arrays{with_12}"
         )
     return Device(
         name, arch, found["multiProcessorCount"], found["sharedMemPerMultiprocessor"], found["sharedMemPerBlockOptin"],
-        found["l2CacheSize"], _bandwidth(found),
+        found["l2CacheSize"], _bandwidth(found), clusters=arch >= 90 and index not in _WITHOUT_CLUSTERS,
     )  # fmt: skip
 
 
@@ -57,6 +73,14 @@ def _bandwidth(properties: dict[str, Any]) -> float:
     """Bytes per second; plans do not depend on it. CUDA 13 does not tell the clock any more."""
     clock, width = float(properties.get("memoryClockRate", 0) or 1e6), float(properties["memoryBusWidth"])  # kHz, bits
     return 2e3 * clock * width / 8
+
+
+def bind_context() -> None:
+    """Give the thread the device's context: the driver's own functions, which CuPy passes on as they are, need one."""
+    devices = _BOUND.__dict__.setdefault("devices", set())
+    if (device := cupy.cuda.runtime.getDevice()) not in devices:
+        cupy.cuda.runtime.memGetInfo()
+        devices.add(device)
 
 
 # ------------------------------------------------------------------------------------------------------ kernels
@@ -73,19 +97,21 @@ def compiled(activation: str, name: str, shared_bytes: int, device: int) -> Any:
             "than the NVIDIA driver: update that."
         ) from error
     if shared_bytes > 32 << 10:
+        bind_context()
         with _LIMIT:  # the kernel's, for plans of all sizes
             kernel.max_dynamic_shared_size_bytes = max(shared_bytes, kernel.max_dynamic_shared_size_bytes)
     return kernel
 
 
-@cache
+@lru_cache(KERNELS)
 def _module(activation: str, name: str) -> Any:
     return cupy.RawModule(code=_cuda.source(activation), options=_cuda.OPTIONS, name_expressions=(name,))
 
 
-@cache
+@lru_cache(4096)
 def resident_blocks(kernel: Any, shared_bytes: int) -> int:
     """Blocks of a kernel that an SM holds."""
+    bind_context()
     driver = cupy.cuda.driver
     blocks: int = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, THREADS, shared_bytes)
     return blocks
@@ -115,10 +141,29 @@ class Launch:
         return tuple([NULL if argument is None else argument for argument in arguments])
 
 
+class ClusterLaunch(Launch):
+    """Launch a kernel whose blocks come in clusters.
+
+    Raises:
+        ClusterRefusedError: the device has no room for one; nothing has run.
+    """
+
+    def __call__(self, frame: Frame) -> None:
+        try:
+            super().__call__(frame)
+        except cupy.cuda.driver.CUDADriverError as error:
+            if not str(error).startswith(REFUSALS):
+                raise
+            _WITHOUT_CLUSTERS.add(cupy.cuda.runtime.getDevice())
+            properties.cache_clear()
+            raise ClusterRefusedError(str(error)) from error
+
+
 class CooperativeLaunch(Launch):
     """Launch with all blocks co-resident. CuPy's own way to ask for that needs a CUDA toolkit to link with."""
 
     def __call__(self, frame: Frame) -> None:
+        bind_context()
         values, formats = zip(*map(_cell, self.arguments(frame)), strict=True)
         cells = ctypes.create_string_buffer(8 * len(values))
         struct.pack_into("=" + "".join(formats), cells, 0, *values)

@@ -16,6 +16,7 @@ import numpy as np
 from gpu_bn.backends import _cuda
 from gpu_bn.backends._layout import Layout
 from gpu_bn.backends.cupy_device import (
+    ClusterLaunch,
     CooperativeLaunch,
     Counters,
     Dense,
@@ -290,7 +291,7 @@ class Draft(Steps):
     def _launch(
         self, name: str, plan: LaunchPlan, before: Sequence[str], constants: Sequence[Any], after: Sequence[str]
     ) -> None:
-        launch = CooperativeLaunch if plan.tier == "cooperative" else Launch
+        launch = {"cooperative": CooperativeLaunch, "cluster": ClusterLaunch}.get(plan.tier, Launch)
         self.steps.append(launch(self._compiled(name, plan), plan.grid, plan.shared_bytes, before, constants, after))
 
     def _partials(self, plan: LaunchPlan) -> None:
@@ -343,6 +344,8 @@ def _geometry(plan: LaunchPlan, groups: int = 1) -> tuple[Any, ...]:
         raise ValueError(f"expected launches of less than 2**31 blocks, got {plan.grid}")
     if inner >= 1 << 32:
         raise ValueError(f"expected rows of less than 2**32 vectors, got {inner} vectors of {tiling.vector} elements")
+    if (statistics := groups * tiling.c) >= 1 << 32:
+        raise ValueError(f"expected less than 2**32 channels in all groups, got {statistics}")
     return (
         np.uint32(tiling.c), np.uint32(inner), np.uint32(tiling.lanes), np.uint32(tiling.strips // groups),
         np.int64(tiling.positions), np.uint32(plan.share), np.uint32(plan.blocks), np.uint32(plan.groups),

@@ -103,9 +103,13 @@ def _load(path: Path) -> dict[str, Compiled] | None:
 
 
 def _save(path: Path, kernels: Mapping[str, Compiled]) -> None:
+    _write(path, json.dumps({name: asdict(kernel) for name, kernel in kernels.items()}).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump({name: asdict(kernel) for name, kernel in kernels.items()}, file)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
     Path(file.name).replace(path)  # whole or not at all, also with several test processes
 
 
@@ -159,10 +163,18 @@ class _Nvrtc:
         self.call(f"nvrtcGet{what}", program, buffer)
         return buffer.value.decode()
 
+    def cubin(self, program: ctypes.c_void_p) -> bytes:
+        size = ctypes.c_size_t()
+        self.call("nvrtcGetCUBINSize", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        if size.value:
+            self.call("nvrtcGetCUBIN", program, buffer)
+        return buffer.raw
+
     def compile(
         self, source: str, options: Sequence[str], headers: Mapping[str, str], expressions: Sequence[str]
-    ) -> tuple[str, str, dict[str, str]]:
-        """PTX, log, and the name in the PTX of each name expression."""
+    ) -> tuple[str, str, dict[str, str], bytes]:
+        """PTX, log, the name in the PTX of each name expression, and the cubin if the target is a real one."""
 
         def strings(values: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
             encoded = [value.encode() for value in values]
@@ -183,7 +195,7 @@ class _Nvrtc:
                 name = ctypes.c_char_p()
                 self.call("nvrtcGetLoweredName", program, expression.encode(), ctypes.byref(name))
                 lowered[expression] = (name.value or b"").decode()
-            return self.text(program, "PTX"), self.text(program, "ProgramLog"), lowered
+            return self.text(program, "PTX"), self.text(program, "ProgramLog"), lowered, self.cubin(program)
         finally:
             self.library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -228,13 +240,23 @@ def build_cuda(
     flags = _flags(arch, options, resources)
     if include := cuda_headers():
         flags.append(f"--include-path={include}")
-    module, log, lowered = nvrtc().compile(source, flags, headers or {}, expressions)
+    module, log, lowered, _ = nvrtc().compile(source, flags, headers or {}, expressions)
     found = {}
     for name, ptx in separate(module).items():
         report = _resources(log, name) if resources else _NOT_ASSEMBLED
         for key in [key for key in lowered if lowered[key] == name] or [name]:
             found[key] = Compiled(name, arch, ptx, **report, log=log)
     return found
+
+
+def cuda_cubin(source: str, arch: int, options: Sequence[str] = (), *, expressions: Sequence[str] = ()) -> bytes:
+    """The machine code for sm_<arch>, from the cache if it is there."""
+    flags = _flags(arch, options, True)
+    path = _cached(["cubin", nvrtc().version, flags, source, list(expressions)]).with_suffix(".cubin")
+    if not path.exists():
+        cubin = nvrtc().compile(source, flags, {}, expressions)[3]
+        _write(path, cubin)
+    return path.read_bytes()
 
 
 def _flags(arch: int, options: Sequence[str], resources: bool) -> list[str]:
