@@ -200,4 +200,4 @@ def _folded(layer: Any, bn: Any, transposed: bool = False) -> tuple[Parameter, P
     if isinstance(layer, nn.Linear):
         return fuse_linear_bn_weights(*tensors)
     transposed = transposed or isinstance(layer, _ConvTransposeNd)
-    return fuse_conv_bn_weights(*tensors, transposed, layer.groups if transposed else 1)
+    return fuse_conv_bn_weights(*tensors, transpose=transposed, groups=layer.groups if transposed else 1)
