@@ -195,9 +195,9 @@ def _fuse_eval(layer: Any, bn: Any, transposed: bool) -> Any:
 
 
 def _folded(layer: Any, bn: Any, transposed: bool = False) -> tuple[Parameter, Parameter]:
-    eps = bn.eps if hasattr(bn, "eps") else frozen_eps(bn)
-    tensors: list[Any] = [layer.weight, layer.bias, bn.running_mean, bn.running_var, eps, bn.weight, bn.bias]
+    eps: Any = bn.eps if hasattr(bn, "eps") else frozen_eps(bn)
+    tensors = (layer.weight, layer.bias, bn.running_mean, bn.running_var, eps, bn.weight, bn.bias)
     if isinstance(layer, nn.Linear):
         return fuse_linear_bn_weights(*tensors)
     transposed = transposed or isinstance(layer, _ConvTransposeNd)
-    return fuse_conv_bn_weights(*tensors, transpose=transposed, groups=layer.groups if transposed else 1)
+    return fuse_conv_bn_weights(*tensors, transposed, layer.groups if transposed else 1)
