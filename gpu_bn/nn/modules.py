@@ -191,7 +191,8 @@ class _Lazy(Fused):
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         biased = self.bias is not None
         if self.affine and not biased:  # torch 2.11 gives weight and bias their size together
-            self.bias = UninitializedParameter(device=self.weight.device, dtype=self.weight.dtype)
+            made: Any = UninitializedParameter
+            self.bias = made(device=self.weight.device, dtype=self.weight.dtype)
         super().initialize_parameters(input)  # type: ignore[misc]
         self._drop_bias(biased)
 
