@@ -40,6 +40,7 @@ class Row:
 
 ROWS = (
     Row("numpy", "numpy", "numpy.ndarray", "gpu_bn.backends.numpy"),
+    Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu", packages=("cpu",)),
     Row("cupy", "cupy", "cupy.ndarray", "gpu_bn.backends.cupy", packages=("cupy",)),
     Row(
         "torch",

@@ -1,0 +1,71 @@
+"""torch's CPU tensors for the compiled backend: their memory is read where it is, by address and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_bn.backends._layout import check_out, extent
+from gpu_bn.backends.cpu.backend import CpuBackend
+from gpu_bn.spec import FLOAT_DTYPES
+
+
+def backend() -> CpuBackend:
+    """The backend of torch's CPU tensors, for :func:`gpu_bn.dispatch.load`."""
+    return CpuBackend(TorchTensors())
+
+
+class TorchTensors:
+    """See :class:`gpu_bn.backends.cpu.arrays.Arrays`."""
+
+    float64 = torch.float64
+    codes = {getattr(torch, name): code for code, name in enumerate(FLOAT_DTYPES)}
+    code = codes.__getitem__
+    address = staticmethod(Tensor.data_ptr)
+    empty = torch.empty
+    zeros = torch.zeros
+    empty_like = torch.empty_like
+
+    @staticmethod
+    def strides(array: Tensor) -> tuple[int, ...] | None:
+        return None if array.is_neg() or array.data_ptr() % array.element_size() else array.stride()
+
+    @staticmethod
+    def dense(x: Tensor, order: tuple[int, ...]) -> Tensor:
+        return torch.empty_permuted(x.shape, order, dtype=x.dtype)
+
+    @staticmethod
+    @torch.no_grad()
+    def assign(target: Tensor, value: Tensor) -> None:
+        target.copy_(value)
+
+    @staticmethod
+    def number(value: float) -> Tensor:
+        return torch.tensor([value], dtype=torch.float64)
+
+    @staticmethod
+    def concatenate(arrays: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(arrays))
+
+    @staticmethod
+    @torch.no_grad()
+    def chosen(x: Tensor, axis: int, valid: Tensor) -> Tensor:
+        return x.movedim(axis, 0)[:, valid.squeeze(axis)].contiguous()
+
+    @staticmethod
+    @torch.no_grad()
+    def scatter(target: Tensor, axis: int, valid: Tensor, chosen: Tensor) -> None:
+        target.zero_()
+        target.movedim(axis, 0)[:, valid.squeeze(axis)] = chosen
+
+    @staticmethod
+    def check_out(out: Tensor, x: Tensor, residual: Tensor | None, in_place: bool) -> None:
+        check_out(_extent(out), _extent(x), None if residual is None else _extent(residual), in_place)
+
+
+def _extent(tensor: Tensor) -> Any:
+    size = tensor.element_size()
+    return extent(tensor.data_ptr(), tuple(tensor.shape), tuple([size * stride for stride in tensor.stride()]), size)
