@@ -200,4 +200,6 @@ def _empty_grads(backend: Backend, saved: Saved, dx: Array | None, need: frozens
 
 def _fused(backend: Any, plain: bool) -> Fused | None:
     """The backend if it fuses such a call, which is plain without a mask and ghost batches."""
-    return backend if hasattr(backend, "forward") and (plain or not hasattr(backend, "fuses_plain_calls_only")) else None
+    return (
+        backend if hasattr(backend, "forward") and (plain or not hasattr(backend, "fuses_plain_calls_only")) else None
+    )

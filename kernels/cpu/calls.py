@@ -1,12 +1,12 @@
 """Whole calls, for all dtypes and activations: what is particular to these are kernels that come as addresses.
 
-A call has phases, bits of ``phases``: ``START``, ``SUM`` and ``FINISH`` make the statistics, or the sums of the backward
-pass; ``WRITE`` writes tensors, ``END`` per-channel results, last. In ``SUM`` and ``WRITE`` work is claimed from a counter
-each, so that several threads may run them at the same time; what is claimed depends on shapes alone. A ``fused`` call does
-the first four in ``SUM``, group after group of channels, so that the second pass finds a group in the cache.
+A call has phases, bits of ``phases``: ``START``, ``SUM`` and ``FINISH`` make the statistics, or the sums of a backward
+call; ``WRITE`` writes tensors, ``END`` per-channel results, last. In ``SUM`` and ``WRITE`` parts are claimed from a
+counter each, so that several threads may run them at the same time; the parts depend on shapes alone. A ``fused`` call
+does the first four in ``SUM``, group after group of channels, so that the second pass finds a group in the cache.
 
-All arguments are addresses, counts of elements, and numbers. Vectors of parameters are float32, or float64 where ``doubles``
-has their bit.
+All arguments are addresses, counts of elements, and numbers. Vectors of parameters are float32, or float64 where
+``doubles`` has their bit.
 """
 
 import math

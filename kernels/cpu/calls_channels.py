@@ -1,8 +1,8 @@
 """Calls on channels that lie in runs of adjacent elements; see :mod:`gpu_bn.kernels.cpu.calls`.
 
-``group`` is how many channels are summed, then written, together. Of a call that is not fused, a part is ``part_runs``
-runs' ``part_length`` elements of one channel, or, to be written, of ``part_channels``. ``scratch`` has 5 float64 vectors
-of the channels and then two numbers a part.
+``group`` is how many channels are summed, then written, together. Of a call that is not fused, a part is so many
+elements, ``part_length``, of ``part_runs`` runs of one channel, or, to be written, of ``part_channels``. ``scratch``
+has 5 float64 vectors of the channels and then two numbers a part.
 """
 
 from gpu_bn.kernels.cpu.calls import (
@@ -33,7 +33,9 @@ def merged(scratch, channel, parts, runs, length, part_runs, part_length):
         delta = number(scratch, 2 * (channel * parts + at)) - mean
         count += more
         mean += delta * (more / count)
-        squares += number(scratch, 2 * (channel * parts + at) + 1) * more + delta * delta * (more * (count - more) / count)
+        squares += number(scratch, 2 * (channel * parts + at) + 1) * more + delta * delta * (
+            more * (count - more) / count
+        )
     return mean, squares / count
 
 
@@ -49,7 +51,8 @@ def put_affine(scratch, channels, at, mean, var, eps, weight, bias, doubles, dou
 
 @cold
 def write_parts(
-    writer, tensors, steps, size, runs, channels, length, part_runs, part_channels, part_length, scratch, p, past, counter
+    writer, tensors, steps, size, runs, channels, length, part_runs, part_channels, part_length, scratch, p, past,
+    counter,
 ):  # fmt: skip
     """Write part after part, in the order of memory."""
     x, residual, dy, out, dresidual = tensors
@@ -60,7 +63,9 @@ def write_parts(
         at = claim(counter)
         if at // (blocks * pieces) * part_runs >= runs:
             break
-        run, some, first, elements = part(at // (blocks * pieces) * pieces + at % pieces, runs, length, part_runs, part_length)
+        run, some, first, elements = part(
+            at // (blocks * pieces) * pieces + at % pieces, runs, length, part_runs, part_length
+        )
         channel = at // pieces % blocks * part_channels
         by = channel * length + first
         vectors = scratch + 8 * channel
@@ -144,8 +149,8 @@ def put_slopes(scratch, channels, at, mean, var, eps, weight, bias, doubles, dou
 @kernel
 def backward(
     phases, fused, products, writer, x, residual, dy, dx, dresidual, x_step, residual_step, dy_step, dx_step,
-    dresidual_step, size, runs, channels, length, weight, bias, dweight, dbias, doubles, gradient_doubles, mean, var, dz,
-    dz_xhat, training, count, eps, p, double, past, group, part_runs, part_channels, part_length, scratch, counters,
+    dresidual_step, size, runs, channels, length, weight, bias, dweight, dbias, doubles, gradient_doubles, mean, var,
+    dz, dz_xhat, training, count, eps, p, double, past, group, part_runs, part_channels, part_length, scratch, counters,
 ):  # fmt: skip
     parts = ((runs + part_runs - 1) // part_runs) * ((length + part_length - 1) // part_length)
     partial = scratch + 40 * channels

@@ -1,8 +1,8 @@
 """Calls on rows of columns; see :mod:`gpu_bn.kernels.cpu.calls`.
 
-``(runs, channels, length)`` tensors are rows of ``channels * length`` columns, of which ``folded`` rows may be joined to
-one; what is left of a fold is one shorter row. A chunk is a range of rows with float64 sums of its own. ``scratch`` has 5
-vectors of ``width`` numbers, of columns in the precision that x is computed in, then two of float64 for each chunk;
+``(runs, channels, length)`` tensors are rows of ``channels * length`` columns, of which ``folded`` rows may be joined
+to one; what is left of a fold is one shorter row. A chunk is a range of rows with float64 sums of its own. ``scratch``
+has 5 vectors of ``width`` numbers, of columns in the precision that x is computed in, then two of float64 a chunk;
 ``width`` is the number of columns and what a vector may read beyond.
 """
 
@@ -107,9 +107,7 @@ def forward(
             (x, x_step, rows * at // chunks, rows * (at + 1) // chunks, columns, scratch, sums + by, squares + by),
         )
         if rest and at == chunks - 1:
-            call_kernel(
-                deviations, (x + rows * columns * size, 0, 0, 1, rest, scratch, sums + by, squares + by)
-            )
+            call_kernel(deviations, (x + rows * columns * size, 0, 0, 1, rest, scratch, sums + by, squares + by))
     if phases & FINISH:
         if batch_stats:
             doubtful = 0
@@ -129,9 +127,7 @@ def forward(
         else:
             copy_running(running_mean, running_var, doubles, mean, var, channels)
         for at in range(channels):
-            spread_affine(
-                scratch, width, mean, var, eps, weight, bias, doubles, double, at, length, period, columns
-            )
+            spread_affine(scratch, width, mean, var, eps, weight, bias, doubles, double, at, length, period, columns)
     if phases & WRITE and writer:
         write_chunks(
             writer, (x, residual, 0, y, 0), (x_step, residual_step, 0, y_step, 0), size, rows, columns, rest, scratch,
@@ -163,8 +159,8 @@ def sum_again(again, x, x_step, size, rows, columns, rest, channels, length, mea
 @kernel
 def backward(
     phases, products, writer, x, residual, dy, dx, dresidual, x_step, residual_step, dy_step, dx_step, dresidual_step,
-    size, runs, channels, length, folded, weight, bias, dweight, dbias, doubles, gradient_doubles, mean, var, dz, dz_xhat,
-    training, count, eps, p, double, past, chunks, width, scratch, counters,
+    size, runs, channels, length, folded, weight, bias, dweight, dbias, doubles, gradient_doubles, mean, var, dz,
+    dz_xhat, training, count, eps, p, double, past, chunks, width, scratch, counters,
 ):  # fmt: skip
     period, rows = channels * length, runs // folded
     columns, rest = folded * period, (runs - rows * folded) * period
@@ -174,15 +170,20 @@ def backward(
     sums, squares = scratch + 40 * width, scratch + 48 * width
     if phases & START:
         for at in range(channels):
-            spread_affine(
-                scratch, width, mean, var, eps, weight, bias, doubles, double, at, length, period, columns
-            )
+            spread_affine(scratch, width, mean, var, eps, weight, bias, doubles, double, at, length, period, columns)
         clear(sums, 2 * width * chunks)
     while phases & SUM and products:
         at = claim(counters)
         if at >= chunks:
             break
-        vectors = (scratch, scratch + 8 * width, scratch + 16 * width, sums + 16 * width * at, squares + 16 * width * at, p)
+        vectors = (
+            scratch,
+            scratch + 8 * width,
+            scratch + 16 * width,
+            sums + 16 * width * at,
+            squares + 16 * width * at,
+            p,
+        )
         call_kernel(
             products,
             (x, residual, dy) + steps[:3] + (rows * at // chunks, rows * (at + 1) // chunks, columns) + vectors,

@@ -1,4 +1,4 @@
-"""Channels that lie in runs of adjacent elements: element ``i`` of run ``r`` is ``r * step + i``, ``step`` for each tensor.
+"""Channels that lie in runs of adjacent elements: element ``i`` of run ``r`` is ``r * step + i``, a step a tensor.
 
 float32 sums are taken around a shift near the mean, which x can store, so that x - shift is exact; every few hundred
 elements they go over to float64. A variance that they may have got wrong is computed again, in float64 around the

@@ -1,8 +1,8 @@
 """What kernels do with a vector: intrinsics, each of which generates all code that there is between two loops.
 
-An affine map is a tuple of vectors: ``centre``, ``scale`` and ``shift`` of ``z = (x - centre) * scale + shift``, and to
-write dx ``slope`` and ``offset`` too. Tensors that there are not are ``None``; ``count`` is how many elements there are,
-``None`` for a whole vector; ``which`` is an activation by its place in ``NAMES``.
+An affine map is a tuple of vectors: ``centre``, ``scale`` and ``shift`` of ``z = (x - centre) * scale + shift``, and
+to write dx ``slope`` and ``offset`` too. Tensors that there are not are ``None``; ``count`` is how many elements there
+are, ``None`` for a whole vector; ``which`` is an activation by its place in ``NAMES``.
 """
 
 from numba import types
@@ -104,10 +104,13 @@ def _loop_arguments(builder, sig, args, first):
 
 def _moved(builder, tensors, steps, index):
     """The tensors, so many steps further."""
-    return [
-        None if one is None else Tensor(builder, one.t, memory.place(builder, one.pointer, builder.mul(index, step), one.t.size, BYTE))
-        for one, step in zip(tensors, steps, strict=True)
-    ]  # fmt: skip
+    found = []
+    for one, step in zip(tensors, steps, strict=True):
+        if one is not None:
+            at = memory.place(builder, one.pointer, builder.mul(index, step), one.t.size, BYTE)
+            one = Tensor(builder, one.t, at)
+        found.append(one)
+    return found
 
 
 @intrinsic(prefer_literal=True)

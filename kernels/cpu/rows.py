@@ -1,5 +1,5 @@
-"""Rows of columns: element ``c`` of row ``r`` is ``r * step + c``, ``step`` for each tensor; column ``c`` has parameters
-of its own, in the precision that x is computed in.
+"""Rows of columns: element ``c`` of row ``r`` is ``r * step + c``, a step a tensor; each column has parameters of its
+own, in the precision that x is computed in.
 
 Sums are of tiles of a wide vector's columns and a few rows, and go over to float64 columns after each.
 """

@@ -21,6 +21,8 @@ from gpu_bn.kernels.cpu.vector import (
     fma,
     in_all,
     spread,
+)
+from gpu_bn.kernels.cpu.vector import (
     total as total_of,
 )
 
@@ -44,7 +46,9 @@ def moved(typing, tensors, by):
         result = args[0]
         for i, t in enumerate(tensors):
             if isinstance(t, Elements):
-                one = memory.place(builder, builder.extract_value(args[0], i), builder.extract_value(args[1], i), t.size, BYTE)
+                one = memory.place(
+                    builder, builder.extract_value(args[0], i), builder.extract_value(args[1], i), t.size, BYTE
+                )
                 result = builder.insert_value(result, one, i)
         return result
 
@@ -56,7 +60,9 @@ def places(typing, times, steps, more):
     """times * step + more, for each of a tuple of steps."""
 
     def generate(context, builder, sig, args):
-        each = [builder.add(builder.mul(args[0], builder.extract_value(args[1], i)), args[2]) for i in range(len(steps))]
+        each = [
+            builder.add(builder.mul(args[0], builder.extract_value(args[1], i)), args[2]) for i in range(len(steps))
+        ]
         return context.make_tuple(builder, sig.return_type, each)
 
     integers = types.UniTuple(types.int64, len(steps))
@@ -188,7 +194,9 @@ def rounded(typing, source, value):
 
     def generate(context, builder, sig, args):
         bits = memory.narrow(Lanes(builder, in_all(builder, args[1], 1)), source.code)
-        return builder.extract_element(memory.widen(builder, bits, source.code, ir.VectorType(DOUBLE, 1)).value, INT32(0))
+        return builder.extract_element(
+            memory.widen(builder, bits, source.code, ir.VectorType(DOUBLE, 1)).value, INT32(0)
+        )
 
     return types.float64(source, types.float64), generate
 

@@ -23,7 +23,6 @@ class Arrays(Protocol):
     """One library."""
 
     float64: Any
-    bool: Any
 
     def code(self, dtype: Any) -> int:
         """A dtype's place in :data:`gpu_bn.spec.FLOAT_DTYPES`."""
@@ -68,12 +67,10 @@ class NumpyArrays:
     """NumPy's."""
 
     float64 = np.dtype(np.float64)
-    bool = np.dtype(np.bool_)
 
     @staticmethod
-    @cache
     def code(dtype: np.dtype[Any]) -> int:
-        return FLOAT_DTYPES.index(dtype.name)
+        return _code(dtype)
 
     @staticmethod
     def address(array: NDArray[Any]) -> int:
@@ -94,7 +91,8 @@ class NumpyArrays:
             return np.empty(shape, dtype)
         room = np.empty(nbytes + ALIGNED, np.uint8)
         at = -room.ctypes.data % ALIGNED
-        return room[at : at + nbytes].view(dtype).reshape(shape)
+        array: NDArray[Any] = room[at : at + nbytes].view(dtype).reshape(shape)
+        return array
 
     def empty_like(self, x: NDArray[Any]) -> NDArray[Any]:
         if x.flags.c_contiguous:
@@ -126,7 +124,8 @@ class NumpyArrays:
 
     @staticmethod
     def chosen(x: NDArray[Any], axis: int, valid: NDArray[Any]) -> NDArray[Any]:
-        return np.ascontiguousarray(np.moveaxis(x, axis, 0)[:, valid.squeeze(axis)])
+        chosen: NDArray[Any] = np.moveaxis(x, axis, 0)[:, valid.squeeze(axis)]
+        return np.ascontiguousarray(chosen)
 
     @staticmethod
     def scatter(target: NDArray[Any], axis: int, valid: NDArray[Any], chosen: NDArray[Any]) -> None:
@@ -136,3 +135,8 @@ class NumpyArrays:
     @staticmethod
     def check_out(out: NDArray[Any], x: NDArray[Any], residual: NDArray[Any] | None, in_place: bool) -> None:
         check_out(out, x, residual, in_place)
+
+
+@cache
+def _code(dtype: np.dtype[Any]) -> int:
+    return FLOAT_DTYPES.index(dtype.name)

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from gpu_bn.activations import IDENTITY
 from gpu_bn.backends.cpu.arrays import Arrays
 from gpu_bn.backends.cpu.call import Call, as_float
 from gpu_bn.backends.protocol import Moments, Saved, Sums
@@ -72,9 +73,7 @@ class CpuBackend:
         dweight = arrays.empty((channels,), saved.weight_dtype) if "dweight" in need else None
         dbias = arrays.empty((channels,), saved.bias_dtype) if "dbias" in need else None
         if not all(one is None for one in (dx, added, dweight, dbias)):
-            sums = (
-                "dweight" in need or "dbias" in need or (dx is not None and saved.spec.batch_stats)
-            )
+            sums = "dweight" in need or "dbias" in need or (dx is not None and saved.spec.batch_stats)
             Call(arrays, saved.x, saved.spec).backward(dy, saved, sums, dx, added, dweight, dbias)
         return dx, dweight, dbias, dresidual
 
@@ -130,7 +129,11 @@ class CpuBackend:
                 self.normalize(part, None if residual is None else residual[at], out[at])
             return
         if saved.valid is not None:
-            self._masked(saved, (residual,), (out,), lambda part, given, written: self.normalize(part, *given, *written))
+            there = self._there(saved)
+            y = self.arrays.empty_like(there.x)
+            if y.shape[1]:
+                self.normalize(there, self._chosen(saved, residual), y)
+            self.arrays.scatter(out, saved.spec.axis, saved.valid, y)
             return
         spec = replace(saved.spec, batch_stats=False)
         vectors = (saved.mean, saved.moments.var, saved.weight, saved.bias)
@@ -145,14 +148,19 @@ class CpuBackend:
             each = [self.backward_reduce(dy[at], part, None if dz is None else dz[at]) for at, part in saved.parts()]
             return Sums(*map(self.arrays.concatenate, zip(*each, strict=True)))
         if saved.valid is not None:
-            return self._masked(
-                saved, (dy,), (dz,), lambda part, given, written: self.backward_reduce(*given, part, *written)
-            )
+            there = self._there(saved)
+            dz_there = None if dz is None else self.arrays.empty_like(there.x)
+            if there.x.shape[1]:
+                sums = self.backward_reduce(self._chosen(saved, dy), there, dz_there)
+            else:
+                sums = Sums(*self.arrays.zeros((2, there.x.shape[0]), self.arrays.float64))
+            if dz is not None:
+                self.arrays.scatter(dz, saved.spec.axis, saved.valid, dz_there)
+            return sums
         added = None if saved.spec.activation.is_identity else dz
         if dz is not None and added is None:
             self.arrays.assign(dz, dy)
-        sums: Sums = Call(self.arrays, saved.x, saved.spec).backward(dy, saved, True, None, added, None, None)
-        return sums
+        return Call(self.arrays, saved.x, saved.spec).backward(dy, saved, True, None, added, None, None)
 
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
         del dz  # never given: see keeps_dz
@@ -163,9 +171,11 @@ class CpuBackend:
                 self.backward_input(dy[at], part, sums and Sums(sums.dz[own], sums.dz_xhat[own]), out[at], None)
             return
         if saved.valid is not None:
-            self._masked(
-                saved, (dy,), (out,), lambda part, given, written: self.backward_input(*given, part, sums, *written, None)
-            )
+            there = self._there(saved)
+            dx = self.arrays.empty_like(there.x)
+            if dx.shape[1]:
+                self.backward_input(self._chosen(saved, dy), there, sums, dx, None)
+            self.arrays.scatter(out, saved.spec.axis, saved.valid, dx)
             return
         Call(self.arrays, saved.x, saved.spec).backward(dy, saved, False, out, None, None, None, given=sums)
 
@@ -176,28 +186,15 @@ class CpuBackend:
         together = self.arrays.concatenate
         return Moments(count[0] if isinstance(count[0], int) else together(count), together(mean), together(var))
 
-    def _masked(self, saved: Saved, given: tuple[Any, ...], written: tuple[Any, ...], call: Any) -> Any:
-        """Make a call on the positions that count, (C, positions), and write what it wrote to its place among zeros."""
-        arrays, axis, valid = self.arrays, saved.spec.axis, saved.valid
-        x, residual, *given_there = (
-            None if one is None else arrays.chosen(one, axis, valid) for one in (saved.x, saved.residual, *given)
-        )
-        part = replace(saved, x=x, residual=residual, valid=None, spec=replace(saved.spec, axis=0))
-        written_there = [None if one is None else arrays.empty_like(x) for one in written]
-        result = None
-        if 0 not in x.shape:
-            result = call(part, given_there, written_there)
-        for one, there in zip(written, written_there, strict=True):
-            if one is not None:
-                arrays.scatter(one, axis, valid, there)
-        if result is None and not written:
-            return None
-        zeros = arrays.zeros((2, x.shape[0]), arrays.float64)
-        return Sums(zeros[0], zeros[1]) if 0 in x.shape else result
+    def _there(self, saved: Saved) -> Saved:
+        """A masked call as one of the positions that count, (C, positions)."""
+        x, residual = (self._chosen(saved, one) for one in (saved.x, saved.residual))
+        return replace(saved, x=x, residual=residual, valid=None, spec=replace(saved.spec, axis=0))
+
+    def _chosen(self, saved: Saved, array: Array | None) -> Array | None:
+        return None if array is None else self.arrays.chosen(array, saved.spec.axis, saved.valid)
 
 
 def _statistics(axis: int) -> BatchNormSpec:
     """The options of a call for statistics alone."""
-    from gpu_bn.activations import IDENTITY
-
     return BatchNormSpec(axis, True, 0.0, 1.0, IDENTITY)

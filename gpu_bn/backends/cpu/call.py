@@ -184,7 +184,7 @@ class Call:
         """Run a kernel's phases, on several threads if that pays."""
         scratch = np.empty(plan.scratch + 2 * LINE, np.uint8)  # counters first
         counters = -(-int(scratch.__array_interface__["data"][0]) // LINE) * LINE
-        scratch[:2 * LINE] = 0
+        scratch[: 2 * LINE] = 0
         if plan.by_rows:
             cut: tuple[int, ...] = (plan.chunks, plan.width)
             head = kernels

@@ -22,12 +22,11 @@ class TorchTensors:
     """See :class:`gpu_bn.backends.cpu.arrays.Arrays`."""
 
     float64 = torch.float64
-    codes = {getattr(torch, name): code for code, name in enumerate(FLOAT_DTYPES)}
-    code = codes.__getitem__
+    code: Any = {getattr(torch, name): code for code, name in enumerate(FLOAT_DTYPES)}.__getitem__
     address = staticmethod(Tensor.data_ptr)
-    empty = torch.empty
-    zeros = torch.zeros
-    empty_like = torch.empty_like
+    empty: Any = staticmethod(torch.empty)
+    zeros: Any = staticmethod(torch.zeros)
+    empty_like: Any = staticmethod(torch.empty_like)
 
     @staticmethod
     def strides(array: Tensor) -> tuple[int, ...] | None:
