@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -32,6 +32,15 @@ class Arrays(Protocol):
 
     def strides(self, array: Array) -> tuple[int, ...] | None:
         """In elements; ``None`` if the memory cannot be read as such elements."""
+
+    def byte_strides(self, array: Array) -> tuple[int, ...]:
+        """In bytes, or any other unit."""
+
+    def layout(self, array: Array) -> Hashable:
+        """All that kernels depend on but the address, its alignment included."""
+
+    def double(self, length: int) -> Array:
+        """A new float64 vector."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new dense array."""
@@ -83,6 +92,18 @@ class NumpyArrays:
         if not (array.flags.aligned and array.dtype.isnative) or any(stride % size for stride in array.strides):
             return None
         return tuple([stride // size for stride in array.strides])
+
+    @staticmethod
+    def byte_strides(array: NDArray[Any]) -> tuple[int, ...]:
+        return array.strides
+
+    @staticmethod
+    def layout(array: NDArray[Any]) -> Hashable:
+        return array.dtype, array.shape, array.strides, array.flags.aligned
+
+    @staticmethod
+    def double(length: int) -> NDArray[Any]:
+        return np.empty(length)
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
