@@ -57,6 +57,9 @@ def run(arrays, convert=lambda array: array, **options):
     return call(*vectors, **arrays, **options)
 
 
+LIBRARIES = ["numpy", "torch"]
+
+
 def converter(library):
     if library == "numpy":
         return lambda array: array
@@ -70,7 +73,7 @@ def converter(library):
     return convert
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_written_arrays_share_no_memory(one, other, kind, library):
@@ -88,7 +91,7 @@ def test_written_arrays_share_no_memory(one, other, kind, library):
     assert all(np.array_equal(array, others[name]) for name, array in arrays.items())
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("name", ["out", "running_mean", "running_var"])
 @pytest.mark.parametrize("kind", ["repeated", "overlapping windows"])
 def test_written_arrays_do_not_overlap_themselves(name, kind, library):
@@ -114,7 +117,7 @@ def test_written_arrays_do_not_overlap_themselves(name, kind, library):
     assert not memory.any()
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_neighbours_in_one_buffer_are_allowed(library):
     """Interleaved, so that their bounds overlap and their elements do not."""
     buffer = np.ones(2 * 4 * CHANNELS, np.float32)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_bn.aliasing import extent as extent
 from gpu_bn.aliasing import overlap, view
 from gpu_bn.spec import check_overlap
 
