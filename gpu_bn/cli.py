@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         "demo",
         "Train a network of two hidden layers on scikit-learn's digits without BN, with BN of fixed weight = 1 and "
         "bias = 0, and with BN's learned pair; print how loss, accuracy and the drift of what the second layer sees "
-        "compare; check that BN can be the identity; draw a figure. Needs pip install 'gpu-bn[demo]'.",
+        "compare; check that BN can be the identity; draw a figure. Needs pip install -e '.[demo]'.",
     )
     demo.add_argument("--seeds", type=_positive, default=5, metavar="N", help="runs of each network (default: 5)")
     demo.add_argument(
@@ -214,7 +214,7 @@ def run_demo(options: argparse.Namespace) -> int:
     """``gpu-bn demo``."""
     missing = [package for module, package in DEMO_NEEDS.items() if find_spec(module) is None]
     if missing:
-        raise CommandError(f"{', '.join(missing)} not installed; pip install 'gpu-bn[demo]' installs what it needs")
+        raise CommandError(f"{', '.join(missing)} not installed; pip install -e '.[demo]' installs what it needs")
     if not options.out.parent.is_dir():
         raise CommandError(f"there is no folder {options.out.parent} for the figure")
     from gpu_bn.demo.run import Options, demo

@@ -246,7 +246,7 @@ def test_without_matplotlib_there_are_no_pictures(capsys, monkeypatch, tmp_path)
     monkeypatch.setattr(run, "find_spec", lambda _: None)
     monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY])
     assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 0
-    assert "No pictures: matplotlib is not installed; pip install 'gpu_bn[bench]'" in capsys.readouterr().out
+    assert "No pictures: matplotlib is not installed; pip install -e '.[bench]'" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
 
@@ -262,7 +262,7 @@ def test_numpy_alone_is_enough(capsys, monkeypatch, tmp_path):
     assert "No GPU was timed: torch is not installed, cupy is not installed." in out
     for arguments, says in ((["--dtype", "bf16"], "bf16 needs ml_dtypes"), (["--train"], "--train needs torch")):
         assert main(["bench", "--seconds", "0", "--shapes", "4x8", *arguments, "--out", str(tmp_path)]) == 1
-        assert f"{says}: pip install 'gpu_bn[bench]'" in capsys.readouterr().err
+        assert f"{says}: pip install -e '.[bench]'" in capsys.readouterr().err
 
 
 def test_a_subject_of_one_module_or_another():

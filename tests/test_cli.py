@@ -173,7 +173,7 @@ def test_demo_without_its_extra_says_how_to_get_it(module, capsys, monkeypatch):
     assert main(["demo"]) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert "pip install 'gpu-bn[demo]'" in said.err
+    assert "pip install -e '.[demo]'" in said.err
     assert DEMO_NEEDS[module] in said.err
 
 

@@ -189,9 +189,9 @@ def bench(options: Options) -> bool:
     if not cases:
         raise BenchError("no case is left by --shapes, --dtype, --layout, --ops and --only")
     if any(case.dtype == "bfloat16" for case in cases) and find_spec("ml_dtypes") is None:
-        raise BenchError("bf16 needs ml_dtypes: pip install 'gpu_bn[bench]'")
+        raise BenchError("bf16 needs ml_dtypes: pip install -e '.[bench]'")
     if options.train and find_spec("torch") is None:
-        raise BenchError("--train needs torch: pip install 'gpu_bn[bench]'")
+        raise BenchError("--train needs torch: pip install -e '.[bench]'")
     if options.page is not None and not options.page.parent.is_dir() and options.page.parent != options.out:
         raise BenchError(f"there is no folder {options.page.parent} for the page")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -297,7 +297,7 @@ def write(report: Report, here: Bench) -> None:
     report.write(options.out / "report.json")
     written = [options.out / "report.json"]
     if find_spec("matplotlib") is None:
-        print("No pictures: matplotlib is not installed; pip install 'gpu_bn[bench]' installs what it needs.")
+        print("No pictures: matplotlib is not installed; pip install -e '.[bench]' installs what it needs.")
     else:
         from gpu_bn.bench.figures import draw
 
