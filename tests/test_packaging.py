@@ -162,6 +162,10 @@ def test_the_hints_name_one_way_to_install():
     """No index has the package yet: what is printed has to be what can be typed in a clone."""
     folders = ("gpu_bn", "kernels", "tests", "bench", "docker")
     texts = [path.read_text() for name in folders for path in (ROOT / name).rglob("*.py")]
-    hints = [hint for text in [*texts, (ROOT / "README.md").read_text()] for hint in re.findall(r"pip install [^\n]{30}", text)]
+    hints = [
+        hint
+        for text in [*texts, (ROOT / "README.md").read_text()]
+        for hint in re.findall(r"pip install [^\n]{30}", text)
+    ]
     wrong = [hint for hint in hints if re.match(r"pip install '?gpu[-_]bn", hint)]
     assert not wrong

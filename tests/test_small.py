@@ -2,7 +2,6 @@
 
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 import pytest
 from support import rng
@@ -10,6 +9,8 @@ from support import rng
 import gpu_bn
 from gpu_bn.backends import _small
 from gpu_bn.backends._layout import Layout
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs the package ml_dtypes")
 
 COUNTS = [2, 7, 32, 1000, _small.LONG, _small.LONG + 1, _small.SMALL]
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
