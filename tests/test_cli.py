@@ -130,9 +130,7 @@ THIRTEEN = {"cupy": (13, 0), "nvrtc": (13, 0), "packages": ("cupy-cuda13x",)}
         ),
         (
             {"driver": (13, 0), **TWELVE, "nvrtc": (13, 0)},
-            [
-                "cupy-cuda12x with NVRTC 13.0: pip install -e '.\\[cupy13\\]' instead of it, or .* nvidia-cuda-nvrtc-cu12"
-            ],
+            ["cupy-cuda12x with NVRTC 13.0: pip install -e '.\\[cupy13\\]' instead of it, or .*-cuda-nvrtc-cu12"],
         ),
         (
             {"driver": (13, 0), **THIRTEEN, "packages": ("cupy-cuda12x", "cupy-cuda13x")},

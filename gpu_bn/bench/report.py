@@ -95,8 +95,8 @@ def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Tab
         f"Times are medians{_regimes_explained(regimes)}. IQR is the interquartile range of {regimes[0]}, as are GB/s "
         f"(bytes if every tensor is read and written once), the share of a copy ({three(copy_bandwidth / 1e9)} GB/s, "
         "measured, of a tensor beyond the caches: what stays in a cache may have more than 100 %), the peers' times, "
-        "and the ratios beside them: the median of our time over the peer's in samples taken one after the other, below 1 "
-        f"ours is the faster. {SLOWER_MARK} marks what is slower with more threads than with one."
+        "and the ratios beside them: the median of our time over the peer's in samples taken one after the other, "
+        f"below 1 ours is the faster. {SLOWER_MARK} marks what is slower with more threads than with one."
     )
     if ours[0].timings[regimes[0]].samples == 1:
         caption = f"One sample of each, which is no measurement. {caption}"

@@ -152,8 +152,8 @@ class Bench:
         if 1 / MOST_MOVED <= after / self.copy_bandwidth <= MOST_MOVED:
             return []
         return [
-            f"UNSTEADY: a copy had {three(self.copy_bandwidth / 1e9)} GB/s before and {three(after / 1e9)} GB/s after the "
-            "cases: the machine was busy with something else, and no time here should be trusted."
+            f"UNSTEADY: a copy had {three(self.copy_bandwidth / 1e9)} GB/s before and {three(after / 1e9)} GB/s after "
+            "the cases: the machine was busy with something else, and no time here should be trusted."
         ]
 
     def each(self, cases: list[Case], run: Callable[[Case, Tensors], list[Result]], results: list[Result]) -> None:
