@@ -28,9 +28,13 @@ from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
 IMAGES = ("torchvision", "timm", "smp", "transformers", "monai", "ultralytics")
 
 
+KEPT: list[Any] = []
+
+
 def declare_operators() -> None:
     """torchvision's wheel is built for CUDA; beside a CPU build of torch two operators must be declared first."""
     library = torch.library.Library("torchvision", "FRAGMENT")
+    KEPT.append(library)  # its operators go with it
     if not hasattr(torch.ops.torchvision, "nms"):
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -467,9 +471,9 @@ RECORD = Path(__file__).parent / "data" / "models.jsonl"
 HEADER = """# Models of other libraries
 
 Random weights, small inputs, float64, torch 2.14.1, on a CPU; recorded on {date}. Each model beside torch's own
-layers: outputs, gradients and state after a step, fused, folded and reverted. *Difference* is the greatest of any of these, of a
-tensor's greatest number. *Merged*: of the normalisations, alone or after a sum, that an activation of ours follows.
-*Folded*: of those that alone read a convolution or a linear layer, without and with a batch.
+layers: outputs, gradients and state after a step, fused, folded and reverted. *Difference* is the greatest of any of
+these, of a tensor's greatest number. *Merged*: of the normalisations, alone or after a sum, that an activation of ours
+follows. *Folded*: of those that alone read a convolution or a linear layer, without and with a batch.
 
 The order for deployment: `nn.convert(model, fuse=True)`, train, `nn.fold(model, batch)`, then export the folded model.
 

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from model_zoo import RECORD, declare_operators, examine, table
 from support import rng
 
 torch = pytest.importorskip("torch")
+
+from model_zoo import RECORD, declare_operators, examine, table  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
 
