@@ -78,7 +78,7 @@ class Loop:
     def vectors(self, width: int) -> int:
         """The vectors of tensors that one turn reads, or writes where it reads none."""
         kinds = Counter(kind for ins in self.code if (kind := ins.accesses(width)))
-        return max(kinds["load"], kinds["copy"], kinds["staged"]) or kinds["store"]
+        return max(kinds["load"], kinds["copy"]) or kinds["staged"] or kinds["store"]
 
     def in_flight(self, width: int) -> int:
         """Loads that a thread has under way at a time: until an instruction names a register that one of them fills."""
@@ -121,17 +121,39 @@ class Machine:
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """The innermost loops."""
+        """The innermost loops: jumps back to where they can be reached from. Code that was moved off jumps back too."""
         spans = set()
         for ins in self.code:
-            target = re.search(r"`\((\S+?)\)", ins.operands)
-            start = self.labels.get(target[1]) if target and ins.base == "BRA" else None
-            if start is not None and start < ins.address:
+            start = self._target(ins)
+            if start is not None and start < ins.address and self._reaches(start, ins.address):
                 spans.add((start, ins.address))
         inner = [span for span in spans if not any(span != other and _within(other, span) for other in spans)]
         return tuple(
             Loop(tuple(ins for ins in self.code if first <= ins.address <= last)) for first, last in sorted(inner)
         )
+
+    def _target(self, ins: Instruction) -> int | None:
+        """Where an instruction jumps to."""
+        target = re.search(r"`\((\S+?)\)", ins.operands)
+        return self.labels.get(target[1]) if target and ins.base == "BRA" else None
+
+    def _reaches(self, first: int, last: int) -> bool:
+        """Whether there is a way from one address on to another, between the two."""
+        span = [ins for ins in self.code if first <= ins.address <= last]
+        place = {ins.address: at for at, ins in enumerate(span)}
+        seen, ahead = set[int](), [0]
+        while ahead:
+            at = ahead.pop()
+            if at in seen or at >= len(span):
+                continue
+            seen.add(at)
+            ins = span[at]
+            target = self._target(ins)
+            if target in place:
+                ahead.append(place[target])
+            if ins.guard or ins.base not in ("BRA", "EXIT", "RET") or re.match(r"!?U?P\d", ins.operands):
+                ahead.append(at + 1)
+        return len(span) - 1 in seen
 
     def hot(self, width: int) -> tuple[Loop, ...]:
         """The loops that go through tensors."""
