@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cuda_variants import on_chip_tiers, stamp
 from emulator.compile import ARCHITECTURES, cuda_cubin
 from gates import DATA, Group
-from machine_code import Figures, blocks_per_sm, disassemble
+from machine_code import Figures, blocks_per_sm, figures_of
 from plan_snapshot import calls
 
 from gpu_bn.backends import _cuda
@@ -122,8 +122,8 @@ def rows(arch: int, columns: bool, source: str | None = None, only: Iterable[str
     found, source = [], source or _cuda.source("relu")
     for name in names(arch, columns) if only is None else only:
         cubin = cuda_cubin(re.sub("//.*", "", source), arch, _cuda.OPTIONS, expressions=[name])
-        (machine,) = disassemble(cubin).values()
-        found.append(Row(arch, columns, name, stamp(group(arch, columns), name), machine.figures(16, CHAIN)))
+        (figures,) = figures_of(cubin, 16, CHAIN).values()
+        found.append(Row(arch, columns, name, stamp(group(arch, columns), name), figures))
     return found
 
 
