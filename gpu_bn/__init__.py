@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpu_bn._explain import explain
     from gpu_bn.activations import Activation, elu, leaky_relu
-    from gpu_bn.backends._threads import get_num_threads, set_num_threads
+    from gpu_bn.backends.cpu.threads import get_num_threads, set_num_threads
     from gpu_bn.backends.protocol import Saved
     from gpu_bn.dispatch import BackendUnavailableError
     from gpu_bn.folding import fold, identity_affine, unfold
@@ -34,10 +34,10 @@ _HOMES = {
     "elu": "activations",
     "explain": "_explain",
     "fold": "folding",
-    "get_num_threads": "backends._threads",
+    "get_num_threads": "backends.cpu.threads",
     "identity_affine": "folding",
     "leaky_relu": "activations",
-    "set_num_threads": "backends._threads",
+    "set_num_threads": "backends.cpu.threads",
     "unfold": "folding",
 }
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import triton.language as tl
 
 from gpu_bn.backends._layout import Layout, check_out
 from gpu_bn.backends.protocol import Moments, Saved, Sums
-from gpu_bn.backends.triton_launch import Launch, Step, interpreting, launch
+from gpu_bn.backends.triton_launch import CLUSTERS, ClusterError, Launch, Step, interpreting, launch
 from gpu_bn.backends.triton_programs import (
     ELSEWHERE,
     SAMPLES,
@@ -37,6 +38,22 @@ from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan, Work, alignment, tile
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _planned_again(method: Method) -> Method:
+    """Plan a call again without clusters where they fail: a call in a cluster is one launch, so nothing has run."""
+
+    @wraps(method)
+    def call(self: TritonBackend, *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, *args, **options)
+        except ClusterError:
+            self._clusters = False
+            self._prepared.clear()
+            return method(self, *args, **options)
+
+    return cast(Method, call)
 
 
 def backend() -> TritonBackend:
@@ -123,6 +140,7 @@ class TritonBackend:
         self._device = device
         self._tier = tier
         self._wide = wide
+        self._clusters = CLUSTERS
         self._prepared: dict[tuple[Any, ...], Any] = {}
         self._devices: dict[Any, Device] = {}
 
@@ -214,10 +232,6 @@ class TritonBackend:
         if y is not out:
             out.copy_(y)
 
-    def keeps_dz(self, saved: Saved) -> bool:
-        del saved
-        return False  # it is as fast to compute it again
-
     @torch.no_grad()
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         call = self._call(dy, saved, frozenset())
@@ -235,8 +249,7 @@ class TritonBackend:
         return Sums(sums[0], sums[1])
 
     @torch.no_grad()
-    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
-        del dz  # never given: see keeps_dz
+    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         call = self._call(dy, saved, frozenset())
         key = "input" if sums is None else "input after sums"
         step = call.prepared(key, lambda: self._input_step(self._once(call.work(1), call.x), call))
@@ -248,6 +261,7 @@ class TritonBackend:
             out.copy_(dx)
 
     # ------------------------------------------------------------------------------------------------------- forward
+    @_planned_again
     def forward(
         self,
         x: Array,
@@ -375,6 +389,7 @@ class TritonBackend:
         return self._step(bn_forward_triton.bn_normalize_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
 
     # ------------------------------------------------------------------------------------------------------ backward
+    @_planned_again
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
         call, batch_stats = self._call(dy, saved, need), saved.spec.batch_stats
         x, device = call.x, call.x.device
@@ -410,7 +425,7 @@ class TritonBackend:
         dz = self.empty_like(saved.x) if "dresidual" in need else None
         sums = self.backward_reduce(dy, saved, dz)
         if dx is not None:
-            self.backward_input(dy, saved, sums, dx, None)
+            self.backward_input(dy, saved, sums, dx)
         dz_xhat, dz_sum = (vector.view(call.groups, -1).sum(0) for vector in (sums.dz_xhat, sums.dz))
         dweight = self.cast(dz_xhat, saved.weight_dtype) if "dweight" in need else None
         return dx, dweight, self.cast(dz_sum, saved.bias_dtype) if "dbias" in need else None, dz
@@ -524,12 +539,10 @@ class TritonBackend:
         return geometry.wide or self._wide
 
     def _device_of(self, x: Array) -> Device:
-        if self._device is not None:
-            return self._device
-        found = self._devices.get(x.device)
+        found = self._device or self._devices.get(x.device)
         if found is None:
             found = self._devices[x.device] = device_of(x.device)
-        return found
+        return found if self._clusters else replace(found, clusters=False)
 
 
 TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})

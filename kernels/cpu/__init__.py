@@ -1,0 +1,1 @@
+"""Kernels for CPUs, compiled by Numba; ``gpu_bn.backends.cpu`` calls them."""
