@@ -174,15 +174,15 @@ LEAVES, CALLS = ("moments", "deviations", "products", "writer"), ("forward", "ba
 BUGS = {
     "a dropped tail of a sum": (channels, LEAVES, "if count % wide:", "if count % wide < 0:", CHANNELS),
     "a dropped tail of y": (channels, LEAVES, "if (length - masked) % width:", "if length < 0:", CHANNELS),
-    "a tail that begins too late": (channels, LEAVES, "wide * wide, (1, 1, 1), 0", "wide * wide, (1, 1, 1), 1", CHANNELS),
+    "a tail begun too late": (channels, LEAVES, "wide, (1, 1, 1), 0", "wide, (1, 1, 1), 1", CHANNELS),
     "a swapped stride": (channels, LEAVES, "places(run, steps, first)", "places(first, steps, run)", CHANNELS),
     "a lost float64 sum": (rows, LEAVES, "add_to(products, c, None, tile[1])", "pass", ROW),
     "a dropped column": (rows, LEAVES, "add_to(sums, c, columns - c, tile[0])", "pass", ROW),
     "a dropped last row": (rows, LEAVES, "rows = min(ROWS, high - first)", "rows = min(ROWS, high - first - 1)", ROW),
-    "a wrong Bessel factor": (calls_channels, CALLS, "channels, count, momentum)", "channels, count + 1, momentum)", SMALL),
+    "a wrong Bessel factor": (calls_channels, CALLS, "count / max(count - 1.0, 1.0)", "1.0", SMALL),
     "an unmerged part": (calls_channels, CALLS, "for at in range(parts):", "for at in range(parts - 1):", PARTS),
     "an unmerged chunk": (calls_rows, CALLS, "for chunk in range(chunks):", "for chunk in range(1):", CHUNKS),
-    "a lost shorter row": (calls_rows, CALLS, "if rest and at == chunks - 1:", "if rest and at == chunks:", Case((301, 3, 7))),
+    "a lost shorter row": (calls_rows, CALLS, "if rest and at == chunks - 1:", "if rest < 0:", Case((301, 3, 7))),
 }  # fmt: skip
 
 
