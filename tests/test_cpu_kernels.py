@@ -186,6 +186,7 @@ BUGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # each compiles kernels of its own
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_noticed(bug, monkeypatch, tmp_path):
     module, names, before, after, case = BUGS[bug]
