@@ -9,12 +9,12 @@ import sys
 
 import numpy as np
 import pytest
-from support import make_problem, rng, same_bits
+from support import make_problem, relative_error, rng, same_bits
 
 import gpu_bn
 from gpu_bn.activations import ROWS
 from gpu_bn.backends.cpu import call, plans, threads
-from gpu_bn.testing import Case, build, check, run
+from gpu_bn.testing import Case, build, check, oracle, run
 
 numba = pytest.importorskip("numba")
 from gpu_bn.kernels.cpu import calls_channels, calls_rows, channels, rows  # noqa: E402 (they need Numba)
@@ -144,6 +144,15 @@ def test_few_channels_are_cut_into_parts():
 @pytest.mark.parametrize("case", SHAPES[:6], ids=str)
 def test_large_tensors(case):
     assert all(share <= 1 for share in check(case, "cpu").values())
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 30, 30), (700, 33), (4096, 128), (3, 5, 2100), (64, 5, 7, 7)], ids=str)
+def test_float32_far_from_zero(shape):
+    x = (1e4 + rng(1).standard_normal(shape)).astype(np.float32)
+    y, saved = gpu_bn.batch_norm_forward(x, training=True, eps=1e-12, backend="cpu")
+    truth = oracle(make_problem(x, eps=1e-12))
+    assert relative_error(saved.moments.var, truth.var) <= 1e-7
+    assert relative_error(y, truth.y) <= 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
