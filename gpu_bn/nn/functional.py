@@ -431,7 +431,7 @@ def front_door(
     extensions: dict[str, Any] = {"mask": mask, "virtual_batch_size": virtual_batch_size, "renorm": renorm}
     engine = dispatch.select(backend, input=x, **tensors, out=out, mask=mask)
     checked = spec.check_forward(x, **options, channel_axis=channel_axis, out=out, **extensions)
-    named = backend not in (None, dispatch.default(x))
+    named = backend not in (None, dispatch.TORCH, dispatch.default(x))
     valid = ops.positions(mask, x.shape, checked.axis) if mask is not None and (named or out is not None) else None
     if out is not None:
         differentiable = [tensor for tensor in (x, *tensors.values()) if tensor is not None and tensor.requires_grad]
