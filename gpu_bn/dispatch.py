@@ -54,10 +54,10 @@ EXTRAS = {"numba": "cpu", "triton": "torch"}
 """What installs a package, where that is not called like it."""
 _TENSOR = {"library": "torch", "array": "torch.Tensor", "differentiable": "gpu_bn.nn.functional"}
 ROWS = (
-    Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu.arrays", packages=("numba",)),
+    Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu", packages=("numba",)),
     Row("numpy", "numpy", "numpy.ndarray", "gpu_bn.backends.numpy"),
     Row("cupy", "cupy", "cupy.ndarray", "gpu_bn.backends.cupy", packages=("cupy",)),
-    Row("cpu", module="gpu_bn.backends.cpu.tensors", device="cpu", packages=("torch", "numba"), **_TENSOR),
+    Row("cpu", module="gpu_bn.backends.cpu.tensors_direct", device="cpu", packages=("torch", "numba"), **_TENSOR),
     Row("numpy", module="gpu_bn.nn._cpu", device="cpu", packages=("torch",), **_TENSOR),
     Row("triton", module="gpu_bn.backends.triton", device="cuda", packages=("torch", "triton"), **_TENSOR),
     Row("cupy", module="gpu_bn.backends.cupy_torch", device="cuda", packages=("torch", "cupy"), **_TENSOR),

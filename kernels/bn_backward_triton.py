@@ -91,7 +91,8 @@ def bn_backward_reduce_kernel(
     program, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     strip, group = group_of(program, GROUPS)
     start = start_of(group, channels, row, positions, GROUPS, COLUMNS, WIDE)
-    valid = mask_of(valid, group, positions, VEC, COLUMNS, WIDE)
+    if valid is not None:
+        valid = mask_of(valid, group, positions, VEC, COLUMNS, WIDE)
     first, last = share_of(block, share, positions, WIDE)
     channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
     place = channel + group * channels
@@ -175,7 +176,8 @@ def bn_backward_input_kernel(
     blocks = tl.num_programs(1)
     strip, group = group_of(tl.num_programs(0) - 1 - tl.program_id(0), GROUPS)
     start = start_of(group, channels, row, positions, GROUPS, COLUMNS, WIDE)
-    valid = mask_of(valid, group, positions, VEC, COLUMNS, WIDE)
+    if valid is not None:
+        valid = mask_of(valid, group, positions, VEC, COLUMNS, WIDE)
     block = blocks - 1 - tl.program_id(1)
     first, last = share_of(block, share, positions, WIDE)
     channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)

@@ -76,12 +76,9 @@ def vectors_at(
 @triton.jit
 def mask_of(valid, group, positions, VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
     """Where the mask of a ghost batch starts: it has a byte for each element of a channel."""
-    if valid is None:
-        return None
-    else:
-        if WIDE:
-            group = tl.cast(group, tl.int64)
-        return valid + group * positions * (1 if COLUMNS else VEC)
+    if WIDE:
+        group = tl.cast(group, tl.int64)
+    return valid + group * positions * (1 if COLUMNS else VEC)
 
 
 @triton.jit

@@ -2,15 +2,21 @@
 
 import contextlib
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
-pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from triton_backends import RecordingBackend  # noqa: E402
+
+import gpu_bn  # noqa: E402
 from gpu_bn.backends import triton_launch  # noqa: E402
-from gpu_bn.backends.triton_launch import Specialisation, Step  # noqa: E402
+from gpu_bn.backends.triton import TritonBackend  # noqa: E402
+from gpu_bn.backends.triton_launch import ClusterError, Specialisation, Step  # noqa: E402
 from gpu_bn.kernels.bn_forward_triton import bn_merge_moments_kernel  # noqa: E402
+from gpu_bn.plan import DEVICES  # noqa: E402
 
 
 class Compiled:
@@ -139,3 +145,46 @@ def test_what_spills_is_compiled_again_with_all_registers(step, compilations, mo
     assert second == first | {"maxnreg": 255}
     assert not spilled.launches
     assert len(kept.launches) == 1
+
+
+def test_a_call_is_planned_again_without_clusters_where_they_fail():
+    """Whatever Triton or the device says: too little of the GPU is ours, or the compiler does not know clusters."""
+    refused, launched = [], []
+
+    def launch(step, args):
+        del args
+        if step.num_ctas > 1:
+            refused.append(step)
+            raise ClusterError("no clusters here")
+        launched.append(step)
+
+    backend = TritonBackend(launch, DEVICES["h100"])
+    backend._clusters = True
+    x = torch.randn(32, 64, 56, 56, dtype=torch.float16)
+    for _ in range(2):
+        y, saved = gpu_bn.batch_norm_forward(x, training=True, backend=backend)
+        gpu_bn.batch_norm_backward(y, saved, need=["dx"], backend=backend)
+    assert len(refused) == 1
+    assert len(launched) == 8
+    assert {step.num_ctas for step in launched} == {1}
+
+
+def test_a_failed_launch_in_a_cluster_is_a_cluster_error(step, compilations, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+
+    monkeypatch.setattr(triton_launch.triton, "compile", Mock(side_effect=ValueError("PassManager::run failed")))
+    args = (torch.zeros(2, 4, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64), None)
+    with pytest.raises(ValueError, match="PassManager"):
+        triton_launch.launch(step, args)
+    step.num_ctas = 2
+    with pytest.raises(ClusterError, match="cluster of 2 blocks: PassManager"):
+        triton_launch.launch(step, args)
+    assert step.run is None
+    assert not compilations
+
+
+@pytest.mark.skipif(triton_launch.CLUSTERS, reason=f"Triton {triton.__version__} compiles clusters")
+def test_no_plan_has_clusters_where_triton_cannot_compile_them():
+    backend = RecordingBackend(DEVICES["h100"], tier="cluster")
+    gpu_bn.batch_norm_forward(torch.randn(32, 64, 56, 56, dtype=torch.float16), training=True, backend=backend)
+    assert [step.num_ctas for step, _ in backend.launches] == [1, 1]

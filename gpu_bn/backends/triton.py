@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import triton.language as tl
 
 from gpu_bn.backends._layout import Layout, check_out
 from gpu_bn.backends.protocol import Moments, Saved, Sums
-from gpu_bn.backends.triton_launch import Launch, Step, interpreting, launch
+from gpu_bn.backends.triton_launch import CLUSTERS, ClusterError, Launch, Step, interpreting, launch
 from gpu_bn.backends.triton_programs import (
     ELSEWHERE,
     SAMPLES,
@@ -37,6 +38,22 @@ from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan, Work, alignment, tile
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _planned_again(method: Method) -> Method:
+    """Plan a call again without clusters where they fail: a call in a cluster is one launch, so nothing has run."""
+
+    @wraps(method)
+    def call(self: TritonBackend, *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, *args, **options)
+        except ClusterError:
+            self._clusters = False
+            self._prepared.clear()
+            return method(self, *args, **options)
+
+    return cast(Method, call)
 
 
 def backend() -> TritonBackend:
@@ -123,6 +140,7 @@ class TritonBackend:
         self._device = device
         self._tier = tier
         self._wide = wide
+        self._clusters = CLUSTERS
         self._prepared: dict[tuple[Any, ...], Any] = {}
         self._devices: dict[Any, Device] = {}
 
@@ -248,6 +266,7 @@ class TritonBackend:
             out.copy_(dx)
 
     # ------------------------------------------------------------------------------------------------------- forward
+    @_planned_again
     def forward(
         self,
         x: Array,
@@ -375,6 +394,7 @@ class TritonBackend:
         return self._step(bn_forward_triton.bn_normalize_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
 
     # ------------------------------------------------------------------------------------------------------ backward
+    @_planned_again
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
         call, batch_stats = self._call(dy, saved, need), saved.spec.batch_stats
         x, device = call.x, call.x.device
@@ -524,12 +544,10 @@ class TritonBackend:
         return geometry.wide or self._wide
 
     def _device_of(self, x: Array) -> Device:
-        if self._device is not None:
-            return self._device
-        found = self._devices.get(x.device)
+        found = self._device or self._devices.get(x.device)
         if found is None:
             found = self._devices[x.device] = device_of(x.device)
-        return found
+        return found if self._clusters else replace(found, clusters=False)
 
 
 TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})

@@ -61,6 +61,14 @@ class Step:
 
 Launch = Callable[[Step, tuple[Any, ...]], None]
 
+CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+"""Whether Triton compiles kernels for clusters of blocks. 3.7 and 3.8 fail; 3.6 compiles some without an exchange
+between the blocks, which is wrong."""
+
+
+class ClusterError(RuntimeError):
+    """A kernel for a cluster of blocks could not be compiled or was refused by the device. Nothing has run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Specialisation:
@@ -87,11 +95,22 @@ class Specialisation:
 
 
 def launch(step: Step, args: tuple[Any, ...]) -> None:
-    """Launch a step on its device and torch's current stream, or in Triton's interpreter."""
-    run = step.run
-    if run is None:
-        run = step.run = _interpreted(step) if step.device < 0 else _compiled(step, args)
-    run(*args)
+    """Launch a step on its device and torch's current stream, or in Triton's interpreter.
+
+    Raises:
+        ClusterError: the first launch of a step in clusters failed.
+    """
+    if step.run is not None:
+        step.run(*args)
+        return
+    try:
+        run = _interpreted(step) if step.device < 0 else _compiled(step, args)
+        run(*args)
+    except Exception as error:
+        if step.num_ctas > 1:
+            raise ClusterError(f"{step.kernel.__name__} in a cluster of {step.num_ctas} blocks: {error}") from error
+        raise
+    step.run = run
 
 
 def interpreting() -> bool:
