@@ -54,7 +54,7 @@ EXTRAS = {"numba": "cpu", "triton": "torch"}
 """What installs a package, where that is not called like it."""
 _TENSOR = {"library": "torch", "array": "torch.Tensor", "differentiable": "gpu_bn.nn.functional"}
 ROWS = (
-    Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu", packages=("numba",)),
+    Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu.backend", packages=("numba",)),
     Row("numpy", "numpy", "numpy.ndarray", "gpu_bn.backends.numpy"),
     Row("cupy", "cupy", "cupy.ndarray", "gpu_bn.backends.cupy", packages=("cupy",)),
     Row("cpu", module="gpu_bn.backends.cpu.tensors_direct", device="cpu", packages=("torch", "numba"), **_TENSOR),
@@ -162,6 +162,8 @@ def load(name: str, library: str | None = None) -> Backend:
     """
     rows = _rows(name)
     row = next((row for row in rows if row.library == library), rows[0])
+    if (row.name, row.library) != (name, library):
+        return load(row.name, row.library)
     try:
         backend: Backend = import_module(row.module).backend()
     except ImportError as error:

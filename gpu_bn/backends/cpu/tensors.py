@@ -18,9 +18,15 @@ class TorchTensors:
     float64 = torch.float64
     code: Any = {getattr(torch, name): code for code, name in enumerate(FLOAT_DTYPES)}.__getitem__
     address = staticmethod(Tensor.data_ptr)
-    empty: Any = staticmethod(torch.empty)
-    zeros: Any = staticmethod(torch.zeros)
     empty_like: Any = staticmethod(torch.empty_like)
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: Any) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
 
     @staticmethod
     def strides(array: Tensor) -> tuple[int, ...] | None:

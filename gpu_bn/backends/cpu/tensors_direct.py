@@ -65,16 +65,16 @@ class TensorBackend(CpuBackend):
             *map(_address, (x, residual, y)), *known.geometry, *map(_address, given), *known.doubles, mean.data_ptr(),
             var.data_ptr(), known.batch_stats, float(spec.momentum), spec.eps, spec.activation.parameter,
         )  # fmt: skip
+        dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
         if keep:
             weight, bias = (None if one is None else self.vector(one) for one in (weight, bias))
         return y, Saved(
             x,
             None if spec.activation.is_identity else residual,
-            Moments(known.count, mean, var),
+            Moments(known.positions, mean, var),
             weight,
             bias,
-            None if weight is None else given[0].dtype,
-            None if bias is None else given[1].dtype,
+            *dtypes,
             residual is not None,
             spec,
         )
@@ -85,7 +85,8 @@ class TensorBackend(CpuBackend):
         if saved.valid is None and spec.groups == 1:
             known = _backward_call(
                 x.shape, _strides(x), x.dtype, _strides(residual), _strides(dy), spec.axis, spec.batch_stats,
-                spec.activation.name, _kind(saved.weight), _kind(saved.bias), saved.weight_dtype, saved.bias_dtype, need,
+                spec.activation.name, _kind(saved.weight), _kind(saved.bias), saved.weight_dtype, saved.bias_dtype,
+                need,
             )  # fmt: skip
         if known is None:
             return super().backward(dy, saved, need)
@@ -116,7 +117,7 @@ class _Scratch(local):
         self.memory = np.empty(KEPT + 3 * LINE, np.uint8)
         self.at = -(-self.memory.ctypes.data // LINE) * LINE
         first = self.at - self.memory.ctypes.data
-        self.counters = memoryview(self.memory)[first : first + 2 * LINE]
+        self.counters = self.memory.data[first : first + 2 * LINE]
 
 
 _scratch = _Scratch()
@@ -132,7 +133,7 @@ class _Call(NamedTuple):
     geometry: tuple[int, ...]
     doubles: tuple[int, ...]
     batch_stats: int
-    count: int
+    positions: int
     channels: int
     last: tuple[int, ...]
     nbytes: int
@@ -250,12 +251,13 @@ def _seen(
     if any(vector not in (None, torch.float32, torch.float64) for vector in vectors):
         return None
     seen = plans.geometry(tuple(shape), strides, axis)
-    steps = [0 if one is None else plans.step(tuple(shape), one, seen) for one in tensors]
-    if None in steps:
+    found = [0 if one is None else plans.step(tuple(shape), one, seen) for one in tensors]
+    steps = tuple([step for step in found if step is not None])
+    if len(steps) < len(found):
         return None
     row = seen.channels * seen.length
     dense = seen.runs == 1 or all(step == row for step, one in zip(steps, tensors, strict=True) if one is not None)
-    return seen, tuple(steps), code, dense
+    return seen, steps, code, dense
 
 
 def _bits(vectors: tuple[Any, ...], bits: tuple[int, ...]) -> int:
@@ -276,19 +278,17 @@ def _made(
     size = SIZES[code]
     nbytes = size * seen.runs * seen.channels * seen.length
     past = 2 * nbytes >= plans.last_cache() * 3 // 4
+    cut: tuple[int, ...] = (plan.group, plan.part_runs, plan.part_channels, plan.part_length)
     if plan.by_rows:
-        head, folded, cut = kernels, (plan.folded,), (plan.chunks, plan.width)
-    else:
-        head, folded = (int(fused), *kernels), ()
-        cut = (plan.group, plan.part_runs, plan.part_channels, plan.part_length)
+        cut = (plan.chunks, plan.width)
     return _Call(
         kernel=kernel,
-        head=head,
+        head=kernels if plan.by_rows else (int(fused), *kernels),
         phases=FUSED if fused else IN_TURN,
-        geometry=(*steps, size, *seen[:3], *folded),
+        geometry=(*steps, size, *seen[:3], *([plan.folded] if plan.by_rows else [])),
         doubles=doubles,
         batch_stats=int(batch_stats),
-        count=seen.runs * seen.length,
+        positions=seen.runs * seen.length,
         channels=seen.channels,
         last=(int(code == FLOAT64), int(past), *cut),
         nbytes=nbytes,
