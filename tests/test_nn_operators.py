@@ -478,7 +478,6 @@ class Elsewhere:
     """A backend as one on a GPU may be: momentum is a tensor, and a mask is kept in place of the residual."""
 
     name = "elsewhere"
-    small_forward = small_backward = None
 
     def __init__(self):
         self.cpu = _library.dispatch.load("torch")

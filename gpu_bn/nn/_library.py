@@ -115,13 +115,9 @@ def _forward(
 ) -> Forward:
     """``keep``: whether a gradient may be asked for."""
     engine = dispatch.serving(x)
-    vectors = (weight, bias, residual, running_mean, running_var)
-    options = (batch_stats, momentum, eps, activation, parameter)
-    small = getattr(engine, "small_forward", None)
-    if small is not None and (short := small(x, *vectors, *options, keep)) is not None:
-        return short  # type: ignore[no-any-return]
+    spec = _spec(batch_stats, momentum, eps, activation, parameter)
     tensors = (running_mean, running_var, weight, bias, residual)
-    y, saved = ops.forward(engine, x, _spec(*options), *tensors, None, False, keep=keep)
+    y, saved = ops.forward(engine, x, spec, *tensors, None, False, keep=keep)
     mean, var = saved.moments.mean, saved.moments.var
     if mean.dtype is not torch.float64:
         mean, var = mean.double(), var.double()
@@ -146,11 +142,6 @@ def _backward(
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
     engine = dispatch.serving(x)
-    small = getattr(engine, "small_backward", None)
-    vectors = (weight, bias, residual, mean, var)
-    options = (batch_stats, eps, activation, parameter)
-    if small is not None and (short := small(dy, x, *vectors, bias_dtype, *options, need)) is not None:
-        return short  # type: ignore[no-any-return]
     wide = batch_stats and var.is_cpu and bool(var.signbit().any())
     saved = Saved(
         x=x,
