@@ -33,6 +33,9 @@ class Arrays(Protocol):
     def strides(self, array: Array) -> tuple[int, ...] | None:
         """In elements; ``None`` if the memory cannot be read as such elements."""
 
+    def spacing(self, array: Array) -> tuple[int, ...]:
+        """Strides in whatever unit, also where :meth:`strides` has none."""
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new dense array."""
 
@@ -83,6 +86,10 @@ class NumpyArrays:
         if not (array.flags.aligned and array.dtype.isnative) or any(stride % size for stride in array.strides):
             return None
         return tuple([stride // size for stride in array.strides])
+
+    @staticmethod
+    def spacing(array: NDArray[Any]) -> tuple[int, ...]:
+        return array.strides
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

@@ -144,10 +144,6 @@ class CpuBackend:
         vectors = (saved.mean, saved.moments.var, saved.weight, saved.bias)
         Call(self.arrays, saved.x, spec).forward(*vectors, residual, out, in_place=True)
 
-    def keeps_dz(self, saved: Saved) -> bool:
-        del saved
-        return False  # it is as fast to compute it again
-
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         if saved.spec.groups > 1:
             each = [self.backward_reduce(dy[at], part, None if dz is None else dz[at]) for at, part in saved.parts()]
@@ -167,19 +163,18 @@ class CpuBackend:
             self.arrays.assign(dz, dy)
         return Call(self.arrays, saved.x, saved.spec).backward(dy, saved, True, None, added, None, None)
 
-    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
-        del dz  # never given: see keeps_dz
+    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         if saved.spec.groups > 1:
             for i, (at, part) in enumerate(saved.parts()):
                 length = len(part.mean)
                 own = slice(i * length, (i + 1) * length)
-                self.backward_input(dy[at], part, sums and Sums(sums.dz[own], sums.dz_xhat[own]), out[at], None)
+                self.backward_input(dy[at], part, sums and Sums(sums.dz[own], sums.dz_xhat[own]), out[at])
             return
         if saved.valid is not None:
             there = self._there(saved)
             dx = self.arrays.empty_like(there.x)
             if dx.shape[1]:
-                self.backward_input(self._chosen(saved, dy), there, sums, dx, None)
+                self.backward_input(self._chosen(saved, dy), there, sums, dx)
             self.arrays.scatter(out, saved.spec.axis, saved.valid, dx)
             return
         Call(self.arrays, saved.x, saved.spec).backward(dy, saved, False, out, None, None, None, given=sums)

@@ -54,7 +54,7 @@ class Call:
         self.code = arrays.code(x.dtype)
         if self.code == FLOAT16 and not supports_float16():
             raise BackendUnavailableError("float16 with backend 'cpu' needs a processor that converts it (F16C)")
-        self.seen = plans.geometry(tuple(x.shape), arrays.strides(x) or tuple(x.strides), spec.axis)
+        self.seen = plans.geometry(tuple(x.shape), arrays.strides(x) or arrays.spacing(x), spec.axis)
         self.x = self._operand(x, read=True)
         self.bytes = SIZES[self.code] * self.seen.runs * self.seen.channels * self.seen.length
         self.past = 2 * self.bytes >= plans.last_cache() * 3 // 4
@@ -77,19 +77,18 @@ class Call:
             plan.by_rows, code, WHICH[spec.activation.name], residual.array is not None, spec.batch_stats, y is not None
         )
         vectors = [self._parameter(one, read=True) for one in (weight, bias, running_mean, running_var)]
-        statistics = arrays.empty((2, seen.channels), arrays.float64)
-        mean = arrays.address(statistics)
+        mean, var = (arrays.empty((seen.channels,), arrays.float64) for _ in range(2))
         arguments = (
             *[one.address for one in (self.x, residual, out)], *[one.step for one in (self.x, residual, out)],
             SIZES[code], *seen[:3], *((plan.folded,) if plan.by_rows else ()), *[one.address for one in vectors],
-            _bits(vectors, (WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR)), mean, mean + 8 * seen.channels,
+            _bits(vectors, (WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR)), arrays.address(mean), arrays.address(var),
             int(spec.batch_stats), float(spec.momentum), spec.eps, spec.activation.parameter, int(code == FLOAT64),
             int(self.past and not in_place),
         )  # fmt: skip
-        fused = spec.batch_stats and y is not None and not in_place and plan.group > 0
+        fused = spec.batch_stats and y is not None and plan.group > 0
         self._run(plan, calls_rows.forward if plan.by_rows else calls_channels.forward, fused, kernels, arguments)
         self._copy_back((out, *(vectors[2:] if spec.batch_stats else ())))
-        return Moments(seen.runs * seen.length, statistics[0], statistics[1])
+        return Moments(seen.runs * seen.length, mean, var)
 
     def backward(
         self,

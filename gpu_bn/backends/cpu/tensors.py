@@ -30,7 +30,14 @@ class TorchTensors:
 
     @staticmethod
     def strides(array: Tensor) -> tuple[int, ...] | None:
-        return None if array.is_neg() or array.data_ptr() % array.element_size() else array.stride()
+        try:
+            return None if array.is_neg() or array.data_ptr() % array.element_size() else array.stride()
+        except RuntimeError:  # a wrapper that has outlived its transform has no memory of its own
+            return None
+
+    @staticmethod
+    def spacing(array: Tensor) -> tuple[int, ...]:
+        return array.stride()
 
     @staticmethod
     def dense(x: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -160,14 +160,12 @@ class _Call(NamedTuple):
 
 def _kind(vector: Tensor | None) -> Any:
     """What matters of a vector of parameters."""
-    return None if vector is None else vector.dtype if vector.is_contiguous() and not vector.is_neg() else "apart"
+    return None if vector is None else vector.dtype if _strides(vector) == (1,) else "apart"
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
-    """A tensor's strides; none if its memory does not hold its numbers, each at a multiple of its size."""
-    if tensor is None:
-        return None
-    return () if tensor.is_neg() or tensor.data_ptr() % tensor.element_size() else tensor.stride()
+    """A tensor's strides; none if its memory does not hold its numbers."""
+    return None if tensor is None else TorchTensors.strides(tensor) or ()
 
 
 def _address(tensor: Tensor | None) -> int:
