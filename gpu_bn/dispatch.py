@@ -57,7 +57,7 @@ ROWS = (
     Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu.backend", packages=("numba",)),
     Row("numpy", "numpy", "numpy.ndarray", "gpu_bn.backends.numpy"),
     Row("cupy", "cupy", "cupy.ndarray", "gpu_bn.backends.cupy", packages=("cupy",)),
-    Row("cpu", module="gpu_bn.backends.cpu.tensors_direct", device="cpu", packages=("torch", "numba"), **_TENSOR),
+    Row("cpu", module="gpu_bn.backends.cpu.tensors", device="cpu", packages=("torch", "numba"), **_TENSOR),
     Row("numpy", module="gpu_bn.nn._cpu", device="cpu", packages=("torch",), **_TENSOR),
     Row("triton", module="gpu_bn.backends.triton", device="cuda", packages=("torch", "triton"), **_TENSOR),
     Row("cupy", module="gpu_bn.backends.cupy_torch", device="cuda", packages=("torch", "cupy"), **_TENSOR),

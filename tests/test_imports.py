@@ -122,13 +122,8 @@ def test_imports_point_down(path):
 def test_frameworks_are_imported_where_they_belong(path):
     owners = {
         "torch": (
-            "backends/cpu/tensors",
-            "backends/triton",
-            "backends/cupy_torch",
-            "nn",
-            "kernels",
-            "testing/check",
-            "bench",
+            *("backends/cpu/tensors", "backends/triton", "backends/cupy_torch"),
+            *("nn", "kernels", "testing/check", "bench"),
         ),
         "triton": ("backends/triton", "kernels"),
         "cupy": ("backends/cupy",),

@@ -115,6 +115,10 @@ def _forward(
 ) -> Forward:
     """``keep``: whether a gradient may be asked for."""
     engine = dispatch.serving(x)
+    direct = getattr(engine, "direct_forward", None)
+    if direct is not None and x.numel():
+        vectors = (weight, bias, residual, running_mean, running_var)
+        return *direct(x, *vectors, batch_stats, float(momentum), eps, activation, parameter), None
     spec = _spec(batch_stats, momentum, eps, activation, parameter)
     tensors = (running_mean, running_var, weight, bias, residual)
     y, saved = ops.forward(engine, x, spec, *tensors, None, False, keep=keep)
@@ -142,6 +146,13 @@ def _backward(
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
     engine = dispatch.serving(x)
+    direct = getattr(engine, "direct_backward", None)
+    if direct is not None and x.numel():
+        vectors = (weight, bias, residual, mean, var)
+        results: tuple[Tensor | None, ...] = direct(
+            dy, x, *vectors, bias_dtype, batch_stats, eps, activation, parameter, need
+        )
+        return results
     wide = batch_stats and var.is_cpu and bool(var.signbit().any())
     saved = Saved(
         x=x,

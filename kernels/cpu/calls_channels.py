@@ -20,7 +20,7 @@ from gpu_bn.kernels.cpu.calls import (
     slopes,
 )
 from gpu_bn.kernels.cpu.compiler import cold, kernel
-from gpu_bn.kernels.cpu.scalars import call_kernel, claim, number, put_number, put_parameter
+from gpu_bn.kernels.cpu.scalars import call_kernel, claim, number, put_number, put_parameter, restart
 
 
 @cold
@@ -87,6 +87,8 @@ def forward(
 ):  # fmt: skip
     parts = ((runs + part_runs - 1) // part_runs) * ((length + part_length - 1) // part_length)
     partial = scratch + 40 * channels
+    if phases & START:
+        restart(counters)
     count = runs * length
     while phases & SUM and fused:
         low = claim(counters) * group
@@ -154,6 +156,8 @@ def backward(
 ):  # fmt: skip
     parts = ((runs + part_runs - 1) // part_runs) * ((length + part_length - 1) // part_length)
     partial = scratch + 40 * channels
+    if phases & START:
+        restart(counters)
     while phases & SUM and fused:
         low = claim(counters) * group
         if low >= channels:

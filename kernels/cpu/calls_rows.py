@@ -23,7 +23,7 @@ from gpu_bn.kernels.cpu.calls import (
     slopes,
 )
 from gpu_bn.kernels.cpu.compiler import cold, kernel
-from gpu_bn.kernels.cpu.scalars import call_kernel, claim, number, parameter, put_number, put_parameter
+from gpu_bn.kernels.cpu.scalars import call_kernel, claim, number, parameter, put_number, put_parameter, restart
 
 
 @cold
@@ -90,6 +90,8 @@ def forward(
     if folded > 1:
         x_step, residual_step, y_step = columns, columns, columns
     sums, squares = scratch + 40 * width, scratch + 48 * width
+    if phases & START:
+        restart(counters)
     count = runs * length
     if phases & START and batch_stats:
         call_kernel(shifts, (x, period if folded > 1 else x_step, runs, period, length, scratch))
@@ -169,6 +171,7 @@ def backward(
         steps = (columns, columns, columns, columns, columns)
     sums, squares = scratch + 40 * width, scratch + 48 * width
     if phases & START:
+        restart(counters)
         for at in range(channels):
             spread_affine(scratch, width, mean, var, eps, weight, bias, doubles, double, at, length, period, columns)
         clear(sums, 2 * width * chunks)

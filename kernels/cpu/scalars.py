@@ -271,6 +271,18 @@ def claim(typing, counter):
 
 
 @intrinsic
+def restart(typing, counters):
+    """Set two counters to 0."""
+
+    def generate(context, builder, sig, args):
+        for i in range(2):
+            builder.store(INT64(0), memory.place(builder, at_address(builder, args[0]), INT64(i), 8, INT64))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def call_kernel(typing, address, arguments):
     """Call a kernel that returns nothing, by its address, as Numba does; what is no integer goes as float64."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -33,8 +33,14 @@ class Arrays(Protocol):
     def strides(self, array: Array) -> tuple[int, ...] | None:
         """In elements; ``None`` if the memory cannot be read as such elements."""
 
-    def spacing(self, array: Array) -> tuple[int, ...]:
-        """Strides in whatever unit, also where :meth:`strides` has none."""
+    def byte_strides(self, array: Array) -> tuple[int, ...]:
+        """In bytes, or any other unit."""
+
+    def layout(self, array: Array) -> Hashable:
+        """All that kernels depend on but the address, its alignment included."""
+
+    def double(self, length: int) -> Array:
+        """A new float64 vector."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new dense array."""
@@ -88,8 +94,16 @@ class NumpyArrays:
         return tuple([stride // size for stride in array.strides])
 
     @staticmethod
-    def spacing(array: NDArray[Any]) -> tuple[int, ...]:
+    def byte_strides(array: NDArray[Any]) -> tuple[int, ...]:
         return array.strides
+
+    @staticmethod
+    def layout(array: NDArray[Any]) -> Hashable:
+        return array.dtype, array.shape, array.strides, array.flags.aligned
+
+    @staticmethod
+    def double(length: int) -> NDArray[Any]:
+        return np.empty(length)
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from gpu_bn.activations import IDENTITY
+from gpu_bn.backends.cpu import call
 from gpu_bn.backends.cpu.arrays import Arrays, NumpyArrays
-from gpu_bn.backends.cpu.call import Call, as_float
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec
 
@@ -52,9 +52,7 @@ class CpuBackend:
         dtypes = [None if one is None else one.dtype for one in (weight, bias)]
         if keep or out is not None:  # which may hold parameters
             weight, bias = (None if one is None else self.vector(one) for one in (weight, bias))
-        moments = Call(self.arrays, x, spec).forward(
-            running_mean, running_var, weight, bias, residual, y, in_place=out is not None
-        )
+        moments = self._forward(x, spec, (weight, bias, running_mean, running_var), residual, y, out is not None)
         return y, Saved(
             x=x,
             residual=None if spec.activation.is_identity else residual,
@@ -79,7 +77,7 @@ class CpuBackend:
         dbias = arrays.empty((channels,), saved.bias_dtype) if "dbias" in need else None
         if not all(one is None for one in (dx, added, dweight, dbias)):
             sums = "dweight" in need or "dbias" in need or (dx is not None and saved.spec.batch_stats)
-            Call(arrays, saved.x, saved.spec).backward(dy, saved, sums, dx, added, dweight, dbias)
+            self._backward(dy, saved, sums, dx, added, (dweight, dbias))
         return dx, dweight, dbias, dresidual
 
     # ------------------------------------------------------------------------------------------------------- phases
@@ -111,7 +109,8 @@ class CpuBackend:
             x, axis = self.arrays.chosen(x, axis, valid), 0
         count = math.prod(x.shape) // max(x.shape[axis], 1)
         if count and x.shape[axis]:
-            moments = Call(self.arrays, x, _statistics(axis)).forward(None, None, None, None, None, None)
+            spec = BatchNormSpec(axis, True, 0.0, 1.0, IDENTITY)
+            moments = self._forward(x, spec, (None, None, None, None), None, None)
         else:
             zeros = self.arrays.zeros((2, x.shape[axis]), self.arrays.float64)
             moments = Moments(count, zeros[0], zeros[1])
@@ -121,7 +120,7 @@ class CpuBackend:
         momentum = float(momentum)
         mean, var = self.vector(running_mean), self.vector(running_var)
         for part in moments.parts(len(moments.mean) // max(len(mean), 1)):
-            count = as_float(part.count)
+            count = _number(part.count)
             if count:
                 mean = (1.0 - momentum) * mean + momentum * part.mean
                 var = (1.0 - momentum) * var + momentum * (part.var * (count / max(count - 1.0, 1.0)))
@@ -141,8 +140,8 @@ class CpuBackend:
             self.arrays.scatter(out, saved.spec.axis, saved.valid, y)
             return
         spec = replace(saved.spec, batch_stats=False)
-        vectors = (saved.mean, saved.moments.var, saved.weight, saved.bias)
-        Call(self.arrays, saved.x, spec).forward(*vectors, residual, out, in_place=True)
+        vectors = (saved.weight, saved.bias, saved.mean, saved.moments.var)
+        self._forward(saved.x, spec, vectors, residual, out, in_place=True)
 
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         if saved.spec.groups > 1:
@@ -161,7 +160,7 @@ class CpuBackend:
         added = None if saved.spec.activation.is_identity else dz
         if dz is not None and added is None:
             self.arrays.assign(dz, dy)
-        return Call(self.arrays, saved.x, saved.spec).backward(dy, saved, True, None, added, None, None)
+        return self._backward(dy, saved, True, None, added)
 
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         if saved.spec.groups > 1:
@@ -177,9 +176,47 @@ class CpuBackend:
                 self.backward_input(self._chosen(saved, dy), there, sums, dx)
             self.arrays.scatter(out, saved.spec.axis, saved.valid, dx)
             return
-        Call(self.arrays, saved.x, saved.spec).backward(dy, saved, False, out, None, None, None, given=sums)
+        self._backward(dy, saved, False, out, None, given=sums)
 
     # ------------------------------------------------------------------------------------------------------ the rest
+    def _forward(
+        self,
+        x: Array,
+        spec: BatchNormSpec,
+        vectors: tuple[Array | None, Array | None, Array | None, Array | None],
+        residual: Array | None,
+        y: Array | None,
+        in_place: bool = False,
+    ) -> Moments:
+        activation, options = spec.activation, (spec.axis, spec.batch_stats, float(spec.momentum), spec.eps)
+        mean, var, count = call.forward(
+            self.arrays, x, *options, activation.name, activation.parameter, vectors, residual, y, in_place
+        )
+        return Moments(count, mean, var)
+
+    def _backward(
+        self,
+        dy: Array,
+        saved: Saved,
+        sums: bool,
+        dx: Array | None,
+        dresidual: Array | None,
+        gradients: tuple[Array | None, Array | None] = (None, None),
+        given: Sums | None = None,
+    ) -> Sums:
+        spec, activation = saved.spec, saved.spec.activation
+        vectors = (saved.weight, saved.bias, self._double(saved.mean), self._double(saved.moments.var))
+        known = None if given is None else (self._double(given.dz), self._double(given.dz_xhat))
+        found = call.backward(
+            self.arrays, saved.x, spec.axis, spec.batch_stats, spec.eps, activation.name, activation.parameter, vectors,
+            _number(saved.positions), saved.residual, dy, dx, dresidual, gradients, sums, known,
+        )  # fmt: skip
+        return Sums(*found)
+
+    def _double(self, vector: Array) -> Array:
+        """A float64 vector as a dense one."""
+        return vector if self.arrays.strides(vector) == (1,) else self.vector(vector)
+
     def _joined(self, parts: list[Moments]) -> Moments:
         """The statistics of ghost batches in one."""
         count, mean, var = zip(*[(part.count, part.mean, part.var) for part in parts], strict=True)
@@ -195,6 +232,6 @@ class CpuBackend:
         return None if array is None else self.arrays.chosen(array, saved.spec.axis, saved.valid)
 
 
-def _statistics(axis: int) -> BatchNormSpec:
-    """The options of a call for statistics alone."""
-    return BatchNormSpec(axis, True, 0.0, 1.0, IDENTITY)
+def _number(count: Any) -> float:
+    """A count, which may be an array of one."""
+    return float(count if isinstance(count, int) else count.item())

@@ -1,7 +1,12 @@
-"""One call of kernels: what its arguments are as addresses, and the phases that threads share."""
+"""One call of kernels: its arguments as addresses, and the phases that threads share.
+
+What follows from shapes, strides and options is prepared once for all calls alike. Tensors whose strides kernels cannot
+follow are copied, and so are per-channel vectors that are not dense ones of float32 or float64.
+"""
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,205 +14,272 @@ import numpy as np
 from gpu_bn.activations import ROWS
 from gpu_bn.backends.cpu import plans, threads
 from gpu_bn.backends.cpu.arrays import Arrays
-from gpu_bn.backends.protocol import BackendUnavailableError, Moments, Saved, Sums
+from gpu_bn.backends.protocol import BackendUnavailableError
 from gpu_bn.kernels.cpu import calls_channels, calls_rows
 from gpu_bn.kernels.cpu.calls import BIAS, END, FINISH, RUNNING_MEAN, RUNNING_VAR, START, SUM, WEIGHT, WRITE
 from gpu_bn.kernels.cpu.compiler import supports_float16
 from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT32, FLOAT64, SIZES
-from gpu_bn.spec import BatchNormSpec
 
 Array = Any
 WHICH = {name: at for at, name in enumerate(ROWS)}
 Phases = tuple[tuple[int, bool], ...]
 IN_TURN: Phases = ((START, False), (SUM, True), (FINISH, False), (WRITE, True), (END, False))
 """The phases of a call, and which of them threads share."""
-FUSED: Phases = ((SUM, True), (END, False))
+FUSED: Phases = ((START, False), (SUM, True), (END, False))
 LINE = 64
+KEPT = 1 << 16
+"""Bytes of scratch memory that each thread keeps for its next call."""
+PREPARED = 4096
 
 
-class Operand(NamedTuple):
-    """A tensor as kernels take it; ``given`` is what the caller passed: another array if this is a copy of it."""
+class Prepared(NamedTuple):
+    """What calls alike have in common; ``copies`` says which tensors have to be copied."""
 
-    array: Array
-    address: int
-    step: int
-    given: Array
+    kernel: Any
+    phases: Phases
+    every: int
+    """All phases."""
+    head: tuple[int, ...]
+    """The kernel's arguments before addresses."""
+    shape: tuple[int, ...]
+    """Those from the tensors' steps on."""
+    double: int
+    past: int
+    cut: tuple[int, ...]
+    channels: int
+    positions: int
+    scratch: int
+    nbytes: int
+    seen: plans.Geometry
+    copies: tuple[bool, ...]
 
 
-NOTHING = Operand(None, 0, 0, None)
+_prepared: dict[Any, Prepared] = {}
+_local = threading.local()
 
 
-class Parameter(NamedTuple):
-    """A per-channel vector as kernels take it."""
+def forward(
+    arrays: Arrays,
+    x: Array,
+    axis: int,
+    batch_stats: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    parameter: float,
+    vectors: tuple[Array | None, Array | None, Array | None, Array | None],
+    residual: Array | None,
+    y: Array | None,
+    in_place: bool,
+) -> tuple[Array, Array, int]:
+    """Write y, if it is given, move the running statistics, and return mean and variance, float64, and their count.
 
-    array: Array
-    address: int
-    double: bool
-    given: Array
+    ``vectors`` are weight, bias, running mean and variance.
+    """
+    tensors = (x, residual, y)
+    key = (axis, batch_stats, activation, in_place, *[one if one is None else arrays.layout(one) for one in tensors])
+    prepared = _prepared.get(key) or _remember(key, _prepare_forward(arrays, key, tensors))
+    operands = _operands(arrays, prepared, tensors, 2)
+    parameters = [_parameter(arrays, one, True) for one in vectors]
+    mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
+    doubles = sum([bit for bit, (_, double, _) in zip(VECTORS, parameters, strict=True) if double])
+    _run(
+        prepared,
+        *[0 if one is None else arrays.address(one) for one in operands], *prepared.shape,
+        *[address for address, _, _ in parameters], doubles, arrays.address(mean), arrays.address(var),
+        int(batch_stats), momentum, eps, parameter, prepared.double, prepared.past, *prepared.cut,
+    )  # fmt: skip
+    if operands[2] is not y:
+        arrays.assign(y, operands[2])
+    if batch_stats:
+        _give_back(arrays, vectors[2:], parameters[2:])
+    return mean, var, prepared.positions
 
 
-class Call:
-    """A call on a tensor."""
+VECTORS = (WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR)
 
-    def __init__(self, arrays: Arrays, x: Array, spec: BatchNormSpec) -> None:
-        self.arrays, self.spec = arrays, spec
-        self.code = arrays.code(x.dtype)
-        if self.code == FLOAT16 and not supports_float16():
-            raise BackendUnavailableError("float16 with backend 'cpu' needs a processor that converts it (F16C)")
-        self.seen = plans.geometry(tuple(x.shape), arrays.strides(x) or arrays.spacing(x), spec.axis)
-        self.x = self._operand(x, read=True)
-        self.bytes = SIZES[self.code] * self.seen.runs * self.seen.channels * self.seen.length
-        self.past = 2 * self.bytes >= plans.last_cache() * 3 // 4
 
-    def forward(
-        self,
-        running_mean: Array | None,
-        running_var: Array | None,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        y: Array | None,
-        in_place: bool = False,
-    ) -> Moments:
-        """Write y, if it is given, move the running statistics, and return the statistics used."""
-        arrays, spec, seen, code = self.arrays, self.spec, self.seen, self.code
-        residual, out = self._operand(residual, read=True), self._operand(y, read=False)
-        plan = self._plan((self.x, residual, out), evaluates=not spec.batch_stats)
-        kernels = plans.forward_kernels(
-            plan.by_rows, code, WHICH[spec.activation.name], residual.array is not None, spec.batch_stats, y is not None
-        )
-        vectors = [self._parameter(one, read=True) for one in (weight, bias, running_mean, running_var)]
-        mean, var = (arrays.empty((seen.channels,), arrays.float64) for _ in range(2))
-        arguments = (
-            *[one.address for one in (self.x, residual, out)], *[one.step for one in (self.x, residual, out)],
-            SIZES[code], *seen[:3], *((plan.folded,) if plan.by_rows else ()), *[one.address for one in vectors],
-            _bits(vectors, (WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR)), arrays.address(mean), arrays.address(var),
-            int(spec.batch_stats), float(spec.momentum), spec.eps, spec.activation.parameter, int(code == FLOAT64),
-            int(self.past and not in_place),
-        )  # fmt: skip
-        fused = spec.batch_stats and y is not None and plan.group > 0
-        self._run(plan, calls_rows.forward if plan.by_rows else calls_channels.forward, fused, kernels, arguments)
-        self._copy_back((out, *(vectors[2:] if spec.batch_stats else ())))
-        return Moments(seen.runs * seen.length, mean, var)
+def backward(
+    arrays: Arrays,
+    x: Array,
+    axis: int,
+    batch_stats: bool,
+    eps: float,
+    activation: str,
+    parameter: float,
+    vectors: tuple[Array | None, Array | None, Array, Array],
+    count: float | None,
+    residual: Array | None,
+    dy: Array,
+    dx: Array | None,
+    dresidual: Array | None,
+    gradients: tuple[Array | None, Array | None],
+    sums: bool,
+    given: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
+    """Write the gradients that are given, and return the sums of dz and dz * xhat, float64: computed, or those given.
 
-    def backward(
-        self,
-        dy: Array,
-        saved: Saved,
-        sums: bool,
-        dx: Array | None,
-        dresidual: Array | None,
-        dweight: Array | None,
-        dbias: Array | None,
-        given: Sums | None = None,
-    ) -> Sums:
-        """Write the gradients that are given, and return the sums, which are computed if ``sums``."""
-        arrays, spec, seen, code = self.arrays, self.spec, self.seen, self.code
-        residual = self._operand(saved.residual, read=True)
-        operands = (
-            self.x, residual, self._operand(dy, read=True), self._operand(dx, read=False),
-            self._operand(dresidual, read=False),
-        )  # fmt: skip
-        plan = self._plan(operands, evaluates=False)
-        kernels = plans.backward_kernels(
-            plan.by_rows, code, WHICH[spec.activation.name], residual.array is not None, sums, dx is not None,
-            dresidual is not None,
-        )  # fmt: skip
-        vectors = [self._parameter(one, read=True) for one in (saved.weight, saved.bias)]
-        gradients = [self._parameter(one, read=False) for one in (dweight, dbias)]
-        mean, var = (self._parameter(self._double(one), read=True) for one in (saved.moments.mean, saved.moments.var))
-        found = arrays.empty((2, seen.channels), arrays.float64)
-        if given is not None:
-            arrays.assign(found[0], given.dz)
-            arrays.assign(found[1], given.dz_xhat)
-        at = arrays.address(found)
-        arguments = (
-            *[one.address for one in operands], *[one.step for one in operands], SIZES[code], *seen[:3],
-            *((plan.folded,) if plan.by_rows else ()), *[one.address for one in (*vectors, *gradients)],
-            _bits(vectors, (WEIGHT, BIAS)), _bits(gradients, (WEIGHT, BIAS)), mean.address, var.address, at,
-            at + 8 * seen.channels, int(spec.batch_stats and (sums or given is not None)),
-            as_float(saved.positions), spec.eps, spec.activation.parameter, int(code == FLOAT64),
-            int(self.past and dx is not None),
-        )  # fmt: skip
-        fused = sums and plan.group > 0
-        self._run(plan, calls_rows.backward if plan.by_rows else calls_channels.backward, fused, kernels, arguments)
-        self._copy_back((*operands[3:], *gradients))
-        return Sums(found[0], found[1])
+    ``vectors`` are weight, bias, mean and variance, the last two float64; ``gradients`` are those of weight and bias;
+    ``count`` is what sums are divided by, if it is not x's own.
+    """
+    tensors = (x, residual, dy, dx, dresidual)
+    key = (axis, sums, activation, *[one if one is None else arrays.layout(one) for one in tensors])
+    prepared = _prepared.get(key) or _remember(key, _prepare_backward(arrays, key, tensors))
+    operands = _operands(arrays, prepared, tensors, 3)
+    parameters = [_parameter(arrays, one, True) for one in vectors]
+    written = [_parameter(arrays, one, False) for one in gradients]
+    found = given or (arrays.double(prepared.channels), arrays.double(prepared.channels))
+    _run(
+        prepared,
+        *[0 if one is None else arrays.address(one) for one in operands], *prepared.shape,
+        *[address for address, _, _ in (*parameters[:2], *written)],
+        sum([bit for bit, (_, double, _) in zip(VECTORS, parameters[:2], strict=False) if double]),
+        sum([bit for bit, (_, double, _) in zip(VECTORS, written, strict=False) if double]),
+        parameters[2][0], parameters[3][0], arrays.address(found[0]), arrays.address(found[1]),
+        int(batch_stats and (sums or given is not None)), float(prepared.positions) if count is None else count, eps,
+        parameter, prepared.double, prepared.past, *prepared.cut,
+    )  # fmt: skip
+    for one, tensor in zip(operands[3:], tensors[3:], strict=True):
+        if one is not tensor:
+            arrays.assign(tensor, one)
+    _give_back(arrays, gradients, written)
+    return found
 
-    # -------------------------------------------------------------------------------------------------------- operands
-    def _operand(self, array: Array | None, read: bool) -> Operand:
-        """A tensor in the input's geometry: a copy if its strides do not fit, or room for one that is written."""
-        if array is None:
-            return NOTHING
-        strides = self.arrays.strides(array)
-        step = None if strides is None else plans.step(tuple(array.shape), strides, self.seen)
-        if step is not None:
-            return Operand(array, self.arrays.address(array), step, array)
-        dense = self.arrays.dense(array, self.seen.order)
+
+# --------------------------------------------------------------------------------------------------------- arguments
+def _operands(arrays: Arrays, prepared: Prepared, tensors: tuple[Any, ...], inputs: int) -> tuple[Any, ...]:
+    """The tensors; for those whose strides do not fit copies, or room if they are written."""
+    if not any(prepared.copies):
+        return tensors
+    found = []
+    for at, (one, copied) in enumerate(zip(tensors, prepared.copies, strict=True)):
+        operand = one
+        if copied:
+            operand = arrays.dense(one, prepared.seen.order)
+            if at < inputs:
+                arrays.assign(operand, one)
+        found.append(operand)
+    return tuple(found)
+
+
+def _parameter(arrays: Arrays, vector: Array | None, read: bool) -> tuple[int, bool, Array]:
+    """A vector's address, whether it is float64, and where it is."""
+    if vector is None:
+        return 0, False, None
+    code = arrays.code(vector.dtype)
+    if code < FLOAT32 or arrays.strides(vector) != (1,):
+        copy, code = arrays.double(vector.shape[0]), FLOAT64
         if read:
-            self.arrays.assign(dense, array)
-        return Operand(dense, self.arrays.address(dense), self.seen.channels * self.seen.length, array)
+            arrays.assign(copy, vector)
+        vector = copy
+    return arrays.address(vector), code == FLOAT64, vector
 
-    def _parameter(self, vector: Array | None, read: bool) -> Parameter:
-        """A vector of parameters, in float64 if it is not a dense one of float32 or float64."""
-        if vector is None:
-            return Parameter(None, 0, False, None)
-        found, code = vector, self.arrays.code(vector.dtype)
-        if code < FLOAT32 or self.arrays.strides(vector) != (1,):
-            found, code = self._double(vector, read), FLOAT64
-        return Parameter(found, self.arrays.address(found), code == FLOAT64, vector)
 
-    def _double(self, vector: Array, read: bool = True) -> Array:
-        """A vector in float64."""
-        if self.arrays.code(vector.dtype) == FLOAT64 and self.arrays.strides(vector) == (1,):
-            return vector
-        found = self.arrays.empty(tuple(vector.shape), self.arrays.float64)
-        if read:
-            self.arrays.assign(found, vector)
-        return found
+def _give_back(arrays: Arrays, vectors: tuple[Array | None, ...], written: list[tuple[int, bool, Array]]) -> None:
+    for vector, (_, _, where) in zip(vectors, written, strict=True):
+        if where is not vector:
+            arrays.assign(vector, where)
 
-    def _copy_back(self, written: tuple[Operand | Parameter, ...]) -> None:
-        for one in written:
-            if one.array is not one.given:
-                self.arrays.assign(one.given, one.array)
 
-    # ------------------------------------------------------------------------------------------------------ the kernel
-    def _plan(self, operands: tuple[Operand, ...], evaluates: bool) -> plans.Plan:
-        runs, channels, length = self.seen[:3]
-        dense = runs == 1 or all(one.step == channels * length for one in operands if one.array is not None)
-        return plans.plan(runs, channels, length, self.code, dense, evaluates)
+# ------------------------------------------------------------------------------------------------------- preparations
+def _remember(key: Any, prepared: Prepared) -> Prepared:
+    if len(_prepared) >= PREPARED:
+        _prepared.clear()
+    _prepared[key] = prepared
+    return prepared
 
-    def _run(
-        self, plan: plans.Plan, kernel: Any, fused: bool, kernels: tuple[int, ...], arguments: tuple[Any, ...]
-    ) -> None:
-        """Run a kernel's phases, on several threads if that pays."""
-        scratch = np.empty(plan.scratch + 2 * LINE, np.uint8)  # counters first
-        counters = -(-int(scratch.__array_interface__["data"][0]) // LINE) * LINE
-        scratch[: 2 * LINE] = 0
-        if plan.by_rows:
-            cut: tuple[int, ...] = (plan.chunks, plan.width)
-            head = kernels
+
+def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared:
+    axis, batch_stats, activation, in_place, *_ = key
+    code, seen, steps, copies, dense = _seen(arrays, tensors, axis)
+    plan = plans.plan(*seen[:3], code, dense, not batch_stats)
+    writes = tensors[2] is not None
+    kernels = plans.forward_kernels(plan.by_rows, code, WHICH[activation], tensors[1] is not None, batch_stats, writes)
+    fused = batch_stats and writes and plan.group > 0
+    kernel = calls_rows.forward if plan.by_rows else calls_channels.forward
+    return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, copies, writes and not in_place)
+
+
+def _prepare_backward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared:
+    axis, sums, activation, *_ = key
+    code, seen, steps, copies, dense = _seen(arrays, tensors, axis)
+    plan = plans.plan(*seen[:3], code, dense, False)
+    _, residual, _, dx, dresidual = tensors
+    kernels = plans.backward_kernels(
+        plan.by_rows, code, WHICH[activation], residual is not None, sums, dx is not None, dresidual is not None
+    )
+    kernel = calls_rows.backward if plan.by_rows else calls_channels.backward
+    fused = sums and plan.group > 0
+    return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, copies, dx is not None)
+
+
+def _seen(arrays: Arrays, tensors: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
+    """The dtype's code, the geometry, each tensor's step, which are to be copied, and whether all are dense."""
+    x = tensors[0]
+    code = arrays.code(x.dtype)
+    if code == FLOAT16 and not supports_float16():
+        raise BackendUnavailableError("float16 with backend 'cpu' needs a processor that converts it (F16C)")
+    seen = plans.geometry(tuple(x.shape), arrays.strides(x) or arrays.byte_strides(x), axis)
+    period = seen.channels * seen.length
+    steps, copies = [], []
+    for one in tensors:
+        strides = None if one is None else arrays.strides(one)
+        step = None if strides is None else plans.step(tuple(x.shape), strides, seen)
+        steps.append(0 if one is None else period if step is None else step)
+        copies.append(one is not None and step is None)
+    dense = seen.runs == 1 or all(step == period for step, one in zip(steps, tensors, strict=True) if one is not None)
+    return code, seen, tuple(steps), tuple(copies), dense
+
+
+def _prepared_call(
+    kernel: Any,
+    kernels: tuple[int, ...],
+    plan: plans.Plan,
+    fused: bool,
+    code: int,
+    seen: plans.Geometry,
+    steps: tuple[int, ...],
+    copies: tuple[bool, ...],
+    writes: bool,
+) -> Prepared:
+    cut: tuple[int, ...] = (plan.group, plan.part_runs, plan.part_channels, plan.part_length)
+    head: tuple[int, ...] = (int(fused), *kernels)
+    shape = (*steps, SIZES[code], *seen[:3])
+    if plan.by_rows:
+        cut, head, shape = (plan.chunks, plan.width), kernels, (*shape, plan.folded)
+    nbytes = SIZES[code] * seen.runs * seen.channels * seen.length
+    past = writes and 2 * nbytes >= plans.last_cache() * 3 // 4
+    phases = FUSED if fused else IN_TURN
+    return Prepared(
+        kernel=kernel, phases=phases, every=sum(phase for phase, _ in phases), head=head, shape=shape,
+        double=int(code == FLOAT64), past=int(past), cut=cut, channels=seen.channels, positions=seen.runs * seen.length,
+        scratch=plan.scratch, nbytes=nbytes, seen=seen, copies=copies,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ the call
+def _run(prepared: Prepared, *arguments: Any) -> None:
+    """Run a kernel's phases, on several threads if that pays."""
+    count = threads.threads_for(prepared.nbytes)
+    kernel, head = prepared.kernel, prepared.head
+    if count == 1 and prepared.scratch <= KEPT:
+        at = getattr(_local, "address", 0) or _keep()
+        kernel(prepared.every, *head, *arguments, at + LINE, at)
+        return
+    scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # counters first
+    at = -(-scratch.ctypes.data // LINE) * LINE
+    if count == 1:
+        kernel(prepared.every, *head, *arguments, at + LINE, at)
+        return
+    for phase, shared in prepared.phases:
+        if shared:
+            threads.run(lambda phase=phase: kernel(phase, *head, *arguments, at + LINE, at), count)  # type: ignore[misc]
         else:
-            cut = (plan.group, plan.part_runs, plan.part_channels, plan.part_length)
-            head = (int(fused), *kernels)
-        arguments = (*head, *arguments, *cut, counters + LINE, counters)
-        phases = FUSED if fused else IN_TURN
-        count = threads.threads_for(self.bytes)
-        if count == 1:
-            kernel(sum(phase for phase, _ in phases), *arguments)
-            return
-        for phase, shared in phases:
-            if shared:
-                threads.run(lambda phase=phase: kernel(phase, *arguments), count)  # type: ignore[misc]
-            else:
-                kernel(phase, *arguments)
+            kernel(phase, *head, *arguments, at + LINE, at)
 
 
-def as_float(count: Any) -> float:
-    """A count, which may be an array of one."""
-    return float(count if isinstance(count, int) else count.item())
-
-
-def _bits(vectors: list[Parameter], bits: tuple[int, ...]) -> int:
-    """Which vectors are float64."""
-    return sum(bit for bit, one in zip(bits, vectors, strict=True) if one.double)
+def _keep() -> int:
+    """The address of memory that this thread keeps: a call that runs by itself has it to itself."""
+    _local.scratch = np.empty(KEPT + 3 * LINE, np.uint8)
+    _local.address = -(-_local.scratch.ctypes.data // LINE) * LINE
+    return int(_local.address)

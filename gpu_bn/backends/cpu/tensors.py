@@ -2,14 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_bn.backends._layout import check_out, extent
+from gpu_bn.backends.cpu import call
+from gpu_bn.backends.cpu.backend import CpuBackend
 from gpu_bn.spec import FLOAT_DTYPES
+
+
+def backend() -> TensorBackend:
+    """The backend of torch's CPU tensors, for :func:`gpu_bn.dispatch.load`."""
+    return TensorBackend(TENSORS)
+
+
+class TensorBackend(CpuBackend):
+    """The compiled backend with two calls for the operators of ``gpu_bn.nn``, which keep tensors in their own way."""
+
+    def direct_forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        batch_stats: bool,
+        momentum: float,
+        eps: float,
+        activation: str,
+        parameter: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, and the mean and variance used in float64, of a call that is neither empty nor masked nor of groups."""
+        y = torch.empty_like(x)
+        vectors = (weight, bias, running_mean, running_var)
+        mean, var, _ = call.forward(
+            TENSORS, x, 1, batch_stats, momentum, eps, activation, parameter, vectors, residual, y, False
+        )
+        return y, mean, var
+
+    def direct_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        bias_dtype: torch.dtype,
+        batch_stats: bool,
+        eps: float,
+        activation: str,
+        parameter: float,
+        need: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """dx, dweight, dbias, dresidual, those that are needed."""
+        wants_dx, wants_dweight, wants_dbias, wants_dresidual = need
+        dx = torch.empty_like(x) if wants_dx else None
+        dresidual = added = None
+        if wants_dresidual:
+            dresidual = torch.empty_like(x)
+            if activation == "identity":
+                dresidual.copy_(dy)
+            else:
+                added = dresidual
+        dweight = torch.empty(mean.shape, dtype=weight.dtype) if wants_dweight and weight is not None else None
+        dbias = torch.empty(mean.shape, dtype=bias_dtype) if wants_dbias else None
+        sums = dweight is not None or dbias is not None or (dx is not None and batch_stats)
+        if sums or dx is not None or added is not None:
+            call.backward(
+                TENSORS, x, 1, batch_stats, eps, activation, parameter, (weight, bias, mean, var), None,
+                None if activation == "identity" else residual, dy, dx, added, (dweight, dbias), sums,
+            )  # fmt: skip
+        return dx, dweight, dbias, dresidual
+
+
+_ALIGNMENTS = {getattr(torch, name): getattr(torch, name).itemsize - 1 for name in FLOAT_DTYPES}
 
 
 class TorchTensors:
@@ -21,11 +93,27 @@ class TorchTensors:
     empty_like: Any = staticmethod(torch.empty_like)
 
     @staticmethod
-    def empty(shape: tuple[int, ...], dtype: Any) -> Tensor:
+    def byte_strides(array: Tensor) -> tuple[int, ...]:
+        return array.stride()
+
+    @staticmethod
+    def layout(array: Tensor) -> Hashable:
+        dtype = array.dtype
+        try:
+            return dtype, array.shape, array.stride(), array.is_neg() or array.data_ptr() & _ALIGNMENTS[dtype]
+        except RuntimeError:
+            return dtype, array.shape, array.stride(), True
+
+    @staticmethod
+    def double(length: int) -> Tensor:
+        return torch.empty(length, dtype=torch.float64)
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: torch.dtype | str) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     @staticmethod
-    def zeros(shape: tuple[int, ...], dtype: Any) -> Tensor:
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     @staticmethod
@@ -34,10 +122,6 @@ class TorchTensors:
             return None if array.is_neg() or array.data_ptr() % array.element_size() else array.stride()
         except RuntimeError:  # a wrapper that has outlived its transform has no memory of its own
             return None
-
-    @staticmethod
-    def spacing(array: Tensor) -> tuple[int, ...]:
-        return array.stride()
 
     @staticmethod
     def dense(x: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -70,6 +154,9 @@ class TorchTensors:
     @staticmethod
     def check_out(out: Tensor, x: Tensor, residual: Tensor | None, in_place: bool) -> None:
         check_out(_extent(out), _extent(x), None if residual is None else _extent(residual), in_place)
+
+
+TENSORS = TorchTensors()
 
 
 def _extent(tensor: Tensor) -> Any:
