@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from gpu_bn import spec
 from gpu_bn.activations import IDENTITY, Activation
@@ -124,6 +125,19 @@ class Fused(_Activated, _BatchNorm):
                 text += f", {name}={getattr(self, name)}"
         return text + ", frozen=True" * self.frozen
 
+    def reset_parameters(self) -> None:
+        """As torch's layers do; those of torch 2.11 expect a bias where there is a weight."""
+        if self.weight is None or self.bias is not None or isinstance(self.weight, UninitializedParameter):
+            super().reset_parameters()
+        else:
+            self.reset_running_stats()
+            torch.nn.init.ones_(self.weight)
+
+    def _drop_bias(self, bias: bool) -> None:
+        """Have no bias unless ``bias``: layers of torch 2.11 do not take the option."""
+        if not bias:
+            self.register_parameter("bias", None)
+
     def _set_options(
         self,
         activation: Activation | str | None,
@@ -153,7 +167,8 @@ class _Sized(Fused):
         virtual_batch_size: int | None = None,
         renorm: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._drop_bias(bias)
         self._set_options(activation, virtual_batch_size, renorm)
 
 
@@ -163,16 +178,23 @@ class _Lazy(Fused):
     def __init__(
         self,
         *arguments: Any,
+        bias: bool = True,
         activation: Activation | str | None = None,
         virtual_batch_size: int | None = None,
         renorm: tuple[float, float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
+        self._drop_bias(bias)
         self._set_options(activation, virtual_batch_size, renorm)
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        biased = self.bias is not None
+        if self.affine and not biased:  # torch 2.11 gives weight and bias their size together
+            made: Any = UninitializedParameter
+            self.bias = made(device=self.weight.device, dtype=self.weight.dtype)
         super().initialize_parameters(input)  # type: ignore[misc]
+        self._drop_bias(biased)
 
 
 class BatchNorm(_Sized):

@@ -5,8 +5,7 @@ call; ``WRITE`` writes tensors, ``END`` per-channel results, last. In ``SUM`` an
 counter each, so that several threads may run them at the same time; the parts depend on shapes alone. A ``fused`` call
 does the first four in ``SUM``, group after group of channels, so that the second pass finds a group in the cache.
 
-All arguments are addresses, counts of elements, and numbers. Vectors of parameters are float32, or float64 where
-``doubles`` has their bit.
+All arguments are addresses, counts of elements, and numbers. Addresses of parameters' vectors are tagged.
 """
 
 import math
@@ -16,8 +15,6 @@ from gpu_bn.kernels.cpu.scalars import elements, number, parameter, put_number, 
 from gpu_bn.kernels.cpu.vector import FLOAT32
 
 START, SUM, FINISH, WRITE, END = 1, 2, 4, 8, 16
-WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR = 1, 2, 4, 8
-"""Bits of ``doubles``; of the gradients the first two."""
 TRUSTED = 4.0
 SMALLEST, LARGEST = 1e-30, 1e37
 """As for channels."""
@@ -25,15 +22,15 @@ SMALLEST, LARGEST = 1e-30, 1e37
 
 # ------------------------------------------------------------------------------------------------ per-channel numbers
 @cold
-def affine(mean, var, eps, weight, bias, doubles, double, at):
+def affine(mean, var, eps, weight, bias, double, at):
     """A channel's centre, scale and shift, z = (x - centre) * scale + shift; 1 / sd; and mean less centre."""
     m = number(mean, at)
     rstd = 1.0 / math.sqrt(number(var, at) + eps)
     centre = m if double else rounded(elements(0, FLOAT32), m)
-    scale = rstd * parameter(weight, doubles & WEIGHT, at) if weight else rstd
+    scale = rstd * parameter(weight, at) if weight else rstd
     shift = (centre - m) * scale
     if bias:
-        shift += parameter(bias, doubles & BIAS, at)
+        shift += parameter(bias, at)
     return centre, scale, shift, rstd, m - centre
 
 
@@ -45,23 +42,23 @@ def slopes(rstd, rest, dz, dz_xhat, count):
 
 
 @cold
-def move(running_mean, running_var, doubles, mean, var, channels, count, momentum):
+def move(running_mean, running_var, mean, var, channels, count, momentum):
     """Move the running statistics."""
     bessel = count / max(count - 1.0, 1.0)
     for at in range(channels):
-        old_mean = parameter(running_mean, doubles & RUNNING_MEAN, at)
-        old_var = parameter(running_var, doubles & RUNNING_VAR, at)
+        old_mean = parameter(running_mean, at)
+        old_var = parameter(running_var, at)
         new_mean = (1.0 - momentum) * old_mean + momentum * number(mean, at)
         new_var = (1.0 - momentum) * old_var + momentum * (number(var, at) * bessel)
-        put_parameter(running_mean, doubles & RUNNING_MEAN, at, new_mean)
-        put_parameter(running_var, doubles & RUNNING_VAR, at, new_var)
+        put_parameter(running_mean, at, new_mean)
+        put_parameter(running_var, at, new_var)
 
 
 @cold
-def copy_running(running_mean, running_var, doubles, mean, var, channels):
+def copy_running(running_mean, running_var, mean, var, channels):
     for at in range(channels):
-        put_number(mean, at, parameter(running_mean, doubles & RUNNING_MEAN, at))
-        put_number(var, at, parameter(running_var, doubles & RUNNING_VAR, at))
+        put_number(mean, at, parameter(running_mean, at))
+        put_number(var, at, parameter(running_var, at))
 
 
 @cold

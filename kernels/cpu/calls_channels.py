@@ -6,12 +6,10 @@ has 5 float64 vectors of the channels and then two numbers a part.
 """
 
 from gpu_bn.kernels.cpu.calls import (
-    BIAS,
     END,
     FINISH,
     START,
     SUM,
-    WEIGHT,
     WRITE,
     affine,
     copy_running,
@@ -40,9 +38,9 @@ def merged(scratch, channel, parts, runs, length, part_runs, part_length):
 
 
 @cold
-def put_affine(scratch, channels, at, mean, var, eps, weight, bias, doubles, double):
+def put_affine(scratch, channels, at, mean, var, eps, weight, bias, double):
     """A channel's numbers to the vectors in scratch."""
-    centre, scale, shift, rstd, rest = affine(mean, var, eps, weight, bias, doubles, double, at)
+    centre, scale, shift, rstd, rest = affine(mean, var, eps, weight, bias, double, at)
     put_number(scratch, at, centre)
     put_number(scratch, channels + at, scale)
     put_number(scratch, 2 * channels + at, shift)
@@ -82,7 +80,7 @@ def write_parts(
 @kernel
 def forward(
     phases, fused, moments, writer, x, residual, y, x_step, residual_step, y_step, size, runs, channels, length,
-    weight, bias, running_mean, running_var, doubles, mean, var, batch_stats, momentum, eps, p, double, past,
+    weight, bias, running_mean, running_var, mean, var, batch_stats, momentum, eps, p, double, past,
     group, part_runs, part_channels, part_length, scratch, counters,
 ):  # fmt: skip
     parts = ((runs + part_runs - 1) // part_runs) * ((length + part_length - 1) // part_length)
@@ -98,7 +96,7 @@ def forward(
         by, vectors = low * length * size, scratch + 8 * low
         call_kernel(moments, (x + by, x_step, runs, length, some, mean + 8 * low, var + 8 * low))
         for at in range(low, low + some):
-            put_affine(scratch, channels, at, mean, var, eps, weight, bias, doubles, double)
+            put_affine(scratch, channels, at, mean, var, eps, weight, bias, double)
         call_kernel(
             writer,
             (x + by, residual + by, 0, y + by, 0, x_step, residual_step, 0, y_step, 0, runs, length, some, vectors,
@@ -113,34 +111,34 @@ def forward(
         call_kernel(moments, (where, x_step, some, elements, 1, partial + 16 * at, partial + 16 * at + 8))
     if phases & FINISH and not fused:
         if not batch_stats:
-            copy_running(running_mean, running_var, doubles, mean, var, channels)
+            copy_running(running_mean, running_var, mean, var, channels)
         for at in range(channels):
             if batch_stats:
                 m, v = merged(partial, at, parts, runs, length, part_runs, part_length)
                 put_number(mean, at, m)
                 put_number(var, at, v)
-            put_affine(scratch, channels, at, mean, var, eps, weight, bias, doubles, double)
+            put_affine(scratch, channels, at, mean, var, eps, weight, bias, double)
     if phases & WRITE and writer and not fused:
         write_parts(
             writer, (x, residual, 0, y, 0), (x_step, residual_step, 0, y_step, 0), size, runs, channels, length,
             part_runs, part_channels, part_length, scratch, p, past, counters + 8,
         )  # fmt: skip
     if phases & END and running_mean and batch_stats:
-        move(running_mean, running_var, doubles, mean, var, channels, count, momentum)
+        move(running_mean, running_var, mean, var, channels, count, momentum)
 
 
 @cold
 def finish_sums(mean, var, eps, double, at, dz, dz_xhat, sum_dz, sum_products):
     """A channel's sums of dz and dz * xhat from those of dz and dz * (x - centre)."""
-    _, _, _, rstd, rest = affine(mean, var, eps, 0, 0, 0, double, at)
+    _, _, _, rstd, rest = affine(mean, var, eps, 0, 0, double, at)
     put_number(dz, at, sum_dz)
     put_number(dz_xhat, at, (sum_products - rest * sum_dz) * rstd)
 
 
 @cold
-def put_slopes(scratch, channels, at, mean, var, eps, weight, bias, doubles, double, dz, dz_xhat, training, count):
+def put_slopes(scratch, channels, at, mean, var, eps, weight, bias, double, dz, dz_xhat, training, count):
     """What a channel's sums make of dx, to the vectors in scratch."""
-    rstd, rest = put_affine(scratch, channels, at, mean, var, eps, weight, bias, doubles, double)
+    rstd, rest = put_affine(scratch, channels, at, mean, var, eps, weight, bias, double)
     slope = offset = 0.0
     if training:
         slope, offset = slopes(rstd, rest, number(dz, at), number(dz_xhat, at), count)
@@ -151,7 +149,7 @@ def put_slopes(scratch, channels, at, mean, var, eps, weight, bias, doubles, dou
 @kernel
 def backward(
     phases, fused, products, writer, x, residual, dy, dx, dresidual, x_step, residual_step, dy_step, dx_step,
-    dresidual_step, size, runs, channels, length, weight, bias, dweight, dbias, doubles, gradient_doubles, mean, var,
+    dresidual_step, size, runs, channels, length, weight, bias, dweight, dbias, mean, var,
     dz, dz_xhat, training, count, eps, p, double, past, group, part_runs, part_channels, part_length, scratch, counters,
 ):  # fmt: skip
     parts = ((runs + part_runs - 1) // part_runs) * ((length + part_length - 1) // part_length)
@@ -168,7 +166,7 @@ def backward(
             vectors + 8 * channels, vectors + 16 * channels, vectors + 24 * channels, vectors + 32 * channels
         )  # fmt: skip
         for at in range(low, low + some):
-            put_affine(scratch, channels, at, mean, var, eps, weight, bias, doubles, double)
+            put_affine(scratch, channels, at, mean, var, eps, weight, bias, double)
         call_kernel(
             products,
             (x + by, residual + by, dy + by, x_step, residual_step, dy_step, runs, length, some, vectors, scale, shift,
@@ -176,9 +174,7 @@ def backward(
         )  # fmt: skip
         for at in range(low, low + some):
             finish_sums(mean, var, eps, double, at, dz, dz_xhat, number(dz, at), number(dz_xhat, at))
-            put_slopes(
-                scratch, channels, at, mean, var, eps, weight, bias, doubles, double, dz, dz_xhat, training, count
-            )
+            put_slopes(scratch, channels, at, mean, var, eps, weight, bias, double, dz, dz_xhat, training, count)
         if writer:
             call_kernel(
                 writer,
@@ -187,7 +183,7 @@ def backward(
             )  # fmt: skip
     if phases & START and not fused:
         for at in range(channels):
-            put_affine(scratch, channels, at, mean, var, eps, weight, bias, doubles, double)
+            put_affine(scratch, channels, at, mean, var, eps, weight, bias, double)
     while phases & SUM and products and not fused:
         at = claim(counters)
         if at >= channels * parts:
@@ -209,9 +205,7 @@ def backward(
                     sum_dz += number(partial, 2 * i)
                     sum_products += number(partial, 2 * i + 1)
                 finish_sums(mean, var, eps, double, at, dz, dz_xhat, sum_dz, sum_products)
-            put_slopes(
-                scratch, channels, at, mean, var, eps, weight, bias, doubles, double, dz, dz_xhat, training, count
-            )
+            put_slopes(scratch, channels, at, mean, var, eps, weight, bias, double, dz, dz_xhat, training, count)
     if phases & WRITE and writer and not fused:
         write_parts(
             writer, (x, residual, dy, dx, dresidual), (x_step, residual_step, dy_step, dx_step, dresidual_step), size,
@@ -220,6 +214,6 @@ def backward(
     if phases & END:
         for at in range(channels):
             if dweight:
-                put_parameter(dweight, gradient_doubles & WEIGHT, at, number(dz_xhat, at))
+                put_parameter(dweight, at, number(dz_xhat, at))
             if dbias:
-                put_parameter(dbias, gradient_doubles & BIAS, at, number(dz, at))
+                put_parameter(dbias, at, number(dz, at))

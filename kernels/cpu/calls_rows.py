@@ -7,7 +7,6 @@ has 5 vectors of ``width`` numbers, of columns in the precision that x is comput
 """
 
 from gpu_bn.kernels.cpu.calls import (
-    BIAS,
     END,
     FINISH,
     LARGEST,
@@ -15,7 +14,6 @@ from gpu_bn.kernels.cpu.calls import (
     START,
     SUM,
     TRUSTED,
-    WEIGHT,
     WRITE,
     affine,
     copy_running,
@@ -27,11 +25,11 @@ from gpu_bn.kernels.cpu.scalars import call_kernel, claim, number, parameter, pu
 
 
 @cold
-def spread(column, double, channel, length, period, columns, value):
+def spread(column, channel, length, period, columns, value):
     """Give all columns of a channel a value."""
     for start in range(channel * length, columns, period):
         for at in range(start, start + length):
-            put_parameter(column, double, at, value)
+            put_parameter(column, at, value)
 
 
 @cold
@@ -52,11 +50,11 @@ def clear(sums, numbers):
 
 
 @cold
-def spread_affine(scratch, width, mean, var, eps, weight, bias, doubles, double, channel, length, period, columns):
-    centre, scale, shift, rstd, rest = affine(mean, var, eps, weight, bias, doubles, double, channel)
-    spread(scratch, double, channel, length, period, columns, centre)
-    spread(scratch + 8 * width, double, channel, length, period, columns, scale)
-    spread(scratch + 16 * width, double, channel, length, period, columns, shift)
+def spread_affine(scratch, width, mean, var, eps, weight, bias, double, channel, length, period, columns):
+    centre, scale, shift, rstd, rest = affine(mean, var, eps, weight, bias, double, channel)
+    spread(scratch + double, channel, length, period, columns, centre)
+    spread(scratch + 8 * width + double, channel, length, period, columns, scale)
+    spread(scratch + 16 * width + double, channel, length, period, columns, shift)
     return rstd, rest
 
 
@@ -82,7 +80,7 @@ def write_chunks(writer, tensors, steps, size, rows, columns, rest, scratch, wid
 @kernel
 def forward(
     phases, shifts, deviations, again, writer, x, residual, y, x_step, residual_step, y_step, size, runs, channels,
-    length, folded, weight, bias, running_mean, running_var, doubles, mean, var, batch_stats, momentum, eps, p, double,
+    length, folded, weight, bias, running_mean, running_var, mean, var, batch_stats, momentum, eps, p, double,
     past, chunks, width, scratch, counters,
 ):  # fmt: skip
     period, rows = channels * length, runs // folded
@@ -97,7 +95,7 @@ def forward(
         call_kernel(shifts, (x, period if folded > 1 else x_step, runs, period, length, scratch))
         for start in range(period, columns, period):
             for at in range(period):
-                put_parameter(scratch, double, start + at, parameter(scratch, double, at))
+                put_parameter(scratch + double, start + at, parameter(scratch + double, at))
         clear(sums, 2 * width * chunks)
     while phases & SUM and batch_stats:
         at = claim(counters)
@@ -114,7 +112,7 @@ def forward(
         if batch_stats:
             doubtful = 0
             for at in range(channels):
-                shift = parameter(scratch, double, at * length)
+                shift = parameter(scratch + double, at * length)
                 m = gathered(sums, at, length, period, columns, width, chunks) / count
                 q = gathered(squares, at, length, period, columns, width, chunks) / count
                 v = q - m * m
@@ -127,16 +125,16 @@ def forward(
                     again, x, x_step, size, rows, columns, rest, channels, length, mean, var, count, width, scratch
                 )
         else:
-            copy_running(running_mean, running_var, doubles, mean, var, channels)
+            copy_running(running_mean, running_var, mean, var, channels)
         for at in range(channels):
-            spread_affine(scratch, width, mean, var, eps, weight, bias, doubles, double, at, length, period, columns)
+            spread_affine(scratch, width, mean, var, eps, weight, bias, double, at, length, period, columns)
     if phases & WRITE and writer:
         write_chunks(
             writer, (x, residual, 0, y, 0), (x_step, residual_step, 0, y_step, 0), size, rows, columns, rest, scratch,
             width, chunks, p, past, counters + 8,
         )  # fmt: skip
     if phases & END and running_mean and batch_stats:
-        move(running_mean, running_var, doubles, mean, var, channels, count, momentum)
+        move(running_mean, running_var, mean, var, channels, count, momentum)
 
 
 @cold
@@ -145,7 +143,7 @@ def sum_again(again, x, x_step, size, rows, columns, rest, channels, length, mea
     period = channels * length
     means, sums, squares = scratch, scratch + 40 * width, scratch + 48 * width
     for at in range(channels):
-        spread(means, 1, at, length, period, columns, number(mean, at))
+        spread(means + 1, at, length, period, columns, number(mean, at))
     clear(sums, 2 * width)
     call_kernel(again, (x, x_step, 0, rows, columns, means, sums, squares))
     if rest:
@@ -161,7 +159,7 @@ def sum_again(again, x, x_step, size, rows, columns, rest, channels, length, mea
 @kernel
 def backward(
     phases, products, writer, x, residual, dy, dx, dresidual, x_step, residual_step, dy_step, dx_step, dresidual_step,
-    size, runs, channels, length, folded, weight, bias, dweight, dbias, doubles, gradient_doubles, mean, var, dz,
+    size, runs, channels, length, folded, weight, bias, dweight, dbias, mean, var, dz,
     dz_xhat, training, count, eps, p, double, past, chunks, width, scratch, counters,
 ):  # fmt: skip
     period, rows = channels * length, runs // folded
@@ -173,7 +171,7 @@ def backward(
     if phases & START:
         restart(counters)
         for at in range(channels):
-            spread_affine(scratch, width, mean, var, eps, weight, bias, doubles, double, at, length, period, columns)
+            spread_affine(scratch, width, mean, var, eps, weight, bias, double, at, length, period, columns)
         clear(sums, 2 * width * chunks)
     while phases & SUM and products:
         at = claim(counters)
@@ -196,7 +194,7 @@ def backward(
             call_kernel(products, (x + by, residual + by, dy + by) + steps[:3] + (0, 1, rest) + vectors)
     if phases & FINISH:
         for at in range(channels):
-            _, _, _, rstd, rest_of_mean = affine(mean, var, eps, weight, bias, doubles, double, at)
+            _, _, _, rstd, rest_of_mean = affine(mean, var, eps, weight, bias, double, at)
             if products:
                 sum_dz = gathered(sums, at, length, period, columns, width, chunks)
                 sum_products = gathered(squares, at, length, period, columns, width, chunks)
@@ -205,8 +203,8 @@ def backward(
             slope = offset = 0.0
             if training:
                 slope, offset = slopes(rstd, rest_of_mean, number(dz, at), number(dz_xhat, at), count)
-            spread(scratch + 24 * width, double, at, length, period, columns, slope)
-            spread(scratch + 32 * width, double, at, length, period, columns, offset)
+            spread(scratch + 24 * width + double, at, length, period, columns, slope)
+            spread(scratch + 32 * width + double, at, length, period, columns, offset)
     if phases & WRITE and writer:
         write_chunks(
             writer, (x, residual, dy, dx, dresidual), steps, size, rows, columns, rest, scratch, width, chunks, p, past,
@@ -215,6 +213,6 @@ def backward(
     if phases & END:
         for at in range(channels):
             if dweight:
-                put_parameter(dweight, gradient_doubles & WEIGHT, at, number(dz_xhat, at))
+                put_parameter(dweight, at, number(dz_xhat, at))
             if dbias:
-                put_parameter(dbias, gradient_doubles & BIAS, at, number(dz, at))
+                put_parameter(dbias, at, number(dz, at))

@@ -8,6 +8,7 @@ from numba.extending import intrinsic
 from gpu_bn.kernels.cpu import memory
 from gpu_bn.kernels.cpu.memory import Tensor, integer, unpacked
 from gpu_bn.kernels.cpu.vector import (
+    BIT,
     BYTE,
     BYTES,
     DOUBLE,
@@ -151,37 +152,42 @@ def put_number(typing, address, at, value):
     return types.void(types.int64, types.int64, types.float64), generate
 
 
+# A tagged address is that of float32 numbers, or 1 more than that of float64 ones.
 @intrinsic
-def parameter(typing, address, double, at):
-    """An element of numbers at an address, in float64 where ``double`` is not 0, else in float32."""
+def parameter(typing, tagged, at):
+    """An element of the numbers at a tagged address."""
 
     def generate(context, builder, sig, args):
-        start, found = at_address(builder, args[0]), cgutils.alloca_once(builder, DOUBLE)
-        with builder.if_else(builder.icmp_signed("!=", args[1], INT64(0))) as (wide, narrow):
+        start, found = untagged(builder, args[0]), cgutils.alloca_once(builder, DOUBLE)
+        with builder.if_else(builder.trunc(args[0], BIT)) as (wide, narrow):
             with wide:
-                builder.store(builder.load(memory.place(builder, start, args[2], 8, DOUBLE)), found)
+                builder.store(builder.load(memory.place(builder, start, args[1], 8, DOUBLE)), found)
             with narrow:
-                single = builder.load(memory.place(builder, start, args[2], 4, SINGLE))
+                single = builder.load(memory.place(builder, start, args[1], 4, SINGLE))
                 builder.store(builder.fpext(single, DOUBLE), found)
         return builder.load(found)
 
-    return types.float64(types.int64, types.int64, types.int64), generate
+    return types.float64(types.int64, types.int64), generate
 
 
 @intrinsic
-def put_parameter(typing, address, double, at, value):
+def put_parameter(typing, tagged, at, value):
     """Write one."""
 
     def generate(context, builder, sig, args):
-        start = at_address(builder, args[0])
-        with builder.if_else(builder.icmp_signed("!=", args[1], INT64(0))) as (wide, narrow):
+        start = untagged(builder, args[0])
+        with builder.if_else(builder.trunc(args[0], BIT)) as (wide, narrow):
             with wide:
-                builder.store(args[3], memory.place(builder, start, args[2], 8, DOUBLE))
+                builder.store(args[2], memory.place(builder, start, args[1], 8, DOUBLE))
             with narrow:
-                builder.store(builder.fptrunc(args[3], SINGLE), memory.place(builder, start, args[2], 4, SINGLE))
+                builder.store(builder.fptrunc(args[2], SINGLE), memory.place(builder, start, args[1], 4, SINGLE))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, types.float64), generate
+    return types.void(types.int64, types.int64, types.float64), generate
+
+
+def untagged(builder, address):
+    return at_address(builder, builder.and_(address, INT64(-2)))
 
 
 def at_address(builder, address):

@@ -17,6 +17,7 @@ Array = Any
 ALIGNED = 64
 """Bytes: large outputs begin at a multiple, so that they can be written past the caches."""
 LARGE = 1 << 20
+TAGS = {np.dtype(np.float32): 0, np.dtype(np.float64): 1}
 
 
 class Arrays(Protocol):
@@ -41,6 +42,9 @@ class Arrays(Protocol):
 
     def double(self, length: int) -> Array:
         """A new float64 vector."""
+
+    def tagged(self, vector: Array) -> int:
+        """The tagged address of a dense vector of float32 or float64; -1 for any other."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new dense array."""
@@ -104,6 +108,11 @@ class NumpyArrays:
     @staticmethod
     def double(length: int) -> NDArray[Any]:
         return np.empty(length)
+
+    def tagged(self, vector: NDArray[Any]) -> int:
+        if vector.dtype not in TAGS or not vector.flags.c_contiguous or not vector.flags.aligned:
+            return -1
+        return self.address(vector) + TAGS[vector.dtype]
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

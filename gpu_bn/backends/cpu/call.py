@@ -16,9 +16,9 @@ from gpu_bn.backends.cpu import plans, threads
 from gpu_bn.backends.cpu.arrays import Arrays
 from gpu_bn.backends.protocol import BackendUnavailableError
 from gpu_bn.kernels.cpu import calls_channels, calls_rows
-from gpu_bn.kernels.cpu.calls import BIAS, END, FINISH, RUNNING_MEAN, RUNNING_VAR, START, SUM, WEIGHT, WRITE
+from gpu_bn.kernels.cpu.calls import END, FINISH, START, SUM, WRITE
 from gpu_bn.kernels.cpu.compiler import supports_float16
-from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT32, FLOAT64, SIZES
+from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT64, SIZES
 
 Array = Any
 WHICH = {name: at for at, name in enumerate(ROWS)}
@@ -33,7 +33,7 @@ PREPARED = 4096
 
 
 class Prepared(NamedTuple):
-    """What calls alike have in common; ``copies`` says which tensors have to be copied."""
+    """What calls alike have in common; ``copies`` says which tensors have to be copied, if any."""
 
     kernel: Any
     phases: Phases
@@ -43,8 +43,6 @@ class Prepared(NamedTuple):
     """The kernel's arguments before addresses."""
     shape: tuple[int, ...]
     """Those from the tensors' steps on."""
-    double: int
-    past: int
     cut: tuple[int, ...]
     channels: int
     positions: int
@@ -76,27 +74,27 @@ def forward(
 
     ``vectors`` are weight, bias, running mean and variance.
     """
-    tensors = (x, residual, y)
-    key = (axis, batch_stats, activation, in_place, *[one if one is None else arrays.layout(one) for one in tensors])
-    prepared = _prepared.get(key) or _remember(key, _prepare_forward(arrays, key, tensors))
-    operands = _operands(arrays, prepared, tensors, 2)
-    parameters = [_parameter(arrays, one, True) for one in vectors]
-    mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
-    doubles = sum([bit for bit, (_, double, _) in zip(VECTORS, parameters, strict=True) if double])
-    _run(
-        prepared,
-        *[0 if one is None else arrays.address(one) for one in operands], *prepared.shape,
-        *[address for address, _, _ in parameters], doubles, arrays.address(mean), arrays.address(var),
-        int(batch_stats), momentum, eps, parameter, prepared.double, prepared.past, *prepared.cut,
+    tensors, layout, address = (x, residual, y), arrays.layout, arrays.address
+    key = (
+        axis, batch_stats, activation, in_place, layout(x), None if residual is None else layout(residual),
+        None if y is None else layout(y),
     )  # fmt: skip
-    if operands[2] is not y:
-        arrays.assign(y, operands[2])
-    if batch_stats:
-        _give_back(arrays, vectors[2:], parameters[2:])
+    prepared = _prepared.get(key) or _remember(key, _prepare_forward(arrays, key, tensors))
+    operands = _operands(arrays, prepared, tensors, 2) if prepared.copies else tensors
+    parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
+    wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
+    mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
+    source, added, target = operands
+    _run(
+        prepared, address(source), 0 if added is None else address(added), 0 if target is None else address(target),
+        *prepared.shape, *parameters, address(mean), address(var), batch_stats, momentum, eps, parameter,
+        *prepared.cut,
+    )  # fmt: skip
+    if target is not y:
+        arrays.assign(y, target)
+    if batch_stats and wide is not vectors:
+        _give_back(arrays, vectors[2:], wide[2:])
     return mean, var, prepared.positions
-
-
-VECTORS = (WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR)
 
 
 def backward(
@@ -122,35 +120,33 @@ def backward(
     ``vectors`` are weight, bias, mean and variance, the last two float64; ``gradients`` are those of weight and bias;
     ``count`` is what sums are divided by, if it is not x's own.
     """
-    tensors = (x, residual, dy, dx, dresidual)
-    key = (axis, sums, activation, *[one if one is None else arrays.layout(one) for one in tensors])
+    tensors, layout, address = (x, residual, dy, dx, dresidual), arrays.layout, arrays.address
+    key = (axis, sums, activation, *[None if one is None else layout(one) for one in tensors])
     prepared = _prepared.get(key) or _remember(key, _prepare_backward(arrays, key, tensors))
-    operands = _operands(arrays, prepared, tensors, 3)
-    parameters = [_parameter(arrays, one, True) for one in vectors]
-    written = [_parameter(arrays, one, False) for one in gradients]
+    operands = _operands(arrays, prepared, tensors, 3) if prepared.copies else tensors
+    parameters = [0 if one is None else arrays.tagged(one) for one in vectors[:2]]
+    written = [0 if one is None else arrays.tagged(one) for one in gradients]
+    wide = _widened(arrays, vectors[:2], parameters, True) if -1 in parameters else None
+    results = _widened(arrays, gradients, written, False) if -1 in written else gradients
     found = given or (arrays.double(prepared.channels), arrays.double(prepared.channels))
     _run(
-        prepared,
-        *[0 if one is None else arrays.address(one) for one in operands], *prepared.shape,
-        *[address for address, _, _ in (*parameters[:2], *written)],
-        sum([bit for bit, (_, double, _) in zip(VECTORS, parameters[:2], strict=False) if double]),
-        sum([bit for bit, (_, double, _) in zip(VECTORS, written, strict=False) if double]),
-        parameters[2][0], parameters[3][0], arrays.address(found[0]), arrays.address(found[1]),
-        int(batch_stats and (sums or given is not None)), float(prepared.positions) if count is None else count, eps,
-        parameter, prepared.double, prepared.past, *prepared.cut,
+        prepared, *[0 if one is None else address(one) for one in operands], *prepared.shape, *parameters, *written,
+        address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
+        batch_stats and (sums or given is not None), float(prepared.positions) if count is None else count, eps,
+        parameter, *prepared.cut,
     )  # fmt: skip
+    del wide  # until here
     for one, tensor in zip(operands[3:], tensors[3:], strict=True):
         if one is not tensor:
             arrays.assign(tensor, one)
-    _give_back(arrays, gradients, written)
+    if results is not gradients:
+        _give_back(arrays, gradients, results)
     return found
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
 def _operands(arrays: Arrays, prepared: Prepared, tensors: tuple[Any, ...], inputs: int) -> tuple[Any, ...]:
     """The tensors; for those whose strides do not fit copies, or room if they are written."""
-    if not any(prepared.copies):
-        return tensors
     found = []
     for at, (one, copied) in enumerate(zip(tensors, prepared.copies, strict=True)):
         operand = one
@@ -162,21 +158,20 @@ def _operands(arrays: Arrays, prepared: Prepared, tensors: tuple[Any, ...], inpu
     return tuple(found)
 
 
-def _parameter(arrays: Arrays, vector: Array | None, read: bool) -> tuple[int, bool, Array]:
-    """A vector's address, whether it is float64, and where it is."""
-    if vector is None:
-        return 0, False, None
-    code = arrays.code(vector.dtype)
-    if code < FLOAT32 or arrays.strides(vector) != (1,):
-        copy, code = arrays.double(vector.shape[0]), FLOAT64
-        if read:
-            arrays.assign(copy, vector)
-        vector = copy
-    return arrays.address(vector), code == FLOAT64, vector
+def _widened(arrays: Arrays, vectors: tuple[Any, ...], addresses: list[int], read: bool) -> tuple[Any, ...]:
+    """The vectors, in float64 where the address is -1, and is put right."""
+    found = list(vectors)
+    for at, vector in enumerate(vectors):
+        if addresses[at] == -1:
+            found[at] = arrays.double(vector.shape[0])
+            if read:
+                arrays.assign(found[at], vector)
+            addresses[at] = arrays.tagged(found[at])
+    return tuple(found)
 
 
-def _give_back(arrays: Arrays, vectors: tuple[Array | None, ...], written: list[tuple[int, bool, Array]]) -> None:
-    for vector, (_, _, where) in zip(vectors, written, strict=True):
+def _give_back(arrays: Arrays, vectors: tuple[Any, ...], written: tuple[Any, ...]) -> None:
+    for vector, where in zip(vectors, written, strict=True):
         if where is not vector:
             arrays.assign(vector, where)
 
@@ -252,8 +247,9 @@ def _prepared_call(
     phases = FUSED if fused else IN_TURN
     return Prepared(
         kernel=kernel, phases=phases, every=sum(phase for phase, _ in phases), head=head, shape=shape,
-        double=int(code == FLOAT64), past=int(past), cut=cut, channels=seen.channels, positions=seen.runs * seen.length,
-        scratch=plan.scratch, nbytes=nbytes, seen=seen, copies=copies,
+        cut=(int(code == FLOAT64), int(past), *cut), channels=seen.channels, positions=seen.runs * seen.length,
+        scratch=plan.scratch, nbytes=nbytes, seen=seen,
+        copies=copies if any(copies) else (),
     )  # fmt: skip
 
 
@@ -263,7 +259,10 @@ def _run(prepared: Prepared, *arguments: Any) -> None:
     count = threads.threads_for(prepared.nbytes)
     kernel, head = prepared.kernel, prepared.head
     if count == 1 and prepared.scratch <= KEPT:
-        at = getattr(_local, "address", 0) or _keep()
+        try:
+            at = _local.address
+        except AttributeError:
+            at = _keep()
         kernel(prepared.every, *head, *arguments, at + LINE, at)
         return
     scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # counters first

@@ -81,6 +81,7 @@ class TensorBackend(CpuBackend):
         return dx, dweight, dbias, dresidual
 
 
+_TAGS = {torch.float32: 0, torch.float64: 1}
 _ALIGNMENTS = {getattr(torch, name): getattr(torch, name).itemsize - 1 for name in FLOAT_DTYPES}
 
 
@@ -103,6 +104,14 @@ class TorchTensors:
             return dtype, array.shape, array.stride(), array.is_neg() or array.data_ptr() & _ALIGNMENTS[dtype]
         except RuntimeError:
             return dtype, array.shape, array.stride(), True
+
+    @staticmethod
+    def tagged(vector: Tensor) -> int:
+        dtype = vector.dtype
+        if dtype not in _TAGS or not vector.is_contiguous() or vector.is_neg():
+            return -1
+        at = vector.data_ptr()
+        return at + _TAGS[dtype] if at % 4 == 0 else -1
 
     @staticmethod
     def double(length: int) -> Tensor:
