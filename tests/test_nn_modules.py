@@ -60,7 +60,7 @@ def step(layer, x, seed):
 def test_training_and_evaluation_as_torch(kind, options):
     ours, theirs, shape = PAIRS[kind]
     layers = ours(3, **options), theirs(3, **options)
-    assert repr(layers[0]) == repr(layers[1])
+    assert repr(layers[0]) == f"gpu_bn.{layers[1]!r}"
     for seed in range(6):
         x = data(shape, seed, options.get("dtype", torch.float32))
         for layer in layers:
@@ -122,7 +122,7 @@ def test_state_goes_to_torch_and_comes_back_also_by_pickle():
     torch.save(ours, buffer)
     buffer.seek(0)
     again = torch.load(buffer, weights_only=False)
-    assert repr(again) == repr(ours) == repr(theirs)[:-1] + ", activation=leaky_relu(negative_slope=0.2))"
+    assert repr(again) == repr(ours) == f"gpu_bn.{theirs!r}"[:-1] + ", activation=leaky_relu(negative_slope=0.2))"
     assert torch.equal(again.eval()(x), ours.eval()(x))
 
 
