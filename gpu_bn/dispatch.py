@@ -169,7 +169,7 @@ def load(name: str, library: str | None = None) -> Backend:
     except ImportError as error:
         missing = str(error.name).partition(".")[0]
         raise BackendUnavailableError(
-            f"backend {name!r} cannot be used: {error}; install it with {install(row, missing)}"
+            f"backend {name!r} cannot be used: {error}; install it with {install(row, missing)} in a clone"
         ) from error
     except RuntimeError as error:
         raise BackendUnavailableError(f"backend {name!r} cannot be used: {error}") from None
@@ -179,7 +179,7 @@ def load(name: str, library: str | None = None) -> Backend:
 def install(row: Row, missing: str = "") -> str:
     """The command that installs what a backend needs: the package that is missing, or all."""
     extra = missing if missing in row.packages else row.packages[-1]
-    return f"pip install 'gpu_bn[{EXTRAS.get(extra, extra)}]'"
+    return f"pip install -e '.[{EXTRAS.get(extra, extra)}]'"
 
 
 def _rows(name: str) -> list[Row]:

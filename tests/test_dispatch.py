@@ -50,7 +50,7 @@ def test_without_numba_numpy_serves_arrays_and_says_how_to_change_that(missing):
     assert dispatch.default(X) == "numpy"
     assert dispatch.select(None, input=X).name == "numpy"
     assert lines()["cpu", "numpy.ndarray"] == "no: not installed: numba"
-    assert lines()["numpy", "numpy.ndarray"] == "yes, the default (pip install 'gpu_bn[cpu]' for cpu)"
+    assert lines()["numpy", "numpy.ndarray"] == "yes, the default (pip install -e '.[cpu]' for cpu)"
 
 
 def test_the_error_without_numba_names_the_extra():
@@ -63,7 +63,7 @@ try: gpu_bn.batch_norm(x, training=True, backend="cpu")
 except gpu_bn.BackendUnavailableError as error: print(error)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("backend 'cpu' cannot be used: ")
-    assert done.stdout.endswith("; install it with pip install 'gpu_bn[cpu]'\n")
+    assert done.stdout.endswith("; install it with pip install -e '.[cpu]' in a clone\n")
 
 
 def test_a_numba_that_refuses_this_numpy_is_as_good_as_none(monkeypatch, missing):
