@@ -99,7 +99,18 @@ LAYERS = [
     {"ops", "dispatch"},
     {"functional", "folding", "_explain"},
     {"testing", "nn", "layers"},
-    {"cli", "demo", "bench", "_arguments", "_conformance", "_console", "_cuda_versions", "_info", "__main__"},
+    {
+        "cli",
+        "demo",
+        "bench",
+        "_arguments",
+        "_conformance",
+        "_console",
+        "_cuda_versions",
+        "_info",
+        "_warm_up",
+        "__main__",
+    },
 ]
 """From the bottom up. A part imports itself, and parts below; in the top layer and from spec to activations, beside."""
 BESIDE = {("spec", "activations"), *((a, b) for a in LAYERS[-1] for b in LAYERS[-1])}
