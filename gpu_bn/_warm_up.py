@@ -45,12 +45,13 @@ def warm_up(dtypes: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _call(x: Any, activation: activations.Activation) -> None:
-    mean, var = np.zeros(x.shape[1], np.float32), np.ones(x.shape[1], np.float32)
+    mean, bias = np.zeros((2, x.shape[1]), np.float32)
+    var, weight = np.ones((2, x.shape[1]), np.float32)
     for residual in (None, x):
         options: dict[str, Any] = {"residual": residual, "activation": activation, "backend": "cpu"}
-        _, saved = batch_norm_forward(x, mean, var, mean + 1, mean, True, **options)
+        _, saved = batch_norm_forward(x, mean, var, weight, bias, True, **options)
         batch_norm_backward(x, saved, backend="cpu")
-        batch_norm(x, mean, var, mean + 1, mean, **options)
+        batch_norm(x, mean, var, weight, bias, **options)
 
 
 def _kept(folder: Any) -> int:

@@ -7,6 +7,7 @@ module, which alone imports its library, is loaded when the backend is first ask
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -203,7 +204,7 @@ def why_not(row: Row) -> str:
 
     Only Numba is imported, not just looked for: an installed one may refuse the installed NumPy.
     """
-    absent = [package for package in row.packages if find_spec(package) is None]
+    absent = [package for package in row.packages if not _is_there(package)]
     if absent:
         return f"not installed: {', '.join(absent)}"
     if "numba" in row.packages:
@@ -212,6 +213,11 @@ def why_not(row: Row) -> str:
         except ImportError as error:
             return f"Numba cannot be imported: {error}"
     return ""
+
+
+def _is_there(package: str) -> bool:
+    """Whether a package has been imported or can be found."""
+    return sys.modules[package] is not None if package in sys.modules else find_spec(package) is not None
 
 
 def _rows_for(name: str, array: Any) -> tuple[Row, ...]:
