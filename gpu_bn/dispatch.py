@@ -7,6 +7,7 @@ module, which alone imports its library, is loaded when the backend is first ask
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -117,10 +118,16 @@ def row_of(backend: str | Backend | None, **arrays: Any) -> Row | None:
         return _first(rows)
     named = _rows(backend)
     for row in named:
-        if row in rows:
+        if row in rows or _interpreted(row, rows[0]):
             return row
     served = " or ".join(map(str, named))
     raise ValueError(f"backend {backend!r} serves arrays of type {served}, got {rows[0]}")
+
+
+def _interpreted(row: Row, given: Row) -> bool:
+    """Whether Triton's interpreter runs a backend's kernels, which it does where the tensors of ``given`` are."""
+    interprets = row.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return interprets and (given.library, given.device) == (row.library, "cpu")
 
 
 def serving(array: Any, name: str = "input") -> Backend:

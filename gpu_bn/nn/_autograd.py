@@ -74,7 +74,7 @@ class _Forward(Function):
         if not any(need):
             return None, None, None, dresidual, None, None, None
         arguments = (dy, *ctx.saved_tensors, ctx.bias_dtype, ctx.batch_stats, *ctx.options, need)
-        if torch.is_grad_enabled() or _is_batched(dy) or not _plain(arguments):
+        if torch.is_grad_enabled() or _is_compiling() or _is_batched(dy) or not _plain(arguments):
             results = backward(*_with_mask(arguments))
             results = [result if needed else None for result, needed in zip(results, need, strict=True)]
         else:
