@@ -12,7 +12,6 @@ from torch import Tensor
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn._activations import activate
-from gpu_bn.nn._library import counted
 
 
 def batch_norm(
@@ -95,7 +94,9 @@ def torch_batch_norm(
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1)
     tensors = (running_mean, running_var, weight, bias)
-    z = counted(num_batches_tracked, F.batch_norm, x, *tensors, training, momentum, eps)
+    z = F.batch_norm(x, *tensors, training, momentum, eps)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     if residual is not None:
         z = z + residual
     return activate(z, activation)
