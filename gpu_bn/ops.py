@@ -117,16 +117,12 @@ def _backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -
     if "dresidual" in need:
         same = activation.is_identity and saved.valid is None
         dresidual = backend.copy(dy, saved.x) if same else backend.empty_like(saved.x)
-    exact = not activation.is_identity and backend.keeps_dz(saved)
-    if not activation.is_identity:
-        dz = dx if exact and dresidual is None else dresidual
-    elif saved.valid is not None:
-        dz = dresidual
+        dz = None if same else dresidual
     sums: Sums | None = None
-    if need & {"dweight", "dbias"} or (dx is not None and batch_stats) or (dz is not None and dz is dresidual):
+    if need & {"dweight", "dbias"} or (dx is not None and batch_stats) or dz is not None:
         sums = backend.backward_reduce(dy, saved, dz)
     if dx is not None:
-        backend.backward_input(dy, saved, sums if batch_stats else None, dx, dz if exact and sums else None)
+        backend.backward_input(dy, saved, sums if batch_stats else None, dx)
     return Grads(
         dx=dx,
         dweight=backend.cast(_total(sums.dz_xhat, saved), saved.weight_dtype) if sums and "dweight" in need else None,

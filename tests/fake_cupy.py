@@ -390,9 +390,9 @@ def _plain(argument: Any) -> Any:
     return argument.view(np.ndarray).transpose(order)
 
 
-def install(monkeypatch: Any, device: Device, arch: int) -> EmulatedGpu:
+def install(monkeypatch: Any, device: Device, arch: int, kind: type[EmulatedGpu] = EmulatedGpu) -> EmulatedGpu:
     """Put an emulated CuPy where ``import cupy`` finds it, with a backend that has seen no other."""
-    gpu = EmulatedGpu(device, arch)
+    gpu = kind(device, arch)
     monkeypatch.setitem(sys.modules, "cupy", gpu.module())
     for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy")]:
         monkeypatch.delitem(sys.modules, module)

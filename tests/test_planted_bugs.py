@@ -103,20 +103,20 @@ class ResidualMissingFromRecomputation(NumpyBackend):
 
 
 class DxWithoutMeanTerm(NumpyBackend):
-    def backward_input(self, dy, saved, sums, out, dz):
+    def backward_input(self, dy, saved, sums, out):
         sums = sums and sums._replace(dz=0 * sums.dz)
-        super().backward_input(dy, saved, sums, out, dz)
+        super().backward_input(dy, saved, sums, out)
 
 
 class DxWithoutProjection(NumpyBackend):
-    def backward_input(self, dy, saved, sums, out, dz):
+    def backward_input(self, dy, saved, sums, out):
         sums = sums and sums._replace(dz_xhat=0 * sums.dz_xhat)
-        super().backward_input(dy, saved, sums, out, dz)
+        super().backward_input(dy, saved, sums, out)
 
 
 class FrozenTakenForTraining(NumpyBackend):
-    def backward_input(self, dy, saved, sums, out, dz):
-        super().backward_input(dy, saved, sums or self.backward_reduce(dy, saved, None), out, dz)
+    def backward_input(self, dy, saved, sums, out):
+        super().backward_input(dy, saved, sums or self.backward_reduce(dy, saved, None), out)
 
 
 class DweightWithoutRstd(NumpyBackend):
@@ -143,11 +143,11 @@ class InputOverwritten(NumpyBackend):
 
 
 class StridesOfDyTakenForThoseOfX(NumpyBackend):
-    def backward_input(self, dy, saved, sums, out, dz):
+    def backward_input(self, dy, saved, sums, out):
         if dy.flags.c_contiguous and not saved.x.flags.c_contiguous:
             order = sorted(range(dy.ndim), key=lambda axis: -abs(saved.x.strides[axis]))
             dy = dy.reshape([dy.shape[axis] for axis in order]).transpose(np.argsort(order))
-        super().backward_input(dy, saved, sums, out, dz)
+        super().backward_input(dy, saved, sums, out)
 
 
 PLANTED = {

@@ -93,8 +93,8 @@ def test_the_phases_share_launches_only_with_calls_alike():
     )
     counted = replace(silu, moments=replace(silu.moments, count=torch.tensor([160.0]).double()))
     sums = Sums(*torch.zeros((2, SHAPE[1]), dtype=torch.float64))
-    first = steps_of(lambda: backend.backward_input(dy, silu, sums, out, None))
-    assert not first & steps_of(lambda: backend.backward_input(dy, counted, sums, out, None))
+    first = steps_of(lambda: backend.backward_input(dy, silu, sums, out))
+    assert not first & steps_of(lambda: backend.backward_input(dy, counted, sums, out))
 
 
 def test_a_mask_is_written_where_it_is_kept_whatever_was_called_before():

@@ -1,6 +1,6 @@
 """How a tensor of any rank, channel axis and strides is seen as (N, C, S): outer axes, channels, inner axes.
 
-And whether two tensors overlap.
+And whether two tensors overlap, and how one is cut into blocks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ Array = NDArray[Any]
 class Layout:
     """A tensor's axes in the order in which they lie in memory, and its (N, C, S) shape in that order.
 
-    Channels-last tensors have S = 1. The order is the input's; outputs are made in the same one. ``by_channel`` is that
-    order with the channels before all else.
+    Channels-last tensors have S = 1. The order is the input's; outputs are made in the same one.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +31,6 @@ class Layout:
     n: int
     c: int
     s: int
-    by_channel: tuple[int, ...]
 
     @staticmethod
     def of(x: Array, axis: int) -> Layout:
@@ -56,26 +54,6 @@ class Layout:
         dense = np.empty([self.shape[axis] for axis in self.order], dtype)
         return dense.transpose(np.argsort(self.order)) if self.order != tuple(range(len(self.order))) else dense
 
-    def read(self, array: Array) -> Array:
-        """An array seen as (N, C, S), copied if its strides do not allow it."""
-        return array.transpose(self.order).reshape(self.n, self.c, self.s)
-
-    def hidden(self, valid: Array | None) -> Array | None:
-        """Which positions do not count, as (N, 1, S) in this layout's order; ``valid`` has one channel."""
-        return None if valid is None else ~valid.transpose(self.order).reshape(self.n, 1, self.s)
-
-    def write(self, array: Array) -> Array | None:
-        """An array seen as (N, C, S), or ``None`` if its strides do not allow it."""
-        try:
-            return array.transpose(self.order).reshape((self.n, self.c, self.s), copy=False)
-        except ValueError:
-            return None
-
-    def assign(self, out: Array, value: Array) -> None:
-        """Write an (N, C, S) array to one of this layout's shape, with any strides."""
-        ordered = out.transpose(self.order)
-        np.copyto(ordered, value.reshape(ordered.shape), casting="unsafe")
-
 
 def extent(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Array:
     """Another library's array as NumPy sees its memory, to be compared with others and never read; strides in bytes."""
@@ -97,8 +75,7 @@ def check_out(out: Array, x: Array, residual: Array | None, in_place: bool) -> N
 def _layout(shape: tuple[int, ...], order: tuple[int, ...], axis: int) -> Layout:
     ordered = [shape[a] for a in order]
     at = order.index(axis)
-    by_channel = (axis, *order[:at], *order[at + 1 :])
-    return Layout(shape, order, math.prod(ordered[:at]), shape[axis], math.prod(ordered[at + 1 :]), by_channel)
+    return Layout(shape, order, math.prod(ordered[:at]), shape[axis], math.prod(ordered[at + 1 :]))
 
 
 def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -106,3 +83,21 @@ def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int,
     if any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
         return tuple(range(len(shape)))
     return tuple(sorted(range(len(shape)), key=lambda axis: -abs(strides[axis])))
+
+
+@lru_cache(256)
+def block_sizes(
+    shape: tuple[int, ...], order: tuple[int, ...], kept: tuple[int, ...], elements: int, channels: int
+) -> tuple[int, ...]:
+    """The size of a block along each axis: at most ``elements`` in all, the axes of ``order`` cut from the first on.
+
+    Along the axes ``kept``, which are not summed over, it is of at most ``channels``, or more for few positions.
+    """
+    steps = [max(size, 1) for size in shape]
+    positions = max(8, math.prod(steps) // math.prod(steps[axis] for axis in kept))  # or vectors would be as large
+    for axes, most in ((kept, max(elements // positions, channels)), (order, elements)):
+        for axis in (axis for axis in order if axis in axes):
+            others = math.prod(steps[other] for other in axes if other != axis)
+            pieces = -(-steps[axis] // max(1, most // others))
+            steps[axis] = -(-steps[axis] // pieces)
+    return tuple(steps)

@@ -250,10 +250,6 @@ class CupyBackend:
         frame |= {"residual": residual, "y": out}
         self._normalize(self.tier, *signature, place(residual), place(out), vectors)(frame)
 
-    def keeps_dz(self, saved: Saved) -> bool:
-        del saved
-        return False
-
     @_where_it_is
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         frame, signature, vectors = self._upstream(saved)
@@ -265,8 +261,7 @@ class CupyBackend:
         return Sums(*frame["sums"][: 2 * size].reshape(2, size))
 
     @_where_it_is
-    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
-        del dz
+    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         frame, signature, vectors = self._upstream(saved)
         frame |= {"dy": dy, "residual": saved.residual, "dx": out}
         if sums is not None:

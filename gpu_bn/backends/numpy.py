@@ -1,33 +1,37 @@
-"""NumPy on the CPU: two sweeps over contiguous pieces, each piece small enough to stay in the cache between its passes.
+"""NumPy: the equations of :mod:`gpu_bn.spec` as expressions, one block of the tensor after the other.
 
-Forward: one sweep sums, one writes ``y``. Backward: one sweep sums (and writes ``dz`` where an activation makes it
-differ from ``dy``), one writes ``dx``. The second sweep runs backwards, so that it starts with what the first left in
-the cache. Per-channel values are float64 throughout. Tensors are computed in their own precision, but half precision
-and small tensors (:mod:`gpu_bn.backends._small`) in float64.
+Nothing is reshaped but axis 0, which is split into (ghost batches, samples): a view for any strides, so that no result
+is ever written to a copy. Arrays keep their axes, and per-channel values have the size 1 along all that are summed
+over; NumPy's broadcasting and its order of iteration do the rest.
+
+Per-channel values and sums are float64. So are tensors that are float64 or leave float32's range; other tensors are
+computed in float32, from ``x - mean`` where the mean is far from 0, so that nothing cancels.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.backends import _small
-from gpu_bn.backends._layout import Layout, check_out
-from gpu_bn.backends._small import SMALL
-from gpu_bn.backends._sweep import Operand, PerChannel, Tile, Workspace, run, sweep
+from gpu_bn.backends._layout import Layout, block_sizes, check_out, memory_order
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 
 Array = NDArray[Any]
+Block = tuple[slice, ...]
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
-TRUSTED_RATIO = 2.0
-"""Raw sums, and y = x * scale + shift, serve while |mean| <= 2 sd: the cancellation then costs less than 3 bits.
-Beyond, the mean is subtracted first. Decided channel by channel, so that no channel's result depends on another."""
-UNDERFLOW = 1e-30
-"""Mean squares below this may have lost float32's small numbers."""
+TINY, HUGE = 1e-15, 1e15
+"""Means and deviations beyond are computed in float64: their squares may have left float32's range."""
+FAR = 2.0
+"""Standard deviations: from here on a mean is subtracted first, for what cancels would cost more than 3 bits."""
+SCRATCH_SHARE, SCRATCH_BYTES, MAX_BLOCK, MIN_CHANNELS = 0.03, 512 << 10, 32 << 10, 2 << 10
+"""A block's temporaries take this share of the tensor or these bytes. It fits the cache; its rows are not short."""
+RUN = 64
+"""Float64 numbers added up one after the other, if there is a choice: rounding errors grow with them."""
 
 
 def backend() -> NumpyBackend:
@@ -51,335 +55,195 @@ class NumpyBackend:
         return Layout.of(x, 0).empty(x.dtype)
 
     def copy(self, array: Array, like: Array) -> Array:
-        y = self.empty_like(like)
-        np.copyto(y, array)
+        np.copyto(y := self.empty_like(like), array)
         return y
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
         check_out(out, x, residual, in_place)
 
+    @np.errstate(all="ignore")
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
-        if groups > 1:
-            parts = zip(np.split(x, groups), [None] * groups if valid is None else np.split(valid, groups), strict=True)
-            return _joined([self.stats(part, axis, there) for part, there in parts])
-        layout = Layout.of(x, axis)
-        if x.size == 0:
-            return Moments(0, np.zeros(layout.c), np.zeros(layout.c))
-        hidden = layout.hidden(valid)
-        count = layout.count if hidden is None else hidden.size - int(np.count_nonzero(hidden))
-        with np.errstate(all="ignore"):
-            if x.size <= SMALL:
-                moments = _small.stats(layout, x, hidden, max(count, 1))
-            else:
-                moments = _moments(layout.read(x), _working_dtype(x), hidden, max(count, 1))
-        return moments if hidden is None else replace(moments, count=np.array([count], FLOAT64))
+        """Sums of ``x - centre`` and of its square, the centre 0 at first, then the mean where it is far from 0."""
+        blocks = Blocks(x, axis, groups, valid, 4)
+        count: Any = x.size // max(groups * x.shape[axis], 1)
+        if valid is not None:
+            count = np.count_nonzero(valid.reshape(groups, -1), 1).astype(FLOAT64)
+        mean, var = blocks.zeros(), blocks.zeros()
+        for channels in blocks.parts(blocks.kept):
+            n, centre, far = np.maximum(blocks.per_group(count, channels), 1), np.zeros(1), np.ones(1)
+            for _ in range(3):
+                off = square = np.zeros(1)
+                for block in blocks.parts(blocks.summed, channels):
+                    deviation = blocks.centred(block, centre)
+                    off = off + blocks.sum(deviation)
+                    square = square + blocks.sum(np.square(deviation))
+                off, square = off / n, square / n
+                found = np.maximum(square - off * off, 0)
+                if not (far := off * off > FAR**2 * found).any():
+                    break
+                centre = np.where(far, centre + off, centre)
+            at(mean, channels)[...] = np.where(far, centre, centre + off)
+            at(var, channels)[...] = np.where(found < np.inf, found, np.nan)  # an overflow is no result
+        return Moments(count, mean.ravel(), var.ravel())
 
+    @np.errstate(all="ignore")
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
         momentum = float(momentum)
         mean, var = running_mean.astype(FLOAT64), running_var.astype(FLOAT64)
-        with np.errstate(all="ignore"):
-            for part in moments.parts(len(moments.mean) // max(len(mean), 1)):
-                count = float(np.squeeze(part.count))
-                if count:
-                    _small.move(mean, var, part.mean, part.var, count, momentum)
-            running_mean[...], running_var[...] = mean, var
+        for part in moments.parts(len(moments.mean) // max(len(mean), 1)):
+            count = float(np.squeeze(part.count))
+            if count:
+                mean = (1 - momentum) * mean + momentum * part.mean
+                var = (1 - momentum) * var + momentum * (count / max(count - 1, 1)) * part.var
+        running_mean[...], running_var[...] = mean, var
 
+    @np.errstate(all="ignore")
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
-        if saved.spec.groups > 1:
-            for at, part in saved.parts():
-                self.normalize(part, None if residual is None else residual[at], out[at])
-            return
-        layout = Layout.of(saved.x, saved.spec.axis)
-        with np.errstate(all="ignore"):
-            if saved.x.size <= SMALL:
-                _small.normalize(layout, saved, residual, out)
-                return
-            y = layout.write(out)
-            target = np.empty((layout.n, layout.c, layout.s), out.dtype) if y is None else y
-            _normalize(saved, layout, residual, target)
-            if y is None:
-                layout.assign(out, target)
+        call = Call(saved, residual, saved.spec.activation.row.value_needs)
+        out = call.split(out)
+        for channels in call.parts(call.kept):
+            centre, scale, shift, *_ = call.vectors(channels)
+            for block in call.parts(call.summed, channels):
+                z = call.z(block, call.centred(block, centre), scale, shift)
+                call.activation.value(z)
+                out[block] = call.clear(z, block)
 
-    def keeps_dz(self, saved: Saved) -> bool:
-        return saved.x.size > SMALL * saved.spec.groups and bool(
-            _working_dtype(saved.x, saved.moments) == saved.x.dtype
-        )
-
+    @np.errstate(all="ignore")
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
-        if saved.spec.groups > 1:
-            parts = [self.backward_reduce(dy[at], part, None if dz is None else dz[at]) for at, part in saved.parts()]
-            return Sums(*map(np.concatenate, zip(*parts, strict=True)))
-        layout = Layout.of(saved.x, saved.spec.axis)
-        with np.errstate(all="ignore"):
-            if saved.x.size <= SMALL:
-                return _small.backward_reduce(layout, saved, dy, dz)
-            return _backward_reduce(saved, layout, dy, dz)
+        call = Call(saved, saved.residual, saved.spec.activation.row.gradient_needs + 2)
+        dy, dz, dbias, dweight = call.split(dy), call.split(dz), call.zeros(), call.zeros()
+        for channels in call.parts(call.kept):
+            centre, scale, shift, sd, rest = call.vectors(channels)
+            sums, products = at(dbias, channels), at(dweight, channels)
+            for block in call.parts(call.summed, channels):
+                centred = call.centred(block, centre)
+                gradient = call.dz(block, centred, scale, shift, dy)
+                if dz is not None:
+                    dz[block] = gradient
+                sums += call.sum(gradient)
+                products += call.sum(gradient * centred)
+            products -= rest * sums
+            products /= sd
+        return Sums(dbias.ravel(), dweight.ravel())
 
-    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
-        if saved.spec.groups > 1:
-            each = [None] * saved.spec.groups if sums is None else _split(sums, saved.spec.groups)
-            for (at, part), sums_here in zip(saved.parts(), each, strict=True):
-                dx = out[at]
-                self.backward_input(dy[at], part, sums_here, dx, dx if dz is out else None if dz is None else dz[at])
-            return
-        layout = Layout.of(saved.x, saved.spec.axis)
-        with np.errstate(all="ignore"):
-            if saved.x.size <= SMALL:
-                _small.backward_input(layout, saved, dy, sums, out)
-            else:
-                _backward_input(saved, layout, dy, dz, sums, out)
-
-
-def _working_dtype(x: Array, moments: Moments | None = None) -> np.dtype[Any]:
-    """What a tensor is computed in: float32 if it is in that and its range suffices, else float64."""
-    if x.dtype != FLOAT32 or (moments is not None and moments.wide):
-        return FLOAT64
-    return FLOAT32
-
-
-def _joined(parts: list[Moments]) -> Moments:
-    """The statistics of ghost batches in one."""
-    count = parts[0].count if isinstance(parts[0].count, int) else np.concatenate([part.count for part in parts])
-    mean, var = (np.concatenate([getattr(part, name) for part in parts]) for name in ("mean", "var"))
-    return Moments(count, mean, var, any(part.wide for part in parts))
-
-
-def _split(sums: Sums, groups: int) -> list[Sums]:
-    return [Sums(*pair) for pair in zip(*(np.split(vector, groups) for vector in sums), strict=True)]
+    @np.errstate(all="ignore")
+    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
+        call = Call(saved, saved.residual, saved.spec.activation.row.gradient_needs + 2)
+        dy, out = call.split(dy), call.split(out)
+        dbias, dweight = map(call.per_channel, sums or (None, None))
+        for channels in call.parts(call.kept):
+            centre, scale, shift, sd, rest = call.vectors(channels)
+            if sums is not None:
+                n = call.per_group(saved.positions, channels)
+                slope = at(dweight, channels) / (n * sd)
+                offset = (at(dbias, channels) / n - rest * slope).astype(scale.dtype)
+                slope = slope.astype(scale.dtype)
+            for block in call.parts(call.summed, channels):
+                centred = call.centred(block, centre)
+                gradient = call.dz(block, centred, scale, shift, dy)
+                if sums is not None:
+                    gradient = gradient - centred * slope
+                    gradient -= offset
+                out[block] = call.clear(gradient * scale, block)
 
 
-def _moments(x: Array, dtype: np.dtype[Any], hidden: Array | None, count: int) -> Moments:
-    """Mean and variance of an (N, C, S) tensor: raw sums where they serve, else the corrected two-pass algorithm.
+class Blocks:
+    """A tensor cut into blocks, of which ``arrays`` are needed at a time. Its axes are (ghost batch, sample, ...)."""
 
-    ``hidden``, (N, 1, S), says which positions do not count, ``count`` how many do.
+    def __init__(self, x: Array, axis: int, groups: int, valid: Array | None, arrays: int) -> None:
+        self.shape = (groups, x.shape[0] // groups, *x.shape[1:])
+        self.kept = (0, axis + 1)
+        self.summed = tuple([a for a in range(x.ndim + 1) if a not in self.kept])
+        scratch = max(int(SCRATCH_SHARE * x.nbytes), SCRATCH_BYTES)
+        elements = min(scratch // (arrays * max(x.itemsize, FLOAT32.itemsize)), MAX_BLOCK)
+        order = (0, *[a + 1 for a in memory_order(x.shape, x.strides)])
+        self.steps = block_sizes(self.shape, order, self.kept, elements, MIN_CHANNELS)
+        self.x, self.valid = self.split(x), self.split(valid)
 
-    Where float32 loses the squares' range (overflow or underflow), all is done again in float64. In float64 an
-    overflow makes the variance, and with it the channel, NaN: never a plausible wrong number.
-    """
-    sum_x, sum_xx = _sums(x, None, dtype, hidden)
-    if dtype == FLOAT32 and (lost := _range_lost(sum_x, sum_xx, count)).any():
-        moments = _moments(x, FLOAT64, hidden, count)
-        if np.isfinite(moments.var[lost]).any():
-            return Moments(count, moments.mean, moments.var, wide=True)
-    mean = sum_x / count
-    var = sum_xx / count - mean * mean
-    trusted = ~(mean * mean > TRUSTED_RATIO**2 * var)
-    if not trusted.all():
-        # Subtracting zero leaves the trusted channels exactly as they were.
-        centre = np.where(trusted, 0.0, mean).astype(dtype)
-        sum_x, sum_xx = _sums(x, centre, dtype, hidden)
-        remainder = sum_x / count
-        mean = centre + remainder
-        var = sum_xx / count - remainder * remainder
-    return Moments(count, mean, np.where(var < np.inf, np.maximum(var, 0.0), np.nan))
+    def split(self, tensor: Any) -> Any:
+        """A tensor with axis 0 split in two; never a copy."""
+        return None if tensor is None else tensor.reshape((*self.shape[:2], *tensor.shape[1:]), copy=False)
 
+    def per_channel(self, vector: Any) -> Any:
+        """A vector of channels, or of ghost batches and channels, as it broadcasts against tensors."""
+        channels = self.shape[self.kept[1]]
+        shape = [channels if axis == self.kept[1] else 1 for axis in range(1, len(self.shape))]
+        return None if vector is None else vector.reshape(len(vector) // channels, *shape)
 
-def _range_lost(sum_x: Array, sum_xx: Array, count: int) -> Array:
-    """(C,) which channels' squares may have left float32's range; not those of zeros alone."""
-    overflow = ~np.isfinite(sum_xx)
-    underflow = (sum_xx < count * UNDERFLOW) & (sum_x != 0)
-    lost: Array = overflow | underflow
-    return lost
+    def per_group(self, count: Any, channels: Block) -> Any:
+        """A number, or one of each ghost batch, as it broadcasts against some channels."""
+        return count if isinstance(count, int) else at(count.reshape(-1, *[1] * (len(self.shape) - 1)), channels)
 
+    def zeros(self) -> Array:
+        """A zero of each ghost batch and channel."""
+        return np.zeros([size if axis in self.kept else 1 for axis, size in enumerate(self.shape)])
 
-def _sums(x: Array, centre: Array | None, dtype: np.dtype[Any], hidden: Array | None) -> tuple[Array, Array]:
-    """Sum of x - centre and of its square."""
-    source = Operand("x", x, dtype, hidden)
-    tiles = sweep(
-        *x.shape,
-        dtype.itemsize,
-        sums=True,
-        temporaries=source.temporaries + (centre is not None),
-        stored_itemsize=x.itemsize,
-    )
-    shift = None if centre is None else PerChannel("centre", centre, tiles, dtype)
-    sums, squares = tiles.partials(dtype), tiles.partials(dtype)
+    def parts(self, axes: tuple[int, ...], within: Block | None = None) -> Iterator[Block]:
+        """The parts that cuts along some axes make of the tensor, or of a part of it."""
+        cut = [axis for axis in axes if self.steps[axis] < self.shape[axis]]
+        for starts in product(*[range(0, self.shape[axis], self.steps[axis]) for axis in cut]):
+            part = list(within or [slice(None)] * len(self.shape))
+            for axis, start in zip(cut, starts, strict=True):
+                part[axis] = slice(start, start + self.steps[axis])
+            yield tuple(part)
 
-    def body(tile: Tile, work: Workspace) -> None:
-        piece = source.load(tile, work)
-        if shift is not None:
-            piece = np.subtract(piece, shift.at(tile, work), out=work.take("centred", tile.shape))
-            source.clear(tile, piece)
-        tiles.add(squares, tile, piece, piece)
-        tiles.add(sums, tile, piece)
+    def clear(self, values: Array, block: Block) -> Array:
+        """Put 0 where positions do not count."""
+        if self.valid is not None:
+            np.copyto(values, 0, where=~at(self.valid, block))
+        return values
 
-    run(tiles, dtype, body)
-    return tiles.total(sums), tiles.total(squares)
+    def sum(self, block: Array) -> Any:
+        """The sums of each ghost batch and channel."""
+        axis = max(self.summed, key=block.shape.__getitem__)
+        if self.x.dtype.itemsize == FLOAT64.itemsize and block.shape[axis] > RUN:
+            block = np.add.reduceat(block, range(0, block.shape[axis], RUN), axis)
+        return np.add.reduce(block, self.summed, FLOAT64, keepdims=True)
 
-
-class _Affine(NamedTuple):
-    """z = (x - centre) * scale + shift: (C,), ``centre`` ``None`` where it is zero in all channels."""
-
-    centre: Array | None
-    scale: Array
-    shift: Array
-    rstd: Array
-    rest: Array
-    """mean - centre."""
-
-    @staticmethod
-    def of(saved: Saved, dtype: np.dtype[Any]) -> _Affine:
-        mean, rstd = saved.moments.mean, saved.rstd
-        far = _far_from_zero(saved)
-        centre = np.where(far, mean, 0.0).astype(dtype) if far.any() else None
-        rest = mean if centre is None else mean - centre
-        scale = rstd if saved.weight is None else rstd * saved.weight
-        shift = -rest * scale
-        if saved.bias is not None:
-            shift += saved.bias
-        return _Affine(centre, scale, shift, rstd, rest)
+    def centred(self, block: Block, centre: Array) -> Array:
+        """``x - centre``, 0 where positions do not count; ``x`` itself where that is the same, so not to be written."""
+        x = self.x[block]
+        if centre.any():
+            return self.clear(np.subtract(x, centre), block)
+        return self.clear(x.astype(centre.dtype, copy=self.valid is not None), block)
 
 
-def _far_from_zero(saved: Saved) -> Array:
-    """(C,) which channels' means are subtracted before all else."""
-    far: Array = np.abs(saved.moments.mean * saved.rstd) > TRUSTED_RATIO
-    return far
+class Call(Blocks):
+    """The tensors and per-channel values of a call; ``needs`` is how many temporaries there are beside ``z``."""
 
+    def __init__(self, saved: Saved, residual: Array | None, needs: int) -> None:
+        super().__init__(saved.x, saved.spec.axis, saved.spec.groups, saved.valid, 1 + needs)
+        self.activation, self.eps, self.residual = saved.spec.activation, saved.spec.eps, self.split(residual)
+        vectors = saved.moments.mean, saved.moments.var, saved.weight, saved.bias
+        self.mean, self.var, self.weight, self.bias = map(self.per_channel, vectors)
 
-class _Pass:
-    """One sweep over the tensors of a call: the tiles, the operands, and how ``z`` comes from ``x``.
+    def vectors(self, channels: Block) -> tuple[Array, Array, Array, Array, Array]:
+        """``z = (x - centre) * scale + shift``: these three, for the arithmetic; sqrt(var + eps), ``mean - centre``."""
+        mean, sd = at(self.mean, channels), np.sqrt(at(self.var, channels) + self.eps)
+        scale = (1.0 if self.weight is None else at(self.weight, channels)) / sd
+        extreme = (sd < TINY) | (sd > HUGE) | ((np.abs(mean) > HUGE) & (np.abs(mean) < np.inf))
+        dtype = FLOAT64 if self.x.dtype.itemsize == FLOAT64.itemsize or extreme.any() else FLOAT32
+        centre = np.where(np.abs(mean) > FAR * sd, mean, 0.0).astype(dtype)
+        shift = (0.0 if self.bias is None else at(self.bias, channels)) - (mean - centre) * scale
+        return centre, scale.astype(dtype), shift.astype(dtype), sd, mean - centre
 
-    ``temporaries`` is how many arrays of a tile's size the caller makes in each. ``y`` is given as (N, C, S).
-    """
-
-    def __init__(
-        self, saved: Saved, layout: Layout, *, sums: bool, temporaries: int = 0, **operands: Array | None
-    ) -> None:
-        self.dtype = _working_dtype(saved.x, saved.moments)
-        self.affine = _Affine.of(saved, self.dtype)
-        self.activation = saved.spec.activation
-        hidden = layout.hidden(saved.valid)
-        self.operands = {
-            name: Operand(name, array if name == "y" else layout.read(array), self.dtype, hidden)
-            for name, array in {"x": saved.x, **operands}.items()
-            if array is not None
-        }
-        self._separate_residual()
-        temporaries += sum(operand.temporaries for operand in self.operands.values())
-        self.sweep = sweep(
-            layout.n,
-            layout.c,
-            layout.s,
-            self.dtype.itemsize,
-            sums=sums,
-            temporaries=temporaries,
-            stored_itemsize=saved.x.itemsize,
-        )
-        self.centre = None if self.affine.centre is None else self.per_channel("centre", self.affine.centre)
-        self.scale = self.per_channel("scale", self.affine.scale)
-        self.shift = self.per_channel("shift", self.affine.shift)
-
-    def _separate_residual(self) -> None:
-        """A residual that is also the output is read before it is overwritten."""
-        residual, y = self.operands.get("residual"), self.operands.get("y")
-        if residual is not None and y is not None and np.may_share_memory(residual.array, y.array):
-            residual.in_place = False
-
-    def per_channel(self, name: str, vector: Array) -> PerChannel:
-        """A per-channel vector for this sweep's tiles."""
-        return PerChannel(name, vector, self.sweep, self.dtype)
-
-    def centred(self, tile: Tile, work: Workspace, out: Array | None = None) -> Array:
-        """A tile of x - centre, in ``out`` or a temporary unless it is x itself."""
-        x = self.operands["x"].load(tile, work)
-        if self.centre is None:
-            return x
-        return np.subtract(x, self.centre.at(tile, work), out=work.take("centred", x.shape) if out is None else out)
-
-    def residual(self, tile: Tile, work: Workspace) -> Array | None:
-        """A tile of the residual."""
-        return self.operands["residual"].load(tile, work) if "residual" in self.operands else None
-
-    def pre_activation(self, tile: Tile, work: Workspace, centred: Array, residual: Array | None, out: Array) -> None:
-        """Write a tile of z to ``out``; the order of roundings is the same forward and backward."""
-        np.multiply(centred, self.scale.at(tile, work), out=out)
-        np.add(out, self.shift.at(tile, work), out=out)
-        if residual is not None:
-            np.add(out, residual, out=out)
-
-    def gradient(self, tile: Tile, work: Workspace, centred: Array, target: Operand | None = None) -> Array:
-        """A tile of dz: dy itself, or computed where ``target`` lies or in a temporary."""
-        dy = self.operands["dy"].load(tile, work)
-        if self.activation.is_identity:
-            if target is None:
-                return dy
-            copy = target.open(tile, work)
-            np.copyto(copy, dy)
-            return copy
-        z = work.take("z", tile.shape) if target is None else target.open(tile, work)
-        self.pre_activation(tile, work, centred, self.residual(tile, work), z)
-        self.activation.gradient(z, dy, z)
+    def z(self, block: Block, centred: Array, scale: Array, shift: Array) -> Any:
+        """``weight * xhat + bias + residual``."""
+        z = centred * scale
+        z += shift
+        if self.residual is not None:
+            z += self.residual[block]
         return z
 
-
-def _normalize(saved: Saved, layout: Layout, residual: Array | None, y: Array) -> None:
-    needs = saved.spec.activation.row.value_needs
-    a_pass = _Pass(saved, layout, sums=False, temporaries=needs, residual=residual, y=y)
-    target = a_pass.operands["y"]
-
-    def body(tile: Tile, work: Workspace) -> None:
-        z = target.open(tile, work)
-        residual = a_pass.residual(tile, work)  # first: z may be where it lies
-        a_pass.pre_activation(tile, work, a_pass.centred(tile, work, z), residual, z)
-        a_pass.activation.value(z)
-        target.store(tile, z)
-
-    run(a_pass.sweep, a_pass.dtype, body, backwards=True)
+    def dz(self, block: Block, centred: Array, scale: Array, shift: Array, dy: Array) -> Array:
+        """``dy * activation'(z)``, 0 where positions do not count; it may be ``dy`` itself."""
+        gradient = dy[block]
+        if not self.activation.is_identity:
+            self.activation.gradient(z := self.z(block, centred, scale, shift), gradient.astype(z.dtype, copy=False), z)
+            gradient = z
+        return gradient if self.valid is None else self.clear(gradient.astype(centred.dtype), block)
 
 
-def _backward_reduce(saved: Saved, layout: Layout, dy: Array, dz: Array | None) -> Sums:
-    needs = saved.spec.activation.row.gradient_needs + (dz is None and not saved.spec.activation.is_identity)
-    needs += bool(_far_from_zero(saved).any())
-    a_pass = _Pass(saved, layout, sums=True, temporaries=needs, residual=saved.residual, dy=dy, dz=dz)
-    target = a_pass.operands.get("dz")
-    dtype, tiles = a_pass.dtype, a_pass.sweep
-    sums, products = tiles.partials(dtype), tiles.partials(dtype)
-
-    def body(tile: Tile, work: Workspace) -> None:
-        centred = a_pass.centred(tile, work)
-        gradient = a_pass.gradient(tile, work, centred, target)
-        tiles.add(products, tile, gradient, centred)
-        tiles.add(sums, tile, gradient)
-        if target is not None:
-            target.store(tile, gradient)
-
-    run(tiles, dtype, body)
-    total = tiles.total(sums)
-    return Sums(total, (tiles.total(products) - a_pass.affine.rest * total) * a_pass.affine.rstd)
-
-
-def _backward_input(saved: Saved, layout: Layout, dy: Array, dz: Array | None, sums: Sums | None, dx: Array) -> None:
-    """dx = ((x - centre) * slope + dz + offset) * scale; with frozen statistics, dx = dz * scale."""
-    known = saved.spec.activation.is_identity or dz is not None
-    shared = dz is dx
-    needs = 0 if known else 1 + bool(_far_from_zero(saved).any()) + saved.spec.activation.row.gradient_needs
-    a_pass = _Pass(
-        saved,
-        layout,
-        sums=False,
-        temporaries=needs + shared,
-        residual=None if known else saved.residual,
-        dy=dy if dz is None else dz,
-        dx=dx,
-    )
-    target, source = a_pass.operands["dx"], a_pass.operands["dy"]
-    slope = offset = None
-    if sums is not None:
-        count = saved.positions
-        slope_c = -sums.dz_xhat * a_pass.affine.rstd / count
-        slope = a_pass.per_channel("slope", slope_c)
-        offset = a_pass.per_channel("offset", -sums.dz / count - slope_c * a_pass.affine.rest)
-
-    def body(tile: Tile, work: Workspace) -> None:
-        out = target.open(tile, work)
-        room = work.take("product", tile.shape) if shared else out
-        gradient = source.load(tile, work) if known else a_pass.gradient(tile, work, a_pass.centred(tile, work))
-        if slope is not None and offset is not None:
-            np.multiply(a_pass.centred(tile, work, room), slope.at(tile, work), out=room)
-            np.add(room, gradient, out=out)
-            np.add(out, offset.at(tile, work), out=out)
-            gradient = out
-        np.multiply(gradient, a_pass.scale.at(tile, work), out=out)
-        target.store(tile, out)
-
-    run(a_pass.sweep, a_pass.dtype, body, backwards=True)
+def at(vector: Array, block: Block) -> Array:
+    """A view of some channels of per-channel values, or of a block of a mask."""
+    return vector[tuple([part if size > 1 else slice(None) for part, size in zip(block, vector.shape, strict=True)])]

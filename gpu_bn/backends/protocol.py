@@ -145,18 +145,11 @@ class Backend(Protocol):
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
         """Write ``y`` to ``out``; 0 where a position is not valid, as all outputs are."""
 
-    def keeps_dz(self, saved: Saved) -> bool:
-        """Whether ``dz``, stored in the input's dtype, is exact enough to compute ``dx`` from."""
-
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         """Sum ``dz`` and ``dz * xhat`` over each channel, and write ``dz`` to the array given, if any."""
 
-    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
-        """Write ``dx`` to ``out``.
-
-        ``sums`` is ``None`` for frozen statistics; ``dz``, if given, holds what ``backward_reduce`` wrote, and may
-        be ``out``.
-        """
+    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
+        """Write ``dx`` to ``out``; ``sums`` is ``None`` for frozen statistics."""
 
 
 class Fused(Protocol):

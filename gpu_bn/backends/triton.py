@@ -234,10 +234,6 @@ class TritonBackend:
         if y is not out:
             out.copy_(y)
 
-    def keeps_dz(self, saved: Saved) -> bool:
-        del saved
-        return False  # it is as fast to compute it again
-
     @torch.no_grad()
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         call = self._call(dy, saved, frozenset())
@@ -255,8 +251,7 @@ class TritonBackend:
         return Sums(sums[0], sums[1])
 
     @torch.no_grad()
-    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array, dz: Array | None) -> None:
-        del dz  # never given: see keeps_dz
+    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         call = self._call(dy, saved, frozenset())
         key = "input" if sums is None else "input after sums"
         step = call.prepared(key, lambda: self._input_step(self._once(call.work(1), call.x), call))
@@ -433,7 +428,7 @@ class TritonBackend:
         dz = self.empty_like(saved.x) if "dresidual" in need else None
         sums = self.backward_reduce(dy, saved, dz)
         if dx is not None:
-            self.backward_input(dy, saved, sums, dx, None)
+            self.backward_input(dy, saved, sums, dx)
         dz_xhat, dz_sum = (vector.view(call.groups, -1).sum(0) for vector in (sums.dz_xhat, sums.dz))
         dweight = self.cast(dz_xhat, saved.weight_dtype) if "dweight" in need else None
         return dx, dweight, self.cast(dz_sum, saved.bias_dtype) if "dbias" in need else None, dz

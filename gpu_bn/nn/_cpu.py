@@ -1,8 +1,7 @@
 """torch tensors on the CPU, served by the NumPy backend without a copy.
 
 NumPy works on views of the tensors; what it allocates is allocated by torch, in the memory format that
-``torch.empty_like`` gives. Only a tensor whose elements overlap in memory (an expanded one) is copied first. The
-operators of :mod:`gpu_bn.nn._library` have a shorter way for small tensors, with the same bits.
+``torch.empty_like`` gives. Only a tensor whose elements overlap in memory (an expanded one) is copied first.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_bn import ops
-from gpu_bn.backends import _small
-from gpu_bn.backends._layout import Layout
 from gpu_bn.backends.numpy import NumpyBackend
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec
@@ -72,89 +69,6 @@ class TorchBackend:
         grads = ops.backward(NUMPY, as_array(dy), _array_saved(saved), need)
         return tuple([None if gradient is None else as_tensor(gradient) for gradient in grads])
 
-    def small_forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        batch_stats: bool,
-        momentum: float,
-        eps: float,
-        activation: str,
-        parameter: float,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, None] | None:
-        """A forward operator's results, statistics only to be kept; ``None`` if ``x`` is empty or not small."""
-        if not 0 < x.numel() <= _small.SMALL:
-            return None
-        array, y = _ordered(x), torch.empty_like(x)
-        layout = Layout.of(array, 1)
-        running = None
-        if running_mean is not None and running_var is not None:
-            running = (as_array(running_mean), as_array(running_var))
-        mean, var = _small.forward(
-            layout,
-            array,
-            running,
-            _optional(weight),
-            _optional(bias),
-            _optional(residual),
-            batch_stats,
-            float(momentum),
-            eps,
-            activation,
-            parameter,
-            as_array(y),
-        )
-        return (y, torch.from_numpy(mean), torch.from_numpy(var), None) if keep else (y, None, None, None)
-
-    def small_backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        bias_dtype: torch.dtype,
-        batch_stats: bool,
-        eps: float,
-        activation: str,
-        parameter: float,
-        need: list[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None:
-        """The operator ``backward``'s results, those that are needed; ``None`` if ``x`` is empty or not small."""
-        if not 0 < x.numel() <= _small.SMALL:
-            return None
-        array = _ordered(x)
-        dx = torch.empty_like(x) if need[0] else None
-        dresidual = torch.empty_like(x) if need[3] else None
-        vectors = (_optional(weight), _optional(bias), _optional(residual), as_array(mean), as_array(var))
-        dweight, dbias = _small.backward(
-            Layout.of(array, 1),
-            as_array(dy),
-            array,
-            *vectors,
-            batch_stats,
-            eps,
-            activation,
-            parameter,
-            _optional(dx),
-            _optional(dresidual),
-            _array_dtype(weight.dtype) if weight is not None and need[1] else None,
-            _array_dtype(bias_dtype) if need[2] else None,
-        )
-        return (
-            dx,
-            None if dweight is None else as_tensor(dweight),
-            None if dbias is None else as_tensor(dbias),
-            dresidual,
-        )
-
     def vector(self, array: Tensor) -> Tensor:
         return array.detach().to(torch.float64, copy=True)
 
@@ -179,17 +93,13 @@ class TorchBackend:
     def normalize(self, saved: Saved, residual: Tensor | None, out: Tensor) -> None:
         NUMPY.normalize(_array_saved(saved), _optional(residual), as_array(out))
 
-    def keeps_dz(self, saved: Saved) -> bool:
-        return NUMPY.keeps_dz(_array_saved(saved))
-
     def backward_reduce(self, dy: Tensor, saved: Saved, dz: Tensor | None) -> Sums:
         sums = NUMPY.backward_reduce(as_array(dy), _array_saved(saved), _optional(dz))
         return Sums(torch.from_numpy(sums.dz), torch.from_numpy(sums.dz_xhat))
 
-    def backward_input(self, dy: Tensor, saved: Saved, sums: Sums | None, out: Tensor, dz: Tensor | None) -> None:
+    def backward_input(self, dy: Tensor, saved: Saved, sums: Sums | None, out: Tensor) -> None:
         wide = None if sums is None else Sums(sums.dz.numpy(), sums.dz_xhat.numpy())
-        dx = as_array(out)
-        NUMPY.backward_input(as_array(dy), _array_saved(saved), wide, dx, dx if dz is out else _optional(dz))
+        NUMPY.backward_input(as_array(dy), _array_saved(saved), wide, as_array(out))
 
 
 class _Numpy(NumpyBackend):

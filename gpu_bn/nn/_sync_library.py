@@ -151,13 +151,11 @@ def _reduce(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
     """dx, of the sums and the count of all processes."""
-    *layer, sums, dz = arguments
+    *layer, sums, _ = arguments
     engine = dispatch.serving(x)
     dx = engine.empty_like(x)
     if x.numel():
-        saved = _saved(x, *layer)
-        kept = dz if dz is not None and engine.keeps_dz(saved) else None
-        engine.backward_input(dy, saved, Sums(sums[0], sums[1]), dx, kept)
+        engine.backward_input(dy, _saved(x, *layer), Sums(sums[0], sums[1]), dx)
     return dx  # type: ignore[no-any-return]
 
 

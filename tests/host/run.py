@@ -1,0 +1,115 @@
+"""Run cases of the CuPy backend on the CPU, each in a process of its own, under a sanitizer.
+
+``python -m host.run SANITIZER FOLDER`` does what ``FOLDER/jobs.pickle`` says; :func:`run_jobs` starts it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from gpu_bn.testing import Case, build, check, run
+
+from . import gpu
+from .compile import runtime
+
+HERE = Path(__file__).parents[1]
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "TSAN_OPTIONS": "halt_on_error=1 suppress_equal_stacks=0 suppress_equal_addresses=0",
+}
+FOUND = {"data race": "ThreadSanitizer: data race", "wrong result": "AssertionError"}
+"""What a sanitizer or the oracle writes, by the name of what it has found."""
+
+
+class Job(NamedTuple):
+    """A case on a tier, its kernels' source edited."""
+
+    tier: str
+    case: Case
+    edits: tuple[tuple[str, str], ...] = ()
+    times: int = 1
+
+    def edit(self, source: str) -> str:
+        for old, new in self.edits:
+            assert old in source, f"the kernels no longer hold {old!r}"
+            source = source.replace(old, new)
+        return source
+
+
+class Outcome(NamedTuple):
+    """What a job's process has written, and its results, if it has come to its end."""
+
+    said: str
+    results: dict[str, np.ndarray] | None
+
+    @property
+    def fault(self) -> str:
+        """Name what was found; empty if nothing was."""
+        if self.results is not None:
+            return ""
+        names = [name for name, text in FOUND.items() if text in self.said]
+        if not names and "SHIM: " in self.said:
+            return self.said.partition("SHIM: ")[2].splitlines()[0]
+        return names[0] if names else self.said[-2000:]
+
+
+def run_jobs(jobs: Sequence[Job], sanitizer: str, folder: Path) -> list[Outcome]:
+    """Run jobs one after another, and say what came of each."""
+    (folder / "jobs.pickle").write_bytes(pickle.dumps(list(jobs)))
+    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": str(runtime(sanitizer))}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *sys.path])
+    command = [sys.executable, "-m", "host.run", sanitizer, str(folder)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [_outcome(folder, index) for index in range(len(jobs))]
+
+
+def _outcome(folder: Path, index: int) -> Outcome:
+    said, results = folder / f"{index}.txt", folder / f"{index}.npz"
+    if not results.exists():
+        return Outcome(said.read_text(errors="replace"), None)
+    with np.load(results) as found:
+        return Outcome(said.read_text(errors="replace"), {name: found[name] for name in found.files})
+
+
+def _run(job: Job, sanitizer: str, path: Path) -> None:
+    backend = gpu.backend(pytest.MonkeyPatch(), job.tier, sanitizer)
+    backend.gpu.edit_source = job.edit
+    for _ in range(job.times):  # what a call leaves behind, another finds
+        check(job.case, backend)
+    np.savez(path, **{name: _storable(array) for name, array in run(build(job.case), backend).items()})
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
+
+def main(sanitizer: str, folder: Path) -> None:
+    """Do the jobs, each in a fork: a sanitizer that finds something ends the process."""
+    for index, job in enumerate(pickle.loads((folder / "jobs.pickle").read_bytes())):
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            continue
+        output = os.open(folder / f"{index}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1), os.dup2(output, 2)
+        try:
+            _run(job, sanitizer, folder / f"{index}.npz")
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
