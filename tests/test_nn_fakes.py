@@ -1,9 +1,8 @@
 """What compilers are told about the operators in advance, against what they return: on CPU tensors and for GPUs."""
 
-from itertools import product
+from itertools import cycle
 
 import pytest
-from support import rng
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -36,6 +35,7 @@ LAYOUTS = {
     "one value": lambda x: x[:1, :1, :1, :1].expand_as(x),
 }
 SHAPES = [(4, 8, 4, 4), (4, 3, 5, 7), (2, 16, 7, 7), (4, 1, 2, 4), (4, 8, 1, 1), (0, 3, 2, 2), (4, 5, 4, 2)]
+ACTIVATIONS = [("silu", True), ("relu", True), ("identity", True), ("leaky_relu", False), ("relu6", True)]
 EXTENSIONS = {
     "plain": (False, 1, []),
     "mask": (True, 1, []),
@@ -46,8 +46,8 @@ EXTENSIONS = {
 
 
 def tensors(shape, dtype, layout, residual):
-    make = LAYOUTS[layout]
-    x, rest, dy = (make(torch.from_numpy(rng(seed).standard_normal(shape)).to(dtype)) for seed in range(3))
+    make, generator = LAYOUTS[layout], torch.Generator().manual_seed(0)
+    x, rest, dy = (make(torch.randn(shape, generator=generator).to(dtype)) for _ in range(3))
     return x, rest if residual else None, dy
 
 
@@ -72,13 +72,13 @@ def calls(shape, dtype, layout, activation, residual, extension):
         pairs.append((False, _library.infer(*infer), (None, 1, False)))
     for batch_stats, (_, statistics, mask), (valid, groups, limited) in pairs:
         kept = None if mask.numel() else rest
-        for need in ([True] * 3 + [residual], [False, True, False, residual], [True, False, False, False]):
+        for need in ([True] * 3 + [residual], [False, True, False, residual]):
             yield _library.backward, (dy, *forward[:3], kept, valid, statistics, mask, torch.float32, batch_stats,
                                       *options, groups, limited, need)  # fmt: skip
 
 
 def described(result):
-    return result.shape, result.stride(), result.dtype, result.device
+    return result.shape, result.stride() if result.numel() else None, result.dtype, result.device
 
 
 def require_as_promised(operator, arguments, expect_mask=None):
@@ -108,18 +108,22 @@ def engine(request, monkeypatch):
     return backend
 
 
-@pytest.mark.parametrize("extension", list(EXTENSIONS))
+@pytest.mark.parametrize("extension", [
+    "plain", "mask in ghost batches",
+    *[pytest.param(name, marks=pytest.mark.slow) for name in ("mask", "ghost batches", "renorm")],
+])  # fmt: skip
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_fakes_say_what_operators_return(engine, layout, extension):
-    for shape, dtype in product(SHAPES, (torch.float32, torch.float16)):
-        for activation, residual in (("relu", True), ("silu", True), ("identity", True), ("leaky_relu", False)):
-            for operator, arguments in calls(shape, dtype, layout, activation, residual, extension):
-                if not (shape[0] == 0 and extension == "renorm"):
-                    require_as_promised(operator, arguments)
+    cases = list(zip(SHAPES, cycle((torch.float32, torch.float16)), cycle(ACTIVATIONS), strict=False))
+    cases += [(shape, torch.float16, ("relu", True)) for shape in SHAPES]
+    for shape, dtype, (activation, residual) in cases:
+        for operator, arguments in calls(shape, dtype, layout, activation, residual, extension):
+            require_as_promised(operator, arguments)
     if engine is not None:
         assert engine.launches or extension == "renorm"
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("engine", ["a100"], indirect=True)
 @pytest.mark.parametrize(("shape", "dtype", "layout", "length"), [
     ((4, 8, 4, 4), torch.float32, "contiguous", 128),
@@ -130,7 +134,7 @@ def test_fakes_say_what_operators_return(engine, layout, extension):
     ((4, 8, 3, 3), torch.float16, "contiguous", 0),
     ((4, 8, 4, 4), torch.float64, "contiguous", 256),
 ])  # fmt: skip
-def test_the_masks_length_depends_on_no_address(engine, shape, dtype, layout, length):
+def test_the_masks_length_depends_on_no_address(shape, dtype, layout, length):
     x, rest, _ = tensors(shape, dtype, layout, True)
     for activation in ("relu", "relu6", "leaky_relu"):
         mask = _library.train(x, None, None, rest, None, None, None, None, 1e-5, activation, 0.1)[2]

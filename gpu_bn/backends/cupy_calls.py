@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from gpu_bn.backends import _cuda
 from gpu_bn.backends.cupy_device import Frame, Step
 from gpu_bn.backends.cupy_draft import FLOAT64, NONE, Draft, Place, Steps, Tensor, Vector
 from gpu_bn.plan import VECTOR_BYTES

@@ -347,7 +347,14 @@ class TritonBackend:
         )
 
     def _prepare_forward(
-        self, layout: Layout, spec: BatchNormSpec, x: Array, residual: bool, masked: bool, alignment: int, extended: bool
+        self,
+        layout: Layout,
+        spec: BatchNormSpec,
+        x: Array,
+        residual: bool,
+        masked: bool,
+        alignment: int,
+        extended: bool,
     ) -> _Forward:
         """``masked``: whether a mask takes the place of the residual."""
         groups = spec.groups
@@ -564,7 +571,11 @@ def _one_of(layout: Layout, groups: int) -> Layout:
 
 def _there(valid: Array | None, view: View) -> Array | None:
     """The mask as kernels take it: bytes in the order of the tensor's positions."""
-    return None if valid is None else aligned(valid.permute(view.layout.order).contiguous().view(torch.uint8), VECTOR_BYTES)
+    return (
+        None
+        if valid is None
+        else aligned(valid.permute(view.layout.order).contiguous().view(torch.uint8), VECTOR_BYTES)
+    )
 
 
 def _give_back(written: tuple[Array | None, ...], given: tuple[Array | None, ...]) -> None:

@@ -88,8 +88,10 @@ def direct(
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
         y: Tensor = _apply(x, weight, bias, residual, engine, spec, tracked, valid)
     else:
-        y = _library.forward(engine, x, spec, *tracked, weight, bias, residual, valid, False)[0]
-    if spec.batch_stats and running_mean is not None and not x.is_cpu:  # which torch has not seen
+        y = _library.forward(engine, x, spec, tracked, weight, bias, residual, valid, False)[0]
+    if (
+        spec.batch_stats and running_mean is not None and running_var is not None and not x.is_cpu
+    ):  # which torch has not seen
         increment_version((running_mean, running_var))
     return y
 
@@ -106,18 +108,17 @@ class _Direct(Function):
         residual: Tensor | None,
         engine: Backend,
         spec: BatchNormSpec,
-        tracked: tuple[Tensor | None, ...],
+        tracked: _library.Tracked,
         valid: Tensor | None,
     ) -> Tensor:
         identity = spec.activation.is_identity
         require_savable((x, weight) if identity else (x, weight, bias, residual))
-        y, saved = _library.forward(engine, x, spec, *tracked, weight, bias, residual, valid)
+        y, saved = _library.forward(engine, x, spec, tracked, weight, bias, residual, valid)
         ctx.save_for_backward(x, weight, None if identity else bias, saved.residual, valid, saved.mask)
         bias_dtype = x.dtype if bias is None else bias.dtype
-        ctx.kept = (
-            saved.moments, saved.weight, saved.bias, saved.weight_dtype, bias_dtype, saved.has_residual, spec,
-        )  # fmt: skip
-        ctx.engine, ctx.renorm = engine, saved.renorm
+        vectors = (saved.moments, saved.weight, saved.bias, saved.weight_dtype, bias_dtype)
+        ctx.engine, ctx.vectors, ctx.has_residual = engine, vectors, saved.has_residual
+        ctx.spec, ctx.renorm = spec, saved.renorm
         ctx.set_materialize_grads(False)
         return y
 
@@ -126,7 +127,7 @@ class _Direct(Function):
         if dy is None:
             return (None,) * 8
         x, weight, bias, residual, valid, mask = ctx.saved_tensors
-        saved = Saved(x, residual, *ctx.kept, mask, valid, ctx.renorm)
+        saved = Saved(x, residual, *ctx.vectors, ctx.has_residual, ctx.spec, mask, valid, ctx.renorm)  # type: ignore[call-arg]
 
         def gradients(need: list[bool]) -> Gradients:
             if torch.is_grad_enabled() or _is_batched(dy) or not _plain((dy, x)):
@@ -216,7 +217,7 @@ class _Backward(Function):
         ctx.save_for_backward(*arguments[:8])
         ctx.options = arguments[8:]
         ctx.set_materialize_grads(False)
-        return _below(backward, *arguments)
+        return _below(backward, *arguments)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -267,7 +268,7 @@ class _Masked(Function):
     @staticmethod
     def forward(ctx: Any, dy: Tensor, slope: tuple[Any, ...]) -> Tensor:
         ctx.slope = slope
-        return _below(backward, dy, *slope)[3]
+        return _below(backward, dy, *slope)[3]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Any, None]:

@@ -54,15 +54,16 @@ backward = torch.ops.gpu_bn.backward.default
 NAMES = ("dx", "dweight", "dbias", "dresidual")
 NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, True), repeat=len(NAMES))}
 
+Tracked = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""What a call in training writes: the running mean, the running variance, and the counter of batches."""
+
 
 # ------------------------------------------------------------------------------------------------- what they compute
 def forward(
     engine: Backend,
     x: Tensor,
     spec: BatchNormSpec,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
+    tracked: Tracked,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -73,6 +74,7 @@ def forward(
 
     On a CPU one call writes all three, so that no error or interrupt comes between them.
     """
+    running_mean, running_var, num_batches_tracked = tracked
     others = (weight, bias, residual, None, False, valid, keep)
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
     if not spec.batch_stats or not (running or num_batches_tracked is not None):
@@ -83,7 +85,8 @@ def forward(
             num_batches_tracked.add_(1)
         return result
     moved = [tensor.clone() for tensor in running]
-    result = ops.forward(engine, x, spec, *(moved or (None, None)), *others)
+    new_mean, new_var = moved or (None, None)
+    result = ops.forward(engine, x, spec, new_mean, new_var, *others)
     if num_batches_tracked is not None:
         running.append(num_batches_tracked)
         moved.append(num_batches_tracked + 1)
@@ -147,7 +150,7 @@ def _train(
     weight_of_batch = weighs(momentum, momentum_at, num_batches_tracked)
     spec = options(True, weight_of_batch, eps, activation, parameter, groups, renorm)
     tracked = (running_mean, running_var, num_batches_tracked)
-    return _results(x, *forward(dispatch.serving(x), x, spec, *tracked, weight, bias, residual, valid))
+    return _results(x, *forward(dispatch.serving(x), x, spec, tracked, weight, bias, residual, valid))
 
 
 def _infer(
@@ -163,7 +166,7 @@ def _infer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = options(False, 0.0, eps, activation, parameter)
     engine = dispatch.serving(x)
-    return _results(x, *forward(engine, x, spec, running_mean, running_var, None, weight, bias, residual))
+    return _results(x, *forward(engine, x, spec, (running_mean, running_var, None), weight, bias, residual))
 
 
 def _results(x: Tensor, y: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,12 +179,13 @@ def packed(saved: Saved) -> Tensor:
     mean, var, count = saved.moments.mean, saved.moments.var, saved.moments.count
     channels = saved.x.shape[saved.spec.axis]
     rows = [mean.double().view(-1, channels), var.double().view(-1, channels)]
-    if isinstance(count, Tensor):
-        rows.append(count.view(-1, 1).expand(-1, channels))
+    if saved.valid is not None and saved.spec.batch_stats:
+        counts = count if isinstance(count, Tensor) else mean.new_full((saved.spec.groups,), count)
+        rows.append(counts.view(-1, 1).expand(-1, channels).double())
     rows += [row.view(1, -1) for row in saved.renorm or ()]
-    if len(rows) == 2 and mean.dtype is torch.float64 and mean.data_ptr() + 8 * mean.numel() == var.data_ptr():
-        if mean.untyped_storage().data_ptr() == var.untyped_storage().data_ptr():
-            return mean.as_strided((2 * len(rows[0]), channels), (channels, 1))
+    together = mean.untyped_storage().data_ptr() == var.untyped_storage().data_ptr()
+    if together and len(rows) == 2 and mean.data_ptr() + 8 * mean.numel() == var.data_ptr():
+        return torch.as_strided(mean, (2 * len(rows[0]), channels), (channels, 1))
     return torch.cat(rows)
 
 
