@@ -40,6 +40,7 @@ class Row:
 
 ROWS = (
     Row("numpy", "numpy", "numpy.ndarray", "gpu_bn.backends.numpy"),
+    Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu", packages=("numba",)),
     Row("cupy", "cupy", "cupy.ndarray", "gpu_bn.backends.cupy", packages=("cupy",)),
     Row(
         "torch",
@@ -49,6 +50,15 @@ ROWS = (
         device="cpu",
         differentiable="gpu_bn.nn.functional",
         packages=("torch",),
+    ),
+    Row(
+        "cpu",
+        "torch",
+        "torch.Tensor",
+        "gpu_bn.backends.cpu.tensors",
+        device="cpu",
+        differentiable="gpu_bn.nn.functional",
+        packages=("numba", "torch"),
     ),
     Row(
         "triton",

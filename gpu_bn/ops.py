@@ -53,7 +53,7 @@ def forward(
     """
     if out is not None:
         backend.check_out(out, x, residual, in_place)
-    if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend)):
+    if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend, valid is None and spec.groups == 1)):
         return fused.forward(x, spec, running_mean, running_var, weight, bias, residual, out, valid, keep)
     with on_device_of(x):
         count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
@@ -101,7 +101,8 @@ def kept(
 
 def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
     """The gradients named in ``need``, which names only arguments that the forward call had."""
-    if saved.renorm is None and 0 not in saved.x.shape and (fused := _fused(backend)):
+    plain = saved.valid is None and saved.spec.groups == 1
+    if saved.renorm is None and 0 not in saved.x.shape and (fused := _fused(backend, plain)):
         return Grads(*fused.backward(dy, saved, need))
     with on_device_of(dy):
         return (_backward if saved.renorm is None else _renormalized_backward)(backend, dy, saved, need)
@@ -193,5 +194,8 @@ def _empty_grads(backend: Backend, saved: Saved, dx: Array | None, need: frozens
     )
 
 
-def _fused(backend: Any) -> Fused | None:
-    return backend if hasattr(backend, "forward") else None
+def _fused(backend: Any, plain: bool) -> Fused | None:
+    """The backend if it fuses such a call, which is plain without a mask and ghost batches."""
+    return (
+        backend if hasattr(backend, "forward") and (plain or not hasattr(backend, "fuses_plain_calls_only")) else None
+    )

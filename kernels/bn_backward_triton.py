@@ -62,6 +62,7 @@ def reduce_tiles(
         there = None
         if valid is not None:
             there = valid_elements(valid, known, position, last, VEC, COLUMNS)
+            value = tl.where(there, value, 0.0)  # what a mask leaves out may be infinite
         gradient = gradient_of(
             value, given, residual, mask, vector, position, last, strip, row, known, centre, scale, shift,
             parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE, there,
@@ -70,10 +71,8 @@ def reduce_tiles(
             store_as(dz + offsets, gradient, known)
         if dx is not None:
             store_as(dx + offsets, gradient * scale, known)
-        if valid is not None:
-            known = there
         dz_here += gradient
-        product_here = tl.fma(gradient, tl.where(known, value - centre, 0.0), product_here)
+        product_here = tl.fma(gradient, value - centre, product_here)
     return dz_here, product_here
 
 

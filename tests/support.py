@@ -1,5 +1,7 @@
 """Small helpers for the tests."""
 
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import sysconfig
@@ -14,6 +16,18 @@ from gpu_bn.testing import Case, Problem, build
 needs_a_compiler = pytest.mark.skipif(
     not (shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()),
     reason="torch's inductor compiles C++: it needs g++ and Python's headers (apt install g++ python3-dev)",
+)
+
+
+def version(package):
+    """Of an installed package, its first two numbers."""
+    found = importlib.metadata.version(package) if importlib.util.find_spec(package) else "0.0"
+    return tuple(int(number) for number in found.split(".")[:2])
+
+
+as_torch_2_13 = pytest.mark.skipif(
+    version("torch") < (2, 12),
+    reason="layers of torch 2.11 have no bias=, and word errors about eps otherwise: ours are as those of torch 2.13",
 )
 
 

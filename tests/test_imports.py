@@ -121,7 +121,10 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_frameworks_are_imported_where_they_belong(path):
     owners = {
-        "torch": ("backends/triton", "backends/cupy_torch", "nn", "kernels", "testing/check", "bench"),
+        "torch": (
+            *("backends/cpu/tensors", "backends/triton", "backends/cupy_torch"),
+            *("nn", "kernels", "testing/check", "bench"),
+        ),
         "triton": ("backends/triton", "kernels"),
         "cupy": ("backends/cupy",),
     }

@@ -181,11 +181,16 @@ class ByName(torch.nn.Module):
         return self.norm(input=self.conv(input=x))
 
 
-def test_calls_by_name_are_folded_and_nothing_unused_is_left():
+@pytest.mark.parametrize("batch", [(), (tensor(*IMAGES),)], ids=["traced", "observed"])
+def test_calls_by_name_are_folded_and_all_else_is_kept(batch):
     model, x = evaluated(ByName()), tensor(*IMAGES)
-    folded = nn.fold(model)
+    folded = nn.fold(model, *batch)
     assert_close(folded(x), model(x))
-    assert set(folded.state_dict()) == {"conv.weight", "conv.bias"}
+    assert type(folded) is ByName
+    assert folded.layers[0] is folded.conv
+    assert {name for name, _ in model.state_dict().items()} - set(folded.state_dict()) == {
+        f"{norm}.{name}" for norm in ("norm", "layers.1") for name in model.norm.state_dict()
+    }
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_a_model_that_computes_with_buffers_and_constants_is_fused_and_folded():
     fused = nn.convert(model, fuse=True)
     assert list(model.__dict__) == names
     assert fused.state_dict().keys() == before
-    assert any(node.kwargs.get("activation") == "relu" for node in fused.graph.nodes)
+    assert fused is model
     assert_close(fused(x), plain(x))
     for either in (fused, plain):
         either.load_state_dict({"shift": torch.ones(1, 4, 9, 9)}, strict=False)
@@ -47,16 +47,18 @@ class WithNorm(torch.nn.Module):
 
 class OtherConstant(WithNorm):
     def forward(self, x):
-        return self.norm(x) * torch.tensor(2.0 if self.training else 1.0)
+        return torch.relu(self.norm(x)) * (2.0 if self.training else 1.0)
 
 
-def test_a_model_that_is_refused_is_left_as_it_is():
-    model = OtherConstant()
-    names = list(model.__dict__)
-    with pytest.raises(ValueError, match="takes other steps in training"):
-        nn.convert(model, fuse=True)
-    assert list(model.__dict__) == names
-    assert type(model.norm) is torch.nn.BatchNorm2d
+def test_each_mode_has_its_own_steps():
+    model, x = OtherConstant(), torch.randn(2, 4, 8, 8)
+    names, plain = list(model.__dict__), copy.deepcopy(model)
+    fused, report = model, nn.Report()
+    nn.convert(model, fuse=True, report=report)
+    assert report.merged == {"norm": "relu"}
+    for mode in (True, False, True):
+        assert_close(fused.train(mode)(x), plain.train(mode)(x))
+    assert list(nn.revert(model).__dict__) == names
 
 
 class ViewOverwritten(WithNorm):
@@ -94,10 +96,9 @@ class Flattened(WithNorm):
 
 
 def test_the_number_1_overwrites_nothing():
-    fused = nn.convert(Flattened(), fuse=True)
-    (call,) = (node for node in fused.graph.nodes if node.op == "call_module")
-    assert len(call.args) == 2
-    assert call.kwargs["activation"] == "relu"
+    report = nn.Report()
+    nn.convert(Flattened(), fuse=True, report=report)
+    assert report.merged == {"norm": "sum, relu"}
 
 
 @pytest.mark.parametrize("layer", [torch.nn.BatchNorm1d(3), nn.BatchNorm1d(3, activation="relu")])

@@ -280,7 +280,7 @@ def test_the_operators_do_what_they_say(shape, dtype):
 
 def test_it_looks_like_torchs():
     ours, theirs = nn.SyncBatchNorm(3, 1e-3, None), torch.nn.SyncBatchNorm(3, 1e-3, None)
-    assert repr(ours) == repr(theirs)
+    assert repr(ours) == f"gpu_bn.{theirs!r}"
     assert list(ours.state_dict()) == list(theirs.state_dict())
     mine, other = (
         list(inspect.signature(cls).parameters.values()) for cls in (nn.SyncBatchNorm, torch.nn.SyncBatchNorm)

@@ -14,6 +14,7 @@ from gpu_bn.nn._convert import (
     revert,
     unfreeze,
 )
+from gpu_bn.nn._report import Report
 from gpu_bn.nn.folding import (
     fold,
     fuse_conv_bn_eval,
@@ -48,6 +49,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Report",
     "SyncBatchNorm",
     "accumulate_statistics",
     "batch_norm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 MODULES = (torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten, torch.nn.modules.dropout._DropoutNd)
 """Those that may return a view of their input."""
@@ -21,22 +21,22 @@ KNOWN = ("torch", "_operator")
 """Where functions are from of which others return new tensors."""
 
 
-def aliases(traced: GraphModule, node: Node) -> set[Node]:
+def aliases(root: torch.nn.Module, node: Node) -> set[Node]:
     """What may have a node's memory, or a part of it: views of it, what it is a view of, and so on."""
     found, left = {node}, [node]
     while left:
         alias = left.pop()
-        near = [user for user in alias.users if _may_be_view(traced, user)]
-        if _may_be_view(traced, alias):
+        near = [user for user in alias.users if _may_be_view(root, user)]
+        if _may_be_view(root, alias):
             near += alias.all_input_nodes
         left += [other for other in near if other not in found]
         found.update(near)
     return found
 
 
-def may_overwrite(traced: GraphModule, node: Node) -> bool:
+def may_overwrite(root: torch.nn.Module, node: Node) -> bool:
     """Whether a node may write to an input of its."""
-    module = module_of(traced, node)
+    module = module_of(root, node)
     if module is not None:
         return bool(getattr(module, "inplace", False))
     name = _name(node)
@@ -45,16 +45,24 @@ def may_overwrite(traced: GraphModule, node: Node) -> bool:
     return name.endswith("_") or by_operator or asked
 
 
-def module_of(traced: GraphModule, node: Any) -> torch.nn.Module | None:
+def is_opaque(module: Any) -> bool:
+    """Whether a module is one that a graph does not look into, and that may overwrite what it is given."""
+    if module is None or type(module) is torch.nn.Sequential:
+        return module is not None
+    return not type(module).__module__.startswith(("torch.nn.", "gpu_bn."))
+
+
+def module_of(root: torch.nn.Module, node: Any) -> torch.nn.Module | None:
     """The module that a node calls."""
     if not isinstance(node, Node) or node.op != "call_module":
         return None
-    return traced.get_submodule(str(node.target))
+    return root.get_submodule(str(node.target))
 
 
-def _may_be_view(traced: GraphModule, node: Node) -> bool:
+def _may_be_view(root: torch.nn.Module, node: Node) -> bool:
     if node.op == "call_module":
-        return isinstance(module_of(traced, node), MODULES)
+        module = module_of(root, node)
+        return isinstance(module, MODULES) or is_opaque(module)
     return _name(node) in VIEWS or (node.op == "call_function" and not _home(node).startswith(KNOWN))
 
 

@@ -1,7 +1,7 @@
 """Batch normalisation composed of torch's own differentiable operations.
 
 Used where one operator of ours cannot be: for second and higher derivatives, in compiled evaluation (where the
-compiler fuses it into its neighbours), and under ``torch.func`` and forward-mode differentiation.
+compiler fuses it into its neighbours), for export, and under ``torch.func`` and forward-mode differentiation.
 """
 
 from __future__ import annotations
@@ -77,6 +77,58 @@ def masked_batch_norm(
     return torch.where(valid, activate(z, activation), 0).to(x.dtype)
 
 
+def wide_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: Activation,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """The transform under ``torch.func`` and in forward mode: all in float64, rounded once."""
+    wide = x.double()
+    if training:
+        with torch.no_grad():
+            vectors = (running_mean, running_var, num_batches_tracked)
+            _move_running(wide.detach(), *vectors, _momentum(momentum, num_batches_tracked), eps)
+        var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, var = running_mean.double(), running_var.double()
+    return batch_norm(x, mean, var, weight, bias, residual, eps, activation)
+
+
+def _move_running(
+    wide: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> None:
+    """Move running statistics by torch's function, which refuses what a transform cannot do; only then is it seen."""
+    moved = [None if running is None else running.double() for running in (running_mean, running_var)]
+    F.batch_norm(wide, *moved, None, None, True, momentum, eps)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    for running, new in zip((running_mean, running_var), moved, strict=True):
+        if running is not None and new is not None and running is not new:
+            running.copy_(new)
+
+
+def _momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> float:
+    """What a batch weighs; without a momentum all batches weigh alike."""
+    if momentum is not None:
+        return momentum
+    return 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1)
+
+
 def torch_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -90,9 +142,8 @@ def torch_batch_norm(
     activation: Activation,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
-    """The transform by ``torch.nn.functional.batch_norm``, which the transforms of ``torch.func`` know."""
-    if momentum is None:
-        momentum = 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1)
+    """The transform by ``torch.nn.functional.batch_norm``, which exporters know."""
+    momentum = _momentum(momentum, num_batches_tracked)
     tensors = (running_mean, running_var, weight, bias)
     z = F.batch_norm(x, *tensors, training, momentum, eps)
     if num_batches_tracked is not None:

@@ -6,54 +6,72 @@ whoever else refers to it are kept.
 
 from __future__ import annotations
 
-from itertools import pairwise
+import sys
 from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
-from torch.nn.modules.batchnorm import _LazyNormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
-from gpu_bn.activations import IDENTITY
+from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import modules
 from gpu_bn.nn._activations import activation_of
-from gpu_bn.nn._graph import fuse_activations, give_back, is_layer, origins, trace, unfuse
-from gpu_bn.nn._known import class_of, rule
+from gpu_bn.nn._forward import own_forwards
+from gpu_bn.nn._graph import fuse_activations, unfuse
+from gpu_bn.nn._known import CLASSES, OURS, class_of, frozen_eps, rule
+from gpu_bn.nn._report import Report
 from gpu_bn.nn.modules import Fused
 from gpu_bn.nn.sync import SyncBatchNorm
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
+ADDED = ("activation", "frozen", "virtual_batch_size", "renorm", "_converted_from", "_added")
+"""The attributes that a layer of ours may have beyond torch's."""
 SYNCHRONISED = (modules.BatchNorm, modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d, SyncBatchNorm)
 """What becomes a SyncBatchNorm; what is derived from these may compute something else."""
 
 
-def convert(model: Model, *, fuse: bool = False) -> Any:
+def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -> Model:
     """Make torch's BatchNorm layers ours, in place, with the activations that they have.
 
     Converted are ``torch.nn.BatchNorm1d/2d/3d``, their lazy forms, ``SyncBatchNorm`` (also on CPUs then), timm's
-    ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, and torchvision's ``FrozenBatchNorm2d``.
+    ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, and frozen normalisations of any library.
 
     Args:
         model: a model, or a layer.
-        fuse: also merge a layer with the activation after it, and with a sum between the two. The model is traced
-            by ``torch.fx`` for that, and a ``GraphModule`` over the same layers is returned, with the same state. It
-            loses methods and attributes of the model's own but ``train``; and once loaded from a file as a whole, that
-            too, second names of modules, and that buffers of the model itself were not persistent.
+        fuse: also have the layers do the activations after them, and the sums between the two. The modules that call
+            these are traced one by one by ``torch.fx``; what cannot be traced, and what a graph would lose something
+            of, stays as it is. Nothing changes but what runs within their calls.
+        report: takes down what was done, and what was not and why.
 
     Returns:
-        ``model``, or with ``fuse`` the graph module; a layer by itself has nothing to be merged with.
-
-    Raises:
-        ValueError: with ``fuse``, a model that cannot be traced.
+        ``model``.
     """
-    found = [(module, known) for module in model.modules() if (known := rule(module)) is not None]
-    traced = trace(model) if fuse and not is_layer(model) else None  # refuses what cannot be, before anything changes
-    for module, (cls, activation) in found:
-        _become(module, cls)
-        if not activation.is_identity:
-            setattr(module, "activation", activation)  # noqa: B010 - not of every module's type
-    return model if traced is None else fuse_activations(traced)
+    report = Report() if report is None else report
+    names = {module: name for name, module in model.named_modules()}
+    own_forwards(model)
+    for module, name in names.items():
+        if (known := rule(module)) is not None:
+            _become(module, *known)
+            report.converted.append(name)
+        elif type(module) not in OURS and isinstance(module, _BatchNorm):
+            report.left[name] = f"{type(module).__name__} is not known, or its activation is not, or it has hooks"
+    if fuse:
+        fuse_activations(model, report)
+    _tell_opacus()
+    return model
+
+
+def _tell_opacus() -> None:
+    """Have opacus, if it is loaded, treat our layers as torch's: it looks for their exact types."""
+    validators = sys.modules.get("opacus.validators.module_validator")
+    if validators is not None:
+        for known in (validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS):
+            for cls in CLASSES.values():
+                theirs = getattr(torch.nn, cls.__name__, None)
+                if theirs in known:
+                    known.setdefault(cls, known[theirs])
 
 
 def synchronise(model: Model, process_group: Any) -> Model:
@@ -68,14 +86,14 @@ def synchronise(model: Model, process_group: Any) -> Model:
     return model
 
 
-def revert(model: torch.nn.Module) -> Any:
-    """Undo :func:`convert`: every layer of ours becomes what it was, or torch's of the same name.
+def revert(model: Model) -> Model:
+    """Undo :func:`convert`, in place: every layer of ours becomes what it was, or torch's of the same name.
 
-    In graph modules the merged activations and sums become torch's functions.
+    Modules do their activations and sums themselves again. In graph modules of ``torch.fx``, calls that give a layer of
+    ours a residual or an activation become torch's functions.
 
     Returns:
-        ``model``; of a graph module that ``convert(fuse=True)`` returned, the model that it was made from, with what
-        the graph module has now. Loaded from a file, or in a larger model, it is a graph module still.
+        ``model``.
 
     Raises:
         ValueError: a layer has an activation, a ``virtual_batch_size`` or ``renorm``, or is frozen, and torch's layer
@@ -86,19 +104,19 @@ def revert(model: torch.nn.Module) -> Any:
         for name, module in model.named_modules()
         if isinstance(module, (Fused, modules.FrozenBatchNorm2d))
     ]
-    made_from = origins(model)
-    for graph in {module for origin in made_from for module in origin.modules() if isinstance(module, GraphModule)}:
-        unfuse(graph)
-    for made, origin in pairwise(made_from):
-        give_back(origin, made)
-    for module, cls in found:
-        for attribute in ("activation", "frozen", "virtual_batch_size", "renorm", "_converted_from"):
-            module.__dict__.pop(attribute, None)
+    own_forwards(model)
+    for module in model.modules():
+        if isinstance(module, GraphModule):
+            unfuse(module)
+    for layer, cls in found:
+        added = layer.__dict__.get("_added", ())
+        for attribute in (*ADDED, *added):
+            layer.__dict__.pop(attribute, None)
         if cls is not None:
             if cls is not torch.nn.SyncBatchNorm:
-                module.__dict__.pop("process_group", None)
-            _set_class(module, cls)
-    return made_from[-1]
+                layer.__dict__.pop("process_group", None)
+            _set_class(layer, cls)
+    return model
 
 
 def freeze(model: Model, *, parameters: bool = True) -> Model:
@@ -194,9 +212,14 @@ def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | Non
     return came_from
 
 
-def _become(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+def _become(module: torch.nn.Module, cls: type[torch.nn.Module], activation: Activation) -> None:
+    eps = frozen_eps(module) if cls is modules.FrozenBatchNorm2d else None
     module.__dict__["_converted_from"] = class_of(module)
+    if eps is not None and "eps" not in module.__dict__:
+        module.__dict__.update(eps=eps, _added=("eps",))
     _set_class(module, cls)
+    if not activation.is_identity:
+        setattr(module, "activation", activation)  # noqa: B010 - not of every module's type
 
 
 def _set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:

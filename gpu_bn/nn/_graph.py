@@ -1,165 +1,238 @@
-"""Graphs of models, by ``torch.fx``: merging activations and sums into our layers."""
+"""Merging activations and sums into our layers, module by module.
+
+A module that calls a layer and then an activation gets a ``forward`` that gives both to the layer
+(:mod:`gpu_bn.nn._forward`); all else about it stays. Its graph calls the modules in it as they are; it goes into one
+only where what follows a layer is outside of it, or where it is given more than tensors.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn import _activations
 from gpu_bn.nn._activations import TARGETS, activation_of
-from gpu_bn.nn._aliases import aliases, may_overwrite, module_of
-from gpu_bn.nn._known import counterpart, is_watched
+from gpu_bn.nn._aliases import aliases, is_opaque, may_overwrite, module_of
+from gpu_bn.nn._forward import Forward, Plan, normalise
+from gpu_bn.nn._known import counterpart, is_watched, looks_frozen
+from gpu_bn.nn._report import Report
+from gpu_bn.nn._trace import Refused, Steps, in_mode, steps_of
 from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
-
-ORIGINAL = "gpu_bn_original"
-"""Where a graph module's ``meta`` has the model that it was made from."""
 
 IN_PLACE = (operator.iadd, "add_")
 ADDITIONS = (operator.add, torch.add, "add", *IN_PLACE)
-
-
-class _Tracer(torch.fx.Tracer):
-    proxy_buffer_attributes = True  # else what is computed of a buffer would stay what it is now
-
-    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        return is_layer(m) or super().is_leaf_module(m, module_qualified_name)
+LEAVES = ("torch.nn.", "torch.ao.nn.")
 
 
 def is_layer(module: torch.nn.Module) -> bool:
     """Whether a module is a batch normalisation, which graphs call as a whole."""
-    return isinstance(module, (_BatchNorm, FrozenBatchNorm2d)) or counterpart(type(module)) is not None
+    known = isinstance(module, (_BatchNorm, FrozenBatchNorm2d)) or counterpart(type(module)) is not None
+    return known or looks_frozen(module)
 
 
-def trace(model: torch.nn.Module) -> GraphModule:
-    """A graph module over the model's own layers.
-
-    Raises:
-        ValueError: the model cannot be traced, or does something else in training than in evaluation outside its
-            layers, which a graph would fix.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        (graph, constants), evaluation = (_traced(model.train(mode)) for mode in (True, False))
-    except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if not _same((graph, constants), evaluation):
-        raise ValueError(
-            f"{type(model).__name__} takes other steps in training than in evaluation (a functional dropout?), "
-            "which a graph cannot"
-        )
-    model.__dict__.update(constants)
-    try:
-        traced = GraphModule(model, graph, type(model).__name__)
-    finally:
-        _take_out(model, constants)
-    traced.training = model.training
-    traced.meta[ORIGINAL] = model
-    return traced
-
-
-def _traced(model: torch.nn.Module) -> tuple[Graph, dict[str, Any]]:
-    """A model's graph, and the constants that torch.fx would leave in the model for it."""
-    before = set(model.__dict__)
-    try:
-        graph = _Tracer().trace(model)
-    finally:
-        constants = _take_out(model, model.__dict__.keys() - before)
-    return graph, constants
+def fuse_activations(model: torch.nn.Module, report: Report) -> None:
+    """Have our layers do the activations, and the sums before these, that follow them anywhere in a model."""
+    names = {module: name for name, module in model.named_modules()}
+    plans: dict[torch.nn.Module, dict[bool, Plan]] = {}
+    reasons: dict[torch.nn.Module, str] = {}
+    done: dict[torch.nn.Module, set[str]] = {}
+    for training in (True, False):
+        with in_mode(model, training):
+            fusion = _Fusion(model)
+            for module in reversed(list(names)):  # what is in a module comes before it
+                if module not in fusion.holders:
+                    continue
+                try:
+                    steps = fusion.steps(module)
+                except Refused as error:
+                    reasons.setdefault(module, f"{type(module).__name__} {names[module]!r}: {error}")
+                    continue
+                if merges := _merge(module, steps.graph):
+                    merged = [part for norm, what, parts in merges for part in (norm, *parts)]
+                    plan = Plan(steps.graph, steps.names, steps.defaults, steps.entered, dict.fromkeys(merged))
+                    plans.setdefault(module, {})[training] = plan
+                    for norm, what, _ in merges:
+                        done.setdefault(norm, set()).add(what)
+    for module, by_mode in plans.items():
+        vars(module)["forward"] = Forward(module, by_mode)
+    for norm, name in names.items():
+        if norm in done:
+            report.merged[name] = vars(norm)["_merged"] = " or ".join(sorted(done[norm]))
+        elif isinstance(norm, (Fused, FrozenBatchNorm2d)) and norm.activation.is_identity:
+            report.left[name] = _reason(model, norm, name, reasons)
 
 
-def _take_out(model: torch.nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    return {name: model.__dict__.pop(name) for name in sorted(names)}
+def _reason(model: torch.nn.Module, norm: torch.nn.Module, name: str, reasons: dict[torch.nn.Module, str]) -> str:
+    """Why a layer has nothing merged: the innermost module around it that was refused, or what follows it."""
+    if is_watched(norm):
+        return "it has hooks or a forward of its own"
+    parent = name
+    while parent:
+        parent = parent.rpartition(".")[0]
+        module = model.get_submodule(parent)
+        if module in reasons:
+            return reasons[module]
+        if type(module) not in CONTAINERS:
+            break
+    return "no activation that is known follows it alone"
 
 
-def _same(one: tuple[Graph, dict[str, Any]], other: tuple[Graph, dict[str, Any]]) -> bool:
-    """Whether two graphs take the same steps, with the same constants."""
-    if str(one[0]) != str(other[0]) or one[1].keys() != other[1].keys():
-        return False
-    pairs = ((value, other[1][name]) for name, value in one[1].items())
-    return all(a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and _equal(a, b)) for a, b in pairs)
+CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
+class _Fusion:
+    """The graphs of a model's modules in one mode."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.holders = {
+            module for module in model.modules() if not is_leaf(module) and any(map(is_ours, module.modules()))
+        }
+        self.known: dict[torch.nn.Module, Steps | Refused] = {}
+
+    def steps(self, module: torch.nn.Module) -> Steps:
+        """A module's graph.
+
+        Raises:
+            Refused: it has none.
+        """
+        if module not in self.known:
+            try:
+                self.known[module] = steps_of(module, self.enters)
+            except Refused as error:
+                self.known[module] = error
+        found = self.known[module]
+        if isinstance(found, Refused):
+            raise found
+        return found
+
+    def enters(self, module: torch.nn.Module, arguments: Any, options: Any) -> bool:
+        """Whether a graph goes into a module that it calls: one that ends with a layer, or is not given tensors."""
+        if module not in self.holders or is_watched(module):
+            return False
+        given = (*arguments, *options.values())
+        return not all(isinstance(value, torch.fx.Proxy) for value in given) or self.ends_with_layer(module)
+
+    def ends_with_layer(self, module: torch.nn.Module) -> bool:
+        if is_ours(module):
+            return True
+        if module not in self.holders or is_watched(module):
+            return False
+        try:
+            graph = self.steps(module).graph
+        except Refused:
+            return False
+        (last,) = (node for node in graph.nodes if node.op == "output")
+        result = last.args[0]
+        while type(called := module_of(module, result)) is torch.nn.Identity:
+            result = result.args[0]
+        return called is not None and self.ends_with_layer(called)
 
 
-def fuse_activations(traced: GraphModule) -> GraphModule:
-    """Have layers of ours do the activations, and the sums before these, that follow them in what was traced."""
-    _keep(traced)
-    for name, module in traced.meta[ORIGINAL].named_modules():
-        traced.get_submodule(name).training = module.training
-    traced._deepcopy_hooks.append(_keep)
-    for node in reversed(list(traced.graph.nodes)):  # of a sum's two layers the later one takes the other's output
-        if norm_of(traced, node) is not None and len(node.args) == 1 and not node.kwargs:
-            _fuse(traced, node)
-    traced.graph.lint()
-    traced.recompile()
-    return traced
+def is_leaf(module: torch.nn.Module) -> bool:
+    """Whether a module's steps are its own affair: torch's, but for containers, and normalisations."""
+    kind = type(module)
+    return is_layer(module) or (kind.__module__.startswith(LEAVES) and kind is not torch.nn.Sequential)
 
 
-def _complete(traced: Any, model: Any, done: dict[Any, Any]) -> Any:
-    """Give a graph module what its graph does not use of its model too, in the model's order, for the state has it.
-
-    What torch.fx made for a module that has several names becomes one again, which is returned.
-    """
-    twin = done.setdefault(model, traced)
-    plain = traced._buffers.keys() - model._buffers.keys()  # constants, and tensors that are no buffers of the model
-    twin._non_persistent_buffers_set = model._non_persistent_buffers_set | plain | twin._non_persistent_buffers_set
-    twin._buffers = {**model._buffers, **traced._buffers, **twin._buffers}
-    twin._parameters = {**model._parameters, **traced._parameters, **twin._parameters}
-    children = {}
-    for name, child in model._modules.items():
-        mine = traced._modules[name] if name in traced._modules else done.get(child, child)
-        children[name] = _complete(mine, child, done) if type(mine) is torch.nn.Module else mine
-    twin._modules = {**children, **{name: mine for name, mine in twin._modules.items() if name not in children}}
-    return twin
+def is_ours(module: Any) -> bool:
+    """Whether a module is a layer of ours."""
+    return isinstance(module, (Fused, FrozenBatchNorm2d))
 
 
-def _keep(traced: GraphModule) -> None:
-    """Keep what torch.fx leaves out of a graph module, and torch's copying out of a copy."""
-    if (model := traced.meta.get(ORIGINAL)) is not None:
-        _complete(traced, model, {})
-        type(traced).train = _train  # type: ignore[assignment,method-assign] # each graph module has a class of its own
+def _merge(module: torch.nn.Module, graph: Graph) -> list[tuple[Any, str, list[torch.nn.Module]]]:
+    """Merge in a module's graph; returns each layer, what it does besides, and the modules it does that for."""
+    merges = []
+    for node in reversed(list(graph.nodes)):  # of a sum's two layers the later one takes the other's output
+        if is_ours(module_of(module, node)) and len(node.args) == 1 and not node.kwargs:
+            merges += _merge_node(module, graph, node)
+    graph.lint()
+    return merges
 
 
-def _train(traced: GraphModule, mode: bool = True) -> GraphModule:
-    """As the model's own ``train``, which may leave layers in evaluation mode."""
-    torch.nn.Module.train(traced, mode)
-    if (model := traced.meta.get(ORIGINAL)) is not None:
-        model.train(mode)
-    return traced
+def _merge_node(root: torch.nn.Module, graph: Graph, node: Node) -> list[tuple[Any, str, list[torch.nn.Module]]]:
+    """Merge a layer's node with what follows it, where its last input is read: there, or at the sum."""
+    norm: Any = module_of(root, node)
+    if not norm.activation.is_identity or is_watched(norm):
+        return []
+    chain, place = [node], node
+    residual, in_place, reverse = None, False, False
+    following = _following(root, chain)
+    if following is not None and (other := _other_term(following, chain[-1])) is not None:
+        if not _may_merge(root, node, other, following):
+            return []
+        residual, place = other, following
+        in_place, reverse = following.target in IN_PLACE, following.args[0] is other
+        chain.append(following)
+        following = _following(root, chain)
+    activation = None if following is None else _activation(root, following)
+    if following is None or activation is None or activation.is_identity:
+        return []
+    with graph.inserting_before(place):
+        layer = graph.create_node("get_attr", str(node.target))
+        options = (activation.name, activation.parameter, in_place, reverse)
+        merged = graph.call_function(normalise, (layer, node.args[0], residual, *options))
+    following.replace_all_uses_with(merged)
+    parts = [called for each in (*chain[1:], following) if (called := module_of(root, each)) is not None]
+    for done in (following, *reversed(chain)):
+        graph.erase_node(done)
+    return [(norm, f"{'sum, ' * (residual is not None)}{activation!r}", parts)]
 
 
-def origins(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """A model, what it was made from, what that was made from, and so on."""
-    found = [model]
-    while (before := getattr(found[-1], "meta", {}).get(ORIGINAL)) is not None:
-        found.append(before)
-    return found
+def _following(root: torch.nn.Module, chain: list[Node]) -> Node | None:
+    """The only user of a chain's end; identities on the way join the chain."""
+    while len(chain[-1].users) == 1:
+        (user,) = chain[-1].users
+        module = module_of(root, user)
+        if type(module) is not torch.nn.Identity or is_watched(module):
+            return user
+        chain.append(user)
+    return None
 
 
-def give_back(model: torch.nn.Module, traced: torch.nn.Module) -> None:
-    """Give a model what its graph module has now: values, modes, and layers."""
-    model.training = traced.training
-    tensors: Any
-    for tensors, present in ((model._parameters, traced._parameters), (model._buffers, traced._buffers)):
-        tensors.update((name, present[name]) for name in tensors.keys() & present.keys())
-    for name, child in model._modules.items():
-        now = traced._modules.get(name)
-        if child is not None and type(now) is torch.nn.Module:  # torch.fx's, for a module that the graph goes into
-            give_back(child, now)
-        elif now is not None:
-            model._modules[name] = now
+def _other_term(node: Node, term: Node) -> Node | None:
+    """What a plain addition adds to a term; one in place overwrites nothing but that."""
+    if node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
+        return None
+    if node.target in IN_PLACE and node.args[0] is not term:
+        return None
+    others = [other for other in node.args if other is not term]
+    return others[0] if len(others) == 1 and isinstance(others[0], Node) else None
+
+
+def _may_merge(root: torch.nn.Module, call: Node, residual: Node, addition: Node) -> bool:
+    """Whether a layer's call can wait for the residual, and keep it: nothing overwrites a tensor or calls the layer
+    until then, and nothing overwrites the residual at all."""
+    layer: Any = module_of(root, call)
+    inputs = aliases(root, call.all_input_nodes[0])
+    node, passed = call.next, False
+    readers = {user for alias in aliases(root, residual) for user in alias.users} - {addition}
+    while node.op != "root":
+        called = module_of(root, node)
+        if node is addition:
+            passed = True
+        elif not passed and (may_overwrite(root, node) or called is layer):
+            return False
+        elif called is not None and is_opaque(called):
+            reads = (node in readers) if passed else bool(inputs.intersection(node.all_input_nodes))
+            if reads or (not passed and layer in called.modules()):
+                return False
+        node = node.next
+    return not any(may_overwrite(root, user) for user in readers)
+
+
+def _activation(root: torch.nn.Module, node: Node) -> Activation | None:
+    module = module_of(root, node)
+    if module is not None:
+        return None if is_watched(module) else activation_of(module)
+    extra = {name for name in node.kwargs if name != "inplace"}
+    if node.op not in ("call_function", "call_method") or len(node.args) != 1 or extra:
+        return None
+    return TARGETS.get(node.target)
 
 
 def unfuse(traced: GraphModule) -> None:
@@ -203,75 +276,3 @@ def replace_call(graph: Graph, node: Node, value: Node, residual: Any, activatio
             value = graph.call_function(call, (value,), options)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
-
-
-def _fuse(traced: GraphModule, node: Node) -> None:
-    """Merge a layer's node with what follows it, where its last input is read: there, or at the sum."""
-    norm = norm_of(traced, node)
-    if not norm.activation.is_identity or is_watched(norm):
-        return
-    chain, place = [node], node
-    residual = None
-    following = _following(traced, chain)
-    if following is not None and (other := _other_term(following, chain[-1])) is not None:
-        if not _may_merge(traced, node, other, following):
-            return
-        residual, place = other, following
-        chain.append(following)
-        following = _following(traced, chain)
-    activation = None if following is None else _activation(traced, following)
-    if following is None or activation is None or activation.is_identity:
-        return
-    graph = traced.graph
-    with graph.inserting_before(place):
-        chosen: Any = activation.name
-        if activation.row.parameter:
-            chosen = graph.call_function(Activation, (activation.name, activation.parameter))
-        inputs = node.args if residual is None else (*node.args, residual)
-        merged = graph.call_module(str(node.target), inputs, {"activation": chosen})
-    following.replace_all_uses_with(merged)
-    for done in (following, *reversed(chain)):
-        graph.erase_node(done)
-
-
-def _following(traced: GraphModule, chain: list[Node]) -> Node | None:
-    """The only user of a chain's end; identities on the way join the chain."""
-    while len(chain[-1].users) == 1:
-        (user,) = chain[-1].users
-        module = module_of(traced, user)
-        if type(module) is not torch.nn.Identity or is_watched(module):
-            return user
-        chain.append(user)
-    return None
-
-
-def _other_term(node: Node, term: Node) -> Node | None:
-    """What a plain addition adds to a term; one in place overwrites nothing but that."""
-    if node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
-        return None
-    if node.target in IN_PLACE and node.args[0] is not term:
-        return None
-    others = [other for other in node.args if other is not term]
-    return others[0] if len(others) == 1 and isinstance(others[0], Node) else None
-
-
-def _may_merge(traced: GraphModule, call: Node, residual: Node, addition: Node) -> bool:
-    """Whether a layer's call can wait for the residual, and keep it: nothing overwrites a tensor or calls the layer
-    until then, and nothing overwrites the residual at all."""
-    node = call.next
-    while node is not addition:
-        if may_overwrite(traced, node) or module_of(traced, node) is module_of(traced, call):
-            return False
-        node = node.next
-    readers = {user for alias in aliases(traced, residual) for user in alias.users}
-    return not any(user is not addition and may_overwrite(traced, user) for user in readers)
-
-
-def _activation(traced: GraphModule, node: Node) -> Activation | None:
-    module = module_of(traced, node)
-    if module is not None:
-        return None if is_watched(module) else activation_of(module)
-    extra = {name for name in node.kwargs if name != "inplace"}
-    if node.op not in ("call_function", "call_method") or len(node.args) != 1 or extra:
-        return None
-    return TARGETS.get(node.target)

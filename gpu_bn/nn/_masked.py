@@ -33,6 +33,11 @@ def batch_norm(
     valid = None if mask is None else ops.positions(mask, input.shape, 1)
     options = (eps, activation.name, activation.parameter)
     if training:
+        if not torch.compiler.is_compiling() and _autograd._tracing() is not None:
+            raise NotImplementedError(
+                "torch.jit.trace and torch.onnx cannot record training with mask, virtual_batch_size or renorm: call "
+                "model.eval() first, or use torch.export"
+            )
         tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked)
         return _autograd.call(*tensors, True, momentum, *options, valid, groups, renorm or ())
     assert valid is not None
@@ -40,7 +45,7 @@ def batch_norm(
     if torch.is_grad_enabled():  # the sums of the parameters' gradients must not meet what is hidden
         input = torch.where(valid, input, 0)
         residual = None if residual is None else torch.where(valid, residual, 0)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _autograd._tracing() is not None:
         y = _composed.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
     else:
         tensors = (input, weight, bias, residual, running_mean, running_var, None)

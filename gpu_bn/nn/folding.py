@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx import GraphModule
 from torch.nn import Parameter
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from gpu_bn import folding
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import _activations
-from gpu_bn.nn._aliases import module_of
-from gpu_bn.nn._graph import arguments, is_layer, replace_call, trace
-from gpu_bn.nn._known import is_watched, known_norm
+from gpu_bn.nn._forward import INTERNAL, own_forwards
+from gpu_bn.nn._graph import is_layer, is_ours, unfuse
+from gpu_bn.nn._known import frozen_eps, is_watched, known_norm
+from gpu_bn.nn._pairs import observed_pairs, traced_pairs
+from gpu_bn.nn._report import Report
+
+Model = TypeVar("Model", bound=nn.Module)
 
 FOLDED = (
     nn.Linear,
@@ -83,83 +84,101 @@ def fuse_linear_bn_eval(linear: Any, bn: Any) -> Any:
     return _fuse_eval(linear, bn, False)
 
 
-def fold(model: nn.Module, *inputs: Any) -> GraphModule:
+def fold(model: Model, *inputs: Any, report: Report | None = None, **options: Any) -> Model:
     """A copy of a model for inference, in which no normalisation is left behind a convolution or a linear layer.
 
-    Activations and sums that layers of ours did become torch's own, so that a compiler may fuse them. What cannot be
-    folded stays: subclasses of the known layers, and layers that have hooks or parametrisations, are called or read
-    more than once, or whose outputs are not the channels of the normalisation.
+    It is of the model's class, with its attributes and its modules under their names. A normalisation that was folded
+    has become an identity, or what it did besides: its activation, and the sum with a residual that it is given. What
+    cannot be folded stays: subclasses of the known layers, and layers that have hooks or parametrisations, are called
+    or read by others, or whose outputs are not the channels of the normalisation.
 
     Args:
         model: with torch's layers, ours or those that :func:`convert` knows. It is left as it is.
-        inputs: a batch, with which the copy is called once to see how many axes a linear layer's outputs have. Without
-            it they are taken to be 2D, as ``torch.nn.utils.fuse_linear_bn_eval`` takes them, if their number fits, and
-            what is returned raises a ``ValueError`` for others.
-
-    Raises:
-        ValueError: the model cannot be traced by ``torch.fx``.
+        inputs, options: a batch, with which the copy is called once, to see what follows what, whatever the model's
+            control flow; it should go the ways that later inputs go. Without a batch the model is traced by
+            ``torch.fx``, or else the modules in it, as far as they can be; linear layers are then taken to give 2D
+            outputs, as ``torch.nn.utils.fuse_linear_bn_eval`` takes them, and others raise a ``ValueError``.
+        report: takes down what was folded, and what was not and why.
     """
-    traced = copy.deepcopy(model).eval()
-    if not isinstance(traced, GraphModule):
-        traced = trace(nn.Sequential(traced) if is_layer(traced) else traced)
-    if inputs:
-        with torch.no_grad():
-            ShapeProp(traced).propagate(*inputs)
-    nodes = list(traced.graph.nodes)
-    calls = Counter(module_of(traced, node) for node in nodes)
-    readers = _readers(traced)
-    for node in nodes:
-        given = arguments(node)
-        source, norm = given.pop("input", None), module_of(traced, node)
-        layer: Any = module_of(traced, source)
-        if not _can_fold(layer, norm) or given.get("mask") is not None:
+    report = Report() if report is None else report
+    copied = copy.deepcopy(model).eval()
+    own_forwards(copied)
+    for module in copied.modules():
+        if isinstance(module, GraphModule):
+            unfuse(module)
+    names = {module: name for name, module in copied.named_modules()}
+    observed = inputs or options
+    pairs, reasons = observed_pairs(copied, inputs, options) if observed else traced_pairs(copied)
+    for layer, norm in pairs:
+        if reason := _unfit(layer, norm):
+            reasons[norm] = reason
             continue
-        alone = calls[layer] == len(source.users) == 1 and all(
-            readers[id(tensor)] == 1 for tensor in layer.parameters()
-        )
-        seen = source.meta.get("tensor_meta")
-        if alone and (seen is None or len(seen.shape) == layer.weight.dim()):
-            _fold(traced.graph, node, source, layer, norm)
-    traced.graph.lint()
-    return GraphModule(traced, traced.graph, type(traced).__name__).eval()  # without what its graph does not use
+        layer.weight, layer.bias = _folded(layer, norm)
+        _leave_the_rest(layer, norm)
+        report.folded[names[norm]] = names[layer]
+    for module, name in names.items():
+        if is_layer(module):
+            report.left[name] = reasons.get(module, "no convolution or linear layer goes into it alone")
+    return copied
 
 
-def _readers(traced: GraphModule) -> Counter[int]:
-    """How many modules and nodes read a tensor, by its id."""
-    tensors = [tensor for module in traced.modules() for tensor in module.parameters(recurse=False)]
-    read = [str(node.target) for node in traced.graph.nodes if node.op == "get_attr"]
-    return Counter(map(id, tensors + [attrgetter(name)(traced) for name in read]))
-
-
-def _can_fold(layer: Any, norm: Any) -> bool:
+def _unfit(layer: Any, norm: Any) -> str:
+    """Why a normalisation cannot be folded into the layer before it, if it cannot."""
     known = known_norm(norm)
-    if known is None or norm.running_mean is None or norm.training:
-        return False
+    if known is None:
+        return f"{type(norm).__name__} is not known, or has hooks, parametrisations or an activation that is not ours"
     if type(layer) not in FOLDED or is_watched(layer):
-        return False
+        return f"{type(layer).__name__} before it is not torch's own, or has hooks or parametrisations"
+    if norm.running_mean is None or norm.training:
+        return "it uses each batch's statistics"
     ranks = getattr(known[0], "ranks", (4,))
     outputs = layer.out_features if type(layer) is nn.Linear else layer.out_channels
-    return len(norm.running_mean) == outputs and (not ranks or layer.weight.dim() in ranks)
+    if len(norm.running_mean) != outputs or (ranks and layer.weight.dim() not in ranks):
+        return "its channels are not the outputs of the layer before it"
+    return ""
 
 
-def _fold(graph: Graph, node: Node, source: Node, layer: Any, norm: Any) -> None:
-    _, own = known_norm(norm) or (None, IDENTITY)
-    given = arguments(node)
-    layer.weight, layer.bias = _folded(layer, norm)
-    value = source
-    if isinstance(layer, nn.Linear):
-        with graph.inserting_before(node):
-            value = graph.call_function(_two_axes, (source,))
-    replace_call(graph, node, value, given.get("residual"), Activation.of(given.get("activation") or own))
+def _leave_the_rest(layer: Any, norm: Any) -> None:
+    """Make a folded normalisation do what is left of it."""
+    _, activation = known_norm(norm) or (None, IDENTITY)
+    ours = is_ours(norm) and "_converted_from" not in vars(norm)
+    for name in [name for name in vars(norm) if name not in INTERNAL]:
+        del vars(norm)[name]
+    for held in (norm._parameters, norm._buffers, norm._modules):
+        held.clear()
+    if ours or not activation.is_identity or isinstance(layer, nn.Linear):
+        norm.__class__ = Folded
+        norm.activation, norm.two_axes = activation, isinstance(layer, nn.Linear)
+    else:
+        norm.__class__ = nn.Identity
 
 
-def _two_axes(y: Tensor) -> Tensor:
-    """What a folded linear layer gives; with more axes the normalisation was not over its outputs."""
-    if y.dim() != 2:
-        raise ValueError(
-            f"a linear layer was folded with the normalisation of 2D inputs, got {y.dim()}D: give nn.fold such a batch"
-        )
-    return y
+class Folded(nn.Module):
+    """What a folded normalisation leaves to do."""
+
+    activation: Activation = IDENTITY
+    two_axes: bool = False
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: Activation | str | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """As that of :class:`gpu_bn.nn.BatchNorm` after it has normalised."""
+        if mask is not None:
+            raise ValueError("a folded normalisation has no mask")
+        if self.two_axes and input.dim() != 2:
+            raise ValueError(
+                "a linear layer was folded with the normalisation of 2D inputs, "
+                f"got {input.dim()}D: give nn.fold such a batch"
+            )
+        z = input if residual is None else input + residual
+        return _activations.activate(z, self.activation if activation is None else Activation.of(activation))
+
+    def extra_repr(self) -> str:
+        return repr(self.activation)
 
 
 def _fuse_eval(layer: Any, bn: Any, transposed: bool) -> Any:
@@ -168,26 +187,17 @@ def _fuse_eval(layer: Any, bn: Any, transposed: bool) -> Any:
     fused = copy.deepcopy(layer)
     fused.weight, fused.bias = _folded(layer, bn, transposed)
     activation = getattr(bn, "activation", IDENTITY)
-    return fused if activation.is_identity else nn.Sequential(fused, _Activation(activation))
+    if activation.is_identity:
+        return fused
+    rest = Folded()
+    rest.activation = activation
+    return nn.Sequential(fused, rest)
 
 
 def _folded(layer: Any, bn: Any, transposed: bool = False) -> tuple[Parameter, Parameter]:
-    tensors = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+    eps: Any = bn.eps if hasattr(bn, "eps") else frozen_eps(bn)
+    tensors = (layer.weight, layer.bias, bn.running_mean, bn.running_var, eps, bn.weight, bn.bias)
     if isinstance(layer, nn.Linear):
         return fuse_linear_bn_weights(*tensors)
     transposed = transposed or isinstance(layer, _ConvTransposeNd)
     return fuse_conv_bn_weights(*tensors, transposed, layer.groups if transposed else 1)
-
-
-class _Activation(nn.Module):
-    """An activation of ours as a layer."""
-
-    def __init__(self, activation: Activation) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _activations.activate(input, self.activation)
-
-    def extra_repr(self) -> str:
-        return repr(self.activation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import inf, isfinite
 from threading import local
 from typing import Any
 
@@ -176,8 +177,8 @@ def _ordinary(
         and dtype in FLOATS
         and input.layout is torch.strided
         and type(eps) is float
-        and eps > 0.0
-        and (momentum is None or type(momentum) is float)
+        and 0.0 < eps < inf
+        and (momentum is None or (type(momentum) is float and -inf < momentum < inf))
     ):
         return False
     channels = shape[1:2]
@@ -194,7 +195,9 @@ def _ordinary(
     if mean is None or var is None:
         if not training or mean is not var:
             return False
-    elif torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad):
+    elif (torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad)) or (
+        training and mean.data_ptr() == var.data_ptr()
+    ):
         return False
     if training and (
         _updates.off
@@ -265,11 +268,24 @@ def _any_call(
     if extended:
         return _masked.batch_norm(*arguments, mask, groups, renorm)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _composed.wide_batch_norm(*arguments)
+    if exporting() and not (training and torch.compiler.is_compiling() and not isinstance(momentum, float)):
         return _composed.torch_batch_norm(*arguments)
     if not training and torch.compiler.is_compiling():
         return _composed.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
     tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked if training else None)
     return _autograd.call(*tensors, training, momentum, eps, activation.name, activation.parameter)
+
+
+def exporting() -> bool:
+    """Whether a call is recorded for a file that is used without this package.
+
+    torch.jit, both exporters to ONNX and ``torch.export`` record torch's own operator, with its results. What it does
+    not have stays ours: of ``torch.export``, training whose momentum is ``None`` or a tensor.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return _autograd._tracing() is not None
 
 
 def _unread(momentum: Tensor) -> bool:
@@ -322,6 +338,9 @@ def check(
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if eps < 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    for name, number in (("momentum", momentum), ("eps", eps)):
+        if isinstance(number, float) and not isfinite(number):
+            raise ValueError(f"batch_norm {name} must be finite, but got {number}")
     plain = input.dtype in FLOATS and input.layout is torch.strided
     unknown = [] if plain else [f"input of {input.dtype} and layout {input.layout}"]
     for name, number in (("momentum", momentum), ("eps", eps)):
@@ -341,6 +360,8 @@ def check(
             unknown.append(f"{name} of {vector.dtype} on {vector.device}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if training and running_mean is not None and running_var is not None and _share(running_mean, running_var):
+        raise ValueError("running_mean and running_var must be two tensors: a call in training writes to both")
     if unknown:
         momentum = 0.0 if momentum is None else momentum
         mean, var = (None if running is None else running.clone() for running in (running_mean, running_var))
@@ -361,6 +382,13 @@ def check(
             raise TypeError(f"residual should have the input's dtype {input.dtype}, got {residual.dtype}")
         if residual.device != device:
             raise RuntimeError(f"residual should be on the input's device {device}, got {residual.device}")
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether two vectors start at one place in memory, as far as this can be seen."""
+    if a is b or torch.compiler.is_compiling() or not (_autograd.is_plain(a) and _autograd.is_plain(b)):
+        return a is b
+    return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
 
 def _check_extensions(

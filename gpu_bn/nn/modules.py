@@ -5,12 +5,15 @@ They are subclasses of torch's: parameters, buffers, state_dict, repr and errors
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from gpu_bn import spec
 from gpu_bn.activations import IDENTITY, Activation
@@ -18,8 +21,66 @@ from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
 
 
+class _LeafName(str):
+    """The name of a module of ours, which tracers take for ``torch.nn``: they call its layers as a whole, as torch's.
+
+    Else they would enter ``forward``, where they would keep the mode of that moment for all time.
+    """
+
+    __slots__ = ()
+
+    def startswith(self, prefix: Any, *bounds: Any) -> bool:
+        return "torch.nn" in (prefix if isinstance(prefix, tuple) else (prefix,)) or super().startswith(prefix, *bounds)
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str.__str__(self),)
+
+
+def _part(name: str) -> Any:
+    """An attribute of torch's that libraries read where they make another layer of this one, without its activation."""
+
+    def get(self: Any) -> Any:
+        try:
+            value = self.__dict__[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
+        if not torch.compiler.is_compiling() and not self.activation.is_identity:
+            _refuse_to_lose(self, name, sys._getframe(1).f_code)
+        return value
+
+    def put(self: torch.nn.Module, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(get, put)
+
+
+LIBRARIES = str(Path(torch.__file__).parent.parent)
+OWN = (str(Path(__file__).parent.parent), str(Path(torch.nn.modules.__file__).parent))
+"""Where code is from that reads a layer's attributes to compute what it computes: here, and torch's base classes."""
+
+
+def _refuse_to_lose(layer: torch.nn.Module, name: str, code: Any) -> None:
+    """Raise where a library takes a layer apart that also does an activation, which would be lost without a word."""
+    own = code.co_filename.startswith(OWN) and code.co_name != "convert_sync_batchnorm"
+    if code.co_filename.startswith(LIBRARIES) and not own and name in code.co_names:  # not whoever looks at everything
+        raise RuntimeError(
+            f"{code.co_name} would lose the activation {layer.activation!r} of this layer: use gpu_bn.nn's function of "
+            "that name, or gpu_bn.nn.fold, or call gpu_bn.nn.revert first"
+        )
+
+
 class _Activated(torch.nn.Module):
     activation: Activation = IDENTITY
+    eps: float = _part("eps")
+
+    def _get_name(self) -> str:
+        name = super()._get_name()
+        return f"gpu_bn.{name}" if type(self).__module__.startswith("gpu_bn.") else name
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.startswith("gpu_bn."):  # a subclass elsewhere is entered, as one of torch's is
+            cls.__module__ = _LeafName(cls.__module__)
 
     def __setattr__(self, name: str, value: Any) -> None:  # a property would not see modules, which torch keeps apart
         value = Activation.of(value) if name == "activation" else value
@@ -35,6 +96,7 @@ class Fused(_Activated, _BatchNorm):
         virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`; for training.
     """
 
+    num_features: int = _part("num_features")
     frozen: bool = False
     virtual_batch_size: int | None = None
     renorm: tuple[float, float] | None = None
@@ -76,7 +138,7 @@ class Fused(_Activated, _BatchNorm):
             self.bias,
             training or (self.running_mean is None and self.running_var is None),
             self.momentum,
-            self.eps,
+            self.__dict__["eps"],
             residual,
             activation.name,
             activation.parameter,
@@ -119,10 +181,25 @@ class Fused(_Activated, _BatchNorm):
         text: str = super().extra_repr()
         if not self.activation.is_identity:
             text += f", activation={self.activation!r}"
+        if "_merged" in self.__dict__:  # by the module that calls it
+            text += f", merged={self._merged!r}"
         for name in ("virtual_batch_size", "renorm"):
             if getattr(self, name) is not None:
                 text += f", {name}={getattr(self, name)}"
         return text + ", frozen=True" * self.frozen
+
+    def reset_parameters(self) -> None:
+        """As torch's layers do; those of torch 2.11 expect a bias where there is a weight."""
+        if self.weight is None or self.bias is not None or isinstance(self.weight, UninitializedParameter):
+            super().reset_parameters()
+        else:
+            self.reset_running_stats()
+            torch.nn.init.ones_(self.weight)
+
+    def _drop_bias(self, bias: bool) -> None:
+        """Have no bias unless ``bias``: layers of torch 2.11 do not take the option."""
+        if not bias:
+            self.register_parameter("bias", None)
 
     def _set_options(
         self,
@@ -153,7 +230,8 @@ class _Sized(Fused):
         virtual_batch_size: int | None = None,
         renorm: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._drop_bias(bias)
         self._set_options(activation, virtual_batch_size, renorm)
 
 
@@ -163,16 +241,23 @@ class _Lazy(Fused):
     def __init__(
         self,
         *arguments: Any,
+        bias: bool = True,
         activation: Activation | str | None = None,
         virtual_batch_size: int | None = None,
         renorm: tuple[float, float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
+        self._drop_bias(bias)
         self._set_options(activation, virtual_batch_size, renorm)
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        biased = self.bias is not None
+        if self.affine and not biased:  # torch 2.11 gives weight and bias their size together
+            made: Any = UninitializedParameter
+            self.bias = made(device=self.weight.device, dtype=self.weight.dtype)
         super().initialize_parameters(input)  # type: ignore[misc]
+        self._drop_bias(biased)
 
 
 class BatchNorm(_Sized):
@@ -254,7 +339,7 @@ class FrozenBatchNorm2d(_Activated):
             self.bias,
             False,
             0.0,
-            self.eps,
+            self.__dict__["eps"],
             residual,
             activation.name,
             activation.parameter,

@@ -145,7 +145,8 @@ class SyncBatchNorm(Fused):
         bias: bool = True,
         activation: Activation | str | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._drop_bias(bias)
         self.process_group = process_group
         self.activation = Activation.of(activation)
 

@@ -81,6 +81,7 @@ def _from_cupy(array: Array) -> Array:
 
 ADAPTERS: dict[str, Adapter] = {
     "numpy": Adapter(_same, _same),
+    "cpu": Adapter(_same, _same),
     "cupy": Adapter(_to_cupy, _from_cupy),
     "torch": Adapter(_to_torch, _from_torch),
     "triton": Adapter(_to_triton, _from_triton),

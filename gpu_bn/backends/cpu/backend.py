@@ -1,0 +1,232 @@
+"""The compiled backend: what :mod:`gpu_bn.backends.protocol` asks for, of kernels in ``gpu_bn.kernels.cpu``.
+
+Tensors whose strides kernels cannot follow are copied. A masked tensor is computed as one of the positions that count.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from gpu_bn.activations import IDENTITY
+from gpu_bn.backends.cpu import call
+from gpu_bn.backends.cpu.arrays import Arrays
+from gpu_bn.backends.protocol import Moments, Saved, Sums
+from gpu_bn.spec import BatchNormSpec
+
+Array = Any
+
+
+class CpuBackend:
+    """See :class:`gpu_bn.backends.protocol.Backend`; ``forward`` and ``backward`` are of ``Fused``."""
+
+    name = "cpu"
+    fuses_plain_calls_only = True
+    """Masks and ghost batches go phase by phase."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.arrays = arrays
+
+    # ------------------------------------------------------------------------------------------------- whole calls
+    def forward(
+        self,
+        x: Array,
+        spec: BatchNormSpec,
+        running_mean: Array | None,
+        running_var: Array | None,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        out: Array | None,
+        valid: Array | None = None,
+        keep: bool = True,
+    ) -> tuple[Array, Saved]:
+        assert valid is None
+        y = self.arrays.empty_like(x) if out is None else out
+        dtypes = [None if one is None else one.dtype for one in (weight, bias)]
+        if keep or out is not None:  # which may hold parameters
+            weight, bias = (None if one is None else self.vector(one) for one in (weight, bias))
+        moments = self._forward(x, spec, (weight, bias, running_mean, running_var), residual, y, out is not None)
+        return y, Saved(
+            x=x,
+            residual=None if spec.activation.is_identity else residual,
+            moments=moments,
+            weight=weight,
+            bias=bias,
+            weight_dtype=dtypes[0],
+            bias_dtype=dtypes[1],
+            has_residual=residual is not None,
+            spec=spec,
+        )
+
+    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
+        arrays, channels = self.arrays, saved.x.shape[saved.spec.axis]
+        dx = arrays.empty_like(saved.x) if "dx" in need else None
+        dresidual = added = None
+        if "dresidual" in need and saved.spec.activation.is_identity:
+            dresidual = self.copy(dy, saved.x)
+        elif "dresidual" in need:
+            dresidual = added = arrays.empty_like(saved.x)
+        dweight = arrays.empty((channels,), saved.weight_dtype) if "dweight" in need else None
+        dbias = arrays.empty((channels,), saved.bias_dtype) if "dbias" in need else None
+        if not all(one is None for one in (dx, added, dweight, dbias)):
+            sums = "dweight" in need or "dbias" in need or (dx is not None and saved.spec.batch_stats)
+            self._backward(dy, saved, sums, dx, added, (dweight, dbias))
+        return dx, dweight, dbias, dresidual
+
+    # ------------------------------------------------------------------------------------------------------- phases
+    def vector(self, array: Array) -> Array:
+        return self.cast(array, self.arrays.float64)
+
+    def cast(self, vector: Array, dtype: Any) -> Array:
+        copy = self.arrays.empty(tuple(vector.shape), dtype)
+        self.arrays.assign(copy, vector)
+        return copy
+
+    def empty_like(self, x: Array) -> Array:
+        return self.arrays.empty_like(x)
+
+    def copy(self, array: Array, like: Array) -> Array:
+        copy = self.arrays.empty_like(like)
+        self.arrays.assign(copy, array)
+        return copy
+
+    def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
+        self.arrays.check_out(out, x, residual, in_place)
+
+    def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
+        if groups > 1:
+            size = x.shape[0] // groups
+            parts = [slice(first, first + size) for first in range(0, x.shape[0], size)]
+            return self._joined([self.stats(x[at], axis, None if valid is None else valid[at]) for at in parts])
+        if valid is not None:
+            x, axis = self.arrays.chosen(x, axis, valid), 0
+        count = math.prod(x.shape) // max(x.shape[axis], 1)
+        if count and x.shape[axis]:
+            spec = BatchNormSpec(axis, True, 0.0, 1.0, IDENTITY)
+            moments = self._forward(x, spec, (None, None, None, None), None, None)
+        else:
+            zeros = self.arrays.zeros((2, x.shape[axis]), self.arrays.float64)
+            moments = Moments(count, zeros[0], zeros[1])
+        return moments if valid is None else replace(moments, count=self.arrays.number(float(count)))
+
+    def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
+        momentum = float(momentum)
+        mean, var = self.vector(running_mean), self.vector(running_var)
+        for part in moments.parts(len(moments.mean) // max(len(mean), 1)):
+            count = _number(part.count)
+            if count:
+                mean = (1.0 - momentum) * mean + momentum * part.mean
+                var = (1.0 - momentum) * var + momentum * (part.var * (count / max(count - 1.0, 1.0)))
+        self.arrays.assign(running_mean, mean)
+        self.arrays.assign(running_var, var)
+
+    def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
+        if saved.spec.groups > 1:
+            for at, part in saved.parts():
+                self.normalize(part, None if residual is None else residual[at], out[at])
+            return
+        if saved.valid is not None:
+            there = self._there(saved)
+            y = self.arrays.empty_like(there.x)
+            if y.shape[1]:
+                self.normalize(there, self._chosen(saved, residual), y)
+            self.arrays.scatter(out, saved.spec.axis, saved.valid, y)
+            return
+        spec = replace(saved.spec, batch_stats=False)
+        vectors = (saved.weight, saved.bias, saved.mean, saved.moments.var)
+        self._forward(saved.x, spec, vectors, residual, out, in_place=True)
+
+    def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
+        if saved.spec.groups > 1:
+            each = [self.backward_reduce(dy[at], part, None if dz is None else dz[at]) for at, part in saved.parts()]
+            return Sums(*map(self.arrays.concatenate, zip(*each, strict=True)))
+        if saved.valid is not None:
+            there = self._there(saved)
+            dz_there = None if dz is None else self.arrays.empty_like(there.x)
+            if there.x.shape[1]:
+                sums = self.backward_reduce(self._chosen(saved, dy), there, dz_there)
+            else:
+                sums = Sums(*self.arrays.zeros((2, there.x.shape[0]), self.arrays.float64))
+            if dz is not None:
+                self.arrays.scatter(dz, saved.spec.axis, saved.valid, dz_there)
+            return sums
+        added = None if saved.spec.activation.is_identity else dz
+        if dz is not None and added is None:
+            self.arrays.assign(dz, dy)
+        return self._backward(dy, saved, True, None, added)
+
+    def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
+        if saved.spec.groups > 1:
+            for i, (at, part) in enumerate(saved.parts()):
+                length = len(part.mean)
+                own = slice(i * length, (i + 1) * length)
+                self.backward_input(dy[at], part, sums and Sums(sums.dz[own], sums.dz_xhat[own]), out[at])
+            return
+        if saved.valid is not None:
+            there = self._there(saved)
+            dx = self.arrays.empty_like(there.x)
+            if dx.shape[1]:
+                self.backward_input(self._chosen(saved, dy), there, sums, dx)
+            self.arrays.scatter(out, saved.spec.axis, saved.valid, dx)
+            return
+        self._backward(dy, saved, False, out, None, given=sums)
+
+    # ------------------------------------------------------------------------------------------------------ the rest
+    def _forward(
+        self,
+        x: Array,
+        spec: BatchNormSpec,
+        vectors: tuple[Array | None, Array | None, Array | None, Array | None],
+        residual: Array | None,
+        y: Array | None,
+        in_place: bool = False,
+    ) -> Moments:
+        activation, options = spec.activation, (spec.axis, spec.batch_stats, float(spec.momentum), spec.eps)
+        mean, var, count = call.forward(
+            self.arrays, x, *options, activation.name, activation.parameter, vectors, residual, y, in_place
+        )
+        return Moments(count, mean, var)
+
+    def _backward(
+        self,
+        dy: Array,
+        saved: Saved,
+        sums: bool,
+        dx: Array | None,
+        dresidual: Array | None,
+        gradients: tuple[Array | None, Array | None] = (None, None),
+        given: Sums | None = None,
+    ) -> Sums:
+        spec, activation = saved.spec, saved.spec.activation
+        vectors = (saved.weight, saved.bias, self._double(saved.mean), self._double(saved.moments.var))
+        known = None if given is None else (self._double(given.dz), self._double(given.dz_xhat))
+        found = call.backward(
+            self.arrays, saved.x, spec.axis, spec.batch_stats, spec.eps, activation.name, activation.parameter, vectors,
+            _number(saved.positions), saved.residual, dy, dx, dresidual, gradients, sums, known,
+        )  # fmt: skip
+        return Sums(*found)
+
+    def _double(self, vector: Array) -> Array:
+        """A float64 vector as a dense one."""
+        return vector if self.arrays.strides(vector) == (1,) else self.vector(vector)
+
+    def _joined(self, parts: list[Moments]) -> Moments:
+        """The statistics of ghost batches in one."""
+        count, mean, var = zip(*[(part.count, part.mean, part.var) for part in parts], strict=True)
+        together = self.arrays.concatenate
+        return Moments(count[0] if isinstance(count[0], int) else together(count), together(mean), together(var))
+
+    def _there(self, saved: Saved) -> Saved:
+        """A masked call as one of the positions that count, (C, positions)."""
+        x, residual = (self._chosen(saved, one) for one in (saved.x, saved.residual))
+        return replace(saved, x=x, residual=residual, valid=None, spec=replace(saved.spec, axis=0))
+
+    def _chosen(self, saved: Saved, array: Array | None) -> Array | None:
+        return None if array is None else self.arrays.chosen(array, saved.spec.axis, saved.valid)
+
+
+def _number(count: Any) -> float:
+    """A count, which may be an array of one."""
+    return float(count if isinstance(count, int) else count.item())

@@ -1,0 +1,284 @@
+"""One call of kernels: its arguments as addresses, and the phases that threads share.
+
+What follows from shapes, strides and options is prepared once for all calls alike. Tensors whose strides kernels cannot
+follow are copied, and so are per-channel vectors that are not dense ones of float32 or float64.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu_bn.activations import ROWS
+from gpu_bn.backends.cpu import plans, threads
+from gpu_bn.backends.cpu.arrays import Arrays
+from gpu_bn.backends.protocol import BackendUnavailableError
+from gpu_bn.kernels.cpu import calls_channels, calls_rows
+from gpu_bn.kernels.cpu.calls import END, FINISH, START, SUM, WRITE
+from gpu_bn.kernels.cpu.compiler import supports_float16
+from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT64, SIZES
+
+Array = Any
+WHICH = {name: at for at, name in enumerate(ROWS)}
+Phases = tuple[tuple[int, bool], ...]
+IN_TURN: Phases = ((START, False), (SUM, True), (FINISH, False), (WRITE, True), (END, False))
+"""The phases of a call, and which of them threads share."""
+FUSED: Phases = ((START, False), (SUM, True), (END, False))
+LINE = 64
+KEPT = 1 << 16
+"""Bytes of scratch memory that each thread keeps for its next call."""
+PREPARED = 4096
+
+
+class Prepared(NamedTuple):
+    """What calls alike have in common; ``copies`` says which tensors have to be copied, if any."""
+
+    kernel: Any
+    phases: Phases
+    every: int
+    """All phases."""
+    head: tuple[int, ...]
+    """The kernel's arguments before addresses."""
+    shape: tuple[int, ...]
+    """Those from the tensors' steps on."""
+    cut: tuple[int, ...]
+    channels: int
+    positions: int
+    scratch: int
+    nbytes: int
+    seen: plans.Geometry
+    copies: tuple[bool, ...]
+
+
+_prepared: dict[Any, Prepared] = {}
+_local = threading.local()
+
+
+def forward(
+    arrays: Arrays,
+    x: Array,
+    axis: int,
+    batch_stats: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    parameter: float,
+    vectors: tuple[Array | None, Array | None, Array | None, Array | None],
+    residual: Array | None,
+    y: Array | None,
+    in_place: bool,
+) -> tuple[Array, Array, int]:
+    """Write y, if it is given, move the running statistics, and return mean and variance, float64, and their count.
+
+    ``vectors`` are weight, bias, running mean and variance.
+    """
+    tensors, layout, address = (x, residual, y), arrays.layout, arrays.address
+    key = (
+        axis, batch_stats, activation, in_place, layout(x), None if residual is None else layout(residual),
+        None if y is None else layout(y),
+    )  # fmt: skip
+    prepared = _prepared.get(key) or _remember(key, _prepare_forward(arrays, key, tensors))
+    operands = _operands(arrays, prepared, tensors, 2) if prepared.copies else tensors
+    parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
+    wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
+    mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
+    source, added, target = operands
+    _run(
+        prepared, address(source), 0 if added is None else address(added), 0 if target is None else address(target),
+        *prepared.shape, *parameters, address(mean), address(var), batch_stats, momentum, eps, parameter,
+        *prepared.cut,
+    )  # fmt: skip
+    if target is not y:
+        arrays.assign(y, target)
+    if batch_stats and wide is not vectors:
+        _give_back(arrays, vectors[2:], wide[2:])
+    return mean, var, prepared.positions
+
+
+def backward(
+    arrays: Arrays,
+    x: Array,
+    axis: int,
+    batch_stats: bool,
+    eps: float,
+    activation: str,
+    parameter: float,
+    vectors: tuple[Array | None, Array | None, Array, Array],
+    count: float | None,
+    residual: Array | None,
+    dy: Array,
+    dx: Array | None,
+    dresidual: Array | None,
+    gradients: tuple[Array | None, Array | None],
+    sums: bool,
+    given: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
+    """Write the gradients that are given, and return the sums of dz and dz * xhat, float64: computed, or those given.
+
+    ``vectors`` are weight, bias, mean and variance, the last two float64; ``gradients`` are those of weight and bias;
+    ``count`` is what sums are divided by, if it is not x's own.
+    """
+    tensors, layout, address = (x, residual, dy, dx, dresidual), arrays.layout, arrays.address
+    key = (axis, sums, activation, *[None if one is None else layout(one) for one in tensors])
+    prepared = _prepared.get(key) or _remember(key, _prepare_backward(arrays, key, tensors))
+    operands = _operands(arrays, prepared, tensors, 3) if prepared.copies else tensors
+    parameters = [0 if one is None else arrays.tagged(one) for one in vectors[:2]]
+    written = [0 if one is None else arrays.tagged(one) for one in gradients]
+    wide = _widened(arrays, vectors[:2], parameters, True) if -1 in parameters else None
+    results = _widened(arrays, gradients, written, False) if -1 in written else gradients
+    found = given or (arrays.double(prepared.channels), arrays.double(prepared.channels))
+    _run(
+        prepared, *[0 if one is None else address(one) for one in operands], *prepared.shape, *parameters, *written,
+        address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
+        batch_stats and (sums or given is not None), float(prepared.positions) if count is None else count, eps,
+        parameter, *prepared.cut,
+    )  # fmt: skip
+    del wide  # until here
+    for one, tensor in zip(operands[3:], tensors[3:], strict=True):
+        if one is not tensor:
+            arrays.assign(tensor, one)
+    if results is not gradients:
+        _give_back(arrays, gradients, results)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- arguments
+def _operands(arrays: Arrays, prepared: Prepared, tensors: tuple[Any, ...], inputs: int) -> tuple[Any, ...]:
+    """The tensors; for those whose strides do not fit copies, or room if they are written."""
+    found = []
+    for at, (one, copied) in enumerate(zip(tensors, prepared.copies, strict=True)):
+        operand = one
+        if copied:
+            operand = arrays.dense(one, prepared.seen.order)
+            if at < inputs:
+                arrays.assign(operand, one)
+        found.append(operand)
+    return tuple(found)
+
+
+def _widened(arrays: Arrays, vectors: tuple[Any, ...], addresses: list[int], read: bool) -> tuple[Any, ...]:
+    """The vectors, in float64 where the address is -1, and is put right."""
+    found = list(vectors)
+    for at, vector in enumerate(vectors):
+        if addresses[at] == -1:
+            found[at] = arrays.double(vector.shape[0])
+            if read:
+                arrays.assign(found[at], vector)
+            addresses[at] = arrays.tagged(found[at])
+    return tuple(found)
+
+
+def _give_back(arrays: Arrays, vectors: tuple[Any, ...], written: tuple[Any, ...]) -> None:
+    for vector, where in zip(vectors, written, strict=True):
+        if where is not vector:
+            arrays.assign(vector, where)
+
+
+# ------------------------------------------------------------------------------------------------------- preparations
+def _remember(key: Any, prepared: Prepared) -> Prepared:
+    if len(_prepared) >= PREPARED:
+        _prepared.clear()
+    _prepared[key] = prepared
+    return prepared
+
+
+def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared:
+    axis, batch_stats, activation, in_place, *_ = key
+    code, seen, steps, copies, dense = _seen(arrays, tensors, axis)
+    plan = plans.plan(*seen[:3], code, dense, not batch_stats)
+    writes = tensors[2] is not None
+    kernels = plans.forward_kernels(plan.by_rows, code, WHICH[activation], tensors[1] is not None, batch_stats, writes)
+    fused = batch_stats and writes and not in_place and plan.group > 0
+    kernel = calls_rows.forward if plan.by_rows else calls_channels.forward
+    return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, copies, writes and not in_place)
+
+
+def _prepare_backward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared:
+    axis, sums, activation, *_ = key
+    code, seen, steps, copies, dense = _seen(arrays, tensors, axis)
+    plan = plans.plan(*seen[:3], code, dense, False)
+    _, residual, _, dx, dresidual = tensors
+    kernels = plans.backward_kernels(
+        plan.by_rows, code, WHICH[activation], residual is not None, sums, dx is not None, dresidual is not None
+    )
+    kernel = calls_rows.backward if plan.by_rows else calls_channels.backward
+    fused = sums and plan.group > 0
+    return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, copies, dx is not None)
+
+
+def _seen(arrays: Arrays, tensors: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
+    """The dtype's code, the geometry, each tensor's step, which are to be copied, and whether all are dense."""
+    x = tensors[0]
+    code = arrays.code(x.dtype)
+    if code == FLOAT16 and not supports_float16():
+        raise BackendUnavailableError("float16 with backend 'cpu' needs a processor that converts it (F16C)")
+    seen = plans.geometry(tuple(x.shape), arrays.strides(x) or arrays.byte_strides(x), axis)
+    period = seen.channels * seen.length
+    steps, copies = [], []
+    for one in tensors:
+        strides = None if one is None else arrays.strides(one)
+        step = None if strides is None else plans.step(tuple(x.shape), strides, seen)
+        steps.append(0 if one is None else period if step is None else step)
+        copies.append(one is not None and step is None)
+    dense = seen.runs == 1 or all(step == period for step, one in zip(steps, tensors, strict=True) if one is not None)
+    return code, seen, tuple(steps), tuple(copies), dense
+
+
+def _prepared_call(
+    kernel: Any,
+    kernels: tuple[int, ...],
+    plan: plans.Plan,
+    fused: bool,
+    code: int,
+    seen: plans.Geometry,
+    steps: tuple[int, ...],
+    copies: tuple[bool, ...],
+    writes: bool,
+) -> Prepared:
+    cut: tuple[int, ...] = (plan.group, plan.part_runs, plan.part_channels, plan.part_length)
+    head: tuple[int, ...] = (int(fused), *kernels)
+    shape = (*steps, SIZES[code], *seen[:3])
+    if plan.by_rows:
+        cut, head, shape = (plan.chunks, plan.width), kernels, (*shape, plan.folded)
+    nbytes = SIZES[code] * seen.runs * seen.channels * seen.length
+    past = writes and 2 * nbytes >= plans.last_cache() * 3 // 4
+    phases = FUSED if fused else IN_TURN
+    return Prepared(
+        kernel=kernel, phases=phases, every=sum(phase for phase, _ in phases), head=head, shape=shape,
+        cut=(int(code == FLOAT64), int(past), *cut), channels=seen.channels, positions=seen.runs * seen.length,
+        scratch=plan.scratch, nbytes=nbytes, seen=seen,
+        copies=copies if any(copies) else (),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ the call
+def _run(prepared: Prepared, *arguments: Any) -> None:
+    """Run a kernel's phases, on several threads if that pays."""
+    count = threads.threads_for(prepared.nbytes)
+    kernel, head = prepared.kernel, prepared.head
+    if count == 1 and prepared.scratch <= KEPT:
+        try:
+            at = _local.address
+        except AttributeError:
+            at = _keep()
+        kernel(prepared.every, *head, *arguments, at + LINE, at)
+        return
+    scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # counters first
+    at = -(-scratch.ctypes.data // LINE) * LINE
+    if count == 1:
+        kernel(prepared.every, *head, *arguments, at + LINE, at)
+        return
+    for phase, shared in prepared.phases:
+        if shared:
+            threads.run(lambda phase=phase: kernel(phase, *head, *arguments, at + LINE, at), count)  # type: ignore[misc]
+        else:
+            kernel(phase, *head, *arguments, at + LINE, at)
+
+
+def _keep() -> int:
+    """The address of memory that this thread keeps: a call that runs by itself has it to itself."""
+    _local.scratch = np.empty(KEPT + 3 * LINE, np.uint8)
+    _local.address = -(-_local.scratch.ctypes.data // LINE) * LINE
+    return int(_local.address)

@@ -1,0 +1,174 @@
+"""How a tensor is cut into channels or rows, and which kernels serve it. All of it follows from shapes and strides."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numba
+
+from gpu_bn.backends._layout import memory_order
+from gpu_bn.kernels.cpu import channels, rows
+from gpu_bn.kernels.cpu.vector import BYTES, SIZES, WIDE
+
+SHORT = 16
+"""Adjacent elements of a channel below which channels are columns of rows."""
+TINY = 2048
+"""Elements up to which they are not: one pass over few elements costs less than sums of columns."""
+GROUP = 128 << 10
+"""Bytes of channels that are summed, then written, together: they stay in the second-level cache in between, and the
+processor need not wait for one channel's last sum before it starts with the next."""
+FEW_CHANNELS, LARGE = 16, 1 << 20
+"""So few channels of a tensor of so many elements are cut into parts, so that threads have enough of them."""
+PART = 1 << 15
+"""Elements of a part, and of a chunk of rows at least."""
+CHUNKS = 16
+"""Chunks of rows at most."""
+FOLDED = 64
+"""Columns at least, and a whole number of vectors, up to 1024: short rows are joined to longer ones."""
+
+
+class Geometry(NamedTuple):
+    """A tensor as (runs, channels, length), with its axes in the order in which they lie in memory.
+
+    ``order`` is that order, ``at`` the channels' place in it.
+    """
+
+    runs: int
+    channels: int
+    length: int
+    order: tuple[int, ...]
+    at: int
+
+
+@lru_cache(1024)
+def geometry(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Geometry:
+    order = memory_order(shape, strides)
+    at = order.index(axis)
+    sizes = [shape[a] for a in order]
+    return Geometry(math.prod(sizes[:at]), shape[axis], math.prod(sizes[at + 1 :]), order, at)
+
+
+@lru_cache(4096)
+def step(shape: tuple[int, ...], strides: tuple[int, ...], seen: Geometry) -> int | None:
+    """Elements from a run to the next, of a tensor seen as another is; ``None`` if it cannot be."""
+    expected = 1
+    for place in range(len(shape) - 1, seen.at - 1, -1):
+        size, stride = shape[seen.order[place]], strides[seen.order[place]]
+        if size > 1 and stride != expected:
+            return None
+        expected *= size
+    found = None
+    for place in range(seen.at - 1, -1, -1):
+        size, stride = shape[seen.order[place]], strides[seen.order[place]]
+        if size == 1:
+            continue
+        if found is None:
+            if stride < expected:
+                return None
+            found = expected = stride
+        elif stride != expected:
+            return None
+        expected *= size
+    return expected if found is None else found
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a tensor is cut; see :mod:`gpu_bn.kernels.cpu.calls_channels` and ``calls_rows`` for the numbers."""
+
+    by_rows: bool
+    scratch: int
+    """Bytes."""
+    group: int = 0
+    parts: int = 0
+    part_runs: int = 0
+    part_channels: int = 0
+    part_length: int = 0
+    folded: int = 0
+    chunks: int = 0
+    width: int = 0
+
+
+@lru_cache(1024)
+def plan(runs: int, count_channels: int, length: int, code: int, dense: bool, evaluates: bool) -> Plan:
+    """How to cut a tensor; ``dense`` if all tensors of the call are."""
+    size, total = SIZES[code], runs * count_channels * length
+    if length < SHORT and total > TINY:
+        return _rows_plan(runs, count_channels, length, total, dense)
+    group = max(1, GROUP // (size * runs * length))
+    if evaluates or not (count_channels < FEW_CHANNELS and total >= LARGE):
+        part_length = min(length, PART)
+        part_channels = 1 if part_length < length else min(count_channels, max(1, PART // length))
+        part_runs = max(1, PART // (count_channels * length)) if part_channels == count_channels else 1
+        parts = -(-runs // part_runs) * -(-length // part_length)
+    else:
+        part_length, part_channels = min(length, PART), 1
+        part_runs = max(1, PART // length)
+        parts = -(-runs // part_runs) * -(-length // part_length)
+        return Plan(False, 8 * (7 * count_channels + 2 * count_channels * parts), 0, parts, part_runs, 1, part_length)
+    scratch = 8 * (7 * count_channels + 2 * count_channels * parts)
+    return Plan(False, scratch, group, parts, part_runs, part_channels, part_length)
+
+
+def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: bool) -> Plan:
+    period, folded = count_channels * length, 1
+    if dense and period < 1024:
+        folded = 16 // math.gcd(period, 16)
+        while folded * period < FOLDED:
+            folded *= 2
+        folded = max(1, min(folded, runs))
+    columns = folded * period
+    width = -(-columns // 64) * 64 + WIDE * BYTES // 4
+    chunks = max(1, min(CHUNKS, total // PART, runs // folded))
+    return Plan(True, 8 * ((5 + 2 * chunks) * width + 2 * count_channels), folded=folded, chunks=chunks, width=width)
+
+
+@cache
+def address(kernel: Any) -> int:
+    """Where a compiled kernel is: called from other kernels, its parameter ``p`` is float64, all others are int64."""
+    names = inspect.signature(kernel.py_func).parameters
+    signature = tuple([numba.float64 if name == "p" else numba.int64 for name in names])
+    kernel.compile(signature)
+    compiled = kernel.overloads[signature]
+    where: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return where
+
+
+@cache
+def forward_kernels(
+    by_rows: bool, code: int, which: int, residual: bool, statistics: bool, writes: bool
+) -> tuple[int, ...]:
+    """The addresses that a forward call takes; 0 for what it does not need."""
+    first = (rows.shifts, rows.deviations, rows.deviations_again) if by_rows else (channels.moments,)
+    last = (rows if by_rows else channels).writer
+    return (
+        *[address(one(code)) if statistics else 0 for one in first],
+        address(last(code, which, residual, False, True, False)) if writes else 0,
+    )
+
+
+@cache
+def backward_kernels(
+    by_rows: bool, code: int, which: int, residual: bool, sums: bool, writes: bool, adds: bool
+) -> tuple[int, int]:
+    """The addresses that a backward call takes; 0 for what it does not need."""
+    module = rows if by_rows else channels
+    return (
+        address(module.products(code, which, residual)) if sums else 0,
+        address(module.writer(code, which, residual, True, writes, adds)) if writes or adds else 0,
+    )
+
+
+@cache
+def last_cache() -> int:
+    """Bytes of the last-level cache."""
+    found = 0
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        found = max(found, int(text[:-1]) << {"K": 10, "M": 20}.get(text[-1], 0))
+    return found or 32 << 20

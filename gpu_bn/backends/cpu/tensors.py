@@ -1,0 +1,167 @@
+"""torch's CPU tensors for the compiled backend: their memory is read where it is, by address and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_bn.backends._layout import check_out, extent
+from gpu_bn.backends.cpu import call
+from gpu_bn.backends.cpu.backend import CpuBackend
+from gpu_bn.spec import FLOAT_DTYPES
+
+
+def backend() -> TensorBackend:
+    """The backend of torch's CPU tensors, for :func:`gpu_bn.dispatch.load`."""
+    return TensorBackend(TENSORS)
+
+
+class TensorBackend(CpuBackend):
+    """The compiled backend with two calls for the operators of ``gpu_bn.nn``, which keep tensors in their own way."""
+
+    def direct_forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        batch_stats: bool,
+        momentum: float,
+        eps: float,
+        activation: str,
+        parameter: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, and the mean and variance used in float64, of a call that is neither empty nor masked nor of groups."""
+        y = torch.empty_like(x)
+        vectors = (weight, bias, running_mean, running_var)
+        mean, var, _ = call.forward(
+            TENSORS, x, 1, batch_stats, momentum, eps, activation, parameter, vectors, residual, y, False
+        )
+        return y, mean, var
+
+    def direct_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        bias_dtype: torch.dtype,
+        batch_stats: bool,
+        eps: float,
+        activation: str,
+        parameter: float,
+        need: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """dx, dweight, dbias, dresidual, those that are needed."""
+        wants_dx, wants_dweight, wants_dbias, wants_dresidual = need
+        dx = torch.empty_like(x) if wants_dx else None
+        dresidual = added = None
+        if wants_dresidual:
+            dresidual = torch.empty_like(x)
+            if activation == "identity":
+                dresidual.copy_(dy)
+            else:
+                added = dresidual
+        dweight = torch.empty(mean.shape, dtype=weight.dtype) if wants_dweight and weight is not None else None
+        dbias = torch.empty(mean.shape, dtype=bias_dtype) if wants_dbias else None
+        sums = dweight is not None or dbias is not None or (dx is not None and batch_stats)
+        if sums or dx is not None or added is not None:
+            call.backward(
+                TENSORS, x, 1, batch_stats, eps, activation, parameter, (weight, bias, mean, var), None,
+                None if activation == "identity" else residual, dy, dx, added, (dweight, dbias), sums,
+            )  # fmt: skip
+        return dx, dweight, dbias, dresidual
+
+
+_TAGS = {torch.float32: 0, torch.float64: 1}
+_ALIGNMENTS = {getattr(torch, name): getattr(torch, name).itemsize - 1 for name in FLOAT_DTYPES}
+
+
+class TorchTensors:
+    """See :class:`gpu_bn.backends.cpu.arrays.Arrays`."""
+
+    float64 = torch.float64
+    code: Any = {getattr(torch, name): code for code, name in enumerate(FLOAT_DTYPES)}.__getitem__
+    address = staticmethod(Tensor.data_ptr)
+    empty_like: Any = staticmethod(torch.empty_like)
+
+    @staticmethod
+    def byte_strides(array: Tensor) -> tuple[int, ...]:
+        return array.stride()
+
+    @staticmethod
+    def layout(array: Tensor) -> Hashable:
+        dtype = array.dtype
+        return dtype, array.shape, array.stride(), array.is_neg() or array.data_ptr() & _ALIGNMENTS[dtype]
+
+    @staticmethod
+    def tagged(vector: Tensor) -> int:
+        dtype = vector.dtype
+        if dtype not in _TAGS or not vector.is_contiguous() or vector.is_neg():
+            return -1
+        at = vector.data_ptr()
+        return at + _TAGS[dtype] if at % 4 == 0 else -1
+
+    @staticmethod
+    def double(length: int) -> Tensor:
+        return torch.empty(length, dtype=torch.float64)
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    @staticmethod
+    def strides(array: Tensor) -> tuple[int, ...] | None:
+        return None if array.is_neg() or array.data_ptr() % array.element_size() else array.stride()
+
+    @staticmethod
+    def dense(x: Tensor, order: tuple[int, ...]) -> Tensor:
+        return torch.empty_permuted(x.shape, order, dtype=x.dtype)
+
+    @staticmethod
+    @torch.no_grad()
+    def assign(target: Tensor, value: Tensor) -> None:
+        target.copy_(value)
+
+    @staticmethod
+    def number(value: float) -> Tensor:
+        return torch.tensor([value], dtype=torch.float64)
+
+    @staticmethod
+    def concatenate(arrays: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(arrays))
+
+    @staticmethod
+    @torch.no_grad()
+    def chosen(x: Tensor, axis: int, valid: Tensor) -> Tensor:
+        return x.movedim(axis, 0)[:, valid.squeeze(axis)].contiguous()
+
+    @staticmethod
+    @torch.no_grad()
+    def scatter(target: Tensor, axis: int, valid: Tensor, chosen: Tensor) -> None:
+        target.zero_()
+        target.movedim(axis, 0)[:, valid.squeeze(axis)] = chosen
+
+    @staticmethod
+    def check_out(out: Tensor, x: Tensor, residual: Tensor | None, in_place: bool) -> None:
+        check_out(_extent(out), _extent(x), None if residual is None else _extent(residual), in_place)
+
+
+TENSORS = TorchTensors()
+
+
+def _extent(tensor: Tensor) -> Any:
+    size = tensor.element_size()
+    return extent(tensor.data_ptr(), tuple(tensor.shape), tuple([size * stride for stride in tensor.stride()]), size)

@@ -1,0 +1,89 @@
+"""The activations of :mod:`gpu_bn.activations` on vectors, in code that is being generated.
+
+Their expressions are the table's, one for all kernels; here are the functions that the expressions know.
+"""
+
+import math
+
+from gpu_bn.activations import ERFC_SERIES, ROWS, SQRT_HALF
+from gpu_bn.kernels.cpu.vector import fma, power_of_two, where
+
+NAMES = tuple(ROWS)
+"""Kernels know an activation by its place in here; the first is the identity."""
+ENDS = (-87.0, 88.0), (-708.0, 709.0)
+"""Between these exp is a normal number, in float32 and in float64."""
+MAGIC = 1.5 * 2.0**23, 1.5 * 2.0**52
+"""Added to a number, it rounds to an integer."""
+LN2 = (0.693359375, -2.12194440e-4), (6.93147180369123816490e-01, 1.90821492927058770002e-10)
+"""In two parts, of which the first has few bits, so that its products with integers are exact."""
+TERMS = 7, 13
+"""Of the exponential series, for |r| <= ln(2) / 2."""
+CDF_TERMS = 13, len(ERFC_SERIES)
+"""Of the series of erfc's logarithm, to 1e-9 and to 1e-16."""
+
+
+def _reduced(x):
+    """(p, power): exp(x) = (1 + p) * power, for x between the ends."""
+    (low, high), magic, (upper, lower) = ENDS[x.double], MAGIC[x.double], LN2[x.double]
+    x = where(x < low, low, where(x > high, high, x))
+    shifted = fma(x, math.log2(math.e), magic)
+    n = shifted - magic
+    r = fma(n, -lower, fma(n, -upper, x))
+    p = r.like(1.0 / math.factorial(TERMS[x.double]))
+    for i in range(TERMS[x.double] - 1, 1, -1):
+        p = fma(p, r, 1.0 / math.factorial(i))
+    return fma(p * r, r, r), power_of_two(shifted)
+
+
+def exp(x):
+    p, power = _reduced(x)
+    return (p + 1) * power
+
+
+def expm1(x):
+    p, power = _reduced(x)
+    return fma(p, power, power - 1)
+
+
+def sigmoid(z):
+    return 1 / (exp(-z) + 1)
+
+
+def sigmoid_slope(z):
+    tail = exp(-abs(z))
+    return tail / ((tail + 1) * (tail + 1))
+
+
+def tanh(z):
+    e = expm1(abs(z) * -2)
+    t = -e / (e + 2)
+    return where(z < 0, -t, t)
+
+
+def normal_cdf(z):
+    """The standard normal distribution function; see :func:`gpu_bn.activations.normal_cdf`."""
+    x = abs(z) * SQRT_HALF
+    t = 2 / (x + 2)
+    twice = fma(t, 4.0, -2.0)
+    ahead = last = z.like(0.0)  # Clenshaw's recurrence
+    for coefficient in ERFC_SERIES[CDF_TERMS[z.double] - 1 : 0 : -1]:
+        ahead, last = fma(twice, ahead, coefficient - last), ahead
+    half = t * 0.5 * exp(fma(-x, x, fma(twice * 0.5, ahead, ERFC_SERIES[0] - last)))
+    return where(z > 0, 1 - half, half)
+
+
+FUNCTIONS = {
+    function.__name__: function for function in (where, abs, exp, expm1, tanh, sigmoid, sigmoid_slope, normal_cdf)
+}
+
+
+def value(which, z, p):
+    """``y`` from ``z``."""
+    return eval(ROWS[NAMES[which]].device.value, FUNCTIONS, {"z": z, "p": p})  # an expression of the package's table
+
+
+def gradient(which, z, dy, p):
+    """``dz`` from ``z`` and ``dy``."""
+    code = ROWS[NAMES[which]].device
+    chosen = f"where({code.drop}, {f'dy * {code.slope}' if code.slope else code.dropped}, dy)"
+    return eval(code.gradient or chosen, FUNCTIONS, {"z": z, "dy": dy, "p": p})

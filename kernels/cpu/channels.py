@@ -1,0 +1,181 @@
+"""Channels that lie in runs of adjacent elements: element ``i`` of run ``r`` is ``r * step + i``, a step a tensor.
+
+float32 sums are taken around a shift near the mean, which x can store, so that x - shift is exact; every few hundred
+elements they go over to float64. A variance that they may have got wrong is computed again, in float64 around the
+mean: where the shift was far off, and where squares leave float32's range.
+"""
+
+from functools import cache
+
+from gpu_bn.kernels.cpu.compiler import cold, inlined, kernel
+from gpu_bn.kernels.cpu.points import result, sum_vectors, write_pair, write_vectors
+from gpu_bn.kernels.cpu.scalars import (
+    add_double,
+    elements,
+    get,
+    lanes,
+    misaligned,
+    moved,
+    places,
+    put,
+    rounded,
+    splats,
+    splats_wide,
+    total,
+    zeros_double,
+)
+from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64
+
+ADDITIONS = 16
+"""In a lane of a float32 sum. Squares of coarse numbers (odd ones are 1 modulo 8) are all rounded the same way, so
+that longer sums drift: four times as long ones made the variance at mean = 1e4 sd wrong by 4e-7 instead of 4e-8."""
+FEW = 32
+"""Elements of a channel up to which float64 costs nothing."""
+TRUSTED = 4.0
+"""A variance is taken from sums around a shift while (mean - shift)**2 <= TRUSTED * variance."""
+DOUBLES = BYTES // 8
+SMALLEST, LARGEST = 1e-30, 1e37
+"""Mean squares of float32 numbers that have lost nothing, neither to underflow nor to infinity."""
+
+
+@inlined
+def run_sums(tensors, steps, runs, length, affine, which, p):
+    """Sums over a channel's runs of dz and of dz * (x - centre), in float64; x - centre stands for dz without dy."""
+    vectors, zeros = splats_wide(tensors[0], affine), splats_wide(tensors[0], (0.0, 0.0))
+    wide, sums, additions = lanes(vectors), zeros, 0
+    total_dz, total_products = 0.0, 0.0
+    for run in range(runs):
+        for first in range(0, length, ADDITIONS * wide):
+            count = min(ADDITIONS * wide, length - first)
+            here = moved(tensors, places(run, steps, first))
+            sums = sum_vectors(sums, here, (wide, wide, wide), count // wide, None, vectors, which, p)
+            if count % wide:
+                rest = moved(here, places(count // wide * wide, (1, 1, 1), 0))
+                sums = sum_vectors(sums, rest, (wide, wide, wide), 1, count % wide, vectors, which, p)
+            additions += count // wide + 1
+            if additions >= ADDITIONS:
+                total_dz, total_products, additions = total_dz + total(sums[0]), total_products + total(sums[1]), 0
+                sums = zeros
+    return total_dz + total(sums[0]), total_products + total(sums[1])
+
+
+@inlined
+def mean_of_first(x, length):
+    """The mean of a channel's first elements."""
+    some = min(length, 8)
+    mean = 0.0
+    for i in range(some):
+        mean += get(x, i)
+    return mean / some
+
+
+@cold
+def moments_again(x, step, runs, length, shift):
+    """Mean and variance of a channel, in float64 around a shift."""
+    sums = zeros_double()
+    for run in range(runs):
+        for at in range(run * step, run * step + length, DOUBLES):
+            sums = add_double(sums, x, at, run * step + length - at, shift)
+    mean = total(sums[0]) / (runs * length)
+    var = total(sums[1]) / (runs * length) - mean * mean
+    return shift + mean, 0.0 if var < 0.0 else var
+
+
+@cache
+def moments(code):
+    """The kernel that computes mean and variance of adjacent channels."""
+
+    @kernel
+    def moments_kernel(x, step, runs, length, channels, mean, var):
+        x, mean, var = elements(x, code), elements(mean, FLOAT64), elements(var, FLOAT64)
+        count = runs * length
+        for channel in range(channels):
+            (xc,) = moved((x,), (channel * length,))
+            if count <= FEW:
+                m, v = moments_again(xc, step, runs, length, get(xc, 0))
+            else:
+                k = rounded(x, mean_of_first(xc, length))
+                s, q = run_sums((xc, None, None), (step, 0, 0), runs, length, (k, 0.0, 0.0), 0, 0.0)
+                m, q = s / count, q / count
+                v = q - m * m
+                if m * m <= TRUSTED * v and v > SMALLEST and q < LARGEST:
+                    m += k
+                else:
+                    m, v = moments_again(xc, step, runs, length, k + m if abs(k + m) < LARGEST else k)
+            put(mean, channel, m)
+            put(var, channel, v)
+
+    return moments_kernel
+
+
+@cache
+def products(code, which, has_residual):
+    """The kernel that sums dz and dz * (x - centre) over adjacent channels."""
+    residual_code = code if has_residual else -1
+
+    @kernel
+    def products_kernel(
+        x, residual, dy, x_step, residual_step, dy_step, runs, length, channels, centre, scale, shift, sums, products, p
+    ):
+        tensors = (elements(x, code), elements(residual, residual_code), elements(dy, code))
+        steps = (x_step, residual_step, dy_step)
+        centre, scale, shift = elements(centre, FLOAT64), elements(scale, FLOAT64), elements(shift, FLOAT64)
+        sums, products = elements(sums, FLOAT64), elements(products, FLOAT64)
+        for channel in range(channels):
+            affine = (get(centre, channel), get(scale, channel), get(shift, channel))
+            here = moved(tensors, places(0, steps, channel * length))
+            s, q = run_sums(here, steps, runs, length, affine, which, p)
+            put(sums, channel, s)
+            put(products, channel, q)
+
+    return products_kernel
+
+
+@inlined
+def write_run(tensors, length, affine, which, p, past):
+    """Write a run. Its last vector may overlap the one before; it is computed first, for x may be overwritten."""
+    width = lanes(affine)
+    steps = (width, width, width, width, width)
+    masked = length if length < width else misaligned(tensors[3], 0, affine) if past else 0
+    if masked:
+        write_vectors(tensors, steps, 1, masked, affine, which, p, 0)
+    if length >= width:
+        last = result(tensors, length - width, affine, which, p)
+        here = moved(tensors, places(masked, (1, 1, 1, 1, 1), 0))
+        write_vectors(here, steps, (length - masked) // width, None, affine, which, p, past)
+        if (length - masked) % width:
+            write_pair(tensors, length - width, last)
+
+
+@cache
+def writer(code, which, has_residual, backward, writes, adds):
+    """The kernel that writes y, or what of dx (``writes``) and dresidual (``adds``) is wanted, of adjacent channels.
+
+    ``by_run``: whether it goes through all channels of a run before the next run, in the order of memory.
+    """
+    codes = (code if has_residual else -1, code if backward else -1, code if writes else -1, code if adds else -1)
+    residual_code, dy_code, out_code, dresidual_code = codes
+
+    @kernel
+    def writer_kernel(
+        x, residual, dy, out, dresidual, x_step, residual_step, dy_step, out_step, dresidual_step, runs, length,
+        channels, centre, scale, shift, slope, offset, p, by_run, past,
+    ):  # fmt: skip
+        tensors = (
+            elements(x, code), elements(residual, residual_code), elements(dy, dy_code), elements(out, out_code),
+            elements(dresidual, dresidual_code),
+        )  # fmt: skip
+        steps = (x_step, residual_step, dy_step, out_step, dresidual_step)
+        centre, scale, shift = elements(centre, FLOAT64), elements(scale, FLOAT64), elements(shift, FLOAT64)
+        slope, offset = elements(slope, FLOAT64), elements(offset, FLOAT64)
+        outer, inner = (runs, channels) if by_run else (channels, runs)
+        for i in range(outer):
+            for j in range(inner):
+                run, channel = (i, j) if by_run else (j, i)
+                affine = (get(centre, channel), get(scale, channel), get(shift, channel))
+                if backward:
+                    affine = affine + (get(slope, channel), get(offset, channel))
+                here = moved(tensors, places(run, steps, channel * length))
+                write_run(here, length, splats(tensors[0], affine), which, p, past)
+
+    return writer_kernel

@@ -1,0 +1,143 @@
+"""What kernels do with a vector: intrinsics, each of which generates all code that there is between two loops.
+
+An affine map is a tuple of vectors: ``centre``, ``scale`` and ``shift`` of ``z = (x - centre) * scale + shift``, and
+to write dx ``slope`` and ``offset`` too. Tensors that there are not are ``None``; ``count`` is how many elements there
+are, ``None`` for a whole vector; ``which`` is an activation by its place in ``NAMES``.
+"""
+
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from gpu_bn.kernels.cpu import activations, memory
+from gpu_bn.kernels.cpu.memory import Tensor, integer, unpacked
+from gpu_bn.kernels.cpu.vector import BYTE, INT64, Lanes, fma, spread, where
+
+
+def _terms(x, residual, dy, at, count, affine, which, p):
+    """x - centre and dz, or both x - centre where there is no dy; 0 in the lanes beyond ``count``."""
+    centre, scale, shift = affine[:3]
+    d = x.load(at, count, centre) - centre
+    if dy is None:
+        return d, d
+    dz = dy.load(at, count, centre.like(0.0))
+    if which == 0:
+        return d, dz
+    z = fma(d, scale, shift)
+    if residual is not None:
+        z = z + residual.load(at, count, centre)
+    return d, activations.gradient(which, z, dz, spread(x.builder, p, centre.value.type))
+
+
+def _result(x, residual, dy, at, count, affine, which, p):
+    """y, or dx where there is dy; and dz."""
+    centre, scale, shift = affine[:3]
+    if dy is None:
+        z = fma(x.load(at, count, centre) - centre, scale, shift)
+        if residual is not None:
+            z = z + residual.load(at, count, centre)
+        return activations.value(which, z, spread(x.builder, p, centre.value.type)), z
+    d, dz = _terms(x, residual, dy, at, count, affine, which, p)
+    slope, offset = affine[3:]
+    # A slope of 0, of frozen statistics, hides what x is.
+    projected = where(slope.compare("==", 0), offset, fma(d, slope, offset))
+    return (dz + projected) * scale, dz
+
+
+def _literal(which):
+    return which.literal_value if isinstance(which, types.Literal) else None
+
+
+@intrinsic(prefer_literal=True)
+def sum_vectors(typing, sums, tensors, steps, vectors, count, affine, which, p):
+    """Add to the sums, of dz and of dz * (x - centre), those of so many vectors of (x, residual, dy), a step apart."""
+
+    def generate(context, builder, sig, args):
+        each, step, n, count_, lanes, number = _loop_arguments(builder, sig, args, 1)
+        places = [cgutils.alloca_once_value(builder, builder.extract_value(args[0], i)) for i in range(2)]
+        with cgutils.for_range(builder, n) as loop:
+            d, g = _terms(*_moved(builder, each, step, loop.index), INT64(0), count_, lanes, _literal(which), number)
+            s, q = (Lanes(builder, builder.load(place)) for place in places)
+            builder.store((s + g).value, places[0])
+            builder.store(fma(d, g, q).value, places[1])
+        return context.make_tuple(builder, sums, [builder.load(place) for place in places])
+
+    integers = types.UniTuple(types.int64, 3)
+    return sums(sums, tensors, integers, types.int64, integer(count), affine, which, types.float64), generate
+
+
+@intrinsic(prefer_literal=True)
+def write_vectors(typing, tensors, steps, vectors, count, affine, which, p, past):
+    """Write what is wanted of y, or dx, and dz, of so many vectors of (x, residual, dy, out, dresidual)."""
+
+    def generate(context, builder, sig, args):
+        each, step, n, count_, lanes, number = _loop_arguments(builder, sig, args[:-1], 0)
+        with cgutils.for_range(builder, n) as loop:
+            *sources, out, dresidual = _moved(builder, each, step, loop.index)
+            y, dz = _result(*sources, INT64(0), count_, lanes, _literal(which), number)
+            if dresidual is not None:
+                dresidual.store(INT64(0), count_, dz)
+            if out is not None and count_ is None:
+                with builder.if_else(builder.icmp_signed("!=", args[-1], INT64(0))) as (beyond, within):
+                    with beyond:
+                        out.store(INT64(0), None, y, True)
+                    with within:
+                        out.store(INT64(0), None, y)
+            elif out is not None:
+                out.store(INT64(0), count_, y)
+        return context.get_dummy_value()
+
+    integers = types.UniTuple(types.int64, 5)
+    arguments = (tensors, integers, types.int64, integer(count), affine, which, types.float64, types.int64)
+    return types.void(*arguments), generate
+
+
+def _loop_arguments(builder, sig, args, first):
+    """Tensors, steps, how many vectors, elements of each, the affine map, and the activation's parameter."""
+    tensors, steps, vectors, count, affine, _, p = args[first : first + 7]
+    kinds = sig.args[first]
+    each = unpacked(builder, kinds, [builder.extract_value(tensors, i) for i in range(len(kinds))])
+    step = [builder.extract_value(steps, i) for i in range(len(kinds))]
+    counted = None if isinstance(sig.args[first + 3], types.NoneType) else count
+    return each, step, vectors, counted, unpacked(builder, [sig.args[first + 4]], [affine])[0], p
+
+
+def _moved(builder, tensors, steps, index):
+    """The tensors, so many steps further."""
+    found = []
+    for one, step in zip(tensors, steps, strict=True):
+        if one is not None:
+            at = memory.place(builder, one.pointer, builder.mul(index, step), one.t.size, BYTE)
+            one = Tensor(builder, one.t, at)
+        found.append(one)
+    return found
+
+
+@intrinsic(prefer_literal=True)
+def result(typing, tensors, at, affine, which, p):
+    """(y or dx, dz) of the vector at ``at``."""
+    pair = types.UniTuple(affine[0], 2)
+
+    def generate(context, builder, sig, args):
+        kinds = sig.args[0]
+        each = unpacked(builder, kinds, [builder.extract_value(args[0], i) for i in range(len(kinds))])
+        lanes = unpacked(builder, [affine], [args[2]])[0]
+        found = _result(*each[:3], args[1], None, lanes, _literal(which), args[4])
+        return context.make_tuple(builder, pair, [one.value for one in found])
+
+    return pair(tensors, types.int64, affine, which, types.float64), generate
+
+
+@intrinsic
+def write_pair(typing, tensors, at, pair):
+    """Write what :func:`result` has found."""
+
+    def generate(context, builder, sig, args):
+        kinds = sig.args[0]
+        each = unpacked(builder, kinds, [builder.extract_value(args[0], i) for i in range(len(kinds))])
+        for tensor, i in zip(each[3:], range(2), strict=True):
+            if tensor is not None:
+                tensor.store(args[1], None, Lanes(builder, builder.extract_value(args[2], i)))
+        return context.get_dummy_value()
+
+    return types.void(tensors, types.int64, pair), generate

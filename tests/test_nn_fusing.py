@@ -1,0 +1,434 @@
+"""What a model fused by ``nn.convert(model, fuse=True)`` must not lose, and when it must not fuse."""
+
+import copy
+import io
+from collections import OrderedDict
+
+import pytest
+import torch
+from support import rng
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from gpu_bn import nn
+
+
+def rows(seed=0, count=6, channels=4):
+    return torch.from_numpy(rng(seed).standard_normal((count, channels)))
+
+
+def fused_with(plain, *expected):
+    """A fused copy; the layers of these names, and no others, have something merged."""
+    report = nn.Report()
+    fused = nn.convert(copy.deepcopy(plain), fuse=True, report=report)
+    assert set(report.merged) == set(expected)
+    return fused, report
+
+
+def agree(fused, plain, *arguments, **options):
+    """Outputs, input gradients and state are the same."""
+    for mode in (True, False):
+        results = []
+        for model in (fused.train(mode), plain.train(mode)):
+            given = [
+                value.detach().clone().requires_grad_() if isinstance(value, torch.Tensor) else value
+                for value in arguments
+            ]
+            torch.manual_seed(0)
+            y = model(*given, **options)
+            y.double().sin().sum().backward()
+            results.append([y.detach(), *(value.grad for value in given if isinstance(value, torch.Tensor))])
+        assert_close(*results)
+        assert results[0][0].dtype == results[1][0].dtype
+    assert_close(fused.state_dict(), plain.state_dict())
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.act = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU()
+        self.double()
+
+    def forward(self, x):
+        return self.act(self.norm(self.linear(x)))
+
+
+def test_a_fused_model_is_the_model():
+    plain = torch.nn.Sequential(OrderedDict(stem=torch.nn.Sequential(Block(), Block()), head=Block()))
+    fused, report = fused_with(plain, "stem.0.norm", "stem.1.norm", "head.norm")
+    assert type(fused) is torch.nn.Sequential
+    assert [name for name, _ in fused.named_modules()] == [name for name, _ in plain.named_modules()]
+    agree(fused, plain, rows())
+    agree(fused.stem[1], plain.stem[1], rows(1))
+    assert str(report) == "3 converted, 3 merged, 0 folded, 0 left"
+    assert "merged='relu'" in repr(fused)
+    assert "gpu_bn.BatchNorm1d(4" in repr(fused)
+    nn.revert(fused)
+    assert repr(fused) == repr(plain)
+    assert not any("forward" in vars(module) for module in fused.modules())
+
+
+def calls_of_relu(model, x):
+    """How often torch's own ReLU runs."""
+    with torch.profiler.profile() as profile:
+        model(x)
+    return sum(event.name == "aten::relu" for event in profile.events())
+
+
+def test_the_layer_does_the_activation():
+    fused, _ = fused_with(Block(), "norm")
+    assert calls_of_relu(fused, rows()) == 0
+    assert calls_of_relu(nn.revert(fused), rows()) == 1
+
+
+class Region(Block):
+    def __init__(self, context):
+        super().__init__()
+        self.context = context
+
+    def forward(self, x):
+        with self.context():
+            y = self.norm(self.linear(x))
+            y = self.act(y)
+        return y + x
+
+
+class Checkpointed(Block):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return checkpoint(lambda x: self.act(self.norm(self.linear(x))), x, use_reentrant=self.reentrant)
+
+
+class Kinds(Block):
+    def forward(self, x, scale=None):
+        if isinstance(x, (list, tuple)):
+            x = torch.cat(x, 1)
+        y = self.act(self.norm(self.linear(x)))
+        return y if scale is None else y * scale
+
+
+class Counting(Block):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.act(self.norm(self.linear(x))) * self.calls
+
+
+class Drawing(Block):
+    def forward(self, x):
+        return self.act(self.norm(self.linear(x))) * (1.0 if torch.rand(()) < 0.5 else 2.0)
+
+
+class OnResult(Block):
+    """A branch on what a module of its own gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Block()
+
+    def forward(self, x):
+        y = self.inner(x)
+        y = y if isinstance(y, torch.Tensor) else y[0]
+        return self.act(self.norm(y))
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, lambda: torch.autocast("cpu", enabled=True), lambda: torch.autograd.graph.save_on_cpu()]
+)
+def test_regions_are_not_fused(context):
+    plain = Region(context).float()
+    fused, report = fused_with(plain)
+    assert "runs under no_grad, autocast, checkpoint" in report.left["norm"]
+    agree(fused, plain, rows().float())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_are_kept(reentrant):
+    plain = Checkpointed(reentrant)
+    fused, report = fused_with(plain)
+    assert "checkpoint" in report.left["norm"]
+    agree(fused, plain, rows())
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Counting, "changes its attributes"), (Drawing, "draws random numbers")])
+def test_what_leaves_something_behind_is_not_fused(kind, reason):
+    plain = kind()
+    fused, report = fused_with(plain)
+    assert reason in report.left["norm"]
+    assert vars(fused).get("calls", 0) == 0
+    agree(fused, plain, rows())
+
+
+def test_branches_on_inputs():
+    plain = Kinds()
+    fused, _ = fused_with(plain, "norm")
+    agree(fused, plain, rows())
+    agree(fused, plain, rows(), rows(1))
+    agree(fused, plain, rows(), scale=3.0)
+    parts = list(rows().split(2, 1))
+    assert_close(fused(parts), plain(parts))
+    assert_close(fused(x=rows()), plain(x=rows()))
+    assert calls_of_relu(fused, rows()) == 0
+    with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
+        fused(rows(), other=1)
+
+
+def test_branches_on_the_results_of_modules():
+    plain = OnResult()
+    fused, report = fused_with(plain, "inner.norm")
+    assert "kind of a value" in report.left["norm"]
+    agree(fused, plain, rows())
+
+
+@pytest.mark.parametrize("name", ["norm", "act", "linear"])
+def test_hooks_that_come_later_are_called(name):
+    plain = Block()
+    fused, _ = fused_with(plain, "norm")
+    for model in (fused, plain):
+        getattr(model, name).register_forward_hook(lambda _module, _inputs, y: 2 * y - 0.1)
+    agree(fused, plain, rows())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "act", torch.nn.Tanh()),
+        lambda model: setattr(model, "norm", torch.nn.Identity()),
+        lambda model: setattr(model.act, "forward", torch.tanh),
+        lambda model: model.norm.eval(),
+        lambda model: torch.nn.utils.parametrizations.weight_norm(model.linear),
+        lambda model: model.float().double(),
+    ],
+)
+def test_changes_that_come_later_count(change):
+    x = rows()
+    for mode in (True, False):
+        plain = Block()
+        fused, _ = fused_with(plain, "norm")
+        for model in (fused.train(mode), plain.train(mode)):
+            change(model)
+        assert_close(fused(x), plain(x))
+
+
+class Switched(Block):
+    def __init__(self):
+        super().__init__()
+        self.twice = False
+
+    def forward(self, x):
+        y = self.act(self.norm(self.linear(x)))
+        return 2 * y if self.twice else y
+
+
+def test_attributes_that_change_later_count():
+    plain = Switched()
+    fused, _ = fused_with(plain, "norm")
+    fused.twice = plain.twice = True
+    agree(fused, plain, rows())
+
+
+class Adds(Block):
+    def __init__(self, in_place=False):
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x, other):
+        y = self.norm(self.linear(x))
+        if self.in_place:
+            y += other
+        else:
+            y = other + y
+        return self.act(y)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("other", [rows(1), rows(1, 1), rows(1)[:, :1], rows(1).float(), rows(1, 6).half()])
+def test_terms_that_broadcast_or_have_another_dtype(in_place, other):
+    plain = Adds(in_place)
+    fused, _ = fused_with(plain, "norm")
+    agree(fused, plain, rows(), other)
+    plain.float()
+    agree(nn.convert(copy.deepcopy(plain), fuse=True), plain, rows().float(), other.float())
+
+
+class Excited(torch.nn.Module):
+    """A term of the shape (N, C, 1, 1), and a convolution that autocast gives another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()
+        self.gate = torch.nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x).float()) + self.gate(x.mean((2, 3), keepdim=True)))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_squeeze_and_excite_under_autocast(enabled):
+    plain = Excited()
+    fused, _ = fused_with(plain, "norm")
+    x = torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        mine, other = fused(x), plain(x)
+    assert mine.dtype == other.dtype
+    assert_close(mine, other)
+
+
+class Tail(torch.nn.Module):
+    """The layer is the end of a module that is called here, and the sum and the activation are not in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Sequential(Block(), NoActivation())
+        self.act = torch.nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.layer(x) + x)
+
+
+class NoActivation(Block):
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+def test_layers_at_the_end_of_a_module():
+    plain = Tail()
+    fused, _ = fused_with(plain, "layer.0.norm", "layer.1.norm")
+    agree(fused, plain, rows())
+    agree(fused.layer, plain.layer, rows())
+    for model in (fused, plain):
+        model.layer.register_forward_hook(lambda _module, _inputs, y: y + 1)
+    agree(fused, plain, rows())
+
+
+class Dense(torch.nn.Module):
+    """Layers that are given lists, as DenseNet's."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.norm, self.act, self.linear = (
+                torch.nn.BatchNorm1d(4 * count), torch.nn.ReLU(inplace=True), torch.nn.Linear(4 * count, 4)
+            )  # fmt: skip
+
+        def forward(self, inputs):
+            inputs = [inputs] if isinstance(inputs, torch.Tensor) else inputs
+            return self.linear(self.act(self.norm(torch.cat(inputs, 1))))
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([self.Layer(count) for count in (1, 2, 3)]).double()
+
+    def forward(self, x):
+        features = [x]
+        for layer in self.layers:
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+def test_layers_that_are_given_lists():
+    plain = Dense()
+    fused, _ = fused_with(plain, *(f"layers.{i}.norm" for i in range(3)))
+    agree(fused, plain, rows())
+    assert calls_of_relu(fused, rows()) == 0
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "change", [copy.deepcopy, saved_and_loaded, lambda model: copy.deepcopy(saved_and_loaded(model))]
+)
+@pytest.mark.parametrize("kind", [Block, Tail, Kinds])
+def test_copies_and_files_are_fused_and_apart(change, kind):
+    plain = kind()
+    fused = nn.convert(copy.deepcopy(plain), fuse=True)
+    copied = change(fused)
+    assert calls_of_relu(copied, rows(2)) == 0
+    plain(rows(2))
+    agree(copied, plain, rows())
+    assert all(a is not b for a, b in zip(copied.parameters(), fused.parameters(), strict=True))
+    nn.revert(copied)
+    assert calls_of_relu(fused, rows()) == 0
+
+
+def test_converting_again_and_reverting_a_part():
+    plain = Tail()
+    fused = nn.convert(nn.convert(copy.deepcopy(plain), fuse=True), fuse=True)
+    agree(fused, plain, rows())
+    nn.revert(fused.layer)
+    assert type(fused.layer[0].norm) is torch.nn.BatchNorm1d
+    agree(fused, plain, rows())
+
+
+def test_tracers_and_compilers_see_a_fused_model():
+    plain = Tail().eval()
+    fused = nn.convert(copy.deepcopy(plain), fuse=True)
+    x = rows()
+    want = plain(x)
+    assert_close(torch.fx.symbolic_trace(fused)(x), want)
+    assert_close(torch.jit.trace(fused, x)(x), want)
+    assert_close(torch.export.export(fused, (x,)).module()(x), want)
+    for mode in (True, False):
+        compiled = torch.compile(fused.train(mode), backend="aot_eager", fullgraph=True)
+        assert_close(compiled(x), plain.train(mode)(x))
+    torch._dynamo.reset()
+
+
+def test_stacked_fused_models():
+    models = [nn.convert(Block(), fuse=True).eval() for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    base, x = copy.deepcopy(models[0]).to("meta"), rows()
+    y = torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)))(parameters, buffers)
+    assert_close(y, torch.stack([model(x) for model in models]))
+
+
+class Frozen(torch.nn.Module):
+    """As transformers' frozen layers, whose eps is a constant in the code."""
+
+    def __init__(self, channels, scale=1.0):
+        super().__init__()
+        self.scale = scale
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        weight, bias, mean, var = (
+            getattr(self, name).reshape(1, -1, 1, 1) for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight * (var + 1e-3).rsqrt()
+        return (x * scale + (bias - mean * scale)) * self.scale
+
+
+def test_frozen_layers_are_known_by_what_they_hold_and_compute():
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), Frozen(4), torch.nn.ReLU(), Frozen(4, 2.0)).double()
+    fused, report = fused_with(plain, "1")
+    assert report.converted == ["1"]
+    assert [type(layer) for layer in fused[1::2]] == [nn.FrozenBatchNorm2d, Frozen]
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert_close(fused(x), plain(x))
+    assert_close(nn.fold(plain)(x), plain(x))
+    assert type(nn.fold(plain)[1]) is torch.nn.Identity
+    names = list(vars(plain[1]))
+    assert list(vars(nn.revert(fused)[1])) == names
+
+
+def test_functional_activations_of_each_mode():
+    class Functional(Block):
+        def forward(self, x):
+            y = F.dropout(F.silu(self.norm(self.linear(x))), 0.5, self.training)
+            return torch.sigmoid(self.norm(y)) if self.training else y
+
+    plain = Functional()
+    fused, report = fused_with(plain, "norm")
+    assert report.merged == {"norm": "sigmoid or silu"} or report.merged == {"norm": "silu"}
+    agree(fused, plain, rows())
