@@ -113,11 +113,11 @@ def _move_running(
     eps: float,
 ) -> None:
     """Move running statistics by torch's function, which refuses what a transform cannot do; only then is it seen."""
-    moved = [None if running is None else running.double() for running in (running_mean, running_var)]
-    F.batch_norm(wide, *moved, None, None, True, momentum, eps)
+    mean, var = (None if running is None else running.double() for running in (running_mean, running_var))
+    F.batch_norm(wide, mean, var, None, None, True, momentum, eps)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    for running, new in zip((running_mean, running_var), moved, strict=True):
+    for running, new in ((running_mean, mean), (running_var, var)):
         if running is not None and new is not None and running is not new:
             running.copy_(new)
 
