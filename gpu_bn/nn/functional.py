@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from math import inf, isfinite
+from math import inf
 from threading import local
 from typing import Any
 
@@ -339,7 +339,7 @@ def check(
     if eps < 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     for name, number in (("momentum", momentum), ("eps", eps)):
-        if isinstance(number, float) and not isfinite(number):
+        if isinstance(number, float) and not -inf < number < inf:  # isfinite cannot be compiled
             raise ValueError(f"batch_norm {name} must be finite, but got {number}")
     plain = input.dtype in FLOATS and input.layout is torch.strided
     unknown = [] if plain else [f"input of {input.dtype} and layout {input.layout}"]
