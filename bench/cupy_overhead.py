@@ -10,6 +10,7 @@ as long as of CuPy's (14.2): some 0.1 µs for a shape or strides, 0.05 µs for a
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 import types
@@ -21,6 +22,7 @@ import numpy as np
 
 CALLS: Counter[str] = Counter()
 """What has been asked of CuPy."""
+ADDRESSES = itertools.count(1 << 20, 1 << 20)
 
 
 class MemoryPointer:
@@ -42,7 +44,8 @@ class ndarray:
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         like = np.empty(shape, dtype)
-        self._shape, self._strides, self._data = list(like.shape), list(like.strides), MemoryPointer(1 << 20)
+        self._shape, self._strides = list(like.shape), list(like.strides)
+        self._data = MemoryPointer(next(ADDRESSES))
         self.dtype, self.ndim, self.size, self.nbytes = like.dtype, like.ndim, like.size, like.nbytes
 
     @property
@@ -94,7 +97,7 @@ def stand_in() -> types.ModuleType:
         CUDARuntimeError=RuntimeError, getDevice=lambda: 0, getDeviceCount=lambda: 1,
         getDeviceProperties=lambda _: properties,
     )  # fmt: skip
-    cupy.cuda = types.SimpleNamespace(runtime=runtime)
+    cupy.cuda = types.SimpleNamespace(runtime=runtime, nvrtc=types.SimpleNamespace(getVersion=lambda: (12, 9)))
     return cupy
 
 
@@ -106,7 +109,6 @@ def rows() -> dict[str, Callable[[], Any]]:
     vectors = [ndarray((8,), np.float32) for _ in range(4)]
     y, saved = gpu_bn.batch_norm_forward(x, *vectors, training=True)
     out = ndarray(y.shape, y.dtype)
-    out._data = MemoryPointer(1 << 21)
     return {
         "forward, evaluation": lambda: gpu_bn.batch_norm(x, *vectors),
         "forward, training": lambda: gpu_bn.batch_norm(x, *vectors, training=True),

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,19 @@ class Activation:
 
     name: str
     parameter: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the parameter.
+
+        Raises:
+            TypeError: it is not a real number.
+            ValueError: it is NaN.
+        """
+        if not isinstance(self.parameter, (Real, np.number)) or isinstance(self.parameter, np.complexfloating):
+            kind = type(self.parameter).__name__
+            raise TypeError(f"the parameter of {self.name} should be a number, got {kind}: {self.parameter!r}")
+        if self.parameter != self.parameter:
+            raise ValueError(f"the parameter of {self.name} should be a number, got {self.parameter}")
 
     @staticmethod
     def of(activation: Activation | str | None) -> Activation:

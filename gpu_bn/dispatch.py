@@ -214,8 +214,26 @@ def _library(name: str, array: Any) -> Row:
     raise TypeError(f"{name} should be on one of {', '.join(dict.fromkeys(row.device for row in rows))}, got {device}")
 
 
-@cache
+def is_named(kind: Any) -> bool:
+    """Whether a type is one of the rows' own, which live as long as their libraries."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return any(row.array == name for row in ROWS)
+
+
+_FOUND: dict[Any, tuple[Row, ...]] = {}
+
+
 def _rows_of_type(kind: Any) -> tuple[Row, ...]:
+    """The rows that serve a type; remembered of the libraries' own, for others may go away."""
+    rows = _FOUND.get(kind)
+    if rows is None:
+        rows = _find_rows(kind)
+        if is_named(kind):
+            _FOUND[kind] = rows
+    return rows
+
+
+def _find_rows(kind: Any) -> tuple[Row, ...]:
     """The rows whose array type is the nearest of a type's bases, unless another base changes what an array means."""
     names = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
     if NOT_PLAIN.intersection(names):

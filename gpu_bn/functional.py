@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from gpu_bn import dispatch, ops, spec
+from gpu_bn import aliasing, dispatch, ops, spec
 from gpu_bn.activations import Activation
 from gpu_bn.backends.protocol import Backend, Saved
 from gpu_bn.ops import Grads
@@ -68,12 +69,17 @@ def batch_norm(
         TypeError: not an array, arrays of several libraries, a dtype that is none of the above, or a ``residual`` or
             ``out`` of another dtype than ``x``.
         ValueError: a shape, length or option that does not fit; missing running statistics; one value per channel in
-            training (of a ghost batch); ``renorm`` without running statistics or with ghost batches.
+            training (of a ghost batch); ``renorm`` without running statistics or with ghost batches; an array that is
+            written (``out``, and in training the running statistics) and shares memory with another of the call, or
+            two of whose elements do, but for ``out`` that is ``x`` or ``residual`` itself.
         BackendUnavailableError: the backend cannot be had; the message says why.
 
-    A call that raises has changed nothing. For torch tensors the call is differentiable
-    (:func:`gpu_bn.nn.functional.batch_norm` has the same arguments and torch's errors); for other arrays,
-    :func:`batch_norm_forward` and :func:`batch_norm_backward` are the two halves.
+    A call that raises has changed nothing, with one exception: when memory runs out or an interrupt (Ctrl-C) arrives
+    while ``out`` is being written, part of ``out`` is new, which is lost input where ``out`` is ``x`` or ``residual``.
+    Running statistics are written last, together: NumPy's are all old or all new, whatever interrupts.
+
+    For torch tensors the call is differentiable (:func:`gpu_bn.nn.functional.batch_norm` has the same arguments and
+    torch's errors); for other arrays, :func:`batch_norm_forward` and :func:`batch_norm_backward` are the two halves.
     """
     front = dispatch.differentiable(x, backend)
     if front is not None:
@@ -142,25 +148,38 @@ def batch_norm_forward(
         ``(y, saved)``. ``saved`` refers to ``x`` (and to ``residual``, if an activation follows it): do not write to
         them before the backward call. So ``out`` may not share memory with them here.
     """
+    return forward_counting(
+        None, x, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual,
+        activation=activation, channel_axis=channel_axis, backend=backend, out=out, mask=mask,
+        virtual_batch_size=virtual_batch_size, renorm=renorm,
+    )  # fmt: skip
+
+
+def forward_counting(
+    counter: Array | None,
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    residual: Array | None,
+    activation: Activation | str | None,
+    channel_axis: int,
+    backend: Backend | str | None,
+    mask: Array | None,
+    virtual_batch_size: int | None,
+    renorm: tuple[float, float] | None,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """:func:`batch_norm_forward`, and a counter of batches that is incremented when the statistics are written."""
     return _forward(
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        residual,
-        activation,
-        channel_axis,
-        backend,
-        out,
-        mask,
-        virtual_batch_size,
-        renorm,
-        in_place=False,
-    )
+        x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis,
+        backend, out, mask, virtual_batch_size, renorm, in_place=False, counter=counter,
+    )  # fmt: skip
 
 
 def batch_norm_backward(
@@ -201,7 +220,7 @@ def batch_norm_backward(
     engine = dispatch.loaded(backend, row)
     spec.check_like("dy", dy, saved.x)
     wanted = _check_need(need, saved)
-    if key is not None and dispatch.told_by_type(dy):
+    if key is not None and dispatch.told_by_type(dy) and _lasts(backend, [dy, saved.x]):
         _remember(_BACKWARDS, key, (row, wanted))
     return ops.backward(engine, dy, saved, wanted)
 
@@ -243,6 +262,7 @@ def _forward(
     virtual_batch_size: int | None,
     renorm: tuple[float, float] | None,
     in_place: bool,
+    counter: Array | None = None,
 ) -> tuple[Array, Saved]:
     try:
         key: Any = (
@@ -254,7 +274,7 @@ def _forward(
         known = _FORWARDS.get(key)
     except (AttributeError, TypeError):  # not an array, or nothing to look up: the checks say what is wrong
         key = known = None
-    if known is None:
+    if known is None or (type(momentum) is float and not math.isfinite(momentum)):
         engine, options = _checked(
             key, x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
             channel_axis, backend, out, mask, virtual_batch_size, renorm,
@@ -266,9 +286,14 @@ def _forward(
             for name, array in (written | {"out": out}).items():
                 spec.check_writeable(name, array)
         options = spec.options(known.axis, training, momentum, eps, activation, known.groups, known.renorm)
-    valid = None if mask is None else ops.positions(mask, x.shape, options.axis)
+    valid = None
+    if mask is not None:
+        written = {"running_mean": running_mean, "running_var": running_var} if training else {}
+        aliasing.check_written({"out": out, **written}, {"mask": mask})
+        valid = ops.positions(mask, x.shape, options.axis)
+    vectors = running_mean, running_var, weight, bias
     result = ops.forward(
-        engine, x, options, running_mean, running_var, weight, bias, residual, out, in_place, valid, keep=not in_place
+        engine, x, options, *vectors, residual, out, in_place, valid, keep=not in_place, counter=counter
     )
     if known is None and (front := dispatch.differentiable(x, None)) is not None:  # its arrays are never known
         front.count_writes(training, running_mean, running_var, out)
@@ -302,7 +327,8 @@ def _checked(
         x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis, out,
         mask, virtual_batch_size, renorm,
     )  # fmt: skip
-    if key is not None and dispatch.told_by_type(x):
+    arrays = [array for array in (x, *vectors.values(), residual, out, mask, momentum) if hasattr(array, "dtype")]
+    if key is not None and dispatch.told_by_type(x) and _lasts(backend, arrays):
         guarded = hasattr(getattr(x, "flags", None), "writeable")
         _remember(_FORWARDS, key, _Known(row, options.axis, options.groups, options.renorm, guarded))
     return engine, options
@@ -336,6 +362,11 @@ def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
     known[key] = value
 
 
+def _lasts(backend: Backend | str | None, arrays: Iterable[Array]) -> bool:
+    """Whether a key of these has no class but those of array libraries: it would keep another from going away."""
+    return (backend is None or isinstance(backend, str)) and all(dispatch.is_named(type(array)) for array in arrays)
+
+
 def _kind(array: Array | None) -> tuple[Any, ...] | None:
     return None if array is None else (type(array), array.dtype, array.shape)
 
@@ -343,4 +374,4 @@ def _kind(array: Array | None) -> tuple[Any, ...] | None:
 def _named(backend: Backend | str | None) -> Any:
     if backend is None or isinstance(backend, str):
         return backend
-    return type(backend), hasattr(backend, "normalize")
+    raise TypeError("of calls with a backend given as an object nothing is remembered")

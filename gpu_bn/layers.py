@@ -11,7 +11,8 @@ from gpu_bn import dispatch, spec
 from gpu_bn.activations import Activation
 from gpu_bn.backends.protocol import Backend, Saved
 from gpu_bn.folding import batch_moments
-from gpu_bn.functional import batch_norm_backward, batch_norm_forward
+from gpu_bn.functional import batch_norm_backward, forward_counting
+from gpu_bn.ops import commit
 
 Array = Any
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -99,7 +100,7 @@ class BatchNorm:
         self._activation = Activation.of(activation)
 
     def forward(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
-        """Normalise ``x``; the call's statistics are kept for one :meth:`backward`.
+        """Normalise ``x``; in training mode the call, and ``x`` with it, is kept for one :meth:`backward`.
 
         Args:
             x: 2-D to 5-D, C channels along ``channel_axis``.
@@ -112,13 +113,16 @@ class BatchNorm:
         Raises:
             TypeError, ValueError: as :func:`gpu_bn.batch_norm`; neither statistics nor counter have changed then.
         """
-        y, self._saved = self.forward_saving(x, residual, mask)
+        y, saved = self.forward_saving(x, residual, mask)
+        self._saved = saved if self.training else None
         return y
 
     __call__ = forward
 
     def forward_saving(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> tuple[Array, Saved]:
-        """:meth:`forward`, returning what :meth:`backward` needs; for several calls before their backward calls."""
+        """:meth:`forward`, returning what :meth:`backward` needs: in evaluation, or for several calls before theirs."""
+        if dispatch.differentiable(x, None) is not None:
+            raise TypeError(f"gpu_bn.{self!r} takes NumPy and CuPy arrays; for torch tensors there is gpu_bn.nn")
         batch_stats = self.training or self.running_mean is None
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         if counter is not None:
@@ -128,7 +132,8 @@ class BatchNorm:
         if momentum is None:
             with spec.on_device_of(counter):
                 momentum = 1.0 / (counter + 1) if counter is not None else 0.0  # on a GPU, a 0-d array
-        y, saved = batch_norm_forward(
+        return forward_counting(
+            counter,
             x,
             self.running_mean if use_running else None,
             self.running_var if use_running else None,
@@ -145,13 +150,9 @@ class BatchNorm:
             virtual_batch_size=self.virtual_batch_size if self.training else None,
             renorm=self.renorm if self.training else None,
         )
-        if counter is not None:
-            with spec.on_device_of(counter):
-                counter += 1
-        return y, saved
 
     def backward(self, dy: Array, saved: Saved | None = None) -> Any:
-        """Back-propagate through a forward call, the last one unless ``saved`` is given.
+        """Back-propagate through a forward call: the last one in training mode, once, unless ``saved`` is given.
 
         The parameters' gradients are added to ``grad``.
 
@@ -159,17 +160,28 @@ class BatchNorm:
             ``dx``, or ``(dx, dresidual)`` if that call had a residual; like ``x``.
 
         Raises:
-            RuntimeError: there has been no forward call.
+            RuntimeError: there has been no forward call in training mode since the last backward call.
         """
+        kept = saved is None
         saved = saved or self._saved
         if saved is None:
-            raise RuntimeError("backward needs a forward call before it")
+            raise RuntimeError(
+                "backward needs a forward call before it, in training mode and its own (forward_saving serves others)"
+            )
         grads = batch_norm_backward(dy, saved, backend=self.backend)
+        sums = {}
         for name, gradient in (("weight", grads.dweight), ("bias", grads.dbias)):
             if gradient is not None:
                 with spec.on_device_of(gradient):
-                    self.grad[name] = self.grad[name] + gradient if name in self.grad else gradient
+                    sums[name] = self.grad[name] + gradient if name in self.grad else gradient
+        self.grad.update(sums)
+        if kept:
+            self._saved = None
         return grads.dx if grads.dresidual is None else (grads.dx, grads.dresidual)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: all but the call that waits for its backward call, and its ``x``."""
+        return self.__dict__ | {"_saved": None}
 
     def zero_grad(self) -> None:
         """Forget the gradients summed so far."""
@@ -238,8 +250,9 @@ class BatchNorm:
         A state without ``num_batches_tracked`` (from before torch 0.4.1) leaves the counter as it is.
 
         Raises:
-            ValueError: a missing or unexpected key (if ``strict``), or an array of the wrong shape, or whose values
-                are no numbers; nothing has been copied then.
+            ValueError: a missing or unexpected key (if ``strict``); an array of the wrong shape, or whose values are no
+                real numbers, or a counter that is no whole number; a parameter or buffer that is read-only. Nothing
+                has been copied then.
         """
         own = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
         missing = [name for name in own if name not in state and name != "num_batches_tracked"]
@@ -250,9 +263,9 @@ class BatchNorm:
         for name, value in values.items():
             if value.shape != own[name].shape:
                 raise ValueError(f"state of {self!r}: {name} should have shape {own[name].shape}, got {value.shape}")
-        for name, value in values.items():
-            with spec.on_device_of(own[name]):
-                own[name][...] = value
+            spec.check_writeable(name, own[name])
+        with spec.on_device_of(next(iter(own.values()), None)):
+            commit([own[name] for name in values], list(values.values()))
 
     def __repr__(self) -> str:
         text = (
@@ -269,6 +282,8 @@ class BatchNorm:
 
 def _like(name: str, own: Array, value: Any) -> Array:
     """An array of ``own``'s library and dtype."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{name} should be an array without a mask, got {type(value).__name__}")
     if hasattr(value, "detach"):  # a torch tensor: NumPy takes none that requires a gradient, and no bfloat16
         value = value.detach().to("cpu")
         value = value.double().numpy() if value.is_floating_point() else value.numpy()
@@ -276,11 +291,12 @@ def _like(name: str, own: Array, value: Any) -> Array:
         value = np.asarray(value)
     elif not spec.is_cupy(own):
         value = value.get()
-    try:
-        with spec.on_device_of(value):
-            value = value.astype(own.dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} should be numbers that {own.dtype} can hold: {error}") from None
+    if not (value.dtype.kind in "biuf" or spec.dtype_name(value) == "bfloat16"):
+        raise ValueError(f"{name} should be real numbers, got {value.dtype}")
+    with spec.on_device_of(value):
+        if name == "num_batches_tracked" and not bool((value == value // 1).all() and (abs(value) < 2.0**63).all()):
+            raise ValueError(f"{name} should be a whole number, got {value}")
+        value = value.astype(own.dtype)
     if spec.is_cupy(value) or not spec.is_cupy(own):
         return value
     with spec.on_device_of(own):  # CuPy's arrays do not take NumPy's

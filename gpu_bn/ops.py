@@ -1,17 +1,23 @@
 """The algorithm, once for all backends: statistics, running update, normalise; reduce, input gradient.
 
 Arguments have been checked; a failure on the way (say, out of memory) leaves the running statistics as they were,
-because they are written last.
+because they are written last: NumPy's in one call, between whose ends no signal handler runs.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from gpu_bn import aliasing
 from gpu_bn.backends.protocol import Backend, Fused, Moments, Saved, Sums
-from gpu_bn.spec import BatchNormSpec, on_device_of
+from gpu_bn.spec import BatchNormSpec, is_cupy, on_device_of
 
 Array = Any
 
@@ -45,14 +51,59 @@ def forward(
     in_place: bool,
     valid: Array | None = None,
     keep: bool = True,
+    counter: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Normalise, update the running statistics, and return ``y`` and what the backward call needs.
 
     ``in_place`` allows ``out`` to be the input or the residual, which a backward call would read; ``valid`` is what
-    :func:`positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.Fused`.
+    :func:`positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.Fused`. ``counter``, NumPy's, is
+    incremented when the statistics are written.
+
+    Raises:
+        ValueError: an array that is written shares memory with another, or two of its elements do.
     """
-    if out is not None:
+    state = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": counter}
+    distinct = aliasing.check_written(
+        {"out": out, **(state if spec.batch_stats else {})},
+        {"input": x, "weight": weight, "bias": bias, "residual": residual, **({} if spec.batch_stats else state)},
+    )
+    if out is not None and not distinct:
         backend.check_out(out, x, residual, in_place)
+    rest = weight, bias, residual, out, valid, keep
+    if not (spec.batch_stats and isinstance(running_mean, np.ndarray) and not is_cupy(running_mean)):
+        result = _forward(backend, x, spec, running_mean, running_var, *rest)
+        if counter is not None:
+            with on_device_of(counter):
+                counter += 1
+        return result
+    written = [array for array in (running_mean, running_var, counter) if array is not None]
+    moved: list[Any] = [array.copy() for array in written]
+    result = _forward(backend, x, spec, moved[0], moved[1], *rest)
+    if counter is not None:
+        moved[2] += 1
+    commit(written, moved)
+    return result
+
+
+def commit(targets: Sequence[Array], values: Sequence[Array]) -> None:
+    """Write several arrays, all or none: in one call into C, which no signal interrupts if the arrays are NumPy's."""
+    tuple(map(operator.setitem, targets, repeat(...), values))
+
+
+def _forward(
+    backend: Backend,
+    x: Array,
+    spec: BatchNormSpec,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array | None,
+    valid: Array | None,
+    keep: bool,
+) -> tuple[Array, Saved]:
+    """:func:`forward` of arguments that may be written."""
     if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend, valid is None and spec.groups == 1)):
         return fused.forward(x, spec, running_mean, running_var, weight, bias, residual, out, valid, keep)
     with on_device_of(x):

@@ -28,6 +28,7 @@ from the running statistics before the update, ``sd = sqrt(var + eps)``, and bot
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -173,11 +174,15 @@ def check_renorm(renorm: tuple[float, float], tracked: bool, groups: int = 1) ->
 
 
 def check_options(training: bool, momentum: float | Array, eps: float) -> None:
-    """Check ``momentum``, a real number or 0-d array, and ``eps``, positive in training and never negative."""
+    """Check ``momentum``, a finite number or 0-d array, and ``eps``, finite, positive in training, never negative."""
     if not isinstance(momentum, Real) and not _is_real_scalar(momentum):
         raise TypeError(f"momentum should be a number, got {type(momentum).__name__}")
+    if isinstance(momentum, Real) and not math.isfinite(momentum):
+        raise ValueError(f"momentum should be finite, got {momentum}")
     if not isinstance(eps, Real):
         raise TypeError(f"eps should be a number, got {type(eps).__name__}")
+    if math.isinf(eps):
+        raise ValueError(f"batch_norm eps must be finite, but got {eps}")
     if training and not eps > 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0.0:
@@ -278,11 +283,6 @@ _NOWHERE = nullcontext()
 
 
 def is_cupy(array: Any) -> bool:
-    """Whether it is an array of CuPy's."""
-    kind: Any = type(array)
-    return _is_cupy(kind)
-
-
-@cache
-def _is_cupy(kind: Any) -> bool:
-    return any((base.__module__, base.__qualname__) == ("cupy", "ndarray") for base in kind.__mro__)
+    """Whether it is an array of CuPy's; its library is loaded then."""
+    cupy: Any = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)

@@ -68,7 +68,7 @@ def test_public_modules_import_and_say_what_they_are(name):
 
 
 LAYERS = [
-    {"spec", "activations", "merge"},
+    {"spec", "activations", "merge", "aliasing"},
     {"kernels", "plan"},
     {"backends"},
     {"ops", "dispatch"},

@@ -6,14 +6,16 @@ And whether two tensors overlap, and how one is cut into blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_bn.aliasing import extent as extent
+from gpu_bn.aliasing import overlap, view
 from gpu_bn.spec import check_overlap
 
 Array = NDArray[Any]
@@ -55,20 +57,15 @@ class Layout:
         return dense.transpose(np.argsort(self.order)) if self.order != tuple(range(len(self.order))) else dense
 
 
-def extent(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Array:
-    """Another library's array as NumPy sees its memory, to be compared with others and never read; strides in bytes."""
-    seen = {"version": 3, "typestr": f"|V{itemsize}", "shape": shape, "strides": strides, "data": (address, False)}
-    return np.asarray(SimpleNamespace(__array_interface__=seen))
-
-
-def check_out(out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
-    """:meth:`Backend.check_out <gpu_bn.backends.protocol.Backend.check_out>` of arrays, or of extents.
+def check_out(out: Any, x: Any, residual: Any, in_place: bool) -> None:
+    """:meth:`Backend.check_out <gpu_bn.backends.protocol.Backend.check_out>` of arrays of any library.
 
     No two devices of a process have addresses in common.
     """
+    target = view(out)
     for name, array in (("input", x), ("residual", residual)):
-        if array is not None and np.shares_memory(out, array):
-            check_overlap(name, (out.ctypes.data, out.strides) == (array.ctypes.data, array.strides), in_place)
+        if array is not None and overlap(target, other := view(array)):
+            check_overlap(name, (target.ctypes.data, target.strides) == (other.ctypes.data, other.strides), in_place)
 
 
 @lru_cache(1024)
@@ -101,3 +98,18 @@ def block_sizes(
             pieces = -(-steps[axis] // max(1, most // others))
             steps[axis] = -(-steps[axis] // pieces)
     return tuple(steps)
+
+
+def each(blocks: Iterable[tuple[slice, ...]], work: Callable[..., None], *arguments: Any) -> None:
+    """Do some work on each block; where memory does not suffice for a whole one, on its halves."""
+    for block in blocks:
+        try:
+            work(block, *arguments)
+        except MemoryError:
+            sizes = [part.stop - part.start for part in block]
+            if max(sizes) == 1:
+                raise
+            axis = sizes.index(max(sizes))
+            middle = block[axis].start + sizes[axis] // 2
+            ends = (slice(block[axis].start, middle), slice(middle, block[axis].stop))
+            each([(*block[:axis], end, *block[axis + 1 :]) for end in ends], work, *arguments)

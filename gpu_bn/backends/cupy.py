@@ -19,7 +19,7 @@ import cupy
 import numpy as np
 
 from gpu_bn.backends import cupy_calls as calls
-from gpu_bn.backends._layout import Layout, check_out, extent
+from gpu_bn.backends._layout import Layout, check_out
 from gpu_bn.backends.cupy_calls import ABSENT, place, row, tensor, vector
 from gpu_bn.backends.cupy_device import ClusterRefusedError, Frame, empty
 from gpu_bn.backends.cupy_draft import Vector, check_device
@@ -144,7 +144,7 @@ class CupyBackend:
         return y
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
-        check_out(_extent(out), _extent(x), None if residual is None else _extent(residual), in_place)
+        check_out(out, x, residual, in_place)
 
     # -------------------------------------------------------------------------------------- one call, fused
     @_where_it_is
@@ -323,11 +323,6 @@ def from_host(array: np.ndarray[Any, Any]) -> Array:
     raw: Any = (ctypes.c_uint8 * max(high - low, 1)).from_address(low) if array.size else np.zeros(1, np.uint8)
     memory = cupy.asarray(np.frombuffer(raw, np.uint8))
     return cupy.ndarray(array.shape, array.dtype, memory.data + (array.ctypes.data - low), array.strides)
-
-
-def _extent(array: Array) -> np.ndarray[Any, Any]:
-    """Compared on the host: CuPy's own ``shares_memory`` sorts addresses on the device, and waits."""
-    return extent(array.data.ptr, array.shape, array.strides, array.dtype.itemsize)
 
 
 def _groups(spec: BatchNormSpec) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.backends._layout import Layout, block_sizes, check_out, memory_order
+from gpu_bn.backends._layout import Layout, block_sizes, check_out, each, memory_order
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 
 Array = NDArray[Any]
@@ -102,11 +102,7 @@ class NumpyBackend:
         call = Call(saved, residual, saved.spec.activation.row.value_needs)
         out = call.split(out)
         for channels in call.parts(call.kept):
-            centre, scale, shift, *_ = call.vectors(channels)
-            for block in call.parts(call.summed, channels):
-                z = call.z(block, call.centred(block, centre), scale, shift)
-                call.activation.value(z)
-                out[block] = call.clear(z, block)
+            each(call.parts(call.summed, channels), call.write, out, *call.vectors(channels)[:3])
 
     @np.errstate(all="ignore")
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
@@ -182,7 +178,7 @@ class Blocks:
         """The parts that cuts along some axes make of the tensor, or of a part of it."""
         cut = [axis for axis in axes if self.steps[axis] < self.shape[axis]]
         for starts in product(*[range(0, self.shape[axis], self.steps[axis]) for axis in cut]):
-            part = list(within or [slice(None)] * len(self.shape))
+            part = list(within or [slice(0, size) for size in self.shape])
             for axis, start in zip(cut, starts, strict=True):
                 part[axis] = slice(start, start + self.steps[axis])
             yield tuple(part)
@@ -234,6 +230,11 @@ class Call(Blocks):
         if self.residual is not None:
             z += self.residual[block]
         return z
+
+    def write(self, block: Block, out: Array, centre: Array, scale: Array, shift: Array) -> None:
+        """Write a block of ``y``."""
+        self.activation.value(z := self.z(block, self.centred(block, centre), scale, shift))
+        out[block] = self.clear(z, block)
 
     def dz(self, block: Block, centred: Array, scale: Array, shift: Array, dy: Array) -> Array:
         """``dy * activation'(z)``, 0 where positions do not count; it may be ``dy`` itself."""

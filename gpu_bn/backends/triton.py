@@ -32,7 +32,7 @@ from gpu_bn.backends.triton_programs import (
     strip,
     training_plan,
 )
-from gpu_bn.backends.triton_tensors import View, aligned, contiguous_view, dense, extent_of, is_dense, view_of
+from gpu_bn.backends.triton_tensors import View, aligned, contiguous_view, dense, is_dense, view_of
 from gpu_bn.kernels import bn_backward_triton, bn_forward_triton
 from gpu_bn.kernels.activations_triton import functions
 from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan, Work, alignment
@@ -163,7 +163,7 @@ class TritonBackend:
         return self.empty_like(like).copy_(array)
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
-        check_out(extent_of(out), extent_of(x), None if residual is None else extent_of(residual), in_place)
+        check_out(out, x, residual, in_place)
 
     @torch.no_grad()
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:

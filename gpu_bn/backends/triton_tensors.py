@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_bn.backends._layout import Layout, extent
+from gpu_bn.backends._layout import Layout
 
 Array = Any
 
@@ -75,9 +75,3 @@ def dense(array: Array, view: View) -> Array:
 def aligned(array: Array, size: int) -> Array:
     """The dense tensor, or a copy of it at a multiple of ``size`` bytes."""
     return array if array.data_ptr() % size == 0 else array.clone(memory_format=torch.preserve_format)
-
-
-def extent_of(array: Array) -> np.ndarray[Any, Any]:
-    """A tensor's memory, to be compared with others'."""
-    size = array.element_size()
-    return extent(array.data_ptr(), tuple(array.shape), tuple(size * stride for stride in array.stride()), size)

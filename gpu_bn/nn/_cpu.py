@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_bn import ops
+from gpu_bn.backends._layout import check_out
 from gpu_bn.backends.numpy import NumpyBackend
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec
@@ -82,7 +83,7 @@ class TorchBackend:
         return torch.empty_like(like).copy_(array)
 
     def check_out(self, out: Tensor, x: Tensor, residual: Tensor | None, in_place: bool) -> None:
-        NUMPY.check_out(as_array(out), as_array(x), _optional(residual), in_place)
+        check_out(out, x, residual, in_place)
 
     def stats(self, x: Tensor, axis: int, valid: Tensor | None = None, groups: int = 1) -> Moments:
         return _tensor_moments(NUMPY.stats(_ordered(x), axis, _optional(valid), groups))

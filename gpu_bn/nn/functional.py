@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.overrides import is_tensor_like
 
-from gpu_bn import dispatch, ops, spec
+from gpu_bn import aliasing, dispatch, ops, spec
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import _autograd, _composed, _library, _masked
 from gpu_bn.spec import MAX_RANK, MIN_RANK
@@ -435,6 +435,9 @@ def front_door(
     extensions: dict[str, Any] = {"mask": mask, "virtual_batch_size": virtual_batch_size, "renorm": renorm}
     engine = dispatch.select(backend, input=x, **tensors, out=out, mask=mask)
     checked = spec.check_forward(x, **options, channel_axis=channel_axis, out=out, **extensions)
+    if mask is not None:
+        written = {name: tensors[name] for name in ("running_mean", "running_var") if checked.batch_stats}
+        aliasing.check_written({"out": out, **written}, {"mask": mask})
     named = backend not in (None, dispatch.default(x))
     valid = ops.positions(mask, x.shape, checked.axis) if mask is not None and (named or out is not None) else None
     if out is not None:

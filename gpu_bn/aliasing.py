@@ -1,0 +1,131 @@
+"""Which arrays of a call share memory: those that are written may share none, with others or within themselves.
+
+Arrays are of any library. What bounds cannot tell apart is decided exactly, from strides.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = Any
+LIMIT = 100_000
+"""Steps of NumPy's search for common elements; arrays that it cannot tell apart in as many count as overlapping."""
+
+
+def check_written(written: dict[str, Array | None], read: dict[str, Array | None]) -> bool:
+    """Check that each array written is distinct memory from all others, and has no two elements in one place.
+
+    ``out`` may share memory with the input and the residual: :meth:`Backend.check_out
+    <gpu_bn.backends.protocol.Backend.check_out>` says when.
+
+    Returns:
+        Whether it is plain that no two arrays share memory.
+
+    Raises:
+        ValueError: it is not; the message names both arguments.
+    """
+    targets = [array for array in written.values() if array is not None]
+    if not targets or _plainly_distinct(targets, [array for array in read.values() if array is not None]):
+        return True
+    views = {name: view(array) for name, array in (written | read).items() if array is not None}
+    names = list(views)
+    for at, name in enumerate(names[: len(targets)]):
+        if overlaps_itself(views[name]):
+            raise ValueError(f"{name} is written to, but some of its elements lie in one place")
+        for other in names[at + 1 :]:
+            if not (name == "out" and other in ("input", "residual")) and overlap(views[name], views[other]):
+                raise ValueError(f"{name} is written to, so it may not share memory with {other}")
+    return False
+
+
+def _plainly_distinct(targets: list[Array], others: list[Array]) -> bool:
+    """Whether owners or bounds alone say that nothing is shared: the usual case, told quickly."""
+    if not isinstance(targets[0], np.ndarray):
+        return _bounds_are_distinct(targets, others)
+    arrays = targets + others
+    if all(type(array) is np.ndarray and array.flags.owndata for array in arrays):
+        distinct = set(map(id, targets))
+        return len(distinct) == len(targets) and distinct.isdisjoint(map(id, others))
+    for at, array in enumerate(targets):
+        if not array.flags.c_contiguous:
+            return False
+        for other in arrays[at + 1 :]:
+            if np.may_share_memory(array, other):
+                return False
+    return True
+
+
+def _bounds_are_distinct(targets: list[Array], others: list[Array]) -> bool:
+    """The same of torch tensors and of CuPy arrays."""
+    bounds = []
+    for array in [*targets, *{id(array): array for array in others}.values()]:
+        if hasattr(array, "data_ptr"):
+            start, dense = array.data_ptr(), array.is_contiguous()
+        else:
+            start, dense = array.data.ptr, array.flags.c_contiguous
+        if dense:
+            bounds.append((start, start + array.nbytes))
+        elif len(bounds) < len(targets):  # they might overlap themselves
+            return False
+        elif hasattr(array, "data_ptr"):  # whose strides are not negative
+            last = sum((size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True))
+            bounds.append((start, start + (last + 1) * array.element_size()))
+        else:
+            bounds.append(np.lib.array_utils.byte_bounds(view(array)))
+    bounds.sort()
+    return all(one[1] <= after[0] for one, after in pairwise(bounds))
+
+
+def view(array: Array) -> NDArray[Any]:
+    """An array of any library as NumPy sees its memory, to be compared with others and never read."""
+    if isinstance(array, np.ndarray):
+        return array
+    if hasattr(array, "data_ptr"):
+        itemsize = array.element_size()
+        return extent(array.data_ptr(), tuple(array.shape), tuple(s * itemsize for s in array.stride()), itemsize)
+    return extent(array.data.ptr, array.shape, array.strides, array.dtype.itemsize)
+
+
+def extent(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> NDArray[Any]:
+    """Another library's array as NumPy sees its memory, to be compared with others and never read; strides in bytes."""
+    seen = {"version": 3, "typestr": f"|V{itemsize}", "shape": shape, "strides": strides, "data": (address, False)}
+    return np.asarray(SimpleNamespace(__array_interface__=seen))
+
+
+def overlap(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Whether two arrays have a byte in common."""
+    if not np.may_share_memory(one, other):
+        return False
+    try:
+        return np.shares_memory(one, other, max_work=LIMIT)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def overlaps_itself(array: NDArray[Any]) -> bool:
+    """Whether two elements of an array have a byte in common."""
+    if array.flags.c_contiguous or array.size < 2:
+        return False
+    covered = array.itemsize
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape, strict=True)):
+        if size > 1:
+            if stride < covered:
+                break
+            covered += (size - 1) * stride
+    else:
+        return False
+    # Axes may interlock and yet not meet. Halves along an axis are alike, so only one of them need be looked at.
+    while array.size > 1:
+        axis = max(range(array.ndim), key=array.shape.__getitem__)
+        half = math.ceil(array.shape[axis] / 2)
+        first, second = np.split(array, [half], axis)
+        if overlap(first, second):
+            return True
+        array = first
+    return False
