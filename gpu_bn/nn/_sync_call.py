@@ -39,8 +39,8 @@ def call_of(
         if not (isinstance(value, Tensor) or (value is None and name != "input")):
             return f"{name} should be a Tensor, got {type(value).__name__}"
     input, residual, mask, running_mean, running_var, weight, bias, num_batches_tracked = given
-    eps = float(eps)
-    momentum = momentum if momentum is None or isinstance(momentum, Tensor) else float(momentum)
+    eps = _number("eps", eps)
+    momentum = momentum if momentum is None or isinstance(momentum, Tensor) else _number("momentum", momentum)
     channels = input.shape[1:2].numel() if num_features is None else num_features
     vectors = (running_mean, running_var, weight, bias)
     if text := _check(input, vectors, residual, mask, eps, channels):
@@ -64,6 +64,13 @@ def call_of(
     tracked = (running_mean, running_var, num_batches_tracked)
     options = (eps, activation.name, float(activation.parameter))
     return Call(inputs, valid, tracked, momentum, options, signature)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} should be a number, got {value!r}") from None
 
 
 def _check(
