@@ -46,7 +46,11 @@ def main() -> None:
 
     cupy_device._module = noting
     testing.ADAPTERS["cupy"] = testing.Adapter(gpu.asarray, np.array)
-    found = {"gpu-bn check": kernels_of_check, "gpu-bn bench": kernels_of_bench}
+    found = {
+        "gpu-bn check --quick": kernels_of_quick_check,
+        "gpu-bn check, more": kernels_of_check,
+        "gpu-bn bench": kernels_of_bench,
+    }
     for command, use in found.items():
         before = len(needed)
         use(testing)
@@ -78,8 +82,18 @@ def without_kernels(arch: int) -> fake_cupy.EmulatedGpu:
     return gpu
 
 
+def kernels_of_quick_check(testing) -> None:
+    from gpu_bn._conformance import covering
+
+    kernels_of(testing, covering([*testing.cases(), *testing.extended_cases()]))
+
+
 def kernels_of_check(testing) -> None:
-    for case in [*testing.cases(), *testing.extended_cases()]:
+    kernels_of(testing, [*testing.cases(), *testing.extended_cases()])
+
+
+def kernels_of(testing, cases) -> None:
+    for case in cases:
         with suppress(AssertionError), np.errstate(all="ignore"):  # launches that do nothing leave what was there
             testing.run(testing.build(case), "cupy")
 

@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpu_bn import nn as nn
+    from gpu_bn import testing as testing
     from gpu_bn._explain import explain
     from gpu_bn.activations import Activation, elu, leaky_relu
     from gpu_bn.backends.cpu.threads import get_num_threads, set_num_threads
@@ -41,6 +43,9 @@ _HOMES = {
     "unfold": "folding",
 }
 
+_PARTS = ("nn", "testing")
+"""Subpackages that are public too; ``from gpu_bn import *`` leaves them out, because the first imports torch."""
+
 __all__ = [
     "Activation",
     "BackendUnavailableError",
@@ -62,6 +67,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return _part(name)
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -71,4 +78,17 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *_PARTS, "__version__"])
+
+
+def _part(name: str) -> Any:
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith(__name__):
+            raise
+        extra = {"nn": "torch"}.get(name, "test")
+        raise ModuleNotFoundError(
+            f"gpu_bn.{name} needs the package {error.name}: pip install -e '.[{extra}]' in a clone of gpu_bn",
+            name=error.name,
+        ) from error

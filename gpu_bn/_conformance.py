@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import fields
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
-from gpu_bn import dispatch, testing
-from gpu_bn._console import progress, table
-from gpu_bn._info import unavailable
+from gpu_bn import __version__, dispatch, testing
+from gpu_bn._console import Table, progress, table
+from gpu_bn._info import cores, facts_of_cuda, unavailable
 
 
 class Outcome(NamedTuple):
@@ -27,8 +32,40 @@ class Outcome(NamedTuple):
     failure: str
 
 
-def conformance(backend: str | None) -> bool:
+class Found(NamedTuple):
+    """What came of one backend: its outcomes, how many cases were not run, and in which time."""
+
+    backend: str
+    outcomes: list[Outcome]
+    left: int
+    seconds: float
+
+    @property
+    def failed(self) -> int:
+        """How many cases have failed."""
+        return sum(bool(outcome.failure) for outcome in self.outcomes)
+
+    @property
+    def row(self) -> list[str]:
+        """A line of the table of all backends."""
+        numbers = [len(self.outcomes), len(self.outcomes) - self.failed, self.failed, self.left]
+        return [self.backend, *(str(number) for number in numbers), *worst(self.outcomes), f"{self.seconds:.0f}"]
+
+
+MOST_WORKERS = 16
+"""Threads or processes, each with what a library needs of memory, on the CPU and the GPU."""
+
+
+def conformance(
+    backend: str | None, quick: bool = False, workers: int | None = None, results: Path | None = None
+) -> bool:
     """Run the cases on one backend, or on all that can be had, and print what comes of it.
+
+    Args:
+        backend: its name.
+        quick: run few cases, which cover every value of every option with every dtype.
+        workers: how many cases run side by side on a GPU; ``None`` is one for each core, up to :data:`MOST_WORKERS`.
+        results: where to write them as JSON.
 
     Returns:
         Whether all have passed.
@@ -38,44 +75,110 @@ def conformance(backend: str | None) -> bool:
     """
     if backend is not None:
         dispatch.load(backend)
-    passed = True
+    found: list[Found] = []
+    cases = [*testing.cases(), *testing.extended_cases()]
+    cases = covering(cases) if quick else cases
     for name in dispatch.NAMES if backend is None else (backend,):
         if why_not := unavailable(name):
             print(f"{name}: not run, {why_not}\n")
             continue
-        cases = [*testing.cases(), *testing.extended_cases()]
+        start = time.perf_counter()
         with progress(f"Checking {name}: {len(cases)} cases", len(cases)) as tick:
-            outcomes = run_all(cases, name, tick)
+            outcomes = run_all(cases, name, tick, workers)
+        found.append(Found(name, outcomes, len(cases) - len(outcomes), time.perf_counter() - start))
         print(summary(name, outcomes))
-        passed &= not any(outcome.failure for outcome in outcomes)
-        if left := len(cases) - len(outcomes):
+        if left := found[-1].left:
             print(
                 f"The GPU does not answer since one of the last of these; {left} cases and later backends were not run."
             )
             break
     if left_out := testing.unavailable_cases():
         print(f"{len(left_out)} cases of bfloat16 were left out: the package ml_dtypes is not installed.")
-    return passed
+    facts = facts_of_cuda()
+    print("\nTo paste into an issue:\n")
+    print(overview(found, facts, quick))
+    if results is not None:
+        results.write_text(as_json(found, facts, quick))
+    return not any(one.failed for one in found)
 
 
-THREADS = {"cupy": min(os.cpu_count() or 1, 8)}
-"""Of backends whose cases run side by side: most of their time goes to NVRTC, which compiles in several threads."""
+def overview(found: Sequence[Found], facts: Sequence[str], quick: bool) -> str:
+    """One table of all backends, with what it depends on."""
+    header = ["backend", "cases", "passed", "failed", "not run", "largest error / allowed", "quantity", "seconds"]
+    title = f"gpu-bn {__version__} check{' --quick' if quick else ''}"
+    return Table(title, header, [one.row for one in found], "; ".join(facts)).text()
 
 
-def run_all(cases: Iterable[testing.Case], backend: str, tick: Callable[[int], None]) -> list[Outcome]:
+def as_json(found: Sequence[Found], facts: Sequence[str], quick: bool) -> str:
+    """The same for programs, with the text of each failure."""
+    backends = {
+        one.backend: {
+            "cases": len(one.outcomes), "failed": one.failed, "not_run": one.left, "seconds": one.seconds,
+            "largest_error": worst(one.outcomes),
+            "failures": [{"case": str(o.case), "failure": o.failure} for o in one.outcomes if o.failure],
+        }
+        for one in found
+    }  # fmt: skip
+    whole = {"gpu_bn": __version__, "quick": quick, "facts": list(facts), "backends": backends}
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+
+
+def covering(cases: Iterable[testing.Case]) -> list[testing.Case]:
+    """Some of the cases: in them each value of each field, and each rank, meets each dtype that it meets in all."""
+    names = [field.name for field in fields(testing.Case) if field.name not in ("shape", "dtype", "mean", "std", "eps")]
+    seen: set[tuple[object, ...]] = set()
+    chosen = []
+    for case in cases:
+        pairs = {(case.dtype, name, getattr(case, name)) for name in names} | {(case.dtype, "rank", len(case.shape))}
+        if pairs - seen:
+            chosen.append(case)
+            seen |= pairs
+    return chosen
+
+
+THREADS, PROCESSES = ("cupy",), ("triton",)
+"""Backends of a GPU, whose cases run side by side: most of their time goes to compilers. NVRTC compiles in several
+threads, Triton in several processes.
+"""
+
+
+def run_all(
+    cases: Sequence[testing.Case], backend: str, tick: Callable[[int], None], workers: int | None = None
+) -> list[Outcome]:
     """Run the cases, up to one that breaks the GPU: after an access out of bounds all others would fail as well."""
-    broken = Event()
+    _BROKEN.clear()
+    count = min(cores(), MOST_WORKERS) if workers is None else workers
+    one = partial(run_unless_broken, backend=backend)
+    if backend in PROCESSES and count > 1:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, mp_context=spawn) as pool:
+            return collected(pool.map(one, cases), tick)
+    with ThreadPoolExecutor(count if backend in THREADS else 1) as pool:
+        return collected(pool.map(one, cases), tick)
 
-    def outcome(case: testing.Case) -> Outcome | None:
-        if broken.is_set():
-            return None
-        found = run(case, backend, tick)
-        if found.failure and not answers(backend):
-            broken.set()
-        return found
 
-    with ThreadPoolExecutor(THREADS.get(backend, 1)) as pool:
-        return [found for found in pool.map(outcome, cases) if found is not None]
+def collected(outcomes: Iterator[Outcome | None], tick: Callable[[int], None]) -> list[Outcome]:
+    """The outcomes, as they come; ``None`` is of a case that was not run."""
+    found = []
+    for outcome in outcomes:
+        tick(1)
+        if outcome is not None:
+            found.append(outcome)
+    return found
+
+
+_BROKEN = Event()
+"""Whether this process's GPU has stopped to answer."""
+
+
+def run_unless_broken(case: testing.Case, backend: str) -> Outcome | None:
+    """Run a case, in any thread or process; ``None`` if the process's GPU does not answer any more."""
+    if _BROKEN.is_set():
+        return None
+    found = run(case, backend)
+    if found.failure and not answers(backend):
+        _BROKEN.set()
+    return found
 
 
 def answers(backend: str) -> bool:
@@ -92,14 +195,12 @@ def answers(backend: str) -> bool:
     return True
 
 
-def run(case: testing.Case, backend: str, tick: Callable[[int], None]) -> Outcome:
+def run(case: testing.Case, backend: str) -> Outcome:
     """Run one case; whatever it raises is its failure."""
     try:
         return Outcome(case, testing.check(case, backend), "")
     except Exception as error:
         return Outcome(case, {}, f"{type(error).__name__}: {error}")
-    finally:
-        tick(1)
 
 
 def summary(backend: str, outcomes: list[Outcome]) -> str:

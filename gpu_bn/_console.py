@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -86,12 +87,19 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+LEAST_PAUSE = 10.0
+"""Seconds between two lines that say how far a command has come."""
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error; yields what advances it. Without a terminal, or without rich, one line."""
-    if not sys.stderr.isatty() or find_spec("rich") is None:
-        print(what, file=sys.stderr, flush=True)
-        yield lambda _: None
+def progress(what: str, total: int, about: float = 0.0) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error; yields what advances it. Without a terminal, or without rich, lines with the time left.
+
+    ``about`` is how many seconds it should take.
+    """
+    what += f", about {duration(about)}" if about else ""
+    if sys.stderr is None or not sys.stderr.isatty() or find_spec("rich") is None:
+        yield _Lines(what, total).advance
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -100,3 +108,26 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+class _Lines:
+    """Says how far a command has come in lines, some seconds apart."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.total, self.done, self.start = total, 0, time.monotonic()
+        self.said = self.start
+        print(what, file=sys.stderr, flush=True)
+
+    def advance(self, done: int) -> None:
+        self.done += done
+        now = time.monotonic()
+        if now - self.said < LEAST_PAUSE or self.done >= self.total:
+            return
+        self.said = now
+        left = (now - self.start) * (self.total - self.done) / self.done
+        print(f"  {self.done} of {self.total}, about {duration(left)} left", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A rough time in words."""
+    return f"{max(round(seconds), 1)} s" if seconds < 100 else f"{round(seconds / 60)} minutes"

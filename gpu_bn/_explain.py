@@ -153,6 +153,8 @@ def explain(
         dtype = shape_or_array.dtype if is_array else "float32"
     name = dtype_of(dtype)
     n, c, s = geometry_of(shape, layout)
+    if training and n * s == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
     strides = _strides(shape_or_array) if is_array else None
     if strides is not None:
         from gpu_bn.backends._layout import Layout

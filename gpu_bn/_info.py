@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 
 from gpu_bn import __version__, dispatch, get_num_threads
 from gpu_bn._console import table
+from gpu_bn._cuda_versions import DRIVER, cuda_versions
 
 PACKAGES = (
     "torch",
@@ -26,7 +28,6 @@ PACKAGES = (
     "matplotlib",
     "rich",
 )
-DRIVER = "libcuda.so.1"
 
 
 class Devices(NamedTuple):
@@ -36,26 +37,64 @@ class Devices(NamedTuple):
     why_not: str = ""
 
 
-def info() -> str:
-    """Versions, processor, GPUs and backends, in lines of text."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+class Facts(NamedTuple):
+    """Lines of a name and what is said of it, and a row for each backend."""
+
+    lines: list[tuple[str, str]]
+    backends: list[list[str]]
+
+
+def text(found: Facts) -> str:
+    """The facts in lines of text."""
+    lines = [f"{name:12} {value}" for name, value in found.lines]
+    return "\n".join([*lines, "", table("Backends", ["name", "serves", "available"], found.backends)]).rstrip()
+
+
+def as_json(found: Facts) -> str:
+    """The facts for programs."""
+    names = ("name", "serves", "available")
+    backends = [dict(zip(names, row, strict=True)) for row in found.backends]
+    return json.dumps({"facts": [list(line) for line in found.lines], "backends": backends}, indent=1) + "\n"
+
+
+def facts() -> Facts:
+    """Look for versions, processor, GPUs and backends."""
     gpus = devices()
     packages = [f"{name} {found}" for name in PACKAGES if (found := installed(name))]
-    facts = [
+    lines = [
         ("gpu-bn", __version__),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         ("NumPy", f"{np.__version__}, BLAS: {blas()}"),
         ("packages", ", ".join(packages) or "none of " + ", ".join(PACKAGES)),
-        ("processor", f"{platform.machine()}, {os.cpu_count()} cores, {cores} for this process"),
+        ("processor", f"{platform.machine()}, {os.cpu_count()} cores, {cores()} for this process"),
         ("threads", f"{get_num_threads()} for the NumPy backend (GPU_BN_NUM_THREADS sets it)"),
         ("GPUs", "; ".join(gpus.names) or f"none: {gpus.why_not}"),
     ]
+    cuda = cuda_versions()
+    lines += [(f"CUDA {name}", said) for name, said in cuda.said.items()]
+    lines += [("does not fit", problem) for problem in cuda.problems()]
     rows = []
     for row in dispatch.ROWS:
         why_not = missing(row, gpus)
         rows.append([row.name, row.array, f"no: {why_not}" if why_not else "yes"])
-    lines = [f"{name:10} {value}" for name, value in facts]
-    return "\n".join([*lines, "", table("Backends", ["name", "serves", "available"], rows)]).rstrip()
+    return Facts(lines, rows)
+
+
+def facts_of_cuda() -> list[str]:
+    """What results on a GPU depend on, in short."""
+    gpus, found = devices(), cuda_versions()
+    packages = [f"{name} {has}" for name in PACKAGES if (has := installed(name))]
+    return [
+        "; ".join(gpus.names) or f"no GPU: {gpus.why_not}",
+        *(f"CUDA of {name}: {said}" for name, said in found.said.items()),
+        f"Python {platform.python_version()}, NumPy {np.__version__}, {', '.join(packages)}",
+        *(f"does not fit: {problem}" for problem in found.problems()),
+    ]
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def installed(package: str) -> str | None:

@@ -52,6 +52,8 @@ class Activation:
             raise TypeError(f"the parameter of {self.name} should be a number, got {kind}: {self.parameter!r}")
         if self.parameter != self.parameter:
             raise ValueError(f"the parameter of {self.name} should be a number, got {self.parameter}")
+        if type(self.parameter) is not float:  # kernels are compiled for floats
+            object.__setattr__(self, "parameter", float(self.parameter))
 
     @staticmethod
     def of(activation: Activation | str | None) -> Activation:

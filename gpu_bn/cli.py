@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu_bn import __version__, dispatch
+from gpu_bn import __version__, _arguments, dispatch
+from gpu_bn._arguments import CommandError, UsageError
 from gpu_bn.plan import DEVICES
 
 if TYPE_CHECKING:
@@ -21,35 +22,39 @@ DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "ri
 """Modules of the extra ``demo``, and the packages that have them."""
 
 
-class CommandError(Exception):
-    """What keeps a command from running, in words for its user."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; ``None`` is the process's own.
 
     Returns:
-        The exit code: 0, or 1 if a conformance case has failed, a benchmark's result is wrong, or the command cannot
-        run here. A command line that
-        is not understood exits with 2.
+        The exit code: 0; 1 if a conformance case has failed, a benchmark's result is wrong, the command cannot run
+        here or its results cannot be written; 130 after Ctrl-C. A command line that cannot be meant exits with 2.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     options.line = shlex.join(["gpu-bn", *arguments])
+    name = f"gpu-bn {options.command}"
     commands = {
         "info": run_info, "check": run_check, "explain": run_explain, "bench": run_bench, "demo": run_demo
     }  # fmt: skip
     try:
+        if sys.stdout is None:
+            raise CommandError("standard output is closed")
         code = commands[options.command](options)
         sys.stdout.flush()
         return code
     except (CommandError, dispatch.BackendUnavailableError) as error:
-        print(f"gpu-bn {options.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
+        return getattr(error, "code", 1)
     except KeyboardInterrupt:
-        print(f"gpu-bn {options.command}: interrupted", file=sys.stderr)
-    except BrokenPipeError:  # the reader of a pipe has read enough; what is left would fail again at exit
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:  # of a pipe whose reader has read enough, or a full disk; what is left would fail at exit
+        if not isinstance(error, BrokenPipeError):
+            print(
+                f"{name}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr
+            )
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+        return 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +62,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="gpu-bn", description="Batch normalisation, forward and backward.")
     top.add_argument("--version", action="version", version=f"gpu-bn {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add(commands, "info", "Print versions, devices and backends, and why a backend is unavailable.")
+    info = _add(
+        commands,
+        "info",
+        "Print versions, devices, backends and why one is unavailable, and which versions of CUDA do not fit.",
+    )
+    info.add_argument("--json", type=Path, metavar="PATH", help="write it as JSON too")
 
     check = _add(
         commands,
@@ -66,6 +76,14 @@ def parser() -> argparse.ArgumentParser:
         "Exit code 1 if one fails.",
     )
     check.add_argument("--backend", choices=dispatch.NAMES, help="only this one (default: all that can be had)")
+    check.add_argument("--quick", action="store_true", help="fewer cases, that still cover every option and dtype")
+    check.add_argument(
+        "--processes",
+        type=_arguments.positive,
+        metavar="N",
+        help="that compile for a GPU (default: one a core, up to 16)",
+    )
+    check.add_argument("--json", type=Path, metavar="PATH", help="write the results as JSON too")
 
     explain = _add(
         commands,
@@ -74,15 +92,20 @@ def parser() -> argparse.ArgumentParser:
         "times are a model, bytes over the bandwidth of a copy.",
     )
     explain.add_argument(
-        "--shape", type=_shape, required=True, metavar="N,C,...", help="channels second, such as 32,64,56,56"
-    )
-    explain.add_argument("--dtype", choices=("f16", "bf16", "f32", "f64"), default="f32", help="default: %(default)s")
-    explain.add_argument(
-        "--layout", choices=("nchw", "nhwc", "nc"), default="nchw", help="how the axes lie in memory (default: nchw)"
+        "--shape", type=_arguments.shape, required=True, metavar="NxCx...", help="channels second, such as 32x64x56x56"
     )
     explain.add_argument(
-        "--device", choices=(*DEVICES, "all"), default="h100", help="a GPU, or a table of all (default: h100)"
-    )
+        "--dtype", type=_arguments.dtype, default="f32", metavar="NAME",
+        help="f16, bf16, f32 or f64; float16 and so on too (default: f32)",
+    )  # fmt: skip
+    explain.add_argument(
+        "--layout", type=_arguments.layout, default="nchw", metavar="NAME",
+        help="how the axes lie in memory: nchw, nhwc or nc (default: nchw)",
+    )  # fmt: skip
+    explain.add_argument(
+        "--device", type=_arguments.gpu, default="h100", metavar="NAME",
+        help=f"one of {', '.join(DEVICES)}, or all for a table of them (default: h100)",
+    )  # fmt: skip
     explain.add_argument("--residual", action="store_true", help="a tensor is added before the activation")
     explain.add_argument("--activation", metavar="NAME", help="such as relu (default: none)")
 
@@ -93,15 +116,17 @@ def parser() -> argparse.ArgumentParser:
         "demo",
         "Train a network of two hidden layers on scikit-learn's digits without BN, with BN of fixed weight = 1 and "
         "bias = 0, and with BN's learned pair; print how loss, accuracy and the drift of what the second layer sees "
-        "compare; check that BN can be the identity; draw a figure. Needs pip install 'gpu-bn[demo]'.",
+        "compare; check that BN can be the identity; draw a figure. Needs pip install -e '.[demo]'.",
     )
-    demo.add_argument("--seeds", type=_positive, default=5, metavar="N", help="runs of each network (default: 5)")
     demo.add_argument(
-        "--steps", type=_positive, default=800, metavar="N", help="training steps, in twenties (default: 800)"
+        "--seeds", type=_arguments.positive, default=5, metavar="N", help="runs of each network (default: 5)"
+    )
+    demo.add_argument(
+        "--steps", type=_arguments.positive, default=800, metavar="N", help="training steps, in twenties (default: 800)"
     )
     demo.add_argument(
         "--rate",
-        type=float,
+        type=_arguments.above_zero,
         default=3.0,
         metavar="R",
         help="learning rate (default: 3, which of 0.1, 0.3, 1, 3 and 10 is the best for the network without BN)",
@@ -121,26 +146,38 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     bench.add_argument(
         "--shapes",
-        type=_words,
+        type=_arguments.shapes,
         metavar="NAMES",
         help="of few,resnet50-32,resnet50-256,mobilenetv2,unet2d,unet3d,mlp,tiny, and shapes such as 32x64x56x56",
     )
-    bench.add_argument("--dtype", type=_words, metavar="NAMES", help="of f16,bf16,f32,f64")
-    bench.add_argument("--layout", type=_words, metavar="NAMES", help="of nchw,nhwc")
+    bench.add_argument(
+        "--dtype", type=_arguments.several(_arguments.dtype), metavar="NAMES", help="of f16,bf16,f32,f64"
+    )
+    bench.add_argument("--layout", type=_arguments.several(_arguments.layout), metavar="NAMES", help="of nchw,nhwc; nc")
     bench.add_argument(
         "--ops",
-        type=_words,
+        type=_arguments.words,
         metavar="NAMES",
         help="of forward,backward,eval, each also as in eval+relu and eval+add+relu",
     )
     bench.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
-    bench.add_argument("--peers", type=_words, metavar="NAMES", help="these alone, such as 'torch cuDNN,apex'; or none")
-    bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     bench.add_argument(
-        "--seconds", type=float, metavar="S", help="of samples for each call (default: 0.1 or on a CPU 0.3); 0: one"
+        "--peers", type=_arguments.words, metavar="NAMES", help="these alone, such as 'torch cuDNN,apex'; or none"
     )
     bench.add_argument(
-        "--threads", type=_positive, metavar="N", help="of the NumPy backend and of torch on a CPU (default: theirs)"
+        "--device", type=_arguments.device, default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)"
+    )
+    bench.add_argument(
+        "--seconds",
+        type=_arguments.not_negative,
+        metavar="S",
+        help="of samples for each call (default: 0.1 or on a CPU 0.3); 0: one",
+    )
+    bench.add_argument(
+        "--threads",
+        type=_arguments.positive,
+        metavar="N",
+        help="of the NumPy backend and of torch on a CPU (default: one, then all)",
     )
     bench.add_argument("--tiers", choices=("all",), help="on a GPU, force every tier, and fit plan.py's thresholds")
     bench.add_argument(
@@ -154,10 +191,14 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run_info(options: argparse.Namespace) -> int:
     """``gpu-bn info``."""
-    del options
-    from gpu_bn._info import info
+    from gpu_bn._info import as_json, facts, text
 
-    print(info())
+    if options.json is not None:
+        _arguments.check_file(options.json, "facts")
+    found = facts()
+    print(text(found))
+    if options.json is not None:
+        options.json.write_text(as_json(found))
     return 0
 
 
@@ -165,7 +206,9 @@ def run_check(options: argparse.Namespace) -> int:
     """``gpu-bn check``."""
     from gpu_bn._conformance import conformance
 
-    return 0 if conformance(options.backend) else 1
+    if options.json is not None:
+        _arguments.check_file(options.json, "results")
+    return 0 if conformance(options.backend, options.quick, options.processes, options.json) else 1
 
 
 def run_explain(options: argparse.Namespace) -> int:
@@ -182,7 +225,7 @@ def run_explain(options: argparse.Namespace) -> int:
     try:
         found = [of(name) for name in (DEVICES if options.device == "all" else [options.device])]
     except ValueError as error:
-        raise CommandError(str(error)) from None
+        raise UsageError(str(error)) from None
     if options.device != "all":
         print(found[0])
         return 0
@@ -197,6 +240,9 @@ def run_bench(options: argparse.Namespace) -> int:
     """``gpu-bn bench``."""
     from gpu_bn.bench.run import BenchError, Options, bench
 
+    _arguments.check_folder(options.out, "report")
+    if options.page is not None and options.page.parent != options.out:  # which is made if it is not there
+        _arguments.check_file(options.page, "page")
     asked = Options(
         shapes=options.shapes, dtypes=options.dtype, layouts=options.layout, operations=options.ops, only=options.only,
         peers=[] if options.peers == ["none"] else options.peers, device=options.device, seconds=options.seconds,
@@ -206,6 +252,8 @@ def run_bench(options: argparse.Namespace) -> int:
     )  # fmt: skip
     try:
         return 0 if bench(asked) else 1
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     except BenchError as error:
         raise CommandError(str(error)) from None
 
@@ -214,14 +262,13 @@ def run_demo(options: argparse.Namespace) -> int:
     """``gpu-bn demo``."""
     missing = [package for module, package in DEMO_NEEDS.items() if find_spec(module) is None]
     if missing:
-        raise CommandError(f"{', '.join(missing)} not installed; pip install 'gpu-bn[demo]' installs what it needs")
-    if not options.out.parent.is_dir():
-        raise CommandError(f"there is no folder {options.out.parent} for the figure")
+        raise CommandError(f"{', '.join(missing)} not installed; pip install -e '.[demo]' installs what it needs")
+    _arguments.check_picture(options.out)
     from gpu_bn.demo.run import Options, demo
     from gpu_bn.demo.training import EVERY
 
     if options.steps % EVERY:
-        raise CommandError(f"--steps should be a multiple of {EVERY}, got {options.steps}")
+        raise UsageError(f"--steps should be a multiple of {EVERY}, got {options.steps}")
     demo(Options(options.seeds, options.steps, options.rate, options.out, options.backend))
     return 0
 
@@ -230,18 +277,3 @@ def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
 ) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=text.split(". ")[0].rstrip("."), description=text)
-
-
-def _words(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(_positive(size) for size in text.split(","))
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return value

@@ -184,7 +184,7 @@ def load(name: str, library: str | None = None) -> Backend:
         missing = str(error.name).partition(".")[0]
         extra = {"triton": "torch"}.get(missing, missing if missing in row.packages else row.packages[0])
         raise BackendUnavailableError(
-            f"backend {name!r} cannot be used: {error}; install it with pip install 'gpu_bn[{extra}]'"
+            f"backend {name!r} cannot be used: {error}; install it with pip install -e '.[{extra}]' in a clone"
         ) from error
     except RuntimeError as error:
         raise BackendUnavailableError(f"backend {name!r} cannot be used: {error}") from None

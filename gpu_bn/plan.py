@@ -295,9 +295,11 @@ def options(work: Work, device: Device, thresholds: Thresholds = THRESHOLDS) -> 
 
 
 @lru_cache(4096)
-def plan_once(work: Work, device: Device, thresholds: Thresholds = THRESHOLDS) -> LaunchPlan:
+def plan_once(
+    work: Work, device: Device, thresholds: Thresholds = THRESHOLDS, tiling: Tiling | None = None
+) -> LaunchPlan:
     """The launch plan of one pass without exchange of statistics: evaluation, frozen statistics, one phase of two."""
-    return _Planner(work, device, thresholds, tile(work)).once()
+    return _Planner(work, device, thresholds, tiling or tile(work)).once()
 
 
 def _planner(work: Work, device: Device, thresholds: Thresholds) -> _Planner:

@@ -29,6 +29,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+TIMEOUT = 300
+"""Seconds that a test may take."""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Give each test a timeout, if the plugin is there: an option of its own in pyproject.toml would need it."""
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TIMEOUT))
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """The name of each backend in turn."""

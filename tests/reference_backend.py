@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+import pytest
 from emulator import Device
 from emulator.compile import Compiled, triton_arguments
 from emulator.fixtures import load_triton
@@ -15,6 +15,8 @@ from emulator.fixtures import load_triton
 from gpu_bn.backends._layout import Layout
 from gpu_bn.backends.numpy import NumpyBackend
 from gpu_bn.backends.protocol import Moments, Saved
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs the package ml_dtypes")
 
 Array = np.ndarray
 KERNELS = Path(__file__).parent / "emulator" / "kernels"

@@ -1,6 +1,7 @@
 """``gpu-bn bench``: what it times, that it times nothing wrong, and what it prints and writes. No time is asserted."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from bench_stand_ins import NUMPY, timed
 
+import gpu_bn
 from gpu_bn import bench, dispatch, testing
 from gpu_bn._explain import DTYPES
 from gpu_bn.backends.numpy import NumpyBackend
@@ -68,6 +70,13 @@ def test_cases_are_all_combinations_those_of_a_tensor_together():
     assert list(map(str, only)) == ["32x256x14x14 f32 nchw backward"]
 
 
+def exit_code(line):
+    try:
+        return main(line)
+    except SystemExit as end:  # of argparse
+        return end.code
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -82,7 +91,7 @@ def test_cases_are_all_combinations_those_of_a_tensor_together():
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_timed(arguments, says, capsys, tmp_path):
-    assert main([*TINY, "--out", str(tmp_path / "report"), *arguments]) == 1
+    assert exit_code([*TINY, "--out", str(tmp_path / "report"), *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
 
@@ -198,7 +207,7 @@ def folder(tmp_path_factory):
 
 def test_the_tables(folder):
     _, text = folder
-    assert "/ torch CPU  / textbook NumPy" in text
+    assert re.search(r"torch CPU \((us|ms)\) +ratio +textbook NumPy \(\1\) +ratio\n", text)
     measured, _, modelled = text.partition("Model: times on GPUs that are not here")
     assert "\n  4x8 f32\n    forward " in measured
     assert "A model" not in measured
@@ -246,7 +255,7 @@ def test_without_matplotlib_there_are_no_pictures(capsys, monkeypatch, tmp_path)
     monkeypatch.setattr(run, "find_spec", lambda _: None)
     monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY])
     assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 0
-    assert "No pictures: matplotlib is not installed; pip install 'gpu_bn[bench]'" in capsys.readouterr().out
+    assert "No pictures: matplotlib is not installed; pip install -e '.[bench]'" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
 
@@ -262,7 +271,7 @@ def test_numpy_alone_is_enough(capsys, monkeypatch, tmp_path):
     assert "No GPU was timed: torch is not installed, cupy is not installed." in out
     for arguments, says in ((["--dtype", "bf16"], "bf16 needs ml_dtypes"), (["--train"], "--train needs torch")):
         assert main(["bench", "--seconds", "0", "--shapes", "4x8", *arguments, "--out", str(tmp_path)]) == 1
-        assert f"{says}: pip install 'gpu_bn[bench]'" in capsys.readouterr().err
+        assert f"{says}: pip install -e '.[bench]'" in capsys.readouterr().err
 
 
 def test_a_subject_of_one_module_or_another():
@@ -283,7 +292,7 @@ def test_an_interrupted_run_reports_what_was_measured(capsys, monkeypatch, tmp_p
     monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY, interrupted])
     page = tmp_path / "page.md"
     line = [*TINY, "--shapes", "4x8,6x8", "--ops", "eval", "--out", str(tmp_path), "--page", str(page)]
-    assert main(line) == 1
+    assert main(line) == 130
     out = capsys.readouterr().out
     assert "FAILED interrupted: the report is of what was measured until then" in out
     assert "  4x8 f32\n" in out
@@ -361,3 +370,50 @@ def test_json_has_no_numbers_that_are_none(tmp_path):
     found.results[0].error = float("nan")
     with pytest.raises(ValueError, match="not JSON compliant"):
         found.write(tmp_path / "report.json")
+
+
+# ------------------------------------------------------------------------------------------------ what to trust
+def of(by, seconds, threads, ours=False):
+    case = cases.Case((4, 8), layout="nc")
+    found = {"wall": timing.Timing(seconds, seconds, seconds, 5)}
+    ratios = {"wall": {"peer": 0.001}} if ours else {}
+    return trial.Result(case, by, ours, 0.1, timings=found, ratios=ratios, threads=threads, floor_bytes=64)
+
+
+BUSY = [
+    of("gpu_bn numpy", 12e-6, 1, True),
+    of("peer", 20e-6, 1),
+    of("gpu_bn numpy", 12e-6, 2, True),
+    of("peer", 21e-3, 2),
+]
+
+
+def test_a_peer_that_threads_slow_down_is_flagged():
+    (warning,) = report.slower_with_threads(BUSY)
+    assert warning.startswith("UNSTEADY: peer takes up to 1050 times as long with more threads as with one (4x8 f32")
+    assert report.slower_with_threads([*BUSY[:3], of("peer", 25e-6, 2)]) == []
+    (table,) = report.measured_table(BUSY, 1e9)
+    alone, together = (line.split() for line in str(table).splitlines() if " forward " in line)
+    assert alone[1:4] == ["gpu_bn", "numpy", "1"]
+    assert alone[-2:] == ["0.0200", "<0.01"]
+    assert together[-2:] == ["21.0!", "<0.01"]
+    assert "peer (ms)" in str(table)
+
+
+def test_a_copy_that_moves_is_flagged(monkeypatch, tmp_path):
+    bandwidths = iter([4e9, 2e9])
+    monkeypatch.setattr(run, "cpu_copy_bandwidth", lambda _: next(bandwidths))
+    monkeypatch.setattr(subjects, "SUBJECTS", [NUMPY])
+    line = ["bench", "--device", "cpu", "--seconds", "0.001", "--shapes", "4x8", "--ops", "eval"]
+    assert main([*line, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert any(text.startswith("UNSTEADY: a copy had 4.00 GB/s before and 2.00 GB/s") for text in found["warnings"])
+    assert {row["threads"] for row in found["measured"]} == {1, gpu_bn.get_num_threads()}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.0123456, "0.0123"), (1, "1.00"), (12.34, "12.3"), (999.7, "1000"), (21000.4, "21000"), (0, "0")],
+)
+def test_three_digits(number, text):
+    assert report.three(number) == text

@@ -1,16 +1,22 @@
 """The command ``gpu-bn``: what it prints, and with which exit code it ends."""
 
 import ctypes
+import json
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import gpu_bn
-from gpu_bn import _conformance, _info, plan, testing
-from gpu_bn.cli import DEMO_NEEDS, main
+from gpu_bn import _conformance, _cuda_versions, _info, plan, testing
+from gpu_bn._cuda_versions import CudaVersions
+from gpu_bn.bench import cases
+from gpu_bn.cli import DEMO_NEEDS, main, parser
 
 FEW = [testing.Case((4, 3)), testing.Case((4, 3), mode="eval"), testing.Case((2, 3, 5), "float64")]
 
@@ -101,6 +107,62 @@ class Driver:
         return 0
 
 
+TWELVE = {"cupy": (12, 9), "nvrtc": (12, 9), "packages": ("cupy-cuda12x",)}
+THIRTEEN = {"cupy": (13, 0), "nvrtc": (13, 0), "packages": ("cupy-cuda13x",)}
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({"driver": (13, 0), "torch": (13, 0), **THIRTEEN}, []),
+        ({"driver": (13, 0), "torch": (12, 6), **TWELVE}, []),
+        ({"driver": (12, 4), "torch": (12, 8), **TWELVE}, []),  # within a CUDA's major version
+        (
+            {"driver": (12, 8), "torch": (13, 0)},
+            ["torch of CUDA 13.0 with a driver for CUDA 12.8: update the driver to 580"],
+        ),
+        (
+            {"driver": (12, 8), **THIRTEEN},
+            [
+                "CuPy of CUDA 13.0 with a driver for CUDA 12.8.*pip install -e '.\\[cupy\\]'",
+                "NVRTC of CUDA 13.0 with a driver for CUDA 12.8",
+            ],
+        ),
+        (
+            {"driver": (13, 0), **TWELVE, "nvrtc": (13, 0)},
+            ["cupy-cuda12x with NVRTC 13.0: pip install -e '.\\[cupy13\\]' instead of it, or .*-cuda-nvrtc-cu12"],
+        ),
+        (
+            {"driver": (13, 0), **THIRTEEN, "packages": ("cupy-cuda12x", "cupy-cuda13x")},
+            ["hold the same module: pip uninstall cupy-cuda12x cupy-cuda13x, then install one"],
+        ),
+        (
+            {"driver": (13, 0), "torch": (13, 0), **TWELVE},
+            ["torch of CUDA 13.0 beside CuPy of CUDA 12.9: each works, but .* '.\\[cupy13\\]' instead of cupy-cuda12x"],
+        ),
+        ({}, []),
+    ],
+)
+def test_which_cuda_versions_fit(found, says):
+    problems = CudaVersions(**found).problems()
+    assert len(problems) == len(says), problems
+    for problem, text in zip(problems, says, strict=True):
+        assert re.search(text, problem), problem
+
+
+def test_cuda_versions_are_read_without_importing_anything(tmp_path, monkeypatch):
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").write_text("raise RuntimeError('imported')")
+    (torch / "version.py").write_text("__version__ = '2.11.0'\ncuda: Optional[str] = '13.0'\nhip = None\n")
+    (tmp_path / "cupy.py").write_text("raise OSError('libnvrtc.so.13: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert _cuda_versions.torch_version() == (13, 0)
+    assert _cuda_versions.ask_cupy() == (None, None, "unknown: OSError: libnvrtc.so.13: cannot open")
+
+
 @pytest.mark.parametrize(
     ("failing", "expected"),
     [
@@ -173,7 +235,7 @@ def test_demo_without_its_extra_says_how_to_get_it(module, capsys, monkeypatch):
     assert main(["demo"]) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert "pip install 'gpu-bn[demo]'" in said.err
+    assert "pip install -e '.[demo]'" in said.err
     assert DEMO_NEEDS[module] in said.err
 
 
@@ -182,7 +244,7 @@ def test_demo_without_its_extra_says_how_to_get_it(module, capsys, monkeypatch):
     [(["--out", "no/such/folder/x.png"], "no folder no/such/folder"), (["--steps", "30"], "multiple of 20, got 30")],
 )
 def test_demo_refuses_what_it_cannot_do_before_it_starts(arguments, says, capsys):
-    assert main(["demo", *arguments]) == 1
+    assert main(["demo", *arguments]) == 2
     assert says in capsys.readouterr().err
 
 
@@ -221,8 +283,106 @@ def test_explain_on_all_devices_is_a_table(capsys):
     ],
 )
 def test_explain_refuses_what_makes_no_sense(arguments, says, capsys):
-    assert main(["explain", *arguments]) == 1
+    assert main(["explain", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ syntax and outputs
+@pytest.mark.parametrize("shape", ["32,64,56,56", "32x64x56x56", "32X64x56x56"])
+@pytest.mark.parametrize("dtype", ["f16", "float16", "Float16"])
+def test_one_syntax_for_shapes_and_dtypes(shape, dtype, capsys):
+    assert main(["explain", "--shape", shape, "--dtype", dtype, "--device", "H100", "--layout", "NHWC"]) == 0
+    assert "batch norm of 32x64x56x56 float16 nhwc" in capsys.readouterr().out
+    options = parser().parse_args(["bench", "--shapes", f"few,{shape},tiny", "--dtype", dtype, "--device", "GPU"])
+    assert cases.shapes_of(options.shapes) == cases.shapes_of(["few", "32x64x56x56", "tiny"])
+    assert (options.dtype, options.device) == (["f16"], "cuda")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["demo", "--rate", "-1"],
+        ["demo", "--rate", "nan"],
+        ["bench", "--seconds", "-1"],
+        ["bench", "--seconds", "inf"],
+        ["bench", "--threads", "0"],
+        ["check", "--processes", "0"],
+    ],
+)
+def test_values_out_of_range_are_refused(line, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(line)
+    assert end.value.code == 2
+    assert "expected a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "place", "says"),
+    [
+        ("bench", "--out", "file", "is not a folder, the report needs one"),
+        ("bench", "--out", "file/inside", "is not a folder, the report needs one"),
+        ("bench", "--page", "", "is a folder, the page needs the name of a file"),
+        ("demo", "--out", "", "is a folder, the figure needs the name of a file"),
+        ("demo", "--out", "picture", "names no picture format, expected one of "),
+        ("demo", "--out", "picture.xyz", "names no picture format, expected one of "),
+        ("check", "--json", "", "is a folder, the results needs the name of a file"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(command, option, place, says, capsys, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    assert main([command, option, str(tmp_path / place)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert says in said.err
+    assert len(said.err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_a_device_is_no_place_for_results(command, capsys):
+    assert main([command, "--out", "/dev/null"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def run_with(redirection, *arguments):
+    """Run the command in a shell."""
+    line = f'"{sys.executable}" -m gpu_bn {" ".join(arguments)} {redirection}'
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_line_and_what_was_measured_is_kept(tmp_path):
+    done = run_with("> /dev/full", "info")
+    assert (done.returncode, done.stderr) == (1, "gpu-bn info: No space left on device\n")
+    tiny = ["--device", "cpu", "--seconds", "0", "--shapes", "4x8", "--ops", "eval", "--peers", "none"]
+    done = run_with("> /dev/full", "bench", *tiny, "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "gpu-bn bench: No space left on device"
+    assert json.loads((tmp_path / "report.json").read_text())["measured"]
+
+
+def test_a_closed_standard_output_is_refused():
+    done = run_with(">&-", "info")
+    assert (done.returncode, done.stderr) == (1, "gpu-bn info: standard output is closed\n")
+
+
+@pytest.mark.parametrize("command", ["info", "check", "explain", "bench", "demo"])
+def test_an_interrupt_ends_with_130(command, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"gpu_bn.cli.run_{command}", interrupted)
+    assert main([command, *(["--shape", "4x8"] if command == "explain" else [])]) == 130
+    assert capsys.readouterr().err == f"gpu-bn {command}: interrupted\n"
+
+
+def test_explain_refuses_what_a_call_would_refuse(capsys):
+    assert main(["explain", "--shape", "1x8"]) == 2
+    assert "Expected more than 1 value per channel when training" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        gpu_bn.batch_norm(np.ones((1, 8)), training=True)
+    assert gpu_bn.explain((1, 8), training=False)
 
 
 # ------------------------------------------------------------------------------------------ check, on a GPU that breaks
@@ -248,7 +408,7 @@ def broken_gpu(monkeypatch, calls):
 def test_a_gpu_that_does_not_answer_ends_the_check(monkeypatch, capsys):
     calls = []
     broken_gpu(monkeypatch, calls)
-    monkeypatch.setattr(_conformance, "THREADS", {})
+    monkeypatch.setattr(_conformance, "THREADS", ())
     monkeypatch.setattr(_conformance, "unavailable", lambda _: "")
     monkeypatch.setattr(testing, "cases", lambda: FEW * 3)
     monkeypatch.setattr(testing, "extended_cases", list)
@@ -261,7 +421,7 @@ def test_a_gpu_that_does_not_answer_ends_the_check(monkeypatch, capsys):
         f"The GPU does not answer since one of the last of these; {left} cases and later backends were not run." in out
     )
     assert "cupy: 1 of 2 cases have passed" in out
-    assert "triton" not in out
+    assert "triton: " not in out
 
 
 def test_cases_run_side_by_side_and_are_reported_in_order(monkeypatch):
@@ -271,14 +431,44 @@ def test_cases_run_side_by_side_and_are_reported_in_order(monkeypatch):
         together.wait()
         return {"y": float(case.shape[0])}
 
-    monkeypatch.setattr(_conformance, "THREADS", {"cupy": 4})
     monkeypatch.setattr(testing, "check", check)
     cases = [testing.Case((size, 2)) for size in range(2, 10)]
     ticks = []
-    outcomes = _conformance.run_all(cases, "cupy", ticks.append)
+    outcomes = _conformance.run_all(cases, "cupy", ticks.append, workers=4)
     assert [outcome.case for outcome in outcomes] == cases
     assert [outcome.errors["y"] for outcome in outcomes] == [case.shape[0] for case in cases]
     assert sum(ticks) == len(cases)
+
+
+def test_cases_of_a_backend_that_compiles_in_processes_give_the_same(monkeypatch):
+    monkeypatch.setattr(_conformance, "PROCESSES", ("numpy",))
+    ticks = []
+    together = _conformance.run_all(FEW, "numpy", ticks.append, workers=2)
+    assert together == _conformance.run_all(FEW, "numpy", ticks.append, workers=1)
+    assert sum(ticks) == 2 * len(FEW)
+    assert all(outcome.errors and not outcome.failure for outcome in together)
+
+
+def test_a_quick_check_covers_every_option_with_every_dtype():
+    everything = [*testing.cases(), *testing.extended_cases()]
+    quick = _conformance.covering(everything)
+    assert len(quick) < len(everything) / 4
+    for name in ("layout", "dy_layout", "channel_axis", "activation", "residual", "affine", "mode", "mask", "renorm"):
+        assert {(c.dtype, getattr(c, name)) for c in quick} == {(c.dtype, getattr(c, name)) for c in everything}, name
+
+
+def test_check_ends_with_one_table_and_writes_json(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(testing, "cases", lambda: FEW)
+    monkeypatch.setattr(testing, "extended_cases", list)
+    path = tmp_path / "check.json"
+    assert main(["check", "--quick", "--backend", "numpy", "--json", str(path)]) == 0
+    _, _, table = capsys.readouterr().out.partition("To paste into an issue:\n")
+    assert f"gpu-bn {gpu_bn.__version__} check --quick" in table
+    assert any(line.split()[:5] == ["numpy", "3", "3", "0", "0"] for line in table.splitlines())
+    assert "Python 3." in table
+    found = json.loads(path.read_text())
+    assert found["backends"]["numpy"]["cases"] == 3
+    assert found["backends"]["numpy"]["failures"] == []
 
 
 @pytest.mark.parametrize(("backend", "answers"), [("numpy", True), ("torch", True), ("triton", True), ("cupy", False)])

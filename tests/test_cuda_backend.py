@@ -174,7 +174,7 @@ def test_a_failed_compile_shows_the_log(make_gpu):
     gpu = make_gpu(80)
     gpu.edit_source = lambda source: source.replace("block_sum", "block_sun", 1)
     with pytest.raises(
-        BackendUnavailableError, match=r"(?s)could not be compiled.*block_sum.*pip install 'gpu_bn\[cupy\]'"
+        BackendUnavailableError, match=r"(?s)could not be compiled.*block_sum.*pip install -e '.\[cupy\]'"
     ):
         gpu_bn.batch_norm(arrays(gpu)[0], training=True)
 
@@ -217,7 +217,7 @@ def test_no_gpu_no_driver_no_cupy(make_gpu, monkeypatch):
     for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(BackendUnavailableError, match=r"pip install 'gpu_bn\[cupy\]'"):
+    with pytest.raises(BackendUnavailableError, match=r"pip install -e '.\[cupy\]'"):
         gpu_bn.BatchNorm(3, device="cuda")
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def cupy():
-    cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install 'gpu_bn[cupy]'")
+    cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install -e '.[cupy]'")
     try:
         gpu_bn.dispatch.load("cupy")
     except gpu_bn.BackendUnavailableError as error:

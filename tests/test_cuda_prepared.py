@@ -179,7 +179,7 @@ def test_a_compiler_that_fails_says_why_and_what_may_help(make_gpu):
     with pytest.raises(BackendUnavailableError) as caught:
         gpu_bn.batch_norm(gpu.asarray(numbers()["x"]), training=True, backend=gpu.backend)
     text = str(caught.value)
-    for said in ('identifier "block_sum" is undefined', "pip install 'gpu_bn[cupy]'", "update CuPy", "NVIDIA driver"):
+    for said in ('identifier "block_sum" is undefined', "pip install -e '.[cupy]'", "update CuPy", "NVIDIA driver"):
         assert said in text
 
 

@@ -6,14 +6,17 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from gpu_bn.cli import main
-from gpu_bn.demo import report
-from gpu_bn.demo.checks import check_capacity, check_identity
-from gpu_bn.demo.claims import Claim, claims, spread
-from gpu_bn.demo.data import digits
-from gpu_bn.demo.figure import typical_unit
-from gpu_bn.demo.network import VARIANTS, Network, cross_entropy, softmax
-from gpu_bn.demo.training import BATCH, EVERY, History, shuffled_batches, train
+for _module in ("sklearn", "matplotlib", "threadpoolctl"):
+    pytest.importorskip(_module, reason=f"the demo needs {_module}: pip install -e '.[demo]'")
+
+from gpu_bn.cli import main  # noqa: E402
+from gpu_bn.demo import report  # noqa: E402
+from gpu_bn.demo.checks import check_capacity, check_identity  # noqa: E402
+from gpu_bn.demo.claims import Claim, claims, spread  # noqa: E402
+from gpu_bn.demo.data import digits  # noqa: E402
+from gpu_bn.demo.figure import typical_unit  # noqa: E402
+from gpu_bn.demo.network import VARIANTS, Network, cross_entropy, softmax  # noqa: E402
+from gpu_bn.demo.training import BATCH, EVERY, History, shuffled_batches, train  # noqa: E402
 
 
 def network(variant, dtype=np.float32):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from emulator import Device
@@ -13,6 +12,8 @@ from emulator.compile import NOT_REPORTED, Compiled, cuda_headers, triton_argume
 from emulator.fixtures import load_triton
 from reference_backend import DTYPES, KERNELS, forward
 from scipy import special
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs the package ml_dtypes")
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 SOURCE = (KERNELS / "constructs.cu").read_text()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 import pytest
 from emulator import Device, EmulatorError
 from emulator.snippet import snippet
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs the package ml_dtypes")
 
 NUMPY = {
     "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64,

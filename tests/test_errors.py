@@ -127,7 +127,7 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(missing, name,
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, missing, None)
     dispatch.load.cache_clear()
-    text = rf"backend '{name}' cannot be used: .*{missing}.*; install it with pip install 'gpu_bn\[{extra}\]'"
+    text = rf"backend '{name}' cannot be used: .*{missing}.*; install it with pip install -e '.\[{extra}\]' in a clone"
     with pytest.raises(gpu_bn.BackendUnavailableError, match=text):
         dispatch.load(name, library)
     dispatch.load.cache_clear()

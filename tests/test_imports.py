@@ -55,6 +55,31 @@ def test_public_names_are_listed_once_everywhere():
     assert all(getattr(gpu_bn, name).__doc__ for name in gpu_bn.__all__)
 
 
+@pytest.mark.parametrize("name", ["nn", "testing"])
+def test_public_parts_are_loaded_when_they_are_asked_for(name):
+    if name == "nn":
+        pytest.importorskip("torch")
+    assert python(f"import gpu_bn; print(gpu_bn.{name}.__name__)") == [f"gpu_bn.{name}"]
+
+
+def test_without_torch_its_extra_is_named():
+    code = """
+import sys
+sys.modules["torch"] = None
+import gpu_bn
+try:
+    gpu_bn.nn
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert "pip install -e '.[torch]'" in " ".join(python(code))
+
+
+def test_dir_shows_public_names_only():
+    names = python("import gpu_bn, gpu_bn.testing; print(*dir(gpu_bn))")
+    assert names == sorted([*gpu_bn.__all__, "nn", "testing", "__version__"])
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'gpu_bn' has no attribute 'batchnorm'"):
         gpu_bn.batchnorm  # noqa: B018
@@ -74,7 +99,7 @@ LAYERS = [
     {"ops", "dispatch"},
     {"functional", "folding", "_explain"},
     {"testing", "nn", "layers"},
-    {"cli", "demo", "bench", "_conformance", "_console", "_info", "__main__"},
+    {"cli", "demo", "bench", "_arguments", "_conformance", "_console", "_cuda_versions", "_info", "__main__"},
 ]
 """From the bottom up. A part imports itself, and parts below; in the top layer and from spec to activations, beside."""
 BESIDE = {("spec", "activations"), *((a, b) for a in LAYERS[-1] for b in LAYERS[-1])}

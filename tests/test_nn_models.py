@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from gpu_bn import nn  # noqa: E402
 
-REASON = "torchvision and timm are not installed: pip install 'gpu_bn[models]'"
+REASON = "torchvision and timm are not installed: pip install -e '.[models]'"
 
 
 @pytest.fixture(scope="module")

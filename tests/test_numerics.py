@@ -1,6 +1,5 @@
 """The numerics contract, on every backend: what accuracy is promised, and where nothing may overflow or leak."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 from support import make_problem, relative_error, rng, running_pair, same_bits
@@ -10,6 +9,8 @@ from gpu_bn.activations import ROWS
 from gpu_bn.testing import check, oracle, run
 from gpu_bn.testing.oracle import wide
 from gpu_bn.testing.tolerance import ulp
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs the package ml_dtypes")
 
 SHAPES = [(64, 5), (8, 4, 6, 6), (700, 33), (16, 8, 12, 12), (3, 5, 2100)]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -3,7 +3,6 @@
 import tracemalloc
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 import pytest
 from support import make_problem, rng, running_pair
@@ -12,6 +11,8 @@ import gpu_bn
 from gpu_bn.backends._layout import block_sizes
 from gpu_bn.backends.numpy import SCRATCH_BYTES, Blocks
 from gpu_bn.testing import check
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs the package ml_dtypes")
 
 COUNTS = [2, 7, 32, 1000, 1025, 8192, 100_000]
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]

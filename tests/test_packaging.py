@@ -1,6 +1,8 @@
 """What is installed: from the wheel, the sdist, and the working tree alike ``kernels/`` is ``gpu_bn.kernels``."""
 
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +12,22 @@ from pathlib import Path
 
 import pytest
 
+import gpu_bn
+
 ROOT = Path(__file__).parents[1]
-TREE = ("pyproject.toml", "LICENSE", "README.md", "gpu_bn", "kernels")
+TREE = (
+    "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md",
+    "src", "gpu_bn", "kernels", "tests", "bench", "docker", ".ci",
+)  # fmt: skip
+
+
+def copy_tree(tree):
+    """A copy of what the repository holds, as a clone would have it."""
+    for name in TREE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, tree / name)
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +35,7 @@ def built(tmp_path_factory):
     """A folder with the sdist of this tree and the wheel made from that sdist."""
     pytest.importorskip("build", reason="needs the package build")
     tree = tmp_path_factory.mktemp("tree")
-    for name in TREE:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, tree / name)
+    copy_tree(tree)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -101,4 +113,59 @@ def test_the_command_and_the_extras_are_declared(built):
     required = [line for line in texts["METADATA"].splitlines() if line.startswith("Requires-Dist:")]
     assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: numpy>=2.1"]
     extras = {line.split()[1] for line in texts["METADATA"].splitlines() if line.startswith("Provides-Extra:")}
-    assert {"cupy", "torch", "gpu", "demo", "bench", "test", "dev"} <= extras
+    assert {"cupy", "cupy13", "torch", "gpu", "gpu13", "demo", "bench", "test", "dev"} <= extras
+    for extra in extras:  # both would write the same module's files
+        names = {re.split(r"[ ;>=\[]", line)[1] for line in required if f"extra == '{extra}'" in line.replace('"', "'")}
+        assert len(names & {"cupy-cuda12x", "cupy-cuda13x"}) < 2
+
+
+def test_a_script_beside_a_clone_finds_the_package(tmp_path):
+    """An editable install, and a clone that is called as the package is: Python sees the clone's folder first."""
+    pytest.importorskip("setuptools", reason="needs setuptools")
+    clone, site = tmp_path / "gpu_bn", tmp_path / "site"
+    clone.mkdir()
+    copy_tree(clone)
+    code = f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import site; site.addsitedir({str(site)!r})\nimport gpu_bn, gpu_bn.kernels, importlib.util as u\n"
+        "print(gpu_bn.__version__, gpu_bn.kernels.__name__, *map(u.find_spec, ('kernels', 'tests', 'bench')))"
+    )
+    # -S: of what is installed here nothing is seen but what the script adds.
+    done = subprocess.run([sys.executable, "-S", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [gpu_bn.__version__, "gpu_bn.kernels", "None", "None", "None"], done.stderr
+
+
+def test_the_tests_of_the_sdist_run(built, tmp_path):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    some = ["tests/test_merge.py", "tests/test_cuda_names.py", "tests/test_readme.py", "tests/test_collection.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *some]
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_python_m_gpu_bn_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "gpu_bn", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"gpu-bn {gpu_bn.__version__}\n"), done.stderr
+
+
+def test_the_hints_name_one_way_to_install():
+    """No index has the package yet: what is printed has to be what can be typed in a clone."""
+    folders = ("gpu_bn", "kernels", "tests", "bench", "docker")
+    texts = [path.read_text() for name in folders for path in (ROOT / name).rglob("*.py")]
+    hints = [
+        hint
+        for text in [*texts, (ROOT / "README.md").read_text()]
+        for hint in re.findall(r"pip install [^\n]{30}", text)
+    ]
+    wrong = [hint for hint in hints if re.match(r"pip install '?gpu[-_]bn", hint)]
+    assert not wrong

@@ -16,11 +16,12 @@ from gpu_bn.testing import ADAPTERS, Case, cases, check
 from gpu_bn.testing.cases import LAYOUTS, build
 
 torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
-pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from triton_backends import EmulatedBackend  # noqa: E402
 
 from gpu_bn.backends import triton_programs  # noqa: E402
+from gpu_bn.backends.triton_launch import CLUSTERS  # noqa: E402
 from gpu_bn.plan import DEVICES, VECTOR_BYTES  # noqa: E402
 
 pytestmark = pytest.mark.compile
@@ -49,6 +50,11 @@ COVERING = [
 """Architecture, tier and case: each kernel in each mapping, dtype and kind of activation, and the hard numbers."""
 
 
+def require_clusters(tier):
+    if tier == "cluster" and not CLUSTERS:
+        pytest.skip(f"Triton {triton.__version__} does not compile clusters of blocks: there is no plan with them")
+
+
 def run(case, arch, tier, compile_triton, device, **options):
     backend = EmulatedBackend(device, compile_triton, arch, tier=tier, **options)
     shares = check(case, backend)
@@ -62,6 +68,7 @@ def run(case, arch, tier, compile_triton, device, **options):
     ids=str,
 )
 def test_case(arch, tier, case, compile_triton, device):
+    require_clusters(tier)
     backend = run(case, arch, tier, compile_triton, device)
     assert len(backend.steps) <= 4
     assert sum(compiled.spill_bytes for compiled in backend.compiled) == 0
@@ -160,6 +167,7 @@ EVERY = [
 
 @pytest.mark.parametrize(("arch", "tier", "case"), EVERY, ids=str)
 def test_every_case(arch, tier, case, compile_triton):
+    require_clusters(tier)
     large = math.prod(case.shape) > 20_000
     run(case, arch, tier, compile_triton, Device(checks=Checks(races=not large)))
 
@@ -255,6 +263,7 @@ def test_the_second_launch_starts_with_what_the_first_left_in_the_cache(compile_
 # -------------------------------------------------------------------------------------------------- determinism
 @pytest.mark.parametrize(("tier", "arch"), [("split", 80), ("cta", 80), ("cluster", 90)])
 def test_the_result_does_not_depend_on_the_schedule(tier, arch, compile_triton):
+    require_clusters(tier)
     x, dy, residual, vectors = tensors((9, 3, 32, 32))
 
     def results(device):

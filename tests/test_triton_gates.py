@@ -102,6 +102,23 @@ def test_other_parameters(options, tier, arch):
     assert not FAMILY.outside(group, {kernel_name(*launch): built(arch, *launch) for launch in launches})
 
 
+@pytest.mark.parametrize("name", ["t4", "a100", "h100", "b200"])
+@pytest.mark.parametrize("channels", [64, 128, 256, 512])
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_last_gives_every_multiprocessor_work(name, channels, training):
+    """ResNet-50's layers with 56 x 56 positions, forward and backward."""
+    device = DEVICES[name]
+    backend = RecordingBackend(device, tier="split")
+    x = torch.empty(32, 3136, channels, dtype=torch.float16).permute(0, 2, 1)
+    vectors = [torch.ones(channels) for _ in range(4)]
+    y, saved = gpu_bn.batch_norm_forward(x, *vectors, training=training, backend=backend)
+    gpu_bn.batch_norm_backward(y, saved, backend=backend)
+    for step, _ in backend.launches:
+        programs = step.grid[0] * step.grid[1]
+        if "merge" not in step.kernel.__name__:
+            assert 1.5 * device.sms <= programs <= 8 * device.sms
+
+
 @pytest.mark.parametrize("name", DEVICES)
 def test_the_plans_are_ones_that_the_kernels_can_follow(name):
     for (*shape, columns), tier in product(

@@ -4,6 +4,7 @@ import contextlib
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
@@ -12,6 +13,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: pip inst
 from triton_backends import RecordingBackend  # noqa: E402
 
 import gpu_bn  # noqa: E402
+from gpu_bn.activations import Activation  # noqa: E402
 from gpu_bn.backends import triton_launch  # noqa: E402
 from gpu_bn.backends.triton import TritonBackend  # noqa: E402
 from gpu_bn.backends.triton_launch import ClusterError, Specialisation, Step  # noqa: E402
@@ -22,7 +24,7 @@ from gpu_bn.plan import DEVICES  # noqa: E402
 class Compiled:
     """A compiled kernel: notes its launches. Loading it says what it spills."""
 
-    spills = 0
+    spills, n_regs = 0, 128
 
     def __init__(self):
         self.launches = []
@@ -30,6 +32,11 @@ class Compiled:
     def __getitem__(self, grid):
         self.n_spills = self.spills
         return lambda *args, stream: self.launches.append((grid, args, stream))
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(monkeypatch):
+    monkeypatch.setattr(triton_launch, "LOADED", triton_launch.Recent(triton_launch.LOADED.most))
 
 
 @pytest.fixture
@@ -135,16 +142,25 @@ def test_every_case_on_the_gpu(tier):
         check(case, backend)
 
 
-def test_what_spills_is_compiled_again_with_all_registers(step, compilations, monkeypatch):
+@pytest.mark.parametrize(("registers", "warps", "more"), [(128, 8, None), (128, 4, None), (104, 8, 128), (144, 8, 255)])
+def test_what_spills_is_compiled_again_with_registers_that_cost_no_block(
+    step, compilations, monkeypatch, registers, warps, more
+):
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(Compiled, "spills", 4)
+    monkeypatch.setattr(Compiled, "n_regs", registers)
+    step.num_warps = warps
     args = (torch.zeros(2, 4, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64), None)
     triton_launch.launch(step, args)
-    (*_, first, spilled), (*_, second, kept) = compilations
-    assert second == first | {"maxnreg": 255}
-    assert not spilled.launches
+    *spilled, (*_, options, kept) = compilations
     assert len(kept.launches) == 1
+    if more is None:
+        assert not spilled
+    else:
+        ((*_, first, unused),) = spilled
+        assert options == first | {"maxnreg": more}
+        assert not unused.launches
 
 
 def test_a_call_is_planned_again_without_clusters_where_they_fail():
@@ -188,3 +204,69 @@ def test_no_plan_has_clusters_where_triton_cannot_compile_them():
     backend = RecordingBackend(DEVICES["h100"], tier="cluster")
     gpu_bn.batch_norm_forward(torch.randn(32, 64, 56, 56, dtype=torch.float16), training=True, backend=backend)
     assert [step.num_ctas for step, _ in backend.launches] == [1, 1]
+
+
+def test_calls_of_many_shapes_share_kernels_and_nothing_grows_without_bound(compilations, monkeypatch):
+    """64 image sizes: as many kernels as there are texts to compile."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("gpu_bn.backends.triton.PREPARED", 8)
+    specialisations = set()
+
+    def launch(step, args):
+        step.device = 0
+        specialisations.add((step.kernel.__name__, Specialisation.of(step, args).key))
+        triton_launch.launch(step, args)
+
+    backend = TritonBackend(launch, DEVICES["a100"])
+    for size in range(4, 68):
+        x = torch.empty(2, 8, size, size)
+        y, saved = gpu_bn.batch_norm_forward(x, training=True, backend=backend)
+        gpu_bn.batch_norm_backward(y, saved, need=["dx"], backend=backend)
+    assert len(compilations) == len(specialisations) == len(triton_launch.LOADED) < 64
+    assert len(backend._prepared) == 8
+
+
+def test_the_kernels_loaded_last_are_kept():
+    recent = triton_launch.Recent(2)
+    for key in "abac":
+        recent[key] = key.upper()
+    assert recent == {"b": "B", "c": "C"}
+    recent.clear()
+    assert not recent
+
+
+@pytest.mark.parametrize("one", [1, True, np.int64(1), np.float32(1), np.array(1.0), np.array(1)], ids=repr)
+def test_whole_numbers_for_fractions_make_no_other_kernel(one):
+    """A kernel compiled for a whole number would be given fractions by later calls."""
+    x = torch.randn(4, 8, 6, 6)
+    vectors = [torch.ones(8) for _ in range(4)]
+    found = []
+    for number, eps in ((1.0, 1.0), (one, one if np.ndim(one) == 0 and not isinstance(one, np.ndarray) else 1)):
+        backend = RecordingBackend(DEVICES["a100"], tier="split")
+        activation = Activation("elu", number if not isinstance(number, np.ndarray) else 1)
+        options = {"training": True, "momentum": number, "eps": eps, "activation": activation}
+        y, saved = gpu_bn.batch_norm_forward(x, *vectors, **options, backend=backend)
+        gpu_bn.batch_norm_backward(y, saved, backend=backend)
+        found.append([special for _, special in backend.launches])
+        for special in found[-1]:
+            assert all(special.signature.get(name, "fp64") == "fp64" for name in triton_launch.FRACTIONS)
+            assert special.constants.get("momentum_at") is None
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float16, torch.float64])
+def test_a_momentum_on_the_device_is_a_fraction_of_any_dtype(dtype):
+    backend = RecordingBackend(DEVICES["a100"], tier="split")
+    x, vectors = torch.randn(4, 8, 6, 6), [torch.ones(8) for _ in range(4)]
+    for number in (torch.tensor(1.0), torch.tensor(1, dtype=dtype)):
+        gpu_bn.batch_norm_forward(x, *vectors, training=True, momentum=number, backend=backend)
+    first, second = (special.signature["momentum_at"] for step, special in backend.launches if "y" in special.signature)
+    assert (first, second) == ("*fp32", {torch.float16: "*fp16"}.get(dtype, "*fp64"))
+    assert len({step for step, _ in backend.launches}) == 4
+
+
+def test_the_parameter_of_an_activation_is_a_number():
+    assert type(Activation("elu", 1).parameter) is float
+    with pytest.raises(TypeError, match="the parameter of elu should be a number, got str"):
+        Activation("elu", "1")

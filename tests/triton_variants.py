@@ -31,7 +31,7 @@ from triton_backends import RecordingBackend
 
 import gpu_bn
 from gpu_bn.activations import ROWS
-from gpu_bn.backends.triton_launch import ALL_REGISTERS, Specialisation, Step
+from gpu_bn.backends.triton_launch import Specialisation, Step, free_registers
 from gpu_bn.kernels import bn_forward_triton
 from gpu_bn.plan import DEVICES, STRIP_BYTES, VECTOR_BYTES
 
@@ -267,8 +267,9 @@ def built(arch: int, step: Step, special: Specialisation, cached: bool = True) -
     if key not in _BUILT:
         compiler = compile_triton if cached else build_triton
         found = compiler(step.kernel, arch, **compiled_with(special))
-        if found.spill_bytes or found.stack_bytes:
-            found = compiler(step.kernel, arch, **compiled_with(special), **ALL_REGISTERS)
+        more = free_registers(found.registers, step.num_warps)
+        if (found.spill_bytes or found.stack_bytes) and more > found.registers:
+            found = compiler(step.kernel, arch, **compiled_with(special), maxnreg=more)
         _BUILT[key] = Resources.of(found)
     return _BUILT[key]
 

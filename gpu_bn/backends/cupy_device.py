@@ -93,8 +93,8 @@ def compiled(activation: str, name: str, shared_bytes: int, device: int) -> Any:
     except Exception as error:  # NVRTC is missing, or does not know the GPU, or has complaints: CuPy has many types
         raise BackendUnavailableError(
             f"the kernel {name} could not be compiled ({type(error).__name__}): {error}\n"
-            "If NVRTC is missing: pip install 'gpu_bn[cupy]'. If it does not know the GPU: update CuPy. If it is newer "
-            "than the NVIDIA driver: update that."
+            "If NVRTC is missing: pip install -e '.[cupy]' in a clone of gpu_bn. If it does not know the GPU: "
+            "update CuPy. If it is newer than the NVIDIA driver: update that."
         ) from error
     if shared_bytes > 32 << 10:
         bind_context()

@@ -18,7 +18,7 @@ import triton.language as tl
 from gpu_bn.backends._bits import mask_bytes
 from gpu_bn.backends._layout import Layout, check_out
 from gpu_bn.backends.protocol import Moments, Saved, Sums
-from gpu_bn.backends.triton_launch import CLUSTERS, ClusterError, Launch, Step, interpreting, launch
+from gpu_bn.backends.triton_launch import CLUSTERS, ClusterError, Launch, Recent, Step, interpreting, launch
 from gpu_bn.backends.triton_programs import (
     ELSEWHERE,
     SAMPLES,
@@ -51,6 +51,7 @@ def _planned_again(method: Method) -> Method:
             return method(self, *args, **options)
         except ClusterError:
             self._clusters = False
+            self._devices.clear()
             self._prepared.clear()
             return method(self, *args, **options)
 
@@ -143,7 +144,7 @@ class TritonBackend:
         self._tier = tier
         self._wide = wide
         self._clusters = CLUSTERS
-        self._prepared: dict[tuple[Any, ...], Any] = {}
+        self._prepared = Recent(PREPARED)
         self._devices: dict[Any, Device] = {}
 
     # ---------------------------------------------------------------------------------------------------- the phases
@@ -292,9 +293,10 @@ class TritonBackend:
         y = out if usable else self.new(x.shape, view.dense_strides, x.dtype, x.device)
         alignment = _alignment(x_there, residual, y, there)
         vectors = (running_mean, running_var, weight, bias)
+        number, at = _momentum(spec.momentum, x.device)
         key = (
             "forward", view, x.dtype, x.device, alignment, residual is None, spec.activation.name, spec.batch_stats,
-            *[None if v is None else v.dtype for v in vectors], isinstance(spec.momentum, float), valid is None, groups,
+            *[None if v is None else v.dtype for v in vectors], None if at is None else at.dtype, valid is None, groups,
             bits > 0,
         )  # fmt: skip
         extended = valid is not None or groups > 1
@@ -309,7 +311,6 @@ class TritonBackend:
         if valid is not None and spec.batch_stats:
             counts = self.new((groups,), None, torch.float64, x.device)
         mask = self.new((bits,), None, torch.uint8, x.device) if bits else None
-        number, at = (spec.momentum, None) if isinstance(spec.momentum, float) else (0.0, spec.momentum)
         tracked = (running_mean, running_var) if spec.batch_stats and not extended else (None, None)
         numbers = (*tracked, number, at, steps.bessel, spec.eps, spec.activation.parameter)
         if steps.stats is None and spec.batch_stats:
@@ -549,12 +550,15 @@ class TritonBackend:
         return geometry.wide or self._wide
 
     def _device_of(self, x: Array) -> Device:
-        found = self._device or self._devices.get(x.device)
+        found = self._devices.get(x.device)
         if found is None:
-            found = self._devices[x.device] = device_of(x.device)
-        return found if self._clusters else replace(found, clusters=False)
+            found = self._device or device_of(x.device)
+            found = self._devices[x.device] = found if self._clusters else replace(found, clusters=False)
+        return found
 
 
+PREPARED = 1024
+"""Calls that a backend keeps the launches of."""
 TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})
 
 
@@ -583,6 +587,14 @@ def _give_back(written: tuple[Array | None, ...], given: tuple[Array | None, ...
     for mine, theirs in zip(written, given, strict=True):
         if theirs is not None and mine is not theirs:
             theirs.copy_(mine)
+
+
+def _momentum(momentum: Any, device: Any) -> tuple[float, Array | None]:
+    """A number, or else where it is on the device."""
+    if not isinstance(momentum, torch.Tensor) or (momentum.is_cpu and device.type != "cpu"):
+        return float(momentum), None
+    momentum = momentum.to(device)
+    return 0.0, momentum if momentum.is_floating_point() else momentum.double()
 
 
 def _counted(saved: Saved) -> tuple[float, Array | None]:

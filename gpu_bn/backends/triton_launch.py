@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,37 @@ TYPES = {
     torch.float64: "*fp64",
     torch.uint8: "*u8",
 }
-ALL_REGISTERS = {"maxnreg": 255}
-"""What the compiler is told again where it has spilled: by itself it may, a few bytes, to stay at 128 registers."""
+REGISTERS = 64 << 10
+"""Of an SM, on every GPU."""
+MOST_REGISTERS = 255
+"""Of a thread."""
+FRACTIONS = frozenset({"momentum", "bessel", "eps", "parameter", "inverse_count"})
+"""The parameters that are float64. Types follow from names: a whole number given for one makes no other kernel."""
 WIDE_NUMBERS = ("magic",)
 """Whole numbers that may need 64 bits whatever the tensor's size."""
+
+
+class Recent(dict[Any, Any]):
+    """What was made last, ``most`` of it; what was made first goes first."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.lock = Lock()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        with self.lock:
+            super().__setitem__(key, value)
+            while len(self) > self.most:
+                del self[next(iter(self))]
+
+    def clear(self) -> None:
+        with self.lock:
+            super().clear()
+
+
+LOADED = Recent(1024)
+"""Kernels that are on a device, by what they were compiled from: calls of many shapes share them."""
 
 
 @dataclass(eq=False, slots=True)
@@ -79,6 +107,11 @@ class Specialisation:
     aligned: tuple[str, ...]
     options: dict[str, Any]
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for specialisations alike."""
+        return (*self.signature.items(), *self.constants.items(), self.aligned, *self.options.items())
+
     @staticmethod
     def of(step: Step, args: Sequence[Any]) -> Specialisation:
         """The specialisation for a step's first arguments; absent ones are constants."""
@@ -120,7 +153,8 @@ def interpreting() -> bool:
 
 def _interpreted(step: Step) -> Callable[..., None]:
     def run(*args: Any) -> None:
-        numbers = [_double(value) if isinstance(value, float) else value for value in args]
+        given = zip(step.kernel.arg_names, args, strict=False)
+        numbers = [_double(value) if name in FRACTIONS and value is not None else value for name, value in given]
         step.kernel[step.grid](*numbers, *step.tail)
 
     return run
@@ -135,16 +169,40 @@ def _compiled(step: Step, args: tuple[Any, ...]) -> Callable[..., None]:
     if not isinstance(step.kernel, JITFunction):
         raise RuntimeError("TRITON_INTERPRET was set when the kernels were loaded: they cannot run on a GPU")
     special = Specialisation.of(step, args)
+    key = step.kernel, step.device, special.key
+    with torch.cuda.device(step.device):
+        compiled = LOADED.get(key)
+        if compiled is None:
+            compiled = LOADED[key] = _loaded(step.kernel, special)
+        start = compiled[(*step.grid, 1)]
+    return partial(_run, start, step.tail, step.device, driver.active.get_current_stream)
+
+
+def _loaded(kernel: JITFunction[Any], special: Specialisation) -> Any:
+    """A kernel compiled for the current device and loaded: what it spills is known then."""
     names = list(special.signature)
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in special.aligned}
-    with torch.cuda.device(step.device):
-        source = ASTSource(step.kernel, special.signature, special.constants, hints)
-        target = driver.active.get_current_target()
-        compiled = triton.compile(source, target=target, options=special.options)
-        start = compiled[(*step.grid, 1)]  # which loads it: what it spills is known then
-        if compiled.n_spills:
-            start = triton.compile(source, target=target, options=special.options | ALL_REGISTERS)[(*step.grid, 1)]
-    return partial(_run, start, step.tail, step.device, driver.active.get_current_stream)
+    source = ASTSource(kernel, special.signature, special.constants, hints)
+
+    def build(**more: int) -> Any:
+        compiled = triton.compile(source, target=driver.active.get_current_target(), options=special.options | more)
+        compiled[(1, 1, 1)]
+        return compiled
+
+    compiled = build()
+    more = free_registers(compiled.n_regs, special.options["num_warps"])
+    return build(maxnreg=more) if compiled.n_spills and more > compiled.n_regs else compiled
+
+
+def free_registers(registers: int, warps: int) -> int:
+    """The registers that a thread may have, of a kernel with so many, with no block less on an SM.
+
+    The compiler may spill a few bytes to stay at a round number. With more registers it does not, but where a block
+    less would run they cost more than they save.
+    """
+    threads = 32 * warps
+    blocks = max(REGISTERS // (-(-registers // 8) * 8 * threads), 1)
+    return min(MOST_REGISTERS, REGISTERS // (blocks * threads) // 8 * 8)
 
 
 def _run(
@@ -160,6 +218,6 @@ def _run(
 def _type(name: str, value: Any, wide: bool) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
-    if isinstance(value, float):
+    if name in FRACTIONS:
         return "fp64"
     return "i64" if wide or name in WIDE_NUMBERS else "i32"

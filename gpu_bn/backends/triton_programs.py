@@ -9,6 +9,7 @@ import torch
 
 from gpu_bn.backends.triton_launch import interpreting
 from gpu_bn.plan import (
+    CO_RESIDENT,
     DEVICES,
     STATIC_SHARED,
     THRESHOLDS,
@@ -17,6 +18,7 @@ from gpu_bn.plan import (
     LaunchPlan,
     NoPlanError,
     Work,
+    narrower,
     plan,
     plan_once,
     tile,
@@ -106,12 +108,21 @@ def training_plan(work: Work, device: Device, tier: str | None) -> LaunchPlan:
         found = plan(work, device, tier, WITHOUT_COOPERATION)
     except NoPlanError:
         found = plan(work, device, None, WITHOUT_COOPERATION)
-    return _fewer_blocks(found)
+    if found.tier != "split":
+        return found
+    once = one_pass_plan(work, device)
+    return replace(found, tiling=once.tiling, blocks=once.blocks, groups=once.groups, share=once.share)
 
 
 def one_pass_plan(work: Work, device: Device) -> LaunchPlan:
-    """The plan of one pass over the tensors."""
-    return _fewer_blocks(plan_once(work, device, WITHOUT_COOPERATION))
+    """The plan of one pass over the tensors: in the widest strips whose programs fill the SMs, or else most of them.
+
+    In channels-last few wide strips, each of which is cut into few blocks, would leave SMs idle.
+    """
+    tilings = narrower(tile(work), THRESHOLDS.narrow_bytes, work.itemsize)
+    plans = [_fewer_blocks(plan_once(work, device, WITHOUT_COOPERATION, tiling)) for tiling in tilings]
+    filling = [found for found in plans if found.grid >= THRESHOLDS.fill * CO_RESIDENT * device.sms]
+    return filling[0] if filling else max(plans, key=lambda found: found.grid)
 
 
 class Geometry(NamedTuple):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple, TypeVar
 
-from gpu_bn._explain import DTYPES, ITEMSIZES
+from gpu_bn._explain import DTYPES, ITEMSIZES, LAYOUTS
 
 Shape = tuple[int, ...]
 T = TypeVar("T")
@@ -144,9 +144,12 @@ def _combined(
 ) -> Iterator[Case]:
     done = [_named(OPERATIONS, name, "operation") for name in operations]
     named = [_named(DTYPES, name, "dtype") for name in dtypes]
-    ordered = [_named({layout: layout for layout in ("nchw", "nhwc")}, name, "layout") for name in layouts]
+    ordered = [_named({layout: layout for layout in LAYOUTS}, name, "layout") for name in layouts]
     for shape, dtype in product(shapes_of(shapes), named):
-        for layout in ["nc"] if len(shape) == 2 else ordered:
+        several = [layout for layout in ordered if layout != "nc"]
+        if len(shape) > 2 and not several:
+            raise ValueError(f"layout 'nc' is of 2 axes, got {len(shape)}: {'x'.join(map(str, shape))}")
+        for layout in ["nc"] if len(shape) == 2 else several:
             for operation in done:
                 yield Case(shape, dtype, layout, operation)
 

@@ -79,7 +79,7 @@ def clocks(facts: dict[str, str]) -> str:
 
 def commit() -> str | None:
     """The commit of a checkout, marked if files have changed since; ``None`` for an installed package."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]

@@ -30,9 +30,10 @@ def page(report: Report) -> str:
         + f". Load average before the start: {facts['load']}."
         + (f" {clocks(facts['gpu'])}." if facts["gpu"] else ""),
         *report.left_out,
+        *report.warnings,
         *_section(
             f"Measured on the {'GPU' if facts['gpu'] else 'CPU'}",
-            [*measured_table(report.results, facts["copy_bandwidth"]), *layers_table(report.results),
+            [*measured_table(report.results, facts["copy_bandwidth"]), *layers_table(report.with_all_threads),
              refusals([*report.results, *report.raced]), *report.texts],
         ),
         *_section("Modelled: GPUs that are not here", [*model_tables(report.modelled), *_traffic(report)]),

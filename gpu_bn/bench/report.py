@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -39,6 +40,7 @@ class Report:
         texts: their tables.
         raced: measured, of forced tiers.
         failed: what else is wrong with ours, or ended the run.
+        warnings: why times should not be trusted.
     """
 
     command: str
@@ -50,6 +52,13 @@ class Report:
     texts: list[Table | str] = field(default_factory=list)
     raced: list[Result] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def with_all_threads(self) -> list[Result]:
+        """The results without those of fewer threads than there are."""
+        most = max((result.threads or 0 for result in self.results), default=0)
+        return [result for result in self.results if (result.threads or 0) == most]
 
     @property
     def wrong(self) -> list[Result]:
@@ -61,10 +70,13 @@ class Report:
         found = {
             "schema": SCHEMA, "command": self.command, "machine": self.machine,
             "measured": [result.as_json() for result in self.results],
-            "model": [row.as_json() for row in self.modelled], "left_out": self.left_out, "failed": self.failed,
+            "model": [row.as_json() for row in self.modelled], "left_out": self.left_out,
+            "failed": self.failed, "warnings": self.warnings,
             "raced": [result.as_json() for result in self.raced], **self.extra,
         }  # fmt: skip
-        path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        part.replace(path)  # an earlier report is lost only to a whole one
 
 
 def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Table]:
@@ -73,47 +85,128 @@ def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Tab
     if not ours:
         return []
     regimes = list(ours[0].timings)
-    peers = list(dict.fromkeys(peer for result in ours for peer in result.ratios[regimes[0]]))
-    on_gpu = any(result.plan is not None for result in ours)
-    names = [*(["tier", "registers", "moved / floor"] if on_gpu else [])]
-    header = ["operation", "by", *names, *regimes, "IQR", "GB/s", "of copy", *(f"/ {peer}" for peer in peers)]
+    columns = _Columns(
+        results, regimes, list(dict.fromkeys(p for r in ours for p in r.ratios[regimes[0]])), copy_bandwidth
+    )
     rows: list[list[str] | str] = []
     for tensor, group in groupby(ours, lambda result: result.case.tensor):
-        rows += [tensor, *(_row(result, regimes, peers, on_gpu, copy_bandwidth) for result in group)]
+        rows += [tensor, *map(columns.row, group)]
     caption = (
         f"Times are medians{_regimes_explained(regimes)}. IQR is the interquartile range of {regimes[0]}, as are GB/s "
-        f"(bytes if every tensor is read and written once), the share of a copy ({copy_bandwidth / 1e9:.4g} GB/s, "
-        "measured, of a tensor beyond the caches: what stays in a cache may have more than 100 %) and the ratios: our "
-        "time over the peer's, below 1 ours is the faster."
+        f"(bytes if every tensor is read and written once), the share of a copy ({three(copy_bandwidth / 1e9)} GB/s, "
+        "measured, of a tensor beyond the caches: what stays in a cache may have more than 100 %), the peers' times, "
+        "and the ratios beside them: the median of our time over the peer's in samples taken one after the other, "
+        f"below 1 ours is the faster. {SLOWER_MARK} marks what is slower with more threads than with one."
     )
     if ours[0].timings[regimes[0]].samples == 1:
         caption = f"One sample of each, which is no measurement. {caption}"
-    return [Table("Measured", header, rows, caption, keys=2)]
+    return [Table("Measured", columns.header, rows, caption, keys=3 if columns.threads else 2)]
+
+
+class _Columns:
+    """The cells of a line of ours: its own times, each peer's time and the ratio to it, all in one unit."""
+
+    def __init__(
+        self, results: Sequence[Result], regimes: list[str], peers: list[str], copy_bandwidth: float
+    ) -> None:  # fmt: skip
+        self.regimes, self.peers, self.copy_bandwidth = regimes, peers, copy_bandwidth
+        self.on_gpu = any(result.plan is not None for result in results)
+        self.threads = any(result.threads is not None for result in results)
+        self.timings = {(str(r.case), r.by, r.threads): r.best for r in results if r.timings}
+        self.slower = slower(results)
+        longest = max(timing.median for timing in self.timings.values() if timing)
+        self.unit, self.factor = ("ms", 1e3) if longest >= 1e-3 else ("us", 1e6)
+
+    @property
+    def header(self) -> list[str]:
+        facts = ["tier", "registers", "moved / floor"] if self.on_gpu else []
+        peers = [name for peer in self.peers for name in (f"{peer} ({self.unit})", "ratio")]
+        times = [f"{regime} ({self.unit})" for regime in self.regimes]
+        return [
+            "operation",
+            "by",
+            *(["threads"] if self.threads else []),
+            *facts,
+            *times,
+            "IQR",
+            "GB/s",
+            "of copy",
+            *peers,
+        ]
+
+    def row(self, result: Result) -> list[str]:
+        first, bandwidth = result.timings[self.regimes[0]], result.bandwidth or 0.0
+        facts = []
+        if self.on_gpu:
+            moved = "-" if result.plan is None else f"{result.plan.dram_bytes / result.floor_bytes:.2f}"
+            facts = [result.tier, "-" if result.registers is None else str(result.registers), moved]
+        times = [self.time(result.timings[r].median) if r in result.timings else "-" for r in self.regimes]
+        times[0] += self.mark(result, result.by)
+        return [
+            f"  {result.case.operation}",
+            result.by,
+            *([str(result.threads or "-")] if self.threads else []),
+            *facts,
+            *times,
+            self.time(first.high - first.low) if first.samples > 1 else "-",
+            three(bandwidth / 1e9),
+            f"{bandwidth / self.copy_bandwidth:.0%}",
+            *(cell for peer in self.peers for cell in self.beside(result, peer)),
+        ]
+
+    def beside(self, result: Result, peer: str) -> tuple[str, str]:
+        """A peer's time, and our time over it."""
+        timing = self.timings.get((str(result.case), peer, result.threads))
+        ratio = result.ratios[self.regimes[0]].get(peer)
+        if timing is None or ratio is None:
+            return "-", "-"
+        return self.time(timing.median) + self.mark(result, peer), "<0.01" if ratio < 0.01 else three(ratio)
+
+    def mark(self, result: Result, by: str) -> str:
+        return SLOWER_MARK if (str(result.case), by, result.threads) in self.slower else ""
+
+    def time(self, seconds: float) -> str:
+        return three(self.factor * seconds)
+
+
+def three(number: float) -> str:
+    """Three digits, and as many more as a whole number has."""
+    digits = 3 - math.ceil(math.log10(number) + 1e-9) if number > 0 else 0
+    return f"{number:.{min(max(digits, 0), 9)}f}"
+
+
+SLOWER, SLOWER_MARK = 1.5, "!"
+"""So many times the time of one thread, with more of them, is no measurement of the implementation."""
+
+
+def slower(results: Sequence[Result]) -> dict[tuple[str, str, int | None], float]:
+    """What takes longer with more threads than with one: by case, name and threads, how many times as long."""
+    alone = {(str(r.case), r.by): r.best.median for r in results if r.threads == 1 and r.best}
+    found = {}
+    for r in results:
+        one = alone.get((str(r.case), r.by))
+        if r.best and one and (r.threads or 1) > 1 and r.best.median > SLOWER * one:
+            found[str(r.case), r.by, r.threads] = r.best.median / one
+    return found
+
+
+def slower_with_threads(results: Sequence[Result]) -> list[str]:
+    """A line for each implementation that more threads have slowed down."""
+    found, lines = slower(results), []
+    for by in dict.fromkeys(by for _, by, _ in found):
+        mine = {case: factor for (case, name, _), factor in found.items() if name == by}
+        worst = max(mine, key=lambda case: mine[case])
+        lines.append(
+            f"UNSTEADY: {by} takes up to {three(mine[worst])} times as long with more threads as with one "
+            f"({worst}; {len(mine)} such cases): its threads wait for a core. Compare the lines of one thread."
+        )
+    return lines
 
 
 def _regimes_explained(regimes: Sequence[str]) -> str:
     if "cold" not in regimes:
         return ""
     return ": cold and hot of the device, with the L2 cache emptied before a call or not, wall of CPU and device"
-
-
-def _row(result: Result, regimes: list[str], peers: list[str], on_gpu: bool, copy_bandwidth: float) -> list[str]:
-    first, bandwidth = result.timings[regimes[0]], result.bandwidth or 0.0
-    facts = []
-    if on_gpu:
-        moved = "-" if result.plan is None else f"{result.plan.dram_bytes / result.floor_bytes:.2f}"
-        facts = [result.tier, "-" if result.registers is None else str(result.registers), moved]
-    ratios = result.ratios[regimes[0]]
-    return [
-        f"  {result.case.operation}",
-        result.by,
-        *facts,
-        *(_time(result.timings[regime].median) if regime in result.timings else "-" for regime in regimes),
-        _time(first.high - first.low) if first.samples > 1 else "-",
-        f"{bandwidth / 1e9:.4g}",
-        f"{bandwidth / copy_bandwidth:.0%}",
-        *(f"{ratios[peer]:.2f}" if peer in ratios else "-" for peer in peers),
-    ]
 
 
 def refusals(results: Iterable[Result]) -> str:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from gpu_bn import set_num_threads
+from gpu_bn import get_num_threads, set_num_threads
 from gpu_bn._console import Table, progress, terminal_width
 from gpu_bn.bench import gpus
 from gpu_bn.bench.cases import Case, select
 from gpu_bn.bench.machine import clocks, cpu_copy_bandwidth, machine, smi
 from gpu_bn.bench.model import model
-from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals
+from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals, slower_with_threads, three
 from gpu_bn.bench.subjects import Subject, chosen
 from gpu_bn.bench.tiers import crossovers
 from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, said
@@ -39,6 +41,8 @@ DEFAULTS: dict[str, dict[str, tuple[str, ...]]] = {
 SECONDS = {"cpu": 0.3, "cuda": 0.1}
 """Of samples for each call and regime, by default."""
 CPU_COPIED_BYTES = 64 << 20
+MOST_MOVED = 1.25
+"""Between the bandwidths of a copy before and after the cases."""
 
 
 class BenchError(Exception):
@@ -54,7 +58,7 @@ class Options:
         peers: names of subjects.
         device: ``auto``, ``cpu`` or ``cuda``.
         seconds: of samples for each call and regime; 0 is one sample.
-        threads: of the NumPy backend and of torch, on the CPU.
+        threads: of the NumPy backend and of torch, on the CPU; ``None`` times one, then all.
         tiers, verify, train: the further parts.
         eager: leave torch.compile out of ``train``.
         out: the folder for ``report.json`` and the pictures.
@@ -123,9 +127,39 @@ class Bench:
             return None
         return replace(self.gpu.device, bandwidth=self.copy_bandwidth / THRESHOLDS.copy_share)
 
+    @property
+    def threads(self) -> list[int | None]:
+        """With how many threads each case is timed: ``None`` is what the libraries choose."""
+        if self.gpu is not None or not self.seconds or self.options.threads:
+            return [self.options.threads]
+        return [*sorted({1, get_num_threads()})]
+
+    def timed(self, case: Case, tensors: Tensors, entries: list[Entry]) -> list[Result]:
+        """Prove and time a case with each number of threads."""
+        results = []
+        for threads in self.threads:
+            with use_threads(threads):
+                found = trial(case, tensors, entries, self.timer, self.seconds)
+            results += [replace(result, threads=threads) for result in found]
+        return results
+
+    def moved_copy(self, facts: dict[str, Any]) -> list[str]:
+        """Measure the copy again and say so if it is another than at the start; no measurement if seconds are 0."""
+        if not self.seconds:
+            return []
+        after = cpu_copy_bandwidth(CPU_COPIED_BYTES) if self.gpu is None else self.gpu.copy_bandwidth()
+        facts["copy_bandwidth_after"] = after
+        if 1 / MOST_MOVED <= after / self.copy_bandwidth <= MOST_MOVED:
+            return []
+        return [
+            f"UNSTEADY: a copy had {three(self.copy_bandwidth / 1e9)} GB/s before and {three(after / 1e9)} GB/s after "
+            "the cases: the machine was busy with something else, and no time here should be trusted."
+        ]
+
     def each(self, cases: list[Case], run: Callable[[Case, Tensors], list[Result]], results: list[Result]) -> None:
         """Run cases, those of one tensor with the same data, and add to ``results``; up to one that breaks the GPU."""
-        with progress(f"Timing {len(cases)} cases on the {'CPU' if self.gpu is None else 'GPU'}", len(cases)) as tick:
+        what = f"Timing {len(cases)} cases on the {'CPU' if self.gpu is None else 'GPU'}"
+        with progress(what, len(cases), about=self.about(len(cases))) as tick:
             for _, group in groupby(cases, lambda case: case.tensor):
                 members = list(group)
                 tensors = Tensors(members[0])
@@ -137,6 +171,10 @@ class Bench:
                 del tensors
                 if self.gpu is not None:
                     self.gpu.free()
+
+    def about(self, cases: int) -> float:
+        """Seconds that so many cases take at least: the samples of three calls, and half a second to prove each."""
+        return cases * len(self.threads) * (3 * self.seconds * len(self.timer.regimes) + 0.5)
 
     def _answers(self, case: Case) -> bool:
         """Whether the GPU still does: after an access out of bounds every later call would fail, whoever makes it."""
@@ -162,10 +200,6 @@ def start(options: Options) -> Bench:
             return Bench(options, gpu, "", GpuTimer(gpu), gpu.copy_bandwidth())
         except Exception as error:  # of a driver, or another process that has taken the memory
             raise BenchError(f"nothing can be copied on {gpu.device.name}: {said(error)}") from error
-    if options.threads is not None:
-        set_num_threads(options.threads)
-        if find_spec("torch") is not None:
-            importlib.import_module("torch").set_num_threads(options.threads)
     timer = CpuTimer() if options.seconds is None or options.seconds else CpuTimer(batch=0, pause=0)
     return Bench(options, None, why_not, timer, cpu_copy_bandwidth(CPU_COPIED_BYTES))
 
@@ -177,40 +211,63 @@ def bench(options: Options) -> bool:
         Whether all of ours gave the right results.
 
     Raises:
-        BenchError: it cannot run here, or options make no sense.
+        BenchError: it cannot run here.
+        ValueError: options make no sense.
+        KeyboardInterrupt: it was interrupted; the report is of what was measured until then.
     """
-    try:
-        here = start(options)
-        subjects, left_out = without_torch(here, *chosen(here.kind, options.peers))
-        cases = options.cases(here.kind)
-        imagined = options.cases("model") if here.gpu is None else []
-    except ValueError as error:
-        raise BenchError(str(error)) from None
+    here = start(options)
+    subjects, left_out = without_torch(here, *chosen(here.kind, options.peers))
+    cases = options.cases(here.kind)
+    imagined = options.cases("model") if here.gpu is None else []
     if not cases:
-        raise BenchError("no case is left by --shapes, --dtype, --layout, --ops and --only")
+        raise ValueError("no case is left by --shapes, --dtype, --layout, --ops and --only")
     if any(case.dtype == "bfloat16" for case in cases) and find_spec("ml_dtypes") is None:
-        raise BenchError("bf16 needs ml_dtypes: pip install 'gpu_bn[bench]'")
+        raise BenchError("bf16 needs ml_dtypes: pip install -e '.[bench]'")
     if options.train and find_spec("torch") is None:
-        raise BenchError("--train needs torch: pip install 'gpu_bn[bench]'")
-    if options.page is not None and not options.page.parent.is_dir() and options.page.parent != options.out:
-        raise BenchError(f"there is no folder {options.page.parent} for the page")
+        raise BenchError("--train needs torch: pip install -e '.[bench]'")
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.command, machine(here.gpu, here.copy_bandwidth), left_out=left_out)
     if here.gpu is None and options.device == "auto":
         report.left_out.append(f"No GPU was timed: {here.why_not}.")
     entries = [Entry(subject) for subject in subjects]
     report.modelled = model(imagined)
+    interrupted: KeyboardInterrupt | None = None
     try:
-        here.each(cases, lambda case, data: trial(case, data, entries, here.timer, here.seconds), report.results)
+        here.each(cases, lambda case, data: here.timed(case, data, entries), report.results)
         further(here, report, cases, [subject for subject in subjects if subject.ours])
-    except KeyboardInterrupt:  # what was measured on a rented GPU is worth keeping
+    except KeyboardInterrupt as interrupt:  # what was measured on a rented GPU is worth keeping
         report.failed.append("interrupted: the report is of what was measured until then")
+        interrupted = interrupt
     report.failed += [here.lost] if here.lost else []
     if here.gpu is not None:
         report.machine["gpu"]["after"] = smi(here.gpu.smi_id)
+    if not here.lost and not interrupted:
+        report.warnings += [*slower_with_threads(report.results), *here.moved_copy(report.machine)]
+    report.write(options.out / "report.json")  # first: what is printed may have nowhere to go
     show(report, here)
-    write(report, here)
+    draw_pictures(report, here)
+    if interrupted:
+        raise interrupted
     return not (report.wrong or report.failed)
+
+
+@contextmanager
+def use_threads(threads: int | None) -> Iterator[None]:
+    """Give the NumPy backend and torch so many threads; ``None`` leaves them as they are."""
+    if threads is None:
+        yield
+        return
+    torch: Any = importlib.import_module("torch") if find_spec("torch") is not None else None
+    before, torch_before = get_num_threads(), torch.get_num_threads() if torch else None
+    try:
+        set_num_threads(threads)
+        if torch:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        set_num_threads(before)
+        if torch:
+            torch.set_num_threads(torch_before)
 
 
 def without_torch(here: Bench, subjects: list[Subject], left_out: list[str]) -> tuple[list[Subject], list[str]]:
@@ -278,11 +335,11 @@ def show(report: Report, here: Bench) -> None:
     print(f"gpu_bn {facts['gpu_bn']} ({facts['commit'] or 'no checkout'}), {where}\n{packages}")
     if facts["gpu"]:
         print(clocks(facts["gpu"]))
-    notes = [*report.left_out, *(f"FAILED {failure}" for failure in report.failed)]
+    notes = [*report.left_out, *report.warnings, *(f"FAILED {failure}" for failure in report.failed)]
     print(*notes, sep="\n", end="\n\n" if notes else "\n")
     for text in (
         *measured_table(report.results, here.copy_bandwidth),
-        *layers_table(report.results),
+        *layers_table(report.with_all_threads),
         refusals([*report.results, *report.raced]),
         *report.texts,
         *model_tables(report.modelled),
@@ -291,18 +348,17 @@ def show(report: Report, here: Bench) -> None:
             print(text.text(width) if isinstance(text, Table) else text)
 
 
-def write(report: Report, here: Bench) -> None:
-    """Write JSON and pictures."""
+def draw_pictures(report: Report, here: Bench) -> None:
+    """Write pictures and the page, and say which files there are."""
     options = here.options
-    report.write(options.out / "report.json")
     written = [options.out / "report.json"]
     if find_spec("matplotlib") is None:
-        print("No pictures: matplotlib is not installed; pip install 'gpu_bn[bench]' installs what it needs.")
+        print("No pictures: matplotlib is not installed; pip install -e '.[bench]' installs what it needs.")
     else:
         from gpu_bn.bench.figures import draw
 
         try:
-            written += draw(report.results, here.copy_bandwidth, options.out, report.raced)
+            written += draw(report.with_all_threads, here.copy_bandwidth, options.out, report.raced)
         except Exception as error:  # of matplotlib
             print(f"No pictures: {said(error)}")
     if options.page is not None:

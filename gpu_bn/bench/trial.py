@@ -46,6 +46,7 @@ class Result:
         plan: what was launched, of a GPU backend of ours; ``registers`` the most of its kernels.
         unseen: why these two are not known, where they should be.
         floor_bytes: of the case.
+        threads: on a CPU, if it was timed with more than one number of them.
     """
 
     case: Case
@@ -60,6 +61,7 @@ class Result:
     registers: int | None = None
     unseen: str = ""
     floor_bytes: int = 0
+    threads: int | None = None
 
     @property
     def tier(self) -> str:
@@ -83,7 +85,7 @@ class Result:
         case, plan = self.case, self.plan
         return {
             "case": str(case), "shape": case.shape, "dtype": case.dtype, "layout": case.layout,
-            "operation": str(case.operation), "by": self.by, "ours": self.ours,
+            "operation": str(case.operation), "by": self.by, "ours": self.ours, "threads": self.threads,
             "error": self.error, "refused": self.refused, "not_served": self.not_served,
             "seconds": {regime: timing._asdict() for regime, timing in self.timings.items()}, "ratios": self.ratios,
             "tier": self.tier, "registers": self.registers, "floor_bytes": self.floor_bytes,

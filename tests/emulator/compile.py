@@ -317,9 +317,8 @@ def compile_triton(
     """
     options = _triton_options(num_warps, num_stages, num_ctas, fp_fusion, maxnreg)
     constants = dict(constants or {})
-    texts = {name: getattr(value, "cache_key", value) for name, value in constants.items()}  # functions: by their text
-    key = [function.cache_key, arch, dict(signature), texts, list(aligned), options, resources]
-    path = _cached(["triton", triton_version(), *key])
+    key = _triton_key(function, arch, signature, constants, aligned, options)
+    path = _cached(["triton", triton_version(), *key, resources])
     if (cached := _load(path)) is None:
         cached = {"kernel": _compile_triton(function, arch, signature, constants, aligned, options, resources)}
         _save(path, cached)
@@ -336,6 +335,29 @@ def build_triton(
     return _compile_triton(function, arch, signature, dict(constants or {}), aligned, options, True)
 
 
+def triton_cubin(
+    function: Any, arch: int, signature: Mapping[str, str], constants: Mapping[str, Any] | None = None, *,
+    aligned: Sequence[str] = (), num_warps: int = 4, num_stages: int = 3, num_ctas: int = 1, fp_fusion: bool = True,
+    maxnreg: int | None = None,
+) -> bytes:  # fmt: skip
+    """The machine code for sm_<arch>, from the cache if it is there."""
+    options = _triton_options(num_warps, num_stages, num_ctas, fp_fusion, maxnreg)
+    constants = dict(constants or {})
+    key = _triton_key(function, arch, signature, constants, aligned, options)
+    path = _cached(["triton cubin", triton_version(), *key]).with_suffix(".cubin")
+    if not path.exists():
+        _write(path, _triton_binary(function, arch, signature, constants, aligned, options, True)[0].asm["cubin"])
+    return path.read_bytes()
+
+
+def _triton_key(
+    function: Any, arch: int, signature: Mapping[str, str], constants: Mapping[str, Any],
+    aligned: Sequence[str], options: dict[str, int],
+) -> list[Any]:  # fmt: skip
+    texts = {name: getattr(value, "cache_key", value) for name, value in constants.items()}  # functions: by their text
+    return [function.cache_key, arch, dict(signature), texts, list(aligned), options]
+
+
 def _triton_options(
     num_warps: int, num_stages: int, num_ctas: int, fp_fusion: bool, maxnreg: int | None
 ) -> dict[str, int]:
@@ -347,6 +369,22 @@ def _compile_triton(
     function: Any, arch: int, signature: Mapping[str, str], constants: Mapping[str, Any],
     aligned: Sequence[str], options: dict[str, int], resources: bool,
 ) -> Compiled:  # fmt: skip
+    binary, log = _triton_binary(function, arch, signature, constants, aligned, options, resources)
+    name = binary.metadata.name
+    return Compiled(
+        name, arch, binary.asm["ptx"],
+        **_resources(log, name) if resources else _NOT_ASSEMBLED,
+        threads=32 * options["num_warps"],
+        dynamic_shared_bytes=binary.metadata.shared,
+        log=log,
+    )  # fmt: skip
+
+
+def _triton_binary(
+    function: Any, arch: int, signature: Mapping[str, str], constants: Mapping[str, Any],
+    aligned: Sequence[str], options: dict[str, int], resources: bool,
+) -> tuple[Any, str]:  # fmt: skip
+    """What Triton compiles, and the assembler's log."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -362,14 +400,7 @@ def _compile_triton(
         knobs.nvidia.dump_ptxas_log = True
         knobs.runtime.add_stages_inspection_hook = None if resources else _stop_at_ptx
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    name = binary.metadata.name
-    return Compiled(
-        name, arch, binary.asm["ptx"],
-        **_resources(log.getvalue(), name) if resources else _NOT_ASSEMBLED,
-        threads=32 * options["num_warps"],
-        dynamic_shared_bytes=binary.metadata.shared,
-        log=log.getvalue(),
-    )  # fmt: skip
+    return binary, log.getvalue()
 
 
 def _stop_at_ptx(*call: Any) -> tuple[str, str] | None:

@@ -68,8 +68,12 @@ def caught_faults(request: pytest.FixtureRequest) -> CaughtFaults:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
     caught = [str(value) for report in reports for name, value in report.user_properties if name == _CAUGHT]
-    if caught:
-        terminalreporter.section("planted faults, and the check that caught each")
+    if not caught:
+        return
+    if terminalreporter.verbosity < 1:
+        terminalreporter.write_line(f"planted faults: {len(caught)}, each caught by a check that is named with -v")
+        return
+    terminalreporter.section("planted faults, and the check that caught each")
     for line in caught:
         fault, _, message = line.partition("\n")
         check, _, rest = message.replace("\n", " ").partition(": ")

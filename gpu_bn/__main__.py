@@ -1,0 +1,8 @@
+"""``python -m gpu_bn``: the command ``gpu-bn``."""
+
+import sys
+
+from gpu_bn.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Which CUDA the driver, torch and CuPy have, and which of them do not go together."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+Version = tuple[int, int]
+DRIVER = "libcuda.so.1"
+OLDEST_DRIVERS = {12: 525, 13: 580}
+"""The driver with which each CUDA begins."""
+CUPY = ("cupy-cuda12x", "cupy-cuda13x")
+"""Two packages of one module: never both."""
+ASK_CUPY = """
+import json, cupy
+from cupy_backends.cuda.libs import nvrtc
+print(json.dumps([cupy.cuda.runtime.runtimeGetVersion(), list(nvrtc.getVersion())]))
+"""
+
+
+@dataclass(frozen=True)
+class CudaVersions:
+    """What was found; ``None`` is not there, or has no CUDA.
+
+    Attributes:
+        driver: the newest CUDA that the driver runs.
+        torch: that torch was built with.
+        cupy: CuPy's runtime; ``nvrtc`` the compiler that it loads.
+        packages: of CuPy, those that are installed.
+        why_not: CuPy's, if it is installed and does not tell.
+    """
+
+    driver: Version | None = None
+    torch: Version | None = None
+    cupy: Version | None = None
+    nvrtc: Version | None = None
+    packages: tuple[str, ...] = ()
+    why_not: str = ""
+
+    @property
+    def said(self) -> dict[str, str]:
+        """A line for each."""
+        cupy = f"{_text(self.cupy)}, NVRTC {_text(self.nvrtc)}" if self.cupy else self.why_not
+        lines = {"driver": _text(self.driver), "torch": _text(self.torch), "CuPy": cupy}
+        return {name: line for name, line in lines.items() if line}
+
+    def problems(self) -> list[str]:
+        """Each pair that does not fit, and what to do."""
+        found = []
+        if len(self.packages) > 1:
+            both = " ".join(self.packages)
+            found.append(f"{' and '.join(self.packages)} hold the same module: pip uninstall {both}, then install one")
+        built = _built_for(self.packages)
+        if self.nvrtc and built and self.nvrtc[0] != built and len(self.packages) == 1:
+            found.append(
+                f"{self.packages[0]} with NVRTC {_text(self.nvrtc)}: {_install(self.nvrtc[0])} instead of it, or "
+                f"install its own compiler: pip install nvidia-cuda-nvrtc{'-cu12' if built == 12 else ''}"
+            )
+        for name, other in (("torch", self.torch), ("CuPy", self.cupy), ("NVRTC", self.nvrtc)):
+            if self.driver and other and other[0] > self.driver[0]:
+                found.append(
+                    f"{name} of CUDA {_text(other)} with a driver for CUDA {_text(self.driver)}: update the driver to "
+                    f"{OLDEST_DRIVERS.get(other[0], 'a newer one')} or later, or install {name} for CUDA "
+                    + (f"{self.driver[0]}: {_install(self.driver[0])}" if name != "torch" else str(self.driver[0]))
+                )
+        if self.torch and self.cupy and self.torch[0] != self.cupy[0] and not found:
+            found.append(
+                f"torch of CUDA {_text(self.torch)} beside CuPy of CUDA {_text(self.cupy)}: each works, but CuPy may "
+                f"come to load torch's compiler; {_install(self.torch[0])} instead of {self.packages[0]}"
+            )
+        return found
+
+
+def cuda_versions() -> CudaVersions:
+    """Look and ask; nothing is imported into this process."""
+    packages = tuple(name for name in CUPY if _installed(name))
+    cupy = nvrtc = None
+    why_not = ""
+    if "cupy" in sys.modules or find_spec("cupy") is not None:
+        cupy, nvrtc, why_not = ask_cupy()
+    return CudaVersions(driver_version(), torch_version(), cupy, nvrtc, packages, why_not)
+
+
+def driver_version() -> Version | None:
+    """The newest CUDA that the driver runs."""
+    number = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return None
+    return None if failed or not number.value else _of_number(number.value)
+
+
+def torch_version() -> Version | None:
+    """The CUDA that torch was built with, by its file of versions: importing it takes seconds."""
+    spec = find_spec("torch")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(folder) / "version.py"
+        text = file.read_text() if file.exists() else ""
+        found = re.search(r"^cuda\b.*=\s*['\"](\d+)\.(\d+)", text, re.MULTILINE)
+        if found:
+            return int(found[1]), int(found[2])
+    return None
+
+
+def ask_cupy() -> tuple[Version | None, Version | None, str]:
+    """The CUDA of CuPy's runtime, that of the NVRTC it loads, and why these are not known: a process imports it."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK_CUPY], capture_output=True, text=True, check=False, timeout=120
+        )
+        runtime, nvrtc = json.loads(done.stdout)
+        return _of_number(runtime), (nvrtc[0], nvrtc[1]), ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, None, type(error).__name__
+    except ValueError:
+        lines = done.stderr.strip().splitlines()
+        return None, None, f"unknown: {lines[-1] if lines else 'it says nothing'}"
+
+
+def _of_number(number: int) -> Version:
+    return number // 1000, number % 1000 // 10
+
+
+def _built_for(packages: tuple[str, ...]) -> int | None:
+    return int(packages[0].removeprefix("cupy-cuda").removesuffix("x")) if packages else None
+
+
+def _install(major: int) -> str:
+    return f"pip install -e '.[{'cupy' if major == 12 else f'cupy{major}'}]'"
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+def _text(found: Version | None) -> str:
+    return f"{found[0]}.{found[1]}" if found else ""
