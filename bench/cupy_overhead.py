@@ -89,6 +89,7 @@ def stand_in() -> types.ModuleType:
     properties = {
         "name": b"H100", "major": 9, "minor": 0, "multiProcessorCount": 132, "l2CacheSize": 50 << 20,
         "sharedMemPerMultiprocessor": 228 << 10, "sharedMemPerBlockOptin": 227 << 10, "memoryBusWidth": 5120,
+        "memoryClockRate": 2_619_000,
     }  # fmt: skip
     cupy: Any = types.ModuleType("cupy")
     cupy.ndarray, cupy.empty = ndarray, empty

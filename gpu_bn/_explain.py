@@ -20,6 +20,7 @@ DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float6
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 LAYOUTS = ("nchw", "nhwc", "nc")
+MODEL = "Times are a model, not measured: launches, bytes over the bandwidth of a copy, idle SMs, exchange of sums."
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ class Direction:
 
     @property
     def efficiency(self) -> float:
-        """The floor's bytes as a share of those moved: 1 is the best."""
-        return self.floor_bytes / self.moved_bytes if self.moved_bytes else 1.0
+        """The floor's time as a share of the plan's, by the model: 1 is the best."""
+        return self.plan.floor_seconds / self.plan.seconds
 
     @property
     def tier(self) -> str:
@@ -75,6 +76,7 @@ class Direction:
             ("shared memory", f"{plan.shared_bytes} bytes a block" if plan.shared_bytes else "none for tensors"),
             ("bytes", f"{_size(self.moved_bytes)} moved, {_size(self.floor_bytes)} is the floor"),
             ("time (model)", f"{_time(plan.seconds)}, {_time(plan.floor_seconds)} is the floor: {self.nearness}"),
+            ("of that", ", ".join(f"{name} {_time(value)}" for name, value in plan.times.parts().items() if value)),
         ]
         lines = [f"  {name:17}{value}" for name, value in facts]
         return lines + [f"  {'not ' + name:17}{why}" for name, why in self.others.items()]
@@ -115,7 +117,7 @@ class Explanation:
                 "backward",
                 *self.backward.lines(),
                 "",
-                "Times are a model, not measured: bytes over the bandwidth of a copy, without what a launch costs.",
+                MODEL,
             ]
         )
 
@@ -277,7 +279,7 @@ def _direction(work: Work, device: Device, training: bool) -> Direction:
         if isinstance(option, str):
             others[name] = option
         elif name != chosen.tier:
-            others[name] = f"{chosen.tier} comes first; this would be {_compared(option, chosen)}"
+            others[name] = f"this would be {_compared(option, chosen)}"
     return Direction(work, chosen, others)
 
 

@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         commands,
         "explain",
         "Print how the CUDA kernels would serve a training call, forward and backward, and why. No GPU is needed: "
-        "times are a model, bytes over the bandwidth of a copy.",
+        "times are a model.",
     )
     explain.add_argument(
         "--shape", type=_arguments.shape, required=True, metavar="NxCx...", help="channels second, such as 32x64x56x56"
@@ -214,7 +214,7 @@ def run_check(options: argparse.Namespace) -> int:
 def run_explain(options: argparse.Namespace) -> int:
     """``gpu-bn explain``."""
     from gpu_bn._console import Table, terminal_width
-    from gpu_bn._explain import explain, row
+    from gpu_bn._explain import MODEL, explain, row
 
     def of(device: str) -> Explanation:
         return explain(
@@ -231,8 +231,7 @@ def run_explain(options: argparse.Namespace) -> int:
         return 0
     header = ["device", "pass", "tier", "launches", "grid", "vector", "shared", "moved/floor", "time", "floor"]
     rows = [row(one, direction) for one in found for direction in ("forward", "backward")]
-    caption = "Times are a model, not measured: bytes over the bandwidth of a copy, without what a launch costs."
-    print(Table(found[0].call, header, rows, caption, keys=2).text(terminal_width()), end="")
+    print(Table(found[0].call, header, rows, MODEL, keys=2).text(terminal_width()), end="")
     return 0
 
 

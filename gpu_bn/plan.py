@@ -12,7 +12,8 @@ The tiers, in order of preference:
     Two launches: sums, then outputs. The second runs backwards, to start with what the first left in the cache.
 
 A *position* is one vector of a strip (``rows``: of the channel's (N, S) slab; ``columns``: a row of the strip).
-Times are a model: bytes over the bandwidth of a copy. Nothing here has been measured on a GPU.
+Where several tiers can serve a call, the fastest by :mod:`gpu_bn._gpu_model` does. Nothing here has been measured on a
+GPU.
 """
 
 from __future__ import annotations
@@ -22,90 +23,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from gpu_bn._gpu_model import DEVICES as DEVICES
+from gpu_bn._gpu_model import THREADS as THREADS
+from gpu_bn._gpu_model import THRESHOLDS as THRESHOLDS
+from gpu_bn._gpu_model import Device as Device
+from gpu_bn._gpu_model import Thresholds as Thresholds
+from gpu_bn._gpu_model import Times as Times
+from gpu_bn._gpu_model import copying, streaming
+
 TIERS = ("cta", "cluster", "cooperative", "split")
-THREADS = 256
 VECTOR_BYTES = 16
 STRIP_BYTES = 128
 STATIC_SHARED = 7_696
 """A block's static shared memory, at most."""
 CO_RESIDENT = 2
 """Blocks that the kernels' launch bounds let an SM hold (float64: one)."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Device:
-    """What a plan needs to know of a GPU. Compared by identity, which costs a call nothing.
-
-    Attributes:
-        name: for people.
-        arch: the compute capability, 90 for sm_90.
-        sms: multiprocessors.
-        shared_per_sm, shared_per_block: bytes of shared memory, the second with opt-in.
-        l2_bytes: of cache.
-        bandwidth: bytes per second of the memory, from the data sheet.
-        clusters: whether blocks may form clusters, on sm_90 and later.
-    """
-
-    name: str
-    arch: int
-    sms: int
-    shared_per_sm: int
-    shared_per_block: int
-    l2_bytes: int
-    bandwidth: float
-    clusters: bool = True
-
-    @property
-    def reserved_shared(self) -> int:
-        """What the driver takes of an SM's shared memory for each block."""
-        return 1 << 10 if self.arch >= 80 else 0
-
-
-DEVICES = {
-    "t4": Device("T4", 75, 40, 64 << 10, 64 << 10, 4 << 20, 320e9),
-    "a100": Device("A100", 80, 108, 164 << 10, 163 << 10, 40 << 20, 1555e9),
-    "4090": Device("RTX 4090", 89, 128, 100 << 10, 99 << 10, 72 << 20, 1008e9),
-    "h100": Device("H100", 90, 132, 228 << 10, 227 << 10, 50 << 20, 3350e9),
-    "b200": Device("B200", 100, 148, 228 << 10, 227 << 10, 126 << 20, 8000e9),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """The numbers that a measurement on a GPU may change.
-
-    Attributes:
-        blocks_per_sm: blocks that share an SM in the tiers that keep a channel on chip.
-        split_blocks_per_sm: blocks per SM that the split kernels are cut into.
-        fill: share of the SMs that must have work before a strip is left to one block. Where an SM has room for only
-            one such block, a GPU with clusters takes a cluster; an older one takes the block, as the rest costs more.
-        vectors_per_thread: below so many vectors a thread, cutting a channel further gains nothing.
-        max_cluster: blocks in a cluster (8 is what every sm_90 GPU offers).
-        max_cooperative: blocks that may share a channel through L2.
-        narrow_bytes: what a strip of channels may be narrowed to, from 128 bytes, where wider ones leave SMs idle and
-            narrower ones fit blocks or clusters that fill them. Memory is read in sectors of 32 bytes.
-        narrow_vectors: vectors a thread, beyond which strips stay wide: there are rows enough to cut, and long reads
-            matter more.
-        max_partials: blocks of a strip whose sums the last of them merges in two launches. More are used only where
-            the SMs would not be full.
-        usable_l2: share of the L2 cache that the second read of a split call may count on.
-        copy_share: share of the data sheet's bandwidth that a copy reaches.
-    """
-
-    blocks_per_sm: int = 3
-    split_blocks_per_sm: int = 4
-    fill: float = 0.75
-    vectors_per_thread: int = 4
-    max_cluster: int = 8
-    max_cooperative: int = 64
-    narrow_bytes: int = 32
-    narrow_vectors: int = 16
-    max_partials: int = 256
-    usable_l2: float = 0.5
-    copy_share: float = 0.88
-
-
-THRESHOLDS = Thresholds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +126,8 @@ class LaunchPlan:
         launches: how many kernels.
         read_bytes, written_bytes: of the tensors, in each launch.
         dram_bytes: what of that reaches the memory, by the model of the L2 cache.
-        seconds: the time at the bandwidth of a copy (model).
-        floor_seconds: the time if each tensor were read and written once (model).
+        times: how long that takes, in parts (model).
+        floor_seconds: the time if one launch read and wrote each tensor once (model).
         reason: why this tier.
     """
 
@@ -209,9 +141,14 @@ class LaunchPlan:
     read_bytes: tuple[int, ...]
     written_bytes: tuple[int, ...]
     dram_bytes: int
-    seconds: float
+    times: Times
     floor_seconds: float
     reason: str
+
+    @property
+    def seconds(self) -> float:
+        """The time (model)."""
+        return self.times.seconds
 
     @property
     def grid(self) -> int:
@@ -279,19 +216,19 @@ def plan(work: Work, device: Device, tier: str | None = None, thresholds: Thresh
     if tier is not None and tier not in TIERS:
         raise NoPlanError(f"unknown tier {tier!r}, expected one of {', '.join(TIERS)}")
     planner = _planner(work, device, thresholds)
-    refusals: list[str] = []
-    for name in TIERS if tier is None else (tier,):
-        found = getattr(planner, name)(forced=tier is not None)
-        if isinstance(found, LaunchPlan):
-            return replace(found, reason="; ".join([found.reason, *refusals]))
-        refusals.append(f"not {name}: {found}")
-    raise NoPlanError("; ".join(refusals))
+    found = {name: planner.tier(name, tier is not None) for name in (TIERS if tier is None else (tier,))}
+    refusals = [f"not {name}: {why}" for name, why in found.items() if isinstance(why, str)]
+    plans = [option for option in found.values() if isinstance(option, LaunchPlan)]
+    if not plans:
+        raise NoPlanError("; ".join(refusals))
+    chosen = min(plans, key=lambda option: option.seconds)
+    return replace(chosen, reason="; ".join([chosen.reason, *refusals]))
 
 
 def options(work: Work, device: Device, thresholds: Thresholds = THRESHOLDS) -> dict[str, LaunchPlan | str]:
-    """Each tier's plan, or why it is not for this work. :func:`plan` takes the first plan."""
+    """Each tier's plan, or why it is not for this work. :func:`plan` takes the fastest plan, of equals the first."""
     planner = _planner(work, device, thresholds)
-    return {name: getattr(planner, name)(forced=False) for name in TIERS}
+    return {name: planner.tier(name, False) for name in TIERS}
 
 
 @lru_cache(4096)
@@ -328,6 +265,11 @@ class _Planner:
     device: Device
     thresholds: Thresholds
     tiling: Tiling
+
+    def tier(self, name: str, forced: bool) -> LaunchPlan | str:
+        """A tier's plan, or why there is none."""
+        tiers = {"cta": self.cta, "cluster": self.cluster, "cooperative": self.cooperative, "split": self.split}
+        return tiers[name](forced)
 
     @property
     def _crowded(self) -> str:
@@ -410,25 +352,39 @@ class _Planner:
 
     def split(self, forced: bool) -> LaunchPlan:
         del forced  # it serves everything
+        wide, thresholds = self._split(), self.thresholds
+        if self.work.groups > 1:
+            return wide
+        tilings = narrower(self.tiling, thresholds.narrow_split_bytes, self.work.itemsize)
+        plans = [replace(self, tiling=tiling)._split() for tiling in tilings]
+        narrow = min(plans, key=lambda option: option.seconds)
+        return narrow if narrow.seconds < (1 - thresholds.narrow_gain) * wide.seconds else wide
+
+    def _split(self) -> LaunchPlan:
         work, once = self.work, self.once()
         second = min(work.reads * work.tensor_bytes, int(self.thresholds.usable_l2 * self.device.l2_bytes))
         mask = work.valid_bytes + (work.mask_bytes if work.backward else 0)
         reads = (work.staged * work.tensor_bytes + mask, work.reads * work.tensor_bytes + mask)
         first = (work.writes - 1) * work.tensor_bytes if work.backward else 0  # the residual's gradient
         written = (first, self._written - first)
+        first_dram = reads[0] + written[0]
         dram = sum(reads) + sum(written) - min(second, reads[0])
+        passes = [self._streamed(once.grid, moved) for moved in (first_dram, dram - first_dram)]
+        memory, idle = (sum(parts) for parts in zip(*passes, strict=True))
+        rounds = -(-once.blocks * self.tiling.channels_per_strip // THREADS)
+        merge = (self.thresholds.handover + rounds * self.thresholds.merge_round) if once.blocks > 1 else 0.0
         return replace(
             once,
             launches=2,
             read_bytes=reads,
             written_bytes=written,
             dram_bytes=dram,
-            seconds=self._seconds(dram),
+            times=Times(2 * self.thresholds.launch, memory, idle, merge=merge),
             reason="two passes serve every size",
         )
 
     def once(self) -> LaunchPlan:
-        wanted = -(-self.device.sms * self.thresholds.split_blocks_per_sm // self.tiling.strips)
+        wanted = self.device.sms * self.thresholds.split_blocks_per_sm // self.tiling.strips  # whole waves
         resident = self.device.sms * self._co_resident // self.tiling.strips
         blocks = max(1, min(wanted, max(self.thresholds.max_partials, resident), self._most_blocks))
         share = -(-self.tiling.positions // blocks)
@@ -441,12 +397,37 @@ class _Planner:
         return self._plan(tier, blocks, groups, share, self._shared(blocks), reason)
 
     def _plan(self, tier: str, blocks: int, groups: int, share: int, shared: int, reason: str) -> LaunchPlan:
-        floor = self._read + self._written
-        seconds = self._seconds(floor)
+        moved, thresholds = self._read + self._written, self.thresholds
+        if tier == "split":
+            exchange, (memory, idle) = 0.0, self._streamed(groups * blocks, moved)
+        else:
+            resident = max(1, min(thresholds.blocks_per_sm, self._co_resident, self._blocks_of(shared)))
+            grid = self.tiling.strips * blocks
+            waves = -(-grid // (resident * self.device.sms))
+            under_way = shared if self.device.arch >= 80 else min(shared, self._under_way)
+            memory, idle = streaming(moved, grid, resident, under_way, self.device, thresholds)
+            rounds = {"cluster": -(-waves // resident), "cooperative": -(-self.tiling.strips // groups)}.get(tier, 0)
+            exchange = rounds * (thresholds.cluster_barrier if tier == "cluster" else thresholds.grid_barrier)
+        times = Times(thresholds.launch, memory, idle, exchange)
+        floor = thresholds.launch + copying(moved, self.device, thresholds)
         return LaunchPlan(
-            tier, self.tiling, blocks, groups, share, shared, 1, (self._read,), (self._written,), floor, seconds,
-            seconds, reason,
+            tier, self.tiling, blocks, groups, share, shared, 1, (self._read,), (self._written,), moved, times, floor,
+            reason,
         )  # fmt: skip
+
+    def _streamed(self, grid: int, moved: int) -> tuple[float, float]:
+        """Seconds of a streaming launch: of a copy, and what is lost beyond."""
+        resident = self.thresholds.column_blocks if self.tiling.columns else self.thresholds.row_blocks
+        return streaming(moved, grid, resident, self._under_way, self.device, self.thresholds)
+
+    @property
+    def _under_way(self) -> int:
+        """Bytes that a block of a streaming kernel has asked memory for at a time."""
+        return self.thresholds.loads * THREADS * self.tiling.vector * self.work.itemsize
+
+    def _blocks_of(self, shared: int) -> int:
+        """Blocks of so much dynamic shared memory that an SM holds."""
+        return self.device.shared_per_sm // (shared + STATIC_SHARED + self.device.reserved_shared)
 
     @property
     def _read(self) -> int:
@@ -495,6 +476,3 @@ class _Planner:
 
     def _can_cluster(self) -> bool:
         return self.device.arch >= 90 and self.device.clusters and self.tiling.positions >= 2
-
-    def _seconds(self, dram_bytes: int) -> float:
-        return dram_bytes / (self.thresholds.copy_share * self.device.bandwidth)

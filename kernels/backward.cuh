@@ -1,6 +1,10 @@
-// The backward pass. With g = dz: dbias = sum g, dweight = sum g * xhat,
-// dx = ((x - centre) * slope + g + offset) * scale, where slope and offset carry the two sums; with frozen statistics
-// they are zero. z is computed again from x (and the residual), or one bit of a mask stands for it.
+// The backward pass (Ioffe & Szegedy 2015, section 3, after the terms that cancel). With g = dz, the gradient of what the
+// activation is given, and xhat = (x - mean) * rstd:
+//
+//   dbias = sum g,  dweight = sum g * xhat,  dx = weight * rstd * (g - dbias / n - xhat * dweight / n),  dresidual = g
+//
+// As the kernels compute it: dx = ((x - centre) * slope + g + offset) * scale, where slope and offset carry the two sums;
+// with frozen statistics they are zero. z is computed again from x (and the residual), or one bit of a mask stands for it.
 
 template <class A, int N> struct Gradient {
   A rstd[N], slope[N], offset[N];
@@ -25,7 +29,7 @@ DEVICE void load_channels(const Tile<L>& tile, const Statistics& given, Backward
   const i64 channel = tile.channel(place);
   if (place < tile.strip_channels() && channel < tile.g.channels) {
     const i64 statistic = tile.statistic(channel);
-    const double mean = given.mean.get(statistic), rstd = 1. / sqrt(given.var.get(statistic) + given.eps);
+    const double mean = given.mean.get(statistic), rstd = rsqrt(given.var.get(statistic) + given.eps);
     shared.affine.set(place, mean, rstd, given.weight.get(channel, 1.), given.bias.get(channel, 0.));
     shared.gradient.rstd[place] = (typename L::A)rstd;
     shared.mean[place] = mean;
@@ -131,9 +135,9 @@ template <class L> struct BackwardSums {
   __device__ __forceinline__ void finish(const Tile<L>& tile, Shared<L>& shared) {
     dz.flush();
     dz_xhat.flush();
-    block_sum(dz.total, tile.g.lanes, shared.scratch);
-    block_sum(dz_xhat.total, tile.g.lanes, shared.scratch);
-    if (tile.row == 0) shared.own.set(tile, dz.total, dz_xhat.total);
+    const double first = block_sum(dz.total, tile.g.lanes, shared.scratch);
+    const double second = block_sum(dz_xhat.total, tile.g.lanes, shared.scratch);
+    if (threadIdx.x < tile.strip_channels()) shared.own.first[threadIdx.x] = first, shared.own.second[threadIdx.x] = second;
   }
 };
 
@@ -141,7 +145,7 @@ struct TwoSums {
   double dz, dz_xhat;
 };
 
-// Sums over a strip's blocks; thread t gets the channel at place t modulo the strip's channels.
+// Sums over a strip's blocks; thread t gets the channel at place t, other threads get nothing.
 template <class L, class Peers>
 DEVICE TwoSums merge_sums(const Tile<L>& tile, const Peers& peers, BackwardShared<L>& shared) {
   const u32 width = tile.strip_channels(), place = threadIdx.x & (width - 1);
@@ -150,14 +154,15 @@ DEVICE TwoSums merge_sums(const Tile<L>& tile, const Peers& peers, BackwardShare
     dz[0] = peers.first(0, place);
     dz_xhat[0] = peers.second(0, place);
   } else {
+#pragma unroll 8  // loads at a time
     for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
       dz[0] += peers.first(r, place);
       dz_xhat[0] += peers.second(r, place);
     }
-    block_sum(dz, width, shared.sums.scratch);
-    block_sum(dz_xhat, width, shared.sums.scratch);
+    dz[0] = block_sum(dz, width, shared.sums.scratch);
+    dz_xhat[0] = block_sum(dz_xhat, width, shared.sums.scratch);
   }
-  if (tile.channel(place) >= tile.g.channels) return {0., 0.};
+  if (threadIdx.x >= width || tile.channel(place) >= tile.g.channels) return {};
   const double rest = shared.mean[place] - (double)shared.affine.centre[place];
   return {dz[0], dz_xhat[0] - rest * shared.rstd[place] * dz[0]};
 }
@@ -195,7 +200,7 @@ template <class L> struct OwnGradient {
       const void *var, void *dweight, void *dbias, double *partials, u32 *counters, u32 dtypes, GEOMETRY_ARGS,      \
       double count, double eps, double parameter
 
-// Everything in one launch: x and dy are read once and kept in shared memory.
+// dbias, dweight, dx and dresidual in one launch: x and dy are read once and kept in shared memory.
 template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWARD_ARGS(L)) {
   typedef typename L::V V;
   typedef typename L::A A;
@@ -276,9 +281,9 @@ __global__ void CLUSTER_OF(BLOCKS) __launch_bounds__(THREADS, RESIDENT(L)) bn_ba
   BACKWARD_ON_CHIP(Cluster<BLOCKS>);
 }
 
-// The sums alone, and dx = scale * g if it does not depend on them (frozen statistics: dx given); dresidual = g if given.
-// sums: [2, statistics] double, the sums of g and of g * xhat. Given more than one group, dweight and dbias are null:
-// bn_add_groups_kernel makes them of the sums.
+// The sums alone, dbias = sum g and dweight = sum g * xhat, and dx = scale * g if it does not depend on them (frozen
+// statistics: dx given); dresidual = g if given. sums: [2, statistics] double. Given more than one group, dweight and dbias
+// are null: bn_add_groups_kernel makes them of the sums.
 template <class L, int FROM, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kernel(
     const typename L::V* x, const typename L::V* dy, const typename L::V* residual, const u8* mask, typename L::V* dx,
@@ -297,7 +302,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   load_channels(tile, given, shared);
   const OwnAffine<L> affine(tile, shared.affine);
   BackwardSums<L> sums(tile, shared.gradient);
-  each<L::COLUMNS ? 1 : 2, false>(
+  each<L::MASKED && L::COLUMNS ? 1 : 2, false>(  // more would spill
       tile, 0, tile.count, [&](u32 i, i64 offset) { return from.template load<false>(offset, selection.of(tile, i)); },
       [&](const Operands<L, FROM>& at, i64 offset) {
         A g[L::VEC];
@@ -359,6 +364,8 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // dx from given sums, or with frozen statistics (sums null); dresidual = g if given. Runs backwards.
+//
+//   dx = weight * rstd * (g - sum g / n - xhat * sum (g * xhat) / n);  frozen: dx = weight * rstd * g
 template <class L, int FROM, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_input_kernel(
     const typename L::V* x, const typename L::V* dy, const typename L::V* residual, const u8* mask, typename L::V* dx,
@@ -384,7 +391,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_input_kernel
   __syncthreads();
   const OwnAffine<L> affine(tile, shared.affine);
   const OwnGradient<L> gradient(tile, shared.gradient);
-  each<L::COLUMNS ? 1 : 2, true>(
+  each<L::MASKED && L::COLUMNS ? 1 : 2, true>(
       tile, 0, tile.count, [&](u32 i, i64 offset) { return from.template load<true>(offset, selection.of(tile, i)); },
       [&](const Operands<L, FROM>& at, i64 offset) {
         V out, dz;

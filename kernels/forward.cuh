@@ -117,6 +117,10 @@ extern __shared__ __align__(16) unsigned char staging[];
       u32 *counters, u32 dtypes, GEOMETRY_ARGS, double momentum, double eps, double parameter
 
 // Statistics, running update and output in one launch: x is read once and kept in shared memory.
+//
+//   mean = sum x / n,  var = sum (x - mean)^2 / n                   (Ioffe & Szegedy 2015, algorithm 1)
+//   y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
+//   running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward_on_chip(FORWARD_ARGS(L)) {
   typedef typename L::V V;
   typedef typename L::A A;
@@ -144,7 +148,7 @@ template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward
     const u32 place = threadIdx.x;
     const i64 channel = tile.channel(place);
     if (place < tile.strip_channels() && channel < channels) {
-      const double rstd = 1. / sqrt(moments.var + eps);
+      const double rstd = rsqrt(moments.var + eps);
       table.set(place, moments.mean, rstd, per_channel.weight.get(channel, 1.), per_channel.bias.get(channel, 0.));
       if (tile.rank == 0) {
         per_channel.save(channel, channel, moments.mean, moments.var);
@@ -173,7 +177,12 @@ __global__ void CLUSTER_OF(BLOCKS) __launch_bounds__(THREADS, RESIDENT(L)) bn_fo
   FORWARD_ON_CHIP(Cluster<BLOCKS>);
 }
 
-// Statistics alone, and the running update: the first launch of two. Given more than one group, the running statistics are
+// Statistics alone, and the running update: the first launch of two.
+//
+//   mean = sum x / n,  var = sum (x - mean)^2 / n
+//   running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
+//
+// Given more than one group, the running statistics are
 // null: only bn_track_kernel meets the groups in order.
 template <class L, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
@@ -234,6 +243,8 @@ __global__ void __launch_bounds__(THREADS) bn_track_kernel(
 }
 
 // Output from given statistics: the second launch of two, evaluation. Runs backwards.
+//
+//   y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 template <class L, bool RESIDUAL, bool MASK, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_normalize_kernel(
     const typename L::V* x, typename L::V* y, const typename L::V* residual, u8* mask, const void* weight,
@@ -252,10 +263,10 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_normalize_kernel(
   if (place < tile.strip_channels() && channel < channels) {
     const i64 statistic = tile.statistic(channel);
     const double m = per_channel.running_mean.get(statistic), v = per_channel.running_var.get(statistic);
-    table.set(place, m, 1. / sqrt(v + eps), per_channel.weight.get(channel, 1.), per_channel.bias.get(channel, 0.));
+    table.set(place, m, rsqrt(v + eps), per_channel.weight.get(channel, 1.), per_channel.bias.get(channel, 0.));
     if (tile.rank == 0) per_channel.save(statistic, channel, m, v);
   }
   __syncthreads();
   const Output<L, RESIDUAL, MASK> output = {y, residual, mask, (A)parameter};
-  write_output<L::COLUMNS ? 2 : 4, true>(tile, OwnAffine<L>(tile, table), output, StreamedOnce<V>{x}, Selection<L>{more...});
+  write_output<!L::COLUMNS ? 4 : RESIDUAL ? 2 : 3, true>(tile, OwnAffine<L>(tile, table), output, StreamedOnce<V>{x}, Selection<L>{more...});
 }

@@ -15,31 +15,42 @@ template <class L> struct Shift {
   typedef typename L::A A;
   A centre[L::MAX_CHANNELS], scale[L::MAX_CHANNELS], origin[L::MAX_CHANNELS];
 
-  // The mean of some vectors spread over the block's share. Called by the first thread of each lane.
-  __device__ __forceinline__ void sample(const Tile<L>& tile, const typename L::V* x) {
-    A sum[L::CHANNELS], first[L::CHANNELS];
+  // The mean of some vectors spread over the block's share, which as many rows of threads load at once. Called by all.
+  __device__ __forceinline__ void sample(const Tile<L>& tile, const typename L::V* x, double* scratch) {
+    A* samples = (A*)scratch;  // [SAMPLES, strip_channels]
+    const u32 width = tile.strip_channels(), place = threadIdx.x;
+    if (tile.row < SAMPLES) {
+      A sum[L::CHANNELS], first[L::CHANNELS];
 #pragma unroll
-    for (int j = 0; j < L::CHANNELS; ++j) sum[j] = first[j] = 0;
-    if (tile.count) {
-      const typename L::V v = x[tile.origin()];
-#pragma unroll
-      for (int j = 0; j < L::CHANNELS; ++j) first[j] = v[j];
-#pragma unroll
-      for (int k = 0; k < SAMPLES; ++k) {
-        const typename L::V v = x[tile.seek((u32)((u64)tile.length * k / SAMPLES)).offset];
+      for (int j = 0; j < L::CHANNELS; ++j) sum[j] = first[j] = 0;
+      if (tile.active()) {
+        const typename L::V v = x[tile.seek((u32)((u64)tile.length * tile.row / SAMPLES)).offset];
 #pragma unroll
         for (int j = 0; j < L::VEC; ++j) sum[L::COLUMNS ? j : 0] += v[j] * A(1. / (SAMPLES * L::PER_POSITION));
+        if (tile.row == 0) {
+          const typename L::V v = x[tile.origin()];
+#pragma unroll
+          for (int j = 0; j < L::CHANNELS; ++j) first[j] = v[j];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < L::CHANNELS; ++j) {
+        samples[tile.row * width + tile.own() + j] = sum[j];
+        if (tile.row == 0) origin[tile.own() + j] = first[j];
       }
     }
+    __syncthreads();
+    if (place < width) {
+      A sum = 0;
 #pragma unroll
-    for (int j = 0; j < L::CHANNELS; ++j) {
-      centre[tile.own() + j] = sum[j];
-      scale[tile.own() + j] = 1;
-      origin[tile.own() + j] = first[j];
+      for (int k = 0; k < SAMPLES; ++k) sum += samples[k * width + place];
+      centre[place] = sum;
+      scale[place] = 1;
     }
   }
 
-  // The mean of those elements that count, if any do: else the sweep finds a better one.
+  // The mean of those elements that count, if any do: else the sweep finds a better one. Called by the first thread of
+  // each lane.
   __device__ __forceinline__ void sample(const Tile<L>& tile, const typename L::V* x, const Selection<L>& selection) {
     A sum[L::CHANNELS];
     u32 n = 0;
@@ -63,19 +74,21 @@ template <class L> struct Shift {
   }
 
   // Whether the sums of a sweep lose accuracy, because the centre is more than one sd away from the mean or the squares
-  // leave float's range. The shift is changed then.
-  __device__ __forceinline__ bool improve(u32 place, double n, double sum, double squares) {
+  // leave float's range. The shift is changed then. far = sum / n.
+  __device__ __forceinline__ bool improve(u32 place, double n, double sum, double squares, double far) {
     const A c = centre[place], s = scale[place];
     if (sizeof(A) == 4 && s == 1) {
       if (squares > LARGEST) return scale[place] = SCALE_DOWN, true;
       const bool small = squares < n * SMALLEST && (sum != 0 || squares != 0 || c != 0);
       if (small && fabs(c) < 1e-8f) return scale[place] = SCALE_UP, true;
     }
-    const double far = sum / n;
-    const A better = (A)(c + far / s);
-    if (far * far > squares / n - far * far && better != c) return centre[place] = better, true;
+    const A better = (A)(c + far * unscale(place));
+    if (2 * far * sum > squares && better != c) return centre[place] = better, true;
     return false;
   }
+
+  // 1 / scale, a power of two.
+  __device__ __forceinline__ double unscale(u32 place) const { return sizeof(A) == 4 ? A(1) / scale[place] : A(1); }
 };
 
 // A thread's sums of deviations and of their squares.
@@ -116,31 +129,26 @@ template <class L> struct Deviations {
 template <class L, class Sweep>
 DEVICE double block_moments(const Tile<L>& tile, const typename L::V* x, Shared<L>& shared, Shift<L>& shift, Sweep sweep,
                             const Selection<L>& selection = {}) {
-  if (tile.row == 0) {
-    if constexpr (L::MASKED) shift.sample(tile, x, selection);
-    else shift.sample(tile, x);
-  }
+  if constexpr (!L::MASKED) shift.sample(tile, x, shared.scratch);
+  else if (tile.row == 0) shift.sample(tile, x, selection);
   for (int attempt = 0;; ++attempt) {
     __syncthreads();
     Deviations<L> d(tile, shift);
     sweep(d);
     d.flush();
-    block_sum(d.sum.total, tile.g.lanes, shared.scratch);
-    block_sum(d.squares.total, tile.g.lanes, shared.scratch);
-    if (tile.row == 0) shared.own.set(tile, d.sum.total, d.squares.total);
-    double counted[1] = {tile.lane ? 0. : d.count};  // a strip's first lane is never idle
-    if constexpr (L::MASKED) block_sum(counted, 1, shared.scratch);
-    __syncthreads();
+    const double sum = block_sum(d.sum.total, tile.g.lanes, shared.scratch);
+    const double squares = block_sum(d.squares.total, tile.g.lanes, shared.scratch);
+    double n = tile.elements_of(tile.rank);
+    if constexpr (L::MASKED) n = block_sum_for_all(tile.lane ? 0. : d.count, shared.scratch);  // a first lane is never idle
     bool again = false;
     const u32 place = threadIdx.x;
-    const double n = L::MASKED ? counted[0] : tile.elements_of(tile.rank);
-    if (place < tile.strip_channels() && (!L::MASKED || n > 0)) {
-      const double sum = shared.own.first[place], squares = shared.own.second[place];
+    if (place < tile.strip_channels()) {
+      const bool any = !L::MASKED || n > 0;
       if (L::MASKED) shift.origin[place] = shift.centre[place];
-      const double scale = shift.scale[place], m2 = squares - sum * (sum / n);
-      shared.own.first[place] = ((double)shift.centre[place] - shift.origin[place]) + sum / n / scale;
-      shared.own.second[place] = (m2 < 0 ? 0 : m2) / (scale * scale);
-      again = shift.improve(place, n, sum, squares);
+      const double mean = any ? sum / n : 0, unscale = shift.unscale(place), m2 = squares - sum * mean;
+      shared.own.first[place] = ((double)shift.centre[place] - shift.origin[place]) + mean * unscale;
+      shared.own.second[place] = (m2 < 0 ? 0 : m2) * (unscale * unscale);
+      again = any && shift.improve(place, n, sum, squares, mean);
     }
     if (!__syncthreads_or(again) || attempt == 3) return n;
   }
@@ -158,6 +166,8 @@ template <class L, bool MASKED = L::MASKED> struct Shares {
   __device__ __forceinline__ void set(double, const Shift<L>&) const {}
   __device__ __forceinline__ double of(u32 rank) const { return tile.elements_of(rank); }
   __device__ __forceinline__ double all(double*) const { return tile.elements(); }
+  __device__ __forceinline__ u32 first() const { return 0; }
+  __device__ __forceinline__ double origin(const Shift<L>& shift, u32, u32 place) const { return shift.origin[place]; }
   template <class Peers> __device__ __forceinline__ double mean(const Peers& peers, double, u32 r, u32 place) const {
     return peers.first(r, place);
   }
@@ -181,17 +191,17 @@ template <class L> struct Shares<L, true> {
   }
   __device__ __forceinline__ double of(u32 rank) const { return __ldcg(counted + rank); }
   __device__ __forceinline__ double all(double* scratch) const {
-    double n[1] = {0};
-    for (u32 r = threadIdx.x; r < tile.g.blocks; r += THREADS) n[0] += of(r);
-    block_sum(n, 1, scratch);
-    return n[0];
+    double n = 0;
+    for (u32 r = threadIdx.x; r < tile.g.blocks; r += THREADS) n += of(r);
+    return block_sum_for_all(n, scratch);
   }
-  // That of the first share in which anything counts; and the mean of a share less that.
-  __device__ __forceinline__ double origin(u32 place) const {
+  // The first share in which anything counts; a share's origin, and its mean less another origin.
+  __device__ __forceinline__ u32 first() const {
     u32 r = 0;
     while (r + 1 < tile.g.blocks && of(r) == 0) ++r;
-    return origin_of(r, place);
+    return r;
   }
+  __device__ __forceinline__ double origin(const Shift<L>&, u32 r, u32 place) const { return origin_of(r, place); }
   template <class Peers> __device__ __forceinline__ double mean(const Peers& peers, double origin, u32 r, u32 place) const {
     return (origin_of(r, place) - origin) + peers.first(r, place);
   }
@@ -200,25 +210,31 @@ template <class L> struct Shares<L, true> {
   }
 };
 
-// Merges the shares of a strip's blocks; thread t gets the channel at place t modulo the strip's channels.
+// Merges the shares of a strip's blocks; thread t gets the channel at place t, other threads get nothing.
+//
+// mean = near + sum_r n_r d_r / n,  var = (sum_r (m2_r + n_r d_r^2) - (sum_r n_r d_r)^2 / n) / n,  d_r = mean_r - near.
+// As near is the mean of one share of n_0 elements, what cancels is at most n / n_0 times the variance.
 template <class L, class Peers>
 DEVICE Moments merge_moments(const Tile<L>& tile, const Peers& peers, const Shift<L>& shift, double* scratch, double count,
                              const Shares<L>& shares) {
   const u32 width = tile.strip_channels(), place = threadIdx.x & (width - 1);
   const double n = L::MASKED && count == 0 ? 1. : count;  // all sums are zero then
-  double origin = 0;
-  if constexpr (L::MASKED) origin = shares.origin(place);
-  if (tile.g.blocks == 1)
-    return {(L::MASKED ? origin : shift.origin[place]) + peers.first(0, place), peers.second(0, place) / n};
-  double mean[1] = {0}, m2[1] = {0};
-  for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width)
-    mean[0] += shares.of(r) * shares.mean(peers, origin, r, place);
-  block_sum(mean, width, scratch);
-  mean[0] /= n;
-  for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
-    const double d = shares.mean(peers, origin, r, place) - mean[0];
-    m2[0] += peers.second(r, place) + shares.of(r) * d * d;
+  const u32 first = shares.first();
+  const double origin = shares.origin(shift, first, place), near = peers.first(first, place);
+  double sum[1] = {0}, m2[1] = {0};
+  if (tile.g.blocks > 1) {
+#pragma unroll 8  // loads at a time
+    for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
+      const double d = shares.mean(peers, origin, r, place) - near, nd = shares.of(r) * d;
+      sum[0] += nd;
+      m2[0] += peers.second(r, place) + nd * d;
+    }
+    sum[0] = block_sum(sum, width, scratch);
+    m2[0] = block_sum(m2, width, scratch);
+  } else {
+    m2[0] = peers.second(0, place);
   }
-  block_sum(m2, width, scratch);
-  return {(L::MASKED ? origin : shift.origin[place]) + mean[0], m2[0] / n};
+  if (threadIdx.x >= width) return {};
+  const double far = sum[0] / n, squares = m2[0] - sum[0] * far;
+  return {origin + (near + far), (squares < 0 ? 0 : squares) / n};
 }

@@ -30,42 +30,45 @@ template <class L> struct Sum {
   }
 };
 
-// Adds up v over the threads that are equal modulo `period`, a power of two; each of them gets the sum.
+// Adds up v over the threads that are equal modulo `period`, a power of two: period * N sums, of which thread t gets
+// number t, of element t % N of the threads that are t / N modulo the period; others get 0. In double precision, of which
+// most GPUs do little, only those add that keep a sum.
 // scratch: N doubles for each of max(WARPS * period, THREADS if period > 32).
-template <int N> DEVICE void block_sum(double (&v)[N], u32 period, double* scratch) {
+template <int N> DEVICE double block_sum(double (&v)[N], u32 period, double* scratch) {
   const u32 t = threadIdx.x;
   for (u32 distance = 16; distance >= period; distance >>= 1)
 #pragma unroll
     for (int j = 0; j < N; ++j) v[j] += __shfl_xor_sync(0xffffffffu, v[j], distance);
-  const u32 lanes = period < 32 ? period : 32;
+  const u32 lanes = period < 32 ? period : 32, width = period * N, size = WARPS * lanes * N;
   __syncthreads();  // the scratch may still be in use
   if ((t & 31) < lanes)
 #pragma unroll
     for (int j = 0; j < N; ++j) scratch[((t >> 5) * lanes + (t & 31)) * N + j] = v[j];
   __syncthreads();
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    double sum = 0;
-    for (u32 k = t & (period - 1); k < WARPS * lanes; k += period) sum += scratch[k * N + j];
-    v[j] = sum;
+  double sum = 0;
+  if (t < width) {
+#pragma unroll 4  // more would keep more registers than some kernels have
+    for (u32 k = 0; k < WARPS; ++k)
+      if (period <= 32 || k * width + t < size) sum += scratch[k * width + t];
   }
+  return sum;
+}
+
+// Adds up v over all threads; all of them get the sum.
+DEVICE double block_sum_for_all(double v, double* scratch) {
+  double one[1] = {v};
+  const double sum = block_sum(one, 1, scratch);
+  if (threadIdx.x == 0) scratch[WARPS] = sum;
+  __syncthreads();
+  return scratch[WARPS];
 }
 
 // What a block finds out about each channel of its strip: two doubles.
 template <class L> struct Partials {
   double first[L::MAX_CHANNELS], second[L::MAX_CHANNELS];
-
-  // Called by the first thread of each lane.
-  __device__ __forceinline__ void set(const Tile<L>& tile, const double (&a)[L::CHANNELS], const double (&b)[L::CHANNELS]) {
-#pragma unroll
-    for (int j = 0; j < L::CHANNELS; ++j) {
-      first[tile.own() + j] = a[j];
-      second[tile.own() + j] = b[j];
-    }
-  }
 };
 
 template <class L> struct Shared {
-  double scratch[WARPS * (!L::COLUMNS || L::MAX_CHANNELS > 32 ? L::MAX_CHANNELS : 32)];
+  double scratch[L::COLUMNS ? WARPS * (L::MAX_CHANNELS > 32 ? L::MAX_CHANNELS : 32) : 2 * WARPS];
   Partials<L> own;
 };

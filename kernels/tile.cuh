@@ -63,8 +63,7 @@ template <class L> struct Tile {
     row = threadIdx.x / g.lanes;
     step = THREADS / g.lanes;
     length = length_of(rank);
-    const bool active = !L::COLUMNS || column() < g.inner;
-    count = active && row < length ? (length - row + step - 1) / step : 0;
+    count = active() && row < length ? (length - row + step - 1) / step : 0;
     jump_rest = L::COLUMNS ? 0 : step % g.inner;
     jump = L::COLUMNS ? (i64)step * g.inner : (i64)(step / g.inner) * g.channels * g.inner + jump_rest;
   }
@@ -77,6 +76,8 @@ template <class L> struct Tile {
   __device__ __forceinline__ double elements_of(u32 r) const { return (double)length_of(r) * L::PER_POSITION; }
   __device__ __forceinline__ double elements() const { return (double)g.positions * L::PER_POSITION; }
 
+  // Whether this lane has channels: the last strip may be narrower than the others.
+  __device__ __forceinline__ bool active() const { return !L::COLUMNS || column() < g.inner; }
   __device__ __forceinline__ u32 column() const { return strip * g.lanes + lane; }
   // Channels of the strip, and the place of this thread's first among them.
   __device__ __forceinline__ u32 strip_channels() const { return L::COLUMNS ? g.lanes * L::VEC : 1; }

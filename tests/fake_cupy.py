@@ -354,6 +354,7 @@ class EmulatedGpu:
                 getDevice=lambda: self.current,
                 getDeviceCount=lambda: 1,
                 getDeviceProperties=lambda _: self.properties,
+                deviceGetAttribute=lambda attribute, _: {36: 1_000_000}[attribute],
             ),
         )
         return cupy

@@ -6,6 +6,8 @@ are of instructions in the code: a rolled loop counts once, so that figures of l
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -16,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from emulator.compile import _package_file
+from emulator.compile import _cached, _package_file, _write
 
 REGISTER_FILE = 64 << 10
 """Registers of an SM, on every architecture from sm_70 on."""
@@ -78,7 +80,7 @@ class Loop:
     def vectors(self, width: int) -> int:
         """The vectors of tensors that one turn reads, or writes where it reads none."""
         kinds = Counter(kind for ins in self.code if (kind := ins.accesses(width)))
-        return max(kinds["load"], kinds["copy"], kinds["staged"]) or kinds["store"]
+        return max(kinds["load"], kinds["copy"]) or kinds["staged"] or kinds["store"]
 
     def in_flight(self, width: int) -> int:
         """Loads that a thread has under way at a time: until an instruction names a register that one of them fills."""
@@ -121,17 +123,39 @@ class Machine:
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """The innermost loops."""
+        """The innermost loops: jumps back to where they can be reached from. Code that was moved off jumps back too."""
         spans = set()
         for ins in self.code:
-            target = re.search(r"`\((\S+?)\)", ins.operands)
-            start = self.labels.get(target[1]) if target and ins.base == "BRA" else None
-            if start is not None and start < ins.address:
+            start = self._target(ins)
+            if start is not None and start < ins.address and self._reaches(start, ins.address):
                 spans.add((start, ins.address))
         inner = [span for span in spans if not any(span != other and _within(other, span) for other in spans)]
         return tuple(
             Loop(tuple(ins for ins in self.code if first <= ins.address <= last)) for first, last in sorted(inner)
         )
+
+    def _target(self, ins: Instruction) -> int | None:
+        """Where an instruction jumps to."""
+        target = re.search(r"`\((\S+?)\)", ins.operands)
+        return self.labels.get(target[1]) if target and ins.base == "BRA" else None
+
+    def _reaches(self, first: int, last: int) -> bool:
+        """Whether there is a way from one address on to another, between the two."""
+        span = [ins for ins in self.code if first <= ins.address <= last]
+        place = {ins.address: at for at, ins in enumerate(span)}
+        seen, ahead = set[int](), [0]
+        while ahead:
+            at = ahead.pop()
+            if at in seen or at >= len(span):
+                continue
+            seen.add(at)
+            ins = span[at]
+            target = self._target(ins)
+            if target in place:
+                ahead.append(place[target])
+            if ins.guard or ins.base not in ("BRA", "EXIT", "RET") or re.match(r"!?U?P\d", ins.operands):
+                ahead.append(at + 1)
+        return len(span) - 1 in seen
 
     def hot(self, width: int) -> tuple[Loop, ...]:
         """The loops that go through tensors."""
@@ -202,6 +226,16 @@ def blocks_per_sm(arch: int, threads: int, registers: int, shared_bytes: int) ->
 def tool(name: str) -> Path | None:
     """``nvdisasm`` or ``cuobjdump``, if the ``triton`` wheel is installed."""
     return _package_file("triton", f"backends/nvidia/bin/{name}")
+
+
+def figures_of(cubin: bytes, width: int, chain: int = 1) -> dict[str, Figures]:
+    """The figures of a cubin's kernels by name, from the cache of compiled kernels if they are there."""
+    reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    path = _cached(["figures", reader, hashlib.sha256(cubin).hexdigest(), width, chain])
+    if not path.exists():
+        found = {name: machine.figures(width, chain) for name, machine in disassemble(cubin).items()}
+        _write(path, json.dumps(found).encode())
+    return {name: Figures(*figures) for name, figures in json.loads(path.read_text()).items()}
 
 
 def disassemble(cubin: bytes) -> dict[str, Machine]:

@@ -140,8 +140,10 @@ def test_the_cache_serves_others_as_it_serves_us():
     case = cases.Case((32, 64, 56, 56), "float16", operation=cases.OPERATIONS["forward"])
     device = plan.DEVICES["a100"]
     found = model.modelled(case, device)
-    floor_seconds = found.floor_bytes / (plan.THRESHOLDS.copy_share * device.bandwidth)
+    launch = plan.THRESHOLDS.launch
+    floor_seconds = launch + found.floor_bytes / (plan.THRESHOLDS.copy_share * device.bandwidth)
     assert found.seconds(found.torch_bytes) == pytest.approx(floor_seconds)  # the second read hits
+    assert found.torch_seconds == pytest.approx(floor_seconds + launch)  # statistics, then the output
     large = model.modelled(replace(case, shape=(256, 64, 56, 56)), device)
     assert large.seconds(large.torch_bytes) > 1.3 * large.plan.floor_seconds
     assert found.seconds(None) is None

@@ -8,7 +8,7 @@ from support import make_problem
 
 from gpu_bn.activations import ROWS
 from gpu_bn.testing import Case, cases, check, extended_cases, unavailable_cases
-from gpu_bn.testing.cases import AFFINE, DTYPES, LAYOUTS, MODES, build
+from gpu_bn.testing.cases import AFFINE, DTYPES, LAYOUTS, MODES, OPTIONS, SHARING, build
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -90,6 +90,55 @@ def test_random_case(case, backend):
 @given(case=random_cases(largest=400_000))
 @settings(max_examples=700)
 def test_many_random_cases(case, backend):
+    assert check(case, backend)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_every_layout_with_every_option(library, layout, options):
+    if library == "torch":
+        pytest.importorskip("torch")
+    for dtype in ("float32", "float16"):
+        case = Case((4, 6, 5, 3), dtype, layout, residual=True, activation="relu", **options)
+        assert check(case, library)
+
+
+@st.composite
+def random_extended_cases(draw):
+    """Ghost batches, masks, batch renormalisation and frozen statistics in any layout, dtype and memory order."""
+    groups, samples = draw(st.integers(1, 4)), draw(st.integers(2, 5))
+    inner = draw(st.lists(st.sampled_from([1, 2, 5, 33, 130, 2100]), min_size=1, max_size=2))
+    shape = [groups * samples, draw(st.sampled_from([1, 2, 3, 17])), *inner]
+    while np.prod(shape) > 300_000:
+        shape[int(np.argmax(shape))] //= 2
+    renorm = draw(st.sampled_from([None, (1.5, 0.5), (3.0, 5.0)]))
+    return Case(
+        tuple(shape),
+        dtype=draw(st.sampled_from(DTYPES)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        dy_layout=draw(st.sampled_from((None, *(layout for layout in LAYOUTS if layout not in SHARING)))),
+        activation=draw(st.sampled_from(list(ROWS))),
+        residual=draw(st.booleans()),
+        affine=draw(st.sampled_from(AFFINE)),
+        mode="train" if renorm else draw(st.sampled_from(MODES)),
+        mean=draw(st.sampled_from([0.0, 1.0, 300.0])),
+        mask=draw(st.sampled_from([None, "random", "samples", "lengths"])),
+        virtual_batch_size=None if renorm or shape[0] != groups * samples else draw(st.sampled_from([None, samples])),
+        renorm=renorm,
+    )
+
+
+@given(case=random_extended_cases())
+@settings(max_examples=40)
+def test_random_extended_case(case, backend):
+    assert check(case, backend)
+
+
+@pytest.mark.slow
+@given(case=random_extended_cases())
+@settings(max_examples=300)
+def test_many_random_extended_cases(case, backend):
     assert check(case, backend)
 
 

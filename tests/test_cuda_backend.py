@@ -283,3 +283,12 @@ def test_vectors_of_any_strides(make_gpu):
     for table, vector, before in zip(tables, want, columns, strict=True):
         np.testing.assert_allclose(table[:, 1], vector, rtol=1e-5)
         assert np.array_equal(np.asarray(table)[:, ::2], before[:, ::2])
+
+
+def test_cuda_13_has_the_memory_clock_among_the_attributes(make_gpu):
+    gpu = make_gpu(80)
+    properties = sys.modules["gpu_bn.backends.cupy_device"].properties
+    known = properties(0).bandwidth
+    del gpu.properties["memoryClockRate"]
+    properties.cache_clear()
+    assert properties(0).bandwidth == known == 2e9 * 1024 / 8

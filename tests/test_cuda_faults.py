@@ -63,7 +63,7 @@ def planted(fault: str, check: str, tier: str, old: str, new: str = "", case: Ca
     return Planted(fault, check, tier, ((old, new),), case)
 
 
-BLOCK_SUM_READS = "#pragma unroll\n  for (int j = 0; j < N; ++j) {\n    double sum = 0;"
+BLOCK_SUM_READS = "  double sum = 0;\n  if (t < width) {"
 EARLY = "data race or uninitialised read or wrong result"
 """Of a block that does not wait for the others: what it finds depends on who is how far."""
 RELEASE = 'asm volatile("red.release.gpu'
@@ -107,10 +107,10 @@ PLANTED = [
     planted("inactive lanes of columns work", "out of bounds", "cta", "!L::COLUMNS || column() < g.inner", "true",
             COLUMNS),
     # Arithmetic
-    planted("truncated block sum", "wrong result", "cta", "k < WARPS * lanes", "k < (WARPS - 1) * lanes"),
+    planted("truncated block sum", "wrong result", "cta", "k < WARPS; ++k", "k < WARPS - 1; ++k"),
     planted("truncated warp sum", "wrong result", "cta", "u32 distance = 16", "u32 distance = 8"),
     planted("merge without the spread of means", "wrong result", "cooperative",
-            " + shares.of(r) * d * d", "", COLUMNS),
+            "peers.second(r, place) + nd * d", "peers.second(r, place)", COLUMNS),
     planted("gradient bit of the wrong sign", "wrong result", "cta", "return z <= A(0); }", "return z >= A(0); }",
             RESIDUAL),
     planted("running variance without Bessel", "wrong result", "cta", "(n > 1. ? n / (n - 1.) : 1.) * var", "var",

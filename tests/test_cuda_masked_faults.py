@@ -26,9 +26,9 @@ FAULTS = {
     "a bad shift is not noticed": (
         "if (!__syncthreads_or(again) || attempt == 3) return n;", "__syncthreads_or(again); return n;",
         Masked(Case((8, 1, 64, 64), mean=1e4, std=1), "few")),
-    "counts of blocks not merged": ("n[0] += of(r)", "n[0] = r ? n[0] : of(r)", LONGER),
+    "counts of blocks not merged": ("n += of(r)", "n = r ? n : of(r)", LONGER),
     "means of blocks weighted by their shape": (
-        "mean[0] += shares.of(r)", "mean[0] += tile.elements_of(r)", Masked(LONGER.case, "few")),
+        "nd = shares.of(r)", "nd = tile.elements_of(r)", Masked(LONGER.case, "few")),
     "idle lanes counted": ("tile.lane ? 0. : d.count", "d.count", Masked(Case((60, 24)))),
     "count not written": ("selection.counts[tile.group] = n;", ";", LONGER),
     "count of the first group for all": ("selection.counts[tile.group], 1.", "selection.counts[0], 1.", GROUPED),

@@ -29,6 +29,8 @@ OLDEST_ARCHES = {12: 70, 13: 75}
 """What NVRTC compiles for, by its major version."""
 KERNELS = 1024
 """Modules that are kept; CuPy has those that are forgotten on disk."""
+MEMORY_CLOCK_RATE = 36
+"""``cudaDevAttrMemoryClockRate``."""
 REFUSALS = ("CUDA_ERROR_INVALID_CLUSTER_SIZE", "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "CUDA_ERROR_NOT_SUPPORTED")
 """How a launch fails if a part of a GPU (MIG) has no room for a cluster."""
 NATURAL = tuple(range(MAX_RANK))
@@ -65,14 +67,14 @@ def properties(index: int) -> Device:
         )
     return Device(
         name, arch, found["multiProcessorCount"], found["sharedMemPerMultiprocessor"], found["sharedMemPerBlockOptin"],
-        found["l2CacheSize"], _bandwidth(found), clusters=arch >= 90 and index not in _WITHOUT_CLUSTERS,
+        found["l2CacheSize"], _bandwidth(index, found), clusters=arch >= 90 and index not in _WITHOUT_CLUSTERS,
     )  # fmt: skip
 
 
-def _bandwidth(properties: dict[str, Any]) -> float:
-    """Bytes per second; plans do not depend on it. CUDA 13 does not tell the clock any more."""
-    clock, width = float(properties.get("memoryClockRate", 0) or 1e6), float(properties["memoryBusWidth"])  # kHz, bits
-    return 2e3 * clock * width / 8
+def _bandwidth(index: int, properties: dict[str, Any]) -> float:
+    """Bytes per second. CUDA 13 has the clock among a device's attributes only."""
+    clock = properties.get("memoryClockRate") or cupy.cuda.runtime.deviceGetAttribute(MEMORY_CLOCK_RATE, index)
+    return 2e3 * float(clock) * float(properties["memoryBusWidth"]) / 8  # kHz, bits
 
 
 def bind_context() -> None:

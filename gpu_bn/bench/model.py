@@ -1,5 +1,5 @@
 """What would be on a GPU that is not here: bytes by the plan, and what others are known to move. A model, not a
-measurement: times are bytes over the bandwidth that a copy has, without what a launch costs.
+measurement. Our times are the plan's; of others, launches and bytes over the bandwidth that a copy has.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_bn._explain import ITEMSIZES, geometry_of, works
+from gpu_bn._gpu_model import copying
 from gpu_bn.activations import Activation
 from gpu_bn.bench.cases import Case
 from gpu_bn.plan import DEVICES, THRESHOLDS, TIERS, Device, LaunchPlan, NoPlanError, Work, plan, plan_once
@@ -88,12 +89,23 @@ class Modelled:
         """The plan's; ``one pass`` in evaluation."""
         return self.plan.tier if self.case.operation.training else "one pass"
 
-    def seconds(self, asked: int | None) -> float | None:
+    def seconds(self, asked: int | None, launches: int = 1) -> float | None:
         """Of another's kernels that ask for so many bytes: beyond the floor, the cache gives what it gives to ours."""
         if asked is None:
             return None
         cached = min(max(asked - self.floor_bytes, 0), int(THRESHOLDS.usable_l2 * self.device.l2_bytes))
-        return (asked - cached) / (THRESHOLDS.copy_share * self.device.bandwidth)
+        return launches * THRESHOLDS.launch + copying(asked - cached, self.device, THRESHOLDS)
+
+    @property
+    def torch_seconds(self) -> float | None:
+        """PyTorch's: statistics, then outputs; ReLU and the sum are launches of their own, in each direction."""
+        operation = self.case.operation
+        return self.seconds(self.torch_bytes, 1 + operation.training + operation.relu + operation.residual)
+
+    @property
+    def cudnn_seconds(self) -> float | None:
+        """Of cuDNN: one launch."""
+        return self.seconds(self.cudnn_bytes)
 
     def as_json(self) -> dict[str, Any]:
         """What the report keeps of it."""
@@ -101,7 +113,7 @@ class Modelled:
             "case": str(self.case), "device": self.device.name, "tier": self.tier, "launches": self.plan.launches,
             "floor_bytes": self.floor_bytes, "moved_bytes": self.plan.dram_bytes, "tiers": self.tiers,
             "seconds": self.plan.seconds, "torch_bytes": self.torch_bytes, "cudnn_bytes": self.cudnn_bytes,
-            "torch_seconds": self.seconds(self.torch_bytes), "cudnn_seconds": self.seconds(self.cudnn_bytes),
+            "torch_seconds": self.torch_seconds, "cudnn_seconds": self.cudnn_seconds,
         }  # fmt: skip
 
 

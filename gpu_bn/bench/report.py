@@ -20,9 +20,9 @@ from gpu_bn.plan import TIERS
 SCHEMA = 1
 """Version of the JSON's structure."""
 MODEL_NOTE = (
-    "A model, nothing here was measured: bytes that reach the memory over 88 % of the data sheet's bandwidth, without "
-    "what a launch costs and without SMs that idle. Ours by the plan (gpu_bn/plan.py). Of the others, what their "
-    "kernels read and write (gpu_bn/bench/model.py), less what of it the cache may hold, by our rule."
+    "A model, nothing here was measured: launches of 2.5 us, and bytes that reach the memory over 88 % of the data "
+    "sheet's bandwidth. Ours by the plan, also what idle SMs and the exchange of sums cost (gpu_bn/_gpu_model.py). Of "
+    "the others, what their kernels read and write (gpu_bn/bench/model.py), less what of it the cache may hold."
 )
 
 
@@ -260,9 +260,8 @@ def model_tables(modelled: Sequence[Modelled]) -> list[Table]:
         name = f"  {first.case.operation}"
         rows.append([name, "gpu_bn", *(f"{_time(on[d].plan.seconds)} {on[d].tier}" for d in devices)])
         for other in ("torch", "cudnn"):
-            moved: int | None = getattr(first, f"{other}_bytes")
-            if moved is not None:
-                times = [_time(on[device].seconds(moved) or 0.0) for device in devices]
+            if getattr(first, f"{other}_bytes") is not None:
+                times = [_time(getattr(on[device], f"{other}_seconds")) for device in devices]
                 rows.append([name, {"torch": "PyTorch native", "cudnn": "cuDNN"}[other], *times])
     title, header = "Model: times on GPUs that are not here", ["operation", "by", *devices]
     shown = [row for row in modelled if row.device.name == devices[min(3, len(devices) - 1)]]

@@ -130,7 +130,7 @@ class _Direct(Function):
         saved = Saved(x, residual, *ctx.vectors, ctx.has_residual, ctx.spec, mask, valid, ctx.renorm)  # type: ignore[call-arg]
 
         def gradients(need: list[bool]) -> Gradients:
-            if torch.is_grad_enabled() or _is_batched(dy) or not _plain((dy, x)):
+            if torch.is_grad_enabled() or _is_compiling() or _is_batched(dy) or not _plain((dy, x)):
                 return _by_operator(ctx.engine, dy, saved, weight, bias, need)
             return ops.backward(ctx.engine, dy, saved, _library.NEEDS[tuple(need)])
 

@@ -26,7 +26,11 @@ LAYOUTS = (
     "broadcast",
     "read_only",
     "misaligned",
+    "permuted",
+    "overlapping",
 )
+SHARING = ("broadcast", "overlapping")
+"""Layouts in which several elements are one number in memory."""
 MODES = ("train", "train_no_stats", "eval")
 AFFINE = ("both", "weight", "bias", "none", "kinks")
 KINKS = (0.0, -3.0, 3.0, 6.0, -0.0)
@@ -51,7 +55,8 @@ class Case:
         param_dtype: of weight, bias and running statistics; float64 for float64, else float32, unless given.
         mean, std: of x. The first channel has this mean, the others lesser ones of either sign.
         eps, momentum: as in :func:`gpu_bn.batch_norm`.
-        mask: one of ``MASKS``; x, dy and residual are NaN where it says that there is nothing.
+        mask: one of ``MASKS``; x, dy and residual are NaN where it says that there is nothing, but for layouts in
+            which that place may be another element's as well.
         virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`.
     """
 
@@ -127,7 +132,7 @@ def build(case: Case) -> Problem:
     mask = None if case.mask is None else _mask(case, axis, rng)
     if mask is not None:
         nothing = np.broadcast_to((mask if mask.ndim == x.ndim else np.expand_dims(mask, axis)) == 0, x.shape)
-        for array in (x, dy, residual):
+        for array in (x, dy, residual) if case.layout not in SHARING else ():
             array[nothing] = np.nan
     bias = rng.standard_normal(channels) if case.affine in ("both", "bias") else None
     if case.affine == "kinks":
@@ -207,6 +212,11 @@ def arrange(array: Array, layout: str, axis: int) -> Array:
             view = raw[1:].view(array.dtype).reshape(array.shape)
             view[...] = array
             return view
+        case "permuted":  # the last axis outermost in memory, as of (T, N, C) seen as (N, C, T)
+            return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, -1, 0)), 0, -1)
+        case "overlapping":  # windows over a longer axis: each is the one before, moved on by an element
+            longer = np.concatenate([array[..., 0, :], array[..., 1:, -1]], -1)
+            return np.lib.stride_tricks.sliding_window_view(longer, array.shape[-1], -1)
     raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
 
 
@@ -338,6 +348,15 @@ def _numeric_cases() -> Iterator[Case]:
         yield replace(case, dtype="bfloat16", mean=1e2, std=1.0)
 
 
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"mask": "random"},
+    {"virtual_batch_size": 2},
+    {"mask": "random", "virtual_batch_size": 2},
+    {"renorm": (1.5, 0.5)},
+    {"mode": "eval"},
+)
+
+
 def _generate_extended() -> Iterator[Case]:
     fused: dict[str, Any] = {"activation": "relu", "residual": True}
     for dtype in DTYPES:
@@ -355,6 +374,9 @@ def _generate_extended() -> Iterator[Case]:
     yield Case((32, 40), "float16", virtual_batch_size=8, momentum=0.3, **fused)
     yield Case((6, 4, 33, 13), virtual_batch_size=3, affine="weight")
     yield Case((12, 8, 10, 11), virtual_batch_size=1, layout="sliced", activation="gelu")
+    others = ("sliced", "negative_stride", "overlapping", "sliced_channels", "fortran")
+    for layout, options in (*product(("permuted",), OPTIONS), *zip(others, OPTIONS, strict=True)):
+        yield Case((4, 6, 5), layout=layout, **fused, **options)
     for renorm in ((1.0, 0.0), (1.5, 0.5), (3.0, 5.0)):
         yield Case((12, 8, 10, 11), renorm=renorm, **fused)
     yield Case((4, 6, 5), "float16", renorm=(1.2, 0.3), mask="lengths", activation="silu", affine="none")

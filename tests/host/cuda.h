@@ -34,6 +34,7 @@ template <class T> void __stcs(T* p, T v) { *p = v; }
 template <class T> T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 template <class T> T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
 
+inline double rsqrt(double x) { return 1 / sqrt(x); }
 inline float normcdff(float x) { return (float)(0.5 * erfc(-(double)x * 0.70710678118654752440)); }
 inline double normcdf(double x) { return 0.5 * erfc(-x * 0.70710678118654752440); }
 

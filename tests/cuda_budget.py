@@ -1,0 +1,241 @@
+"""The budget of the CUDA kernels' machine code, the record of it, and the page made of both.
+
+``python tests/cuda_budget.py`` compiles a covering set of kernels for every architecture, and writes
+``tests/data/machine_code_cuda.txt`` and ``docs/machine_code.md``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from cuda_variants import on_chip_tiers, stamp
+from emulator.compile import ARCHITECTURES, cuda_cubin
+from gates import DATA, Group
+from machine_code import Figures, blocks_per_sm, figures_of
+from plan_snapshot import calls
+
+from gpu_bn.backends import _cuda
+from gpu_bn.plan import DEVICES, THREADS, Tiling, plan
+
+RECORD = DATA / "machine_code_cuda.txt"
+PAGE = Path(__file__).parents[1] / "docs" / "machine_code.md"
+CHAIN = 16
+"""Vectors whose sums a thread adds up in float32, before it does so in double precision: CHAIN of kernels/sums.cuh."""
+STREAMING = (
+    ("bn_stats_kernel",),
+    ("bn_normalize_kernel", False, False),
+    ("bn_normalize_kernel", True, True),
+    ("bn_backward_reduce_kernel", "FROM_X"),
+    ("bn_backward_input_kernel", "FROM_X"),
+)
+
+
+class Budget(NamedTuple):
+    """What a kind of kernel may take, on every architecture.
+
+    Attributes:
+        instructions: for each vector of 16 bytes.
+        double: in double precision outside of the loops over tensors.
+        double_rolled: those of them in other loops, which more blocks make longer.
+        in_flight: KiB that the blocks of an SM have asked memory for at a time, at least.
+        blocks: that registers let an SM hold, at least.
+    """
+
+    instructions: float
+    double: int
+    double_rolled: int
+    in_flight: int
+    blocks: int
+
+
+class Row(NamedTuple):
+    """A kernel of one architecture, and what it was made of."""
+
+    arch: int
+    columns: bool
+    name: str
+    made_of: str
+    figures: Figures
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """What the budget goes by."""
+        name = self.name.partition("_kernel")[0].removeprefix("bn_").replace("_cluster", "")
+        return name, self.columns
+
+    @property
+    def blocks(self) -> int:
+        """Blocks an SM holds, by registers and the shared memory that all such kernels have."""
+        return blocks_per_sm(self.arch, THREADS, self.figures.registers, self.figures.shared_bytes)
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes under way of an SM's blocks; a kernel that copies to shared memory has what that holds, by the plan."""
+        return self.blocks * THREADS * 16 * self.figures.in_flight
+
+    def over(self) -> Iterator[str]:
+        """Where this is over its budget."""
+        budget, found = BUDGETS[self.kind], self.figures
+        for what in ("instructions", "double", "double_rolled"):
+            if getattr(found, what) > getattr(budget, what):
+                yield f"{what} {getattr(found, what)} > {getattr(budget, what)}"
+        least = budget.in_flight // (4 if self.arch in ONE_AT_A_TIME.get(self.kind, ()) else 1)
+        if not found.asynchronous and self.in_flight < least << 10:
+            yield f"{self.in_flight >> 10} KiB under way < {least}"
+        if self.blocks < budget.blocks:
+            yield f"{self.blocks} blocks an SM < {budget.blocks}"
+        if found.local_bytes:
+            yield f"{found.local_bytes} bytes spilled"
+
+    def __str__(self) -> str:
+        layout = "columns" if self.columns else "rows"
+        return f"sm_{self.arch} {layout} | {self.name} | {self.made_of} | {' '.join(map(str, self.figures))}"
+
+    @staticmethod
+    def parse(line: str) -> Row:
+        """From the record."""
+        head, name, made_of, figures = line.split(" | ")
+        arch, layout = head.split()
+        numbers = [float(text) if "." in text else text == "True" if text[0] in "TF" else int(text)
+                   for text in figures.split()]  # fmt: skip
+        return Row(int(arch[3:]), layout == "columns", name, made_of, Figures(*numbers))
+
+
+def group(arch: int, columns: bool) -> Group:
+    """float16 in full vectors, and ReLU."""
+    return Group(arch, "relu", "float16", 8, columns, _cuda.WHOLE)
+
+
+def names(arch: int, columns: bool) -> list[str]:
+    """The kernels of an architecture and a layout that stand for all."""
+    tiling = Tiling(columns, 1, 1, 1, 8, 1, 1, 1)
+    tiers = [tier for tier in on_chip_tiers(arch) if tier[1] in ("Cta", "Cooperative", "4")]
+    on_chip = [(f"bn_{direction}{kind}_kernel", tier, *rest) for kind, tier in tiers
+               for direction, rest in (("forward", (False, False)), ("backward", ("FROM_X",)))]  # fmt: skip
+    return [_cuda.kernel(name, "float16", tiling, *arguments) for name, *arguments in (*STREAMING, *on_chip)]
+
+
+def rows(arch: int, columns: bool, source: str | None = None, only: Iterable[str] | None = None) -> list[Row]:
+    """Compiled without comments and read, one at a time: the assembler's names do not say which kernel is which."""
+    found, source = [], source or _cuda.source("relu")
+    for name in names(arch, columns) if only is None else only:
+        cubin = cuda_cubin(re.sub("//.*", "", source), arch, _cuda.OPTIONS, expressions=[name])
+        chain = 1 if "normalize" in name or "input" in name else CHAIN  # those add nothing up
+        (figures,) = figures_of(cubin, 16, chain).values()
+        found.append(Row(arch, columns, name, stamp(group(arch, columns), name), figures))
+    return found
+
+
+def recorded() -> list[Row]:
+    """What the record has."""
+    lines = RECORD.read_text().splitlines() if RECORD.exists() else []
+    return [Row.parse(line) for line in lines if line.startswith("sm_")]
+
+
+def stale(row: Row) -> bool:
+    """Whether a row was made of other sources."""
+    return row.made_of != stamp(group(row.arch, row.columns), row.name)
+
+
+BUDGETS = {
+    ("stats", True): Budget(51, 230, 100, 32, 2),
+    ("normalize", True): Budget(72, 40, 0, 48, 3),
+    ("backward_reduce", True): Budget(78, 150, 68, 32, 2),
+    ("backward_input", True): Budget(130, 80, 0, 32, 2),
+    ("forward", True): Budget(121, 260, 100, 32, 2),
+    ("backward", True): Budget(113, 192, 68, 32, 2),
+    ("stats", False): Budget(66, 340, 112, 48, 3),
+    ("normalize", False): Budget(79, 40, 0, 64, 3),
+    ("backward_reduce", False): Budget(78, 112, 44, 32, 2),
+    ("backward_input", False): Budget(109, 80, 0, 64, 4),
+    ("forward", False): Budget(128, 430, 106, 32, 2),
+    ("backward", False): Budget(115, 156, 44, 128, 2),
+}
+"""By kind and layout (``True`` for columns); the worst of all architectures, with little to spare."""
+ONE_AT_A_TIME = {("stats", False): (100, 120)}
+"""Where NVRTC 12.9 puts each of four loads in a branch with its conversions, so that a thread waits for one after the
+other: on these architectures what is under way is a quarter of the budget. To be mended in ``each`` of tile.cuh."""
+
+INTRODUCTION = """# Machine code of the CUDA kernels
+
+Written by `python tests/cuda_budget.py`; `tests/test_cuda_budget.py` holds it to the kernels and to the planner.
+Nothing here was measured on a GPU: the tables are read from what NVRTC's assembler makes, and the times are the
+planner's model (`gpu_bn/_gpu_model.py`).
+
+## Budgets
+
+A covering set, float16 with ReLU in vectors of 16 bytes, for sm_75 to sm_120: from the least to the most of all
+architectures, and the budget that a test asserts.
+
+- **instructions**: for each vector of 16 bytes, in all loops that it goes through together.
+- **double**: instructions in double precision outside of these loops; **rolled**, those of them in loops, which
+  partial sums of more blocks make longer. Most GPUs do double precision at 1/32 or 1/64 of their speed.
+- **KiB under way**: what the blocks of an SM have asked memory for at a time. An H100 needs some 18 KiB an SM for its
+  bandwidth (3.35 TB/s x 0.7 us / 132), a B200 some 38. Kernels that copy to shared memory have all of a block's share
+  under way ("staged"); on sm_75 as many loads as the assembler puts in a row. On sm_100 and sm_120 the statistics of
+  rows have one load of a thread under way in place of four, because of what NVRTC 12.9 makes of the loop.
+- **blocks** an SM: by registers and static shared memory; **registers** a thread.
+
+"""
+LIMITERS = """
+## What limits each shape
+
+float16, ReLU, training. A cell has the tier, what the longest part of the time is by the model, and the floor's time
+as a share of it. *memory*: bytes over the bandwidth of a copy; *launches*: starting kernels; *idle*: few blocks or few
+bytes under way; *exchange*: blocks that wait for each other; *merge*: the last block of a strip adds up partial sums.
+
+"""
+
+
+def page() -> str:
+    """The page, of the record and of the planner."""
+    by_kind: dict[tuple[str, bool], list[Row]] = {}
+    for row in recorded():
+        by_kind.setdefault(row.kind, []).append(row)
+    header = ("kernel", "layout", "instructions", "double", "rolled", "KiB under way", "blocks", "registers")
+    lines = [INTRODUCTION + _line(header), _line(["---"] * len(header))]
+    for (name, columns), found in by_kind.items():
+        budget = BUDGETS[name, columns]
+        flights = [row.in_flight >> 10 for row in found if not row.figures.asynchronous]
+        staged = " staged" if len(flights) < len(found) else ""
+        cells = [
+            _range((row.figures.instructions for row in found), f"<= {budget.instructions:g}"),
+            _range((row.figures.double for row in found), f"<= {budget.double}"),
+            _range((row.figures.double_rolled for row in found), f"<= {budget.double_rolled}"),
+            (_range(flights, f">= {budget.in_flight}") if flights else "") + staged,
+            _range((row.blocks for row in found), f">= {budget.blocks}"),
+            _range((row.figures.registers for row in found), ""),
+        ]
+        lines.append(_line([name, "columns" if columns else "rows", *cells]))
+    lines += [LIMITERS + _line(["call", "", *(device.name for device in DEVICES.values())])]
+    lines += [_line(["---"] * (len(DEVICES) + 2))]
+    for name, works in calls():
+        for direction, work in zip(("forward", "backward"), works, strict=True):
+            plans = [plan(work, device) for device in DEVICES.values()]
+            cells = [f"{p.tier}, {p.times.limiter} {p.floor_seconds / p.seconds:.0%}" for p in plans]
+            lines.append(_line([name, direction, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _range(numbers: Iterable[float], budget: str) -> str:
+    found = list(numbers)
+    text = f"{min(found):g}" if min(found) == max(found) else f"{min(found):g}-{max(found):g}"
+    return f"{text} ({budget})" if budget else text
+
+
+def main() -> None:
+    everything = [row for arch in ARCHITECTURES for columns in (True, False) for row in rows(arch, columns)]
+    RECORD.write_text("".join(f"{row}\n" for row in everything))
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
