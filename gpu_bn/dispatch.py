@@ -41,7 +41,7 @@ class Row:
 
 ROWS = (
     Row("numpy", "numpy", "numpy.ndarray", "gpu_bn.backends.numpy"),
-    Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu", packages=("numba",)),
+    Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu.backend", packages=("numba",)),
     Row("cupy", "cupy", "cupy.ndarray", "gpu_bn.backends.cupy", packages=("cupy",)),
     Row(
         "torch",
