@@ -33,6 +33,8 @@ KEPT: list[Any] = []
 
 def declare_operators() -> None:
     """torchvision's wheel is built for CUDA; beside a CPU build of torch two operators must be declared first."""
+    if torch.version.cuda is not None:  # the wheel defines them itself
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
     KEPT.append(library)  # its operators go with it
     if not hasattr(torch.ops.torchvision, "nms"):
