@@ -6,6 +6,7 @@ importing. A backend's module, which alone imports its library, is loaded when t
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -40,7 +41,7 @@ class Row:
 
 ROWS = (
     Row("numpy", "numpy", "numpy.ndarray", "gpu_bn.backends.numpy"),
-    Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu", packages=("numba",)),
+    Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu.backend", packages=("numba",)),
     Row("cupy", "cupy", "cupy.ndarray", "gpu_bn.backends.cupy", packages=("cupy",)),
     Row(
         "torch",
@@ -131,10 +132,16 @@ def row_of(backend: str | Backend | None, **arrays: Any) -> Row | None:
         return library
     rows = _rows(backend)
     for row in rows:
-        if (row.library, row.device) == (library.library, library.device):
+        if (row.library, row.device) == (library.library, library.device) or _interpreted(row, library):
             return row
     served = " or ".join(map(str, rows))
     raise ValueError(f"backend {backend!r} serves arrays of type {served}, got {library}")
+
+
+def _interpreted(row: Row, given: Row) -> bool:
+    """Whether Triton's interpreter runs a backend's kernels, which it does where the tensors of ``given`` are."""
+    interprets = row.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return interprets and (given.library, given.device) == (row.library, "cpu")
 
 
 def serving(array: Any, name: str = "input") -> Backend:

@@ -16,7 +16,7 @@ import gpu_bn
 
 __all__ = ["caught_faults", "compile_cuda", "compile_triton", "device", "make_gpu", "pytest_terminal_summary"]
 
-BACKENDS = ["numpy"]
+BACKENDS = ["numpy", "cpu"]
 
 hypothesis.settings.register_profile(
     "suite",

@@ -7,10 +7,13 @@ what a recording of the plain model shows could be.
 from __future__ import annotations
 
 import copy
+import datetime
+import json
 import random
 import sys
 from collections import Counter, defaultdict
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +28,15 @@ from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
 IMAGES = ("torchvision", "timm", "smp", "transformers", "monai", "ultralytics")
 
 
+KEPT: list[Any] = []
+
+
 def declare_operators() -> None:
     """torchvision's wheel is built for CUDA; beside a CPU build of torch two operators must be declared first."""
+    if torch.version.cuda is not None:  # the wheel defines them itself
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
+    KEPT.append(library)  # its operators go with it
     if not hasattr(torch.ops.torchvision, "nms"):
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -69,8 +78,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
                                                 "groups_width": 16, "embedding_size": 16}),
     "MobileNetV1": ("MobileNetV1ForImageClassification", {"depth_multiplier": 0.25}),
     "MobileNetV2": ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.35}),
-    "EfficientNet": ("EfficientNetForImageClassification", {"width_coefficient": 0.5, "depth_coefficient": 0.5,
-                                                            "hidden_dim": 640}),
+    "EfficientNet": ("EfficientNetForImageClassification", {"width_coefficient": 1.0, "depth_coefficient": 0.5}),
     "Levit": ("LevitForImageClassification", {"image_size": 64, "depths": [1, 1, 1], "hidden_sizes": [32, 48, 64],
                                               "num_attention_heads": [2, 3, 4], "key_dim": [8, 8, 8]}),
     "MobileViT": ("MobileViTForImageClassification", {"hidden_sizes": [16, 24, 32], "image_size": 64,
@@ -145,7 +153,20 @@ def _make_torchvision(name: str) -> Any:
         options |= {"init_weights": False, "aux_logits": name == "googlenet"}
     if package == "quantization":
         options["quantize"] = False
-    return getattr(module, function)(**options)
+    made = getattr(module, function)(**options)
+    return Heads(made) if package == "detection" else made
+
+
+class Heads(torch.nn.Module):
+    """A detector without what it makes of its outputs, where the last digit decides what is chosen."""
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.backbone = detector.backbone
+        self.head = detector.head if hasattr(detector, "head") else detector.rpn.head
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(list(self.backbone(x).values()))
 
 
 def _make_timm(name: str) -> Any:
@@ -153,8 +174,8 @@ def _make_timm(name: str) -> Any:
 
     sized = any(part in name for part in ("vit", "levit", "efficientformer", "gmixer", "botnext", "halo", "lambda",
                                           "visformer"))  # fmt: skip
-    drops = {"drop_path_rate": 0.1} if name in ("efficientnet_b0", "ghostnet_050", "levit_128s", "efficientformer_l1",
-                                               "resnet18") else {}  # fmt: skip
+    dropping = ("efficientnet_b0", "ghostnet_050", "levit_128s", "efficientformer_l1")
+    drops = {"drop_path_rate": 0.1} if name in dropping else {}
     for size in ({"img_size": 64}, {"input_size": (3, 64, 64)}, {}) if sized else ({},):
         try:
             return timm.create_model(name, pretrained=False, num_classes=10, **drops, **size)
@@ -231,8 +252,6 @@ def batch(name: str, model: torch.nn.Module, count: int = 4) -> tuple[Any, ...]:
     if name == "torchvision/video.s3d":
         shape = (2, 3, 16, 64, 64)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    if ".detection." in f".{name.partition('/')[2]}":
-        return (list(x[:2].abs().clamp(max=1)),)
     return (x,)
 
 
@@ -393,7 +412,7 @@ def examine(name: str) -> dict[str, Any]:
     """What convert, fuse, fold and revert do to a model, and how far it is from torch's own layers then."""
     plain = make(name).double()
     inputs = batch(name, plain)
-    trains = ".detection." not in f".{name.partition('/')[2]}" and "detr" not in name.lower()
+    trains = "detr" not in name.lower()
     kinds = [type(module) for module in plain.modules()]
     plain.eval()
     with torch.no_grad():
@@ -450,20 +469,39 @@ def examine(name: str) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    import json
-    import time
+RECORD = Path(__file__).parent / "data" / "models.jsonl"
+HEADER = """# Models of other libraries
 
+Random weights, small inputs, float64, torch 2.14.1, on a CPU; recorded on {date}. Each model beside torch's own
+layers: outputs, gradients and state after a step, fused, folded and reverted. *Difference* is the greatest of any of
+these, of a tensor's greatest number. *Merged*: of the normalisations, alone or after a sum, that an activation of ours
+follows. *Folded*: of those that alone read a convolution or a linear layer, without and with a batch.
+
+The order for deployment: `nn.convert(model, fuse=True)`, train, `nn.fold(model, batch)`, then export the folded model.
+
+| model | converted | merged | folded | with a batch | difference |
+|---|---|---|---|---|---|
+"""
+
+
+def table(lines: list[str]) -> str:
+    """The page that a record makes: its first line is the date, each other line a model."""
+    date, *models = map(json.loads, lines)
+    rows = []
+    for one in models:
+        counts = (("converted", "norms"), ("merged", "mergeable"), ("folded", "foldable"), ("folded_batch", "foldable"))
+        cells = [f"{one[done]} of {one[possible]}" for done, possible in counts]
+        rows.append(f"| {one['name']} | {' | '.join(cells)} | {max(one['differences'].values()):.0e} |")
+    return HEADER.format(date=date["date"]) + "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    """Examine the models whose names contain an argument, or all, and print a line of the record for each."""
     declare_operators()
     torch.set_num_threads(1)
-    chosen = [name for name in names() if not sys.argv[1:] or any(part in name for part in sys.argv[1:])]
-    for name in chosen:
-        start = time.time()
-        try:
-            result = examine(name)
-        except Exception as error:
-            result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        print(json.dumps({"name": name, **result, "seconds": round(time.time() - start, 1)}), flush=True)
+    print(json.dumps({"date": str(datetime.date.today())}), flush=True)
+    for name in [name for name in names() if not sys.argv[1:] or any(part in name for part in sys.argv[1:])]:
+        print(json.dumps({"name": name, **examine(name)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import pytest
 
+from gpu_bn import dispatch
 from gpu_bn.testing import Case, check
 
 KINDS = [
@@ -21,3 +22,9 @@ KINDS = [
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_case(case):
     assert all(share <= 1 for share in check(case, "cpu").values())
+
+
+def test_it_loads_for_arrays_after_it_has_for_tensors():
+    pytest.importorskip("gpu_bn.backends.cpu.tensors")
+    assert dispatch.load.__wrapped__("cpu", "numpy").name == "cpu"
+    assert dispatch.load.__wrapped__("cpu", "torch").name == "cpu"

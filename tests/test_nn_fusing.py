@@ -432,3 +432,36 @@ def test_functional_activations_of_each_mode():
     fused, report = fused_with(plain, "norm")
     assert report.merged == {"norm": "sigmoid or silu"} or report.merged == {"norm": "silu"}
     agree(fused, plain, rows())
+
+
+class Checking(Block):
+    """It checks its input's shape, as transformers' models do."""
+
+    def forward(self, x):
+        if x.shape[1] != self.linear.in_features:
+            raise ValueError(f"expected 4 features, got {x.shape[1]}")
+        return self.act(self.norm(self.linear(x)))
+
+
+class Padding(Block):
+    """It does one of two things, which depends on its input's shape."""
+
+    def forward(self, x):
+        scale = 1.0 if x.shape[0] % 2 == 0 else 2.0
+        return self.act(self.norm(self.linear(x * scale)))
+
+
+def test_conditions_on_shapes_are_made_sure_of():
+    plain = Checking()
+    fused, _ = fused_with(plain, "norm")
+    agree(fused, plain, rows())
+    assert calls_of_relu(fused, rows()) == 0
+    with pytest.raises(ValueError, match="expected 4 features, got 5"):
+        fused(rows(channels=5))
+    plain = Padding()
+    fused, _ = fused_with(plain, "norm")
+    for count in (6, 7):
+        agree(fused, plain, rows(count=count))
+    compiled = torch.compile(fused.train(), backend="aot_eager", fullgraph=True)
+    assert_close(compiled(rows()), plain.train()(rows()))
+    torch._dynamo.reset()

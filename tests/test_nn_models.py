@@ -1,11 +1,15 @@
 """torchvision's and timm's own networks (random weights): converted, fused, trained beside torch's layers, reverted."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 from support import rng
 
 torch = pytest.importorskip("torch")
+
+from model_zoo import RECORD, declare_operators, examine, table  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
 
@@ -15,10 +19,7 @@ REASON = "torchvision and timm are not installed: pip install -e '.[models]'"
 @pytest.fixture(scope="module")
 def torchvision():
     """torchvision's wheel is built for CUDA; beside a CPU build of torch two operators must be declared first."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    declare_operators()
     return pytest.importorskip("torchvision", reason=REASON, exc_type=ImportError)
 
 
@@ -105,3 +106,30 @@ def test_folding_torchvisions_frozen_layers(torchvision):
     assert not any(isinstance(layer, torchvision.ops.misc.FrozenBatchNorm2d) for layer in folded.modules())
     x = torch.from_numpy(rng().standard_normal((2, 3, 32, 32)))
     torch.testing.assert_close(folded(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["torchvision/mobilenet_v3_small", "timm/mobilenetv3_small_050", "transformers/ResNet", "monai/UNet",
+     "ultralytics/yolov8n.yaml", "smp/FPN:resnet18"],
+)  # fmt: skip
+def test_a_model_of_each_library(name, torchvision):
+    del torchvision
+    library = name.partition("/")[0]
+    package = {"smp": "segmentation_models_pytorch"}.get(library, library)
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'gpu_bn[zoo]'")
+    done = examine(name)
+    assert done["converted"] == done["norms"]
+    assert done["merged"] == done["mergeable"]
+    assert done["folded_batch"] == done["foldable"]
+    assert max(done["differences"].values()) < 1e-8
+
+
+def test_the_page_is_that_of_the_record():
+    lines = RECORD.read_text().splitlines()
+    page = Path(__file__).parent.parent / "docs" / "models.md"
+    assert page.read_text() == table(lines)
+    models = [json.loads(line) for line in lines[1:]]
+    assert all(one["converted"] == one["norms"] and one["folded_batch"] == one["foldable"] for one in models)
+    assert all(max(one["differences"].values()) < 1e-8 for one in models)
+    assert sum(one["merged"] for one in models) >= 0.95 * sum(one["mergeable"] for one in models)

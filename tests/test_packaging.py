@@ -145,7 +145,7 @@ def test_the_tests_of_the_sdist_run(built, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (tree,) = tmp_path.iterdir()
-    some = ["tests/test_merge.py", "tests/test_cuda_names.py", "tests/test_readme.py", "tests/test_collection.py"]
+    some = ["tests/test_merge.py", "tests/test_collection.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *some]
     environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)

@@ -53,3 +53,19 @@ assert (y - want).abs().max() < 1e-5 and (mean - want_mean).abs().max() < 1e-6 a
 print(gpu_bn.dispatch.load("triton").name)
 """
     assert interpreted(["-c", code]).split() == ["triton"]
+
+
+BY_NAME = """
+import torch, gpu_bn
+x, residual = torch.randn(6, 4, 3, requires_grad=True), torch.randn(6, 4, 3)
+options = {"training": True, "residual": residual, "activation": "relu"}
+ours, theirs = (gpu_bn.batch_norm(x, backend=name, **options) for name in ("triton", None))
+torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+gradients = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (ours, theirs)]
+torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+print(type(ours.grad_fn).__name__)
+"""
+
+
+def test_the_backend_by_name():
+    assert interpreted(["-c", BY_NAME]).strip() == "_BatchNormBackward"

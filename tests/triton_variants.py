@@ -16,6 +16,7 @@ batches. ``tests/test_triton_gates.py`` takes samples of all that is left out.
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import astuple, dataclass, replace
@@ -54,6 +55,8 @@ EXCEEDED = {
 """Where more are needed, in channels-last."""
 MOST_REGISTERS = 255
 MOST_SHARED = 16 << 10
+MOST_SPILLED = 16
+"""Bytes, of a kernel that holds a channel: more registers would cost a block an SM."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 HEAVY = ("relu", "gelu", "gelu_tanh")
 """One bit decides the gradient; the longest expressions."""
@@ -287,7 +290,8 @@ def limits(group: Group, name: str) -> Limits:
     vectors = int(numbers.get("POSITIONS", 0)) * int(numbers["LANES"])
     warps, blocks = re.findall(r"(\d+) warps, (\d+) blocks", name)[0]
     enough = vectors >= 32 * int(warps) * int(blocks)
-    return Limits(registers, MOST_SHARED, reads=enough and not merges, writes=enough and writes)
+    return Limits(registers, MOST_SHARED, reads=enough and not merges, writes=enough and writes,
+                  spilled=MOST_SPILLED if "TILES=" in name else 0)  # fmt: skip
 
 
 def compiler() -> str:
@@ -300,6 +304,8 @@ def stamp(group: Group, name: str) -> str:
     kernel, constants = name.partition("(")[0].split("<")
     activated = "VALUE" in constants or "GRADIENT" in constants
     found = _definitions().stamp([kernel, *(MATHS if activated else ())])
+    if "TILES=" in constants:  # what spills is compiled with other registers
+        found = digest([found, inspect.getsource(free_registers)], 8)
     return digest([found, astuple(ROWS[group.activation].device)], 8) if activated else found
 
 

@@ -58,10 +58,14 @@ LAYERS = {
             ("GELUTanh", "gelu_tanh"),
         )
     },
+    **{
+        f"transformers.activations.{name}": Activation(ours)
+        for name, ours in (("SiLUActivation", "silu"), ("ReLU6Activation", "relu6"), ("GELUTanh", "gelu_tanh"))
+    },
 }
 
 
-"""Layers without parameters, by qualified name; timm's too."""
+"""Layers without parameters, by qualified name; timm's and transformers' too."""
 
 TARGETS: dict[Any, Activation] = {
     target: Activation(name)

@@ -39,6 +39,16 @@ def normalise(
     return activate(z, chosen)
 
 
+class Differs(Exception):
+    """A condition is not what it was taken for."""
+
+
+def expect(condition: Any, value: bool) -> None:
+    """A step of a fused ``forward``, before all layers: make sure of a condition that its graph takes for given."""
+    if bool(condition) is not value:
+        raise Differs
+
+
 def _alike(x: Tensor, residual: Any) -> bool:
     """Whether a layer of ours takes the residual: it broadcasts nothing, and a sum of two dtypes has the wider one."""
     return (
@@ -157,7 +167,10 @@ class Forward:
         if plan is not None:
             inputs = plan.inputs(arguments, options)
             if inputs is not None and plan.holds(training) and plan.function is not None:
-                return plan.function(module, *inputs)
+                try:
+                    return plan.function(module, *inputs)
+                except Differs:
+                    pass
         return type(module).forward(module, *arguments, **options)
 
 

@@ -7,6 +7,7 @@ draws random numbers of Python's, or leaves something behind.
 from __future__ import annotations
 
 import linecache
+import operator
 import random
 import sys
 import warnings
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.fx import Graph, Node, Proxy
+
+from gpu_bn.nn._forward import expect
 
 REQUIRED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
@@ -96,6 +99,16 @@ class _Tracer(torch.fx.Tracer):
             if not known and a not in self.tensor_attrs:
                 raise Refused("it makes tensors, which a graph would keep")
         return super().create_arg(a)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Take equal for given (a number of channels is checked so), and have the graph make sure of it."""
+        node = obj.node
+        if node.op != "call_function" or node.target not in (operator.eq, operator.ne):
+            raise Refused("what it does depends on a value")
+        if any(each.op == "call_module" for each in self.graph.nodes):
+            raise Refused("what it does depends on a value, after modules were called")
+        self.create_node("call_function", expect, (node, node.target is operator.eq), {})
+        return node.target is operator.eq
 
     def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self.enters(m, args, kwargs):

@@ -11,40 +11,52 @@ from gpu_bn.kernels.cpu.calls import (
     START,
     SUM,
     WRITE,
-    affine,
-    copy_running,
+    finish_sums,
     move,
-    part,
-    slopes,
+    put_affine,
+    put_slopes,
+    read_parameters,
+    write_parameters,
 )
 from gpu_bn.kernels.cpu.compiler import cold, kernel
-from gpu_bn.kernels.cpu.scalars import call_kernel, claim, number, put_number, put_parameter, restart
+from gpu_bn.kernels.cpu.scalars import call_kernel, claim, number, put_number, restart
 
 
 @cold
-def merged(scratch, channel, parts, runs, length, part_runs, part_length):
-    """Mean and variance from those of a channel's parts, in order."""
-    count = mean = squares = 0.0
-    for at in range(parts):
-        _, some, _, elements = part(at, runs, length, part_runs, part_length)
-        more = float(some * elements)
-        delta = number(scratch, 2 * (channel * parts + at)) - mean
-        count += more
-        mean += delta * (more / count)
-        squares += number(scratch, 2 * (channel * parts + at) + 1) * more + delta * delta * (
-            more * (count - more) / count
-        )
-    return mean, squares / count
+def part(at, runs, length, runs_each, length_each):
+    """The runs, from and how many, and the elements of each, from and how many, of a part of a channel."""
+    pieces = (length + length_each - 1) // length_each
+    run, first = at // pieces * runs_each, at % pieces * length_each
+    return run, min(runs_each, runs - run), first, min(length_each, length - first)
 
 
 @cold
-def put_affine(scratch, channels, at, mean, var, eps, weight, bias, double):
-    """A channel's numbers to the vectors in scratch."""
-    centre, scale, shift, rstd, rest = affine(mean, var, eps, weight, bias, double, at)
-    put_number(scratch, at, centre)
-    put_number(scratch, channels + at, scale)
-    put_number(scratch, 2 * channels + at, shift)
-    return rstd, rest
+def merge(partial, channels, parts, runs, length, part_runs, part_length, mean, var):
+    """Means and variances from those of the channels' parts, in order."""
+    for channel in range(channels):
+        count = m = squares = 0.0
+        for at in range(parts):
+            _, some, _, elements = part(at, runs, length, part_runs, part_length)
+            more = float(some * elements)
+            delta = number(partial, 2 * (channel * parts + at)) - m
+            count += more
+            m += delta * (more / count)
+            squares += number(partial, 2 * (channel * parts + at) + 1) * more
+            squares += delta * delta * (more * (count - more) / count)
+        put_number(mean, channel, m)
+        put_number(var, channel, squares / count)
+
+
+@cold
+def add_up(partial, channels, parts, dz, products):
+    """Sums from those of the channels' parts, in order."""
+    for channel in range(channels):
+        first = second = 0.0
+        for at in range(channel * parts, channel * parts + parts):
+            first += number(partial, 2 * at)
+            second += number(partial, 2 * at + 1)
+        put_number(dz, channel, first)
+        put_number(products, channel, second)
 
 
 @cold
@@ -84,23 +96,22 @@ def forward(
     group, part_runs, part_channels, part_length, scratch, counters,
 ):  # fmt: skip
     parts = ((runs + part_runs - 1) // part_runs) * ((length + part_length - 1) // part_length)
-    partial = scratch + 40 * channels
+    spacing = 8 * channels
+    scale, shift, partial = scratch + spacing, scratch + 2 * spacing, scratch + 5 * spacing
     if phases & START:
         restart(counters)
-    count = runs * length
     while phases & SUM and fused:
         low = claim(counters) * group
         if low >= channels:
             break
         some = min(group, channels - low)
-        by, vectors = low * length * size, scratch + 8 * low
-        call_kernel(moments, (x + by, x_step, runs, length, some, mean + 8 * low, var + 8 * low))
-        for at in range(low, low + some):
-            put_affine(scratch, channels, at, mean, var, eps, weight, bias, double)
+        by, own = low * length * size, 8 * low
+        call_kernel(moments, (x + by, x_step, runs, length, some, mean + own, var + own))
+        put_affine(low, low + some, mean, var, eps, weight, bias, double, scratch, scale, shift)
         call_kernel(
             writer,
-            (x + by, residual + by, 0, y + by, 0, x_step, residual_step, 0, y_step, 0, runs, length, some, vectors,
-             vectors + 8 * channels, vectors + 16 * channels, 0, 0, p, 0, past),
+            (x + by, residual + by, 0, y + by, 0, x_step, residual_step, 0, y_step, 0, runs, length, some,
+             scratch + own, scale + own, shift + own, 0, 0, p, 0, past),
         )  # fmt: skip
     while phases & SUM and batch_stats and not fused:
         at = claim(counters)
@@ -110,110 +121,80 @@ def forward(
         where = x + (run * x_step + at // parts * length + first) * size
         call_kernel(moments, (where, x_step, some, elements, 1, partial + 16 * at, partial + 16 * at + 8))
     if phases & FINISH and not fused:
-        if not batch_stats:
-            copy_running(running_mean, running_var, mean, var, channels)
-        for at in range(channels):
-            if batch_stats:
-                m, v = merged(partial, at, parts, runs, length, part_runs, part_length)
-                put_number(mean, at, m)
-                put_number(var, at, v)
-            put_affine(scratch, channels, at, mean, var, eps, weight, bias, double)
+        if batch_stats:
+            merge(partial, channels, parts, runs, length, part_runs, part_length, mean, var)
+        else:
+            read_parameters(0, channels, running_mean, mean)
+            read_parameters(0, channels, running_var, var)
+        put_affine(0, channels, mean, var, eps, weight, bias, double, scratch, scale, shift)
     if phases & WRITE and writer and not fused:
         write_parts(
             writer, (x, residual, 0, y, 0), (x_step, residual_step, 0, y_step, 0), size, runs, channels, length,
             part_runs, part_channels, part_length, scratch, p, past, counters + 8,
         )  # fmt: skip
     if phases & END and running_mean and batch_stats:
-        move(running_mean, running_var, mean, var, channels, count, momentum)
-
-
-@cold
-def finish_sums(mean, var, eps, double, at, dz, dz_xhat, sum_dz, sum_products):
-    """A channel's sums of dz and dz * xhat from those of dz and dz * (x - centre)."""
-    _, _, _, rstd, rest = affine(mean, var, eps, 0, 0, double, at)
-    put_number(dz, at, sum_dz)
-    put_number(dz_xhat, at, (sum_products - rest * sum_dz) * rstd)
-
-
-@cold
-def put_slopes(scratch, channels, at, mean, var, eps, weight, bias, double, dz, dz_xhat, training, count):
-    """What a channel's sums make of dx, to the vectors in scratch."""
-    rstd, rest = put_affine(scratch, channels, at, mean, var, eps, weight, bias, double)
-    slope = offset = 0.0
-    if training:
-        slope, offset = slopes(rstd, rest, number(dz, at), number(dz_xhat, at), count)
-    put_number(scratch, 3 * channels + at, slope)
-    put_number(scratch, 4 * channels + at, offset)
+        count = float(runs * length)
+        move(0, channels, running_mean, running_var, mean, var, count / max(count - 1.0, 1.0), momentum)
 
 
 @kernel
 def backward(
     phases, fused, products, writer, x, residual, dy, dx, dresidual, x_step, residual_step, dy_step, dx_step,
-    dresidual_step, size, runs, channels, length, weight, bias, dweight, dbias, mean, var,
-    dz, dz_xhat, training, count, eps, p, double, past, group, part_runs, part_channels, part_length, scratch, counters,
+    dresidual_step, size, runs, channels, length, weight, bias, dweight, dbias, mean, var, dz, dz_xhat, training, count,
+    eps, p, double, past, group, part_runs, part_channels, part_length, scratch, counters,
 ):  # fmt: skip
     parts = ((runs + part_runs - 1) // part_runs) * ((length + part_length - 1) // part_length)
-    partial = scratch + 40 * channels
+    spacing = 8 * channels
+    scale, shift, slope = scratch + spacing, scratch + 2 * spacing, scratch + 3 * spacing
+    offset, partial = scratch + 4 * spacing, scratch + 5 * spacing
     if phases & START:
         restart(counters)
+        put_affine(0, channels, mean, var, eps, weight, bias, double, scratch, scale, shift)
     while phases & SUM and fused:
         low = claim(counters) * group
         if low >= channels:
             break
-        some = min(group, channels - low)
-        by, vectors = low * length * size, scratch + 8 * low
-        scale, shift, slope, offset = (
-            vectors + 8 * channels, vectors + 16 * channels, vectors + 24 * channels, vectors + 32 * channels
-        )  # fmt: skip
-        for at in range(low, low + some):
-            put_affine(scratch, channels, at, mean, var, eps, weight, bias, double)
+        high = min(low + group, channels)
+        by, own = low * length * size, 8 * low
         call_kernel(
             products,
-            (x + by, residual + by, dy + by, x_step, residual_step, dy_step, runs, length, some, vectors, scale, shift,
-             dz + 8 * low, dz_xhat + 8 * low, p),
+            (x + by, residual + by, dy + by, x_step, residual_step, dy_step, runs, length, high - low, scratch + own,
+             scale + own, shift + own, dz + own, dz_xhat + own, p),
         )  # fmt: skip
-        for at in range(low, low + some):
-            finish_sums(mean, var, eps, double, at, dz, dz_xhat, number(dz, at), number(dz_xhat, at))
-            put_slopes(scratch, channels, at, mean, var, eps, weight, bias, double, dz, dz_xhat, training, count)
+        finish_sums(low, high, mean, var, eps, scratch, dz, dz_xhat)
         if writer:
+            put_slopes(low, high, mean, var, eps, scratch, dz, dz_xhat, training, count, slope, offset)
             call_kernel(
                 writer,
                 (x + by, residual + by, dy + by, dx + by, dresidual + by, x_step, residual_step, dy_step, dx_step,
-                 dresidual_step, runs, length, some, vectors, scale, shift, slope, offset, p, 0, past),
+                 dresidual_step, runs, length, high - low, scratch + own, scale + own, shift + own, slope + own,
+                 offset + own, p, 0, past),
             )  # fmt: skip
-    if phases & START and not fused:
-        for at in range(channels):
-            put_affine(scratch, channels, at, mean, var, eps, weight, bias, double)
     while phases & SUM and products and not fused:
         at = claim(counters)
         if at >= channels * parts:
             break
         run, some, first, elements = part(at % parts, runs, length, part_runs, part_length)
         channel = at // parts
-        by, vectors = channel * length + first, scratch + 8 * channel
+        by, own = channel * length + first, 8 * channel
         call_kernel(
             products,
             (x + (run * x_step + by) * size, residual + (run * residual_step + by) * size,
-             dy + (run * dy_step + by) * size, x_step, residual_step, dy_step, some, elements, 1, vectors,
-             vectors + 8 * channels, vectors + 16 * channels, partial + 16 * at, partial + 16 * at + 8, p),
+             dy + (run * dy_step + by) * size, x_step, residual_step, dy_step, some, elements, 1, scratch + own,
+             scale + own, shift + own, partial + 16 * at, partial + 16 * at + 8, p),
         )  # fmt: skip
     if phases & FINISH and not fused:
-        for at in range(channels):
-            if products:
-                sum_dz = sum_products = 0.0
-                for i in range(at * parts, at * parts + parts):
-                    sum_dz += number(partial, 2 * i)
-                    sum_products += number(partial, 2 * i + 1)
-                finish_sums(mean, var, eps, double, at, dz, dz_xhat, sum_dz, sum_products)
-            put_slopes(scratch, channels, at, mean, var, eps, weight, bias, double, dz, dz_xhat, training, count)
+        if products:
+            add_up(partial, channels, parts, dz, dz_xhat)
+            finish_sums(0, channels, mean, var, eps, scratch, dz, dz_xhat)
+        put_slopes(0, channels, mean, var, eps, scratch, dz, dz_xhat, training, count, slope, offset)
     if phases & WRITE and writer and not fused:
         write_parts(
             writer, (x, residual, dy, dx, dresidual), (x_step, residual_step, dy_step, dx_step, dresidual_step), size,
             runs, channels, length, part_runs, part_channels, part_length, scratch, p, past, counters + 8,
         )  # fmt: skip
     if phases & END:
-        for at in range(channels):
-            if dweight:
-                put_parameter(dweight, at, number(dz_xhat, at))
-            if dbias:
-                put_parameter(dbias, at, number(dz, at))
+        if dweight:
+            write_parameters(0, channels, dz_xhat, dweight)
+        if dbias:
+            write_parameters(0, channels, dz, dbias)

@@ -8,7 +8,7 @@ mean: where the shift was far off, and where squares leave float32's range.
 from functools import cache
 
 from gpu_bn.kernels.cpu.compiler import cold, inlined, kernel
-from gpu_bn.kernels.cpu.points import result, sum_vectors, write_pair, write_vectors
+from gpu_bn.kernels.cpu.points import plus, result, sum_vectors, write_pair, write_vectors
 from gpu_bn.kernels.cpu.scalars import (
     add_double,
     elements,
@@ -26,9 +26,10 @@ from gpu_bn.kernels.cpu.scalars import (
 )
 from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64
 
-ADDITIONS = 16
-"""In a lane of a float32 sum. Squares of coarse numbers (odd ones are 1 modulo 8) are all rounded the same way, so
-that longer sums drift: four times as long ones made the variance at mean = 1e4 sd wrong by 4e-7 instead of 4e-8."""
+ADDITIONS = 8
+"""In a lane of a float32 sum, and so many of these in another, before it is added to a float64 one. Squares of coarse
+numbers (odd ones are 1 modulo 8) are all rounded the same way, so that longer sums drift: 16 made the variance at
+mean = 1e4 sd wrong by 3e-7 instead of 3e-8."""
 FEW = 32
 """Elements of a channel up to which float64 costs nothing."""
 TRUSTED = 4.0
@@ -42,19 +43,21 @@ SMALLEST, LARGEST = 1e-30, 1e37
 def run_sums(tensors, steps, runs, length, affine, which, p):
     """Sums over a channel's runs of dz and of dz * (x - centre), in float64; x - centre stands for dz without dy."""
     vectors, zeros = splats_wide(tensors[0], affine), splats_wide(tensors[0], (0.0, 0.0))
-    wide, sums, additions = lanes(vectors), zeros, 0
+    wide, sums, blocks = lanes(vectors), zeros, 0
+    steps_within = (wide, wide, wide)
     total_dz, total_products = 0.0, 0.0
     for run in range(runs):
         for first in range(0, length, ADDITIONS * wide):
             count = min(ADDITIONS * wide, length - first)
             here = moved(tensors, places(run, steps, first))
-            sums = sum_vectors(sums, here, (wide, wide, wide), count // wide, None, vectors, which, p)
+            block = sum_vectors(zeros, here, steps_within, count // wide, None, vectors, which, p)
             if count % wide:
                 rest = moved(here, places(count // wide * wide, (1, 1, 1), 0))
-                sums = sum_vectors(sums, rest, (wide, wide, wide), 1, count % wide, vectors, which, p)
-            additions += count // wide + 1
-            if additions >= ADDITIONS:
-                total_dz, total_products, additions = total_dz + total(sums[0]), total_products + total(sums[1]), 0
+                block = sum_vectors(block, rest, steps_within, 1, count % wide, vectors, which, p)
+            sums = plus(sums, block)
+            blocks += 1
+            if blocks == ADDITIONS:
+                total_dz, total_products, blocks = total_dz + total(sums[0]), total_products + total(sums[1]), 0
                 sums = zeros
     return total_dz + total(sums[0]), total_products + total(sums[1])
 

@@ -66,6 +66,17 @@ def sum_vectors(typing, sums, tensors, steps, vectors, count, affine, which, p):
     return sums(sums, tensors, integers, types.int64, integer(count), affine, which, types.float64), generate
 
 
+@intrinsic
+def plus(typing, sums, more):
+    """The sums of two pairs of vectors."""
+
+    def generate(context, builder, sig, args):
+        pairs = [[Lanes(builder, builder.extract_value(one, i)) for i in range(2)] for one in args]
+        return context.make_tuple(builder, sums, [(a + b).value for a, b in zip(*pairs, strict=True)])
+
+    return sums(sums, sums), generate
+
+
 @intrinsic(prefer_literal=True)
 def write_vectors(typing, tensors, steps, vectors, count, affine, which, p, past):
     """Write what is wanted of y, or dx, and dz, of so many vectors of (x, residual, dy, out, dresidual)."""

@@ -7,7 +7,7 @@ Sums are of tiles of a wide vector's columns and a few rows, and go over to floa
 from functools import cache
 
 from gpu_bn.kernels.cpu.compiler import inlined, kernel
-from gpu_bn.kernels.cpu.points import sum_vectors, write_vectors
+from gpu_bn.kernels.cpu.points import plus, sum_vectors, write_vectors
 from gpu_bn.kernels.cpu.scalars import (
     add_double,
     add_to,
@@ -25,8 +25,8 @@ from gpu_bn.kernels.cpu.scalars import (
 )
 from gpu_bn.kernels.cpu.vector import BYTES, FLOAT32, FLOAT64
 
-ROWS = 16
-"""Rows in one float32 sum."""
+FEW, ROWS = 8, 16
+"""Rows in one float32 sum, and in a sum of such, which is added to a float64 one."""
 FIRST = 8
 """Rows whose mean is the shift that sums are taken around."""
 NARROW, TALL, FLAT = 256, 64, 4
@@ -49,12 +49,16 @@ def sum_rows(tensors, steps, low, high, columns, parameters, sums, products, whi
         for c in range(0, columns, wide):
             affine = vectors_at(parameters, c, zeros)
             here = moved(tensors, places(first, steps, c))
+            few = min(FEW, rows)
+            rest = moved(here, places(few, steps, 0))
             if c + wide <= columns:
-                tile = sum_vectors(zeros, here, steps, rows, None, affine, which, p)
+                tile = sum_vectors(zeros, here, steps, few, None, affine, which, p)
+                tile = plus(tile, sum_vectors(zeros, rest, steps, rows - few, None, affine, which, p))
                 add_to(sums, c, None, tile[0])
                 add_to(products, c, None, tile[1])
             else:
-                tile = sum_vectors(zeros, here, steps, rows, columns - c, affine, which, p)
+                tile = sum_vectors(zeros, here, steps, few, columns - c, affine, which, p)
+                tile = plus(tile, sum_vectors(zeros, rest, steps, rows - few, columns - c, affine, which, p))
                 add_to(sums, c, columns - c, tile[0])
                 add_to(products, c, columns - c, tile[1])
 

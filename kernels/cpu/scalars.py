@@ -277,6 +277,17 @@ def claim(typing, counter):
 
 
 @intrinsic
+def clear(typing, address, numbers):
+    """Set float64 numbers to 0."""
+
+    def generate(context, builder, sig, args):
+        cgutils.memset(builder, at_address(builder, args[0]), builder.mul(args[1], INT64(8)), 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
 def restart(typing, counters):
     """Set two counters to 0."""
 

@@ -11,11 +11,16 @@ from typing import Any
 
 from gpu_bn.activations import IDENTITY
 from gpu_bn.backends.cpu import call
-from gpu_bn.backends.cpu.arrays import Arrays
+from gpu_bn.backends.cpu.arrays import Arrays, NumpyArrays
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
+
+
+def backend() -> CpuBackend:
+    """The backend of NumPy arrays, for :func:`gpu_bn.dispatch.load`."""
+    return CpuBackend(NumpyArrays())
 
 
 class CpuBackend:

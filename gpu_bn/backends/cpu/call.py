@@ -190,7 +190,7 @@ def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, .
     plan = plans.plan(*seen[:3], code, dense, not batch_stats)
     writes = tensors[2] is not None
     kernels = plans.forward_kernels(plan.by_rows, code, WHICH[activation], tensors[1] is not None, batch_stats, writes)
-    fused = batch_stats and writes and not in_place and plan.group > 0
+    fused = batch_stats and writes and plan.group > 0
     kernel = calls_rows.forward if plan.by_rows else calls_channels.forward
     return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, copies, writes and not in_place)
 

@@ -125,7 +125,7 @@ def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: b
     columns = folded * period
     width = -(-columns // 64) * 64 + WIDE * BYTES // 4
     chunks = max(1, min(CHUNKS, total // PART, runs // folded))
-    return Plan(True, 8 * ((5 + 2 * chunks) * width + 2 * count_channels), folded=folded, chunks=chunks, width=width)
+    return Plan(True, 8 * ((5 + 2 * chunks) * width + 5 * count_channels), folded=folded, chunks=chunks, width=width)
 
 
 @cache

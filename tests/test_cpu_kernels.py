@@ -1,0 +1,222 @@
+"""The compiled kernels: what the machine code is, that results do not depend on threads, and that bugs are noticed."""
+
+import inspect
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support import make_problem, relative_error, rng, same_bits
+
+import gpu_bn
+from gpu_bn.activations import ROWS
+from gpu_bn.backends.cpu import call, plans, threads
+from gpu_bn.testing import Case, build, check, oracle, run
+
+numba = pytest.importorskip("numba")
+from gpu_bn.kernels.cpu import calls_channels, calls_rows, channels, rows  # noqa: E402 (they need Numba)
+from gpu_bn.kernels.cpu.compiler import cold  # noqa: E402
+from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT32, FLOAT64  # noqa: E402
+
+RELU, SILU = (list(ROWS).index(name) for name in ("relu", "silu"))
+
+
+# -------------------------------------------------------------------------------------------------------- machine code
+def machine_code(kernel):
+    """A kernel's own function as assembly, compiled anew: what comes from the cache cannot be looked at."""
+    fresh = cold(kernel.py_func)
+    names = inspect.signature(kernel.py_func).parameters
+    signature = tuple(numba.float64 if name == "p" else numba.int64 for name in names)
+    fresh.compile(signature)
+    return fresh.inspect_asm(signature)
+
+
+def inner_loops(assembly):
+    """The bodies of loops that have no loop within."""
+    lines = [line.strip() for line in assembly.splitlines()]
+    labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
+    jumps = [(at, re.match(r"j\w+\s+(\.L\w+)", line)) for at, line in enumerate(lines)]
+    loops = [(labels[jump[1]], at) for at, jump in jumps if jump and labels.get(jump[1], at) < at]
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return ["\n".join(lines[first:last]) for first, last in inner]
+
+
+KERNELS = {
+    "moments": (lambda code: channels.moments(code), "vfmadd"),
+    "products": (lambda code: channels.products(code, RELU, True), "vfmadd"),
+    "y": (lambda code: channels.writer(code, RELU, False, False, True, False), "vfmadd"),
+    "y of silu": (lambda code: channels.writer(code, SILU, False, False, True, False), "vdiv"),
+    "dx": (lambda code: channels.writer(code, RELU, True, True, True, True), "vfmadd"),
+    "rows' deviations": (lambda code: rows.deviations(code), "vfmadd"),
+    "rows' products": (lambda code: rows.products(code, RELU, False), "vfmadd"),
+    "rows' y": (lambda code: rows.writer(code, RELU, False, False, True, False), "vfmadd"),
+    "rows' dx": (lambda code: rows.writer(code, RELU, False, True, True, False), "vfmadd"),
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 instructions")
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("code", [FLOAT32, FLOAT64], ids=["float32", "float64"])
+def test_inner_loops_are_packed(name, code):
+    make, instruction = KERNELS[name]
+    suffix = "pd" if code == FLOAT64 else "ps"
+    loops = [body for body in inner_loops(machine_code(make(code))) if re.search(rf"{instruction}\w*{suffix}", body)]
+    assert loops, f"no inner loop with packed {instruction}"
+    for body in loops:
+        assert re.search(r"%[yz]mm", body), f"no long vectors in\n{body}"
+        scalar = re.findall(r"v(?:add|sub|mul|div|fmadd\d+)s[sd]", body)
+        assert not scalar, f"{scalar} in\n{body}"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 instructions")
+def test_float16_is_converted_by_the_processor():
+    text = machine_code(channels.writer(FLOAT16, RELU, False, False, True, False))
+    assert any("vcvtph2ps" in body and "vcvtps2ph" in body for body in inner_loops(text))
+
+
+SHOWS_FEATURES = """
+import inspect, numba
+from gpu_bn.kernels.cpu import channels
+from gpu_bn.kernels.cpu.compiler import cold, supports_float16
+kernel = cold(channels.moments(2).py_func)
+kernel.compile(tuple(numba.int64 for _ in inspect.signature(kernel.py_func).parameters))
+text = "".join(kernel.inspect_asm().values())
+print("zmm" in text, "ymm" in text, "vfmadd" in text, supports_float16())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64 processors")
+@pytest.mark.parametrize(
+    ("cpu", "found"),
+    [
+        ("haswell", "False True True True"),  # AVX2
+        ("skylake-avx512", "True True True True"),
+        ("x86-64", "False False False False"),
+    ],
+)
+def test_other_processors(cpu, found):
+    environment = os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", SHOWS_FEATURES], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    got = done.stdout.split()
+    assert got[1:] == found.split()[1:]
+
+
+def test_float16_is_refused_where_llvm_would_end_the_process():
+    code = "import numpy as np, gpu_bn\ngpu_bn.batch_norm(np.ones((4, 3), np.float16), training=True, backend='cpu')"
+    environment = os.environ | {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "BackendUnavailableError: float16 with backend 'cpu' needs a processor that converts it" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+SHAPES = [
+    Case((16, 24, 40, 40), activation="relu", residual=True),  # groups of channels
+    Case((2, 3, 600, 700), activation="relu"),  # few channels: parts of them
+    Case((1, 2, 3000, 400), activation="silu"),
+    Case((12, 24, 40, 40), layout="channels_last", activation="relu", residual=True),  # rows
+    Case((5000, 300)),
+    Case((3001, 7, 5), activation="relu"),
+    Case((16, 24, 40, 40), "float16", mode="eval", activation="relu", residual=True),
+]
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_threads_do_not_change_a_bit(case, monkeypatch):
+    monkeypatch.setattr(threads, "WORTH", 1)
+    results = []
+    for count in (1, 2, 3, 8):
+        gpu_bn.set_num_threads(count)
+        results.append(run(build(case), "cpu"))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+def test_few_channels_are_cut_into_parts():
+    plan = plans.plan(2, 3, 600 * 700, FLOAT32, True, False)
+    assert plan.group == 0
+    assert plan.parts > 20
+
+
+@pytest.mark.parametrize("case", SHAPES[:6], ids=str)
+def test_large_tensors(case):
+    assert all(share <= 1 for share in check(case, "cpu").values())
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 30, 30), (700, 33), (4096, 128), (3, 5, 2100), (64, 5, 7, 7)], ids=str)
+def test_float32_far_from_zero(shape):
+    x = (1e4 + rng(1).standard_normal(shape)).astype(np.float32)
+    y, saved = gpu_bn.batch_norm_forward(x, training=True, eps=1e-12, backend="cpu")
+    truth = oracle(make_problem(x, eps=1e-12))
+    assert relative_error(saved.moments.var, truth.var) <= 1e-7
+    assert relative_error(y, truth.y) <= 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+def test_calls_alike_are_prepared_once(monkeypatch):
+    monkeypatch.setattr(call, "_prepared", {})
+    problem = make_problem(rng(1).standard_normal((4, 6, 5)).astype(np.float32))
+    for _ in range(3):
+        run(problem, "cpu")
+    assert len(call._prepared) == 2  # forward and backward
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bfloat16_and_float16_of_torch_need_no_package(dtype, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    x = torch.from_numpy(rng(1).standard_normal((8, 3, 20)).astype(dtype))
+    for half in (torch.bfloat16, torch.float16):
+        y = gpu_bn.batch_norm(x.to(half), training=True, backend="cpu")
+        assert y.dtype is half
+        exact = gpu_bn.batch_norm(x.to(half).double(), training=True, backend="cpu")
+        assert (y.double() - exact).abs().max() < 2e-2
+
+
+# ------------------------------------------------------------------------------------------------------- planted bugs
+SMALL, CHANNELS, PARTS = Case((2, 6, 2, 3)), Case((12, 8, 10, 11), activation="relu"), Case((2, 3, 600, 300))
+ROW, CHUNKS = Case((300, 41), activation="relu"), Case((5000, 30), activation="relu")
+LEAVES, CALLS = ("moments", "deviations", "products", "writer"), ("forward", "backward")
+BUGS = {
+    "a dropped tail of a sum": (channels, LEAVES, "if count % wide:", "if count % wide < 0:", CHANNELS),
+    "a dropped tail of y": (channels, LEAVES, "if (length - masked) % width:", "if length < 0:", CHANNELS),
+    "a tail begun too late": (channels, LEAVES, "wide, (1, 1, 1), 0", "wide, (1, 1, 1), 1", CHANNELS),
+    "a swapped stride": (channels, LEAVES, "places(run, steps, first)", "places(first, steps, run)", CHANNELS),
+    "a lost float64 sum": (rows, LEAVES, "add_to(products, c, None, tile[1])", "pass", ROW),
+    "a dropped column": (rows, LEAVES, "add_to(sums, c, columns - c, tile[0])", "pass", ROW),
+    "a dropped last row": (rows, LEAVES, "rows = min(ROWS, high - first)", "rows = min(ROWS, high - first - 1)", ROW),
+    "a wrong Bessel factor": (calls_channels, CALLS, "count / max(count - 1.0, 1.0)", "1.0", SMALL),
+    "an unmerged part": (calls_channels, CALLS, "for at in range(parts):", "for at in range(parts - 1):", PARTS),
+    "an unmerged chunk": (calls_rows, CALLS, "for chunk in range(chunks):", "for chunk in range(1):", CHUNKS),
+    "a lost shorter row": (calls_rows, CALLS, "if rest and at == chunks - 1:", "if rest < 0:", Case((301, 3, 7))),
+}  # fmt: skip
+
+
+@pytest.mark.slow  # each compiles kernels of its own
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_noticed(bug, monkeypatch, tmp_path):
+    module, names, before, after, case = BUGS[bug]
+    text = inspect.getsource(module)
+    assert before in text
+    changed = {"__name__": module.__name__}
+    exec(compile(text.replace(before, after), "<planted>", "exec"), changed)
+    monkeypatch.setenv("GPU_BN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(call, "_prepared", {})
+    for name in names:
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, changed[name])
+    forget()
+    try:
+        with pytest.raises(AssertionError, match="elements wrong"):
+            check(case, "cpu")
+    finally:
+        forget()
+
+
+def forget():
+    """Kernels are looked up anew."""
+    for cached in (plans.forward_kernels, plans.backward_kernels, plans.address):
+        cached.cache_clear()

@@ -1,0 +1,37 @@
+"""The record of other versions of torch and Triton, README's table of it, and the script that makes it."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import versions
+
+RECORD = json.loads(versions.DATA.read_text())["rows"]
+
+
+def test_readme_has_the_record():
+    text = versions.README.read_text()
+    assert versions.with_table(text) == text, "python tests/versions.py --readme"
+
+
+@pytest.mark.parametrize("found", RECORD, ids=lambda found: f"{found['torch']} {found['triton']}")
+def test_every_version_has_passed(found):
+    parts = [found[what] for what in versions.WHAT if what in found]
+    assert all(part["ok"] and part["passed"] > 10 for part in parts)
+    assert found["kernels"]["passed"] >= 100
+
+
+def test_a_compiler_that_ends_the_process_is_noticed(monkeypatch, capsys):
+    step = SimpleNamespace(kernel=SimpleNamespace(__name__="kernel"))
+    monkeypatch.setattr(versions, "covering", lambda: [(arch, step, None) for arch in (75, 80, 90)])
+    monkeypatch.setattr(
+        versions,
+        "attempt",
+        lambda arch, *_: os.kill(os.getpid(), signal.SIGKILL) if arch == 80 else "bad" * (arch == 90),
+    )
+    assert versions.compile_all() == 1
+    printed = capsys.readouterr().out
+    assert "kernel for sm_80: the compiler's process ended with" in printed
+    assert "1 passed, 2 failed" in printed

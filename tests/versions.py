@@ -1,0 +1,206 @@
+"""Runs the Triton backend and the torch layers with other versions of torch and Triton, and notes what came of it.
+
+    python tests/versions.py --work DIRECTORY 3.6.0 3.7.1 3.8.0           # beside the torch that is installed
+    python tests/versions.py --work DIRECTORY --write 2.11=3.6.0 2.14=3.8.0  # with its own torch: GB to download
+
+Each gets an environment of its own in DIRECTORY, with this one's packages behind it. In it, kernels are compiled that
+cover kinds of calls, dtypes, layouts, activations and architectures, some cases run on the emulator, and with a torch
+of its own the layers' tests run too. ``--write`` puts the outcomes into ``data/versions.json``, which README's table is
+made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+DATA = HERE / "data" / "versions.json"
+README = HERE.parent / "README.md"
+LAYERS = ("modules", "direct", "convert", "operators", "graph", "folding", "masks", "conformance", "statistics")
+WHAT = {
+    "kernels": ["tests/versions.py", "--compile"],
+    "emulator": ["-m", "pytest", "-q", "tests/test_triton_emulator.py", "-k", "test_case or launches or mask"],
+    "layers": ["-m", "pytest", "-q", *(f"tests/test_nn_{name}.py" for name in LAYERS)],
+}
+
+
+# ----------------------------------------------------------------------------------------------------- compiling
+def covering() -> Iterator[tuple[int, Any, Any]]:
+    """Launches that cover the kinds of calls: of each kind and dtype one of each kernel."""
+    from gates import ARCHITECTURES, ITEMSIZE, Group
+    from triton_variants import ACTIVATIONS, variants
+
+    from gpu_bn.activations import ROWS
+
+    archs, activations, layouts = cycle(ARCHITECTURES), cycle(ROWS), cycle((False, True, True, False, True))
+    for kind, dtype in product(ACTIVATIONS, ITEMSIZE):
+        arch, columns = next(archs), next(layouts)
+        arch = max(arch, 90) if kind == "cluster" else arch
+        yield from _one_of_each(
+            variants(Group(arch, next(activations), dtype, 16 // ITEMSIZE[dtype], columns, kind)), arch
+        )
+    for activation, dtype in product(ROWS, ("float16", "float32")):  # where Triton 3.8 crashed
+        arch = next(archs)
+        launches = variants(Group(arch, activation, dtype, 16 // ITEMSIZE[dtype], False, "split"))
+        yield from _one_of_each({name: one for name, one in launches.items() if "reduce" in name}, arch)
+
+
+def _one_of_each(launches: dict[str, Any], arch: int) -> Iterator[tuple[int, Any, Any]]:
+    first = {name.partition("<")[0]: launch for name, launch in reversed(launches.items())}
+    return ((arch, *launch) for launch in first.values())
+
+
+def attempt(arch: int, step: Any, special: Any) -> str:
+    """Compile a kernel to PTX; what went wrong, or nothing."""
+    from emulator.compile import compile_triton
+    from triton_variants import compiled_with
+
+    try:
+        compile_triton(step.kernel, arch, **compiled_with(special), resources=False)
+    except Exception as error:
+        return f"{step.kernel.__name__} for sm_{arch}: {type(error).__name__}: {error}".replace("\0", " ")
+    return ""
+
+
+def compile_all() -> int:
+    """Compile the covering set in processes of their own: a compiler may take its process with it."""
+    items, results = list(covering()), list[str]()
+    while len(results) < len(items):
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            for item in items[len(results) :]:
+                os.write(writer, attempt(*item).encode() + b"\0")
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as said:
+            results += [text.decode() for text in said.read().split(b"\0")[:-1]]
+        if status := os.waitpid(child, 0)[1]:
+            arch, step, _ = items[len(results)]
+            results.append(f"{step.kernel.__name__} for sm_{arch}: the compiler's process ended with {status}")
+    failed = [text for text in results if text]
+    print(*failed, f"{len(results) - len(failed)} passed, {len(failed)} failed", sep="\n")
+    return bool(failed)
+
+
+# -------------------------------------------------------------------------------------------------- environments
+def environment(work: Path, torch: str, triton: str) -> Path:
+    """The Python of an environment with these versions, made where it is not there yet; ``torch`` may be empty."""
+    home = work / f"torch{torch}-triton{triton}"
+    python = home / "bin" / "python"
+    done = home / "made"
+    if not done.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
+        wanted = [f"triton=={triton}"] + [f"torch=={torch}.*"] * bool(torch)
+        options = [] if torch else ["--no-deps"]
+        subprocess.run([python, "-m", "pip", "install", "-q", *options, *wanted], check=True)
+        site = home / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
+        behind = [path for path in sys.path if path.endswith("site-packages")]
+        (site / "behind.pth").write_text("\n".join(behind) + "\n")
+        done.touch()
+    return python
+
+
+def outcome(python: Path, what: str) -> dict[str, Any]:
+    """Run one part; how many passed, failed and were skipped."""
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE)))}
+    done = subprocess.run(
+        [python, *WHAT[what]], cwd=HERE.parent, env=environ, capture_output=True, text=True, check=False
+    )
+    counts = {
+        name: int(found) for found, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-300:])
+    }
+    if done.returncode:
+        print(done.stdout[-3000:], done.stderr[-3000:], sep="\n", file=sys.stderr)
+    return {"ok": done.returncode == 0, **counts}
+
+
+def row(python: Path, parts: list[str]) -> dict[str, Any]:
+    """What came of a pair of versions."""
+    said = "import platform, torch, triton, numpy as n; print(platform.python_version(), torch.__version__, "
+    said += "triton.__version__, n.__version__)"
+    versions = subprocess.run([python, "-c", said], capture_output=True, text=True, check=True).stdout.split()
+    names = ("python", "torch", "triton", "numpy")
+    found: dict[str, Any] = dict(zip(names, versions, strict=True)) | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    return found | {what: outcome(python, what) for what in parts}
+
+
+# -------------------------------------------------------------------------------------------------------- README
+def table(record: dict[str, Any]) -> str:
+    """README's table."""
+    names = ("torch", "Triton", "kernels compiled", "cases on the emulator", "tests of layers", "Python", "date")
+    lines = [names, ("---",) * len(names)]
+    for found in record["rows"]:
+        outcomes = [_cell(found.get(what)) for what in WHAT]
+        lines.append((found["torch"], found["triton"], *outcomes, found["python"], found["date"]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def with_table(text: str) -> str:
+    """README with the record's table."""
+    start, _, rest = text.partition("<!-- versions -->\n")
+    end = rest.partition("<!-- /versions -->")[2]
+    return f"{start}<!-- versions -->\n{table(json.loads(DATA.read_text()))}\n<!-- /versions -->{end}"
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Put rows into the record, in the place of those of the same versions."""
+    record = json.loads(DATA.read_text()) if DATA.exists() else {"rows": []}
+    known = {(found["torch"], found["triton"]): found for found in record["rows"]}
+    for found in rows:
+        key = found["torch"], found["triton"]
+        known[key] = known.get(key, {}) | found
+    ordered = sorted(known.values(), key=lambda found: (_numbers(found["triton"]), _numbers(found["torch"])))
+    DATA.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    return ", ".join(f"{found[name]} {name}" for name in ("passed", "failed", "error", "skipped") if found.get(name))
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="*", metavar="[TORCH=]TRITON")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--only", action="append", choices=WHAT, help="a part; what is recorded of others stays")
+    parser.add_argument("--readme", action="store_true", help="write README's table")
+    parser.add_argument("--compile", action="store_true", help="compile the covering set in this environment")
+    options = parser.parse_args()
+    if options.compile:
+        return compile_all()
+    if options.readme:
+        README.write_text(with_table(README.read_text()))
+        return 0
+    if options.work is None or not options.pairs:
+        parser.error("expected --work and pairs of versions")
+    rows = []
+    for pair in options.pairs:
+        torch, _, triton = pair.rpartition("=")
+        parts = options.only or (list(WHAT) if torch else ["kernels", "emulator"])
+        rows.append(row(environment(options.work.resolve(), torch, triton), parts))
+        print(json.dumps(rows[-1]), flush=True)
+    if options.write:
+        write(rows)
+    return not all(found[what]["ok"] for found in rows for what in WHAT if what in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
