@@ -18,6 +18,7 @@ from gpu_bn._console import table
 from gpu_bn._cuda_versions import DRIVER, cuda_versions
 
 PACKAGES = (
+    "numba",
     "torch",
     "triton",
     "cupy-cuda12x",
@@ -67,17 +68,13 @@ def facts() -> Facts:
         ("NumPy", f"{np.__version__}, BLAS: {blas()}"),
         ("packages", ", ".join(packages) or "none of " + ", ".join(PACKAGES)),
         ("processor", f"{platform.machine()}, {os.cpu_count()} cores, {cores()} for this process"),
-        ("threads", f"{get_num_threads()} for the NumPy backend (GPU_BN_NUM_THREADS sets it)"),
+        ("threads", f"{get_num_threads()} for a call on the CPU (GPU_BN_NUM_THREADS sets it)"),
         ("GPUs", "; ".join(gpus.names) or f"none: {gpus.why_not}"),
     ]
     cuda = cuda_versions()
     lines += [(f"CUDA {name}", said) for name, said in cuda.said.items()]
     lines += [("does not fit", problem) for problem in cuda.problems()]
-    rows = []
-    for row in dispatch.ROWS:
-        why_not = missing(row, gpus)
-        rows.append([row.name, row.array, f"no: {why_not}" if why_not else "yes"])
-    return Facts(lines, rows)
+    return Facts(lines, [[row.name, str(row), available(row, gpus)] for row in dispatch.ROWS])
 
 
 def facts_of_cuda() -> list[str]:
@@ -112,21 +109,24 @@ def blas() -> str:
     return f"{found.get('name', 'unknown')} {found.get('version', '')}".strip()
 
 
-def missing(row: dispatch.Row, gpus: Devices) -> str:
-    """Why a backend cannot be had, as far as can be seen without importing its library; empty if nothing is missing."""
-    absent = [package for package in row.packages if find_spec(package) is None]
-    if absent:
-        return f"not installed: {', '.join(absent)}"
-    return "" if gpus.names or not row.packages or row.device == "cpu" else "no NVIDIA GPU"
+def available(row: dispatch.Row, gpus: Devices) -> str:
+    """Whether a backend can be had, as far as can be seen without importing its library, and whether it is chosen."""
+    if why_not := dispatch.why_not(row):
+        return f"no: {why_not}"
+    if not gpus.names and (row.library == "cupy" or row.device == "cuda"):
+        return "no: no NVIDIA GPU"
+    kind = [other for other in dispatch.ROWS if str(other) == str(row)]
+    before = kind[: kind.index(row)]
+    if all(map(dispatch.why_not, before)):
+        return "yes, the default" + "".join(f" ({dispatch.install(other)} for {other.name})" for other in before)
+    return "yes, by name"
 
 
 def unavailable(backend: str) -> str:
     """Why a backend cannot be had; empty if it can."""
-    row = next(row for row in dispatch.ROWS if row.name == backend)
-    if find_spec(row.library) is None:
-        return f"the package {row.library} is not installed"
-    if row.device == "cpu":
-        return ""  # it needs nothing else
+    library = "torch" if backend == dispatch.TORCH else next(r.library for r in dispatch.ROWS if r.name == backend)
+    if find_spec(library) is None:
+        return f"the package {library} is not installed"
     try:
         dispatch.load(backend)
     except dispatch.BackendUnavailableError as error:

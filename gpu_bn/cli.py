@@ -1,4 +1,4 @@
-"""The command ``gpu-bn``: info, check, explain, bench, demo."""
+"""The command ``gpu-bn``: info, check, explain, warm-up, bench, demo."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpu_bn import __version__, _arguments, dispatch
 from gpu_bn._arguments import CommandError, UsageError
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.line = shlex.join(["gpu-bn", *arguments])
     name = f"gpu-bn {options.command}"
     commands = {
-        "info": run_info, "check": run_check, "explain": run_explain, "bench": run_bench, "demo": run_demo
+        "info": run_info, "check": run_check, "explain": run_explain, "warm-up": run_warm_up,
+        "bench": run_bench, "demo": run_demo,
     }  # fmt: skip
     try:
         if sys.stdout is None:
@@ -108,6 +110,20 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     explain.add_argument("--residual", action="store_true", help="a tensor is added before the activation")
     explain.add_argument("--activation", metavar="NAME", help="such as relu (default: none)")
+
+    warm = _add(
+        commands,
+        "warm-up",
+        "Compile the kernels of common calls on a CPU into the cache, for images and CI. It is in $GPU_BN_CACHE_DIR, "
+        "else in the user's cache folder; NAMES are separated by commas.",
+    )
+    warm.add_argument(
+        "--dtype", type=_arguments.several(_arguments.dtype), default=["f32"], metavar="NAMES",
+        help="of f16,bf16,f32,f64 (default: f32)",
+    )  # fmt: skip
+    warm.add_argument(
+        "--activation", type=_arguments.words, metavar="NAMES", help="such as relu,silu (default: identity,relu)"
+    )
 
     _add_bench(commands)
 
@@ -232,6 +248,23 @@ def run_explain(options: argparse.Namespace) -> int:
     header = ["device", "pass", "tier", "launches", "grid", "vector", "shared", "moved/floor", "time", "floor"]
     rows = [row(one, direction) for one in found for direction in ("forward", "backward")]
     print(Table(found[0].call, header, rows, MODEL, keys=2).text(terminal_width()), end="")
+    return 0
+
+
+def run_warm_up(options: argparse.Namespace) -> int:
+    """``gpu-bn warm-up``."""
+    from gpu_bn._explain import DTYPES
+    from gpu_bn._warm_up import ACTIVATIONS, warm_up
+
+    dtypes: dict[str, Any] = dict(DTYPES)
+    if "bf16" in options.dtype:
+        if find_spec("ml_dtypes") is None:
+            raise CommandError("bf16 needs the package ml_dtypes: pip install ml_dtypes")
+        dtypes["bf16"] = import_module("ml_dtypes").bfloat16
+    try:
+        print(warm_up([dtypes[name] for name in options.dtype], options.activation or ACTIVATIONS))
+    except ValueError as error:
+        raise CommandError(str(error)) from None
     return 0
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gpu_bn import nn
+from gpu_bn.activations import elu
 
 BATCH = 12
 SPLITS = ((12,), (6, 6), (11, 1), (0, 12), (4, 4, 4), (7, 0, 5), (3, 3, 3, 3), (5, 6, 0, 1))
@@ -278,6 +279,91 @@ def troubles(rank, _, wrap=lambda layer: layer):
             results[name] = str(error)
     results["unchanged"] = all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     results["after"] = layer(torch.randn(4, 3)).shape  # the group still works
+    return results
+
+
+def text_of(call):
+    """The text of an error, if the call raises one of ours."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+MISTAKES = {
+    "activation": {"activation": "selu"},
+    "input": {"input": [1.0, 2.0]},
+    "residual": {"residual": "x"},
+    "eps": {"eps": "a"},
+    "momentum": {"momentum": "much"},
+    "infinite eps": {"eps": float("inf")},
+    "mask": {"mask": [True]},
+    "counter": {"num_batches_tracked": 3},
+}
+"""Arguments of any type that only one process gives, and which fail there before anything is sent."""
+DIFFERENCES = {
+    "activation": {"activation": "relu"},
+    "parameter": {"activation": elu(2.0)},
+    "momentum": {"momentum": 0.2},
+    "no momentum": {"momentum": None},
+    "eps": {"eps": 1e-3},
+    "residual": {"residual": torch.ones(4, 3, 5)},
+    "mask": {"mask": torch.ones(4, 5, dtype=torch.bool)},
+    "weight": {"weight": torch.ones(3)},
+    "running statistics": {"running_mean": None, "running_var": None},
+    "dtype": {"input": torch.ones(4, 3, 5, dtype=torch.float64)},
+    "channels": {"input": torch.ones(4, 700, 5), "running_mean": torch.zeros(700), "running_var": torch.ones(700)},
+    "gradient": {"input": torch.ones(4, 3, 5, requires_grad=True)},
+}
+"""Arguments that are right in themselves, but not what the other processes give."""
+
+
+def one_differs(rank, table):
+    """For each row the text that each process gets, and whether anything has changed; the last process differs."""
+    results = {}
+    for name, different in table.items():
+        state = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "num_batches_tracked": torch.tensor(0)}
+        arguments = {"input": torch.ones(4, 3, 5), **state}
+        given = arguments | (different if rank == dist.get_world_size() - 1 else {})
+        text = text_of(lambda given=given: nn.sync_batch_norm(given.pop("input"), **given))
+        kept = [state[key] for key in state]
+        same = kept[0].eq(0).all() and kept[1].eq(1).all() and kept[2] == 0
+        results[name] = text, bool(same)
+    layer = nn.SyncBatchNorm(3)
+    results["after"] = layer(torch.randn(4, 3)).shape, layer.num_batches_tracked.item()
+    return results
+
+
+def mistakes(rank, _):
+    return one_differs(rank, MISTAKES)
+
+
+def differences(rank, _):
+    return one_differs(rank, DIFFERENCES)
+
+
+def skipped(rank, world):
+    """One process leaves a layer out, or evaluates it: what all get, and the layers' counters."""
+    results = {}
+    for name in ("skipped", "evaluated", "other channels"):
+        layers = [nn.SyncBatchNorm(3) for _ in range(3)]
+        for layer in layers:
+            layer(torch.randn(4, 3))
+        if name == "other channels":
+            layers[1] = nn.SyncBatchNorm(600 if rank == world - 1 else 3)
+        if rank == world - 1 and name == "evaluated":
+            layers[1].eval()
+        raised = []
+        for at, layer in enumerate(layers):
+            if name == "skipped" and rank == world - 1 and at == 1:
+                continue
+            x = torch.randn(4, layer.num_features)
+            raised.append(text_of(lambda layer=layer, x=x: layer(x)))
+            if raised[-1]:
+                break
+        results[name] = raised[-1], [layer.num_batches_tracked.item() for layer in layers]
+        results[name + ", after"] = nn.SyncBatchNorm(3)(torch.randn(4, 3)).shape
     return results
 
 

@@ -37,7 +37,7 @@ def test_thresholds_are_fitted_to_the_fastest_tiers():
 PLANTED = [
     ("a100", "fill", 0.25), ("h100", "fill", 1.5), ("a100", "usable_l2", 0.125), ("4090", "usable_l2", 0.75),
     ("h100", "vectors_per_thread", 1), ("h100", "vectors_per_thread", 16), ("h100", "blocks_per_sm", 1),
-    ("h100", "blocks_per_sm", 4), ("t4", "max_cooperative", 8), ("a100", "max_cooperative", 16),
+    ("h100", "blocks_per_sm", 4), ("t4", "max_cooperative", 2), ("a100", "max_cooperative", 16),
 ]  # fmt: skip
 
 

@@ -486,3 +486,29 @@ def test_a_backend_whose_library_cannot_be_loaded_is_unavailable(monkeypatch):
     monkeypatch.setattr(_info, "find_spec", lambda _: True)
     monkeypatch.setattr(_info.dispatch, "load", load)
     assert _info.unavailable("cupy") == "OSError: libnvrtc.so.12: cannot open shared object file"
+
+
+def test_warm_up_compiles_once(capsys, monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr("gpu_bn._warm_up.SHAPES", ((4, 3, 2, 8),))
+    line = ["warm-up", "--activation", "relu"]
+    assert main(line) == 0
+    assert "kernels compiled in" in capsys.readouterr().out
+    assert main(line) == 0
+    assert capsys.readouterr().out.startswith("0 kernels compiled in")
+
+
+def test_warm_up_names_what_it_does_not_know(capsys):
+    pytest.importorskip("numba")
+    assert main(["warm-up", "--activation", "relux"]) == 1
+    assert "unknown activation 'relux'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["warm-up", "--dtype", "f8"])
+
+
+def test_warm_up_without_numba_says_what_installs_it():
+    code = "import sys; sys.modules['numba'] = None; from gpu_bn.cli import main; sys.exit(main(['warm-up']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("gpu-bn warm-up: backend 'cpu' cannot be used")
+    assert "pip install -e '.[cpu]'" in done.stderr

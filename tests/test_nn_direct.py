@@ -304,7 +304,10 @@ def test_storages_can_be_resized_after_a_call(dtype, training, shape):
         assert tensor.untyped_storage().resizable()
 
 
-def test_only_what_lies_in_memory_is_seen_there():
-    for tensor in (torch._neg_view(torch.ones(4, 3)), torch._efficientzerotensor((4, 3))):
+def test_what_does_not_lie_in_memory_is_copied_there_first():
+    x = torch.randn(4, 3)
+    for tensor, same in ((torch._neg_view(x), -x), (torch._efficientzerotensor((4, 3)), torch.zeros(4, 3))):
+        y, _ = gpu_bn.batch_norm_forward(tensor, training=True)
+        assert torch.equal(y, gpu_bn.batch_norm_forward(same, training=True)[0])
         with pytest.raises(RuntimeError):
-            gpu_bn.batch_norm_forward(tensor, training=True)
+            gpu_bn.batch_norm_forward(tensor, training=True, backend="numpy")

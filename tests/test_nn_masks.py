@@ -125,17 +125,16 @@ def arguments(name, options, activation):
     groups = 2 if "virtual_batch_size" in options else 1
     renorm = list(options.get("renorm", ()))
     constants = (1e-5, activation, 0.0)
-    if name == "train_masked":
-        return x, weight, bias, residual, valid, mean, var, torch.tensor(3), None, *constants, groups, renorm
-    kept = torch.ops.gpu_bn.train_masked(
-        x, weight, bias, residual, valid, mean, var, None, 0.1, *constants, groups, renorm
-    )[1:]
+    given = (x, weight, bias, residual, mean, var)
+    if name == "train":
+        return *given, torch.tensor(3), None, *constants, valid, groups, renorm
+    kept = torch.ops.gpu_bn.train(*given, None, 0.1, *constants, valid, groups, renorm)[1:]
     dy = tensor(*SHAPE, dtype=torch.float32, seed=5)
-    need = [True, True, True, True]
-    return dy, x, weight, bias, residual, valid, *(t.detach() for t in kept), torch.float32, *constants, groups, need
+    last = (torch.float32, True, *constants, groups, bool(renorm), [True] * 4)
+    return dy, x, weight, bias, residual, valid, *(t.detach() for t in kept), *last
 
 
-@pytest.mark.parametrize("name", ["train_masked", "backward_masked"])
+@pytest.mark.parametrize("name", ["train", "backward"])
 @pytest.mark.parametrize("options", OPTIONS[2:4], ids=named)
 @pytest.mark.parametrize("activation", [pytest.param("identity", marks=pytest.mark.slow), "silu"])
 def test_opcheck(name, options, activation):

@@ -17,7 +17,7 @@ from torch.library import opcheck  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
-from gpu_bn.nn import _composed, _library, functional  # noqa: E402
+from gpu_bn.nn import _autograd, _composed, _library, functional  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -120,14 +120,14 @@ def test_third_derivatives():
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 def test_only_gradients_asked_for_are_computed(needs, activation, monkeypatch):
     asked = []
-    kernel = _library.KERNELS[_library.backward]
+    compute = _autograd.ops.backward
 
-    def watched(*arguments):
-        results = kernel(*arguments)
+    def watched(engine, dy, saved, need):
+        results = compute(engine, dy, saved, need)
         asked.append({name for name, result in zip(_library.NAMES, results, strict=True) if result is not None})
         return results
 
-    monkeypatch.setitem(_library.KERNELS, _library.backward, watched)
+    monkeypatch.setattr(_autograd.ops, "backward", watched)
     given = [t.detach().requires_grad_(need) for t, need in zip(inputs(), needs, strict=True)]
     twin = [t.detach().clone().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
     y = nn.batch_norm(given[0], None, None, *given[1:3], True, residual=given[3], activation=activation)
@@ -139,7 +139,7 @@ def test_only_gradients_asked_for_are_computed(needs, activation, monkeypatch):
             assert_close(mine.grad, other.grad)
     wanted = {name for name, need in zip(_library.NAMES, needs, strict=True) if need}
     wanted -= {"dresidual"} if activation == "identity" else set()  # it is dy
-    assert asked == ([wanted] if wanted else [])
+    assert asked[-1:] == ([wanted] if wanted else [])
 
 
 def test_parameters_keep_their_own_dtypes():
@@ -160,10 +160,10 @@ def arguments(name, shape=(3, 2, 4), activation="relu", dtype=torch.float32, mom
         return (x, weight, bias, residual, mean, var, torch.tensor(3), momentum, *options)
     if name == "infer":
         return (x, weight, bias, residual, mean, var, *options)
-    wide = (mean.double(), var.double(), torch.empty(0, dtype=torch.uint8))
+    kept = (None, torch.stack((mean, var)).double(), torch.empty(0, dtype=torch.uint8))
     need = [True, optional, optional, optional and activation != "identity"]
     dy = tensor(*shape, dtype=dtype, seed=5)
-    return (dy, x, weight, bias, residual, *wide, dtype, True, *options, need)
+    return (dy, x, weight, bias, residual, *kept, dtype, True, *options, 1, False, need)
 
 
 @pytest.mark.parametrize("name", ["train", "infer", "backward"])
@@ -478,6 +478,7 @@ class Elsewhere:
     """A backend as one on a GPU may be: momentum is a tensor, and a mask is kept in place of the residual."""
 
     name = "elsewhere"
+    keeps_bits = True
 
     def __init__(self):
         self.cpu = _library.dispatch.load("torch")
@@ -511,11 +512,12 @@ def elsewhere(monkeypatch):
 
 def test_cumulative_momentum_is_computed_where_the_counter_is(monkeypatch, elsewhere):
     """A counter on a GPU is never read by the host."""
-    weighs = _library._momentum(None, torch.tensor(4, device="meta"))
-    assert isinstance(weighs, torch.Tensor)
-    assert weighs.device.type == "meta"
-    assert _library._momentum(None, torch.tensor(4)) == 0.2
-    monkeypatch.setattr(_library, "_momentum", lambda _, counter: (counter + 1).double().reciprocal())
+    for momentum, at in ((None, None), (None, torch.tensor(0.5, device="meta"))):
+        weighs = _library.weighs(momentum, at, torch.tensor(4, device="meta"))
+        assert isinstance(weighs, torch.Tensor)
+        assert weighs.device.type == "meta"
+    assert _library.weighs(None, None, torch.tensor(4)) == 0.2
+    monkeypatch.setattr(_library, "weighs", lambda _, __, counter: (counter + 1).double().reciprocal())
     layer, plain = nn.BatchNorm1d(3, momentum=None), torch.nn.BatchNorm1d(3, momentum=None)
     for seed in range(3):
         x = tensor(6, 3, dtype=torch.float32, seed=seed)

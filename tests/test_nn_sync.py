@@ -15,7 +15,7 @@ from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
 from gpu_bn.merge import Pool  # noqa: E402
-from gpu_bn.nn import _sync_library, sync  # noqa: E402
+from gpu_bn.nn import _packets, _sync_library, sync  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -200,12 +200,12 @@ def three(tmp_path_factory):
     """One of them is killed at the end."""
 
     def run(folder):
-        names = ["troubles", "silent", "killed"]
+        names = ["troubles", "mistakes", "differences", "skipped", "silent", "killed"]
         (folder / "output").write_text("\n".join(finish(start(3, "sync_scenarios", names, folder))))
 
     folder = once(tmp_path_factory, "three", run)
     found = results(3, folder)
-    assert [len(result) for result in found] == [3, 3, 2], (folder / "output").read_text()
+    assert [len(result) for result in found] == [6, 6, 5], (folder / "output").read_text()
     return found
 
 
@@ -226,6 +226,40 @@ def test_a_mistake_of_one_process_raises_on_all(three, mistake):
 
 def test_a_mistake_changes_nothing(three):
     assert all(result["troubles"]["unchanged"] and result["troubles"]["after"] == (4, 3) for result in three)
+
+
+@pytest.mark.parametrize("mistake", list(scenarios.MISTAKES))
+def test_what_fails_on_one_process_before_it_sends_raises_on_all(three, mistake):
+    (text,) = {result["mistakes"][mistake][0] for result in three}
+    assert text.startswith("SyncBatchNorm, process 2 of 3: ")
+    named = mistake.removeprefix("infinite ").replace("counter", "num_batches_tracked")
+    assert {"activation": "unknown activation 'selu'", "eps": "eps "}.get(mistake, named) in text
+    assert all(result["mistakes"][mistake][1] for result in three), "a state has changed"
+
+
+@pytest.mark.parametrize("difference", list(scenarios.DIFFERENCES))
+def test_calls_that_differ_raise_on_all(three, difference):
+    (text,) = {result["differences"][difference][0] for result in three}
+    assert text.startswith("SyncBatchNorm, the 3 processes of a group made different calls: ")
+    named = difference.removeprefix("no ")
+    shown = {"momentum": "momentum 0.1 on 0 and 1, ", "dtype": "dtype float32 on 0 and 1, float64 on 2"}
+    assert shown.get(named, named) in text
+    assert all(result["differences"][difference][1] for result in three), "a state has changed"
+
+
+@pytest.mark.parametrize("what", ["mistakes", "differences"])
+def test_after_an_error_the_group_still_works(three, what):
+    assert all(result[what]["after"] == ((4, 3), 1) for result in three)
+
+
+@pytest.mark.parametrize("what", ["skipped", "evaluated", "other channels"])
+def test_a_layer_left_out_on_one_process_raises_on_all(three, what):
+    (text,) = {result["skipped"][what][0] for result in three}
+    assert ("channels 3 on 0 and 1, 600 on 2" if what == "other channels" else "layer ") in text
+    counters = [result["skipped"][what][1] for result in three]
+    assert all(counter[2] == 1 for counter in counters)
+    assert all(counter[1] <= 1 for counter in counters)
+    assert all(result["skipped"][what + ", after"] == (4, 3) for result in three)
 
 
 @pytest.mark.parametrize("mistake", ["weight", "bias", "running", "dtype", "device", "pair"])
@@ -265,7 +299,12 @@ def test_the_operators_do_what_they_say(shape, dtype):
     count, mean, var = _sync_library.merge_reports(reports)
     layer = (x, weight, bias, residual, valid, count, mean, var, 1e-5, "silu", 0.0)
     sums, dz = _sync_library.reduce(dy, *layer, True)
+    packets = _packets.pack(report, "", [0.0, 2.0, *SIGNATURE[2:]])
     for operator, arguments in (
+        (_packets.pack, (report, "", [0.0, 2.0, *SIGNATURE[2:]])),
+        (_packets.mistake, (x, "", "why")),
+        (_packets.compare, (torch.cat((packets, packets)), "")),
+        (_packets.unpack, ([torch.cat((packets, packets))], 2)),
         (_sync_library.report, (x, None)),
         (_sync_library.report, (x, valid)),
         (_sync_library.merge_reports, (reports,)),
@@ -301,28 +340,52 @@ def test_nothing_is_read_back_from_a_device():
         sync.update_running(*running, counter, momentum, Pool(count, mean, var * count))
 
 
-def test_a_mistake_poisons_statistics_where_reports_are_not_read():
+SIGNATURE = [0.0, 3.0, 2.0, 0.0, 0.0, 1e-5, 0.1, *[0.0] * 7]
+
+
+def gathered(*packets):
+    return torch.stack(packets)
+
+
+def test_a_mistake_poisons_statistics_where_packets_are_not_read():
     """What the other processes get on a GPU."""
-    reports = torch.stack(
-        (_sync_library.report(torch.randn(4, 3), None), _sync_library.trouble_report(2, 5, 3, torch.device("cpu")))
-    )
-    _, mean, var = _sync_library.merged(reports)
-    assert mean.isnan().all()
-    assert var.isnan().all()
+    report = _sync_library.report(torch.randn(4, 3), None)
+    (good,) = _packets.pack(report, "", SIGNATURE)
+    (other,) = _packets.pack(report, "", [0.0, 3.0, 2.0, 1.0, *SIGNATURE[4:]])
+    for packets, poisoned in (
+        ((good, _packets.mistake(report, "", "why")), True),
+        ((good, other), True),
+        ((good, good), False),
+    ):
+        _, mean, var = _sync_library.merged(_packets.unpack([gathered(*packets)], 3))
+        assert mean.isnan().all() == poisoned
+        assert var.isnan().all() == poisoned
 
 
-def test_reports_from_a_gpu_are_looked_at_once_they_are_there(monkeypatch):
+def test_packets_from_a_gpu_are_looked_at_once_they_are_there(monkeypatch):
     arrivals = deque()
-    monkeypatch.setattr(_sync_library, "ARRIVALS", arrivals)
-    good, bad = torch.zeros(3, 2), torch.tensor([[0.0, 4], [2, 5], [0, 4]])
+    monkeypatch.setattr(_packets, "ARRIVALS", arrivals)
+    report = _sync_library.report(torch.randn(4, 3), None)
+    (good,) = _packets.pack(report, "", SIGNATURE)
     there = []
-    arrivals.extend([(lambda: True, good), (lambda: bool(there), bad)])
-    _sync_library.look_at_arrivals()
+    bad = gathered(good, _packets.mistake(report, "", "no sense"), good)
+    arrivals.extend([(lambda: True, gathered(good, good), "g"), (lambda: bool(there), bad, "g")])
+    _packets.look_at_arrivals()
     assert len(arrivals) == 1
     there.append(True)
-    with pytest.raises(ValueError, match=r"process 1 of 3: expected input with as many channels .* \(got 5\)"):
-        _sync_library.look_at_arrivals()
+    with pytest.raises(ValueError, match="process 1 of 3: no sense"):
+        _packets.look_at_arrivals()
     assert not arrivals
+
+
+@pytest.mark.parametrize("channels", [3, 512, 513, 2000])
+def test_packets_have_one_size_and_hold_any_report(channels):
+    report = torch.arange(2.0 + 2 * channels, dtype=torch.float64)
+    report[0] = 0
+    packets = _packets.pack(report, "", [0.0, float(channels), *SIGNATURE[2:]])
+    assert packets.shape == (_packets.packets_of(channels), _packets.HEADER + _packets.ROOM)
+    found = [_packets.compare(gathered(packet, packet), "") for packet in packets]
+    assert torch.equal(_packets.unpack(found, channels), torch.stack((report, report)))
 
 
 def test_torchs_layers_merge_with_activations_and_fold():

@@ -8,12 +8,10 @@ and numbers in a frame, by the names of the kernels' arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
 
-from gpu_bn.backends import _cuda
 from gpu_bn.backends.cupy_device import Frame, Step
 from gpu_bn.backends.cupy_draft import FLOAT64, NONE, Draft, Place, Steps, Tensor, Vector
 from gpu_bn.plan import VECTOR_BYTES
@@ -84,12 +82,13 @@ def forward(
 
     ``bits``: whether a mask may take the place of the residual.
     """
-    draft = Draft(tier, x, axis, activation, groups, valid, counted=batch_stats and valid is not None)
+    counted = batch_stats and valid is not None
+    draft = Draft(tier, x, axis, activation, groups, valid, counted, bits and residual is not None)
     draft.reads("residual", residual)
     draft.writes("y", out)
     draft.vectors(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     keeps = "residual" if residual is not None and activation != "identity" else ""
-    if keeps and bits and _cuda.switched(activation) and draft.vectors_are_full:
+    if draft.mask_bytes:
         keeps = "mask"
     variant = residual is not None, keeps == "mask"
     if batch_stats:
@@ -98,7 +97,7 @@ def forward(
     else:
         plan = draft.once()
     if keeps == "mask":
-        draft.new("mask", prod(draft.layout.shape) // plan.tiling.vector, np.uint8)
+        draft.new("mask", draft.mask_bytes, np.uint8)
     if draft.counted:
         draft.new("counts", groups)
     draft.new("rows", (len(SAVED), draft.statistics))
@@ -119,8 +118,8 @@ def backward(
     need: frozenset[str], weight_dtype: Any, bias_dtype: Any,
 ) -> Call:  # fmt: skip
     """Fills what is in ``need``; ``saved`` are the vectors of a forward call."""
-    draft = Draft(tier, x, axis, activation, groups, valid, counted)
-    draft.reads("dy", dy, full_vectors=mask)
+    draft = Draft(tier, x, axis, activation, groups, valid, counted, mask)
+    draft.reads("dy", dy)
     draft.reads("residual", residual)
     draft.vectors(**dict(zip(SAVED, saved, strict=True)))
     for name in ("dx", "dresidual"):

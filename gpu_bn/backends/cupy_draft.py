@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpu_bn.backends import _cuda
+from gpu_bn.backends._bits import mask_bytes
 from gpu_bn.backends._layout import Layout
 from gpu_bn.backends.cupy_device import (
     ClusterLaunch,
@@ -30,7 +31,7 @@ from gpu_bn.backends.cupy_device import (
     properties,
     resident_blocks,
 )  # fmt: skip
-from gpu_bn.plan import THREADS, VECTOR_BYTES, LaunchPlan, Work, alignment, plan, plan_once
+from gpu_bn.plan import THREADS, LaunchPlan, Work, alignment, plan, plan_once
 
 Shape = tuple[int, ...]
 Tensor = tuple[int, Shape, Any, Shape, int]
@@ -100,9 +101,10 @@ class Draft(Steps):
     """The steps of a call, being put together. Its tensors are dense memory in the order of ``layout``."""
 
     def __init__(
-        self, tier: str | None, x: Tensor, axis: int, activation: str, groups: int, valid: Place | None, counted: bool
-    ) -> None:
-        """``counted``: how many positions each group has, the device alone knows."""
+        self, tier: str | None, x: Tensor, axis: int, activation: str, groups: int, valid: Place | None, counted: bool,
+        bits: bool = False,
+    ) -> None:  # fmt: skip
+        """``counted``: how many positions each group has, the device alone knows; ``bits``: a mask may be kept."""
         device, shape, self.dtype, strides, low = x
         self.given = self.layout = _layout(shape, strides, self.dtype.itemsize, axis)
         if groups > 1 and not _leads(0, self.given):  # a group is one piece of memory
@@ -114,6 +116,9 @@ class Draft(Steps):
         self.selection = () if self.batch == _cuda.WHOLE else ("valid", "counts")
         self.lows: list[int] = []
         self.rearranged: set[str] = set()
+        order = self.layout.order
+        sizes, at = [shape[place] for place in order], order.index(axis)
+        self.mask_bytes = mask_bytes(sizes, at, self.dtype.itemsize, activation, groups) if bits else 0
         self.reads("x", (strides, low, device))
         if valid is not None:
             self._reads_valid(valid, axis)
@@ -129,12 +134,12 @@ class Draft(Steps):
         return self.groups * self.channels
 
     # ----------------------------------------------------------------------------------------------- tensors
-    def reads(self, name: str, at: Place | None, full_vectors: bool = False) -> None:
-        """Say that a tensor is read; it is copied if it is not dense, or not where ``full_vectors`` begin."""
+    def reads(self, name: str, at: Place | None) -> None:
+        """Say that a tensor is read; it is copied if it is not dense, or not where a mask needs its vectors."""
         if at is None:
             return
         self.check_device(name, at[2])
-        if self._is_dense(at) and not (full_vectors and at[1]):
+        if self._is_dense(at):
             self.lows.append(at[1])
         else:
             self.steps.append(Dense(name, self.layout.shape, self.dtype, self.layout.order))
@@ -160,7 +165,8 @@ class Draft(Steps):
 
     def _is_dense(self, at: Place) -> bool:
         (strides, low, _), layout, itemsize = at, self.layout, self.dtype.itemsize
-        return low % itemsize == 0 and _contiguous(layout.shape, strides, itemsize, layout.order)
+        aligned = low == 0 if self.mask_bytes else low % itemsize == 0
+        return aligned and _contiguous(layout.shape, strides, itemsize, layout.order)
 
     def _reads_valid(self, at: Place, axis: int) -> None:
         """A byte for each position, in the layout's order, at an address where a vector may begin."""
@@ -184,11 +190,6 @@ class Draft(Steps):
             if found.grid > device.sms * resident_blocks(kernel, found.shared_bytes):
                 return plan(wanted, device, "split")  # its blocks would wait for blocks that never start
         return found
-
-    @property
-    def vectors_are_full(self) -> bool:
-        """Whether all elements come in vectors as wide as there are, so that a bit mask has a byte for each."""
-        return self.once().tiling.vector * int(self.dtype.itemsize) == VECTOR_BYTES
 
     def _work(self, **more: Any) -> Work:
         layout = self.layout

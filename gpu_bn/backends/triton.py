@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import triton.language as tl
 
+from gpu_bn.backends._bits import mask_bytes
 from gpu_bn.backends._layout import Layout, check_out
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.backends.triton_launch import CLUSTERS, ClusterError, Launch, Recent, Step, interpreting, launch
@@ -34,7 +35,7 @@ from gpu_bn.backends.triton_programs import (
 from gpu_bn.backends.triton_tensors import View, aligned, contiguous_view, dense, is_dense, view_of
 from gpu_bn.kernels import bn_backward_triton, bn_forward_triton
 from gpu_bn.kernels.activations_triton import functions
-from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan, Work, alignment, tile
+from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan, Work, alignment
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -76,7 +77,6 @@ class _Forward:
     stats: Step | None
     last: Step
     bessel: float
-    mask: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -133,6 +133,8 @@ class TritonBackend:
     """
 
     name = "triton"
+    keeps_bits = True
+    """Whether a mask may take the place of a residual."""
 
     def __init__(
         self, launch: Launch = launch, device: Device | None = None, tier: str | None = None, wide: bool = False
@@ -282,29 +284,33 @@ class TritonBackend:
             out = self.empty_like(x)
         layout, there = _one_of(view.layout, groups), _there(valid, view)
         x_there, residual = dense(x, view), None if residual is None else dense(residual, view)
-        y = out if out is not None and is_dense(out, view) else self.new(x.shape, view.dense_strides, x.dtype, x.device)
+        bits = 0
+        if residual is not None and (keep or spec.batch_stats):
+            bits = _mask_size(view, spec.axis, x.element_size(), spec.activation.name, groups)
+        if bits:  # a byte serves a whole vector, wherever tensors begin
+            x_there, residual = aligned(x_there, VECTOR_BYTES), aligned(residual, VECTOR_BYTES)
+        usable = out is not None and is_dense(out, view) and not (bits and out.data_ptr() % VECTOR_BYTES)
+        y = out if usable else self.new(x.shape, view.dense_strides, x.dtype, x.device)
         alignment = _alignment(x_there, residual, y, there)
         vectors = (running_mean, running_var, weight, bias)
         number, at = _momentum(spec.momentum, x.device)
-        bits = residual is not None and (keep or spec.batch_stats)
         key = (
             "forward", view, x.dtype, x.device, alignment, residual is None, spec.activation.name, spec.batch_stats,
             *[None if v is None else v.dtype for v in vectors], None if at is None else at.dtype, valid is None, groups,
-            bits,
+            bits > 0,
         )  # fmt: skip
         extended = valid is not None or groups > 1
         steps = self._prepared.get(key)
         if steps is None:
             steps = self._prepared[key] = self._prepare_forward(
-                layout, spec, x_there, residual is not None, bits, alignment, extended
+                layout, spec, x_there, residual is not None, bits > 0, alignment, extended
             )
         running_mean, running_var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
         kept = self.new((2 * groups + 2, layout.c), None, torch.float64, x.device)
         counts = None
         if valid is not None and spec.batch_stats:
             counts = self.new((groups,), None, torch.float64, x.device)
-        mask_size = x.numel() * x.element_size() // VECTOR_BYTES
-        mask = self.new((mask_size,), None, torch.uint8, x.device) if steps.mask else None
+        mask = self.new((bits,), None, torch.uint8, x.device) if bits else None
         tracked = (running_mean, running_var) if spec.batch_stats and not extended else (None, None)
         numbers = (*tracked, number, at, steps.bessel, spec.eps, spec.activation.parameter)
         if steps.stats is None and spec.batch_stats:
@@ -342,19 +348,24 @@ class TritonBackend:
         )
 
     def _prepare_forward(
-        self, layout: Layout, spec: BatchNormSpec, x: Array, residual: bool, bits: bool, alignment: int, extended: bool
+        self,
+        layout: Layout,
+        spec: BatchNormSpec,
+        x: Array,
+        residual: bool,
+        masked: bool,
+        alignment: int,
+        extended: bool,
     ) -> _Forward:
-        """``bits``: whether a mask may take the place of the residual."""
+        """``masked``: whether a mask takes the place of the residual."""
         groups = spec.groups
         act = functions(spec.activation.name)
         bessel = layout.count / max(layout.count - 1, 1)
-        work = self._work(layout, x, alignment, reads=1 + residual)
-        masked = bits and act.drop is not None and _whole_vectors(work)
-        work = replace(work, mask=masked)
+        work = replace(self._work(layout, x, alignment, reads=1 + residual), mask=masked)
         constants = (act.value, act.drop if masked else None)
         if not spec.batch_stats:
             plan = self._once(work, x)
-            return _Forward(plan, None, self._normalize_step(plan, x, alignment, constants), bessel, masked)
+            return _Forward(plan, None, self._normalize_step(plan, x, alignment, constants), bessel)
         plan = self._once(work, x) if extended else self._plan(work, x)
         if plan.tier == "split":
             return _Forward(
@@ -362,7 +373,6 @@ class TritonBackend:
                 self._stats_step(plan, x, alignment, groups),
                 self._normalize_step(plan, x, alignment, constants, groups),
                 bessel,
-                masked,
             )
         positions, tiles, warps = held_block(plan, x)
         geometry = Geometry.of(plan)
@@ -371,7 +381,7 @@ class TritonBackend:
             (*geometry.tail, geometry.positions, *constants, tiles, positions, *strip(plan), self._is_wide(geometry),
              _compute(x), _range(x)), alignment, warps, plan.blocks,
         )  # fmt: skip
-        return _Forward(plan, None, step, bessel, masked)
+        return _Forward(plan, None, step, bessel)
 
     def _stats_step(self, plan: LaunchPlan, x: Array, alignment: int, groups: int) -> Step:
         geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x)
@@ -565,7 +575,11 @@ def _one_of(layout: Layout, groups: int) -> Layout:
 
 def _there(valid: Array | None, view: View) -> Array | None:
     """The mask as kernels take it: bytes in the order of the tensor's positions."""
-    return None if valid is None else valid.permute(view.layout.order).contiguous().view(torch.uint8)
+    return (
+        None
+        if valid is None
+        else aligned(valid.permute(view.layout.order).contiguous().view(torch.uint8), VECTOR_BYTES)
+    )
 
 
 def _give_back(written: tuple[Array | None, ...], given: tuple[Array | None, ...]) -> None:
@@ -594,8 +608,10 @@ def _alignment(*arrays: Array | None) -> int:
     return alignment(array.data_ptr() for array in arrays if array is not None)
 
 
-def _whole_vectors(work: Work) -> bool:
-    return tile(work).vector * work.itemsize == VECTOR_BYTES
+@lru_cache(1024)
+def _mask_size(view: View, axis: int, itemsize: int, activation: str, groups: int) -> int:
+    order = view.layout.order
+    return mask_bytes([view.layout.shape[at] for at in order], order.index(axis), itemsize, activation, groups)
 
 
 def _compute(x: Array) -> Any:

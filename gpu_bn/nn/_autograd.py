@@ -1,12 +1,14 @@
-"""Derivatives of the operators in :mod:`gpu_bn.nn._library`, to any order.
+"""Derivatives of the operators in :mod:`gpu_bn.nn._library`, to any order, and calls that need no operator.
 
-The first is the operator ``backward``. Its own derivative composes the transform of torch's operations and
+The first derivative is the operator ``backward``. Its own composes the transform of torch's operations and
 differentiates that twice. Forward-mode differentiation is refused: it would lose the tangent without a word.
+
+Where nothing but autograd is to see a call, it goes to its backend without torch's dispatcher (:func:`direct`).
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +17,12 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
+from gpu_bn import dispatch, ops
 from gpu_bn.activations import IDENTITY, Activation
-from gpu_bn.nn import _composed
-from gpu_bn.nn._library import KERNELS, LIBRARY, backward, infer, train
+from gpu_bn.backends.protocol import Backend, Saved
+from gpu_bn.nn import _composed, _library
+from gpu_bn.nn._library import LIBRARY, backward, infer, train
+from gpu_bn.spec import BatchNormSpec
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
@@ -29,10 +34,145 @@ _transforms_active = torch._C._are_functorch_transforms_active
 
 PLAIN = frozenset((Tensor, Parameter))
 """The types of ordinary tensors."""
+Gradients = Sequence[Tensor | None]
 
 
+# ------------------------------------------------------------------------------------------------------------- calls
+def call(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: Any,
+    eps: float,
+    activation: str,
+    parameter: float,
+    valid: Tensor | None = None,
+    groups: int = 1,
+    renorm: Sequence[float] = (),
+) -> Tensor:
+    """``y`` of a checked call, by the operator if somebody is to see it, else by the backend itself.
+
+    Compilers, tracers, dispatch modes and subclasses of tensors see the operator.
+    """
+    inputs, running = (x, weight, bias, residual), (running_mean, running_var)
+    number, at = (None, momentum) if isinstance(momentum, Tensor) else (momentum, None)
+    options = (eps, activation, parameter)
+    if forward_ad._current_level < 0 and _plain((*inputs, *running, num_batches_tracked, valid)):
+        weighs = _library.weighs(number, at, num_batches_tracked) if training else 0.0
+        spec = _library.options(training, weighs, *options, groups, renorm)
+        return direct(dispatch.serving(x), spec, *inputs, *running, num_batches_tracked, valid)
+    if not training:
+        return infer(*inputs, *running, *options)[0]  # type: ignore[no-any-return]
+    return train(*inputs, *running, num_batches_tracked, number, *options, valid, groups, list(renorm), at)[0]  # type: ignore[no-any-return]
+
+
+def direct(
+    engine: Backend,
+    spec: BatchNormSpec,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """``y`` by a backend, of arguments that are known to be plain, outside forward-mode differentiation."""
+    tracked = (running_mean, running_var, num_batches_tracked)
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
+        y: Tensor = _apply(x, weight, bias, residual, engine, spec, tracked, valid)
+    else:
+        y = _library.forward(engine, x, spec, tracked, weight, bias, residual, valid, False)[0]
+    if (
+        spec.batch_stats and running_mean is not None and running_var is not None and not x.is_cpu
+    ):  # which torch has not seen
+        increment_version((running_mean, running_var))
+    return y
+
+
+class _Direct(Function):
+    """A call by a backend, where something is differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        engine: Backend,
+        spec: BatchNormSpec,
+        tracked: _library.Tracked,
+        valid: Tensor | None,
+    ) -> Tensor:
+        identity = spec.activation.is_identity
+        require_savable((x, weight) if identity else (x, weight, bias, residual))
+        y, saved = _library.forward(engine, x, spec, tracked, weight, bias, residual, valid)
+        ctx.save_for_backward(x, weight, None if identity else bias, saved.residual, valid, saved.mask)
+        bias_dtype = x.dtype if bias is None else bias.dtype
+        vectors = (saved.moments, saved.weight, saved.bias, saved.weight_dtype, bias_dtype)
+        ctx.engine, ctx.vectors, ctx.has_residual = engine, vectors, saved.has_residual
+        ctx.spec, ctx.renorm = spec, saved.renorm
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 8
+        x, weight, bias, residual, valid, mask = ctx.saved_tensors
+        saved = Saved(x, residual, *ctx.vectors, ctx.has_residual, ctx.spec, mask, valid, ctx.renorm)  # type: ignore[call-arg]
+
+        def gradients(need: list[bool]) -> Gradients:
+            if torch.is_grad_enabled() or _is_compiling() or _is_batched(dy) or not _plain((dy, x)):
+                return _by_operator(ctx.engine, dy, saved, weight, bias, need)
+            return ops.backward(ctx.engine, dy, saved, _library.NEEDS[tuple(need)])
+
+        identity = saved.spec.activation.is_identity
+        return *_wanted(gradients, dy, list(ctx.needs_input_grad[:4]), identity and valid is None), *[None] * 4
+
+
+_apply = super(Function, _Direct).apply
+"""``_Direct.apply`` without its search for leftovers of ``torch.func``, which takes a quarter of its time."""
+
+
+def _by_operator(
+    engine: Backend, dy: Tensor, saved: Saved, weight: Tensor | None, bias: Tensor | None, need: list[bool]
+) -> Gradients:
+    """The gradients of a direct call by the operator, which can be differentiated again."""
+    spec, x = saved.spec, saved.x
+    if engine is not dispatch.serving(x) or spec.axis != 1:
+        raise NotImplementedError(f"backend {engine.name!r} has no second derivative: leave backend out")
+    mask = x.new_empty(0, dtype=torch.uint8) if saved.mask is None else saved.mask
+    options = (spec.batch_stats, spec.eps, spec.activation.name, spec.activation.parameter, spec.groups)
+    return backward(  # type: ignore[no-any-return]
+        dy, x, weight, bias, saved.residual, saved.valid, _library.packed(saved), mask, saved.bias_dtype, *options,
+        saved.renorm is not None, need,
+    )  # fmt: skip
+
+
+def _wanted(
+    gradients: Callable[[list[bool]], Gradients], dy: Tensor, need: list[bool], passes: bool
+) -> list[Tensor | None]:
+    """The gradients that are needed; ``passes``: the residual's is ``dy`` itself."""
+    dresidual = None
+    if need[3] and passes:
+        dresidual, need[3] = dy, False
+    if not any(need):
+        return [None, None, None, dresidual]
+    found = [result if needed else None for result, needed in zip(gradients(need), need, strict=True)]
+    return found if dresidual is None else [*found[:3], dresidual]
+
+
+# --------------------------------------------------------------------------------------------------------- operators
 class _Forward(Function):
-    """``train`` or ``infer``, where something is differentiated; a direct call gives ``y`` alone."""
+    """An operator ``train`` or ``infer``, where something is differentiated; ``options`` are those of ``backward``."""
 
     @staticmethod
     def forward(
@@ -43,47 +183,30 @@ class _Forward(Function):
         residual: Tensor | None,
         operator: Any,
         others: tuple[Any, ...],
-        direct: bool,
-    ) -> Any:
-        inputs = (x, weight, bias, residual)
-        require_savable(inputs[:2] if others[-2] == "identity" else inputs)
-        result = KERNELS[operator](*inputs, *others) if direct else _below(operator, *inputs, *others)
-        y, mean, var, mask = result
-        ctx.batch_stats = operator is train
-        ctx.bias_dtype = x.dtype if bias is None else bias.dtype
-        ctx.options = others[-3:]
-        if others[-2] == "identity":  # whose gradient reads neither
-            bias = residual = None
-        elif mask is not None and mask.shape[0]:
+        valid: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.identity = options[2] == "identity"  # whose gradient reads neither bias nor residual
+        require_savable((x, weight) if ctx.identity else (x, weight, bias, residual))
+        y, statistics, mask = _below(operator, x, weight, bias, residual, *others)
+        ctx.options = (x.dtype if bias is None else bias.dtype, *options)
+        if ctx.identity or mask.shape[0]:
             residual = None
-        ctx.save_for_backward(x, weight, bias, residual, mean, var, mask)
+        ctx.save_for_backward(x, weight, None if ctx.identity else bias, residual, valid, statistics, mask)
         ctx.set_materialize_grads(False)
-        if direct:
-            return y
-        ctx.mark_non_differentiable(mean, var, mask)
-        return result
+        ctx.mark_non_differentiable(statistics, mask)
+        return y, statistics, mask
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 7
-        dresidual = None
-        need = list(ctx.needs_input_grad[:4])
-        if need[3] and ctx.options[1] == "identity":
-            dresidual, need[3] = dy, False
-        if not any(need):
-            return None, None, None, dresidual, None, None, None
-        arguments = (dy, *ctx.saved_tensors, ctx.bias_dtype, ctx.batch_stats, *ctx.options, need)
-        if torch.is_grad_enabled() or _is_compiling() or _is_batched(dy) or not _plain(arguments):
-            results = backward(*_with_mask(arguments))
-            results = [result if needed else None for result, needed in zip(results, need, strict=True)]
-        else:
-            results = KERNELS[backward](*arguments)
-        return *results[:3], dresidual if results[3] is None else results[3], None, None, None
+            return (None,) * 8
+        kept, need = ctx.saved_tensors, list(ctx.needs_input_grad[:4])
 
+        def gradients(need: list[bool]) -> Gradients:
+            return backward(dy, *kept, *ctx.options, need)  # type: ignore[no-any-return]
 
-_apply = super(Function, _Forward).apply
-"""``_Forward.apply`` without its search for leftovers of ``torch.func``, which takes a quarter of its time."""
+        return *_wanted(gradients, dy, need, ctx.identity and kept[4] is None), *[None] * 4
 
 
 class _Backward(Function):
@@ -94,31 +217,35 @@ class _Backward(Function):
         ctx.save_for_backward(*arguments[:8])
         ctx.options = arguments[8:]
         ctx.set_materialize_grads(False)
-        return _below(backward, *arguments)
+        return _below(backward, *arguments)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, x, weight, bias, residual, mean, var, mask = ctx.saved_tensors
-        bias_dtype, batch_stats, eps, activation, parameter, need = ctx.options
-        results: list[Tensor | None] = [None] * 14
+        dy, x, weight, bias, residual, valid, statistics, mask = ctx.saved_tensors
+        bias_dtype, batch_stats, eps, activation, parameter, groups, renorm, need = ctx.options
+        results: list[Tensor | None] = [None] * 16
         wanted = [i for i, gradient in enumerate(incoming) if gradient is not None and need[i]]
         if not wanted:
             return tuple(results)
         masked = mask.shape[0] > 0
-        slope = (x, weight, bias, residual, mean, var, mask, *ctx.options[:-1], [False, False, False, True])
+        slope = (x, weight, bias, None, valid, statistics, mask, *ctx.options[:-1], [False, False, False, True])
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             if bias is None and need[2]:
                 bias = x.new_zeros(x.shape[1], dtype=bias_dtype)
-            if masked and need[3]:
+            if residual is None and need[3]:
                 residual = torch.zeros_like(x)
             given: list[Any] = [
                 None if tensor is None else _stand_in(tensor, again) for tensor in (dy, x, weight, bias, residual)
             ]
             dy, x, weight, bias, residual = given
-            mean, var = (None, None) if batch_stats else (mean, var)
             chosen = IDENTITY if masked else Activation(activation, parameter)
-            y = _composed.batch_norm(x, mean, var, weight, bias, residual, eps, chosen)
+            if valid is None and groups == 1 and not renorm:
+                mean, var = (None, None) if batch_stats else statistics
+                y = _composed.batch_norm(x, mean, var, weight, bias, residual, eps, chosen)
+            else:
+                limits = tuple(statistics[-2:]) if renorm else (statistics.new_empty(0),) * 2
+                y = _composed.masked_batch_norm(x, weight, bias, residual, eps, chosen, valid, groups, *limits)
             if masked:
                 dy = _Masked.apply(dy, slope)
             firsts = torch.autograd.grad(y, [given[1 + i] for i in wanted], dy, create_graph=True)
@@ -141,55 +268,53 @@ class _Masked(Function):
     @staticmethod
     def forward(ctx: Any, dy: Tensor, slope: tuple[Any, ...]) -> Tensor:
         ctx.slope = slope
-        return _below(backward, dy, *slope)[3]
+        return _below(backward, dy, *slope)[3]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Any, None]:
         return _Masked.apply(incoming[0], ctx.slope), None
 
 
-def _stand_in(tensor: Tensor | None, again: bool) -> Tensor | None:
+def _stand_in(tensor: Tensor, again: bool) -> Tensor:
     """A tensor to differentiate by: part of the graph if that is to be differentiated once more."""
-    if tensor is None:
-        return None
     return tensor.view_as(tensor) if again and tensor.requires_grad else tensor.detach().requires_grad_()
 
 
-# ----------------------------------------------------------------------------------------- the operators' entry points
-def call(operator: Any, *arguments: Any) -> Tensor:
-    """``y`` of an operator; without torch's dispatcher, where nothing but autograd is between it and its kernel.
+def _enter_train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    parameter: float,
+    valid: Tensor | None = None,
+    groups: int = 1,
+    renorm: Sequence[float] = (),
+    momentum_at: Tensor | None = None,
+) -> Any:
+    tracked = (running_mean, running_var, num_batches_tracked)
+    others = (*tracked, momentum, eps, activation, parameter, valid, groups, renorm, momentum_at)
+    options = (True, eps, activation, parameter, groups, bool(renorm))
+    result = _enter(train, (x, weight, bias, residual), others, valid, options)
+    increment_version([tensor for tensor in tracked if tensor is not None and not tensor.is_inference()])
+    return result
 
-    Compilers, tracers, dispatch modes and subclasses of tensors see the operator.
-    """
-    if forward_ad._current_level < 0 and _plain(arguments):
-        return direct(operator, *arguments)
-    return operator(*arguments)[0]  # type: ignore[no-any-return]
+
+def _enter_infer(*arguments: Any) -> Any:
+    return _enter(infer, arguments[:4], arguments[4:], None, (False, *arguments[6:9], 1, False))
 
 
-def direct(
-    operator: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *others: Any
-) -> Tensor:
-    """:func:`call` for arguments that are known to be plain, outside forward-mode differentiation."""
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
-        y: Tensor = _apply(x, weight, bias, residual, operator, others, True)
-    else:
-        y = KERNELS[operator](x, weight, bias, residual, *others, False)[0]
-    if operator is train and others[0] is not None:
-        increment_version(others[:2])  # the counter's has been
-    return y
-
-
-def _enter(operator: Any, *arguments: Any) -> Any:
-    inputs = arguments[:4]
+def _enter(operator: Any, inputs: tuple[Any, ...], others: Any, valid: Tensor | None, options: tuple[Any, ...]) -> Any:
     if forward_ad._current_level >= 0:
         _refuse_tangents(inputs)
     if torch.is_grad_enabled() and _any_requires_grad(*inputs):
-        result = _Forward.apply(*inputs, operator, arguments[4:], False)
-    else:
-        result = _below(operator, *arguments)
-    if operator is train:
-        increment_version([tensor for tensor in arguments[4:7] if tensor is not None])
-    return result
+        return _Forward.apply(*inputs, operator, others, valid, options)
+    return _below(operator, *inputs, *others)
 
 
 def _enter_backward(*arguments: Any) -> Any:
@@ -198,17 +323,10 @@ def _enter_backward(*arguments: Any) -> Any:
     return _below(backward, *arguments)
 
 
-def _below(operator: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _below(operator: Any, *arguments: Any) -> Any:
     """Call an operator below autograd."""
     with _BelowAutograd():
-        return operator(*arguments)  # type: ignore[no-any-return]
-
-
-def _with_mask(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of the operator ``backward``: a direct call has kept no mask where it is empty."""
-    if arguments[7] is not None:
-        return arguments
-    return (*arguments[:7], arguments[1].new_empty(0, dtype=torch.uint8), *arguments[8:])
+        return operator(*arguments)
 
 
 def require_savable(tensors: tuple[Tensor | None, ...]) -> None:
@@ -221,7 +339,7 @@ def require_savable(tensors: tuple[Tensor | None, ...]) -> None:
 
 def _plain(arguments: tuple[Any, ...]) -> bool:
     """Whether arguments are ordinary tensors and nobody watches what is called."""
-    return not watched() and not any(map(_is_odd, arguments[:8]))
+    return not watched() and not any(map(_is_odd, arguments))
 
 
 def watched() -> bool:
@@ -245,6 +363,5 @@ def _refuse_tangents(inputs: tuple[Tensor | None, ...]) -> None:
         )
 
 
-for _operator in (train, infer):
-    LIBRARY.impl(_operator, partial(_enter, _operator), "Autograd")
-LIBRARY.impl(backward, _enter_backward, "Autograd")
+for _operator, _entrance in ((train, _enter_train), (infer, _enter_infer), (backward, _enter_backward)):
+    LIBRARY.impl(_operator, _entrance, "Autograd")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn._activations import activate
-from gpu_bn.nn._library import counted
 
 
 def batch_norm(
@@ -114,9 +113,11 @@ def _move_running(
     eps: float,
 ) -> None:
     """Move running statistics by torch's function, which refuses what a transform cannot do; only then is it seen."""
-    moved = [None if running is None else running.double() for running in (running_mean, running_var)]
-    counted(num_batches_tracked, F.batch_norm, wide, *moved, None, None, True, momentum, eps)
-    for running, new in zip((running_mean, running_var), moved, strict=True):
+    mean, var = (None if running is None else running.double() for running in (running_mean, running_var))
+    F.batch_norm(wide, mean, var, None, None, True, momentum, eps)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    for running, new in ((running_mean, mean), (running_var, var)):
         if running is not None and new is not None and running is not new:
             running.copy_(new)
 
@@ -144,7 +145,9 @@ def torch_batch_norm(
     """The transform by ``torch.nn.functional.batch_norm``, which exporters know."""
     momentum = _momentum(momentum, num_batches_tracked)
     tensors = (running_mean, running_var, weight, bias)
-    z = counted(num_batches_tracked, F.batch_norm, x, *tensors, training, momentum, eps)
+    z = F.batch_norm(x, *tensors, training, momentum, eps)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     if residual is not None:
         z = z + residual
     return activate(z, activation)

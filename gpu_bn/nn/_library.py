@@ -1,10 +1,14 @@
 """The operators ``torch.ops.gpu_bn``: what they compute and what they would return; ``_autograd`` differentiates them.
 
 ``train`` uses the batch's statistics and updates running ones; ``infer`` uses running ones; ``backward`` serves both.
-A forward operator returns ``y`` and what ``backward`` needs besides its inputs: the mean and variance used, in
-float64, and a mask of bits that a backend may keep in place of a residual (of length 0 on the CPU). The statistics
-are copies: nothing that is done to the running statistics later, by another forward call or by DistributedDataParallel,
-changes a gradient.
+A forward operator returns ``y`` and what ``backward`` needs besides its inputs:
+
+- ``statistics``, float64, rows of C: the means used and the variances, a row for each ghost batch; with a mask the
+  counts of the ghost batches; with renormalisation ``r`` and ``d``. They are copies: nothing that is done to the
+  running statistics later, by another forward call or by DistributedDataParallel, changes a gradient.
+- ``mask``, bits that a GPU keeps in place of a residual; of length 0 where it keeps none, as on a CPU.
+
+Outputs share no memory with each other or with an argument.
 
 The operators are plain entries of a ``torch.library.Library`` rather than ``custom_op``s: those that mutate their
 arguments may have no gradient formula there, and each call costs several times as much.
@@ -12,8 +16,8 @@ arguments may have no gradient formula there, and each call costs several times 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import compress, product
 from typing import Any
 
@@ -22,33 +26,108 @@ from torch import Tensor
 
 from gpu_bn import dispatch, ops
 from gpu_bn.activations import Activation
-from gpu_bn.backends.protocol import Moments, Saved
+from gpu_bn.backends._bits import mask_bytes
+from gpu_bn.backends._layout import memory_order
+from gpu_bn.backends.protocol import Backend, Moments, Saved
 from gpu_bn.spec import BatchNormSpec
 
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+"""The second: any strides serve, so that a compiler need not copy arguments into those of eager code."""
 LIBRARY = torch.library.Library("gpu_bn", "DEF")
 for _schema in (
     "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str activation, "
-    "float parameter) -> (Tensor y, Tensor mean, Tensor var, Tensor mask)",
+    "float parameter, Tensor? valid=None, int groups=1, float[] renorm=[], Tensor? momentum_at=None) "
+    "-> (Tensor y, Tensor statistics, Tensor mask)",
     "infer(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, "
-    "float eps, str activation, float parameter) -> (Tensor y, Tensor mean, Tensor var, Tensor mask)",
-    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, Tensor var, "
-    "Tensor mask, ScalarType bias_dtype, bool batch_stats, float eps, str activation, float parameter, "
-    "bool[] need) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    "float eps, str activation, float parameter) -> (Tensor y, Tensor statistics, Tensor mask)",
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? valid, Tensor statistics, "
+    "Tensor mask, ScalarType bias_dtype, bool batch_stats, float eps, str activation, float parameter, int groups, "
+    "bool renorm, bool[] need) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
 ):
-    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(_schema, tags=TAGS)
 
 train = torch.ops.gpu_bn.train.default
 infer = torch.ops.gpu_bn.infer.default
 backward = torch.ops.gpu_bn.backward.default
 
 NAMES = ("dx", "dweight", "dbias", "dresidual")
-_NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, True), repeat=len(NAMES))}
+NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, True), repeat=len(NAMES))}
+
+Tracked = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""What a call in training writes: the running mean, the running variance, and the counter of batches."""
 
 
 # ------------------------------------------------------------------------------------------------- what they compute
-# Tensors that are not needed are None here; the operators return empty ones in their places.
-Forward = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+def forward(
+    engine: Backend,
+    x: Tensor,
+    spec: BatchNormSpec,
+    tracked: Tracked,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    valid: Tensor | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Saved]:
+    """``y`` and what the backward call needs, by a backend; the statistics and the counter are written last.
+
+    On a CPU one call writes all three, so that no error or interrupt comes between them.
+    """
+    running_mean, running_var, num_batches_tracked = tracked
+    others = (weight, bias, residual, None, False, valid, keep)
+    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+    if not spec.batch_stats or not (running or num_batches_tracked is not None):
+        return ops.forward(engine, x, spec, running_mean, running_var, *others)
+    if not x.is_cpu:
+        result = ops.forward(engine, x, spec, running_mean, running_var, *others)
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        return result
+    moved = [tensor.clone() for tensor in running]
+    new_mean, new_var = moved or (None, None)
+    result = ops.forward(engine, x, spec, new_mean, new_var, *others)
+    if num_batches_tracked is not None:
+        running.append(num_batches_tracked)
+        moved.append(num_batches_tracked + 1)
+    torch._foreach_copy_(running, moved)
+    return result
+
+
+def weighs(momentum: float | None, momentum_at: Tensor | None, num_batches_tracked: Tensor | None) -> float | Tensor:
+    """What this batch weighs; where that is known to a GPU only a tensor there, so that nothing waits for it."""
+    if momentum_at is not None:
+        return momentum_at.item() if momentum_at.is_cpu else momentum_at.double()
+    if momentum is not None:
+        return momentum
+    if num_batches_tracked is None:
+        return 0.0
+    if num_batches_tracked.is_cpu:
+        return 1.0 / (int(num_batches_tracked) + 1)
+    return (num_batches_tracked + 1).double().reciprocal()
+
+
+def options(
+    batch_stats: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str,
+    parameter: float,
+    groups: int = 1,
+    renorm: Sequence[float] = (),
+) -> BatchNormSpec:
+    """The options of a call; those of calls alike are one object."""
+    if isinstance(momentum, Tensor):
+        return _options.__wrapped__(batch_stats, momentum, eps, activation, parameter, groups, tuple(renorm))
+    return _options(batch_stats, float(momentum), float(eps), activation, float(parameter), groups, tuple(renorm))
+
+
+@lru_cache(1024)
+def _options(
+    batch_stats: bool, momentum: Any, eps: float, activation: str, parameter: float, groups: int, renorm: Any
+) -> BatchNormSpec:
+    chosen = Activation(activation, parameter)
+    return BatchNormSpec(1, batch_stats, momentum, eps, chosen, groups, renorm or None)
 
 
 def _train(
@@ -63,24 +142,15 @@ def _train(
     eps: float,
     activation: str,
     parameter: float,
-    keep: bool = True,
-) -> Forward:
-    weighs = _momentum(momentum, num_batches_tracked)
-    vectors = (weight, bias, residual, running_mean, running_var)
-    numbers = (weighs, eps, activation, parameter)
-    return counted(num_batches_tracked, _forward, x, *vectors, True, *numbers, keep)  # type: ignore[no-any-return]
-
-
-def counted(counter: Tensor | None, call: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call returns, which is counted, unless it fails; first, for if it cannot be, nothing may change."""
-    if counter is None:
-        return call(*arguments)
-    counter.add_(1)
-    try:
-        return call(*arguments)
-    except BaseException:
-        counter.sub_(1)
-        raise
+    valid: Tensor | None = None,
+    groups: int = 1,
+    renorm: Sequence[float] = (),
+    momentum_at: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight_of_batch = weighs(momentum, momentum_at, num_batches_tracked)
+    spec = options(True, weight_of_batch, eps, activation, parameter, groups, renorm)
+    tracked = (running_mean, running_var, num_batches_tracked)
+    return _results(x, *forward(dispatch.serving(x), x, spec, tracked, weight, bias, residual, valid))
 
 
 def _infer(
@@ -93,36 +163,39 @@ def _infer(
     eps: float,
     activation: str,
     parameter: float,
-    keep: bool = True,
-) -> Forward:
-    vectors = (weight, bias, residual, running_mean, running_var)
-    return _forward(x, *vectors, False, 0.0, eps, activation, parameter, keep)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batch_stats: bool,
-    momentum: float | Tensor,
-    eps: float,
-    activation: str,
-    parameter: float,
-    keep: bool,
-) -> Forward:
-    """``keep``: whether a gradient may be asked for."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = options(False, 0.0, eps, activation, parameter)
     engine = dispatch.serving(x)
-    spec = _spec(batch_stats, momentum, eps, activation, parameter)
-    tensors = (running_mean, running_var, weight, bias, residual)
-    y, saved = ops.forward(engine, x, spec, *tensors, None, False, keep=keep)
-    mean, var = saved.moments.mean, saved.moments.var
-    if mean.dtype is not torch.float64:
-        mean, var = mean.double(), var.double()
-    # the sign keeps Moments.wide, which only the CPU has
-    return y, mean, -var if saved.moments.wide else var, saved.mask
+    return _results(x, *forward(engine, x, spec, (running_mean, running_var, None), weight, bias, residual))
+
+
+def _results(x: Tensor, y: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    mask = x.new_empty(0, dtype=torch.uint8) if saved.mask is None else saved.mask
+    return as_promised(y, x), packed(saved), mask
+
+
+def packed(saved: Saved) -> Tensor:
+    """The rows of ``statistics``; no copy where they are the memory of the mean and the variance."""
+    mean, var, count = saved.moments.mean, saved.moments.var, saved.moments.count
+    channels = saved.x.shape[saved.spec.axis]
+    rows = [mean.double().view(-1, channels), var.double().view(-1, channels)]
+    if saved.valid is not None and saved.spec.batch_stats:
+        counts = count if isinstance(count, Tensor) else mean.new_full((saved.spec.groups,), count)
+        rows.append(counts.view(-1, 1).expand(-1, channels).double())
+    rows += [row.view(1, -1) for row in saved.renorm or ()]
+    together = mean.untyped_storage().data_ptr() == var.untyped_storage().data_ptr()
+    if together and len(rows) == 2 and mean.data_ptr() + 8 * mean.numel() == var.data_ptr():
+        return torch.as_strided(mean, (2 * len(rows[0]), channels), (channels, 1))
+    return torch.cat(rows)
+
+
+def unpacked(
+    statistics: Tensor, positions: int, groups: int, counted: bool, renorm: bool
+) -> tuple[Moments, tuple[Tensor, Tensor] | None]:
+    """What :func:`packed` has packed; ``positions`` is the count if there is no row of counts."""
+    mean, var = statistics[: 2 * groups].view(2, -1)
+    count: Any = statistics[2 * groups : 3 * groups, 0] if counted else positions
+    return Moments(count, mean, var), (statistics[-2], statistics[-1]) if renorm else None
 
 
 def _backward(
@@ -131,93 +204,94 @@ def _backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    mask: Tensor | None,
+    valid: Tensor | None,
+    statistics: Tensor,
+    mask: Tensor,
     bias_dtype: torch.dtype,
     batch_stats: bool,
     eps: float,
     activation: str,
     parameter: float,
+    groups: int,
+    renorm: bool,
     need: list[bool],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, ...]:
     engine = dispatch.serving(x)
-    wide = batch_stats and var.is_cpu and bool(var.signbit().any())
+    positions = x.numel() // max(x.shape[1], 1) // groups
+    moments, limited = unpacked(statistics, positions, groups, valid is not None, renorm)
     saved = Saved(
         x=x,
-        residual=residual,
-        moments=Moments(x.numel() // max(x.shape[1], 1), mean, -var if wide else var, wide),
+        residual=None if activation == "identity" else residual,
+        moments=moments,
         weight=None if weight is None else engine.vector(weight),
         bias=None if bias is None else engine.vector(bias),
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=bias_dtype,
         has_residual=need[3] or residual is not None,
-        spec=_spec(batch_stats, 0.0, eps, activation, parameter),
-        mask=mask if mask is not None and mask.numel() else None,
+        spec=options(batch_stats, 0.0, eps, activation, parameter, groups),
+        mask=mask if mask.numel() else None,
+        valid=valid,
     )
-    return ops.backward(engine, dy, saved, _NEEDS[tuple(need)])
+    if limited is not None:
+        saved = ops.renormalized(saved, *limited)
+    dx, dweight, dbias, dresidual = ops.backward(engine, dy, saved, NEEDS[tuple(need)])
+    return (
+        x.new_empty(0) if dx is None else as_promised(dx, x),
+        x.new_empty(0) if dweight is None else dweight,
+        x.new_empty(0) if dbias is None else dbias,
+        x.new_empty(0) if dresidual is None else as_promised(dresidual, x),
+    )
 
 
-def _momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> float | Tensor:
-    """What this batch weighs; for a counter on a GPU a tensor there, so that nothing waits for the device."""
-    if momentum is not None:
-        return momentum
-    if num_batches_tracked is None:
-        return 0.0
-    if num_batches_tracked.is_cpu:
-        return 1.0 / (int(num_batches_tracked) + 1)
-    return (num_batches_tracked + 1).double().reciprocal()
+def as_promised(result: Tensor, x: Tensor) -> Tensor:
+    """A result like ``x`` with the strides of ``empty_like``, which the fake operators promise.
 
-
-def _spec(batch_stats: bool, momentum: float | Tensor, eps: float, activation: str, parameter: float) -> BatchNormSpec:
-    if isinstance(momentum, Tensor):
-        return BatchNormSpec(1, batch_stats, momentum, eps, Activation(activation, parameter))
-    return _known_spec(batch_stats, momentum, eps, activation, parameter)
-
-
-@lru_cache(1024)
-def _known_spec(batch_stats: bool, momentum: float, eps: float, activation: str, parameter: float) -> BatchNormSpec:
-    return BatchNormSpec(1, batch_stats, momentum, eps, Activation(activation, parameter))
+    It is a copy only where ``x`` is expanded or has gaps, and a backend chose others.
+    """
+    if result.stride() == x.stride():
+        return result
+    promised = torch.empty_like(x)
+    return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
 KERNELS: dict[Any, Callable[..., Any]] = {train: _train, infer: _infer, backward: _backward}
-
-
-def _complete(kernel: Callable[..., tuple[Tensor | None, ...]], *arguments: Any) -> tuple[Tensor, ...]:
-    """An operator's results: empty tensors where the kernel has ``None``."""
-    x, dtype = (arguments[1], arguments[1].dtype) if kernel is _backward else (arguments[0], torch.uint8)
-    return tuple([x.new_empty(0, dtype=dtype) if result is None else result for result in kernel(*arguments)])
-
-
 for _operator, _kernel in KERNELS.items():
     for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_operator, partial(_complete, _kernel), _key)
+        LIBRARY.impl(_operator, _kernel, _key)
 
 
 # ------------------------------------------------------------------------------------------ what they would return
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual, activation = arguments[0], arguments[3], arguments[-2]
-    mean = x.new_empty(x.shape[1], dtype=torch.float64)
-    mask = x.new_empty(_mask_length(x, residual, activation), dtype=torch.uint8)
-    return torch.empty_like(x), mean, torch.empty_like(mean), mask
+def _train_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual, activation = arguments[0], arguments[3], arguments[9]
+    valid, groups, renorm = [*arguments, *(None, 1, (), None)[len(arguments) - 11 :]][11:14]
+    rows = (2 if valid is None else 3) * groups + (2 if renorm else 0)
+    return _forward_fake(x, rows, 0 if renorm else mask_length(x, residual, activation, groups))
 
 
-def _mask_length(x: Tensor, residual: Tensor | None, activation: str) -> int:
-    """How many bytes of mask the backend keeps; it has ``mask_length`` if it ever keeps any."""
-    if x.device.type != "cuda" or residual is None or activation == "identity":
+def _infer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual, activation = arguments[0], arguments[3], arguments[7]
+    return _forward_fake(x, 2, mask_length(x, residual, activation))
+
+
+def _forward_fake(x: Tensor, rows: int, mask: int) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty((rows, x.shape[1]), dtype=torch.float64)
+    return torch.empty_like(x), statistics, x.new_empty(mask, dtype=torch.uint8)
+
+
+def mask_length(x: Tensor, residual: Tensor | None, activation: str, groups: int = 1) -> int:
+    """How many bytes of mask a call keeps: the same rule as the backends', of what is known of a tensor in advance."""
+    if residual is None or (x.is_cpu and not getattr(dispatch.serving(x), "keeps_bits", False)):
         return 0
-    length = getattr(dispatch.serving(x), "mask_length", None)
-    return 0 if length is None else length(x, activation)
+    order = tuple(range(x.dim()))
+    if not x.is_contiguous():
+        found = memory_order(x.shape, x.stride())
+        order = found if groups == 1 or found[0] == 0 else order
+    at = order.index(1)
+    return mask_bytes([x.shape[axis] for axis in order], at, x.element_size(), activation, groups)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_gradients(arguments[1], arguments[2], arguments[8], arguments[-1])
-
-
-def empty_gradients(
-    x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype, need: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a backward operator returns, of those gradients that are needed; the others have length 0."""
+    x, weight, bias_dtype, need = arguments[1], arguments[2], arguments[8], arguments[-1]
     channels = x.shape[1]
     return (
         torch.empty_like(x) if need[0] else x.new_empty(0),
@@ -227,6 +301,6 @@ def empty_gradients(
     )
 
 
-torch.library.register_fake("gpu_bn::train", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("gpu_bn::infer", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("gpu_bn::train", _train_fake, lib=LIBRARY)
+torch.library.register_fake("gpu_bn::infer", _infer_fake, lib=LIBRARY)
 torch.library.register_fake("gpu_bn::backward", _backward_fake, lib=LIBRARY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from math import inf, isfinite
+from math import inf
 from threading import local
 from typing import Any
 
@@ -18,8 +18,7 @@ from torch.overrides import is_tensor_like
 
 from gpu_bn import aliasing, dispatch, ops, spec
 from gpu_bn.activations import IDENTITY, Activation
-from gpu_bn.merge import Pool
-from gpu_bn.nn import _autograd, _composed, _engine, _library, _masked
+from gpu_bn.nn import _autograd, _composed, _library, _masked
 from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 VECTORS = ("running_mean", "running_var", "weight", "bias")
@@ -138,10 +137,10 @@ def call(
     vectors = (running_mean, running_var, weight, bias)
     counter = num_batches_tracked if training else None
     if plain and _ordinary(input, vectors, residual, counter, training, momentum, eps):
-        arguments = (input, weight, bias, residual, running_mean, running_var)
-        if training:
-            return _autograd.direct(_library.train, *arguments, counter, momentum, eps, activation, parameter)
-        return _autograd.direct(_library.infer, *arguments, eps, activation, parameter)
+        weighs = _library.weighs(momentum, None, counter) if training else 0.0
+        options = _library.options(training, weighs, eps, activation, parameter)
+        tensors = (input, weight, bias, residual, running_mean, running_var, counter)
+        return _autograd.direct(dispatch.serving(input), options, *tensors)
     return _any_call(
         input,
         *vectors,
@@ -204,6 +203,7 @@ def _ordinary(
         _updates.off
         or input.numel() == channels[0]
         or not (counter is None or (_autograd.is_plain(counter) and not counter.is_inference()))
+        or (mean is not None and var is not None and (mean.is_inference() or var.is_inference()))
     ):
         return False
     return residual is None or (
@@ -255,8 +255,10 @@ def _any_call(
         else:
             running_mean = running_var = None
         num_batches_tracked = None
-    if num_batches_tracked is not None and not torch.compiler.is_compiling() and num_batches_tracked.is_inference():
-        num_batches_tracked.add_(0)  # outside inference mode torch refuses, when it has already added
+    if training and not torch.compiler.is_compiling():
+        for written in (running_mean, running_var, num_batches_tracked):
+            if written is not None and written.is_inference():
+                written.add_(0)  # outside inference mode torch refuses, when it has already added
     if isinstance(momentum, Tensor) and (extended or not _unread(momentum)):
         momentum = momentum.item()
     arguments = (
@@ -271,13 +273,8 @@ def _any_call(
         return _composed.torch_batch_norm(*arguments)
     if not training and torch.compiler.is_compiling():
         return _composed.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
-    tensors, running = (input, weight, bias, residual), (running_mean, running_var)
-    numbers = (eps, activation.name, activation.parameter)
-    if not training:
-        return _autograd.call(_library.infer, *tensors, *running, *numbers)
-    if isinstance(momentum, Tensor):
-        return _train_unread(tensors, running, num_batches_tracked, momentum, numbers)
-    return _autograd.call(_library.train, *tensors, *running, num_batches_tracked, momentum, *numbers)
+    tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked if training else None)
+    return _autograd.call(*tensors, training, momentum, eps, activation.name, activation.parameter)
 
 
 def exporting() -> bool:
@@ -294,27 +291,6 @@ def exporting() -> bool:
 def _unread(momentum: Tensor) -> bool:
     """Whether a momentum is not to be read: on a GPU one would wait for it, and compiled code holds no number of it."""
     return momentum.is_cuda or torch.compiler.is_compiling()
-
-
-def _train_unread(
-    tensors: tuple[Tensor | None, ...],
-    running: tuple[Tensor | None, Tensor | None],
-    num_batches_tracked: Tensor | None,
-    momentum: Any,
-    numbers: tuple[float, str, float],
-) -> Tensor:
-    """Training, with the running statistics moved by torch's operations, which take ``momentum`` where it is."""
-    from gpu_bn.nn.sync import update_running
-
-    y, mean, var, _ = _library.train(*tensors, None, None, None, None, *numbers)
-    running_mean, running_var = running
-    if running_mean is not None and running_var is not None:
-        count = mean.new_full((1,), y.numel() // max(y.shape[1], 1))
-        whole = Pool(count, mean, var.abs() * count)
-        update_running(running_mean, running_var, num_batches_tracked, momentum, whole)
-    elif num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    return y  # type: ignore[no-any-return]
 
 
 def _number(value: Any) -> Any:
@@ -363,7 +339,7 @@ def check(
     if eps < 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     for name, number in (("momentum", momentum), ("eps", eps)):
-        if isinstance(number, float) and not isfinite(number):
+        if isinstance(number, float) and not -inf < number < inf:  # isfinite cannot be compiled
             raise ValueError(f"batch_norm {name} must be finite, but got {number}")
     plain = input.dtype in FLOATS and input.layout is torch.strided
     unknown = [] if plain else [f"input of {input.dtype} and layout {input.layout}"]
@@ -462,7 +438,7 @@ def front_door(
     if mask is not None:
         written = {name: tensors[name] for name in ("running_mean", "running_var") if checked.batch_stats}
         aliasing.check_written({"out": out, **written}, {"mask": mask})
-    named = backend not in (None, dispatch.default(x))
+    named = backend not in (None, dispatch.TORCH, dispatch.default(x))
     valid = ops.positions(mask, x.shape, checked.axis) if mask is not None and (named or out is not None) else None
     if out is not None:
         differentiable = [tensor for tensor in (x, *tensors.values()) if tensor is not None and tensor.requires_grad]
@@ -475,7 +451,7 @@ def front_door(
         count_writes(checked.batch_stats, tensors["running_mean"], tensors["running_var"], out)
         return result
     if named:
-        return _engine.batch_norm(engine, checked, x, **tensors, valid=valid)
+        return _autograd.direct(engine, checked, x, **tensors, num_batches_tracked=None, valid=valid)
     if residual is not None:
         options["residual"] = residual.movedim(checked.axis, 1)
     if mask is not None and mask.dim() == x.dim():

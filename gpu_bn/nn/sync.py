@@ -10,19 +10,20 @@ The count over all processes stays on the device, so that nothing waits for a GP
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from gpu_bn import ops
-from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.activations import Activation
 from gpu_bn.merge import Pool
-from gpu_bn.nn import _composed, _sync_library, functional
+from gpu_bn.nn import _composed, _packets, _sync_library, functional
+from gpu_bn.nn._sync_call import Call, call_of
 from gpu_bn.nn.modules import Fused
-from gpu_bn.spec import MAX_RANK, MIN_RANK, check_mask
 
 if dist.is_available():
     # Its functions keep the default group of the time of import, as a default argument. DistributedDataParallel imports
@@ -71,7 +72,6 @@ def sync_batch_norm(
             later call.
         RuntimeError: a process has ended, or did not take part within the group's timeout.
     """
-    activation = IDENTITY if activation is None else Activation.of(activation)
     if not several(process_group):
         return functional.batch_norm(
             input,
@@ -87,40 +87,95 @@ def sync_batch_norm(
             num_batches_tracked=num_batches_tracked,
             mask=mask,
         )
+    tensors = (input, residual, mask, running_mean, running_var, weight, bias, num_batches_tracked)
+    return _together(process_group, None, num_features, tensors, momentum, eps, activation)
+
+
+def _together(
+    process_group: Any,
+    layer: Any,
+    num_features: int | None,
+    tensors: tuple[Any, ...],
+    momentum: Any,
+    eps: Any,
+    activation: Any,
+    forbidden: str = "",
+) -> Tensor:
+    """A call over several processes. Whatever fails on this one before the exchange, all are told."""
     group = Group.of(process_group)
-    if not torch.compiler.is_compiling() and functional._updates.off:
-        running_mean = running_var = num_batches_tracked = None
-    channels = input.shape[1:2].numel() if num_features is None else num_features
-    vectors = (running_mean, running_var, weight, bias)
-    trouble, found = _check(input, vectors, residual, mask, eps, channels)
-    if trouble:
-        reports = gather(_sync_library.trouble_report(trouble, found, channels, input.device), group)
-        return _sync_library.fail(input.detach(), reports, group.rank, trouble, found)  # type: ignore[no-any-return]
-    valid = None if mask is None else ops.positions(mask, input.shape, 1)
-    y, count, mean, var = _SyncBatchNorm.apply(
-        input, weight, bias, residual, valid, *group, eps, activation.name, activation.parameter
-    )
-    if running_mean is not None and running_var is not None:
-        whole = Pool(count, mean, var.abs() * count)
-        update_running(running_mean, running_var, num_batches_tracked, momentum, whole)
-    elif num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+    error = None
+    call: Call | str
+    if torch.compiler.is_compiling():
+        call = forbidden or call_of(num_features, tensors, momentum, eps, activation)
+    else:
+        try:
+            call = forbidden or call_of(num_features, tensors, momentum, eps, activation)
+        except Exception as raised:  # of any type, on this process alone
+            error, call = raised, f"{type(raised).__name__}: {raised}"
+    if isinstance(call, str):
+        return _report_mistake(call, error, group, num_features, [t for t in tensors if isinstance(t, Tensor)])
+    signature = [_number_of(layer, group), *call.signature]
+    y, count, mean, var = _SyncBatchNorm.apply(*call.inputs, call.valid, *group, signature, *call.options)
+    whole = Pool(count, mean, var * count)
+    if call.tracked[0] is not None or call.tracked[2] is not None:
+        mean, var, counter = call.tracked
+        update_running(mean, var, counter, call.momentum, whole)
     return y  # type: ignore[no-any-return]
+
+
+def _report_mistake(text: str, error: Exception | None, group: Group, channels: Any, tensors: list[Tensor]) -> Tensor:
+    """Tell the other processes, and raise what they raise."""
+    like = next((t for t in tensors if t.device.type != "meta"), torch.empty(0)).detach()
+    packet = _packets.mistake(like, group.name, text)
+    try:
+        for _ in range(_packets.packets_of(channels if isinstance(channels, int) else 1)):
+            packet = _packets.compare(gather(packet, group), group.name)[group.rank]
+    except ValueError as told:
+        raise told from error
+    raise ValueError(f"SyncBatchNorm, process {group.rank} of {group.size}: {text}") from error
+
+
+_numbers: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
+_known: Counter[str] = Counter()
+
+
+def _number_of(layer: Any, group: Group) -> float:
+    """The place of a layer among those of a group, in the order of their first calls."""
+    if layer is None or torch.compiler.is_compiling():
+        return _packets.UNKNOWN
+    mine = _numbers.setdefault(layer, {})
+    if group.name not in mine:
+        mine[group.name] = _known[group.name]
+        _known[group.name] += 1
+    return float(mine[group.name])
 
 
 @torch.no_grad()
 def update_running(
-    running_mean: Tensor, running_var: Tensor, num_batches_tracked: Tensor | None, momentum: float | None, whole: Pool
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: Any,
+    whole: Pool,
 ) -> None:
-    """Move running statistics towards those of a batch, unless it is empty; count the batch. Reads nothing back."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+    """Move running statistics towards those of a batch, unless it is empty; count the batch. Reads nothing back.
+
+    All three are written last, by one call.
+    """
+    written, values = [], []
+    counted = None if num_batches_tracked is None else num_batches_tracked + 1
     weighs: Any = momentum
     if momentum is None:
-        weighs = 0.0 if num_batches_tracked is None else num_batches_tracked.double().reciprocal()
+        weighs = 0.0 if counted is None else counted.double().reciprocal()
     for running, batch in ((running_mean, whole.mean), (running_var, whole.unbiased)):
-        old = running.double()
-        running.copy_(torch.where(whole.count > 0, (1 - weighs) * old + weighs * batch, old))
+        if running is not None:
+            old = running.double()
+            written.append(running)
+            values.append(torch.where(whole.count > 0, (1 - weighs) * old + weighs * batch, old).to(running.dtype))
+    if num_batches_tracked is not None and counted is not None:
+        written.append(num_batches_tracked)
+        values.append(counted)
+    torch._foreach_copy_(written, values)
 
 
 class SyncBatchNorm(Fused):
@@ -164,23 +219,15 @@ class SyncBatchNorm(Fused):
         """
         if not (self.training and not self.frozen and several(self.process_group)):
             return super().forward(input, residual, activation, mask)
+        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        counter = self.num_batches_tracked if self.track_running_stats else None
+        tensors = (input, residual, mask, *running, self.weight, self.bias, counter)
+        chosen = self.activation if activation is None else activation
+        forbidden = ""
         if self.virtual_batch_size is not None or self.renorm is not None:
-            raise ValueError("a SyncBatchNorm over several processes has neither virtual_batch_size nor renorm")
-        tracked = self.track_running_stats
-        return sync_batch_norm(
-            input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
-            self.momentum,
-            self.eps,
-            process_group=self.process_group,
-            num_features=self.num_features,
-            residual=residual,
-            activation=self.activation if activation is None else activation,
-            num_batches_tracked=self.num_batches_tracked if tracked else None,
-            mask=mask,
+            forbidden = "a SyncBatchNorm over several processes has neither virtual_batch_size nor renorm"
+        return _together(
+            self.process_group, self, self.num_features, tensors, self.momentum, self.eps, chosen, forbidden
         )
 
     @classmethod
@@ -243,50 +290,6 @@ def _exchange(collective: Any, *arguments: Any) -> Tensor:
         ) from error
 
 
-def _check(
-    x: Tensor,
-    vectors: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    mask: Tensor | None,
-    eps: float,
-    channels: int,
-) -> tuple[int, int]:
-    """The number of the check that arguments fail, and what was found; 0 if they pass."""
-    if not MIN_RANK <= x.dim() <= MAX_RANK:
-        return 1, x.dim()
-    if x.shape[1] != channels:
-        return 2, x.shape[1]
-    if x.dtype not in functional.FLOATS:
-        return 3, 0
-    alike = residual is None or (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
-    if not alike:
-        return 4, 0
-    if mask is not None and not _mask_fits(mask, x):
-        return 7, 0
-    if not _vectors_fit(vectors, x, channels):
-        return 8, 0
-    if not eps > 0.0:
-        return 5, 0
-    return (0, 0) if channels else (6, 0)
-
-
-def _vectors_fit(vectors: tuple[Tensor | None, ...], x: Tensor, channels: int) -> bool:
-    running_mean, running_var, *_ = vectors
-    return (running_mean is None) == (running_var is None) and all(
-        vector.shape == (channels,) and vector.dtype in functional.FLOATS and vector.device == x.device
-        for vector in vectors
-        if vector is not None
-    )
-
-
-def _mask_fits(mask: Tensor, x: Tensor) -> bool:
-    try:
-        check_mask(mask, x.shape, 1)
-    except (TypeError, ValueError):
-        return False
-    return mask.device == x.device
-
-
 class _SyncBatchNorm(Function):
     """Gives ``y``, and the count, mean and variance of all processes, which are not differentiable."""
 
@@ -300,9 +303,10 @@ class _SyncBatchNorm(Function):
         valid: Tensor | None,
         *others: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        group, options = Group(*others[:3]), others[3:]
-        reports = gather(_sync_library.report(x, valid), group)
-        count, mean, var = _sync_library.merge_reports(reports)
+        group, signature, options = Group(*others[:3]), others[3], others[4:]
+        packets = _packets.pack(_sync_library.report(x, valid), group.name, signature)
+        found = [_packets.compare(gather(packet, group), group.name) for packet in packets.unbind()]
+        count, mean, var = _sync_library.merge_reports(_packets.unpack(found, x.shape[1]))
         y = _sync_library.normalize(x, weight, bias, residual, valid, count, mean, var, *options)
         ctx.group, ctx.options = group, options
         kept = None if options[1] == "identity" else residual
@@ -315,7 +319,7 @@ class _SyncBatchNorm(Function):
         x, weight, bias, residual, valid, count, mean, var = ctx.saved_tensors
         need = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # these gradients are to be differentiated themselves
-            return (*_composed_gradients(ctx, dy, x, weight, bias, residual, valid, need), *[None] * 7)
+            return (*_composed_gradients(ctx, dy, x, weight, bias, residual, valid, need), *[None] * 8)
         identity = ctx.options[1] == "identity"
         layer = (x, weight, bias, residual, valid, count, mean, var, *ctx.options)
         sums, dz = _sync_library.reduce(dy, *layer, need[3] and not identity)
@@ -328,7 +332,7 @@ class _SyncBatchNorm(Function):
         dresidual = None
         if need[3]:
             dresidual = dz if not identity else dy if valid is None else torch.where(valid, dy, 0)
-        return dx, dweight, dbias, dresidual, *[None] * 7
+        return dx, dweight, dbias, dresidual, *[None] * 8
 
 
 # ----------------------------------------------------------------------------------- second and higher derivatives

@@ -82,6 +82,16 @@ class TensorBackend(CpuBackend):
 
 
 _TAGS = {torch.float32: 0, torch.float64: 1}
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor's numbers lie; 0 if they do not, as those of a negated view, or of zeros that take no memory."""
+    try:
+        return 0 if tensor.is_neg() else tensor.data_ptr()
+    except RuntimeError:  # a wrapper that has outlived its transform
+        return 0
+
+
 _ALIGNMENTS = {getattr(torch, name): getattr(torch, name).itemsize - 1 for name in FLOAT_DTYPES}
 
 
@@ -99,24 +109,24 @@ class TorchTensors:
 
     @staticmethod
     def layout(array: Tensor) -> Hashable:
-        dtype = array.dtype
-        return dtype, array.shape, array.stride(), array.is_neg() or array.data_ptr() & _ALIGNMENTS[dtype]
+        dtype, at = array.dtype, _place(array)
+        return dtype, array.shape, array.stride(), not at or at & _ALIGNMENTS[dtype]
 
     @staticmethod
     def tagged(vector: Tensor) -> int:
         dtype = vector.dtype
-        if dtype not in _TAGS or not vector.is_contiguous() or vector.is_neg():
+        if dtype not in _TAGS or not vector.is_contiguous():
             return -1
-        at = vector.data_ptr()
-        return at + _TAGS[dtype] if at % 4 == 0 else -1
+        at = _place(vector)
+        return at + _TAGS[dtype] if at and at % 4 == 0 else -1
 
     @staticmethod
     def double(length: int) -> Tensor:
         return torch.empty(length, dtype=torch.float64)
 
     @staticmethod
-    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+    def empty(shape: tuple[int, ...], dtype: torch.dtype | str) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     @staticmethod
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -124,7 +134,8 @@ class TorchTensors:
 
     @staticmethod
     def strides(array: Tensor) -> tuple[int, ...] | None:
-        return None if array.is_neg() or array.data_ptr() % array.element_size() else array.stride()
+        at = _place(array)
+        return array.stride() if at and at % array.element_size() == 0 else None
 
     @staticmethod
     def dense(x: Tensor, order: tuple[int, ...]) -> Tensor:

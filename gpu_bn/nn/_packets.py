@@ -1,0 +1,186 @@
+"""What the processes of a SyncBatchNorm send each other: packets of one size, each with a header that all compare.
+
+A packet is ``HEADER + ROOM`` float64 numbers. Its size is the same for every layer, process and mistake, so that a
+gathering always completes; a report of more channels goes in several. The header holds :data:`FIELDS` after a flag: 1
+for a mistake, whose text is then in place of the report. Where headers differ, or one is of a mistake, every process
+raises: with tensors on a CPU in the same call, before anything has changed; on GPUs, where nothing waits for packets,
+statistics become NaN and a later call raises.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gpu_bn.activations import ROWS
+from gpu_bn.nn._library import LIBRARY, TAGS
+
+FIELDS = (
+    "call", "packet", "layer", "channels", "dtype", "activation", "parameter", "eps", "momentum", "residual", "mask",
+    "weight", "bias", "running statistics", "counter", "gradient",
+)  # fmt: skip
+"""What a header says; a call is counted in its group, a layer by its first call there."""
+HEADER, ROOM = 1 + len(FIELDS), 2 + 2 * 512
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+UNKNOWN, NONE = -1.0, -2.0
+"""A layer's number in compiled code, and a momentum that is a tensor; a momentum of ``None``."""
+
+for _schema in (
+    "sync_pack(Tensor report, str group, float[] signature) -> Tensor",
+    "sync_mistake(Tensor like, str group, str text) -> Tensor",
+    "sync_compare(Tensor packets, str group) -> Tensor",
+    "sync_unpack(Tensor[] packets, int channels) -> Tensor",
+):
+    LIBRARY.define(_schema, tags=TAGS)
+
+CALLS: Counter[str] = Counter()
+"""How many calls a group has had. Processes that have raised go on from the same number."""
+ARRIVALS: deque[tuple[Callable[[], bool], Tensor, str]] = deque()
+"""Packets on their way from a GPU: whether they have arrived, where, and of which group."""
+
+
+def packets_of(channels: int) -> int:
+    """How many packets a report takes."""
+    return -(-(2 + 2 * channels) // ROOM)
+
+
+# ------------------------------------------------------------------------------------------------- what they compute
+def _pack(report: Tensor, group: str, signature: Sequence[float]) -> Tensor:
+    """(P, HEADER + ROOM) of a (2 + 2 C,) report."""
+    if report.is_cuda and not torch.cuda.is_current_stream_capturing():
+        look_at_arrivals()
+    count = packets_of((len(report) - 2) // 2)
+    packets = report.new_zeros((count, HEADER + ROOM))
+    heads = [[0.0, _next_call(group), float(at), *signature] for at in range(count)]
+    packets[:, :HEADER] = torch.tensor(heads, dtype=torch.float64)
+    body = torch.nn.functional.pad(report, (0, count * ROOM - len(report)))
+    packets[:, HEADER:] = body.view(count, ROOM)
+    if group:
+        CALLS[group] += 1
+    return packets
+
+
+def _mistake(like: Tensor, group: str, text: str) -> Tensor:
+    """(HEADER + ROOM,) of a process that will not take part, for the reason ``text``."""
+    letters = list(text.encode()[:ROOM])
+    head = [1.0, _next_call(group), *[0.0] * (HEADER - 2)]
+    if group:
+        CALLS[group] += 1
+    packet = torch.tensor(head + letters + [0] * (ROOM - len(letters)), dtype=torch.float64)
+    return packet.to(like.device)
+
+
+def _next_call(group: str) -> float:
+    return float(CALLS[group]) if group else 0.0
+
+
+def _compare(packets: Tensor, group: str) -> Tensor:
+    """(W, HEADER + ROOM) packets as they are, unless one is of a mistake, or headers differ."""
+    if packets.is_cpu:
+        require_alike(packets, group)
+    elif packets.is_cuda and not torch.cuda.is_current_stream_capturing():
+        ARRIVALS.append(_send(packets, group))
+    return packets.clone()
+
+
+def _unpack(packets: Sequence[Tensor], channels: int) -> Tensor:
+    """(W, 2 + 2 C) reports; with a 1 in the first column if they must not be used."""
+    reports = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, : 2 + 2 * channels].contiguous()
+    heads = [packet[:, :HEADER] for packet in packets]
+    reports[:, 0] = torch.stack([(head[:, 0] != 0).any() | differing(head).any() for head in heads]).any()
+    return reports
+
+
+def differing(heads: Tensor) -> Tensor:
+    """Which columns of (W, n) headers are not the same everywhere; one that is unknown somewhere is alike."""
+    return ((heads != heads[:1]) & (heads != UNKNOWN) & (heads[:1] != UNKNOWN)).any(0)
+
+
+def require_alike(packets: Tensor, group: str) -> None:
+    """Raise what every process raises, if one has made a mistake or their calls differ; calls are counted anew then."""
+    heads = packets[:, :HEADER]
+    wrong, different = heads[:, 0] != 0, differing(heads)
+    if not (bool(wrong.any()) or bool(different.any())):
+        return
+    CALLS[group] = 1 + int(heads[:, 1].max())
+    size = len(packets)
+    if bool(wrong.any()):
+        rank = int(wrong.to(torch.int8).argmax())
+        raise ValueError(f"SyncBatchNorm, process {rank} of {size}: {_text(packets[rank, HEADER:])}")
+    reasons = [_difference(FIELDS[at - 1], heads[:, at].tolist()) for at in different.nonzero().flatten().tolist()]
+    raise ValueError(f"SyncBatchNorm, the {size} processes of a group made different calls: {'; '.join(reasons)}")
+
+
+def _text(letters: Tensor) -> str:
+    return bytes(int(letter) for letter in letters.tolist() if letter).decode(errors="replace")
+
+
+def _difference(field: str, values: list[float]) -> str:
+    """What a field is on which processes."""
+    ranks: dict[str, list[str]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(_shown(field, value), []).append(str(rank))
+    return f"{field} " + ", ".join(f"{value} on {' and '.join(who)}" for value, who in ranks.items())
+
+
+def _shown(field: str, value: float) -> str:
+    if field == "dtype":
+        return str(DTYPES[int(value)]).removeprefix("torch.")
+    if field == "activation":
+        return list(ROWS)[int(value)]
+    if FIELDS.index(field) >= FIELDS.index("residual"):
+        return "yes" if value else "no"
+    return {NONE: "None", UNKNOWN: "a tensor"}.get(value) or f"{value:g}"
+
+
+def look_at_arrivals() -> None:
+    """Raise what an earlier call would have raised, had it waited for its packets."""
+    while ARRIVALS and ARRIVALS[0][0]():
+        require_alike(*ARRIVALS.popleft()[1:])
+
+
+def _send(packets: Tensor, group: str) -> tuple[Callable[[], bool], Tensor, str]:
+    host = torch.empty(packets.shape, dtype=packets.dtype, pin_memory=True)
+    host.copy_(packets, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(packets.device))
+    return event.query, host, group
+
+
+# ------------------------------------------------------------------------------------------ what they would return
+def _pack_fake(report: Tensor, group: str, signature: Sequence[float]) -> Tensor:
+    del group, signature
+    return report.new_empty((packets_of((report.shape[0] - 2) // 2), HEADER + ROOM))
+
+
+def _mistake_fake(like: Tensor, group: str, text: str) -> Tensor:
+    del group, text
+    return like.new_empty(HEADER + ROOM, dtype=torch.float64)
+
+
+def _compare_fake(packets: Tensor, group: str) -> Tensor:
+    del group
+    return torch.empty_like(packets)
+
+
+def _unpack_fake(packets: Sequence[Tensor], channels: int) -> Tensor:
+    return packets[0].new_empty((packets[0].shape[0], 2 + 2 * channels))
+
+
+for _name, _kernel, _fake in (
+    ("sync_pack", _pack, _pack_fake),
+    ("sync_mistake", _mistake, _mistake_fake),
+    ("sync_compare", _compare, _compare_fake),
+    ("sync_unpack", _unpack, _unpack_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"gpu_bn::{_name}", _fake, lib=LIBRARY)
+
+pack = torch.ops.gpu_bn.sync_pack.default
+mistake = torch.ops.gpu_bn.sync_mistake.default
+compare = torch.ops.gpu_bn.sync_compare.default
+unpack = torch.ops.gpu_bn.sync_unpack.default
