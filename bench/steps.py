@@ -1,8 +1,9 @@
 """Whole networks on a CPU with torch's layers and with ours: ``python bench/steps.py``.
 
 A training step and an evaluation of ResNet-18 and MobileNetV3-large, eight images of 64 x 64, one thread, in
-alternating pairs with torch's eager one; the figure is the median of the pairs' ratios. Peak memory is what a step takes
-beyond what was taken before it, of the process, which is coarse. Each variant's first gradient is compared with torch's.
+alternating pairs with torch's eager one; the figure is the median of the pairs' ratios. Peak memory is what a step
+takes beyond what was taken before it, of the process, which is coarse. Each variant's first gradient is compared with
+torch's.
 """
 
 from __future__ import annotations
