@@ -34,4 +34,5 @@ CPU = (
     Case((32, 64, 56, 56), dtype="float64"),
     Case((32, 256, 14, 14), dtype="float64"),
     Case((32, 256, 14, 14), dtype="float16"),
+    Case((32, 256, 14, 14), dtype="bfloat16"),
 )

@@ -1,15 +1,11 @@
-"""NumPy backend against torch on the CPU, side by side: ``python bench/cpu.py``.
+"""The backends for CPUs against torch, side by side: ``python bench/cpu.py``.
 
-For each shape and operation the two are timed in turn, some milliseconds' worth of calls each, and the order changes
-from pair to pair. Between them the process waits without sleeping (a core that wakes up is slow at first), because the
-threads of torch's OpenMP runtime go on spinning for some milliseconds after their work and would compete with the
-other library. The figure is the median of the pairs' ratios (below 1: gpu_bn is faster). Each result is first compared
-with torch's; a wrong one is not timed.
-
-Where the outputs come from decides as much as the arithmetic: the C library either hands out memory that the process
-already holds, or fresh pages that the kernel must first clear. Which of the two depends on what ran before. So all is
-timed three times, each in a process of its own: with the allocator as it comes (``default``), told to keep what is
-freed (``held``), and told to return it (``fresh``).
+For each shape and operation, ours and torch's are timed in turn on the same tensors, some milliseconds' worth of calls
+each, and the order changes from pair to pair. Between them the process waits without sleeping (a core that wakes up is
+slow at first), because the threads of torch's OpenMP runtime go on spinning for some milliseconds after their work.
+A cell is the median of the pairs' ratios (below 1: gpu_bn is faster) and both times in microseconds. Each result is
+first compared with torch's; a wrong one is not timed. First one thread each, then two, pinned to cores of their own,
+each in a process of its own. ``--compile`` adds what ``torch.compile`` makes of the same operation as a second peer.
 """
 
 from __future__ import annotations
@@ -26,94 +22,125 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from cases import CPU, Case
-from threadpoolctl import threadpool_info
 
 import gpu_bn
+from gpu_bn import nn
 
 PAUSE = 0.005
 """Seconds between timings; OpenMP's default spinning is over by then."""
-BATCH = 0.02
+BATCH = 0.01
 """Seconds of calls in one timing, at least one call."""
-REGIMES: dict[str, dict[str, str]] = {
-    "default": {},
-    "held": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)},
-    "fresh": {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)},
-}
+BACKENDS = "cpu", "numpy"
+TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5, torch.float64: 1e-12}
+Call = Callable[[], torch.Tensor]
 
 
 class Result(NamedTuple):
-    """Medians over the pairs."""
+    """Medians over the pairs; times in microseconds."""
 
     ratio: float
-    ours_ms: float
-    torch_ms: float
+    ours: float
+    theirs: float
 
 
-def operations(case: Case) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """The operations to time, ours and torch's."""
-    rng = np.random.default_rng(0)
-    channels = case.shape[1]
+class Tensors:
+    """One case's tensors, and its operations."""
 
-    def tensor() -> np.ndarray:
-        values = rng.standard_normal(case.shape).astype(case.dtype)
-        return np.moveaxis(np.moveaxis(values, 1, -1).copy(), -1, 1) if case.channels_last else values
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        dtype, channels = getattr(torch, case.dtype), case.shape[1]
+        x, self.dy, self.residual = (torch.randn(case.shape).to(dtype) for _ in range(3))
+        if case.channels_last:
+            x, self.dy, self.residual = (
+                t.contiguous(memory_format=torch.channels_last) for t in (x, self.dy, self.residual)
+            )
+        kind = torch.float64 if dtype is torch.float64 else torch.float32
+        self.running = torch.zeros(channels, dtype=kind), torch.ones(channels, dtype=kind)
+        self.leaves = [x, torch.ones(channels, dtype=kind), torch.zeros(channels, dtype=kind)]
+        for leaf in self.leaves:
+            leaf.requires_grad_()
 
-    x, dy = tensor(), tensor()
-    parameter_dtype = np.float64 if case.dtype == "float64" else np.float32
-    weight, bias = np.ones(channels, parameter_dtype), np.zeros(channels, parameter_dtype)
-    running = [np.zeros(channels, parameter_dtype), np.ones(channels, parameter_dtype)]
-    tx, tdy, tweight, tbias = (torch.from_numpy(a.copy(order="K")) for a in (x, dy, weight, bias))
-    trunning = [torch.from_numpy(a.copy()) for a in running]
-    leaves = [t.requires_grad_() for t in (tx, tweight, tbias)]
-    _, saved = gpu_bn.batch_norm_forward(x, *running, weight, bias, True)
-    ty = F.batch_norm(tx, *trunning, tweight, tbias, True)
+    def calls(self, norm: Callable[..., torch.Tensor]) -> dict[str, Call]:
+        """The operations by a function of torch's tensors: ``norm(x, mean, var, weight, bias, training, r, relu)``."""
+        leaves, running = self.leaves, self.running
 
-    def torch_eval() -> torch.Tensor:
-        with torch.no_grad():
-            return F.batch_norm(tx, *trunning, tweight, tbias)
+        def evaluate() -> torch.Tensor:
+            with torch.no_grad():
+                return norm(leaves[0], *running, *leaves[1:], False, None, False)
 
-    return {
-        "forward": (
-            lambda: gpu_bn.batch_norm_forward(x, *running, weight, bias, True)[0],
-            lambda: F.batch_norm(tx, *trunning, tweight, tbias, True),
-        ),
-        "forward+relu": (
-            lambda: gpu_bn.batch_norm_forward(x, *running, weight, bias, True, activation="relu")[0],
-            lambda: F.relu(F.batch_norm(tx, *trunning, tweight, tbias, True)),
-        ),
-        "eval": (lambda: gpu_bn.batch_norm(x, *running, weight, bias), torch_eval),
-        "backward": (
-            lambda: gpu_bn.batch_norm_backward(dy, saved).dx,
-            lambda: torch.autograd.grad(ty, leaves, tdy, retain_graph=True)[0],
-        ),
-    }
+        def backward(relu: bool) -> Call:
+            y = norm(leaves[0], None, None, *leaves[1:], True, None, relu)
+            return lambda: torch.autograd.grad(y, leaves, self.dy, retain_graph=True)[0]
+
+        return {
+            "forward": lambda: norm(leaves[0], *running, *leaves[1:], True, None, False),
+            "+relu": lambda: norm(leaves[0], *running, *leaves[1:], True, None, True),
+            "+residual+relu": lambda: norm(leaves[0], *running, *leaves[1:], True, self.residual, True),
+            "eval": evaluate,
+            "backward": backward(False),
+            "backward+relu": backward(True),
+        }
+
+    def numpy_calls(self) -> dict[str, Call]:
+        """The operations by the NumPy backend, on the same memory."""
+        x, weight, bias, dy, residual, *running = (
+            t.detach().numpy() for t in (*self.leaves, self.dy, self.residual, *self.running)
+        )
+
+        def forward(**options: Any) -> Any:
+            return gpu_bn.batch_norm_forward(x, *running, weight, bias, True, backend="numpy", **options)
+
+        def backward(**options: Any) -> Call:
+            _, saved = forward(**options)
+            return lambda: torch.from_numpy(gpu_bn.batch_norm_backward(dy, saved, backend="numpy").dx)
+
+        return {
+            "forward": lambda: torch.from_numpy(forward()[0]),
+            "+relu": lambda: torch.from_numpy(forward(activation="relu")[0]),
+            "+residual+relu": lambda: torch.from_numpy(forward(residual=residual, activation="relu")[0]),
+            "eval": lambda: torch.from_numpy(gpu_bn.batch_norm(x, *running, weight, bias, backend="numpy")),
+            "backward": backward(),
+            "backward+relu": backward(activation="relu"),
+        }
 
 
-def compare(ours: Callable[[], Any], theirs: Callable[[], Any], seconds: float) -> Result:
+def torchs(x: Any, mean: Any, var: Any, weight: Any, bias: Any, training: bool, residual: Any, relu: bool) -> Any:
+    """Torch's."""
+    y = F.batch_norm(x, mean, var, weight, bias, training)
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
+
+
+def compiled(x: Any, mean: Any, var: Any, weight: Any, bias: Any, training: bool, residual: Any, relu: bool) -> Any:
+    """What ``backend="cpu"`` serves."""
+    activation = "relu" if relu else None
+    return nn.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
+
+
+def compare(ours: Call, theirs: Call, seconds: float) -> Result:
     """Check one operation, then time it in pairs."""
-    got, expected = ours(), theirs().detach().numpy()
-    tolerance = {"float16": 4e-3, "float32": 2e-5, "float64": 1e-12}[str(expected.dtype)]
-    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+    got, expected = ours().detach(), theirs().detach()
+    tolerance = TOLERANCES[expected.dtype]
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
     del got, expected
     calls = max(1, round(BATCH / max(elapsed(ours, 3), elapsed(theirs, 3))))
     pairs = []
     start = time.perf_counter()
-    while len(pairs) < 11 or (time.perf_counter() - start < seconds and len(pairs) < 201):
+    while len(pairs) < 7 or (time.perf_counter() - start < seconds and len(pairs) < 201):
         first_ours = len(pairs) % 2 == 0
         first = elapsed(ours if first_ours else theirs, calls)
         second = elapsed(theirs if first_ours else ours, calls)
         pairs.append((first, second) if first_ours else (second, first))
     mine, its = zip(*pairs, strict=True)
     return Result(
-        statistics.median(a / b for a, b in pairs), statistics.median(mine) * 1e3, statistics.median(its) * 1e3
+        statistics.median(a / b for a, b in pairs), statistics.median(mine) * 1e6, statistics.median(its) * 1e6
     )
 
 
-def elapsed(call: Callable[[], Any], calls: int) -> float:
+def elapsed(call: Call, calls: int) -> float:
     """Seconds a call, over several in a row after a pause."""
     start = time.perf_counter()
     while time.perf_counter() < start + PAUSE:
@@ -124,72 +151,88 @@ def elapsed(call: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def measure(threads: int, seconds: float, only: str) -> dict[str, dict[str, Result]]:
-    """All cases in this process."""
-    gpu_bn.set_num_threads(threads)
-    torch.set_num_threads(threads)
+def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
+    """All cases in this process, by case and by backend and peer."""
+    gpu_bn.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    peers = {"torch": torchs} | ({"torch.compile": torch.compile(torchs)} if arguments.compile else {})
     results = {}
     for case in CPU:
-        if only in str(case):
-            results[str(case)] = {
-                name: compare(ours, theirs, seconds) for name, (ours, theirs) in operations(case).items()
-            }
-            print(".", end="", flush=True, file=sys.stderr)
+        if arguments.only not in str(case):
+            continue
+        tensors = Tensors(case)
+        for peer, norm in peers.items():
+            theirs = tensors.calls(norm)
+            for backend in arguments.backend.split(","):
+                if backend == "numpy" and case.dtype == "bfloat16":
+                    continue  # NumPy has no such type
+                ours = tensors.calls(compiled) if backend == "cpu" else tensors.numpy_calls()
+                row = {
+                    name: compare(ours[name], theirs[name], arguments.seconds)
+                    for name in ours
+                    if arguments.operation in name
+                }
+                results[f"{case}, {backend} / {peer}"] = row
+        print(".", end="", flush=True, file=sys.stderr)
     return results
 
 
-def measure_apart(regime: str, arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
-    """All cases in a process whose allocator works in the regime."""
-    command = [sys.executable, __file__, "--regime", regime, "--threads", str(arguments.threads)]
-    command += ["--seconds", str(arguments.seconds), "--only", arguments.only]
-    done = subprocess.run(command, env=os.environ | REGIMES[regime], stdout=subprocess.PIPE, check=True)
+def measure_apart(threads: int, arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
+    """All cases in a process with so many threads, each on a core of its own."""
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("seconds", "only", "backend", "operation")]
+    command = [sys.executable, __file__, "--apart", f"--threads={threads}", *options]
+    pinned = {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "close" if threads > 1 else "false"}
+    done = subprocess.run(
+        [*command, *(["--compile"] if arguments.compile else [])],
+        env=os.environ | pinned, stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
     return {
         case: {name: Result(*result) for name, result in row.items()} for case, row in json.loads(done.stdout).items()
     }
 
 
-def environment(threads: int) -> str:
+def environment() -> str:
     """What the numbers depend on."""
-    blas = ", ".join(
-        f"{i['internal_api']} {i.get('architecture', '')}" for i in threadpool_info() if "blas" in i["user_api"]
-    )
+    facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(": ")[2] for line in facts if line.startswith("model name")), "")
     return (
-        f"gpu_bn {gpu_bn.__version__}, numpy {np.__version__} ({blas}), torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores, {threads} threads each"
+        f"gpu_bn {gpu_bn.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{model.strip() or platform.machine()}, {os.cpu_count()} cores"
     )
 
 
-def table(results: dict[str, dict[str, dict[str, Result]]]) -> str:
-    """Ratios as Markdown, one column for each operation, ``held / fresh`` in each."""
-    names = list(next(iter(next(iter(results.values())).values())))
-    lines = ["| shape | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for case in next(iter(results.values())):
-        cells = [" / ".join(f"{results[regime][case][name].ratio:.2f}" for regime in results) for name in names]
+def table(results: dict[str, dict[str, Result]]) -> str:
+    """Markdown: ratio, and both times in microseconds."""
+    names = list(next(iter(results.values())))
+    lines = ["| ours / theirs (µs) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for case, row in results.items():
+        cells = [f"{row[name].ratio:.2f} ({row[name].ours:.0f} / {row[name].theirs:.0f})" for name in names]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Print the table, and write all figures as JSON if asked to."""
+    """Print the tables, and write all figures as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--seconds", type=float, default=1.0, help="per operation, at least 11 pairs")
+    parser.add_argument("--threads", default="1,2", help="numbers of threads, a table each (default: 1,2)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per operation, at least 7 pairs")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--operation", default="", help="only operations whose name contains this")
+    parser.add_argument("--backend", default=",".join(BACKENDS), help="of cpu,numpy")
+    parser.add_argument("--compile", action="store_true", help="against torch.compile too, which takes minutes")
     parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--regime", choices=REGIMES, help=argparse.SUPPRESS)
+    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.regime:
-        print(json.dumps(measure(arguments.threads, arguments.seconds, arguments.only)))
+    if arguments.apart:
+        arguments.threads = int(arguments.threads)
+        print(json.dumps(measure(arguments)))
         return
-    results = {regime: measure_apart(regime, arguments) for regime in REGIMES}
-    print(
-        f"\ngpu_bn / torch, median of paired ratios, memory {' / '.join(results)}\n{environment(arguments.threads)}\n"
-    )
-    print(table(results))
+    found = {}
+    for threads in map(int, arguments.threads.split(",")):
+        found[threads] = measure_apart(threads, arguments)
+        print(f"\n{environment()}, {threads} thread{'s' * (threads > 1)} each\n\n{table(found[threads])}")
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"environment": environment(arguments.threads), "results": results}, indent=1)
-        )
+        arguments.json.write_text(json.dumps({"environment": environment(), "results": found}, indent=1))
 
 
 if __name__ == "__main__":

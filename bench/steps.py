@@ -1,0 +1,160 @@
+"""Whole networks on a CPU with torch's layers and with ours: ``python bench/steps.py``.
+
+A training step and an evaluation of ResNet-18 and MobileNetV3-large, eight images of 64 x 64, one thread, in
+alternating pairs with torch's eager one; the figure is the median of the pairs' ratios. Peak memory is what a step
+takes beyond what was taken before it, of the process, which is coarse. Each variant's first gradient is compared with
+torch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpu_bn import nn as ours
+from gpu_bn.bench.training import AGREEMENT, peak_bytes, prepared, resnet18
+
+# Kernel, expanded, output, squeeze-and-excitation, Hardswish, stride (Howard et al. 2019, table 1)
+ROWS = (
+    (3, 16, 16, False, False, 1), (3, 64, 24, False, False, 2), (3, 72, 24, False, False, 1),
+    (5, 72, 40, True, False, 2), (5, 120, 40, True, False, 1), (5, 120, 40, True, False, 1),
+    (3, 240, 80, False, True, 2), (3, 200, 80, False, True, 1), (3, 184, 80, False, True, 1),
+    (3, 184, 80, False, True, 1), (3, 480, 112, True, True, 1), (3, 672, 112, True, True, 1),
+    (5, 672, 160, True, True, 2), (5, 960, 160, True, True, 1), (5, 960, 160, True, True, 1),
+)  # fmt: skip
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int, groups: int, activation: Any) -> list[nn.Module]:
+    """A convolution, its normalisation and what follows."""
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [layer, nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01), *([activation()] if activation else [])]
+
+
+class Excitation(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = max(8, channels // 32 * 8)
+        self.scale = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, inner, 1), nn.ReLU(), nn.Conv2d(inner, channels, 1),
+            nn.Hardsigmoid(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x * self.scale(x)
+        return result
+
+
+class Inverted(nn.Module):
+    """An inverted residual."""
+
+    def __init__(
+        self, inputs: int, kernel: int, inner: int, outputs: int, excites: bool, hard: bool, stride: int
+    ) -> None:
+        super().__init__()
+        activation = nn.Hardswish if hard else nn.ReLU
+        layers = convolution(inputs, inner, 1, 1, 1, activation) if inner != inputs else []
+        layers += convolution(inner, inner, kernel, stride, inner, activation)
+        layers += [Excitation(inner)] if excites else []
+        self.block = nn.Sequential(*layers, *convolution(inner, outputs, 1, 1, 1, None))
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.block(x) if self.adds else self.block(x)
+        return result
+
+
+def mobilenet_v3_large(classes: int = 1000) -> nn.Module:
+    """MobileNetV3-large."""
+    layers, inputs = convolution(3, 16, 3, 2, 1, nn.Hardswish), 16
+    for kernel, inner, outputs, excites, hard, stride in ROWS:
+        layers.append(Inverted(inputs, kernel, inner, outputs, excites, hard, stride))
+        inputs = outputs
+    layers += convolution(160, 960, 1, 1, 1, nn.Hardswish)
+    head = [nn.Linear(960, 1280), nn.Hardswish(), nn.Linear(1280, classes)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
+
+
+NETWORKS = {"ResNet-18": resnet18, "MobileNetV3-large": mobilenet_v3_large}
+VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
+    "torch": lambda model: model,
+    "converted": ours.convert,
+    "fused": lambda model: ours.convert(model, fuse=True),
+}
+FOLDED: dict[str, Callable[[nn.Module], Any]] = {"folded": lambda model: ours.fold(model)}
+
+
+def elapsed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def ratios(calls: dict[str, Callable[[], Any]], pairs: int) -> dict[str, tuple[float, float]]:
+    """By variant, the median of the pairs' ratios to the first one, and of its own times."""
+    names = list(calls)
+    base, found = names[0], {name: [] for name in names}  # type: ignore[var-annotated]
+    for i in range(pairs + 1):
+        for name in names[1:] or names:
+            pair = [(which, elapsed(calls[which])) for which in ((base, name) if i % 2 else (name, base))]
+            if i:  # the first pair warms up
+                found[name].append(dict(pair))
+    result = {base: (1.0, statistics.median(times[base] for times in found[names[1]]))}
+    for name in names[1:]:
+        times = found[name]
+        result[name] = (
+            statistics.median(each[name] / each[base] for each in times), statistics.median(e[name] for e in times)
+        )  # fmt: skip
+    return result
+
+
+def main() -> None:
+    """Measure and print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--only", default="", help="only networks whose name contains this")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
+    print("| network | layers | training step / torch | ms | peak MB | evaluation / torch | ms |")
+    print("|---|---|---|---|---|---|---|")
+    for network, make in NETWORKS.items():
+        if arguments.only not in network:
+            continue
+        model = make()
+        steps, peaks, evaluations = {}, {}, {}
+        expected: Any = None
+        for name, variant in VARIANTS.items():
+            made = variant(copy.deepcopy(model))
+            steps[name], gradient = prepared(made, images, labels)
+            expected = gradient if expected is None else expected
+            error = float((gradient - expected).norm() / expected.norm())
+            assert error <= AGREEMENT, f"{network}, {name}: the first gradient is off by {error:.2g}"
+            peaks[name] = peak_bytes(steps[name], "cpu")
+        for name, variant in (VARIANTS | FOLDED).items():
+            evaluated = variant(copy.deepcopy(model).eval()).eval()
+
+            def evaluate(evaluated: Any = evaluated) -> None:
+                with torch.no_grad():
+                    evaluated(images)
+
+            evaluations[name] = evaluate
+        trained, evaluated_in = ratios(steps, arguments.pairs), ratios(evaluations, arguments.pairs)
+        for name in evaluations:
+            step = trained.get(name)
+            peak = f"{peaks[name] / 1e6:.0f}" if peaks.get(name) else "-"
+            cells = f"{step[0]:.2f} | {step[1] * 1e3:.0f} | {peak}" if step else "- | - | -"
+            print(f"| {network} | {name} | {cells} | {evaluated_in[name][0]:.2f} | {evaluated_in[name][1] * 1e3:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
