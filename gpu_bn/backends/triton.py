@@ -577,11 +577,7 @@ def _one_of(layout: Layout, groups: int) -> Layout:
 
 def _there(valid: Array | None, view: View) -> Array | None:
     """The mask as kernels take it: bytes in the order of the tensor's positions."""
-    return (
-        None
-        if valid is None
-        else aligned(valid.permute(view.layout.order).contiguous().view(torch.uint8), VECTOR_BYTES)
-    )
+    return None if valid is None else valid.permute(view.layout.order).contiguous().view(torch.uint8)
 
 
 def _give_back(written: tuple[Array | None, ...], given: tuple[Array | None, ...]) -> None:
