@@ -60,7 +60,7 @@ def calls(shape, dtype, layout, activation, residual, extension):
     masked, groups, renorm = EXTENSIONS[extension]
     x, rest, dy = tensors(shape, dtype, layout, residual)
     weight, bias = vectors(shape[1])
-    valid = torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool) if masked else None
+    valid = off_alignment(torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool)) if masked else None
     forward = (x, weight, bias, rest)
     options = (1e-5, activation, 0.1)
     train = (*forward, *vectors(shape[1]), torch.tensor(3), None, *options, valid, groups, renorm)

@@ -289,6 +289,7 @@ class TritonBackend:
             bits = _mask_size(view, spec.axis, x.element_size(), spec.activation.name, groups)
         if bits:  # a byte serves a whole vector, wherever tensors begin
             x_there, residual = aligned(x_there, VECTOR_BYTES), aligned(residual, VECTOR_BYTES)
+            there = None if there is None else aligned(there, VECTOR_BYTES)
         usable = out is not None and is_dense(out, view) and not (bits and out.data_ptr() % VECTOR_BYTES)
         y = out if usable else self.new(x.shape, view.dense_strides, x.dtype, x.device)
         alignment = _alignment(x_there, residual, y, there)
@@ -463,6 +464,7 @@ class TritonBackend:
         activation, mask, residual = saved.spec.activation, saved.mask, saved.residual
         if mask is not None:  # it has a byte for each whole vector
             x, dy = aligned(x, VECTOR_BYTES), aligned(dy, VECTOR_BYTES)
+            there = None if there is None else aligned(there, VECTOR_BYTES)
         elif residual is not None:
             residual = dense(residual, view)
         alignment = _alignment(x, dy, residual, there)
@@ -575,11 +577,7 @@ def _one_of(layout: Layout, groups: int) -> Layout:
 
 def _there(valid: Array | None, view: View) -> Array | None:
     """The mask as kernels take it: bytes in the order of the tensor's positions."""
-    return (
-        None
-        if valid is None
-        else aligned(valid.permute(view.layout.order).contiguous().view(torch.uint8), VECTOR_BYTES)
-    )
+    return None if valid is None else valid.permute(view.layout.order).contiguous().view(torch.uint8)
 
 
 def _give_back(written: tuple[Array | None, ...], given: tuple[Array | None, ...]) -> None:

@@ -103,7 +103,7 @@ class CpuBackend:
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
         if groups > 1:
             size = x.shape[0] // groups
-            parts = [slice(group * size, (group + 1) * size) for group in range(groups)]
+            parts = [slice(group * size, (group + 1) * size) for group in range(groups)]  # also of an empty batch
             return self._joined([self.stats(x[at], axis, None if valid is None else valid[at]) for at in parts])
         if valid is not None:
             x, axis = self.arrays.chosen(x, axis, valid), 0
