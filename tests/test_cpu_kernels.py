@@ -13,10 +13,10 @@ from support import make_problem, relative_error, rng, same_bits
 
 import gpu_bn
 from gpu_bn.activations import ROWS
-from gpu_bn.backends.cpu import call, plans, threads
 from gpu_bn.testing import Case, build, check, oracle, run
 
-numba = pytest.importorskip("numba")
+numba = pytest.importorskip("numba", reason="Numba compiles the kernels for CPUs: pip install -e '.[cpu]'")
+from gpu_bn.backends.cpu import call, plans, threads  # noqa: E402
 from gpu_bn.kernels.cpu import calls_channels, calls_rows, channels, rows  # noqa: E402 (they need Numba)
 from gpu_bn.kernels.cpu.compiler import cold  # noqa: E402
 from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT32, FLOAT64  # noqa: E402

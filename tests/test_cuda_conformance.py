@@ -138,7 +138,7 @@ def launches(gpu) -> tuple[int, int]:
 def test_phases_give_what_the_fused_calls_give(make_gpu, monkeypatch):
     """The phases are what SyncBatchNorm is made of."""
     gpu = make_gpu(80)
-    monkeypatch.setattr(gpu_bn.ops, "_fused", lambda _: None)
+    monkeypatch.setattr(gpu_bn.ops, "_fused", lambda *_: None)
     for case in cases()[::45]:
         check(case, gpu.backend)
     assert {name.partition("kernel")[0].partition("bn_")[2] for name in gpu.launched} == {

@@ -89,15 +89,20 @@ def forward(
     result = ops.forward(engine, x, spec, new_mean, new_var, *others)
     if num_batches_tracked is not None:
         running.append(num_batches_tracked)
-        moved.append(num_batches_tracked + 1)
+        moved.append(num_batches_tracked.clone().add_(1))  # which refuses what cannot count, as torch's layers do
     torch._foreach_copy_(running, moved)
     return result
+
+
+def unread(momentum: Tensor) -> bool:
+    """Whether a momentum is not to be read: on a GPU one would wait for it, and compiled code holds no number of it."""
+    return momentum.is_cuda or torch.compiler.is_compiling()
 
 
 def weighs(momentum: float | None, momentum_at: Tensor | None, num_batches_tracked: Tensor | None) -> float | Tensor:
     """What this batch weighs; where that is known to a GPU only a tensor there, so that nothing waits for it."""
     if momentum_at is not None:
-        return momentum_at.item() if momentum_at.is_cpu else momentum_at.double()
+        return momentum_at.double() if unread(momentum_at) else momentum_at.item()
     if momentum is not None:
         return momentum
     if num_batches_tracked is None:
