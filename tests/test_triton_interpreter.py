@@ -28,8 +28,9 @@ def interpreted(script, *arguments):
     ("tier", "which", "least"),
     [
         ("auto", "some", 70),
-        ("split", "few", 15),
-        ("auto", "extended", 20),
+        ("split", "few some", 15),
+        ("auto", "few extended", 5),
+        pytest.param("auto", "extended", 20, marks=pytest.mark.slow),
         pytest.param("split", "some", 70, marks=pytest.mark.slow),
         pytest.param("auto", "all", 400, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
         pytest.param("split", "all", 400, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
