@@ -136,7 +136,7 @@ def test_threads_do_not_change_a_bit(case, monkeypatch):
 
 
 def test_few_channels_are_cut_into_parts():
-    plan = plans.plan(2, 3, 600 * 700, FLOAT32, True, False)
+    plan = plans.plan(plans.Geometry(2, 3, 600 * 700, (), 0), FLOAT32, True, False)
     assert plan.group == 0
     assert plan.parts > 20
 

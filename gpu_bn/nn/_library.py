@@ -17,6 +17,7 @@ arguments may have no gradient formula there, and each call costs several times 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import compress, product
 from typing import Any
@@ -155,7 +156,8 @@ def _train(
     weight_of_batch = weighs(momentum, momentum_at, num_batches_tracked)
     spec = options(True, weight_of_batch, eps, activation, parameter, groups, renorm)
     tracked = (running_mean, running_var, num_batches_tracked)
-    return _results(x, *forward(dispatch.serving(x), x, spec, tracked, weight, bias, residual, valid))
+    y, saved = forward(dispatch.serving(x), x, spec, tracked, weight, bias, residual, valid)
+    return _results(x, y, replace(saved, valid=valid))  # also a mask that leaves nothing out, which saved has not
 
 
 def _infer(
