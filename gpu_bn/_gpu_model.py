@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 THREADS = 256
 
@@ -129,12 +129,12 @@ class Times:
 
     def parts(self) -> dict[str, float]:
         """By name."""
-        return asdict(self)
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def seconds(self) -> float:
         """All of it."""
-        return sum(self.parts().values())
+        return self.launches + self.memory + self.idle + self.exchange + self.merge
 
     @property
     def limiter(self) -> str:

@@ -62,6 +62,8 @@ def forward(
     Raises:
         ValueError: an array that is written shares memory with another, or two of its elements do.
     """
+    if valid is not None and hasattr(backend, "fuses_plain_calls_only") and bool(valid.all()):
+        valid = None
     state = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": counter}
     distinct = aliasing.check_written(
         {"out": out, **(state if spec.batch_stats else {})},

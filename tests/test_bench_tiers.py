@@ -41,7 +41,10 @@ PLANTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "threshold", "value"), PLANTED)
+@pytest.mark.parametrize(
+    ("name", "threshold", "value"),
+    [pytest.param(*planted, marks=[pytest.mark.slow] if i % 4 else []) for i, planted in enumerate(PLANTED)],
+)
 def test_a_crossover_that_was_planted_is_found(name, threshold, value):
     """Times such that the tiers of other thresholds are the fastest: these thresholds come out."""
     device, truth = plan.DEVICES[name], replace(plan.THRESHOLDS, **{threshold: value})

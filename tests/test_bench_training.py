@@ -33,12 +33,10 @@ def test_it_is_a_resnet_18():
     model = training.resnet18()
     assert sum(p.numel() for p in model.parameters()) == 11_689_512  # torchvision's
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 20
-    fused = nn.convert(model, fuse=True)
-    calls = [node for node in fused.graph.nodes if node.op == "call_module"]
-    layers = [node for node in calls if isinstance(fused.get_submodule(node.target), nn.BatchNorm2d)]
-    assert sum(len(node.args) == 2 for node in layers) == 8  # with a residual
-    with_relu = [node for node in fused.graph.nodes if str(node.kwargs.get("activation")) == "relu"]
-    assert len(with_relu) == 17  # all but those of three shortcuts
+    report = nn.Report()
+    nn.convert(model, fuse=True, report=report)
+    assert len(report.converted) == 20
+    assert len(report.merged) == 17  # with their activation, 8 of them after a sum; all but those of three shortcuts
 
 
 @pytest.mark.usefixtures("small")

@@ -26,7 +26,7 @@ def test_a_step_leaves_its_results_as_json(tmp_path):
     assert (step["step"], step["exit"]) == ("info", 0)
     info = json.loads((tmp_path / "info.json").read_text())
     assert {"gpu-bn", "Python", "NumPy", "GPUs"} <= {name for name, _ in info["facts"]}
-    assert any(row["name"] == "numpy" and row["available"] == "yes" for row in info["backends"])
+    assert any(row["name"] == "numpy" and row["available"].startswith("yes") for row in info["backends"])
 
 
 def test_an_unknown_step_is_refused(tmp_path):

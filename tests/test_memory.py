@@ -53,6 +53,26 @@ def test_backward(shape, activation, training):
     assert extra(lambda: gpu_bn.batch_norm_backward(dy, saved), 1, x) <= 0.05
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "negative_stride", "sliced_channels", "misaligned"])
+@pytest.mark.parametrize("shape", [(8, 3, 512, 512), (16, 128, 1500), (16000, 200)], ids=str)
+def test_layouts_whatever_the_channels(shape, layout):
+    x, added = data(shape, layout=layout), data(shape)
+    y, saved = gpu_bn.batch_norm_forward(x, training=True, residual=added, activation="relu")
+    assert extra(lambda: gpu_bn.batch_norm(x, training=True, residual=added, activation="relu"), 1, x) <= 0.05
+    assert extra(lambda: gpu_bn.batch_norm_backward(y, saved), 2, x) <= 0.05
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_channels"])
+@pytest.mark.parametrize("shape", [(8, 3, 512, 512), (32, 64, 56, 56)], ids=str)
+def test_a_mask_costs_a_byte_for_each_position(shape, layout):
+    x = data(shape, layout=layout)
+    mask = rng(1).random((shape[0], 1, *shape[2:])) < 0.5
+    y, saved = gpu_bn.batch_norm_forward(x, training=True, mask=mask, activation="relu")
+    allowed = 0.05 + mask.size / x.nbytes
+    assert extra(lambda: gpu_bn.batch_norm(x, training=True, mask=mask, activation="relu"), 1, x) <= allowed
+    assert extra(lambda: gpu_bn.batch_norm_backward(y, saved), 1, x) <= allowed
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "negative_stride", "sliced_channels"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])

@@ -28,8 +28,9 @@ def interpreted(script, *arguments):
     ("tier", "which", "least"),
     [
         ("auto", "some", 70),
-        ("split", "few", 15),
-        ("auto", "extended", 20),
+        ("split", "few some", 15),
+        ("auto", "few extended", 5),
+        pytest.param("auto", "extended", 20, marks=pytest.mark.slow),
         pytest.param("split", "some", 70, marks=pytest.mark.slow),
         pytest.param("auto", "all", 400, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
         pytest.param("split", "all", 400, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
@@ -63,9 +64,9 @@ ours, theirs = (gpu_bn.batch_norm(x, backend=name, **options) for name in ("trit
 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 gradients = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (ours, theirs)]
 torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
-print(type(ours.grad_fn).__name__)
+print(ours.grad_fn.engine.name)
 """
 
 
 def test_the_backend_by_name():
-    assert interpreted(["-c", BY_NAME]).strip() == "_BatchNormBackward"
+    assert interpreted(["-c", BY_NAME]).strip() == "triton"

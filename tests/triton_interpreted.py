@@ -1,7 +1,8 @@
 """Run conformance cases on the Triton backend in Triton's interpreter, and print what fails as JSON.
 
 A process of its own: kernels are either interpreted or compiled, from their import on. Arguments: a tier or ``auto``,
-and ``few``, ``some`` or ``all`` of the cases, or the ``extended`` ones (masks, ghost batches, renormalisation).
+and which cases: ``all``, ``some``, or the ``extended`` ones (masks, ghost batches, renormalisation); ``few some`` and
+``few extended`` are a quarter of them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def main(tier: str, which: str) -> None:
     from gpu_bn.backends.triton import TritonBackend
 
     backend = TritonBackend(tier=None if tier == "auto" else tier)
-    selected = {"all": cases(), "some": some_cases(), "few": some_cases()[::4], "extended": small_extended()}[which]
+    kinds = {"all": cases, "some": some_cases, "extended": small_extended}
+    selected = kinds[which.removeprefix("few ")]()[:: 4 if which.startswith("few ") else 1]
     failures = {}
     for case in selected:
         try:

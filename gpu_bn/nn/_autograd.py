@@ -114,7 +114,7 @@ class _Direct(Function):
         identity = spec.activation.is_identity
         require_savable((x, weight) if identity else (x, weight, bias, residual))
         y, saved = _library.forward(engine, x, spec, tracked, weight, bias, residual, valid)
-        ctx.save_for_backward(x, weight, None if identity else bias, saved.residual, valid, saved.mask)
+        ctx.save_for_backward(x, weight, None if identity else bias, saved.residual, saved.valid, saved.mask)
         bias_dtype = x.dtype if bias is None else bias.dtype
         vectors = (saved.moments, saved.weight, saved.bias, saved.weight_dtype, bias_dtype)
         ctx.engine, ctx.vectors, ctx.has_residual = engine, vectors, saved.has_residual

@@ -17,6 +17,7 @@ arguments may have no gradient formula there, and each call costs several times 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import compress, product
 from typing import Any
@@ -89,15 +90,20 @@ def forward(
     result = ops.forward(engine, x, spec, new_mean, new_var, *others)
     if num_batches_tracked is not None:
         running.append(num_batches_tracked)
-        moved.append(num_batches_tracked + 1)
+        moved.append(num_batches_tracked.clone().add_(1))  # which refuses what cannot count, as torch's layers do
     torch._foreach_copy_(running, moved)
     return result
+
+
+def unread(momentum: Tensor) -> bool:
+    """Whether a momentum is not to be read: on a GPU one would wait for it, and compiled code holds no number of it."""
+    return momentum.is_cuda or torch.compiler.is_compiling()
 
 
 def weighs(momentum: float | None, momentum_at: Tensor | None, num_batches_tracked: Tensor | None) -> float | Tensor:
     """What this batch weighs; where that is known to a GPU only a tensor there, so that nothing waits for it."""
     if momentum_at is not None:
-        return momentum_at.item() if momentum_at.is_cpu else momentum_at.double()
+        return momentum_at.double() if unread(momentum_at) else momentum_at.item()
     if momentum is not None:
         return momentum
     if num_batches_tracked is None:
@@ -150,7 +156,8 @@ def _train(
     weight_of_batch = weighs(momentum, momentum_at, num_batches_tracked)
     spec = options(True, weight_of_batch, eps, activation, parameter, groups, renorm)
     tracked = (running_mean, running_var, num_batches_tracked)
-    return _results(x, *forward(dispatch.serving(x), x, spec, tracked, weight, bias, residual, valid))
+    y, saved = forward(dispatch.serving(x), x, spec, tracked, weight, bias, residual, valid)
+    return _results(x, y, replace(saved, valid=valid))  # also a mask that leaves nothing out, which saved has not
 
 
 def _infer(

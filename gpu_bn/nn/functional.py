@@ -259,7 +259,7 @@ def _any_call(
         for written in (running_mean, running_var, num_batches_tracked):
             if written is not None and written.is_inference():
                 written.add_(0)  # outside inference mode torch refuses, when it has already added
-    if isinstance(momentum, Tensor) and (extended or not _unread(momentum)):
+    if isinstance(momentum, Tensor) and (extended or not _library.unread(momentum)):
         momentum = momentum.item()
     arguments = (
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
@@ -286,11 +286,6 @@ def exporting() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return _autograd._tracing() is not None
-
-
-def _unread(momentum: Tensor) -> bool:
-    """Whether a momentum is not to be read: on a GPU one would wait for it, and compiled code holds no number of it."""
-    return momentum.is_cuda or torch.compiler.is_compiling()
 
 
 def _number(value: Any) -> Any:

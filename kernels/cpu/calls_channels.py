@@ -2,7 +2,7 @@
 
 ``group`` is how many channels are summed, then written, together. Of a call that is not fused, a part is so many
 elements, ``part_length``, of ``part_runs`` runs of one channel, or, to be written, of ``part_channels``. ``scratch``
-has 5 float64 vectors of the channels and then two numbers a part.
+has 5 float64 vectors of the channels and then, where parts are summed, two numbers a part.
 """
 
 from gpu_bn.kernels.cpu.calls import (
@@ -107,12 +107,13 @@ def forward(
         some = min(group, channels - low)
         by, own = low * length * size, 8 * low
         call_kernel(moments, (x + by, x_step, runs, length, some, mean + own, var + own))
-        put_affine(low, low + some, mean, var, eps, weight, bias, double, scratch, scale, shift)
-        call_kernel(
-            writer,
-            (x + by, residual + by, 0, y + by, 0, x_step, residual_step, 0, y_step, 0, runs, length, some,
-             scratch + own, scale + own, shift + own, 0, 0, p, 0, past),
-        )  # fmt: skip
+        if writer:
+            put_affine(low, low + some, mean, var, eps, weight, bias, double, scratch, scale, shift)
+            call_kernel(
+                writer,
+                (x + by, residual + by, 0, y + by, 0, x_step, residual_step, 0, y_step, 0, runs, length, some,
+                 scratch + own, scale + own, shift + own, 0, 0, p, 0, past),
+            )  # fmt: skip
     while phases & SUM and batch_stats and not fused:
         at = claim(counters)
         if at >= channels * parts:

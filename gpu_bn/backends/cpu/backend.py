@@ -1,6 +1,6 @@
 """The compiled backend: what :mod:`gpu_bn.backends.protocol` asks for, of kernels in ``gpu_bn.kernels.cpu``.
 
-Tensors whose strides kernels cannot follow are copied. A masked tensor is computed as one of the positions that count.
+Tensors whose strides kernels cannot follow, and masked ones, go through :mod:`gpu_bn.backends.cpu.pieces`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from gpu_bn.activations import IDENTITY
-from gpu_bn.backends.cpu import call
+from gpu_bn.backends.cpu import call, pieces
 from gpu_bn.backends.cpu.arrays import Arrays, NumpyArrays
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec
@@ -105,16 +105,14 @@ class CpuBackend:
             size = x.shape[0] // groups
             parts = [slice(group * size, (group + 1) * size) for group in range(groups)]  # also of an empty batch
             return self._joined([self.stats(x[at], axis, None if valid is None else valid[at]) for at in parts])
-        if valid is not None:
-            x, axis = self.arrays.chosen(x, axis, valid), 0
         count = math.prod(x.shape) // max(x.shape[axis], 1)
         if count and x.shape[axis]:
             spec = BatchNormSpec(axis, True, 0.0, 1.0, IDENTITY)
-            moments = self._forward(x, spec, (None, None, None, None), None, None)
+            moments = self._forward(x, spec, (None, None, None, None), None, None, valid=valid)
         else:
             zeros = self.arrays.zeros((2, x.shape[axis]), self.arrays.float64)
             moments = Moments(count, zeros[0], zeros[1])
-        return moments if valid is None else replace(moments, count=self.arrays.number(float(count)))
+        return moments if valid is None else replace(moments, count=self.arrays.number(float(moments.count)))
 
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
         momentum = float(momentum)
@@ -132,34 +130,22 @@ class CpuBackend:
             for at, part in saved.parts():
                 self.normalize(part, None if residual is None else residual[at], out[at])
             return
-        if saved.valid is not None:
-            there = self._there(saved)
-            y = self.arrays.empty_like(there.x)
-            if y.shape[1]:
-                self.normalize(there, self._chosen(saved, residual), y)
-            self.arrays.scatter(out, saved.spec.axis, saved.valid, y)
-            return
         spec = replace(saved.spec, batch_stats=False)
         vectors = (saved.weight, saved.bias, saved.mean, saved.moments.var)
-        self._forward(saved.x, spec, vectors, residual, out, in_place=True)
+        self._forward(saved.x, spec, vectors, residual, out, in_place=True, valid=saved.valid)
 
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         if saved.spec.groups > 1:
             each = [self.backward_reduce(dy[at], part, None if dz is None else dz[at]) for at, part in saved.parts()]
             return Sums(*map(self.arrays.concatenate, zip(*each, strict=True)))
-        if saved.valid is not None:
-            there = self._there(saved)
-            dz_there = None if dz is None else self.arrays.empty_like(there.x)
-            if there.x.shape[1]:
-                sums = self.backward_reduce(self._chosen(saved, dy), there, dz_there)
-            else:
-                sums = Sums(*self.arrays.zeros((2, there.x.shape[0]), self.arrays.float64))
-            if dz is not None:
-                self.arrays.scatter(dz, saved.spec.axis, saved.valid, dz_there)
-            return sums
         added = None if saved.spec.activation.is_identity else dz
         if dz is not None and added is None:
-            self.arrays.assign(dz, dy)
+            if saved.valid is None:
+                self.arrays.assign(dz, dy)
+            else:
+                there = pieces.Pieces(self.arrays, dy, saved.spec.axis, saved.valid, 1)
+                for at in there:
+                    there.put(dz, at, there.take(dy, at))
         return self._backward(dy, saved, True, None, added)
 
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
@@ -168,13 +154,6 @@ class CpuBackend:
                 length = len(part.mean)
                 own = slice(i * length, (i + 1) * length)
                 self.backward_input(dy[at], part, sums and Sums(sums.dz[own], sums.dz_xhat[own]), out[at])
-            return
-        if saved.valid is not None:
-            there = self._there(saved)
-            dx = self.arrays.empty_like(there.x)
-            if dx.shape[1]:
-                self.backward_input(self._chosen(saved, dy), there, sums, dx)
-            self.arrays.scatter(out, saved.spec.axis, saved.valid, dx)
             return
         self._backward(dy, saved, False, out, None, given=sums)
 
@@ -187,11 +166,16 @@ class CpuBackend:
         residual: Array | None,
         y: Array | None,
         in_place: bool = False,
+        valid: Array | None = None,
     ) -> Moments:
+        """Write y, if it is given, and move the running statistics, after weight and bias in ``vectors``."""
         activation, options = spec.activation, (spec.axis, spec.batch_stats, float(spec.momentum), spec.eps)
-        mean, var, count = call.forward(
+        found = valid is None and call.forward(
             self.arrays, x, *options, activation.name, activation.parameter, vectors, residual, y, in_place
         )
+        if not found:
+            return pieces.forward(self, x, spec, vectors, residual, y, valid)
+        mean, var, count = found
         return Moments(count, mean, var)
 
     def _backward(
@@ -204,14 +188,15 @@ class CpuBackend:
         gradients: tuple[Array | None, Array | None] = (None, None),
         given: Sums | None = None,
     ) -> Sums:
+        """Write the gradients that are given, and return the sums: those given, or computed if ``sums``."""
         spec, activation = saved.spec, saved.spec.activation
         vectors = (saved.weight, saved.bias, self._double(saved.mean), self._double(saved.moments.var))
         known = None if given is None else (self._double(given.dz), self._double(given.dz_xhat))
-        found = call.backward(
+        found = saved.valid is None and call.backward(
             self.arrays, saved.x, spec.axis, spec.batch_stats, spec.eps, activation.name, activation.parameter, vectors,
             _number(saved.positions), saved.residual, dy, dx, dresidual, gradients, sums, known,
         )  # fmt: skip
-        return Sums(*found)
+        return Sums(*found) if found else pieces.backward(self, dy, saved, sums, dx, dresidual, gradients, given)
 
     def _double(self, vector: Array) -> Array:
         """A float64 vector as a dense one."""
@@ -222,14 +207,6 @@ class CpuBackend:
         count, mean, var = zip(*[(part.count, part.mean, part.var) for part in parts], strict=True)
         together = self.arrays.concatenate
         return Moments(count[0] if isinstance(count[0], int) else together(count), together(mean), together(var))
-
-    def _there(self, saved: Saved) -> Saved:
-        """A masked call as one of the positions that count, (C, positions)."""
-        x, residual = (self._chosen(saved, one) for one in (saved.x, saved.residual))
-        return replace(saved, x=x, residual=residual, valid=None, spec=replace(saved.spec, axis=0))
-
-    def _chosen(self, saved: Saved, array: Array | None) -> Array | None:
-        return None if array is None else self.arrays.chosen(array, saved.spec.axis, saved.valid)
 
 
 def _number(count: Any) -> float:

@@ -1,7 +1,7 @@
 """One call of kernels: its arguments as addresses, and the phases that threads share.
 
-What follows from shapes, strides and options is prepared once for all calls alike. Tensors whose strides kernels cannot
-follow are copied, and so are per-channel vectors that are not dense ones of float32 or float64.
+What follows from shapes, strides and options is prepared once for all calls alike. Per-channel vectors that are not
+dense ones of float32 or float64 are copied.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ FUSED: Phases = ((START, False), (SUM, True), (END, False))
 LINE = 64
 KEPT = 1 << 16
 """Bytes of scratch memory that each thread keeps for its next call."""
-PREPARED = 4096
+PREPARED = 512
 
 
 class Prepared(NamedTuple):
-    """What calls alike have in common; ``copies`` says which tensors have to be copied, if any."""
+    """What calls alike have in common."""
 
     kernel: Any
     phases: Phases
@@ -48,11 +48,10 @@ class Prepared(NamedTuple):
     positions: int
     scratch: int
     nbytes: int
-    seen: plans.Geometry
-    copies: tuple[bool, ...]
 
 
-_prepared: dict[Any, Prepared] = {}
+_prepared: dict[Any, Prepared | None] = {}
+"""``None`` for tensors that kernels cannot follow."""
 _local = threading.local()
 
 
@@ -69,29 +68,31 @@ def forward(
     residual: Array | None,
     y: Array | None,
     in_place: bool,
-) -> tuple[Array, Array, int]:
+) -> tuple[Array, Array, int] | None:
     """Write y, if it is given, move the running statistics, and return mean and variance, float64, and their count.
 
-    ``vectors`` are weight, bias, running mean and variance.
+    ``vectors`` are weight, bias, running mean and variance. ``None``, and nothing done, where kernels cannot follow the
+    strides.
     """
     tensors, layout, address = (x, residual, y), arrays.layout, arrays.address
     key = (
         axis, batch_stats, activation, in_place, layout(x), None if residual is None else layout(residual),
         None if y is None else layout(y),
     )  # fmt: skip
-    prepared = _prepared.get(key) or _remember(key, _prepare_forward(arrays, key, tensors))
-    operands = _operands(arrays, prepared, tensors, 2) if prepared.copies else tensors
+    try:
+        prepared = _prepared[key]
+    except KeyError:
+        prepared = _remember(key, _prepare_forward(arrays, key, tensors))
+    if prepared is None:
+        return None
     parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
     wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
     mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
-    source, added, target = operands
     _run(
-        prepared, address(source), 0 if added is None else address(added), 0 if target is None else address(target),
+        prepared, address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
         *prepared.shape, *parameters, address(mean), address(var), batch_stats, momentum, eps, parameter,
         *prepared.cut,
     )  # fmt: skip
-    if target is not y:
-        arrays.assign(y, target)
     if batch_stats and wide is not vectors:
         _give_back(arrays, vectors[2:], wide[2:])
     return mean, var, prepared.positions
@@ -114,50 +115,38 @@ def backward(
     gradients: tuple[Array | None, Array | None],
     sums: bool,
     given: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array] | None:
     """Write the gradients that are given, and return the sums of dz and dz * xhat, float64: computed, or those given.
 
     ``vectors`` are weight, bias, mean and variance, the last two float64; ``gradients`` are those of weight and bias;
-    ``count`` is what sums are divided by, if it is not x's own.
+    ``count`` is what sums are divided by, if it is not x's own. ``None`` as of :func:`forward`.
     """
     tensors, layout, address = (x, residual, dy, dx, dresidual), arrays.layout, arrays.address
     key = (axis, sums, activation, *[None if one is None else layout(one) for one in tensors])
-    prepared = _prepared.get(key) or _remember(key, _prepare_backward(arrays, key, tensors))
-    operands = _operands(arrays, prepared, tensors, 3) if prepared.copies else tensors
+    try:
+        prepared = _prepared[key]
+    except KeyError:
+        prepared = _remember(key, _prepare_backward(arrays, key, tensors))
+    if prepared is None:
+        return None
     parameters = [0 if one is None else arrays.tagged(one) for one in vectors[:2]]
     written = [0 if one is None else arrays.tagged(one) for one in gradients]
     wide = _widened(arrays, vectors[:2], parameters, True) if -1 in parameters else None
     results = _widened(arrays, gradients, written, False) if -1 in written else gradients
     found = given or (arrays.double(prepared.channels), arrays.double(prepared.channels))
     _run(
-        prepared, *[0 if one is None else address(one) for one in operands], *prepared.shape, *parameters, *written,
+        prepared, *[0 if one is None else address(one) for one in tensors], *prepared.shape, *parameters, *written,
         address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
         batch_stats and (sums or given is not None), float(prepared.positions) if count is None else count, eps,
         parameter, *prepared.cut,
     )  # fmt: skip
     del wide  # until here
-    for one, tensor in zip(operands[3:], tensors[3:], strict=True):
-        if one is not tensor:
-            arrays.assign(tensor, one)
     if results is not gradients:
         _give_back(arrays, gradients, results)
     return found
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
-def _operands(arrays: Arrays, prepared: Prepared, tensors: tuple[Any, ...], inputs: int) -> tuple[Any, ...]:
-    """The tensors; for those whose strides do not fit copies, or room if they are written."""
-    found = []
-    for at, (one, copied) in enumerate(zip(tensors, prepared.copies, strict=True)):
-        operand = one
-        if copied:
-            operand = arrays.dense(one, prepared.seen.order)
-            if at < inputs:
-                arrays.assign(operand, one)
-        found.append(operand)
-    return tuple(found)
-
-
 def _widened(arrays: Arrays, vectors: tuple[Any, ...], addresses: list[int], read: bool) -> tuple[Any, ...]:
     """The vectors, in float64 where the address is -1, and is put right."""
     found = list(vectors)
@@ -177,53 +166,60 @@ def _give_back(arrays: Arrays, vectors: tuple[Any, ...], written: tuple[Any, ...
 
 
 # ------------------------------------------------------------------------------------------------------- preparations
-def _remember(key: Any, prepared: Prepared) -> Prepared:
+def _remember(key: Any, prepared: Prepared | None) -> Prepared | None:
     if len(_prepared) >= PREPARED:
         _prepared.clear()
-    _prepared[key] = prepared
+    parts: dict[Any, Any] = {}
+    _prepared[tuple([parts.setdefault(part, part) for part in key])] = prepared  # of equal layouts one is kept
     return prepared
 
 
-def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared:
+def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared | None:
     axis, batch_stats, activation, in_place, *_ = key
-    code, seen, steps, copies, dense = _seen(arrays, tensors, axis)
-    plan = plans.plan(*seen[:3], code, dense, not batch_stats)
+    code, seen, steps, dense = _seen(arrays, tensors, axis)
+    if steps is None:
+        return None
+    plan = plans.plan(seen, code, dense, not batch_stats)
     writes = tensors[2] is not None
     kernels = plans.forward_kernels(plan.by_rows, code, WHICH[activation], tensors[1] is not None, batch_stats, writes)
-    fused = batch_stats and writes and plan.group > 0
+    fused = batch_stats and plan.group > 0
     kernel = calls_rows.forward if plan.by_rows else calls_channels.forward
-    return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, copies, writes and not in_place)
+    return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, writes and not in_place)
 
 
-def _prepare_backward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared:
+def _prepare_backward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared | None:
     axis, sums, activation, *_ = key
-    code, seen, steps, copies, dense = _seen(arrays, tensors, axis)
-    plan = plans.plan(*seen[:3], code, dense, False)
+    code, seen, steps, dense = _seen(arrays, tensors, axis)
+    if steps is None:
+        return None
+    plan = plans.plan(seen, code, dense, False)
     _, residual, _, dx, dresidual = tensors
     kernels = plans.backward_kernels(
         plan.by_rows, code, WHICH[activation], residual is not None, sums, dx is not None, dresidual is not None
     )
     kernel = calls_rows.backward if plan.by_rows else calls_channels.backward
     fused = sums and plan.group > 0
-    return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, copies, dx is not None)
+    return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, dx is not None)
 
 
 def _seen(arrays: Arrays, tensors: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
-    """The dtype's code, the geometry, each tensor's step, which are to be copied, and whether all are dense."""
+    """The dtype's code, the geometry, each tensor's step, or ``None`` if kernels cannot follow one, and whether all
+    are dense."""
     x = tensors[0]
     code = arrays.code(x.dtype)
     if code == FLOAT16 and not supports_float16():
         raise BackendUnavailableError("float16 with backend 'cpu' needs a processor that converts it (F16C)")
     seen = plans.geometry(tuple(x.shape), arrays.strides(x) or arrays.byte_strides(x), axis)
     period = seen.channels * seen.length
-    steps, copies = [], []
+    steps = []
     for one in tensors:
         strides = None if one is None else arrays.strides(one)
         step = None if strides is None else plans.step(tuple(x.shape), strides, seen)
-        steps.append(0 if one is None else period if step is None else step)
-        copies.append(one is not None and step is None)
+        if one is not None and step is None:
+            return code, seen, None, False
+        steps.append(0 if step is None else step)
     dense = seen.runs == 1 or all(step == period for step, one in zip(steps, tensors, strict=True) if one is not None)
-    return code, seen, tuple(steps), tuple(copies), dense
+    return code, seen, tuple(steps), dense
 
 
 def _prepared_call(
@@ -234,7 +230,6 @@ def _prepared_call(
     code: int,
     seen: plans.Geometry,
     steps: tuple[int, ...],
-    copies: tuple[bool, ...],
     writes: bool,
 ) -> Prepared:
     cut: tuple[int, ...] = (plan.group, plan.part_runs, plan.part_channels, plan.part_length)
@@ -248,8 +243,7 @@ def _prepared_call(
     return Prepared(
         kernel=kernel, phases=phases, every=sum(phase for phase, _ in phases), head=head, shape=shape,
         cut=(int(code == FLOAT64), int(past), *cut), channels=seen.channels, positions=seen.runs * seen.length,
-        scratch=plan.scratch, nbytes=nbytes, seen=seen,
-        copies=copies if any(copies) else (),
+        scratch=plan.scratch, nbytes=nbytes,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,6 @@ class Geometry(NamedTuple):
     at: int
 
 
-@lru_cache(1024)
 def geometry(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Geometry:
     order = memory_order(shape, strides)
     at = order.index(axis)
@@ -53,7 +52,6 @@ def geometry(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Geo
     return Geometry(math.prod(sizes[:at]), shape[axis], math.prod(sizes[at + 1 :]), order, at)
 
 
-@lru_cache(4096)
 def step(shape: tuple[int, ...], strides: tuple[int, ...], seen: Geometry) -> int | None:
     """Elements from a run to the next, of a tensor seen as another is; ``None`` if it cannot be."""
     expected = 1
@@ -94,9 +92,9 @@ class Plan:
     width: int = 0
 
 
-@lru_cache(1024)
-def plan(runs: int, count_channels: int, length: int, code: int, dense: bool, evaluates: bool) -> Plan:
+def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
     """How to cut a tensor; ``dense`` if all tensors of the call are."""
+    runs, count_channels, length = seen[:3]
     size, total = SIZES[code], runs * count_channels * length
     if length < SHORT and total > TINY:
         return _rows_plan(runs, count_channels, length, total, dense)
@@ -110,9 +108,9 @@ def plan(runs: int, count_channels: int, length: int, code: int, dense: bool, ev
         part_length, part_channels = min(length, PART), 1
         part_runs = max(1, PART // length)
         parts = -(-runs // part_runs) * -(-length // part_length)
-        return Plan(False, 8 * (7 * count_channels + 2 * count_channels * parts), 0, parts, part_runs, 1, part_length)
-    scratch = 8 * (7 * count_channels + 2 * count_channels * parts)
-    return Plan(False, scratch, group, parts, part_runs, part_channels, part_length)
+        scratch = 8 * (5 * count_channels + 2 * count_channels * parts)
+        return Plan(False, scratch, 0, parts, part_runs, 1, part_length)
+    return Plan(False, 8 * 5 * count_channels, group, parts, part_runs, part_channels, part_length)
 
 
 def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: bool) -> Plan:

@@ -9,76 +9,13 @@ import torch
 from torch import Tensor
 
 from gpu_bn.backends._layout import check_out, extent
-from gpu_bn.backends.cpu import call
 from gpu_bn.backends.cpu.backend import CpuBackend
 from gpu_bn.spec import FLOAT_DTYPES
 
 
-def backend() -> TensorBackend:
+def backend() -> CpuBackend:
     """The backend of torch's CPU tensors, for :func:`gpu_bn.dispatch.load`."""
-    return TensorBackend(TENSORS)
-
-
-class TensorBackend(CpuBackend):
-    """The compiled backend with two calls for the operators of ``gpu_bn.nn``, which keep tensors in their own way."""
-
-    def direct_forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        batch_stats: bool,
-        momentum: float,
-        eps: float,
-        activation: str,
-        parameter: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, and the mean and variance used in float64, of a call that is neither empty nor masked nor of groups."""
-        y = torch.empty_like(x)
-        vectors = (weight, bias, running_mean, running_var)
-        mean, var, _ = call.forward(
-            TENSORS, x, 1, batch_stats, momentum, eps, activation, parameter, vectors, residual, y, False
-        )
-        return y, mean, var
-
-    def direct_backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        bias_dtype: torch.dtype,
-        batch_stats: bool,
-        eps: float,
-        activation: str,
-        parameter: float,
-        need: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """dx, dweight, dbias, dresidual, those that are needed."""
-        wants_dx, wants_dweight, wants_dbias, wants_dresidual = need
-        dx = torch.empty_like(x) if wants_dx else None
-        dresidual = added = None
-        if wants_dresidual:
-            dresidual = torch.empty_like(x)
-            if activation == "identity":
-                dresidual.copy_(dy)
-            else:
-                added = dresidual
-        dweight = torch.empty(mean.shape, dtype=weight.dtype) if wants_dweight and weight is not None else None
-        dbias = torch.empty(mean.shape, dtype=bias_dtype) if wants_dbias else None
-        sums = dweight is not None or dbias is not None or (dx is not None and batch_stats)
-        if sums or dx is not None or added is not None:
-            call.backward(
-                TENSORS, x, 1, batch_stats, eps, activation, parameter, (weight, bias, mean, var), None,
-                None if activation == "identity" else residual, dy, dx, added, (dweight, dbias), sums,
-            )  # fmt: skip
-        return dx, dweight, dbias, dresidual
+    return CpuBackend(TENSORS)
 
 
 _TAGS = {torch.float32: 0, torch.float64: 1}

@@ -1,0 +1,189 @@
+"""Calls on tensors that kernels cannot follow, or of which a mask leaves positions out.
+
+They are gone through in pieces: some positions of all channels, copied to dense memory, computed there, copied back. A
+piece takes a small part of the tensor's memory. How it is cut depends on shapes and strides alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpu_bn.backends._layout import block_sizes
+from gpu_bn.backends.cpu import plans
+from gpu_bn.backends.cpu.arrays import Arrays
+from gpu_bn.backends.protocol import Moments, Saved, Sums
+from gpu_bn.spec import BatchNormSpec
+
+if TYPE_CHECKING:
+    from gpu_bn.backends.cpu.backend import CpuBackend
+
+Array = Any
+Piece = tuple[slice, ...]
+SHARE, LEAST, MOST = 0.04, 512 << 10, 8 << 20
+"""The copies of a piece take this share of the tensor, but between so many bytes."""
+
+
+class Pieces:
+    """The pieces of a tensor, and of others of its shape; ``tensors`` is how many are copied at a time.
+
+    Attributes:
+        axis: where the copies have their channels; those of a masked tensor are (C, positions that count).
+    """
+
+    def __init__(self, arrays: Arrays, x: Array, axis: int, valid: Array | None, tensors: int) -> None:
+        self.arrays, self.valid, self._axis = arrays, valid, axis
+        self.axis = axis if valid is None else 0
+        shape, strides = tuple(x.shape), arrays.strides(x) or arrays.byte_strides(x)
+        self.order = plans.geometry(shape, strides, axis).order
+        size, channels = x.dtype.itemsize, shape[axis]
+        indices = 0 if valid is None else 8 * len(shape)
+        room = min(MOST, max(LEAST, int(SHARE * math.prod(shape) * size)))
+        copies = tensors if valid is None else tensors + 1  # while positions are chosen
+        positions = int(room / (channels * copies * size + indices))
+        summed = tuple([at for at in self.order if at != axis])
+        self._sizes = block_sizes(shape, summed, (axis,), positions, channels)
+        self._shape = shape
+
+    def __iter__(self) -> Iterator[Piece]:
+        steps = zip(self._shape, self._sizes, strict=True)
+        return product(*[[slice(at, min(at + step, size)) for at in range(0, size, step)] for size, step in steps])
+
+    def take(self, tensor: Array | None, at: Piece) -> Array | None:
+        """A dense copy of a piece."""
+        if tensor is None:
+            return None
+        part = tensor[at]
+        if self.valid is not None:
+            return self.arrays.chosen(part, self._axis, self.valid[at])
+        copy = self.arrays.dense(part, self.order)
+        self.arrays.assign(copy, part)
+        return copy
+
+    def put(self, target: Array | None, at: Piece, values: Array) -> None:
+        """Write a piece back, with zeros where positions do not count."""
+        if target is None:
+            return
+        if self.valid is None:
+            self.arrays.assign(target[at], values)
+        else:
+            self.arrays.scatter(target[at], self._axis, self.valid[at], values)
+
+
+def forward(
+    backend: CpuBackend,
+    x: Array,
+    spec: BatchNormSpec,
+    vectors: tuple[Array | None, Array | None, Array | None, Array | None],
+    residual: Array | None,
+    y: Array | None,
+    valid: Array | None,
+) -> Moments:
+    """See ``CpuBackend._forward``."""
+    arrays, (weight, bias, running_mean, running_var) = backend.arrays, vectors
+    pieces, channels = Pieces(arrays, x, spec.axis, valid, 1), x.shape[spec.axis]
+    there = replace(spec, axis=pieces.axis)
+
+    def moments_of(at: Piece) -> Moments:
+        part = pieces.take(x, at)
+        none = None, None, None, None
+        return backend._forward(part, there, none, None, None) if _size(part) else Moments(0, None, None)
+
+    def write(pieces: Pieces, at: Piece, mean: Array, var: Array) -> None:
+        part, evaluation = pieces.take(x, at), replace(there, batch_stats=False)
+        if _size(part):
+            used = weight, bias, mean, var
+            backend._forward(part, evaluation, used, pieces.take(residual, at), part, in_place=True)
+        pieces.put(y, at, part)
+
+    if spec.batch_stats:
+        moments = merged(arrays, channels, map(moments_of, pieces))
+    else:
+        positions = math.prod(x.shape) // channels
+        moments = Moments(positions, backend.vector(running_mean), backend.vector(running_var))
+    if y is not None:
+        both = Pieces(arrays, x, spec.axis, valid, 1 if residual is None else 2)
+        for at in both:
+            write(both, at, moments.mean, moments.var)
+    if spec.batch_stats and running_mean is not None:
+        backend.update_running(moments, running_mean, running_var, spec.momentum)
+    return moments
+
+
+def backward(
+    backend: CpuBackend,
+    dy: Array,
+    saved: Saved,
+    sums: bool,
+    dx: Array | None,
+    dresidual: Array | None,
+    gradients: tuple[Array | None, Array | None],
+    given: Sums | None,
+) -> Sums:
+    """See ``CpuBackend._backward``."""
+    arrays = backend.arrays
+    zeros = Sums(*arrays.zeros((2, saved.x.shape[saved.spec.axis]), arrays.float64))
+
+    spec = saved.spec
+
+    def compute(pieces: Pieces, at: Piece, targets: tuple[Array | None, ...], given: Sums | None) -> Sums | None:
+        x = pieces.take(saved.x, at)
+        rooms = [None if target is None else arrays.empty_like(x) for target in targets]
+        found = None
+        if _size(x):
+            there = replace(spec, axis=pieces.axis)
+            part = replace(saved, x=x, residual=pieces.take(saved.residual, at), valid=None, spec=there)
+            add = given is None and sums
+            found = backend._backward(pieces.take(dy, at), part, add, rooms[0], rooms[1], given=given)
+        for target, room in zip(targets, rooms, strict=True):
+            pieces.put(target, at, room)
+        return found
+
+    def through(targets: tuple[Array | None, ...], given: Sums | None) -> Sums:
+        tensors = [one for one in (saved.x, saved.residual, dy, *targets) if one is not None]
+        pieces = Pieces(arrays, saved.x, spec.axis, saved.valid, len(tensors))
+        total = zeros
+        for at in pieces:
+            found = compute(pieces, at, targets, given)
+            if found is not None:
+                with np.errstate(all="ignore"):
+                    total = Sums(total.dz + found.dz, total.dz_xhat + found.dz_xhat)
+        return total
+
+    if sums:
+        given, dresidual = through((None, dresidual), None), None
+    if dx is not None or dresidual is not None:
+        through((dx, dresidual), given)
+    found = zeros if given is None else given
+    for target, values in zip(gradients, (found.dz_xhat, found.dz), strict=True):
+        if target is not None:
+            arrays.assign(target, values)
+    return found
+
+
+def merged(arrays: Arrays, channels: int, parts: Iterable[Moments]) -> Moments:
+    """The statistics of parts in one, as :func:`gpu_bn.merge.merge` has them, of one part at a time."""
+    count, (mean, var) = 0, arrays.zeros((2, channels), arrays.float64)
+    for part in parts:
+        total = count + part.count
+        if not part.count:
+            continue
+        if not count:
+            mean, var = part.mean, part.var
+        else:
+            with np.errstate(all="ignore"):
+                apart = part.mean - mean
+                mean = mean * (count / total) + part.mean * (part.count / total)
+                var = var * (count / total) + part.var * (part.count / total)
+                var = var + apart * apart * (count / total * (part.count / total))
+        count = total
+    return Moments(count, mean, var)
+
+
+def _size(array: Array) -> int:
+    return math.prod(array.shape)
