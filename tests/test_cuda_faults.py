@@ -187,7 +187,7 @@ template <bool COLUMNS> __device__ void seek_and_step(
   own[4] = (i64)tile.elements();
   const Selection<L> selection = {flags - flag, nullptr};
   own[5] = selection.at(tile, first).count();
-  own[6] = tile.in_strip(0);
+  own[6] = tile.in_strip((i64)rank * share + first);
 }
 extern "C" __global__ void seek_rows(
     i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
@@ -213,12 +213,11 @@ GEOMETRIES = {
 CUTS = {
     "rows": [("return {(n * g.channels + strip) * g.inner + rest, rest};",
               "return {(i64)(((u32)n * g.channels + strip) * g.inner + rest), rest};")],
-    "long rows": [
-        ("(i64)strip * g.inner); }", "strip * g.inner); }"),
-        ("const i64 gap = (i64)(g.channels - 1) * g.inner;", "const i64 gap = (g.channels - 1) * g.inner;")],
+    "long rows": [("const i64 gap = (i64)(g.channels - 1) * g.inner;", "const i64 gap = (g.channels - 1) * g.inner;")],
     "one long row": [("return {(n * g.channels + strip) * g.inner + rest, rest};",
                       "return {(i64)(int)((n * g.channels + strip) * g.inner + rest), rest};")],
     "more positions than 32 bits": [
+        ("in_strip(i64 position)", "in_strip(u32 position)"),
         ("const i64 p = (i64)rank * g.share + position;", "const i64 p = rank * g.share + position;"),
         ("return (double)g.positions * L::PER_POSITION;", "return (double)((u32)g.positions * L::PER_POSITION);")],
     "columns": [("return {p * g.inner + column(), 0};", "return {(i64)((u32)p * g.inner + column()), 0};")],
@@ -252,8 +251,7 @@ def seek_errors(source: str, name: str, compile_cuda) -> int:
     counted = int(flags[:per_position].sum())
     want = [
         (offset(begin + t // lanes, t % lanes), offset(begin, t % lanes), offset(begin + step, t % lanes),
-         offset(begin, t % lanes), positions * per_position, counted,
-         start + strip * (lanes if columns else inner) + (t % lanes if columns else 0))
+         offset(begin, t % lanes), positions * per_position, counted, offset(begin, t % lanes))
         for t in range(256)
     ]  # fmt: skip
     assert max(map(max, want)) * 16 >= 1 << 32
