@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   load_channels(tile, given, shared);
   const OwnAffine<L> affine(tile, shared.affine);
   BackwardSums<L> sums(tile, shared.gradient);
-  each<L::MASKED && L::COLUMNS ? 1 : 2, false>(  // more would spill
+  each<L::COLUMNS && (L::MASKED || FROM == FROM_RESIDUAL) ? 1 : 2, false>(  // more would spill
       tile, 0, tile.count, [&](u32 i, i64 offset) { return from.template load<false>(offset, selection.of(tile, i)); },
       [&](const Operands<L, FROM>& at, i64 offset) {
         A g[L::VEC];

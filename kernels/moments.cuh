@@ -9,16 +9,18 @@ constexpr double LARGEST = 1e38, SMALLEST = 1e-30;    // of sums and means of sq
 constexpr int SAMPLES = 8;
 
 // d = (x - centre) * scale for each channel of a strip, in shared memory. The blocks of a strip tell each other their
-// means as differences from the channel's first element, the origin, so that large means cost no accuracy. Where not all
-// elements count, each block has an origin of its own: the centre that its sums are of.
+// means as differences from one of the channel's elements, the origin, so that large means cost no accuracy; in double
+// precision from the smallest of some, so that an origin far from the mean costs none either. Where not all elements count,
+// each block has an origin of its own: the centre that its sums are of.
 template <class L> struct Shift {
   typedef typename L::A A;
+  static constexpr u32 ORIGINS = sizeof(A) == 4 ? 1 : SAMPLES;  // to choose from; of float, doubles keep all digits
   A centre[L::MAX_CHANNELS], scale[L::MAX_CHANNELS], origin[L::MAX_CHANNELS];
 
   // The mean of some vectors spread over the block's share, which as many rows of threads load at once. Called by all.
   __device__ __forceinline__ void sample(const Tile<L>& tile, const typename L::V* x, double* scratch) {
-    A* samples = (A*)scratch;  // [SAMPLES, strip_channels]
     const u32 width = tile.strip_channels(), place = threadIdx.x;
+    A *samples = (A*)scratch, *origins = samples + SAMPLES * width;  // [SAMPLES, width], [ORIGINS, width]
     if (tile.row < SAMPLES) {
       A sum[L::CHANNELS], first[L::CHANNELS];
 #pragma unroll
@@ -27,8 +29,8 @@ template <class L> struct Shift {
         const typename L::V v = x[tile.seek((u32)((u64)tile.length * tile.row / SAMPLES)).offset];
 #pragma unroll
         for (int j = 0; j < L::VEC; ++j) sum[L::COLUMNS ? j : 0] += v[j] * A(1. / (SAMPLES * L::PER_POSITION));
-        if (tile.row == 0) {
-          const typename L::V v = x[tile.origin()];
+        if (tile.row < ORIGINS) {
+          const typename L::V v = x[tile.in_strip(tile.g.positions * tile.row / ORIGINS)];
 #pragma unroll
           for (int j = 0; j < L::CHANNELS; ++j) first[j] = v[j];
         }
@@ -36,7 +38,7 @@ template <class L> struct Shift {
 #pragma unroll
       for (int j = 0; j < L::CHANNELS; ++j) {
         samples[tile.row * width + tile.own() + j] = sum[j];
-        if (tile.row == 0) origin[tile.own() + j] = first[j];
+        if (tile.row < ORIGINS) origins[tile.row * width + tile.own() + j] = first[j];
       }
     }
     __syncthreads();
@@ -44,8 +46,13 @@ template <class L> struct Shift {
       A sum = 0;
 #pragma unroll
       for (int k = 0; k < SAMPLES; ++k) sum += samples[k * width + place];
+      A least = origins[place];
+#pragma unroll
+      for (u32 k = 1; k < ORIGINS; ++k)
+        if (fabs(origins[k * width + place]) < fabs(least)) least = origins[k * width + place];
       centre[place] = sum;
       scale[place] = 1;
+      origin[place] = least;
     }
   }
 

@@ -91,8 +91,8 @@ template <class L> struct Tile {
     return L::GROUPED ? (i64)group * g.channels + channel : channel;
   }
 
-  // The vector at the strip's first position, the same for all of its blocks.
-  __device__ __forceinline__ i64 origin() const { return base() + (L::COLUMNS ? column() : (i64)strip * g.inner); }
+  // The vector at a position of the strip, the same for all of its blocks.
+  __device__ __forceinline__ i64 in_strip(i64 position) const { return base() + in_group(position).offset; }
   // The group's first vector.
   __device__ __forceinline__ i64 base() const {
     return L::GROUPED ? group * g.positions * (L::COLUMNS ? g.inner : g.channels) : 0;

@@ -110,6 +110,15 @@ def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(scale, make_gpu)
     check(replace(problem, x=x.reshape(4, 1, 4096) * np.float32(scale)), make_gpu(80, "cta").backend)
 
 
+@pytest.mark.parametrize("tier", ["cta", "cluster", "split"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_first_element_far_from_the_others_costs_no_digits(layout, tier, make_gpu):
+    """The means of blocks are told as differences from an element of the channel."""
+    problem = build(Case((4, 6, 5, 14), "float64", layout))
+    problem.x[0, :, 0, 0] = [30, -30, 50, -50, 77.7, 100 / 3]
+    check(problem, make_gpu(90, tier).backend)
+
+
 def test_a_channel_of_one_large_number_is_not_scaled(make_gpu):
     """All squares are zero, but there is nothing to be made larger."""
     problem = build(Case((3, 4, 41, 8), mode="train_no_stats"))

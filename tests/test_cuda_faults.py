@@ -187,7 +187,7 @@ template <bool COLUMNS> __device__ void seek_and_step(
   own[4] = (i64)tile.elements();
   const Selection<L> selection = {flags - flag, nullptr};
   own[5] = selection.at(tile, first).count();
-  own[6] = tile.origin();
+  own[6] = tile.in_strip(0);
 }
 extern "C" __global__ void seek_rows(
     i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {

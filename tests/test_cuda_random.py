@@ -79,7 +79,7 @@ def marked(seed: int) -> Any:
     return pytest.param(seed, id=f"seed-{seed}", marks=[pytest.mark.slow] * (seed >= USUAL))
 
 
-@pytest.mark.parametrize("seed", map(marked, range(USUAL + MORE)))
+@pytest.mark.parametrize("seed", [marked(seed) for seed in range(USUAL + MORE)])
 def test_a_random_call(seed, make_gpu):
     call = draw(seed)
     gpu = make_gpu(call.arch, call.tier, Device(checks=Checks(races=seed % 4 == 0)))
