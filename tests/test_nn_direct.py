@@ -311,3 +311,26 @@ def test_what_does_not_lie_in_memory_is_copied_there_first():
         assert torch.equal(y, gpu_bn.batch_norm_forward(same, training=True)[0])
         with pytest.raises(RuntimeError):
             gpu_bn.batch_norm_forward(tensor, training=True, backend="numpy")
+
+
+@pytest.mark.parametrize(
+    ("running", "counted"), [(torch.float32, torch.int64), (torch.float16, torch.int64), (torch.float64, torch.int32)]
+)
+def test_what_is_tracked_moves_together_and_autograd_sees_it(running, counted):
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    mean, var, counter = torch.zeros(3, dtype=running), torch.ones(3, dtype=running), torch.tensor(4, dtype=counted)
+    versions = [one._version for one in (mean, var, counter)]
+    nn.batch_norm(x, mean, var, training=True, momentum=None, num_batches_tracked=counter)
+    assert counter.item() == 5
+    seen = x.detach().double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), 0.2 * seen.mean(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(var.double(), 0.8 + 0.2 * seen.var(1), rtol=1e-3, atol=1e-4)
+    assert all(one._version > before for one, before in zip((mean, var, counter), versions, strict=True))
+
+
+def test_running_statistics_that_overlap_are_read_before_they_are_written():
+    together = torch.arange(1.0, 5.0)
+    x, mean, var = torch.randn(4, 3, 5), together[:3], together[1:]
+    expected = together[1:] * 0.9 + 0.1 * x.transpose(0, 1).flatten(1).var(1)
+    nn.batch_norm(x, mean, var, training=True)
+    torch.testing.assert_close(var, expected)

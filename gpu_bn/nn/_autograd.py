@@ -116,7 +116,8 @@ class _Direct(Function):
         y, saved = _library.forward(engine, x, spec, tracked, weight, bias, residual, valid)
         ctx.save_for_backward(x, weight, None if identity else bias, saved.residual, saved.valid, saved.mask)
         bias_dtype = x.dtype if bias is None else bias.dtype
-        vectors = (saved.moments, saved.weight, saved.bias, saved.weight_dtype, bias_dtype)
+        own = [None if kept is given else kept for kept, given in ((saved.weight, weight), (saved.bias, bias))]
+        vectors = (saved.moments, *own, saved.weight_dtype, bias_dtype)
         ctx.engine, ctx.vectors, ctx.has_residual = engine, vectors, saved.has_residual
         ctx.spec, ctx.renorm = spec, saved.renorm
         ctx.set_materialize_grads(False)
@@ -127,7 +128,9 @@ class _Direct(Function):
         if dy is None:
             return (None,) * 8
         x, weight, bias, residual, valid, mask = ctx.saved_tensors
-        saved = Saved(x, residual, *ctx.vectors, ctx.has_residual, ctx.spec, mask, valid, ctx.renorm)  # type: ignore[call-arg]
+        moments, own_weight, own_bias, *dtypes = ctx.vectors
+        kept = weight if own_weight is None else own_weight, bias if own_bias is None else own_bias
+        saved = Saved(x, residual, moments, *kept, *dtypes, ctx.has_residual, ctx.spec, mask, valid, ctx.renorm)  # type: ignore[call-arg]
 
         def gradients(need: list[bool]) -> Gradients:
             if torch.is_grad_enabled() or _is_compiling() or _is_batched(dy) or not _plain((dy, x)):

@@ -19,11 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import compress, product
+from itertools import compress, pairwise, product
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from gpu_bn import dispatch, ops
 from gpu_bn.activations import Activation
@@ -76,6 +77,13 @@ def forward(
     On a CPU one call writes all three, so that no error or interrupt comes between them.
     """
     running_mean, running_var, num_batches_tracked = tracked
+    at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
+    if at_once is not None and valid is None and _is_plain(x, spec) and _are_apart(tracked):
+        found: tuple[Tensor, Saved] | None = at_once(engine, x, spec, *tracked, weight, bias, residual)
+        if found is not None:
+            if spec.batch_stats:
+                increment_version([one for one in tracked if one is not None and not one.is_inference()])
+            return found
     others = (weight, bias, residual, None, False, valid, keep)
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
     if not spec.batch_stats or not (running or num_batches_tracked is not None):
@@ -97,7 +105,21 @@ def forward(
 
 def unread(momentum: Tensor) -> bool:
     """Whether a momentum is not to be read: on a GPU one would wait for it, and compiled code holds no number of it."""
-    return momentum.is_cuda or torch.compiler.is_compiling()
+    return not momentum.is_cpu or torch.compiler.is_compiling()
+
+
+def _is_plain(x: Tensor, spec: BatchNormSpec) -> bool:
+    return spec.groups == 1 and spec.renorm is None and 0 not in x.shape
+
+
+def _are_apart(tracked: Tracked) -> bool:
+    """Whether bounds tell that nothing tracked overlaps anything else tracked, and that a kernel can count."""
+    bounds = sorted([(one.data_ptr(), one.nbytes) for one in tracked if one is not None])
+    counter = tracked[2]
+    countable = counter is None or (
+        counter.dtype is torch.int64 and counter.is_cpu and counter.numel() == 1 and counter.data_ptr() % 8 == 0
+    )
+    return countable and all(one[0] + one[1] <= after[0] for one, after in pairwise(bounds))
 
 
 def weighs(momentum: float | None, momentum_at: Tensor | None, num_batches_tracked: Tensor | None) -> float | Tensor:

@@ -92,7 +92,7 @@ def write_parts(
 @kernel
 def forward(
     phases, fused, moments, writer, x, residual, y, x_step, residual_step, y_step, size, runs, channels, length,
-    weight, bias, running_mean, running_var, mean, var, batch_stats, momentum, eps, p, double, past,
+    weight, bias, running_mean, running_var, counter, mean, var, batch_stats, momentum, eps, p, double, past,
     group, part_runs, part_channels, part_length, scratch, counters,
 ):  # fmt: skip
     parts = ((runs + part_runs - 1) // part_runs) * ((length + part_length - 1) // part_length)
@@ -136,6 +136,8 @@ def forward(
     if phases & END and running_mean and batch_stats:
         count = float(runs * length)
         move(0, channels, running_mean, running_var, mean, var, count / max(count - 1.0, 1.0), momentum)
+    if phases & END and counter:
+        claim(counter)
 
 
 @kernel

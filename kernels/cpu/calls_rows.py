@@ -75,8 +75,8 @@ def write_chunks(writer, tensors, steps, size, rows, columns, rest, scratch, wid
 @kernel
 def forward(
     phases, shifts, deviations, again, writer, x, residual, y, x_step, residual_step, y_step, size, runs, channels,
-    length, folded, weight, bias, running_mean, running_var, mean, var, batch_stats, momentum, eps, p, double, past,
-    chunks, width, scratch, counters,
+    length, folded, weight, bias, running_mean, running_var, counter, mean, var, batch_stats, momentum, eps, p, double,
+    past, chunks, width, scratch, counters,
 ):  # fmt: skip
     period, rows = channels * length, runs // folded
     columns, rest = folded * period, (runs - rows * folded) * period
@@ -142,6 +142,8 @@ def forward(
         )  # fmt: skip
     if phases & END and running_mean and batch_stats:
         move(0, channels, running_mean, running_var, mean, var, count / max(count - 1.0, 1.0), momentum)
+    if phases & END and counter:
+        claim(counter)
 
 
 @kernel

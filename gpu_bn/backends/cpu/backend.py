@@ -65,6 +65,33 @@ class CpuBackend:
             spec=spec,
         )
 
+    def forward_at_once(
+        self,
+        x: Array,
+        spec: BatchNormSpec,
+        running_mean: Array | None,
+        running_var: Array | None,
+        counter: Array | None,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+    ) -> tuple[Array, Saved] | None:
+        """:meth:`forward` of torch's tensors, where one call into C, the last, writes the statistics and the counter.
+
+        What it keeps are the parameters themselves, no copies. ``None``, and nothing done, where it cannot.
+        """
+        activation, y = spec.activation, self.arrays.empty_like(x)
+        found = call.forward(
+            self.arrays, x, spec.axis, spec.batch_stats, float(spec.momentum), spec.eps, activation.name,
+            activation.parameter, (weight, bias, running_mean, running_var), residual, y, False, counter, at_once=True,
+        )  # fmt: skip
+        if found is None:
+            return None
+        weight_dtype, bias_dtype = (None if one is None else one.dtype for one in (weight, bias))
+        kept = None if activation.is_identity else residual
+        moments = Moments(found[2], found[0], found[1])
+        return y, Saved(x, kept, moments, weight, bias, weight_dtype, bias_dtype, residual is not None, spec)
+
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
         arrays, channels = self.arrays, saved.x.shape[saved.spec.axis]
         dx = arrays.empty_like(saved.x) if "dx" in need else None

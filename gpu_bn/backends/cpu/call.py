@@ -68,11 +68,14 @@ def forward(
     residual: Array | None,
     y: Array | None,
     in_place: bool,
+    counter: Array | None = None,
+    at_once: bool = False,
 ) -> tuple[Array, Array, int] | None:
     """Write y, if it is given, move the running statistics, and return mean and variance, float64, and their count.
 
-    ``vectors`` are weight, bias, running mean and variance. ``None``, and nothing done, where kernels cannot follow the
-    strides.
+    ``vectors`` are weight, bias, running mean and variance. ``counter``, of int64, is incremented. ``at_once``: all
+    that is tracked is to be written by the last call into C. ``None``, and nothing done, where kernels cannot do so or
+    cannot follow the strides.
     """
     tensors, layout, address = (x, residual, y), arrays.layout, arrays.address
     key = (
@@ -86,12 +89,14 @@ def forward(
     if prepared is None:
         return None
     parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
+    if at_once and batch_stats and -1 in parameters[2:]:
+        return None
     wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
     mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
     _run(
         prepared, address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
-        *prepared.shape, *parameters, address(mean), address(var), batch_stats, momentum, eps, parameter,
-        *prepared.cut,
+        *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
+        batch_stats, momentum, eps, parameter, *prepared.cut,
     )  # fmt: skip
     if batch_stats and wide is not vectors:
         _give_back(arrays, vectors[2:], wide[2:])
