@@ -212,8 +212,10 @@ def packed(saved: Saved) -> Tensor:
         counts = count if isinstance(count, Tensor) else mean.new_full((saved.spec.groups,), count)
         rows.append(counts.view(-1, 1).expand(-1, channels).double())
     rows += [row.view(1, -1) for row in saved.renorm or ()]
+    if len(rows) > 2 or torch.compiler.is_compiling():  # compiled autograd, where nothing has an address
+        return torch.cat(rows)
     together = mean.untyped_storage().data_ptr() == var.untyped_storage().data_ptr()
-    if together and len(rows) == 2 and mean.data_ptr() + 8 * mean.numel() == var.data_ptr():
+    if together and mean.data_ptr() + 8 * mean.numel() == var.data_ptr():
         return torch.as_strided(mean, (2 * len(rows[0]), channels), (channels, 1))
     return torch.cat(rows)
 
