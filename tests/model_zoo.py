@@ -233,7 +233,7 @@ def _make_ultralytics(name: str) -> Any:
 
 
 SIZES = {"inception": 96, "xception": 96, "PAN": 128, "tiny_vit": 224, "gmixer": 224, "swiftformer_xs": 224,
-         "efficientformer_l1": 224, "s3d": 224, "halonet": 256, "lambda": 224, "botnext": 256,
+         "efficientformer_l1": 224, "s3d": 224, "halonet": 256, "lambda": 224,
          "bat_resnext": 256}  # fmt: skip
 """What models need, by a part of the name, if more than 64 pixels."""
 

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -118,6 +119,40 @@ class Kinds(Block):
             x = torch.cat(x, 1)
         y = self.act(self.norm(self.linear(x)))
         return y if scale is None else y * scale
+
+
+class Result(OrderedDict):
+    """What transformers' models return: its items also have numbers."""
+
+    def __getitem__(self, key):
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+class Names(NamedTuple):
+    out: torch.Tensor
+    other: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "pack", [Result, dict, lambda **items: Names(**items), lambda **items: list(items.values()), OrderedDict]
+)
+@pytest.mark.parametrize("apart", [True, False])
+def test_results_keep_their_type(pack, apart):
+    class Packs(Block):
+        def forward(self, x):
+            y = self.norm(self.linear(x))
+            if not apart:
+                return pack(out=self.act(y), other=x)
+            other = x
+            y = self.act(y)
+            return pack(out=y, other=other)
+
+    plain = Packs()
+    fused = nn.convert(copy.deepcopy(plain), fuse=True)
+    mine, theirs = fused(rows()), plain(rows())
+    assert type(mine) is type(theirs)
+    assert_close(list(mine.values() if isinstance(mine, dict) else mine),
+                 list(theirs.values() if isinstance(theirs, dict) else theirs))  # fmt: skip
 
 
 class Counting(Block):

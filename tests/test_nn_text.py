@@ -3,6 +3,7 @@
 import copy
 import functools
 import linecache
+import math
 import pickle
 
 import pytest
@@ -58,6 +59,7 @@ class Functional(Untraceable):
 
 class Several(Untraceable):
     def forward(self, xs):
+        math.sqrt(len(xs))  # compiled in another way than a method's call, as math is imported
         found = ()
         for x in xs if isinstance(xs, (list, tuple)) else [xs]:
             with torch.no_grad():
@@ -98,6 +100,12 @@ def doubled(function):
     return call
 
 
+class Mangled(Untraceable):
+    def forward(self, x):
+        self.__count = 1
+        return self.act(self.norm(self.padded(x)))
+
+
 class Decorated(Untraceable):
     @doubled
     def forward(self, x):
@@ -110,7 +118,7 @@ class OfItsClass(Untraceable):
 
 
 MERGED = [Guarded, Nested, Functional, Several]
-LEFT = [ReadTwice, Between, Within, Decorated, OfItsClass]
+LEFT = [ReadTwice, Between, Within, Mangled, Decorated, OfItsClass]
 
 
 def images(count=4):

@@ -7,7 +7,9 @@ output to the activation alone, whatever the rest of the text does.
 from __future__ import annotations
 
 import ast
-import inspect
+import copy
+import linecache
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -28,38 +30,46 @@ def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[Te
     if function is None:
         return None
     merger = _Merger(module, layers, forward.__globals__)
-    body = merger.visit(function)
+    factory: Any = ast.parse(f"def make(normalise): return {function.name}").body[0]
+    factory.body.insert(0, merger.visit(function))
     if not merger.merges:
         return None
-    factory: Any = ast.parse("def make(normalise): return None").body[0]
-    factory.body = [body, ast.parse(f"return {body.name}").body[0]]
     source = ast.unparse(ast.fix_missing_locations(ast.Module([factory], [])))
     parts = dict.fromkeys(part for norm, _, others in merger.merges for part in (norm, *others))
     return TextPlan(module, source, parts), merger.merges
 
 
-def _text_of(forward: Any) -> ast.FunctionDef | None:
-    """A method's text, if it is undecorated, without cells, and still what is in its file."""
+def _text_of(forward: Any) -> Any:
+    """A method's text, if it is undecorated, without cells, and its file has not changed since it was compiled."""
+    code = getattr(forward, "__code__", None)
+    if code is None or code.co_freevars or any(_is_mangled(name) for name in code.co_names):
+        return None
+    linecache.checkcache(code.co_filename)
     try:
-        text = inspect.getsource(forward)
-        tree = ast.parse(f"if True:\n{text}" if text[:1].isspace() else text)
-    except (OSError, TypeError, SyntaxError):
+        tree, codes = _compiled("".join(linecache.getlines(code.co_filename, forward.__globals__)))
+    except (SyntaxError, ValueError):
         return None
-    function: Any = getattr(tree.body[0], "body", [None])[0] if text[:1].isspace() else tree.body[0]
-    if not isinstance(function, ast.FunctionDef) or not function.args.args or function.decorator_list:
+    if code not in codes or not code.co_argcount:
         return None
-    compiled = compile(ast.Module([function], []), "", "exec", dont_inherit=True)
-    code = next(filter(_is_code, compiled.co_consts))
-    return function if _essence(code) == _essence(getattr(forward, "__code__", code)) else None
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == code.co_name)
+    return copy.deepcopy(next((node for node in functions if node.lineno == code.co_firstlineno), None))
 
 
-def _is_code(constant: Any) -> bool:
-    return isinstance(constant, CodeType)
+@lru_cache(16)
+def _compiled(text: str) -> tuple[ast.Module, set[CodeType]]:
+    """A file's tree, and the code of all functions in it."""
+    tree = ast.parse(text)
+    left, codes = [compile(tree, "", "exec", dont_inherit=True)], set()
+    while left:
+        inner = [each for each in left.pop().co_consts if isinstance(each, CodeType)]
+        left += inner
+        codes.update(inner)
+    return tree, codes
 
 
-def _essence(code: CodeType) -> tuple[Any, ...]:
-    constants = [_essence(each) if _is_code(each) else (type(each), each) for each in code.co_consts]
-    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
+def _is_mangled(name: str) -> bool:
+    """Whether a name may be one that a class has made its own."""
+    return name.startswith("_") and "__" in name[1:] and not name.endswith("__")
 
 
 class _Merger(ast.NodeTransformer):
