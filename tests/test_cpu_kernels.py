@@ -232,7 +232,7 @@ def outcome_apart(case):
         os.write(writer, outcome(case).encode()[:4096])
         os._exit(0)
     os.close(writer)
-    with open(reader, "rb") as file:
+    with os.fdopen(reader, "rb") as file:
         text = file.read().decode(errors="replace")
     _, status = os.waitpid(child, 0)
     return "ended by a signal" if os.WIFSIGNALED(status) else text
