@@ -34,7 +34,7 @@ from gpu_bn.activations import ROWS
 from gpu_bn.bench.model import model
 from gpu_bn.bench.page import modelled
 from gpu_bn.bench.run import Options
-from gpu_bn.testing.cases import cases
+from gpu_bn.testing import Case, cases, extended_cases, unavailable_cases
 
 ROOT = Path(__file__).parents[1]
 CPU = ROOT / "bench" / "data" / "cpu.json"
@@ -50,6 +50,11 @@ def kernels(family: str) -> str:
         r"^covered \d+ of \d+ groups, (\d+) kernels$", (DATA / f"gates_{family}.txt").read_text(), re.M
     )
     return f"{int(count):,}"
+
+
+def every_case() -> list[Case]:
+    """The cases of ``gpu-bn check``, also those that a package is missing for here."""
+    return [*cases(), *extended_cases(), *unavailable_cases()]
 
 
 def planted_cuda() -> str:
@@ -111,7 +116,7 @@ def cpu_short() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "activations": lambda: ", ".join(ROWS),
-    "cases": lambda: str(len(cases())),
+    "cases": lambda: str(len(every_case())),
     "cpu": cpu_all,
     "cpu short": cpu_short,
     "gates_cuda": lambda: kernels("cuda"),
@@ -120,7 +125,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "model": lambda: "\n" + modelled(model(Options().cases("model"))) + "\n",
     "planted_cuda": planted_cuda,
     "planted_triton": lambda: str(len(test_triton_planted_bugs.BUGS)),
-    "quick_cases": lambda: str(len(covering(cases()))),
+    "quick_cases": lambda: str(len(covering(every_case()))),
     "versions": lambda: f"\n{versions.table(json.loads(versions.DATA.read_text()))}\n",
 }
 
