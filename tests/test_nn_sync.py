@@ -15,7 +15,7 @@ from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
 from gpu_bn.merge import Pool  # noqa: E402
-from gpu_bn.nn import _packets, _sync_library, sync  # noqa: E402
+from gpu_bn.nn import _packets, _sync_library  # noqa: E402
 
 
 @pytest.fixture(scope="module")
