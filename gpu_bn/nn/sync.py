@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gpu_bn.activations import Activation
-from gpu_bn.merge import Pool
 from gpu_bn.nn import _composed, _packets, _sync_library, functional
 from gpu_bn.nn._sync_call import Call, call_of
 from gpu_bn.nn.modules import Fused
@@ -135,10 +134,9 @@ def _together(
         return _report_mistake(call, error, group, num_features, [t for t in tensors if isinstance(t, Tensor)])
     signature = [_number_of(layer, group), *call.signature]
     y, count, mean, var = _SyncBatchNorm.apply(*call.inputs, call.valid, *group, signature, *call.options)
-    whole = Pool(count, mean, var * count)
     if call.tracked[0] is not None or call.tracked[2] is not None:
-        mean, var, counter = call.tracked
-        update_running(mean, var, counter, call.momentum, whole)
+        number, at = (None, call.momentum) if isinstance(call.momentum, Tensor) else (call.momentum, None)
+        _sync_library.update(*call.tracked, number, at, count, mean, var)
     return y  # type: ignore[no-any-return]
 
 
@@ -167,34 +165,6 @@ def _number_of(layer: Any, group: Group) -> float:
         mine[group.name] = _known[group.name]
         _known[group.name] += 1
     return float(mine[group.name])
-
-
-@torch.no_grad()
-def update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: Any,
-    whole: Pool,
-) -> None:
-    """Move running statistics towards those of a batch, unless it is empty; count the batch. Reads nothing back.
-
-    All three are written last, by one call.
-    """
-    written, values = [], []
-    counted = None if num_batches_tracked is None else num_batches_tracked + 1
-    weighs: Any = momentum
-    if momentum is None:
-        weighs = 0.0 if counted is None else counted.double().reciprocal()
-    for running, batch in ((running_mean, whole.mean), (running_var, whole.unbiased)):
-        if running is not None:
-            old = running.double()
-            written.append(running)
-            values.append(torch.where(whole.count > 0, (1 - weighs) * old + weighs * batch, old).to(running.dtype))
-    if num_batches_tracked is not None and counted is not None:
-        written.append(num_batches_tracked)
-        values.append(counted)
-    torch._foreach_copy_(written, values)
 
 
 class SyncBatchNorm(Fused):
@@ -350,7 +320,7 @@ class _SyncBatchNorm(Function):
         group, signature, options = Group(*others[:3]), others[3], others[4:]
         packets = _packets.pack(_sync_library.report(x, valid), group.name, signature)
         found = [_packets.compare(gather(packet, group), group.name) for packet in packets.unbind()]
-        count, mean, var = _sync_library.merge_reports(_packets.unpack(found, x.shape[1]))
+        count, mean, var = _sync_library.merge_packets(found, x.shape[1])
         y = _sync_library.normalize(x, weight, bias, residual, valid, count, mean, var, *options)
         ctx.group, ctx.options = group, options
         kept = None if options[1] == "identity" else residual
