@@ -126,5 +126,6 @@ def test_forced_tiers_are_in_the_picture(tmp_path):
     assert set(plan.TIERS) < set(figures.TIERS_SHOWN)
     assert len(figures.TIERS_SHOWN) <= len(figures.COLOURS)
     plain.ratios["cold"] = {}
-    assert figures.draw([plain], 1e9, tmp_path, forced) == [tmp_path / "roofline.png"]  # there is no peer
-    assert figures.draw([], 1e9, tmp_path) == []
+    ceilings = [figures.Ceiling("a copy", 1e9)]
+    assert figures.draw([plain], ceilings, tmp_path, forced) == [tmp_path / "roofline.png"]  # there is no peer
+    assert figures.draw([], [], tmp_path) == []

@@ -15,7 +15,7 @@ from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
 from gpu_bn.merge import Pool  # noqa: E402
-from gpu_bn.nn import _packets, _sync_library, sync  # noqa: E402
+from gpu_bn.nn import _packets, _sync_library  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +308,9 @@ def test_the_operators_do_what_they_say(shape, dtype):
         (_sync_library.report, (x, None)),
         (_sync_library.report, (x, valid)),
         (_sync_library.merge_reports, (reports,)),
+        (_sync_library.merge_packets, ([torch.cat((packets, packets))], 2)),
+        (_sync_library.update, (mean.float(), var.float(), torch.tensor(0), 0.1, None, count, mean, var)),
+        (_sync_library.update, (None, None, torch.tensor(0), None, None, count, mean, var)),
         (_sync_library.normalize, layer),
         (_sync_library.reduce, (dy, *layer, True)),
         (_sync_library.reduce, (dy, *layer, False)),
@@ -337,7 +340,7 @@ def test_nothing_is_read_back_from_a_device():
     running = torch.empty(2, 3, device="meta")
     for momentum in (0.1, None):
         counter = torch.empty((), dtype=torch.int64, device="meta")
-        sync.update_running(*running, counter, momentum, Pool(count, mean, var * count))
+        _sync_library.update_running(*running, counter, momentum, Pool(count, mean, var * count))
 
 
 SIGNATURE = [0.0, 3.0, 2.0, 0.0, 0.0, 1e-5, 0.1, *[0.0] * 7]

@@ -35,6 +35,7 @@ from gpu_bn.backends.triton_programs import (
     strip,
     training_plan,
 )
+from gpu_bn.backends.triton_sync import SharedStatistics
 from gpu_bn.backends.triton_tensors import View, aligned, contiguous_view, dense, is_dense, view_of
 from gpu_bn.kernels import bn_backward_triton, bn_forward_triton
 from gpu_bn.kernels.activations_triton import functions
@@ -126,7 +127,7 @@ class _BackwardCall(NamedTuple):
         )  # fmt: skip
 
 
-class TritonBackend:
+class TritonBackend(SharedStatistics):
     """See :class:`gpu_bn.backends.protocol.Backend`; ``forward`` and ``backward`` are of ``Fused``.
 
     Args:
@@ -138,6 +139,8 @@ class TritonBackend:
     name = "triton"
     keeps_bits = True
     """Whether a mask may take the place of a residual."""
+    converts_vectors = True
+    """Whether kernels read weight and bias in any dtype, so that the phases need no wider copies."""
 
     def __init__(
         self, launch: Launch = launch, device: Device | None = None, tier: str | None = None, wide: bool = False

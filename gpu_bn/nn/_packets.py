@@ -86,7 +86,7 @@ def _compare(packets: Tensor, group: str) -> Tensor:
     return packets.clone()
 
 
-def _unpack(packets: Sequence[Tensor], channels: int) -> Tensor:
+def unpacked(packets: Sequence[Tensor], channels: int) -> Tensor:
     """(W, 2 + 2 C) reports; with a 1 in the first column if they must not be used."""
     reports = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, : 2 + 2 * channels].contiguous()
     heads = [packet[:, :HEADER] for packet in packets]
@@ -174,7 +174,7 @@ for _name, _kernel, _fake in (
     ("sync_pack", _pack, _pack_fake),
     ("sync_mistake", _mistake, _mistake_fake),
     ("sync_compare", _compare, _compare_fake),
-    ("sync_unpack", _unpack, _unpack_fake),
+    ("sync_unpack", unpacked, _unpack_fake),
 ):
     for _key in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _kernel, _key)
