@@ -8,14 +8,15 @@ import pytest
 
 import gpu_bn
 
-torch = pytest.importorskip("torch", reason="gpu_bn.nn needs torch: pip install torch")
+pytest.importorskip("torch", reason="gpu_bn.nn needs torch: pip install torch")
 
-from gpu_bn.activations import ROWS  # noqa: E402
+from gpu_bn import nn
+from gpu_bn.activations import ROWS
 
 RESULTS = {"BackendUnavailableError", "Grads", "Saved"}
 """What calls return or raise; users do not make them."""
 ARRAYS = [(gpu_bn, name) for name in gpu_bn.__all__ if name not in RESULTS]
-PUBLIC = ARRAYS
+PUBLIC = [*ARRAYS, *((nn, name) for name in nn.__all__)]
 
 
 def named(one):
@@ -33,6 +34,8 @@ def test_every_argument_is_described(one):
     public = getattr(*one)
     text = inspect.getdoc(public)
     described = section(text, "Args") + (section(text, "Attributes") if inspect.isclass(public) else [])
+    if (other := re.search(r"arguments(?:, the call and its errors)? are those of :class:`(\w+)`", text)) is not None:
+        described += [*section(inspect.getdoc(getattr(one[0], other[1])), "Args"), "arguments", "options"]
     parameters = inspect.signature(public).parameters
     missing = [name for name in parameters if name not in {entry.lstrip("*") for entry in described}]
     assert not missing
@@ -53,7 +56,9 @@ def test_the_examples_run(one):
     assert not failures, "".join(failures)
 
 
-@pytest.mark.parametrize("public", [gpu_bn.batch_norm, gpu_bn.Activation], ids=lambda one: one.__qualname__)
+@pytest.mark.parametrize(
+    "public", [gpu_bn.batch_norm, gpu_bn.Activation, nn.batch_norm], ids=lambda one: one.__qualname__
+)
 def test_all_activations_are_named(public):
     text = inspect.getdoc(public)
     assert [name for name in ROWS if not re.search(rf"``\"?{name}\"?``", text)] == []
