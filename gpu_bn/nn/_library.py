@@ -74,11 +74,11 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """``y`` and what the backward call needs, by a backend; the statistics and the counter are written last.
 
-    On a CPU one call writes all three, so that no error or interrupt comes between them.
+    Where one call or launch of a backend writes all three, no error or interrupt comes between them.
     """
     running_mean, running_var, num_batches_tracked = tracked
     at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
-    if at_once is not None and valid is None and _is_plain(x, spec) and _are_apart(tracked):
+    if at_once is not None and valid is None and _is_plain(x, spec) and _are_apart(tracked, x.device):
         found: tuple[Tensor, Saved] | None = at_once(engine, x, spec, *tracked, weight, bias, residual)
         if found is not None:
             if spec.batch_stats:
@@ -112,12 +112,15 @@ def _is_plain(x: Tensor, spec: BatchNormSpec) -> bool:
     return spec.groups == 1 and spec.renorm is None and 0 not in x.shape
 
 
-def _are_apart(tracked: Tracked) -> bool:
+def _are_apart(tracked: Tracked, device: torch.device) -> bool:
     """Whether bounds tell that nothing tracked overlaps anything else tracked, and that a kernel can count."""
     bounds = sorted([(one.data_ptr(), one.nbytes) for one in tracked if one is not None])
     counter = tracked[2]
     countable = counter is None or (
-        counter.dtype is torch.int64 and counter.is_cpu and counter.numel() == 1 and counter.data_ptr() % 8 == 0
+        counter.dtype is torch.int64
+        and counter.device == device
+        and counter.numel() == 1
+        and counter.data_ptr() % 8 == 0
     )
     return countable and all(one[0] + one[1] <= after[0] for one, after in pairwise(bounds))
 
