@@ -3,8 +3,10 @@
 import json
 import re
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -199,11 +201,9 @@ def folder(tmp_path_factory):
     pytest.importorskip("torch")
     pytest.importorskip("matplotlib")
     path = tmp_path_factory.mktemp("bench") / "report"
-    with pytest.MonkeyPatch.context() as patch:
-        printed = []
-        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+    with redirect_stdout(StringIO()) as printed:
         assert main([*TINY, "--shapes", "tiny", "--dtype", "f32", "--out", str(path)]) == 0
-    return path, "\n".join(printed)
+    return path, printed.getvalue()
 
 
 COMPILED = ["gpu_bn cpu"] if find_spec("numba") else []
