@@ -20,8 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from gpu_bn import ops
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn import _sync_library, functional
+from gpu_bn.nn._group import Group, add_up, gather, several
 from gpu_bn.nn.modules import require_channels
-from gpu_bn.nn.sync import Group, SyncBatchNorm, add_up, gather, several, update_running
+from gpu_bn.nn.sync import SyncBatchNorm, update_running
 
 Pools = dict[_BatchNorm, Pool]
 
