@@ -24,9 +24,9 @@ def shape_of(name):
     return SIZES.get(name, (CHANNELS,))
 
 
-def overlapping(one, other, kind):
+def overlapping(one, other, kind, own=lambda array: array):
     """One buffer, and the two arguments as views of it that have at least one element in common."""
-    buffer = np.linspace(0.5, 2, 2000, dtype=np.float32)
+    buffer = own(np.linspace(0.5, 2, 2000, dtype=np.float32))
     sizes = [int(np.prod(shape_of(name))) for name in (one, other)]
     first = buffer[800 : 800 + sizes[0]].reshape(shape_of(one))
     flat = buffer.view(np.uint8)[::4] if other == "mask" else buffer
@@ -57,11 +57,12 @@ def run(arrays, convert=lambda array: array, **options):
     return call(*vectors, **arrays, **options)
 
 
-LIBRARIES = ["numpy", "torch"]
+LIBRARIES = ["numpy", "cpu", "torch"]
+"""Backends of arrays, and torch's tensors on a CPU."""
 
 
 def converter(library):
-    if library == "numpy":
+    if library != "torch":
         return lambda array: array
     torch = pytest.importorskip("torch")
 
@@ -73,22 +74,55 @@ def converter(library):
     return convert
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("one", "other"), PAIRS)
-def test_written_arrays_share_no_memory(one, other, kind, library):
-    buffer, first, second = overlapping(one, other, kind)
-    arrays = arguments(**{one: first, other: second})
-    assert np.shares_memory(arrays[one], arrays[other])
-    convert = converter(library)
-    run(arguments(), convert)  # of the same signature: what is remembered is checked as well
+def options_of(library):
+    return {} if library == "torch" else {"backend": library}
+
+
+def require_refused(one, other, kind, convert, own=lambda array: array, **options):
+    """Arrays that overlap are refused, and nothing changes."""
+    buffer, first, second = overlapping(one, other, kind, own)
+    arrays = {name: own(array) for name, array in arguments().items()}
+    arrays |= {one: first, other: second}
+    assert np.shares_memory(first, second)
     before, others = buffer.copy(), {name: array.copy() for name, array in arrays.items()}
     with pytest.raises(ValueError, match="may not share memory with") as caught:
-        run(arrays, convert)
+        run(arrays, convert, **options)
     assert one in str(caught.value)
     assert other in str(caught.value)
     assert np.array_equal(buffer, before)
     assert all(np.array_equal(array, others[name]) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_written_arrays_share_no_memory(one, other, kind, library):
+    convert, options = converter(library), options_of(library)
+    run(arguments(), convert, **options)  # of the same signature: what is remembered is checked as well
+    require_refused(one, other, kind, convert, **options)
+
+
+@pytest.mark.compile
+def test_written_arrays_share_no_memory_on_an_emulated_gpu(make_gpu):
+    """By the CuPy backend: one call that is right, then every pair of arguments."""
+    gpu = make_gpu(80)
+    run({name: gpu.asarray(array) for name, array in arguments().items()})
+    for one, other in PAIRS:
+        for kind in KINDS:
+            require_refused(one, other, kind, lambda array: array, gpu.asarray)
+
+
+@pytest.mark.compile
+def test_written_tensors_share_no_memory_on_an_emulated_gpu(compile_triton, device):
+    """By the Triton backend."""
+    pytest.importorskip("torch")
+    from triton_backends import EmulatedBackend
+
+    backend, convert = EmulatedBackend(device, compile_triton), converter("torch")
+    run(arguments(), convert, backend=backend)
+    for one, other in PAIRS:
+        for kind in KINDS:
+            require_refused(one, other, kind, convert, backend=backend)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -113,7 +147,7 @@ def test_written_arrays_do_not_overlap_themselves(name, kind, library):
     else:
         given = arguments(**{name: array})
     with pytest.raises(ValueError, match=f"{name} is written to, but some of its elements lie in one place"):
-        run(given)
+        run(given, **options_of(library))
     assert not memory.any()
 
 
@@ -126,8 +160,8 @@ def test_neighbours_in_one_buffer_are_allowed(library):
     tensors = np.ones((*SHAPE, 2), np.float32)
     arrays = arguments(**vectors, out=tensors[..., 0], input=tensors[..., 1])
     expected = arguments(**{name: array.copy() for name, array in vectors.items()}, input=np.ones(SHAPE, np.float32))
-    run(arrays, converter(library))
-    run(expected, converter(library))
+    run(arrays, converter(library), **options_of(library))
+    run(expected, converter(library), **options_of(library))
     assert all(np.array_equal(arrays[name], expected[name]) for name in ARGUMENTS)
 
 

@@ -103,15 +103,42 @@ def test_many_random_cases(case, backend):
     assert check(case, backend)
 
 
+@pytest.mark.parametrize("shape", [(33, 2, 6, 2), (40, 9, 9, 3), (60, 50, 3)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_sums_of_float64_over_several_axes(shape, mean, backend):
+    """Terms that all follow one another lose more than blocked or pairwise sums."""
+    assert check(Case(shape, "float64", channel_axis=-1, mean=mean, std=0.0, momentum=0.0), backend)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("library", ["numpy", "cpu", "torch"])
 def test_every_layout_with_every_option(library, layout, options):
     if library == "torch":
         pytest.importorskip("torch")
     for dtype in ("float32", "float16"):
         case = Case((4, 6, 5, 3), dtype, layout, residual=True, activation="relu", **options)
         assert check(case, library)
+
+
+def few(backend):
+    """The hardest layouts, each with one option."""
+    layouts = ("permuted", "negative_stride", "sliced_channels", "overlapping")
+    for layout, options in zip(layouts, OPTIONS, strict=False):
+        assert check(Case((4, 6, 5, 3), "float32", layout, residual=True, activation="relu", **options), backend)
+
+
+@pytest.mark.compile
+def test_every_layout_on_emulated_cuda(make_gpu):
+    few(make_gpu(80).backend)
+
+
+@pytest.mark.compile
+def test_every_layout_on_emulated_triton(compile_triton, device):
+    pytest.importorskip("torch")
+    from triton_backends import EmulatedBackend
+
+    few(EmulatedBackend(device, compile_triton))
 
 
 @st.composite
