@@ -1,14 +1,15 @@
 """The algorithm, once for all backends: statistics, running update, normalise; reduce, input gradient.
 
 Arguments have been checked; a failure on the way (say, out of memory) leaves the running statistics as they were,
-because they are written last: NumPy's in one call, between whose ends no signal handler runs.
+because they are written last: NumPy's in one call, between whose ends no signal handler runs, and a GPU's by kernels
+whose launches Ctrl-C waits for.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_bn import aliasing
+from gpu_bn._interrupts import deferred
 from gpu_bn.backends.protocol import Backend, Fused, Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec, is_cupy, on_device_of
 
@@ -73,11 +75,11 @@ def forward(
         backend.check_out(out, x, residual, in_place)
     rest = weight, bias, residual, out, valid, keep
     if not (spec.batch_stats and isinstance(running_mean, np.ndarray) and not is_cupy(running_mean)):
-        result = _forward(backend, x, spec, running_mean, running_var, *rest)
-        if counter is not None:
-            with on_device_of(counter):
-                counter += 1
-        return result
+        if counter is None:
+            return _forward(backend, x, spec, running_mean, running_var, *rest)
+        with on_device_of(counter):
+            result = counted(counter, lambda: _forward(backend, x, spec, running_mean, running_var, *rest))
+            return result  # type: ignore[no-any-return]
     written = [array for array in (running_mean, running_var, counter) if array is not None]
     moved: list[Any] = [array.copy() for array in written]
     result = _forward(backend, x, spec, moved[0], moved[1], *rest)
@@ -85,6 +87,20 @@ def forward(
         moved[2] += 1
     commit(written, moved)
     return result
+
+
+def counted(counter: Array, call: Callable[[], Any]) -> Any:
+    """Make a call whose kernels write the statistics last, and increment a counter on a GPU: both, or neither.
+
+    Ctrl-C waits until both are done. The counter is first, for it may refuse; a call that raises takes it back.
+    """
+    with deferred():
+        counter += 1
+        try:
+            return call()
+        except BaseException:
+            counter -= 1
+            raise
 
 
 def commit(targets: Sequence[Array], values: Sequence[Array]) -> None:

@@ -102,6 +102,50 @@ def test_written_arrays_share_no_memory(one, other, kind, library):
     require_refused(one, other, kind, convert, **options)
 
 
+def ways(torch):
+    """Calls of torch's front: of a function, where something is differentiated, transformed, or by the operator."""
+    from gpu_bn import nn
+
+    def function(x, *vectors, **options):
+        return nn.batch_norm(x, *vectors, True, activation="relu", **options)
+
+    def differentiated(x, *vectors, **options):
+        return function(x.detach().requires_grad_(), *vectors, **options)
+
+    def transformed(x, *vectors, mask, **options):  # by the bias, for what is transformed has no memory to be seen
+        del mask
+        mean, var, weight, _ = vectors
+        return torch.func.grad(lambda bias: function(x, mean, var, weight, bias, **options).sum())(torch.ones(4))
+
+    def operator(x, mean, var, weight, bias, *, residual, mask):
+        del mask
+        return torch.ops.gpu_bn.train(x, weight, bias, residual, mean, var, None, 0.1, 1e-5, "relu", 0.0)
+
+    return {"function": function, "differentiated": differentiated, "transformed": transformed, "operator": operator}
+
+
+@pytest.mark.parametrize("way", ["function", "differentiated", "transformed", "operator"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_statistics_of_torchs_front_share_no_memory(way, masked):
+    torch, convert = pytest.importorskip("torch"), converter("torch")
+    call = ways(torch)[way]
+    if masked and way in ("transformed", "operator"):
+        pytest.skip("a mask is no argument of this call")
+    for one, other in PAIRS:
+        if one == "out" or (other == "mask" and not masked) or (way == "transformed" and other == "bias"):
+            continue
+        for kind in KINDS:
+            buffer, first, second = overlapping(one, other, kind)
+            tensors = {name: convert(array) for name, array in (arguments() | {one: first, other: second}).items()}
+            del tensors["out"]
+            tensors["mask"] = tensors["mask"][:, 0] if masked else None
+            before = buffer.copy()
+            vectors = [tensors.pop(name) for name in ("input", "running_mean", "running_var", "weight", "bias")]
+            with pytest.raises(ValueError, match=r"may not share memory with|must be two tensors"):
+                call(*vectors, **tensors)
+            assert np.array_equal(buffer, before)
+
+
 @pytest.mark.compile
 def test_written_arrays_share_no_memory_on_an_emulated_gpu(make_gpu):
     """By the CuPy backend: one call that is right, then every pair of arguments."""

@@ -77,10 +77,9 @@ def update_population_stats(
         pools = _over_processes(layers, pools, Group.of(process_group))
     if not any(bool(pool.count > 0) for pool in pools.values()):
         raise ValueError("no layer with running statistics saw any data (was the loader empty, the model compiled?)")
-    for layer, pool in pools.items():
-        if bool(pool.count > 0):
-            _buffers(layer)[0].copy_(pool.mean)
-            _buffers(layer)[1].copy_(pool.var)
+    found = [(_buffers(layer), pool) for layer, pool in pools.items() if bool(pool.count > 0)]
+    values = [value for _, pool in found for value in (pool.mean, pool.var)]
+    torch._foreach_copy_([buffer for buffers, _ in found for buffer in buffers], values)  # all layers', or none
 
 
 @contextmanager
