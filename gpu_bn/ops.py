@@ -25,7 +25,7 @@ Array = Any
 
 
 class Grads(NamedTuple):
-    """Gradients; those not asked for, or of arguments that were not given, are ``None``.
+    """Hold the gradients of one call; those not asked for, or of arguments that were not given, are ``None``.
 
     Attributes:
         dx: like the input.

@@ -15,7 +15,7 @@ from test_faults import INJECTIONS, PACKAGE, injected  # noqa: E402
 import gpu_bn  # noqa: E402
 from gpu_bn import nn, ops  # noqa: E402
 from gpu_bn.merge import Pool  # noqa: E402
-from gpu_bn.nn import sync  # noqa: E402
+from gpu_bn.nn import _sync_library  # noqa: E402
 
 
 def data():
@@ -65,7 +65,7 @@ def accumulated(layer):
 def merged(layer):
     """What a SyncBatchNorm does when all reports are there."""
     pool = Pool(torch.tensor([6.0]), torch.ones(3).double(), torch.ones(3).double())
-    sync.update_running(layer.running_mean, layer.running_var, layer.num_batches_tracked, None, pool)
+    _sync_library.update_running(layer.running_mean, layer.running_var, layer.num_batches_tracked, None, pool)
 
 
 def state_of(layer):

@@ -15,7 +15,7 @@ from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
 from gpu_bn.merge import Pool  # noqa: E402
-from gpu_bn.nn import _packets, _sync_library, sync  # noqa: E402
+from gpu_bn.nn import _packets, _sync_library  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -211,10 +211,14 @@ def test_the_operators_do_what_they_say(shape, dtype):
         (_packets.pack, (report, "", signature(2))),
         (_packets.mistake, (x, "", "why")),
         (_packets.compare, (torch.cat((packets, packets)), "")),
-        (_packets.unpack, ([torch.cat((packets, packets))], 6)),
+        (_packets.unpack, ([torch.cat((packets, packets))], 2)),
+        (_packets.add, ([torch.cat((packets, packets))], 6)),
         (_sync_library.report, (x, None)),
         (_sync_library.report, (x, valid)),
         (_sync_library.merge_reports, (reports,)),
+        (_sync_library.merge_packets, ([torch.cat((packets, packets))], 2)),
+        (_sync_library.update, (mean.float(), var.float(), torch.tensor(0), 0.1, None, count, mean, var)),
+        (_sync_library.update, (None, None, torch.tensor(0), None, None, count, mean, var)),
         (_sync_library.normalize, layer),
         (_sync_library.reduce, (dy, *layer, True)),
         (_sync_library.reduce, (dy, *layer, False)),
@@ -244,7 +248,7 @@ def test_nothing_is_read_back_from_a_device():
     running = torch.empty(2, 3, device="meta")
     for momentum in (0.1, None):
         counter = torch.empty((), dtype=torch.int64, device="meta")
-        sync.update_running(*running, counter, momentum, Pool(count, mean, var * count))
+        _sync_library.update_running(*running, counter, momentum, Pool(count, mean, var * count))
 
 
 SIGNATURE = [0.0, -1.0, 0.0, 3.0, 2.0, 0.0, 0.0, 1e-5, 0.1, *[0.0] * 7]
@@ -268,9 +272,10 @@ def test_a_mistake_poisons_statistics_where_packets_are_not_read():
         ((good, other), True),
         ((good, good), False),
     ):
-        _, mean, var = _sync_library.merged(_packets.unpack([gathered(*packets)], 8))
+        _, mean, var = _sync_library.merged(_packets.unpack([gathered(*packets)], 3))
         assert mean.isnan().all() == poisoned
         assert var.isnan().all() == poisoned
+        assert _packets.add([gathered(*packets)], 8).isnan().all() == poisoned
 
 
 def test_packets_from_a_gpu_are_looked_at_once_they_are_there(monkeypatch):
@@ -296,7 +301,7 @@ def test_packets_have_one_size_and_hold_any_report(channels):
     packets = _packets.pack(report, "", signature(channels))
     assert packets.shape == (_packets.packets_of(len(report)), _packets.HEADER + _packets.ROOM)
     found = [_packets.compare(gathered(packet, packet), "") for packet in packets]
-    assert torch.equal(_packets.unpack(found, len(report)), torch.stack((report, report)))
+    assert torch.equal(_packets.unpack(found, channels), torch.stack((report, report)))
 
 
 def test_torchs_layers_merge_with_activations_and_fold():

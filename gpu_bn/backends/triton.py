@@ -20,8 +20,11 @@ from gpu_bn.backends._layout import Layout, check_out
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.backends.triton_launch import CLUSTERS, ClusterError, Launch, Recent, Step, interpreting, launch
 from gpu_bn.backends.triton_programs import (
+    CROWDED,
     ELSEWHERE,
     SAMPLES,
+    SHORT,
+    STREAMED,
     Geometry,
     chain,
     chunk,
@@ -32,6 +35,7 @@ from gpu_bn.backends.triton_programs import (
     strip,
     training_plan,
 )
+from gpu_bn.backends.triton_sync import SharedStatistics
 from gpu_bn.backends.triton_tensors import View, aligned, contiguous_view, dense, is_dense, view_of
 from gpu_bn.kernels import bn_backward_triton, bn_forward_triton
 from gpu_bn.kernels.activations_triton import functions
@@ -123,7 +127,7 @@ class _BackwardCall(NamedTuple):
         )  # fmt: skip
 
 
-class TritonBackend:
+class TritonBackend(SharedStatistics):
     """See :class:`gpu_bn.backends.protocol.Backend`; ``forward`` and ``backward`` are of ``Fused``.
 
     Args:
@@ -135,6 +139,8 @@ class TritonBackend:
     name = "triton"
     keeps_bits = True
     """Whether a mask may take the place of a residual."""
+    converts_vectors = True
+    """Whether kernels read weight and bias in any dtype, so that the phases need no wider copies."""
 
     def __init__(
         self, launch: Launch = launch, device: Device | None = None, tier: str | None = None, wide: bool = False
@@ -486,11 +492,12 @@ class TritonBackend:
         tail = (plan.tiling.c, plan.blocks, chunk(plan), *strip(plan), _compute(call.x), call.groups)
         grid = (call.groups * plan.tiling.strips, 1)
         merge = self._step(bn_backward_triton.bn_merge_sums_kernel, plan, call.x, grid, tail, groups=call.groups)
-        return plan, self._reduce_step(plan, call), merge
+        return plan, self._reduce_step(plan, call, all(outputs)), merge
 
-    def _reduce_step(self, plan: LaunchPlan, call: _BackwardCall) -> Step:
-        crowded = call.groups > 1 and call.tensors[-1] is not None
-        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x, crowded)
+    def _reduce_step(self, plan: LaunchPlan, call: _BackwardCall, writes_both: bool = False) -> Step:
+        masked_groups = call.groups > 1 and call.tensors[-1] is not None
+        shapes = CROWDED if masked_groups else SHORT if writes_both and plan.tiling.columns else STREAMED
+        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x, shapes)
         tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chain(plan, positions), positions,
                 *strip(plan), self._is_wide(geometry), _compute(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)

@@ -240,10 +240,22 @@ def packed(saved: Saved) -> Tensor:
         counts = count if isinstance(count, Tensor) else mean.new_full((saved.spec.groups,), count)
         rows.append(counts.view(-1, 1).expand(-1, channels).double())
     rows += [row.view(1, -1) for row in saved.renorm or ()]
-    together = mean.untyped_storage().data_ptr() == var.untyped_storage().data_ptr()
-    if together and len(rows) == 2 and mean.data_ptr() + 8 * mean.numel() == var.data_ptr():
-        return torch.as_strided(mean, (2 * len(rows[0]), channels), (channels, 1))
-    return torch.cat(rows)
+    return adjacent(mean, var).view(-1, channels) if len(rows) == 2 else torch.cat(rows)
+
+
+def adjacent(first: Tensor, second: Tensor) -> Tensor:
+    """(2, L) of two vectors of float64; no copy where one lies behind the other."""
+    together = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if together and first.is_contiguous() and first.data_ptr() + 8 * len(first) == second.data_ptr():
+        return torch.as_strided(first, (2, len(first)), (len(first), 1))
+    return torch.stack((first.double(), second.double()))
+
+
+def as_read(engine: Backend, vector: Tensor | None) -> Any:
+    """Weight or bias as a backend's phases read it: in the accumulation dtype, unless they convert it themselves."""
+    if vector is None or getattr(engine, "converts_vectors", False):
+        return vector
+    return engine.vector(vector)
 
 
 def unpacked(
@@ -280,8 +292,8 @@ def _backward(
         x=x,
         residual=None if activation == "identity" else residual,
         moments=moments,
-        weight=None if weight is None else engine.vector(weight),
-        bias=None if bias is None else engine.vector(bias),
+        weight=as_read(engine, weight),
+        bias=as_read(engine, bias),
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=bias_dtype,
         has_residual=need[3] or residual is not None,

@@ -37,7 +37,8 @@ for _schema in (
     "sync_pack(Tensor vector, str group, float[] signature) -> Tensor",
     "sync_mistake(Tensor like, str group, str text) -> Tensor",
     "sync_compare(Tensor packets, str group) -> Tensor",
-    "sync_unpack(Tensor[] packets, int length) -> Tensor",
+    "sync_unpack(Tensor[] packets, int channels) -> Tensor",
+    "sync_sum(Tensor[] packets, int length) -> Tensor",
     "sync_refuse(Tensor like, Tensor packets, str text) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=TAGS)
@@ -92,12 +93,22 @@ def _compare(packets: Tensor, group: str) -> Tensor:
     return packets.clone()
 
 
-def _unpack(packets: Sequence[Tensor], length: int) -> Tensor:
-    """(W, L) vectors; NaN if they must not be used."""
+def unpacked(packets: Sequence[Tensor], channels: int) -> Tensor:
+    """(W, 2 + 2 C) reports; with a 1 in the first column if they must not be used."""
+    reports = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, : 2 + 2 * channels].contiguous()
+    reports[:, 0] = _wrong(packets)
+    return reports
+
+
+def _sum(packets: Sequence[Tensor], length: int) -> Tensor:
+    """(L,) the sum of all processes' vectors, in the order of their ranks; NaN if they must not be used."""
     vectors = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, :length]
+    return torch.where(_wrong(packets), torch.nan, vectors.sum(0))
+
+
+def _wrong(packets: Sequence[Tensor]) -> Tensor:
     heads = [packet[:, :HEADER] for packet in packets]
-    wrong = torch.stack([(head[:, 0] != 0).any() | differing(head).any() for head in heads]).any()
-    return torch.where(wrong, torch.nan, vectors)
+    return torch.stack([(head[:, 0] != 0).any() | differing(head).any() for head in heads]).any()
 
 
 def _refuse(like: Tensor, packets: Tensor, text: str) -> Tensor:
@@ -179,8 +190,12 @@ def _compare_fake(packets: Tensor, group: str) -> Tensor:
     return torch.empty_like(packets)
 
 
-def _unpack_fake(packets: Sequence[Tensor], length: int) -> Tensor:
-    return packets[0].new_empty((packets[0].shape[0], length))
+def _unpack_fake(packets: Sequence[Tensor], channels: int) -> Tensor:
+    return packets[0].new_empty((packets[0].shape[0], 2 + 2 * channels))
+
+
+def _sum_fake(packets: Sequence[Tensor], length: int) -> Tensor:
+    return packets[0].new_empty(length)
 
 
 def _refuse_fake(like: Tensor, packets: Tensor, text: str) -> Tensor:
@@ -192,7 +207,8 @@ for _name, _kernel, _fake in (
     ("sync_pack", _pack, _pack_fake),
     ("sync_mistake", _mistake, _mistake_fake),
     ("sync_compare", _compare, _compare_fake),
-    ("sync_unpack", _unpack, _unpack_fake),
+    ("sync_unpack", unpacked, _unpack_fake),
+    ("sync_sum", _sum, _sum_fake),
     ("sync_refuse", _refuse, _refuse_fake),
 ):
     for _key in ("CPU", "CUDA"):
@@ -203,4 +219,5 @@ pack = torch.ops.gpu_bn.sync_pack.default
 mistake = torch.ops.gpu_bn.sync_mistake.default
 compare = torch.ops.gpu_bn.sync_compare.default
 unpack = torch.ops.gpu_bn.sync_unpack.default
+add = torch.ops.gpu_bn.sync_sum.default
 refuse = torch.ops.gpu_bn.sync_refuse.default

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gpu_bn.activations import Activation
-from gpu_bn.merge import Pool
 from gpu_bn.nn import _composed, _packets, _sync_library, functional
-from gpu_bn.nn._group import Group, exchange, gather, several
+from gpu_bn.nn._group import Group, add_up, exchange, gather, several
 from gpu_bn.nn._sync_call import call_of
 from gpu_bn.nn.modules import Fused
 
@@ -144,10 +143,9 @@ def _numbered(
     y, count, mean, var = _SyncBatchNorm.apply(
         *call.inputs, call.valid, *group, [number, *call.signature], *call.options
     )
-    whole = Pool(count, mean, var * count)
     if call.tracked[0] is not None or call.tracked[2] is not None:
-        mean, var, counter = call.tracked
-        update_running(mean, var, counter, call.momentum, whole)
+        fixed, at = (None, call.momentum) if isinstance(call.momentum, Tensor) else (call.momentum, None)
+        _sync_library.update(*call.tracked, fixed, at, count, mean, var)
     return y  # type: ignore[no-any-return]
 
 
@@ -169,34 +167,6 @@ def _report_mistake(text: str, error: Exception | None, group: Group, length: in
         )
     except ValueError as told:
         raise told from error
-
-
-@torch.no_grad()
-def update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: Any,
-    whole: Pool,
-) -> None:
-    """Move running statistics towards those of a batch, unless it is empty; count the batch. Reads nothing back.
-
-    All three are written last, by one call.
-    """
-    written, values = [], []
-    counted = None if num_batches_tracked is None else num_batches_tracked + 1
-    weighs: Any = momentum
-    if momentum is None:
-        weighs = 0.0 if counted is None else counted.double().reciprocal()
-    for running, batch in ((running_mean, whole.mean), (running_var, whole.unbiased)):
-        if running is not None:
-            old = running.double()
-            written.append(running)
-            values.append(torch.where(whole.count > 0, (1 - weighs) * old + weighs * batch, old).to(running.dtype))
-    if num_batches_tracked is not None and counted is not None:
-        written.append(num_batches_tracked)
-        values.append(counted)
-    torch._foreach_copy_(written, values)
 
 
 class SyncBatchNorm(Fused):
@@ -293,7 +263,8 @@ class _SyncBatchNorm(Function):
         except Exception as error:
             _report_mistake(_told(error), error, group, 2 + 2 * x.shape[1], (x,))
             raise
-        count, mean, var = _sync_library.merge_reports(exchange(report, group, 0, call, signature))
+        found = exchange(report, group, 0, call, signature)
+        count, mean, var = _sync_library.merge_packets(found, x.shape[1])
         y = _sync_library.normalize(x, weight, bias, residual, valid, count, mean, var, *options)
         ctx.group, ctx.options, ctx.header = group, options, (call, signature)
         kept = None if options[1] == "identity" else residual
@@ -317,7 +288,7 @@ class _SyncBatchNorm(Function):
             raise
         dx = None
         if need[0]:
-            total = exchange(sums.flatten(), ctx.group, 1, *ctx.header).sum(0).view_as(sums)
+            total = add_up(sums.flatten(), ctx.group, 1, *ctx.header).view_as(sums)
             dx = _sync_library.backward_input(dy, *layer, total, dz if dz.numel() else None)
         dweight = sums[1].to(weight.dtype) if weight is not None and need[1] else None
         dbias = sums[0].to(bias.dtype) if bias is not None and need[2] else None
@@ -334,7 +305,7 @@ class _Sum(Function):
     @staticmethod
     def forward(ctx: Any, vector: Tensor, group: Group, header: tuple[float, list[float]]) -> Tensor:
         ctx.group, ctx.header = group, header
-        return exchange(vector.contiguous(), group, 2, *header).sum(0)
+        return add_up(vector.contiguous(), group, 2, *header)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
