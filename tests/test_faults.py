@@ -161,6 +161,27 @@ def test_a_state_is_loaded_whole_or_not(install, place, error):
     assert number > 20
 
 
+@pytest.mark.parametrize("name", ["plain", "relu, residual", "renorm"])
+def test_an_output_in_the_inputs_place_is_all_old_or_all_new_when_memory_runs_out(name, backend):
+    """What a call allocates, statistics' vectors too, is there before anything is written; at most, all has been."""
+
+    def call(x):
+        gpu_bn.batch_norm(x, *running_pair(3), training=True, backend=backend, out=x, **CALLS[name])
+
+    old = data()
+    new = old.copy()
+    call(new)
+    number, late, raised = 0, 0, True
+    while raised:
+        x = old.copy()
+        raised, _ = injected(lambda: call(x), sys.setprofile, at_c_call(number, MemoryError()), MemoryError())  # noqa: B023
+        assert same_bits(x, old) or same_bits(x, new), number
+        late += raised and same_bits(x, new)
+        number += 1
+    assert number > 20
+    assert late <= 1
+
+
 @pytest.mark.parametrize("often", [1, 3, 20])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_block_that_memory_does_not_suffice_for_is_done_in_halves(monkeypatch, often, in_place):

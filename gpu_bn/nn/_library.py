@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import compress, pairwise, product
 from typing import Any
 
@@ -95,22 +95,7 @@ def forward(
                 increment_version([one for one in tracked if one is not None and not one.is_inference()])
             return found
     others = (weight, bias, residual, None, False, valid, keep)
-    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
-    if not spec.batch_stats or not (running or num_batches_tracked is not None):
-        return ops.forward(engine, x, spec, running_mean, running_var, *others)
-    if not x.is_cpu:
-        if num_batches_tracked is None:
-            return ops.forward(engine, x, spec, running_mean, running_var, *others)
-        call = partial(ops.forward, engine, x, spec, running_mean, running_var, *others)
-        return ops.counted(num_batches_tracked, call)  # type: ignore[no-any-return]
-    moved = [tensor.clone() for tensor in running]
-    new_mean, new_var = moved or (None, None)
-    result = ops.forward(engine, x, spec, new_mean, new_var, *others)
-    if num_batches_tracked is not None:
-        running.append(num_batches_tracked)
-        moved.append(num_batches_tracked.clone().add_(1))  # which refuses what cannot count, as torch's layers do
-    torch._foreach_copy_(running, moved)
-    return result
+    return ops.forward(engine, x, spec, running_mean, running_var, *others, counter=num_batches_tracked)
 
 
 def unread(momentum: Tensor) -> bool:
