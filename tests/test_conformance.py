@@ -99,7 +99,7 @@ def test_random_case(case, backend):
 
 @pytest.mark.slow
 @given(case=random_cases(largest=400_000))
-@settings(max_examples=700)
+@settings(max_examples=300)
 def test_many_random_cases(case, backend):
     assert check(case, backend)
 
@@ -214,7 +214,7 @@ def test_random_extended_case(case, backend):
 
 @pytest.mark.slow
 @given(case=random_extended_cases())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_many_random_extended_cases(case, backend):
     assert check(case, backend)
 

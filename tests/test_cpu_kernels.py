@@ -1,11 +1,14 @@
 """The compiled kernels: what the machine code is, that results do not depend on threads, and that bugs are noticed."""
 
+import ctypes
 import inspect
+import mmap
 import os
 import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from gpu_bn.activations import ROWS
 from gpu_bn.testing import Case, build, check, oracle, run
 
 numba = pytest.importorskip("numba", reason="Numba compiles the kernels for CPUs: pip install -e '.[cpu]'")
-from gpu_bn.backends.cpu import call, plans, threads  # noqa: E402
+from gpu_bn.backends.cpu import call, pages, plans, threads  # noqa: E402
 from gpu_bn.kernels.cpu import calls_channels, calls_rows, channels, compiler, rows  # noqa: E402 (they need Numba)
 from gpu_bn.kernels.cpu.compiler import cold  # noqa: E402
 from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT32, FLOAT64  # noqa: E402
@@ -176,14 +179,46 @@ def test_bfloat16_and_float16_of_torch_need_no_package(dtype, monkeypatch):
         assert (y.double() - exact).abs().max() < 2e-2
 
 
+# --------------------------------------------------------------------------------------------------------- huge pages
+def test_large_outputs_ask_for_huge_pages(monkeypatch):
+    torch = pytest.importorskip("torch")
+    asked = []
+    monkeypatch.setattr(call, "_prepared", {})
+    monkeypatch.setattr(pages, "LARGE", 4 * 6 * 7 * 50)
+    monkeypatch.setattr(pages, "advise", lambda *memory: asked.append(memory))
+    for batch, found in ((7, True), (6, False)):
+        x = torch.randn(batch, 6, 50, requires_grad=True)
+        y = gpu_bn.batch_norm(x, training=True, backend="cpu")
+        (dx,) = torch.autograd.grad(y, x, torch.randn_like(x))
+        expected = [(one.data_ptr(), x.nbytes) for one in (y, dx)]
+        assert asked == (expected if found else [])
+        asked.clear()
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system's kernel has no huge pages to ask for"
+)
+def test_huge_pages_are_asked_for_within_some_memory():
+    memory = mmap.mmap(-1, 4 * pages.PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    pages.advise(start + 1, 4 * pages.PAGE - 2)
+    ranges = re.findall(r"^(\w+)-(\w+) .*?^VmFlags:([^\n]*)", Path("/proc/self/smaps").read_text(), re.M | re.S)
+    asked = [(int(a, 16), int(b, 16)) for a, b, flags in ranges if "hg" in flags.split()]
+    inside = [(a, b) for a, b in asked if a < start + 4 * pages.PAGE and b > start]
+    first, end = -(-(start + 1) // pages.PAGE) * pages.PAGE, (start - 1) // pages.PAGE * pages.PAGE + 4 * pages.PAGE
+    assert inside == [(first, end)]
+
+
 # ------------------------------------------------------------------------------------------------------- planted bugs
 TINY, CHANNELS, PARTS = Case((2, 6, 2, 3)), Case((12, 8, 10, 11)), Case((2, 3, 20, 30))
+RUNS = Case((12, 16, 5, 7))
 ROW, CHUNKS = Case((300, 41)), Case((700, 40))
 BUGS = {
     "a dropped tail of a sum": (channels, "moments", "if count % wide:", "if count % wide < 0:", CHANNELS),
     "a dropped tail of y": (channels, "writer", "if (length - masked) % width:", "if length < 0:", CHANNELS),
     "a tail begun too late": (channels, "products", "wide, (1, 1, 1), 0", "wide, (1, 1, 1), 1", CHANNELS),
     "a swapped stride": (channels, "moments", "places(run, steps, first)", "places(first, steps, run)", CHANNELS),
+    "runs that are lost": (channels, "moments", "range(0, runs if count", "range(0, min(runs, 8) if count", RUNS),
     "a lost float64 sum": (rows, "deviations", "add_to(products, c, None, tile[1])", "pass", ROW),
     "a dropped column": (rows, "products", "add_to(sums, c, columns - c, tile[0])", "pass", ROW),
     "a dropped last row": (rows, "deviations", "min(ROWS, high - first)", "min(ROWS, high - first - 1)", ROW),

@@ -76,7 +76,7 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """``y`` and what the backward call needs, by a backend; the statistics and the counter are written last.
 
-    On a CPU one call writes all three, so that no error or interrupt comes between them.
+    Where one call or launch of a backend writes all three, no error or interrupt comes between them.
 
     Raises:
         ValueError: what is written shares memory with another argument.
@@ -88,7 +88,7 @@ def forward(
         read: dict[str, Any] = {name: one for name, one in named if one is not None and not _is_wrapped(one)}
         aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), read)
     at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
-    if at_once is not None and apart and valid is None and _is_plain(x, spec) and _countable(num_batches_tracked):
+    if at_once is not None and apart and valid is None and _is_plain(x, spec) and _countable(num_batches_tracked, x.device):
         found: tuple[Tensor, Saved] | None = at_once(engine, x, spec, *tracked, weight, bias, residual)
         if found is not None:
             if spec.batch_stats:
@@ -128,10 +128,13 @@ def _bounds(one: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * one.element_size()
 
 
-def _countable(counter: Tensor | None) -> bool:
+def _countable(counter: Tensor | None, device: torch.device) -> bool:
     """Whether a kernel can count."""
     return counter is None or (
-        counter.dtype is torch.int64 and counter.is_cpu and counter.numel() == 1 and counter.data_ptr() % 8 == 0
+        counter.dtype is torch.int64
+        and counter.device == device
+        and counter.numel() == 1
+        and counter.data_ptr() % 8 == 0
     )
 
 
