@@ -88,7 +88,13 @@ def forward(
         read: dict[str, Any] = {name: one for name, one in named if one is not None and not _is_wrapped(one)}
         aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), read)
     at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
-    if at_once is not None and apart and valid is None and _is_plain(x, spec) and _countable(num_batches_tracked, x.device):
+    if (
+        at_once is not None
+        and apart
+        and valid is None
+        and _is_plain(x, spec)
+        and _countable(num_batches_tracked, x.device)
+    ):
         found: tuple[Tensor, Saved] | None = at_once(engine, x, spec, *tracked, weight, bias, residual)
         if found is not None:
             if spec.batch_stats:
