@@ -132,7 +132,13 @@ def explain(
     residual: bool = False,
     training: bool = True,
 ) -> Explanation:
-    """How the CUDA kernels would serve a call, and why so; print the result to read it.
+    """Say how the CUDA kernels would serve a call on a GPU, and why; print the result to read it.
+
+    No GPU is needed, and nothing is run. The result speaks of *tiers*, the ways to serve a call: in ``cta`` one block
+    of threads holds a channel on chip, in ``cluster`` and ``cooperative`` several blocks share it, in ``split`` one
+    launch sums and a second one writes. A *strip* is what one block, or one group of blocks, normalises: a channel, or
+    several adjacent ones in channels-last. The *floor* is the bytes that a call moves if each tensor is read and
+    written once, and the time that takes. Times are a model.
 
     Args:
         shape_or_array: a shape of 2 to 5 axes, or an array. Channels are the second axis in both, whatever the layout,
@@ -142,11 +148,22 @@ def explain(
         layout: how the axes lie in memory: ``nchw``, channels second, ``nhwc``, channels last, or ``nc`` for 2 axes.
             An array that has strides, as those of NumPy, CuPy and torch have, is asked for its own instead.
         device: a key of :data:`gpu_bn.plan.DEVICES` or a name in it, or a ``Device``.
-        activation, residual, training: as in :func:`gpu_bn.batch_norm`.
+        activation: as in :func:`gpu_bn.batch_norm`.
+        residual: whether the call has a residual.
+        training: as in :func:`gpu_bn.batch_norm`.
+
+    Returns:
+        An ``Explanation`` of the forward and the backward call; ``print`` shows it.
 
     Raises:
         TypeError: a dtype that is not one of the four, or no shape and no array.
         ValueError: an empty shape, or one that does not fit the layout; an unknown layout, device or activation.
+
+    Examples:
+        >>> import gpu_bn
+        >>> text = str(gpu_bn.explain((32, 64, 56, 56), "float16", activation="relu", device="h100"))
+        >>> text.splitlines()[0]
+        'batch norm + relu of 32x64x56x56 float16 nchw, training, on H100 (sm_90, 132 SMs, 3350 GB/s by its data sheet)'
     """
     gpu, row = device_of(device), Activation.of(activation)
     is_array = hasattr(shape_or_array, "shape")

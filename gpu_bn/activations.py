@@ -30,11 +30,18 @@ GELU_TANH_ENDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """An activation and its parameter.
+    """Name an activation and its parameter.
 
     Attributes:
-        name: its name in torch's spelling; ``gelu`` is the erf form, ``gelu_tanh`` torch's ``approximate="tanh"``.
+        name: one of ``identity``, ``relu``, ``relu6``, ``leaky_relu``, ``elu``, ``silu``, ``gelu``, ``gelu_tanh``,
+            ``hardswish``, ``sigmoid`` and ``tanh``. The spelling is torch's; ``gelu`` is the erf form, ``gelu_tanh``
+            torch's ``approximate="tanh"``.
         parameter: ``negative_slope`` of ``leaky_relu``, ``alpha`` of ``elu``; unused by the others.
+
+    Examples:
+        >>> import gpu_bn
+        >>> gpu_bn.Activation("leaky_relu", 0.2) == gpu_bn.leaky_relu(0.2)
+        True
     """
 
     name: str
@@ -135,12 +142,52 @@ class Row:
 
 
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
-    """``z`` where ``z > 0``, else ``negative_slope * z``."""
+    """Make the activation that is ``z`` where ``z > 0``, else ``negative_slope * z``.
+
+    Args:
+        negative_slope: a real number; torch's default.
+
+    Returns:
+        An ``Activation`` for the argument ``activation=``.
+
+    Raises:
+        TypeError: the slope is not a real number.
+        ValueError: the slope is NaN.
+
+    Examples:
+        >>> import numpy as np, gpu_bn
+        >>> x = np.array([[1.0], [3.0]])
+        >>> gpu_bn.batch_norm(x, training=True, activation=gpu_bn.leaky_relu(0.2)).round(3)
+        array([[-0.2],
+               [ 1. ]])
+
+    Source: Maas, Hannun & Ng 2013.
+    """
     return replace(ROWS["leaky_relu"].default, parameter=float(negative_slope))
 
 
 def elu(alpha: float = 1.0) -> Activation:
-    """``z`` where ``z > 0``, else ``alpha * (exp(z) - 1)``."""
+    """Make the activation that is ``z`` where ``z > 0``, else ``alpha * (exp(z) - 1)``.
+
+    Args:
+        alpha: a real number; torch's default.
+
+    Returns:
+        An ``Activation`` for the argument ``activation=``.
+
+    Raises:
+        TypeError: ``alpha`` is not a real number.
+        ValueError: ``alpha`` is NaN.
+
+    Examples:
+        >>> import numpy as np, gpu_bn
+        >>> x = np.array([[1.0], [3.0]])
+        >>> gpu_bn.batch_norm(x, training=True, activation=gpu_bn.elu(0.5)).round(3)
+        array([[-0.316],
+               [ 1.   ]])
+
+    Source: Clevert, Unterthiner & Hochreiter 2016.
+    """
     return replace(ROWS["elu"].default, parameter=float(alpha))
 
 

@@ -52,19 +52,33 @@ def batch_moments(
 def identity_affine(
     x: Array, eps: float = 1e-5, *, channel_axis: int = 1, backend: Backend | str | None = None
 ) -> tuple[Array, Array]:
-    """The pair that makes batch normalisation of ``x`` the identity: ``weight = sqrt(var + eps)``, ``bias = mean``.
+    """Compute the pair that makes batch normalisation of ``x`` the identity, ``sqrt(var + eps)`` and ``mean``.
 
-    This is why the learned pair preserves a network's capacity (Ioffe & Szegedy 2015, section 3).
+    This is why the learned pair preserves a network's capacity.
 
     Args:
-        x: 2-D to 5-D, C channels along ``channel_axis``, more than one value a channel.
+        x: 2-D to 5-D, C channels along ``channel_axis``, more than one value a channel; float16, bfloat16, float32 or
+            float64.
         eps: what the normalisation will add to the variance.
+        channel_axis: the axis of the channels.
+        backend: as in :func:`gpu_bn.batch_norm`.
 
     Returns:
         ``(weight, bias)``, (C,) each, in float64 for float64 input and float32 for all others.
 
     Raises:
-        TypeError, ValueError: as :func:`gpu_bn.batch_norm` in training.
+        TypeError: as :func:`gpu_bn.batch_norm` in training.
+        ValueError: as :func:`gpu_bn.batch_norm` in training; also for an empty batch.
+
+    Examples:
+        >>> import numpy as np, gpu_bn
+        >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> weight, bias = gpu_bn.identity_affine(x)
+        >>> gpu_bn.batch_norm(x, None, None, weight, bias, training=True).round(9)
+        array([[ 1., 10.],
+               [ 3., 30.]])
+
+    Source: Ioffe & Szegedy 2015, section 3.
     """
     moments = batch_moments(x, eps, channel_axis=channel_axis, backend=backend)
     engine = dispatch.select(backend, input=x)
@@ -96,6 +110,16 @@ def fold(
         TypeError: ``norm`` holds arrays of another library than ``weight``.
         ValueError: ``norm`` has no running statistics, or another number of channels than ``weight`` has outputs;
             ``weight`` has fewer than two axes.
+
+    Examples:
+        >>> import numpy as np, gpu_bn
+        >>> norm = gpu_bn.BatchNorm(2).eval()
+        >>> norm.running_mean[:], norm.running_var[:] = [1.0, 2.0], [4.0, 9.0]
+        >>> weight, bias = gpu_bn.fold(np.eye(2, dtype=np.float32), None, norm)
+        >>> x = np.array([[3.0, 5.0]], np.float32)
+        >>> np.testing.assert_allclose(x @ weight.T + bias, norm(x), rtol=1e-6)
+
+    Source: Ioffe & Szegedy 2015, Alg. 2.
     """
     with spec.on_device_of(weight):
         scale, shift = _scale_and_shift(norm, weight)
@@ -108,12 +132,29 @@ def fold(
 def unfold(
     weight: Array, bias: Array | None, norm: Norm, *, transposed: bool = False, groups: int = 1
 ) -> tuple[Array, Array]:
-    """Undo :func:`fold`: the weight and bias with which ``norm`` behind the layer gives the same outputs.
+    """Undo :func:`fold`: compute the weight and bias with which ``norm`` behind the layer gives the same outputs.
 
-    Arguments and results are those of :func:`fold`; a bias that was ``None`` comes back as zeros to rounding.
+    Args:
+        weight: as in :func:`fold`.
+        bias: (out,), or ``None``; then it comes back as zeros to rounding where :func:`fold` was given ``None``.
+        norm: as in :func:`fold`.
+        transposed: as in :func:`fold`.
+        groups: as in :func:`fold`.
+
+    Returns:
+        ``(weight, bias)``, as :func:`fold`.
 
     Raises:
-        TypeError, ValueError: as :func:`fold`; also if a channel's ``norm.weight`` is 0, which loses the layer.
+        TypeError: as :func:`fold`.
+        ValueError: as :func:`fold`; also if a channel's ``norm.weight`` is 0, which loses the layer.
+
+    Examples:
+        >>> import numpy as np, gpu_bn
+        >>> norm = gpu_bn.BatchNorm(2).eval()
+        >>> norm.running_mean[:], norm.running_var[:] = [1.0, 2.0], [4.0, 9.0]
+        >>> before = np.eye(2, dtype=np.float32)
+        >>> after, _ = gpu_bn.unfold(*gpu_bn.fold(before, None, norm), norm)
+        >>> np.testing.assert_allclose(after, before, rtol=1e-6)
     """
     with spec.on_device_of(weight):
         scale, shift = _scale_and_shift(norm, weight)

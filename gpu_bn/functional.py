@@ -34,33 +34,40 @@ def batch_norm(
     virtual_batch_size: int | None = None,
     renorm: tuple[float, float] | None = None,
 ) -> Array:
-    """Batch normalisation, ``y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)``.
+    """Normalise each channel and apply an activation, ``activation(weight * (x - mean) * rstd + bias + residual)``.
 
-    The transform of Ioffe & Szegedy 2015 (Alg. 1 in training, Alg. 2 otherwise); :mod:`gpu_bn.spec` has the equations.
-    The arguments up to ``eps`` are those of ``torch.nn.functional.batch_norm``.
+    Here ``rstd = 1 / sqrt(var + eps)``. The transform is that of Ioffe & Szegedy 2015 (Alg. 1 in training, Alg. 2
+    otherwise); :mod:`gpu_bn.spec` has the equations. The arguments up to ``eps`` are those of
+    ``torch.nn.functional.batch_norm``.
+
+    A *position* is one place in the batch and in all axes but the channel axis; a channel has one element at each.
 
     Args:
         x: 2-D to 5-D, with C channels along ``channel_axis``; float16, bfloat16, float32 or float64; any strides.
-        running_mean, running_var: (C,), any of the float dtypes. In training they are updated in place and may both
-            be absent; otherwise they are the statistics used.
-        weight, bias: (C,), any of the float dtypes; absent, they are 1 and 0.
+        running_mean: (C,), any of these dtypes; updated in place in training. In training it may be absent together
+            with ``running_var``; otherwise the two are the statistics used.
+        running_var: (C,), as ``running_mean``.
+        weight: (C,), any of these dtypes; absent, it is 1.
+        bias: (C,), any of these dtypes; absent, it is 0.
         training: whether to use the batch's statistics.
-        momentum: what the batch's statistics weigh in the running update, usually between 0 and 1; or a 0-d array of
-            ``x``'s library that holds it, which is not read on the host.
+        momentum: the weight of the batch in the running update, usually between 0 and 1; or a 0-d array of ``x``'s
+            library that holds it, which is not read on the host.
         eps: added to the variance, in its units; positive in training.
         residual: added before the activation; like ``x``.
-        activation: a name from :data:`gpu_bn.activations.ROWS`, or an ``Activation`` with its parameter.
-        channel_axis: where the channels are; negative counts from the end.
-        backend: a name, or ``None`` for the one that serves ``x``.
-        out: where to write the result; like ``x``, and ``x`` or ``residual`` itself are allowed.
-        mask: which positions there are, bool or uint8; of ``x``'s rank with one channel, or without the channel axis;
-            other extents are ``x``'s or 1. The rest, whatever ``x`` holds there, is left out of all statistics and
-            sums; ``y`` and its gradients are 0 there.
-        virtual_batch_size: how many samples (axis 0) are normalised together in training; it divides the batch.
-            The result, gradients and running statistics are those of one call for each such ghost batch, in order
-            (Hoffer et al. 2017, Alg. 1).
-        renorm: ``(r_max, d_max)`` of batch renormalisation (Ioffe 2017): in training, statistics are pulled towards
-            the running ones, up to a factor ``r_max`` and ``d_max`` standard deviations; ``(1, 0)`` changes nothing.
+        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"`` (the
+            erf form), ``"gelu_tanh"``, ``"hardswish"``, ``"sigmoid"`` or ``"tanh"``; or an ``Activation`` with its
+            parameter, as :func:`leaky_relu` and :func:`elu` make it. ``None`` is the identity.
+        channel_axis: the axis of the channels; a negative one counts from the end.
+        backend: a backend's name, or ``None`` for the one that serves ``x``.
+        out: the array to write the result to; like ``x``; ``x`` or ``residual`` itself is allowed.
+        mask: which positions count, bool or uint8; of ``x``'s rank with one channel, or without the channel axis; other
+            extents are ``x``'s or 1. The rest, whatever ``x`` holds there, is left out of all statistics and sums;
+            ``y`` and its gradients are 0 there.
+        virtual_batch_size: how many samples (axis 0) are normalised together in training, a *ghost batch*; it divides
+            the batch. The result, gradients and running statistics are those of one call for each ghost batch, in
+            order (Hoffer et al. 2017, Alg. 1).
+        renorm: ``(r_max, d_max)`` of batch renormalisation (Ioffe 2017). In training, statistics are pulled towards the
+            running ones, up to a factor ``r_max`` and ``d_max`` standard deviations; ``(1, 0)`` changes nothing.
 
     Returns:
         ``y``, with ``x``'s shape, dtype and memory format.
@@ -72,14 +79,24 @@ def batch_norm(
             training (of a ghost batch); ``renorm`` without running statistics or with ghost batches; an array that is
             written (``out``, and in training the running statistics) and shares memory with another of the call, or
             two of whose elements do, but for ``out`` that is ``x`` or ``residual`` itself.
-        BackendUnavailableError: the backend cannot be had; the message says why.
+        BackendUnavailableError: the backend is not available; the message says why.
+
+    Examples:
+        >>> import numpy as np, gpu_bn
+        >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> gpu_bn.batch_norm(x, training=True).round(3)
+        array([[-1., -1.],
+               [ 1.,  1.]])
+        >>> gpu_bn.batch_norm(x, training=True, activation="relu").round(3)
+        array([[0., 0.],
+               [1., 1.]])
 
     A call that raises has changed nothing, with one exception: when memory runs out or an interrupt (Ctrl-C) arrives
     while ``out`` is being written, part of ``out`` is new, which is lost input where ``out`` is ``x`` or ``residual``.
     Running statistics are written last, together: NumPy's are all old or all new, whatever interrupts.
 
-    For torch tensors the call is differentiable (:func:`gpu_bn.nn.functional.batch_norm` has the same arguments and
-    torch's errors); for other arrays, :func:`batch_norm_forward` and :func:`batch_norm_backward` are the two halves.
+    For torch tensors the call is differentiable, and :func:`gpu_bn.nn.batch_norm` has the same arguments and torch's
+    errors. For other arrays, :func:`batch_norm_forward` and :func:`batch_norm_backward` are the two halves.
     """
     front = dispatch.differentiable(x, backend)
     if front is not None:
@@ -142,11 +159,45 @@ def batch_norm_forward(
     virtual_batch_size: int | None = None,
     renorm: tuple[float, float] | None = None,
 ) -> tuple[Array, Saved]:
-    """:func:`batch_norm`, and what :func:`batch_norm_backward` needs.
+    """Do what :func:`batch_norm` does, and return also what :func:`batch_norm_backward` needs.
+
+    Args:
+        x: as in :func:`batch_norm`, like all other arguments: 2-D to 5-D, C channels along ``channel_axis``; float16,
+            bfloat16, float32 or float64.
+        running_mean: (C,); updated in place in training.
+        running_var: (C,); updated in place in training.
+        weight: (C,); absent, it is 1.
+        bias: (C,); absent, it is 0.
+        training: whether to use the batch's statistics.
+        momentum: the weight of the batch in the running update.
+        eps: added to the variance; positive in training.
+        residual: added before the activation; like ``x``.
+        activation: a name or an ``Activation``; :func:`batch_norm` lists the names.
+        channel_axis: the axis of the channels.
+        backend: a backend's name, or ``None`` for the one that serves ``x``.
+        out: the array to write the result to; like ``x``. It may not share memory with ``x`` or ``residual`` here.
+        mask: which positions count, bool or uint8.
+        virtual_batch_size: how many samples are normalised together in training.
+        renorm: ``(r_max, d_max)`` of batch renormalisation.
 
     Returns:
-        ``(y, saved)``. ``saved`` refers to ``x`` (and to ``residual``, if an activation follows it): do not write to
-        them before the backward call. So ``out`` may not share memory with them here.
+        ``(y, saved)``. ``y`` is like ``x``. ``saved`` refers to ``x``, and to ``residual`` if an activation follows it:
+        do not write to them before the backward call.
+
+    Raises:
+        TypeError: as :func:`batch_norm`; nothing has changed.
+        ValueError: as :func:`batch_norm`; nothing has changed.
+        BackendUnavailableError: the backend is not available; the message says why.
+
+    Examples:
+        >>> import numpy as np, gpu_bn
+        >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> mean, var = np.zeros(2), np.ones(2)
+        >>> y, saved = gpu_bn.batch_norm_forward(x, mean, var, training=True)
+        >>> mean  # a tenth of the way to the batch's mean
+        array([0.2, 2. ])
+
+    Source: Ioffe & Szegedy 2015, Alg. 1; :mod:`gpu_bn.spec` has the equations.
     """
     return forward_counting(
         None, x, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual,
@@ -185,23 +236,35 @@ def forward_counting(
 def batch_norm_backward(
     dy: Array, saved: Saved, *, need: Iterable[str] | None = None, backend: Backend | str | None = None
 ) -> Grads:
-    """The gradients of a :func:`batch_norm_forward` call.
+    """Compute the gradients of a :func:`batch_norm_forward` call.
 
     Args:
-        dy: the gradient of ``y``; like ``x``.
+        dy: the gradient of ``y``; of ``x``'s shape, dtype and library.
         saved: what the forward call returned.
-        need: which gradients to compute, some of ``"dx" "dweight" "dbias" "dresidual"``; ``None`` means all those of
-            arguments that the forward call had. The others cost nothing.
+        need: which gradients to compute, some of ``"dx"``, ``"dweight"``, ``"dbias"`` and ``"dresidual"``; ``None``
+            means all those of arguments that the forward call had. The others cost nothing.
         backend: as in the forward call.
 
     Returns:
-        ``Grads(dx, dweight, dbias, dresidual)``: ``dx`` and ``dresidual`` like ``x``, ``dweight`` and ``dbias`` (C,)
-        in the dtype of the parameter; ``None`` for what was not asked for.
+        ``Grads(dx, dweight, dbias, dresidual)``. ``dx`` and ``dresidual`` are like ``x``; ``dweight`` and ``dbias`` are
+        (C,) in the dtype of the parameter; what was not asked for is ``None``.
 
     Raises:
         TypeError: ``dy`` is not an array of ``x``'s library and dtype, or ``saved`` did not come from a forward call.
-        ValueError: ``dy`` is not of ``x``'s shape, or a name in ``need`` is unknown or of an argument that the
-            forward call did not have.
+        ValueError: ``dy`` is not of ``x``'s shape, or a name in ``need`` is unknown or of an argument that the forward
+            call did not have.
+
+    Examples:
+        >>> import numpy as np, gpu_bn
+        >>> x = np.array([[1.0, 10.0], [3.0, 30.0], [5.0, 20.0]])
+        >>> y, saved = gpu_bn.batch_norm_forward(x, None, None, np.ones(2), np.zeros(2), training=True)
+        >>> grads = gpu_bn.batch_norm_backward(np.ones_like(y), saved)
+        >>> grads.dbias
+        array([3., 3.])
+        >>> bool(abs(grads.dx).max() < 1e-12)  # y does not change when all of x moves
+        True
+
+    Source: Ioffe & Szegedy 2015, section 3; :mod:`gpu_bn.spec` has the equations.
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved should be what batch_norm_forward returned, got {type(saved).__name__}")

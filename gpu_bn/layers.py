@@ -19,29 +19,53 @@ STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class BatchNorm:
-    """Batch normalisation of 2-D to 5-D arrays, with torch's parameters, buffers and defaults.
+    """Normalise NumPy or CuPy arrays of 2 to 5 axes, with torch's parameters, buffers and defaults.
 
     Args:
         num_features: C, the number of channels.
         eps: added to the variance.
-        momentum: what a batch weighs in the running statistics; ``None`` averages over all batches so far.
+        momentum: the weight of a batch in the running statistics; ``None`` averages over all batches so far.
         affine: whether there are ``weight`` and ``bias``.
         track_running_stats: whether there are running statistics; without them, evaluation uses the batch's.
-        device: where parameters and statistics are: ``None`` or ``"cpu"`` for NumPy arrays, ``"cuda"`` for CuPy arrays
-            on the current device.
-        dtype: of parameters and running statistics, a NumPy dtype; float32 unless given.
+        device: ``None`` or ``"cpu"`` keeps parameters and statistics in NumPy arrays, ``"cuda"`` in CuPy arrays on the
+            current device.
+        dtype: the NumPy dtype of parameters and running statistics; float32 unless given.
         bias: whether ``affine`` includes a bias.
-        activation: what follows, as in :func:`gpu_bn.batch_norm`.
-        channel_axis: where the channels are.
+        activation: the activation that follows; :func:`gpu_bn.batch_norm` lists the names.
+        channel_axis: the axis of the channels.
         backend: as in :func:`gpu_bn.batch_norm`.
-        virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`; they have no effect in evaluation mode.
+        virtual_batch_size: as in :func:`gpu_bn.batch_norm`; it has no effect in evaluation mode.
+        renorm: as in :func:`gpu_bn.batch_norm`; it has no effect in evaluation mode.
 
     Attributes:
-        weight, bias: (C,), ones and zeros at first, or ``None``.
-        running_mean, running_var: (C,), zeros and ones at first, or ``None``.
+        weight: (C,), ones at first, or ``None``.
+        bias: (C,), zeros at first, or ``None``.
+        running_mean: (C,), zeros at first, or ``None``.
+        running_var: (C,), ones at first, or ``None``.
         num_batches_tracked: 0-d int64 array, or ``None``.
         grad: gradients of the parameters by name, summed over the ``backward`` calls since ``zero_grad``.
         training: whether ``forward`` uses and tracks the batch's statistics; set by ``train`` and ``eval``.
+
+    Raises:
+        TypeError: ``dtype`` is none of float16, bfloat16, float32 and float64, or ``activation`` is of no known type.
+        ValueError: a number of channels, a device or another option that does not fit; the message says what was
+            expected.
+
+    Examples:
+        >>> import numpy as np, gpu_bn
+        >>> norm = gpu_bn.BatchNorm(2, activation="relu")
+        >>> x = np.array([[1.0, 10.0], [3.0, 30.0]], np.float32)
+        >>> y = norm(x)
+        >>> y.round(3)
+        array([[0., 0.],
+               [1., 1.]], dtype=float32)
+        >>> dx = norm.backward(np.ones_like(y))
+        >>> norm.grad["bias"]
+        array([1., 1.], dtype=float32)
+        >>> norm.eval()(x).shape  # evaluation uses the running statistics
+        (2, 2)
+
+    Source: Ioffe & Szegedy 2015; the parameters are those of ``torch.nn.BatchNorm1d``.
     """
 
     def __init__(

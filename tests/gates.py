@@ -142,8 +142,8 @@ class Family:
             pytest.skip(f"within the gates; the record is of {record.compiler}, not of {self.compiler()}")
         assert Cell.of(self, group, kernels) == cell
 
-    def changed(self, spare: int) -> list[Group]:
-        """Groups that have changed since they were recorded, and had few registers to ``spare``; fewest first."""
+    def changed(self) -> dict[Group, int]:
+        """Groups that have changed since they were recorded, by how many registers they had to spare; fewest first."""
         record = Record.read(self)
         current = record.current(self)
         found = {}
@@ -151,12 +151,16 @@ class Family:
             if group in record.cells and group not in current:
                 most = max(self.limits(group, name).registers for name in self.variants(group))
                 found[group] = most - record.cells[group].registers
-        return sorted((group for group in found if found[group] <= spare), key=lambda group: (found[group], str(group)))
+        return {group: found[group] for group in sorted(found, key=lambda group: (found[group], str(group)))}
+
+    def shuffled(self, groups: Iterable[Group]) -> list[Group]:
+        """Groups in an order that is another one with each change of the sources."""
+        seed = digest(self.sources(), 16)
+        return sorted(groups, key=lambda group: digest([seed, *group], 16))
 
     def drawn(self, count: int) -> list[Group]:
         """Some groups, others with each change of the sources."""
-        seed = digest(self.sources(), 16)
-        return sorted(self.every_group(), key=lambda group: digest([seed, *group], 16))[:count]
+        return self.shuffled(self.every_group())[:count]
 
 
 REMEDY = "python tests/record_gates.py (see CONTRIBUTING.md)"

@@ -20,7 +20,7 @@ from gpu_bn.testing.check import run
 pytestmark = pytest.mark.compile
 TARGETS = ((80, None), (80, "cta"), (80, "cooperative"), (80, "split"), (90, None), (90, "cluster"))
 """Architectures, and a tier that is forced on training calls or None for the plan's own choice."""
-LONG_STRIDE = 24
+LONG_STRIDE = 72
 """The long run takes every so manieth case on each target, other cases on another."""
 
 COVERING = (
@@ -79,7 +79,9 @@ def test_a_normal_run_has_all_pairs_of_values():
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if index % 4 else [])
+        pytest.param(
+            case, id=str(case), marks=[[], pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.exhaustive][index % 4]
+        )
         for index, case in enumerate(extended_cases())
     ],
 )

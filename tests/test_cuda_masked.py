@@ -87,10 +87,11 @@ def everything() -> Iterator[Masked]:
 
 def cases() -> Iterator:
     seen = set()
-    for some, marks in ((usual(), []), (more(), [pytest.mark.slow]), (everything(), [pytest.mark.exhaustive])):
-        for masked in some:
+    slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
+    for some, marks in ((usual(), ()), (more(), (slow, exhaustive, exhaustive)), (everything(), (exhaustive,))):
+        for index, masked in enumerate(some):
             if masked not in seen:
-                yield pytest.param(masked, marks=marks, id=str(masked))
+                yield pytest.param(masked, marks=marks[index % len(marks)] if marks else [], id=str(masked))
             seen.add(masked)
 
 
@@ -173,9 +174,9 @@ def saved_of(gpu, masked: Masked):
         ("contiguous", "unmasked", 3),
         ("fortran", "half", 3),
         pytest.param("fortran", "half", 1, marks=pytest.mark.slow),
-        pytest.param("contiguous", "half", 1, marks=pytest.mark.slow),
+        pytest.param("contiguous", "half", 1, marks=pytest.mark.exhaustive),
         pytest.param("contiguous", "half", 3, marks=pytest.mark.slow),
-        pytest.param("fortran", "unmasked", 3, marks=pytest.mark.slow),
+        pytest.param("fortran", "unmasked", 3, marks=pytest.mark.exhaustive),
     ],
 )
 def test_phases_give_what_the_fused_calls_give(layout, kind, groups, make_gpu):
@@ -269,7 +270,7 @@ def test_masks_in_any_memory(layout, make_gpu):
 # --------------------------------------------------------------------------------------------- determinism
 @pytest.mark.parametrize("masked", [
     Masked(Case((8, 1, 16, 16), layout="misaligned", activation="relu"), "half"),  # two blocks
-    pytest.param(Masked(Case((8, 1, 32, 64), activation="relu"), "half", 2), marks=pytest.mark.slow),
+    pytest.param(Masked(Case((8, 1, 32, 64), activation="relu"), "half", 2), marks=pytest.mark.exhaustive),
     pytest.param(Masked(Case((1200, 16), activation="relu"), "half"), marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_results_do_not_depend_on_the_schedule(masked, make_gpu):

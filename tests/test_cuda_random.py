@@ -19,8 +19,8 @@ from gpu_bn.testing import Case, Problem, build, check
 from gpu_bn.testing.cases import AFFINE, DTYPES, LAYOUTS, MASKS, MODES
 
 pytestmark = pytest.mark.compile
-USUAL, MORE = 16, 60
-"""Seeds of a usual run, and of one with ``-m slow``."""
+USUAL, MORE, ALL = 16, 36, 76
+"""Seeds of a usual run, with ``-m slow``, and with ``-m exhaustive``, each with those before it."""
 SIZES = (1, 1, 2, 3, 5, 7, 8, 13, 16, 31, 49, 64, 97, 130)
 MOST = 24_000
 """Elements of a tensor."""
@@ -76,10 +76,11 @@ def draw(seed: int) -> Call:
 
 
 def marked(seed: int) -> Any:
-    return pytest.param(seed, id=f"seed-{seed}", marks=[pytest.mark.slow] * (seed >= USUAL))
+    marks = [] if seed < USUAL else [pytest.mark.slow if seed < MORE else pytest.mark.exhaustive]
+    return pytest.param(seed, id=f"seed-{seed}", marks=marks)
 
 
-@pytest.mark.parametrize("seed", [marked(seed) for seed in range(USUAL + MORE)])
+@pytest.mark.parametrize("seed", [marked(seed) for seed in range(ALL)])
 def test_a_random_call(seed, make_gpu):
     call = draw(seed)
     gpu = make_gpu(call.arch, call.tier, Device(checks=Checks(races=seed % 4 == 0)))
@@ -100,7 +101,7 @@ def test_a_random_call(seed, make_gpu):
 
 def test_seeds_meet_every_kind_of_call():
     """Or a change of the draw could leave some out."""
-    calls = [draw(seed) for seed in range(USUAL + MORE)]
+    calls = [draw(seed) for seed in range(MORE)]
     cases = [call.case for call in calls]
     assert {case.dtype for case in cases} == set(DTYPES)
     assert {case.layout for case in cases} == set(LAYOUTS)

@@ -59,10 +59,10 @@ def make_backend(request) -> Callable[[Device], ReferenceBackend]:
 
 
 def targeted_cases() -> list:
-    """Each case on one of the targets, some of the others in the long run, all of them in the exhaustive one."""
-    runs = (None, pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.exhaustive)
+    """Each case on one of the targets, a sixth of them on another in the long run, on all in the exhaustive one."""
+    exhaustive = pytest.mark.exhaustive
     marked = [
-        (target, case, runs[(index + at) % len(TARGETS)])
+        (target, case, (None, exhaustive if index % 6 else pytest.mark.slow, exhaustive, exhaustive)[(index + at) % 4])
         for at, target in enumerate(TARGETS)
         for index, case in enumerate(trained_cases())
     ]

@@ -16,8 +16,8 @@ import gpu_bn
 
 ROOT = Path(__file__).parents[1]
 TREE = (
-    "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md",
-    "src", "gpu_bn", "kernels", "tests", "bench", "docker", ".ci",
+    "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml",
+    "src", "gpu_bn", "kernels", "tests", "bench", "docker", "docs", ".ci",
 )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""The README's examples run as written, and CI runs its test command."""
+"""The examples of README and docs/ run as written, print what the page says, and CI runs the test command."""
 
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,17 @@ import gpu_bn
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    """Those of all pages, also inside of lists; not those with a title, which show files."""
+    fence = re.compile(rf"^( *)```{language}\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(code) for text in PAGES.values() for _, code in fence.findall(text)]
 
 
-CPU = [code for code in blocks("python") if "import cupy" not in code and "init_process_group" not in code]
+ELSEWHERE = ("import cupy", "init_process_group", "compile_cuda")
+CPU = [code for code in blocks("python") if not any(word in code for word in ELSEWHERE)]
 
 
 @pytest.mark.parametrize("code", CPU, ids=lambda code: code.splitlines()[3][:30])
@@ -29,8 +34,14 @@ def test_example(code, tmp_path):
     assert done.stderr == ""
 
 
+def test_the_first_example_prints_what_readme_shows(tmp_path):
+    code, shown = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == shown
+
+
 def test_there_are_examples():
-    assert len(blocks("python")) >= 3
+    assert len(CPU) >= 7
 
 
 @pytest.mark.compile

@@ -54,6 +54,11 @@ def test_gates(group):
     FAMILY.check(group)
 
 
+def marked(index):
+    """One in five in every run, one in the long run, the others in the exhaustive one."""
+    return [[], pytest.mark.slow, *[pytest.mark.exhaustive] * 3][index % 5]
+
+
 OTHERS = [(name, kind) for kind in ("split", "masked", "frozen") for name in ROWS if name not in ("relu", "gelu")]
 """Streaming kernels that are not enumerated, for their activations."""
 
@@ -63,7 +68,7 @@ OTHERS = [(name, kind) for kind in ("split", "masked", "frozen") for name in ROW
 @pytest.mark.parametrize(
     ("activation", "kind", "arch"),
     [
-        pytest.param(activation, kind, (75, 80, 90, 120)[index % 4], marks=[pytest.mark.slow] if index % 5 else [])
+        pytest.param(activation, kind, (75, 80, 90, 120)[index % 4], marks=marked(index))
         for index, (activation, kind) in enumerate(OTHERS)
     ],
 )
@@ -83,7 +88,7 @@ PARAMETERS = [
 @pytest.mark.parametrize(
     ("options", "tier", "arch"),
     [
-        pytest.param(options, tier, (80, 90, 75, 120)[index % 4], marks=[pytest.mark.slow] if index % 3 else [])
+        pytest.param(options, tier, (80, 90, 75, 120)[index % 4], marks=marked(index))
         for index, (options, tier) in enumerate(product(PARAMETERS, ("split", "cta")))
     ],
     ids=str,

@@ -5,8 +5,8 @@
 
 Each gets an environment of its own in DIRECTORY, with this one's packages behind it. In it, kernels are compiled that
 cover kinds of calls, dtypes, layouts, activations and architectures, some cases run on the emulator, and with a torch
-of its own the layers' tests run too. ``--write`` puts the outcomes into ``data/versions.json``, which README's table is
-made from.
+of its own the layers' tests run too. ``--write`` puts the outcomes into ``data/versions.json``, of which
+``tests/pages.py`` makes the table in ``docs/install.md``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 DATA = HERE / "data" / "versions.json"
-README = HERE.parent / "README.md"
 LAYERS = ("modules", "direct", "convert", "operators", "graph", "folding", "masks", "conformance", "statistics")
 WHAT = {
     "kernels": ["tests/versions.py", "--compile"],
@@ -135,22 +134,15 @@ def row(python: Path, parts: list[str]) -> dict[str, Any]:
     return found | {what: outcome(python, what) for what in parts}
 
 
-# -------------------------------------------------------------------------------------------------------- README
+# -------------------------------------------------------------------------------------------------------- page
 def table(record: dict[str, Any]) -> str:
-    """README's table."""
+    """The table in docs/install.md; ``tests/pages.py`` writes it."""
     names = ("torch", "Triton", "kernels compiled", "cases on the emulator", "tests of layers", "Python", "date")
     lines = [names, ("---",) * len(names)]
     for found in record["rows"]:
         outcomes = [_cell(found.get(what)) for what in WHAT]
         lines.append((found["torch"], found["triton"], *outcomes, found["python"], found["date"]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def with_table(text: str) -> str:
-    """README with the record's table."""
-    start, _, rest = text.partition("<!-- versions -->\n")
-    end = rest.partition("<!-- /versions -->")[2]
-    return f"{start}<!-- versions -->\n{table(json.loads(DATA.read_text()))}\n<!-- /versions -->{end}"
 
 
 def write(rows: list[dict[str, Any]]) -> None:
@@ -181,14 +173,10 @@ def main() -> int:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--only", action="append", choices=WHAT, help="a part; what is recorded of others stays")
-    parser.add_argument("--readme", action="store_true", help="write README's table")
     parser.add_argument("--compile", action="store_true", help="compile the covering set in this environment")
     options = parser.parse_args()
     if options.compile:
         return compile_all()
-    if options.readme:
-        README.write_text(with_table(README.read_text()))
-        return 0
     if options.work is None or not options.pairs:
         parser.error("expected --work and pairs of versions")
     rows = []

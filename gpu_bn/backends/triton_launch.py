@@ -27,6 +27,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.uint8: "*u8",
+    torch.int64: "*i64",
 }
 REGISTERS = 64 << 10
 """Of an SM, on every GPU."""

@@ -74,6 +74,8 @@ STREAMED = {2: Shape(4096, 16), 4: Shape(4096, 16), 8: Shape(2048, 8)}
 """Of a program that reads its share piece by piece; by the size of an element."""
 CROWDED = STREAMED | {8: Shape(1024, 4)}
 """Of one that sums besides, with a mask and ghost batches."""
+SHORT = STREAMED | {2: Shape(2048, 8), 4: Shape(2048, 8)}
+"""Of one that sums and writes two gradients in channels-last: with GELU more would spill (sm_100, 120)."""
 HELD = {2: Shape(4096, 8), 4: Shape(4096, 8), 8: Shape(2048, 8)}
 """Of one that holds it."""
 WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)
@@ -176,9 +178,9 @@ def _width(plan: LaunchPlan) -> int:
     return plan.tiling.lanes * plan.tiling.vector
 
 
-def streamed_block(plan: LaunchPlan, x: Array, crowded: bool = False) -> tuple[int, int]:
+def streamed_block(plan: LaunchPlan, x: Array, shapes: dict[int, Shape] = STREAMED) -> tuple[int, int]:
     """Positions and warps of a program that reads its share piece by piece."""
-    shape = (CROWDED if crowded else STREAMED)[x.element_size()]
+    shape = shapes[x.element_size()]
     positions = min(_power_of_two(plan.share), max(1, shape.elements // _width(plan)))
     return positions, _warps(positions * _width(plan), shape)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gpu_bn._console import Table
 from gpu_bn.bench.machine import clocks
-from gpu_bn.bench.model import TRAFFIC
+from gpu_bn.bench.model import TRAFFIC, Modelled
 from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals
 
 HOW = (
@@ -36,21 +36,31 @@ def page(report: Report) -> str:
             [*measured_table(report.results, facts["copy_bandwidth"]), *layers_table(report.with_all_threads),
              refusals([*report.results, *report.raced]), *report.texts],
         ),
-        *_section("Modelled: GPUs that are not here", [*model_tables(report.modelled), *_traffic(report)]),
     ]  # fmt: skip
     if facts["gpu"] is None:
         parts.append("No GPU table: nobody has run this command on one yet.")
+    if report.modelled:
+        parts.append(
+            f"## Modelled: GPUs that are not here\n\n<!-- model -->\n{modelled(report.modelled)}\n<!-- /model -->"
+        )
     return "\n\n".join(parts) + "\n"
 
 
+def modelled(rows: Sequence[Modelled]) -> str:
+    """The tables of the model; ``tests/pages.py`` makes them anew where the model has changed."""
+    return "\n\n".join(_blocks([*model_tables(rows), _traffic()]))
+
+
 def _section(title: str, texts: Sequence[Table | str]) -> list[str]:
-    found = [f"```text\n{text.rstrip()}\n```" for text in map(str, texts) if text]
+    found = _blocks(texts)
     return [f"## {title}", *found] if found else []
 
 
-def _traffic(report: Report) -> list[str]:
-    if not report.modelled:
-        return []
+def _blocks(texts: Sequence[Table | str]) -> list[str]:
+    return [f"```text\n{text.rstrip()}\n```" for text in map(str, texts) if text]
+
+
+def _traffic() -> str:
     lines = [
         "What kernels read and write, in passes over a tensor (m: a bit mask), forward / backward; caches not counted"
     ]
@@ -58,7 +68,7 @@ def _traffic(report: Report) -> list[str]:
         cells = [f"{_passes(*row.forward[name])} / {_passes(*row.backward[name])}" for name in row.forward]
         lines.append(f"  {row.name:46}" + "".join(f"{cell:>14}" for cell in cells))
     lines.insert(1, f"  {'':46}{'BN':>14}{'+ReLU':>14}{'+add+ReLU':>14}")
-    return ["\n".join(lines)]
+    return "\n".join(lines)
 
 
 def _passes(tensors: int, masks: int) -> str:

@@ -1,7 +1,8 @@
-"""The demo's figure: training curves, and what one unit sees, as in Figure 1 of Ioffe & Szegedy 2015."""
+"""The demo's figure: training curves, the drift that h2 sees, one unit's input (Fig. 1 of Ioffe & Szegedy 2015)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,70 +10,109 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gpu_bn.demo.claims import Runs
+from gpu_bn.demo.checks import Capacity, Identity
+from gpu_bn.demo.claims import TARGET, Runs, spread
 from gpu_bn.demo.network import VARIANTS
-from gpu_bn.demo.training import History
+from gpu_bn.demo.training import EVERY, History
 
 COLOURS = {"none": "#D55E00", "fixed": "#0072B2", "learned": "#009E73"}
 """Okabe and Ito's, told apart with any colour vision."""
 STYLES = {"none": "-", "fixed": "--", "learned": "-"}
-SIZE, DPI = (12.0, 8.4), 100
+MARKERS = {"none": "", "fixed": "", "learned": "o"}
+"""Line and marker tell the variants apart in grey."""
+SHORT = {"none": "no BN", "fixed": "fixed pair", "learned": "learned pair"}
+SIZE, DPI = (12.0, 7.6), 100
+SETTLED = 3
+"""Records after which the percentiles' axis begins: the first steps of the network without BN go beyond it."""
+LEAST_ERROR = 0.1
+"""Per cent, below the share of one test image: what the logarithmic axis shows of no error at all."""
 
 
-def draw(runs: Runs, rate: float, path: Path) -> None:
+def draw(runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capacity], rate: float, path: Path) -> None:
     """Write the figure; the suffix of ``path`` says the format."""
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    top, bottom = figure.subplots(2, 2)
+    top, bottom = figure.subplots(2, 3)
     seeds = len(runs["none"])
     figure.suptitle(
         f"Sigmoid network 64-100-100-10 on scikit-learn's digits, learning rate {rate:g}; "
         f"{seeds} seed{'s' if seeds > 1 else ''}" + (" (line: mean, shade: lowest to highest)" if seeds > 1 else ""),
-        fontsize=12,
+        fontsize=13,
     )
-    curves(top[0], runs, "loss")
-    top[0].set(yscale="log", ylabel="training loss (nats)", title="Training loss")
-    top[0].legend(frameon=False)
-    curves(top[1], runs, "accuracy")
-    top[1].set(ylim=(0, 100), ylabel="test accuracy (%)", title="Test accuracy")
-    for axes, variant in zip(bottom, ("none", "learned"), strict=True):
-        bands(axes, runs[variant][0], variant)
-    share_limits(bottom)
-    for axes in (*top, *bottom):
+    curves(top[0], runs, lambda history: history.loss)
+    top[0].set(title="Training loss (nats)")
+    top[0].legend(frameon=False, fontsize=11)
+    curves(top[1], runs, lambda history: np.maximum(100 - np.array(history.accuracy), LEAST_ERROR))
+    top[1].set(title="Test error (%)")
+    curves(top[2], runs, lambda history: history.drifts("output")[0], skip=1)
+    top[2].set(title=f"Drift that h2 sees: mean of h1's\noutputs, in SDs per {EVERY} steps")
+    unit = typical_unit(np.array(runs["none"][0].bands))
+    for axes, variant in zip(bottom[:2], ("none", "learned"), strict=True):
+        bands(axes, runs[variant][0], variant, unit)
+        axes.set_title(f"{SHORT[variant]}: what unit {unit} of h2 gets")
+    share_limits(bottom[:2], [runs[variant][0] for variant in ("none", "learned")], unit)
+    for axes in (*top, *bottom[:2]):
         axes.set(xlabel="training step", xlim=(0, runs["none"][0].steps[-1]))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+    numbers(bottom[2], runs, identities, capacities)
+    figure.supxlabel(
+        f"Below: 15th, 50th and 85th percentile of the sigmoid's input, seed 0. Without BN, unit {unit} moves as "
+        f"the median unit does; the axis is that of step {SETTLED * EVERY} on.", fontsize=10,
+    )  # fmt: skip
     figure.savefig(path)
 
 
-def curves(axes: Axes, runs: Runs, what: str) -> None:
-    """One quantity over the steps: mean over the seeds, and from the lowest to the highest."""
+def curves(axes: Axes, runs: Runs, what: Any, skip: int = 0) -> None:
+    """Draw one quantity over the steps, on a logarithmic axis: the mean over the seeds, and their range."""
     for variant, histories in runs.items():
-        values = np.array([getattr(history, what) for history in histories])
-        steps, colour = histories[0].steps, COLOURS[variant]
-        axes.plot(steps, values.mean(0), STYLES[variant], color=colour, linewidth=2, label=VARIANTS[variant])
+        values = np.array([what(history) for history in histories])
+        steps, colour = histories[0].steps[skip:], COLOURS[variant]
+        axes.plot(
+            steps, values.mean(0), STYLES[variant], color=colour, linewidth=2, label=VARIANTS[variant],
+            marker=MARKERS[variant], markersize=5, markevery=max(len(steps) // 8, 1),
+        )  # fmt: skip
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+    axes.set_yscale("log")
 
 
-def bands(axes: Axes, history: History, variant: str) -> None:
-    """Percentiles of what one sigmoid of h2 gets, over the steps."""
+def bands(axes: Axes, history: History, variant: str, unit: int) -> None:
+    """Draw percentiles of what one sigmoid of h2 gets, over the steps."""
     values = np.array(history.bands)
-    unit = typical_unit(values)
     for i, (style, text) in enumerate(((":", "15th"), ("-", "median"), (":", "85th"))):
         line = values[:, i, unit]
         axes.plot(history.steps, line, style, color=COLOURS[variant], linewidth=2 if style == "-" else 1.6)
-        axes.annotate(text, (history.steps[-1], line[-1]), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        end = (history.steps[-1], line[-1])
+        axes.annotate(text, end, (-2, 3), textcoords="offset points", ha="right", va="bottom", fontsize=10)
     axes.fill_between(history.steps, values[:, 0, unit], values[:, 2, unit], color=COLOURS[variant], alpha=0.15)
-    axes.set(ylabel="input to the sigmoid", title=f"{VARIANTS[variant]}: percentiles of unit {unit} of h2, seed 0")
 
 
 def typical_unit(bands: np.ndarray[Any, Any]) -> int:
-    """The unit whose median wanders the median way of all units; ``bands`` are (T, 3, units)."""
+    """Choose the unit whose median wanders the median way of all units; ``bands`` are (T, 3, units)."""
     way = np.abs(np.diff(bands[:, 1], axis=0)).sum(0)
     return int(np.argsort(way)[len(way) // 2])
 
 
-def share_limits(all_axes: Any) -> None:
-    """Give the axes one range of y, so that widths compare."""
-    limits = [axes.get_ylim() for axes in all_axes]
+def share_limits(all_axes: Any, histories: Sequence[History], unit: int) -> None:
+    """Give the axes one range of y, so that widths compare: that of the settled records, and a tenth more."""
+    values = np.concatenate([np.array(history.bands)[SETTLED:, :, unit].ravel() for history in histories])
+    values = values if values.size else np.array([history.bands[-1][:, unit] for history in histories])
+    low, high = float(values.min()), float(values.max())
+    margin = 0.1 * (high - low) + 1e-6
     for axes in all_axes:
-        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        axes.set_ylim(low - margin, high + margin)
+
+
+def numbers(axes: Axes, runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capacity]) -> None:
+    """Print the figures that the claims rest on."""
+    axes.set_axis_off()
+    axes.set_title("In numbers", loc="left")
+    lines = [f"steps to {TARGET:.0f} % test accuracy"]
+    lines += [f"  {SHORT[v]:13}{spread([h.steps_to(TARGET) for h in runs[v]], 0)}" for v in runs]
+    lines += ["", f"drift of h1's mean, SDs per {EVERY} steps"]
+    lines += [f"  {SHORT[v]:13}{spread([h.drift('output')[0] for h in runs[v]], 4)}" for v in runs]
+    exact = identities[0]
+    same, images = sum(c.agree for c in capacities), sum(c.images for c in capacities)
+    lines += ["", "BN as the identity, max |BN(x) - x|"]
+    lines += [f"  weight 1, bias 0      {exact.standardised:.2g}", f"  weight SD, bias mean  {exact.restored:.1g}"]
+    lines += ["", "put into the trained networks:", f"  the same label for {same:,} of {images:,}"]
+    axes.text(0, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", family="monospace", fontsize=10.5)

@@ -70,7 +70,7 @@ def demo(options: Options) -> None:
     print(f"What these runs show, at learning rate {options.rate:g}")
     for claim in claims(results.runs):
         print("\n".join(paragraph(str(claim))))
-    draw(results.runs, options.rate, options.out)
+    draw(results.runs, results.identities, results.capacities, options.rate, options.out)
     print(f"\nFigure: {options.out}   ({perf_counter() - start:.0f} s)")
 
 

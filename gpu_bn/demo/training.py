@@ -36,18 +36,22 @@ class History:
     moments: dict[str, list[Array]] = field(default_factory=lambda: {kind: [] for kind in Seen._fields})
     bands: list[Array] = field(default_factory=list)
 
-    def drift(self, kind: str) -> tuple[float, float]:
-        """How far mean and SD of h1's units move between records: averages over the records and units.
+    def drifts(self, kind: str) -> tuple[Array, Array]:
+        """How far mean and SD of h1's units have moved at each record since the one before, averaged over the units.
 
         Returns:
-            ``|mean' - mean| / SD`` and ``|ln(SD' / SD)|``, primes marking the later record; NaN if an SD is 0.
+            ``|mean' - mean| / SD`` and ``|ln(SD' / SD)|``, T - 1 each, primes marking the later record; NaN where an SD
+            is 0.
         """
         moments = np.array(self.moments[kind], np.float64)
-        mean, sd = moments[:, 0], moments[:, 1]
-        if not (sd > 0).all():
-            return np.nan, np.nan
+        mean, sd = moments[:, 0], np.where(moments[:, 1] > 0, moments[:, 1], np.nan)
         of_mean = np.abs(np.diff(mean, axis=0)) / sd[:-1]
         of_sd = np.abs(np.diff(np.log(sd), axis=0))
+        return of_mean.mean(1), of_sd.mean(1)
+
+    def drift(self, kind: str) -> tuple[float, float]:
+        """The averages of :meth:`drifts` over the records; NaN if an SD is 0."""
+        of_mean, of_sd = self.drifts(kind)
         return float(of_mean.mean()), float(of_sd.mean())
 
     def steps_to(self, accuracy: float) -> float:

@@ -35,18 +35,28 @@ SYNCHRONISED = (modules.BatchNorm, modules.BatchNorm1d, modules.BatchNorm2d, mod
 def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -> Model:
     """Make torch's BatchNorm layers ours, in place, with the activations that they have.
 
-    Converted are ``torch.nn.BatchNorm1d/2d/3d``, their lazy forms, ``SyncBatchNorm`` (also on CPUs then), timm's
-    ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, and frozen normalisations of any library.
+    It converts ``torch.nn.BatchNorm1d/2d/3d``, their lazy forms, ``SyncBatchNorm`` (also on CPUs then), timm's
+    ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, and frozen normalisations of any library. Parameters, buffers,
+    hooks, flags and the state_dict stay.
 
     Args:
         model: a model, or a layer.
-        fuse: also have the layers do the activations after them, and the sums between the two. The modules that call
-            these are traced one by one by ``torch.fx``; what cannot be traced, and what a graph would lose something
-            of, stays as it is. Nothing changes but what runs within their calls.
-        report: takes down what was done, and what was not and why.
+        fuse: also let the layers do the activations after them, and the sums between the two. The modules that call
+            these are traced one by one by ``torch.fx``. A module that cannot be traced, or whose graph would lose
+            something, stays as it is. Nothing changes but what runs within their calls.
+        report: lists what was done, and what was not and why.
 
     Returns:
         ``model``.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        >>> report = nn.Report()
+        >>> model = nn.convert(model, fuse=True, report=report)
+        >>> report.converted, report.merged
+        (['1'], {'1': 'relu'})
     """
     report = Report() if report is None else report
     names = {module: name for name, module in model.named_modules()}
@@ -92,12 +102,22 @@ def revert(model: Model) -> Model:
     Modules do their activations and sums themselves again. In graph modules of ``torch.fx``, calls that give a layer of
     ours a residual or an activation become torch's functions.
 
+    Args:
+        model: a model, or a layer.
+
     Returns:
         ``model``.
 
     Raises:
         ValueError: a layer has an activation, a ``virtual_batch_size`` or ``renorm``, or is frozen, and torch's layer
             would lose that. Nothing has changed.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> model = nn.revert(nn.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(4))))
+        >>> type(model[0]) is torch.nn.BatchNorm1d
+        True
     """
     found = [
         (module, _original(name, module))
@@ -125,20 +145,44 @@ def freeze(model: Model, *, parameters: bool = True) -> Model:
     Args:
         model: a model, or a layer; torch's layers in it are left as they are.
         parameters: whether weight and bias are frozen as well.
+
+    Returns:
+        ``model``.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.freeze(nn.BatchNorm1d(4))
+        >>> y = layer(torch.randn(8, 4))
+        >>> layer.num_batches_tracked.item(), layer.weight.requires_grad
+        (0, False)
     """
     return _set_frozen(model, True, parameters)
 
 
 def unfreeze(model: Model, *, parameters: bool = True) -> Model:
-    """Undo :func:`freeze`."""
+    """Undo :func:`freeze`.
+
+    Args:
+        model: a model, or a layer.
+        parameters: whether weight and bias are learned again as well.
+
+    Returns:
+        ``model``.
+
+    Examples:
+        >>> from gpu_bn import nn
+        >>> nn.unfreeze(nn.freeze(nn.BatchNorm1d(4))).weight.requires_grad
+        True
+    """
     return _set_frozen(model, False, parameters)
 
 
 def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: Any, **options: Any) -> Model:
     """Put a batch normalisation behind modules of a trained model, without changing its outputs.
 
-    Each named module becomes ``Sequential(module, BatchNorm)``, whose normalisation is the identity on what the module
-    gives for the inputs (:meth:`Fused.init_identity_`).
+    Each named module becomes ``Sequential(module, BatchNorm)``, whose normalisation is the identity on the module's
+    output for the inputs.
 
     Args:
         model: changed in place.
@@ -146,8 +190,20 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
         inputs: a batch that the model is called with, once.
         options: of the layers, such as ``eps`` and ``momentum``.
 
+    Returns:
+        ``model``.
+
     Raises:
         ValueError: a name that is none, or whose module was not called or did not give a tensor of rank 2 to 5.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(3, 4)), torch.randn(8, 3)
+        >>> before = model(x)
+        >>> torch.testing.assert_close(nn.insert_identity_(model, ["0"], x)(x), before, rtol=1e-4, atol=1e-5)
+
+    Source: Ioffe & Szegedy 2015, section 3.
     """
     known = dict(model.named_modules())
     if unknown := [name for name in names if name not in known or not name]:

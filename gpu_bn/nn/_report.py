@@ -7,13 +7,21 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Report:
-    """Filled by ``convert(model, report=report)`` and ``fold(model, report=report)``; print it.
+    """Collect what ``convert(model, report=report)`` and ``fold(model, report=report)`` did; print it to read it.
 
     Attributes:
-        converted: the layers that became ours.
-        merged: what each of these layers does besides, in a fused model.
-        folded: the convolution or linear layer that each of these normalisations was folded into.
-        left: why each of these layers is what it was, or does not do more.
+        converted: the layers that became ours, by qualified name.
+        merged: for each layer of a fused model that also does a sum or an activation: which.
+        folded: for each normalisation that was folded: the convolution or linear layer that includes it.
+        left: for each layer that stayed as it was, or does not do more: the reason.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> report = nn.Report()
+        >>> model = nn.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(4)), report=report)
+        >>> print(report)
+        1 converted, 0 merged, 0 folded, 0 left
     """
 
     converted: list[str] = field(default_factory=list)

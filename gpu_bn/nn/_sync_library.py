@@ -7,6 +7,8 @@ A process sends a report of its part: ``(2 + 2 C,)`` in float64, ``[trouble, cou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from gpu_bn import dispatch, ops
 from gpu_bn.activations import Activation
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.merge import Pool, merge
-from gpu_bn.nn._library import LIBRARY, TAGS
+from gpu_bn.nn import _packets
+from gpu_bn.nn._library import LIBRARY, TAGS, adjacent, as_read
 from gpu_bn.spec import BatchNormSpec
 
 _LAYER = (
@@ -26,6 +29,9 @@ _OPTIONS = "float eps, str activation, float parameter"
 for _schema in (
     "sync_report(Tensor x, Tensor? valid) -> Tensor",
     "sync_merge(Tensor reports) -> (Tensor count, Tensor mean, Tensor var)",
+    "sync_merge_packets(Tensor[] packets, int channels) -> (Tensor count, Tensor mean, Tensor var)",
+    "sync_update(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, "
+    "Tensor? momentum_at, Tensor count, Tensor mean, Tensor var) -> ()",
     f"sync_normalize({_LAYER}, {_OPTIONS}) -> Tensor",
     f"sync_reduce(Tensor dy, {_LAYER}, {_OPTIONS}, bool need_dz) -> (Tensor sums, Tensor dz)",
     f"sync_input(Tensor dy, {_LAYER}, {_OPTIONS}, Tensor sums, Tensor? dz) -> Tensor",
@@ -59,6 +65,62 @@ def merged(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return whole.count, whole.mean + poison, whole.var + poison
 
 
+def _merge_packets(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of packets, by one launch where a backend has a kernel for it."""
+    fused = getattr(dispatch.serving(packets[0]), "merge_packets", None)
+    if fused is None:
+        return merged(_packets.unpacked(packets, channels))
+    return fused(packets, channels, _packets.HEADER, _packets.ROOM, _packets.UNKNOWN)  # type: ignore[no-any-return]
+
+
+def _update(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    momentum_at: Tensor | None,
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+) -> None:
+    tracked = (running_mean, running_var, num_batches_tracked)
+    fused = getattr(dispatch.serving(mean), "update_shared", None)
+    countable = num_batches_tracked is None or num_batches_tracked.dtype is torch.int64
+    if fused is None or not countable:
+        whole = Pool(count, mean, var * count)
+        update_running(*tracked, momentum if momentum_at is None else momentum_at, whole)
+    else:
+        fused(*tracked, momentum, momentum_at, count, mean, var)
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: Any,
+    whole: Pool,
+) -> None:
+    """Move running statistics towards those of a batch, unless it is empty; count the batch. Reads nothing back.
+
+    All three are written last, by one call.
+    """
+    written, values = [], []
+    counted = None if num_batches_tracked is None else num_batches_tracked + 1
+    weighs: Any = momentum
+    if momentum is None:
+        weighs = 0.0 if counted is None else counted.double().reciprocal()
+    for running, batch in ((running_mean, whole.mean), (running_var, whole.unbiased)):
+        if running is not None:
+            old = running.double()
+            written.append(running)
+            values.append(torch.where(whole.count > 0, (1 - weighs) * old + weighs * batch, old).to(running.dtype))
+    if num_batches_tracked is not None and counted is not None:
+        written.append(num_batches_tracked)
+        values.append(counted)
+    torch._foreach_copy_(written, values)
+
+
 def _normalize(x: Tensor, *arguments: Any) -> Tensor:
     engine = dispatch.serving(x)
     y = engine.empty_like(x)
@@ -76,7 +138,7 @@ def _reduce(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return x.new_zeros((2, x.shape[1]), dtype=torch.float64), nothing
     sums = engine.backward_reduce(dy, _saved(x, *layer), dz)
-    return torch.stack((sums.dz, sums.dz_xhat)), nothing
+    return adjacent(sums.dz, sums.dz_xhat), nothing
 
 
 def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
@@ -104,7 +166,9 @@ def _saved(
 ) -> Saved:
     engine = dispatch.serving(x)
     spec = BatchNormSpec(1, True, 0.0, eps, Activation(activation, parameter))
-    return ops.kept(engine, x, spec, Moments(count, mean, var), weight, bias, residual, valid)
+    vectors = (as_read(engine, weight), as_read(engine, bias))
+    kept = ops.kept(engine, x, spec, Moments(count, mean, var), None, None, residual, valid)
+    return replace(kept, weight=vectors[0], bias=vectors[1])
 
 
 # ------------------------------------------------------------------------------------------ what they would return
@@ -116,6 +180,15 @@ def _report_fake(x: Tensor, valid: Tensor | None) -> Tensor:
 def _merge_fake(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     channels = (reports.shape[1] - 2) // 2
     return reports.new_empty(1), reports.new_empty(channels), reports.new_empty(channels)
+
+
+def _merge_packets_fake(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    like = packets[0]
+    return like.new_empty(1), like.new_empty(channels), like.new_empty(channels)
+
+
+def _update_fake(*_: Any) -> None:
+    return None
 
 
 def _like_fake(x: Tensor, *_: Any) -> Tensor:
@@ -136,6 +209,8 @@ def _input_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
 for _name, _kernel, _fake in (
     ("sync_report", _report, _report_fake),
     ("sync_merge", _merge, _merge_fake),
+    ("sync_merge_packets", _merge_packets, _merge_packets_fake),
+    ("sync_update", _update, _update_fake),
     ("sync_normalize", _normalize, _like_fake),
     ("sync_reduce", _reduce, _reduce_fake),
     ("sync_input", _input, _input_fake),
@@ -146,6 +221,8 @@ for _name, _kernel, _fake in (
 
 report = torch.ops.gpu_bn.sync_report.default
 merge_reports = torch.ops.gpu_bn.sync_merge.default
+merge_packets = torch.ops.gpu_bn.sync_merge_packets.default
+update = torch.ops.gpu_bn.sync_update.default
 normalize = torch.ops.gpu_bn.sync_normalize.default
 reduce = torch.ops.gpu_bn.sync_reduce.default
 backward_input = torch.ops.gpu_bn.sync_input.default

@@ -42,7 +42,35 @@ def fuse_conv_bn_weights(
     transpose: bool = False,
     groups: int = 1,
 ) -> tuple[Parameter, Parameter]:
-    """``torch.nn.utils.fuse_conv_bn_weights``, computed in float64; ``groups`` is for transposed convolutions."""
+    """Do what ``torch.nn.utils.fuse_conv_bn_weights`` does, in float64.
+
+    Args:
+        conv_w: (out, in / groups, ...), the weight of a convolution; of a transposed one (in, out / groups, ...).
+        conv_b: (out,), or ``None``.
+        bn_rm: (out,), the running mean.
+        bn_rv: (out,), the running variance.
+        bn_eps: added to the variance.
+        bn_w: (out,), or ``None`` for 1.
+        bn_b: (out,), or ``None`` for 0.
+        transpose: whether the convolution is transposed.
+        groups: of a transposed convolution.
+
+    Returns:
+        ``(weight, bias)``, like ``conv_w``, and (out,) in its dtype.
+
+    Raises:
+        ValueError: another number of channels than ``conv_w`` has outputs, or fewer than two axes.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> mean, var = torch.ones(1), torch.ones(1)
+        >>> weight, bias = nn.fuse_conv_bn_weights(torch.ones(1, 1, 1, 1), None, mean, var, 0.0, None, None)
+        >>> weight.item(), bias.item()
+        (1.0, -1.0)
+
+    Source: Ioffe & Szegedy 2015, Alg. 2.
+    """
     norm: Any = SimpleNamespace(weight=bn_w, bias=bn_b, running_mean=bn_rm, running_var=bn_rv, eps=bn_eps)
     with torch.no_grad():
         weight, bias = folding.fold(conv_w, conv_b, norm, transposed=transpose, groups=groups)
@@ -59,7 +87,32 @@ def fuse_linear_bn_weights(
     bn_w: Tensor | None,
     bn_b: Tensor | None,
 ) -> tuple[Parameter, Parameter]:
-    """``torch.nn.utils.fuse_linear_bn_weights``, computed in float64; a single channel is that of all outputs."""
+    """Do what ``torch.nn.utils.fuse_linear_bn_weights`` does, in float64.
+
+    Args:
+        linear_w: (out, in), the weight of a linear layer.
+        linear_b: (out,), or ``None``.
+        bn_rm: (out,), the running mean; or (1,), which stands for all outputs, like the other vectors then.
+        bn_rv: (out,), the running variance.
+        bn_eps: added to the variance.
+        bn_w: (out,), or ``None`` for 1.
+        bn_b: (out,), or ``None`` for 0.
+
+    Returns:
+        ``(weight, bias)``, like ``linear_w``, and (out,) in its dtype.
+
+    Raises:
+        ValueError: another number of channels than ``linear_w`` has outputs.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> weight, bias = nn.fuse_linear_bn_weights(torch.eye(2), None, torch.ones(2), torch.ones(2), 0.0, None, None)
+        >>> bias.tolist()
+        [-1.0, -1.0]
+
+    Source: Ioffe & Szegedy 2015, Alg. 2.
+    """
     if len(bn_rm) == 1:
         vectors = (None if vector is None else vector.expand(len(linear_w)) for vector in (bn_rm, bn_rv, bn_w, bn_b))
         bn_rm, bn_rv, bn_w, bn_b = vectors  # type: ignore[assignment]
@@ -67,38 +120,93 @@ def fuse_linear_bn_weights(
 
 
 def fuse_conv_bn_eval(conv: Any, bn: Any, transpose: bool = False) -> Any:
-    """``torch.nn.utils.fuse_conv_bn_eval``: a convolution that includes the normalisation.
+    """Make a convolution that includes the normalisation behind it, as ``torch.nn.utils.fuse_conv_bn_eval`` does.
 
-    Transposed convolutions and their groups are recognised. If ``bn`` has an activation, the result is a
-    ``Sequential`` of the convolution and the activation.
+    Transposed convolutions and their groups are recognised. If ``bn`` has an activation, the result is a ``Sequential``
+    of the convolution and the activation.
+
+    Args:
+        conv: a convolution in evaluation mode; it is left as it is.
+        bn: a normalisation in evaluation mode, with running statistics over the convolution's outputs.
+        transpose: whether the convolution is transposed, where its type does not say so.
+
+    Returns:
+        A copy of the convolution with other weights, and a bias.
 
     Raises:
         AssertionError: not both are in evaluation mode.
         ValueError: ``bn`` has no running statistics, or another number of channels.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> conv, bn, x = torch.nn.Conv2d(3, 4, 3).eval(), nn.BatchNorm2d(4).eval(), torch.randn(2, 3, 5, 5)
+        >>> torch.testing.assert_close(nn.fuse_conv_bn_eval(conv, bn)(x), bn(conv(x)))
+
+    Source: Ioffe & Szegedy 2015, Alg. 2.
     """
     return _fuse_eval(conv, bn, transpose)
 
 
 def fuse_linear_bn_eval(linear: Any, bn: Any) -> Any:
-    """``torch.nn.utils.fuse_linear_bn_eval``, as :func:`fuse_conv_bn_eval`; ``bn`` may also have a single channel."""
+    """Make a linear layer that includes the normalisation behind it, as ``torch.nn.utils.fuse_linear_bn_eval`` does.
+
+    Args:
+        linear: a linear layer in evaluation mode; it is left as it is.
+        bn: a normalisation in evaluation mode, with running statistics over the outputs, or of a single channel.
+
+    Returns:
+        A copy of the linear layer with other weights, and a bias; with an activation of ``bn``, a ``Sequential`` of the
+        two.
+
+    Raises:
+        AssertionError: not both are in evaluation mode.
+        ValueError: ``bn`` has no running statistics, or another number of channels.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> linear, bn, x = torch.nn.Linear(3, 4).eval(), nn.BatchNorm1d(4).eval(), torch.randn(2, 3)
+        >>> torch.testing.assert_close(nn.fuse_linear_bn_eval(linear, bn)(x), bn(linear(x)))
+
+    Source: Ioffe & Szegedy 2015, Alg. 2.
+    """
     return _fuse_eval(linear, bn, False)
 
 
 def fold(model: Model, *inputs: Any, report: Report | None = None, **options: Any) -> Model:
-    """A copy of a model for inference, in which no normalisation is left behind a convolution or a linear layer.
+    """Copy a model for inference; in the copy, normalisations behind convolutions and linear layers are part of their
+    weights.
 
-    It is of the model's class, with its attributes and its modules under their names. A normalisation that was folded
-    has become an identity, or what it did besides: its activation, and the sum with a residual that it is given. What
-    cannot be folded stays: subclasses of the known layers, and layers that have hooks or parametrisations, are called
-    or read by others, or whose outputs are not the channels of the normalisation.
+    The copy has the model's class, attributes, and modules under their names. A normalisation that was folded has
+    become an identity, or what it did besides: its activation, and the sum with a residual that it is given. What
+    cannot be folded
+    stays: subclasses of the known layers, and layers that have hooks or parametrisations, are called or read by others,
+        or whose outputs are not the channels of the normalisation.
 
     Args:
         model: with torch's layers, ours or those that :func:`convert` knows. It is left as it is.
-        inputs, options: a batch, with which the copy is called once, to see what follows what, whatever the model's
-            control flow; it should go the ways that later inputs go. Without a batch the model is traced by
-            ``torch.fx``, or else the modules in it, as far as they can be; linear layers are then taken to give 2D
-            outputs, as ``torch.nn.utils.fuse_linear_bn_eval`` takes them, and others raise a ``ValueError``.
-        report: takes down what was folded, and what was not and why.
+        inputs: a batch, with which the copy is called once, to see what follows what, whatever the model's control
+            flow; it should go the ways that later inputs go. Without a batch the model is traced by ``torch.fx``, or
+            else the modules in it, as far as they can be; linear layers are then taken to give 2D outputs, as
+            ``torch.nn.utils.fuse_linear_bn_eval`` takes them, and others raise a ``ValueError``.
+        report: lists what was folded, and what was not and why.
+        options: named parts of the batch.
+
+    Returns:
+        The copy, in evaluation mode.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        >>> x, report = torch.randn(2, 3, 8, 8), nn.Report()
+        >>> folded = nn.fold(model, x, report=report)
+        >>> torch.testing.assert_close(folded(x), model.eval()(x))
+        >>> report.folded
+        {'1': '0'}
+
+    Source: Ioffe & Szegedy 2015, Alg. 2.
     """
     report = Report() if report is None else report
     copied = copy.deepcopy(model).eval()

@@ -38,7 +38,20 @@ _updates = _Updates()
 
 @contextmanager
 def no_tracking() -> Iterator[None]:
-    """Leave running statistics and batch counters as they are, also in training (eager mode only)."""
+    """Leave running statistics and batch counters as they are, also in training (eager mode only).
+
+    Returns:
+        A context manager; it holds for this thread.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.BatchNorm1d(4)
+        >>> with nn.no_tracking():
+        ...     y = layer(torch.randn(8, 4))
+        >>> layer.num_batches_tracked.item()
+        0
+    """
     before = _updates.off
     _updates.off = True
     try:
@@ -48,9 +61,21 @@ def no_tracking() -> Iterator[None]:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For activation checkpointing: the forward pass that is run again does not update statistics again.
+    """Make the contexts for activation checkpointing: the forward pass that is run again updates no statistics.
 
-    ``torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_contexts)``
+    Returns:
+        A pair of context managers, for ``context_fn`` of ``torch.utils.checkpoint.checkpoint``.
+
+    Examples:
+        >>> import torch
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> from gpu_bn import nn
+        >>> layer = nn.BatchNorm1d(4)
+        >>> x = torch.randn(8, 4, requires_grad=True)
+        >>> y = checkpoint(layer, x, use_reentrant=False, context_fn=nn.checkpoint_contexts)
+        >>> y.sum().backward()
+        >>> layer.num_batches_tracked.item()  # not 2
+        1
     """
     return nullcontext(), no_tracking()
 
@@ -72,28 +97,49 @@ def batch_norm(
     virtual_batch_size: int | None = None,
     renorm: tuple[float, float] | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.batch_norm``, with a residual and an activation.
+    """Do what ``torch.nn.functional.batch_norm`` does, and a residual sum and an activation in the same pass.
 
     Args:
         input: (N, C, ...), 2-D to 5-D; float16, bfloat16, float32 or float64; any strides.
-        running_mean, running_var: (C,); updated in place in training, where both may be absent; otherwise they are
-            the statistics used.
-        weight, bias: (C,); absent, they are 1 and 0.
+        running_mean: (C,); updated in place in training. In training it may be absent together with ``running_var``;
+            otherwise the two are the statistics used.
+        running_var: (C,), as ``running_mean``.
+        weight: (C,); absent, it is 1.
+        bias: (C,); absent, it is 0.
         training: whether to use the batch's statistics.
-        momentum: what the batch weighs in the running update, a number or a 0-d tensor; ``None`` averages over all
+        momentum: the weight of the batch in the running update, a number or a 0-d tensor; ``None`` averages over all
             batches that ``num_batches_tracked`` counts.
         eps: added to the variance.
         residual: added before the activation; like ``input``.
-        activation: a name from :data:`gpu_bn.activations.ROWS`, or an ``Activation`` with its parameter.
+        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"`` (the
+            erf form), ``"gelu_tanh"``, ``"hardswish"``, ``"sigmoid"`` or ``"tanh"``; or an ``Activation`` with its
+            parameter, as :func:`gpu_bn.leaky_relu` and :func:`gpu_bn.elu` make it. ``None`` is the identity.
         num_batches_tracked: 0-d int64, incremented in training.
-        mask, virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`.
+        mask: which positions count, as in :func:`gpu_bn.batch_norm`.
+        virtual_batch_size: how many samples are normalised together in training, as in :func:`gpu_bn.batch_norm`.
+        renorm: ``(r_max, d_max)`` of batch renormalisation, as in :func:`gpu_bn.batch_norm`.
 
     Returns:
         ``y``, with ``input``'s shape, dtype and memory format, and so is its gradient.
 
     Raises:
-        RuntimeError, ValueError, TypeError, NotImplementedError: of the same type and with the same text as torch
-            for the same mistake. A call that raises has changed nothing.
+        RuntimeError: as torch for the same mistake, with its text; nothing has changed. So are the next three.
+        ValueError: a shape or an option that does not fit.
+        TypeError: an argument of a wrong type.
+        NotImplementedError: a dtype that is not supported.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> x = torch.tensor([[1.0], [3.0]], requires_grad=True)
+        >>> y = nn.batch_norm(x, training=True, activation="relu")
+        >>> y.round(decimals=3).tolist()
+        [[0.0], [1.0]]
+        >>> y.sum().backward()
+        >>> x.grad.shape
+        torch.Size([2, 1])
+
+    Source: Ioffe & Szegedy 2015; :mod:`gpu_bn.spec` has the equations.
     """
     activation = IDENTITY if activation is None else Activation.of(activation)
     return call(
@@ -256,6 +302,8 @@ def _any_call(
             running_mean = running_var = None
         num_batches_tracked = None
     if training and not torch.compiler.is_compiling():
+        read = {name: one for name, one in zip((*TENSORS, "mask"), (*given, mask), strict=True) if _shows_memory(one)}
+        aliasing.check_written({name: read.pop(name) for name in _library.TRACKED if name in read}, read)
         for written in (running_mean, running_var, num_batches_tracked):
             if written is not None and written.is_inference():
                 written.add_(0)  # outside inference mode torch refuses, when it has already added
@@ -275,6 +323,10 @@ def _any_call(
         return _composed.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
     tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked if training else None)
     return _autograd.call(*tensors, training, momentum, eps, activation.name, activation.parameter)
+
+
+def _shows_memory(one: Any) -> bool:
+    return one is not None and _autograd.is_plain(one) and not _library._is_wrapped(one)
 
 
 def exporting() -> bool:

@@ -261,23 +261,88 @@ class _Lazy(Fused):
 
 
 class BatchNorm(_Sized):
-    """A layer for inputs of any rank from 2 to 5."""
+    """Normalise inputs of any rank from 2 to 5, with torch's parameters and defaults.
+
+    Call it with ``(input, residual=None, activation=None, mask=None)``: ``input`` is (N, C, ...) in float16, bfloat16,
+    float32 or float64; ``residual`` is like ``input`` and is added before the activation; ``mask`` says which positions
+    count. The result is like ``input``.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: the weight of a batch in the running statistics; ``None`` averages over all batches so far.
+        affine: whether there are ``weight`` and ``bias``.
+        track_running_stats: whether there are running statistics; without them, evaluation uses the batch's.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers, a float dtype; torch's default unless given.
+        bias: whether ``affine`` includes a bias.
+        activation: the activation that follows; :func:`gpu_bn.nn.batch_norm` lists the names.
+        virtual_batch_size: how many samples are normalised together in training; ``None`` is all.
+        renorm: ``(r_max, d_max)`` of batch renormalisation in training, or ``None``.
+
+    Raises:
+        ValueError: an input that is not 2-D to 5-D, or an option that does not fit; the error has torch's text where
+            torch has one.
+        RuntimeError: tensors of different dtypes or devices, as in torch.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.BatchNorm(4, activation="relu")
+        >>> layer(torch.randn(8, 4)).shape, layer(torch.randn(8, 4, 5, 5)).min().item()
+        (torch.Size([8, 4]), 0.0)
+
+    Source: Ioffe & Szegedy 2015.
+    """
 
 
 class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` with ``activation=``, and ``residual`` in the call."""
+    """Do what ``torch.nn.BatchNorm1d`` does, with ``activation=``, and a residual in the call.
+
+    The input is (N, C) or (N, C, L). The arguments, the call and its errors are those of :class:`BatchNorm`.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.BatchNorm1d(4, activation="relu")
+        >>> x = torch.randn(8, 4, 9)
+        >>> layer(x, residual=x).min().item()
+        0.0
+    """
 
     ranks = (2, 3)
 
 
 class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` with ``activation=``, and ``residual`` in the call."""
+    """Do what ``torch.nn.BatchNorm2d`` does, with ``activation=``, and a residual in the call.
+
+    The input is (N, C, H, W). The arguments, the call and its errors are those of :class:`BatchNorm`.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.BatchNorm2d(4, activation="relu")
+        >>> x = torch.randn(8, 4, 5, 5)
+        >>> layer(x, residual=x).min().item()
+        0.0
+    """
 
     ranks = (4,)
 
 
 class BatchNorm3d(_Sized, torch.nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` with ``activation=``, and ``residual`` in the call."""
+    """Do what ``torch.nn.BatchNorm3d`` does, with ``activation=``, and a residual in the call.
+
+    The input is (N, C, D, H, W). The arguments, the call and its errors are those of :class:`BatchNorm`.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.BatchNorm3d(4, activation="relu")
+        >>> x = torch.randn(2, 4, 3, 5, 5)
+        >>> layer(x, residual=x).min().item()
+        0.0
+    """
 
     ranks = (5,)
 
@@ -289,28 +354,83 @@ def require_channels(lazy: Iterable[str]) -> None:
 
 
 class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d):
-    """``torch.nn.LazyBatchNorm1d`` with ``activation=``, and ``residual`` in the call."""
+    """Do what ``torch.nn.LazyBatchNorm1d`` does: the first input, (N, C) or (N, C, L), tells the number of channels.
+
+    The other arguments are those of :class:`BatchNorm`; the layer then becomes a :class:`BatchNorm1d`.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.LazyBatchNorm1d(activation="relu")
+        >>> y = layer(torch.randn(8, 4, 9))
+        >>> type(layer).__name__, layer.num_features
+        ('BatchNorm1d', 4)
+    """
 
     cls_to_become = BatchNorm1d
     ranks = (2, 3)
 
 
 class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d):
-    """``torch.nn.LazyBatchNorm2d`` with ``activation=``, and ``residual`` in the call."""
+    """Do what ``torch.nn.LazyBatchNorm2d`` does: the first input, (N, C, H, W), tells the number of channels.
+
+    The other arguments are those of :class:`BatchNorm`; the layer then becomes a :class:`BatchNorm2d`.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.LazyBatchNorm2d(activation="relu")
+        >>> y = layer(torch.randn(8, 4, 5, 5))
+        >>> type(layer).__name__, layer.num_features
+        ('BatchNorm2d', 4)
+    """
 
     cls_to_become = BatchNorm2d
     ranks = (4,)
 
 
 class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d):
-    """``torch.nn.LazyBatchNorm3d`` with ``activation=``, and ``residual`` in the call."""
+    """Do what ``torch.nn.LazyBatchNorm3d`` does: the first input, (N, C, D, H, W), tells the number of channels.
+
+    The other arguments are those of :class:`BatchNorm`; the layer then becomes a :class:`BatchNorm3d`.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.LazyBatchNorm3d(activation="relu")
+        >>> y = layer(torch.randn(2, 4, 3, 5, 5))
+        >>> type(layer).__name__, layer.num_features
+        ('BatchNorm3d', 4)
+    """
 
     cls_to_become = BatchNorm3d
     ranks = (5,)
 
 
 class FrozenBatchNorm2d(_Activated):
-    """torchvision's ``FrozenBatchNorm2d``, with an activation and a residual: parameters are buffers, all is fixed."""
+    """Apply fixed statistics and parameters, which are all buffers, as torchvision's ``FrozenBatchNorm2d`` does.
+
+    Call it with ``(input, residual=None, activation=None)``: ``input`` is (N, C, H, W) in float16, bfloat16, float32 or
+    float64; ``residual`` is like ``input``. The result is like ``input``.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        activation: the activation that follows; :func:`gpu_bn.nn.batch_norm` lists the names.
+
+    Raises:
+        ValueError: an input that is not 4-D, or an unknown activation.
+        RuntimeError: tensors of different dtypes or devices, as in torch.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.FrozenBatchNorm2d(4, activation="relu")
+        >>> list(layer.parameters()), layer(torch.randn(2, 4, 3, 3)).min().item()
+        ([], 0.0)
+
+    Source: ``torchvision.ops.FrozenBatchNorm2d``.
+    """
 
     weight: Tensor
     bias: Tensor

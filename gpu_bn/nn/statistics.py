@@ -20,8 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from gpu_bn import ops
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn import _sync_library, functional
+from gpu_bn.nn._group import Group, gather, several, total
+from gpu_bn.nn._sync_library import update_running
 from gpu_bn.nn.modules import require_channels
-from gpu_bn.nn.sync import Group, SyncBatchNorm, add_up, gather, several, update_running
+from gpu_bn.nn.sync import SyncBatchNorm
 
 Pools = dict[_BatchNorm, Pool]
 
@@ -37,9 +39,9 @@ def update_population_stats(
 ) -> None:
     """Set running statistics to the mean and the variance over a data set, exact to rounding.
 
-    They are those of what each layer is given while the layers before it normalise by each batch's statistics, as in
-    training (Wu & Johnson 2021, "PreciseBN"). The variance is that of the data set as it is (biased), and every
-    position counts alike, in a short last batch too. Where there are several processes, all data of all of them count.
+    They are those of each layer's input while the layers before it normalise by each batch's statistics, as in
+    training. The variance is that of the data set as it is (biased), and every position counts alike, in a short last
+    batch too. Where there are several processes, all data of all of them count.
 
     Normalisation layers, ours and torch's, are in training mode meanwhile; frozen ones, and those without running
     statistics, are left alone. All other modules stay as they are: call ``model.eval()`` first to have no dropout. Only
@@ -57,6 +59,16 @@ def update_population_stats(
     Raises:
         ValueError: no layer saw any data; a lazy layer has not seen its first input yet; or, with a
             :class:`SyncBatchNorm` in the model, the processes have different numbers of batches.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.BatchNorm1d(1)
+        >>> nn.update_population_stats(layer, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])])
+        >>> layer.running_mean.item(), layer.running_var.item()
+        (3.0, 5.0)
+
+    Source: Wu & Johnson 2021, "PreciseBN".
     """
     layers = _tracking(model)
     modes = [(layer, layer.training) for layer in layers]
@@ -76,26 +88,41 @@ def update_population_stats(
         pools = _over_processes(layers, pools, Group.of(process_group))
     if not any(bool(pool.count > 0) for pool in pools.values()):
         raise ValueError("no layer with running statistics saw any data (was the loader empty, the model compiled?)")
-    for layer, pool in pools.items():
-        if bool(pool.count > 0):
-            _buffers(layer)[0].copy_(pool.mean)
-            _buffers(layer)[1].copy_(pool.var)
+    found = [(_buffers(layer), pool) for layer, pool in pools.items() if bool(pool.count > 0)]
+    values = [value for _, pool in found for value in (pool.mean, pool.var)]
+    torch._foreach_copy_([buffer for buffers, _ in found for buffer in buffers], values)  # all layers', or none
 
 
 @contextmanager
 def accumulate_statistics(model: torch.nn.Module) -> Iterator[None]:
-    """For gradient accumulation: one update of running statistics for all micro-batches of a step.
+    """Update running statistics once for all micro-batches of a step of gradient accumulation.
 
     Each micro-batch is still normalised by its own statistics. When the block ends, the running statistics of each
     layer that was called in training mode move once, by the layer's momentum, towards the mean and the unbiased
-    variance of all that it was given in the block, and its counter grows by one: what one call with all of that would
-    have done. A :class:`SyncBatchNorm` counts what all processes were given. A block that an error ends updates
-    nothing. It costs one more reading of each layer's input. Lazy layers must have seen their first input. ::
+    variance of all its inputs in the block, and its counter grows by one: as after one call with all of them. A
+    :class:`SyncBatchNorm` counts the inputs of all processes. A block that an error ends updates nothing. Each layer's
+    input is read once more.
 
-        with nn.accumulate_statistics(model):
-            for part, target in micro_batches:
-                (loss(model(part), target) / len(micro_batches)).backward()
-        optimizer.step()
+    Args:
+        model: not compiled.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: a lazy layer has not seen its first input yet.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.BatchNorm1d(1, momentum=1.0)
+        >>> with nn.accumulate_statistics(layer):
+        ...     for part in (torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])):
+        ...         y = layer(part)
+        >>> layer.running_mean.item(), layer.num_batches_tracked.item()
+        (3.0, 1)
+
+    Source: Chan, Golub & LeVeque 1983, for the merged variance.
     """
     layers = _tracking(model)
     with _recording(layers) as pools:
@@ -187,7 +214,7 @@ def _alike(batches: Iterable[Any], layers: list[_BatchNorm], group: Group) -> It
     given = iter(batches)
     while True:
         batch = next(given, nothing)
-        ready = int(add_up(torch.tensor([float(batch is not nothing)], device=device), group))
+        ready = int(total(torch.tensor([float(batch is not nothing)], device=device), group))
         if 0 < ready < group.size:
             raise ValueError(
                 f"a SyncBatchNorm needs as many batches on every process, but {group.size - ready} of {group.size} "

@@ -20,7 +20,20 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpu_bn.kernels.cpu import memory
-from gpu_bn.kernels.cpu.vector import BIT, BYTE, DOUBLE, FLOAT32, FLOAT64, INT64, SINGLE, Elements, Lanes, fma, spread
+from gpu_bn.kernels.cpu.vector import (
+    BIT,
+    BYTE,
+    DOUBLE,
+    FLOAT32,
+    FLOAT64,
+    INT64,
+    SINGLE,
+    Elements,
+    Lanes,
+    fma,
+    spread,
+    where,
+)
 
 START, SUM, FINISH, WRITE, END = 1, 2, 4, 8, 16
 TRUSTED = 4.0
@@ -120,6 +133,28 @@ def put_affine(numbers, mean, var, eps, weight, bias, double, centre, scale, shi
     numbers.store(shift, fma(c - m, a, numbers.parameter(bias, 0.0)))
 
 
+@per_channel((I, I, I, I))
+def add_chunks(numbers, sums, stride, chunks, found):
+    """The sums of chunks, in order; a chunk's are ``stride`` bytes from those of the one before."""
+    builder = numbers.builder
+    total = cgutils.alloca_once_value(builder, numbers.constant(0.0).value)
+    with cgutils.for_range(builder, chunks) as loop:
+        more = numbers.load(builder.add(sums, builder.mul(loop.index, stride)))
+        builder.store((Lanes(builder, builder.load(total)) + more).value, total)
+    numbers.store(found, Lanes(builder, builder.load(total)))
+
+
+@per_channel((I, F, I, I))
+def put_moments(numbers, shift, count, mean, var):
+    """In the place of sums of x - shift and of its square, mean and variance: -1 where that may be wrong."""
+    n, k = numbers.spread(count), numbers.load(shift)
+    m, q = numbers.load(mean) / n, numbers.load(var) / n
+    v = q - m * m
+    good = (m * m <= v * TRUSTED) & (v > SMALLEST) & (q < LARGEST)
+    numbers.store(mean, where(good | (abs(k + m) < LARGEST), k + m, k))
+    numbers.store(var, where(good, v, numbers.constant(-1.0)))
+
+
 @per_channel((I, I, F, I, I, I))
 def finish_sums(numbers, mean, var, eps, centre, dz, products):
     """In the place of sums of dz * (x - centre), those of dz * xhat."""
@@ -134,8 +169,8 @@ def put_slopes(numbers, mean, var, eps, centre, dz, dz_xhat, training, count, sl
     k = -numbers.rstd(var, eps) * numbers.load(dz_xhat) / n
     o = fma(-k, numbers.load(mean) - numbers.load(centre), -numbers.load(dz) / n)
     trains = builder.icmp_signed("!=", training, INT64(0))
-    for where, lanes in ((slope, k), (offset, o)):
-        numbers.store(where, Lanes(builder, builder.select(trains, lanes.value, numbers.constant(0.0).value)))
+    for vector, lanes in ((slope, k), (offset, o)):
+        numbers.store(vector, Lanes(builder, builder.select(trains, lanes.value, numbers.constant(0.0).value)))
 
 
 @per_channel((I, I, I, I, F, F))

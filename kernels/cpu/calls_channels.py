@@ -18,6 +18,7 @@ from gpu_bn.kernels.cpu.calls import (
     read_parameters,
     write_parameters,
 )
+from gpu_bn.kernels.cpu.channels import SHORT
 from gpu_bn.kernels.cpu.compiler import cold, kernel
 from gpu_bn.kernels.cpu.scalars import call_kernel, claim, number, put_number, restart
 
@@ -112,7 +113,7 @@ def forward(
             call_kernel(
                 writer,
                 (x + by, residual + by, 0, y + by, 0, x_step, residual_step, 0, y_step, 0, runs, length, some,
-                 scratch + own, scale + own, shift + own, 0, 0, p, 0, past),
+                 scratch + own, scale + own, shift + own, 0, 0, p, int(length <= SHORT), past),
             )  # fmt: skip
     while phases & SUM and batch_stats and not fused:
         at = claim(counters)
@@ -171,7 +172,7 @@ def backward(
                 writer,
                 (x + by, residual + by, dy + by, dx + by, dresidual + by, x_step, residual_step, dy_step, dx_step,
                  dresidual_step, runs, length, high - low, scratch + own, scale + own, shift + own, slope + own,
-                 offset + own, p, 0, past),
+                 offset + own, p, int(length <= SHORT), past),
             )  # fmt: skip
     while phases & SUM and products and not fused:
         at = claim(counters)

@@ -10,15 +10,14 @@ and 5 float64 vectors of the channels;
 from gpu_bn.kernels.cpu.calls import (
     END,
     FINISH,
-    LARGEST,
-    SMALLEST,
     START,
     SUM,
-    TRUSTED,
     WRITE,
+    add_chunks,
     finish_sums,
     move,
     put_affine,
+    put_moments,
     put_slopes,
     read_parameters,
     write_parameters,
@@ -32,10 +31,13 @@ def spread(values, how_many, channels, length, columns, width, tagged):
     """Give the channels' columns their values, of several vectors; joined rows have the same ones."""
     period = channels * length
     for vector in range(how_many):
-        for channel in range(channels):
-            value = number(values, vector * channels + channel)
-            for at in range(channel * length, channel * length + length):
-                put_parameter(tagged, at, value)
+        own = values + 8 * vector * channels
+        if length == 1:
+            write_parameters(0, channels, own, tagged)
+        else:
+            for channel in range(channels):
+                for at in range(channel * length, channel * length + length):
+                    put_parameter(tagged, at, number(own, channel))
         for at in range(period, columns):
             put_parameter(tagged, at, parameter(tagged, at - period))
         tagged += 8 * width
@@ -44,6 +46,9 @@ def spread(values, how_many, channels, length, columns, width, tagged):
 @cold
 def gather(sums, channels, length, columns, width, chunks, found):
     """The channels' sums of their columns, in the order of chunks; ``width`` numbers lie between two chunks' sums."""
+    if columns == channels:
+        add_chunks(0, channels, sums, 8 * width, chunks, found)
+        return
     for channel in range(channels):
         total = 0.0
         for chunk in range(chunks):
@@ -107,14 +112,14 @@ def forward(
         if batch_stats:
             gather(sums, channels, length, columns, 2 * width, chunks, mean)
             gather(squares, channels, length, columns, 2 * width, chunks, var)
+            if length == 1:
+                read_parameters(0, channels, scratch + double, values)
+            else:
+                for at in range(channels):
+                    put_number(values, at, parameter(scratch + double, at * length))
+            put_moments(0, channels, values, count, mean, var)
             for at in range(channels):
-                shift = parameter(scratch + double, at * length)
-                m, q = number(mean, at) / count, number(var, at) / count
-                v = q - m * m
-                good = m * m <= TRUSTED * v and v > SMALLEST and q < LARGEST
-                put_number(mean, at, shift + m if good or abs(shift + m) < LARGEST else shift)
-                put_number(var, at, v if good else -1.0)
-                doubtful += 0 if good else 1
+                doubtful += 1 if number(var, at) == -1.0 else 0
         else:
             read_parameters(0, channels, running_mean, mean)
             read_parameters(0, channels, running_var, var)

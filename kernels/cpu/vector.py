@@ -119,6 +119,9 @@ class Truth:
     def __or__(self, other):
         return Truth(self.builder, self.builder.or_(self.value, other.value))
 
+    def __and__(self, other):
+        return Truth(self.builder, self.builder.and_(self.value, other.value))
+
 
 def where(truth, a, b):
     """``a`` where the truth holds, else ``b``; one of the two is a vector."""

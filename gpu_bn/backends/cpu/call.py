@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_bn.activations import ROWS
-from gpu_bn.backends.cpu import plans, threads
+from gpu_bn.backends.cpu import pages, plans, threads
 from gpu_bn.backends.cpu.arrays import Arrays
 from gpu_bn.backends.protocol import BackendUnavailableError
 from gpu_bn.kernels.cpu import calls_channels, calls_rows
@@ -48,6 +48,8 @@ class Prepared(NamedTuple):
     positions: int
     scratch: int
     nbytes: int
+    huge: bool
+    """Whether new outputs ask for huge pages."""
 
 
 _prepared: dict[Any, Prepared | None] = {}
@@ -93,6 +95,8 @@ def forward(
         return None
     wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
     mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
+    if prepared.huge:
+        pages.advise(address(y), prepared.nbytes)
     _run(
         prepared, address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
         *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
@@ -139,6 +143,10 @@ def backward(
     wide = _widened(arrays, vectors[:2], parameters, True) if -1 in parameters else None
     results = _widened(arrays, gradients, written, False) if -1 in written else gradients
     found = given or (arrays.double(prepared.channels), arrays.double(prepared.channels))
+    if prepared.huge:
+        for one in (dx, dresidual):
+            if one is not None:
+                pages.advise(address(one), prepared.nbytes)
     _run(
         prepared, *[0 if one is None else address(one) for one in tensors], *prepared.shape, *parameters, *written,
         address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
@@ -248,7 +256,7 @@ def _prepared_call(
     return Prepared(
         kernel=kernel, phases=phases, every=sum(phase for phase, _ in phases), head=head, shape=shape,
         cut=(int(code == FLOAT64), int(past), *cut), channels=seen.channels, positions=seen.runs * seen.length,
-        scratch=plan.scratch, nbytes=nbytes,
+        scratch=plan.scratch, nbytes=nbytes, huge=writes and nbytes >= pages.LARGE,
     )  # fmt: skip
 
 

@@ -25,9 +25,9 @@ processor need not wait for one channel's last sum before it starts with the nex
 FEW_CHANNELS, LARGE = 16, 1 << 20
 """So few channels of a tensor of so many elements are cut into parts, so that threads have enough of them."""
 PART = 1 << 15
-"""Elements of a part, and of a chunk of rows at least."""
-CHUNKS = 16
-"""Chunks of rows at most."""
+"""Elements of a part."""
+CHUNKS, CHUNK = 16, 1 << 17
+"""Chunks of rows at most, and elements of one at least: each has sums of its own, which are cleared and added up."""
 FOLDED = 64
 """Columns at least, and a whole number of vectors, up to 1024: short rows are joined to longer ones."""
 
@@ -122,7 +122,7 @@ def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: b
         folded = max(1, min(folded, runs))
     columns = folded * period
     width = -(-columns // 64) * 64 + WIDE * BYTES // 4
-    chunks = max(1, min(CHUNKS, total // PART, runs // folded))
+    chunks = max(1, min(CHUNKS, total // CHUNK, runs // folded))
     return Plan(True, 8 * ((5 + 2 * chunks) * width + 5 * count_channels), folded=folded, chunks=chunks, width=width)
 
 

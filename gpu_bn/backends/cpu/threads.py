@@ -25,13 +25,21 @@ _threads = 0
 
 
 def get_num_threads() -> int:
-    """How many threads a call on a CPU may use.
+    """Return how many threads a call on a CPU may use.
 
-    Unless set, the environment variable GPU_BN_NUM_THREADS, or else, also where that is 0, the cores that this process
-    may run on (its affinity and its control group's quota), at most 8.
+    Unless set, it is the environment variable GPU_BN_NUM_THREADS. Without it, and where it is 0, it is the number of
+    cores that this process may run on (its affinity and its control group's quota), at most 8.
+
+    Returns:
+        The number of threads, at least 1.
 
     Raises:
         ValueError: the environment variable is not a whole number.
+
+    Examples:
+        >>> import gpu_bn
+        >>> gpu_bn.get_num_threads() >= 1
+        True
     """
     global _threads
     if not _threads:
@@ -45,9 +53,20 @@ def get_num_threads() -> int:
 def set_num_threads(threads: int) -> None:
     """Set how many threads a call on a CPU may use. Results do not depend on it, to the last bit.
 
+    Args:
+        threads: a whole number, at least 1.
+
     Raises:
         TypeError: no integer.
         ValueError: fewer than one.
+
+    Examples:
+        >>> import gpu_bn
+        >>> before = gpu_bn.get_num_threads()
+        >>> gpu_bn.set_num_threads(1)
+        >>> gpu_bn.get_num_threads()
+        1
+        >>> gpu_bn.set_num_threads(before)
     """
     try:
         threads = operator.index(threads)

@@ -1,0 +1,212 @@
+"""The generated parts of the pages. ``python tests/pages.py`` rewrites them; ``--check`` only names the stale ones.
+
+A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. It is made of the code, or of a record that a
+measurement has left. Nothing is measured or compiled here. The records, and what renews each:
+
+- ``bench/data/cpu.json``: ``bench/cpu.py --json``
+- ``tests/data/versions.json``: ``tests/versions.py --write``
+- ``tests/data/models.jsonl``: ``tests/model_zoo.py``
+- ``tests/data/machine_code_cuda.txt``: ``tests/cuda_budget.py``
+- ``tests/data/gates_*.txt``: ``tests/record_gates.py``
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cuda_budget
+import model_zoo
+import test_cuda_faults
+import test_cuda_masked_faults
+import test_triton_planted_bugs
+import versions
+from gates import DATA
+
+from gpu_bn._conformance import covering
+from gpu_bn.activations import ROWS
+from gpu_bn.bench.model import model
+from gpu_bn.bench.page import modelled
+from gpu_bn.bench.run import Options
+from gpu_bn.testing import Case, cases, extended_cases, unavailable_cases
+
+ROOT = Path(__file__).parents[1]
+CPU = ROOT / "bench" / "data" / "cpu.json"
+CPU_PICTURE = ROOT / "docs" / "images" / "cpu.png"
+README_CASES = ("32x64x56x56", "32x256x14x14", "32x64x56x56 channels-last", "256x1024", "2x3x4x4")
+PART = re.compile(r"(<!-- (\w[^\n]*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
+
+
+# ------------------------------------------------------------------------------------------------------ parts
+def kernels(family: str) -> str:
+    """How many kernels the record of compiled variants has."""
+    (count,) = re.findall(
+        r"^covered \d+ of \d+ groups, (\d+) kernels$", (DATA / f"gates_{family}.txt").read_text(), re.M
+    )
+    return f"{int(count):,}"
+
+
+def every_case() -> list[Case]:
+    """The cases of ``gpu-bn check``, also those that a package is missing for here."""
+    return [*cases(), *extended_cases(), *unavailable_cases()]
+
+
+def planted_cuda() -> str:
+    """How many faults are planted into the CUDA kernels."""
+    masked, offsets = len(test_cuda_masked_faults.FAULTS), len(test_cuda_faults.GEOMETRIES)
+    whole = len(test_cuda_faults.PLANTED) + masked
+    return f"{whole}, of which {masked} with masks and ghost batches, and {offsets} cut offsets"
+
+
+def code(place: str) -> str:
+    """The source of one function, given as ``code FILE FUNCTION``."""
+    file, name = place.split()
+    source = (ROOT / file).read_text()
+    (node,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == name)
+    assert isinstance(node, ast.FunctionDef)
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    text = "\n".join(source.splitlines()[first - 1 : node.end_lineno])
+    return f'\n```python title="{file}"\n{text}\n```\n'
+
+
+def cpu_record() -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
+    """What was measured where; by number of threads, by case and backend, by operation: our time over torch's."""
+    record = json.loads(CPU.read_text())
+    ratios = {
+        threads: {row: {name: cell[0] for name, cell in cells.items()} for row, cells in rows.items()}
+        for threads, rows in record["results"].items()
+    }
+    return record["environment"], ratios
+
+
+def cpu_table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown, two decimals; small ratios are not rounded to 0."""
+    names = list(next(iter(rows.values())))
+    lines = [["float32 unless said", *names], ["---"] * (len(names) + 1)]
+    lines += [
+        [row, *(f"{ratio:.2f}" if ratio >= 0.01 else "<0.01" for ratio in cells.values())]
+        for row, cells in rows.items()
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cpu_all() -> str:
+    """All cases, a table for each number of threads."""
+    environment, ratios = cpu_record()
+    parts = [f"Measured with {environment}."]
+    for threads, rows in ratios.items():
+        named = {row.removesuffix(" / torch"): cells for row, cells in rows.items() if row.endswith(" / torch")}
+        parts += [f"{threads} thread{'s' * (threads != '1')} each:", cpu_table(named)]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def cpu_short() -> str:
+    """README's table: some cases of the compiled backend, with as many threads as were measured."""
+    environment, ratios = cpu_record()
+    threads = max(ratios, key=int)
+    rows = {case: ratios[threads][f"{case}, cpu / torch"] for case in README_CASES}
+    return f"\n{cpu_table(rows)}\n\nMeasured with {environment}, {threads} thread{'s' * (threads != '1')} each.\n"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "activations": lambda: ", ".join(ROWS),
+    "cases": lambda: str(len(every_case())),
+    "cpu": cpu_all,
+    "cpu short": cpu_short,
+    "gates_cuda": lambda: kernels("cuda"),
+    "gates_triton": lambda: kernels("triton"),
+    "install": lambda: re.findall(r"<!-- install -->(.*?)<!--", (ROOT / "README.md").read_text(), re.S)[0],
+    "model": lambda: "\n" + modelled(model(Options().cases("model"))) + "\n",
+    "planted_cuda": planted_cuda,
+    "planted_triton": lambda: str(len(test_triton_planted_bugs.BUGS)),
+    "quick_cases": lambda: str(len(covering(every_case()))),
+    "versions": lambda: f"\n{versions.table(json.loads(versions.DATA.read_text()))}\n",
+}
+
+
+# ------------------------------------------------------------------------------------------------------ pages
+def part(name: str) -> str:
+    """One generated part."""
+    if name.startswith("code "):
+        return code(name.removeprefix("code "))
+    return PARTS[name]()
+
+
+def renewed(text: str) -> str:
+    """A page with its parts made anew."""
+    return PART.sub(lambda found: f"{found[1]}{part(found[2])}{found[4]}", text)
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Each page that has a generated part, and what it should be."""
+    yield cuda_budget.PAGE, cuda_budget.page()
+    yield ROOT / "docs" / "models.md", model_zoo.table((DATA / "models.jsonl").read_text().splitlines())
+    for path in [ROOT / "README.md", ROOT / "bench" / "results.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text()
+        if PART.search(text):
+            yield path, renewed(text)
+
+
+def stale() -> list[str]:
+    """The pages and pictures that are not what the code and the records say."""
+    found = [path for path, text in pages() if path.read_text() != text]
+    if not CPU_PICTURE.exists() or digest().encode() not in CPU_PICTURE.read_bytes():
+        found.append(CPU_PICTURE)
+    return [str(path.relative_to(ROOT)) for path in found]
+
+
+def digest() -> str:
+    """What a picture says that it was drawn of."""
+    return hashlib.sha256(CPU.read_bytes()).hexdigest()
+
+
+def draw() -> None:
+    """The picture of the measured ratios: a panel a number of threads, a row a case, a mark an operation."""
+    from matplotlib.figure import Figure
+
+    environment, ratios = cpu_record()
+    figure = Figure(figsize=(9, 4.6), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(ratios), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, (threads, rows) in zip(panels, ratios.items(), strict=True):
+        shown = {
+            row.partition(", cpu / torch")[0]: cells for row, cells in rows.items() if row.endswith(", cpu / torch")
+        }
+        for marker, name in zip("osD^vP", next(iter(shown.values())), strict=True):
+            panel.plot([cells[name] for cells in shown.values()], range(len(shown)), marker, label=name, alpha=0.8)
+        panel.axvline(1, color="#555555", linewidth=1.2)
+        panel.text(1, -0.75, " equal", fontsize=9, color="#555555", va="center")
+        panel.set(xscale="log", title=f"{threads} thread{'s' * (threads != '1')} each", ylim=(len(shown) - 0.5, -1.1))
+        panel.set_xticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+        panel.minorticks_off()
+        panel.set_yticks(range(len(shown)), list(shown))
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("our time / torch's, measured; left of the line gpu_bn is faster", fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    figure.savefig(CPU_PICTURE, metadata={"Description": f"{environment}; record {digest()}"})
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something is stale")
+    if parser.parse_args().check:
+        print("\n".join(found := stale()))
+        return bool(found)
+    for path in map(ROOT.joinpath, stale()):
+        print(path.relative_to(ROOT))
+        if path == CPU_PICTURE:
+            draw()
+    for path, text in list(pages()):
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

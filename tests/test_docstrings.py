@@ -1,0 +1,64 @@
+"""The docstrings of what users call: every argument is described, and the examples run."""
+
+import doctest
+import inspect
+import re
+
+import pytest
+
+import gpu_bn
+
+pytest.importorskip("torch", reason="gpu_bn.nn needs torch: pip install torch")
+
+from gpu_bn import nn
+from gpu_bn.activations import ROWS
+
+RESULTS = {"BackendUnavailableError", "Grads", "Saved"}
+"""What calls return or raise; users do not make them."""
+ARRAYS = [(gpu_bn, name) for name in gpu_bn.__all__ if name not in RESULTS]
+PUBLIC = [*ARRAYS, *((nn, name) for name in nn.__all__)]
+
+
+def named(one):
+    return f"{one[0].__name__}.{one[1]}"
+
+
+def section(text, title):
+    """The entries of one section of a docstring, by name."""
+    found = re.search(rf"^{title}:\n((?:    .*\n|\n)+)", text + "\n", re.MULTILINE)
+    return re.findall(r"^    (\*{0,2}\w+):", found[1], re.MULTILINE) if found else []
+
+
+@pytest.mark.parametrize("one", PUBLIC, ids=named)
+def test_every_argument_is_described(one):
+    public = getattr(*one)
+    text = inspect.getdoc(public)
+    described = section(text, "Args") + (section(text, "Attributes") if inspect.isclass(public) else [])
+    if (other := re.search(r"arguments(?:, the call and its errors)? are those of :class:`(\w+)`", text)) is not None:
+        described += [*section(inspect.getdoc(getattr(one[0], other[1])), "Args"), "arguments", "options"]
+    parameters = inspect.signature(public).parameters
+    missing = [name for name in parameters if name not in {entry.lstrip("*") for entry in described}]
+    assert not missing
+    if inspect.isfunction(public):
+        unknown = {entry.lstrip("*") for entry in described} - set(parameters)
+        assert not unknown
+        assert "None" in str(inspect.signature(public).return_annotation) or "Returns:" in text or "Yields:" in text
+
+
+@pytest.mark.parametrize("one", PUBLIC, ids=named)
+def test_the_examples_run(one):
+    public = getattr(*one)
+    (test,) = doctest.DocTestFinder(recurse=False).find(public, named(one), globs={})
+    assert test.examples, "an example is missing"
+    failures = []
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    runner.run(test, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+@pytest.mark.parametrize(
+    "public", [gpu_bn.batch_norm, gpu_bn.Activation, nn.batch_norm], ids=lambda one: one.__qualname__
+)
+def test_all_activations_are_named(public):
+    text = inspect.getdoc(public)
+    assert [name for name in ROWS if not re.search(rf"``\"?{name}\"?``", text)] == []
