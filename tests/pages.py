@@ -177,7 +177,7 @@ def draw() -> None:
         shown = {
             row.partition(", cpu / torch")[0]: cells for row, cells in rows.items() if row.endswith(", cpu / torch")
         }
-        for marker, name in zip("osD^vP", next(iter(shown.values())), strict=True):
+        for marker, name in zip("osD^vPX", next(iter(shown.values())), strict=False):
             panel.plot([cells[name] for cells in shown.values()], range(len(shown)), marker, label=name, alpha=0.8)
         panel.axvline(1, color="#555555", linewidth=1.2)
         panel.text(1, -0.75, " equal", fontsize=9, color="#555555", va="center")
