@@ -147,7 +147,12 @@ def pages() -> Iterator[tuple[Path, str]]:
     """Each page that has a generated part, and what it should be."""
     yield cuda_budget.PAGE, cuda_budget.page()
     yield ROOT / "docs" / "models.md", model_zoo.table((DATA / "models.jsonl").read_text().splitlines())
-    for path in [ROOT / "README.md", ROOT / "bench" / "results.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "bench" / "results.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]:
         text = path.read_text()
         if PART.search(text):
             yield path, renewed(text)
