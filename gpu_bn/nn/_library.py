@@ -234,7 +234,9 @@ def packed(saved: Saved) -> Tensor:
         counts = count if isinstance(count, Tensor) else mean.new_full((saved.spec.groups,), count)
         rows.append(counts.view(-1, 1).expand(-1, channels).double())
     rows += [row.view(1, -1) for row in saved.renorm or ()]
-    return adjacent(mean, var).view(-1, channels) if len(rows) == 2 else torch.cat(rows)
+    if len(rows) > 2 or torch.compiler.is_compiling():  # compiled autograd, where nothing has an address
+        return torch.cat(rows)
+    return adjacent(mean, var).view(-1, channels)
 
 
 def adjacent(first: Tensor, second: Tensor) -> Tensor:
