@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 CPU = ROOT / "bench" / "data" / "cpu.json"
 CPU_PICTURE = ROOT / "docs" / "images" / "cpu.png"
 README_CASES = ("32x64x56x56", "32x256x14x14", "32x64x56x56 channels-last", "256x1024", "2x3x4x4")
-PART = re.compile(r"(<!-- (\w[^\n]*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
+PART = re.compile(r"(<!-- ([a-z][^\n]*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 
 
 # ------------------------------------------------------------------------------------------------------ parts
