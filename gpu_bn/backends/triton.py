@@ -212,8 +212,7 @@ class TritonBackend(SharedStatistics):
                 bessel = count / max(count - 1, 1)
             mean = (1 - weighs) * mean + weighs * part.mean
             var = (1 - weighs) * var + (weighs * bessel) * part.var
-        running_mean.copy_(mean)
-        running_var.copy_(var)
+        torch._foreach_copy_([running_mean, running_var], [mean, var])  # both, or none
 
     @torch.no_grad()
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
