@@ -71,9 +71,10 @@ class Tensors:
             with torch.no_grad():
                 return norm(leaves[0], *running, *leaves[1:], False, None, False)
 
-        def backward(relu: bool) -> Call:
-            y = norm(leaves[0], None, None, *leaves[1:], True, None, relu)
-            return lambda: torch.autograd.grad(y, leaves, self.dy, retain_graph=True)[0]
+        def backward(relu: bool, residual: torch.Tensor | None = None) -> Call:
+            y = norm(leaves[0], None, None, *leaves[1:], True, residual, relu)
+            wanted = leaves if residual is None else [*leaves, residual]
+            return lambda: torch.autograd.grad(y, wanted, self.dy, retain_graph=True)[0]
 
         return {
             "forward": lambda: norm(leaves[0], *running, *leaves[1:], True, None, False),
@@ -82,6 +83,7 @@ class Tensors:
             "eval": evaluate,
             "backward": backward(False),
             "backward+relu": backward(True),
+            "backward+residual+relu": backward(True, self.residual.detach().requires_grad_()),
         }
 
     def numpy_calls(self) -> dict[str, Call]:
@@ -104,6 +106,7 @@ class Tensors:
             "eval": lambda: torch.from_numpy(gpu_bn.batch_norm(x, *running, weight, bias, backend="numpy")),
             "backward": backward(),
             "backward+relu": backward(activation="relu"),
+            "backward+residual+relu": backward(residual=residual, activation="relu"),
         }
 
 
