@@ -43,7 +43,10 @@ PLANTED = [
 
 @pytest.mark.parametrize(
     ("name", "threshold", "value"),
-    [PLANTED[0], *(pytest.param(*planted, marks=pytest.mark.slow) for planted in PLANTED[1:])],
+    [
+        pytest.param(*planted, marks=[] if not i else pytest.mark.exhaustive if i % 3 else pytest.mark.slow)
+        for i, planted in enumerate(PLANTED)
+    ],
 )
 def test_a_crossover_that_was_planted_is_found(name, threshold, value):
     """Times such that the tiers of other thresholds are the fastest: these thresholds come out."""
