@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import compress, pairwise, product
+from itertools import compress, product
 from typing import Any
 
 import torch
@@ -114,12 +114,15 @@ def _is_plain(x: Tensor, spec: BatchNormSpec) -> bool:
 
 def _are_apart(tracked: Tracked) -> bool:
     """Whether bounds tell that nothing tracked overlaps anything else tracked, and that a kernel can count."""
-    bounds = sorted([(one.data_ptr(), one.nbytes) for one in tracked if one is not None])
+    end = 0
+    for start, nbytes in sorted([(one.data_ptr(), one.nbytes) for one in tracked if one is not None]):
+        if start < end:
+            return False
+        end = start + nbytes
     counter = tracked[2]
-    countable = counter is None or (
+    return counter is None or (
         counter.dtype is torch.int64 and counter.is_cpu and counter.numel() == 1 and counter.data_ptr() % 8 == 0
     )
-    return countable and all(one[0] + one[1] <= after[0] for one, after in pairwise(bounds))
 
 
 def weighs(momentum: float | None, momentum_at: Tensor | None, num_batches_tracked: Tensor | None) -> float | Tensor:
