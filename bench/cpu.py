@@ -58,6 +58,9 @@ class Tensors:
                 t.contiguous(memory_format=torch.channels_last) for t in (x, self.dy, self.residual)
             )
         kind = torch.float64 if dtype is torch.float64 else torch.float32
+        z = F.batch_norm(x, None, None, training=True)
+        for close in (z, z + self.residual):  # a rounding decides on which side of ReLU's corner these are: no gradient
+            self.dy.masked_fill_(close.abs() < 10 * TOLERANCES[dtype], 0)
         self.running = torch.zeros(channels, dtype=kind), torch.ones(channels, dtype=kind)
         self.leaves = [x, torch.ones(channels, dtype=kind), torch.zeros(channels, dtype=kind)]
         for leaf in self.leaves:
