@@ -22,6 +22,7 @@ import torch.multiprocessing
 
 from gpu_bn import nn
 from gpu_bn._console import table
+from gpu_bn.nn import _packets
 
 WARM = 5
 
@@ -68,13 +69,14 @@ def row(world: int, shape: list[int], steps: int) -> list[str]:
         torch.multiprocessing.spawn(run, (world, shape, steps, folder), world)
         (plain, *noise), (shared, *wrote) = torch.load(f"{folder}/result").tolist()
     size, messages = (total - other for total, other in zip(wrote, noise, strict=True))
-    gather, reduce = (world - 1) * 8 * (2 + 2 * shape[1]), 2 * (world - 1) / world * 16 * shape[1]
+    packets = _packets.packets_of(2 + 2 * shape[1]) + _packets.packets_of(2 * shape[1])
+    payload = (world - 1) * 8 * (_packets.HEADER + _packets.ROOM) * packets
     return [
         str(world),
         f"{1e3 * plain:.2f}",
         f"{1e3 * shared:.2f}",
         f"{size:,.0f}",
-        f"{gather + reduce:,.0f}",
+        f"{payload:,.0f}",
         f"{messages:.1f}",
     ]
 

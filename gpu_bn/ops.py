@@ -1,14 +1,15 @@
 """The algorithm, once for all backends: statistics, running update, normalise; reduce, input gradient.
 
 Arguments have been checked; a failure on the way (say, out of memory) leaves the running statistics as they were,
-because they are written last: NumPy's in one call, between whose ends no signal handler runs.
+because they are written last: on a CPU in one call, between whose ends no signal handler runs, on a GPU by kernels
+whose launches Ctrl-C waits for.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_bn import aliasing
+from gpu_bn._interrupts import deferred
 from gpu_bn.backends.protocol import Backend, Fused, Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec, is_cupy, on_device_of
 
@@ -56,7 +58,7 @@ def forward(
     """Normalise, update the running statistics, and return ``y`` and what the backward call needs.
 
     ``in_place`` allows ``out`` to be the input or the residual, which a backward call would read; ``valid`` is what
-    :func:`positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.Fused`. ``counter``, NumPy's, is
+    :func:`positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.Fused`. ``counter`` is
     incremented when the statistics are written.
 
     Raises:
@@ -72,23 +74,45 @@ def forward(
     if out is not None and not distinct:
         backend.check_out(out, x, residual, in_place)
     rest = weight, bias, residual, out, valid, keep
-    if not (spec.batch_stats and isinstance(running_mean, np.ndarray) and not is_cupy(running_mean)):
-        result = _forward(backend, x, spec, running_mean, running_var, *rest)
+    written = [array for array in state.values() if array is not None and spec.batch_stats]
+    if written and _on_host(x):
+        moved = {name: _copy(array) for name, array in state.items()}
+        result = _forward(backend, x, spec, moved["running_mean"], moved["running_var"], *rest, copies=True)
         if counter is not None:
-            with on_device_of(counter):
-                counter += 1
+            moved["num_batches_tracked"] += 1
+        commit(written, [array for array in moved.values() if array is not None])
         return result
-    written = [array for array in (running_mean, running_var, counter) if array is not None]
-    moved: list[Any] = [array.copy() for array in written]
-    result = _forward(backend, x, spec, moved[0], moved[1], *rest)
-    if counter is not None:
-        moved[2] += 1
-    commit(written, moved)
-    return result
+    if counter is None or not spec.batch_stats:
+        return _forward(backend, x, spec, running_mean, running_var, *rest)
+    with on_device_of(counter):
+        result = counted(counter, lambda: _forward(backend, x, spec, running_mean, running_var, *rest))
+        return result  # type: ignore[no-any-return]
+
+
+def _on_host(array: Array) -> bool:
+    return bool(getattr(array, "is_cpu", False)) or (isinstance(array, np.ndarray) and not is_cupy(array))
+
+
+def _copy(array: Array | None) -> Any:
+    return array if array is None else array.clone() if hasattr(array, "clone") else array.copy()
+
+
+def counted(counter: Array, call: Callable[[], Any]) -> Any:
+    """Make a call whose kernels write the statistics last, and increment a counter on a GPU: both, or neither.
+
+    Ctrl-C waits until both are done. The counter is first, for it may refuse; a call that raises takes it back.
+    """
+    with deferred():
+        counter += 1
+        try:
+            return call()
+        except BaseException:
+            counter -= 1
+            raise
 
 
 def commit(targets: Sequence[Array], values: Sequence[Array]) -> None:
-    """Write several arrays, all or none: in one call into C, which no signal interrupts if the arrays are NumPy's."""
+    """Write several arrays, all or none: in one call into C, which no signal interrupts on a CPU."""
     tuple(map(operator.setitem, targets, repeat(...), values))
 
 
@@ -104,8 +128,12 @@ def _forward(
     out: Array | None,
     valid: Array | None,
     keep: bool,
+    copies: bool = False,
 ) -> tuple[Array, Saved]:
-    """:func:`forward` of arguments that may be written."""
+    """:func:`forward` of arguments that may be written.
+
+    ``copies``: the running statistics are copies, and are moved before anything is written to ``out``.
+    """
     if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend, valid is None and spec.groups == 1)):
         return fused.forward(x, spec, running_mean, running_var, weight, bias, residual, out, valid, keep)
     with on_device_of(x):
@@ -120,9 +148,12 @@ def _forward(
         if spec.renorm is not None:
             saved = _renormalized(backend, saved, running_mean, running_var)
         y = backend.empty_like(x) if out is None else out
+        updates = spec.batch_stats and tracked and count > 0
+        if updates and copies:
+            backend.update_running(moments, running_mean, running_var, spec.momentum)
         if count:
             backend.normalize(saved, residual, y)
-        if spec.batch_stats and tracked and count:
+        if updates and not copies:
             backend.update_running(moments, running_mean, running_var, spec.momentum)
         return y, saved
 
@@ -190,7 +221,8 @@ def positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
     with on_device_of(mask):
         if mask.ndim < len(shape):
             mask = mask[(slice(None),) * axis + (None,)]
-        valid = mask != 0
+        # Of a tensor, a comparison with a number would first copy it to eight bytes an element.
+        valid = mask.logical_not().logical_not() if hasattr(mask, "logical_not") else mask != 0
         wanted = (*shape[:axis], 1, *shape[axis + 1 :])
         if hasattr(valid, "expand"):  # a tensor's broadcast is a method, an array's would need its library
             return valid.expand(wanted).contiguous()

@@ -110,10 +110,10 @@ def keep_count(counts, count, strip, group, COLUMNS: tl.constexpr):
 
 @triton.jit
 def keep_statistics(
-    mean, var, weight, bias, old_mean, old_var, channel, known, channels, saved, running_mean, running_var, momentum,
-    momentum_at, bessel, TRAINING: tl.constexpr, group=0, GROUPS: tl.constexpr = 1,
+    mean, var, weight, bias, old_mean, old_var, channel, known, channels, saved, running_mean, running_var, counter,
+    batches, momentum, momentum_at, bessel, TRAINING: tl.constexpr, group=0, GROUPS: tl.constexpr = 1,
 ):  # fmt: skip
-    """Write what the backward pass needs, to saved[4, channels], and the running statistics.
+    """Write what the backward pass needs, to saved[4, channels], the running statistics, and the number of batches.
 
     Of ghost batches, the first two parts of ``saved`` are as long as there are statistics.
 
@@ -126,6 +126,8 @@ def keep_statistics(
         tl.store(saved + 2 * GROUPS * channels + channel, weight, mask=first)
         tl.store(saved + (2 * GROUPS + 1) * channels + channel, bias, mask=first)
     if TRAINING:
+        if counter is not None:
+            tl.store(counter, batches, mask=tl.program_id(0) == 0)
         if running_mean is not None:
             if momentum_at is not None:
                 batch = wide(tl.load(momentum_at))
@@ -134,6 +136,15 @@ def keep_statistics(
             else:
                 store_as(running_mean + channel, moved(old_mean, mean, momentum), known)
                 store_as(running_var + channel, moved(old_var, var * bessel, momentum), known)
+
+
+@triton.jit
+def batches_of(counter):
+    """The number of batches with this one, for the programs of one strip, which count it."""
+    if counter is None:
+        return 0
+    else:
+        return tl.load(counter, mask=tl.program_id(0) == 0, other=0) + 1
 
 
 @triton.jit
@@ -165,8 +176,8 @@ def write_outputs(
 
 @triton.jit
 def bn_normalize_kernel(
-    x, residual, y, mask, valid, mean, var, partials, weight, bias, saved, counts, running_mean, running_var, momentum,
-    momentum_at, bessel, eps, parameter, channels, row, jump, magic, power, positions, share,
+    x, residual, y, mask, valid, mean, var, partials, weight, bias, saved, counts, running_mean, running_var, counter,
+    momentum, momentum_at, bessel, eps, parameter, channels, row, jump, magic, power, positions, share,
     VALUE: tl.constexpr, DROP: tl.constexpr, CHUNK: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -194,12 +205,13 @@ def bn_normalize_kernel(
     weight_c = load_wide(weight, channel, known_channels, 1.0)
     bias_c = load_wide(bias, channel, known_channels, 0.0)
     if block == 0:
+        batches = batches_of(counter)
         old_mean = load_wide(running_mean, channel, known_channels, 0.0)
         old_var = load_wide(running_var, channel, known_channels, 0.0)
         tl.debug_barrier()
         keep_statistics(
             mean_c, var_c, weight_c, bias_c, old_mean, old_var, channel, known_channels, channels, saved,
-            running_mean, running_var, momentum, momentum_at, bessel, TRAINING, group, GROUPS,
+            running_mean, running_var, counter, batches, momentum, momentum_at, bessel, TRAINING, group, GROUPS,
         )  # fmt: skip
     centre, scale, shift, _, _ = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
     tiles = (last - first + POSITIONS - 1) // POSITIONS
@@ -219,8 +231,8 @@ def bn_normalize_kernel(
 
 @triton.jit
 def bn_forward_kernel(
-    x, residual, y, mask, weight, bias, saved, running_mean, running_var, momentum, momentum_at, bessel, eps, parameter,
-    channels, row, jump, magic, power, positions,
+    x, residual, y, mask, weight, bias, saved, running_mean, running_var, counter, momentum, momentum_at, bessel, eps,
+    parameter, channels, row, jump, magic, power, positions,
     VALUE: tl.constexpr, DROP: tl.constexpr, TILES: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
@@ -228,6 +240,7 @@ def bn_forward_kernel(
     strip = tl.program_id(0)
     last = positions
     channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
+    batches = batches_of(counter)
     old_mean = load_wide(running_mean, channel, known_channels, 0.0)
     old_var = load_wide(running_var, channel, known_channels, 0.0)
     held = ()
@@ -267,7 +280,7 @@ def bn_forward_kernel(
     tl.debug_barrier()
     keep_statistics(
         mean, var, weight_c, bias_c, old_mean, old_var, channel, known_channels, channels, saved, running_mean,
-        running_var, momentum, momentum_at, bessel, True,
+        running_var, counter, batches, momentum, momentum_at, bessel, True,
     )  # fmt: skip
     centre, scale, shift, _, _ = affine(mean, var, weight_c, bias_c, eps, COMPUTE)
     for i in tl.static_range(TILES):

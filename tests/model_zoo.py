@@ -78,7 +78,8 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
                                                 "groups_width": 16, "embedding_size": 16}),
     "MobileNetV1": ("MobileNetV1ForImageClassification", {"depth_multiplier": 0.25}),
     "MobileNetV2": ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.35}),
-    "EfficientNet": ("EfficientNetForImageClassification", {"width_coefficient": 1.0, "depth_coefficient": 0.5}),
+    "EfficientNet": ("EfficientNetForImageClassification", {"width_coefficient": 1.0, "depth_coefficient": 0.5,
+                                                             "hidden_dim": 1280}),
     "Levit": ("LevitForImageClassification", {"image_size": 64, "depths": [1, 1, 1], "hidden_sizes": [32, 48, 64],
                                               "num_attention_heads": [2, 3, 4], "key_dim": [8, 8, 8]}),
     "MobileViT": ("MobileViTForImageClassification", {"hidden_sizes": [16, 24, 32], "image_size": 64,
@@ -112,7 +113,7 @@ MONAI: dict[str, dict[str, Any]] = {
     "DenseNet121": {"spatial_dims": 2, "in_channels": 3, "out_channels": 2},
     "resnet18": {"spatial_dims": 2, "n_input_channels": 3},
     "SEResNet50": {"spatial_dims": 2, "in_channels": 3},
-    "VNet": {"spatial_dims": 2, "in_channels": 3, "out_channels": 2},
+    "VNet": {"spatial_dims": 2, "in_channels": 1, "out_channels": 2},
     "SegResNet": {"spatial_dims": 2, "in_channels": 3, "out_channels": 2, "norm": "batch"},
     "DynUNet": {"spatial_dims": 2, "in_channels": 3, "out_channels": 2, "kernel_size": [3, 3, 3], "strides": [1, 2, 2],
                 "upsample_kernel_size": [2, 2], "norm_name": "batch", "filters": [8, 16, 32]},
@@ -174,8 +175,10 @@ def _make_timm(name: str) -> Any:
 
     sized = any(part in name for part in ("vit", "levit", "efficientformer", "gmixer", "botnext", "halo", "lambda",
                                           "visformer"))  # fmt: skip
-    dropping = ("efficientnet_b0", "ghostnet_050", "levit_128s", "efficientformer_l1")
-    drops = {"drop_path_rate": 0.1} if name in dropping else {}
+    dropping = {"ghostnet_050": "drop_rate"} | dict.fromkeys(
+        ("efficientnet_b0", "levit_128s", "efficientformer_l1"), "drop_path_rate"
+    )
+    drops = {dropping[name]: 0.1} if name in dropping else {}
     for size in ({"img_size": 64}, {"input_size": (3, 64, 64)}, {}) if sized else ({},):
         try:
             return timm.create_model(name, pretrained=False, num_classes=10, **drops, **size)
@@ -229,30 +232,27 @@ def _make_ultralytics(name: str) -> Any:
     return getattr(tasks, kind)(name, verbose=False)
 
 
+SIZES = {"inception": 96, "xception": 96, "PAN": 128, "tiny_vit": 224, "gmixer": 224, "swiftformer_xs": 224,
+         "efficientformer_l1": 224, "s3d": 224, "halonet": 256, "lambda": 224,
+         "bat_resnext": 256}  # fmt: skip
+"""What models need, by a part of the name, if more than 64 pixels."""
+
+
 def batch(name: str, model: torch.nn.Module, count: int = 4) -> tuple[Any, ...]:
     """A small batch."""
     generator = torch.Generator().manual_seed(1)
     dtype = next(model.parameters()).dtype
     if "Conformer" in name:
         return (torch.randn(count, 4000, generator=generator, dtype=torch.float64).to(dtype),)
-    size = 64
-    if "inception" in name or "xception" in name:
-        size = 96
-    if (name.startswith("timm/") and "pretrained_cfg" in vars(model)) or hasattr(model, "pretrained_cfg"):
-        fixed = [getattr(module, "img_size", None) for module in model.modules()]
-        given = next((each for each in fixed if isinstance(each, tuple)), None)
-        size = given[0] if given else size
-        size = (
-            224
-            if any(part in name for part in ("tiny_vit", "gmixer", "swiftformer", "halo", "lambda", "botnext"))
-            and not given
-            else size
-        )
-    shape = (count, 3, 8, size, size) if "video" in name else (count, 3, size, size)
-    if name == "torchvision/video.s3d":
-        shape = (2, 3, 16, 64, 64)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    return (x,)
+    size = next((size for part, size in SIZES.items() if part in name), 64)
+    fixed = [getattr(module, "img_size", None) for module in model.modules()]
+    given = next((each for each in fixed if isinstance(each, tuple)), None)
+    size = given[0] if given and name.startswith("timm/") else size
+    count = count if size <= 128 else 2
+    shape: tuple[int, ...] = (count, 1 if name == "monai/VNet" else 3, size, size)
+    if "video" in name:
+        shape = (*shape[:2], 16 if "s3d" in name else 8, *shape[2:])
+    return (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype),)
 
 
 # ----------------------------------------------------------------------------------- what a plain model would allow
@@ -385,13 +385,20 @@ def seeded(model: torch.nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor
 
 def furthest(mine: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     """The greatest difference, of each tensor's greatest number, or of a millionth of the greatest of all."""
-    assert len(mine) == len(other)
-    mine, other = ([tensor.detach().double().nan_to_num(0, 1e30, -1e30) for tensor in each] for each in (mine, other))
-    if any(a.shape != b.shape for a, b in zip(mine, other, strict=True)):
+    pairs = [(_numbers(a), _numbers(b)) for a, b in zip(mine, other, strict=True)]
+    if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
-    pairs = [(a, b) for a, b in zip(mine, other, strict=True) if a.numel()]
-    floor = 1e-6 * max((float(b.abs().max()) for _, b in pairs), default=0.0) + 1e-30
-    return max((float((a - b).abs().max() / b.abs().max().clamp(min=floor)) for a, b in pairs), default=0.0)
+    floor = 1e-6 * max((float(b.abs().max()) for _, b in pairs if b.numel()), default=0.0) + 1e-30
+    return max(
+        (float((a - b).abs().max() / b.abs().max().clamp(min=floor)) for a, b in pairs if not torch.equal(a, b)),
+        default=0.0,
+    )
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with numbers for what is none."""
+    tensor = tensor.detach().double()
+    return tensor if bool(tensor.isfinite().all()) else tensor.nan_to_num(0, 1e30, -1e30)
 
 
 def stepped(model: torch.nn.Module, inputs: tuple[Any, ...]) -> list[list[torch.Tensor]]:

@@ -24,9 +24,9 @@ def shape_of(name):
     return SIZES.get(name, (CHANNELS,))
 
 
-def overlapping(one, other, kind):
+def overlapping(one, other, kind, own=lambda array: array):
     """One buffer, and the two arguments as views of it that have at least one element in common."""
-    buffer = np.linspace(0.5, 2, 2000, dtype=np.float32)
+    buffer = own(np.linspace(0.5, 2, 2000, dtype=np.float32))
     sizes = [int(np.prod(shape_of(name))) for name in (one, other)]
     first = buffer[800 : 800 + sizes[0]].reshape(shape_of(one))
     flat = buffer.view(np.uint8)[::4] if other == "mask" else buffer
@@ -57,11 +57,12 @@ def run(arrays, convert=lambda array: array, **options):
     return call(*vectors, **arrays, **options)
 
 
-LIBRARIES = ["numpy", "torch"]
+LIBRARIES = ["numpy", "cpu", "torch"]
+"""Backends of arrays, and torch's tensors on a CPU."""
 
 
 def converter(library):
-    if library == "numpy":
+    if library != "torch":
         return lambda array: array
     torch = pytest.importorskip("torch")
 
@@ -73,22 +74,99 @@ def converter(library):
     return convert
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("one", "other"), PAIRS)
-def test_written_arrays_share_no_memory(one, other, kind, library):
-    buffer, first, second = overlapping(one, other, kind)
-    arrays = arguments(**{one: first, other: second})
-    assert np.shares_memory(arrays[one], arrays[other])
-    convert = converter(library)
-    run(arguments(), convert)  # of the same signature: what is remembered is checked as well
+def options_of(library):
+    return {} if library == "torch" else {"backend": library}
+
+
+def require_refused(one, other, kind, convert, own=lambda array: array, **options):
+    """Arrays that overlap are refused, and nothing changes."""
+    buffer, first, second = overlapping(one, other, kind, own)
+    arrays = {name: own(array) for name, array in arguments().items()}
+    arrays |= {one: first, other: second}
+    assert np.shares_memory(first, second)
     before, others = buffer.copy(), {name: array.copy() for name, array in arrays.items()}
     with pytest.raises(ValueError, match="may not share memory with") as caught:
-        run(arrays, convert)
+        run(arrays, convert, **options)
     assert one in str(caught.value)
     assert other in str(caught.value)
     assert np.array_equal(buffer, before)
     assert all(np.array_equal(array, others[name]) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_written_arrays_share_no_memory(one, other, kind, library):
+    convert, options = converter(library), options_of(library)
+    run(arguments(), convert, **options)  # of the same signature: what is remembered is checked as well
+    require_refused(one, other, kind, convert, **options)
+
+
+def ways(torch):
+    """Calls of torch's front: of a function, where something is differentiated, transformed, or by the operator."""
+    from gpu_bn import nn
+
+    def function(x, *vectors, **options):
+        return nn.batch_norm(x, *vectors, True, activation="relu", **options)
+
+    def differentiated(x, *vectors, **options):
+        return function(x.detach().requires_grad_(), *vectors, **options)
+
+    def transformed(x, *vectors, mask, **options):  # by the bias, for what is transformed has no memory to be seen
+        del mask
+        mean, var, weight, _ = vectors
+        return torch.func.grad(lambda bias: function(x, mean, var, weight, bias, **options).sum())(torch.ones(4))
+
+    def operator(x, mean, var, weight, bias, *, residual, mask):
+        del mask
+        return torch.ops.gpu_bn.train(x, weight, bias, residual, mean, var, None, 0.1, 1e-5, "relu", 0.0)
+
+    return {"function": function, "differentiated": differentiated, "transformed": transformed, "operator": operator}
+
+
+@pytest.mark.parametrize("way", ["function", "differentiated", "transformed", "operator"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_statistics_of_torchs_front_share_no_memory(way, masked):
+    torch, convert = pytest.importorskip("torch"), converter("torch")
+    call = ways(torch)[way]
+    if masked and way in ("transformed", "operator"):
+        pytest.skip("a mask is no argument of this call")
+    for one, other in PAIRS:
+        if one == "out" or (other == "mask" and not masked) or (way == "transformed" and other == "bias"):
+            continue
+        for kind in KINDS:
+            buffer, first, second = overlapping(one, other, kind)
+            tensors = {name: convert(array) for name, array in (arguments() | {one: first, other: second}).items()}
+            del tensors["out"]
+            tensors["mask"] = tensors["mask"][:, 0] if masked else None
+            before = buffer.copy()
+            vectors = [tensors.pop(name) for name in ("input", "running_mean", "running_var", "weight", "bias")]
+            with pytest.raises(ValueError, match=r"may not share memory with|must be two tensors"):
+                call(*vectors, **tensors)
+            assert np.array_equal(buffer, before)
+
+
+@pytest.mark.compile
+def test_written_arrays_share_no_memory_on_an_emulated_gpu(make_gpu):
+    """By the CuPy backend: one call that is right, then every pair of arguments."""
+    gpu = make_gpu(80)
+    run({name: gpu.asarray(array) for name, array in arguments().items()})
+    for one, other in PAIRS:
+        for kind in KINDS:
+            require_refused(one, other, kind, lambda array: array, gpu.asarray)
+
+
+@pytest.mark.compile
+def test_written_tensors_share_no_memory_on_an_emulated_gpu(compile_triton, device):
+    """By the Triton backend."""
+    pytest.importorskip("torch")
+    from triton_backends import EmulatedBackend
+
+    backend, convert = EmulatedBackend(device, compile_triton), converter("torch")
+    run(arguments(), convert, backend=backend)
+    for one, other in PAIRS:
+        for kind in KINDS:
+            require_refused(one, other, kind, convert, backend=backend)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -113,7 +191,7 @@ def test_written_arrays_do_not_overlap_themselves(name, kind, library):
     else:
         given = arguments(**{name: array})
     with pytest.raises(ValueError, match=f"{name} is written to, but some of its elements lie in one place"):
-        run(given)
+        run(given, **options_of(library))
     assert not memory.any()
 
 
@@ -126,8 +204,8 @@ def test_neighbours_in_one_buffer_are_allowed(library):
     tensors = np.ones((*SHAPE, 2), np.float32)
     arrays = arguments(**vectors, out=tensors[..., 0], input=tensors[..., 1])
     expected = arguments(**{name: array.copy() for name, array in vectors.items()}, input=np.ones(SHAPE, np.float32))
-    run(arrays, converter(library))
-    run(expected, converter(library))
+    run(arrays, converter(library), **options_of(library))
+    run(expected, converter(library), **options_of(library))
     assert all(np.array_equal(arrays[name], expected[name]) for name in ARGUMENTS)
 
 

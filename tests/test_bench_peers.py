@@ -201,3 +201,29 @@ def test_the_peers_picture_stays_readable(shapes, tmp_path):
     height, width, _ = imread(figures.ratios(results, tmp_path / "peers.png")).shape
     assert width == figures.WIDTH * figures.DPI
     assert height < 2.2 * width
+
+
+def test_the_roofline_names_each_tensor_and_draws_the_ceilings(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from gpu_bn.bench import figures
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, _: drawn.append(self))
+    found = cases.select(["4x8x6x6", "256x1024"], ["f16"], ["nchw"], ["forward", "backward"])
+    results = [
+        trial.Result(case, by, by == "ours", timings={"wall": timing.Timing(1e-3, 1e-3, 1e-3, 3)}, floor_bytes=1000)
+        for case in found for by in ("ours", "peer")
+    ]  # fmt: skip
+    ceilings = [figures.Ceiling("a copy", 2e6), figures.Ceiling("in the cache", 8e6)]
+    figures.roofline(results, ceilings, tmp_path / "roofline.png", "a machine, 1 thread")
+    (figure,) = drawn
+    assert figure.get_suptitle().endswith("a machine, 1 thread")
+    assert len(figure.axes) == 2
+    for panel in figure.axes:
+        assert sorted(text.get_text() for text in panel.texts) == ["256x1024", "4x8x6x6"]
+        heights = {line.get_label(): line.get_ydata()[0] for line in panel.lines}
+        assert heights == pytest.approx({"ours": 1e-3, "peer": 1e-3, "a copy": 2e-3, "in the cache": 8e-3})
+        hollow = {line.get_label(): line.get_markerfacecolor() == "none" for line in panel.lines}
+        assert (hollow["ours"], hollow["peer"]) == (False, True)

@@ -36,15 +36,10 @@ def test_an_unknown_step_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_page_names_every_step_and_the_number_of_cases():
-    from gpu_bn._conformance import covering
-    from gpu_bn.testing import cases, extended_cases
-
-    page = (ROOT / "docs" / "first-run-on-a-gpu.md").read_text()
+def test_the_page_names_every_step():
+    page = (ROOT / "docs" / "first-run-on-a-gpu.md").read_text()  # test_pages.py looks at the number of cases
     steps = next(line for line in SCRIPT.read_text().splitlines() if line.startswith("all="))
     assert all(f"| `{step}` |" in page for step in steps.split('"')[1].split())
-    pytest.importorskip("ml_dtypes", reason="the number of cases is that with bfloat16")
-    assert f"{len(covering([*cases(), *extended_cases()]))} cases" in page
 
 
 CONCEALED = ("rich", "matplotlib", "ml_dtypes", "threadpoolctl", "sklearn", "pytest_timeout", "xdist")

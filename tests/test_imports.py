@@ -93,7 +93,7 @@ def test_public_modules_import_and_say_what_they_are(name):
 
 
 LAYERS = [
-    {"spec", "activations", "merge", "aliasing", "_gpu_model"},
+    {"spec", "activations", "merge", "aliasing", "_gpu_model", "_interrupts"},
     {"kernels", "plan"},
     {"backends"},
     {"ops", "dispatch"},

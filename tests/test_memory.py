@@ -1,6 +1,7 @@
-"""Extra memory beyond the outputs is at most 5 % of x: NumPy reports every buffer to tracemalloc."""
+"""Extra memory beyond the outputs is what README says: of NumPy by tracemalloc, of torch by what is resident."""
 
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,3 +104,62 @@ def test_parameter_gradients_alone_need_no_full_size_array(need):
     ones = np.ones(64, np.float32)
     _, saved = gpu_bn.batch_norm_forward(x, None, None, ones, ones, True, activation="relu")
     assert extra(lambda: gpu_bn.batch_norm_backward(x, saved, need=need), 0, x) <= 0.05
+
+
+# ----------------------------------------------------------------- few positions a channel, ghost batches, wide masks
+EXTREMES = [
+    ((2, 1 << 18), {}),
+    ((64, 1 << 16), {}),
+    ((16, 1 << 16), {}),
+    ((16, 1 << 12, 15), {}),
+    ((4096, 1024), {"virtual_batch_size": 2}),
+    ((8, 1, 1 << 19), {"mask": "all but some"}),
+    ((8, 16, 1 << 15), {"mask": "all but some"}),
+]
+BYTES = {"numpy": (64, 24, 16, 0), "cpu": (64, 64, 32, 300), "torch": (64, 64, 32, 300)}
+"""A channel, forward and backward; a channel of a ghost batch; an element of a row, where rows are gone through."""
+
+
+@pytest.mark.parametrize(("shape", "options"), EXTREMES, ids=str)
+@pytest.mark.parametrize("library", list(BYTES))
+def test_bytes_a_channel_and_a_position(shape, options, library):
+    x = rng().standard_normal(shape, np.float32)
+    positions, channels, groups = 0, shape[1], shape[0] // options.get("virtual_batch_size", shape[0])
+    if "mask" in options:
+        options = {"mask": rng(1).random((shape[0], 1, *shape[2:])) < 0.9}
+        positions = options["mask"].size
+    arguments = [x, *running_pair(channels), *np.ones((2, channels), np.float32)]
+    how, measure = {"backend": library}, peak
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        arguments = [torch.from_numpy(array) for array in arguments]
+        options = {name: torch.from_numpy(one) if name == "mask" else one for name, one in options.items()}
+        how, measure = {}, resident
+    options = {**options, "activation": "relu", **how}
+    saved = gpu_bn.batch_norm_forward(*arguments, True, **options)[1]
+    gpu_bn.batch_norm_backward(arguments[0], saved, **how)
+    forward = measure(lambda: gpu_bn.batch_norm_forward(*arguments, True, **options)) - x.nbytes
+    backward = measure(lambda: gpu_bn.batch_norm_backward(arguments[0], saved, **how)) - x.nbytes
+    first, second, each, row = BYTES[library]
+    adjacent = int(np.prod(shape[2:]))
+    common = max(0.05 * x.nbytes, 1 << 20) + each * channels * groups
+    common += row * channels * adjacent if adjacent < 16 else 0
+    assert forward <= common + first * channels + positions
+    assert backward <= common + second * channels + positions
+
+
+def resident(call):
+    """How far the process's memory grows in a call: what torch allocates is not NumPy's to report."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        pytest.skip("the most memory a process has had is read from Linux's /proc")
+
+    def kilobytes(name):
+        return int(status.read_text().partition(f"{name}:")[2].split()[0])
+
+    clear.write_text("5")
+    before = kilobytes("VmRSS")
+    result = call()
+    most = kilobytes("VmHWM")
+    assert result is not None
+    return (most - before) << 10

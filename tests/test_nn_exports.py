@@ -44,30 +44,30 @@ WAYS = {
 WITHOUT = """
 import sys, torch
 sys.modules["gpu_bn"] = None  # importing it is an error
-x = torch.load(sys.argv[2])
-load = torch.jit.load if sys.argv[1].endswith("jit") else lambda name: torch.export.load(name).module()
-torch.save(load(sys.argv[1])(x), sys.argv[3])
+x = torch.load("x")
+for name in sys.argv[1:]:
+    loaded = torch.jit.load(name) if name.endswith("jit") else torch.export.load(name).module()
+    torch.save(loaded(x), name + ".y")
 """
 
 
 @pytest.mark.parametrize(
-    "way", ["fused", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "fused")]
+    "ways", [["fused"], pytest.param(["converted", "folded", "own activation"], marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("kind", ["jit", "pt2"])
-def test_files_load_where_gpu_bn_is_not(way, kind, plain, tmp_path):
-    model, x = WAYS[way](plain), images()
-    names = [str(tmp_path / name) for name in (f"model.{kind}", "x", "y")]
-    if kind == "jit":
-        torch.jit.trace(model, x).save(names[0])
-    else:
-        torch.export.save(torch.export.export(model, (x,)), names[0])
-    torch.save(x, names[1])
+def test_files_load_where_gpu_bn_is_not(ways, plain, tmp_path):
+    x = images()
+    torch.save(x, tmp_path / "x")
+    models = {way: WAYS[way](plain) for way in ways}
+    for way, model in models.items():
+        torch.jit.trace(model, x, check_trace=False).save(tmp_path / f"{way}.jit")
+        torch.export.save(torch.export.export(model, (x,)), tmp_path / f"{way}.pt2")
+    names = [f"{way}.{kind}" for way in ways for kind in ("jit", "pt2")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *names], capture_output=True, text=True, check=False, env=environment
-    )
+    command = [sys.executable, "-c", WITHOUT, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert_close(torch.load(names[2]), model(x), rtol=1e-4, atol=1e-5)
+    for name in names:
+        assert_close(torch.load(tmp_path / f"{name}.y"), models[name.partition(".")[0]](x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -131,15 +131,47 @@ def test_onnx_has_no_more_nodes_than_of_torchs_layers(dynamo, way, plain, tmp_pa
     assert_close(numbers[1], plain(images(5)), rtol=1e-4, atol=1e-5)
 
 
+def small():
+    """Layers with and without an activation of torch's after them."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3)]
+    model = torch.nn.Sequential(*layers, torch.nn.BatchNorm2d(2))
+    model(2 * images(8) + 1)
+    return model.eval()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["converted", "folded"])
-def test_ahead_of_time_compilation(way, plain, tmp_path):
-    model, x = WAYS[way](plain), images()
+def test_ahead_of_time_compilation(tmp_path):
+    plain = small()
+    model = nn.convert(copy.deepcopy(plain), fuse=True)
     shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
-    exported = torch.export.export(model, (x,), dynamic_shapes=shapes)
+    exported = torch.export.export(model, (images(),), dynamic_shapes=shapes)
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
     compiled = torch._inductor.aoti_load_package(package)
     assert_close(compiled(images(5)), plain(images(5)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantisation_aware_training_through_pt2e():
+    pytest.importorskip("torchao", reason=f"torchao is {REASON}")
+    from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    results = []
+    for way in ("torch", "converted", "fused"):
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+        exported = torch.export.export(WAYS[way](small()).train(), (images(),)).module()
+        prepared = move_exported_model_to_train(prepare_qat_pt2e(exported, quantizer))
+        prepared(images()).square().mean().backward()
+        gradients = [parameter.grad for parameter in prepared.parameters()]
+        quantised = convert_pt2e(move_exported_model_to_eval(prepared))
+        assert not any("batch_norm" in str(node.target) for node in quantised.graph.nodes)
+        results.append((quantised(images()), gradients))
+    for result in results[1:]:
+        assert_close(result, results[0])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -159,15 +191,23 @@ def test_quantisation_aware_training_through_fx(way, plain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["converted", "fused", "own activation"])
-def test_compiled_autograd(way, plain):
-    model, twin = WAYS[way](plain).train(), WAYS[way](plain).train()
-    twin.load_state_dict(model.state_dict())
-    x = images(4)
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
-        model(x).square().mean().backward()
-    twin(x).square().mean().backward()
-    assert_close([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()], rtol=1e-3, atol=1e-6)
+@pytest.mark.parametrize("within", [True, False])
+def test_compiled_autograd(within):
+    torch.manual_seed(0)
+    own = nn.BatchNorm2d(4, activation=gpu_bn.leaky_relu(0.2), momentum=None)
+    fused = nn.convert(torch.nn.Sequential(torch.nn.BatchNorm2d(4), torch.nn.ReLU()), fuse=True)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), own, fused, nn.BatchNorm2d(4))
+    twin = copy.deepcopy(model)
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    for step in range(2):  # of the second nothing may come from the first
+        x = images(4) + step
+        if not within:
+            loss = model(x).square().mean()
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            (model(x).square().mean() if within else loss).backward()
+        twin(x).square().mean().backward()
+        pairs = zip(model.parameters(), twin.parameters(), strict=True)
+        assert_close(*([parameter.grad for parameter in each] for each in zip(*pairs, strict=True)))
     torch._dynamo.reset()
 
 
@@ -193,6 +233,20 @@ def test_merged_activations_survive_what_libraries_do(plain):
     want = plain(x)
     for change in (torch.nn.SyncBatchNorm.convert_sync_batchnorm, optimization.fuse):
         assert_close(change(WAYS["fused"](plain))(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_opacus_takes_our_layers_for_torchs(activation):
+    validators = pytest.importorskip("opacus.validators", reason=f"opacus is {REASON}")
+    model = nn.convert(
+        torch.nn.Sequential(torch.nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, activation=activation))
+    )
+    assert len(validators.ModuleValidator.validate(model.train(), strict=False)) == 2
+    if activation is None:
+        assert [type(layer) for layer in validators.ModuleValidator.fix(model)] == [torch.nn.GroupNorm] * 2
+    else:
+        with pytest.raises(RuntimeError, match="would lose the activation relu of this layer"):
+            validators.ModuleValidator.fix(model)
 
 
 # -------------------------------------------------------------------------------------- torch.func, and what is refused

@@ -83,8 +83,13 @@ def test_compiled_training_is_bitwise_that_of_eager(name):
     assert all(torch.equal(value, other_state[key]) for key, value in state.items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("mobilenet", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("resnet", "unet")),
+    ],
+)
 def test_inductor_training_stays_with_torch(name):
     plain, ours = pair(name, torch.float64)
     call = torch.compile(nn.convert(ours), fullgraph=True)

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import sync_scenarios as scenarios  # noqa: E402
-from processes import finish, launch, once, results, start  # noqa: E402
+from processes import launch, once, results  # noqa: E402
 from test_triton_interpreter import HERE, interpreted  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
@@ -42,7 +42,7 @@ def test_a_split_batch_trains_as_the_whole(four, whole, sizes):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     names = ["numerics", "second", "compiled", "in_ddp", "inside_a_group"]
-    names += ["masked", "population", "accumulated", "wrong_vectors"]
+    names += ["masked", "population", "accumulated"]
     return results(2, once(tmp_path_factory, "two", lambda folder: launch(2, "sync_scenarios", names, folder)))
 
 
@@ -195,99 +195,6 @@ def test_micro_batches_of_all_processes_make_one_update(two):
         assert_close(result["accumulated"], layer.state_dict(), rtol=1e-13, atol=1e-13)
 
 
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    """One of them is killed at the end."""
-
-    def run(folder):
-        names = ["troubles", "mistakes", "differences", "skipped", "silent", "killed"]
-        (folder / "output").write_text("\n".join(finish(start(3, "sync_scenarios", names, folder))))
-
-    folder = once(tmp_path_factory, "three", run)
-    found = results(3, folder)
-    assert [len(result) for result in found] == [6, 6, 5], (folder / "output").read_text()
-    return found
-
-
-REASONS = {
-    "rank": "expected at least 2D input, up to 5D (got 1D input)",
-    "channels": "expected input with as many channels as the layer has (got 5)",
-    "dtype": "input should be float16, bfloat16, float32 or float64",
-    "residual": "residual should have the input's shape, dtype and device",
-    "mask": "mask should be bool or uint8, broadcast to the input's shape with one channel, and be on its device",
-}
-
-
-@pytest.mark.parametrize("mistake", list(REASONS))
-def test_a_mistake_of_one_process_raises_on_all(three, mistake):
-    texts = {result["troubles"][mistake] for result in three}
-    assert texts == {f"SyncBatchNorm, process 1 of 3: {REASONS[mistake]}"}
-
-
-def test_a_mistake_changes_nothing(three):
-    assert all(result["troubles"]["unchanged"] and result["troubles"]["after"] == (4, 3) for result in three)
-
-
-@pytest.mark.parametrize("mistake", list(scenarios.MISTAKES))
-def test_what_fails_on_one_process_before_it_sends_raises_on_all(three, mistake):
-    (text,) = {result["mistakes"][mistake][0] for result in three}
-    assert text.startswith("SyncBatchNorm, process 2 of 3: ")
-    named = mistake.removeprefix("infinite ").replace("counter", "num_batches_tracked")
-    assert {"activation": "unknown activation 'selu'", "eps": "eps "}.get(mistake, named) in text
-    assert all(result["mistakes"][mistake][1] for result in three), "a state has changed"
-
-
-@pytest.mark.parametrize("difference", list(scenarios.DIFFERENCES))
-def test_calls_that_differ_raise_on_all(three, difference):
-    (text,) = {result["differences"][difference][0] for result in three}
-    assert text.startswith("SyncBatchNorm, the 3 processes of a group made different calls: ")
-    named = difference.removeprefix("no ")
-    shown = {"momentum": "momentum 0.1 on 0 and 1, ", "dtype": "dtype float32 on 0 and 1, float64 on 2"}
-    assert shown.get(named, named) in text
-    assert all(result["differences"][difference][1] for result in three), "a state has changed"
-
-
-@pytest.mark.parametrize("what", ["mistakes", "differences"])
-def test_after_an_error_the_group_still_works(three, what):
-    assert all(result[what]["after"] == ((4, 3), 1) for result in three)
-
-
-@pytest.mark.parametrize("what", ["skipped", "evaluated", "other channels"])
-def test_a_layer_left_out_on_one_process_raises_on_all(three, what):
-    (text,) = {result["skipped"][what][0] for result in three}
-    assert ("channels 3 on 0 and 1, 600 on 2" if what == "other channels" else "layer ") in text
-    counters = [result["skipped"][what][1] for result in three]
-    assert all(counter[2] == 1 for counter in counters)
-    assert all(counter[1] <= 1 for counter in counters)
-    assert all(result["skipped"][what + ", after"] == (4, 3) for result in three)
-
-
-@pytest.mark.parametrize("mistake", ["weight", "bias", "running", "dtype", "device", "pair"])
-def test_what_does_not_fit_per_channel_on_one_process_raises_on_all(two, mistake):
-    for result in two:
-        text, count = result["wrong_vectors"][mistake]
-        assert text.startswith("SyncBatchNorm, process 1 of 2: weight, bias, running_mean and running_var should")
-        assert count == 0
-
-
-@pytest.mark.slow
-def test_a_mistake_of_one_process_raises_on_all_in_compiled_code(tmp_path):
-    for result in launch(2, "sync_scenarios", ["compiled_troubles"], tmp_path):
-        found = result["compiled_troubles"]
-        assert found.pop("unchanged")
-        assert found.pop("after") == (4, 3)
-        texts = {name: text.partition("\n\n")[0] for name, text in found.items()}
-        assert texts == {name: f"SyncBatchNorm, process 1 of 2: {reason}" for name, reason in REASONS.items()}
-
-
-@pytest.mark.parametrize("what", ["silent", "killed"])
-def test_a_process_that_is_gone_is_an_error_in_time(three, what):
-    for result in three[:2]:
-        text, seconds = result[what]
-        assert text.startswith("SyncBatchNorm: a process of the group has ended, or did not answer within its timeout")
-        assert seconds < 60
-
-
 # ------------------------------------------------------------------------------------------------- in one process
 @pytest.mark.parametrize(("shape", "dtype"), [((3, 2, 4), torch.float32), ((0, 2, 4), torch.float16)], ids=str)
 def test_the_operators_do_what_they_say(shape, dtype):
@@ -299,12 +206,13 @@ def test_the_operators_do_what_they_say(shape, dtype):
     count, mean, var = _sync_library.merge_reports(reports)
     layer = (x, weight, bias, residual, valid, count, mean, var, 1e-5, "silu", 0.0)
     sums, dz = _sync_library.reduce(dy, *layer, True)
-    packets = _packets.pack(report, "", [0.0, 2.0, *SIGNATURE[2:]])
+    packets = _packets.pack(report, "", signature(2))
     for operator, arguments in (
-        (_packets.pack, (report, "", [0.0, 2.0, *SIGNATURE[2:]])),
+        (_packets.pack, (report, "", signature(2))),
         (_packets.mistake, (x, "", "why")),
         (_packets.compare, (torch.cat((packets, packets)), "")),
         (_packets.unpack, ([torch.cat((packets, packets))], 2)),
+        (_packets.add, ([torch.cat((packets, packets))], 6)),
         (_sync_library.report, (x, None)),
         (_sync_library.report, (x, valid)),
         (_sync_library.merge_reports, (reports,)),
@@ -343,7 +251,11 @@ def test_nothing_is_read_back_from_a_device():
         _sync_library.update_running(*running, counter, momentum, Pool(count, mean, var * count))
 
 
-SIGNATURE = [0.0, 3.0, 2.0, 0.0, 0.0, 1e-5, 0.1, *[0.0] * 7]
+SIGNATURE = [0.0, -1.0, 0.0, 3.0, 2.0, 0.0, 0.0, 1e-5, 0.1, *[0.0] * 7]
+
+
+def signature(channels):
+    return [*SIGNATURE[:3], float(channels), *SIGNATURE[4:]]
 
 
 def gathered(*packets):
@@ -354,7 +266,7 @@ def test_a_mistake_poisons_statistics_where_packets_are_not_read():
     """What the other processes get on a GPU."""
     report = _sync_library.report(torch.randn(4, 3), None)
     (good,) = _packets.pack(report, "", SIGNATURE)
-    (other,) = _packets.pack(report, "", [0.0, 3.0, 2.0, 1.0, *SIGNATURE[4:]])
+    (other,) = _packets.pack(report, "", [*SIGNATURE[:5], 1.0, *SIGNATURE[6:]])
     for packets, poisoned in (
         ((good, _packets.mistake(report, "", "why")), True),
         ((good, other), True),
@@ -363,6 +275,7 @@ def test_a_mistake_poisons_statistics_where_packets_are_not_read():
         _, mean, var = _sync_library.merged(_packets.unpack([gathered(*packets)], 3))
         assert mean.isnan().all() == poisoned
         assert var.isnan().all() == poisoned
+        assert _packets.add([gathered(*packets)], 8).isnan().all() == poisoned
 
 
 def test_packets_from_a_gpu_are_looked_at_once_they_are_there(monkeypatch):
@@ -385,8 +298,8 @@ def test_packets_from_a_gpu_are_looked_at_once_they_are_there(monkeypatch):
 def test_packets_have_one_size_and_hold_any_report(channels):
     report = torch.arange(2.0 + 2 * channels, dtype=torch.float64)
     report[0] = 0
-    packets = _packets.pack(report, "", [0.0, float(channels), *SIGNATURE[2:]])
-    assert packets.shape == (_packets.packets_of(channels), _packets.HEADER + _packets.ROOM)
+    packets = _packets.pack(report, "", signature(channels))
+    assert packets.shape == (_packets.packets_of(len(report)), _packets.HEADER + _packets.ROOM)
     found = [_packets.compare(gathered(packet, packet), "") for packet in packets]
     assert torch.equal(_packets.unpack(found, channels), torch.stack((report, report)))
 

@@ -1,15 +1,14 @@
 """The NumPy backend: what is exact, outputs in any memory order, and how much memory a call needs."""
 
-import tracemalloc
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from support import make_problem, rng, running_pair
+from support import make_problem, rng
 
 import gpu_bn
 from gpu_bn.backends._layout import block_sizes
-from gpu_bn.backends.numpy import SCRATCH_BYTES, Blocks
+from gpu_bn.backends.numpy import Blocks
 from gpu_bn.testing import check
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs the package ml_dtypes")
@@ -85,45 +84,3 @@ def test_blocks_cover_a_tensor_once(shape):
         for block in blocks.parts(blocks.summed, channels):
             seen[block] += 1
     assert (seen == 1).all()
-
-
-# ------------------------------------------------------------------------------------------------------------ memory
-MEMORY = [
-    ((2, 1 << 21), {}),
-    ((64, 1 << 16), {}),
-    ((4096, 1024), {"virtual_batch_size": 2}),
-    ((8, 1, 1 << 19), {"mask": "all but some"}),
-    ((8, 16, 1 << 15), {"mask": "all but some"}),
-]
-
-
-def peak(call):
-    call()
-    tracemalloc.start()
-    try:
-        results = call()
-        most = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert results is not None
-    return most
-
-
-@pytest.mark.parametrize(("shape", "options"), MEMORY, ids=str)
-@pytest.mark.parametrize("activation", ["identity", "gelu"])
-def test_memory_is_what_readme_says(shape, options, activation):
-    """5 % of the input; and bytes for each channel, for each of a ghost batch, and for each position of a mask."""
-    x = rng().standard_normal(shape, np.float32)
-    positions, channels, groups = 0, shape[1], shape[0] // options.get("virtual_batch_size", shape[0])
-    if "mask" in options:
-        options = {"mask": rng(1).random((shape[0], 1, *shape[2:])) < 0.9}
-        positions = options["mask"].size
-    weight, bias = np.ones((2, channels), np.float32)
-    arguments = x, *running_pair(channels), weight, bias, True
-    options = {**options, "activation": activation, "backend": "numpy"}
-    saved = gpu_bn.batch_norm_forward(*arguments, **options)[1]
-    forward = peak(lambda: gpu_bn.batch_norm_forward(*arguments, **options)) - x.nbytes
-    backward = peak(lambda: gpu_bn.batch_norm_backward(x, saved, backend="numpy")) - x.nbytes
-    blocks = max(0.05 * x.nbytes, 2 * SCRATCH_BYTES)
-    assert forward <= blocks + 64 * channels + 16 * channels * groups + positions
-    assert backward <= blocks + 24 * channels + 16 * channels * groups

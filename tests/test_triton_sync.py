@@ -16,7 +16,7 @@ from triton_backends import EmulatedBackend  # noqa: E402
 
 from gpu_bn import dispatch  # noqa: E402
 from gpu_bn.merge import Pool  # noqa: E402
-from gpu_bn.nn import _packets, _sync_library, sync  # noqa: E402
+from gpu_bn.nn import _group, _packets, _sync_library, sync  # noqa: E402
 from gpu_bn.plan import DEVICES  # noqa: E402
 
 pytestmark = pytest.mark.compile
@@ -35,7 +35,7 @@ def emulated(device, compile_triton, monkeypatch):
 
 
 def signature(channels):
-    return [0.0, float(channels), *[0.0] * 11, 0.0]
+    return [0.0, 0.0, 0.0, float(channels), *[0.0] * 12]
 
 
 def packets_of(reports):
@@ -132,8 +132,7 @@ def test_a_layer_takes_few_launches(emulated, monkeypatch):
     """Of two processes with the same part: what one launches between and besides the exchanges."""
     monkeypatch.setattr(sync, "several", lambda _: True)
     monkeypatch.setattr(sync.Group, "of", staticmethod(lambda _: sync.Group("", 2, 0)))
-    monkeypatch.setattr(sync, "gather", lambda packet, _: torch.stack((packet, packet)))
-    monkeypatch.setattr(sync, "add_up", lambda sums, _: sums + sums)
+    monkeypatch.setattr(_group, "gather", lambda packet, _: torch.stack((packet, packet)))
     layer = sync.SyncBatchNorm(8, activation="relu")
     x = torch.randn(40, 8, 50, requires_grad=True)
     y = layer(x)

@@ -31,6 +31,8 @@ class EmulatedBackend(TritonBackend):
         tier, wide: as in TritonBackend.
     """
 
+    forward_at_once = TritonBackend.forward_at_once
+
     def __init__(
         self, device: Device, compile_triton: Callable[..., Compiled], arch: int = 80, planned: Planned | None = None,
         **options: Any,

@@ -191,9 +191,12 @@ class Blocks:
 
     def sum(self, block: Array) -> Any:
         """The sums of each ghost batch and channel."""
-        axis = max(self.summed, key=block.shape.__getitem__)
-        if self.x.dtype.itemsize == FLOAT64.itemsize and block.shape[axis] > RUN:
-            block = np.add.reduceat(block, range(0, block.shape[axis], RUN), axis)
+        if self.x.dtype.itemsize == FLOAT64.itemsize:  # axis by axis: of all at once, terms would follow each other
+            for axis in sorted(self.summed, key=block.shape.__getitem__, reverse=True):
+                if block.shape[axis] > RUN:
+                    block = np.add.reduceat(block, range(0, block.shape[axis], RUN), axis)
+                block = np.add.reduce(block, axis, keepdims=True)
+            return block
         return np.add.reduce(block, self.summed, FLOAT64, keepdims=True)
 
     def centred(self, block: Block, centre: Array) -> Array:

@@ -212,8 +212,7 @@ class TritonBackend(SharedStatistics):
                 bessel = count / max(count - 1, 1)
             mean = (1 - weighs) * mean + weighs * part.mean
             var = (1 - weighs) * var + (weighs * bessel) * part.var
-        running_mean.copy_(mean)
-        running_var.copy_(var)
+        torch._foreach_copy_([running_mean, running_var], [mean, var])  # both, or none
 
     @torch.no_grad()
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
@@ -235,7 +234,7 @@ class TritonBackend(SharedStatistics):
         mean, var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
         self._launch(
             step,
-            (x, residual, y, None, there, mean, var, None, weight, bias, None, None, None, None, 0.0, None, 1.0,
+            (x, residual, y, None, there, mean, var, None, weight, bias, None, None, None, None, None, 0.0, None, 1.0,
              saved.spec.eps, activation.parameter),
         )  # fmt: skip
         if y is not out:
@@ -283,10 +282,12 @@ class TritonBackend(SharedStatistics):
         out: Array | None,
         valid: Array | None = None,
         keep: bool = True,
+        counter: Array | None = None,
     ) -> tuple[Array, Saved]:
+        """``counter``, of int64, is increased by 1 with the running statistics; not of ghost batches."""
         groups = spec.groups
         view, given = _grouped_view(x, spec.axis, groups), residual
-        if view is not view_of(x, spec.axis) and out is None:
+        if groups > 1 and view is not view_of(x, spec.axis) and out is None:
             out = self.empty_like(x)
         layout, there = _one_of(view.layout, groups), _there(valid, view)
         x_there, residual = dense(x, view), None if residual is None else dense(residual, view)
@@ -304,7 +305,7 @@ class TritonBackend(SharedStatistics):
         key = (
             "forward", view, x.dtype, x.device, alignment, residual is None, spec.activation.name, spec.batch_stats,
             *[None if v is None else v.dtype for v in vectors], None if at is None else at.dtype, valid is None, groups,
-            bits > 0,
+            bits > 0, counter is None,
         )  # fmt: skip
         extended = valid is not None or groups > 1
         steps = self._prepared.get(key)
@@ -319,7 +320,7 @@ class TritonBackend(SharedStatistics):
             counts = self.new((groups,), None, torch.float64, x.device)
         mask = self.new((bits,), None, torch.uint8, x.device) if bits else None
         tracked = (running_mean, running_var) if spec.batch_stats and not extended else (None, None)
-        numbers = (*tracked, number, at, steps.bessel, spec.eps, spec.activation.parameter)
+        numbers = (*tracked, counter, number, at, steps.bessel, spec.eps, spec.activation.parameter)
         if steps.stats is None and spec.batch_stats:
             self._launch(steps.last, (x_there, residual, y, mask, weight, bias, kept, *numbers))
         else:
@@ -331,7 +332,7 @@ class TritonBackend(SharedStatistics):
             self._launch(
                 steps.last, (x_there, residual, y, mask, there, *frozen, partials, weight, bias, kept, counts, *numbers)
             )
-        mean, var = kept[: 2 * groups].view(2, -1)
+        mean, var, kept_weight, kept_bias = kept.unbind() if groups == 1 else _rows_of_groups(kept, groups)
         moments = Moments(layout.count if counts is None else counts, mean, var)
         if spec.batch_stats and extended and vectors[0] is not None:
             self.update_running(moments, vectors[0], vectors[1], spec.momentum)
@@ -344,8 +345,8 @@ class TritonBackend(SharedStatistics):
             x=x,
             residual=None if spec.activation.is_identity or mask is not None else given,
             moments=moments,
-            weight=None if weight is None else kept[2 * groups],
-            bias=None if bias is None else kept[2 * groups + 1],
+            weight=None if weight is None else kept_weight,
+            bias=None if bias is None else kept_bias,
             weight_dtype=None if weight is None else weight.dtype,
             bias_dtype=None if bias is None else bias.dtype,
             has_residual=given is not None,
@@ -353,6 +354,24 @@ class TritonBackend(SharedStatistics):
             mask=mask,
             valid=valid,
         )
+
+    def forward_at_once(
+        self,
+        x: Array,
+        spec: BatchNormSpec,
+        running_mean: Array | None,
+        running_var: Array | None,
+        counter: Array | None,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+    ) -> tuple[Array, Saved] | None:
+        """:meth:`forward` in training, whose last launch also counts the batch; ``None`` for other calls."""
+        if not spec.batch_stats:
+            return None
+        vectors = (running_mean, running_var, weight, bias)
+        found: tuple[Array, Saved] = self.forward(x, spec, *vectors, residual, None, counter=counter)
+        return found
 
     def _prepare_forward(
         self,
@@ -411,10 +430,10 @@ class TritonBackend(SharedStatistics):
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
         call, batch_stats = self._call(dy, saved, need), saved.spec.batch_stats
         x, device = call.x, call.x.device
-        dx = self.empty_like(saved.x) if "dx" in need else None
-        dz = self.empty_like(saved.x) if "dresidual" in need else None
         if call.groups > 1:
             return self._backward_of_groups(call, dy, saved, need)
+        dx = self._like(call, saved) if "dx" in need else None
+        dz = self._like(call, saved) if "dresidual" in need else None
         c = call.view.layout.c
         dweight = self.new((c,), None, saved.weight_dtype, device) if "dweight" in need else None
         dbias = self.new((c,), None, saved.bias_dtype, device) if "dbias" in need else None
@@ -529,6 +548,15 @@ class TritonBackend(SharedStatistics):
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
+    def _like(self, call: _BackwardCall, saved: Saved) -> Array:
+        """An output like the call's input."""
+        view = call.view
+        return (
+            self.new(saved.x.shape, view.strides, saved.x.dtype, saved.x.device)
+            if view.dense
+            else self.empty_like(saved.x)
+        )
+
     def _partials(self, plan: LaunchPlan, x: Array, groups: int = 1, counted: bool = False) -> Array:
         return self.new((2 + counted, plan.blocks, groups * plan.tiling.c), None, torch.float64, x.device)
 
@@ -587,6 +615,12 @@ def _there(valid: Array | None, view: View) -> Array | None:
     return None if valid is None else valid.permute(view.layout.order).contiguous().view(torch.uint8)
 
 
+def _rows_of_groups(kept: Array, groups: int) -> tuple[Array, ...]:
+    """What is kept of ghost batches: their means, their variances, weight, bias."""
+    mean, var = kept[: 2 * groups].view(2, -1)
+    return mean, var, kept[2 * groups], kept[2 * groups + 1]
+
+
 def _give_back(written: tuple[Array | None, ...], given: tuple[Array | None, ...]) -> None:
     """Copy vectors to those in whose place they were."""
     for mine, theirs in zip(written, given, strict=True):
@@ -610,7 +644,7 @@ def _counted(saved: Saved) -> tuple[float, Array | None]:
 
 def _alignment(*arrays: Array | None) -> int:
     """Bytes that the addresses are multiples of, 16 at most."""
-    return alignment(array.data_ptr() for array in arrays if array is not None)
+    return alignment([array.data_ptr() for array in arrays if array is not None])
 
 
 @lru_cache(1024)

@@ -1,10 +1,11 @@
-"""The two pictures: how near to a copy, by size of the tensor; and ratios to the peers."""
+"""The two pictures: bandwidth over the bytes moved, beneath the ceilings of a copy; and ratios to the peers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,62 +23,134 @@ TIERS_SHOWN = ("-", *TIERS, "one pass")
 WIDTH, DPI = 10.0, 110
 MOST_ROWS = 60
 """That can be read in a picture."""
+PANELS_A_ROW = 3
+APART = 0.06
+"""Between two labels of a panel, as a share of its height."""
+MOST_LABELS = 14
 
 
-def draw(results: Sequence[Result], copy_bandwidth: float, folder: Path, raced: Sequence[Result] = ()) -> list[Path]:
+class Ceiling(NamedTuple):
+    """What a copy reaches: a line in the picture, in bytes per second."""
+
+    name: str
+    bandwidth: float
+
+
+def draw(
+    results: Sequence[Result],
+    ceilings: Sequence[Ceiling],
+    folder: Path,
+    raced: Sequence[Result] = (),
+    caption: str = "",
+) -> list[Path]:
     """Write ``roofline.png`` and ``peers.png`` of what was measured; those that have anything to show.
 
-    The first also shows what was forced to take a tier, in ``raced``.
+    Args:
+        results: of all implementations.
+        ceilings: of the memory, and of the cache.
+        folder: where the pictures go.
+        raced: results that were forced to take a tier; the first picture shows them too.
+        caption: the machine and the threads.
     """
-    timed = [result for result in results if result.ours and result.timings]
-    if not timed:
+    timed = [result for result in results if result.timings]
+    ours = [result for result in timed if result.ours]
+    if not ours:
         return []
     forced = [result for result in raced if result.timings]
-    written = [roofline([*timed, *forced], copy_bandwidth, folder / "roofline.png")]
-    if any(result.ratios[_regime(result)] for result in timed):
-        written.append(ratios(timed, folder / "peers.png"))
+    written = [roofline([*timed, *forced], ceilings, folder / "roofline.png", caption)]
+    if any(result.ratios[_regime(result)] for result in ours):
+        written.append(ratios(ours, folder / "peers.png", caption))
     return written
 
 
-def roofline(results: Sequence[Result], copy_bandwidth: float, path: Path) -> Path:
-    """Achieved share of a copy's bandwidth over the size of the tensor.
+def roofline(results: Sequence[Result], ceilings: Sequence[Ceiling], path: Path, caption: str = "") -> Path:
+    """Bandwidth over the bytes that have to be moved. A panel is an operation, a label a tensor.
 
-    A panel is a direction, a colour a tier, a marker a backend.
+    Filled marks are ours, a colour a tier; hollow ones are the peers.
     """
-    directions = list(dict.fromkeys(result.case.operation.direction for result in results))
-    figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
-    groups = sorted({_group(result) for result in results})
-    backends = sorted({backend for backend, _ in groups})
-    for panel, direction in zip(panels, directions, strict=True):
-        for backend, tier in groups:
-            points = [r for r in results if r.case.operation.direction == direction and _group(r) == (backend, tier)]
-            aside = 1.06 ** (TIERS_SHOWN.index(tier) - 2.5)  # tiers side by side, where tensors have one size
-            sizes = [r.case.bytes * aside for r in points]
-            shares = [100 * (r.bandwidth or 0.0) / copy_bandwidth for r in points]
+    operations = list(dict.fromkeys(str(result.case.operation) for result in results if result.ours))
+    columns = min(len(operations), PANELS_A_ROW)
+    rows = -(-len(operations) // columns)
+    figure = Figure(figsize=(WIDTH, 1.6 + 3.4 * rows), dpi=DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels = list(grid.flat)
+    ours = sorted({_group(result) for result in results if result.ours})
+    backends = sorted({backend for backend, _ in ours})
+    peers = list(dict.fromkeys(result.by for result in results if not result.ours))
+    for panel, operation in zip(panels, operations, strict=False):
+        shown = [result for result in results if str(result.case.operation) == operation]
+        for backend, tier in ours:
             label = backend if tier == "-" else f"{backend}: {tier}"
-            marker = MARKERS[backends.index(backend) % len(MARKERS)]
-            colour = COLOURS[TIERS_SHOWN.index(tier)]
-            panel.plot(sizes, shares, marker, color=colour, markersize=5, alpha=0.75, label=label)
-        panel.axhline(100, color="#555555", linewidth=1, linestyle="--")
-        _plain(panel, direction)
-        panel.set(xscale="log", xlabel="size of the tensor")
-        panel.xaxis.set_major_locator(LogLocator(numticks=5))
-        panel.tick_params(axis="x", labelsize=8)
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(int(size))))
-    most = max((r.bandwidth or 0.0) for r in results) / copy_bandwidth
-    panels[0].set(ylabel="bandwidth achieved (% of a copy)", ylim=(-3, max(108, 105 * most)))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=min(len(labels), 5))
-    figure.suptitle(
-        f"Bytes that have to be moved over time, measured ({_regime(results[0])}); a copy has "
-        f"{copy_bandwidth / 1e9:.4g} GB/s, a tensor in the cache may have more", fontsize=11,
-    )  # fmt: skip
+            marker, colour = MARKERS[backends.index(backend) % len(MARKERS)], COLOURS[TIERS_SHOWN.index(tier)]
+            _points(panel, [r for r in shown if r.ours and _group(r) == (backend, tier)], label, marker, colour, colour)
+        for index, peer in enumerate(peers):
+            colour = COLOURS[-1 - index % len(COLOURS)]
+            found = [r for r in shown if not r.ours and r.by == peer]
+            _points(panel, found, peer, MARKERS[-1 - index % len(MARKERS)], "none", colour)
+        panel.set(xscale="log", yscale="log")
+        for style, ceiling in zip(("-", "--"), ceilings, strict=False):
+            panel.axhline(ceiling.bandwidth / 1e9, color="#555555", linewidth=1.2, linestyle=style, label=ceiling.name)
+        _plain(panel, operation)
+    _name_ticks(panels[0], results, ceilings)
+    kinds = {(result.case.short_dtype, result.case.layout == "nhwc") for result in results}
+    for panel, operation in zip(panels, operations, strict=False):
+        _label(panel, [r for r in results if str(r.case.operation) == operation], whole=len(kinds) > 1)
+    for panel in panels[len(operations) :]:
+        panel.set_axis_off()
+    for panel in grid[:, 0]:
+        panel.set_ylabel("GB/s")
+    for panel in panels[max(len(operations) - columns, 0) : len(operations)]:
+        panel.set_xlabel("bytes that have to be moved")
+        panel.tick_params(labelbottom=True)
+    named = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=4)
+    title = f"Bandwidth over bytes moved, measured ({_regime(results[0])}), beneath what a copy reaches"
+    figure.suptitle(f"{title}\n{caption}".rstrip(), fontsize=11)
     figure.savefig(path)
     return path
 
 
-def ratios(results: Sequence[Result], path: Path) -> Path:
+def _points(panel: Axes, results: Sequence[Result], label: str, marker: str, face: str, edge: str) -> None:
+    if results:
+        panel.plot(
+            [r.floor_bytes for r in results], [(r.bandwidth or 0.0) / 1e9 for r in results], marker, label=label,
+            markerfacecolor=face, markeredgecolor=edge, markersize=6, alpha=0.85,
+        )  # fmt: skip
+
+
+def _name_ticks(panel: Axes, results: Sequence[Result], ceilings: Sequence[Ceiling]) -> None:
+    """Decades, in bytes and in GB/s; room on the right for the labels."""
+    sizes = [result.floor_bytes for result in results]
+    speeds = [*((r.bandwidth or 0.0) / 1e9 for r in results), *(ceiling.bandwidth / 1e9 for ceiling in ceilings)]
+    panel.set_xlim(min(sizes) / 2, max(sizes) * (max(sizes) / min(sizes)) ** 0.7 * 2)
+    panel.set_ylim(min(speed for speed in speeds if speed) / 1.6, max(speeds) * 1.6)
+    panel.xaxis.set_major_locator(LogLocator(numticks=5))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(int(size)) if size < 2 * max(sizes) else ""))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda speed, _: f"{speed:g}"))
+    panel.minorticks_off()
+
+
+def _label(panel: Axes, results: Sequence[Result], whole: bool) -> None:
+    """Name each tensor once, ``whole`` or by its shape: on the right, with a line to its fastest mark of ours."""
+    best: dict[str, Result] = {}
+    for result in results:
+        if result.ours:
+            key = result.case.tensor
+            best[key] = max((result, best.get(key, result)), key=lambda one: one.bandwidth or 0.0)
+    height, to_axes = 1.0, panel.transData + panel.transAxes.inverted()
+    for tensor, result in sorted(best.items(), key=lambda item: -(item[1].bandwidth or 0.0))[:MOST_LABELS]:
+        place = (result.floor_bytes, (result.bandwidth or 0.0) / 1e9)
+        height = min(float(to_axes.transform(place)[1]), height - APART)
+        panel.annotate(
+            tensor if whole else tensor.split()[0], place, (0.6, height), xycoords="data",
+            textcoords="axes fraction", va="center", fontsize=7.5,
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6}, annotation_clip=False,
+        ).set_in_layout(False)  # fmt: skip
+
+
+def ratios(results: Sequence[Result], path: Path, caption: str = "") -> Path:
     """Our time over each peer's; left of the line at 1, ours is the faster. A panel is a backend, a row a case; of more
     than :data:`MOST_ROWS` cases a row is an operation, with a mark for each tensor.
     """
@@ -101,26 +174,28 @@ def ratios(results: Sequence[Result], path: Path) -> Path:
                 label=peer, color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
                 markersize=5, alpha=1.0 if one_by_one else 0.6,
             )  # fmt: skip
-        panel.axvline(1, color="#555555", linewidth=1, linestyle="--")
+        panel.axvline(1, color="#333333", linewidth=1.4)
+        panel.annotate("equal", (1, 1), (3, -3), ("data", "axes fraction"), "offset points", va="top", fontsize=8)
         _plain(panel, backend)
         panel.set(xscale="log", xlabel="our time / the peer's")
         if not one_by_one:
             panel.grid(visible=False, axis="y")
         panel.tick_params(axis="y", length=0)
-    panels[0].set_yticks(range(len(rows)), rows, fontsize=7 if one_by_one else 8)
+    panels[0].set_yticks(range(len(rows)), rows, fontsize=8)
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     for line in [] if one_by_one else range(1, len(rows)):
         for panel in panels:
             panel.axhline(line - 0.5, color="#dddddd", linewidth=0.8)
     ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if _near(tick, everything)]
     for panel in panels:
-        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=9)
+        panel.tick_params(axis="x", rotation=45 if len(ticks) * len(panels) > 16 else 0)
         panel.minorticks_off()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=min(len(peers), 5))
     figure.suptitle(
-        f"Time over the peer's, measured ({_regime(results[0])}); left of 1 ours is the faster"
-        + ("" if one_by_one else "; a mark for each tensor"), fontsize=11,
+        (f"Our time over the peer's, measured ({_regime(results[0])}); left of the line ours is the faster"
+        + ("" if one_by_one else "; a mark for each tensor") + f"\n{caption}").rstrip(), fontsize=11,
     )  # fmt: skip
     figure.savefig(path)
     return path

@@ -41,6 +41,8 @@ DEFAULTS: dict[str, dict[str, tuple[str, ...]]] = {
 SECONDS = {"cpu": 0.3, "cuda": 0.1}
 """Of samples for each call and regime, by default."""
 CPU_COPIED_BYTES = 64 << 20
+CPU_CACHED_BYTES = 128 << 10
+"""Of a copy that stays in a core's own cache."""
 MOST_MOVED = 1.25
 """Between the bandwidths of a copy before and after the cases."""
 
@@ -348,6 +350,15 @@ def show(report: Report, here: Bench) -> None:
             print(text.text(width) if isinstance(text, Table) else text)
 
 
+def caption(report: Report) -> str:
+    """The machine and the threads of what the pictures show."""
+    facts = report.machine
+    if facts["gpu"]:
+        return f"{facts['gpu']['name']}, gpu_bn {facts['gpu_bn']}, {facts['date']}"
+    most = max((result.threads or 0 for result in report.results), default=0) or facts["threads"]["numpy backend"]
+    return f"{facts['processor']}, {most} thread{'s' * (most > 1)}, gpu_bn {facts['gpu_bn']}, {facts['date']}"
+
+
 def draw_pictures(report: Report, here: Bench) -> None:
     """Write pictures and the page, and say which files there are."""
     options = here.options
@@ -355,10 +366,13 @@ def draw_pictures(report: Report, here: Bench) -> None:
     if find_spec("matplotlib") is None:
         print("No pictures: matplotlib is not installed; pip install -e '.[bench]' installs what it needs.")
     else:
-        from gpu_bn.bench.figures import draw
+        from gpu_bn.bench.figures import Ceiling, draw
 
         try:
-            written += draw(report.with_all_threads, here.copy_bandwidth, options.out, report.raced)
+            ceilings = [Ceiling("a copy, beyond the caches", here.copy_bandwidth)]
+            if here.gpu is None:
+                ceilings.append(Ceiling("a copy, in the cache", cpu_copy_bandwidth(CPU_CACHED_BYTES)))
+            written += draw(report.with_all_threads, ceilings, options.out, report.raced, caption(report))
         except Exception as error:  # of matplotlib
             print(f"No pictures: {said(error)}")
     if options.page is not None:

@@ -93,6 +93,12 @@ def numpy_backend(tier: str | None) -> Any:
     return dispatch.load("numpy")
 
 
+def cpu_backend(tier: str | None) -> Any:
+    """The compiled backend of a CPU, which has no tiers."""
+    del tier
+    return dispatch.load("cpu")
+
+
 def cupy_backend(tier: str | None) -> Any:
     """The CuPy backend."""
     dispatch.load("cupy")  # says what is missing
@@ -106,6 +112,7 @@ def triton_backend(tier: str | None) -> Any:
 
 
 SUBJECTS = [
+    Subject("gpu_bn cpu", "cpu", "numpy", ours(cpu_backend), ("numba",), ours=True),
     Subject("gpu_bn numpy", "cpu", "numpy", ours(numpy_backend), ours=True),
     Subject("torch CPU", "cpu", "torch", peers.torch(), ("torch",)),
     Subject("textbook NumPy", "cpu", "numpy", peers.textbook),

@@ -62,10 +62,9 @@ LAYERS = {
         f"transformers.activations.{name}": Activation(ours)
         for name, ours in (("SiLUActivation", "silu"), ("ReLU6Activation", "relu6"), ("GELUTanh", "gelu_tanh"))
     },
+    "monai.networks.blocks.activation.MemoryEfficientSwish": Activation("silu"),
 }
-
-
-"""Layers without parameters, by qualified name; timm's and transformers' too."""
+"""Layers without parameters, by qualified name; those of other libraries too."""
 
 TARGETS: dict[Any, Activation] = {
     target: Activation(name)
@@ -79,8 +78,6 @@ TARGETS: dict[Any, Activation] = {
     }.items()
     for target in targets
 }
-
-
 """Functions and methods of tensors, as they appear in a graph."""
 
 
@@ -93,4 +90,7 @@ def activation_of(module: Any) -> Activation | None:
         return elu(module.alpha)
     if kind is torch.nn.GELU:
         return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
-    return LAYERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name == "transformers.activations.GELUActivation":  # another with use_gelu_python
+        return Activation("gelu") if module.act is F.gelu else None
+    return LAYERS.get(name)

@@ -145,12 +145,18 @@ _apply = super(Function, _Direct).apply
 """``_Direct.apply`` without its search for leftovers of ``torch.func``, which takes a quarter of its time."""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _serves(name: str, device: str) -> bool:
+    """Whether a backend serves a device's tensors unless another is asked for; compiled autograd takes the answer."""
+    return dispatch.default(torch.empty(0, device=device)) == name
+
+
 def _by_operator(
     engine: Backend, dy: Tensor, saved: Saved, weight: Tensor | None, bias: Tensor | None, need: list[bool]
 ) -> Gradients:
     """The gradients of a direct call by the operator, which can be differentiated again."""
     spec, x = saved.spec, saved.x
-    if engine is not dispatch.serving(x) or spec.axis != 1:
+    if spec.axis != 1 or not _serves(engine.name, x.device.type):
         raise NotImplementedError(f"backend {engine.name!r} has no second derivative: leave backend out")
     mask = x.new_empty(0, dtype=torch.uint8) if saved.mask is None else saved.mask
     options = (spec.batch_stats, spec.eps, spec.activation.name, spec.activation.parameter, spec.groups)

@@ -113,13 +113,13 @@ def _move_running(
     eps: float,
 ) -> None:
     """Move running statistics by torch's function, which refuses what a transform cannot do; only then is it seen."""
-    mean, var = (None if running is None else running.double() for running in (running_mean, running_var))
+    mean, var = (None if one is None else one.to(torch.float64, copy=True) for one in (running_mean, running_var))
     F.batch_norm(wide, mean, var, None, None, True, momentum, eps)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    for running, new in ((running_mean, mean), (running_var, var)):
-        if running is not None and new is not None and running is not new:
-            running.copy_(new)
+    counted = None if num_batches_tracked is None else num_batches_tracked.clone().add_(1)
+    moved = ((num_batches_tracked, counted), (running_mean, mean), (running_var, var))
+    pairs = [(old, new) for old, new in moved if old is not None and new is not None]
+    if pairs:  # in one call: no error or interrupt comes between them
+        torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
 
 
 def _momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> float:

@@ -23,6 +23,7 @@ from gpu_bn.nn._activations import activate
 INTERNAL = frozenset(vars(torch.nn.Module()))
 """The attributes that every module has."""
 SIMPLE = (bool, int, float, str)
+LAYERS = (modules.Fused, modules.FrozenBatchNorm2d)
 
 
 def normalise(
@@ -30,7 +31,7 @@ def normalise(
 ) -> Tensor:
     """``activation(norm(x) + residual)``, in one call of the layer if it can be; a step of a fused ``forward``."""
     chosen = Activation(activation, parameter)
-    ours = isinstance(norm, (modules.Fused, modules.FrozenBatchNorm2d)) and norm.activation.is_identity
+    ours = isinstance(norm, LAYERS) and norm.activation.is_identity
     if ours and (residual is None or _alike(x, residual)):
         return norm(x, residual, chosen)  # type: ignore[no-any-return]
     z = norm(x)
@@ -82,9 +83,15 @@ class Plan:
         self.source: str | None = code.src
         self.globals = {name: value for name, value in code.globals.items() if not isinstance(value, ModuleType)}
         self.names, self.defaults = names, defaults
-        self.fixed = [(module, _attributes(module), tuple(module._modules.values())) for module in entered]
-        self.merged = list(merged)
+        self._watch(merged, *entered)
         self.function = self._compiled()
+
+    def _watch(self, merged: Iterable[torch.nn.Module], *entered: torch.nn.Module) -> None:
+        """Remember what the steps were taken from: of layers, which see to themselves, hooks alone can change them."""
+        parts = list(merged)
+        self.merged: list[torch.nn.Module] = [part for part in parts if isinstance(part, LAYERS)]
+        fixed = (*entered, *(part for part in parts if not isinstance(part, LAYERS)))
+        self.fixed = [(module, _attributes(module), tuple(module._modules.values())) for module in fixed]
 
     def _compiled(self) -> Callable[..., Any] | None:
         if self.source is None:
@@ -136,7 +143,29 @@ class Plan:
                 found = now.get(name, now)
                 if found is not value and not (type(value) in SIMPLE and type(found) in SIMPLE and found == value):
                     return False
-        return not any(has_hooks(module) or _is_patched(module) for module, _, _ in self.fixed[1:])
+        return not any(has_hooks(module) or is_patched(module) for module, _, _ in self.fixed[1:])
+
+
+class TextPlan(Plan):
+    """A module's own text with merged calls, for both modes and any arguments; its own children are what is fixed."""
+
+    def __init__(self, module: torch.nn.Module, source: str, merged: Iterable[torch.nn.Module]) -> None:
+        self.source, self.kind = source, type(module)
+        self.globals, self.names, self.defaults = {}, (), {}
+        self._watch(merged, module)
+        self.fixed[0] = (module, (), self.fixed[0][2])  # the text reads attributes when it runs
+        self.function = self._compiled()
+
+    def _compiled(self) -> Callable[..., Any] | None:
+        if self.source is None:
+            return None
+        made: dict[str, Any] = {}
+        exec(self.source, self.kind.forward.__globals__, made)
+        function = made["make"](normalise)
+        return lambda module, arguments, options: function(module, *arguments, **options)
+
+    def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
+        return [arguments, options]
 
 
 class Forward:
@@ -174,7 +203,8 @@ class Forward:
         return type(module).forward(module, *arguments, **options)
 
 
-def _is_patched(module: torch.nn.Module) -> bool:
+def is_patched(module: torch.nn.Module) -> bool:
+    """Whether a module has a ``forward`` of its own, other than a fused one."""
     return not isinstance(vars(module).get("forward"), Forward | None)
 
 

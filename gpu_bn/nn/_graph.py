@@ -18,9 +18,10 @@ from gpu_bn.activations import Activation
 from gpu_bn.nn import _activations
 from gpu_bn.nn._activations import TARGETS, activation_of
 from gpu_bn.nn._aliases import aliases, is_opaque, may_overwrite, module_of
-from gpu_bn.nn._forward import Forward, Plan, normalise
+from gpu_bn.nn._forward import Forward, Plan, is_patched, normalise
 from gpu_bn.nn._known import counterpart, is_watched, looks_frozen
 from gpu_bn.nn._report import Report
+from gpu_bn.nn._text import text_plan
 from gpu_bn.nn._trace import Refused, Steps, in_mode, steps_of
 from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
 
@@ -45,12 +46,16 @@ def fuse_activations(model: torch.nn.Module, report: Report) -> None:
         with in_mode(model, training):
             fusion = _Fusion(model)
             for module in reversed(list(names)):  # what is in a module comes before it
-                if module not in fusion.holders:
+                if module not in fusion.holders or is_patched(module):
                     continue
                 try:
                     steps = fusion.steps(module)
                 except Refused as error:
                     reasons.setdefault(module, f"{type(module).__name__} {names[module]!r}: {error}")
+                    if found := text_plan(module, set(filter(is_ours, module.children()))):
+                        plans.setdefault(module, {})[training] = found[0]
+                        for norm, what, _ in found[1]:
+                            done.setdefault(norm, set()).add(what)
                     continue
                 if merges := _merge(module, steps.graph):
                     merged = [part for norm, what, parts in merges for part in (norm, *parts)]
@@ -59,10 +64,10 @@ def fuse_activations(model: torch.nn.Module, report: Report) -> None:
                     for norm, what, _ in merges:
                         done.setdefault(norm, set()).add(what)
     for module, by_mode in plans.items():
-        vars(module)["forward"] = Forward(module, by_mode)
+        module.__dict__["forward"] = Forward(module, by_mode)
     for norm, name in names.items():
         if norm in done:
-            report.merged[name] = vars(norm)["_merged"] = " or ".join(sorted(done[norm]))
+            report.merged[name] = norm.__dict__["_merged"] = " or ".join(sorted(done[norm]))
         elif isinstance(norm, (Fused, FrozenBatchNorm2d)) and norm.activation.is_identity:
             report.left[name] = _reason(model, norm, name, reasons)
 

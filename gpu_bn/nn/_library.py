@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import compress, product
+from itertools import compress, pairwise, product
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gpu_bn import dispatch, ops
+from gpu_bn import aliasing, dispatch, ops
 from gpu_bn.activations import Activation
 from gpu_bn.backends._bits import mask_bytes
 from gpu_bn.backends._layout import memory_order
@@ -35,6 +35,7 @@ from gpu_bn.spec import BatchNormSpec
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 """The second: any strides serve, so that a compiler need not copy arguments into those of eager code."""
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # it has left torch.func; its memory is not to be seen
 LIBRARY = torch.library.Library("gpu_bn", "DEF")
 for _schema in (
     "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
@@ -58,6 +59,7 @@ NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, True
 
 Tracked = tuple[Tensor | None, Tensor | None, Tensor | None]
 """What a call in training writes: the running mean, the running variance, and the counter of batches."""
+TRACKED = ("running_mean", "running_var", "num_batches_tracked")
 
 
 # ------------------------------------------------------------------------------------------------- what they compute
@@ -74,33 +76,32 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """``y`` and what the backward call needs, by a backend; the statistics and the counter are written last.
 
-    On a CPU one call writes all three, so that no error or interrupt comes between them.
+    Where one call or launch of a backend writes all three, no error or interrupt comes between them.
+
+    Raises:
+        ValueError: what is written shares memory with another argument.
     """
     running_mean, running_var, num_batches_tracked = tracked
+    apart = not spec.batch_stats or _are_apart(tracked, (x, weight, bias, residual))
+    if not apart:
+        named = (("input", x), ("weight", weight), ("bias", bias), ("residual", residual))
+        read: dict[str, Any] = {name: one for name, one in named if one is not None and not _is_wrapped(one)}
+        aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), read)
     at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
-    if at_once is not None and valid is None and _is_plain(x, spec) and _are_apart(tracked):
+    if (
+        at_once is not None
+        and apart
+        and valid is None
+        and _is_plain(x, spec)
+        and _countable(num_batches_tracked, x.device)
+    ):
         found: tuple[Tensor, Saved] | None = at_once(engine, x, spec, *tracked, weight, bias, residual)
         if found is not None:
             if spec.batch_stats:
                 increment_version([one for one in tracked if one is not None and not one.is_inference()])
             return found
     others = (weight, bias, residual, None, False, valid, keep)
-    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
-    if not spec.batch_stats or not (running or num_batches_tracked is not None):
-        return ops.forward(engine, x, spec, running_mean, running_var, *others)
-    if not x.is_cpu:
-        result = ops.forward(engine, x, spec, running_mean, running_var, *others)
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        return result
-    moved = [tensor.clone() for tensor in running]
-    new_mean, new_var = moved or (None, None)
-    result = ops.forward(engine, x, spec, new_mean, new_var, *others)
-    if num_batches_tracked is not None:
-        running.append(num_batches_tracked)
-        moved.append(num_batches_tracked.clone().add_(1))  # which refuses what cannot count, as torch's layers do
-    torch._foreach_copy_(running, moved)
-    return result
+    return ops.forward(engine, x, spec, running_mean, running_var, *others, counter=num_batches_tracked)
 
 
 def unread(momentum: Tensor) -> bool:
@@ -112,16 +113,34 @@ def _is_plain(x: Tensor, spec: BatchNormSpec) -> bool:
     return spec.groups == 1 and spec.renorm is None and 0 not in x.shape
 
 
-def _are_apart(tracked: Tracked) -> bool:
-    """Whether bounds tell that nothing tracked overlaps anything else tracked, and that a kernel can count."""
-    end = 0
-    for start, nbytes in sorted([(one.data_ptr(), one.nbytes) for one in tracked if one is not None]):
-        if start < end:
-            return False
-        end = start + nbytes
-    counter = tracked[2]
+def _are_apart(tracked: Tracked, others: Sequence[Tensor | None]) -> bool:
+    """Whether bounds tell that nothing tracked overlaps itself or anything else of a call: the usual case, quickly."""
+    written = [one for one in tracked if one is not None]
+    if not written:
+        return True
+    if not all(one.is_contiguous() for one in written):
+        return False
+    bounds = [_bounds(one) for one in written]
+    bounds += {_bounds(one) for one in others if one is not None and not _is_wrapped(one)}
+    bounds.sort()
+    return all(one[1] <= after[0] for one, after in pairwise(bounds))
+
+
+def _bounds(one: Tensor) -> tuple[int, int]:
+    start = one.data_ptr()
+    if one.is_contiguous():
+        return start, start + one.nbytes
+    last = sum([(size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True)])
+    return start, start + (last + 1) * one.element_size()
+
+
+def _countable(counter: Tensor | None, device: torch.device) -> bool:
+    """Whether a kernel can count."""
     return counter is None or (
-        counter.dtype is torch.int64 and counter.is_cpu and counter.numel() == 1 and counter.data_ptr() % 8 == 0
+        counter.dtype is torch.int64
+        and counter.device == device
+        and counter.numel() == 1
+        and counter.data_ptr() % 8 == 0
     )
 
 
@@ -215,7 +234,9 @@ def packed(saved: Saved) -> Tensor:
         counts = count if isinstance(count, Tensor) else mean.new_full((saved.spec.groups,), count)
         rows.append(counts.view(-1, 1).expand(-1, channels).double())
     rows += [row.view(1, -1) for row in saved.renorm or ()]
-    return adjacent(mean, var).view(-1, channels) if len(rows) == 2 else torch.cat(rows)
+    if len(rows) > 2 or torch.compiler.is_compiling():  # compiled autograd, where nothing has an address
+        return torch.cat(rows)
+    return adjacent(mean, var).view(-1, channels)
 
 
 def adjacent(first: Tensor, second: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """What the processes of a SyncBatchNorm send each other: packets of one size, each with a header that all compare.
 
-A packet is ``HEADER + ROOM`` float64 numbers. Its size is the same for every layer, process and mistake, so that a
-gathering always completes; a report of more channels goes in several. The header holds :data:`FIELDS` after a flag: 1
-for a mistake, whose text is then in place of the report. Where headers differ, or one is of a mistake, every process
-raises: with tensors on a CPU in the same call, before anything has changed; on GPUs, where nothing waits for packets,
-statistics become NaN and a later call raises.
+A packet is ``HEADER + ROOM`` float64 numbers. Its size is the same for every layer, pass, process and mistake, so that
+a gathering always completes; a longer vector goes in several. The header holds :data:`FIELDS` after a flag: 1 for a
+mistake, whose text is then in place of the vector. Where headers differ, or one is of a mistake, every process raises:
+with tensors on a CPU in the same call, before anything has changed; on GPUs, where nothing waits for packets, what was
+exchanged becomes NaN and a later call raises.
 """
 
 from __future__ import annotations
@@ -19,20 +19,27 @@ from gpu_bn.activations import ROWS
 from gpu_bn.nn._library import LIBRARY, TAGS
 
 FIELDS = (
-    "call", "packet", "layer", "channels", "dtype", "activation", "parameter", "eps", "momentum", "residual", "mask",
-    "weight", "bias", "running statistics", "counter", "gradient",
+    "call", "packet", "pass", "forward call", "layer", "channels", "dtype", "activation", "parameter", "eps",
+    "momentum", "residual", "mask", "weight", "bias", "running statistics", "counter", "gradient",
 )  # fmt: skip
-"""What a header says; a call is counted in its group, a layer by its first call there."""
+"""What a header says. Exchanges of a group are counted as calls, its layers in the order of their first ones.
+
+A backward pass names the call of its forward pass. The gradient is of nothing, of parameters, or of the input too.
+"""
+PASSES = ("forward", "backward", "second derivative")
+GRADIENTS = ("of nothing", "of parameters only", "of the input")
 HEADER, ROOM = 1 + len(FIELDS), 2 + 2 * 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 UNKNOWN, NONE = -1.0, -2.0
-"""A layer's number in compiled code, and a momentum that is a tensor; a momentum of ``None``."""
+"""What compiled code cannot know, of a layer or an earlier call, and a momentum that is a tensor; one of ``None``."""
 
 for _schema in (
-    "sync_pack(Tensor report, str group, float[] signature) -> Tensor",
+    "sync_pack(Tensor vector, str group, float[] signature) -> Tensor",
     "sync_mistake(Tensor like, str group, str text) -> Tensor",
     "sync_compare(Tensor packets, str group) -> Tensor",
     "sync_unpack(Tensor[] packets, int channels) -> Tensor",
+    "sync_sum(Tensor[] packets, int length) -> Tensor",
+    "sync_refuse(Tensor like, Tensor packets, str text) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=TAGS)
 
@@ -42,21 +49,21 @@ ARRIVALS: deque[tuple[Callable[[], bool], Tensor, str]] = deque()
 """Packets on their way from a GPU: whether they have arrived, where, and of which group."""
 
 
-def packets_of(channels: int) -> int:
-    """How many packets a report takes."""
-    return -(-(2 + 2 * channels) // ROOM)
+def packets_of(length: int) -> int:
+    """How many packets a vector takes."""
+    return -(-length // ROOM)
 
 
 # ------------------------------------------------------------------------------------------------- what they compute
-def _pack(report: Tensor, group: str, signature: Sequence[float]) -> Tensor:
-    """(P, HEADER + ROOM) of a (2 + 2 C,) report."""
-    if report.is_cuda and not torch.cuda.is_current_stream_capturing():
+def _pack(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
+    """(P, HEADER + ROOM) of a (L,) vector."""
+    if vector.is_cuda and not torch.cuda.is_current_stream_capturing():
         look_at_arrivals()
-    count = packets_of((len(report) - 2) // 2)
-    packets = report.new_zeros((count, HEADER + ROOM))
+    count = packets_of(len(vector))
+    packets = vector.new_zeros((count, HEADER + ROOM))
     heads = [[0.0, _next_call(group), float(at), *signature] for at in range(count)]
     packets[:, :HEADER] = torch.tensor(heads, dtype=torch.float64)
-    body = torch.nn.functional.pad(report, (0, count * ROOM - len(report)))
+    body = torch.nn.functional.pad(vector, (0, count * ROOM - len(vector)))
     packets[:, HEADER:] = body.view(count, ROOM)
     if group:
         CALLS[group] += 1
@@ -89,9 +96,25 @@ def _compare(packets: Tensor, group: str) -> Tensor:
 def unpacked(packets: Sequence[Tensor], channels: int) -> Tensor:
     """(W, 2 + 2 C) reports; with a 1 in the first column if they must not be used."""
     reports = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, : 2 + 2 * channels].contiguous()
-    heads = [packet[:, :HEADER] for packet in packets]
-    reports[:, 0] = torch.stack([(head[:, 0] != 0).any() | differing(head).any() for head in heads]).any()
+    reports[:, 0] = _wrong(packets)
     return reports
+
+
+def _sum(packets: Sequence[Tensor], length: int) -> Tensor:
+    """(L,) the sum of all processes' vectors, in the order of their ranks; NaN if they must not be used."""
+    vectors = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, :length]
+    return torch.where(_wrong(packets), torch.nan, vectors.sum(0))
+
+
+def _wrong(packets: Sequence[Tensor]) -> Tensor:
+    heads = [packet[:, :HEADER] for packet in packets]
+    return torch.stack([(head[:, 0] != 0).any() | differing(head).any() for head in heads]).any()
+
+
+def _refuse(like: Tensor, packets: Tensor, text: str) -> Tensor:
+    """Raise what a process that will not take part raises, when it has told the others and they have not raised."""
+    del like, packets
+    raise ValueError(text)
 
 
 def differing(heads: Tensor) -> Tensor:
@@ -129,11 +152,12 @@ def _difference(field: str, values: list[float]) -> str:
 def _shown(field: str, value: float) -> str:
     if field == "dtype":
         return str(DTYPES[int(value)]).removeprefix("torch.")
-    if field == "activation":
-        return list(ROWS)[int(value)]
+    names = {"activation": list(ROWS), "pass": PASSES, "gradient": GRADIENTS}.get(field)
+    if names is not None:
+        return names[int(value)]
     if FIELDS.index(field) >= FIELDS.index("residual"):
         return "yes" if value else "no"
-    return {NONE: "None", UNKNOWN: "a tensor"}.get(value) or f"{value:g}"
+    return {NONE: "None", UNKNOWN: "a tensor" if field == "momentum" else "unknown"}.get(value) or f"{value:g}"
 
 
 def look_at_arrivals() -> None:
@@ -151,9 +175,9 @@ def _send(packets: Tensor, group: str) -> tuple[Callable[[], bool], Tensor, str]
 
 
 # ------------------------------------------------------------------------------------------ what they would return
-def _pack_fake(report: Tensor, group: str, signature: Sequence[float]) -> Tensor:
+def _pack_fake(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
     del group, signature
-    return report.new_empty((packets_of((report.shape[0] - 2) // 2), HEADER + ROOM))
+    return vector.new_empty((packets_of(vector.shape[0]), HEADER + ROOM))
 
 
 def _mistake_fake(like: Tensor, group: str, text: str) -> Tensor:
@@ -170,11 +194,22 @@ def _unpack_fake(packets: Sequence[Tensor], channels: int) -> Tensor:
     return packets[0].new_empty((packets[0].shape[0], 2 + 2 * channels))
 
 
+def _sum_fake(packets: Sequence[Tensor], length: int) -> Tensor:
+    return packets[0].new_empty(length)
+
+
+def _refuse_fake(like: Tensor, packets: Tensor, text: str) -> Tensor:
+    del packets, text
+    return torch.empty_like(like)
+
+
 for _name, _kernel, _fake in (
     ("sync_pack", _pack, _pack_fake),
     ("sync_mistake", _mistake, _mistake_fake),
     ("sync_compare", _compare, _compare_fake),
     ("sync_unpack", unpacked, _unpack_fake),
+    ("sync_sum", _sum, _sum_fake),
+    ("sync_refuse", _refuse, _refuse_fake),
 ):
     for _key in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _kernel, _key)
@@ -184,3 +219,5 @@ pack = torch.ops.gpu_bn.sync_pack.default
 mistake = torch.ops.gpu_bn.sync_mistake.default
 compare = torch.ops.gpu_bn.sync_compare.default
 unpack = torch.ops.gpu_bn.sync_unpack.default
+add = torch.ops.gpu_bn.sync_sum.default
+refuse = torch.ops.gpu_bn.sync_refuse.default

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import conv, pooling
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -39,7 +40,7 @@ def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
             left += module.children()
             continue
         try:
-            graph = steps_of(module, lambda called, *_: not is_leaf(called) and not is_watched(called)).graph
+            graph = steps_of(module, _enters).graph
         except Refused as error:
             reasons.update((child, f"{type(module).__name__}: {error}") for child in module.children())
             left += module.children()
@@ -65,6 +66,15 @@ def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
             else:
                 reasons[norm] = OTHERS
     return pairs, reasons
+
+
+VARIANTS = (conv._ConvNd, pooling._AvgPoolNd, pooling._MaxPoolNd)
+"""Whose subclasses in other libraries compute their padding of shapes, which cannot be traced."""
+
+
+def _enters(called: torch.nn.Module, *_: Any) -> bool:
+    """Whether a graph goes into a module: not where its steps are its own affair."""
+    return not (is_leaf(called) or is_watched(called) or (isinstance(called, VARIANTS) and not called._modules))
 
 
 def observed_pairs(model: torch.nn.Module, inputs: Iterable[Any], options: dict[str, Any]) -> tuple[Pairs, Reasons]:

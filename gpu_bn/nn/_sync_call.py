@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_bn import ops
+from gpu_bn import aliasing, ops
 from gpu_bn.activations import IDENTITY, ROWS, Activation
 from gpu_bn.nn import _packets, functional
 from gpu_bn.spec import MAX_RANK, MIN_RANK, check_mask
@@ -45,10 +45,15 @@ def call_of(
     vectors = (running_mean, running_var, weight, bias)
     if text := _check(input, vectors, residual, mask, eps, channels):
         return text
-    if not torch.compiler.is_compiling() and functional._updates.off:
-        running_mean = running_var = num_batches_tracked = None
+    if not torch.compiler.is_compiling():
+        if functional._updates.off:
+            running_mean = running_var = num_batches_tracked = None
+        tensors = dict(zip(NAMES, given, strict=True))
+        written = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
+        aliasing.check_written(written, {name: tensors[name] for name in tensors if name not in written})
     inputs = (input, weight, bias, residual)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    gradient = float(differentiated) + float(differentiated and input.requires_grad)
     presence = (residual, mask, weight, bias, running_mean, num_batches_tracked)
     signature = [
         float(channels),
@@ -58,7 +63,7 @@ def call_of(
         eps,
         _packets.NONE if momentum is None else momentum if isinstance(momentum, float) else _packets.UNKNOWN,
         *[float(tensor is not None) for tensor in presence],
-        float(differentiated),
+        gradient,
     ]
     valid = None if mask is None else ops.positions(mask, input.shape, 1)
     tracked = (running_mean, running_var, num_batches_tracked)

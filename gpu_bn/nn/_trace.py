@@ -20,12 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.fx import Graph, Node, Proxy
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from gpu_bn.nn._forward import expect
 
 REQUIRED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 DEVICES = ("cpu", "cuda")
+CONTAINERS = (tuple, list, dict, torch.Size, immutable_list, immutable_dict)
+"""What a graph makes containers of; named tuples it keeps."""
 
 
 class Refused(Exception):
@@ -98,6 +101,8 @@ class _Tracer(torch.fx.Tracer):
             known = any(a is tensor for tensor in (*self.root.parameters(), *self.root.buffers()))
             if not known and a not in self.tensor_attrs:
                 raise Refused("it makes tensors, which a graph would keep")
+        if isinstance(a, (tuple, list, dict)) and type(a) not in CONTAINERS and not hasattr(a, "_fields"):
+            raise Refused(f"it makes a {type(a).__name__}, which a graph would make a plain container of")
         return super().create_arg(a)
 
     def to_bool(self, obj: Proxy) -> bool:

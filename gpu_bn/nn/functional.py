@@ -302,6 +302,8 @@ def _any_call(
             running_mean = running_var = None
         num_batches_tracked = None
     if training and not torch.compiler.is_compiling():
+        read = {name: one for name, one in zip((*TENSORS, "mask"), (*given, mask), strict=True) if _shows_memory(one)}
+        aliasing.check_written({name: read.pop(name) for name in _library.TRACKED if name in read}, read)
         for written in (running_mean, running_var, num_batches_tracked):
             if written is not None and written.is_inference():
                 written.add_(0)  # outside inference mode torch refuses, when it has already added
@@ -321,6 +323,10 @@ def _any_call(
         return _composed.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
     tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked if training else None)
     return _autograd.call(*tensors, training, momentum, eps, activation.name, activation.parameter)
+
+
+def _shows_memory(one: Any) -> bool:
+    return one is not None and _autograd.is_plain(one) and not _library._is_wrapped(one)
 
 
 def exporting() -> bool:

@@ -20,9 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from gpu_bn import ops
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn import _sync_library, functional
+from gpu_bn.nn._group import Group, gather, several, total
 from gpu_bn.nn._sync_library import update_running
 from gpu_bn.nn.modules import require_channels
-from gpu_bn.nn.sync import Group, SyncBatchNorm, add_up, gather, several
+from gpu_bn.nn.sync import SyncBatchNorm
 
 Pools = dict[_BatchNorm, Pool]
 
@@ -87,10 +88,9 @@ def update_population_stats(
         pools = _over_processes(layers, pools, Group.of(process_group))
     if not any(bool(pool.count > 0) for pool in pools.values()):
         raise ValueError("no layer with running statistics saw any data (was the loader empty, the model compiled?)")
-    for layer, pool in pools.items():
-        if bool(pool.count > 0):
-            _buffers(layer)[0].copy_(pool.mean)
-            _buffers(layer)[1].copy_(pool.var)
+    found = [(_buffers(layer), pool) for layer, pool in pools.items() if bool(pool.count > 0)]
+    values = [value for _, pool in found for value in (pool.mean, pool.var)]
+    torch._foreach_copy_([buffer for buffers, _ in found for buffer in buffers], values)  # all layers', or none
 
 
 @contextmanager
@@ -214,7 +214,7 @@ def _alike(batches: Iterable[Any], layers: list[_BatchNorm], group: Group) -> It
     given = iter(batches)
     while True:
         batch = next(given, nothing)
-        ready = int(add_up(torch.tensor([float(batch is not nothing)], device=device), group))
+        ready = int(total(torch.tensor([float(batch is not nothing)], device=device), group))
         if 0 < ready < group.size:
             raise ValueError(
                 f"a SyncBatchNorm needs as many batches on every process, but {group.size - ready} of {group.size} "

@@ -1,9 +1,9 @@
 """Batch normalisation whose batch is spread over several processes.
 
 Forward, each process reports the count, mean and variance of its part, and all merge the same reports in the same order
-(:mod:`gpu_bn.merge`): one gathering of 2 + 2 C float64 numbers a process. Backward, the two sums are added over the
-processes: one reduction of 2 C. What the processes hold may differ in size, and be nothing. Gradients of weight and
-bias stay those of the process's own part, which DistributedDataParallel reduces.
+(:mod:`gpu_bn.merge`): one gathering of 2 + 2 C float64 numbers a process. Backward, the two sums are gathered alike and
+added in the same order. What the processes hold may differ in size, and be nothing. Gradients of weight and bias stay
+those of the process's own part, which DistributedDataParallel reduces.
 
 The count over all processes stays on the device, so that nothing waits for a GPU and CUDA graphs can capture a call.
 """
@@ -11,7 +11,7 @@ The count over all processes stays on the device, so that nothing waits for a GP
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,8 @@ from torch.autograd import Function
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn import _composed, _packets, _sync_library, functional
-from gpu_bn.nn._sync_call import Call, call_of
+from gpu_bn.nn._group import Group, add_up, exchange, gather, several
+from gpu_bn.nn._sync_call import call_of
 from gpu_bn.nn.modules import Fused
 
 if dist.is_available():
@@ -29,9 +30,6 @@ if dist.is_available():
     # it when there is a group, whose threads destroy_process_group then cannot end: one at work when the interpreter
     # ends aborts the process.
     import torch.distributed.nn
-
-_COLLECTIVES = torch.ops._c10d_functional
-"""What ``torch.compile`` takes into a graph."""
 
 
 def sync_batch_norm(
@@ -121,50 +119,73 @@ def _together(
 ) -> Tensor:
     """A call over several processes. Whatever fails on this one before the exchange, all are told."""
     group = Group.of(process_group)
-    error = None
-    call: Call | str
-    if torch.compiler.is_compiling():
-        call = forbidden or call_of(num_features, tensors, momentum, eps, activation)
-    else:
-        try:
-            call = forbidden or call_of(num_features, tensors, momentum, eps, activation)
-        except Exception as raised:  # of any type, on this process alone
-            error, call = raised, f"{type(raised).__name__}: {raised}"
-    if isinstance(call, str):
-        return _report_mistake(call, error, group, num_features, [t for t in tensors if isinstance(t, Tensor)])
-    signature = [_number_of(layer, group), *call.signature]
-    y, count, mean, var = _SyncBatchNorm.apply(*call.inputs, call.valid, *group, signature, *call.options)
-    if call.tracked[0] is not None or call.tracked[2] is not None:
-        number, at = (None, call.momentum) if isinstance(call.momentum, Tensor) else (call.momentum, None)
-        _sync_library.update(*call.tracked, number, at, count, mean, var)
-    return y  # type: ignore[no-any-return]
-
-
-def _report_mistake(text: str, error: Exception | None, group: Group, channels: Any, tensors: list[Tensor]) -> Tensor:
-    """Tell the other processes, and raise what they raise."""
-    like = next((t for t in tensors if t.device.type != "meta"), torch.empty(0)).detach()
-    packet = _packets.mistake(like, group.name, text)
+    if layer is None or torch.compiler.is_compiling():
+        return _numbered(_packets.UNKNOWN, group, num_features, tensors, momentum, eps, activation, forbidden)
+    numbers = _numbers.setdefault(layer, {})
+    new = group.name not in numbers
+    if new:
+        numbers[group.name] = _known[group.name]
+        _known[group.name] += 1
     try:
-        for _ in range(_packets.packets_of(channels if isinstance(channels, int) else 1)):
-            packet = _packets.compare(gather(packet, group), group.name)[group.rank]
-    except ValueError as told:
-        raise told from error
-    raise ValueError(f"SyncBatchNorm, process {group.rank} of {group.size}: {text}") from error
+        number = float(numbers[group.name])
+        return _numbered(number, group, num_features, tensors, momentum, eps, activation, forbidden)
+    except ValueError:  # all processes raise, some of which may not have called this layer
+        if new:
+            _known[group.name] = numbers.pop(group.name)
+        raise
 
 
 _numbers: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
+"""The place of a layer among those of a group, in the order of their first calls."""
 _known: Counter[str] = Counter()
 
 
-def _number_of(layer: Any, group: Group) -> float:
-    """The place of a layer among those of a group, in the order of their first calls."""
-    if layer is None or torch.compiler.is_compiling():
-        return _packets.UNKNOWN
-    mine = _numbers.setdefault(layer, {})
-    if group.name not in mine:
-        mine[group.name] = _known[group.name]
-        _known[group.name] += 1
-    return float(mine[group.name])
+def _numbered(
+    number: float,
+    group: Group,
+    num_features: int | None,
+    tensors: tuple[Any, ...],
+    momentum: Any,
+    eps: Any,
+    activation: Any,
+    forbidden: str,
+) -> Tensor:
+    """:func:`_together` of a layer with a number."""
+    error = None
+    try:
+        call = forbidden or call_of(num_features, tensors, momentum, eps, activation)
+    except Exception as raised:  # of any type, on this process alone
+        error, call = raised, _told(raised)
+    if isinstance(call, str):
+        length = 2 + 2 * num_features if isinstance(num_features, int) else 1
+        return _report_mistake(call, error, group, length, tensors)
+    y, count, mean, var = _SyncBatchNorm.apply(
+        *call.inputs, call.valid, *group, [number, *call.signature], *call.options
+    )
+    if call.tracked[0] is not None or call.tracked[2] is not None:
+        fixed, at = (None, call.momentum) if isinstance(call.momentum, Tensor) else (call.momentum, None)
+        _sync_library.update(*call.tracked, fixed, at, count, mean, var)
+    return y  # type: ignore[no-any-return]
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join([str(part) for part in error.args])}"
+
+
+def _report_mistake(text: str, error: Exception | None, group: Group, length: int, tensors: tuple[Any, ...]) -> Tensor:
+    """Tell the other processes, which would gather a vector of this length, and raise what they raise."""
+    present = [t for t in tensors if isinstance(t, Tensor) and t.device.type != "meta"]
+    like = (present[0] if present else torch.empty(0)).detach()
+    packet = _packets.mistake(like, group.name, text)
+    try:
+        for _ in range(_packets.packets_of(length)):
+            packets = _packets.compare(gather(packet, group), group.name)
+        # In compiled code this stands for the output, for what is recorded cannot raise.
+        return _packets.refuse(  # type: ignore[no-any-return]
+            like, packets, f"SyncBatchNorm, process {group.rank} of {group.size}: {text}"
+        )
+    except ValueError as told:
+        raise told from error
 
 
 class SyncBatchNorm(Fused):
@@ -266,44 +287,6 @@ class SyncBatchNorm(Fused):
         return synchronise(module, process_group)
 
 
-def several(group: Any) -> bool:
-    """Whether a group has more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
-
-
-class Group(NamedTuple):
-    """A process group as compiled code can hold it."""
-
-    name: str
-    size: int
-    rank: int
-
-    @staticmethod
-    def of(group: Any) -> Group:
-        """Of a group of :mod:`torch.distributed`; ``None`` is all processes."""
-        group = dist.group.WORLD if group is None else group
-        return Group(group.group_name, dist.get_world_size(group), dist.get_rank(group))
-
-
-def gather(vector: Tensor, group: Group) -> Tensor:
-    """(W, L) the (L,) vectors of a group's processes, in the order of their ranks."""
-    return _exchange(_COLLECTIVES.all_gather_into_tensor, vector, group.size, group.name).view(group.size, -1)
-
-
-def add_up(tensor: Tensor, group: Group) -> Tensor:
-    """The sum of a group's tensors."""
-    return _exchange(_COLLECTIVES.all_reduce, tensor, "sum", group.name)
-
-
-def _exchange(collective: Any, *arguments: Any) -> Tensor:
-    try:
-        return _COLLECTIVES.wait_tensor(collective(*arguments))  # type: ignore[no-any-return]
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"SyncBatchNorm: a process of the group has ended, or did not answer within its timeout ({error})"
-        ) from error
-
-
 class _SyncBatchNorm(Function):
     """Gives ``y``, and the count, mean and variance of all processes, which are not differentiable."""
 
@@ -318,11 +301,16 @@ class _SyncBatchNorm(Function):
         *others: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         group, signature, options = Group(*others[:3]), others[3], others[4:]
-        packets = _packets.pack(_sync_library.report(x, valid), group.name, signature)
-        found = [_packets.compare(gather(packet, group), group.name) for packet in packets.unbind()]
+        call = _packets.UNKNOWN if torch.compiler.is_compiling() else float(_packets.CALLS[group.name])
+        try:
+            report = _sync_library.report(x, valid)
+        except Exception as error:
+            _report_mistake(_told(error), error, group, 2 + 2 * x.shape[1], (x,))
+            raise
+        found = exchange(report, group, 0, call, signature)
         count, mean, var = _sync_library.merge_packets(found, x.shape[1])
         y = _sync_library.normalize(x, weight, bias, residual, valid, count, mean, var, *options)
-        ctx.group, ctx.options = group, options
+        ctx.group, ctx.options, ctx.header = group, options, (call, signature)
         kept = None if options[1] == "identity" else residual
         ctx.save_for_backward(x, weight, bias, kept, valid, count, mean, var)
         ctx.mark_non_differentiable(count, mean, var)
@@ -336,10 +324,15 @@ class _SyncBatchNorm(Function):
             return (*_composed_gradients(ctx, dy, x, weight, bias, residual, valid, need), *[None] * 8)
         identity = ctx.options[1] == "identity"
         layer = (x, weight, bias, residual, valid, count, mean, var, *ctx.options)
-        sums, dz = _sync_library.reduce(dy, *layer, need[3] and not identity)
+        try:
+            sums, dz = _sync_library.reduce(dy, *layer, need[3] and not identity)
+        except Exception as error:
+            if need[0]:
+                _report_mistake(_told(error), error, ctx.group, 2 * x.shape[1], (x,))
+            raise
         dx = None
         if need[0]:
-            total = add_up(sums, ctx.group)
+            total = add_up(sums.flatten(), ctx.group, 1, *ctx.header).view_as(sums)
             dx = _sync_library.backward_input(dy, *layer, total, dz if dz.numel() else None)
         dweight = sums[1].to(weight.dtype) if weight is not None and need[1] else None
         dbias = sums[0].to(bias.dtype) if bias is not None and need[2] else None
@@ -354,13 +347,13 @@ class _Sum(Function):
     """The sum over a group's processes. Each result reaches each process, so that gradients are summed as well."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return add_up(tensor.contiguous(), group)
+    def forward(ctx: Any, vector: Tensor, group: Group, header: tuple[float, list[float]]) -> Tensor:
+        ctx.group, ctx.header = group, header
+        return add_up(vector.contiguous(), group, 2, *header)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(gradient, ctx.group), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Sum.apply(gradient, ctx.group, ctx.header), None, None
 
 
 def _composed_gradients(
@@ -381,10 +374,10 @@ def _composed_gradients(
     axes, shape = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
     wide = torch.where(there, x.to(torch.float64), 0)
     count = there.expand_as(x).double().sum(axes)[:1]
-    sums = _Sum.apply(torch.cat((count, wide.sum(axes))), ctx.group)
+    sums = _Sum.apply(torch.cat((count, wide.sum(axes))), ctx.group, ctx.header)
     mean = sums[1:] / sums[0]
     centred = torch.where(there, wide - mean.view(shape), 0)
-    var = _Sum.apply(centred.square().sum(axes), ctx.group) / sums[0]
+    var = _Sum.apply(centred.square().sum(axes), ctx.group, ctx.header) / sums[0]
     rest = None if residual is None else torch.where(there, residual, 0)
     y = _composed.batch_norm(wide, mean, var, weight, bias, rest, eps, Activation(name, parameter))
     y = torch.where(there, y, 0).to(x.dtype)

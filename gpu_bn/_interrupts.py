@@ -1,0 +1,33 @@
+"""Hold back Ctrl-C over a short section that must be done whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+
+class deferred:
+    """A context in which SIGINT waits: its handler runs at the end of the block.
+
+    Only the main thread runs handlers, so that elsewhere there is nothing to hold back.
+    """
+
+    __slots__ = ("_arrived", "_handler")
+
+    def __enter__(self) -> None:
+        self._arrived: Any = None
+        self._handler: Any = None
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler) and threading.get_ident() == threading.main_thread().ident:
+            self._handler = handler
+            signal.signal(signal.SIGINT, self._note)  # an interrupt before is raised here, and after is noted
+
+    def _note(self, *arrived: Any) -> None:
+        self._arrived = arrived
+
+    def __exit__(self, *_: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            if self._arrived is not None:
+                self._handler(*self._arrived)
