@@ -257,7 +257,7 @@ def _prepared_call(
     if plan.by_rows:
         cut, head, shape = (plan.chunks, plan.width), kernels, (*shape, plan.folded)
     nbytes = SIZES[code] * seen.runs * seen.channels * seen.length
-    past = writes and 2 * nbytes >= plans.last_cache() * 3 // 4
+    past = writes and 2 * nbytes > plans.last_cache()  # else x and y stay there, and such stores take twice as long
     phases = FUSED if fused else IN_TURN
     return Prepared(
         kernel=kernel, phases=phases, every=sum(phase for phase, _ in phases), head=head, shape=shape,
