@@ -58,6 +58,9 @@ class Tensors:
                 t.contiguous(memory_format=torch.channels_last) for t in (x, self.dy, self.residual)
             )
         kind = torch.float64 if dtype is torch.float64 else torch.float32
+        z = F.batch_norm(x, None, None, training=True)
+        for close in (z, z + self.residual):  # a rounding decides on which side of ReLU's corner these are: no gradient
+            self.dy.masked_fill_(close.abs() < 10 * TOLERANCES[dtype], 0)
         self.running = torch.zeros(channels, dtype=kind), torch.ones(channels, dtype=kind)
         self.leaves = [x, torch.ones(channels, dtype=kind), torch.zeros(channels, dtype=kind)]
         for leaf in self.leaves:
@@ -71,9 +74,10 @@ class Tensors:
             with torch.no_grad():
                 return norm(leaves[0], *running, *leaves[1:], False, None, False)
 
-        def backward(relu: bool) -> Call:
-            y = norm(leaves[0], None, None, *leaves[1:], True, None, relu)
-            return lambda: torch.autograd.grad(y, leaves, self.dy, retain_graph=True)[0]
+        def backward(relu: bool, residual: torch.Tensor | None = None) -> Call:
+            y = norm(leaves[0], None, None, *leaves[1:], True, residual, relu)
+            wanted = leaves if residual is None else [*leaves, residual]
+            return lambda: torch.autograd.grad(y, wanted, self.dy, retain_graph=True)[0]
 
         return {
             "forward": lambda: norm(leaves[0], *running, *leaves[1:], True, None, False),
@@ -82,6 +86,7 @@ class Tensors:
             "eval": evaluate,
             "backward": backward(False),
             "backward+relu": backward(True),
+            "backward+residual+relu": backward(True, self.residual.detach().requires_grad_()),
         }
 
     def numpy_calls(self) -> dict[str, Call]:
@@ -104,6 +109,7 @@ class Tensors:
             "eval": lambda: torch.from_numpy(gpu_bn.batch_norm(x, *running, weight, bias, backend="numpy")),
             "backward": backward(),
             "backward+relu": backward(activation="relu"),
+            "backward+residual+relu": backward(residual=residual, activation="relu"),
         }
 
 

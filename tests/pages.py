@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 CPU = ROOT / "bench" / "data" / "cpu.json"
 CPU_PICTURE = ROOT / "docs" / "images" / "cpu.png"
 README_CASES = ("32x64x56x56", "32x256x14x14", "32x64x56x56 channels-last", "256x1024", "2x3x4x4")
-PART = re.compile(r"(<!-- (\w[^\n]*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
+PART = re.compile(r"(<!-- ([a-z][^\n]*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 
 
 # ------------------------------------------------------------------------------------------------------ parts
@@ -147,7 +147,12 @@ def pages() -> Iterator[tuple[Path, str]]:
     """Each page that has a generated part, and what it should be."""
     yield cuda_budget.PAGE, cuda_budget.page()
     yield ROOT / "docs" / "models.md", model_zoo.table((DATA / "models.jsonl").read_text().splitlines())
-    for path in [ROOT / "README.md", ROOT / "bench" / "results.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "bench" / "results.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]:
         text = path.read_text()
         if PART.search(text):
             yield path, renewed(text)
@@ -177,7 +182,7 @@ def draw() -> None:
         shown = {
             row.partition(", cpu / torch")[0]: cells for row, cells in rows.items() if row.endswith(", cpu / torch")
         }
-        for marker, name in zip("osD^vP", next(iter(shown.values())), strict=True):
+        for marker, name in zip("osD^vPX", next(iter(shown.values())), strict=False):
             panel.plot([cells[name] for cells in shown.values()], range(len(shown)), marker, label=name, alpha=0.8)
         panel.axvline(1, color="#555555", linewidth=1.2)
         panel.text(1, -0.75, " equal", fontsize=9, color="#555555", va="center")

@@ -92,7 +92,7 @@ def with_few_kernels(case, backend):
 
 
 @given(case=random_cases())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_random_case(case, backend):
     assert check(with_few_kernels(case, backend), backend)
 
@@ -207,7 +207,7 @@ def random_extended_cases(draw):
 
 
 @given(case=random_extended_cases())
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_random_extended_case(case, backend):
     assert check(case, backend)
 

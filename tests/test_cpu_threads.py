@@ -245,16 +245,17 @@ def test_a_forked_child_has_a_pool_of_its_own():
 
 # --------------------------------------------------------------------------------------------------------- interrupts
 def test_an_interrupt_while_the_caller_waits():
-    me, finished = threading.get_ident(), []
+    me, begun, finished = threading.get_ident(), threading.Event(), []
 
     def work():
         if threading.get_ident() != me:
+            begun.set()
             time.sleep(0.05)  # the caller waits by now
             _thread.interrupt_main()
             time.sleep(0.05)
             finished.append(True)
         else:
-            time.sleep(0.01)
+            begun.wait(30)
 
     with pytest.raises(KeyboardInterrupt):
         threads.run(work, 2)

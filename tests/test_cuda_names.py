@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import fake_cupy
 import numpy as np
+import pytest
 from cuda_variants import FAMILY, SMALL
 from emulator import Device
 
@@ -107,6 +108,7 @@ def call(rng, gpu, monkeypatch):
             assert backend.tier is not None
 
 
+@pytest.mark.slow
 def test_every_kernel_that_is_asked_for_has_gates(monkeypatch):
     rng, missed = random.Random(0), None
     for device in PLANNED.values():

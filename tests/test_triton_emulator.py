@@ -261,7 +261,10 @@ def test_the_second_launch_starts_with_what_the_first_left_in_the_cache(compile_
 
 
 # -------------------------------------------------------------------------------------------------- determinism
-@pytest.mark.parametrize(("tier", "arch"), [("split", 80), ("cta", 80), ("cluster", 90)])
+@pytest.mark.parametrize(
+    ("tier", "arch"),
+    [("split", 80), *(pytest.param(*of, marks=pytest.mark.slow) for of in (("cta", 80), ("cluster", 90)))],
+)
 def test_the_result_does_not_depend_on_the_schedule(tier, arch, compile_triton):
     require_clusters(tier)
     x, dy, residual, vectors = tensors((9, 3, 32, 32))

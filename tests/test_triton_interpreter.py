@@ -27,11 +27,12 @@ def interpreted(script, *arguments):
 @pytest.mark.parametrize(
     ("tier", "which", "least"),
     [
-        ("auto", "some", 70),
-        ("split", "few some", 15),
-        ("auto", "few extended", 5),
-        pytest.param("auto", "extended", 20, marks=pytest.mark.slow),
-        pytest.param("split", "some", 70, marks=pytest.mark.slow),
+        ("auto", "few some", 15),
+        pytest.param("split", "few some", 15, marks=pytest.mark.slow),
+        pytest.param("auto", "few extended", 5, marks=pytest.mark.slow),
+        pytest.param("auto", "some", 70, marks=pytest.mark.exhaustive),
+        pytest.param("split", "some", 70, marks=pytest.mark.exhaustive),
+        pytest.param("auto", "extended", 20, marks=pytest.mark.exhaustive),
         pytest.param("auto", "all", 400, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
         pytest.param("split", "all", 400, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
     ],

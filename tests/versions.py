@@ -27,9 +27,10 @@ from typing import Any
 HERE = Path(__file__).parent
 DATA = HERE / "data" / "versions.json"
 LAYERS = ("modules", "direct", "convert", "operators", "graph", "folding", "masks", "conformance", "statistics")
+SLICE = "test_case or launches or masked or merge_to"
 WHAT = {
     "kernels": ["tests/versions.py", "--compile"],
-    "emulator": ["-m", "pytest", "-q", "tests/test_triton_emulator.py", "-k", "test_case or launches or mask"],
+    "emulator": ["-m", "pytest", "-q", "tests/test_triton_emulator.py", "tests/test_triton_sync.py", "-k", SLICE],
     "layers": ["-m", "pytest", "-q", *(f"tests/test_nn_{name}.py" for name in LAYERS)],
 }
 
@@ -53,6 +54,24 @@ def covering() -> Iterator[tuple[int, Any, Any]]:
         arch = next(archs)
         launches = variants(Group(arch, activation, dtype, 16 // ITEMSIZE[dtype], False, "split"))
         yield from _one_of_each({name: one for name, one in launches.items() if "reduce" in name}, arch)
+
+    yield from ((next(archs), *launch) for launch in shared_statistics())
+
+
+def shared_statistics() -> list[Any]:
+    """The launches of statistics that three processes share."""
+    import torch
+    from triton_backends import RecordingBackend
+
+    from gpu_bn.nn._packets import HEADER, ROOM, UNKNOWN
+    from gpu_bn.plan import DEVICES
+
+    backend = RecordingBackend(DEVICES["h100"])
+    found = backend.merge_packets([torch.zeros(3, HEADER + ROOM, dtype=torch.float64)], 40, HEADER, ROOM, UNKNOWN)
+    for momentum, dtype in ((None, torch.float32), (0.1, torch.bfloat16)):
+        running = torch.zeros(2, 40, dtype=dtype)
+        backend.update_shared(*running, torch.tensor(0), momentum, None, *found)
+    return backend.launches
 
 
 def _one_of_each(launches: dict[str, Any], arch: int) -> Iterator[tuple[int, Any, Any]]:

@@ -48,26 +48,45 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """:func:`gpu_bn.nn.batch_norm` in training, with the statistics of the batch of a whole process group.
+    """Do what :func:`gpu_bn.nn.batch_norm` does in training, with the statistics of the batch of a whole process group.
 
     Every process of the group must make the call, also one whose part is empty, and go through the backward call alike.
     With one process, or none initialised, it is that function.
 
     Args:
-        input: (N, C, ...), this process's part; N may be 0 and may differ between processes.
-        running_mean, running_var, weight, bias, momentum, eps, residual, activation, num_batches_tracked: as there.
+        input: (N, C, ...), this process's part, in float16, bfloat16, float32 or float64; N may be 0 and may differ
+            between processes.
+        running_mean: (C,), updated in place, or ``None``.
+        running_var: (C,), updated in place, or ``None``.
+        weight: (C,); absent, it is 1.
+        bias: (C,); absent, it is 0.
+        momentum: the weight of the batch in the running update; ``None`` averages over all batches so far.
+        eps: added to the variance.
         process_group: of :mod:`torch.distributed`; ``None`` is all processes.
-        mask: which positions count, as there; they are counted over all processes.
         num_features: C, where the input's own may be wrong.
+        residual: added before the activation; like ``input``.
+        activation: a name or an ``Activation``, as in :func:`gpu_bn.nn.batch_norm`.
+        num_batches_tracked: 0-d int64, incremented.
+        mask: which positions count; they are counted over all processes.
 
     Returns:
-        ``y`` of this process's part.
+        ``y`` of this process's part, like ``input``.
 
     Raises:
-        ValueError: on every process, with tensors on the CPU, if the arguments of one do not fit; the text names it.
-            On GPUs it is raised on that process; the others, which do not wait for reports, get NaN, and raise in a
-            later call.
+        ValueError: on every process, with tensors on the CPU, if the arguments of one do not fit; the text names it. On
+            GPUs it is raised on that process; the others, which do not wait for reports, get NaN, and raise in a later
+            call.
         RuntimeError: a process has ended, or did not take part within the group's timeout.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> nn.sync_batch_norm(x)  # without a process group: the batch of this process
+        tensor([[-1.0000],
+                [ 1.0000]])
+
+    Source: ``torch.nn.SyncBatchNorm``; the statistics are merged as in Chan, Golub & LeVeque 1983.
     """
     if not several(process_group):
         return functional.batch_norm(
@@ -170,11 +189,36 @@ def _report_mistake(text: str, error: Exception | None, group: Group, length: in
 
 
 class SyncBatchNorm(Fused):
-    """``torch.nn.SyncBatchNorm`` for CPUs too, with ``activation=``, and ``residual`` in the call.
+    """Normalise by the statistics of the batch of all processes, on CPUs and GPUs, as ``torch.nn.SyncBatchNorm`` does.
 
-    In training, statistics are those of the batch of all processes in ``process_group`` (by default, of all there are).
     In evaluation, frozen, or with one process, it is :class:`gpu_bn.nn.BatchNorm`. It is no subclass of torch's class,
-    which DistributedDataParallel refuses on CPUs.
+    which DistributedDataParallel refuses on CPUs. Call it with ``(input, residual=None, activation=None, mask=None)``:
+    ``input`` is this process's part of the batch, (N, C, ...); N may be 0 and may differ between processes.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: the weight of a batch in the running statistics; ``None`` averages over all batches so far.
+        affine: whether there are ``weight`` and ``bias``.
+        track_running_stats: whether there are running statistics; without them, evaluation uses the batch's.
+        process_group: the group of processes; ``None`` is all processes.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers, a float dtype; torch's default unless given.
+        bias: whether ``affine`` includes a bias.
+        activation: the activation that follows; :func:`gpu_bn.nn.batch_norm` lists the names.
+
+    Raises:
+        ValueError: a wrong call, or one that differs between processes; see :func:`gpu_bn.nn.sync_batch_norm`.
+        RuntimeError: a process has ended, or did not take part within the group's timeout.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.SyncBatchNorm(4, activation="relu")  # without a process group: a plain layer
+        >>> layer(torch.randn(8, 4)).shape
+        torch.Size([8, 4])
+
+    Source: ``torch.nn.SyncBatchNorm``.
     """
 
     def __init__(
