@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import gpu_bn
 from gpu_bn import nn as ours
 from gpu_bn.bench.training import AGREEMENT, peak_bytes, prepared, resnet18
 
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only networks whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    gpu_bn.set_num_threads(1)
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
     print("| network | layers | training step / torch | ms | peak MB | evaluation / torch | ms |")

@@ -151,29 +151,6 @@ def test_ahead_of_time_compilation(tmp_path):
     assert_close(compiled(images(5)), plain(images(5)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_quantisation_aware_training_through_pt2e():
-    pytest.importorskip("torchao", reason=f"torchao is {REASON}")
-    from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
-    results = []
-    for way in ("torch", "converted", "fused"):
-        quantizer = x86.X86InductorQuantizer()
-        quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
-        exported = torch.export.export(WAYS[way](small()).train(), (images(),)).module()
-        prepared = move_exported_model_to_train(prepare_qat_pt2e(exported, quantizer))
-        prepared(images()).square().mean().backward()
-        gradients = [parameter.grad for parameter in prepared.parameters()]
-        quantised = convert_pt2e(move_exported_model_to_eval(prepared))
-        assert not any("batch_norm" in str(node.target) for node in quantised.graph.nodes)
-        results.append((quantised(images()), gradients))
-    for result in results[1:]:
-        assert_close(result, results[0])
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("way", ["torch", "converted", "fused"])
 def test_quantisation_aware_training_through_fx(way, plain):

@@ -19,6 +19,8 @@ from gpu_bn.bench.gpus import AnyGpu
 from gpu_bn.bench.timing import said
 
 PACKAGES = ("numpy", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend", "apex", "ml_dtypes")
+COPIED_AT_LEAST = 32 << 20
+"""Bytes of a sample of :func:`cpu_copy_bandwidth`."""
 SMI = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
 """What nvidia-smi is asked for: MHz, W, degrees Celsius."""
 
@@ -98,14 +100,19 @@ def processor() -> str:
 
 
 def cpu_copy_bandwidth(size: int) -> float:
-    """Bytes per second, read and written, of NumPy's copy of ``size`` bytes; the median of some."""
+    """Bytes per second, read and written, of NumPy's copy of ``size`` bytes; the median of some.
+
+    A small copy is repeated within a sample: a single one would show what a call costs.
+    """
     source = np.ones(size, np.uint8)
     target = np.ones_like(source)
+    copies = max(1, COPIED_AT_LEAST // size)
     taken = []
     for _ in range(7):
         start = time.perf_counter()
-        np.copyto(target, source)
-        taken.append(time.perf_counter() - start)
+        for _ in range(copies):
+            np.copyto(target, source)
+        taken.append((time.perf_counter() - start) / copies)
     return 2 * size / sorted(taken)[3]
 
 

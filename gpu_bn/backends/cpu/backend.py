@@ -84,6 +84,7 @@ class CpuBackend:
         found = call.forward(
             self.arrays, x, spec.axis, spec.batch_stats, float(spec.momentum), spec.eps, activation.name,
             activation.parameter, (weight, bias, running_mean, running_var), residual, y, False, counter, at_once=True,
+            fresh=True,
         )  # fmt: skip
         if found is None:
             return None
@@ -102,9 +103,9 @@ class CpuBackend:
             dresidual = added = arrays.empty_like(saved.x)
         dweight = arrays.empty((channels,), saved.weight_dtype) if "dweight" in need else None
         dbias = arrays.empty((channels,), saved.bias_dtype) if "dbias" in need else None
-        if not all(one is None for one in (dx, added, dweight, dbias)):
-            sums = "dweight" in need or "dbias" in need or (dx is not None and saved.spec.batch_stats)
-            self._backward(dy, saved, sums, dx, added, (dweight, dbias))
+        sums = dweight is not None or dbias is not None or (dx is not None and saved.spec.batch_stats)
+        if sums or dx is not None or added is not None:
+            self._backward(dy, saved, sums, dx, added, (dweight, dbias), fresh=True)
         return dx, dweight, dbias, dresidual
 
     # ------------------------------------------------------------------------------------------------------- phases
@@ -214,14 +215,18 @@ class CpuBackend:
         dresidual: Array | None,
         gradients: tuple[Array | None, Array | None] = (None, None),
         given: Sums | None = None,
+        fresh: bool = False,
     ) -> Sums:
-        """Write the gradients that are given, and return the sums: those given, or computed if ``sums``."""
+        """Write the gradients that are given, and return the sums: those given, or computed if ``sums``.
+
+        ``fresh``: dx and dresidual are new, like x.
+        """
         spec, activation = saved.spec, saved.spec.activation
         vectors = (saved.weight, saved.bias, self._double(saved.mean), self._double(saved.moments.var))
         known = None if given is None else (self._double(given.dz), self._double(given.dz_xhat))
         found = saved.valid is None and call.backward(
             self.arrays, saved.x, spec.axis, spec.batch_stats, spec.eps, activation.name, activation.parameter, vectors,
-            _number(saved.positions), saved.residual, dy, dx, dresidual, gradients, sums, known,
+            _number(saved.positions), saved.residual, dy, dx, dresidual, gradients, sums, known, fresh,
         )  # fmt: skip
         return Sums(*found) if found else pieces.backward(self, dy, saved, sums, dx, dresidual, gradients, given)
 

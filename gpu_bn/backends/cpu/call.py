@@ -72,17 +72,18 @@ def forward(
     in_place: bool,
     counter: Array | None = None,
     at_once: bool = False,
+    fresh: bool = False,
 ) -> tuple[Array, Array, int] | None:
     """Write y, if it is given, move the running statistics, and return mean and variance, float64, and their count.
 
     ``vectors`` are weight, bias, running mean and variance. ``counter``, of int64, is incremented. ``at_once``: all
-    that is tracked is to be written by the last call into C. ``None``, and nothing done, where kernels cannot do so or
-    cannot follow the strides.
+    that is tracked is to be written by the last call into C. ``fresh``: y is new, like x. ``None``, and nothing done,
+    where kernels cannot do so or cannot follow the strides.
     """
     tensors, layout, address = (x, residual, y), arrays.layout, arrays.address
     key = (
         axis, batch_stats, activation, in_place, layout(x), None if residual is None else layout(residual),
-        None if y is None else layout(y),
+        fresh or (None if y is None else layout(y)),
     )  # fmt: skip
     try:
         prepared = _prepared[key]
@@ -124,14 +125,19 @@ def backward(
     gradients: tuple[Array | None, Array | None],
     sums: bool,
     given: tuple[Array, Array] | None = None,
+    fresh: bool = False,
 ) -> tuple[Array, Array] | None:
     """Write the gradients that are given, and return the sums of dz and dz * xhat, float64: computed, or those given.
 
     ``vectors`` are weight, bias, mean and variance, the last two float64; ``gradients`` are those of weight and bias;
-    ``count`` is what sums are divided by, if it is not x's own. ``None`` as of :func:`forward`.
+    ``count`` is what sums are divided by, if it is not x's own; ``fresh``: dx and dresidual are new, like x.
+    ``None`` as of :func:`forward`.
     """
     tensors, layout, address = (x, residual, dy, dx, dresidual), arrays.layout, arrays.address
-    key = (axis, sums, activation, *[None if one is None else layout(one) for one in tensors])
+    key = (
+        axis, sums, activation, layout(x), None if residual is None else layout(residual), layout(dy),
+        None if dx is None else fresh or layout(dx), None if dresidual is None else fresh or layout(dresidual),
+    )  # fmt: skip
     try:
         prepared = _prepared[key]
     except KeyError:
@@ -251,7 +257,7 @@ def _prepared_call(
     if plan.by_rows:
         cut, head, shape = (plan.chunks, plan.width), kernels, (*shape, plan.folded)
     nbytes = SIZES[code] * seen.runs * seen.channels * seen.length
-    past = writes and 2 * nbytes >= plans.last_cache() * 3 // 4
+    past = writes and 2 * nbytes > plans.last_cache()  # else x and y stay there, and such stores take twice as long
     phases = FUSED if fused else IN_TURN
     return Prepared(
         kernel=kernel, phases=phases, every=sum(phase for phase, _ in phases), head=head, shape=shape,

@@ -51,11 +51,11 @@ class TorchTensors:
 
     @staticmethod
     def tagged(vector: Tensor) -> int:
-        dtype = vector.dtype
-        if dtype not in _TAGS or not vector.is_contiguous():
+        tag = _TAGS.get(vector.dtype)
+        if tag is None or not vector.is_contiguous():
             return -1
         at = _place(vector)
-        return at + _TAGS[dtype] if at and at % 4 == 0 else -1
+        return at + tag if at and at % 4 == 0 else -1
 
     @staticmethod
     def double(length: int) -> Tensor:
