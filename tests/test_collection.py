@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_names_do_not_depend_on_the_order_of_sets():
     """Strings hash differently in each process, so a name that holds a set of them is written in different orders.
 

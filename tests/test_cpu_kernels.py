@@ -237,6 +237,7 @@ def test_planted_bugs_are_noticed(bug, monkeypatch):
     assert before in text
     monkeypatch.setattr(plans, "PART", 256)  # so that small tensors have several
     monkeypatch.setattr(plans, "LARGE", 1024)
+    monkeypatch.setattr(plans, "CHUNK", 4096)
     monkeypatch.setattr(call, "_prepared", {})
     assert outcome(case) == "as expected"
     monkeypatch.setattr(compiler, "kernel", cold)  # without the cache, which takes one source for the other

@@ -161,7 +161,7 @@ def test_a_planted_fault_is_reported(planted, make_gpu, caught_faults):
     assert error.check in planted.check.split(" or "), str(error)
 
 
-@pytest.mark.parametrize("seed", [None, *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[1:])])
+@pytest.mark.parametrize("seed", [None, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in SEEDS[1:])])
 @pytest.mark.parametrize("tier", ["cta", "cluster", "cooperative", "split"])
 def test_the_kernels_without_faults_are_clean(tier, seed, make_gpu):
     for case in {planted.case for planted in PLANTED if planted.tier == tier}:

@@ -215,9 +215,7 @@ def test_merged_activations_survive_what_libraries_do(plain):
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_opacus_takes_our_layers_for_torchs(activation):
     validators = pytest.importorskip("opacus.validators", reason=f"opacus is {REASON}")
-    model = nn.convert(
-        torch.nn.Sequential(torch.nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, activation=activation))
-    )
+    model = nn.convert(torch.nn.Sequential(torch.nn.BatchNorm2d(3), nn.BatchNorm2d(3, activation=activation)))
     assert len(validators.ModuleValidator.validate(model.train(), strict=False)) == 2
     if activation is None:
         assert [type(layer) for layer in validators.ModuleValidator.fix(model)] == [torch.nn.GroupNorm] * 2
