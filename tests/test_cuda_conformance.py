@@ -20,8 +20,6 @@ from gpu_bn.testing.check import run
 pytestmark = pytest.mark.compile
 TARGETS = ((80, None), (80, "cta"), (80, "cooperative"), (80, "split"), (90, None), (90, "cluster"))
 """Architectures, and a tier that is forced on training calls or None for the plan's own choice."""
-LONG_STRIDE = 144
-"""The long run takes every so manieth case on each target, other cases on another."""
 
 COVERING = (
     (80, "cta", Case((4, 6, 5), param_dtype="bfloat16")),
@@ -39,16 +37,16 @@ def selected() -> list:
 
 
 def _selected():
-    """The normal and the long run have half each of the cases with all pairs of values; the long run has more."""
+    """The normal and the long run have half each of the cases with all pairs of values."""
     every = cases()
     pairs = covering(every)
     target_of = {case: index // 2 % len(TARGETS) for index, case in enumerate(pairs)}
     usually, later = set(pairs[::2]), set(pairs[1::2])
     for offset, (arch, tier) in enumerate(TARGETS):
-        for index, case in enumerate(every):
-            chosen, long = target_of.get(case) == offset, index % LONG_STRIDE == offset
-            usual, long = chosen and case in usually, long or (chosen and case in later)
-            marks = [] if usual else [pytest.mark.slow if long else pytest.mark.exhaustive]
+        for case in every:
+            chosen = target_of.get(case) == offset
+            long = pytest.mark.slow if chosen and case in later else pytest.mark.exhaustive
+            marks = [] if chosen and case in usually else [long]
             yield pytest.param(arch, tier, case, id=f"sm_{arch}-{tier or 'planned'}-{case}", marks=marks)
 
 

@@ -37,7 +37,7 @@ def _covering():
 
 def _marked(groups):
     for index, group in enumerate(dict.fromkeys(groups)):
-        marks = [] if index in (0, 3) else [pytest.mark.exhaustive if index % 4 else pytest.mark.slow]
+        marks = [] if index == 0 else [pytest.mark.exhaustive if index % 6 else pytest.mark.slow]
         yield pytest.param(group, id=str(group), marks=marks)
 
 

@@ -75,6 +75,7 @@ def changed():
 
 @pytest.mark.compile
 @pytest.mark.usefixtures("compile_cuda")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", gates.ITEMSIZE)
 def test_cuda_kernels_that_have_changed_are_within_the_gates(dtype):
     """Those likely to be outside: of each kind and layout the one that had the fewest registers to spare."""
@@ -85,7 +86,7 @@ def test_cuda_kernels_that_have_changed_are_within_the_gates(dtype):
     require_within_the_gates(CUDA, tightest.values())
 
 
-DRAWN = 3
+DRAWN = 1
 """Groups of an architecture that a long run compiles, of those that were tight; others with each change of sources."""
 
 

@@ -43,7 +43,7 @@ def _covering():
 
 def _marked(groups):
     for index, group in enumerate(groups):
-        marks = [] if index in (0, 3, 4, 7) else [pytest.mark.slow if index % 2 else pytest.mark.exhaustive]
+        marks = [] if index in (0, 7) else [pytest.mark.slow if index % 4 == 3 else pytest.mark.exhaustive]
         yield pytest.param(group, id=str(group), marks=marks)
 
 
