@@ -1,11 +1,16 @@
 """What all tests share: the backends under test, the emulator's fixtures, and settings put back after each test."""
 
 import os
+import signal
 import sys
 
 # Before NumPy and torch are loaded: their threads spin at barriers, and those of processes that share cores wait for
 # each other's turns, thousands of times in one depthwise convolution. Processes that tests start have these too.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+# A shell's background jobs ignore Ctrl-C, and so would tests of it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest

@@ -148,7 +148,7 @@ _apply = super(Function, _Direct).apply
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _serves(name: str, device: str) -> bool:
     """Whether a backend serves a device's tensors unless another is asked for; compiled autograd takes the answer."""
-    return dispatch.default(torch.empty(0, device=device)) == name
+    return dispatch.serving(torch.empty(0, device=device)).name == name
 
 
 def _by_operator(
