@@ -91,11 +91,11 @@ def with_few_kernels(case, backend):
     return replace(case, activation=few.get(case.activation, "relu"), parameter=None)
 
 
-@pytest.mark.parametrize("count", [5, 20])
-def test_means_of_few_numbers_have_all_digits_of_float64(count, backend):
-    """Of 200 channels some begin with a number that lies far from their mean."""
+@pytest.mark.parametrize("shape", [(200, 5), (200, 20), (5, 80_000), (20, 20_000)])
+def test_means_have_all_digits_of_float64(shape, backend):
+    """Some channels begin with numbers that lie far from their mean, and many terms round often."""
     for layout in ("contiguous", "channels_last"):
-        assert check(Case((200, count), "float64", layout, channel_axis=0, std=0.1, mean=0.0), backend)
+        assert check(Case(shape, "float64", layout, channel_axis=0, std=0.1, mean=0.0), backend)["mean"] < 0.7
 
 
 @given(case=random_cases())

@@ -38,6 +38,7 @@ SHORT, TOGETHER = 1024, 8
 """Elements of a run up to which adjacent channels of so many runs are summed in turn, in the order of memory: the
 processor fetches ahead along a few streams, not from one short run to the next, far away one."""
 DOUBLES = BYTES // 8
+INFINITY = float("inf")
 SMALLEST, LARGEST = 1e-30, 1e37
 """Mean squares of float32 numbers that have lost nothing, neither to underflow nor to infinity."""
 
@@ -107,8 +108,7 @@ def moments(code):
         for channel in range(channels):
             (xc,) = moved((x,), (channel * length,))
             if count <= FEW:
-                near, _ = moments_again(xc, step, runs, length, get(xc, 0))
-                m, v = moments_again(xc, step, runs, length, near)  # the first may be far off: x - it rounds more
+                m, v = moments_again(xc, step, runs, length, get(xc, 0))
             else:
                 k = rounded(x, mean_of_first(xc, length))
                 m, q = get(mean, channel) / count, get(var, channel) / count
@@ -117,6 +117,9 @@ def moments(code):
                     m += k
                 else:
                     m, v = moments_again(xc, step, runs, length, k + m if abs(k + m) < LARGEST else k)
+            if (code == FLOAT64 or count <= FEW) and abs(m) < INFINITY:
+                # Around a shift that is off by part of a standard deviation long sums lose digits that float64 has.
+                m, v = moments_again(xc, step, runs, length, m)
             put(mean, channel, m)
             put(var, channel, v)
 
