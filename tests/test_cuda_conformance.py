@@ -39,14 +39,11 @@ def selected() -> list:
 def _selected():
     """The normal and the long run have half each of the cases with all pairs of values."""
     every = cases()
-    pairs = covering(every)
-    target_of = {case: index // 2 % len(TARGETS) for index, case in enumerate(pairs)}
-    usually, later = set(pairs[::2]), set(pairs[1::2])
-    for offset, (arch, tier) in enumerate(TARGETS):
+    runs = {case: (i // 2 % len(TARGETS), [pytest.mark.slow] * (i % 2)) for i, case in enumerate(covering(every))}
+    for target, (arch, tier) in enumerate(TARGETS):
         for case in every:
-            chosen = target_of.get(case) == offset
-            long = pytest.mark.slow if chosen and case in later else pytest.mark.exhaustive
-            marks = [] if chosen and case in usually else [long]
+            chosen, marks = runs.get(case, (None, []))
+            marks = marks if chosen == target else [pytest.mark.exhaustive]
             yield pytest.param(arch, tier, case, id=f"sm_{arch}-{tier or 'planned'}-{case}", marks=marks)
 
 
