@@ -1,5 +1,6 @@
 """Every backend against the oracle: the standard cases, and random ones."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -91,11 +92,27 @@ def with_few_kernels(case, backend):
     return replace(case, activation=few.get(case.activation, "relu"), parameter=None)
 
 
-@pytest.mark.parametrize("shape", [(200, 5), (200, 20), (5, 80_000), (20, 20_000)])
+@pytest.mark.parametrize("shape", [(200, 5), (200, 20), (513, 648), (5, 80_000), (20, 20_000)])
 def test_means_have_all_digits_of_float64(shape, backend):
     """Some channels begin with numbers that lie far from their mean, and many terms round often."""
     for layout in ("contiguous", "channels_last"):
         assert check(Case(shape, "float64", layout, channel_axis=0, std=0.1, mean=0.0), backend)["mean"] < 0.7
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("length", [648, 60_000])
+def test_sums_of_one_sign_lose_little_in_float64(length, axis, backend):
+    """Each addition to a growing sum is rounded at the size of that sum."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(4, length)), rng.normal(1, 0.5, (4, length))
+    if axis == 1:
+        x, dy = np.ascontiguousarray(x.T), np.ascontiguousarray(dy.T)
+    bias = np.zeros(4)
+    _, saved = batch_norm_forward(x, None, None, None, bias, training=True, channel_axis=axis, backend=backend)
+    dbias = batch_norm_backward(dy, saved, backend=backend)[2]
+    for channel, got in enumerate(dbias):
+        terms = np.take(dy, channel, axis)
+        assert abs(got - math.fsum(terms)) <= 2 * 2.0**-53 * math.fsum(abs(terms))
 
 
 @given(case=random_cases())

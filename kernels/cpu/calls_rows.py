@@ -2,8 +2,8 @@
 
 ``(runs, channels, length)`` tensors are rows of ``channels * length`` columns, of which ``folded`` rows may be joined
 to one; what is left of a fold is one shorter row. A chunk is a range of rows with float64 sums of its own. ``scratch``
-has 5 vectors of ``width`` numbers, of columns in the precision that x is computed in, then two of float64 a chunk
-and 5 float64 vectors of the channels;
+has 5 vectors of ``width`` numbers, of columns in the precision that x is computed in, then two of float64 a chunk (of
+float64 elements two more, with what the first two have lost to rounding) and 5 float64 vectors of the channels;
 ``width`` is the number of columns and what a vector may read beyond.
 """
 
@@ -23,7 +23,17 @@ from gpu_bn.kernels.cpu.calls import (
     write_parameters,
 )
 from gpu_bn.kernels.cpu.compiler import cold, kernel
-from gpu_bn.kernels.cpu.scalars import call_kernel, claim, clear, number, parameter, put_number, put_parameter, restart
+from gpu_bn.kernels.cpu.scalars import (
+    call_kernel,
+    claim,
+    clear,
+    number,
+    parameter,
+    put_number,
+    put_parameter,
+    restart,
+    two_sum,
+)
 
 
 @cold
@@ -50,12 +60,12 @@ def gather(sums, channels, length, columns, width, chunks, found):
         add_chunks(0, channels, sums, 8 * width, chunks, found)
         return
     for channel in range(channels):
-        total = 0.0
+        total, lost = 0.0, 0.0
         for chunk in range(chunks):
             for start in range(channel * length, columns, channels * length):
                 for at in range(start, start + length):
-                    total += number(sums, chunk * width + at)
-        put_number(found, channel, total)
+                    total, lost = two_sum(total, number(sums, chunk * width + at), lost)
+        put_number(found, channel, total + lost)
 
 
 @cold
@@ -89,7 +99,8 @@ def forward(
     if folded > 1:
         x_step, residual_step, y_step = columns, columns, columns
     sums, squares = scratch + 40 * width, scratch + 48 * width
-    values = sums + 16 * width * chunks
+    each = 2 if double else 1  # pairs of vectors a chunk
+    values = sums + 16 * width * chunks * each
     count = float(runs * length)
     if phases & START:
         restart(counters)
@@ -97,21 +108,22 @@ def forward(
             call_kernel(shifts, (x, row_step, runs, period, length, scratch))
             for at in range(period, columns):
                 put_parameter(scratch + double, at, parameter(scratch + double, at - period))
-            clear(sums, 2 * width * chunks)
+            clear(sums, 2 * width * chunks * each)
     while phases & SUM and batch_stats:
         at = claim(counters)
         if at >= chunks:
             break
-        by = 16 * width * at
+        by = 16 * width * at * each
         low, high = rows * at // chunks, rows * (at + 1) // chunks
-        call_kernel(deviations, (x, x_step, low, high, columns, scratch, sums + by, squares + by))
+        call_kernel(deviations, (x, x_step, low, high, columns, scratch, sums + by, squares + by, 2 * width))
         if rest and at == chunks - 1:
-            call_kernel(deviations, (x + rows * columns * size, 0, 0, 1, rest, scratch, sums + by, squares + by))
+            last = x + rows * columns * size
+            call_kernel(deviations, (last, 0, 0, 1, rest, scratch, sums + by, squares + by, 2 * width))
     if phases & FINISH:
         doubtful = 0
         if batch_stats:
-            gather(sums, channels, length, columns, 2 * width, chunks, mean)
-            gather(squares, channels, length, columns, 2 * width, chunks, var)
+            gather(sums, channels, length, columns, 2 * width, chunks * each, mean)
+            gather(squares, channels, length, columns, 2 * width, chunks * each, var)
             if length == 1:
                 read_parameters(0, channels, scratch + double, values)
             else:
@@ -163,20 +175,21 @@ def backward(
     if folded > 1:
         steps = (columns, columns, columns, columns, columns)
     sums, squares = scratch + 40 * width, scratch + 48 * width
-    values = sums + 16 * width * chunks
+    each = 2 if double else 1  # pairs of vectors a chunk
+    values = sums + 16 * width * chunks * each
     scale, shift = values + 8 * channels, values + 16 * channels
     slope, offset = values + 24 * channels, values + 32 * channels
     if phases & START:
         restart(counters)
         put_affine(0, channels, mean, var, eps, weight, bias, double, values, scale, shift)
         spread(values, 3, channels, length, columns, width, scratch + double)
-        clear(sums, 2 * width * chunks)
+        clear(sums, 2 * width * chunks * each)
     while phases & SUM and products:
         at = claim(counters)
         if at >= chunks:
             break
-        by = 16 * width * at
-        own = (scratch, scratch + 8 * width, scratch + 16 * width, sums + by, squares + by, p)
+        by = 16 * width * at * each
+        own = (scratch, scratch + 8 * width, scratch + 16 * width, sums + by, squares + by, 2 * width, p)
         low, high = rows * at // chunks, rows * (at + 1) // chunks
         call_kernel(products, (x, residual, dy) + steps[:3] + (low, high, columns) + own)
         if rest and at == chunks - 1:
@@ -184,8 +197,8 @@ def backward(
             call_kernel(products, (x + by, residual + by, dy + by) + steps[:3] + (0, 1, rest) + own)
     if phases & FINISH:
         if products:
-            gather(sums, channels, length, columns, 2 * width, chunks, dz)
-            gather(squares, channels, length, columns, 2 * width, chunks, dz_xhat)
+            gather(sums, channels, length, columns, 2 * width, chunks * each, dz)
+            gather(squares, channels, length, columns, 2 * width, chunks * each, dz_xhat)
             finish_sums(0, channels, mean, var, eps, values, dz, dz_xhat)
         put_slopes(0, channels, mean, var, eps, values, dz, dz_xhat, training, count, slope, offset)
         spread(slope, 2, channels, length, columns, width, scratch + 24 * width + double)

@@ -22,6 +22,7 @@ from gpu_bn.kernels.cpu.scalars import (
     splats,
     splats_wide,
     total,
+    two_sum,
     zeros_double,
 )
 from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64
@@ -49,7 +50,7 @@ def run_sums(tensors, steps, runs, length, affine, which, p):
     vectors, zeros = splats_wide(tensors[0], affine), splats_wide(tensors[0], (0.0, 0.0))
     wide, sums, blocks = lanes(vectors), zeros, 0
     steps_within = (wide, wide, wide)
-    total_dz, total_products = 0.0, 0.0
+    (total_dz, total_products), (lost_dz, lost_products) = (0.0, 0.0), (0.0, 0.0)
     for run in range(runs):
         for first in range(0, length, ADDITIONS * wide):
             count = min(ADDITIONS * wide, length - first)
@@ -61,9 +62,10 @@ def run_sums(tensors, steps, runs, length, affine, which, p):
             sums = plus(sums, block)
             blocks += 1
             if blocks == ADDITIONS:
-                total_dz, total_products, blocks = total_dz + total(sums[0]), total_products + total(sums[1]), 0
-                sums = zeros
-    return total_dz + total(sums[0]), total_products + total(sums[1])
+                total_dz, lost_dz = two_sum(total_dz, total(sums[0]), lost_dz)
+                total_products, lost_products = two_sum(total_products, total(sums[1]), lost_products)
+                sums, blocks = zeros, 0
+    return total_dz + (total(sums[0]) + lost_dz), total_products + (total(sums[1]) + lost_products)
 
 
 @inlined
@@ -83,8 +85,8 @@ def moments_again(x, step, runs, length, shift):
     for run in range(runs):
         for at in range(run * step, run * step + length, DOUBLES):
             sums = add_double(sums, x, at, run * step + length - at, shift)
-    mean = total(sums[0]) / (runs * length)
-    var = total(sums[1]) / (runs * length) - mean * mean
+    mean = (total(sums[0]) + total(sums[2])) / (runs * length)
+    var = (total(sums[1]) + total(sums[3])) / (runs * length) - mean * mean
     return shift + mean, 0.0 if var < 0.0 else var
 
 

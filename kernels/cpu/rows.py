@@ -1,7 +1,8 @@
 """Rows of columns: element ``c`` of row ``r`` is ``r * step + c``, a step a tensor; each column has parameters of its
 own, in the precision that x is computed in.
 
-Sums are of tiles of a wide vector's columns and a few rows, and go over to float64 columns after each.
+Sums are of tiles of a wide vector's columns and a few rows, and go over to float64 columns after each. Those of float64
+elements have more columns ``beside`` them, for what the first ones lose.
 """
 
 from functools import cache
@@ -40,7 +41,7 @@ def computed(code):
 
 
 @inlined
-def sum_rows(tensors, steps, low, high, columns, parameters, sums, products, which, p):
+def sum_rows(tensors, steps, low, high, columns, parameters, sums, products, beside, which, p):
     """Add to the columns' float64 sums dz and dz * (x - centre) of some rows; x - centre stands for dz without dy."""
     zeros = splats_wide(tensors[0], (0.0, 0.0))
     wide = lanes(zeros)
@@ -54,13 +55,13 @@ def sum_rows(tensors, steps, low, high, columns, parameters, sums, products, whi
             if c + wide <= columns:
                 tile = sum_vectors(zeros, here, steps, few, None, affine, which, p)
                 tile = plus(tile, sum_vectors(zeros, rest, steps, rows - few, None, affine, which, p))
-                add_to(sums, c, None, tile[0])
-                add_to(products, c, None, tile[1])
+                add_to(sums, c, None, tile[0], beside)
+                add_to(products, c, None, tile[1], beside)
             else:
                 tile = sum_vectors(zeros, here, steps, few, columns - c, affine, which, p)
                 tile = plus(tile, sum_vectors(zeros, rest, steps, rows - few, columns - c, affine, which, p))
-                add_to(sums, c, columns - c, tile[0])
-                add_to(products, c, columns - c, tile[1])
+                add_to(sums, c, columns - c, tile[0], beside)
+                add_to(products, c, columns - c, tile[1], beside)
 
 
 @cache
@@ -94,10 +95,11 @@ def deviations(code):
     wide = computed(code)
 
     @kernel
-    def deviations_kernel(x, step, low, high, columns, shift, sums, products):
+    def deviations_kernel(x, step, low, high, columns, shift, sums, products, beside):
         x, shift = elements(x, code), elements(shift, wide)
         sums, products = elements(sums, FLOAT64), elements(products, FLOAT64)
-        sum_rows((x, None, None), (step, 0, 0), low, high, columns, (shift, shift, shift), sums, products, 0, 0.0)
+        around = (shift, shift, shift)
+        sum_rows((x, None, None), (step, 0, 0), low, high, columns, around, sums, products, beside, 0, 0.0)
 
     return deviations_kernel
 
@@ -117,8 +119,8 @@ def deviations_again(code):
                     (row,) = moved((x,), (r * step + c,))
                     (means,) = moved((mean,), (c,))
                     tile = add_double(tile, row, 0, columns - c, means)
-                add_to(sums, c, columns - c, tile[0])
-                add_to(products, c, columns - c, tile[1])
+                add_to(sums, c, columns - c, tile[0], None)
+                add_to(products, c, columns - c, tile[1], None)
 
     return again_kernel
 
@@ -130,13 +132,14 @@ def products(code, which, has_residual):
 
     @kernel
     def products_kernel(
-        x, residual, dy, x_step, residual_step, dy_step, low, high, columns, centre, scale, shift, sums, products, p
-    ):
+        x, residual, dy, x_step, residual_step, dy_step, low, high, columns, centre, scale, shift, sums, products,
+        beside, p
+    ):  # fmt: skip
         tensors = (elements(x, code), elements(residual, residual_code), elements(dy, code))
         affine = (elements(centre, wide), elements(scale, wide), elements(shift, wide))
         sums, products = elements(sums, FLOAT64), elements(products, FLOAT64)
         steps = (x_step, residual_step, dy_step)
-        sum_rows(tensors, steps, low, high, columns, affine, sums, products, which, p)
+        sum_rows(tensors, steps, low, high, columns, affine, sums, products, beside, which, p)
 
     return products_kernel
 

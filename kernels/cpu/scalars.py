@@ -6,6 +6,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpu_bn.kernels.cpu import memory
+from gpu_bn.kernels.cpu.compiler import inlined
 from gpu_bn.kernels.cpu.memory import Tensor, integer, unpacked
 from gpu_bn.kernels.cpu.vector import (
     BIT,
@@ -19,7 +20,6 @@ from gpu_bn.kernels.cpu.vector import (
     Elements,
     Lanes,
     Vector,
-    fma,
     in_all,
     spread,
 )
@@ -91,9 +91,9 @@ splats, splats_wide = _splats(1), _splats(WIDE)
 
 @intrinsic
 def zeros_double(typing):
-    """A pair of float64 vectors of zeros."""
-    pair = types.UniTuple(Vector(True, BYTES // 8), 2)
-    return pair(), lambda context, builder, sig, args: ir.Constant(context.get_value_type(pair), None)
+    """Four float64 vectors of zeros: two sums, and what these lose."""
+    four = types.UniTuple(Vector(True, BYTES // 8), 4)
+    return four(), lambda context, builder, sig, args: ir.Constant(context.get_value_type(four), None)
 
 
 @intrinsic
@@ -211,16 +211,30 @@ def rounded(typing, source, value):
 def add_double(typing, sums, x, at, count, shift):
     """Add to float64 sums those of x - shift and of its square, of up to ``count`` elements.
 
-    ``shift`` is a number, or float64 elements.
+    ``shift`` is a number, or float64 elements. The third and fourth sum are of what the first two lose: many equal
+    terms are all rounded the same way.
     """
 
     def generate(context, builder, sig, args):
-        (s, q), tensor, at_, count_, k = unpacked(builder, sig.args, args)
+        totals, tensor, at_, count_, k = unpacked(builder, sig.args, args)
+        s, q, lost_s, lost_q = totals
         k = k.load(at_, count_, s.like(0.0)) if isinstance(k, Tensor) else spread(builder, k, s.value.type)
         d = tensor.load(at_, count_, k) - k
-        return context.make_tuple(builder, sums, [(s + d).value, fma(d, d, q).value])
+        (s, lost_s), (q, lost_q) = lossless(s, d, lost_s), lossless(q, d * d, lost_q)
+        return context.make_tuple(builder, sums, [one.value for one in (s, q, lost_s, lost_q)])
 
     return sums(sums, x, types.int64, types.int64, shift), generate
+
+
+def lossless(total, term, lost):
+    """total + term, and ``lost`` with what that loses to rounding (Knuth, The Art of Computer Programming 2, 4.2.2)."""
+    after = total + term
+    kept = after - total
+    return after, lost + ((total - (after - kept)) + (term - kept))
+
+
+two_sum = inlined(lossless)
+"""The same in a kernel."""
 
 
 @intrinsic
@@ -238,18 +252,29 @@ def vectors_at(typing, tensors, at, like):
 
 
 @intrinsic
-def add_to(typing, sums, at, count, vector):
-    """Add a vector, or its first ``count`` lanes, to float64 sums."""
+def add_to(typing, sums, at, count, vector, beside):
+    """Add a vector, or its first ``count`` lanes, to float64 sums.
+
+    What float64 vectors lose there, as in :func:`two_sum`, is added to sums that lie ``beside`` elements further, if
+    it is not None. A float32 vector has lost more before it comes here.
+    """
 
     def generate(context, builder, sig, args):
-        target, at_, count_, lanes = unpacked(builder, sig.args, args)
+        target, at_, count_, lanes, by = unpacked(builder, sig.args, args)
         t = ir.VectorType(DOUBLE, vector.lanes)
         zero = Lanes(builder, ir.Constant(t, None))
         added = lanes if vector.double else Lanes(builder, builder.fpext(lanes.value, t))
-        target.store(at_, count_, target.load(at_, count_, zero) + added)
+        before = target.load(at_, count_, zero)
+        if vector.double and by is not None:
+            low = builder.add(at_, by)
+            after, lost = lossless(before, added, target.load(low, count_, zero))
+            target.store(low, count_, lost)
+        else:
+            after = before + added
+        target.store(at_, count_, after)
         return context.get_dummy_value()
 
-    return types.void(sums, types.int64, integer(count), vector), generate
+    return types.void(sums, types.int64, integer(count), vector, integer(beside)), generate
 
 
 @intrinsic

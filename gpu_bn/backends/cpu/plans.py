@@ -13,7 +13,7 @@ import numba
 
 from gpu_bn.backends._layout import memory_order
 from gpu_bn.kernels.cpu import channels, rows
-from gpu_bn.kernels.cpu.vector import BYTES, SIZES, WIDE
+from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64, SIZES, WIDE
 
 SHORT = 16
 """Adjacent elements of a channel below which channels are columns of rows."""
@@ -97,7 +97,7 @@ def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
     runs, count_channels, length = seen[:3]
     size, total = SIZES[code], runs * count_channels * length
     if length < SHORT and total > TINY:
-        return _rows_plan(runs, count_channels, length, total, dense)
+        return _rows_plan(runs, count_channels, length, total, dense, code == FLOAT64)
     group = max(1, GROUP // (size * runs * length))
     if evaluates or not (count_channels < FEW_CHANNELS and total >= LARGE):
         part_length = min(length, PART)
@@ -113,7 +113,7 @@ def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
     return Plan(False, 8 * 5 * count_channels, group, parts, part_runs, part_channels, part_length)
 
 
-def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: bool) -> Plan:
+def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: bool, double: bool) -> Plan:
     period, folded = count_channels * length, 1
     if dense and period < 1024:
         folded = 16 // math.gcd(period, 16)
@@ -123,7 +123,8 @@ def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: b
     columns = folded * period
     width = -(-columns // 64) * 64 + WIDE * BYTES // 4
     chunks = max(1, min(CHUNKS, total // CHUNK, runs // folded))
-    return Plan(True, 8 * ((5 + 2 * chunks) * width + 5 * count_channels), folded=folded, chunks=chunks, width=width)
+    vectors = 5 + (4 if double else 2) * chunks
+    return Plan(True, 8 * (vectors * width + 5 * count_channels), folded=folded, chunks=chunks, width=width)
 
 
 @cache
