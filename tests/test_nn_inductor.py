@@ -54,17 +54,22 @@ def compiled(ours, memory_format, training):
     metrics.reset()
     model = Block(ours).to(memory_format=FORMATS[memory_format]).train(training)
     x = torch.randn(2, 8, 24, 24).to(memory_format=FORMATS[memory_format]).requires_grad_(training)
-    graphs, generate = [], GraphLowering.codegen
+    moved, generate = [], GraphLowering.codegen
+
+    def codegen(graph):
+        code = generate(graph)
+        ours = [node for node in graph.scheduler.nodes if isinstance(node, (SchedulerNode, FusedSchedulerNode))]
+        moved.extend(node.get_read_write_buffers_sizes() for node in ours)
+        return code
+
     with config.patch(force_disable_caches=True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GraphLowering, "codegen", lambda graph: graphs.append(graph) or generate(graph))
+        patch.setattr(GraphLowering, "codegen", codegen)
         y = torch.compile(model, fullgraph=True)(x)
         if training:
             y.backward(torch.randn_like(y))
             assert x.grad.stride() == x.stride()
     torch._dynamo.reset()
     assert y.stride() == x.stride()
-    nodes = [node for graph in graphs for node in graph.scheduler.nodes]
-    moved = [n.get_read_write_buffers_sizes() for n in nodes if isinstance(n, (SchedulerNode, FusedSchedulerNode))]
     return metrics.generated_kernel_count, sum(moved) / x.nbytes
 
 
