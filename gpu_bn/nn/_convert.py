@@ -284,3 +284,4 @@ def _set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
         body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), body)
     module.__class__ = cls
+    modules.move_parts(module)
