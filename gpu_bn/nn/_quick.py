@@ -21,7 +21,7 @@ _any_requires_grad = torch._C._any_requires_grad
 _increment_version = torch._C._increment_version
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_inference, _is_neg = Tensor.is_inference, Tensor.is_neg
-_float64 = torch.float64
+_float64, _strided = torch.float64, torch.strided
 
 
 def call(
@@ -39,7 +39,7 @@ def call(
     counter: Tensor | None,
 ) -> Tensor | None:
     """``y``, or ``None`` where a call is to go another way; ``counter`` only in training."""
-    if watched() or forward_ad._current_level >= 0 or type(x) not in PLAIN or not x.is_cpu:
+    if watched() or forward_ad._current_level >= 0 or type(x) not in PLAIN or not x.is_cpu or x.layout is not _strided:
         return None
     doors = getattr(dispatch.serving(x), "doors", None)
     if doors is None or type(eps) is not float or not 0.0 < eps < inf:
@@ -56,21 +56,20 @@ def call(
     elif grows and (running_mean.requires_grad or running_var.requires_grad):
         return None
     grows = grows and _any_requires_grad(*read)
-    if grows and any(map(_is_inference, read)):
+    if any(map(_is_inference, (given if training else read) if grows else tracked if training else ())):
+        return None  # the one cannot be kept, the other not be written
+    if momentum is None:
+        if counter is not None and not counter.is_cpu:
+            return None
+        momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
+    elif type(momentum) is not float or not -inf < momentum < inf:
         return None
-    if training:
-        if any(map(_is_inference, tracked)):
-            return None
-        if momentum is None:
-            momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
-        elif type(momentum) is not float or not -inf < momentum < inf:
-            return None
-    else:
-        momentum = 0.0
     door = doors.forward(x, residual, training, activation)
     if door is None:
         return None
     y = torch.empty_like(x)
+    if door.huge:
+        doors.advise(y)
     statistics = torch.empty(2 * x.shape[1], dtype=_float64) if grows else None
     if door.function(
         door.record, x, residual, y, weight, bias, running_mean, running_var, counter, statistics, momentum, eps,
@@ -80,8 +79,7 @@ def call(
     if training and tracked:
         _increment_version(tracked)
     if grows:
-        options = training, eps, activation, parameter
-        y = _apply(x, weight, bias, residual, (y,), (doors, statistics, *options))
+        return _apply(x, weight, bias, residual, (y,), (doors, statistics, training, eps, activation, parameter))  # type: ignore[no-any-return]
     return y
 
 
@@ -102,7 +100,7 @@ class _Quick(Function):
             ctx.save_for_backward(x, weight, None, None)
         else:
             ctx.save_for_backward(x, weight, bias, residual)
-        ctx.rest, ctx.bias_dtype, ctx.has_residual = rest, x.dtype if bias is None else bias.dtype, residual is not None
+        ctx.rest = *rest, x.dtype if bias is None else bias.dtype, residual is not None
         ctx.set_materialize_grads(False)
         return made[0]
 
@@ -111,7 +109,7 @@ class _Quick(Function):
         if dy is None:
             return (None,) * 6
         x, weight, bias, residual = ctx.saved_tensors
-        doors, statistics, training, eps, activation, parameter = ctx.rest
+        doors, statistics, training, eps, activation, parameter, bias_dtype, _ = ctx.rest
         identity, need = activation == "identity", ctx.needs_input_grad
         if torch.is_grad_enabled() or watched() or not (is_plain(dy) and is_plain(x)) or _is_batched(dy):
             return _otherwise(ctx, dy, x, weight, bias, residual)
@@ -124,12 +122,16 @@ class _Quick(Function):
                 return _otherwise(ctx, dy, x, weight, bias, residual)
             if need[0]:
                 dx = torch.empty_like(x)
+                if door.huge:
+                    doors.advise(dx)
             if need[1]:
                 dweight = torch.empty_like(weight)
             if need[2]:
-                dbias = torch.empty(x.shape[1], dtype=ctx.bias_dtype)
+                dbias = torch.empty(x.shape[1], dtype=bias_dtype)
             if adds:
                 dresidual = torch.empty_like(x)
+                if door.huge:
+                    doors.advise(dresidual)
             if door.function(
                 door.record, x, residual, dy, dx, dresidual, weight, bias, dweight, dbias, statistics, eps, parameter,
                 doors.scratch_address(),
@@ -145,7 +147,7 @@ def _otherwise(
     ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients by a backend's own call, or by the operator."""
-    _, statistics, training, eps, activation, parameter = ctx.rest
+    _, statistics, training, eps, activation, parameter, bias_dtype, has_residual = ctx.rest
     channels = x.shape[1]
     saved = Saved(
         x=x,
@@ -154,8 +156,8 @@ def _otherwise(
         weight=weight,
         bias=bias,
         weight_dtype=None if weight is None else weight.dtype,
-        bias_dtype=ctx.bias_dtype,
-        has_residual=ctx.has_residual,
+        bias_dtype=bias_dtype,
+        has_residual=has_residual,
         spec=_library.options(training, 0.0, eps, activation, parameter),
     )
     return *gradients_of(dispatch.serving(x), dy, saved, weight, bias, ctx.needs_input_grad), None, None

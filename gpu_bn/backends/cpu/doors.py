@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_bn.backends.cpu import call, plans, threads
+from gpu_bn.backends.cpu import call, pages, plans, threads
 from gpu_bn.backends.cpu.tensors import TENSORS
 from gpu_bn.kernels.cpu import doors
+from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 scratch_address = call.scratch_address
 METH_FASTCALL = 0x80
@@ -33,7 +34,9 @@ class Door(NamedTuple):
     record: int
     """The address of ``words``."""
     words: Any
-    prepared: call.Prepared
+    nbytes: int
+    huge: bool
+    """Whether new outputs ask for huge pages."""
 
 
 _doors: dict[Any, Door | None] = {}
@@ -46,6 +49,8 @@ def forward(x: Tensor, residual: Tensor | None, trains: bool, activation: str) -
     try:
         return _usable(_doors[key])
     except KeyError:
+        if not _fits(x, residual):
+            return None
         tensors = x, residual, torch.empty_like(x)
         prepared = call.prepare_forward(TENSORS, tensors, 1, trains, activation, False)
         return _remember(key, prepared, True, trains, tensors)
@@ -62,15 +67,28 @@ def backward(
     try:
         return _usable(_doors[key])
     except KeyError:
+        if not (_fits(x, residual) and _fits(x, dy)):
+            return None
         new = torch.empty_like(x)
         tensors = x, residual, dy, new if dx else None, new if dresidual else None
         prepared = call.prepare_backward(TENSORS, tensors, 1, sums, activation)
         return _remember(key, prepared, False, trains and sums, tensors)
 
 
+def _fits(x: Tensor, other: Tensor | None) -> bool:
+    """Whether kernels read tensors of x's shape and dtype, and the other has both."""
+    mine, its = (None if one is None else (one.dtype, one.shape) for one in (x, other))
+    return x.dtype in KINDS and MIN_RANK <= x.dim() <= MAX_RANK and 0 not in x.shape and (other is None or mine == its)
+
+
+def advise(one: Tensor) -> None:
+    """Ask for huge pages for a new output."""
+    pages.advise(one.data_ptr(), one.nbytes)
+
+
 def _usable(door: Door | None) -> Door | None:
     """A door, if one thread is to do the work."""
-    return door if door is None or threads.threads_for(door.prepared.nbytes) == 1 else None
+    return door if door is None or door.nbytes < 2 * threads.WORTH or threads.threads_for(door.nbytes) == 1 else None
 
 
 def _remember(key: Any, prepared: call.Prepared | None, forward: bool, trains: bool, tensors: Any) -> Door | None:
@@ -81,8 +99,7 @@ def _remember(key: Any, prepared: call.Prepared | None, forward: bool, trains: b
         look
         and prepared is not None
         and prepared.scratch + 16 * prepared.channels <= call.KEPT
-        and (prepared.positions > 1 or not trains or not forward)
-        and all(one is None or one.shape == x.shape for one in tensors)
+        and (prepared.positions > 1 or not trains)
     ):
         rank, (code, bits) = x.dim(), KINDS[x.dtype]
         fields = (
@@ -92,7 +109,7 @@ def _remember(key: Any, prepared: call.Prepared | None, forward: bool, trains: b
         )  # fmt: skip
         counts = len(prepared.head), len(prepared.shape), len(prepared.cut)
         words = array("q", (*fields, *prepared.head, *prepared.shape, *prepared.cut, *x.shape))
-        door = Door(_builtin(forward, *counts), words.buffer_info()[0], words, prepared)
+        door = Door(_builtin(forward, *counts), words.buffer_info()[0], words, prepared.nbytes, prepared.huge)
     if len(_doors) >= call.PREPARED:
         _doors.clear()
     _doors[key] = door
@@ -112,7 +129,12 @@ def _extent(one: Tensor) -> int:
 class _Method(ctypes.Structure):
     """CPython's ``PyMethodDef``."""
 
-    _fields_ = (("name", ctypes.c_char_p), ("function", ctypes.c_void_p), ("flags", ctypes.c_int), ("doc", ctypes.c_char_p))
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
 
 
 _methods: list[_Method] = []
