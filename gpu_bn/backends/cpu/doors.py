@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpu_bn.backends.cpu import call, pages, plans, threads
 from gpu_bn.backends.cpu.tensors import TENSORS
-from gpu_bn.kernels.cpu import doors
+from gpu_bn.kernels.cpu import doors as compiled
 from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 scratch_address = call.scratch_address
@@ -25,6 +25,8 @@ RELEASES = 1 << 16
 """Bytes from which on other threads of Python's may run during a call."""
 KINDS = {torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.float64: (2, 64)}
 """DLPack's codes and bits of dtypes."""
+KIND: Any = compiled.kind
+DOORS: Any = compiled.forward, compiled.backward
 
 
 class Door(NamedTuple):
@@ -103,7 +105,7 @@ def _remember(key: Any, prepared: call.Prepared | None, forward: bool, trains: b
     ):
         rank, (code, bits) = x.dim(), KINDS[x.dtype]
         fields = (
-            look, id(None), doors.kind(rank, code, bits), prepared.channels, bits // 8 - 1, _extent(x),
+            look, id(None), KIND(rank, code, bits), prepared.channels, bits // 8 - 1, _extent(x),
             0 if residual is None else _extent(residual), int(prepared.nbytes >= RELEASES), int(trains),
             prepared.positions, prepared.scratch, plans.address(prepared.kernel, FLOATS), prepared.every,
         )  # fmt: skip
@@ -144,7 +146,7 @@ _methods: list[_Method] = []
 @cache
 def _builtin(forward: bool, *counts: int) -> Callable[..., int]:
     """A compiled function as a builtin one."""
-    door = (doors.forward if forward else doors.backward)(*counts)
+    door = DOORS[not forward](*counts)
     _methods.append(_Method(b"door", plans.address(door, (), for_c=True), METH_FASTCALL, None))
     make = ctypes.pythonapi.PyCFunction_NewEx
     make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
