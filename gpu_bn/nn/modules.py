@@ -147,14 +147,19 @@ class Fused(_Activated, _BatchNorm):
         activation = self.activation if activation is None else Activation.of(activation)
         training = self.training and not self.frozen
         tracked = not training or self.track_running_stats
-        running_mean, running_var = (self.running_mean, self.running_var) if tracked else self._untracked()
+        try:  # quicker than attributes, which are looked for elsewhere first
+            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # another kind of attribute, as of torch.nn.utils.parametrize
+            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        running_mean, running_var = (mean, var) if tracked else self._untracked()
         return layer(
             input,
             running_mean,
             running_var,
-            self.weight,
-            self.bias,
-            training or (self.running_mean is None and self.running_var is None),
+            weight,
+            bias,
+            training or (running_mean is None and running_var is None),
             self.momentum,
             self._eps,
             residual,

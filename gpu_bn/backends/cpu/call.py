@@ -88,7 +88,7 @@ def forward(
     try:
         prepared = _prepared[key]
     except KeyError:
-        prepared = _remember(key, _prepare_forward(arrays, key, tensors))
+        prepared = _remember(key, prepare_forward(arrays, tensors, axis, batch_stats, activation, in_place))
     if prepared is None:
         return None
     parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
@@ -107,7 +107,7 @@ def forward(
     _run(
         prepared, room, address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
         *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
-        batch_stats, momentum, eps, parameter, *prepared.cut,
+        int(batch_stats), momentum, eps, parameter, *prepared.cut,
     )  # fmt: skip
     if batch_stats and wide is not vectors:
         _give_back(arrays, vectors[2:], wide[2:])
@@ -147,7 +147,7 @@ def backward(
     try:
         prepared = _prepared[key]
     except KeyError:
-        prepared = _remember(key, _prepare_backward(arrays, key, tensors))
+        prepared = _remember(key, prepare_backward(arrays, tensors, axis, sums, activation))
     if prepared is None:
         return None
     parameters = [0 if one is None else arrays.tagged(one) for one in vectors[:2]]
@@ -162,7 +162,7 @@ def backward(
     _run(
         prepared, _room(prepared), *[0 if one is None else address(one) for one in tensors], *prepared.shape,
         *parameters, *written, address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
-        batch_stats and (sums or given is not None), float(prepared.positions) if count is None else count, eps,
+        int(batch_stats and (sums or given is not None)), float(prepared.positions) if count is None else count, eps,
         parameter, *prepared.cut,
     )  # fmt: skip
     del wide  # until here
@@ -199,8 +199,10 @@ def _remember(key: Any, prepared: Prepared | None) -> Prepared | None:
     return prepared
 
 
-def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared | None:
-    axis, batch_stats, activation, in_place, *_ = key
+def prepare_forward(
+    arrays: Arrays, tensors: tuple[Any, ...], axis: int, batch_stats: bool, activation: str, in_place: bool
+) -> Prepared | None:
+    """What calls of :func:`forward` alike have in common; ``tensors`` are x, residual and y."""
     code, seen, steps, dense = _seen(arrays, tensors, axis)
     if steps is None:
         return None
@@ -212,8 +214,10 @@ def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, .
     return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, writes and not in_place)
 
 
-def _prepare_backward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared | None:
-    axis, sums, activation, *_ = key
+def prepare_backward(
+    arrays: Arrays, tensors: tuple[Any, ...], axis: int, sums: bool, activation: str
+) -> Prepared | None:
+    """As :func:`prepare_forward`; ``tensors`` are x, residual, dy, dx and dresidual."""
     code, seen, steps, dense = _seen(arrays, tensors, axis)
     if steps is None:
         return None
@@ -277,10 +281,7 @@ def _room(prepared: Prepared) -> tuple[int, int, Any]:
     """On how many threads a call runs, where its scratch memory is, and what keeps that."""
     count = threads.threads_for(prepared.nbytes)
     if count == 1 and prepared.scratch <= KEPT:
-        try:
-            return 1, _local.address, None
-        except AttributeError:
-            return 1, _keep(), None
+        return 1, scratch_address(), None
     scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # counters first
     return count, -(-scratch.ctypes.data // LINE) * LINE, scratch
 
@@ -298,8 +299,12 @@ def _run(prepared: Prepared, room: tuple[int, int, Any], *arguments: Any) -> Non
             kernel(phase, *head, *arguments, at + LINE, at)
 
 
-def _keep() -> int:
+def scratch_address() -> int:
     """The address of memory that this thread keeps: a call that runs by itself has it to itself."""
+    try:
+        return _local.address  # type: ignore[no-any-return]
+    except AttributeError:
+        pass
     _local.scratch = np.empty(KEPT + 3 * LINE, np.uint8)
     _local.address = -(-_local.scratch.ctypes.data // LINE) * LINE
     return int(_local.address)
