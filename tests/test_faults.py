@@ -45,12 +45,13 @@ def at_line(number, error):
     return trace, seen
 
 
-def at_c_call(number, error):
-    """A profile function that raises before a call into C from the package; and how many it has seen."""
+def at_c_call(number, error, parts=("",)):
+    """A profile function that raises before a call into C from parts of the package; and how many it has seen."""
     seen = [0]
 
     def profile(frame, event, _):
-        if event == "c_call" and frame.f_code.co_filename.startswith(PACKAGE):
+        name = frame.f_code.co_filename
+        if event == "c_call" and name.startswith(PACKAGE) and any(part in name for part in parts):
             seen[0] += 1
             if seen[0] == number + 1:
                 raise error
@@ -59,7 +60,7 @@ def at_c_call(number, error):
 
 
 def injected(call, install, place, error):
-    """Run with a fault at a place: whether it was reached, and what came of the call."""
+    """Run with a fault at a place: whether it was raised, and how many places there were."""
     function, seen = place
     before = sys.gettrace() if install is sys.settrace else sys.getprofile()
     install(function)

@@ -21,7 +21,7 @@ from gpu_bn.nn._graph import fuse_activations, unfuse
 from gpu_bn.nn._known import CLASSES, OURS, class_of, frozen_eps, rule
 from gpu_bn.nn._report import Report
 from gpu_bn.nn.modules import Fused
-from gpu_bn.nn.sync import SyncBatchNorm
+from gpu_bn.nn.sync import SyncBatchNorm, note_made
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -92,6 +92,7 @@ def synchronise(model: Model, process_group: Any) -> Model:
             module.__dict__.setdefault("_converted_from", getattr(torch.nn, kind.__name__, kind))
             _set_class(module, SyncBatchNorm)
             setattr(module, "process_group", process_group)  # noqa: B010 - not of every module's type
+            note_made(module)
     return model
 
 
@@ -280,3 +281,4 @@ def _set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
         body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), body)
     module.__class__ = cls
+    modules.move_parts(module)

@@ -38,11 +38,14 @@ class _LeafName(str):
 
 
 def _part(name: str) -> Any:
-    """An attribute of torch's that libraries read where they make another layer of this one, without its activation."""
+    """An attribute of torch's that libraries read where they make another layer of this one, without its activation.
+
+    It is kept under another name too: to the compiler of torch 2.11, ``__dict__[name]`` is the property itself.
+    """
 
     def get(self: Any) -> Any:
         try:
-            value = self.__dict__[name]
+            value = self.__dict__[f"_{name}"]
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
         if not torch.compiler.is_compiling() and not self.activation.is_identity:
@@ -50,9 +53,19 @@ def _part(name: str) -> Any:
         return value
 
     def put(self: torch.nn.Module, value: Any) -> None:
-        self.__dict__[name] = value
+        self.__dict__[name] = self.__dict__[f"_{name}"] = value
 
     return property(get, put)
+
+
+def move_parts(module: torch.nn.Module) -> None:
+    """Have what a layer's own class has stored, or an older version of ours, where its present class looks for it."""
+    values = module.__dict__
+    for name in ("eps", "num_features"):
+        if not isinstance(module, _Activated):
+            values.pop(f"_{name}", None)
+        elif name in values:
+            values[f"_{name}"] = values[name]
 
 
 LIBRARIES = str(Path(torch.__file__).parent.parent)
@@ -80,6 +93,7 @@ def has_hooks(module: torch.nn.Module) -> bool:
 class _Activated(torch.nn.Module):
     activation: Activation = IDENTITY
     eps: float = _part("eps")
+    _eps: float
 
     def _get_name(self) -> str:
         name = super()._get_name()
@@ -112,6 +126,10 @@ class _Activated(torch.nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:  # a property would not see modules, which torch keeps apart
         value = Activation.of(value) if name == "activation" else value
         super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        move_parts(self)
 
 
 class Fused(_Activated, _BatchNorm):
@@ -158,16 +176,21 @@ class Fused(_Activated, _BatchNorm):
         activation = self.activation if activation is None else Activation.of(activation)
         training = self.training and not self.frozen
         tracked = not training or self.track_running_stats
-        running_mean, running_var = (self.running_mean, self.running_var) if tracked else self._untracked()
+        try:  # quicker than attributes, which are looked for elsewhere first
+            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # another kind of attribute, as of torch.nn.utils.parametrize
+            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        running_mean, running_var = (mean, var) if tracked else self._untracked()
         return layer(
             input,
             running_mean,
             running_var,
-            self.weight,
-            self.bias,
-            training or (self.running_mean is None and self.running_var is None),
+            weight,
+            bias,
+            training or (running_mean is None and running_var is None),
             self.momentum,
-            self.__dict__["eps"],
+            self._eps,
             residual,
             activation.name,
             activation.parameter,
@@ -490,7 +513,7 @@ class FrozenBatchNorm2d(_Activated):
             self.bias,
             False,
             0.0,
-            self.__dict__["eps"],
+            self._eps,
             residual,
             activation.name,
             activation.parameter,

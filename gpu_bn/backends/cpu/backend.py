@@ -30,8 +30,10 @@ class CpuBackend:
     fuses_plain_calls_only = True
     """Masks and ghost batches go phase by phase."""
 
-    def __init__(self, arrays: Arrays) -> None:
+    def __init__(self, arrays: Arrays, doors: Any = None) -> None:
         self.arrays = arrays
+        self.doors = doors
+        """:mod:`gpu_bn.backends.cpu.doors`, for tensors."""
 
     # ------------------------------------------------------------------------------------------------- whole calls
     def forward(

@@ -88,7 +88,7 @@ def forward(
     try:
         prepared = _prepared[key]
     except KeyError:
-        prepared = _remember(key, _prepare_forward(arrays, key, tensors))
+        prepared = _remember(key, prepare_forward(arrays, tensors, axis, batch_stats, activation, in_place))
     if prepared is None:
         return None
     parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
@@ -101,7 +101,7 @@ def forward(
     _run(
         prepared, address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
         *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
-        batch_stats, momentum, eps, parameter, *prepared.cut,
+        int(batch_stats), momentum, eps, parameter, *prepared.cut,
     )  # fmt: skip
     if batch_stats and wide is not vectors:
         _give_back(arrays, vectors[2:], wide[2:])
@@ -141,7 +141,7 @@ def backward(
     try:
         prepared = _prepared[key]
     except KeyError:
-        prepared = _remember(key, _prepare_backward(arrays, key, tensors))
+        prepared = _remember(key, prepare_backward(arrays, tensors, axis, sums, activation))
     if prepared is None:
         return None
     parameters = [0 if one is None else arrays.tagged(one) for one in vectors[:2]]
@@ -156,7 +156,7 @@ def backward(
     _run(
         prepared, *[0 if one is None else address(one) for one in tensors], *prepared.shape, *parameters, *written,
         address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
-        batch_stats and (sums or given is not None), float(prepared.positions) if count is None else count, eps,
+        int(batch_stats and (sums or given is not None)), float(prepared.positions) if count is None else count, eps,
         parameter, *prepared.cut,
     )  # fmt: skip
     del wide  # until here
@@ -193,8 +193,10 @@ def _remember(key: Any, prepared: Prepared | None) -> Prepared | None:
     return prepared
 
 
-def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared | None:
-    axis, batch_stats, activation, in_place, *_ = key
+def prepare_forward(
+    arrays: Arrays, tensors: tuple[Any, ...], axis: int, batch_stats: bool, activation: str, in_place: bool
+) -> Prepared | None:
+    """What calls of :func:`forward` alike have in common; ``tensors`` are x, residual and y."""
     code, seen, steps, dense = _seen(arrays, tensors, axis)
     if steps is None:
         return None
@@ -206,8 +208,10 @@ def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, .
     return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, writes and not in_place)
 
 
-def _prepare_backward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared | None:
-    axis, sums, activation, *_ = key
+def prepare_backward(
+    arrays: Arrays, tensors: tuple[Any, ...], axis: int, sums: bool, activation: str
+) -> Prepared | None:
+    """As :func:`prepare_forward`; ``tensors`` are x, residual, dy, dx and dresidual."""
     code, seen, steps, dense = _seen(arrays, tensors, axis)
     if steps is None:
         return None
@@ -272,10 +276,7 @@ def _run(prepared: Prepared, *arguments: Any) -> None:
     count = threads.threads_for(prepared.nbytes)
     kernel, head = prepared.kernel, prepared.head
     if count == 1 and prepared.scratch <= KEPT:
-        try:
-            at = _local.address
-        except AttributeError:
-            at = _keep()
+        at = scratch_address()
         kernel(prepared.every, *head, *arguments, at + LINE, at)
         return
     scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # counters first
@@ -290,8 +291,12 @@ def _run(prepared: Prepared, *arguments: Any) -> None:
             kernel(phase, *head, *arguments, at + LINE, at)
 
 
-def _keep() -> int:
+def scratch_address() -> int:
     """The address of memory that this thread keeps: a call that runs by itself has it to itself."""
+    try:
+        return _local.address  # type: ignore[no-any-return]
+    except AttributeError:
+        pass
     _local.scratch = np.empty(KEPT + 3 * LINE, np.uint8)
     _local.address = -(-_local.scratch.ctypes.data // LINE) * LINE
     return int(_local.address)

@@ -127,13 +127,16 @@ def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: b
 
 
 @cache
-def address(kernel: Any) -> int:
-    """Where a compiled kernel is: called from other kernels, its parameter ``p`` is float64, all others are int64."""
+def address(kernel: Any, floats: tuple[str, ...] = ("p",), for_c: bool = False) -> int:
+    """Where a compiled kernel is, called as Numba or as C does; all parameters but ``floats`` are int64."""
     names = inspect.signature(kernel.py_func).parameters
-    signature = tuple([numba.float64 if name == "p" else numba.int64 for name in names])
+    signature = tuple([numba.float64 if name in floats else numba.int64 for name in names])
     kernel.compile(signature)
     compiled = kernel.overloads[signature]
-    where: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    made = compiled.fndesc
+    where: int = compiled.library.get_pointer_to_function(
+        made.llvm_cfunc_wrapper_name if for_c else made.llvm_func_name
+    )
     return where
 
 

@@ -15,7 +15,9 @@ from gpu_bn.spec import FLOAT_DTYPES
 
 def backend() -> CpuBackend:
     """The backend of torch's CPU tensors, for :func:`gpu_bn.dispatch.load`."""
-    return CpuBackend(TENSORS)
+    from gpu_bn.backends.cpu import doors
+
+    return CpuBackend(TENSORS, doors)
 
 
 _TAGS = {torch.float32: 0, torch.float64: 1}
