@@ -78,7 +78,7 @@ def forward(
 
     ``vectors`` are weight, bias, running mean and variance. ``counter``, of int64, is incremented. ``at_once``: all
     that is tracked is to be written by the last call into C. ``fresh``: y is new, like x. ``None``, and nothing done,
-    where kernels cannot do so or cannot follow the strides.
+    where kernels cannot do so or cannot follow the strides, and in evaluation where memory does not suffice.
     """
     tensors, layout, address = (x, residual, y), arrays.layout, arrays.address
     key = (
@@ -94,12 +94,18 @@ def forward(
     parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
     if at_once and batch_stats and -1 in parameters[2:]:
         return None
-    wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
-    mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
+    try:
+        wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
+        mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
+        room = _room(prepared)
+    except MemoryError:
+        if batch_stats:
+            raise
+        return None
     if prepared.huge:
         pages.advise(address(y), prepared.nbytes)
     _run(
-        prepared, address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
+        prepared, room, address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
         *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
         int(batch_stats), momentum, eps, parameter, *prepared.cut,
     )  # fmt: skip
@@ -154,8 +160,8 @@ def backward(
             if one is not None:
                 pages.advise(address(one), prepared.nbytes)
     _run(
-        prepared, *[0 if one is None else address(one) for one in tensors], *prepared.shape, *parameters, *written,
-        address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
+        prepared, _room(prepared), *[0 if one is None else address(one) for one in tensors], *prepared.shape,
+        *parameters, *written, address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
         int(batch_stats and (sums or given is not None)), float(prepared.positions) if count is None else count, eps,
         parameter, *prepared.cut,
     )  # fmt: skip
@@ -271,16 +277,18 @@ def _prepared_call(
 
 
 # ------------------------------------------------------------------------------------------------------------ the call
-def _run(prepared: Prepared, *arguments: Any) -> None:
-    """Run a kernel's phases, on several threads if that pays."""
+def _room(prepared: Prepared) -> tuple[int, int, Any]:
+    """On how many threads a call runs, where its scratch memory is, and what keeps that."""
     count = threads.threads_for(prepared.nbytes)
-    kernel, head = prepared.kernel, prepared.head
     if count == 1 and prepared.scratch <= KEPT:
-        at = scratch_address()
-        kernel(prepared.every, *head, *arguments, at + LINE, at)
-        return
+        return 1, scratch_address(), None
     scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # counters first
-    at = -(-scratch.ctypes.data // LINE) * LINE
+    return count, -(-scratch.ctypes.data // LINE) * LINE, scratch
+
+
+def _run(prepared: Prepared, room: tuple[int, int, Any], *arguments: Any) -> None:
+    """Run a kernel's phases, on several threads if that pays."""
+    kernel, head, (count, at, _) = prepared.kernel, prepared.head, room
     if count == 1:
         kernel(prepared.every, *head, *arguments, at + LINE, at)
         return
