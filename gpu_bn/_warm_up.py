@@ -64,7 +64,7 @@ def _call_on_tensors(activation: activations.Activation) -> None:
     from gpu_bn import nn
 
     for shape in SHAPES:
-        nn.batch_norm(torch.ones(shape, requires_grad=True), training=True, activation=activation).sum().backward()
+        nn.batch_norm(torch.ones(shape, requires_grad=True), training=True, activation=activation).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _kept(folder: Any) -> int:
