@@ -120,7 +120,7 @@ class NumpyArrays:
         if nbytes < LARGE:
             return np.empty(shape, dtype)
         room = np.empty(nbytes + ALIGNED, np.uint8)
-        at = -room.ctypes.data % ALIGNED
+        at = -room.__array_interface__["data"][0] % ALIGNED
         array: NDArray[Any] = room[at : at + nbytes].view(dtype).reshape(shape)
         return array
 

@@ -283,7 +283,7 @@ def _room(prepared: Prepared) -> tuple[int, int, Any]:
     if count == 1 and prepared.scratch <= KEPT:
         return 1, scratch_address(), None
     scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # counters first
-    return count, -(-scratch.ctypes.data // LINE) * LINE, scratch
+    return count, -(-scratch.__array_interface__["data"][0] // LINE) * LINE, scratch
 
 
 def _run(prepared: Prepared, room: tuple[int, int, Any], *arguments: Any) -> None:
@@ -306,5 +306,5 @@ def scratch_address() -> int:
     except AttributeError:
         pass
     _local.scratch = np.empty(KEPT + 3 * LINE, np.uint8)
-    _local.address = -(-_local.scratch.ctypes.data // LINE) * LINE
+    _local.address = -(-_local.scratch.__array_interface__["data"][0] // LINE) * LINE
     return int(_local.address)
