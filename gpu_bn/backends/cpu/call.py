@@ -27,7 +27,7 @@ IN_TURN: Phases = ((START, False), (SUM, True), (FINISH, False), (WRITE, True), 
 """The phases of a call, and which of them threads share."""
 FUSED: Phases = ((START, False), (SUM, True), (END, False))
 LINE = 64
-KEPT = 1 << 16
+KEPT = 1 << 19
 """Bytes of scratch memory that each thread keeps for its next call."""
 PREPARED = 512
 
