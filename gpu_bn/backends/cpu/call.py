@@ -99,8 +99,9 @@ def forward(
         mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
         if prepared.huge:
             pages.advise(address(y), prepared.nbytes)
+        room = _room(prepared)
         arguments = (
-            _room(prepared), address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
+            address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
             *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
             int(batch_stats), momentum, eps, parameter, *prepared.cut,
         )  # fmt: skip
@@ -108,7 +109,7 @@ def forward(
         if batch_stats:
             raise
         return None
-    _run(prepared, *arguments)
+    _run(prepared, room, *arguments)
     if batch_stats and wide is not vectors:
         _give_back(arrays, vectors[2:], wide[2:])
     return mean, var, prepared.positions
