@@ -251,7 +251,7 @@ def batch(name: str, model: torch.nn.Module, count: int = 4) -> tuple[Any, ...]:
     count = count if size <= 128 else 2
     shape: tuple[int, ...] = (count, 1 if name == "monai/VNet" else 3, size, size)
     if "video" in name:
-        shape = (*shape[:2], 16 if "s3d" in name else 8, *shape[2:])
+        shape = (1, 3, 16, size, size) if "s3d" in name else (2, 3, 8, 32, 32)
     return (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype),)
 
 
@@ -415,6 +415,17 @@ def stepped(model: torch.nn.Module, inputs: tuple[Any, ...]) -> list[list[torch.
     return [outputs, gradients, tensors(list(model.state_dict().values()))]
 
 
+def perturbed(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a model, each of whose numbers is the next greater or smaller one: what rounding alone may change."""
+    copied = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for tensor in tensors(list(copied.state_dict().values())):
+            up = torch.randint(2, tensor.shape, generator=generator).bool()
+            tensor.copy_(torch.nextafter(tensor, torch.where(up, torch.inf, -torch.inf).to(tensor)))
+    return copied
+
+
 def examine(name: str) -> dict[str, Any]:
     """What convert, fuse, fold and revert do to a model, and how far it is from torch's own layers then."""
     plain = make(name).double()
@@ -447,6 +458,8 @@ def examine(name: str) -> dict[str, Any]:
     result["missed"] = {label: fused.left.get(label, "") for label in sorted(missed)}
     expected = seeded(plain, inputs)
     differences = {"convert": furthest(seeded(one, inputs), expected), "fuse": furthest(seeded(two, inputs), expected)}
+    rounded = perturbed(plain)
+    control = {"evaluation": furthest(seeded(rounded, inputs), expected)}
     for kind, given in (("fold", ()), ("fold with a batch", inputs)):
         folding = nn.Report()
         folded = nn.fold(two, *given, report=folding)
@@ -459,21 +472,19 @@ def examine(name: str) -> dict[str, Any]:
         assert type(folded) is type(plain)
     result["foldable"] = len(foldable)
     if trains:
-        control = copy.deepcopy(plain)
-        trained = stepped(control, inputs)
+        torchs = copy.deepcopy(plain)
+        trained = stepped(torchs, inputs)
+        control["training"] = max(map(furthest, stepped(rounded, inputs), trained))
         for kind, model in (("convert, training", one), ("fuse, training", two)):
             differences[kind] = max(map(furthest, stepped(model, inputs), trained))
     for model in (one, two):
         nn.revert(model)
         assert [type(module) for module in model.modules()] == kinds
     if trains:
-        differences["revert"] = max(
-            furthest(seeded(model.eval(), inputs), seeded(control.eval(), inputs)) for model in (one, two)
-        )
-    else:
-        differences["revert"] = max(furthest(seeded(model.eval(), inputs), expected) for model in (one, two))
-    result["differences"] = differences
-    return result
+        expected = seeded(torchs.eval(), inputs)
+        control["evaluation after training"] = furthest(seeded(rounded.eval(), inputs), expected)
+    differences["revert"] = max(furthest(seeded(model.eval(), inputs), expected) for model in (one, two))
+    return result | {"differences": differences, "control": control}
 
 
 RECORD = Path(__file__).parent / "data" / "models.jsonl"

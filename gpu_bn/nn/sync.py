@@ -299,6 +299,8 @@ class SyncBatchNorm(Fused):
         """
         if not (self.training and not self.frozen and several(self.process_group)):
             return super().forward(input, residual, activation, mask)
+        if activation is None and self._modules and not self._is_whole():
+            return self._in_parts(input, residual, mask)  # type: ignore[no-any-return]
         running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         counter = self.num_batches_tracked if self.track_running_stats else None
         tensors = (input, residual, mask, *running, self.weight, self.bias, counter)
