@@ -310,7 +310,7 @@ def _like(name: str, own: Array, value: Any) -> Array:
         raise ValueError(f"{name} should be an array without a mask, got {type(value).__name__}")
     try:
         value = _array(own, value)
-    except Exception as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} should be an array of numbers, got {type(value).__name__}: {error}") from error
     if not (value.dtype.kind in "biuf" or spec.dtype_name(value) == "bfloat16"):
         raise ValueError(f"{name} should be real numbers, got {value.dtype}")

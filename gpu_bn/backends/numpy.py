@@ -232,12 +232,12 @@ class Call(Blocks):
         try:
             vectors = self.vectors(channels)[:3]
         except MemoryError:
-            if not (both := halves(channels, self.kept)):
-                raise
-            for half in both:
-                yield from self.prepared(half)
-        else:
-            yield channels, vectors
+            if both := halves(channels, self.kept):
+                for half in both:
+                    yield from self.prepared(half)
+                return
+            vectors = self.vectors(channels)[:3]  # of one channel, for which there may be memory now
+        yield channels, vectors
 
     def z(self, block: Block, centred: Array, scale: Array, shift: Array) -> Any:
         """``weight * xhat + bias + residual``."""

@@ -81,34 +81,35 @@ def forward(
     where kernels cannot do so or cannot follow the strides, and in evaluation where memory does not suffice.
     """
     tensors, layout, address = (x, residual, y), arrays.layout, arrays.address
-    key = (
-        axis, batch_stats, activation, in_place, layout(x), None if residual is None else layout(residual),
-        fresh or (None if y is None else layout(y)),
-    )  # fmt: skip
     try:
-        prepared = _prepared[key]
-    except KeyError:
-        prepared = _remember(key, prepare_forward(arrays, tensors, axis, batch_stats, activation, in_place))
-    if prepared is None:
-        return None
-    parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
-    if at_once and batch_stats and -1 in parameters[2:]:
-        return None
-    try:
+        key = (
+            axis, batch_stats, activation, in_place, layout(x), None if residual is None else layout(residual),
+            fresh or (None if y is None else layout(y)),
+        )  # fmt: skip
+        try:
+            prepared = _prepared[key]
+        except KeyError:
+            prepared = _remember(key, prepare_forward(arrays, tensors, axis, batch_stats, activation, in_place))
+        if prepared is None:
+            return None
+        parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
+        if at_once and batch_stats and -1 in parameters[2:]:
+            return None
         wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
         mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
+        if prepared.huge:
+            pages.advise(address(y), prepared.nbytes)
         room = _room(prepared)
+        arguments = (
+            address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
+            *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
+            int(batch_stats), momentum, eps, parameter, *prepared.cut,
+        )  # fmt: skip
     except MemoryError:
         if batch_stats:
             raise
         return None
-    if prepared.huge:
-        pages.advise(address(y), prepared.nbytes)
-    _run(
-        prepared, room, address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
-        *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
-        int(batch_stats), momentum, eps, parameter, *prepared.cut,
-    )  # fmt: skip
+    _run(prepared, room, *arguments)
     if batch_stats and wide is not vectors:
         _give_back(arrays, vectors[2:], wide[2:])
     return mean, var, prepared.positions
