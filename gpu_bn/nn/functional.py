@@ -340,7 +340,7 @@ def exporting() -> bool:
     not have stays ours: of ``torch.export``, training whose momentum is ``None`` or a tensor.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return bool(torch.compiler._is_exporting_flag)  # torch 2.11 compiles a call of is_exporting() to True
     return _autograd._tracing() is not None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -75,6 +75,13 @@ def backward(
         tensors = x, residual, dy, new if dx else None, new if dresidual else None
         prepared = call.prepare_backward(TENSORS, tensors, 1, sums, activation)
         return _remember(key, prepared, False, trains and sums, tensors)
+
+
+def compile_for(shapes: Sequence[tuple[int, ...]], activation: str) -> None:
+    """Compile what calls of such tensors take; the functions are the same for all dtypes and activations."""
+    for x in map(torch.ones, shapes):
+        forward(x, None, True, activation)
+        backward(x, None, x, True, False, True, True, activation)
 
 
 def _fits(x: Tensor, other: Tensor | None) -> bool:

@@ -26,8 +26,10 @@ FEW_CHANNELS, LARGE = 16, 1 << 20
 """So few channels of a tensor of so many elements are cut into parts, so that threads have enough of them."""
 PART = 1 << 15
 """Elements of a part."""
-CHUNKS, CHUNK = 16, 1 << 17
-"""Chunks of rows at most, and elements of one at least: each has sums of its own, which are cleared and added up."""
+CHUNKS, CHUNK, COLUMN = 16, 1 << 17, 64
+"""Chunks of rows at most, and elements of one at least: each has sums of its own, which are cleared and added up.
+
+They take 16 bytes a column: more than two chunks have ``COLUMN`` bytes of each column at least, four times as much."""
 FOLDED = 64
 """Columns at least, and a whole number of vectors, up to 1024: short rows are joined to longer ones."""
 
@@ -97,7 +99,7 @@ def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
     runs, count_channels, length = seen[:3]
     size, total = SIZES[code], runs * count_channels * length
     if length < SHORT and total > TINY:
-        return _rows_plan(runs, count_channels, length, total, dense)
+        return _rows_plan(runs, count_channels, length, size, dense)
     group = max(1, GROUP // (size * runs * length))
     if evaluates or not (count_channels < FEW_CHANNELS and total >= LARGE):
         part_length = min(length, PART)
@@ -113,7 +115,7 @@ def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
     return Plan(False, 8 * 5 * count_channels, group, parts, part_runs, part_channels, part_length)
 
 
-def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: bool) -> Plan:
+def _rows_plan(runs: int, count_channels: int, length: int, size: int, dense: bool) -> Plan:
     period, folded = count_channels * length, 1
     if dense and period < 1024:
         folded = 16 // math.gcd(period, 16)
@@ -122,7 +124,7 @@ def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: b
         folded = max(1, min(folded, runs))
     columns = folded * period
     width = -(-columns // 64) * 64 + WIDE * BYTES // 4
-    chunks = max(1, min(CHUNKS, total // CHUNK, runs // folded))
+    chunks = max(1, min(CHUNKS, runs * period // CHUNK, runs // folded, max(2, runs * size // COLUMN)))
     return Plan(True, 8 * ((5 + 2 * chunks) * width + 5 * count_channels), folded=folded, chunks=chunks, width=width)
 
 

@@ -101,7 +101,7 @@ class TorchTensors:
     @staticmethod
     @torch.no_grad()
     def scatter(target: Tensor, axis: int, valid: Tensor, chosen: Tensor) -> None:
-        target.zero_()
+        target.masked_fill_(~valid, 0)
         target.movedim(axis, 0)[:, valid.squeeze(axis)] = chosen
 
     @staticmethod
