@@ -123,14 +123,11 @@ def test_wherever_memory_runs_out_all_raise_or_none_and_states_are_all_old_or_al
     first, *others = [result["everywhere"] for result in three]
     assert others == [first, first]
     assert len(first) > 40
-    *faults, last = first
-    weight, bias, *tracked = last[1]
-    assert last[0] is None
-    assert (weight, bias) == (True, True)
-    assert not any(tracked)
-    for text, same in faults:
-        assert text == "SyncBatchNorm, process 2 of 3: MemoryError: none left"
-        assert all(same)
+    told = "SyncBatchNorm, process 2 of 3: MemoryError: none left", [True] * 5
+    moved = None, [True, True, False, False, False]  # the last, and where a call goes on with less
+    assert all(outcome in (told, moved) for outcome in first)
+    assert first.count(told) > 30
+    assert first[-1] == moved
 
 
 def test_a_layer_left_out_of_its_first_call_raises_on_all(three):

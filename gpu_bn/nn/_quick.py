@@ -15,7 +15,7 @@ from torch.autograd import Function, forward_ad
 from gpu_bn import dispatch
 from gpu_bn.backends.protocol import Moments, Saved
 from gpu_bn.nn import _library
-from gpu_bn.nn._autograd import PLAIN, gradients_of, is_plain, watched
+from gpu_bn.nn._autograd import PLAIN, gradients_of, watched
 
 _any_requires_grad = torch._C._any_requires_grad
 _increment_version = torch._C._increment_version
@@ -111,7 +111,8 @@ class _Quick(Function):
         x, weight, bias, residual = ctx.saved_tensors
         doors, statistics, training, eps, activation, parameter, bias_dtype, _ = ctx.rest
         identity, need = activation == "identity", ctx.needs_input_grad
-        if torch.is_grad_enabled() or watched() or not (is_plain(dy) and is_plain(x)) or _is_batched(dy):
+        plain = type(dy) in PLAIN and type(x) in PLAIN and not (dy.is_neg() or x.is_neg() or _is_batched(dy))
+        if torch.is_grad_enabled() or watched() or not plain:
             return _otherwise(ctx, dy, x, weight, bias, residual)
         adds = need[3] and not identity
         sums = need[1] or need[2] or (need[0] and training)
