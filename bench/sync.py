@@ -69,7 +69,7 @@ def row(world: int, shape: list[int], steps: int) -> list[str]:
         torch.multiprocessing.spawn(run, (world, shape, steps, folder), world)
         (plain, *noise), (shared, *wrote) = torch.load(f"{folder}/result").tolist()
     size, messages = (total - other for total, other in zip(wrote, noise, strict=True))
-    packets = _packets.packets_of(2 + 2 * shape[1]) + _packets.packets_of(2 * shape[1])
+    packets = _packets.packets_of(2 + 2 * shape[1]) + 1 + _packets.packets_of(2 * shape[1])  # one ends the forward
     payload = (world - 1) * 8 * (_packets.HEADER + _packets.ROOM) * packets
     return [
         str(world),

@@ -2,7 +2,7 @@
 
 ``gpu_bn.nn`` against torch on the CPU, in one thread, in alternating pairs of batches of calls; the figure is the
 median of the pairs' ratios. Times are the thread's own, so that waiting for other processes does not count. Three
-columns: with the NumPy backend as it is; with a backend that only allocates its outputs, which leaves the cost of
+columns: with the backend as it is; with a backend that only allocates its outputs, which leaves the cost of
 checks, dispatch and autograd; and torch, whose time includes its kernel.
 """
 
@@ -63,8 +63,16 @@ def operations(function: Callable[..., torch.Tensor], layer: torch.nn.Module) ->
         "evaluation, no grad": lambda: quiet(False),
         "forward": lambda: function(leaf, mean, var, weight, bias, True),
         "forward and backward": both,
+        "layer, training, no grad": lambda: quietly(layer, x),
         "layer, forward": lambda: layer(leaf),
+        "layer, forward and backward": lambda: torch.autograd.grad(layer(leaf), (leaf, *layer.parameters()), dy),
     }
+
+
+def quietly(layer: torch.nn.Module, x: torch.Tensor) -> Any:
+    """A call that nothing is differentiated of."""
+    with torch.no_grad():
+        return layer(x)
 
 
 def elapsed(call: Callable[[], Any]) -> float:
@@ -102,9 +110,9 @@ def main() -> None:
             rows[name].append(compare(call, theirs[name], arguments.pairs))
     dispatch.serving = true
     print(f"torch {torch.__version__}, float32 2x3x4x4, microseconds a call and ratio to torch")
-    print(f"{'':22}{'gpu_bn':>16}{'without a kernel':>20}{'torch':>10}")
+    print(f"{'':28}{'gpu_bn':>16}{'without a kernel':>20}{'torch':>10}")
     for name, (whole, empty) in rows.items():
-        print(f"{name:22}{whole[1]:8.1f} ({whole[0]:4.1f}x){empty[1]:12.1f} ({empty[0]:4.1f}x){whole[2]:10.1f}")
+        print(f"{name:28}{whole[1]:8.1f} ({whole[0]:4.1f}x){empty[1]:12.1f} ({empty[0]:4.1f}x){whole[2]:10.1f}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -39,6 +41,8 @@ def warm_up(dtypes: Sequence[str], names: Sequence[str]) -> str:
         for shape, dtype, activation in cases:
             _call(np.linspace(-1, 1, int(np.prod(shape))).reshape(shape).astype(dtype), activation)
             tick(1)
+        if find_spec("torch") is not None:  # tensors reach kernels by functions of their own
+            import_module("gpu_bn.backends.cpu.doors").compile_for(SHAPES, known[0].name)
     made, seconds = _kept(folder) - before, time.perf_counter() - start
     where = f"are kept in {folder}" if _kept(folder) else "are not kept: no folder can be written to"
     return f"{made} kernels compiled in {seconds:.1f} s; they {where}"

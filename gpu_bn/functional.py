@@ -91,9 +91,10 @@ def batch_norm(
         array([[0., 0.],
                [1., 1.]])
 
-    A call that raises has changed nothing, with one exception: when memory runs out or an interrupt (Ctrl-C) arrives
-    while ``out`` is being written, part of ``out`` is new, which is lost input where ``out`` is ``x`` or ``residual``.
-    Running statistics are written last, together: NumPy's are all old or all new, whatever interrupts.
+    A call that raises has changed nothing, with one exception: when an interrupt (Ctrl-C) arrives while ``out`` is
+    being written, part of ``out`` is new, which is lost input where ``out`` is ``x`` or ``residual``. Where memory runs
+    out on a CPU meanwhile, the call goes on with smaller blocks. Running statistics are written last, together:
+    NumPy's are all old or all new, whatever interrupts.
 
     For torch tensors the call is differentiable, and :func:`gpu_bn.nn.batch_norm` has the same arguments and torch's
     errors. For other arrays, :func:`batch_norm_forward` and :func:`batch_norm_backward` are the two halves.

@@ -308,6 +308,24 @@ def _like(name: str, own: Array, value: Any) -> Array:
     """An array of ``own``'s library and dtype."""
     if isinstance(value, np.ma.MaskedArray):
         raise ValueError(f"{name} should be an array without a mask, got {type(value).__name__}")
+    try:
+        value = _array(own, value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} should be an array of numbers, got {type(value).__name__}: {error}") from error
+    if not (value.dtype.kind in "biuf" or spec.dtype_name(value) == "bfloat16"):
+        raise ValueError(f"{name} should be real numbers, got {value.dtype}")
+    with spec.on_device_of(value):
+        if name == "num_batches_tracked" and not bool(((value == value // 1) & (value >= 0) & (value < 2.0**63)).all()):
+            raise ValueError(f"{name} should be a whole number, 0 or more, got {value}")
+        value = value.astype(own.dtype)
+    if spec.is_cupy(value) or not spec.is_cupy(own):
+        return value
+    with spec.on_device_of(own):  # CuPy's arrays do not take NumPy's
+        return dispatch.load("cupy").xp.asarray(value)  # type: ignore[attr-defined]
+
+
+def _array(own: Array, value: Any) -> Array:
+    """An array of ``own``'s library, if it has one of NumPy's or its own."""
     if hasattr(value, "detach"):  # a torch tensor: NumPy takes none that requires a gradient, and no bfloat16
         value = value.detach().to("cpu")
         value = value.double().numpy() if value.is_floating_point() else value.numpy()
@@ -315,13 +333,4 @@ def _like(name: str, own: Array, value: Any) -> Array:
         value = np.asarray(value)
     elif not spec.is_cupy(own):
         value = value.get()
-    if not (value.dtype.kind in "biuf" or spec.dtype_name(value) == "bfloat16"):
-        raise ValueError(f"{name} should be real numbers, got {value.dtype}")
-    with spec.on_device_of(value):
-        if name == "num_batches_tracked" and not bool((value == value // 1).all() and (abs(value) < 2.0**63).all()):
-            raise ValueError(f"{name} should be a whole number, got {value}")
-        value = value.astype(own.dtype)
-    if spec.is_cupy(value) or not spec.is_cupy(own):
-        return value
-    with spec.on_device_of(own):  # CuPy's arrays do not take NumPy's
-        return dispatch.load("cupy").xp.asarray(value)  # type: ignore[attr-defined]
+    return value

@@ -5,7 +5,7 @@ measurement has left. Nothing is measured or compiled here. The records, and wha
 
 - ``bench/data/cpu.json``: ``bench/cpu.py --json``
 - ``tests/data/versions.json``: ``tests/versions.py --write``
-- ``tests/data/models.jsonl``: ``tests/model_zoo.py``
+- ``tests/data/models.jsonl``: ``tests/model_proof.py``
 - ``tests/data/machine_code_cuda.txt``: ``tests/cuda_budget.py``
 - ``tests/data/gates_*.txt``: ``tests/record_gates.py``
 """
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cuda_budget
-import model_zoo
+import model_proof
 import test_cuda_faults
 import test_cuda_masked_faults
 import test_triton_planted_bugs
@@ -146,7 +146,7 @@ def renewed(text: str) -> str:
 def pages() -> Iterator[tuple[Path, str]]:
     """Each page that has a generated part, and what it should be."""
     yield cuda_budget.PAGE, cuda_budget.page()
-    yield ROOT / "docs" / "models.md", model_zoo.table((DATA / "models.jsonl").read_text().splitlines())
+    yield ROOT / "docs" / "models.md", model_proof.table((DATA / "models.jsonl").read_text().splitlines())
     for path in [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",

@@ -2,15 +2,18 @@
 
 import os
 import signal
+import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from test_faults import at_c_call, injected
 
-from gpu_bn import nn
+from gpu_bn import dispatch, nn
 from gpu_bn.activations import elu
-from gpu_bn.nn import _sync_library
 
 
 def wrong_calls(rank):
@@ -176,27 +179,83 @@ def backwards(rank, world):
             calls = [lambda: first.backward(create_graph=last)]  # noqa: B023
         elif name == "skipped":
             calls = calls[1:] if last else calls
-        reduce = _sync_library.reduce
-        if name == "no memory" and last:
-            _sync_library.reduce = out_of_memory
-        results[name] = text_of(lambda calls=calls: in_turn(calls))
-        _sync_library.reduce = reduce
+        with failing("backward_reduce" if name == "no memory" and last else None):
+            results[name] = text_of(lambda calls=calls: in_turn(calls))
         results[name + ", unchanged"] = count == [layer.num_batches_tracked.item() for layer in layers]
         results[name + ", after"] = nn.SyncBatchNorm(3)(torch.randn(4, 3)).shape
     x = torch.randn(4, 3, requires_grad=not last)
     results["gradient"] = text_of(lambda: nn.SyncBatchNorm(3)(x))
-    report = _sync_library.report
-    if last:
-        _sync_library.report = out_of_memory
-    layer = nn.SyncBatchNorm(3)
-    results["report"] = text_of(lambda: layer(x))
-    _sync_library.report = report
     results["same bits"] = gradient_of_a_sum()
     return results
 
 
 def out_of_memory(*_):
     raise MemoryError("none left")
+
+
+@contextmanager
+def failing(phase):
+    """Have no memory in a phase of the backend that serves tensors on the CPU."""
+    engine = dispatch.serving(torch.empty(0))
+    if phase is not None:
+        setattr(engine, phase, out_of_memory)
+    try:
+        yield
+    finally:
+        if phase is not None:
+            delattr(engine, phase)
+
+
+def state_of(layer):
+    return [value.clone() for value in layer.state_dict().values()]
+
+
+def no_memory(rank, world):
+    """What all get, and the state after it, if memory runs out on one process, before the exchange and after it."""
+    results = {}
+    for channels in (3, 600):
+        layer = nn.SyncBatchNorm(channels)
+        layer(torch.randn(4, channels))
+        before = state_of(layer)
+        for phase in ("empty_like", "stats", "normalize"):
+            with failing(phase if rank == world - 1 else None):
+                text = text_of(lambda layer=layer: layer(torch.randn(4, layer.num_features)))
+            results[phase, channels] = text, all(map(torch.equal, state_of(layer), before))
+        results["after", channels] = layer(torch.randn(4, channels)).shape
+    return results
+
+
+PARTS = ("backends", "ops.py", "merge.py", "dispatch.py", "_sync_call.py", "aliasing.py")
+"""Code whose calls into C fail in turn: all but that of the exchanges themselves."""
+
+
+def everywhere(rank, world):
+    """Memory that runs out on one process in each call into C in turn: whether each raised, and has a new state."""
+    x = torch.linspace(0, 1, 60).view(4, 3, 5)
+    old = state_of(nn.SyncBatchNorm(3, momentum=None, activation="silu"))
+    outcomes, number, more, error = [], 0, torch.tensor(1), MemoryError("none left")
+    while more:
+        layer = nn.SyncBatchNorm(3, momentum=None, activation="silu")
+        place = at_c_call(number if rank == world - 1 else -1, error, PARTS)
+        call = partial(text_of, partial(layer, x))
+        reached = injected(lambda call=call: outcomes.append(call()), sys.setprofile, place, error)[1]
+        state = state_of(layer)
+        outcomes[-1] = outcomes[-1], [torch.equal(*pair) for pair in zip(state, old, strict=True)]
+        more = torch.tensor(int(rank < world - 1 or reached > number))
+        number += 1
+        dist.all_reduce(more, dist.ReduceOp.MIN)
+    return outcomes
+
+
+def skipped_at_first(rank, world):
+    """One process leaves a layer out that has not been called before; in the end it has made one more than others."""
+    results = []
+    for more in (0, 1):
+        layers = [nn.SyncBatchNorm(3) for _ in range(3 + (more if rank == world - 1 else 0))]
+        called = [layer for at, layer in enumerate(layers[:3]) if not (at == 1 and rank == world - 1 and not more)]
+        texts = [text_of(lambda layer=layer: layer(torch.randn(4, 3))) for layer in called[:2]]
+        results.append((texts, [layer.num_batches_tracked.item() for layer in layers[:3]]))
+    return results
 
 
 def gradient_of_a_sum():
@@ -234,7 +293,12 @@ def compiled(rank, world):
     call = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for name, arguments in calls.items():
         results[name] = text_of(lambda given=arguments if rank == world - 1 else (x,): call(*given))
+    with failing("stats" if rank == world - 1 else None):
+        results["memory"] = text_of(lambda: call(x))
     y = call(x.requires_grad_()).square().sum()
+    with failing("backward_reduce" if rank == world - 1 else None):
+        results["memory, backward"] = text_of(y.backward)
+    y = call(x).square().sum()
     results["counter"] = layer.num_batches_tracked.item()
     other = nn.SyncBatchNorm(3)(x).square().sum()
     results["backward"] = text_of((other if rank == world - 1 else y).backward)

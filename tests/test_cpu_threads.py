@@ -234,6 +234,24 @@ def call(os=os, run=threads.run, count=itertools.count, sleep=time.sleep):
     assert done.stdout.split() == ["right"] * (2 if used else 1)
 
 
+@pytest.mark.parametrize("ending", ["del", "a thread that outlives main"])
+def test_large_calls_at_the_end_of_the_process(ending, backend):
+    """Modules cannot be imported any more then."""
+    code = f"""
+import os, numpy, gpu_bn
+gpu_bn.set_num_threads(3)
+x = numpy.linspace(0, 1, 1 << 20, dtype="f4").reshape(64, 16, 1024)
+def call(x=x, function=gpu_bn.batch_norm, write=os.write):
+    y = function(x, training=True, activation="relu", backend="{backend}")
+    write(1, b"right\\n" if y[0, 0, 0] == 0 and 1.7 < y[-1, -1, -1] < 1.8 else b"wrong\\n")
+call()
+{ENDINGS[ending]}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["right"] * 2
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_has_a_pool_of_its_own():
     threads.run(Parts(20, 0.002), 3)

@@ -382,6 +382,22 @@ def test_packed_arithmetic_is_two_halves(half):
             same_bits(got.view(NUMPY[half]), (relu(both) if relued else both).astype(NUMPY[half]))
 
 
+@pytest.mark.parametrize("half", ["f16", "bf16"])
+@pytest.mark.parametrize("mode", ["rn", "rz"])
+def test_sums_of_mixed_types_are_of_float32(half, mode):
+    """What Triton makes of a half number in a sum on sm_100."""
+    a, b = floats(half, 60, 300), floats(half, 61, 300)
+    c = floats("f32", 62, 300)
+    for name, values in (("add", [a, c]), ("sub", [a, c]), ("fma", [a, b, c])):
+        names = ", ".join(f"{{{i}}}" for i in range(len(values)))
+        wide = [("f32", value.astype(np.float32)) for value in values]
+        given = [*[(half, value) for value in values[:-1]], ("f32", c)]
+        expected = evaluate(f"{name}.{mode}.f32 {{d}}, {names};", wide, "f32")
+        same_bits(evaluate(f"{name}.{mode}.f32.{half} {{d}}, {names};", given, "f32"), expected)
+    with pytest.raises(EmulatorError, match="this is not modelled"):
+        evaluate(f"mul.rn.f32.{half} {{d}}, {{0}}, {{1}};", given[1:], "f32")
+
+
 @pytest.mark.parametrize("type_", FLOATS)
 def test_fma_rounds_once(type_):
     """Operands are chosen so that the sum lies near a tie, where rounding twice goes wrong."""

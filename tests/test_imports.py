@@ -158,7 +158,7 @@ def test_imports_point_down(path):
 def test_frameworks_are_imported_where_they_belong(path):
     owners = {
         "torch": (
-            *("backends/cpu/tensors", "backends/triton", "backends/cupy_torch"),
+            *("backends/cpu/doors", "backends/cpu/tensors", "backends/triton", "backends/cupy_torch"),
             *("nn", "kernels", "testing/check", "bench"),
         ),
         "triton": ("backends/triton", "kernels"),

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
-from gpu_bn.nn import _autograd, functional  # noqa: E402
+from gpu_bn.nn import _autograd, _quick, functional  # noqa: E402
 from gpu_bn.testing import ADAPTERS  # noqa: E402
 
 NAMES = ("x", "running_mean", "running_var", "weight", "bias")
@@ -94,6 +94,14 @@ def is_ordinary(training, given):
     return functional._ordinary(given["input"], vectors, *others)
 
 
+def is_quick(training, given):
+    """Whether such a call, with statistics of its own, was made by the quickest way."""
+    own = [one.clone() if one is VECTOR else one for one in (given["running_mean"], given["running_var"])]
+    given.update(running_mean=own[0], running_var=own[1])
+    others = (given["momentum"], given["eps"], given["residual"], "relu", 0.0, given["counter"] if training else None)
+    return _quick.call(given["input"], *own, given["weight"], given["bias"], training, *others) is not None
+
+
 def is_refused(training, given):
     vectors = tuple(given[name] for name in NAMES[1:])
     try:
@@ -103,14 +111,15 @@ def is_refused(training, given):
     return False
 
 
+@pytest.mark.parametrize("takes", [is_ordinary, is_quick])
 @pytest.mark.parametrize("training", [True, False])
-def test_it_lets_through_nothing_that_is_refused(training):
+def test_it_lets_through_nothing_that_is_refused(training, takes):
     """Every argument out of the ordinary, alone and with every other."""
     odd = [(name, variant) for name, variants in VARIANTS.items() for variant in variants.values()]
     taken = refused = 0
     for pair in combinations(odd, 2):
         given = USUAL | dict(pair)
-        if is_ordinary(training, given):
+        if takes(training, given):
             taken += 1
             assert not is_refused(training, given), pair
         else:
@@ -119,10 +128,19 @@ def test_it_lets_through_nothing_that_is_refused(training):
     assert refused > 500
 
 
-def test_usual_calls_take_it(monkeypatch):
-    taken = []
-    direct = _autograd.direct
-    monkeypatch.setattr(_autograd, "direct", lambda *a: taken.append(1) or direct(*a))
+@pytest.mark.parametrize("quick", [True, False])
+def test_usual_calls_take_it(monkeypatch, quick):
+    taken, nothing = [], lambda *_: None
+    way = _quick if quick else _autograd
+    of_old = _quick.call if quick else _autograd.direct
+
+    def noted(*arguments):
+        y = of_old(*arguments)
+        taken.append(y is not None)
+        return y
+
+    monkeypatch.setattr(_quick, "call", nothing)
+    monkeypatch.setattr(way, "call" if quick else "direct", noted)
     x = data(4, 3, 5, 6).requires_grad_()
     options = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"activation": "relu"}]
     layers = [nn.BatchNorm2d(3, **option) for option in options]
@@ -134,6 +152,7 @@ def test_usual_calls_take_it(monkeypatch):
     with torch.inference_mode():
         layers[0](x)
     assert len(taken) == len(calls) + 1
+    assert all(taken)
 
 
 @pytest.mark.parametrize("part", ["forward", "backward"])

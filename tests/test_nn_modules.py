@@ -126,6 +126,16 @@ def test_state_goes_to_torch_and_comes_back_also_by_pickle():
     assert torch.equal(again.eval()(x), ours.eval()(x))
 
 
+def test_a_pickle_of_an_older_version_still_works():
+    """It has ``eps`` and ``num_features`` under their own names only."""
+    layer, x = nn.BatchNorm2d(3, eps=0.5).eval(), data((6, 3, 4, 4))
+    old = {name: value for name, value in vars(layer).items() if name not in ("_eps", "_num_features")}
+    again = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
+    again.__setstate__(old)
+    assert (again.eps, again.num_features, repr(again)) == (0.5, 3, repr(layer))
+    assert torch.equal(again(x), layer(x))
+
+
 def test_residual_and_activation():
     layer = nn.BatchNorm2d(3, activation="silu")
     plain = torch.nn.BatchNorm2d(3)

@@ -17,7 +17,8 @@ from torch.library import opcheck  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
-from gpu_bn.nn import _autograd, _composed, _library, functional  # noqa: E402
+from gpu_bn.backends.cpu import doors  # noqa: E402
+from gpu_bn.nn import _autograd, _composed, _library, _quick, functional  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -118,16 +119,31 @@ def test_third_derivatives():
 
 @pytest.mark.parametrize("needs", [n for n in product([False, True], repeat=4) if any(n)], ids=str)
 @pytest.mark.parametrize("activation", ["identity", "relu"])
-def test_only_gradients_asked_for_are_computed(needs, activation, monkeypatch):
+@pytest.mark.parametrize("quick", [True, False])
+def test_only_gradients_asked_for_are_computed(needs, activation, quick, monkeypatch):
     asked = []
-    compute = _autograd.ops.backward
+    find, compute = doors.backward, _autograd.ops.backward
+
+    def found(*arguments):
+        door = find(*arguments)
+
+        def noted(*given):
+            written = zip(_library.NAMES, (given[4], given[8], given[9], given[5]), strict=True)
+            asked.append({name for name, one in written if one is not None})
+            return door.function(*given)
+
+        return door._replace(function=noted)
 
     def watched(engine, dy, saved, need):
         results = compute(engine, dy, saved, need)
         asked.append({name for name, result in zip(_library.NAMES, results, strict=True) if result is not None})
         return results
 
-    monkeypatch.setattr(_autograd.ops, "backward", watched)
+    if quick:
+        monkeypatch.setattr(doors, "backward", found)
+    else:
+        monkeypatch.setattr(_quick, "call", lambda *_: None)
+        monkeypatch.setattr(_autograd.ops, "backward", watched)
     given = [t.detach().requires_grad_(need) for t, need in zip(inputs(), needs, strict=True)]
     twin = [t.detach().clone().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
     y = nn.batch_norm(given[0], None, None, *given[1:3], True, residual=given[3], activation=activation)

@@ -219,6 +219,12 @@ def test_the_operators_do_what_they_say(shape, dtype):
         (_sync_library.merge_packets, ([torch.cat((packets, packets))], 2)),
         (_sync_library.update, (mean.float(), var.float(), torch.tensor(0), 0.1, None, count, mean, var)),
         (_sync_library.update, (None, None, torch.tensor(0), None, None, count, mean, var)),
+        (_sync_library.report_packets, (x, valid, "", signature(2))),
+        (_sync_library.reduce_packets, (dy, *layer, True, "", signature(2))),
+        (
+            _sync_library.finish,
+            (mean.float(), var.float(), torch.tensor(0), 0.1, None, count, mean, var, x, 2, "", signature(2)),
+        ),
         (_sync_library.normalize, layer),
         (_sync_library.reduce, (dy, *layer, True)),
         (_sync_library.reduce, (dy, *layer, False)),
@@ -292,6 +298,22 @@ def test_packets_from_a_gpu_are_looked_at_once_they_are_there(monkeypatch):
     with pytest.raises(ValueError, match="process 1 of 3: no sense"):
         _packets.look_at_arrivals()
     assert not arrivals
+
+
+def test_what_fails_on_a_gpu_is_raised_once_the_others_have_all_packets():
+    packets = _packets.fault(MemoryError("none left"), torch.empty(0), "a group", 2 + 2 * 600).to("meta")
+    assert len(packets) == 2
+    _packets._compare(packets[:1], "a group")
+    with pytest.raises(MemoryError, match="none left"):
+        _packets._compare(packets[1:], "a group")
+    assert _packets._compare(packets[:1], "a group").shape == packets[:1].shape
+    assert _packets.CALLS.pop("a group") == 1
+
+
+def test_headers_differ_wherever_two_that_are_known_differ():
+    unknown, nan = _packets.UNKNOWN, torch.nan
+    heads = torch.tensor([[1.0, 1, unknown, unknown, nan], [1, unknown, 2, unknown, nan], [1, 2, 3, unknown, nan]])
+    assert _packets.differing(heads).tolist() == [False, True, True, False, True]
 
 
 @pytest.mark.parametrize("channels", [3, 512, 513, 2000])

@@ -14,12 +14,12 @@ def three(tmp_path_factory):
 
     def run(folder):
         names = ["troubles", "mistakes", "differences", "skipped", "wrong_vectors", "backwards", "first_calls"]
-        names += ["aliases", "silent", "killed"]
+        names += ["aliases", "no_memory", "everywhere", "skipped_at_first", "silent", "killed"]
         (folder / "output").write_text("\n".join(finish(start(3, "sync_faults", names, folder))))
 
     folder = once(tmp_path_factory, "three", run)
     found = results(3, folder)
-    assert [len(result) for result in found] == [10, 10, 9], (folder / "output").read_text()
+    assert [len(result) for result in found] == [13, 13, 12], (folder / "output").read_text()
     return found
 
 
@@ -111,9 +111,32 @@ def test_what_is_differentiated_is_compared_before_there_is_a_backward_pass(thre
     assert text.endswith("made different calls: gradient of the input on 0 and 1, of parameters only on 2")
 
 
-def test_memory_that_runs_out_on_one_process_is_told_to_all(three):
-    (text,) = {result["backwards"]["report"] for result in three}
-    assert text == "SyncBatchNorm, process 2 of 3: MemoryError: none left"
+@pytest.mark.parametrize("channels", [3, 600])
+@pytest.mark.parametrize("phase", ["empty_like", "stats", "normalize"])
+def test_memory_that_runs_out_on_one_process_raises_on_all_and_changes_nothing(three, phase, channels):
+    for result in three:
+        assert result["no_memory"][phase, channels] == ("SyncBatchNorm, process 2 of 3: MemoryError: none left", True)
+        assert result["no_memory"]["after", channels] == (4, channels)
+
+
+def test_wherever_memory_runs_out_all_raise_or_none_and_states_are_all_old_or_all_new(three):
+    first, *others = [result["everywhere"] for result in three]
+    assert others == [first, first]
+    assert len(first) > 40
+    told = "SyncBatchNorm, process 2 of 3: MemoryError: none left", [True] * 5
+    moved = None, [True, True, False, False, False]  # the last, and where a call goes on with less
+    assert all(outcome in (told, moved) for outcome in first)
+    assert first.count(told) > 30
+    assert first[-1] == moved
+
+
+def test_a_layer_left_out_of_its_first_call_raises_on_all(three):
+    for result in three:
+        (texts, counters), (more, _) = result["skipped_at_first"]
+        assert texts[0] is None
+        assert "made different calls: layer " in texts[1]
+        assert counters == [1, 0, 0]
+        assert more == [None, None]  # where one process has made more layers their places say nothing
 
 
 def test_sums_are_the_same_bits_on_all(three):
@@ -146,7 +169,8 @@ def test_a_mistake_of_one_process_raises_on_all_in_compiled_code(tmp_path):
             name: f"SyncBatchNorm, process 1 of 2: {reason}" for name, reason in reasons.items()
         }
         assert found["activation"].startswith("SyncBatchNorm, process 1 of 2: ValueError: unknown activation 'selu'")
-        assert found["counter"] == 1
+        assert found["memory"] == found["memory, backward"] == "SyncBatchNorm, process 1 of 2: MemoryError: none left"
+        assert found["counter"] == 2
         assert found["backward"] is None
         assert found["after"] == (4, 3, 5)
 

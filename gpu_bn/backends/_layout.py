@@ -65,7 +65,8 @@ def check_out(out: Any, x: Any, residual: Any, in_place: bool) -> None:
     target = view(out)
     for name, array in (("input", x), ("residual", residual)):
         if array is not None and overlap(target, other := view(array)):
-            check_overlap(name, (target.ctypes.data, target.strides) == (other.ctypes.data, other.strides), in_place)
+            starts = [one.__array_interface__["data"][0] for one in (target, other)]  # .ctypes would import a module
+            check_overlap(name, starts[0] == starts[1] and target.strides == other.strides, in_place)
 
 
 @lru_cache(1024)
@@ -100,16 +101,28 @@ def block_sizes(
     return tuple(steps)
 
 
-def each(blocks: Iterable[tuple[slice, ...]], work: Callable[..., None], *arguments: Any) -> None:
-    """Do some work on each block; where memory does not suffice for a whole one, on its halves."""
+def each(
+    blocks: Iterable[tuple[slice, ...]], axes: tuple[int, ...], work: Callable[..., None], *arguments: Any
+) -> None:
+    """Do some work on each block; where memory does not suffice for a whole one, on its halves along some axes.
+
+    The work writes last, in one call, so that it can be done again: while ``out`` is written there is no way back.
+    """
     for block in blocks:
         try:
             work(block, *arguments)
         except MemoryError:
-            sizes = [part.stop - part.start for part in block]
-            if max(sizes) == 1:
+            if not (both := halves(block, axes)):
                 raise
-            axis = sizes.index(max(sizes))
-            middle = block[axis].start + sizes[axis] // 2
-            ends = (slice(block[axis].start, middle), slice(middle, block[axis].stop))
-            each([(*block[:axis], end, *block[axis + 1 :]) for end in ends], work, *arguments)
+            each(both, axes, work, *arguments)
+
+
+def halves(block: tuple[slice, ...], axes: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """A block cut in two along the longest of some axes; nothing if it is too small."""
+    sizes = {axis: block[axis].stop - block[axis].start for axis in axes}
+    axis = max(axes, key=sizes.__getitem__)
+    if sizes[axis] < 2:
+        return []
+    middle = block[axis].start + sizes[axis] // 2
+    ends = (slice(block[axis].start, middle), slice(middle, block[axis].stop))
+    return [(*block[:axis], end, *block[axis + 1 :]) for end in ends]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.backends._layout import Layout, block_sizes, check_out, each, memory_order
+from gpu_bn.backends._layout import Layout, block_sizes, check_out, each, halves, memory_order
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 
 Array = NDArray[Any]
@@ -101,8 +101,9 @@ class NumpyBackend:
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
         call = Call(saved, residual, saved.spec.activation.row.value_needs)
         out = call.split(out)
-        for channels in call.parts(call.kept):
-            each(call.parts(call.summed, channels), call.write, out, *call.vectors(channels)[:3])
+        for whole in call.parts(call.kept):
+            for channels, vectors in call.prepared(whole):
+                each(call.parts(call.summed, channels), call.summed, call.write, out, *vectors)
 
     @np.errstate(all="ignore")
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
@@ -225,6 +226,18 @@ class Call(Blocks):
         centre = np.where(np.abs(mean) > FAR * sd, mean, 0.0).astype(dtype)
         shift = (0.0 if self.bias is None else at(self.bias, channels)) - (mean - centre) * scale
         return centre, scale.astype(dtype), shift.astype(dtype), sd, mean - centre
+
+    def prepared(self, channels: Block) -> Iterator[tuple[Block, tuple[Array, ...]]]:
+        """Channels and their vectors; of half of them at a time where memory does not suffice."""
+        try:
+            vectors = self.vectors(channels)[:3]
+        except MemoryError:
+            if both := halves(channels, self.kept):
+                for half in both:
+                    yield from self.prepared(half)
+                return
+            vectors = self.vectors(channels)[:3]  # of one channel, for which there may be memory now
+        yield channels, vectors
 
     def z(self, block: Block, centred: Array, scale: Array, shift: Array) -> Any:
         """``weight * xhat + bias + residual``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,28 @@ TARGETS: dict[Any, Activation] = {
     for target in targets
 }
 """Functions and methods of tensors, as they appear in a graph."""
+PARAMETRIC: dict[Any, tuple[str, Callable[..., Activation]]] = {
+    F.leaky_relu: ("negative_slope", lambda slope=0.01: leaky_relu(slope)),
+    F.leaky_relu_: ("negative_slope", lambda slope=0.01: leaky_relu(slope)),
+    F.elu: ("alpha", lambda alpha=1.0: elu(alpha)),
+    F.elu_: ("alpha", lambda alpha=1.0: elu(alpha)),
+    F.gelu: ("approximate", lambda approximate="none": Activation("gelu_tanh" if approximate == "tanh" else "gelu")),
+}
+"""Functions with a parameter: its name, and the activation for a value."""
+
+
+def activation_of_call(target: Any, rest: Sequence[Any], options: dict[str, Any]) -> Activation | None:
+    """The activation that a function or method is, if it is one of ours and given constants besides its tensor."""
+    known = PARAMETRIC.get(target)
+    names = ("inplace",) if known is None else (known[0], "inplace")
+    given = dict(zip(names, rest, strict=False)) | options
+    given.pop("inplace", None)
+    if len(rest) > len(names) or not given.keys() <= {names[0]}:
+        return None
+    if known is None:
+        return TARGETS.get(target)
+    values = tuple(given.values())
+    return known[1](*values) if all(isinstance(value, (int, float, str)) for value in values) else None
 
 
 def activation_of(module: Any) -> Activation | None:

@@ -132,13 +132,21 @@ class _Direct(Function):
         kept = weight if own_weight is None else own_weight, bias if own_bias is None else own_bias
         saved = Saved(x, residual, moments, *kept, *dtypes, ctx.has_residual, ctx.spec, mask, valid, ctx.renorm)  # type: ignore[call-arg]
 
-        def gradients(need: list[bool]) -> Gradients:
-            if torch.is_grad_enabled() or _is_compiling() or _is_batched(dy) or not _plain((dy, x)):
-                return _by_operator(ctx.engine, dy, saved, weight, bias, need)
-            return ops.backward(ctx.engine, dy, saved, _library.NEEDS[tuple(need)])
+        return *gradients_of(ctx.engine, dy, saved, weight, bias, ctx.needs_input_grad), *[None] * 4
 
-        identity = saved.spec.activation.is_identity
-        return *_wanted(gradients, dy, list(ctx.needs_input_grad[:4]), identity and valid is None), *[None] * 4
+
+def gradients_of(
+    engine: Backend, dy: Tensor, saved: Saved, weight: Tensor | None, bias: Tensor | None, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of x, weight, bias and residual that are needed, of a call by a backend."""
+
+    def gradients(need: list[bool]) -> Gradients:
+        if torch.is_grad_enabled() or _is_compiling() or _is_batched(dy) or not _plain((dy, saved.x)):
+            return _by_operator(engine, dy, saved, weight, bias, need)
+        return ops.backward(engine, dy, saved, _library.NEEDS[tuple(need)])
+
+    identity = saved.spec.activation.is_identity
+    return _wanted(gradients, dy, list(needed[:4]), identity and saved.valid is None)
 
 
 _apply = super(Function, _Direct).apply

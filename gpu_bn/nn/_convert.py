@@ -16,13 +16,12 @@ from torch.nn.utils import parametrize
 
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import modules
-from gpu_bn.nn._activations import activation_of
 from gpu_bn.nn._forward import own_forwards
 from gpu_bn.nn._graph import fuse_activations, unfuse
 from gpu_bn.nn._known import CLASSES, OURS, class_of, frozen_eps, rule
 from gpu_bn.nn._report import Report
 from gpu_bn.nn.modules import Fused
-from gpu_bn.nn.sync import SyncBatchNorm
+from gpu_bn.nn.sync import SyncBatchNorm, note_made
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -93,6 +92,7 @@ def synchronise(model: Model, process_group: Any) -> Model:
             module.__dict__.setdefault("_converted_from", getattr(torch.nn, kind.__name__, kind))
             _set_class(module, SyncBatchNorm)
             setattr(module, "process_group", process_group)  # noqa: B010 - not of every module's type
+            note_made(module)
     return model
 
 
@@ -256,10 +256,8 @@ def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | Non
     for option in ("virtual_batch_size", "renorm"):
         if getattr(module, option, None) is not None:
             raise ValueError(f"layer {name!r} has {option}, which torch's layer would lose")
-    kept = IDENTITY
-    if came_from is not None and (act := dict(module.named_children()).get("act")) is not None:
-        kept = activation_of(act) or IDENTITY
-    if module.activation != kept:
+    has_its_own = came_from is not None and module._modules.get("act") is not None  # which does it again
+    if module.activation != IDENTITY and not has_its_own:
         raise ValueError(f"layer {name!r} has the activation {module.activation!r}, which torch's layer would lose")
     if came_from is None:
         return getattr(torch.nn, class_of(module).__name__, None)
@@ -283,3 +281,4 @@ def _set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
         body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), body)
     module.__class__ = cls
+    modules.move_parts(module)

@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from gpu_bn.activations import Activation
 from gpu_bn.nn import modules
 from gpu_bn.nn._activations import activate
+from gpu_bn.nn.modules import has_hooks
 
 INTERNAL = frozenset(vars(torch.nn.Module()))
 """The attributes that every module has."""
@@ -89,7 +90,7 @@ class Plan:
     def _watch(self, merged: Iterable[torch.nn.Module], *entered: torch.nn.Module) -> None:
         """Remember what the steps were taken from: of layers, which see to themselves, hooks alone can change them."""
         parts = list(merged)
-        self.merged: list[torch.nn.Module] = [part for part in parts if isinstance(part, LAYERS)]
+        self.merged: list[Any] = [part for part in parts if isinstance(part, LAYERS)]
         fixed = (*entered, *(part for part in parts if not isinstance(part, LAYERS)))
         self.fixed = [(module, _attributes(module), tuple(module._modules.values())) for module in fixed]
 
@@ -133,7 +134,7 @@ class Plan:
         if torch_module._has_any_global_hook():
             return False
         for module in self.merged:
-            if has_hooks(module) or "forward" in vars(module):
+            if has_hooks(module) or "forward" in vars(module) or (module._modules and not module._is_whole()):
                 return False
         for module, attributes, children in self.fixed:
             now = vars(module)
@@ -206,13 +207,6 @@ class Forward:
 def is_patched(module: torch.nn.Module) -> bool:
     """Whether a module has a ``forward`` of its own, other than a fused one."""
     return not isinstance(vars(module).get("forward"), Forward | None)
-
-
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether hooks see or change what goes into a module and comes out of it."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _attributes(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:

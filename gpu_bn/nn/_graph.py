@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn import _activations
-from gpu_bn.nn._activations import TARGETS, activation_of
+from gpu_bn.nn._activations import activation_of, activation_of_call
 from gpu_bn.nn._aliases import aliases, is_opaque, may_overwrite, module_of
 from gpu_bn.nn._forward import Forward, Plan, is_patched, normalise
 from gpu_bn.nn._known import counterpart, is_watched, looks_frozen
@@ -116,10 +116,14 @@ class _Fusion:
         return found
 
     def enters(self, module: torch.nn.Module, arguments: Any, options: Any) -> bool:
-        """Whether a graph goes into a module that it calls: one that ends with a layer, or is not given tensors."""
-        if module not in self.holders or is_watched(module):
+        """Whether a graph goes into a module that it calls: one that ends with a layer, or is not given tensors, or
+        that begins with the activation of a layer before it."""
+        if is_watched(module):
             return False
         given = (*arguments, *options.values())
+        if module not in self.holders:
+            begins = type(module) is torch.nn.Sequential and len(module) > 0 and activation_of(module[0]) is not None
+            return begins and any(is_ours(module_of(value.tracer.root, value.node)) for value in given)
         return not all(isinstance(value, torch.fx.Proxy) for value in given) or self.ends_with_layer(module)
 
     def ends_with_layer(self, module: torch.nn.Module) -> bool:
@@ -139,9 +143,13 @@ class _Fusion:
 
 
 def is_leaf(module: torch.nn.Module) -> bool:
-    """Whether a module's steps are its own affair: torch's, but for containers, and normalisations."""
+    """Whether a module's steps are its own affair: torch's, but for containers, scripted ones, and normalisations."""
     kind = type(module)
-    return is_layer(module) or (kind.__module__.startswith(LEAVES) and kind is not torch.nn.Sequential)
+    return (
+        is_layer(module)
+        or isinstance(module, torch.jit.ScriptModule)
+        or (kind.__module__.startswith(LEAVES) and kind is not torch.nn.Sequential)
+    )
 
 
 def is_ours(module: Any) -> bool:
@@ -234,10 +242,9 @@ def _activation(root: torch.nn.Module, node: Node) -> Activation | None:
     module = module_of(root, node)
     if module is not None:
         return None if is_watched(module) else activation_of(module)
-    extra = {name for name in node.kwargs if name != "inplace"}
-    if node.op not in ("call_function", "call_method") or len(node.args) != 1 or extra:
+    if node.op not in ("call_function", "call_method") or not node.args:
         return None
-    return TARGETS.get(node.target)
+    return activation_of_call(node.target, node.args[1:], node.kwargs)
 
 
 def unfuse(traced: GraphModule) -> None:

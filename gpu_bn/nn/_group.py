@@ -38,29 +38,20 @@ def gather(vector: Tensor, group: Group) -> Tensor:
     return _exchange(_COLLECTIVES.all_gather_into_tensor, vector, group.size, group.name).view(group.size, -1)
 
 
-def exchange(vector: Tensor, group: Group, step: int, call: float, signature: list[float]) -> list[Tensor]:
-    """The packets (:mod:`gpu_bn.nn._packets`) of a group's processes, which must be in the same pass of calls alike.
+def exchange(packets: Tensor, group: Group) -> list[Tensor]:
+    """What a group's processes send (:mod:`gpu_bn.nn._packets`), which must be in the same pass of calls alike.
 
     Args:
-        vector: (L,) of float64, what this process sends.
+        packets: (P, L), those of this process.
         group: the group.
-        step: the place of the pass in :data:`gpu_bn.nn._packets.PASSES`.
-        call: which call of the group the forward pass was.
-        signature: the header's fields from the layer on.
 
     Returns:
-        For each packet that the vector takes, those of all processes in the order of their ranks.
+        P times (W, L), of all processes in the order of their ranks.
 
     Raises:
         ValueError: on every process, if they are not alike.
     """
-    packets = _packets.pack(vector, group.name, [float(step), call, *signature])
     return [_packets.compare(gather(packet, group), group.name) for packet in packets.unbind()]
-
-
-def add_up(vector: Tensor, group: Group, step: int, call: float, signature: list[float]) -> Tensor:
-    """The sum of vectors that :func:`exchange` sends, the same bits on every process."""
-    return _packets.add(exchange(vector, group, step, call, signature), vector.shape[0])  # type: ignore[no-any-return]
 
 
 def total(tensor: Tensor, group: Group) -> Tensor:

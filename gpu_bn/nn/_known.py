@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import modules
 from gpu_bn.nn._activations import activation_of
-from gpu_bn.nn._forward import Forward, has_hooks
+from gpu_bn.nn._forward import Forward
+from gpu_bn.nn.modules import has_hooks
 from gpu_bn.nn.sync import SyncBatchNorm
 
 _TORCH = "torch.nn.modules.batchnorm"

@@ -26,7 +26,9 @@ FIELDS = (
 
 A backward pass names the call of its forward pass. The gradient is of nothing, of parameters, or of the input too.
 """
-PASSES = ("forward", "backward", "second derivative")
+PASSES = ("forward", "backward", "second derivative", "a layer's first call", "end of the forward")
+"""What is sent: forward, reports; at the end of it, with tensors on a CPU, that nothing has failed since."""
+FORWARD, BACKWARD, SECOND, FIRST, END = map(float, range(len(PASSES)))
 GRADIENTS = ("of nothing", "of parameters only", "of the input")
 HEADER, ROOM = 1 + len(FIELDS), 2 + 2 * 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -47,6 +49,8 @@ CALLS: Counter[str] = Counter()
 """How many calls a group has had. Processes that have raised go on from the same number."""
 ARRIVALS: deque[tuple[Callable[[], bool], Tensor, str]] = deque()
 """Packets on their way from a GPU: whether they have arrived, where, and of which group."""
+FAULTS: dict[str, tuple[Exception, int]] = {}
+"""What has failed in an operator of this process, by group, and how many packets of it are still to be compared."""
 
 
 def packets_of(length: int) -> int:
@@ -59,6 +63,7 @@ def _pack(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
     """(P, HEADER + ROOM) of a (L,) vector."""
     if vector.is_cuda and not torch.cuda.is_current_stream_capturing():
         look_at_arrivals()
+    FAULTS.pop(group, None)  # which an exchange that ended early has left
     count = packets_of(len(vector))
     packets = vector.new_zeros((count, HEADER + ROOM))
     heads = [[0.0, _next_call(group), float(at), *signature] for at in range(count)]
@@ -80,6 +85,19 @@ def _mistake(like: Tensor, group: str, text: str) -> Tensor:
     return packet.to(like.device)
 
 
+def fault(error: Exception, like: Tensor, group: str, length: int) -> Tensor:
+    """(P, HEADER + ROOM) in place of those of a (L,) vector; what has failed is raised when all have them."""
+    count = packets_of(length)
+    packets = _mistake(like, group, told(error)).repeat(count, 1)
+    FAULTS[group] = error, count
+    return packets
+
+
+def told(error: Exception) -> str:
+    """What the other processes are told of an error."""
+    return f"{type(error).__name__}: {' '.join([str(part) for part in error.args])}"
+
+
 def _next_call(group: str) -> float:
     return float(CALLS[group]) if group else 0.0
 
@@ -87,9 +105,17 @@ def _next_call(group: str) -> float:
 def _compare(packets: Tensor, group: str) -> Tensor:
     """(W, HEADER + ROOM) packets as they are, unless one is of a mistake, or headers differ."""
     if packets.is_cpu:
-        require_alike(packets, group)
+        try:
+            require_alike(packets, group)
+        except ValueError as raised:
+            raise raised from FAULTS.pop(group, (None,))[0]
     elif packets.is_cuda and not torch.cuda.is_current_stream_capturing():
         ARRIVALS.append(_send(packets, group))
+    if group in FAULTS:  # on a GPU, where this process alone raises now, but takes part in all of the exchange
+        error, left = FAULTS.pop(group)
+        if left == 1:
+            raise error
+        FAULTS[group] = error, left - 1
     return packets.clone()
 
 
@@ -118,8 +144,10 @@ def _refuse(like: Tensor, packets: Tensor, text: str) -> Tensor:
 
 
 def differing(heads: Tensor) -> Tensor:
-    """Which columns of (W, n) headers are not the same everywhere; one that is unknown somewhere is alike."""
-    return ((heads != heads[:1]) & (heads != UNKNOWN) & (heads[:1] != UNKNOWN)).any(0)
+    """Which columns of (W, n) headers are not the same wherever they are known."""
+    known = heads != UNKNOWN
+    least, most = (torch.where(known, heads, other) for other in (torch.inf, -torch.inf))
+    return ~(most.amax(0) <= least.amin(0))  # also of NaN
 
 
 def require_alike(packets: Tensor, group: str) -> None:
@@ -129,11 +157,15 @@ def require_alike(packets: Tensor, group: str) -> None:
     if not (bool(wrong.any()) or bool(different.any())):
         return
     CALLS[group] = 1 + int(heads[:, 1].max())
-    size = len(packets)
     if bool(wrong.any()):
         rank = int(wrong.to(torch.int8).argmax())
-        raise ValueError(f"SyncBatchNorm, process {rank} of {size}: {_text(packets[rank, HEADER:])}")
-    reasons = [_difference(FIELDS[at - 1], heads[:, at].tolist()) for at in different.nonzero().flatten().tolist()]
+        raise ValueError(f"SyncBatchNorm, process {rank} of {len(heads)}: {_text(packets[rank, HEADER:])}")
+    raise_different({FIELDS[at - 1]: heads[:, at].tolist() for at in different.nonzero().flatten().tolist()})
+
+
+def raise_different(found: dict[str, list[float]]) -> None:
+    """Raise what every process raises where fields of a header, these, are not the same on all."""
+    size, reasons = len(next(iter(found.values()))), [_difference(field, values) for field, values in found.items()]
     raise ValueError(f"SyncBatchNorm, the {size} processes of a group made different calls: {'; '.join(reasons)}")
 
 
@@ -150,6 +182,8 @@ def _difference(field: str, values: list[float]) -> str:
 
 
 def _shown(field: str, value: float) -> str:
+    if value == UNKNOWN:
+        return "a tensor" if field == "momentum" else "unknown"
     if field == "dtype":
         return str(DTYPES[int(value)]).removeprefix("torch.")
     names = {"activation": list(ROWS), "pass": PASSES, "gradient": GRADIENTS}.get(field)
@@ -157,7 +191,7 @@ def _shown(field: str, value: float) -> str:
         return names[int(value)]
     if FIELDS.index(field) >= FIELDS.index("residual"):
         return "yes" if value else "no"
-    return {NONE: "None", UNKNOWN: "a tensor" if field == "momentum" else "unknown"}.get(value) or f"{value:g}"
+    return "None" if value == NONE else f"{value:g}"
 
 
 def look_at_arrivals() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules import conv, pooling
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_bn.nn._aliases import module_of
 from gpu_bn.nn._graph import is_layer, is_leaf
@@ -81,7 +82,7 @@ def observed_pairs(model: torch.nn.Module, inputs: Iterable[Any], options: dict[
     """The pairs in a call of a model; and why others are none."""
     watch = _Watch(model)
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), watch, _Below(watch):
             result = model(*inputs, **options)
     finally:
         watch.end()
@@ -107,7 +108,7 @@ class _Watch(TorchFunctionMode):
         self.parameters = {id(tensor) for tensor in model.parameters()}
         self.handles: list[Any] = []
         for module in (*self.layers, *self.norms):
-            if module._parameters or module._buffers:
+            if not isinstance(module, torch.jit.ScriptModule) and (module._parameters or module._buffers):
                 self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 self.handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
 
@@ -177,6 +178,21 @@ class _Watch(TorchFunctionMode):
     def _stored(self, sources: set[int]) -> bool:
         """Whether anything still holds one of these tensors after the call."""
         return any(id(tensor) in sources and sys.getrefcount(tensor) > 3 for tensor in self.kept)
+
+
+class _Below(TorchDispatchMode):
+    """Sees who reads a tensor in scripted code, which calls no functions of Python's."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if self.watch.inside == 0:
+            for tensor in _tensors((args, kwargs)):
+                self.watch.reads(tensor)
+        return func(*args, **(kwargs or {}))
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from gpu_bn.activations import Activation
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn import _packets
+from gpu_bn.nn._group import Group, exchange
 from gpu_bn.nn._library import LIBRARY, TAGS, adjacent, as_read
 from gpu_bn.spec import BatchNormSpec
 
@@ -26,14 +27,22 @@ _LAYER = (
     "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? valid, Tensor count, Tensor mean, Tensor var"
 )
 _OPTIONS = "float eps, str activation, float parameter"
+_TRACKED = (
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, "
+    "Tensor? momentum_at, Tensor count, Tensor mean, Tensor var"
+)
+_HEADER = "str group, float[] signature"
 for _schema in (
     "sync_report(Tensor x, Tensor? valid) -> Tensor",
     "sync_merge(Tensor reports) -> (Tensor count, Tensor mean, Tensor var)",
     "sync_merge_packets(Tensor[] packets, int channels) -> (Tensor count, Tensor mean, Tensor var)",
-    "sync_update(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, "
-    "Tensor? momentum_at, Tensor count, Tensor mean, Tensor var) -> ()",
+    f"sync_update({_TRACKED}) -> ()",
+    f"sync_finish({_TRACKED}, Tensor y, int size, {_HEADER}) -> ()",
     f"sync_normalize({_LAYER}, {_OPTIONS}) -> Tensor",
     f"sync_reduce(Tensor dy, {_LAYER}, {_OPTIONS}, bool need_dz) -> (Tensor sums, Tensor dz)",
+    f"sync_report_packets(Tensor x, Tensor? valid, {_HEADER}) -> Tensor",
+    f"sync_reduce_packets(Tensor dy, {_LAYER}, {_OPTIONS}, bool need_dz, {_HEADER}) "
+    "-> (Tensor packets, Tensor sums, Tensor dz)",
     f"sync_input(Tensor dy, {_LAYER}, {_OPTIONS}, Tensor sums, Tensor? dz) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=TAGS)
@@ -49,6 +58,16 @@ def _report(x: Tensor, valid: Tensor | None) -> Tensor:
     report[2 : 2 + channels] = moments.mean
     report[2 + channels :] = moments.var
     return report
+
+
+def _report_packets(x: Tensor, valid: Tensor | None, group: str, signature: Sequence[float]) -> Tensor:
+    """The report in packets; of what fails, packets that tell the other processes."""
+    try:
+        # The output comes after the exchange. That there is memory for it is seen before: an allocator keeps it.
+        dispatch.serving(x).empty_like(x)
+        return _packets._pack(_report(x, valid), group, signature)
+    except Exception as error:
+        return _packets.fault(error, x, group, 2 + 2 * x.shape[1])
 
 
 def _merge(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +90,24 @@ def _merge_packets(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Te
     if fused is None:
         return merged(_packets.unpacked(packets, channels))
     return fused(packets, channels, _packets.HEADER, _packets.ROOM, _packets.UNKNOWN)  # type: ignore[no-any-return]
+
+
+def _finish(*arguments: Any) -> None:
+    """:func:`_update`; on a CPU once all processes have their outputs and new statistics, or all raise."""
+    *update, _, size, group, signature = arguments
+    mean, var, counter, momentum, momentum_at, count, batch_mean, batch_var = update
+    if not (count.is_cpu and group):
+        if not (mean is var is counter is None):
+            _update(*update)
+        return
+    try:
+        weighs = momentum if momentum_at is None else momentum_at
+        moved = _moved(mean, var, counter, weighs, Pool(count, batch_mean, batch_var * count))
+        packets = _packets._pack(count.new_zeros(1), group, signature)
+    except Exception as error:
+        packets = _packets.fault(error, count, group, 1)
+    exchange(packets, Group(group, size, 0))
+    _write(*moved)
 
 
 def _update(
@@ -105,6 +142,22 @@ def update_running(
 
     All three are written last, by one call.
     """
+    _write(*_moved(running_mean, running_var, num_batches_tracked, momentum, whole))
+
+
+def _write(written: list[Tensor], values: list[Tensor]) -> None:
+    if written:
+        torch._foreach_copy_(written, values)
+
+
+def _moved(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: Any,
+    whole: Pool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What is to be written, and the new values."""
     written, values = [], []
     counted = None if num_batches_tracked is None else num_batches_tracked + 1
     weighs: Any = momentum
@@ -118,7 +171,7 @@ def update_running(
     if num_batches_tracked is not None and counted is not None:
         written.append(num_batches_tracked)
         values.append(counted)
-    torch._foreach_copy_(written, values)
+    return written, values
 
 
 def _normalize(x: Tensor, *arguments: Any) -> Tensor:
@@ -139,6 +192,20 @@ def _reduce(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         return x.new_zeros((2, x.shape[1]), dtype=torch.float64), nothing
     sums = engine.backward_reduce(dy, _saved(x, *layer), dz)
     return adjacent(sums.dz, sums.dz_xhat), nothing
+
+
+def _reduce_packets(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Packets of the sums, sums and dz; of what fails, packets that tell the other processes."""
+    *rest, group, signature = arguments
+    try:
+        dispatch.serving(x).empty_like(x)  # dx's memory, as of the output
+        sums, dz = _reduce(dy, x, *rest)
+        return _packets._pack(sums.flatten(), group, signature), sums, dz
+    except Exception as error:
+        sums = x.new_full((2, x.shape[1]), torch.nan, dtype=torch.float64)
+        # Compiled code counts on its strides.
+        dz = dispatch.serving(x).empty_like(x) if rest[-1] else x.new_empty(0)
+        return _packets.fault(error, x, group, sums.numel()), sums, dz
 
 
 def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
@@ -177,6 +244,10 @@ def _report_fake(x: Tensor, valid: Tensor | None) -> Tensor:
     return x.new_empty(2 + 2 * x.shape[1], dtype=torch.float64)
 
 
+def _report_packets_fake(x: Tensor, valid: Tensor | None, group: str, signature: Sequence[float]) -> Tensor:
+    return _packets._pack_fake(_report_fake(x, valid), group, signature)
+
+
 def _merge_fake(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     channels = (reports.shape[1] - 2) // 2
     return reports.new_empty(1), reports.new_empty(channels), reports.new_empty(channels)
@@ -201,6 +272,12 @@ def _reduce_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
     return x.new_empty((2, x.shape[1]), dtype=torch.float64), dz
 
 
+def _reduce_packets_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, group, signature = arguments
+    sums, dz = _reduce_fake(dy, x, *rest)
+    return _packets._pack_fake(sums.flatten(), group, signature), sums, dz
+
+
 def _input_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
     del dy
     return torch.empty_like(x)
@@ -210,6 +287,9 @@ for _name, _kernel, _fake in (
     ("sync_report", _report, _report_fake),
     ("sync_merge", _merge, _merge_fake),
     ("sync_merge_packets", _merge_packets, _merge_packets_fake),
+    ("sync_report_packets", _report_packets, _report_packets_fake),
+    ("sync_reduce_packets", _reduce_packets, _reduce_packets_fake),
+    ("sync_finish", _finish, _update_fake),
     ("sync_update", _update, _update_fake),
     ("sync_normalize", _normalize, _like_fake),
     ("sync_reduce", _reduce, _reduce_fake),
@@ -220,6 +300,9 @@ for _name, _kernel, _fake in (
     torch.library.register_fake(f"gpu_bn::{_name}", _fake, lib=LIBRARY)
 
 report = torch.ops.gpu_bn.sync_report.default
+report_packets = torch.ops.gpu_bn.sync_report_packets.default
+reduce_packets = torch.ops.gpu_bn.sync_reduce_packets.default
+finish = torch.ops.gpu_bn.sync_finish.default
 merge_reports = torch.ops.gpu_bn.sync_merge.default
 merge_packets = torch.ops.gpu_bn.sync_merge_packets.default
 update = torch.ops.gpu_bn.sync_update.default

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from gpu_bn.activations import Activation
-from gpu_bn.nn._activations import TARGETS, activation_of
+from gpu_bn.nn._activations import activation_of, activation_of_call
 from gpu_bn.nn._forward import TextPlan
 from gpu_bn.nn._known import is_watched
 
@@ -93,7 +93,7 @@ class _Merger(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> Any:
         self.generic_visit(node)
-        return self._merged(node, node.args[0]) if len(node.args) == 1 else node
+        return self._merged(node, node.args[0]) if node.args else node
 
     def generic_visit(self, node: Any) -> Any:
         super().generic_visit(node)
@@ -109,7 +109,7 @@ class _Merger(ast.NodeTransformer):
             before: Any = found[-1] if found else None
             if _sets_one_name(node) and _sets_one_name(before) and node.targets[0].id == before.targets[0].id:
                 call = node.value
-                reads = isinstance(call, ast.Call) and len(call.args) == 1 and isinstance(call.args[0], ast.Name)
+                reads = isinstance(call, ast.Call) and bool(call.args) and isinstance(call.args[0], ast.Name)
                 if reads and call.args[0].id == node.targets[0].id:
                     merged = self._merged(call, before.value)
                     if merged is not call:
@@ -134,10 +134,10 @@ class _Merger(ast.NodeTransformer):
         if not isinstance(inner, ast.Call) or len(inner.args) != 1 or inner.keywords or _is_starred(inner):
             return call
         norm, act = self._child(inner.func), self._child(call.func)
-        chosen = activation_of(act) if act is not None else TARGETS.get(self._global(call.func))
-        plain = all(each.arg == "inplace" for each in call.keywords) if act is None else not call.keywords
+        alone = len(call.args) == 1 and not call.keywords
+        chosen = self._function(call) if act is None else activation_of(act) if alone else None
         watched = norm is None or is_watched(norm) or (act is not None and is_watched(act))
-        if norm not in self.layers or watched or chosen is None or chosen.is_identity or not plain:
+        if norm not in self.layers or watched or chosen is None or chosen.is_identity:
             return call
         self.merges.append((norm, repr(chosen), [] if act is None else [act]))
         return ast.copy_location(_call(inner.func, inner.args[0], chosen), call)
@@ -147,6 +147,15 @@ class _Merger(ast.NodeTransformer):
 
     def _child(self, node: Any) -> torch.nn.Module | None:
         return self.module._modules.get(node.attr) if self._is_own(node) else None
+
+    def _function(self, call: ast.Call) -> Activation | None:
+        """The activation that a function is which is called with constants."""
+        try:
+            rest = [ast.literal_eval(each) for each in call.args[1:]]
+            options = {each.arg or "": ast.literal_eval(each.value) for each in call.keywords if each.arg != "inplace"}
+        except (ValueError, TypeError, SyntaxError):
+            return None
+        return activation_of_call(self._global(call.func), rest, options)
 
     def _global(self, node: Any) -> Any:
         """The function that a dotted name of the text's file is."""

@@ -6,13 +6,16 @@ draws random numbers of Python's, or leaves something behind.
 
 from __future__ import annotations
 
+import ast
 import linecache
 import operator
 import random
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from inspect import Parameter, signature
 from itertools import islice
 from typing import Any, NamedTuple
@@ -92,8 +95,8 @@ class _Tracer(torch.fx.Tracer):
         return _Value(node, self)
 
     def create_node(self, kind: str, target: Any, *rest: Any, **options: Any) -> Node:
-        if _context() != self.context or _checkpointed():
-            raise Refused("a part of it runs under no_grad, autocast, checkpoint or hooks on saved tensors")
+        if _context() != self.context or _is_within_a_block():
+            raise Refused("a part of it runs under no_grad, autocast, checkpoint, or another with or try")
         return super().create_node(kind, target, *rest, **options)
 
     def create_arg(self, a: Any) -> Any:
@@ -101,6 +104,8 @@ class _Tracer(torch.fx.Tracer):
             known = any(a is tensor for tensor in (*self.root.parameters(), *self.root.buffers()))
             if not known and a not in self.tensor_attrs:
                 raise Refused("it makes tensors, which a graph would keep")
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (super().create_arg(list(a.items())),), {})
         if isinstance(a, (tuple, list, dict)) and type(a) not in CONTAINERS and not hasattr(a, "_fields"):
             raise Refused(f"it makes a {type(a).__name__}, which a graph would make a plain container of")
         return super().create_arg(a)
@@ -177,15 +182,31 @@ def _context() -> tuple[Any, ...]:
     )
 
 
-def _checkpointed() -> bool:
+def _is_within_a_block() -> bool:
+    """Whether a model's code calls from within ``with`` or ``try``, or through a checkpoint."""
     frame: Any = sys._getframe(2)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+    while frame is not None and frame.f_code is not _Tracer.trace.__code__:
+        name = frame.f_globals.get("__name__", "")
+        if name == "torch.utils.checkpoint":
             return True
-        if frame.f_code is _Tracer.trace.__code__:
-            return False
+        text = "" if name.startswith(("torch.", "gpu_bn.nn._")) else linecache.getlines(frame.f_code.co_filename)
+        if text and frame.f_lineno in _lines_of_blocks("".join(text)):
+            return True
         frame = frame.f_back
     return False
+
+
+@lru_cache(16)
+def _lines_of_blocks(text: str) -> set[int]:
+    """The lines of a file within ``with``, or within ``try`` that catches something."""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError):
+        return set()
+    blocks = [
+        node.body for node in nodes if isinstance(node, ast.With) or (isinstance(node, ast.Try) and node.handlers)
+    ]
+    return {line for body in blocks for line in range(body[0].lineno, (body[-1].end_lineno or 0) + 1)}
 
 
 def _random_state() -> tuple[bytes, Any, bytes]:

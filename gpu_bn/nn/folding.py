@@ -209,7 +209,7 @@ def fold(model: Model, *inputs: Any, report: Report | None = None, **options: An
     Source: Ioffe & Szegedy 2015, Alg. 2.
     """
     report = Report() if report is None else report
-    copied = copy.deepcopy(model).eval()
+    copied = _copy(model).eval()
     own_forwards(copied)
     for module in copied.modules():
         if isinstance(module, GraphModule):
@@ -228,6 +228,12 @@ def fold(model: Model, *inputs: Any, report: Report | None = None, **options: An
         if is_layer(module):
             report.left[name] = reasons.get(module, "no convolution or linear layer goes into it alone")
     return copied
+
+
+def _copy(model: Model) -> Model:
+    """A deep copy, also where modules hold results of a call, which torch does not copy with their history."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
 
 
 def _unfit(layer: Any, norm: Any) -> str:

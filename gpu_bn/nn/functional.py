@@ -18,7 +18,7 @@ from torch.overrides import is_tensor_like
 
 from gpu_bn import aliasing, dispatch, ops, spec
 from gpu_bn.activations import IDENTITY, Activation
-from gpu_bn.nn import _autograd, _composed, _library, _masked
+from gpu_bn.nn import _autograd, _composed, _library, _masked, _quick
 from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 VECTORS = ("running_mean", "running_var", "weight", "bias")
@@ -182,6 +182,10 @@ def call(
     plain = mask is None and virtual_batch_size is None and renorm is None
     vectors = (running_mean, running_var, weight, bias)
     counter = num_batches_tracked if training else None
+    if plain and not _updates.off:
+        y = _quick.call(input, *vectors, training, momentum, eps, residual, activation, parameter, counter)
+        if y is not None:
+            return y
     if plain and _ordinary(input, vectors, residual, counter, training, momentum, eps):
         weighs = _library.weighs(momentum, None, counter) if training else 0.0
         options = _library.options(training, weighs, eps, activation, parameter)
@@ -336,7 +340,7 @@ def exporting() -> bool:
     not have stays ours: of ``torch.export``, training whose momentum is ``None`` or a tensor.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return bool(torch.compiler._is_exporting_flag)  # torch 2.11 compiles a call of is_exporting() to True
     return _autograd._tracing() is not None
 
 

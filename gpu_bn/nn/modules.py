@@ -19,6 +19,7 @@ from gpu_bn import spec
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
+from gpu_bn.nn._activations import activation_of
 
 
 class _LeafName(str):
@@ -37,11 +38,14 @@ class _LeafName(str):
 
 
 def _part(name: str) -> Any:
-    """An attribute of torch's that libraries read where they make another layer of this one, without its activation."""
+    """An attribute of torch's that libraries read where they make another layer of this one, without its activation.
+
+    It is kept under another name too: to the compiler of torch 2.11, ``__dict__[name]`` is the property itself.
+    """
 
     def get(self: Any) -> Any:
         try:
-            value = self.__dict__[name]
+            value = self.__dict__[f"_{name}"]
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
         if not torch.compiler.is_compiling() and not self.activation.is_identity:
@@ -49,9 +53,19 @@ def _part(name: str) -> Any:
         return value
 
     def put(self: torch.nn.Module, value: Any) -> None:
-        self.__dict__[name] = value
+        self.__dict__[name] = self.__dict__[f"_{name}"] = value
 
     return property(get, put)
+
+
+def move_parts(module: torch.nn.Module) -> None:
+    """Have what a layer's own class has stored, or an older version of ours, where its present class looks for it."""
+    values = module.__dict__
+    for name in ("eps", "num_features"):
+        if not isinstance(module, _Activated):
+            values.pop(f"_{name}", None)
+        elif name in values:
+            values[f"_{name}"] = values[name]
 
 
 LIBRARIES = str(Path(torch.__file__).parent.parent)
@@ -69,9 +83,17 @@ def _refuse_to_lose(layer: torch.nn.Module, name: str, code: Any) -> None:
         )
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks see or change what goes into a module and comes out of it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 class _Activated(torch.nn.Module):
     activation: Activation = IDENTITY
     eps: float = _part("eps")
+    _eps: float
 
     def _get_name(self) -> str:
         name = super()._get_name()
@@ -82,9 +104,32 @@ class _Activated(torch.nn.Module):
         if cls.__module__.startswith("gpu_bn."):  # a subclass elsewhere is entered, as one of torch's is
             cls.__module__ = _LeafName(cls.__module__)
 
+    def _is_whole(self) -> bool:
+        """Whether this layer may do what the modules in it do: timm's layers have some for dropout and activation."""
+        act, drop = self._modules.get("act"), self._modules.get("drop")
+        if act is None or "_converted_from" not in self.__dict__:
+            return True
+        watched = any("forward" in vars(each) or has_hooks(each) for each in (act, drop) if each is not None)
+        known = (activation_of(act) or IDENTITY) == self.activation and type(drop) in (torch.nn.Identity, type(None))
+        return known and not watched
+
+    def _in_parts(self, input: Tensor, residual: Tensor | None, *mask: Tensor | None) -> Any:
+        """Normalise, and call these modules for the rest."""
+        z = self.forward(input, None, IDENTITY, *mask)
+        for name in ("drop", "act"):
+            if name == "act" and residual is not None:
+                z = z + residual
+            module = self._modules.get(name)
+            z = z if module is None else module(z)
+        return z
+
     def __setattr__(self, name: str, value: Any) -> None:  # a property would not see modules, which torch keeps apart
         value = Activation.of(value) if name == "activation" else value
         super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        move_parts(self)
 
 
 class Fused(_Activated, _BatchNorm):
@@ -124,21 +169,28 @@ class Fused(_Activated, _BatchNorm):
             activation: what follows in this call, if it is not the layer's own.
             mask: which positions count, as in :func:`gpu_bn.batch_norm`.
         """
+        if activation is None and self._modules and not self._is_whole():
+            return self._in_parts(input, residual, mask)  # type: ignore[no-any-return]
         if self.own_check:
             self._check_input_dim(input)
         activation = self.activation if activation is None else Activation.of(activation)
         training = self.training and not self.frozen
         tracked = not training or self.track_running_stats
-        running_mean, running_var = (self.running_mean, self.running_var) if tracked else self._untracked()
+        try:  # quicker than attributes, which are looked for elsewhere first
+            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # another kind of attribute, as of torch.nn.utils.parametrize
+            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        running_mean, running_var = (mean, var) if tracked else self._untracked()
         return layer(
             input,
             running_mean,
             running_var,
-            self.weight,
-            self.bias,
-            training or (self.running_mean is None and self.running_var is None),
+            weight,
+            bias,
+            training or (running_mean is None and running_var is None),
             self.momentum,
-            self.__dict__["eps"],
+            self._eps,
             residual,
             activation.name,
             activation.parameter,
@@ -450,6 +502,8 @@ class FrozenBatchNorm2d(_Activated):
         self, input: Tensor, residual: Tensor | None = None, activation: Activation | str | None = None
     ) -> Tensor:
         """As :meth:`Fused.forward`."""
+        if activation is None and self._modules and not self._is_whole():
+            return self._in_parts(input, residual)  # type: ignore[no-any-return]
         activation = self.activation if activation is None else Activation.of(activation)
         return layer(
             input,
@@ -459,7 +513,7 @@ class FrozenBatchNorm2d(_Activated):
             self.bias,
             False,
             0.0,
-            self.__dict__["eps"],
+            self._eps,
             residual,
             activation.name,
             activation.parameter,

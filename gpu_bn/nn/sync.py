@@ -5,7 +5,9 @@ Forward, each process reports the count, mean and variance of its part, and all 
 added in the same order. What the processes hold may differ in size, and be nothing. Gradients of weight and bias stay
 those of the process's own part, which DistributedDataParallel reduces.
 
-The count over all processes stays on the device, so that nothing waits for a GPU and CUDA graphs can capture a call.
+On CPUs the processes exchange once more before any of them writes its statistics: each then knows that the others have
+their outputs. The count over all processes stays on the device, so that nothing waits for a GPU but a layer's first
+call, and CUDA graphs can capture a call.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gpu_bn.activations import Activation
-from gpu_bn.nn import _composed, _packets, _sync_library, functional
-from gpu_bn.nn._group import Group, add_up, exchange, gather, several
-from gpu_bn.nn._sync_call import call_of
+from gpu_bn.nn import _packets, _sync_library, functional
+from gpu_bn.nn._group import Group, exchange, gather, several
+from gpu_bn.nn._sync_call import Call, call_of
+from gpu_bn.nn._sync_second import composed_gradients
 from gpu_bn.nn.modules import Fused
 
 if dist.is_available():
@@ -127,6 +130,8 @@ def _together(
         numbers[group.name] = _known[group.name]
         _known[group.name] += 1
     try:
+        if new:
+            _meet(layer, group, _on_the_device(tensors))
         number = float(numbers[group.name])
         return _numbered(number, group, num_features, tensors, momentum, eps, activation, forbidden)
     except ValueError:  # all processes raise, some of which may not have called this layer
@@ -136,8 +141,32 @@ def _together(
 
 
 _numbers: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
-"""The place of a layer among those of a group, in the order of their first calls."""
+"""The place of a layer among those of a group, in the order of their first calls; of "" among all that were made."""
 _known: Counter[str] = Counter()
+"""How many there are."""
+
+
+def note_made(layer: Any) -> None:
+    """Give a new layer its place; a copy has none."""
+    _numbers.setdefault(layer, {})[""] = _known[""]
+    _known[""] += 1
+
+
+def _meet(layer: Any, group: Group, like: Tensor) -> None:
+    """Make sure of a layer's first call that it is the same layer on all processes; this alone waits for a GPU.
+
+    That is told by the layers' places, where all processes have made equally many.
+    """
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    place = _numbers[layer].get("", _packets.UNKNOWN)
+    vector = torch.tensor([place, _known[""]], dtype=torch.float64, device=like.device)
+    header = [_packets.FIRST, *[_packets.UNKNOWN] * (len(_packets.FIELDS) - 3)]
+    packets = gather(_packets.pack(vector, group.name, header)[0], group).cpu()
+    _packets.require_alike(packets, group.name)
+    places, total = packets[:, _packets.HEADER : _packets.HEADER + 2].unbind(1)
+    if bool((total == total[0]).all() and _packets.differing(places[:, None]).any()):
+        _packets.raise_different({"layer": places.tolist()})
 
 
 def _numbered(
@@ -151,31 +180,47 @@ def _numbered(
     forbidden: str,
 ) -> Tensor:
     """:func:`_together` of a layer with a number."""
-    error = None
+    error, compiling = None, torch.compiler.is_compiling()
     try:
         call = forbidden or call_of(num_features, tensors, momentum, eps, activation)
     except Exception as raised:  # of any type, on this process alone
-        error, call = raised, _told(raised)
+        error, call = raised, _packets.told(raised)
     if isinstance(call, str):
         length = 2 + 2 * num_features if isinstance(num_features, int) else 1
-        return _report_mistake(call, error, group, length, tensors)
-    y, count, mean, var = _SyncBatchNorm.apply(
-        *call.inputs, call.valid, *group, [number, *call.signature], *call.options
-    )
-    if call.tracked[0] is not None or call.tracked[2] is not None:
-        fixed, at = (None, call.momentum) if isinstance(call.momentum, Tensor) else (call.momentum, None)
-        _sync_library.update(*call.tracked, fixed, at, count, mean, var)
-    return y  # type: ignore[no-any-return]
+        return _report_mistake(call, error, group, length, _on_the_device(tensors))
+    x: Any = call.inputs[0]
+    header = [_packets.UNKNOWN if compiling else float(_packets.CALLS[group.name]), number, *call.signature]
+    packets = _sync_library.report_packets(x.detach(), call.valid, group.name, [_packets.FORWARD, *header])
+    found = exchange(packets, group)
+    if compiling or not x.is_cpu:
+        y, *moments = _normalized(call, group, header, found)
+    else:
+        try:
+            y, *moments = _normalized(call, group, header, found)
+        except Exception as raised:
+            _report_mistake(_packets.told(raised), raised, group, 1, x)
+            raise
+    fixed, at = (None, call.momentum) if isinstance(call.momentum, Tensor) else (call.momentum, None)
+    end = y.detach(), group.size, group.name, [_packets.END, *header]
+    _sync_library.finish(*call.tracked, fixed, at, *moments, *end)
+    return y
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join([str(part) for part in error.args])}"
+def _normalized(call: Call, group: Group, header: list[float], found: list[Tensor]) -> tuple[Tensor, ...]:
+    """``y``, and the count, mean and variance of all processes."""
+    channels = int(call.signature[0])
+    moments = _sync_library.merge_packets(found, channels)
+    return _SyncBatchNorm.apply(*call.inputs, call.valid, *moments, *group, header, *call.options), *moments
 
 
-def _report_mistake(text: str, error: Exception | None, group: Group, length: int, tensors: tuple[Any, ...]) -> Tensor:
+def _on_the_device(tensors: tuple[Any, ...]) -> Tensor:
+    """A tensor of a call that is where what is exchanged has to be; what is given may be no tensors."""
+    present = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.device.type != "meta"]
+    return (present[0] if present else torch.empty(0)).detach()
+
+
+def _report_mistake(text: str, error: Exception | None, group: Group, length: int, like: Tensor) -> Tensor:
     """Tell the other processes, which would gather a vector of this length, and raise what they raise."""
-    present = [t for t in tensors if isinstance(t, Tensor) and t.device.type != "meta"]
-    like = (present[0] if present else torch.empty(0)).detach()
     packet = _packets.mistake(like, group.name, text)
     try:
         for _ in range(_packets.packets_of(length)):
@@ -239,6 +284,7 @@ class SyncBatchNorm(Fused):
         self._drop_bias(bias)
         self.process_group = process_group
         self.activation = Activation.of(activation)
+        note_made(self)
 
     def forward(
         self,
@@ -254,6 +300,8 @@ class SyncBatchNorm(Fused):
         """
         if not (self.training and not self.frozen and several(self.process_group)):
             return super().forward(input, residual, activation, mask)
+        if activation is None and self._modules and not self._is_whole():
+            return self._in_parts(input, residual, mask)  # type: ignore[no-any-return]
         running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         counter = self.num_batches_tracked if self.track_running_stats else None
         tensors = (input, residual, mask, *running, self.weight, self.bias, counter)
@@ -288,7 +336,7 @@ class SyncBatchNorm(Fused):
 
 
 class _SyncBatchNorm(Function):
-    """Gives ``y``, and the count, mean and variance of all processes, which are not differentiable."""
+    """Gives ``y``, of the count, mean and variance of all processes, which follow from all inputs."""
 
     @staticmethod
     def forward(
@@ -298,90 +346,41 @@ class _SyncBatchNorm(Function):
         bias: Tensor | None,
         residual: Tensor | None,
         valid: Tensor | None,
+        count: Tensor,
+        mean: Tensor,
+        var: Tensor,
         *others: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        group, signature, options = Group(*others[:3]), others[3], others[4:]
-        call = _packets.UNKNOWN if torch.compiler.is_compiling() else float(_packets.CALLS[group.name])
-        try:
-            report = _sync_library.report(x, valid)
-        except Exception as error:
-            _report_mistake(_told(error), error, group, 2 + 2 * x.shape[1], (x,))
-            raise
-        found = exchange(report, group, 0, call, signature)
-        count, mean, var = _sync_library.merge_packets(found, x.shape[1])
-        y = _sync_library.normalize(x, weight, bias, residual, valid, count, mean, var, *options)
-        ctx.group, ctx.options, ctx.header = group, options, (call, signature)
-        kept = None if options[1] == "identity" else residual
+    ) -> Tensor:
+        ctx.group, ctx.header, ctx.options = Group(*others[:3]), others[3], others[4:]
+        kept = None if ctx.options[1] == "identity" else residual
         ctx.save_for_backward(x, weight, bias, kept, valid, count, mean, var)
-        ctx.mark_non_differentiable(count, mean, var)
-        return y, count, mean, var
+        layer = (x, weight, bias, residual, valid, count, mean, var, *ctx.options)
+        return _sync_library.normalize(*layer)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, valid, count, mean, var = ctx.saved_tensors
         need = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # these gradients are to be differentiated themselves
-            return (*_composed_gradients(ctx, dy, x, weight, bias, residual, valid, need), *[None] * 8)
+            return (*composed_gradients(ctx, dy, x, weight, bias, residual, valid, need), *[None] * 11)
         identity = ctx.options[1] == "identity"
         layer = (x, weight, bias, residual, valid, count, mean, var, *ctx.options)
-        try:
-            sums, dz = _sync_library.reduce(dy, *layer, need[3] and not identity)
-        except Exception as error:
-            if need[0]:
-                _report_mistake(_told(error), error, ctx.group, 2 * x.shape[1], (x,))
-            raise
-        dx = None
+        given, dx = (dy, *layer, need[3] and not identity), None
         if need[0]:
-            total = add_up(sums.flatten(), ctx.group, 1, *ctx.header).view_as(sums)
+            try:
+                packets, sums, dz = _sync_library.reduce_packets(
+                    *given, ctx.group.name, [_packets.BACKWARD, *ctx.header]
+                )
+            except Exception as error:
+                _report_mistake(_packets.told(error), error, ctx.group, 2 * x.shape[1], x)
+                raise
+            total = _packets.add(exchange(packets, ctx.group), sums.numel()).view_as(sums)
             dx = _sync_library.backward_input(dy, *layer, total, dz if dz.numel() else None)
+        else:
+            sums, dz = _sync_library.reduce(*given)
         dweight = sums[1].to(weight.dtype) if weight is not None and need[1] else None
         dbias = sums[0].to(bias.dtype) if bias is not None and need[2] else None
         dresidual = None
         if need[3]:
             dresidual = dz if not identity else dy if valid is None else torch.where(valid, dy, 0)
-        return dx, dweight, dbias, dresidual, *[None] * 8
-
-
-# ----------------------------------------------------------------------------------- second and higher derivatives
-class _Sum(Function):
-    """The sum over a group's processes. Each result reaches each process, so that gradients are summed as well."""
-
-    @staticmethod
-    def forward(ctx: Any, vector: Tensor, group: Group, header: tuple[float, list[float]]) -> Tensor:
-        ctx.group, ctx.header = group, header
-        return add_up(vector.contiguous(), group, 2, *header)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _Sum.apply(gradient, ctx.group, ctx.header), None, None
-
-
-def _composed_gradients(
-    ctx: Any,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    valid: Tensor | None,
-    need: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """The gradients by torch's own differentiable operations, which remember where they come from."""
-    eps, name, parameter = ctx.options
-    if name == "identity" and need[3]:
-        residual = torch.zeros_like(x, requires_grad=True)  # of which only the gradient matters
-    there = x.new_ones(1, dtype=torch.bool) if valid is None else valid
-    axes, shape = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
-    wide = torch.where(there, x.to(torch.float64), 0)
-    count = there.expand_as(x).double().sum(axes)[:1]
-    sums = _Sum.apply(torch.cat((count, wide.sum(axes))), ctx.group, ctx.header)
-    mean = sums[1:] / sums[0]
-    centred = torch.where(there, wide - mean.view(shape), 0)
-    var = _Sum.apply(centred.square().sum(axes), ctx.group, ctx.header) / sums[0]
-    rest = None if residual is None else torch.where(there, residual, 0)
-    y = _composed.batch_norm(wide, mean, var, weight, bias, rest, eps, Activation(name, parameter))
-    y = torch.where(there, y, 0).to(x.dtype)
-    inputs = [tensor if needed else None for tensor, needed in zip((x, weight, bias, residual), need, strict=True)]
-    wanted = [tensor for tensor in inputs if tensor is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [None if tensor is None else next(found) for tensor in inputs]
+        return dx, dweight, dbias, dresidual, *[None] * 11

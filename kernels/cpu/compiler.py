@@ -33,7 +33,7 @@ import gpu_bn
 
 __all__ = ["cache_folder", "cold", "inlined", "kernel", "supports_float16"]
 
-OPTIONS = {"nogil": True, "error_model": "numpy"}
+OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
 ENVIRONMENT = "GPU_BN_CACHE_DIR"
 DIGEST = hashlib.sha256().digest_size
 
@@ -116,7 +116,6 @@ class Cache(NullCache):
         return str(cache_folder())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        target_context.refresh()
         path = self._path(sig, target_context.codegen())
         if path is None:
             return None

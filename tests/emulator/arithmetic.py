@@ -38,10 +38,17 @@ def packed(function: Function, half: str) -> Function:
 
 
 def _float(ins: Instruction, function: Function) -> Runner:
-    """A float operation with its .ftz, .sat and .relu; packed pairs are computed half by half."""
-    type_ = ins.type.removesuffix("x2")
+    """A float operation with its .ftz, .sat and .relu; packed pairs are computed half by half.
+
+    Sums of mixed types, ``add.f32.bf16``, are of f32, as is their last source.
+    """
+    mixed = ins.type in ("f16", "bf16") and "f32" in ins.modifiers
+    if mixed and ins.opcode not in ("add", "sub", "fma"):
+        raise unsupported(ins)
+    of = "f32" if mixed else ins.type
+    type_ = of.removesuffix("x2")
     if mode := next((m for m in ins.modifiers if m in ("rz", "rm", "rp")), None):
-        if type_ != "f32" or ins.opcode not in _AS_FMA:
+        if of != "f32" or ins.opcode not in _AS_FMA:
             raise unsupported(ins)
         as_fma = _AS_FMA[ins.opcode]
 
@@ -58,8 +65,8 @@ def _float(ins: Instruction, function: Function) -> Runner:
         return formats.flush_subnormals(result, type_) if flush else result
 
     whole = full if flush or limit else function
-    lifted = packed(whole, type_) if ins.type.endswith("x2") else whole
-    return elementwise(ins, lifted, [ins.type] * (len(ins.operands) - 1))
+    lifted = packed(whole, type_) if of.endswith("x2") else whole
+    return elementwise(ins, lifted, [*[ins.type] * (len(ins.operands) - 2), of], of)
 
 
 # The operands of the fma that computes the same, for directed rounding.
@@ -114,7 +121,8 @@ def _binary(ins: Instruction) -> Runner:
 def _multiply(ins: Instruction) -> Runner:
     type_, part, add = ins.type, ins.modifiers[0], ins.opcode != "mul"
     if is_float(type_):
-        return _float(ins, (lambda a, b, c: formats.fma(a, b, c, type_.removesuffix("x2"))) if add else np.multiply)
+        of = "f32" if "f32" in ins.modifiers else type_.removesuffix("x2")
+        return _float(ins, (lambda a, b, c: formats.fma(a, b, c, of)) if add else np.multiply)
     if part not in ("lo", "hi", "wide") or "sat" in ins.modifiers:
         raise unsupported(ins)
     wide, bits = f"{type_[0]}{2 * int(type_[1:])}", int(type_[1:])

@@ -70,7 +70,7 @@ class Arrays(Protocol):
         """The positions that count, (C, positions)."""
 
     def scatter(self, target: Array, axis: int, valid: Array, chosen: Array) -> None:
-        """Write such an array to where its elements come from, and zeros elsewhere."""
+        """Write zeros where positions do not count, then such an array to where its elements come from."""
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
         """See :class:`gpu_bn.backends.protocol.Backend`."""
@@ -120,7 +120,7 @@ class NumpyArrays:
         if nbytes < LARGE:
             return np.empty(shape, dtype)
         room = np.empty(nbytes + ALIGNED, np.uint8)
-        at = -room.ctypes.data % ALIGNED
+        at = -room.__array_interface__["data"][0] % ALIGNED
         array: NDArray[Any] = room[at : at + nbytes].view(dtype).reshape(shape)
         return array
 
@@ -159,7 +159,7 @@ class NumpyArrays:
 
     @staticmethod
     def scatter(target: NDArray[Any], axis: int, valid: NDArray[Any], chosen: NDArray[Any]) -> None:
-        target[...] = 0
+        np.copyto(target, np.zeros((), target.dtype), where=~valid)
         np.moveaxis(target, axis, 0)[:, valid.squeeze(axis)] = chosen
 
     @staticmethod

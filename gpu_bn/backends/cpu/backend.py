@@ -30,8 +30,10 @@ class CpuBackend:
     fuses_plain_calls_only = True
     """Masks and ghost batches go phase by phase."""
 
-    def __init__(self, arrays: Arrays) -> None:
+    def __init__(self, arrays: Arrays, doors: Any = None) -> None:
         self.arrays = arrays
+        self.doors = doors
+        """:mod:`gpu_bn.backends.cpu.doors`, for tensors."""
 
     # ------------------------------------------------------------------------------------------------- whole calls
     def forward(
@@ -154,13 +156,14 @@ class CpuBackend:
         self.arrays.assign(running_var, var)
 
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
-        if saved.spec.groups > 1:
-            for at, part in saved.parts():
-                self.normalize(part, None if residual is None else residual[at], out[at])
-            return
-        spec = replace(saved.spec, batch_stats=False)
-        vectors = (saved.weight, saved.bias, saved.mean, saved.moments.var)
-        self._forward(saved.x, spec, vectors, residual, out, in_place=True, valid=saved.valid)
+        parts = list(saved.parts()) if saved.spec.groups > 1 else [(slice(None), saved)]
+        first, spec = parts[0][1], replace(saved.spec, batch_stats=False, groups=1)
+        cut = pieces.Pieces(self.arrays, first.x, spec.axis, first.valid, 1 if residual is None else 2)
+        for at, part in parts:
+            added = None if residual is None else residual[at]
+            call = part.x, spec, (part.weight, part.bias, part.mean, part.moments.var), added, out[at]
+            if part.valid is not None or self.kernels(*call, in_place=True) is None:
+                pieces.write(self, cut, *call, part.valid)
 
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         if saved.spec.groups > 1:
@@ -197,14 +200,24 @@ class CpuBackend:
         valid: Array | None = None,
     ) -> Moments:
         """Write y, if it is given, and move the running statistics, after weight and bias in ``vectors``."""
+        found = self.kernels(x, spec, vectors, residual, y, in_place) if valid is None else None
+        return found or pieces.forward(self, x, spec, vectors, residual, y, valid)
+
+    def kernels(
+        self,
+        x: Array,
+        spec: BatchNormSpec,
+        vectors: tuple[Array | None, Array | None, Array | None, Array | None],
+        residual: Array | None,
+        y: Array | None,
+        in_place: bool,
+    ) -> Moments | None:
+        """:meth:`_forward` by kernels alone; ``None``, and nothing done, as of :func:`call.forward`."""
         activation, options = spec.activation, (spec.axis, spec.batch_stats, float(spec.momentum), spec.eps)
-        found = valid is None and call.forward(
+        found = call.forward(
             self.arrays, x, *options, activation.name, activation.parameter, vectors, residual, y, in_place
         )
-        if not found:
-            return pieces.forward(self, x, spec, vectors, residual, y, valid)
-        mean, var, count = found
-        return Moments(count, mean, var)
+        return found and Moments(found[2], found[0], found[1])
 
     def _backward(
         self,

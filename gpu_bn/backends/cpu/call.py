@@ -27,7 +27,7 @@ IN_TURN: Phases = ((START, False), (SUM, True), (FINISH, False), (WRITE, True), 
 """The phases of a call, and which of them threads share."""
 FUSED: Phases = ((START, False), (SUM, True), (END, False))
 LINE = 64
-KEPT = 1 << 16
+KEPT = 1 << 19
 """Bytes of scratch memory that each thread keeps for its next call."""
 PREPARED = 512
 
@@ -78,31 +78,38 @@ def forward(
 
     ``vectors`` are weight, bias, running mean and variance. ``counter``, of int64, is incremented. ``at_once``: all
     that is tracked is to be written by the last call into C. ``fresh``: y is new, like x. ``None``, and nothing done,
-    where kernels cannot do so or cannot follow the strides.
+    where kernels cannot do so or cannot follow the strides, and in evaluation where memory does not suffice.
     """
     tensors, layout, address = (x, residual, y), arrays.layout, arrays.address
-    key = (
-        axis, batch_stats, activation, in_place, layout(x), None if residual is None else layout(residual),
-        fresh or (None if y is None else layout(y)),
-    )  # fmt: skip
     try:
-        prepared = _prepared[key]
-    except KeyError:
-        prepared = _remember(key, _prepare_forward(arrays, key, tensors))
-    if prepared is None:
+        key = (
+            axis, batch_stats, activation, in_place, layout(x), None if residual is None else layout(residual),
+            fresh or (None if y is None else layout(y)),
+        )  # fmt: skip
+        try:
+            prepared = _prepared[key]
+        except KeyError:
+            prepared = _remember(key, prepare_forward(arrays, tensors, axis, batch_stats, activation, in_place))
+        if prepared is None:
+            return None
+        parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
+        if at_once and batch_stats and -1 in parameters[2:]:
+            return None
+        wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
+        mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
+        if prepared.huge:
+            pages.advise(address(y), prepared.nbytes)
+        room = _room(prepared)
+        arguments = (
+            address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
+            *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
+            int(batch_stats), momentum, eps, parameter, *prepared.cut,
+        )  # fmt: skip
+    except MemoryError:
+        if batch_stats:
+            raise
         return None
-    parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
-    if at_once and batch_stats and -1 in parameters[2:]:
-        return None
-    wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
-    mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
-    if prepared.huge:
-        pages.advise(address(y), prepared.nbytes)
-    _run(
-        prepared, address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
-        *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
-        batch_stats, momentum, eps, parameter, *prepared.cut,
-    )  # fmt: skip
+    _run(prepared, room, *arguments)
     if batch_stats and wide is not vectors:
         _give_back(arrays, vectors[2:], wide[2:])
     return mean, var, prepared.positions
@@ -141,7 +148,7 @@ def backward(
     try:
         prepared = _prepared[key]
     except KeyError:
-        prepared = _remember(key, _prepare_backward(arrays, key, tensors))
+        prepared = _remember(key, prepare_backward(arrays, tensors, axis, sums, activation))
     if prepared is None:
         return None
     parameters = [0 if one is None else arrays.tagged(one) for one in vectors[:2]]
@@ -154,9 +161,9 @@ def backward(
             if one is not None:
                 pages.advise(address(one), prepared.nbytes)
     _run(
-        prepared, *[0 if one is None else address(one) for one in tensors], *prepared.shape, *parameters, *written,
-        address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
-        batch_stats and (sums or given is not None), float(prepared.positions) if count is None else count, eps,
+        prepared, _room(prepared), *[0 if one is None else address(one) for one in tensors], *prepared.shape,
+        *parameters, *written, address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
+        int(batch_stats and (sums or given is not None)), float(prepared.positions) if count is None else count, eps,
         parameter, *prepared.cut,
     )  # fmt: skip
     del wide  # until here
@@ -193,8 +200,10 @@ def _remember(key: Any, prepared: Prepared | None) -> Prepared | None:
     return prepared
 
 
-def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared | None:
-    axis, batch_stats, activation, in_place, *_ = key
+def prepare_forward(
+    arrays: Arrays, tensors: tuple[Any, ...], axis: int, batch_stats: bool, activation: str, in_place: bool
+) -> Prepared | None:
+    """What calls of :func:`forward` alike have in common; ``tensors`` are x, residual and y."""
     code, seen, steps, dense = _seen(arrays, tensors, axis)
     if steps is None:
         return None
@@ -206,8 +215,10 @@ def _prepare_forward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, .
     return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, writes and not in_place)
 
 
-def _prepare_backward(arrays: Arrays, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Prepared | None:
-    axis, sums, activation, *_ = key
+def prepare_backward(
+    arrays: Arrays, tensors: tuple[Any, ...], axis: int, sums: bool, activation: str
+) -> Prepared | None:
+    """As :func:`prepare_forward`; ``tensors`` are x, residual, dy, dx and dresidual."""
     code, seen, steps, dense = _seen(arrays, tensors, axis)
     if steps is None:
         return None
@@ -267,19 +278,18 @@ def _prepared_call(
 
 
 # ------------------------------------------------------------------------------------------------------------ the call
-def _run(prepared: Prepared, *arguments: Any) -> None:
-    """Run a kernel's phases, on several threads if that pays."""
+def _room(prepared: Prepared) -> tuple[int, int, Any]:
+    """On how many threads a call runs, where its scratch memory is, and what keeps that."""
     count = threads.threads_for(prepared.nbytes)
-    kernel, head = prepared.kernel, prepared.head
     if count == 1 and prepared.scratch <= KEPT:
-        try:
-            at = _local.address
-        except AttributeError:
-            at = _keep()
-        kernel(prepared.every, *head, *arguments, at + LINE, at)
-        return
+        return 1, scratch_address(), None
     scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # counters first
-    at = -(-scratch.ctypes.data // LINE) * LINE
+    return count, -(-scratch.__array_interface__["data"][0] // LINE) * LINE, scratch
+
+
+def _run(prepared: Prepared, room: tuple[int, int, Any], *arguments: Any) -> None:
+    """Run a kernel's phases, on several threads if that pays."""
+    kernel, head, (count, at, _) = prepared.kernel, prepared.head, room
     if count == 1:
         kernel(prepared.every, *head, *arguments, at + LINE, at)
         return
@@ -290,8 +300,12 @@ def _run(prepared: Prepared, *arguments: Any) -> None:
             kernel(phase, *head, *arguments, at + LINE, at)
 
 
-def _keep() -> int:
+def scratch_address() -> int:
     """The address of memory that this thread keeps: a call that runs by itself has it to itself."""
+    try:
+        return _local.address  # type: ignore[no-any-return]
+    except AttributeError:
+        pass
     _local.scratch = np.empty(KEPT + 3 * LINE, np.uint8)
-    _local.address = -(-_local.scratch.ctypes.data // LINE) * LINE
+    _local.address = -(-_local.scratch.__array_interface__["data"][0] // LINE) * LINE
     return int(_local.address)

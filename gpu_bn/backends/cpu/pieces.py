@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_bn.backends._layout import block_sizes
+from gpu_bn.backends._layout import block_sizes, each
 from gpu_bn.backends.cpu import plans
 from gpu_bn.backends.cpu.arrays import Arrays
 from gpu_bn.backends.protocol import Moments, Saved, Sums
@@ -47,12 +47,12 @@ class Pieces:
         copies = tensors if valid is None else tensors + 1  # while positions are chosen
         positions = int(room / (channels * copies * size + indices))
         summed = tuple([at for at in self.order if at != axis])
-        self._sizes = block_sizes(shape, summed, (axis,), positions, channels)
-        self._shape = shape
+        steps = zip(shape, block_sizes(shape, summed, (axis,), positions, channels), strict=True)
+        ends = [[slice(at, min(at + step, size)) for at in range(0, size, step)] for size, step in steps]
+        self._all = list(product(*ends))  # now, for later nothing may fail
 
     def __iter__(self) -> Iterator[Piece]:
-        steps = zip(self._shape, self._sizes, strict=True)
-        return product(*[[slice(at, min(at + step, size)) for at in range(0, size, step)] for size, step in steps])
+        yield from self._all
 
     def take(self, tensor: Array | None, at: Piece) -> Array | None:
         """A dense copy of a piece."""
@@ -94,25 +94,39 @@ def forward(
         none = None, None, None, None
         return backend._forward(part, there, none, None, None) if _size(part) else Moments(0, None, None)
 
-    def write(pieces: Pieces, at: Piece, mean: Array, var: Array) -> None:
-        part, evaluation = pieces.take(x, at), replace(there, batch_stats=False)
-        if _size(part):
-            used = weight, bias, mean, var
-            backend._forward(part, evaluation, used, pieces.take(residual, at), part, in_place=True)
-        pieces.put(y, at, part)
-
     if spec.batch_stats:
         moments = merged(arrays, channels, map(moments_of, pieces))
     else:
         positions = math.prod(x.shape) // channels
         moments = Moments(positions, backend.vector(running_mean), backend.vector(running_var))
-    if y is not None:
-        both = Pieces(arrays, x, spec.axis, valid, 1 if residual is None else 2)
-        for at in both:
-            write(both, at, moments.mean, moments.var)
     if spec.batch_stats and running_mean is not None:
         backend.update_running(moments, running_mean, running_var, spec.momentum)
+    if y is not None:
+        cut = Pieces(arrays, x, spec.axis, valid, 1 if residual is None else 2)
+        write(backend, cut, x, spec, (weight, bias, moments.mean, moments.var), residual, y, valid)
     return moments
+
+
+def write(
+    backend: CpuBackend,
+    cut: Pieces,
+    x: Array,
+    spec: BatchNormSpec,
+    vectors: tuple[Array | None, Array | None, Array | None, Array | None],
+    residual: Array | None,
+    y: Array,
+    valid: Array | None,
+) -> None:
+    """Write y, which may be x, piece by piece, by the statistics in ``vectors``; ``cut`` is of tensors alike."""
+    cut.valid, there = valid, replace(spec, axis=cut.axis, batch_stats=False)
+
+    def work(at: Piece) -> None:
+        part = cut.take(x, at)
+        if _size(part) and backend.kernels(part, there, vectors, cut.take(residual, at), part, in_place=True) is None:
+            raise MemoryError("no memory for a piece of the output")
+        cut.put(y, at, part)
+
+    each(cut, tuple([at for at in cut.order if at != spec.axis]), work)
 
 
 def backward(

@@ -26,8 +26,10 @@ FEW_CHANNELS, LARGE = 16, 1 << 20
 """So few channels of a tensor of so many elements are cut into parts, so that threads have enough of them."""
 PART = 1 << 15
 """Elements of a part."""
-CHUNKS, CHUNK = 16, 1 << 17
-"""Chunks of rows at most, and elements of one at least: each has sums of its own, which are cleared and added up."""
+CHUNKS, CHUNK, COLUMN = 16, 1 << 17, 64
+"""Chunks of rows at most, and elements of one at least: each has sums of its own, which are cleared and added up.
+
+They take 16 bytes a column: more than two chunks have ``COLUMN`` bytes of each column at least, four times as much."""
 FOLDED = 64
 """Columns at least, and a whole number of vectors, up to 1024: short rows are joined to longer ones."""
 
@@ -97,7 +99,7 @@ def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
     runs, count_channels, length = seen[:3]
     size, total = SIZES[code], runs * count_channels * length
     if length < SHORT and total > TINY:
-        return _rows_plan(runs, count_channels, length, total, dense, code == FLOAT64)
+        return _rows_plan(runs, count_channels, length, size, dense)
     group = max(1, GROUP // (size * runs * length))
     if evaluates or not (count_channels < FEW_CHANNELS and total >= LARGE):
         part_length = min(length, PART)
@@ -113,7 +115,7 @@ def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
     return Plan(False, 8 * 5 * count_channels, group, parts, part_runs, part_channels, part_length)
 
 
-def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: bool, double: bool) -> Plan:
+def _rows_plan(runs: int, count_channels: int, length: int, size: int, dense: bool) -> Plan:
     period, folded = count_channels * length, 1
     if dense and period < 1024:
         folded = 16 // math.gcd(period, 16)
@@ -122,19 +124,22 @@ def _rows_plan(runs: int, count_channels: int, length: int, total: int, dense: b
         folded = max(1, min(folded, runs))
     columns = folded * period
     width = -(-columns // 64) * 64 + WIDE * BYTES // 4
-    chunks = max(1, min(CHUNKS, total // CHUNK, runs // folded))
-    vectors = 5 + (4 if double else 2) * chunks
+    chunks = max(1, min(CHUNKS, runs * period // CHUNK, runs // folded, max(2, runs * size // COLUMN)))
+    vectors = 5 + (4 if size == SIZES[FLOAT64] else 2) * chunks
     return Plan(True, 8 * (vectors * width + 5 * count_channels), folded=folded, chunks=chunks, width=width)
 
 
 @cache
-def address(kernel: Any) -> int:
-    """Where a compiled kernel is: called from other kernels, its parameter ``p`` is float64, all others are int64."""
+def address(kernel: Any, floats: tuple[str, ...] = ("p",), for_c: bool = False) -> int:
+    """Where a compiled kernel is, called as Numba or as C does; all parameters but ``floats`` are int64."""
     names = inspect.signature(kernel.py_func).parameters
-    signature = tuple([numba.float64 if name == "p" else numba.int64 for name in names])
+    signature = tuple([numba.float64 if name in floats else numba.int64 for name in names])
     kernel.compile(signature)
     compiled = kernel.overloads[signature]
-    where: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    made = compiled.fndesc
+    where: int = compiled.library.get_pointer_to_function(
+        made.llvm_cfunc_wrapper_name if for_c else made.llvm_func_name
+    )
     return where
 
 

@@ -15,7 +15,9 @@ from gpu_bn.spec import FLOAT_DTYPES
 
 def backend() -> CpuBackend:
     """The backend of torch's CPU tensors, for :func:`gpu_bn.dispatch.load`."""
-    return CpuBackend(TENSORS)
+    from gpu_bn.backends.cpu import doors
+
+    return CpuBackend(TENSORS, doors)
 
 
 _TAGS = {torch.float32: 0, torch.float64: 1}
@@ -99,7 +101,7 @@ class TorchTensors:
     @staticmethod
     @torch.no_grad()
     def scatter(target: Tensor, axis: int, valid: Tensor, chosen: Tensor) -> None:
-        target.zero_()
+        target.masked_fill_(~valid, 0)
         target.movedim(axis, 0)[:, valid.squeeze(axis)] = chosen
 
     @staticmethod

@@ -1,0 +1,174 @@
+"""torch's tensors to their kernel in one call of a builtin function; see :mod:`gpu_bn.kernels.cpu.doors`.
+
+Where there is no such function for a call, or it refuses, :mod:`gpu_bn.backends.cpu.call` serves it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpu_bn.backends.cpu import call, pages, plans, threads
+from gpu_bn.backends.cpu.tensors import TENSORS
+from gpu_bn.kernels.cpu import doors as compiled
+from gpu_bn.spec import MAX_RANK, MIN_RANK
+
+scratch_address = call.scratch_address
+METH_FASTCALL = 0x80
+RELEASES = 1 << 16
+"""Bytes from which on other threads of Python's may run during a call."""
+KINDS = {torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.float64: (2, 64)}
+"""DLPack's codes and bits of dtypes."""
+KIND: Any = compiled.kind
+DOORS: Any = compiled.forward, compiled.backward
+
+
+class Door(NamedTuple):
+    """What calls alike have in common."""
+
+    function: Callable[..., int]
+    record: int
+    """The address of ``words``."""
+    words: Any
+    nbytes: int
+    huge: bool
+    """Whether new outputs ask for huge pages."""
+
+
+_doors: dict[Any, Door | None] = {}
+"""``None`` for calls that go another way."""
+
+
+def forward(x: Tensor, residual: Tensor | None, trains: bool, activation: str) -> Door | None:
+    """The door of forward calls like this one."""
+    key = x.dtype, x.shape, x.stride(), None if residual is None else residual.stride(), trains, activation
+    try:
+        return _usable(_doors[key])
+    except KeyError:
+        if not _fits(x, residual):
+            return None
+        tensors = x, residual, torch.empty_like(x)
+        prepared = call.prepare_forward(TENSORS, tensors, 1, trains, activation, False)
+        return _remember(key, prepared, True, trains, tensors)
+
+
+def backward(
+    x: Tensor, residual: Tensor | None, dy: Tensor, dx: bool, dresidual: bool, sums: bool, trains: bool, activation: str
+) -> Door | None:
+    """The door of backward calls like this one, which write ``dx`` and ``dresidual`` or not."""
+    key = (
+        x.dtype, x.shape, x.stride(), None if residual is None else residual.stride(), dy.stride(), dx, dresidual, sums,
+        trains, activation,
+    )  # fmt: skip
+    try:
+        return _usable(_doors[key])
+    except KeyError:
+        if not (_fits(x, residual) and _fits(x, dy)):
+            return None
+        new = torch.empty_like(x)
+        tensors = x, residual, dy, new if dx else None, new if dresidual else None
+        prepared = call.prepare_backward(TENSORS, tensors, 1, sums, activation)
+        return _remember(key, prepared, False, trains and sums, tensors)
+
+
+def compile_for(shapes: Sequence[tuple[int, ...]], activation: str) -> None:
+    """Compile what calls of such tensors take; the functions are the same for all dtypes and activations."""
+    for x in map(torch.ones, shapes):
+        forward(x, None, True, activation)
+        backward(x, None, x, True, False, True, True, activation)
+
+
+def _fits(x: Tensor, other: Tensor | None) -> bool:
+    """Whether kernels read tensors of x's shape and dtype, and the other has both."""
+    mine, its = (None if one is None else (one.dtype, one.shape) for one in (x, other))
+    return x.dtype in KINDS and MIN_RANK <= x.dim() <= MAX_RANK and 0 not in x.shape and (other is None or mine == its)
+
+
+def advise(one: Tensor) -> None:
+    """Ask for huge pages for a new output."""
+    pages.advise(one.data_ptr(), one.nbytes)
+
+
+def _usable(door: Door | None) -> Door | None:
+    """A door, if one thread is to do the work."""
+    return door if door is None or door.nbytes < 2 * threads.WORTH or threads.threads_for(door.nbytes) == 1 else None
+
+
+def _remember(key: Any, prepared: call.Prepared | None, forward: bool, trains: bool, tensors: Any) -> Door | None:
+    look = _look()
+    x, residual = tensors[:2]
+    door = None
+    if (
+        look
+        and prepared is not None
+        and prepared.scratch + 16 * prepared.channels <= call.KEPT
+        and (prepared.positions > 1 or not trains)
+    ):
+        rank, (code, bits) = x.dim(), KINDS[x.dtype]
+        fields = (
+            look, id(None), KIND(rank, code, bits), prepared.channels, bits // 8 - 1, _extent(x),
+            0 if residual is None else _extent(residual), int(prepared.nbytes >= RELEASES), int(trains),
+            prepared.positions, prepared.scratch, plans.address(prepared.kernel, FLOATS), prepared.every,
+        )  # fmt: skip
+        counts = len(prepared.head), len(prepared.shape), len(prepared.cut)
+        words = array("q", (*fields, *prepared.head, *prepared.shape, *prepared.cut, *x.shape))
+        door = Door(_builtin(forward, *counts), words.buffer_info()[0], words, prepared.nbytes, prepared.huge)
+    if len(_doors) >= call.PREPARED:
+        _doors.clear()
+    _doors[key] = door
+    return _usable(door)
+
+
+FLOATS = ("momentum", "count", "eps", "p")
+"""The parameters of a whole call's kernel that are no integers."""
+
+
+def _extent(one: Tensor) -> int:
+    """The bytes from a tensor's first element to behind its last."""
+    last = sum([(size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True)])
+    return (last + 1) * one.element_size()
+
+
+class _Method(ctypes.Structure):
+    """CPython's ``PyMethodDef``."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+_methods: list[_Method] = []
+"""Which must live as long as the functions."""
+
+
+@cache
+def _builtin(forward: bool, *counts: int) -> Callable[..., int]:
+    """A compiled function as a builtin one."""
+    door = DOORS[not forward](*counts)
+    _methods.append(_Method(b"door", plans.address(door, (), for_c=True), METH_FASTCALL, None))
+    make = ctypes.pythonapi.PyCFunction_NewEx
+    make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    function: Callable[..., int] = make(ctypes.addressof(_methods[-1]), None, None)
+    return function
+
+
+@cache
+def _look() -> int:
+    """The address of the function that looks at a tensor, of DLPack's exchange interface; 0 if torch has none."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return 0
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    interface = ctypes.cast(get(capsule, b"dlpack_exchange_api"), ctypes.POINTER(ctypes.c_size_t))
+    version = ctypes.cast(interface, ctypes.POINTER(ctypes.c_uint32))[0]
+    return interface[5] if version == 1 else 0
