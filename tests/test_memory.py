@@ -110,6 +110,7 @@ def test_parameter_gradients_alone_need_no_full_size_array(need):
 EXTREMES = [
     ((2, 1 << 18), {}),
     ((64, 1 << 16), {}),
+    ((64, 1 << 15), {"dtype": "float64"}),
     ((16, 1 << 16), {}),
     ((16, 1 << 12, 15), {}),
     ((4096, 1024), {"virtual_batch_size": 2}),
@@ -123,7 +124,9 @@ BYTES = {"numpy": (64, 24, 16, 0), "cpu": (64, 64, 32, 1), "torch": (64, 64, 32,
 @pytest.mark.parametrize(("shape", "options"), EXTREMES, ids=str)
 @pytest.mark.parametrize("library", list(BYTES))
 def test_bytes_a_channel_and_a_position(shape, options, library):
-    x = rng().standard_normal(shape, np.float32)
+    dtype = np.dtype(options.get("dtype", "float32"))
+    options = {name: one for name, one in options.items() if name != "dtype"}
+    x = rng().standard_normal(shape, dtype)
     positions, channels, groups = 0, shape[1], shape[0] // options.get("virtual_batch_size", shape[0])
     if "mask" in options:
         options = {"mask": rng(1).random((shape[0], 1, *shape[2:])) < 0.9}
@@ -144,7 +147,8 @@ def test_bytes_a_channel_and_a_position(shape, options, library):
     adjacent = int(np.prod(shape[2:]))
     common = max(0.05 * x.nbytes, 1 << 20) + each * channels * groups
     if rows and adjacent < 16:
-        common += min(300, max(72, 40 + shape[0] * x.itemsize / 4)) * channels * adjacent
+        least, most = (104, 560) if dtype == np.float64 else (72, 300)
+        common += min(most, max(least, 40 + shape[0] * x.itemsize / 4)) * channels * adjacent
     assert forward <= common + first * channels + positions
     assert backward <= common + second * channels + positions
 

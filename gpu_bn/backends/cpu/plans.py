@@ -29,7 +29,8 @@ PART = 1 << 15
 CHUNKS, CHUNK, COLUMN = 16, 1 << 17, 64
 """Chunks of rows at most, and elements of one at least: each has sums of its own, which are cleared and added up.
 
-They take 16 bytes a column: more than two chunks have ``COLUMN`` bytes of each column at least, four times as much."""
+They take 16 bytes a column, of float64 elements 32; more than two chunks have ``COLUMN`` bytes of each column at least,
+or twice that: four times as much."""
 FOLDED = 64
 """Columns at least, and a whole number of vectors, up to 1024: short rows are joined to longer ones."""
 
@@ -124,9 +125,10 @@ def _rows_plan(runs: int, count_channels: int, length: int, size: int, dense: bo
         folded = max(1, min(folded, runs))
     columns = folded * period
     width = -(-columns // 64) * 64 + WIDE * BYTES // 4
-    chunks = max(1, min(CHUNKS, runs * period // CHUNK, runs // folded, max(2, runs * size // COLUMN)))
-    vectors = 5 + (4 if size == SIZES[FLOAT64] else 2) * chunks
-    return Plan(True, 8 * (vectors * width + 5 * count_channels), folded=folded, chunks=chunks, width=width)
+    pairs = 2 if size == SIZES[FLOAT64] else 1
+    chunks = max(1, min(CHUNKS, runs * period // CHUNK, runs // folded, max(2, runs * size // (COLUMN * pairs))))
+    scratch = 8 * ((5 + 2 * pairs * chunks) * width + 5 * count_channels)
+    return Plan(True, scratch, folded=folded, chunks=chunks, width=width)
 
 
 @cache
