@@ -212,6 +212,18 @@ def test_merged_activations_survive_what_libraries_do(plain):
         assert_close(change(WAYS["fused"](plain))(x), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["convert_sync_batchnorm", "freeze_batch_norm_2d"])
+def test_timms_converters_keep_or_refuse_activations(name, plain):
+    layers = pytest.importorskip("timm.layers", reason=f"timm is {REASON}")
+    change, x = getattr(layers, name), images()
+    for way in ("converted", "fused", "folded"):
+        assert_close(change(WAYS[way](plain)).eval()(x), plain(x), rtol=1e-4, atol=1e-5)
+    with_timms_layer = nn.convert(torch.nn.Sequential(layers.BatchNormAct2d(3)).eval())
+    for model in (WAYS["own activation"](plain), with_timms_layer):
+        with pytest.raises(RuntimeError, match="would lose the activation"):
+            change(model)
+
+
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_opacus_takes_our_layers_for_torchs(activation):
     validators = pytest.importorskip("opacus.validators", reason=f"opacus is {REASON}")

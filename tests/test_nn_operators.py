@@ -17,7 +17,6 @@ from torch.library import opcheck  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
 from gpu_bn import nn  # noqa: E402
-from gpu_bn.backends.cpu import doors  # noqa: E402
 from gpu_bn.nn import _autograd, _composed, _library, _quick, functional  # noqa: E402
 
 
@@ -122,6 +121,7 @@ def test_third_derivatives():
 @pytest.mark.parametrize("quick", [True, False])
 def test_only_gradients_asked_for_are_computed(needs, activation, quick, monkeypatch):
     asked = []
+    doors = pytest.importorskip("gpu_bn.backends.cpu.doors", reason="numba is not installed", exc_type=ImportError)
     find, compute = doors.backward, _autograd.ops.backward
 
     def found(*arguments):
