@@ -88,7 +88,11 @@ def everything() -> Iterator[Masked]:
 def cases() -> Iterator:
     seen = set()
     slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
-    for some, marks in ((usual(), ([], slow)), (more(), (*[exhaustive] * 3, slow)), (everything(), (exhaustive,))):
+    for some, marks in (
+        (usual(), ([], slow, exhaustive)),
+        (more(), (*[exhaustive] * 5, slow)),
+        (everything(), (exhaustive,)),
+    ):
         for index, masked in enumerate(some):
             if masked not in seen:
                 yield pytest.param(masked, marks=marks[index % len(marks)], id=str(masked))

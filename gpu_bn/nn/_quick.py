@@ -41,7 +41,8 @@ def call(
     """``y``, or ``None`` where a call is to go another way; ``counter`` only in training."""
     if watched() or forward_ad._current_level >= 0 or type(x) not in PLAIN or not x.is_cpu or x.layout is not _strided:
         return None
-    doors = vars(dispatch.serving(x)).get("doors")  # not by delegation: a wrapper may have calls of its own
+    engine = dispatch.serving(x)
+    doors = vars(engine).get("doors")  # not by delegation: a wrapper may have calls of its own
     if doors is None or type(eps) is not float or not 0.0 < eps < inf:
         return None
     read = [one for one in (x, weight, bias, residual) if one is not None]
@@ -79,7 +80,7 @@ def call(
     if training and tracked:
         _increment_version(tracked)
     if grows:
-        return _apply(x, weight, bias, residual, (y,), (doors, statistics, training, eps, activation, parameter))  # type: ignore[no-any-return]
+        return _apply(x, weight, bias, residual, (y,), (engine, statistics, training, eps, activation, parameter))  # type: ignore[no-any-return]
     return y
 
 
@@ -109,15 +110,15 @@ class _Quick(Function):
         if dy is None:
             return (None,) * 6
         x, weight, bias, residual = ctx.saved_tensors
-        doors, statistics, training, eps, activation, parameter, bias_dtype, _ = ctx.rest
+        engine, statistics, training, eps, activation, parameter, bias_dtype, _ = ctx.rest
         identity, need = activation == "identity", ctx.needs_input_grad
-        plain = type(dy) in PLAIN and type(x) in PLAIN and not (dy.is_neg() or x.is_neg() or _is_batched(dy))
-        if torch.is_grad_enabled() or watched() or not plain:
+        if torch.is_grad_enabled() or watched() or not _plain(dy, x):
             return _otherwise(ctx, dy, x, weight, bias, residual)
         adds = need[3] and not identity
         sums = need[1] or need[2] or (need[0] and training)
         dx = dresidual = dweight = dbias = None
         if sums or adds or need[0]:
+            doors = engine.doors
             door = doors.backward(x, residual, dy, need[0], adds, sums, training, activation)
             if door is None:
                 return _otherwise(ctx, dy, x, weight, bias, residual)
@@ -144,11 +145,16 @@ class _Quick(Function):
 _apply = super(Function, _Quick).apply
 
 
+def _plain(dy: Tensor, x: Tensor) -> bool:
+    """Whether the tensors' memory holds their numbers."""
+    return type(dy) in PLAIN and type(x) in PLAIN and not (_is_neg(dy) or _is_neg(x) or _is_batched(dy))
+
+
 def _otherwise(
     ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients by a backend's own call, or by the operator."""
-    _, statistics, training, eps, activation, parameter, bias_dtype, has_residual = ctx.rest
+    engine, statistics, training, eps, activation, parameter, bias_dtype, has_residual = ctx.rest
     channels = x.shape[1]
     saved = Saved(
         x=x,
@@ -161,4 +167,4 @@ def _otherwise(
         has_residual=has_residual,
         spec=_library.options(training, 0.0, eps, activation, parameter),
     )
-    return *gradients_of(dispatch.serving(x), dy, saved, weight, bias, ctx.needs_input_grad), None, None
+    return *gradients_of(engine, dy, saved, weight, bias, ctx.needs_input_grad), None, None
