@@ -141,7 +141,7 @@ def gradients_of(
     """The gradients of x, weight, bias and residual that are needed, of a call by a backend."""
 
     def gradients(need: list[bool]) -> Gradients:
-        if torch.is_grad_enabled() or _is_compiling() or _is_batched(dy) or not _plain((dy, saved.x)):
+        if needs_operator(dy, saved.x):
             return _by_operator(engine, dy, saved, weight, bias, need)
         return ops.backward(engine, dy, saved, _library.NEEDS[tuple(need)])
 
@@ -362,6 +362,11 @@ def _plain(arguments: tuple[Any, ...]) -> bool:
 def watched() -> bool:
     """Whether a compiler, a tracer, a mode or a transform wants to see the operator."""
     return _is_compiling() or _modes() > 0 or _tracing() is not None or _transforms_active()
+
+
+def needs_operator(dy: Tensor, x: Tensor) -> bool:
+    """Whether gradients are differentiated again, watched, or those of no ordinary tensors."""
+    return torch.is_grad_enabled() or watched() or _is_batched(dy) or not (is_plain(dy) and is_plain(x))
 
 
 def is_plain(tensor: Any) -> bool:

@@ -15,11 +15,10 @@ from torch.autograd import Function, forward_ad
 from gpu_bn import dispatch
 from gpu_bn.backends.protocol import Moments, Saved
 from gpu_bn.nn import _library
-from gpu_bn.nn._autograd import PLAIN, gradients_of, watched
+from gpu_bn.nn._autograd import PLAIN, gradients_of, needs_operator, watched
 
 _any_requires_grad = torch._C._any_requires_grad
 _increment_version = torch._C._increment_version
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_inference, _is_neg = Tensor.is_inference, Tensor.is_neg
 _float64, _strided = torch.float64, torch.strided
 
@@ -112,7 +111,7 @@ class _Quick(Function):
         x, weight, bias, residual = ctx.saved_tensors
         engine, statistics, training, eps, activation, parameter, bias_dtype, _ = ctx.rest
         identity, need = activation == "identity", ctx.needs_input_grad
-        if torch.is_grad_enabled() or watched() or not _plain(dy, x):
+        if needs_operator(dy, x):
             return _otherwise(ctx, dy, x, weight, bias, residual)
         adds = need[3] and not identity
         sums = need[1] or need[2] or (need[0] and training)
@@ -143,11 +142,6 @@ class _Quick(Function):
 
 
 _apply = super(Function, _Quick).apply
-
-
-def _plain(dy: Tensor, x: Tensor) -> bool:
-    """Whether the tensors' memory holds their numbers."""
-    return type(dy) in PLAIN and type(x) in PLAIN and not (_is_neg(dy) or _is_neg(x) or _is_batched(dy))
 
 
 def _otherwise(
