@@ -20,9 +20,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import fake_cupy
 from emulator import Device
 from emulator.compile import cuda_headers, nvrtc
+from support import fake_cupy
 
 
 def main() -> None:
@@ -35,16 +35,17 @@ def main() -> None:
     sys.modules["cupy"].empty = lambda shape, dtype=np.float64: np.empty(shape, dtype).view(fake_cupy.ndarray)
 
     from gpu_bn import testing
-    from gpu_bn.backends import _cuda, cupy_device
+    from gpu_bn.backends.cupy import sources as cuda_sources
+    from gpu_bn.backends.cupy import steps
 
     needed: dict[tuple[str, str], None] = {}
-    make = cupy_device._module
+    make = steps._module
 
     def noting(activation: str, name: str) -> object:
         needed[activation, name] = None
         return make(activation, name)
 
-    cupy_device._module = noting
+    steps._module = noting
     testing.ADAPTERS["cupy"] = testing.Adapter(gpu.asarray, np.array)
     found = {
         "gpu-bn check --quick": kernels_of_quick_check,
@@ -59,8 +60,8 @@ def main() -> None:
     headers = [f"--include-path={cuda_headers()}"]
     for activation, name in random.Random(0).sample(list(needed), min(options.kernels, len(needed))):
         start = time.perf_counter()
-        flags = [f"--gpu-architecture=sm_{options.arch}", *_cuda.OPTIONS, *headers]
-        compiler.compile(_cuda.source(activation), flags, {}, [name])
+        flags = [f"--gpu-architecture=sm_{options.arch}", *cuda_sources.OPTIONS, *headers]
+        compiler.compile(cuda_sources.source(activation), flags, {}, [name])
         seconds.append(time.perf_counter() - start)
     if seconds:
         low, median, high = statistics.quantiles(seconds, n=4) if seconds[1:] else seconds * 3
@@ -83,7 +84,7 @@ def without_kernels(arch: int) -> fake_cupy.EmulatedGpu:
 
 
 def kernels_of_quick_check(testing) -> None:
-    from gpu_bn._conformance import covering
+    from gpu_bn.cli.check import covering
 
     kernels_of(testing, covering([*testing.cases(), *testing.extended_cases()]))
 
@@ -100,9 +101,9 @@ def kernels_of(testing, cases) -> None:
 
 def kernels_of_bench(testing) -> None:
     from gpu_bn.bench.cases import select
+    from gpu_bn.bench.implementations import SUBJECTS
+    from gpu_bn.bench.measurement import Tensors, problem_of
     from gpu_bn.bench.run import DEFAULTS
-    from gpu_bn.bench.subjects import SUBJECTS
-    from gpu_bn.bench.trial import Tensors, problem_of
 
     del testing
     usual = DEFAULTS["cuda"]

@@ -12,7 +12,7 @@ import time
 import numpy as np
 from emulator import Checks, Device
 from emulator.compile import compile_cuda
-from reference_backend import CUDA_SOURCE, forward
+from support.reference_backend import CUDA_SOURCE, forward
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from gpu_bn import nn
-from gpu_bn._console import table
-from gpu_bn.nn import _packets
+from gpu_bn.cli.console import table
+from gpu_bn.nn.distributed import wire
 
 WARM = 5
 
@@ -69,8 +69,8 @@ def row(world: int, shape: list[int], steps: int) -> list[str]:
         torch.multiprocessing.spawn(run, (world, shape, steps, folder), world)
         (plain, *noise), (shared, *wrote) = torch.load(f"{folder}/result").tolist()
     size, messages = (total - other for total, other in zip(wrote, noise, strict=True))
-    packets = _packets.packets_of(2 + 2 * shape[1]) + 1 + _packets.packets_of(2 * shape[1])  # one ends the forward
-    payload = (world - 1) * 8 * (_packets.HEADER + _packets.ROOM) * packets
+    packets = wire.packets_of(2 + 2 * shape[1]) + 1 + wire.packets_of(2 * shape[1])  # one ends the forward
+    payload = (world - 1) * 8 * (wire.HEADER + wire.ROOM) * packets
     return [
         str(world),
         f"{1e3 * plain:.2f}",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_bn import dispatch, nn
+from gpu_bn import nn, registry
 from gpu_bn.backends.protocol import Moments, Saved
 from gpu_bn.spec import BatchNormSpec
 
@@ -103,12 +103,12 @@ def main() -> None:
     theirs = operations(F.batch_norm, torch.nn.BatchNorm2d(3))
     ours = operations(nn.batch_norm, nn.BatchNorm2d(3))
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ours}
-    true, nothing = dispatch.serving, Nothing()
+    true, nothing = registry.serving, Nothing()
     for engine in (true, lambda *_: nothing):
-        dispatch.serving = engine  # type: ignore[assignment]
+        registry.serving = engine  # type: ignore[assignment]
         for name, call in ours.items():
             rows[name].append(compare(call, theirs[name], arguments.pairs))
-    dispatch.serving = true
+    registry.serving = true
     print(f"torch {torch.__version__}, float32 2x3x4x4, microseconds a call and ratio to torch")
     print(f"{'':28}{'gpu_bn':>16}{'without a kernel':>20}{'torch':>10}")
     for name, (whole, empty) in rows.items():

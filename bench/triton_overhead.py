@@ -1,6 +1,6 @@
 """What a call of the Triton backend costs in Python: ``python bench/triton_overhead.py``. No GPU is needed.
 
-Counted is all that gpu_bn and autograd do in a later call of a shape: checks, dispatch, looking up what has been
+Counted is all that gpu_bn and autograd do in a later call of a shape: checks, registry, looking up what has been
 prepared, allocating outputs, gathering arguments. Nothing is launched; tensors are on the CPU, where torch allocates
 faster than on a GPU. torch's own operator, for comparison, computes 96 numbers besides. The table says how often a call
 launches a kernel of ours, and how often it calls an operation of torch's that would launch one.
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from gpu_bn import dispatch, nn
-from gpu_bn.backends.triton import TritonBackend
+from gpu_bn import nn, registry
+from gpu_bn.backends.triton.backend import TritonBackend
 from gpu_bn.plan import DEVICES
 
 BATCH = 200
@@ -84,7 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     nothing = Nothing()
-    dispatch.serving = lambda *_: nothing  # type: ignore[assignment]
+    registry.serving = lambda *_: nothing  # type: ignore[assignment]
     print(f"torch {torch.__version__}, 2x3x4x4, microseconds a call; launches ours + torch's")
     print(f"{'':42}{'gpu_bn':>8}{'torch':>8}  launches")
     for name, ours, theirs, dtype, residual in (

@@ -12,29 +12,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpu_bn import nn as nn
     from gpu_bn import testing as testing
-    from gpu_bn._explain import explain
     from gpu_bn.activations import Activation, elu, leaky_relu
+    from gpu_bn.algorithm import Grads
     from gpu_bn.backends.cpu.threads import get_num_threads, set_num_threads
     from gpu_bn.backends.protocol import Saved
-    from gpu_bn.dispatch import BackendUnavailableError
+    from gpu_bn.explanation import explain
     from gpu_bn.folding import fold, identity_affine, unfold
     from gpu_bn.functional import batch_norm, batch_norm_backward, batch_norm_forward
     from gpu_bn.layers import BatchNorm
-    from gpu_bn.ops import Grads
+    from gpu_bn.registry import BackendUnavailableError
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Activation": "activations",
-    "BackendUnavailableError": "dispatch",
+    "BackendUnavailableError": "registry",
     "BatchNorm": "layers",
-    "Grads": "ops",
+    "Grads": "algorithm",
     "Saved": "backends.protocol",
     "batch_norm": "functional",
     "batch_norm_backward": "functional",
     "batch_norm_forward": "functional",
     "elu": "activations",
-    "explain": "_explain",
+    "explain": "explanation",
     "fold": "folding",
     "get_num_threads": "backends.cpu.threads",
     "identity_affine": "folding",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
-from gpu_bn import dispatch, spec
+from gpu_bn import registry, spec
 from gpu_bn.backends.protocol import Backend, Moments
 
 Array = Any
@@ -29,7 +29,7 @@ def batch_moments(
     Raises:
         TypeError, ValueError: as :func:`gpu_bn.batch_norm` in training; also for an empty batch.
     """
-    engine = dispatch.select(backend, input=x)
+    engine = registry.select(backend, input=x)
     options = spec.check_forward(
         x,
         None,
@@ -81,7 +81,7 @@ def identity_affine(
     Source: Ioffe & Szegedy 2015, section 3.
     """
     moments = batch_moments(x, eps, channel_axis=channel_axis, backend=backend)
-    engine = dispatch.select(backend, input=x)
+    engine = registry.select(backend, input=x)
     dtype = "float64" if spec.dtype_name(x) == "float64" else "float32"
     with spec.on_device_of(x):
         return engine.cast((moments.var + eps) ** 0.5, dtype), engine.cast(moments.mean, dtype)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from gpu_bn import aliasing, dispatch, ops, spec
+from gpu_bn import algorithm, aliasing, registry, spec
 from gpu_bn.activations import Activation
+from gpu_bn.algorithm import Grads
 from gpu_bn.backends.protocol import Backend, Saved
-from gpu_bn.ops import Grads
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -99,7 +99,7 @@ def batch_norm(
     For torch tensors the call is differentiable, and :func:`gpu_bn.nn.batch_norm` has the same arguments and torch's
     errors. For other arrays, :func:`batch_norm_forward` and :func:`batch_norm_backward` are the two halves.
     """
-    front = dispatch.differentiable(x, backend)
+    front = registry.differentiable(x, backend)
     if front is not None:
         y: Array = front.front_door(
             x,
@@ -279,14 +279,14 @@ def batch_norm_backward(
         key = known = None
     if known is not None:
         row, wanted = known
-        return ops.backward(dispatch.loaded(backend, row), dy, saved, wanted)
-    row = dispatch.row_of(backend, dy=dy, input=saved.x)
-    engine = dispatch.loaded(backend, row)
+        return algorithm.backward(registry.loaded(backend, row), dy, saved, wanted)
+    row = registry.row_of(backend, dy=dy, input=saved.x)
+    engine = registry.loaded(backend, row)
     spec.check_like("dy", dy, saved.x)
     wanted = _check_need(need, saved)
-    if key is not None and dispatch.told_by_type(dy) and _lasts(backend, [dy, saved.x]):
+    if key is not None and registry.told_by_type(dy) and _lasts(backend, [dy, saved.x]):
         _remember(_BACKWARDS, key, (row, wanted))
-    return ops.backward(engine, dy, saved, wanted)
+    return algorithm.backward(engine, dy, saved, wanted)
 
 
 def _check_need(need: Iterable[str] | None, saved: Saved) -> frozenset[str]:
@@ -344,7 +344,7 @@ def _forward(
             channel_axis, backend, out, mask, virtual_batch_size, renorm,
         )  # fmt: skip
     else:
-        engine = dispatch.loaded(backend, known.row)
+        engine = registry.loaded(backend, known.row)
         if known.guarded:
             written = {"running_mean": running_mean, "running_var": running_var} if training else {}
             for name, array in (written | {"out": out}).items():
@@ -354,12 +354,12 @@ def _forward(
     if mask is not None:
         written = {"running_mean": running_mean, "running_var": running_var} if training else {}
         aliasing.check_written({"out": out, **written}, {"mask": mask})
-        valid = ops.positions(mask, x.shape, options.axis)
+        valid = algorithm.positions(mask, x.shape, options.axis)
     vectors = running_mean, running_var, weight, bias
-    result = ops.forward(
+    result = algorithm.forward(
         engine, x, options, *vectors, residual, out, in_place, valid, keep=not in_place, counter=counter
     )
-    if known is None and (front := dispatch.differentiable(x, None)) is not None:  # its arrays are never known
+    if known is None and (front := registry.differentiable(x, None)) is not None:  # its arrays are never known
         front.count_writes(training, running_mean, running_var, out)
     return result
 
@@ -385,14 +385,14 @@ def _checked(
 ) -> tuple[Backend, BatchNormSpec]:
     """Check a forward call, and remember by its key that it is right."""
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    row = dispatch.row_of(backend, input=x, **vectors, residual=residual, out=out, mask=mask)
-    engine = dispatch.loaded(backend, row)
+    row = registry.row_of(backend, input=x, **vectors, residual=residual, out=out, mask=mask)
+    engine = registry.loaded(backend, row)
     options = spec.check_forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis, out,
         mask, virtual_batch_size, renorm,
     )  # fmt: skip
     arrays = [array for array in (x, *vectors.values(), residual, out, mask, momentum) if hasattr(array, "dtype")]
-    if key is not None and dispatch.told_by_type(x) and _lasts(backend, arrays):
+    if key is not None and registry.told_by_type(x) and _lasts(backend, arrays):
         guarded = hasattr(getattr(x, "flags", None), "writeable")
         _remember(_FORWARDS, key, _Known(row, options.axis, options.groups, options.renorm, guarded))
     return engine, options
@@ -408,7 +408,7 @@ REMEMBERED = 1024
 class _Known(NamedTuple):
     """What the checks of a forward call have found."""
 
-    row: dispatch.Row | None
+    row: registry.Row | None
     axis: int
     groups: int
     renorm: tuple[float, float] | None
@@ -417,7 +417,7 @@ class _Known(NamedTuple):
 
 
 _FORWARDS: dict[Any, _Known] = {}
-_BACKWARDS: dict[Any, tuple[dispatch.Row | None, frozenset[str]]] = {}
+_BACKWARDS: dict[Any, tuple[registry.Row | None, frozenset[str]]] = {}
 
 
 def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
@@ -428,7 +428,7 @@ def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
 
 def _lasts(backend: Backend | str | None, arrays: Iterable[Array]) -> bool:
     """Whether a key of these has no class but those of array libraries: it would keep another from going away."""
-    return (backend is None or isinstance(backend, str)) and all(dispatch.is_named(type(array)) for array in arrays)
+    return (backend is None or isinstance(backend, str)) and all(registry.is_named(type(array)) for array in arrays)
 
 
 def _kind(array: Array | None) -> tuple[Any, ...] | None:

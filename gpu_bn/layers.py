@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from gpu_bn import dispatch, spec
+from gpu_bn import registry, spec
 from gpu_bn.activations import Activation
+from gpu_bn.algorithm import commit
 from gpu_bn.backends.protocol import Backend, Saved
 from gpu_bn.folding import batch_moments
 from gpu_bn.functional import batch_norm_backward, forward_counting
-from gpu_bn.ops import commit
 
 Array = Any
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -107,7 +107,7 @@ class BatchNorm:
         dtype = np.dtype(np.float32 if dtype is None else dtype)
         if dtype.name not in spec.FLOAT_DTYPES:
             raise TypeError(f"dtype should be one of {', '.join(spec.FLOAT_DTYPES)}, got {dtype.name}")
-        xp: Any = dispatch.load("cupy").xp if device == "cuda" else np  # type: ignore[attr-defined]
+        xp: Any = registry.load("cupy").xp if device == "cuda" else np  # type: ignore[attr-defined]
         self.weight: Array | None = xp.ones(num_features, dtype) if affine else None
         self.bias: Array | None = xp.zeros(num_features, dtype) if affine and bias else None
         self.running_mean: Array | None = xp.zeros(num_features, dtype) if track_running_stats else None
@@ -145,7 +145,7 @@ class BatchNorm:
 
     def forward_saving(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> tuple[Array, Saved]:
         """:meth:`forward`, returning what :meth:`backward` needs: in evaluation, or for several calls before theirs."""
-        if dispatch.differentiable(x, None) is not None:
+        if registry.differentiable(x, None) is not None:
             raise TypeError(f"gpu_bn.{self!r} takes NumPy and CuPy arrays; for torch tensors there is gpu_bn.nn")
         batch_stats = self.training or self.running_mean is None
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
@@ -321,7 +321,7 @@ def _like(name: str, own: Array, value: Any) -> Array:
     if spec.is_cupy(value) or not spec.is_cupy(own):
         return value
     with spec.on_device_of(own):  # CuPy's arrays do not take NumPy's
-        return dispatch.load("cupy").xp.asarray(value)  # type: ignore[attr-defined]
+        return registry.load("cupy").xp.asarray(value)  # type: ignore[attr-defined]
 
 
 def _array(own: Array, value: Any) -> Array:

@@ -12,7 +12,7 @@ The tiers, in order of preference:
     Two launches: sums, then outputs. The second runs backwards, to start with what the first left in the cache.
 
 A *position* is one vector of a strip (``rows``: of the channel's (N, S) slab; ``columns``: a row of the strip).
-Where several tiers can serve a call, the fastest by :mod:`gpu_bn._gpu_model` does. Nothing here has been measured on a
+Where several tiers can serve a call, the fastest by :mod:`gpu_bn.gpu_model` does. Nothing here has been measured on a
 GPU.
 """
 
@@ -23,13 +23,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from gpu_bn._gpu_model import DEVICES as DEVICES
-from gpu_bn._gpu_model import THREADS as THREADS
-from gpu_bn._gpu_model import THRESHOLDS as THRESHOLDS
-from gpu_bn._gpu_model import Device as Device
-from gpu_bn._gpu_model import Thresholds as Thresholds
-from gpu_bn._gpu_model import Times as Times
-from gpu_bn._gpu_model import copying, streaming
+from gpu_bn.gpu_model import DEVICES as DEVICES
+from gpu_bn.gpu_model import THREADS as THREADS
+from gpu_bn.gpu_model import THRESHOLDS as THRESHOLDS
+from gpu_bn.gpu_model import Device as Device
+from gpu_bn.gpu_model import Thresholds as Thresholds
+from gpu_bn.gpu_model import Times as Times
+from gpu_bn.gpu_model import copying, streaming
 
 TIERS = ("cta", "cluster", "cooperative", "split")
 VECTOR_BYTES = 16

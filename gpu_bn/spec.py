@@ -38,7 +38,7 @@ from typing import Any
 from gpu_bn.activations import Activation
 
 Array = Any
-"""An array of whichever library serves the call; :mod:`gpu_bn.dispatch` knows which."""
+"""An array of whichever library serves the call; :mod:`gpu_bn.registry` knows which."""
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MASK_DTYPES = ("bool", "uint8")

@@ -14,8 +14,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import hypothesis
 import pytest
-from cupy_on_emulator import make_gpu
 from emulator.fixtures import caught_faults, compile_cuda, compile_triton, device, pytest_terminal_summary
+from support.cupy_on_emulator import make_gpu
 
 import gpu_bn
 

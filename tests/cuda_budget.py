@@ -11,19 +11,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cuda_variants import on_chip_tiers, stamp
 from emulator.compile import ARCHITECTURES, cuda_cubin
-from gates import DATA, Group
-from machine_code import Figures, blocks_per_sm, figures_of
 from plan_snapshot import calls
+from support.cuda_variants import on_chip_tiers, stamp
+from support.gates import DATA, Group
+from support.machine_code import Figures, blocks_per_sm, figures_of
 
-from gpu_bn.backends import _cuda
+from gpu_bn.backends.cupy import sources as cuda_sources
 from gpu_bn.plan import DEVICES, THREADS, Tiling, plan
 
 RECORD = DATA / "machine_code_cuda.txt"
 PAGE = Path(__file__).parents[1] / "docs" / "machine_code.md"
 CHAIN = 16
-"""Vectors whose sums a thread adds up in float32, before it does so in double precision: CHAIN of kernels/sums.cuh."""
+"""Vectors whose sums a thread adds up in float32, before it does so in double precision (sums.cuh)."""
 STREAMING = (
     ("bn_stats_kernel",),
     ("bn_normalize_kernel", False, False),
@@ -106,7 +106,7 @@ class Row(NamedTuple):
 
 def group(arch: int, columns: bool) -> Group:
     """float16 in full vectors, and ReLU."""
-    return Group(arch, "relu", "float16", 8, columns, _cuda.WHOLE)
+    return Group(arch, "relu", "float16", 8, columns, cuda_sources.WHOLE)
 
 
 def names(arch: int, columns: bool) -> list[str]:
@@ -115,14 +115,14 @@ def names(arch: int, columns: bool) -> list[str]:
     tiers = [tier for tier in on_chip_tiers(arch) if tier[1] in ("Cta", "Cooperative", "4")]
     on_chip = [(f"bn_{direction}{kind}_kernel", tier, *rest) for kind, tier in tiers
                for direction, rest in (("forward", (False, False)), ("backward", ("FROM_X",)))]  # fmt: skip
-    return [_cuda.kernel(name, "float16", tiling, *arguments) for name, *arguments in (*STREAMING, *on_chip)]
+    return [cuda_sources.kernel(name, "float16", tiling, *arguments) for name, *arguments in (*STREAMING, *on_chip)]
 
 
 def rows(arch: int, columns: bool, source: str | None = None, only: Iterable[str] | None = None) -> list[Row]:
     """Compiled without comments and read, one at a time: the assembler's names do not say which kernel is which."""
-    found, source = [], source or _cuda.source("relu")
+    found, source = [], source or cuda_sources.source("relu")
     for name in names(arch, columns) if only is None else only:
-        cubin = cuda_cubin(re.sub("//.*", "", source), arch, _cuda.OPTIONS, expressions=[name])
+        cubin = cuda_cubin(re.sub("//.*", "", source), arch, cuda_sources.OPTIONS, expressions=[name])
         chain = 1 if "normalize" in name or "input" in name else CHAIN  # those add nothing up
         (figures,) = figures_of(cubin, 16, chain).values()
         found.append(Row(arch, columns, name, stamp(group(arch, columns), name), figures))
@@ -161,9 +161,9 @@ other: on these architectures what is under way is a quarter of the budget. To b
 
 INTRODUCTION = """# Machine code of the CUDA kernels
 
-Written by `python tests/cuda_budget.py`; `tests/test_cuda_budget.py` holds it to the kernels and to the planner.
-Nothing here was measured on a GPU: the tables are read from what NVRTC's assembler makes, and the times are the
-planner's model (`gpu_bn/_gpu_model.py`).
+Written by `python tests/cuda_budget.py`; `tests/backends/cupy/test_budget.py` holds it to the kernels and to the
+planner. Nothing here was measured on a GPU: the tables are read from what NVRTC's assembler makes, and the times are
+the planner's model (`gpu_bn/gpu_model.py`).
 
 ## Budgets
 

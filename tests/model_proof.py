@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from model_zoo import batch, declare_operators, make, names
+from support.model_zoo import batch, declare_operators, make, names
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree

@@ -23,17 +23,15 @@ from pathlib import Path
 
 import cuda_budget
 import model_proof
-import test_cuda_faults
-import test_cuda_masked_faults
-import test_triton_planted_bugs
 import versions
-from gates import DATA
+from support import cuda_faults, cuda_masked_faults, triton_bugs
+from support.gates import DATA
 
-from gpu_bn._conformance import covering
 from gpu_bn.activations import ROWS
 from gpu_bn.bench.model import model
 from gpu_bn.bench.page import modelled
 from gpu_bn.bench.run import Options
+from gpu_bn.cli.check import covering
 from gpu_bn.testing import Case, cases, extended_cases, unavailable_cases
 
 ROOT = Path(__file__).parents[1]
@@ -59,8 +57,8 @@ def every_case() -> list[Case]:
 
 def planted_cuda() -> str:
     """How many faults are planted into the CUDA kernels."""
-    masked, offsets = len(test_cuda_masked_faults.FAULTS), len(test_cuda_faults.GEOMETRIES)
-    whole = len(test_cuda_faults.PLANTED) + masked
+    masked, offsets = len(cuda_masked_faults.FAULTS), len(cuda_faults.GEOMETRIES)
+    whole = len(cuda_faults.PLANTED) + masked
     return f"{whole}, of which {masked} with masks and ghost batches, and {offsets} cut offsets"
 
 
@@ -124,7 +122,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "install": lambda: re.findall(r"<!-- install -->(.*?)<!--", (ROOT / "README.md").read_text(), re.S)[0],
     "model": lambda: "\n" + modelled(model(Options().cases("model"))) + "\n",
     "planted_cuda": planted_cuda,
-    "planted_triton": lambda: str(len(test_triton_planted_bugs.BUGS)),
+    "planted_triton": lambda: str(len(triton_bugs.BUGS)),
     "quick_cases": lambda: str(len(covering(every_case()))),
     "versions": lambda: f"\n{versions.table(json.loads(versions.DATA.read_text()))}\n",
 }

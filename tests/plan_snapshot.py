@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpu_bn._explain import ITEMSIZES, geometry_of, works
 from gpu_bn.activations import Activation
+from gpu_bn.explanation import ITEMSIZES, geometry_of, works
 from gpu_bn.plan import DEVICES, Device, Work, plan
 
 FILE = Path(__file__).parent / "data" / "plans.txt"

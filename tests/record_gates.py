@@ -1,4 +1,4 @@
-"""Compile every variant of the kernels, and write the record that tests/test_gates.py judges.
+"""Compile every variant of the kernels, and write the record that tests/project/test_gates.py judges.
 
     python tests/record_gates.py sweep cuda --work DIRECTORY [--processes 2]
     python tests/record_gates.py write cuda --work DIRECTORY
@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from gates import Cell, Family, Group, Record, Resources
+from support.gates import Cell, Family, Group, Record, Resources
 
 
 def main() -> None:
@@ -40,9 +40,9 @@ def main() -> None:
 def family_of(name: str) -> Family:
     """Imported by need: Triton may be absent."""
     if name == "cuda":
-        from cuda_variants import FAMILY
+        from support.cuda_variants import FAMILY
     else:
-        from triton_variants import FAMILY
+        from support.triton_variants import FAMILY
     return FAMILY
 
 

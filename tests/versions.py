@@ -30,7 +30,15 @@ LAYERS = ("modules", "direct", "convert", "operators", "graph", "folding", "mask
 SLICE = "test_case or launches or masked or merge_to"
 WHAT = {
     "kernels": ["tests/versions.py", "--compile"],
-    "emulator": ["-m", "pytest", "-q", "tests/test_triton_emulator.py", "tests/test_triton_sync.py", "-k", SLICE],
+    "emulator": [
+        "-m",
+        "pytest",
+        "-q",
+        "tests/backends/triton/test_emulator.py",
+        "tests/backends/triton/test_sync.py",
+        "-k",
+        SLICE,
+    ],
     "layers": ["-m", "pytest", "-q", *(f"tests/test_nn_{name}.py" for name in LAYERS)],
 }
 
@@ -38,8 +46,8 @@ WHAT = {
 # ----------------------------------------------------------------------------------------------------- compiling
 def covering() -> Iterator[tuple[int, Any, Any]]:
     """Launches that cover the kinds of calls: of each kind and dtype one of each kernel."""
-    from gates import ARCHITECTURES, ITEMSIZE, Group
-    from triton_variants import ACTIVATIONS, variants
+    from support.gates import ARCHITECTURES, ITEMSIZE, Group
+    from support.triton_variants import ACTIVATIONS, variants
 
     from gpu_bn.activations import ROWS
 
@@ -61,9 +69,9 @@ def covering() -> Iterator[tuple[int, Any, Any]]:
 def shared_statistics() -> list[Any]:
     """The launches of statistics that three processes share."""
     import torch
-    from triton_backends import RecordingBackend
+    from support.triton_backends import RecordingBackend
 
-    from gpu_bn.nn._packets import HEADER, ROOM, UNKNOWN
+    from gpu_bn.nn.distributed.wire import HEADER, ROOM, UNKNOWN
     from gpu_bn.plan import DEVICES
 
     backend = RecordingBackend(DEVICES["h100"])
@@ -82,7 +90,7 @@ def _one_of_each(launches: dict[str, Any], arch: int) -> Iterator[tuple[int, Any
 def attempt(arch: int, step: Any, special: Any) -> str:
     """Compile a kernel to PTX; what went wrong, or nothing."""
     from emulator.compile import compile_triton
-    from triton_variants import compiled_with
+    from support.triton_variants import compiled_with
 
     try:
         compile_triton(step.kernel, arch, **compiled_with(special), resources=False)

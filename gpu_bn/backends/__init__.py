@@ -1,1 +1,1 @@
-"""Backends: each module serves one array library and alone imports it; :mod:`gpu_bn.dispatch` chooses."""
+"""Backends: each module serves one array library and alone imports it; :mod:`gpu_bn.registry` chooses."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.backends._layout import Layout, block_sizes, check_out, each, halves, memory_order
+from gpu_bn.backends.layout import Layout, block_sizes, check_out, each, halves, memory_order
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 
 Array = NDArray[Any]
@@ -35,7 +35,7 @@ RUN = 64
 
 
 def backend() -> NumpyBackend:
-    """The backend, for :func:`gpu_bn.dispatch.load`."""
+    """The backend, for :func:`gpu_bn.registry.load`."""
     return NumpyBackend()
 
 

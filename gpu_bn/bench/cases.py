@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple, TypeVar
 
-from gpu_bn._explain import DTYPES, ITEMSIZES, LAYOUTS
+from gpu_bn.explanation import DTYPES, ITEMSIZES, LAYOUTS
 
 Shape = tuple[int, ...]
 T = TypeVar("T")

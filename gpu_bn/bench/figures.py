@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from gpu_bn._explain import _size
-from gpu_bn.bench.trial import Result
+from gpu_bn.bench.measurement import Result
+from gpu_bn.explanation import _size
 from gpu_bn.plan import TIERS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

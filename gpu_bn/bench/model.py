@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_bn._explain import ITEMSIZES, geometry_of, works
-from gpu_bn._gpu_model import copying
 from gpu_bn.activations import Activation
 from gpu_bn.bench.cases import Case
+from gpu_bn.explanation import ITEMSIZES, geometry_of, works
+from gpu_bn.gpu_model import copying
 from gpu_bn.plan import DEVICES, THRESHOLDS, TIERS, Device, LaunchPlan, NoPlanError, Work, plan, plan_once
 
 MASK_BITS = 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpu_bn._console import Table
 from gpu_bn.bench.machine import clocks
 from gpu_bn.bench.model import TRAFFIC, Modelled
 from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals
+from gpu_bn.cli.console import Table
 
 HOW = (
     "Generated; do not edit. Every result was compared with a float64 oracle before it was timed. What was measured "

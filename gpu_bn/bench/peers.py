@@ -1,4 +1,6 @@
-"""What we are compared with: how each peer makes the call of an operation. :mod:`gpu_bn.bench.subjects` has the table.
+"""What we are compared with: how each peer makes the call of an operation.
+
+:mod:`gpu_bn.bench.implementations` has the table.
 
 Nothing here imports a library before it is asked for a call.
 """

@@ -10,18 +10,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gpu_bn._console import Table
-from gpu_bn._explain import _size, _time
 from gpu_bn.bench.cases import NETWORKS, Shape
+from gpu_bn.bench.measurement import Result
 from gpu_bn.bench.model import Modelled
-from gpu_bn.bench.trial import Result
+from gpu_bn.cli.console import Table
+from gpu_bn.explanation import _size, _time
 from gpu_bn.plan import TIERS
 
 SCHEMA = 1
 """Version of the JSON's structure."""
 MODEL_NOTE = (
     "A model, nothing here was measured: launches of 2.5 us, and bytes that reach the memory over 88 % of the data "
-    "sheet's bandwidth. Ours by the plan, also what idle SMs and the exchange of sums cost (gpu_bn/_gpu_model.py). Of "
+    "sheet's bandwidth. Ours by the plan, also what idle SMs and the exchange of sums cost (gpu_bn/gpu_model.py). Of "
     "the others, what their kernels read and write (gpu_bn/bench/model.py), less what of it the cache may hold."
 )
 

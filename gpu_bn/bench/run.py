@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from gpu_bn import get_num_threads, set_num_threads
-from gpu_bn._console import Table, progress, terminal_width
 from gpu_bn.bench import gpus
 from gpu_bn.bench.cases import Case, select
+from gpu_bn.bench.implementations import Subject, chosen
 from gpu_bn.bench.machine import clocks, cpu_copy_bandwidth, machine, smi
+from gpu_bn.bench.measurement import Entry, Result, Tensors, trial
 from gpu_bn.bench.model import model
 from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals, slower_with_threads, three
-from gpu_bn.bench.subjects import Subject, chosen
 from gpu_bn.bench.tiers import crossovers
 from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, said
-from gpu_bn.bench.trial import Entry, Result, Tensors, trial
 from gpu_bn.bench.verify import verify
+from gpu_bn.cli.console import Table, progress, terminal_width
 from gpu_bn.plan import THRESHOLDS, TIERS, Device
 
 FEW_OPERATIONS = ("forward", "forward+relu", "backward", "backward+add+relu", "eval")

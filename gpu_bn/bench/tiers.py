@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from gpu_bn._console import Table
-from gpu_bn._explain import _size, _time
 from gpu_bn.bench.cases import Case
+from gpu_bn.bench.measurement import Result
 from gpu_bn.bench.model import work_of
-from gpu_bn.bench.trial import Result
+from gpu_bn.cli.console import Table
+from gpu_bn.explanation import _size, _time
 from gpu_bn.plan import THRESHOLDS, TIERS, Device, Thresholds, plan
 
 FITTED: dict[str, tuple[float, ...]] = {

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from gpu_bn import nn as ours
-from gpu_bn._console import Table, progress
-from gpu_bn._explain import _size, _time
 from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, Timing, measure, said
+from gpu_bn.cli.console import Table, progress
+from gpu_bn.explanation import _size, _time
 
 AGREEMENT, NOISE = 1e-3, 2.0
 """How far a first gradient may be from that of torch's layers in float32, relative to its norm; and how many times as

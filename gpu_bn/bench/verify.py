@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from gpu_bn._console import Table
-from gpu_bn._explain import _size, _time
-from gpu_bn.bench.trial import Result
+from gpu_bn.bench.measurement import Result
+from gpu_bn.cli.console import Table
+from gpu_bn.explanation import _size, _time
 
 SLOWER, FASTER = 1.25, 0.9
 """Measured over predicted time, beyond which a prediction is refuted."""
@@ -113,7 +113,7 @@ def count(result: Result, run: Runner) -> Bytes:
     case = result.case
     probe = ["x".join(map(str, case.shape)), case.short_dtype, case.layout, str(case.operation), result.by]
     command = ["ncu", "--profile-from-start", "off", "--cache-control", "none", "--metrics", ",".join(METRICS),
-               "--csv", "--print-units", "base", sys.executable, "-m", "gpu_bn.bench.probe", *probe]  # fmt: skip
+               "--csv", "--print-units", "base", sys.executable, "-m", "gpu_bn.bench.profiled", *probe]  # fmt: skip
     try:
         done = run(command)
     except (OSError, subprocess.TimeoutExpired) as error:

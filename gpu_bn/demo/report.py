@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpu_bn._console import table
+from gpu_bn.cli.console import table
 from gpu_bn.demo.checks import Capacity, Identity
 from gpu_bn.demo.claims import Runs, spread
 from gpu_bn.demo.network import VARIANTS

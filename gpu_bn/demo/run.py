@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from gpu_bn import dispatch
-from gpu_bn._console import paragraph, progress
+from gpu_bn import registry
+from gpu_bn.cli.console import paragraph, progress
 from gpu_bn.demo import report
 from gpu_bn.demo.checks import Capacity, Identity, check_capacity, check_identity
 from gpu_bn.demo.claims import claims
@@ -101,10 +101,10 @@ def choose_backend(name: str | None) -> str:
     """The backend to use: the one asked for, or the first that can be had."""
     for candidate in BACKENDS if name is None else (name,):
         try:
-            dispatch.load(candidate)
-        except dispatch.BackendUnavailableError:
+            registry.load(candidate)
+        except registry.BackendUnavailableError:
             if candidate == name:
                 raise
         else:
             return candidate
-    raise dispatch.BackendUnavailableError(f"none of {', '.join(BACKENDS)} can be had")
+    raise registry.BackendUnavailableError(f"none of {', '.join(BACKENDS)} can be had")

@@ -7,14 +7,13 @@ This subpackage alone imports torch::
     model = nn.convert(model)
 """
 
-from gpu_bn.nn._convert import (
+from gpu_bn.nn.conversion import (
     convert,
     freeze,
     insert_identity_,
     revert,
     unfreeze,
 )
-from gpu_bn.nn._report import Report
 from gpu_bn.nn.folding import (
     fold,
     fuse_conv_bn_eval,
@@ -37,6 +36,7 @@ from gpu_bn.nn.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from gpu_bn.nn.report import Report
 from gpu_bn.nn.statistics import accumulate_statistics, update_population_stats
 from gpu_bn.nn.sync import SyncBatchNorm, sync_batch_norm
 

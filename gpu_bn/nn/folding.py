@@ -14,12 +14,12 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from gpu_bn import folding
 from gpu_bn.activations import IDENTITY, Activation
-from gpu_bn.nn import _activations
-from gpu_bn.nn._forward import INTERNAL, own_forwards
-from gpu_bn.nn._graph import is_layer, is_ours, unfuse
-from gpu_bn.nn._known import frozen_eps, is_watched, known_norm
-from gpu_bn.nn._pairs import observed_pairs, traced_pairs
-from gpu_bn.nn._report import Report
+from gpu_bn.nn.fx import activations
+from gpu_bn.nn.fx.forward import INTERNAL, own_forwards
+from gpu_bn.nn.fx.graph import is_layer, is_ours, unfuse
+from gpu_bn.nn.fx.pairs import observed_pairs, traced_pairs
+from gpu_bn.nn.known_layers import frozen_eps, is_watched, known_norm
+from gpu_bn.nn.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -289,7 +289,7 @@ class Folded(nn.Module):
                 f"got {input.dim()}D: give nn.fold such a batch"
             )
         z = input if residual is None else input + residual
-        return _activations.activate(z, self.activation if activation is None else Activation.of(activation))
+        return activations.activate(z, self.activation if activation is None else Activation.of(activation))
 
     def extra_repr(self) -> str:
         return repr(self.activation)

@@ -16,14 +16,14 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.overrides import is_tensor_like
 
-from gpu_bn import aliasing, dispatch, ops, spec
+from gpu_bn import algorithm, aliasing, registry, spec
 from gpu_bn.activations import IDENTITY, Activation
-from gpu_bn.nn import _autograd, _composed, _library, _masked, _quick
+from gpu_bn.nn.operators import autograd, composition, cpu_calls, library, masked
 from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 VECTORS = ("running_mean", "running_var", "weight", "bias")
 TENSORS = ("input", *VECTORS, "residual", "num_batches_tracked")
-PLAIN = _autograd.PLAIN
+PLAIN = autograd.PLAIN
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -183,14 +183,14 @@ def call(
     vectors = (running_mean, running_var, weight, bias)
     counter = num_batches_tracked if training else None
     if plain and not _updates.off:
-        y = _quick.call(input, *vectors, training, momentum, eps, residual, activation, parameter, counter)
+        y = cpu_calls.call(input, *vectors, training, momentum, eps, residual, activation, parameter, counter)
         if y is not None:
             return y
     if plain and _ordinary(input, vectors, residual, counter, training, momentum, eps):
-        weighs = _library.weighs(momentum, None, counter) if training else 0.0
-        options = _library.options(training, weighs, eps, activation, parameter)
+        weighs = library.weighs(momentum, None, counter) if training else 0.0
+        options = library.options(training, weighs, eps, activation, parameter)
         tensors = (input, weight, bias, residual, running_mean, running_var, counter)
-        return _autograd.direct(dispatch.serving(input), options, *tensors)
+        return autograd.direct(registry.serving(input), options, *tensors)
     return _any_call(
         input,
         *vectors,
@@ -219,7 +219,7 @@ def _ordinary(
 
     It looks at everything in every call, once, and remembers nothing. What it is not sure of is for :func:`_any_call`.
     """
-    if _autograd.watched() or forward_ad._current_level >= 0 or not _autograd.is_plain(input):
+    if autograd.watched() or forward_ad._current_level >= 0 or not autograd.is_plain(input):
         return False
     shape, dtype, device = input.shape, input.dtype, input.device
     if not (
@@ -252,12 +252,12 @@ def _ordinary(
     if training and (
         _updates.off
         or input.numel() == channels[0]
-        or not (counter is None or (_autograd.is_plain(counter) and not counter.is_inference()))
+        or not (counter is None or (autograd.is_plain(counter) and not counter.is_inference()))
         or (mean is not None and var is not None and (mean.is_inference() or var.is_inference()))
     ):
         return False
     return residual is None or (
-        _autograd.is_plain(residual)
+        autograd.is_plain(residual)
         and residual.shape == shape
         and residual.dtype is dtype
         and residual.device == device
@@ -307,30 +307,30 @@ def _any_call(
         num_batches_tracked = None
     if training and not torch.compiler.is_compiling():
         read = {name: one for name, one in zip((*TENSORS, "mask"), (*given, mask), strict=True) if _shows_memory(one)}
-        aliasing.check_written({name: read.pop(name) for name in _library.TRACKED if name in read}, read)
+        aliasing.check_written({name: read.pop(name) for name in library.TRACKED if name in read}, read)
         for written in (running_mean, running_var, num_batches_tracked):
             if written is not None and written.is_inference():
                 written.add_(0)  # outside inference mode torch refuses, when it has already added
-    if isinstance(momentum, Tensor) and (extended or not _library.unread(momentum)):
+    if isinstance(momentum, Tensor) and (extended or not library.unread(momentum)):
         momentum = momentum.item()
     arguments = (
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
         num_batches_tracked,
     )  # fmt: skip
     if extended:
-        return _masked.batch_norm(*arguments, mask, groups, renorm)
+        return masked.batch_norm(*arguments, mask, groups, renorm)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _composed.wide_batch_norm(*arguments)
+        return composition.wide_batch_norm(*arguments)
     if exporting() and not (training and torch.compiler.is_compiling() and not isinstance(momentum, float)):
-        return _composed.torch_batch_norm(*arguments)
+        return composition.torch_batch_norm(*arguments)
     if not training and torch.compiler.is_compiling():
-        return _composed.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
+        return composition.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
     tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked if training else None)
-    return _autograd.call(*tensors, training, momentum, eps, activation.name, activation.parameter)
+    return autograd.call(*tensors, training, momentum, eps, activation.name, activation.parameter)
 
 
 def _shows_memory(one: Any) -> bool:
-    return one is not None and _autograd.is_plain(one) and not _library._is_wrapped(one)
+    return one is not None and autograd.is_plain(one) and not library._is_wrapped(one)
 
 
 def exporting() -> bool:
@@ -341,7 +341,7 @@ def exporting() -> bool:
     """
     if torch.compiler.is_compiling():
         return bool(torch.compiler._is_exporting_flag)  # torch 2.11 compiles a call of is_exporting() to True
-    return _autograd._tracing() is not None
+    return autograd._tracing() is not None
 
 
 def _number(value: Any) -> Any:
@@ -437,7 +437,7 @@ def check(
 
 def _share(a: Tensor, b: Tensor) -> bool:
     """Whether two vectors start at one place in memory, as far as this can be seen."""
-    if a is b or torch.compiler.is_compiling() or not (_autograd.is_plain(a) and _autograd.is_plain(b)):
+    if a is b or torch.compiler.is_compiling() or not (autograd.is_plain(a) and autograd.is_plain(b)):
         return a is b
     return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
@@ -484,13 +484,15 @@ def front_door(
     options = dict(zip(names, arguments, strict=True)) | {"residual": residual, "activation": activation}
     tensors = {name: options[name] for name in ("running_mean", "running_var", "weight", "bias", "residual")}
     extensions: dict[str, Any] = {"mask": mask, "virtual_batch_size": virtual_batch_size, "renorm": renorm}
-    engine = dispatch.select(backend, input=x, **tensors, out=out, mask=mask)
+    engine = registry.select(backend, input=x, **tensors, out=out, mask=mask)
     checked = spec.check_forward(x, **options, channel_axis=channel_axis, out=out, **extensions)
     if mask is not None:
         written = {name: tensors[name] for name in ("running_mean", "running_var") if checked.batch_stats}
         aliasing.check_written({"out": out, **written}, {"mask": mask})
-    named = backend not in (None, dispatch.TORCH, dispatch.default(x))
-    valid = ops.positions(mask, x.shape, checked.axis) if mask is not None and (named or out is not None) else None
+    named = backend not in (None, registry.TORCH, registry.default(x))
+    valid = (
+        algorithm.positions(mask, x.shape, checked.axis) if mask is not None and (named or out is not None) else None
+    )
     if out is not None:
         differentiable = [tensor for tensor in (x, *tensors.values()) if tensor is not None and tensor.requires_grad]
         if torch.is_grad_enabled() and (differentiable or out.requires_grad):
@@ -498,11 +500,13 @@ def front_door(
                 "batch_norm(): functions with out=... arguments don't support automatic differentiation, "
                 "but one of the arguments requires grad."
             )
-        result: Tensor = ops.forward(engine, x, checked, **tensors, out=out, in_place=True, valid=valid, keep=False)[0]
+        result: Tensor = algorithm.forward(
+            engine, x, checked, **tensors, out=out, in_place=True, valid=valid, keep=False
+        )[0]
         count_writes(checked.batch_stats, tensors["running_mean"], tensors["running_var"], out)
         return result
     if named:
-        return _autograd.direct(engine, checked, x, **tensors, num_batches_tracked=None, valid=valid)
+        return autograd.direct(engine, checked, x, **tensors, num_batches_tracked=None, valid=valid)
     if residual is not None:
         options["residual"] = residual.movedim(checked.axis, 1)
     if mask is not None and mask.dim() == x.dim():

@@ -19,7 +19,7 @@ from gpu_bn import spec
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
-from gpu_bn.nn._activations import activation_of
+from gpu_bn.nn.fx.activations import activation_of
 
 
 class _LeafName(str):

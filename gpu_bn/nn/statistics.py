@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from gpu_bn import ops
+from gpu_bn import algorithm
 from gpu_bn.merge import Pool, merge
-from gpu_bn.nn import _sync_library, functional
-from gpu_bn.nn._group import Group, gather, several, total
-from gpu_bn.nn._sync_library import update_running
+from gpu_bn.nn import functional
+from gpu_bn.nn.distributed.group import Group, gather, several, total
 from gpu_bn.nn.modules import require_channels
+from gpu_bn.nn.operators import sync as sync_operators
+from gpu_bn.nn.operators.sync import update_running
 from gpu_bn.nn.sync import SyncBatchNorm
 
 Pools = dict[_BatchNorm, Pool]
@@ -182,7 +183,7 @@ def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
 
 
 def _pool_of(x: Tensor, mask: Tensor | None) -> Pool:
-    report = _sync_library.report(x, None if mask is None else ops.positions(mask, x.shape, 1))
+    report = sync_operators.report(x, None if mask is None else algorithm.positions(mask, x.shape, 1))
     _, count, mean, var = report.split((1, 1, x.shape[1], x.shape[1]))
     return Pool(count, mean, var.abs() * count)
 

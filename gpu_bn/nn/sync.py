@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gpu_bn.activations import Activation
-from gpu_bn.nn import _packets, _sync_library, functional
-from gpu_bn.nn._group import Group, exchange, gather, several
-from gpu_bn.nn._sync_call import Call, call_of
-from gpu_bn.nn._sync_second import composed_gradients
+from gpu_bn.nn import functional
+from gpu_bn.nn.distributed import wire
+from gpu_bn.nn.distributed.arguments import Call, call_of
+from gpu_bn.nn.distributed.group import Group, exchange, gather, several
 from gpu_bn.nn.modules import Fused
+from gpu_bn.nn.operators import sync as sync_operators
+from gpu_bn.nn.operators.sync_second import composed_gradients
 
 if dist.is_available():
     # Its functions keep the default group of the time of import, as a default argument. DistributedDataParallel imports
@@ -123,7 +125,7 @@ def _together(
     """A call over several processes. Whatever fails on this one before the exchange, all are told."""
     group = Group.of(process_group)
     if layer is None or torch.compiler.is_compiling():
-        return _numbered(_packets.UNKNOWN, group, num_features, tensors, momentum, eps, activation, forbidden)
+        return _numbered(wire.UNKNOWN, group, num_features, tensors, momentum, eps, activation, forbidden)
     numbers = _numbers.setdefault(layer, {})
     new = group.name not in numbers
     if new:
@@ -159,14 +161,14 @@ def _meet(layer: Any, group: Group, like: Tensor) -> None:
     """
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    place = _numbers[layer].get("", _packets.UNKNOWN)
+    place = _numbers[layer].get("", wire.UNKNOWN)
     vector = torch.tensor([place, _known[""]], dtype=torch.float64, device=like.device)
-    header = [_packets.FIRST, *[_packets.UNKNOWN] * (len(_packets.FIELDS) - 3)]
-    packets = gather(_packets.pack(vector, group.name, header)[0], group).cpu()
-    _packets.require_alike(packets, group.name)
-    places, total = packets[:, _packets.HEADER : _packets.HEADER + 2].unbind(1)
-    if bool((total == total[0]).all() and _packets.differing(places[:, None]).any()):
-        _packets.raise_different({"layer": places.tolist()})
+    header = [wire.FIRST, *[wire.UNKNOWN] * (len(wire.FIELDS) - 3)]
+    packets = gather(wire.pack(vector, group.name, header)[0], group).cpu()
+    wire.require_alike(packets, group.name)
+    places, total = packets[:, wire.HEADER : wire.HEADER + 2].unbind(1)
+    if bool((total == total[0]).all() and wire.differing(places[:, None]).any()):
+        wire.raise_different({"layer": places.tolist()})
 
 
 def _numbered(
@@ -184,13 +186,13 @@ def _numbered(
     try:
         call = forbidden or call_of(num_features, tensors, momentum, eps, activation)
     except Exception as raised:  # of any type, on this process alone
-        error, call = raised, _packets.told(raised)
+        error, call = raised, wire.told(raised)
     if isinstance(call, str):
         length = 2 + 2 * num_features if isinstance(num_features, int) else 1
         return _report_mistake(call, error, group, length, _on_the_device(tensors))
     x: Any = call.inputs[0]
-    header = [_packets.UNKNOWN if compiling else float(_packets.CALLS[group.name]), number, *call.signature]
-    packets = _sync_library.report_packets(x.detach(), call.valid, group.name, [_packets.FORWARD, *header])
+    header = [wire.UNKNOWN if compiling else float(wire.CALLS[group.name]), number, *call.signature]
+    packets = sync_operators.report_packets(x.detach(), call.valid, group.name, [wire.FORWARD, *header])
     found = exchange(packets, group)
     if compiling or not x.is_cpu:
         y, *moments = _normalized(call, group, header, found)
@@ -198,18 +200,18 @@ def _numbered(
         try:
             y, *moments = _normalized(call, group, header, found)
         except Exception as raised:
-            _report_mistake(_packets.told(raised), raised, group, 1, x)
+            _report_mistake(wire.told(raised), raised, group, 1, x)
             raise
     fixed, at = (None, call.momentum) if isinstance(call.momentum, Tensor) else (call.momentum, None)
-    end = y.detach(), group.size, group.name, [_packets.END, *header]
-    _sync_library.finish(*call.tracked, fixed, at, *moments, *end)
+    end = y.detach(), group.size, group.name, [wire.END, *header]
+    sync_operators.finish(*call.tracked, fixed, at, *moments, *end)
     return y
 
 
 def _normalized(call: Call, group: Group, header: list[float], found: list[Tensor]) -> tuple[Tensor, ...]:
     """``y``, and the count, mean and variance of all processes."""
     channels = int(call.signature[0])
-    moments = _sync_library.merge_packets(found, channels)
+    moments = sync_operators.merge_packets(found, channels)
     return _SyncBatchNorm.apply(*call.inputs, call.valid, *moments, *group, header, *call.options), *moments
 
 
@@ -221,12 +223,12 @@ def _on_the_device(tensors: tuple[Any, ...]) -> Tensor:
 
 def _report_mistake(text: str, error: Exception | None, group: Group, length: int, like: Tensor) -> Tensor:
     """Tell the other processes, which would gather a vector of this length, and raise what they raise."""
-    packet = _packets.mistake(like, group.name, text)
+    packet = wire.mistake(like, group.name, text)
     try:
-        for _ in range(_packets.packets_of(length)):
-            packets = _packets.compare(gather(packet, group), group.name)
+        for _ in range(wire.packets_of(length)):
+            packets = wire.compare(gather(packet, group), group.name)
         # In compiled code this stands for the output, for what is recorded cannot raise.
-        return _packets.refuse(  # type: ignore[no-any-return]
+        return wire.refuse(  # type: ignore[no-any-return]
             like, packets, f"SyncBatchNorm, process {group.rank} of {group.size}: {text}"
         )
     except ValueError as told:
@@ -330,7 +332,7 @@ class SyncBatchNorm(Fused):
         Raises:
             ValueError: a lazy layer has not seen its first input yet.
         """
-        from gpu_bn.nn._convert import synchronise
+        from gpu_bn.nn.conversion import synchronise
 
         return synchronise(module, process_group)
 
@@ -355,7 +357,7 @@ class _SyncBatchNorm(Function):
         kept = None if ctx.options[1] == "identity" else residual
         ctx.save_for_backward(x, weight, bias, kept, valid, count, mean, var)
         layer = (x, weight, bias, residual, valid, count, mean, var, *ctx.options)
-        return _sync_library.normalize(*layer)  # type: ignore[no-any-return]
+        return sync_operators.normalize(*layer)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -368,16 +370,14 @@ class _SyncBatchNorm(Function):
         given, dx = (dy, *layer, need[3] and not identity), None
         if need[0]:
             try:
-                packets, sums, dz = _sync_library.reduce_packets(
-                    *given, ctx.group.name, [_packets.BACKWARD, *ctx.header]
-                )
+                packets, sums, dz = sync_operators.reduce_packets(*given, ctx.group.name, [wire.BACKWARD, *ctx.header])
             except Exception as error:
-                _report_mistake(_packets.told(error), error, ctx.group, 2 * x.shape[1], x)
+                _report_mistake(wire.told(error), error, ctx.group, 2 * x.shape[1], x)
                 raise
-            total = _packets.add(exchange(packets, ctx.group), sums.numel()).view_as(sums)
-            dx = _sync_library.backward_input(dy, *layer, total, dz if dz.numel() else None)
+            total = wire.add(exchange(packets, ctx.group), sums.numel()).view_as(sums)
+            dx = sync_operators.backward_input(dy, *layer, total, dz if dz.numel() else None)
         else:
-            sums, dz = _sync_library.reduce(*given)
+            sums, dz = sync_operators.reduce(*given)
         dweight = sums[1].to(weight.dtype) if weight is not None and need[1] else None
         dbias = sums[0].to(bias.dtype) if bias is not None and need[2] else None
         dresidual = None

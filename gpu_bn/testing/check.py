@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_bn.activations import Activation
-from gpu_bn.backends._layout import memory_order
+from gpu_bn.backends.layout import memory_order
 from gpu_bn.backends.protocol import Backend
 from gpu_bn.functional import batch_norm_backward, batch_norm_forward
 from gpu_bn.testing.cases import Case, build
@@ -41,7 +41,7 @@ def _from_torch(tensor: Array) -> Array:
 
 
 def _torch_cpu() -> Any:
-    return import_module("gpu_bn.nn._cpu")
+    return import_module("gpu_bn.backends.torch_cpu")
 
 
 def _to_triton(array: Array) -> Array:
@@ -70,7 +70,7 @@ def _from_triton(tensor: Array) -> Array:
 
 
 def _to_cupy(array: Array) -> Array:
-    return import_module("gpu_bn.backends.cupy").from_host(array)
+    return import_module("gpu_bn.backends.cupy.backend").from_host(array)
 
 
 def _from_cupy(array: Array) -> Array:

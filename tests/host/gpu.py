@@ -8,8 +8,8 @@ import importlib
 import types
 from typing import Any
 
-import fake_cupy
 import numpy as np
+from support import fake_cupy
 
 from .compile import compile_kernels, compile_scheduler
 
@@ -92,6 +92,6 @@ def backend(monkeypatch: Any, tier: str | None, sanitizer: str, seed: int = 0, a
     """The CuPy backend on a GPU of this kind, which is its ``gpu``."""
     gpu = fake_cupy.install(monkeypatch, HostDevice(seed), arch, HostGpu)
     gpu.sanitizer = sanitizer
-    made = importlib.import_module("gpu_bn.backends.cupy").CupyBackend(tier)
+    made = importlib.import_module("gpu_bn.backends.cupy.backend").CupyBackend(tier)
     made.gpu = gpu
     return made

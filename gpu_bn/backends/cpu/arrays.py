@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.backends._layout import Layout, check_out
+from gpu_bn.backends.layout import Layout, check_out
 from gpu_bn.spec import FLOAT_DTYPES
 
 Array = Any

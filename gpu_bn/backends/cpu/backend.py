@@ -19,7 +19,7 @@ Array = Any
 
 
 def backend() -> CpuBackend:
-    """The backend of NumPy arrays, for :func:`gpu_bn.dispatch.load`."""
+    """The backend of NumPy arrays, for :func:`gpu_bn.registry.load`."""
     return CpuBackend(NumpyArrays())
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_bn.backends._layout import block_sizes, each
 from gpu_bn.backends.cpu import plans
 from gpu_bn.backends.cpu.arrays import Arrays
+from gpu_bn.backends.layout import block_sizes, each
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numba
 
-from gpu_bn.backends._layout import memory_order
+from gpu_bn.backends.layout import memory_order
 from gpu_bn.kernels.cpu import channels, rows
 from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64, SIZES, WIDE
 

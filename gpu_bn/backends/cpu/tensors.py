@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_bn.backends._layout import check_out, extent
 from gpu_bn.backends.cpu.backend import CpuBackend
+from gpu_bn.backends.layout import check_out, extent
 from gpu_bn.spec import FLOAT_DTYPES
 
 
 def backend() -> CpuBackend:
-    """The backend of torch's CPU tensors, for :func:`gpu_bn.dispatch.load`."""
+    """The backend of torch's CPU tensors, for :func:`gpu_bn.registry.load`."""
     from gpu_bn.backends.cpu import doors
 
     return CpuBackend(TENSORS, doors)

@@ -1,0 +1,144 @@
+"""torch's CUDA tensors served by the CuPy backend, when ``backend="cupy"`` asks for it: DLPack, no copies.
+
+Kernels run on torch's current stream and the tensors' device. What they allocate is CuPy's: its pool, not torch's,
+holds it until the tensor dies.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+import cupy
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from gpu_bn.backends.cupy import backend as cupy_backend
+from gpu_bn.backends.protocol import BackendUnavailableError
+
+
+def backend() -> CupyForTorch:
+    """The backend, for :func:`gpu_bn.registry.load`."""
+    return CupyForTorch(cupy_backend.backend())
+
+
+class CupyForTorch:
+    """See :class:`gpu_bn.backends.protocol.Backend` and ``Fused``: each method is the CuPy backend's, on views."""
+
+    name = "cupy"
+
+    def __init__(self, inner: cupy_backend.CupyBackend) -> None:
+        self.inner = inner
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_") or not hasattr(self.inner, method):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {method!r}")
+        return partial(self._call, method)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        tensor = next(found for found in _tensors(arguments))
+        views = _Views()
+        with ExitStack() as stack:
+            if tensor.is_cuda:
+                stack.enter_context(cupy.cuda.Device(tensor.device.index))
+            stack.enter_context(cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(tensor.device))))
+            result = getattr(self.inner, method)(*[views.of(argument) for argument in arguments])
+            return views.back(result)
+
+
+class _Stream:
+    """torch's stream by CUDA's stream protocol, which not all versions of torch speak."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream.cuda_stream
+
+
+class _Views:
+    """The arrays and tensors of one call that are the same memory."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, tuple[Any, Tensor]] = {}
+
+    def of(self, value: Any) -> Any:
+        """A value with arrays in the place of tensors, and their dtypes."""
+        return _replaced(value, (Tensor, torch.dtype), self._array)
+
+    def back(self, value: Any) -> Any:
+        """A value with tensors in the place of arrays; those that were arguments are the same objects."""
+        return _replaced(value, cupy.ndarray, self._tensor)
+
+    def _array(self, tensor: Tensor | torch.dtype) -> Any:
+        if isinstance(tensor, torch.dtype):
+            return as_dtype(tensor)
+        array = as_array(tensor)
+        self.tensors[id(array)] = array, tensor
+        return array
+
+    def _tensor(self, array: Any) -> Tensor:
+        return self.tensors[id(array)][1] if id(array) in self.tensors else as_tensor(array)
+
+
+def as_array(tensor: Tensor) -> Any:
+    """A tensor as a CuPy array in the same memory.
+
+    Raises:
+        BackendUnavailableError: a bfloat16 tensor, and the package ml_dtypes, which has that type, is not installed.
+    """
+    tensor = tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        return cupy.from_dlpack(tensor.view(torch.int16)).view(_bfloat16())
+    return cupy.from_dlpack(tensor)
+
+
+def as_tensor(array: Any) -> Tensor:
+    """A CuPy array as a tensor in the same memory."""
+    if array.dtype.name == "bfloat16":
+        return from_dlpack(array.view("int16")).view(torch.bfloat16)
+    return from_dlpack(array)
+
+
+def as_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """The dtype of such a tensor's array; raises as :func:`as_array`."""
+    return np.dtype(_bfloat16() if dtype is torch.bfloat16 else str(dtype).rpartition(".")[2])
+
+
+def _bfloat16() -> Any:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "bfloat16 with backend='cupy' needs the package ml_dtypes: pip install ml_dtypes"
+        ) from error
+    return ml_dtypes.bfloat16
+
+
+def _tensors(value: Any) -> Any:
+    """The tensors in a value, outermost first."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _replaced(value: Any, kind: type | tuple[type, ...], convert: Any) -> Any:
+    """A value, its tuples and dataclasses with ``convert`` applied to what is of a kind in them."""
+    if isinstance(value, kind):
+        return convert(value)
+    if isinstance(value, tuple):
+        parts = [_replaced(part, kind, convert) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {field.name: _replaced(getattr(value, field.name), kind, convert) for field in fields(value)}
+        return replace(value, **changed)
+    return value

@@ -1,0 +1,1 @@
+"""The Triton backend, for torch tensors on a GPU."""

@@ -1,0 +1,202 @@
+"""How tensors are cut into the programs of Triton launches, and what plans need to know of the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from gpu_bn.backends.triton.launch import interpreting
+from gpu_bn.plan import (
+    CO_RESIDENT,
+    DEVICES,
+    STATIC_SHARED,
+    THRESHOLDS,
+    VECTOR_BYTES,
+    Device,
+    LaunchPlan,
+    NoPlanError,
+    Work,
+    narrower,
+    plan,
+    plan_once,
+    tile,
+)
+
+Array = Any
+
+CHAIN = 64
+"""Additions in a row in float32 at most, before a sum goes on in float64."""
+AHEAD = 1 << 20
+"""Numbers of positions go so far beyond the last at most: those of a last block's share, chain and tile."""
+SAMPLES = {False: 32, True: 16}
+"""Positions that the first shift is the mean of; the second number is for channels-last."""
+MERGED_AT_ONCE = 512
+"""Elements of a block of partial results."""
+MOST_BLOCKS = {False: 1024, True: 64}
+"""Blocks that a strip is cut into: each program of the second launch reads the results of all."""
+MOST_WARPS = 8
+
+
+class Room(NamedTuple):
+    """Elements that a program can hold in registers with nothing spilled, whatever the activation.
+
+    Forward in rows, of full vectors, and of narrower ones, which need more addresses; in channels-last, where a thread
+    has several channels' sums besides; backward, of all tensors.
+    """
+
+    rows: int
+    narrow: int
+    columns: int
+    backward: int
+
+    def of(self, work: Work) -> int:
+        """In a call."""
+        tiling = tile(work)
+        if work.backward or tiling.columns:
+            return self.backward if work.backward else self.columns
+        return self.rows if tiling.vector * work.itemsize == VECTOR_BYTES else self.narrow
+
+
+ROOM = {2: Room(20480, 12288, 12288, 16384), 4: Room(16384, 12288, 12288, 16384), 8: Room(8192, 8192, 8192, 4096)}
+"""By the size of an element. ``tests/record_gates.py`` compiles what it allows."""
+
+
+class Shape(NamedTuple):
+    """Of the blocks of elements that a program works on: elements, and elements for each of its threads at least."""
+
+    elements: int
+    per_thread: int
+
+
+STREAMED = {2: Shape(4096, 16), 4: Shape(4096, 16), 8: Shape(2048, 8)}
+"""Of a program that reads its share piece by piece; by the size of an element."""
+CROWDED = STREAMED | {8: Shape(1024, 4)}
+"""Of one that sums besides, with a mask and ghost batches."""
+SHORT = STREAMED | {2: Shape(2048, 8), 4: Shape(2048, 8)}
+"""Of one that sums and writes two gradients in channels-last: with GELU more would spill (sm_100, 120)."""
+HELD = {2: Shape(4096, 8), 4: Shape(4096, 8), 8: Shape(2048, 8)}
+"""Of one that holds it."""
+WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)
+"""Programs of one launch do not wait for each other."""
+INTERPRETER = Device("Triton's interpreter", 80, 4, 164 << 10, 163 << 10, 1 << 20, 1e8)
+"""It runs one program at a time, each slowly: few of them, but enough to be several for a channel."""
+ELSEWHERE = "with TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly"
+
+
+def device_of(device: Any) -> Device:
+    """What a plan needs to know of torch's device."""
+    if device.type == "cuda":
+        of = torch.cuda.get_device_properties(device)
+        return Device(
+            of.name, 10 * of.major + of.minor, of.multi_processor_count, of.shared_memory_per_multiprocessor,
+            of.shared_memory_per_block, of.L2_cache_size, DEVICES["a100"].bandwidth,
+        )  # fmt: skip
+    if device.type == "cpu" and interpreting():
+        return INTERPRETER
+    raise ValueError(f"the Triton backend serves tensors on a CUDA device, got one on {device} ({ELSEWHERE})")
+
+
+def training_plan(work: Work, device: Device, tier: str | None) -> LaunchPlan:
+    """The plan of a call with batch statistics, where registers are what a block keeps a channel in."""
+    room = ROOM[work.itemsize].of(work) * work.itemsize
+    device = replace(
+        device,
+        shared_per_block=room + STATIC_SHARED,
+        shared_per_sm=THRESHOLDS.blocks_per_sm * (room // 2 + STATIC_SHARED + device.reserved_shared),
+    )
+    try:
+        found = plan(work, device, tier, WITHOUT_COOPERATION)
+    except NoPlanError:
+        found = plan(work, device, None, WITHOUT_COOPERATION)
+    if found.tier != "split":
+        return found
+    once = one_pass_plan(work, device)
+    return replace(found, tiling=once.tiling, blocks=once.blocks, groups=once.groups, share=once.share)
+
+
+def one_pass_plan(work: Work, device: Device) -> LaunchPlan:
+    """The plan of one pass over the tensors: in the widest strips whose programs fill the SMs, or else most of them.
+
+    In channels-last few wide strips, each of which is cut into few blocks, would leave SMs idle.
+    """
+    tilings = narrower(tile(work), THRESHOLDS.narrow_bytes, work.itemsize)
+    plans = [_fewer_blocks(plan_once(work, device, WITHOUT_COOPERATION, tiling)) for tiling in tilings]
+    filling = [found for found in plans if found.grid >= THRESHOLDS.fill * CO_RESIDENT * device.sms]
+    return filling[0] if filling else max(plans, key=lambda found: found.grid)
+
+
+class Geometry(NamedTuple):
+    """How a tensor is cut into strips, as kernels take it."""
+
+    tail: tuple[int, ...]
+    columns: bool
+    lanes: int
+    vector: int
+    positions: int
+    wide: bool
+
+    @staticmethod
+    def of(plan: LaunchPlan, groups: int = 1) -> Geometry:
+        tiling = plan.tiling
+        elements, results = tiling.n * tiling.c * tiling.s, 4 * plan.blocks * tiling.c
+        wide = groups * max(elements, results) >= (1 << 31) - AHEAD
+        row = (tiling.c if tiling.columns else tiling.s) // tiling.vector
+        jump = 0 if tiling.columns else (tiling.c - 1) * row
+        power = 31 + (row - 1).bit_length()
+        magic = -(-(1 << power) // row)
+        return Geometry(
+            (tiling.c, row, jump, magic, power), tiling.columns, tiling.lanes, tiling.vector, tiling.positions, wide
+        )
+
+
+def strip(plan: LaunchPlan) -> tuple[int, int, bool]:
+    """A strip's vectors, the elements of one, and whether strips are of columns."""
+    return plan.tiling.lanes, plan.tiling.vector, plan.tiling.columns
+
+
+def _fewer_blocks(plan: LaunchPlan) -> LaunchPlan:
+    most = MOST_BLOCKS[plan.tiling.columns]
+    if plan.tier != "split" or plan.blocks <= most:
+        return plan
+    share = -(-plan.tiling.positions // most)
+    return replace(plan, share=share, blocks=-(-plan.tiling.positions // share))
+
+
+def chunk(plan: LaunchPlan) -> int:
+    """Blocks whose results are merged at a time."""
+    return min(_power_of_two(plan.blocks), max(1, MERGED_AT_ONCE // _width(plan)))
+
+
+def chain(plan: LaunchPlan, positions: int) -> int:
+    """The longest chain of additions, 0 if a share is no longer than that."""
+    return CHAIN if plan.share > CHAIN * positions else 0
+
+
+def _width(plan: LaunchPlan) -> int:
+    return plan.tiling.lanes * plan.tiling.vector
+
+
+def streamed_block(plan: LaunchPlan, x: Array, shapes: dict[int, Shape] = STREAMED) -> tuple[int, int]:
+    """Positions and warps of a program that reads its share piece by piece."""
+    shape = shapes[x.element_size()]
+    positions = min(_power_of_two(plan.share), max(1, shape.elements // _width(plan)))
+    return positions, _warps(positions * _width(plan), shape)
+
+
+def held_block(plan: LaunchPlan, x: Array) -> tuple[int, int, int]:
+    """Positions of a tile, tiles, and warps of a program (in a cluster: of each of its blocks) that holds a strip."""
+    shape = HELD[x.element_size()]
+    most = max(1, plan.blocks * shape.elements // _width(plan))
+    positions = min(_power_of_two(plan.tiling.positions), most)
+    tiles = -(-plan.tiling.positions // positions)
+    return positions, tiles, _warps(positions * _width(plan) // plan.blocks, shape)
+
+
+def _warps(elements: int, shape: Shape) -> int:
+    return max(1, min(MOST_WARPS, elements // (32 * shape.per_thread)))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

@@ -1,0 +1,81 @@
+"""Statistics of several processes on a GPU: reports merged in one launch, running statistics moved in another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gpu_bn.backends.triton.launch import Launch, Recent, Step
+from gpu_bn.kernels.triton import sync as sync_kernels
+
+Array = Any
+AT_ONCE = 16
+"""Processes whose reports a program reads at a time."""
+CHANNELS = 32
+"""Of a program that merges reports."""
+UPDATED = 1024
+"""Channels whose running statistics are moved at a time."""
+
+
+class SharedStatistics:
+    """What a backend on GPUs does for :class:`gpu_bn.nn.SyncBatchNorm` beside the phases."""
+
+    _launch: Launch
+    _prepared: Recent
+
+    def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> Array:
+        """Memory that is not initialised."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge_packets(
+        self, packets: Sequence[Array], channels: int, header: int, room: int, unknown: float
+    ) -> tuple[Array, Array, Array]:
+        """The count, (1,), mean and variance, (C,), float64, of reports in packets of (W, header + room).
+
+        Mean and variance are NaN where headers differ, other than by ``unknown``, or start with a number that is not 0.
+        """
+        together = packets[0] if len(packets) == 1 else torch.cat(list(packets))
+        found = self.new((1 + 2 * channels,), None, torch.float64, together.device)
+        count, mean, var = found.split((1, channels, channels))
+        key = ("merge packets", together.shape, len(packets), channels, header, room, unknown, together.device)
+        step = self._prepared.get(key)
+        if step is None:
+            processes = together.shape[0] // len(packets)
+            at_once = min(AT_ONCE, 1 << (processes - 1).bit_length())
+            tail = (channels, processes, len(packets), header, room, unknown, at_once, 1 << (header - 1).bit_length(),
+                    CHANNELS)  # fmt: skip
+            step = self._prepared[key] = _step(
+                sync_kernels.bn_sync_merge_kernel, -(-channels // CHANNELS), tail, together
+            )
+        self._launch(step, (together.contiguous(), count, mean, var))
+        return count, mean, var
+
+    @torch.no_grad()
+    def update_shared(
+        self, running_mean: Array | None, running_var: Array | None, counter: Array | None, momentum: float | None,
+        momentum_at: Array | None, count: Array, mean: Array, var: Array,
+    ) -> None:  # fmt: skip
+        """Move running statistics towards those of a batch whose count is known to the device, and count the batch.
+
+        Without a momentum that is 1 / the number of batches.
+        """
+        momentum_at = None if momentum_at is None else momentum_at.to(mean.device)
+        cumulative = momentum is None and momentum_at is None and counter is not None
+        tracked = (running_mean, running_var, counter, momentum_at)
+        key = ("update shared", mean.shape, mean.device, cumulative, *[None if t is None else t.dtype for t in tracked])
+        step = self._prepared.get(key)
+        if step is None:
+            tail = (len(mean), cumulative, UPDATED)
+            step = self._prepared[key] = _step(sync_kernels.bn_sync_update_kernel, 1, tail, mean)
+        written = [None if t is None else t.contiguous() for t in (running_mean, running_var)]
+        self._launch(step, (*written, counter, count, mean, var, momentum or 0.0, momentum_at))
+        for mine, theirs in zip(written, (running_mean, running_var), strict=True):
+            if theirs is not None and mine is not theirs:
+                theirs.copy_(mine)
+
+
+def _step(kernel: Any, programs: int, tail: tuple[Any, ...], like: Array) -> Step:
+    return Step(kernel, (programs, 1), tail, 4, device=-1 if like.device.index is None else like.device.index)

@@ -1,0 +1,175 @@
+"""What ``gpu-bn info`` says of this machine; no array library is imported for a version."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu_bn import __version__, get_num_threads, registry
+from gpu_bn.cli.console import table
+from gpu_bn.cli.cuda_versions import DRIVER, cuda_versions
+
+PACKAGES = (
+    "numba",
+    "torch",
+    "triton",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "cupy",
+    "ml_dtypes",
+    "scikit-learn",
+    "matplotlib",
+    "rich",
+)
+
+
+class Devices(NamedTuple):
+    """The NVIDIA GPUs by name; if there are none, why."""
+
+    names: list[str]
+    why_not: str = ""
+
+
+class Facts(NamedTuple):
+    """Lines of a name and what is said of it, and a row for each backend."""
+
+    lines: list[tuple[str, str]]
+    backends: list[list[str]]
+
+
+def text(found: Facts) -> str:
+    """The facts in lines of text."""
+    lines = [f"{name:12} {value}" for name, value in found.lines]
+    return "\n".join([*lines, "", table("Backends", ["name", "serves", "available"], found.backends)]).rstrip()
+
+
+def as_json(found: Facts) -> str:
+    """The facts for programs."""
+    names = ("name", "serves", "available")
+    backends = [dict(zip(names, row, strict=True)) for row in found.backends]
+    return json.dumps({"facts": [list(line) for line in found.lines], "backends": backends}, indent=1) + "\n"
+
+
+def facts() -> Facts:
+    """Look for versions, processor, GPUs and backends."""
+    gpus = devices()
+    packages = [f"{name} {found}" for name in PACKAGES if (found := installed(name))]
+    lines = [
+        ("gpu-bn", __version__),
+        ("Python", f"{platform.python_version()} on {platform.platform()}"),
+        ("NumPy", f"{np.__version__}, BLAS: {blas()}"),
+        ("packages", ", ".join(packages) or "none of " + ", ".join(PACKAGES)),
+        ("processor", f"{platform.machine()}, {os.cpu_count()} cores, {cores()} for this process"),
+        ("threads", f"{get_num_threads()} for a call on the CPU (GPU_BN_NUM_THREADS sets it)"),
+        ("GPUs", "; ".join(gpus.names) or f"none: {gpus.why_not}"),
+    ]
+    cuda = cuda_versions()
+    lines += [(f"CUDA {name}", said) for name, said in cuda.said.items()]
+    lines += [("does not fit", problem) for problem in cuda.problems()]
+    return Facts(lines, [[row.name, str(row), available(row, gpus)] for row in registry.ROWS])
+
+
+def facts_of_cuda() -> list[str]:
+    """What results on a GPU depend on, in short."""
+    gpus, found = devices(), cuda_versions()
+    packages = [f"{name} {has}" for name in PACKAGES if (has := installed(name))]
+    return [
+        "; ".join(gpus.names) or f"no GPU: {gpus.why_not}",
+        *(f"CUDA of {name}: {said}" for name, said in found.said.items()),
+        f"Python {platform.python_version()}, NumPy {np.__version__}, {', '.join(packages)}",
+        *(f"does not fit: {problem}" for problem in found.problems()),
+    ]
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def installed(package: str) -> str | None:
+    """A package's version, or ``None`` if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def blas() -> str:
+    """The BLAS that NumPy was built with."""
+    show_config: Any = np.show_config
+    found = show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    return f"{found.get('name', 'unknown')} {found.get('version', '')}".strip()
+
+
+def available(row: registry.Row, gpus: Devices) -> str:
+    """Whether a backend can be had, as far as can be seen without importing its library, and whether it is chosen."""
+    if why_not := registry.why_not(row):
+        return f"no: {why_not}"
+    if not gpus.names and (row.library == "cupy" or row.device == "cuda"):
+        return "no: no NVIDIA GPU"
+    kind = [other for other in registry.ROWS if str(other) == str(row)]
+    before = kind[: kind.index(row)]
+    if all(map(registry.why_not, before)):
+        return "yes, the default" + "".join(f" ({registry.install(other)} for {other.name})" for other in before)
+    return "yes, by name"
+
+
+def unavailable(backend: str) -> str:
+    """Why a backend cannot be had; empty if it can."""
+    library = "torch" if backend == registry.TORCH else next(r.library for r in registry.ROWS if r.name == backend)
+    if find_spec(library) is None:
+        return f"the package {library} is not installed"
+    try:
+        registry.load(backend)
+    except registry.BackendUnavailableError as error:
+        return str(error).removeprefix(f"backend {backend!r} cannot be used: ")
+    except OSError as error:  # a library that the package loads
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def devices() -> Devices:
+    """Ask the driver, which needs no library but its own."""
+    try:
+        cuda = ctypes.CDLL(DRIVER)
+    except OSError as error:
+        return Devices([], f"the NVIDIA driver cannot be loaded ({error})")
+    if code := cuda.cuInit(0):
+        return Devices([], f"cuInit failed with {error_name(cuda, code)}")
+    count = ctypes.c_int()
+    if code := cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return Devices([], f"cuDeviceGetCount failed with {error_name(cuda, code)}")
+    names = [device_name(cuda, index) for index in range(count.value)]
+    return Devices(names, "" if names else "the driver sees no device")
+
+
+def device_name(cuda: ctypes.CDLL, index: int) -> str:
+    """A device's name and compute capability."""
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    calls: tuple[Callable[[], int], ...] = (
+        lambda: cuda.cuDeviceGet(ctypes.byref(device), index),
+        lambda: cuda.cuDeviceGetName(name, len(name), device),
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device),  # COMPUTE_CAPABILITY_MAJOR
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),  # COMPUTE_CAPABILITY_MINOR
+    )
+    for call in calls:
+        if code := call():
+            return f"device {index} ({error_name(cuda, code)})"
+    return f"{name.value.decode()} (sm_{major.value}{minor.value})"
+
+
+def error_name(cuda: ctypes.CDLL, code: int) -> str:
+    """The driver's name of an error, such as CUDA_ERROR_NO_DEVICE."""
+    text = ctypes.c_char_p()
+    if cuda.cuGetErrorName(code, ctypes.byref(text)) or text.value is None:
+        return f"error {code}"
+    return text.value.decode()

@@ -1,0 +1,165 @@
+"""The syntax of the command line's values, and checks of the places where its results are to go."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from gpu_bn.explanation import DTYPES, LAYOUTS
+from gpu_bn.plan import DEVICES
+
+
+class CommandError(Exception):
+    """What keeps a command from running, in words for its user. ``code`` is the exit code."""
+
+    code = 1
+
+
+class UsageError(CommandError):
+    """A command line that cannot be meant."""
+
+    code = 2
+
+
+# ------------------------------------------------------------------------------------------------------- values
+def shape(text: str) -> tuple[int, ...]:
+    """A shape: ``32x64x56x56`` or ``32,64,56,56``."""
+    return tuple(positive(size) for size in text.lower().replace(",", "x").split("x"))
+
+
+def shapes(text: str) -> list[str]:
+    """Names and shapes, separated by commas; numbers side by side are one shape: ``few,32,64,56,56,4x8``."""
+    found: list[str] = []
+    numbers: list[str] = []
+    for word in [*words(text.lower()), ""]:
+        if word.isdigit():
+            numbers.append(word)
+            continue
+        if numbers:
+            found.append("x".join(numbers))
+        numbers = []
+        if word:
+            found.append(word)
+    return found
+
+
+def dtype(text: str) -> str:
+    """The short name of a dtype: ``f16`` or ``float16``."""
+    names = {name: short for short, long in DTYPES.items() for name in (short, long)}
+    return _of(names, text, "dtype", DTYPES)
+
+
+def layout(text: str) -> str:
+    """``nchw``, ``nhwc`` or ``nc``."""
+    return _of({name: name for name in LAYOUTS}, text, "layout", LAYOUTS)
+
+
+def gpu(text: str) -> str:
+    """A GPU that the planner knows, or ``all`` of them."""
+    return _of({name: name for name in (*DEVICES, "all")}, text, "device", (*DEVICES, "all"))
+
+
+def device(text: str) -> str:
+    """``auto``, ``cpu`` or ``cuda``, for which ``gpu`` may stand."""
+    names = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
+    return _of(names, text, "device", ("auto", "cpu", "cuda"))
+
+
+def several(one: Callable[[str], str]) -> Callable[[str], list[str]]:
+    """What parses such values separated by commas."""
+    return lambda text: [one(word) for word in words(text)]
+
+
+def words(text: str) -> list[str]:
+    """Words between commas."""
+    return [word.strip() for word in text.split(",")]
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    return _number(text, "a number above 0", lambda value: value > 0)
+
+
+def not_negative(text: str) -> float:
+    """A number from 0."""
+    return _number(text, "a number from 0", lambda value: value >= 0)
+
+
+def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and fits(value)):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def _of(names: dict[str, str], text: str, what: str, expected: Iterable[str]) -> str:
+    found = names.get(text.lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"unknown {what} {text!r}, expected one of {', '.join(expected)}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- outputs
+def check_file(path: Path, what: str) -> None:
+    """Check that a file can be written.
+
+    Raises:
+        UsageError: its folder is not there, or it is a folder, or writing is not allowed.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, the {what} needs the name of a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent} for the {what}")
+    try:
+        if path.exists():
+            with path.open("ab"):
+                return
+        with tempfile.TemporaryFile(dir=path.parent):
+            return
+    except OSError as error:
+        raise UsageError(f"the {what} cannot be written to {path}: {error.strerror}") from None
+
+
+def check_folder(path: Path, what: str) -> None:
+    """Check that a folder is there, or can be made, and that files can be written in it.
+
+    Raises:
+        UsageError: something else has its name, or writing is not allowed.
+    """
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UsageError(f"{there if there != path.absolute() else path} is not a folder, the {what} needs one")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        raise UsageError(f"the {what} cannot be written to {path}: {error.strerror}") from None
+
+
+def check_picture(path: Path) -> None:
+    """Check that a picture can be written, and that its name says a format that matplotlib has.
+
+    Raises:
+        UsageError: as :func:`check_file` does, or the format is not known.
+    """
+    figure: Any = import_module("matplotlib.figure")
+    known = sorted(figure.Figure().canvas.get_supported_filetypes())
+    check_file(path, "figure")
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise UsageError(f"{path} names no picture format, expected one of .{', .'.join(known)} at its end")

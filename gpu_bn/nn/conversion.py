@@ -1,0 +1,284 @@
+"""Swapping the BatchNorm layers of a model for ours, and back.
+
+A layer stays the object that it is: only its class changes, so that parameters, buffers, hooks, flags, names and
+whoever else refers to it are kept.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import GraphModule
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.utils import parametrize
+
+from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.nn import modules
+from gpu_bn.nn.fx.forward import own_forwards
+from gpu_bn.nn.fx.graph import fuse_activations, unfuse
+from gpu_bn.nn.known_layers import CLASSES, OURS, class_of, frozen_eps, rule
+from gpu_bn.nn.modules import Fused
+from gpu_bn.nn.report import Report
+from gpu_bn.nn.sync import SyncBatchNorm, note_made
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+ADDED = ("activation", "frozen", "virtual_batch_size", "renorm", "_converted_from", "_added")
+"""The attributes that a layer of ours may have beyond torch's."""
+SYNCHRONISED = (modules.BatchNorm, modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d, SyncBatchNorm)
+"""What becomes a SyncBatchNorm; what is derived from these may compute something else."""
+
+
+def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -> Model:
+    """Make torch's BatchNorm layers ours, in place, with the activations that they have.
+
+    It converts ``torch.nn.BatchNorm1d/2d/3d``, their lazy forms, ``SyncBatchNorm`` (also on CPUs then), timm's
+    ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, and frozen normalisations of any library. Parameters, buffers,
+    hooks, flags and the state_dict stay.
+
+    Args:
+        model: a model, or a layer.
+        fuse: also let the layers do the activations after them, and the sums between the two. The modules that call
+            these are traced one by one by ``torch.fx``. A module that cannot be traced, or whose graph would lose
+            something, stays as it is. Nothing changes but what runs within their calls.
+        report: lists what was done, and what was not and why.
+
+    Returns:
+        ``model``.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        >>> report = nn.Report()
+        >>> model = nn.convert(model, fuse=True, report=report)
+        >>> report.converted, report.merged
+        (['1'], {'1': 'relu'})
+    """
+    report = Report() if report is None else report
+    names = {module: name for name, module in model.named_modules()}
+    own_forwards(model)
+    for module, name in names.items():
+        if (known := rule(module)) is not None:
+            _become(module, *known)
+            report.converted.append(name)
+        elif type(module) not in OURS and isinstance(module, _BatchNorm):
+            report.left[name] = f"{type(module).__name__} is not known, or its activation is not, or it has hooks"
+    if fuse:
+        fuse_activations(model, report)
+    _tell_opacus()
+    return model
+
+
+def _tell_opacus() -> None:
+    """Have opacus, if it is loaded, treat our layers as torch's: it looks for their exact types."""
+    validators = sys.modules.get("opacus.validators.module_validator")
+    if validators is not None:
+        for known in (validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS):
+            for cls in CLASSES.values():
+                theirs = getattr(torch.nn, cls.__name__, None)
+                if theirs in known:
+                    known.setdefault(cls, known[theirs])
+
+
+def synchronise(model: Model, process_group: Any) -> Model:
+    """See :meth:`gpu_bn.nn.SyncBatchNorm.convert_sync_batchnorm`."""
+    modules.require_channels(name for name, module in model.named_modules() if isinstance(module, _LazyNormBase))
+    for module in convert(model).modules():
+        kind = class_of(module)
+        if kind in SYNCHRONISED:
+            module.__dict__.setdefault("_converted_from", getattr(torch.nn, kind.__name__, kind))
+            _set_class(module, SyncBatchNorm)
+            setattr(module, "process_group", process_group)  # noqa: B010 - not of every module's type
+            note_made(module)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo :func:`convert`, in place: every layer of ours becomes what it was, or torch's of the same name.
+
+    Modules do their activations and sums themselves again. In graph modules of ``torch.fx``, calls that give a layer of
+    ours a residual or an activation become torch's functions.
+
+    Args:
+        model: a model, or a layer.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a layer has an activation, a ``virtual_batch_size`` or ``renorm``, or is frozen, and torch's layer
+            would lose that. Nothing has changed.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> model = nn.revert(nn.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(4))))
+        >>> type(model[0]) is torch.nn.BatchNorm1d
+        True
+    """
+    found = [
+        (module, _original(name, module))
+        for name, module in model.named_modules()
+        if isinstance(module, (Fused, modules.FrozenBatchNorm2d))
+    ]
+    own_forwards(model)
+    for module in model.modules():
+        if isinstance(module, GraphModule):
+            unfuse(module)
+    for layer, cls in found:
+        added = layer.__dict__.get("_added", ())
+        for attribute in (*ADDED, *added):
+            layer.__dict__.pop(attribute, None)
+        if cls is not None:
+            if cls is not torch.nn.SyncBatchNorm:
+                layer.__dict__.pop("process_group", None)
+            _set_class(layer, cls)
+    return model
+
+
+def freeze(model: Model, *, parameters: bool = True) -> Model:
+    """Make our layers use their running statistics, and leave them alone, in training too.
+
+    Args:
+        model: a model, or a layer; torch's layers in it are left as they are.
+        parameters: whether weight and bias are frozen as well.
+
+    Returns:
+        ``model``.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.freeze(nn.BatchNorm1d(4))
+        >>> y = layer(torch.randn(8, 4))
+        >>> layer.num_batches_tracked.item(), layer.weight.requires_grad
+        (0, False)
+    """
+    return _set_frozen(model, True, parameters)
+
+
+def unfreeze(model: Model, *, parameters: bool = True) -> Model:
+    """Undo :func:`freeze`.
+
+    Args:
+        model: a model, or a layer.
+        parameters: whether weight and bias are learned again as well.
+
+    Returns:
+        ``model``.
+
+    Examples:
+        >>> from gpu_bn import nn
+        >>> nn.unfreeze(nn.freeze(nn.BatchNorm1d(4))).weight.requires_grad
+        True
+    """
+    return _set_frozen(model, False, parameters)
+
+
+def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: Any, **options: Any) -> Model:
+    """Put a batch normalisation behind modules of a trained model, without changing its outputs.
+
+    Each named module becomes ``Sequential(module, BatchNorm)``, whose normalisation is the identity on the module's
+    output for the inputs.
+
+    Args:
+        model: changed in place.
+        names: of modules, as in ``named_modules``.
+        inputs: a batch that the model is called with, once.
+        options: of the layers, such as ``eps`` and ``momentum``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a name that is none, or whose module was not called or did not give a tensor of rank 2 to 5.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(3, 4)), torch.randn(8, 3)
+        >>> before = model(x)
+        >>> torch.testing.assert_close(nn.insert_identity_(model, ["0"], x)(x), before, rtol=1e-4, atol=1e-5)
+
+    Source: Ioffe & Szegedy 2015, section 3.
+    """
+    known = dict(model.named_modules())
+    if unknown := [name for name in names if name not in known or not name]:
+        raise ValueError(f"the model has no modules named {', '.join(unknown)}")
+    ranks = {rank: cls for cls in (modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d) for rank in cls.ranks}
+    layers: dict[str, torch.nn.Module] = {}
+
+    def look(name: str, output: Any) -> None:
+        """Make a module's layer at once, for what follows may overwrite the module's output."""
+        if isinstance(output, torch.Tensor) and output.dim() in ranks:
+            like = {"device": output.device, "dtype": None if output.dtype.itemsize < 4 else output.dtype}
+            layers[name] = ranks[output.dim()](output.shape[1], **(like | options)).init_identity_(output)
+
+    hooks = [
+        known[name].register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output))
+        for name in names
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    if missing := [name for name in names if name not in layers]:
+        raise ValueError(f"{', '.join(missing)} should give a tensor of rank 2 to 5 for these inputs")
+    places = [name.rpartition(".") for name in layers]
+    parents = [model.get_submodule(parent) for parent, _, _ in places]  # before a name may lead somewhere else
+    for (name, layer), parent, (_, _, child) in zip(layers.items(), parents, places, strict=True):
+        setattr(parent, child, torch.nn.Sequential(known[name], layer.train(known[name].training)))
+    return model
+
+
+def _set_frozen(model: Model, frozen: bool, parameters: bool) -> Model:
+    for module in model.modules():
+        if isinstance(module, Fused):
+            module.frozen = frozen
+            for parameter in module.parameters(recurse=False) if parameters else ():
+                parameter.requires_grad = not frozen  # the method refuses a lazy layer's
+    return model
+
+
+def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The class that a layer of ours goes back to; ``None`` if torch has none."""
+    came_from: type[torch.nn.Module] | None = module.__dict__.get("_converted_from")
+    if getattr(module, "frozen", False):
+        raise ValueError(f"layer {name!r} is frozen, which torch's layers cannot be: call unfreeze first")
+    for option in ("virtual_batch_size", "renorm"):
+        if getattr(module, option, None) is not None:
+            raise ValueError(f"layer {name!r} has {option}, which torch's layer would lose")
+    has_its_own = came_from is not None and module._modules.get("act") is not None  # which does it again
+    if module.activation != IDENTITY and not has_its_own:
+        raise ValueError(f"layer {name!r} has the activation {module.activation!r}, which torch's layer would lose")
+    if came_from is None:
+        return getattr(torch.nn, class_of(module).__name__, None)
+    if issubclass(came_from, _LazyNormBase) and not isinstance(module, _LazyNormBase):
+        return came_from.cls_to_become  # it has had its first input
+    return came_from
+
+
+def _become(module: torch.nn.Module, cls: type[torch.nn.Module], activation: Activation) -> None:
+    eps = frozen_eps(module) if cls is modules.FrozenBatchNorm2d else None
+    module.__dict__["_converted_from"] = class_of(module)
+    if eps is not None and "eps" not in module.__dict__:
+        module.__dict__.update(eps=eps, _added=("eps",))
+    _set_class(module, cls)
+    if not activation.is_identity:
+        setattr(module, "activation", activation)  # noqa: B010 - not of every module's type
+
+
+def _set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+    if parametrize.is_parametrized(module):  # its class is one of its own, with a property for each parameter
+        body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), body)
+    module.__class__ = cls
+    modules.move_parts(module)

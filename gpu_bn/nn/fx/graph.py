@@ -1,0 +1,290 @@
+"""Merging activations and sums into our layers, module by module.
+
+A module that calls a layer and then an activation gets a ``forward`` that gives both to the layer
+(:mod:`gpu_bn.nn.fx.forward`); all else about it stays. Its graph calls the modules in it as they are; it goes into one
+only where what follows a layer is outside of it, or where it is given more than tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gpu_bn.activations import Activation
+from gpu_bn.nn.fx import activations
+from gpu_bn.nn.fx.activations import activation_of, activation_of_call
+from gpu_bn.nn.fx.aliases import aliases, is_opaque, may_overwrite, module_of
+from gpu_bn.nn.fx.forward import Forward, Plan, is_patched, normalise
+from gpu_bn.nn.fx.text import text_plan
+from gpu_bn.nn.fx.trace import Refused, Steps, in_mode, steps_of
+from gpu_bn.nn.known_layers import counterpart, is_watched, looks_frozen
+from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
+from gpu_bn.nn.report import Report
+
+IN_PLACE = (operator.iadd, "add_")
+ADDITIONS = (operator.add, torch.add, "add", *IN_PLACE)
+LEAVES = ("torch.nn.", "torch.ao.nn.")
+
+
+def is_layer(module: torch.nn.Module) -> bool:
+    """Whether a module is a batch normalisation, which graphs call as a whole."""
+    known = isinstance(module, (_BatchNorm, FrozenBatchNorm2d)) or counterpart(type(module)) is not None
+    return known or looks_frozen(module)
+
+
+def fuse_activations(model: torch.nn.Module, report: Report) -> None:
+    """Have our layers do the activations, and the sums before these, that follow them anywhere in a model."""
+    names = {module: name for name, module in model.named_modules()}
+    plans: dict[torch.nn.Module, dict[bool, Plan]] = {}
+    reasons: dict[torch.nn.Module, str] = {}
+    done: dict[torch.nn.Module, set[str]] = {}
+    for training in (True, False):
+        with in_mode(model, training):
+            fusion = _Fusion(model)
+            for module in reversed(list(names)):  # what is in a module comes before it
+                if module not in fusion.holders or is_patched(module):
+                    continue
+                try:
+                    steps = fusion.steps(module)
+                except Refused as error:
+                    reasons.setdefault(module, f"{type(module).__name__} {names[module]!r}: {error}")
+                    if found := text_plan(module, set(filter(is_ours, module.children()))):
+                        plans.setdefault(module, {})[training] = found[0]
+                        for norm, what, _ in found[1]:
+                            done.setdefault(norm, set()).add(what)
+                    continue
+                if merges := _merge(module, steps.graph):
+                    merged = [part for norm, what, parts in merges for part in (norm, *parts)]
+                    plan = Plan(steps.graph, steps.names, steps.defaults, steps.entered, dict.fromkeys(merged))
+                    plans.setdefault(module, {})[training] = plan
+                    for norm, what, _ in merges:
+                        done.setdefault(norm, set()).add(what)
+    for module, by_mode in plans.items():
+        module.__dict__["forward"] = Forward(module, by_mode)
+    for norm, name in names.items():
+        if norm in done:
+            report.merged[name] = norm.__dict__["_merged"] = " or ".join(sorted(done[norm]))
+        elif isinstance(norm, (Fused, FrozenBatchNorm2d)) and norm.activation.is_identity:
+            report.left[name] = _reason(model, norm, name, reasons)
+
+
+def _reason(model: torch.nn.Module, norm: torch.nn.Module, name: str, reasons: dict[torch.nn.Module, str]) -> str:
+    """Why a layer has nothing merged: the innermost module around it that was refused, or what follows it."""
+    if is_watched(norm):
+        return "it has hooks or a forward of its own"
+    parent = name
+    while parent:
+        parent = parent.rpartition(".")[0]
+        module = model.get_submodule(parent)
+        if module in reasons:
+            return reasons[module]
+        if type(module) not in CONTAINERS:
+            break
+    return "no activation that is known follows it alone"
+
+
+CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+
+
+class _Fusion:
+    """The graphs of a model's modules in one mode."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.holders = {
+            module for module in model.modules() if not is_leaf(module) and any(map(is_ours, module.modules()))
+        }
+        self.known: dict[torch.nn.Module, Steps | Refused] = {}
+
+    def steps(self, module: torch.nn.Module) -> Steps:
+        """A module's graph.
+
+        Raises:
+            Refused: it has none.
+        """
+        if module not in self.known:
+            try:
+                self.known[module] = steps_of(module, self.enters)
+            except Refused as error:
+                self.known[module] = error
+        found = self.known[module]
+        if isinstance(found, Refused):
+            raise found
+        return found
+
+    def enters(self, module: torch.nn.Module, arguments: Any, options: Any) -> bool:
+        """Whether a graph goes into a module that it calls: one that ends with a layer, or is not given tensors, or
+        that begins with the activation of a layer before it."""
+        if is_watched(module):
+            return False
+        given = (*arguments, *options.values())
+        if module not in self.holders:
+            begins = type(module) is torch.nn.Sequential and len(module) > 0 and activation_of(module[0]) is not None
+            return begins and any(is_ours(module_of(value.tracer.root, value.node)) for value in given)
+        return not all(isinstance(value, torch.fx.Proxy) for value in given) or self.ends_with_layer(module)
+
+    def ends_with_layer(self, module: torch.nn.Module) -> bool:
+        if is_ours(module):
+            return True
+        if module not in self.holders or is_watched(module):
+            return False
+        try:
+            graph = self.steps(module).graph
+        except Refused:
+            return False
+        (last,) = (node for node in graph.nodes if node.op == "output")
+        result = last.args[0]
+        while type(called := module_of(module, result)) is torch.nn.Identity:
+            result = result.args[0]
+        return called is not None and self.ends_with_layer(called)
+
+
+def is_leaf(module: torch.nn.Module) -> bool:
+    """Whether a module's steps are its own affair: torch's, but for containers, scripted ones, and normalisations."""
+    kind = type(module)
+    return (
+        is_layer(module)
+        or isinstance(module, torch.jit.ScriptModule)
+        or (kind.__module__.startswith(LEAVES) and kind is not torch.nn.Sequential)
+    )
+
+
+def is_ours(module: Any) -> bool:
+    """Whether a module is a layer of ours."""
+    return isinstance(module, (Fused, FrozenBatchNorm2d))
+
+
+def _merge(module: torch.nn.Module, graph: Graph) -> list[tuple[Any, str, list[torch.nn.Module]]]:
+    """Merge in a module's graph; returns each layer, what it does besides, and the modules it does that for."""
+    merges = []
+    for node in reversed(list(graph.nodes)):  # of a sum's two layers the later one takes the other's output
+        if is_ours(module_of(module, node)) and len(node.args) == 1 and not node.kwargs:
+            merges += _merge_node(module, graph, node)
+    graph.lint()
+    return merges
+
+
+def _merge_node(root: torch.nn.Module, graph: Graph, node: Node) -> list[tuple[Any, str, list[torch.nn.Module]]]:
+    """Merge a layer's node with what follows it, where its last input is read: there, or at the sum."""
+    norm: Any = module_of(root, node)
+    if not norm.activation.is_identity or is_watched(norm):
+        return []
+    chain, place = [node], node
+    residual, in_place, reverse = None, False, False
+    following = _following(root, chain)
+    if following is not None and (other := _other_term(following, chain[-1])) is not None:
+        if not _may_merge(root, node, other, following):
+            return []
+        residual, place = other, following
+        in_place, reverse = following.target in IN_PLACE, following.args[0] is other
+        chain.append(following)
+        following = _following(root, chain)
+    activation = None if following is None else _activation(root, following)
+    if following is None or activation is None or activation.is_identity:
+        return []
+    with graph.inserting_before(place):
+        layer = graph.create_node("get_attr", str(node.target))
+        options = (activation.name, activation.parameter, in_place, reverse)
+        merged = graph.call_function(normalise, (layer, node.args[0], residual, *options))
+    following.replace_all_uses_with(merged)
+    parts = [called for each in (*chain[1:], following) if (called := module_of(root, each)) is not None]
+    for done in (following, *reversed(chain)):
+        graph.erase_node(done)
+    return [(norm, f"{'sum, ' * (residual is not None)}{activation!r}", parts)]
+
+
+def _following(root: torch.nn.Module, chain: list[Node]) -> Node | None:
+    """The only user of a chain's end; identities on the way join the chain."""
+    while len(chain[-1].users) == 1:
+        (user,) = chain[-1].users
+        module = module_of(root, user)
+        if type(module) is not torch.nn.Identity or is_watched(module):
+            return user
+        chain.append(user)
+    return None
+
+
+def _other_term(node: Node, term: Node) -> Node | None:
+    """What a plain addition adds to a term; one in place overwrites nothing but that."""
+    if node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
+        return None
+    if node.target in IN_PLACE and node.args[0] is not term:
+        return None
+    others = [other for other in node.args if other is not term]
+    return others[0] if len(others) == 1 and isinstance(others[0], Node) else None
+
+
+def _may_merge(root: torch.nn.Module, call: Node, residual: Node, addition: Node) -> bool:
+    """Whether a layer's call can wait for the residual, and keep it: nothing overwrites a tensor or calls the layer
+    until then, and nothing overwrites the residual at all."""
+    layer: Any = module_of(root, call)
+    inputs = aliases(root, call.all_input_nodes[0])
+    node, passed = call.next, False
+    readers = {user for alias in aliases(root, residual) for user in alias.users} - {addition}
+    while node.op != "root":
+        called = module_of(root, node)
+        if node is addition:
+            passed = True
+        elif not passed and (may_overwrite(root, node) or called is layer):
+            return False
+        elif called is not None and is_opaque(called):
+            reads = (node in readers) if passed else bool(inputs.intersection(node.all_input_nodes))
+            if reads or (not passed and layer in called.modules()):
+                return False
+        node = node.next
+    return not any(may_overwrite(root, user) for user in readers)
+
+
+def _activation(root: torch.nn.Module, node: Node) -> Activation | None:
+    module = module_of(root, node)
+    if module is not None:
+        return None if is_watched(module) else activation_of(module)
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    return activation_of_call(node.target, node.args[1:], node.kwargs)
+
+
+def unfuse(traced: GraphModule) -> None:
+    """Have torch's functions do the activations and sums that calls of our layers do in a graph."""
+    for node in list(traced.graph.nodes):
+        given = arguments(node)
+        if norm_of(traced, node) is None or given.keys() <= {"input"} or given.get("mask") is not None:
+            continue
+        with traced.graph.inserting_before(node):
+            alone = traced.graph.call_module(str(node.target), (given["input"],))
+        replace_call(traced.graph, node, alone, given.get("residual"), Activation.of(given.get("activation")))
+    for node in reversed(traced.graph.nodes):
+        if node.target is Activation and not node.users:
+            traced.graph.erase_node(node)
+    traced.recompile()
+
+
+def norm_of(traced: GraphModule, node: Node) -> Any:
+    """The layer of ours that a node calls."""
+    module = module_of(traced, node)
+    return module if isinstance(module, (Fused, FrozenBatchNorm2d)) else None
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """What a layer's call is given, by name."""
+    given: dict[str, Any] = dict(zip(("input", "residual", "activation", "mask"), node.args, strict=False))
+    given.update(node.kwargs)
+    chosen = given.get("activation")
+    if isinstance(chosen, Node) and chosen.target is Activation:  # one with a parameter is a node of its own
+        given["activation"] = Activation(*chosen.args, **chosen.kwargs)  # type: ignore[arg-type]
+    return given
+
+
+def replace_call(graph: Graph, node: Node, value: Node, residual: Any, activation: Activation) -> None:
+    """Replace a layer's call by a value, and torch's functions for the sum and the activation after it."""
+    with graph.inserting_before(node):
+        if residual is not None:
+            value = graph.call_function(torch.add, (value, residual))
+        if not activation.is_identity:
+            call, options = activations.function(activation)
+            value = graph.call_function(call, (value,), options)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)

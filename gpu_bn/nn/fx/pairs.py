@@ -1,0 +1,213 @@
+"""Which normalisation alone reads the outputs of which layer: by the graphs of a model, or in a call of it."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import conv, pooling
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpu_bn.nn.fx.aliases import module_of
+from gpu_bn.nn.fx.graph import is_layer, is_leaf
+from gpu_bn.nn.fx.trace import Refused, steps_of
+from gpu_bn.nn.known_layers import is_watched
+
+Pairs = list[tuple[Any, Any]]
+Reasons = dict[torch.nn.Module, str]
+OTHERS = "others read the outputs or parameters of the layer before it, or call one of the two"
+
+
+def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
+    """The pairs in the graph of a model, or else in those of the modules in it; and why others are none."""
+    pairs: Pairs = []
+    reasons: Reasons = {}
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    held = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
+    left, seen = [model], set()
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if is_leaf(module):  # a list of modules is one
+            left += module.children()
+            continue
+        try:
+            graph = steps_of(module, _enters).graph
+        except Refused as error:
+            reasons.update((child, f"{type(module).__name__}: {error}") for child in module.children())
+            left += module.children()
+            continue
+        calls = Counter(module_of(module, node) for node in graph.nodes)
+        read = Counter(id(attrgetter(str(node.target))(module)) for node in graph.nodes if node.op == "get_attr")
+        for node in graph.nodes:
+            norm = module_of(module, node)
+            source = node.args[0] if node.args else node.kwargs.get("input")
+            layer: Any = module_of(module, source)
+            if norm is None or layer is None or not is_layer(norm):
+                continue
+            tensors = [tensor for each in (layer, norm) for tensor in each.parameters() if tensor is not None]
+            alone = (
+                calls[layer] == calls[norm] == len(source.users) == 1
+                and (module is model or names[id(layer)] == names[id(norm)] == 1)
+                and not any(read[id(tensor)] or held[id(tensor)] > 1 for tensor in tensors)
+                and node.kwargs.get("mask") is None
+                and len(node.args) < 4
+            )
+            if alone:
+                pairs.append((layer, norm))
+            else:
+                reasons[norm] = OTHERS
+    return pairs, reasons
+
+
+VARIANTS = (conv._ConvNd, pooling._AvgPoolNd, pooling._MaxPoolNd)
+"""Whose subclasses in other libraries compute their padding of shapes, which cannot be traced."""
+
+
+def _enters(called: torch.nn.Module, *_: Any) -> bool:
+    """Whether a graph goes into a module: not where its steps are its own affair."""
+    return not (is_leaf(called) or is_watched(called) or (isinstance(called, VARIANTS) and not called._modules))
+
+
+def observed_pairs(model: torch.nn.Module, inputs: Iterable[Any], options: dict[str, Any]) -> tuple[Pairs, Reasons]:
+    """The pairs in a call of a model; and why others are none."""
+    watch = _Watch(model)
+    try:
+        with torch.no_grad(), watch, _Below(watch):
+            result = model(*inputs, **options)
+    finally:
+        watch.end()
+    for tensor in _tensors(result):
+        watch.reads(tensor)
+    del result
+    return watch.pairs()
+
+
+class _Watch(TorchFunctionMode):
+    """Sees which layer made a tensor, who reads it, and who reads parameters."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.read: Counter[int] = Counter()
+        self.made: dict[int, Any] = {}
+        self.outputs: dict[Any, list[tuple[int, int]]] = {}
+        self.kept: list[Tensor] = []
+        self.inputs: dict[Any, list[Any]] = {}
+        self.inside = 0
+        self.layers = [module for module in model.modules() if is_leaf(module) and not is_layer(module)]
+        self.norms = [module for module in model.modules() if is_layer(module)]
+        self.parameters = {id(tensor) for tensor in model.parameters()}
+        self.handles: list[Any] = []
+        for module in (*self.layers, *self.norms):
+            if not isinstance(module, torch.jit.ScriptModule) and (module._parameters or module._buffers):
+                self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                self.handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+
+    def end(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _enter(self, module: Any, arguments: Any, options: Any) -> None:
+        if self.inside == 0:
+            x = arguments[0] if arguments else options.get("input")
+            if is_layer(module):
+                plain = len(arguments) < 4 and options.get("mask") is None
+                self.inputs.setdefault(module, []).append(id(x) if plain and id(x) in self.made else None)
+                others = [*arguments[1:], *options.values()]
+            else:
+                others = [arguments, options]
+            for tensor in _tensors(others):
+                if tensor is not x or not is_layer(module):
+                    self.reads(tensor)
+        self.inside += 1
+
+    def _leave(self, module: Any, _arguments: Any, _options: Any, result: Any) -> None:
+        self.inside -= 1
+        if self.inside == 0 and isinstance(result, Tensor) and not is_layer(module):
+            self.made[id(result)] = module
+            self.outputs.setdefault(module, []).append((id(result), result.dim()))
+            self.kept.append(result)  # so that no other tensor gets its id
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if self.inside == 0 and not _only_looks(func):
+            for tensor in _tensors((args, kwargs)):
+                self.reads(tensor)
+        return func(*args, **(kwargs or {}))
+
+    def reads(self, tensor: Tensor) -> None:
+        if id(tensor) in self.made or id(tensor) in self.parameters:  # another may have had its id before it was made
+            self.read[id(tensor)] += 1
+
+    def pairs(self) -> tuple[Pairs, Reasons]:
+        """Layers all of whose outputs go into one normalisation, which reads nothing else."""
+        found: Pairs = []
+        reasons: Reasons = {}
+        reads = Counter(source for inputs in self.inputs.values() for source in inputs)
+        held = Counter(id(tensor) for module in (*self.layers, *self.norms) for tensor in module._parameters.values())
+        for norm, inputs in self.inputs.items():
+            layers = {self.made.get(source) for source in inputs}
+            layer = layers.pop() if len(layers) == 1 else None
+            if layer is None:
+                continue
+            made = self.outputs[layer]
+            tensors = [tensor for each in (layer, norm) for tensor in each._parameters.values() if tensor is not None]
+            alone = (
+                sorted(source for source, _ in made) == sorted(inputs)
+                and all(reads[source] == 1 and self.read[source] == 0 for source, _ in made)
+                and not any(self.read[id(tensor)] or held[id(tensor)] > 1 for tensor in tensors)
+                and not self._stored({source for source, _ in made})
+            )
+            weight = getattr(layer, "weight", None)
+            if alone and isinstance(weight, Tensor) and all(rank == weight.dim() for _, rank in made):
+                found.append((layer, norm))
+            else:
+                reasons[norm] = OTHERS if not alone else "the outputs before it have other axes"
+        reasons.update((norm, "the model did not call it") for norm in self.norms if norm not in self.inputs)
+        return found, reasons
+
+    def _stored(self, sources: set[int]) -> bool:
+        """Whether anything still holds one of these tensors after the call."""
+        return any(id(tensor) in sources and sys.getrefcount(tensor) > 3 for tensor in self.kept)
+
+
+class _Below(TorchDispatchMode):
+    """Sees who reads a tensor in scripted code, which calls no functions of Python's."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if self.watch.inside == 0:
+            for tensor in _tensors((args, kwargs)):
+                self.watch.reads(tensor)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+LOOKS = frozenset({
+    "size", "dim", "numel", "stride", "is_contiguous", "ndimension", "nelement", "is_floating_point", "element_size",
+    "__get__", "__len__", "storage_offset", "is_complex", "is_signed", "get_device", "__repr__", "type",
+})  # fmt: skip
+
+
+def _only_looks(func: Any) -> bool:
+    """Whether a function tells about a tensor without its values: an attribute, or its shape."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") not in ("data", "T", "mT", "H", "grad", "real")
+    return name in LOOKS

@@ -1,0 +1,184 @@
+"""Merging by the text of a ``forward`` that cannot be traced: no values are looked at.
+
+``self.act(self.norm(x))``, and ``v = self.norm(x)`` with ``v = self.act(v)`` as the next statement, leave the layer's
+output to the activation alone, whatever the rest of the text does.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import linecache
+from functools import lru_cache
+from types import CodeType
+from typing import Any
+
+import torch
+
+from gpu_bn.activations import Activation
+from gpu_bn.nn.fx.activations import activation_of, activation_of_call
+from gpu_bn.nn.fx.forward import TextPlan
+from gpu_bn.nn.known_layers import is_watched
+
+Merge = tuple[Any, str, list[torch.nn.Module]]
+
+
+def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[TextPlan, list[Merge]] | None:
+    """A plan of a module's own text, and what each layer does in it besides; ``None`` if nothing can be merged."""
+    forward = type(module).forward
+    function = _text_of(forward)
+    if function is None:
+        return None
+    merger = _Merger(module, layers, forward.__globals__)
+    factory: Any = ast.parse(f"def make(normalise): return {function.name}").body[0]
+    factory.body.insert(0, merger.visit(function))
+    if not merger.merges:
+        return None
+    source = ast.unparse(ast.fix_missing_locations(ast.Module([factory], [])))
+    parts = dict.fromkeys(part for norm, _, others in merger.merges for part in (norm, *others))
+    return TextPlan(module, source, parts), merger.merges
+
+
+def _text_of(forward: Any) -> Any:
+    """A method's text, if it is undecorated, without cells, and its file has not changed since it was compiled."""
+    code = getattr(forward, "__code__", None)
+    if code is None or code.co_freevars or any(_is_mangled(name) for name in code.co_names):
+        return None
+    linecache.checkcache(code.co_filename)
+    try:
+        tree, codes = _compiled("".join(linecache.getlines(code.co_filename, forward.__globals__)))
+    except (SyntaxError, ValueError):
+        return None
+    if code not in codes or not code.co_argcount:
+        return None
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == code.co_name)
+    return copy.deepcopy(next((node for node in functions if node.lineno == code.co_firstlineno), None))
+
+
+@lru_cache(16)
+def _compiled(text: str) -> tuple[ast.Module, set[CodeType]]:
+    """A file's tree, and the code of all functions in it."""
+    tree = ast.parse(text)
+    left, codes = [compile(tree, "", "exec", dont_inherit=True)], set()
+    while left:
+        inner = [each for each in left.pop().co_consts if isinstance(each, CodeType)]
+        left += inner
+        codes.update(inner)
+    return tree, codes
+
+
+def _is_mangled(name: str) -> bool:
+    """Whether a name may be one that a class has made its own."""
+    return name.startswith("_") and "__" in name[1:] and not name.endswith("__")
+
+
+class _Merger(ast.NodeTransformer):
+    """Has one call do a layer and its activation; ``merges`` takes down which.
+
+    Only a module's own children count, which its plan sees to be the same ones in each call.
+    """
+
+    def __init__(self, module: torch.nn.Module, layers: set[torch.nn.Module], scope: dict[str, Any]) -> None:
+        self.module, self.layers, self.scope = module, layers, scope
+        self.owner = ""
+        self.merges: list[Merge] = []
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        if self.owner:  # a function within the function has its own names
+            return node
+        self.owner = node.args.args[0].arg
+        names = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
+        set_anew = any(each.id == self.owner and not isinstance(each.ctx, ast.Load) for each in names)
+        return node if set_anew or any(each.id == "normalise" for each in names) else self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        self.generic_visit(node)
+        return self._merged(node, node.args[0]) if node.args else node
+
+    def generic_visit(self, node: Any) -> Any:
+        super().generic_visit(node)
+        for name in ("body", "orelse", "finalbody"):
+            if isinstance(getattr(node, name, None), list):
+                setattr(node, name, self._statements(getattr(node, name)) or [ast.Pass()] * (name == "body"))
+        return node
+
+    def _statements(self, given: list[Any]) -> list[Any]:
+        """Statements without conditions that are known, of which pairs that set one variable have become one."""
+        found: list[Any] = []
+        for node in (each for one in given for each in self._chosen(one)):
+            before: Any = found[-1] if found else None
+            if _sets_one_name(node) and _sets_one_name(before) and node.targets[0].id == before.targets[0].id:
+                call = node.value
+                reads = isinstance(call, ast.Call) and bool(call.args) and isinstance(call.args[0], ast.Name)
+                if reads and call.args[0].id == node.targets[0].id:
+                    merged = self._merged(call, before.value)
+                    if merged is not call:
+                        found[-1] = ast.copy_location(ast.Assign(before.targets, merged), before)
+                        continue
+            found.append(node)
+        return found
+
+    def _chosen(self, node: Any) -> list[Any]:
+        """The statements of a branch, where it is chosen by whether a child is there."""
+        test = getattr(node, "test", None)
+        if not (isinstance(node, ast.If) and isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot)):
+            return [node]
+        against: Any = test.comparators[0]
+        known = self._is_own(test.left) and len(test.ops) == 1 and isinstance(against, ast.Constant)
+        if known and against.value is None and self._child(test.left) is not None:
+            return list(node.body)
+        return [node]
+
+    def _merged(self, call: ast.Call, inner: Any) -> Any:
+        """``activation(norm(x))`` as one call, or the activation's call as it is."""
+        if not isinstance(inner, ast.Call) or len(inner.args) != 1 or inner.keywords or _is_starred(inner):
+            return call
+        norm, act = self._child(inner.func), self._child(call.func)
+        alone = len(call.args) == 1 and not call.keywords
+        chosen = self._function(call) if act is None else activation_of(act) if alone else None
+        watched = norm is None or is_watched(norm) or (act is not None and is_watched(act))
+        if norm not in self.layers or watched or chosen is None or chosen.is_identity:
+            return call
+        self.merges.append((norm, repr(chosen), [] if act is None else [act]))
+        return ast.copy_location(_call(inner.func, inner.args[0], chosen), call)
+
+    def _is_own(self, node: Any) -> bool:
+        return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.owner
+
+    def _child(self, node: Any) -> torch.nn.Module | None:
+        return self.module._modules.get(node.attr) if self._is_own(node) else None
+
+    def _function(self, call: ast.Call) -> Activation | None:
+        """The activation that a function is which is called with constants."""
+        try:
+            rest = [ast.literal_eval(each) for each in call.args[1:]]
+            options = {each.arg or "": ast.literal_eval(each.value) for each in call.keywords if each.arg != "inplace"}
+        except (ValueError, TypeError, SyntaxError):
+            return None
+        return activation_of_call(self._global(call.func), rest, options)
+
+    def _global(self, node: Any) -> Any:
+        """The function that a dotted name of the text's file is."""
+        names: list[str] = []
+        while isinstance(node, ast.Attribute):
+            names.insert(0, node.attr)
+            node = node.value
+        if not isinstance(node, ast.Name) or node.id in type(self.module).forward.__code__.co_varnames:
+            return None
+        value = self.scope.get(node.id)
+        for name in names:
+            value = getattr(value, name, None)
+        return value if callable(value) else None
+
+
+def _call(layer: Any, x: Any, activation: Activation) -> ast.Call:
+    options: list[Any] = [None, activation.name, activation.parameter, False, False]
+    return ast.Call(ast.Name("normalise", ast.Load()), [layer, x, *map(ast.Constant, options)], [])
+
+
+def _is_starred(call: ast.Call) -> bool:
+    return any(isinstance(each, ast.Starred) for each in call.args)
+
+
+def _sets_one_name(node: Any) -> bool:
+    return isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)

@@ -1,0 +1,266 @@
+"""The steps of one module in one mode, recorded by ``torch.fx``, or the reason why they cannot be.
+
+Refused is all that a graph would lose: what depends on more than the tensors that go in, runs in a context of its own,
+draws random numbers of Python's, or leaves something behind.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import operator
+import random
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from inspect import Parameter, signature
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.fx import Graph, Node, Proxy
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+from gpu_bn.nn.fx.forward import expect
+
+REQUIRED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+OWN = ("torch.", "gpu_bn.nn.fx.", "gpu_bn.nn.operators.")
+"""Modules whose code is not a model's."""
+DEVICES = ("cpu", "cuda")
+CONTAINERS = (tuple, list, dict, torch.Size, immutable_list, immutable_dict)
+"""What a graph makes containers of; named tuples it keeps."""
+
+
+class Refused(Exception):
+    """A module whose steps cannot be recorded; the text says why."""
+
+
+class Steps(NamedTuple):
+    """A module's graph, the names of its inputs, the defaults of its other parameters, the modules it goes into."""
+
+    graph: Graph
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+    entered: list[torch.nn.Module]
+
+
+def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, Any], bool]) -> Steps:
+    """Record a module's own ``forward``, and those of the modules in it that ``enters`` accepts with their arguments.
+
+    Raises:
+        Refused: it cannot be; the module is as it was.
+    """
+    parameters = list(signature(type(module).forward).parameters.values())[1:]
+    names = tuple(each.name for each in parameters if each.kind in REQUIRED and each.default is Parameter.empty)
+    if any(each.kind is Parameter.KEYWORD_ONLY and each.default is Parameter.empty for each in parameters):
+        raise Refused("it has arguments that are given by name only")
+    defaults = {each.name: each.default for each in parameters if each.name not in names and each.kind not in VARIADIC}
+    tracer = _Tracer(names, enters)
+    before = _everything(module)
+    randomness = _random_state()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = tracer.trace(module)
+    except Exception as error:
+        raise Refused(f"it cannot be traced: {_first_line(error)}") from error
+    finally:
+        changed = _restore(before)
+        if randomness != _random_state():
+            changed = changed or "draws random numbers"
+            random.setstate(randomness[1])
+            torch.set_rng_state(torch.tensor(list(randomness[0]), dtype=torch.uint8))
+    if changed:
+        raise Refused(f"it {changed}")
+    return Steps(graph, names, defaults, [module, *tracer.entered])
+
+
+class _Tracer(torch.fx.Tracer):
+    proxy_buffer_attributes = True  # else what is computed of a buffer would stay what it is now
+
+    def __init__(self, names: tuple[str, ...], enters: Callable[[torch.nn.Module, Any, Any], bool]) -> None:
+        super().__init__()
+        self.names, self.enters = names, enters
+        self.entered: dict[torch.nn.Module, None] = {}
+        self.context = _context()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        del is_module, concrete_args
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.names)]
+
+    def proxy(self, node: Node) -> Proxy:
+        return _Value(node, self)
+
+    def create_node(self, kind: str, target: Any, *rest: Any, **options: Any) -> Node:
+        if _context() != self.context or _is_within_a_block():
+            raise Refused("a part of it runs under no_grad, autocast, checkpoint, or another with or try")
+        return super().create_node(kind, target, *rest, **options)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and not isinstance(a, Proxy):
+            known = any(a is tensor for tensor in (*self.root.parameters(), *self.root.buffers()))
+            if not known and a not in self.tensor_attrs:
+                raise Refused("it makes tensors, which a graph would keep")
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (super().create_arg(list(a.items())),), {})
+        if isinstance(a, (tuple, list, dict)) and type(a) not in CONTAINERS and not hasattr(a, "_fields"):
+            raise Refused(f"it makes a {type(a).__name__}, which a graph would make a plain container of")
+        return super().create_arg(a)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Take equal for given (a number of channels is checked so), and have the graph make sure of it."""
+        node = obj.node
+        if node.op != "call_function" or node.target not in (operator.eq, operator.ne):
+            raise Refused("what it does depends on a value")
+        if any(each.op == "call_module" for each in self.graph.nodes):
+            raise Refused("what it does depends on a value, after modules were called")
+        self.create_node("call_function", expect, (node, node.target is operator.eq), {})
+        return node.target is operator.eq
+
+    def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self.enters(m, args, kwargs):
+            self.entered[m] = None
+            return forward(*args, **kwargs)
+        result = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+        result.node.meta["tensor"] = _gives_tensor(m)
+        return result
+
+
+class _Value(Proxy):
+    """What stands for a value; one that is known to be a tensor says so, and of others nothing may depend."""
+
+    @property
+    def __class__(self) -> Any:
+        if not _asked_by_isinstance(sys._getframe(1)):
+            return _Value
+        if not _is_tensor(self.node):
+            raise Refused("what it does depends on the kind of a value")
+        return torch.Tensor
+
+    @__class__.setter
+    def __class__(self, cls: Any) -> None:
+        raise TypeError
+
+
+def _asked_by_isinstance(frame: Any) -> bool:
+    """Whether a model's own ``isinstance`` wants to know: C++ would take what says that it is a tensor for one."""
+    name = frame.f_globals.get("__name__", "")
+    if name.startswith(OWN):
+        return False
+    line, _, column, _ = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    if line is None or column is None:
+        return False
+    text = linecache.getline(frame.f_code.co_filename, line).encode()
+    return text[column:].startswith(b"isinstance(")
+
+
+def _is_tensor(node: Node) -> bool:
+    if node.op in ("placeholder", "call_module"):
+        return node.op == "placeholder" or bool(node.meta.get("tensor"))
+    return node.op == "call_function" and str(getattr(node.target, "__module__", "")).startswith("torch")
+
+
+def _gives_tensor(module: torch.nn.Module) -> bool:
+    """Whether a module is torch's and gives one tensor."""
+    several = (torch.nn.RNNBase, torch.nn.MultiheadAttention, torch.nn.AdaptiveLogSoftmaxWithLoss)
+    indices = getattr(module, "return_indices", False)
+    return type(module).__module__.startswith("torch.nn") and not isinstance(module, several) and not indices
+
+
+def _context() -> tuple[Any, ...]:
+    """What operations run in beside the arguments that they are given."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device) for device in DEVICES),
+        *(torch.get_autocast_dtype(device) for device in DEVICES),
+        None if hooks is None else hooks(False),
+    )
+
+
+def _is_within_a_block() -> bool:
+    """Whether a model's code calls from within ``with`` or ``try``, or through a checkpoint."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code is not _Tracer.trace.__code__:
+        name = frame.f_globals.get("__name__", "")
+        if name == "torch.utils.checkpoint":
+            return True
+        text = "" if name.startswith(OWN) else linecache.getlines(frame.f_code.co_filename)
+        if text and frame.f_lineno in _lines_of_blocks("".join(text)):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@lru_cache(16)
+def _lines_of_blocks(text: str) -> set[int]:
+    """The lines of a file within ``with``, or within ``try`` that catches something."""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError):
+        return set()
+    blocks = [
+        node.body for node in nodes if isinstance(node, ast.With) or (isinstance(node, ast.Try) and node.handlers)
+    ]
+    return {line for body in blocks for line in range(body[0].lineno, (body[-1].end_lineno or 0) + 1)}
+
+
+def _random_state() -> tuple[bytes, Any, bytes]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state()).encode()  # noqa: NPY002
+
+
+def _everything(model: torch.nn.Module) -> list[tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]]:
+    """All that a model's modules hold, to one level of containers."""
+    found = []
+    for module in model.modules():
+        held = dict(vars(module))
+        copies = {name: value.copy() for name, value in held.items() if isinstance(value, (list, dict, set))}
+        found.append((module, held, copies))
+    return found
+
+
+def _restore(before: list[tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]]) -> str:
+    """Put back what modules hold; says whether anything was another."""
+    changed = ""
+    for module, held, copies in before:
+        now = vars(module)
+        if now.keys() != held.keys() or any(now[name] is not value for name, value in held.items()):
+            changed = "changes its attributes"
+            now.clear()
+            now.update(held)
+        for name, copy in copies.items():
+            value = held[name]
+            if len(value) != len(copy) or not _same_items(value, copy):
+                changed = "changes its attributes"
+                value.clear()
+                value.extend(copy) if isinstance(value, list) else value.update(copy)
+    return changed
+
+
+def _same_items(value: Any, copy: Any) -> bool:
+    if isinstance(value, dict):
+        return list(value) == list(copy) and all(value[name] is copy[name] for name in copy)
+    return all(a is b for a, b in zip(value, copy, strict=True))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextmanager
+def in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """All modules of a model in one mode, without ``train``, which may be a model's own."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = training
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

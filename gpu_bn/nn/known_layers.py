@@ -1,0 +1,116 @@
+"""The layers whose computation is known: torch's, ours, and those of other libraries by the name of their class.
+
+Nothing is imported for other libraries. Subclasses are not known, for they may compute something else. A frozen
+normalisation of any library is known by what it holds and computes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.nn import modules
+from gpu_bn.nn.fx.activations import activation_of
+from gpu_bn.nn.fx.forward import Forward
+from gpu_bn.nn.modules import has_hooks
+from gpu_bn.nn.sync import SyncBatchNorm
+
+_TORCH = "torch.nn.modules.batchnorm"
+CLASSES: dict[str, type[torch.nn.Module]] = {
+    f"{_TORCH}.BatchNorm1d": modules.BatchNorm1d,
+    f"{_TORCH}.BatchNorm2d": modules.BatchNorm2d,
+    f"{_TORCH}.BatchNorm3d": modules.BatchNorm3d,
+    f"{_TORCH}.LazyBatchNorm1d": modules.LazyBatchNorm1d,
+    f"{_TORCH}.LazyBatchNorm2d": modules.LazyBatchNorm2d,
+    f"{_TORCH}.LazyBatchNorm3d": modules.LazyBatchNorm3d,
+    f"{_TORCH}.SyncBatchNorm": SyncBatchNorm,
+    "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
+    "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
+}
+"""What is converted, by qualified name, and to which class."""
+
+OURS = frozenset({modules.BatchNorm, *CLASSES.values()})
+
+
+def counterpart(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    """Our class for one of torch or another library."""
+    return CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def rule(module: torch.nn.Module) -> tuple[type[torch.nn.Module], Activation] | None:
+    """What a module becomes, and the activation it has; ``None`` if it stays what it is."""
+    cls = counterpart(class_of(module))
+    if cls is None:
+        return None if frozen_eps(module) is None else (modules.FrozenBatchNorm2d, IDENTITY)
+    children = dict(module.named_children())
+    drop, act = (children.get(name) for name in ("drop", "act"))
+    if drop is not None and (type(drop) is not torch.nn.Identity or is_watched(drop)):
+        return None
+    if act is None:
+        return cls, IDENTITY
+    activation = None if is_watched(act) else activation_of(act)
+    return None if activation is None else (cls, activation)
+
+
+FROZEN = {"weight", "bias", "running_mean", "running_var"}
+"""The buffers of a frozen normalisation."""
+FROZEN_RTOL = 1e-9
+
+
+def looks_frozen(module: torch.nn.Module) -> bool:
+    """Whether a module holds what a frozen normalisation holds, and is none of ours."""
+    buffers = module._buffers
+    if type(module) in OURS or buffers.keys() != FROZEN or module._parameters or module._modules:
+        return False
+    return all(buffer is not None and buffer.dim() == 1 for buffer in buffers.values())
+
+
+def frozen_eps(module: torch.nn.Module) -> float | None:
+    """The eps of a frozen normalisation of whatever library: four buffers, nothing else, and the values to match.
+
+    It is found by what a copy gives for other buffers, so that it does not matter whether the module keeps it.
+    """
+    if not looks_frozen(module) or is_watched(module) or any(buffer.is_meta for buffer in module.buffers()):
+        return None
+    channels = len(module._buffers["weight"])  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, mean, var = torch.rand(4, channels, dtype=torch.float64, generator=generator)
+    x = 1 + torch.rand(2, channels, 1, 2, dtype=torch.float64, generator=generator)
+    try:
+        probe = copy.deepcopy(module).cpu().double()
+        for name, value in zip(
+            ("weight", "bias", "running_mean", "running_var"), (weight, bias, mean, var), strict=True
+        ):
+            probe._buffers[name] = 0.1 + value
+        y = probe(x)
+        slope = (y[0, :, 0, 1] - y[0, :, 0, 0]) / (x[0, :, 0, 1] - x[0, :, 0, 0])
+        found = ((0.1 + weight) / slope).square() - (0.1 + var)
+        eps = float(f"{found.median().item():.6g}")
+        scale = ((0.1 + weight) * (0.1 + var + eps).rsqrt())[:, None, None]
+        right = (x - (0.1 + mean)[:, None, None]) * scale + (0.1 + bias)[:, None, None]
+        return eps if eps >= 0 and torch.allclose(y, right, FROZEN_RTOL, FROZEN_RTOL) else None
+    except Exception:  # it does not take such an input, so that it is something else
+        return None
+
+
+def known_norm(module: Any) -> tuple[type[torch.nn.Module], Activation] | None:
+    """Our class for a normalisation, and its activation, if its parameters and these are all that it computes with."""
+    if not isinstance(module, torch.nn.Module) or is_watched(module) or parametrize.is_parametrized(module):
+        return None
+    return rule(module) if type(module) not in OURS else (type(module), getattr(module, "activation", IDENTITY))
+
+
+def class_of(module: torch.nn.Module) -> type[Any]:
+    """A module's class, without what parametrisations make of it."""
+    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
+def is_watched(module: torch.nn.Module) -> bool:
+    """Whether hooks, or a ``forward`` of its own, see or change what goes into a module and comes out of it."""
+    own = vars(module).get("forward")
+    return (own is not None and not isinstance(own, Forward)) or has_hooks(module)

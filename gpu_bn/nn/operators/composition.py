@@ -1,0 +1,153 @@
+"""Batch normalisation composed of torch's own differentiable operations.
+
+Used where one operator of ours cannot be: for second and higher derivatives, in compiled evaluation (where the
+compiler fuses it into its neighbours), for export, and under ``torch.func`` and forward-mode differentiation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_bn.activations import Activation
+from gpu_bn.nn.fx.activations import activate
+
+
+def batch_norm(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: Activation,
+) -> Tensor:
+    """The transform with the statistics given, or the batch's; computed in float32 or wider, rounded once."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if mean is not None:
+        dtype = torch.promote_types(dtype, mean.dtype)
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    wide = x.to(dtype)
+    if mean is None or var is None:
+        var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+    scale = (var.to(dtype) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    z = (wide - mean.to(dtype).view(shape)) * scale.view(shape)
+    if bias is not None:
+        z = z + bias.to(dtype).view(shape)
+    if residual is not None:
+        z = z + residual.to(dtype)
+    return activate(z, activation).to(x.dtype)
+
+
+def masked_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: Activation,
+    valid: Tensor | None,
+    groups: int,
+    r: Tensor,
+    d: Tensor,
+) -> Tensor:
+    """The same with the statistics of each ghost batch's valid positions, renormalised by ``r`` and ``d`` if any."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if valid is None:
+        valid = x.new_ones((1,) * x.dim(), dtype=torch.bool)
+    there = valid.expand(x.shape[0], 1, *x.shape[2:]).unflatten(0, (groups, -1))
+    wide = torch.where(valid, x.to(dtype), 0).unflatten(0, (groups, -1))
+    axes = [1, *range(3, wide.dim())]
+    count = there.sum(axes, keepdim=True).clamp(min=1)
+    mean = wide.sum(axes, keepdim=True) / count
+    centred = (wide - mean) * there
+    xhat = (centred * (centred.square().sum(axes, keepdim=True) / count + eps).rsqrt()).flatten(0, 1)
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    if r.numel():
+        xhat = xhat * r.to(dtype).view(shape) + d.to(dtype).view(shape)
+    z = xhat if weight is None else xhat * weight.to(dtype).view(shape)
+    if bias is not None:
+        z = z + bias.to(dtype).view(shape)
+    if residual is not None:
+        z = z + torch.where(valid, residual.to(dtype), 0)
+    return torch.where(valid, activate(z, activation), 0).to(x.dtype)
+
+
+def wide_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: Activation,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """The transform under ``torch.func`` and in forward mode: all in float64, rounded once."""
+    wide = x.double()
+    if training:
+        with torch.no_grad():
+            vectors = (running_mean, running_var, num_batches_tracked)
+            _move_running(wide.detach(), *vectors, _momentum(momentum, num_batches_tracked), eps)
+        var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, var = running_mean.double(), running_var.double()
+    return batch_norm(x, mean, var, weight, bias, residual, eps, activation)
+
+
+def _move_running(
+    wide: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> None:
+    """Move running statistics by torch's function, which refuses what a transform cannot do; only then is it seen."""
+    mean, var = (None if one is None else one.to(torch.float64, copy=True) for one in (running_mean, running_var))
+    F.batch_norm(wide, mean, var, None, None, True, momentum, eps)
+    counted = None if num_batches_tracked is None else num_batches_tracked.clone().add_(1)
+    moved = ((num_batches_tracked, counted), (running_mean, mean), (running_var, var))
+    pairs = [(old, new) for old, new in moved if old is not None and new is not None]
+    if pairs:  # in one call: no error or interrupt comes between them
+        torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+
+
+def _momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> float:
+    """What a batch weighs; without a momentum all batches weigh alike."""
+    if momentum is not None:
+        return momentum
+    return 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1)
+
+
+def torch_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: Activation,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """The transform by ``torch.nn.functional.batch_norm``, which exporters know."""
+    momentum = _momentum(momentum, num_batches_tracked)
+    tensors = (running_mean, running_var, weight, bias)
+    z = F.batch_norm(x, *tensors, training, momentum, eps)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if residual is not None:
+        z = z + residual
+    return activate(z, activation)

@@ -1,0 +1,164 @@
+"""Calls of plain tensors on a CPU in few steps: a look at each argument, one call of a builtin function, autograd.
+
+Whatever is out of the ordinary goes another way, and has changed nothing: that of :mod:`gpu_bn.nn.functional`.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from gpu_bn import registry
+from gpu_bn.backends.protocol import Moments, Saved
+from gpu_bn.nn.operators import library
+from gpu_bn.nn.operators.autograd import PLAIN, gradients_of, needs_operator, watched
+
+_any_requires_grad = torch._C._any_requires_grad
+_increment_version = torch._C._increment_version
+_is_inference, _is_neg = Tensor.is_inference, Tensor.is_neg
+_float64, _strided = torch.float64, torch.strided
+
+
+def call(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: Any,
+    eps: Any,
+    residual: Tensor | None,
+    activation: str,
+    parameter: float,
+    counter: Tensor | None,
+) -> Tensor | None:
+    """``y``, or ``None`` where a call is to go another way; ``counter`` only in training."""
+    if watched() or forward_ad._current_level >= 0 or type(x) not in PLAIN or not x.is_cpu or x.layout is not _strided:
+        return None
+    engine = registry.serving(x)
+    doors = vars(engine).get("doors")  # not by delegation: a wrapper may have calls of its own
+    if doors is None or type(eps) is not float or not 0.0 < eps < inf:
+        return None
+    read = [one for one in (x, weight, bias, residual) if one is not None]
+    tracked = [one for one in (running_mean, running_var, counter) if one is not None]
+    given = read + tracked
+    if not PLAIN.issuperset(map(type, given)) or any(map(_is_neg, given)):
+        return None
+    grows = torch.is_grad_enabled()
+    if running_mean is None or running_var is None:
+        if not training or running_mean is not running_var:
+            return None
+    elif grows and (running_mean.requires_grad or running_var.requires_grad):
+        return None
+    grows = grows and _any_requires_grad(*read)
+    if any(map(_is_inference, (given if training else read) if grows else tracked if training else ())):
+        return None  # the one cannot be kept, the other not be written
+    if momentum is None:
+        if counter is not None and not counter.is_cpu:
+            return None
+        momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
+    elif type(momentum) is not float or not -inf < momentum < inf:
+        return None
+    door = doors.forward(x, residual, training, activation)
+    if door is None:
+        return None
+    y = torch.empty_like(x)
+    if door.huge:
+        doors.advise(y)
+    statistics = torch.empty(2 * x.shape[1], dtype=_float64) if grows else None
+    if door.function(
+        door.record, x, residual, y, weight, bias, running_mean, running_var, counter, statistics, momentum, eps,
+        parameter, doors.scratch_address(),
+    ):  # fmt: skip
+        return None
+    if training and tracked:
+        _increment_version(tracked)
+    if grows:
+        return _apply(x, weight, bias, residual, (y,), (engine, statistics, training, eps, activation, parameter))  # type: ignore[no-any-return]
+    return y
+
+
+class _Quick(Function):
+    """What autograd is told of a call that has been made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        made: tuple[Tensor],
+        rest: tuple[Any, ...],
+    ) -> Tensor:
+        if rest[4] == "identity":  # whose gradient reads neither
+            ctx.save_for_backward(x, weight, None, None)
+        else:
+            ctx.save_for_backward(x, weight, bias, residual)
+        ctx.rest = *rest, x.dtype if bias is None else bias.dtype, residual is not None
+        ctx.set_materialize_grads(False)
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 6
+        x, weight, bias, residual = ctx.saved_tensors
+        engine, statistics, training, eps, activation, parameter, bias_dtype, _ = ctx.rest
+        identity, need = activation == "identity", ctx.needs_input_grad
+        if needs_operator(dy, x):
+            return _otherwise(ctx, dy, x, weight, bias, residual)
+        adds = need[3] and not identity
+        sums = need[1] or need[2] or (need[0] and training)
+        dx = dresidual = dweight = dbias = None
+        if sums or adds or need[0]:
+            doors = engine.doors
+            door = doors.backward(x, residual, dy, need[0], adds, sums, training, activation)
+            if door is None:
+                return _otherwise(ctx, dy, x, weight, bias, residual)
+            if need[0]:
+                dx = torch.empty_like(x)
+                if door.huge:
+                    doors.advise(dx)
+            if need[1]:
+                dweight = torch.empty_like(weight)
+            if need[2]:
+                dbias = torch.empty(x.shape[1], dtype=bias_dtype)
+            if adds:
+                dresidual = torch.empty_like(x)
+                if door.huge:
+                    doors.advise(dresidual)
+            if door.function(
+                door.record, x, residual, dy, dx, dresidual, weight, bias, dweight, dbias, statistics, eps, parameter,
+                doors.scratch_address(),
+            ):  # fmt: skip
+                return _otherwise(ctx, dy, x, weight, bias, residual)
+        return dx, dweight, dbias, dy if need[3] and identity else dresidual, None, None
+
+
+_apply = super(Function, _Quick).apply
+
+
+def _otherwise(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients by a backend's own call, or by the operator."""
+    engine, statistics, training, eps, activation, parameter, bias_dtype, has_residual = ctx.rest
+    channels = x.shape[1]
+    saved = Saved(
+        x=x,
+        residual=residual,
+        moments=Moments(x.numel() // channels, statistics[:channels], statistics[channels:]),
+        weight=weight,
+        bias=bias,
+        weight_dtype=None if weight is None else weight.dtype,
+        bias_dtype=bias_dtype,
+        has_residual=has_residual,
+        spec=library.options(training, 0.0, eps, activation, parameter),
+    )
+    return *gradients_of(engine, dy, saved, weight, bias, ctx.needs_input_grad), None, None

@@ -1,0 +1,371 @@
+"""The operators ``torch.ops.gpu_bn``: what they compute and what they would return; ``_autograd`` differentiates them.
+
+``train`` uses the batch's statistics and updates running ones; ``infer`` uses running ones; ``backward`` serves both.
+A forward operator returns ``y`` and what ``backward`` needs besides its inputs:
+
+- ``statistics``, float64, rows of C: the means used and the variances, a row for each ghost batch; with a mask the
+  counts of the ghost batches; with renormalisation ``r`` and ``d``. They are copies: nothing that is done to the
+  running statistics later, by another forward call or by DistributedDataParallel, changes a gradient.
+- ``mask``, bits that a GPU keeps in place of a residual; of length 0 where it keeps none, as on a CPU.
+
+Outputs share no memory with each other or with an argument.
+
+The operators are plain entries of a ``torch.library.Library`` rather than ``custom_op``s: those that mutate their
+arguments may have no gradient formula there, and each call costs several times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import compress, pairwise, product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from gpu_bn import algorithm, aliasing, registry
+from gpu_bn.activations import Activation
+from gpu_bn.backends.layout import memory_order
+from gpu_bn.backends.protocol import Backend, Moments, Saved
+from gpu_bn.backends.sign_bits import mask_bytes
+from gpu_bn.spec import BatchNormSpec
+
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+"""The second: any strides serve, so that a compiler need not copy arguments into those of eager code."""
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # it has left torch.func; its memory is not to be seen
+LIBRARY = torch.library.Library("gpu_bn", "DEF")
+for _schema in (
+    "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str activation, "
+    "float parameter, Tensor? valid=None, int groups=1, float[] renorm=[], Tensor? momentum_at=None) "
+    "-> (Tensor y, Tensor statistics, Tensor mask)",
+    "infer(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, "
+    "float eps, str activation, float parameter) -> (Tensor y, Tensor statistics, Tensor mask)",
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? valid, Tensor statistics, "
+    "Tensor mask, ScalarType bias_dtype, bool batch_stats, float eps, str activation, float parameter, int groups, "
+    "bool renorm, bool[] need) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+):
+    LIBRARY.define(_schema, tags=TAGS)
+
+train = torch.ops.gpu_bn.train.default
+infer = torch.ops.gpu_bn.infer.default
+backward = torch.ops.gpu_bn.backward.default
+
+NAMES = ("dx", "dweight", "dbias", "dresidual")
+NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, True), repeat=len(NAMES))}
+
+Tracked = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""What a call in training writes: the running mean, the running variance, and the counter of batches."""
+TRACKED = ("running_mean", "running_var", "num_batches_tracked")
+
+
+# ------------------------------------------------------------------------------------------------- what they compute
+def forward(
+    engine: Backend,
+    x: Tensor,
+    spec: BatchNormSpec,
+    tracked: Tracked,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    valid: Tensor | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Saved]:
+    """``y`` and what the backward call needs, by a backend; the statistics and the counter are written last.
+
+    Where one call or launch of a backend writes all three, no error or interrupt comes between them.
+
+    Raises:
+        ValueError: what is written shares memory with another argument.
+    """
+    running_mean, running_var, num_batches_tracked = tracked
+    apart = not spec.batch_stats or _are_apart(tracked, (x, weight, bias, residual))
+    if not apart:
+        named = (("input", x), ("weight", weight), ("bias", bias), ("residual", residual))
+        read: dict[str, Any] = {name: one for name, one in named if one is not None and not _is_wrapped(one)}
+        aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), read)
+    at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
+    if (
+        at_once is not None
+        and apart
+        and valid is None
+        and _is_plain(x, spec)
+        and _countable(num_batches_tracked, x.device)
+    ):
+        found: tuple[Tensor, Saved] | None = at_once(engine, x, spec, *tracked, weight, bias, residual)
+        if found is not None:
+            if spec.batch_stats:
+                increment_version([one for one in tracked if one is not None and not one.is_inference()])
+            return found
+    others = (weight, bias, residual, None, False, valid, keep)
+    return algorithm.forward(engine, x, spec, running_mean, running_var, *others, counter=num_batches_tracked)
+
+
+def unread(momentum: Tensor) -> bool:
+    """Whether a momentum is not to be read: on a GPU one would wait for it, and compiled code holds no number of it."""
+    return not momentum.is_cpu or torch.compiler.is_compiling()
+
+
+def _is_plain(x: Tensor, spec: BatchNormSpec) -> bool:
+    return spec.groups == 1 and spec.renorm is None and 0 not in x.shape
+
+
+def _are_apart(tracked: Tracked, others: Sequence[Tensor | None]) -> bool:
+    """Whether bounds tell that nothing tracked overlaps itself or anything else of a call: the usual case, quickly."""
+    written = [one for one in tracked if one is not None]
+    if not written:
+        return True
+    if not all(one.is_contiguous() for one in written):
+        return False
+    bounds = [_bounds(one) for one in written]
+    bounds += {_bounds(one) for one in others if one is not None and not _is_wrapped(one)}
+    bounds.sort()
+    return all(one[1] <= after[0] for one, after in pairwise(bounds))
+
+
+def _bounds(one: Tensor) -> tuple[int, int]:
+    start = one.data_ptr()
+    if one.is_contiguous():
+        return start, start + one.nbytes
+    last = sum([(size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True)])
+    return start, start + (last + 1) * one.element_size()
+
+
+def _countable(counter: Tensor | None, device: torch.device) -> bool:
+    """Whether a kernel can count."""
+    return counter is None or (
+        counter.dtype is torch.int64
+        and counter.device == device
+        and counter.numel() == 1
+        and counter.data_ptr() % 8 == 0
+    )
+
+
+def weighs(momentum: float | None, momentum_at: Tensor | None, num_batches_tracked: Tensor | None) -> float | Tensor:
+    """What this batch weighs; where that is known to a GPU only a tensor there, so that nothing waits for it."""
+    if momentum_at is not None:
+        return momentum_at.double() if unread(momentum_at) else momentum_at.item()
+    if momentum is not None:
+        return momentum
+    if num_batches_tracked is None:
+        return 0.0
+    if num_batches_tracked.is_cpu:
+        return 1.0 / (int(num_batches_tracked) + 1)
+    return (num_batches_tracked + 1).double().reciprocal()
+
+
+def options(
+    batch_stats: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str,
+    parameter: float,
+    groups: int = 1,
+    renorm: Sequence[float] = (),
+) -> BatchNormSpec:
+    """The options of a call; those of calls alike are one object."""
+    if isinstance(momentum, Tensor):
+        return _options.__wrapped__(batch_stats, momentum, eps, activation, parameter, groups, tuple(renorm))
+    return _options(batch_stats, float(momentum), float(eps), activation, float(parameter), groups, tuple(renorm))
+
+
+@lru_cache(1024)
+def _options(
+    batch_stats: bool, momentum: Any, eps: float, activation: str, parameter: float, groups: int, renorm: Any
+) -> BatchNormSpec:
+    chosen = Activation(activation, parameter)
+    return BatchNormSpec(1, batch_stats, momentum, eps, chosen, groups, renorm or None)
+
+
+def _train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    parameter: float,
+    valid: Tensor | None = None,
+    groups: int = 1,
+    renorm: Sequence[float] = (),
+    momentum_at: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight_of_batch = weighs(momentum, momentum_at, num_batches_tracked)
+    spec = options(True, weight_of_batch, eps, activation, parameter, groups, renorm)
+    tracked = (running_mean, running_var, num_batches_tracked)
+    y, saved = forward(registry.serving(x), x, spec, tracked, weight, bias, residual, valid)
+    return _results(x, y, replace(saved, valid=valid))  # also a mask that leaves nothing out, which saved has not
+
+
+def _infer(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str,
+    parameter: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = options(False, 0.0, eps, activation, parameter)
+    engine = registry.serving(x)
+    return _results(x, *forward(engine, x, spec, (running_mean, running_var, None), weight, bias, residual))
+
+
+def _results(x: Tensor, y: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    mask = x.new_empty(0, dtype=torch.uint8) if saved.mask is None else saved.mask
+    return as_promised(y, x), packed(saved), mask
+
+
+def packed(saved: Saved) -> Tensor:
+    """The rows of ``statistics``; no copy where they are the memory of the mean and the variance."""
+    mean, var, count = saved.moments.mean, saved.moments.var, saved.moments.count
+    channels = saved.x.shape[saved.spec.axis]
+    rows = [mean.double().view(-1, channels), var.double().view(-1, channels)]
+    if saved.valid is not None and saved.spec.batch_stats:
+        counts = count if isinstance(count, Tensor) else mean.new_full((saved.spec.groups,), count)
+        rows.append(counts.view(-1, 1).expand(-1, channels).double())
+    rows += [row.view(1, -1) for row in saved.renorm or ()]
+    if len(rows) > 2 or torch.compiler.is_compiling():  # compiled autograd, where nothing has an address
+        return torch.cat(rows)
+    return adjacent(mean, var).view(-1, channels)
+
+
+def adjacent(first: Tensor, second: Tensor) -> Tensor:
+    """(2, L) of two vectors of float64; no copy where one lies behind the other."""
+    together = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if together and first.is_contiguous() and first.data_ptr() + 8 * len(first) == second.data_ptr():
+        return torch.as_strided(first, (2, len(first)), (len(first), 1))
+    return torch.stack((first.double(), second.double()))
+
+
+def as_read(engine: Backend, vector: Tensor | None) -> Any:
+    """Weight or bias as a backend's phases read it: in the accumulation dtype, unless they convert it themselves."""
+    if vector is None or getattr(engine, "converts_vectors", False):
+        return vector
+    return engine.vector(vector)
+
+
+def unpacked(
+    statistics: Tensor, positions: int, groups: int, counted: bool, renorm: bool
+) -> tuple[Moments, tuple[Tensor, Tensor] | None]:
+    """What :func:`packed` has packed; ``positions`` is the count if there is no row of counts."""
+    mean, var = statistics[: 2 * groups].view(2, -1)
+    count: Any = statistics[2 * groups : 3 * groups, 0] if counted else positions
+    return Moments(count, mean, var), (statistics[-2], statistics[-1]) if renorm else None
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    valid: Tensor | None,
+    statistics: Tensor,
+    mask: Tensor,
+    bias_dtype: torch.dtype,
+    batch_stats: bool,
+    eps: float,
+    activation: str,
+    parameter: float,
+    groups: int,
+    renorm: bool,
+    need: list[bool],
+) -> tuple[Tensor, ...]:
+    engine = registry.serving(x)
+    positions = x.numel() // max(x.shape[1], 1) // groups
+    moments, limited = unpacked(statistics, positions, groups, valid is not None, renorm)
+    saved = Saved(
+        x=x,
+        residual=None if activation == "identity" else residual,
+        moments=moments,
+        weight=as_read(engine, weight),
+        bias=as_read(engine, bias),
+        weight_dtype=None if weight is None else weight.dtype,
+        bias_dtype=bias_dtype,
+        has_residual=need[3] or residual is not None,
+        spec=options(batch_stats, 0.0, eps, activation, parameter, groups),
+        mask=mask if mask.numel() else None,
+        valid=valid,
+    )
+    if limited is not None:
+        saved = algorithm.renormalized(saved, *limited)
+    dx, dweight, dbias, dresidual = algorithm.backward(engine, dy, saved, NEEDS[tuple(need)])
+    return (
+        x.new_empty(0) if dx is None else as_promised(dx, x),
+        x.new_empty(0) if dweight is None else dweight,
+        x.new_empty(0) if dbias is None else dbias,
+        x.new_empty(0) if dresidual is None else as_promised(dresidual, x),
+    )
+
+
+def as_promised(result: Tensor, x: Tensor) -> Tensor:
+    """A result like ``x`` with the strides of ``empty_like``, which the fake operators promise.
+
+    It is a copy only where ``x`` is expanded or has gaps, and a backend chose others.
+    """
+    if result.stride() == x.stride():
+        return result
+    promised = torch.empty_like(x)
+    return result if result.stride() == promised.stride() else promised.copy_(result)
+
+
+KERNELS: dict[Any, Callable[..., Any]] = {train: _train, infer: _infer, backward: _backward}
+for _operator, _kernel in KERNELS.items():
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_operator, _kernel, _key)
+
+
+# ------------------------------------------------------------------------------------------ what they would return
+def _train_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual, activation = arguments[0], arguments[3], arguments[9]
+    valid, groups, renorm = [*arguments, *(None, 1, (), None)[len(arguments) - 11 :]][11:14]
+    rows = (2 if valid is None else 3) * groups + (2 if renorm else 0)
+    return _forward_fake(x, rows, 0 if renorm else mask_length(x, residual, activation, groups))
+
+
+def _infer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual, activation = arguments[0], arguments[3], arguments[7]
+    return _forward_fake(x, 2, mask_length(x, residual, activation))
+
+
+def _forward_fake(x: Tensor, rows: int, mask: int) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty((rows, x.shape[1]), dtype=torch.float64)
+    return torch.empty_like(x), statistics, x.new_empty(mask, dtype=torch.uint8)
+
+
+def mask_length(x: Tensor, residual: Tensor | None, activation: str, groups: int = 1) -> int:
+    """How many bytes of mask a call keeps: the same rule as the backends', of what is known of a tensor in advance."""
+    if residual is None or (x.is_cpu and not getattr(registry.serving(x), "keeps_bits", False)):
+        return 0
+    order = tuple(range(x.dim()))
+    if not x.is_contiguous():
+        found = memory_order(x.shape, x.stride())
+        order = found if groups == 1 or found[0] == 0 else order
+    at = order.index(1)
+    return mask_bytes([x.shape[axis] for axis in order], at, x.element_size(), activation, groups)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, bias_dtype, need = arguments[1], arguments[2], arguments[8], arguments[-1]
+    channels = x.shape[1]
+    return (
+        torch.empty_like(x) if need[0] else x.new_empty(0),
+        weight.new_empty(channels) if weight is not None and need[1] else x.new_empty(0),
+        x.new_empty(channels, dtype=bias_dtype) if need[2] else x.new_empty(0),
+        torch.empty_like(x) if need[3] else x.new_empty(0),
+    )
+
+
+torch.library.register_fake("gpu_bn::train", _train_fake, lib=LIBRARY)
+torch.library.register_fake("gpu_bn::infer", _infer_fake, lib=LIBRARY)
+torch.library.register_fake("gpu_bn::backward", _backward_fake, lib=LIBRARY)

@@ -1,0 +1,311 @@
+"""The phases of a call as operators ``torch.ops.gpu_bn.sync_*``, for statistics that several processes share.
+
+A process sends a report of its part: ``(2 + 2 C,)`` in float64, ``[trouble, count, mean.., var..]``, in packets
+(:mod:`gpu_bn.nn.distributed.wire`); with trouble on any process merged statistics are NaN.
+:mod:`gpu_bn.nn.sync` differentiates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_bn import algorithm, registry
+from gpu_bn.activations import Activation
+from gpu_bn.backends.protocol import Moments, Saved, Sums
+from gpu_bn.merge import Pool, merge
+from gpu_bn.nn.distributed import wire
+from gpu_bn.nn.distributed.group import Group, exchange
+from gpu_bn.nn.operators.library import LIBRARY, TAGS, adjacent, as_read
+from gpu_bn.spec import BatchNormSpec
+
+_LAYER = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? valid, Tensor count, Tensor mean, Tensor var"
+)
+_OPTIONS = "float eps, str activation, float parameter"
+_TRACKED = (
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, "
+    "Tensor? momentum_at, Tensor count, Tensor mean, Tensor var"
+)
+_HEADER = "str group, float[] signature"
+for _schema in (
+    "sync_report(Tensor x, Tensor? valid) -> Tensor",
+    "sync_merge(Tensor reports) -> (Tensor count, Tensor mean, Tensor var)",
+    "sync_merge_packets(Tensor[] packets, int channels) -> (Tensor count, Tensor mean, Tensor var)",
+    f"sync_update({_TRACKED}) -> ()",
+    f"sync_finish({_TRACKED}, Tensor y, int size, {_HEADER}) -> ()",
+    f"sync_normalize({_LAYER}, {_OPTIONS}) -> Tensor",
+    f"sync_reduce(Tensor dy, {_LAYER}, {_OPTIONS}, bool need_dz) -> (Tensor sums, Tensor dz)",
+    f"sync_report_packets(Tensor x, Tensor? valid, {_HEADER}) -> Tensor",
+    f"sync_reduce_packets(Tensor dy, {_LAYER}, {_OPTIONS}, bool need_dz, {_HEADER}) "
+    "-> (Tensor packets, Tensor sums, Tensor dz)",
+    f"sync_input(Tensor dy, {_LAYER}, {_OPTIONS}, Tensor sums, Tensor? dz) -> Tensor",
+):
+    LIBRARY.define(_schema, tags=TAGS)
+
+
+# ------------------------------------------------------------------------------------------------- what they compute
+def _report(x: Tensor, valid: Tensor | None) -> Tensor:
+    moments = registry.serving(x).stats(x, 1, valid)
+    channels = x.shape[1]
+    report = torch.empty(2 + 2 * channels, dtype=torch.float64, device=x.device)
+    report[0] = 0.0
+    report[1:2] = moments.count
+    report[2 : 2 + channels] = moments.mean
+    report[2 + channels :] = moments.var
+    return report
+
+
+def _report_packets(x: Tensor, valid: Tensor | None, group: str, signature: Sequence[float]) -> Tensor:
+    """The report in packets; of what fails, packets that tell the other processes."""
+    try:
+        # The output comes after the exchange. That there is memory for it is seen before: an allocator keeps it.
+        registry.serving(x).empty_like(x)
+        return wire._pack(_report(x, valid), group, signature)
+    except Exception as error:
+        return wire.fault(error, x, group, 2 + 2 * x.shape[1])
+
+
+def _merge(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of (W, 2 + 2 C) the merged count, a tensor of one element, mean and variance; NaN if a report is of trouble."""
+    return merged(reports)
+
+
+def merged(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What reports merge to; if one is of trouble, NaN."""
+    channels = (reports.shape[1] - 2) // 2
+    trouble, count, mean, var = reports.split((1, 1, channels, channels), dim=1)
+    whole = merge(Pool(count, mean, var * count))
+    poison = torch.where((trouble != 0).any(), torch.nan, 0.0)
+    return whole.count, whole.mean + poison, whole.var + poison
+
+
+def _merge_packets(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of packets, by one launch where a backend has a kernel for it."""
+    fused = getattr(registry.serving(packets[0]), "merge_packets", None)
+    if fused is None:
+        return merged(wire.unpacked(packets, channels))
+    return fused(packets, channels, wire.HEADER, wire.ROOM, wire.UNKNOWN)  # type: ignore[no-any-return]
+
+
+def _finish(*arguments: Any) -> None:
+    """:func:`_update`; on a CPU once all processes have their outputs and new statistics, or all raise."""
+    *update, _, size, group, signature = arguments
+    mean, var, counter, momentum, momentum_at, count, batch_mean, batch_var = update
+    if not (count.is_cpu and group):
+        if not (mean is var is counter is None):
+            _update(*update)
+        return
+    try:
+        weighs = momentum if momentum_at is None else momentum_at
+        moved = _moved(mean, var, counter, weighs, Pool(count, batch_mean, batch_var * count))
+        packets = wire._pack(count.new_zeros(1), group, signature)
+    except Exception as error:
+        packets = wire.fault(error, count, group, 1)
+    exchange(packets, Group(group, size, 0))
+    _write(*moved)
+
+
+def _update(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    momentum_at: Tensor | None,
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+) -> None:
+    tracked = (running_mean, running_var, num_batches_tracked)
+    fused = getattr(registry.serving(mean), "update_shared", None)
+    countable = num_batches_tracked is None or num_batches_tracked.dtype is torch.int64
+    if fused is None or not countable:
+        whole = Pool(count, mean, var * count)
+        update_running(*tracked, momentum if momentum_at is None else momentum_at, whole)
+    else:
+        fused(*tracked, momentum, momentum_at, count, mean, var)
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: Any,
+    whole: Pool,
+) -> None:
+    """Move running statistics towards those of a batch, unless it is empty; count the batch. Reads nothing back.
+
+    All three are written last, by one call.
+    """
+    _write(*_moved(running_mean, running_var, num_batches_tracked, momentum, whole))
+
+
+def _write(written: list[Tensor], values: list[Tensor]) -> None:
+    if written:
+        torch._foreach_copy_(written, values)
+
+
+def _moved(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: Any,
+    whole: Pool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What is to be written, and the new values."""
+    written, values = [], []
+    counted = None if num_batches_tracked is None else num_batches_tracked + 1
+    weighs: Any = momentum
+    if momentum is None:
+        weighs = 0.0 if counted is None else counted.double().reciprocal()
+    for running, batch in ((running_mean, whole.mean), (running_var, whole.unbiased)):
+        if running is not None:
+            old = running.double()
+            written.append(running)
+            values.append(torch.where(whole.count > 0, (1 - weighs) * old + weighs * batch, old).to(running.dtype))
+    if num_batches_tracked is not None and counted is not None:
+        written.append(num_batches_tracked)
+        values.append(counted)
+    return written, values
+
+
+def _normalize(x: Tensor, *arguments: Any) -> Tensor:
+    engine = registry.serving(x)
+    y = engine.empty_like(x)
+    if x.numel():
+        engine.normalize(_saved(x, *arguments), arguments[2], y)
+    return y  # type: ignore[no-any-return]
+
+
+def _reduce(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """(2, C) this process's sums of dz and of dz * xhat; and dz if it is asked for, else nothing."""
+    *layer, need_dz = arguments
+    engine = registry.serving(x)
+    dz = engine.empty_like(x) if need_dz else None
+    nothing = x.new_empty(0) if dz is None else dz
+    if not x.numel():
+        return x.new_zeros((2, x.shape[1]), dtype=torch.float64), nothing
+    sums = engine.backward_reduce(dy, _saved(x, *layer), dz)
+    return adjacent(sums.dz, sums.dz_xhat), nothing
+
+
+def _reduce_packets(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Packets of the sums, sums and dz; of what fails, packets that tell the other processes."""
+    *rest, group, signature = arguments
+    try:
+        registry.serving(x).empty_like(x)  # dx's memory, as of the output
+        sums, dz = _reduce(dy, x, *rest)
+        return wire._pack(sums.flatten(), group, signature), sums, dz
+    except Exception as error:
+        sums = x.new_full((2, x.shape[1]), torch.nan, dtype=torch.float64)
+        # Compiled code counts on its strides.
+        dz = registry.serving(x).empty_like(x) if rest[-1] else x.new_empty(0)
+        return wire.fault(error, x, group, sums.numel()), sums, dz
+
+
+def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+    """dx, of the sums and the count of all processes."""
+    *layer, sums, _ = arguments
+    engine = registry.serving(x)
+    dx = engine.empty_like(x)
+    if x.numel():
+        engine.backward_input(dy, _saved(x, *layer), Sums(sums[0], sums[1]), dx)
+    return dx  # type: ignore[no-any-return]
+
+
+def _saved(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    valid: Tensor | None,
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    parameter: float,
+) -> Saved:
+    engine = registry.serving(x)
+    spec = BatchNormSpec(1, True, 0.0, eps, Activation(activation, parameter))
+    vectors = (as_read(engine, weight), as_read(engine, bias))
+    kept = algorithm.kept(engine, x, spec, Moments(count, mean, var), None, None, residual, valid)
+    return replace(kept, weight=vectors[0], bias=vectors[1])
+
+
+# ------------------------------------------------------------------------------------------ what they would return
+def _report_fake(x: Tensor, valid: Tensor | None) -> Tensor:
+    del valid
+    return x.new_empty(2 + 2 * x.shape[1], dtype=torch.float64)
+
+
+def _report_packets_fake(x: Tensor, valid: Tensor | None, group: str, signature: Sequence[float]) -> Tensor:
+    return wire._pack_fake(_report_fake(x, valid), group, signature)
+
+
+def _merge_fake(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    channels = (reports.shape[1] - 2) // 2
+    return reports.new_empty(1), reports.new_empty(channels), reports.new_empty(channels)
+
+
+def _merge_packets_fake(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    like = packets[0]
+    return like.new_empty(1), like.new_empty(channels), like.new_empty(channels)
+
+
+def _update_fake(*_: Any) -> None:
+    return None
+
+
+def _like_fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _reduce_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    del dy
+    dz = torch.empty_like(x) if arguments[-1] else x.new_empty(0)
+    return x.new_empty((2, x.shape[1]), dtype=torch.float64), dz
+
+
+def _reduce_packets_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, group, signature = arguments
+    sums, dz = _reduce_fake(dy, x, *rest)
+    return wire._pack_fake(sums.flatten(), group, signature), sums, dz
+
+
+def _input_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
+    del dy
+    return torch.empty_like(x)
+
+
+for _name, _kernel, _fake in (
+    ("sync_report", _report, _report_fake),
+    ("sync_merge", _merge, _merge_fake),
+    ("sync_merge_packets", _merge_packets, _merge_packets_fake),
+    ("sync_report_packets", _report_packets, _report_packets_fake),
+    ("sync_reduce_packets", _reduce_packets, _reduce_packets_fake),
+    ("sync_finish", _finish, _update_fake),
+    ("sync_update", _update, _update_fake),
+    ("sync_normalize", _normalize, _like_fake),
+    ("sync_reduce", _reduce, _reduce_fake),
+    ("sync_input", _input, _input_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"gpu_bn::{_name}", _fake, lib=LIBRARY)
+
+report = torch.ops.gpu_bn.sync_report.default
+report_packets = torch.ops.gpu_bn.sync_report_packets.default
+reduce_packets = torch.ops.gpu_bn.sync_reduce_packets.default
+finish = torch.ops.gpu_bn.sync_finish.default
+merge_reports = torch.ops.gpu_bn.sync_merge.default
+merge_packets = torch.ops.gpu_bn.sync_merge_packets.default
+update = torch.ops.gpu_bn.sync_update.default
+normalize = torch.ops.gpu_bn.sync_normalize.default
+reduce = torch.ops.gpu_bn.sync_reduce.default
+backward_input = torch.ops.gpu_bn.sync_input.default

@@ -1,0 +1,59 @@
+"""Second and higher derivatives of SyncBatchNorm: its gradients by torch's operations and sums over processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from gpu_bn.activations import Activation
+from gpu_bn.nn.distributed import wire
+from gpu_bn.nn.distributed.group import Group, exchange
+from gpu_bn.nn.operators import composition
+
+
+class _Sum(Function):
+    """The sum over a group's processes. Each result reaches each process, so that gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, group: Group, header: list[float]) -> Tensor:
+        ctx.group, ctx.header = group, header
+        packets = wire.pack(vector.contiguous(), group.name, [wire.SECOND, *header])
+        return wire.add(exchange(packets, group), vector.shape[0])  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Sum.apply(gradient, ctx.group, ctx.header), None, None
+
+
+def composed_gradients(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    valid: Tensor | None,
+    need: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients by torch's own differentiable operations, which remember where they come from."""
+    eps, name, parameter = ctx.options
+    if name == "identity" and need[3]:
+        residual = torch.zeros_like(x, requires_grad=True)  # of which only the gradient matters
+    there = x.new_ones(1, dtype=torch.bool) if valid is None else valid
+    axes, shape = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
+    wide = torch.where(there, x.to(torch.float64), 0)
+    count = there.expand_as(x).double().sum(axes)[:1]
+    sums = _Sum.apply(torch.cat((count, wide.sum(axes))), ctx.group, ctx.header)
+    mean = sums[1:] / sums[0]
+    centred = torch.where(there, wide - mean.view(shape), 0)
+    var = _Sum.apply(centred.square().sum(axes), ctx.group, ctx.header) / sums[0]
+    rest = None if residual is None else torch.where(there, residual, 0)
+    y = composition.batch_norm(wide, mean, var, weight, bias, rest, eps, Activation(name, parameter))
+    y = torch.where(there, y, 0).to(x.dtype)
+    inputs = [tensor if needed else None for tensor, needed in zip((x, weight, bias, residual), need, strict=True)]
+    wanted = [tensor for tensor in inputs if tensor is not None]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [None if tensor is None else next(found) for tensor in inputs]

@@ -1,0 +1,117 @@
+"""Statistics of several processes: their reports merged, and running statistics moved, in one launch each.
+
+Packets are [parts, processes, HEADER + ROOM] float64 numbers: a header that all processes compare, then a part of the
+report ``[0, count, means, variances]``. A launch writes the same numbers on every process.
+"""
+
+import triton
+import triton.language as tl
+
+from gpu_bn.kernels.triton.common import load_wide, reciprocal, reciprocal_from, store_as, wide
+
+
+@triton.jit
+def places_of(packets, process, at, processes, HEADER: tl.constexpr, ROOM: tl.constexpr):
+    """Where number ``at`` of each process's report is."""
+    return packets + (at // ROOM * processes + process) * (HEADER + ROOM) + HEADER + at % ROOM
+
+
+@triton.jit
+def headers_that_differ(
+    packets, processes, parts, HEADER: tl.constexpr, ROOM: tl.constexpr, UNKNOWN: tl.constexpr, CHUNK: tl.constexpr,
+    FIELDS: tl.constexpr,
+):  # fmt: skip
+    """How many fields of headers differ from the first process's, or say that a process has made a mistake."""
+    field = tl.arange(0, FIELDS)
+    found = tl.zeros((CHUNK, FIELDS), tl.int32)
+    for part in range(parts):
+        heads = packets + part * processes * (HEADER + ROOM)
+        first = tl.load(heads + field, mask=field < HEADER, other=0.0)[None, :]
+        for start in range(0, processes, CHUNK):
+            process = start + tl.arange(0, CHUNK)
+            known = (process < processes)[:, None] & (field < HEADER)[None, :]
+            places = heads + process[:, None] * (HEADER + ROOM) + field[None, :]
+            head = tl.load(places, mask=known, other=0.0)
+            different = (head != first) & (head != UNKNOWN) & (first != UNKNOWN)
+            mistake = (field == 0)[None, :] & (head != 0.0)
+            found += (known & (different | mistake)).to(tl.int32)
+    return tl.sum(tl.sum(found, 1), 0)
+
+
+@triton.jit
+def bn_sync_merge_kernel(
+    packets, count, mean, var, channels, processes, parts,
+    HEADER: tl.constexpr, ROOM: tl.constexpr, UNKNOWN: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """N = sum(n); mean = sum(mean_i * n_i / N); var = sum(n_i * (var_i + (mean_i - mean)**2)) / N.
+
+    Mean and variance are NaN after a mistake.
+    """
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    known = channel < channels
+    counts = tl.zeros((CHUNK,), tl.float64)
+    for start in range(0, processes, CHUNK):
+        process = start + tl.arange(0, CHUNK)
+        place = places_of(packets, process, 1, processes, HEADER, ROOM)
+        counts += tl.load(place, mask=process < processes, other=0.0)
+    total = tl.sum(counts, 0)
+    inverse = reciprocal_from(total, 1.0)
+    mean_c = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, processes, CHUNK):
+        process = start + tl.arange(0, CHUNK)
+        there = (process < processes)[:, None] & known[None, :]
+        n = tl.load(places_of(packets, process, 1, processes, HEADER, ROOM), mask=process < processes, other=0.0)
+        place = places_of(packets, process[:, None], 2 + channel[None, :], processes, HEADER, ROOM)
+        mean_c += tl.sum(tl.load(place, mask=there, other=0.0) * (n * inverse)[:, None], 0)
+    squares = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, processes, CHUNK):
+        process = start + tl.arange(0, CHUNK)
+        there = (process < processes)[:, None] & known[None, :]
+        n = tl.load(places_of(packets, process, 1, processes, HEADER, ROOM), mask=process < processes, other=0.0)
+        place = places_of(packets, process[:, None], 2 + channel[None, :], processes, HEADER, ROOM)
+        apart = tl.load(place, mask=there, other=0.0) - mean_c[None, :]
+        place = places_of(packets, process[:, None], 2 + channels + channel[None, :], processes, HEADER, ROOM)
+        variance = tl.load(place, mask=there, other=0.0)
+        squares += tl.sum(n[:, None] * (variance + apart * apart), 0)
+    wrong = headers_that_differ(packets, processes, parts, HEADER, ROOM, UNKNOWN, CHUNK, FIELDS)
+    poison = tl.where(wrong > 0, float("nan"), 0.0)
+    tl.store(mean + channel, mean_c + poison, mask=known)
+    tl.store(var + channel, squares * inverse + poison, mask=known)
+    if tl.program_id(0) == 0:
+        tl.store(count, total)
+
+
+@triton.jit
+def bn_sync_update_kernel(
+    running_mean, running_var, counter, count, mean, var, momentum, momentum_at, channels,
+    CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """running = (1 - momentum) * running + momentum * batch, unless the batch is empty; the batch is counted.
+
+    CUMULATIVE: the momentum is 1 / the number of batches. One program does all, so that it reads the counter first.
+    """
+    total = tl.load(count)
+    bessel = total * reciprocal_from(total - 1.0, 1.0)
+    if CUMULATIVE:
+        batches = tl.load(counter) + 1
+        weighs = reciprocal(batches.to(tl.float64))
+    elif momentum_at is not None:
+        weighs = wide(tl.load(momentum_at))
+    else:
+        weighs = momentum
+    if running_mean is not None:
+        for start in range(0, channels, BLOCK):
+            channel = start + tl.arange(0, BLOCK)
+            known = (channel < channels) & (total > 0.0)
+            old_mean = load_wide(running_mean, channel, known, 0.0)
+            old_var = load_wide(running_var, channel, known, 0.0)
+            mean_c = tl.load(mean + channel, mask=known, other=0.0)
+            var_c = tl.load(var + channel, mask=known, other=0.0)
+            tl.debug_barrier()
+            store_as(running_mean + channel, (1.0 - weighs) * old_mean + weighs * mean_c, known)
+            store_as(running_var + channel, (1.0 - weighs) * old_var + weighs * (var_c * bessel), known)
+    if counter is not None:
+        batches = tl.load(counter) + 1
+        tl.debug_barrier()
+        tl.store(counter, batches)

@@ -1,0 +1,136 @@
+"""Which backend serves a call, and why: one rule, which ``gpu-bn info`` prints."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import gpu_bn
+from gpu_bn import registry
+from gpu_bn.cli import info
+
+X = np.ones((4, 3), np.float32)
+NO_GPUS = info.Devices([], "none")
+
+
+def forget():
+    for cached in (registry.load, registry.why_not, registry._first):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """Makes packages missing, or refuse to be imported."""
+
+    def make(*packages):
+        for package in packages:
+            monkeypatch.setitem(sys.modules, package, None)
+        forget()
+
+    yield make
+    monkeypatch.undo()
+    forget()
+
+
+def lines():
+    return {(row.name, str(row)): info.available(row, NO_GPUS) for row in registry.ROWS}
+
+
+def test_with_numba_arrays_go_to_compiled_kernels():
+    pytest.importorskip("numba")
+    assert registry.default(X) == "cpu"
+    assert registry.select(None, input=X).name == "cpu"
+    assert registry.select("numpy", input=X).name == "numpy"
+    assert lines()["cpu", "numpy.ndarray"] == "yes, the default"
+    assert lines()["numpy", "numpy.ndarray"] == "yes, by name"
+
+
+def test_without_numba_numpy_serves_arrays_and_says_how_to_change_that(missing):
+    missing("numba")
+    assert registry.default(X) == "numpy"
+    assert registry.select(None, input=X).name == "numpy"
+    assert lines()["cpu", "numpy.ndarray"] == "no: not installed: numba"
+    assert lines()["numpy", "numpy.ndarray"] == "yes, the default (pip install -e '.[cpu]' for cpu)"
+
+
+def test_the_error_without_numba_names_the_extra():
+    code = """
+import sys; sys.modules["numba"] = None
+import gpu_bn, numpy as np
+x = np.ones((4, 3))
+gpu_bn.batch_norm(x, training=True)
+try: gpu_bn.batch_norm(x, training=True, backend="cpu")
+except gpu_bn.BackendUnavailableError as error: print(error)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("backend 'cpu' cannot be used: ")
+    assert done.stdout.endswith("; install it with pip install -e '.[cpu]' in a clone\n")
+
+
+def test_a_numba_that_refuses_this_numpy_is_as_good_as_none(monkeypatch, missing):
+    pytest.importorskip("numba")
+    missing()
+    true = registry.import_module
+
+    def refuse(name):
+        if name.startswith(("numba", "gpu_bn.backends.cpu.backend")):
+            raise ImportError("Numba needs NumPy 2.4 or less. Got NumPy 2.9.", name="numba")
+        return true(name)
+
+    monkeypatch.setattr(registry, "import_module", refuse)
+    assert registry.default(X) == "numpy"
+    assert (
+        lines()["cpu", "numpy.ndarray"] == "no: Numba cannot be imported: Numba needs NumPy 2.4 or less. Got NumPy 2.9."
+    )
+    with pytest.raises(gpu_bn.BackendUnavailableError, match="Numba needs NumPy"):
+        registry.load("cpu")
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_torchs_tensors_on_the_cpu_follow_the_same_rule(numba, missing):
+    torch = pytest.importorskip("torch")
+    if not numba:
+        missing("numba")
+    x = torch.ones(4, 3)
+    serves = "cpu" if numba else "numpy"
+    assert registry.default(x) == serves
+    for name in (None, "torch", serves):
+        assert registry.select(name, input=x).name == serves
+    assert registry.serving(x) is registry.select(serves, input=x)
+    assert registry.load("torch") is registry.serving(x)
+    assert registry.select("numpy", input=x).name == "numpy"
+
+
+def test_each_backend_by_name_gives_the_same_for_arrays_and_tensors():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("numba")
+    x = np.random.default_rng(0).standard_normal((6, 3, 5)).astype(np.float32)
+    for name in ("cpu", "numpy"):
+        array = gpu_bn.batch_norm(x, training=True, activation="relu", backend=name)
+        leaf = torch.from_numpy(x).requires_grad_()
+        tensor = gpu_bn.batch_norm(leaf, training=True, activation="relu", backend=name)
+        assert (array == tensor.detach().numpy()).all()
+        tensor.sum().backward()
+        assert leaf.grad.isfinite().all()
+
+
+def test_the_name_torch_is_of_tensors_on_the_cpu_only():
+    pytest.importorskip("torch")
+    with pytest.raises(ValueError, match=r"'torch' serves arrays of type torch.Tensor on cpu, got numpy.ndarray"):
+        registry.select("torch", input=X)
+    assert "torch" in registry.NAMES
+
+
+def loaded_after(code):
+    code = f"import sys, numpy as np\n{code}\nprint(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_numba_is_imported_at_the_first_call_that_needs_it():
+    pytest.importorskip("numba")
+    call = "gpu_bn.batch_norm(np.ones((4, 3)), training=True"
+    light = "import gpu_bn, gpu_bn.nn, gpu_bn.cli.commands, gpu_bn.backends.cpu; gpu_bn.get_num_threads()"
+    pytest.importorskip("torch")
+    assert "numba" not in loaded_after(light)
+    assert "numba" not in loaded_after(f"{light}; {call}, backend='numpy')")
+    assert "numba" in loaded_after(f"{light}; {call})")

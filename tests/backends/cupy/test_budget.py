@@ -1,0 +1,91 @@
+"""The budget of the CUDA kernels' machine code: instructions, double precision, loads under way, blocks an SM."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import cuda_budget as budget
+import pytest
+from emulator.compile import ARCHITECTURES
+from support.machine_code import tool
+
+from gpu_bn.backends.cupy import sources as cuda_sources
+
+pytestmark = pytest.mark.skipif(tool("nvdisasm") is None, reason="no disassembler: the triton wheel is not installed")
+REMEDY = "python tests/cuda_budget.py"
+EVERY = [(arch, columns) for arch in ARCHITECTURES for columns in (True, False)]
+
+
+def current():
+    return [row for row in budget.recorded() if not budget.stale(row)]
+
+
+def test_every_kernel_of_the_set_is_within_its_budget():
+    over = [f"{row}: {why}" for row in current() for why in row.over()]
+    assert not over, "\n".join(over)
+
+
+def test_the_record_is_of_these_kernels():
+    expected = {(arch, columns, name) for arch, columns in EVERY for name in budget.names(arch, columns)}
+    assert {(row.arch, row.columns, row.name) for row in budget.recorded()} == expected
+    if stale := Counter(row.arch for row in budget.recorded() if budget.stale(row)):
+        pytest.skip(f"machine code of kernels that have changed is not recorded, by architecture {stale}: {REMEDY}")
+
+
+def test_the_page_is_of_the_record_and_the_planner():
+    assert budget.PAGE.read_text() == budget.page()
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_cuda")
+@pytest.mark.parametrize(
+    ("arch", "columns"),
+    [pytest.param(*one, marks=[] if one in ((90, True), (75, False)) else [pytest.mark.slow]) for one in EVERY],
+)
+def test_compiled_again_a_kernel_has_its_budget_and_its_record(arch, columns):
+    found = budget.rows(arch, columns)
+    over = [f"{row}: {why}" for row in found for why in row.over()]
+    assert not over, "\n".join(over)
+    known = {row.name: row for row in budget.recorded() if (row.arch, row.columns) == (arch, columns)}
+    for row in found:
+        if row.made_of == known[row.name].made_of:
+            assert row == known[row.name]
+
+
+# ------------------------------------------------------------------------------------------------ planted slow kernels
+STATS, INPUT = "bn_stats_kernel<Layout<F16, 8, true>>", "bn_backward_input_kernel<Layout<F16, 8, false>, FROM_X>"
+PLANTED = {
+    "scalar loads": (
+        STATS,
+        "V get(u32, i64 offset) const { return tensor[offset]; }\n};\n\ntemplate <class V> struct StreamedOnce",
+        "V get(u32, i64 offset) const { V v; for (int j = 0; j < 8; ++j) v.at[j] = "
+        "((const volatile u16*)(tensor + offset))[j]; return v; }\n};\n\ntemplate <class V> struct StreamedOnce",
+        "KiB under way",
+    ),
+    "one load under way": (STATS, "each<L::MASKED && L::COLUMNS ? 2 : 4, false>", "each<1, false>", "KiB under way"),
+    "double precision by all threads, in loops": (
+        STATS,
+        "  if (t < width) {\n#pragma unroll 4",
+        "  for (u32 again = 0; again < N; ++again) {\n#pragma unroll 1",
+        "double_rolled",
+    ),
+    "double precision for each vector": (
+        INPUT,
+        "return (fma(centred, slope[k], g) + offset[k]) * scale;",
+        "return A(((double)centred * slope[k] + g + offset[k]) * scale);",
+        "instructions",
+    ),
+}
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_cuda")
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_slow_kernel_is_noticed(name):
+    kernel, before, after, says = PLANTED[name]
+    source = cuda_sources.source("relu")
+    assert source.count(before) == 1
+    (right,) = budget.rows(90, "true" in kernel, source, [kernel])
+    assert not list(right.over())
+    (slow,) = budget.rows(90, "true" in kernel, source.replace(before, after), [kernel])
+    assert any(says in why for why in slow.over()), (slow.figures, list(slow.over()))

@@ -1,0 +1,152 @@
+"""Faults planted in the CUDA kernels: each must be reported by the named check, or found wrong by the oracle.
+
+A missing fence shows as a data race. One fence less goes unnoticed where another orders the same accesses: the release
+of a cooperative arrival, after the fence of publish. So does the barrier at the end of a strip, after which no thread
+writes what another still reads before it has passed a later barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from emulator import Device, EmulatorError
+from support.cuda_faults import GEOMETRIES, PLANTED
+
+from gpu_bn.backends.cupy import sources as cuda_sources
+from gpu_bn.testing import check
+
+pytestmark = pytest.mark.compile
+SEEDS = (None, 0, 1)
+
+
+def first_report(run: Callable[[Device], object]) -> EmulatorError:
+    """What is said about a faulty run, in lock-step or under a random schedule."""
+    for seed in SEEDS:
+        try:
+            run(Device(seed=seed, max_steps=50_000))
+        except EmulatorError as error:
+            return error
+        except AssertionError as error:
+            return EmulatorError("wrong result", str(error))
+    pytest.fail("nothing reported the fault")
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.fault)
+def test_a_planted_fault_is_reported(planted, make_gpu, caught_faults):
+    def run(device: Device) -> None:
+        gpu = make_gpu(90, planted.tier, device)
+        gpu.edit_source = planted.edit
+        check(planted.case, gpu.backend)
+        check(planted.case, gpu.backend)  # what a call leaves behind, another finds
+
+    error = first_report(run)
+    caught_faults[f"CUDA: {planted.fault}"] = str(error)
+    assert error.check in planted.check.split(" or "), str(error)
+
+
+@pytest.mark.parametrize("seed", [None, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in SEEDS[1:])])
+@pytest.mark.parametrize("tier", ["cta", "cluster", "cooperative", "split"])
+def test_the_kernels_without_faults_are_clean(tier, seed, make_gpu):
+    for case in {planted.case for planted in PLANTED if planted.tier == tier}:
+        check(case, make_gpu(90, tier, Device(seed=seed)).backend)
+
+
+# -------------------------------------------------------------------- offsets beyond 32 bits
+
+SEEK = """
+template <bool COLUMNS> __device__ void seek_and_step(
+    i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
+  typedef Layout<F32, 4, COLUMNS, MASKED_GROUPS> L;
+  const Geometry g = GEOMETRY;
+  const Tile<L> tile(g, strip, rank);
+  Cursor cursor = tile.seek(first), back = tile.seek(first + tile.step);
+  i64* own = out + threadIdx.x * 7;
+  own[0] = tile.seek(first + threadIdx.x / lanes).offset;
+  own[1] = cursor.offset;
+  tile.template advance<false>(cursor);
+  own[2] = cursor.offset;
+  tile.template advance<true>(back);
+  own[3] = back.offset;
+  own[4] = (i64)tile.elements();
+  const Selection<L> selection = {flags - flag, nullptr};
+  own[5] = selection.at(tile, first).count();
+  own[6] = tile.in_strip((i64)rank * share + first);
+}
+extern "C" __global__ void seek_rows(
+    i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
+  seek_and_step<false>(
+      out, flags, flag, channels, inner, lanes, strips, positions, share, blocks, groups, strip, rank, first);
+}
+extern "C" __global__ void seek_columns(
+    i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
+  seek_and_step<true>(
+      out, flags, flag, channels, inner, lanes, strips, positions, share, blocks, groups, strip, rank, first);
+}
+"""
+CUTS = {
+    "rows": [("return {(n * g.channels + strip) * g.inner + rest, rest};",
+              "return {(i64)(((u32)n * g.channels + strip) * g.inner + rest), rest};")],
+    "long rows": [("const i64 gap = (i64)(g.channels - 1) * g.inner;", "const i64 gap = (g.channels - 1) * g.inner;")],
+    "one long row": [("return {(n * g.channels + strip) * g.inner + rest, rest};",
+                      "return {(i64)(int)((n * g.channels + strip) * g.inner + rest), rest};")],
+    "more positions than 32 bits": [
+        ("in_strip(i64 position)", "in_strip(u32 position)"),
+        ("const i64 p = (i64)rank * g.share + position;", "const i64 p = rank * g.share + position;"),
+        ("return (double)g.positions * L::PER_POSITION;", "return (double)((u32)g.positions * L::PER_POSITION);")],
+    "columns": [("return {p * g.inner + column(), 0};", "return {(i64)((u32)p * g.inner + column()), 0};")],
+    "rows of groups": [("group * g.positions * (L::COLUMNS", "group * (u32)g.positions * (L::COLUMNS")],
+    "columns of groups": [("group * g.positions * (L::COLUMNS", "group * (u32)g.positions * (L::COLUMNS")],
+}  # fmt: skip
+
+
+def seek_errors(source: str, name: str, compile_cuda) -> int:
+    """How many of the numbers differ from those computed in Python's integers."""
+    *geometry, of_all, rank, first = GEOMETRIES[name]
+    channels, inner, lanes, strips, positions, share, *_ = geometry
+    columns = name.startswith("columns")
+    group, strip = divmod(of_all, strips)
+    start = group * positions * (inner if columns else channels)
+    kernel = compile_cuda(source + SEEK, 80, cuda_sources.OPTIONS)["seek_columns" if columns else "seek_rows"]
+    device = Device()
+    out, flags = device.empty((256, 7), np.int64), np.array([1, 0, 1, 1], np.uint8)
+    wide = [np.int64(value) if at == 4 else np.uint32(value) for at, value in enumerate(geometry)]
+
+    def offset(position: int, lane: int) -> int:
+        assert position < positions
+        row, rest = divmod(position, inner)
+        if columns:
+            return start + position * inner + strip * lanes + lane
+        return start + (row * channels + strip) * inner + rest
+
+    begin, step, per_position = rank * share + first, 256 // lanes, 1 if columns else 4
+    flag = (group * positions + begin) * per_position
+    device.launch(kernel.kernel, 1, 256, [out, flags, np.int64(flag), *wide, *map(np.uint32, (of_all, rank, first))])
+    counted = int(flags[:per_position].sum())
+    want = [
+        (offset(begin + t // lanes, t % lanes), offset(begin, t % lanes), offset(begin + step, t % lanes),
+         offset(begin, t % lanes), positions * per_position, counted, offset(begin, t % lanes))
+        for t in range(256)
+    ]  # fmt: skip
+    assert max(map(max, want)) * 16 >= 1 << 32
+    return int((out != np.array(want)).sum())
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_offsets_beyond_32_bits(name, compile_cuda, caught_faults):
+    source = cuda_sources.source("identity")
+    assert seek_errors(source, name, compile_cuda) == 0
+    for old, new in CUTS[name]:
+        assert old in source
+        wrong = seek_errors(source.replace(old, new), name, compile_cuda)
+        assert wrong > 0
+        caught_faults[f"CUDA: offset cut to 32 bits, {name}"] = f"wrong result: {wrong} of 1792 numbers"
+
+
+def test_the_place_of_a_flag_beyond_32_bits(compile_cuda):
+    source = cuda_sources.source("identity")
+    old, new = "const i64 in_strip = (i64)tile.rank *", "const u32 in_strip = tile.rank *"
+    assert old in source
+    with pytest.raises(EmulatorError, match="out of bounds"):
+        seek_errors(source.replace(old, new), "more positions than 32 bits", compile_cuda)

@@ -1,0 +1,259 @@
+"""Calls that the CuPy backend has prepared: each of a signature gets its own results, and nothing of another's."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support import rng, same_bits
+from support.cupy_on_emulator import moved
+
+import gpu_bn
+from gpu_bn.backends.protocol import BackendUnavailableError, Saved
+from gpu_bn.plan import NoPlanError
+
+pytestmark = pytest.mark.compile
+SHAPE = (4, 6, 6, 8)
+TENSORS = ("x", "residual", "dy")
+
+
+def numbers(seed=0, shape=SHAPE):
+    """Arguments by name, as NumPy arrays."""
+    draw = rng(seed)
+    vectors = {name: draw.uniform(0.5, 2, shape[1]) for name in ("running_mean", "running_var", "weight", "bias")}
+    tensors = {name: draw.normal(1, 2, shape) for name in TENSORS}
+    return {name: array.astype(np.float32) for name, array in (tensors | vectors).items()}
+
+
+def sent(gpu, arrays):
+    return {name: gpu.asarray(array) for name, array in arrays.items()}
+
+
+def both(backend, dy, **call):
+    """Everything that a forward call and its backward call give, by name."""
+    call = {"training": True, "activation": "relu"} | call
+    y, saved = gpu_bn.batch_norm_forward(**call, backend=backend)
+    grads = gpu_bn.batch_norm_backward(dy, saved, backend=backend)
+    found = {"y": y, "mean": saved.mean, "rstd": saved.rstd, "saved weight": saved.weight, "saved bias": saved.bias}
+    found |= grads._asdict() | {name: call[name] for name in ("running_mean", "running_var")}
+    return {name: np.array(array) for name, array in found.items() if array is not None}
+
+
+def channels_last(gpu, array):
+    copy = gpu.asarray(np.ascontiguousarray(np.moveaxis(np.array(array), 1, -1)))
+    return copy.transpose(0, 3, 1, 2)
+
+
+def spread(gpu, vector):
+    """A copy that is a column of a table."""
+    return gpu.asarray(np.stack([np.array(vector)] * 2, axis=1))[:, 1]
+
+
+def half(gpu, vector):
+    return gpu.asarray(np.array(vector).astype(np.float16))
+
+
+def shorter(gpu, length):
+    return gpu.asarray((np.arange(8) < length).reshape(1, 1, 1, 8))
+
+
+def of(name, change):
+    """What is changed of an array of the call."""
+    return lambda gpu, call: {name: change(gpu, call[name])}
+
+
+VECTORS = ("running_mean", "running_var", "weight", "bias")
+CHANGES = {
+    **{f"{name} moved": of(name, moved) for name in TENSORS},
+    **{f"{name} channels-last": of(name, channels_last) for name in TENSORS},
+    **{f"{name} strided": of(name, spread) for name in VECTORS},
+    **{f"{name} of another dtype": of(name, half) for name in VECTORS},
+    **{f"no {name}": {name: None} for name in ("residual", "weight", "bias")},
+    "another eps": {"eps": 0.5},
+    "another momentum": {"momentum": 0.5},
+    "momentum on the device": lambda gpu, _: {"momentum": gpu.asarray(np.array(0.25))},
+    "another activation": {"activation": "relu6"},
+    "a parameter": {"activation": gpu_bn.leaky_relu()},
+    "another parameter": {"activation": gpu_bn.leaky_relu(0.5)},
+    "no activation": {"activation": None},
+    "another channel axis": {"channel_axis": 2},
+    "evaluation": {"training": False},
+    "a mask": lambda gpu, _: {"mask": shorter(gpu, 5)},
+    "another mask": lambda gpu, _: {"mask": shorter(gpu, 3)},
+    "ghost batches": {"virtual_batch_size": 2},
+    "renormalisation": {"renorm": (1.1, 0.1)},
+    "out": lambda gpu, _: {"out": gpu.empty(SHAPE, np.float32)},
+    "out moved": lambda gpu, call: {"out": moved(gpu, call["x"])},
+}
+
+
+def changed(gpu, arrays, change):
+    call = sent(gpu, arrays)
+    return call | (change if isinstance(change, dict) else change(gpu, call))
+
+
+def by_numpy(call):
+    return both("numpy", **{name: np.array(it) if isinstance(it, np.ndarray) else it for name, it in call.items()})
+
+
+def test_a_call_gets_nothing_that_another_left(make_gpu):
+    """Each change, after and before the call without it: right, and bit for bit what a backend gives that has seen no
+    other."""
+    gpu = make_gpu(80)
+    arrays = numbers()
+    want = both(gpu.backend, **sent(gpu, arrays))
+    for name, change in CHANGES.items():
+        right = by_numpy(changed(gpu, arrays, change))
+        alone = both(type(gpu.backend)(), **changed(gpu, arrays, change))
+        got = both(gpu.backend, **changed(gpu, arrays, change))
+        assert same_bits(got, alone), name
+        for what, array in right.items():
+            np.testing.assert_allclose(got[what], array, rtol=1e-3, atol=1e-3, err_msg=f"{name}: {what}")
+        assert same_bits(both(gpu.backend, **sent(gpu, arrays)), want), f"after {name}"
+    assert gpu.backend._forward.cache_info().hits >= len(CHANGES)
+    assert gpu.backend._backward.cache_info().hits >= len(CHANGES)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"training": False}, {"activation": "silu"}, {"virtual_batch_size": 2}], ids=str
+)
+def test_calls_of_one_signature_have_their_own_numbers(options, make_gpu):
+    """Data, running statistics, weights, momentum and eps."""
+    gpu = make_gpu(80)
+    for seed in range(3):
+        call = options | {"momentum": 0.2 * seed, "eps": 10.0**-seed}
+        want = both(type(gpu.backend)(), **sent(gpu, numbers(seed)), **call)
+        assert same_bits(both(gpu.backend, **sent(gpu, numbers(seed)), **call), want)
+    assert gpu.backend._forward.cache_info().misses == 1
+    assert gpu.backend._backward.cache_info().misses == 1
+
+
+def test_a_tier_forced_later_is_taken(make_gpu):
+    gpu = make_gpu(80)
+    for tier, launches in ((None, 1), ("split", 2), ("cta", 1), ("split", 2), (None, 1)):
+        gpu.backend.tier = tier
+        gpu.launched.clear()
+        gpu_bn.batch_norm(gpu.asarray(numbers()["x"]), training=True, backend=gpu.backend)
+        assert len(gpu.launched) == launches
+
+
+def test_each_device_has_its_own(make_gpu):
+    gpu = make_gpu(80)
+    here = gpu.asarray(numbers()["x"])
+    with gpu.entering(1):
+        there = gpu.asarray(numbers()["x"])
+    for device, x in enumerate((here, there)):
+        for _ in range(2):
+            gpu.launched_on.clear()
+            y = gpu_bn.batch_norm(x, training=True, backend=gpu.backend)
+            assert gpu.launched_on == {y.device.id} == {device}
+    assert gpu.backend._forward.cache_info().misses == 2
+
+
+def test_a_refused_call_is_refused_again_and_changes_nothing(make_gpu):
+    gpu = make_gpu(80, "cluster")  # which there is from sm_90
+    call = sent(gpu, numbers())
+    del call["dy"]
+    before = {name: array.tobytes() for name, array in call.items()}
+    for _ in range(2):
+        with pytest.raises(NoPlanError, match="clusters need sm_90"):
+            gpu_bn.batch_norm(**call, training=True, backend=gpu.backend)
+    gpu.backend.tier = None
+    gpu.edit_source = lambda source: source.replace("block_sum", "block_sun", 1)
+    for _ in range(2):
+        with pytest.raises(BackendUnavailableError, match="could not be compiled"):
+            gpu_bn.batch_norm(**call, training=True, backend=gpu.backend)
+    gpu.edit_source = lambda source: source
+    assert {name: array.tobytes() for name, array in call.items()} == before
+    assert not gpu.launched
+    gpu_bn.batch_norm(**call, training=True, backend=gpu.backend)
+    assert gpu.launched
+
+
+def test_a_compiler_that_fails_says_why_and_what_may_help(make_gpu):
+    """With NVRTC's log."""
+    gpu = make_gpu(80)
+    gpu.edit_source = lambda source: source.replace("block_sum", "block_sun", 1)
+    with pytest.raises(BackendUnavailableError) as caught:
+        gpu_bn.batch_norm(gpu.asarray(numbers()["x"]), training=True, backend=gpu.backend)
+    text = str(caught.value)
+    for said in ('identifier "block_sum" is undefined', "pip install -e '.[cupy]'", "update CuPy", "NVIDIA driver"):
+        assert said in text
+
+
+def test_a_split_call_compiles_everything_before_it_launches(make_gpu):
+    gpu = make_gpu(80, "split")
+    call = sent(gpu, numbers())
+    gpu.edit_source = lambda source: source.replace("bn_normalize_kernel", "bn_normalise_kernel")
+    with pytest.raises(BackendUnavailableError, match="bn_normalize_kernel"):
+        gpu_bn.batch_norm(call["x"], call["running_mean"], call["running_var"], training=True, backend=gpu.backend)
+    assert not gpu.launched
+
+
+def test_what_is_prepared_is_bounded_and_can_be_prepared_again(make_gpu, monkeypatch):
+    gpu = make_gpu(80)
+    monkeypatch.setattr(sys.modules["gpu_bn.backends.cupy.backend"], "PREPARED", 3)
+    backend = type(gpu.backend)()
+    shapes = [(4, channels, 8) for channels in range(1, 7)]
+    for _ in range(2):
+        for shape in shapes:
+            x = rng().normal(0, 1, shape).astype(np.float32)
+            y, saved = gpu_bn.batch_norm_forward(gpu.asarray(x), training=True, backend=backend)
+            np.testing.assert_allclose(y, gpu_bn.batch_norm(x, training=True), atol=1e-5)
+            gpu_bn.batch_norm_backward(y, saved, backend=backend)
+    for prepared in (backend._forward, backend._backward):
+        assert prepared.cache_info().currsize == 3
+        assert prepared.cache_info().misses == 2 * len(shapes)
+
+
+def test_no_array_is_kept(make_gpu):
+    gpu = make_gpu(80)
+    call = sent(gpu, numbers())
+    both(gpu.backend, **call, momentum=gpu.asarray(np.array(0.5)))
+    del call
+    gpu.device.memory.begin()  # the emulator lets go of what was launched last
+    assert [ref().shape for ref in gpu.allocated if ref() is not None] == []
+
+
+def test_what_is_saved_is_seen_only_when_asked_for(make_gpu):
+    gpu = make_gpu(80)
+    call = sent(gpu, numbers())
+    dy = call.pop("dy")
+    _, saved = gpu_bn.batch_norm_forward(**call, training=True, backend=gpu.backend)
+    want = gpu_bn.batch_norm_backward(dy, saved, backend=gpu.backend)
+    for name in ("moments", "weight", "bias"):
+        with pytest.raises(AttributeError):
+            getattr(Saved, name).__get__(saved)  # as it is in memory
+    assert np.array_equal(saved.weight, call["weight"])
+    assert np.array_equal(saved.bias, call["bias"])
+    assert saved.weight is saved.weight
+    with pytest.raises(AttributeError, match="has no attribute 'weights'"):
+        saved.weights  # noqa: B018
+    doubled = replace(saved, weight=saved.weight * 2)
+    assert doubled.rows is None
+    got = gpu_bn.batch_norm_backward(dy, doubled, backend=gpu.backend)
+    np.testing.assert_allclose(got.dx, 2 * np.array(want.dx), rtol=1e-5, atol=1e-6)
+    assert np.array_equal(got.dbias, want.dbias)
+
+
+def test_more_blocks_than_a_launch_may_have_are_refused(make_gpu):
+    """CuPy itself would cut the number to 32 bits."""
+    gpu = make_gpu(80)
+    shape, itemsize = (1 << 21, 1 << 11, 2), 2
+    strides = (itemsize << 12, itemsize << 1, itemsize)
+    with pytest.raises(ValueError, match="launches of less than 2\\*\\*31 blocks, got 4294967296"):
+        gpu.backend._stats(None, (0, shape, np.dtype(np.float16), strides, 0), 1, 1 << 21, None)
+
+
+def test_rows_longer_than_the_kernels_can_count_are_refused(make_gpu):
+    """2**32 vectors: only where odd lengths make vectors of one element."""
+    gpu = make_gpu(80)
+    draft = sys.modules["gpu_bn.backends.cupy.builder"]
+    shape, itemsize = (1, 1, (1 << 32) + 1), 2
+    strides = (itemsize * shape[2], itemsize * shape[2], itemsize)
+    x = (0, shape, np.dtype(np.float16), strides, 0)
+    with pytest.raises(ValueError, match="less than 2\\*\\*32 vectors, got 4294967297 vectors of 1 elements"):
+        gpu.backend._stats(None, x, 1, 1, None)
+    assert draft.Draft(None, x, 1, "identity", 1, None, False).once().tiling.vector == 1

@@ -1,0 +1,62 @@
+"""Random calls at the edges of what the CuPy backend takes, against the oracle. A seed is a call.
+
+``pytest -k 'seed-123'`` runs one; a failure prints the call that its seed has drawn.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from emulator import Checks, Device
+from support.random_calls import CHANGES, SCALES, draw
+
+from gpu_bn.plan import TIERS, NoPlanError
+from gpu_bn.testing import check
+from gpu_bn.testing.cases import DTYPES, LAYOUTS, MODES
+
+pytestmark = pytest.mark.compile
+USUAL, MORE, ALL = 16, 36, 76
+"""Seeds of a usual run, with ``-m slow``, and with ``-m exhaustive``, each with those before it."""
+
+
+def marked(seed: int) -> Any:
+    marks = [] if seed < USUAL else [pytest.mark.slow if seed < MORE else pytest.mark.exhaustive]
+    return pytest.param(seed, id=f"seed-{seed}", marks=marks)
+
+
+@pytest.mark.parametrize("seed", [marked(seed) for seed in range(ALL)])
+def test_a_random_call(seed, make_gpu):
+    call = draw(seed)
+    gpu = make_gpu(call.arch, call.tier, Device(checks=Checks(races=seed % 4 == 0)))
+    try:
+        problem = call.problem()
+        try:
+            check(problem, gpu.backend)
+        except NoPlanError:  # this tier cannot serve it; another can
+            check(problem, type(gpu.backend)())
+        assert gpu.launched
+    except ValueError as error:  # what is refused, NumPy's backend refuses too, in the same words
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            check(call.problem(), "numpy")
+    except BaseException as error:
+        error.add_note(f"seed {seed}: {call}")
+        raise
+
+
+def test_seeds_meet_every_kind_of_call():
+    """Or a change of the draw could leave some out."""
+    calls = [draw(seed) for seed in range(MORE)]
+    cases = [call.case for call in calls]
+    assert {case.dtype for case in cases} == set(DTYPES)
+    assert {case.layout for case in cases} == set(LAYOUTS)
+    assert {case.mode for case in cases} == set(MODES)
+    assert {call.change for call in calls} == set(CHANGES)
+    assert {call.tier for call in calls} == {None, *TIERS}
+    assert {(case.mean, case.std) for case in cases} == set(SCALES.values())
+    assert any(case.mask for case in cases)
+    assert any(case.virtual_batch_size for case in cases)
+    assert any(case.residual for case in cases)
+    for axis in (0, 1):
+        assert any(case.shape[axis] == 1 for case in cases)

@@ -1,0 +1,162 @@
+"""torch tensors served by the CuPy backend, on an emulated GPU whose memory is the CPU tensors' own."""
+
+import importlib
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import gpu_bn
+from gpu_bn import nn, registry
+
+pytestmark = pytest.mark.compile
+SHAPE = (4, 6, 5, 8)
+
+
+@pytest.fixture
+def engine(make_gpu, monkeypatch):
+    """The backend, for CPU tensors and those that say that they are on a GPU."""
+    gpu = make_gpu(80)
+    cupy = sys.modules["cupy"]
+    owners = {}
+
+    def from_dlpack(tensor):
+        """A view of the tensor's storage, which the emulator knows as one allocation."""
+        index = tensor.device.index if tensor.is_cuda else 0
+        tensor = tensor.as_subclass(torch.Tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owners:
+            owners[storage.data_ptr()] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
+        layout = np.from_dlpack(tensor)
+        start = tensor.data_ptr() - storage.data_ptr()
+        view = np.ndarray(layout.shape, layout.dtype, owners[storage.data_ptr()], start, layout.strides)
+        with gpu.entering(index):
+            return gpu._register(view)
+
+    cupy.from_dlpack = from_dlpack
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=1234 + (device.index or 0))
+    )
+    monkeypatch.delitem(sys.modules, "gpu_bn.backends.cupy.tensors", raising=False)
+    engine = importlib.import_module("gpu_bn.backends.cupy.tensors").CupyForTorch(gpu.backend)
+    engine.gpu = gpu
+    return engine
+
+
+def arguments(dtype=torch.float32):
+    torch.manual_seed(0)
+    x = (torch.randn(SHAPE) * 2 + 3).to(dtype)
+    return x, torch.zeros(6), torch.ones(6), torch.rand(6) + 0.5, torch.randn(6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_forward_and_backward(dtype, memory_format, engine):
+    x, *vectors = arguments(dtype)
+    x = x.to(memory_format=memory_format)
+    dy = torch.randn(SHAPE).to(dtype)
+    call = {"training": True, "residual": x * 0.5, "activation": "relu"}
+    theirs = [vector.clone() for vector in vectors]
+    want, want_saved = gpu_bn.batch_norm_forward(x, *theirs, **call)
+    got, saved = gpu_bn.batch_norm_forward(x, *vectors, **call, backend=engine)
+    assert engine.gpu.launched
+    assert engine.gpu.launched_in == {1234}
+    assert isinstance(got, torch.Tensor)
+    assert (got.dtype, got.stride()) == (dtype, x.stride())
+    assert saved.x is x
+    grads = gpu_bn.batch_norm_backward(dy, saved, backend=engine)
+    others = gpu_bn.batch_norm_backward(dy, want_saved)
+    pairs = [(got, want), *zip(vectors, theirs, strict=True), *zip(grads, others, strict=True)]
+    for mine, its in pairs:
+        assert mine.dtype == its.dtype
+        torch.testing.assert_close(mine, its)
+
+
+class OnTheSecondGpu(torch.Tensor):
+    """A CPU tensor that says it is elsewhere."""
+
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+
+def test_kernels_run_where_the_tensors_are_on_the_current_stream_there(engine):
+    theirs = arguments()
+    x, *vectors = (tensor.clone().as_subclass(OnTheSecondGpu) for tensor in theirs)
+    got, _ = gpu_bn.batch_norm_forward(x, *vectors, training=True, backend=engine)
+    want, _ = gpu_bn.batch_norm_forward(*theirs, training=True)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(vectors[0].as_subclass(torch.Tensor), theirs[1])  # the running mean
+    assert engine.gpu.launched
+    assert engine.gpu.launched_on == {1}
+    assert engine.gpu.launched_in == {1235}
+
+
+def test_an_array_for_the_output_is_the_one_returned(engine):
+    x, *vectors = arguments()
+    out = torch.empty_like(x)
+    assert gpu_bn.batch_norm(x, *vectors, out=out, backend=engine) is out
+    torch.testing.assert_close(out, gpu_bn.batch_norm(x, *vectors))
+    with pytest.raises(ValueError, match="out may not be the input"):
+        gpu_bn.batch_norm_forward(x, *vectors, out=x, backend=engine)
+
+
+def test_masks_and_ghost_batches(engine):
+    x, *vectors = arguments()
+    theirs = [vector.clone() for vector in vectors]
+    call = {"training": True, "mask": torch.rand(4, 1, 5, 8) > 0.3, "virtual_batch_size": 2}
+    want, want_saved = gpu_bn.batch_norm_forward(x, *theirs, **call)
+    got, saved = gpu_bn.batch_norm_forward(x, *vectors, **call, backend=engine)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(vectors, theirs)
+    dx = gpu_bn.batch_norm_backward(got, saved, need="dx", backend=engine).dx
+    torch.testing.assert_close(dx, gpu_bn.batch_norm_backward(want, want_saved, need="dx").dx, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_renormalisation(dtype, engine):
+    x, *vectors = arguments(dtype)
+    vectors = [vectors[0] + 1, vectors[1] * 5, *(vector.to(dtype) for vector in vectors[2:])]
+    theirs = [vector.clone() for vector in vectors]
+    call = {"training": True, "renorm": (1.2, 0.3), "activation": "relu"}
+    want, want_saved = gpu_bn.batch_norm_forward(x, *theirs, **call)
+    got, saved = gpu_bn.batch_norm_forward(x, *vectors, **call, backend=engine)
+    grads = gpu_bn.batch_norm_backward(got, saved, backend=engine)
+    others = gpu_bn.batch_norm_backward(want, want_saved)
+    for mine, its in [(got, want), *zip(vectors, theirs, strict=True), *zip(grads[:3], others[:3], strict=True)]:
+        assert mine.dtype == its.dtype
+        torch.testing.assert_close(mine, its, atol=1e-4, rtol=0.02 if dtype is torch.bfloat16 else 1e-4)
+
+
+def test_asked_for_by_name_it_is_differentiable_once(engine, monkeypatch):
+    """The route of a CUDA tensor: the front door finds a second backend for it."""
+    monkeypatch.setattr(registry, "select", lambda *_, **__: engine)
+    monkeypatch.setattr(registry, "default", lambda _: "triton")
+    x, running_mean, running_var, weight, bias = arguments()
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    theirs = [running_mean.clone(), running_var.clone()]
+    version = running_mean._version
+    got = gpu_bn.batch_norm(x, running_mean, running_var, weight, bias, True, activation="silu", backend="cupy")
+    want = nn.batch_norm(x, *theirs, weight, bias, True, activation="silu")
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close([running_mean, running_var], theirs)
+    assert running_mean._version > version
+    dy = torch.randn(SHAPE)
+    with pytest.raises(NotImplementedError, match="'cupy' has no second derivative"):
+        torch.autograd.grad(got, leaves, dy, create_graph=True, retain_graph=True)
+    grads = torch.autograd.grad(got, leaves, dy)
+    torch.testing.assert_close(grads, torch.autograd.grad(want, leaves, dy))
+
+
+def test_a_name_may_have_a_backend_for_each_library():
+    rows = [row for row in registry.ROWS if row.name == "cupy"]
+    assert [row.library for row in rows] == ["cupy", "torch"]
+    assert registry.NAMES.count("cupy") == 1
+    with pytest.raises(ValueError, match=r"'cupy' serves arrays of type cupy.ndarray or torch.Tensor on cuda"):
+        gpu_bn.batch_norm(torch.ones(2, 3), training=True, backend="cupy")
+
+
+def test_an_unknown_method_is_an_attribute_error(engine):
+    assert not hasattr(engine, "prefetch")
+    assert hasattr(engine, "forward")

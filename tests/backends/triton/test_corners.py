@@ -1,0 +1,219 @@
+"""Corners of the Triton backend: arguments that share no launch with others, far offsets, shifts far from the mean."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from emulator import Checks, Device
+from support import far_from_zero
+
+import gpu_bn
+from gpu_bn.plan import DEVICES, Work, plan_once
+from gpu_bn.testing import Case, check
+from gpu_bn.testing.cases import build
+
+torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from support.triton_backends import EmulatedBackend, RecordingBackend
+
+from gpu_bn.backends.protocol import Sums
+from gpu_bn.backends.triton.programs import Geometry
+
+pytestmark = pytest.mark.compile
+SHAPE = (4, 3, 5, 8)
+SMALL = replace(DEVICES["a100"], sms=4)
+
+
+@pytest.fixture
+def make_backend(compile_triton, device):
+    return lambda **options: EmulatedBackend(device, compile_triton, 80, SMALL, **options)
+
+
+def tensors():
+    """x, dy and a residual."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(SHAPE, generator=generator) for _ in range(3)]
+
+
+def moved(tensor):
+    """A copy at an address where no vector begins."""
+    copy = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+# ------------------------------------------------------------------------ launches serve arguments of one kind only
+def test_calls_share_launches_only_with_arguments_of_the_same_types(make_backend):
+    """The emulated launches refuse others."""
+    backend = make_backend()
+    x, dy, _ = tensors()
+    half, single = torch.float16, torch.float32
+    for dtypes in ([single] * 4, [half] * 4, [half, half, single, single], [single, single, half, single]):
+        for momentum in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+            mean, var, weight, bias = (torch.ones(SHAPE[1], dtype=dtype) for dtype in dtypes)
+            _, saved = gpu_bn.batch_norm_forward(
+                x, mean, var, weight, bias, training=True, momentum=momentum, backend=backend
+            )
+            grads = gpu_bn.batch_norm_backward(dy, saved, backend=backend)
+            assert [grads.dweight.dtype, grads.dbias.dtype] == dtypes[2:]
+
+
+def test_calls_on_two_devices_share_no_launch():
+    backend = RecordingBackend(SMALL)
+    spec = gpu_bn.spec.BatchNormSpec(1, True, 0.1, 1e-5, gpu_bn.activations.Activation.of(None))
+    for device in ("cpu", "meta", "cpu"):
+        x = torch.empty(SHAPE, device=device)
+        _, saved = backend.forward(x, spec, None, None, None, None, None, None)
+        backend.backward(torch.empty_like(x), saved, frozenset({"dx"}))
+    steps = [step for step, _ in backend.launches]
+    assert steps[:2] == steps[4:]
+    assert len(set(steps)) == 4
+
+
+def test_the_phases_share_launches_only_with_calls_alike():
+    """In the number of groups, in the activation, and in where the count is."""
+    backend = RecordingBackend(SMALL)
+    x, dy, out = tensors()
+
+    def steps_of(call):
+        before = len(backend.launches)
+        call()
+        return {step for step, _ in backend.launches[before:]}
+
+    assert not steps_of(lambda: backend.stats(x, 1)) & steps_of(lambda: backend.stats(x, 1, None, 2))
+    saved = []
+    for name in ("silu", "gelu"):
+        spec = gpu_bn.spec.BatchNormSpec(1, True, 0.1, 1e-5, gpu_bn.activations.Activation.of(name))
+        saved.append(backend.forward(x, spec, None, None, None, None, None, None)[1])
+    silu, gelu = saved
+    assert not steps_of(lambda: backend.normalize(silu, None, out)) & steps_of(
+        lambda: backend.normalize(gelu, None, out)
+    )
+    counted = replace(silu, moments=replace(silu.moments, count=torch.tensor([160.0]).double()))
+    sums = Sums(*torch.zeros((2, SHAPE[1]), dtype=torch.float64))
+    first = steps_of(lambda: backend.backward_input(dy, silu, sums, out))
+    assert not first & steps_of(lambda: backend.backward_input(dy, counted, sums, out))
+
+
+def test_a_mask_is_written_where_it_is_kept_whatever_was_called_before():
+    backend = RecordingBackend(SMALL)
+    x, _, residual = tensors()
+    spec = gpu_bn.spec.BatchNormSpec(1, False, 0.1, 1e-5, gpu_bn.activations.Activation.of("relu"))
+    running = torch.zeros(SHAPE[1]), torch.ones(SHAPE[1])
+    for keep in (False, True, False):
+        _, saved = backend.forward(x, spec, *running, None, None, residual, None, keep=keep)
+        assert (saved.mask is not None) == keep
+
+
+# -------------------------------------------------------------------------- tensors where no vector of memory begins
+def plain(tensor):
+    return tensor
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "out"])
+def test_forward_with_a_tensor_moved(name, make_backend):
+    x, _, residual = tensors()
+    backend = make_backend()
+    want = gpu_bn.batch_norm(x, training=True, residual=residual)
+    for move in (plain, moved):
+        call = {"x": x, "residual": residual, "out": torch.empty_like(x)}
+        call[name] = move(call[name])
+        got = gpu_bn.batch_norm(**call, training=True, backend=backend)
+        torch.testing.assert_close(got, want)
+    assert len(set(backend.steps)) == 2
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "dy"])
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_backward_with_a_tensor_moved(activation, name, make_backend):
+    """relu's residual is saved as a bit an element."""
+    x, dy, residual = tensors()
+    backend = make_backend()
+    found = []
+    for move in (plain, moved):
+        call = {"x": x, "residual": residual, "dy": dy}
+        call[name] = move(call[name])
+        dy_there = call.pop("dy")
+        _, saved = gpu_bn.batch_norm_forward(**call, training=True, activation=activation, backend=backend)
+        grads = gpu_bn.batch_norm_backward(dy_there, saved, backend=backend)
+        found.append((grads.dx, grads.dresidual))
+    for tensor, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(tensor, want)
+
+
+@pytest.mark.parametrize(("valid_moved", "out_moved"), [(False, False), (True, False), (False, True)])
+def test_no_alignment_is_promised_of_what_has_none(valid_moved, out_moved):
+    """The front door aligns masks: other callers need not. No gradient is computed in place."""
+    backend = RecordingBackend(SMALL)
+    x, dy, out = tensors()
+    valid = torch.ones((SHAPE[0], 1, *SHAPE[2:]), dtype=torch.bool)
+    valid, out = moved(valid) if valid_moved else valid, moved(out) if out_moved else out
+    spec = gpu_bn.spec.BatchNormSpec(1, True, 0.1, 1e-5, gpu_bn.activations.Activation.of(None))
+    _, saved = backend.forward(x, spec, None, None, None, None, None, None, valid)
+    backend.backward(dy, saved, frozenset({"dx"}))
+    backend.stats(x, 1, valid)
+    before = len(backend.launches)
+    backend.normalize(saved, None, out)
+    steps = [step for step, _ in backend.launches]
+    assert any(step.aligned for step in steps[:before]) != valid_moved
+    assert bool(steps[before].aligned) == (not valid_moved and not out_moved)
+
+
+# ------------------------------------------------------------------------------------------ momentum on the device
+def test_the_second_launch_takes_its_momentum_from_the_device(make_backend):
+    backend = make_backend(tier="split")
+    x, *_ = tensors()
+    results = []
+    for momentum in (0.25, torch.tensor(0.25, dtype=torch.float64)):
+        mean, var = torch.zeros(SHAPE[1]), torch.ones(SHAPE[1])
+        gpu_bn.batch_norm(x, mean, var, training=True, momentum=momentum, backend=backend)
+        results.append(torch.stack([mean, var]))
+    assert torch.equal(*results)
+    assert (results[0][0] != 0).all()
+    assert len(backend.steps) == 4
+
+
+# ------------------------------------------------------------------------------------------------------ far offsets
+@pytest.mark.parametrize("size", [12, 16_384, 16_400])
+def test_positions_are_divided_by_the_row_without_a_division(size):
+    """The largest ones, where what is multiplied by is least precise."""
+    _, row, _, magic, power = Geometry.of(plan_once(Work(70_000, 2, size, 4), DEVICES["h100"])).tail
+    assert row == size // 4
+    for end in (2**31 - 1, 2**31 - row, 2**30 + row - 1):
+        for position in (end // row * row - 1, end // row * row):
+            assert position * magic >> power == position // row
+
+
+@pytest.mark.parametrize(("n", "wide"), [(1, False), (2, True)])
+def test_offsets_are_of_64_bits_from_the_first_that_32_do_not_hold(n, wide):
+    assert Geometry.of(plan_once(Work(n, 1 << 10, 1 << 20, 2), DEVICES["h100"])).wide == wide
+
+
+@pytest.mark.parametrize(
+    ("work", "groups"),
+    [(Work(1, 1, 2**31 - 1, 4), 1), (Work(2, 768, 1, 2), 2**20)],
+    ids=["the end of the last share", "partial results of many groups"],
+)
+def test_numbers_beside_offsets_are_of_64_bits_where_32_do_not_hold_them(work, groups):
+    """Although all offsets would be."""
+    assert Geometry.of(plan_once(work, DEVICES["h100"]), groups).wide
+
+
+# -------------------------------------------------------------------------------------------------------- activations
+@pytest.mark.parametrize("activation", ["elu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh"])
+def test_activations_far_from_zero(activation, make_backend):
+    check(far_from_zero(activation), make_backend())
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+@pytest.mark.parametrize(("dtype", "scale"), [("float32", 1), ("float32", 1e20), ("float16", 1)])
+def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(dtype, scale, compile_triton):
+    """All is about 10,000 but for the vectors that the first shift is taken from."""
+    problem = build(Case((4, 1, 65536), dtype, mode="train_no_stats"))
+    x = np.full((1 << 16, 4) if dtype == "float32" else (1 << 15, 8), 10_001, dtype)
+    x[:: len(x) // 128] = 0
+    problem = replace(problem, x=x.reshape(problem.x.shape) * np.asarray(scale, dtype))
+    device, planned = Device(checks=Checks(races=False)), replace(DEVICES["a100"], sms=1)
+    check(problem, EmulatedBackend(device, compile_triton, 80, planned, tier="split"))

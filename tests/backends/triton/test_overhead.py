@@ -1,0 +1,96 @@
+"""What a layer on a GPU launches: at most two kernels each way, and none of torch's; the last one counts the batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from support.triton_backends import EmulatedBackend, RecordingBackend
+from torch.testing import assert_close
+
+from gpu_bn import (
+    nn,
+    registry,
+)
+from gpu_bn.backends.triton.backend import TritonBackend
+from gpu_bn.plan import DEVICES
+
+LAUNCH_NOTHING = {"empty", "empty_strided", "empty_like", "new_empty", "view", "unbind", "split", "select", "slice",
+                  "as_strided", "detach", "alias", "to"}  # fmt: skip
+"""A conversion that is one is seen as what it calls."""
+
+
+class Recording(RecordingBackend):
+    forward_at_once = TritonBackend.forward_at_once
+
+
+def operations(call):
+    """torch's operations of a call that would launch a kernel, by autograd's thread too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        call()
+    names = [event.name.removeprefix("aten::") for event in profile.events() if event.name.startswith("aten::")]
+    return Counter(name for name in names if name not in LAUNCH_NOTHING)
+
+
+def test_operations_are_seen():
+    vector = torch.ones(3)
+    assert operations(lambda: vector.to(torch.float64))["copy_"] == 1
+    assert operations(lambda: torch.empty(3).unbind()) == Counter()
+
+
+@pytest.mark.parametrize(("shape", "launches"), [((2, 3, 4, 4), (1, 1)), ((64, 8, 128, 128), (2, 2))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_layer_launches_at_most_two_kernels_each_way_and_nothing_else(shape, launches, dtype, residual, monkeypatch):
+    backend = Recording(DEVICES["a100"])
+    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    layer = nn.BatchNorm2d(shape[1], activation="relu")
+    x, added = (torch.empty(shape, dtype=dtype, requires_grad=True) for _ in range(2))
+    dy = torch.empty(shape, dtype=dtype)
+    inputs = [x, *layer.parameters(), *[added] * residual]
+    results = []
+    found = operations(lambda: results.append(layer(x, added) if residual else layer(x)))
+    assert not found
+    assert len(backend.launches) == launches[0]
+    found = operations(lambda: torch.autograd.grad(results[0], inputs, dy))
+    assert not found
+    assert len(backend.launches) == sum(launches)
+
+
+def test_the_operators_launch_no_more(monkeypatch):
+    """Those that compiled code calls."""
+    backend = Recording(DEVICES["a100"])
+    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    x, vectors, counter = torch.empty(64, 8, 128, 128), [torch.ones(8) for _ in range(4)], torch.tensor(0)
+    train, backward = torch.ops.gpu_bn.train, torch.ops.gpu_bn.backward
+    results = []
+    found = operations(
+        lambda: results.extend(train(x, *vectors[:2], None, *vectors[2:], counter, 0.1, 1e-5, "relu", 0.0))
+    )
+    assert not found
+    y, *kept = results
+    options = (torch.float32, True, 1e-5, "relu", 0.0, 1, False, [True, True, True, False])
+    found = operations(lambda: backward(y, x, *vectors[:2], None, None, *kept, *options))
+    assert not found
+    assert len(backend.launches) == 4
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("tier", "shape"), [("cta", (4, 6, 5)), ("split", (9, 70, 3)), ("split", (70, 40))], ids=str)
+def test_the_batch_is_counted_once(tier, shape, device, compile_triton, monkeypatch):
+    backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4), tier=tier)
+    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    layer, peer = nn.BatchNorm1d(shape[1]), torch.nn.BatchNorm1d(shape[1])
+    for _ in range(2):
+        x = torch.randn(shape)
+        versions = [buffer._version for buffer in layer.buffers()]
+        assert_close(layer(x), peer(x), rtol=1e-4, atol=1e-5)
+        assert all(buffer._version > before for buffer, before in zip(layer.buffers(), versions, strict=True))
+    assert layer.num_batches_tracked == peer.num_batches_tracked == 2
+    assert_close(layer.running_mean, peer.running_mean)
+    assert len(backend.steps) == (2 if tier == "cta" else 4)

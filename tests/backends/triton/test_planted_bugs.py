@@ -1,0 +1,73 @@
+"""The proof of the Triton kernels can fail: kernels with one bug each, and what notices it."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from emulator import Device, EmulatorError
+
+from gpu_bn.plan import DEVICES
+from gpu_bn.testing import check
+
+pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from support.paths import ROOT
+from support.triton_backends import EmulatedBackend
+from support.triton_bugs import BUGS, Bug
+
+from gpu_bn.backends.triton import backend as backend_module
+from gpu_bn.backends.triton import programs
+
+pytestmark = pytest.mark.compile
+
+KERNELS = ROOT / "kernels" / "triton"
+
+
+def mutated(bug: Bug, folder: Path, monkeypatch) -> None:
+    """Give the backend kernels of its own with the bug in them."""
+    package = folder / "mutant_kernels"
+    shutil.copytree(KERNELS, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in package.glob("*.py"):
+        text = file.read_text()
+        if file.name == bug.file:
+            for right, wrong in ((bug.right, bug.wrong), *bug.more):
+                assert right in text, f"{bug.name}: the text to replace is gone"
+                text = text.replace(right, wrong)
+        file.write_text(text.replace("gpu_bn.kernels.triton", "mutant_kernels"))
+    monkeypatch.syspath_prepend(folder)
+    for name in [name for name in sys.modules if name.split(".")[0] == "mutant_kernels"]:
+        monkeypatch.delitem(sys.modules, name)
+    for module in ("forward", "backward"):
+        monkeypatch.setattr(backend_module, f"{module}_kernels", importlib.import_module(f"mutant_kernels.{module}"))
+    monkeypatch.setattr(backend_module, "functions", importlib.import_module("mutant_kernels.activations").functions)
+
+
+def trial(bug: Bug, compile_triton) -> None:
+    check(bug.case, EmulatedBackend(Device(), compile_triton, 80, DEVICES["a100"], tier=bug.tier))
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [pytest.param(bug, marks=[pytest.mark.slow] if index % 2 else []) for index, bug in enumerate(BUGS)],
+    ids=lambda bug: bug.name.replace(" ", "-"),
+)
+def test_the_proof_notices(bug, tmp_path, monkeypatch, compile_triton, caught_faults):
+    mutated(bug, tmp_path, monkeypatch)
+    monkeypatch.setattr(programs, "CHAIN", bug.chain)
+    with pytest.raises((AssertionError, EmulatorError)) as caught:
+        trial(bug, compile_triton)
+    message = str(caught.value)
+    assert bug.noticed in message
+    caught_faults[f"triton: {bug.name}"] = (
+        message if isinstance(caught.value, EmulatorError) else f"conformance: {message}"
+    )
+
+
+@pytest.mark.parametrize(("case", "tier"), sorted({(bug.case, bug.tier) for bug in BUGS}, key=str), ids=str)
+def test_without_a_bug_the_same_cases_pass(case, tier, compile_triton):
+    assert check(case, EmulatedBackend(Device(), compile_triton, 80, DEVICES["a100"], tier=tier))

@@ -1,0 +1,39 @@
+"""Random calls at the edges of what the Triton backend takes, against the oracle: those of CuPy's tests."""
+
+import re
+
+import pytest
+
+from gpu_bn.testing import check
+
+pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from emulator import Checks, Device
+from support.random_calls import draw
+from support.triton_backends import EmulatedBackend
+
+pytestmark = pytest.mark.compile
+FIRST, USUAL, MORE, ALL = 1002, 3, 10, 40
+"""The first seed; how many there are in a usual run, with ``-m slow``, and with ``-m exhaustive``."""
+
+
+def marked(seed):
+    marks = [] if seed < USUAL else [pytest.mark.slow if seed < MORE else pytest.mark.exhaustive]
+    return pytest.param(FIRST + seed, id=f"seed-{FIRST + seed}", marks=marks)
+
+
+@pytest.mark.parametrize("seed", [marked(seed) for seed in range(ALL)])
+def test_a_random_call(seed, compile_triton):
+    call = draw(seed)
+    arch = {75: 75, 80: 80, 90: 90, 120: 100}[call.arch]
+    backend = EmulatedBackend(Device(checks=Checks(races=seed % 4 == 0)), compile_triton, arch)
+    try:
+        assert check(call.problem(), backend)
+        assert backend.steps
+    except ValueError as error:  # what is refused, NumPy's backend refuses too, in the same words
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            check(call.problem(), "numpy")
+    except BaseException as error:
+        error.add_note(f"seed {seed}: {call}")
+        raise

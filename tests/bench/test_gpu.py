@@ -1,0 +1,238 @@
+"""The GPU part of ``gpu-bn bench`` on stand-ins: an emulated GPU for CuPy, Triton's interpreter."""
+
+# ruff: noqa: ARG001 - stand-ins have the signatures of what they stand for
+import json
+import sys
+import types
+from dataclasses import fields, replace
+
+import pytest
+from emulator import Checks, Device
+from support.bench_stand_ins import EMULATED, NUMPY, Clocked
+from support.interpreter import interpreted
+
+from gpu_bn import plan
+from gpu_bn.bench import cases, gpus, implementations, launches, measurement, model, timing
+from gpu_bn.cli import main
+
+CUPY = next(subject for subject in implementations.SUBJECTS if subject.name == "gpu_bn cupy")
+
+
+@pytest.fixture
+def emulated(make_gpu, monkeypatch):
+    """The benchmark's GPU is virtual, its only subject the CuPy backend on the emulator."""
+    gpu = make_gpu(80, None, Device(checks=Checks(races=False, initialised=False)))
+    clock = Clocked()
+    monkeypatch.setattr(gpus, "find", lambda: (clock, ""))
+    monkeypatch.setattr(implementations, "SUBJECTS", [replace(CUPY, modules=()), replace(NUMPY, name="peer", ours=False,
+                                                                                  device="cuda")])  # fmt: skip
+    monkeypatch.setattr(timing.GpuTimer, "row", 1)
+    return gpu
+
+
+@pytest.mark.compile
+def test_the_report_of_a_gpu(emulated, capsys, tmp_path):
+    line = ["bench", "--seconds", "0", "--shapes", "4x4x64", "--dtype", "f32", "--layout", "nchw"]
+    page = tmp_path / "page.md"
+    line += ["--ops", "forward,backward+add+relu,eval", "--tiers", "all", "--verify-model"]
+    assert main([*line, "--out", str(tmp_path), "--page", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "cold" in out
+    assert "moved / floor" in out
+    assert "Model: " not in out  # nothing is imagined where there is a GPU
+    found = json.loads((tmp_path / "report.json").read_text())
+    ours = {row["operation"]: row for row in found["measured"] if row["ours"]}
+    assert {name: row["tier"] for name, row in ours.items()} == {
+        "forward": "cta", "backward+add+relu": "cta", "eval": "one pass"
+    }  # fmt: skip
+    for row in ours.values():
+        assert list(row["seconds"]) == ["cold", "hot", "wall"]
+        assert row["moved_bytes"] == row["floor_bytes"]
+        assert list(row["ratios"]["cold"]) == ["peer"]
+    assert found["model"] == []
+    assert found["machine"]["gpu"]["name"] == "emulated"
+    raced = {tier for race in found["crossovers"]["tiers"] for tier in race["seconds"]}
+    assert raced == {"cta", "cooperative", "split"}
+    assert set(found["crossovers"]["thresholds"]) == {field.name for field in fields(plan.Thresholds)}
+    assert {row["tier"] for row in found["crossovers"]["ranges"]} <= raced
+    assert all(row["chosen"] == "cta" for row in found["crossovers"]["tiers"])
+    assert "Thresholds for plan.py, fitted to gpu_bn cupy in 2 cases on emulated" in out
+    assert "driver and clocks are not known: nvidia-smi cannot be run" in out
+    assert "driver and clocks are not known" in page.read_text()
+    assert "DRAM bytes were not counted: ncu cannot be run" in out
+    assert [v["refuted"] != "" for v in found["verification"]] == [True] * 3  # the clock is no clock of these kernels
+    text = page.read_text()
+    assert "## Measured on the GPU" in text
+    assert "nobody has run" not in text
+    assert emulated.launched
+
+
+@pytest.mark.compile
+def test_a_kernel_that_is_wrong_is_not_timed(emulated, capsys, tmp_path):
+    emulated.edit_source = lambda source: source.replace("slope = rstd * weight", "slope = rstd * weight * 1.001")
+    line = ["bench", "--seconds", "0", "--shapes", "4x4x64", "--dtype", "f32", "--layout", "nchw", "--ops", "forward"]
+    assert main([*line, "--out", str(tmp_path)]) == 1
+    assert "NOT TIMED 4x4x64 f32 nchw forward by gpu_bn cupy: wrong: y[" in capsys.readouterr().out
+
+
+SMALL = [
+    "bench",
+    "--seconds",
+    "0",
+    "--shapes",
+    "4x4x64,2x4x64",
+    "--dtype",
+    "f32",
+    "--layout",
+    "nchw",
+    "--ops",
+    "forward",
+]
+
+
+def test_a_gpu_that_is_lost_ends_the_run_and_leaves_a_report(emulated, monkeypatch, capsys, tmp_path):
+    """As after an access out of bounds: every call fails, of whatever library, also to give memory back."""
+
+    def fail(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Clocked, "synchronize", lambda self: fail() if "call" in self.done_things else None)
+    monkeypatch.setattr(Clocked, "free", fail)
+    broken = replace(NUMPY, name="gpu_bn breaks", device="cuda", build=lambda *_: fail())
+    monkeypatch.setattr(implementations, "SUBJECTS", [broken])
+    gpus.find()[0].done_things.append("call")
+    assert main([*SMALL, "--tiers", "all", "--verify-model", "--train", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    lost = "the GPU does not answer since 4x4x64 f32 nchw forward: RuntimeError: an illegal memory access"
+    assert f"FAILED {lost}" in out
+    for part in ("--tiers", "--verify-model", "--train"):
+        assert f"{part}: {lost}" in out
+    assert "NOT TIMED 4x4x64 f32 nchw forward by gpu_bn breaks: RuntimeError: an illegal memory access" in out
+    assert "2x4x64" not in out.replace("4x4x64,2x4x64", "")  # nothing more was tried
+    assert len(json.loads((tmp_path / "report.json").read_text())["measured"]) == 1
+
+
+@pytest.mark.compile
+def test_a_part_that_fails_leaves_the_report(emulated, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("gpu_bn.bench.run.crossovers", lambda *_: 1 / 0)
+    monkeypatch.setattr("gpu_bn.bench.run.verify", lambda *_: {}["nothing"])
+    assert main([*SMALL, "--tiers", "all", "--verify-model", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "--tiers: ZeroDivisionError: division by zero" in out
+    assert "--verify-model: KeyError: 'nothing'" in out
+    assert len(json.loads((tmp_path / "report.json").read_text())["measured"]) == 4
+
+
+@pytest.mark.compile
+def test_a_launch_that_cannot_be_seen_is_timed_all_the_same(emulated, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("gpu_bn.bench.measurement.observe", lambda *_: 1 / 0)
+    assert main([*SMALL, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "NOT SEEN what is launched for 4x4x64 f32 nchw forward and 1 more by gpu_bn cupy: ZeroDivisionError" in out
+    rows = json.loads((tmp_path / "report.json").read_text())["measured"]
+    assert all(row["seconds"] for row in rows)
+
+
+def test_a_gpu_that_cannot_copy_is_a_message(monkeypatch, capsys):
+    monkeypatch.setattr(Clocked, "copy_bandwidth", lambda _: 1 / 0)
+    monkeypatch.setattr(gpus, "find", lambda: (Clocked(), ""))
+    assert main(["bench"]) == 1
+    assert (
+        capsys.readouterr().err
+        == "gpu-bn bench: nothing can be copied on emulated: ZeroDivisionError: division by zero\n"
+    )
+
+
+def test_what_needs_torch_is_left_out_where_only_cupy_sees_the_gpu(emulated, monkeypatch, capsys, tmp_path):
+    """A torch built without CUDA would be timed on the CPU, by the GPU's events."""
+    monkeypatch.setattr(gpus, "CupyGpu", Clocked)
+    torches = replace(NUMPY, name="torch native", device="cuda", ours=False, modules=("torch",))
+    monkeypatch.setattr(implementations, "SUBJECTS", [replace(NUMPY, name="gpu_bn x", device="cuda"), torches])
+    pytest.importorskip("torch")
+    assert main([*SMALL, "--train", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "torch native: torch does not see the GPU\n" in out
+    assert "--train: torch does not see the GPU\n" in out
+    assert "torch native" not in out.partition("Measured")[2]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("tier", ["cta", "split"])
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_the_models_bytes_are_those_that_the_emulator_counts(tier, operation, make_gpu):
+    """What backends/cupy/test_traffic.py proves of plans holds for the benchmark's model, which is made of them."""
+    case = cases.Case((4, 4, 1024), operation=cases.OPERATIONS[operation])
+    checks = Checks(races=False, initialised=False)
+    gpu = make_gpu(80, tier, Device(checks=checks, l2_bytes=EMULATED.l2_bytes, resident_threads=256))
+    tensors = measurement.Tensors(case)
+    problem = tensors.of("cupy", measurement.problem_of(case.operation, tensors.problem))
+    call = implementations.ours(lambda _: gpu.backend)(case.operation, problem, None)
+    gpu.device.l2.flush()
+    before = len(gpu.device.reports)
+    tensors.proof.check(CUPY, case.operation, call())
+    reports = gpu.device.reports[before:]
+    counted = sum(r.dram_read_bytes + r.dram_write_bytes for r in reports) + gpu.device.l2.flush()
+    expected = model.modelled(case, EMULATED).tiers[tier]
+    assert abs(counted - expected) <= (4 << 10)  # of 128 KiB and more: vectors, partial sums, part of a cache
+
+
+@pytest.mark.compile
+def test_what_a_call_launches_is_seen(make_gpu):
+    gpu = make_gpu(80)
+    case = cases.Case((4, 4, 64), operation=cases.OPERATIONS["backward"])
+    tensors = measurement.Tensors(case)
+    problem = tensors.of("cupy", tensors.problem)
+    module = sys.modules["gpu_bn.backends.cupy.builder"]
+    functions = module.plan, module.plan_once, module.compiled
+    seen = launches.observe("cupy", lambda: implementations.ours(lambda _: gpu.backend)(case.operation, problem, None))
+    assert (seen.plan.tier, len(seen.plans)) == ("cta", 1)  # the backward call's alone
+    assert seen.registers == []  # of PTX nobody knows them
+    assert functions == (module.plan, module.plan_once, module.compiled)
+    assert launches.observe("numpy", pytest.fail).plan is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_regs", 40), ("n_regs", 48)])
+def test_registers_are_found_where_the_libraries_have_them(name, value):
+    seen, kernel = launches.Seen(), types.SimpleNamespace(_init_handles=lambda: setattr(kernel, name, value))
+    launches._registers(seen, kernel)
+    assert seen.registers == [value]
+
+
+IN_THE_INTERPRETER = """
+import gpu_bn.bench.launches as observe
+from gpu_bn.bench import cases, subjects, timing, trial
+subject = next(s for s in implementations.SUBJECTS if s.name == "gpu_bn triton")
+found = cases.select(["4x6x5x7"], ["f16"], ["nhwc"], ["forward+add+relu", "backward+add+relu", "eval"])
+for case in found:
+    tensors = measurement.Tensors(case)
+    for tier in (None, "split"):
+        for r in measurement.trial(case, tensors, [measurement.Entry(subject, tier)], timing.CpuTimer(0, 0), 0):
+            print(r.case, "by", r.by, "tier", r.tier, "refused", r.refused or "-", r.error is not None and r.error <= 1)
+"""
+
+
+def test_the_triton_backend_is_proved_and_observed_in_the_interpreter():
+    lines = interpreted(["-c", IN_THE_INTERPRETER]).splitlines()
+    assert len(lines) == 3 * 2
+    assert all(line.endswith("refused - True") for line in lines), lines
+    assert {line.partition("tier ")[2].split(" refused")[0] for line in lines if "triton split" in line} == {
+        "split", "one pass"
+    }  # fmt: skip
+    assert any("tier cta" in line for line in lines)
+
+
+@pytest.mark.gpu
+def test_everything_on_a_gpu(tmp_path):
+    if gpus.find()[0] is None:
+        pytest.skip(f"no GPU: {gpus.find()[1]}")
+    line = ["bench", "--seconds", "0", "--shapes", "tiny,32x64x56x56", "--dtype", "f16,f32", "--tiers", "all"]
+    assert main([*line, "--verify-model", "--out", str(tmp_path), "--page", str(tmp_path / "page.md")]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    ours = [row for row in found["measured"] if row["ours"] and not row["not_served"]]
+    assert ours
+    for row in ours:
+        assert set(row["seconds"]) == {"cold", "hot", "wall"}
+        assert row["moved_bytes"] >= row["floor_bytes"]
+        assert row["registers"]
+    assert found["crossovers"]["tiers"]
+    assert found["machine"]["gpu"]["driver_version"]

@@ -1,0 +1,516 @@
+"""The command ``gpu-bn``: what it prints, and with which exit code it ends."""
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import gpu_bn
+from gpu_bn import plan, testing
+from gpu_bn.bench import cases
+from gpu_bn.cli import check as conformance_check
+from gpu_bn.cli import cuda_versions, info
+from gpu_bn.cli.commands import DEMO_NEEDS, main, parser
+from gpu_bn.cli.cuda_versions import CudaVersions
+
+FEW = [testing.Case((4, 3)), testing.Case((4, 3), mode="eval"), testing.Case((2, 3, 5), "float64")]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"gpu-bn {gpu_bn.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ([], "COMMAND"),
+        (["info"], "backend"),
+        (["check"], "--backend"),
+        (["explain"], "--shape"),
+        (["bench"], "--verify-model"),
+        (["demo"], "--seeds"),
+    ],
+)
+def test_help(command, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [],
+        ["train"],
+        ["demo", "--seeds", "0"],
+        ["demo", "--steps", "two"],
+        ["check", "--backend", "jax"],
+        ["bench", "--device", "tpu"],
+        ["bench", "--seconds", "few"],
+        ["bench", "--tiers", "some"],
+        ["explain"],
+        ["explain", "--shape", "4,x"],
+        ["explain", "--shape", "4,0"],
+        ["explain", "--shape", "4,8", "--dtype", "int8"],
+        ["explain", "--shape", "4,8", "--device", "abacus"],
+    ],
+)
+def test_a_line_that_is_not_understood_exits_with_2(line, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(line)
+    assert end.value.code == 2
+    assert "usage: gpu-bn" in capsys.readouterr().err
+
+
+def test_info_names_what_is_there_and_imports_no_array_library():
+    code = (
+        "import sys; from gpu_bn.cli import main; assert main(['info']) == 0; "
+        "found = {'torch', 'cupy', 'triton', 'sklearn', 'matplotlib'} & set(sys.modules); assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for name in ("gpu-bn", "Python", "NumPy", "processor", "threads", "GPUs"):
+        assert any(line.startswith(name + " ") for line in lines), name
+    for row in gpu_bn.registry.ROWS:
+        assert any(line.split()[:2] == [row.name, row.array] for line in lines), row.name
+
+
+class Driver:
+    """A CUDA driver's interface with two devices, in which one function fails."""
+
+    def __init__(self, failing=""):
+        self.failing = failing
+
+    def __getattr__(self, name):
+        return lambda *arguments: 100 if name == self.failing else self.answer(name, *arguments)
+
+    def answer(self, name, target, *rest):
+        values = {"cuDeviceGetCount": 2, "cuDeviceGet": rest[0] if rest else 0, "cuDeviceGetName": b"GPU X"}
+        if name == "cuGetErrorName":
+            rest[0]._obj.value = b"CUDA_ERROR_NO_DEVICE"
+        elif name == "cuDeviceGetAttribute":
+            target._obj.value = {75: 9, 76: 0}[rest[0]]
+        elif name == "cuDeviceGetName":
+            target.value = values[name]
+        elif name in values:
+            target._obj.value = values[name]
+        return 0
+
+
+TWELVE = {"cupy": (12, 9), "nvrtc": (12, 9), "packages": ("cupy-cuda12x",)}
+THIRTEEN = {"cupy": (13, 0), "nvrtc": (13, 0), "packages": ("cupy-cuda13x",)}
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({"driver": (13, 0), "torch": (13, 0), **THIRTEEN}, []),
+        ({"driver": (13, 0), "torch": (12, 6), **TWELVE}, []),
+        ({"driver": (12, 4), "torch": (12, 8), **TWELVE}, []),  # within a CUDA's major version
+        (
+            {"driver": (12, 8), "torch": (13, 0)},
+            ["torch of CUDA 13.0 with a driver for CUDA 12.8: update the driver to 580"],
+        ),
+        (
+            {"driver": (12, 8), **THIRTEEN},
+            [
+                "CuPy of CUDA 13.0 with a driver for CUDA 12.8.*pip install -e '.\\[cupy\\]'",
+                "NVRTC of CUDA 13.0 with a driver for CUDA 12.8",
+            ],
+        ),
+        (
+            {"driver": (13, 0), **TWELVE, "nvrtc": (13, 0)},
+            ["cupy-cuda12x with NVRTC 13.0: pip install -e '.\\[cupy13\\]' instead of it, or .*-cuda-nvrtc-cu12"],
+        ),
+        (
+            {"driver": (13, 0), **THIRTEEN, "packages": ("cupy-cuda12x", "cupy-cuda13x")},
+            ["hold the same module: pip uninstall cupy-cuda12x cupy-cuda13x, then install one"],
+        ),
+        (
+            {"driver": (13, 0), "torch": (13, 0), **TWELVE},
+            ["torch of CUDA 13.0 beside CuPy of CUDA 12.9: each works, but .* '.\\[cupy13\\]' instead of cupy-cuda12x"],
+        ),
+        ({}, []),
+    ],
+)
+def test_which_cuda_versions_fit(found, says):
+    problems = CudaVersions(**found).problems()
+    assert len(problems) == len(says), problems
+    for problem, text in zip(problems, says, strict=True):
+        assert re.search(text, problem), problem
+
+
+def test_cuda_versions_are_read_without_importing_anything(tmp_path, monkeypatch):
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").write_text("raise RuntimeError('imported')")
+    (torch / "version.py").write_text("__version__ = '2.11.0'\ncuda: Optional[str] = '13.0'\nhip = None\n")
+    (tmp_path / "cupy.py").write_text("raise OSError('libnvrtc.so.13: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert cuda_versions.torch_version() == (13, 0)
+    assert cuda_versions.ask_cupy() == (None, None, "unknown: OSError: libnvrtc.so.13: cannot open")
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [
+        ("", info.Devices(["GPU X (sm_90)"] * 2)),
+        ("cuInit", info.Devices([], "cuInit failed with CUDA_ERROR_NO_DEVICE")),
+        ("cuDeviceGetCount", info.Devices([], "cuDeviceGetCount failed with CUDA_ERROR_NO_DEVICE")),
+        ("cuDeviceGetName", info.Devices([f"device {i} (CUDA_ERROR_NO_DEVICE)" for i in range(2)])),
+    ],
+)
+def test_devices(failing, expected, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver(failing))
+    assert info.devices() == expected
+
+
+def test_no_driver_is_a_reason(monkeypatch):
+    def refuse(name):
+        raise OSError(f"{name}: cannot open")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert "libcuda.so.1: cannot open" in info.devices().why_not
+
+
+def test_check_prints_a_table_and_passes(capsys, monkeypatch):
+    monkeypatch.setattr(testing, "cases", lambda: FEW[:2])
+    monkeypatch.setattr(testing, "extended_cases", lambda: FEW[2:])
+    assert main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert "numpy: 3 of 3 cases have passed" in out
+    for dtype, mode in (("float32", "train"), ("float32", "eval"), ("float64", "train")):
+        assert any(line.split()[:4] == [dtype, mode, "1", "-"] for line in out.splitlines()), (dtype, mode)
+    assert "cupy: not run, " in out
+
+
+@pytest.mark.parametrize("error", [AssertionError("y[0]: too far"), ZeroDivisionError("y[0]: too far")])
+def test_check_exits_with_1_if_a_case_fails(error, capsys, monkeypatch):
+    def fail_in_eval(case, _):
+        if case.mode == "eval":
+            raise error
+        return {"y": 0.25, "dx": 0.5}
+
+    monkeypatch.setattr(testing, "cases", lambda: FEW[:2])
+    monkeypatch.setattr(testing, "extended_cases", lambda: FEW[2:])
+    monkeypatch.setattr(testing, "check", fail_in_eval)
+    assert main(["check", "--backend", "numpy"]) == 1
+    out = capsys.readouterr().out
+    assert "numpy: 2 of 3 cases have passed" in out
+    assert f"FAILED {FEW[1]}\n  {type(error).__name__}: y[0]: too far" in out
+    assert any(line.split() == ["float32", "train", "1", "-", "0.5", "dx"] for line in out.splitlines())
+
+
+def test_worst_names_the_quantity():
+    outcomes = [conformance_check.Outcome(FEW[0], errors, "") for errors in ({"y": 0.1}, {"y": 0.2, "dx": 0.3})]
+    assert conformance_check.worst(outcomes) == ("0.3", "dx")
+    assert conformance_check.worst([]) == ("-", "-")
+
+
+@pytest.mark.parametrize("command", ["check", "demo"])
+def test_a_backend_that_cannot_be_had_is_refused_with_its_reason(command, capsys, monkeypatch):
+    def refuse(name):
+        raise gpu_bn.BackendUnavailableError(f"{name} is not for this machine")
+
+    monkeypatch.setattr(gpu_bn.registry, "load", refuse)
+    assert main([command, "--backend", "cupy"]) == 1
+    assert capsys.readouterr().err == f"gpu-bn {command}: cupy is not for this machine\n"
+
+
+@pytest.mark.parametrize("module", DEMO_NEEDS)
+def test_demo_without_its_extra_says_how_to_get_it(module, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["demo"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "pip install -e '.[demo]'" in said.err
+    assert DEMO_NEEDS[module] in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--out", "no/such/folder/x.png"], "no folder no/such/folder"), (["--steps", "30"], "multiple of 20, got 30")],
+)
+def test_demo_refuses_what_it_cannot_do_before_it_starts(arguments, says, capsys):
+    assert main(["demo", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = [sys.executable, "-c", "import gpu_bn.cli, sys; sys.exit(gpu_bn.cli.main(['info']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+EXPLAIN = ["explain", "--shape", "32,64,56,56", "--dtype", "f16"]
+
+
+def test_explain_says_what_the_function_says(capsys):
+    assert main([*EXPLAIN, "--layout", "nhwc", "--device", "a100", "--residual", "--activation", "relu"]) == 0
+    expected = gpu_bn.explain((32, 64, 56, 56), "float16", "nhwc", "a100", activation="relu", residual=True)
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_explain_on_all_devices_is_a_table(capsys):
+    assert main([*EXPLAIN, "--device", "all"]) == 0
+    out = capsys.readouterr().out
+    for device in plan.DEVICES.values():
+        lines = [line for line in out.splitlines() if line.startswith(f"  {device.name} ")]
+        assert [line.removeprefix(f"  {device.name}").split()[0] for line in lines] == ["forward", "backward"]
+    assert "Times are a model, not measured" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--shape", "8"], "2 to 5 axes, got 1"),
+        (["--shape", "4,8,2", "--layout", "nc"], "layout 'nc' is of 2 axes, got 3"),
+        (["--shape", "4,8", "--activation", "maxout"], "unknown activation 'maxout', expected one of identity"),
+    ],
+)
+def test_explain_refuses_what_makes_no_sense(arguments, says, capsys):
+    assert main(["explain", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ syntax and outputs
+@pytest.mark.parametrize("shape", ["32,64,56,56", "32x64x56x56", "32X64x56x56"])
+@pytest.mark.parametrize("dtype", ["f16", "float16", "Float16"])
+def test_one_syntax_for_shapes_and_dtypes(shape, dtype, capsys):
+    assert main(["explain", "--shape", shape, "--dtype", dtype, "--device", "H100", "--layout", "NHWC"]) == 0
+    assert "batch norm of 32x64x56x56 float16 nhwc" in capsys.readouterr().out
+    options = parser().parse_args(["bench", "--shapes", f"few,{shape},tiny", "--dtype", dtype, "--device", "GPU"])
+    assert cases.shapes_of(options.shapes) == cases.shapes_of(["few", "32x64x56x56", "tiny"])
+    assert (options.dtype, options.device) == (["f16"], "cuda")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["demo", "--rate", "-1"],
+        ["demo", "--rate", "nan"],
+        ["bench", "--seconds", "-1"],
+        ["bench", "--seconds", "inf"],
+        ["bench", "--threads", "0"],
+        ["check", "--processes", "0"],
+    ],
+)
+def test_values_out_of_range_are_refused(line, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(line)
+    assert end.value.code == 2
+    assert "expected a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "place", "says"),
+    [
+        ("bench", "--out", "file", "is not a folder, the report needs one"),
+        ("bench", "--out", "file/inside", "is not a folder, the report needs one"),
+        ("bench", "--page", "", "is a folder, the page needs the name of a file"),
+        ("demo", "--out", "", "is a folder, the figure needs the name of a file"),
+        ("demo", "--out", "picture", "names no picture format, expected one of "),
+        ("demo", "--out", "picture.xyz", "names no picture format, expected one of "),
+        ("check", "--json", "", "is a folder, the results needs the name of a file"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(command, option, place, says, capsys, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    assert main([command, option, str(tmp_path / place)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert says in said.err
+    assert len(said.err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_a_device_is_no_place_for_results(command, capsys):
+    assert main([command, "--out", "/dev/null"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def run_with(redirection, *arguments):
+    """Run the command in a shell."""
+    line = f'"{sys.executable}" -m gpu_bn {" ".join(arguments)} {redirection}'
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_line_and_what_was_measured_is_kept(tmp_path):
+    done = run_with("> /dev/full", "info")
+    assert (done.returncode, done.stderr) == (1, "gpu-bn info: No space left on device\n")
+    tiny = ["--device", "cpu", "--seconds", "0", "--shapes", "4x8", "--ops", "eval", "--peers", "none"]
+    done = run_with("> /dev/full", "bench", *tiny, "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "gpu-bn bench: No space left on device"
+    assert json.loads((tmp_path / "report.json").read_text())["measured"]
+
+
+def test_a_closed_standard_output_is_refused():
+    done = run_with(">&-", "info")
+    assert (done.returncode, done.stderr) == (1, "gpu-bn info: standard output is closed\n")
+
+
+@pytest.mark.parametrize("command", ["info", "check", "explain", "bench", "demo"])
+def test_an_interrupt_ends_with_130(command, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"gpu_bn.cli.commands.run_{command}", interrupted)
+    assert main([command, *(["--shape", "4x8"] if command == "explain" else [])]) == 130
+    assert capsys.readouterr().err == f"gpu-bn {command}: interrupted\n"
+
+
+def test_explain_refuses_what_a_call_would_refuse(capsys):
+    assert main(["explain", "--shape", "1x8"]) == 2
+    assert "Expected more than 1 value per channel when training" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        gpu_bn.batch_norm(np.ones((1, 8)), training=True)
+    assert gpu_bn.explain((1, 8), training=False)
+
+
+# ------------------------------------------------------------------------------------------ check, on a GPU that breaks
+def broken_gpu(monkeypatch, calls):
+    """CuPy's device after an access out of bounds in the second case: it fails whatever it is told."""
+
+    def synchronize():
+        if len(calls) > 1:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    runtime = SimpleNamespace(deviceSynchronize=synchronize)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+
+    def check(case, _):
+        calls.append(case)
+        if len(calls) > 1:
+            raise RuntimeError("an illegal memory access was encountered")
+        return {"y": 0.5}
+
+    monkeypatch.setattr(testing, "check", check)
+
+
+def test_a_gpu_that_does_not_answer_ends_the_check(monkeypatch, capsys):
+    calls = []
+    broken_gpu(monkeypatch, calls)
+    monkeypatch.setattr(conformance_check, "THREADS", ())
+    monkeypatch.setattr(conformance_check, "unavailable", lambda _: "")
+    monkeypatch.setattr(testing, "cases", lambda: FEW * 3)
+    monkeypatch.setattr(testing, "extended_cases", list)
+    monkeypatch.setattr(conformance_check.registry, "NAMES", ("cupy", "triton"))
+    assert not conformance_check.conformance(None)
+    out = capsys.readouterr().out
+    assert len(calls) == 2
+    left = 3 * len(FEW) - 2
+    assert (
+        f"The GPU does not answer since one of the last of these; {left} cases and later backends were not run." in out
+    )
+    assert "cupy: 1 of 2 cases have passed" in out
+    assert "triton: " not in out
+
+
+def test_cases_run_side_by_side_and_are_reported_in_order(monkeypatch):
+    together = threading.Barrier(4, timeout=60)
+
+    def check(case, _):
+        together.wait()
+        return {"y": float(case.shape[0])}
+
+    monkeypatch.setattr(testing, "check", check)
+    cases = [testing.Case((size, 2)) for size in range(2, 10)]
+    ticks = []
+    outcomes = conformance_check.run_all(cases, "cupy", ticks.append, workers=4)
+    assert [outcome.case for outcome in outcomes] == cases
+    assert [outcome.errors["y"] for outcome in outcomes] == [case.shape[0] for case in cases]
+    assert sum(ticks) == len(cases)
+
+
+def test_cases_of_a_backend_that_compiles_in_processes_give_the_same(monkeypatch):
+    monkeypatch.setattr(conformance_check, "PROCESSES", ("numpy",))
+    ticks = []
+    together = conformance_check.run_all(FEW, "numpy", ticks.append, workers=2)
+    assert together == conformance_check.run_all(FEW, "numpy", ticks.append, workers=1)
+    assert sum(ticks) == 2 * len(FEW)
+    assert all(outcome.errors and not outcome.failure for outcome in together)
+
+
+def test_a_quick_check_covers_every_option_with_every_dtype():
+    everything = [*testing.cases(), *testing.extended_cases()]
+    quick = conformance_check.covering(everything)
+    assert len(quick) < len(everything) / 4
+    for name in ("layout", "dy_layout", "channel_axis", "activation", "residual", "affine", "mode", "mask", "renorm"):
+        assert {(c.dtype, getattr(c, name)) for c in quick} == {(c.dtype, getattr(c, name)) for c in everything}, name
+
+
+def test_check_ends_with_one_table_and_writes_json(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(testing, "cases", lambda: FEW)
+    monkeypatch.setattr(testing, "extended_cases", list)
+    path = tmp_path / "check.json"
+    assert main(["check", "--quick", "--backend", "numpy", "--json", str(path)]) == 0
+    _, _, table = capsys.readouterr().out.partition("To paste into an issue:\n")
+    assert f"gpu-bn {gpu_bn.__version__} check --quick" in table
+    assert any(line.split()[:5] == ["numpy", "3", "3", "0", "0"] for line in table.splitlines())
+    assert "Python 3." in table
+    found = json.loads(path.read_text())
+    assert found["backends"]["numpy"]["cases"] == 3
+    assert found["backends"]["numpy"]["failures"] == []
+
+
+@pytest.mark.parametrize(("backend", "answers"), [("numpy", True), ("torch", True), ("triton", True), ("cupy", False)])
+def test_a_backend_on_the_cpu_always_answers(backend, answers, monkeypatch):
+    broken_gpu(monkeypatch, ["one", "two"])
+    if backend == "triton":
+        pytest.importorskip("torch")
+    assert conformance_check.answers(backend) is answers
+
+
+def test_a_backend_whose_library_cannot_be_loaded_is_unavailable(monkeypatch):
+    def load(_):
+        raise OSError("libnvrtc.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(info, "find_spec", lambda _: True)
+    monkeypatch.setattr(info.registry, "load", load)
+    assert info.unavailable("cupy") == "OSError: libnvrtc.so.12: cannot open shared object file"
+
+
+def test_warm_up_compiles_once(capsys, monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr("gpu_bn.cli.warm_up.SHAPES", ((4, 3, 2, 8),))
+    line = ["warm-up", "--activation", "relu"]
+    assert main(line) == 0
+    assert "kernels compiled in" in capsys.readouterr().out
+    assert main(line) == 0
+    assert capsys.readouterr().out.startswith("0 kernels compiled in")
+
+
+def test_warm_up_names_what_it_does_not_know(capsys):
+    pytest.importorskip("numba")
+    assert main(["warm-up", "--activation", "relux"]) == 1
+    assert "unknown activation 'relux'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["warm-up", "--dtype", "f8"])
+
+
+def test_warm_up_without_numba_says_what_installs_it():
+    code = "import sys; sys.modules['numba'] = None; from gpu_bn.cli import main; sys.exit(main(['warm-up']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("gpu-bn warm-up: backend 'cpu' cannot be used")
+    assert "pip install -e '.[cpu]'" in done.stderr

@@ -1,0 +1,234 @@
+"""What nn.fold folds, and what it leaves because something else reads, changes or replaces the layers."""
+
+import pytest
+from support import rng
+from support.networks import BatchNormAct2d, FrozenBatchNorm2d, register
+
+torch = pytest.importorskip("torch")
+
+from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+from torch.testing import assert_close
+
+from gpu_bn import nn
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    register(monkeypatch)
+
+
+def tensor(*shape, seed=0):
+    return torch.from_numpy(rng(seed).standard_normal(shape)).float()
+
+
+def evaluated(model):
+    """In evaluation mode, with parameters and statistics that are not those it was made with."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            if value.is_floating_point():
+                value += 0.5 * torch.rand(value.shape, generator=generator)
+    return model.eval()
+
+
+def norms(model):
+    frozen = (nn.FrozenBatchNorm2d, FrozenBatchNorm2d)
+    return [
+        module for module in model.modules() if isinstance(module, (torch.nn.modules.batchnorm._BatchNorm, *frozen))
+    ]
+
+
+def pair(conv=None, norm=None):
+    return torch.nn.Sequential(conv or torch.nn.Conv2d(3, 4, 3), norm or torch.nn.BatchNorm2d(4))
+
+
+IMAGES = (2, 3, 6, 6)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: torch.nn.BatchNorm2d(4),
+        lambda: torch.nn.SyncBatchNorm(4),
+        lambda: nn.BatchNorm2d(4, activation="silu"),
+        lambda: nn.BatchNorm(4),
+        lambda: nn.SyncBatchNorm(4),
+        lambda: nn.FrozenBatchNorm2d(4, activation="relu"),
+        lambda: FrozenBatchNorm2d(4),
+        lambda: BatchNormAct2d(4, torch.nn.LeakyReLU(0.2)),
+        lambda: nn.convert(BatchNormAct2d(4, torch.nn.ReLU(inplace=True))),
+    ],
+)
+@pytest.mark.usefixtures("stand_ins")
+def test_known_layers_are_folded_with_their_activations(norm):
+    model, x = evaluated(pair(norm=norm())), tensor(*IMAGES)
+    folded = nn.fold(model)
+    assert not norms(folded)
+    assert not folded.training
+    assert_close(folded(x), model(x))
+
+
+class Scaled(torch.nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x) + 1
+
+
+class OursScaled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x) + 1
+
+
+class Standardised(torch.nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Shifted(torch.nn.LeakyReLU):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def patched(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+def hooked(layer, register, hook):
+    getattr(layer, register)(hook)
+    return layer
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrised(layer):
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+DOUBLE_OUTPUT = ("register_forward_hook", lambda _module, _inputs, y: 2 * y)
+DOUBLE_INPUT = ("register_forward_pre_hook", lambda _module, inputs: (2 * inputs[0],))
+BACKWARD = ("register_full_backward_hook", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pair(norm=Scaled(4)),
+        lambda: pair(norm=OursScaled(4)),
+        lambda: pair(Standardised(3, 4, 3)),
+        lambda: pair(norm=BatchNormAct2d(4, Shifted(0.1))),
+        lambda: pair(norm=BatchNormAct2d(4, hooked(torch.nn.ReLU(), *DOUBLE_OUTPUT))),
+        lambda: pair(norm=patched(torch.nn.BatchNorm2d(4))),
+        *(lambda hook=hook: pair(norm=hooked(nn.BatchNorm2d(4), *hook)) for hook in (DOUBLE_OUTPUT, DOUBLE_INPUT)),
+        *(lambda hook=hook: pair(hooked(torch.nn.Conv2d(3, 4, 3), *hook)) for hook in (DOUBLE_OUTPUT, BACKWARD)),
+        lambda: pair(parametrised(torch.nn.Conv2d(3, 4, 3))),
+        lambda: pair(norm=parametrised(torch.nn.BatchNorm2d(4))),
+        lambda: pair(norm=nn.convert(parametrised(torch.nn.BatchNorm2d(4)))),
+        lambda: pair(torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(3, 4, 3))),
+        lambda: pair(prune.random_unstructured(torch.nn.Conv2d(3, 4, 3), "weight", 0.5)),
+    ],
+)
+@pytest.mark.usefixtures("stand_ins")
+def test_layers_that_may_compute_something_else_are_left(make):
+    model, x = evaluated(make()), tensor(*IMAGES)
+    with torch.no_grad():
+        expected = model(x)  # which also brings a pruned weight up to date, so that it can be copied
+        folded = nn.fold(model)
+        assert_close(folded(x), expected)
+    assert len(norms(folded)) == 1
+
+
+class TiedByReading(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode, self.norm = torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return F.linear(torch.relu(self.norm(self.encode(x))), self.encode.weight.t())
+
+
+class TiedByParameter(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6), torch.nn.BatchNorm1d(6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(torch.relu(self.norm(self.a(x))))
+
+
+@pytest.mark.parametrize("kind", [TiedByReading, TiedByParameter])
+def test_weights_that_are_read_elsewhere_are_left(kind):
+    model, x = evaluated(kind()), tensor(5, 6)
+    folded = nn.fold(model)
+    assert_close(folded(x), model(x))
+    assert len(norms(folded)) == 1
+
+
+class ByName(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+        self.unused, self.unused_too = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.ones(2))
+        self.layers = torch.nn.ModuleList([self.conv, self.norm])
+
+    def forward(self, x):
+        return self.norm(input=self.conv(input=x))
+
+
+@pytest.mark.parametrize("batch", [(), (tensor(*IMAGES),)], ids=["traced", "observed"])
+def test_calls_by_name_are_folded_and_all_else_is_kept(batch):
+    model, x = evaluated(ByName()), tensor(*IMAGES)
+    folded = nn.fold(model, *batch)
+    assert_close(folded(x), model(x))
+    assert type(folded) is ByName
+    assert folded.layers[0] is folded.conv
+    assert {name for name, _ in model.state_dict().items()} - set(folded.state_dict()) == {
+        f"{norm}.{name}" for norm in ("norm", "layers.1") for name in model.norm.state_dict()
+    }
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"),
+    [
+        (torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(4), (5, 4, 8)),
+        (torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(1), (5, 1, 8)),
+        (torch.nn.Linear(8, 4), torch.nn.BatchNorm2d(4), (5, 4, 2, 8)),
+        (torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm1d(4), (3, 6, 6)),  # one image: its rows are the channels
+    ],
+)
+def test_channels_that_are_not_the_layers_outputs_are_left(layer, norm, shape):
+    model, x = evaluated(torch.nn.Sequential(layer, norm)), tensor(*shape)
+    folded = nn.fold(model)
+    assert len(norms(folded)) == 1
+    assert_close(folded(x), model(x))
+
+
+def test_a_batch_tells_how_many_axes_a_linear_layers_outputs_have():
+    model = evaluated(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4)))
+    counter = model[1].num_batches_tracked.clone()
+    for x, left in ((tensor(5, 8), 0), (tensor(5, 4, 8), 1)):
+        folded = nn.fold(model, x)
+        assert len(norms(folded)) == left
+        assert_close(folded(x), model(x))
+    assert model[1].num_batches_tracked == counter
+    with pytest.raises(ValueError, match="2D inputs, got 3D: give nn"):
+        nn.fold(model)(x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("outputs", [1, 16])
+def test_a_single_channel_is_that_of_all_outputs_of_a_linear_layer(bias, outputs):
+    linear, norm = evaluated(torch.nn.Linear(8, outputs, bias=bias)), evaluated(torch.nn.BatchNorm1d(1))
+    x = tensor(5, 1, 8)
+    fused = nn.fuse_linear_bn_eval(linear, norm)
+    assert_close(fused(x), norm(linear(x)))
+    if bias:  # without one torch's has a bias of one element
+        assert_close(fused.state_dict(), torch.nn.utils.fuse_linear_bn_eval(linear, norm).state_dict())
+    with pytest.raises(ValueError, match=f"outputs, {outputs}, got 3"):
+        nn.fuse_linear_bn_eval(linear, evaluated(torch.nn.BatchNorm1d(3)))

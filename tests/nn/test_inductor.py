@@ -1,0 +1,108 @@
+"""What inductor makes around the operators: for conv-BN-ReLU-conv-BN-add-ReLU, beside torch's layers.
+
+Those are what training composed of torch's operations would be too: inductor decomposes them and fuses the parts.
+"""
+
+import pytest
+from support import needs_a_compiler
+
+torch = pytest.importorskip("torch")
+
+from torch._inductor import config, metrics
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import FusedSchedulerNode, SchedulerNode
+
+from gpu_bn import nn
+from gpu_bn.plan import DEVICES, Work, plan
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MOST = {("contiguous", True): 5, ("channels_last", True): 1, ("contiguous", False): 6, ("channels_last", False): 2}
+"""Format and training: kernels with our layers, those of the convolutions and the skip's gradient included."""
+PASSES = {"contiguous": (7.5, 26), "channels_last": (3.1, 23)}
+"""Format: how many times kernels of inductor's move a whole tensor in training, at most with our layers and at least
+with torch's. Inductor counts a tensor once a kernel, also where a kernel of its needs it twice."""
+WORKS = (
+    Work(32, 64, 3136, 2),
+    Work(32, 64, 3136, 2, backward=True, reads=2, staged=2),
+    Work(32, 64, 3136, 2, reads=2, mask=True),
+    Work(32, 64, 3136, 2, backward=True, reads=2, writes=2, staged=2, mask=True),
+)
+"""The calls of the block's layers."""
+
+
+class Block(torch.nn.Module):
+    def __init__(self, ours):
+        super().__init__()
+        self.ours = ours
+        self.convolutions = torch.nn.ModuleList(torch.nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+        norm = (lambda: nn.BatchNorm2d(8, activation="relu")) if ours else (lambda: torch.nn.BatchNorm2d(8))
+        self.norms = torch.nn.ModuleList(norm() for _ in range(2))
+
+    def forward(self, x):
+        z = self.norms[0](self.convolutions[0](x))
+        if self.ours:
+            return self.norms[1](self.convolutions[1](z), x)
+        return torch.relu(self.norms[1](self.convolutions[1](torch.relu(z))) + x)
+
+
+def compiled(ours, memory_format, training):
+    """How many kernels the forward and the backward graph have, and how many times they move a tensor like the input.
+
+    The convolutions and our operators are not counted.
+    """
+    torch._dynamo.reset()
+    metrics.reset()
+    model = Block(ours).to(memory_format=FORMATS[memory_format]).train(training)
+    x = torch.randn(2, 8, 24, 24).to(memory_format=FORMATS[memory_format]).requires_grad_(training)
+    moved, generate = [], GraphLowering.codegen
+
+    def codegen(graph):
+        code = generate(graph)
+        ours = [node for node in graph.scheduler.nodes if isinstance(node, (SchedulerNode, FusedSchedulerNode))]
+        moved.extend(node.get_read_write_buffers_sizes() for node in ours)
+        return code
+
+    with config.patch(force_disable_caches=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GraphLowering, "codegen", codegen)
+        y = torch.compile(model, fullgraph=True)(x)
+        if training:
+            y.backward(torch.randn_like(y))
+            assert x.grad.stride() == x.stride()
+    torch._dynamo.reset()
+    assert y.stride() == x.stride()
+    return metrics.generated_kernel_count, sum(moved) / x.nbytes
+
+
+def own_passes(tier):
+    """How many times our kernels move a tensor in training, of whole layers on a GPU."""
+    plans = [plan(work, DEVICES["h100"], tier) for work in WORKS]
+    moved = [sum(one.read_bytes) + sum(one.written_bytes) for one in plans]
+    return sum(moved) / WORKS[0].tensor_bytes
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("memory_format", list(FORMATS))
+def test_no_copies_around_the_operators(memory_format, training):
+    count, moved = compiled(True, memory_format, training)
+    assert count <= MOST[memory_format, training]
+    assert not training or moved <= PASSES[memory_format][0]
+
+
+@needs_a_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", list(FORMATS))
+def test_no_more_kernels_and_bytes_than_with_torchs_layers(memory_format, training):
+    count, moved = compiled(False, memory_format, training)
+    own_launches = 8 if training else 0
+    assert count >= MOST[memory_format, training] + own_launches
+    assert not training or moved >= PASSES[memory_format][1]
+
+
+@pytest.mark.parametrize("memory_format", list(FORMATS))
+def test_the_operators_move_fewer_bytes_than_the_composed_form(memory_format):
+    """Also where each call takes two launches, each of which goes through the tensor."""
+    around, composed = PASSES[memory_format]
+    assert own_passes("cooperative") < own_passes("split")
+    assert around + own_passes("split") < composed

@@ -1,0 +1,120 @@
+"""The container files agree with each other, with pyproject.toml and with what the pages say."""
+
+import json
+import os
+import re
+import tomllib
+
+import pytest
+from support.paths import ROOT
+
+from gpu_bn.cli.commands import parser
+
+yaml = pytest.importorskip("yaml", reason="needs PyYAML")
+requirements = pytest.importorskip("packaging.requirements", reason="needs packaging")
+
+DOCKER = ROOT / "docker"
+COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+GUIDE = (ROOT / "docs" / "containers.md").read_text()
+COMMAND = "docker compose -f docker/compose.yaml run --rm"
+SERVICES = ("test", "bench")
+
+
+def instructions(text):
+    """The Dockerfile's instructions, continued lines joined."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines()
+
+
+def stages(text):
+    """Name of a stage to its instructions, those of the stage that it is built on first."""
+    found = {}
+    for line in instructions(text):
+        if line.startswith("FROM"):
+            _, base, _, name = line.split()
+            found[name] = list(found.get(base, [line]))
+        elif found:
+            found[name].append(line)
+    return found
+
+
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+STAGES = stages(DOCKERFILE)
+
+
+def last(stage, instruction):
+    """What the last of an instruction in a stage says."""
+    return [line.partition(" ")[2] for line in STAGES[stage] if line.startswith(instruction + " ")][-1]
+
+
+def test_the_services_are_the_targets():
+    assert set(COMPOSE["services"]) == set(SERVICES)
+    for name, service in COMPOSE["services"].items():
+        build = service["build"]
+        assert (DOCKER / build["context"]).resolve() == ROOT
+        assert (DOCKER / build["context"] / build["dockerfile"]).samefile(DOCKER / "Dockerfile")
+        assert build["target"] == name
+        assert name in STAGES
+
+
+def test_only_the_benchmark_asks_for_a_gpu():
+    (device,) = COMPOSE["services"]["bench"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert "deploy" not in COMPOSE["services"]["test"]
+
+
+def test_the_benchmark_writes_to_the_mounted_folder():
+    (volume,) = COMPOSE["services"]["bench"]["volumes"]
+    source, target = volume.split(":")
+    command = json.loads(last("bench", "CMD"))
+    assert command[:2] == ["gpu-bn", "bench"]
+    options = parser().parse_args(command[1:])
+    assert str(options.out) == target == "/results"
+    assert options.page.parent == options.out
+    assert f"/{(DOCKER / source).resolve().relative_to(ROOT)}/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize("target", SERVICES)
+def test_an_image_is_not_roots(target):
+    assert last(target, "USER") == "1000"
+
+
+def test_every_base_has_a_tag():
+    for base in re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE):
+        assert base in STAGES or ":" in base
+    assert not re.search(r"\blatest\b", DOCKERFILE)
+
+
+def test_versions_are_ranges():
+    packages = re.findall(r'^ARG \w+="(.+)"$', DOCKERFILE, re.MULTILINE)
+    assert {requirements.Requirement(package).name for package in packages} == {"torch", "cupy-cuda12x"}
+    for package in packages:
+        assert sorted(bound.operator for bound in requirements.Requirement(package).specifier) == ["<", ">="]
+
+
+def test_the_extras_are_declared():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = [name for names in re.findall(r"-e '\.\[(.+)\]'", DOCKERFILE) for name in names.split(",")]
+    assert installed == ["test", "gpu", "bench"]
+    assert set(installed) <= set(extras)
+
+
+def test_the_test_image_runs_the_readmes_command():
+    (install,) = re.findall(r"^RUN (python3 -m venv .+ -e '\.\[test\]')$", DOCKERFILE, re.MULTILINE)
+    install = install.replace('${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ', "")
+    command = f"{install} && {' '.join(json.loads(last('test', 'CMD')))}"
+    assert command in (ROOT / "README.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", ["check", "entrypoint.sh"])
+def test_a_script_is_executable(name):
+    assert os.access(DOCKER / name, os.X_OK)
+
+
+def test_the_image_leaves_out_the_repository_and_environments():
+    assert {".git", "**/.venv", "/bench-report"} <= set((ROOT / ".dockerignore").read_text().splitlines())
+
+
+def test_the_documented_commands_name_services():
+    assert set(re.findall(rf"{re.escape(COMMAND)} (\w+)", GUIDE)) == set(SERVICES)
+    assert set(re.findall(r"docker/check (\w+)", GUIDE)) <= set(SERVICES)

@@ -1,0 +1,188 @@
+"""The record of what the compilers make of every variant of the kernels: of these sources, and within the gates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+
+import pytest
+import record_gates
+from emulator.compile import ARCHITECTURES
+from support import gates
+from support.cuda_variants import FAMILY as CUDA
+from support.gates import REMEDY, Definitions, Family, Group, Limits, Record, Resources
+
+try:
+    from support.triton_variants import FAMILY as TRITON
+except ImportError as error:
+    TRITON, ABSENT = None, f"no Triton kernels here: {error}"
+
+FAMILIES = {"cuda": CUDA, "triton": TRITON}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    found = FAMILIES[request.param]
+    if found is None:
+        pytest.skip(ABSENT)
+    return found
+
+
+@pytest.fixture
+def current(family):
+    """What the record has of the present sources."""
+    return Record.read(family).current(family)
+
+
+def test_what_is_recorded_is_within_the_gates(family, current):
+    assert not Record.read(family).outside
+    for group, cell in current.items():
+        limits = [family.limits(group, name) for name in family.variants(group)]
+        assert cell.kernels == len(limits), group
+        assert cell.spilled == cell.stack == 0, group
+        assert cell.registers <= max(limit.registers for limit in limits), group
+        assert cell.shared <= max(limit.shared for limit in limits), group
+        assert cell.load == cell.store == group.width, group
+
+
+def test_every_variant_is_recorded(family, current):
+    missing = Counter(group.arch for group in family.every_group() if group not in current)
+    if missing:
+        groups = ", ".join(f"{count} of sm_{arch}" for arch, count in missing.items())
+        pytest.skip(f"groups of {family.name} kernels not compiled since their sources changed: {groups}; {REMEDY}")
+    assert {group.arch for group in current} == set(ARCHITECTURES)
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_cuda")
+@pytest.mark.parametrize("group", CUDA.drawn(2), ids=str)
+def test_drawn_cuda_kernels(group):
+    CUDA.check(group)
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_triton")
+@pytest.mark.parametrize("group", TRITON.drawn(2) if TRITON else [], ids=str)
+def test_drawn_triton_kernels(group):
+    TRITON.check(group)
+
+
+@cache
+def changed():
+    """CUDA's groups that have changed since they were recorded, and the registers that they had to spare."""
+    return CUDA.changed()
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_cuda")
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", gates.ITEMSIZE)
+def test_cuda_kernels_that_have_changed_are_within_the_gates(dtype):
+    """Those likely to be outside: of each kind and layout the one that had the fewest registers to spare."""
+    tightest = {}
+    for group in changed():
+        if group.dtype == dtype:
+            tightest.setdefault((group.kind, group.columns), group)
+    require_within_the_gates(CUDA, tightest.values())
+
+
+DRAWN = 1
+"""Groups of an architecture that a long run compiles, of those that were tight; others with each change of sources."""
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_cuda")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "most",
+    [
+        pytest.param(DRAWN, marks=pytest.mark.slow, id="drawn"),
+        pytest.param(None, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)], id="all"),
+    ],
+)
+def test_cuda_kernels_that_have_changed_and_were_tight_are_within_the_gates(arch, most):
+    tight = CUDA.shuffled(group for group, spare in changed().items() if group.arch == arch and spare <= 2)
+    require_within_the_gates(CUDA, tight[:most])
+    if len(tight[:most]) < len(tight):
+        pytest.skip(f"{most} groups drawn of {len(tight)} are within the gates; -m exhaustive compiles the others")
+
+
+def require_within_the_gates(family, groups):
+    outside = [
+        why for group in groups for why in family.outside(group, family.build(group, family.variants(group), True))
+    ]
+    assert not outside, "\n".join(outside)
+
+
+# ------------------------------------------------------------------------------------------------ how that is judged
+GROUP = Group(80, "relu", "float16", 8, False, "WHOLE")
+GOOD = Resources(40, 0, 0, 512, (4, 16), (16,))
+
+
+def toy(kernels, stamp="one"):
+    """A family of one group, whose compiler always says the same."""
+    return Family(
+        "toy", lambda: "compiler 1", lambda arch: [GROUP] if arch == 80 else [], lambda _: 0,
+        lambda _: list(kernels), lambda _, names, _cached: {name: kernels[name] for name in names},
+        lambda *_: Limits(128, 1024), lambda *_: stamp, lambda: stamp,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spilled": 4}, {"stack": 8}, {"registers": 129}, {"shared": 1025}, {"loads": (4, 8)}, {"loads": (16, 32)},
+        {"stores": (8,)}, {"stores": ()},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_kernel_outside_the_gates_is_found(change, tmp_path, monkeypatch):
+    monkeypatch.setattr(gates, "DATA", tmp_path)
+    family = toy({"good": GOOD, "bad": GOOD._replace(**change)})
+    with pytest.raises(AssertionError, match="sm_80 relu float16 x8 rows WHOLE: bad: "):
+        family.check(GROUP)
+    record_gates.sweep(family, tmp_path, 1)
+    record_gates.write(family, tmp_path)
+    record = Record.read(family)
+    with pytest.raises(AssertionError):
+        test_what_is_recorded_is_within_the_gates(family, record.current(family))
+
+
+def test_the_record_is_of_what_was_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(gates, "DATA", tmp_path)
+    family = toy({"good": GOOD, "better": GOOD._replace(registers=30)})
+    record_gates.sweep(family, tmp_path, 1)
+    record_gates.write(family, tmp_path)
+    cell = Record.read(family).current(family)[GROUP]
+    assert (cell.kernels, cell.registers, cell.shared, cell.load) == (2, 40, 512, 16)
+    test_what_is_recorded_is_within_the_gates(family, {GROUP: cell})
+    family.check(GROUP)
+    with pytest.raises(AssertionError):  # the same kernels, and another compilation
+        toy({"good": GOOD._replace(registers=41), "better": GOOD._replace(registers=30)}).check(GROUP)
+
+
+def test_a_row_serves_as_long_as_its_kernels_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(gates, "DATA", tmp_path)
+    record_gates.sweep(toy({"good": GOOD}), tmp_path, 1)
+    more, changed = toy({"good": GOOD, "more": GOOD}), toy({"good": GOOD}, stamp="two")
+    assert record_gates.Rows(more, tmp_path).missing(GROUP) == ["more"]
+    assert record_gates.Rows(more, tmp_path).missing(GROUP._replace(activation="gelu")) == ["more"]
+    assert record_gates.Rows(more, tmp_path).missing(GROUP._replace(arch=90)) == ["good", "more"]
+    assert record_gates.Rows(changed, tmp_path).missing(GROUP) == ["good"]
+    record_gates.write(toy({"good": GOOD}), tmp_path)
+    for family in (more, changed):
+        assert not Record.read(family).current(family)
+        with pytest.raises(pytest.skip.Exception, match="nothing of these sources"):
+            family.check(GROUP)
+    record_gates.sweep(more, tmp_path, 2)
+    assert set(record_gates.Rows(more, tmp_path).kernels(GROUP)) == {"good", "more"}
+
+
+def test_a_definition_concerns_what_can_come_to_it():
+    def stamps(tier):
+        found = Definitions([(["cta"], "struct cta {}"), (["tier"], tier), (["kernel"], "void kernel(Tier) { cta; }")])
+        return found.stamp(["kernel", "cta"]), found.stamp(["kernel", "tier"])
+
+    before, after = stamps("struct tier { one }"), stamps("struct tier { two }")
+    assert before[0] == after[0]
+    assert before[1] != after[1]

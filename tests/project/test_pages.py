@@ -1,0 +1,37 @@
+"""The pages' numbers are those of the code and of the records, and their links lead somewhere."""
+
+import re
+
+import pages
+import pytest
+from support.paths import ROOT
+
+TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("docs/*/*.md")])
+
+
+def test_every_generated_part_is_current():
+    assert pages.stale() == [], "python tests/pages.py"
+
+
+def test_a_changed_number_is_noticed():
+    text = "the suite has <!-- cases -->0<!-- /cases --> cases"
+    assert pages.renewed(text) != text
+    assert pages.renewed(pages.renewed(text)) == pages.renewed(text)
+
+
+def anchors(path):
+    """Those of the page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_link_leads_to_a_file_and_a_heading(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        other = path.parent / file if file else path
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target

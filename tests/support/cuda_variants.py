@@ -1,0 +1,160 @@
+"""The CUDA kernels that calls can come to, and their compile gates."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Collection, Iterator
+from functools import cache
+from itertools import product
+
+from emulator.compile import build_cuda, compile_cuda, nvrtc_library
+
+from gpu_bn.activations import ROWS
+from gpu_bn.backends.cupy import sources as cuda_sources
+from gpu_bn.plan import STATIC_SHARED, VECTOR_BYTES, Tiling
+from support.gates import ITEMSIZE, Definitions, Family, Group, Limits, Resources
+
+REGISTERS = {"float32": 128, "float16": 128, "bfloat16": 128, "float64": 255}
+"""A file of 65,536 for two blocks of 256 threads; float64 has one block and the most that a thread may have."""
+SMALL = ("bn_track_kernel<double>", "bn_add_groups_kernel<double>")
+"""Kernels with a thread for each channel, the same for all activations."""
+BATCHES = (cuda_sources.WHOLE, "GROUPS", "MASKED_GROUPS")
+HEAVY = ("relu", "gelu", "gelu_tanh")
+"""One bit decides the gradient; the longest expressions."""
+
+
+def groups(arch: int) -> Iterator[Group]:
+    """All groups of an architecture."""
+    for activation, batch, dtype, columns in product(ROWS, BATCHES, ITEMSIZE, (True, False)):
+        for vector in (8, 4, 2, 1):
+            if vector * ITEMSIZE[dtype] <= VECTOR_BYTES:
+                yield Group(arch, activation, dtype, vector, columns, batch)
+
+
+def importance(group: Group) -> tuple[int, bool]:
+    """Full vectors and whole batches first."""
+    return (group.kind != cuda_sources.WHOLE) + (not group.full), group.activation not in HEAVY
+
+
+def on_chip_tiers(arch: int) -> list[tuple[str, str]]:
+    """The middle of a kernel's name, and the argument that says how its blocks meet."""
+    clusters = [("_cluster", str(blocks)) for blocks in (2, 4, 8)] if arch >= 90 else []
+    return [("", "Cta"), ("", "Cooperative"), *clusters]
+
+
+def variants(group: Group) -> list[str]:
+    """The name expressions of all kernels that a call with such tensors can come to."""
+    activation, columns = group.activation, group.columns
+    tiling = Tiling(columns, 1, 1, 1, group.vector, 1, 1, 1)
+    masked = group.full and cuda_sources.switched(activation)
+    # Residual and mask. The phases of SyncBatchNorm write no mask, so that their kernels come without it as well.
+    fused = [(False, False), (True, masked)]
+    phases = sorted({*fused, (True, False)})
+    if activation == "identity":
+        sources = split_sources = ["DY"]
+    else:
+        sources = ["FROM_X", "FROM_MASK" if masked else "FROM_RESIDUAL"]
+        split_sources = sorted({*sources, "FROM_RESIDUAL"})
+    crowded = columns and group.vector == 8  # three tensors on chip: see plan.py
+    resident = [source for source in sources if not (crowded and source == "FROM_RESIDUAL")]
+    tiers = on_chip_tiers(group.arch) if group.kind == cuda_sources.WHOLE else []
+    calls = [
+        ("bn_stats_kernel",),
+        *(("bn_normalize_kernel", *flags) for flags in phases),
+        *((f"bn_forward{kind}_kernel", tier, *flags) for (kind, tier), flags in product(tiers, fused)),
+        *((f"bn_backward_{part}_kernel", source) for part, source in product(("reduce", "input"), split_sources)),
+        *((f"bn_backward{kind}_kernel", tier, source) for (kind, tier), source in product(tiers, resident)),
+    ]
+    return [cuda_sources.kernel(name, group.dtype, tiling, *arguments, batch=group.kind) for name, *arguments in calls]
+
+
+def build(group: Group, names: Collection[str], cached: bool) -> dict[str, Resources]:
+    """Compile kernels of a group."""
+    compiler = compile_cuda if cached else build_cuda
+    compiled = compiler(
+        cuda_sources.source(group.activation), group.arch, cuda_sources.OPTIONS, expressions=list(names)
+    )
+    return {name: Resources.of(compiled[name]) for name in names}
+
+
+def limits(group: Group, name: str) -> Limits:
+    """Registers for two blocks an SM; full vectors of all tensors."""
+    return Limits(REGISTERS[group.dtype], STATIC_SHARED, writes="stats" not in name)
+
+
+def compiler() -> str:
+    """NVRTC's version, to the patch: it has the assembler in it."""
+    library = nvrtc_library()
+    package = "nvidia-cuda-nvrtc-cu12" if library and "cu13" not in str(library) else "nvidia-cuda-nvrtc"
+    return f"NVRTC {importlib.metadata.version(package)}"
+
+
+def stamp(group: Group, name: str) -> str:
+    """Of the source that a kernel can come to, as the preprocessor leaves it for the architecture, without comments."""
+    return definitions(group.arch, group.activation).stamp(re.findall(r"\w+", name))
+
+
+@cache
+def definitions(arch: int, activation: str) -> Definitions:
+    """The definitions at the top of a source, and the compiler's options."""
+    text = re.sub(r"//.*", "", cuda_sources.source(activation)).replace("\\\n", " ")
+    found: list[tuple[list[str], str]] = [([], f"// {' '.join(cuda_sources.OPTIONS)}")]
+    lines: list[str] = []
+    depth = 0
+    for line in for_architecture(text, arch):
+        words = " ".join(line.split())
+        depth += words.count("{") - words.count("}")
+        if words:
+            lines.append(words)
+        if lines and depth == 0 and (words.endswith((";", "}")) or words.startswith("#")):
+            found.append((_names(" ".join(lines)), "\n".join(lines)))
+            lines = []
+    assert not lines, "a definition that does not end"
+    return Definitions(found)
+
+
+def _names(definition: str) -> list[str]:
+    """What a definition defines; none if that is not plain, which makes it part of every kernel."""
+    head = re.sub(r"template <.*?> (?=struct|DEVICE|__global__)", "", definition)
+    match head.split()[0]:
+        case "#define":
+            return re.findall(r"#define (\w+)", head)
+        case "enum":
+            return re.findall(r"\w+", head)[1:]
+        case "constexpr":
+            return re.findall(r"\w+(?= =)", head)
+        case "typedef":
+            return re.findall(r"\w+(?=;)", head)
+        case "struct":
+            return re.findall(r"struct (?:alignas\(.*?\)\) )?(\w+)", head)[:1]
+        case "extern":
+            return re.findall(r"\w+(?=\[)", head)
+        case _:  # a function
+            head = re.sub(r"__launch_bounds__\(.*?\)+ |CLUSTER_OF\(\w+\)", "", head)
+            return re.findall(r"\w+(?=\()", head)[:1]
+
+
+def for_architecture(source: str, arch: int) -> Iterator[str]:
+    """The lines that ``#if __CUDA_ARCH__ >= ...`` leaves: a change for one architecture concerns no other's kernels."""
+    taken: list[tuple[bool, bool]] = []  # of each #if that is open: whether its lines are taken, and whether some were
+    for line in source.splitlines():
+        directive = re.match(r"\s*#(if|elif|else|endif)\b(?: __CUDA_ARCH__ (<|>=) (\d+)\s*$)?", line)
+        if directive is None:
+            if all(now for now, _ in taken):
+                yield line
+            continue
+        kind, relation, number = directive.groups()
+        assert bool(relation) == (kind in ("if", "elif")), line
+        holds = not relation or (10 * arch >= int(number)) == (relation == ">=")
+        done = kind != "if" and taken.pop()[1]
+        if kind != "endif":
+            taken.append((holds and not done, holds or done))
+
+
+def sources() -> str:
+    """All text, of all activations."""
+    return "".join(map(cuda_sources.source, ROWS))
+
+
+FAMILY = Family("cuda", compiler, groups, importance, variants, build, limits, stamp, sources)

@@ -1,0 +1,66 @@
+"""Random calls at the edges of what GPU backends take. A seed is a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from gpu_bn.plan import TIERS
+from gpu_bn.testing import Case, Problem, build
+from gpu_bn.testing.cases import AFFINE, DTYPES, LAYOUTS, MASKS, MODES
+
+SIZES = (1, 1, 2, 3, 5, 7, 8, 13, 16, 31, 49, 64, 97, 130)
+MOST = 24_000
+"""Elements of a tensor."""
+SCALES = {"usual": (0.5, 1.5), "mean 1e4 sd": (1e4, 1.0), "1e15": (3e15, 1e15), "1e-15": (3e-15, 1e-15)}
+CHANGES = ("none", "none", "none", "constant", "zeros of both signs", "some weights zero")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call: a case, a change of its numbers, and where it runs."""
+
+    case: Case
+    change: str
+    arch: int
+    tier: str | None
+
+    def problem(self) -> Problem:
+        """The case's arrays, changed."""
+        problem = build(self.case)
+        x, weight = problem.x, problem.weight
+        if x.flags.writeable and self.case.layout != "broadcast" and self.case.mask is None:
+            if self.change == "constant":
+                x[...] = x.reshape(-1)[0]
+            elif self.change == "zeros of both signs":
+                x[...] = np.where(np.signbit(x.astype(np.float32)), -0.0, 0.0)
+        if self.change == "some weights zero" and weight is not None:
+            weight = weight.copy()
+            weight[::2] = 0
+        return replace(problem, weight=weight)
+
+
+def draw(seed: int) -> Call:
+    """The call of a seed."""
+    rng = np.random.default_rng(seed)
+
+    def one(choices: Any) -> Any:
+        return choices[rng.integers(len(choices))]
+
+    shape: tuple[int, ...] = (MOST + 1,)
+    while prod(shape) > MOST:
+        shape = tuple(one(SIZES) for _ in range(rng.integers(2, 5)))
+    dtype = one(DTYPES)
+    scales = ("usual", "mean 1e4 sd") if dtype == "float16" else tuple(SCALES)
+    mean, std = SCALES[one(scales)]
+    mask = one(MASKS) if rng.random() < 0.15 else None
+    groups = [size for size in (2, 3, 4, 8) if shape[0] % size == 0 and shape[0] > size]
+    case = Case(
+        shape, dtype, one(LAYOUTS), activation=one(("identity", "relu", "gelu")), residual=bool(rng.random() < 0.4),
+        affine=one(AFFINE[:4]), mode=one(MODES), mean=mean, std=std, mask=mask,
+        virtual_batch_size=one(groups) if groups and mask is None and rng.random() < 0.4 else None,
+    )  # fmt: skip
+    return Call(case, one(CHANGES), one((75, 80, 90, 90, 120)), one((None, None, *TIERS)))

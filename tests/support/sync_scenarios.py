@@ -1,0 +1,225 @@
+"""What the processes of ``nn/test_sync.py`` do; the test compares it with one process on the whole batch."""
+
+import torch
+import torch.distributed as dist
+
+from gpu_bn import nn
+
+BATCH = 12
+SPLITS = ((12,), (6, 6), (11, 1), (0, 12), (4, 4, 4), (7, 0, 5), (3, 3, 3, 3), (5, 6, 0, 1))
+
+
+class Net(torch.nn.Module):
+    """Two layers with activations, the second with a residual."""
+
+    def __init__(self, norm, dtype=torch.float64, **options):
+        super().__init__()
+        torch.manual_seed(5)
+        self.first = torch.nn.Conv2d(3, 4, 3, padding=1, dtype=dtype)
+        self.second = torch.nn.Conv2d(4, 4, 3, padding=1, dtype=dtype)
+        self.a = norm(4, dtype=dtype, activation="relu", **options)
+        self.b = norm(4, dtype=dtype, activation="silu", momentum=None, **options)
+
+    def forward(self, x):
+        h = self.a(self.first(x))
+        return self.b(self.second(h), h)
+
+
+def data(step, *shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
+
+
+def train(net, part, add, steps=20):
+    """SGD steps on a part of each batch; outputs and gradients of the last step, and the state after it."""
+    for step in range(steps):
+        x = data(step, BATCH, 3, 5, 4)[part].mul(3).add(7).requires_grad_()
+        y = net(x)
+        net.zero_grad()
+        (y * data(100 + step, *y.shape[1:])).square().sum().div(BATCH).backward()
+        gradients = torch.nn.utils.parameters_to_vector([parameter.grad for parameter in net.parameters()])
+        add(gradients)
+        torch.nn.utils.vector_to_parameters(gradients, [parameter.grad for parameter in net.parameters()])
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter -= 0.01 * parameter.grad
+    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
+    return {"y": y.detach(), "dx": x.grad, "gradients": gradients, "state": net.state_dict()}
+
+
+def equality(rank, world):
+    """Trainings over process groups of every size, for every split of the batch; ``None`` outside the group."""
+    groups = {size: dist.new_group(range(size)) for size in range(1, world + 1)}
+    results = {}
+    for sizes in SPLITS:
+        if rank < len(sizes):
+            group = groups[len(sizes)]
+            part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            net = Net(nn.SyncBatchNorm, process_group=group)
+            results[sizes] = train(net, part, lambda tensor, group=group: dist.all_reduce(tensor, group=group))
+    return results
+
+
+def mine(rank, world, *shape, seed=0, dtype=torch.float64, size=6):
+    """A part of a batch of ``size``, and the whole of it."""
+    whole = data(seed, size, *shape, dtype=dtype).mul(2).add(3)
+    return whole.tensor_split(world)[rank].clone(), whole
+
+
+def numerics(rank, world):
+    """Half inputs, memory formats, every rank of input, one position a process, and nothing at all."""
+    results = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        layer = nn.SyncBatchNorm(3, activation="relu")
+        x = mine(rank, world, 3, 9, 7, dtype=dtype)[0].to(memory_format=torch.channels_last).requires_grad_()
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y, x, y.detach())
+        results[dtype] = y.detach(), dx, layer.running_var
+    for shape in ((3,), (3, 5), (3, 2, 3, 4)):
+        results[len(shape)] = nn.SyncBatchNorm(3, dtype=torch.float64)(mine(rank, world, *shape)[0]).detach()
+    layer = nn.SyncBatchNorm(3, dtype=torch.float64)
+    results["one each"] = layer(mine(rank, world, 3, size=world)[0]).detach(), layer.state_dict()
+    layer = nn.SyncBatchNorm(3, dtype=torch.float64)
+    x = torch.empty(0, 3, 4, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    results["nothing"] = y.detach(), x.grad, layer.weight.grad, layer.state_dict()
+    layer = nn.SyncBatchNorm(3)
+    wide = layer(mine(rank, world, 3, 64, dtype=torch.float32)[0] * (1e25 if rank else 1e20))
+    results["wide"] = wide.detach()
+    frozen = nn.freeze(nn.SyncBatchNorm(3, dtype=torch.float64))
+    results["frozen"] = frozen(mine(rank, world, 3)[0]).detach() if rank == 0 else None  # waits for nobody
+    return results
+
+
+def penalty(norm, x, residual, dy):
+    """Gradients of a function of first gradients."""
+    x, residual, dy = (tensor.clone().requires_grad_() for tensor in (x, residual, dy))
+    inputs = (x, residual, norm.weight, norm.bias)
+    firsts = torch.autograd.grad((norm(x, residual) * dy).sum(), inputs, create_graph=True)
+    value = (firsts[0].sin() + firsts[1] ** 2).sum()
+    return torch.autograd.grad(value, (x, residual, norm.weight, norm.bias, dy), materialize_grads=True)
+
+
+def second(rank, world):
+    results = {}
+    for activation in ("identity", "silu"):
+        norm = nn.SyncBatchNorm(3, dtype=torch.float64, activation=activation)
+        parts = [mine(rank, world, 3, 4, seed=seed)[0] for seed in range(3)]
+        results[activation] = penalty(norm, *parts)
+    return results
+
+
+def by_inductor(rank, world):
+    return compiled(rank, world, "inductor")
+
+
+def compiled(rank, world, backend="aot_eager"):
+    """A layer itself, and compiled whole, for parts of changing size."""
+    results = []
+    x = mine(rank, world, 3, 4, dtype=torch.float32)[0]
+    for wrap in (lambda layer: layer, lambda layer: torch.compile(layer, fullgraph=True, backend=backend)):
+        layer = nn.SyncBatchNorm(3, activation="relu", momentum=None)
+        call = wrap(layer)
+        for size in (3, 3, 2):
+            part, residual = (x[:size].clone().requires_grad_() for _ in range(2))
+            y = call(part, residual)
+            layer.zero_grad()
+            (y * y).sum().backward()
+        grads = part.grad, residual.grad, layer.weight.grad, layer.bias.grad
+        results.append((y.detach(), grads, layer.state_dict()))
+    return results
+
+
+def in_ddp(rank, world):
+    """Two forward calls before one backward, while DistributedDataParallel writes to the buffers."""
+    gradients = []
+    for norm in (nn.BatchNorm1d, nn.SyncBatchNorm):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), norm(4, activation="relu")).double()
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=True)
+        parts = [mine(rank, world, 3, seed=seed)[0] for seed in range(2)]
+        sum((model(part) ** 2).sum() for part in parts).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    return gradients
+
+
+def masked_inputs(dtype=torch.float64):
+    """A batch of 6 with a mask; what is hidden is NaN. The second half of it, the second process's part, has little."""
+    x, residual, dy = (data(seed, 6, 3, 5, dtype=dtype) for seed in range(3))
+    mask = torch.rand((6, 5), generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[3:] = False
+    mask[4, 2] = True
+    for tensor in (x, residual, dy):
+        tensor.masked_fill_(~mask[:, None], torch.nan)
+    return x, residual, dy, mask
+
+
+def masked_step(norm, x, residual, dy, mask):
+    """Outputs, first and second derivatives."""
+    x, residual = (tensor.clone().requires_grad_() for tensor in (x, residual))
+    inputs = (x, residual, norm.weight, norm.bias)
+    y = norm(x, residual, mask=mask)
+    firsts = torch.autograd.grad(y, inputs, dy)
+    again = torch.autograd.grad(norm(x, residual, mask=mask), inputs, dy, create_graph=True)
+    seconds = torch.autograd.grad(again[0].sin().sum(), inputs, materialize_grads=True)
+    return y.detach(), firsts, [tensor.detach() for tensor in again], seconds, norm.state_dict()
+
+
+def masked(rank, world):
+    results = {}
+    for activation in ("identity", "silu"):
+        norm = nn.SyncBatchNorm(3, dtype=torch.float64, activation=activation)
+        parts = [tensor.tensor_split(world)[rank] for tensor in masked_inputs()]
+        results[activation] = masked_step(norm, *parts)
+    layer = nn.SyncBatchNorm(3, dtype=torch.float64)
+    x, _, _, mask = (tensor.tensor_split(world)[rank] for tensor in masked_inputs())
+    with nn.accumulate_statistics(layer):
+        for part, there in zip(x.split(2), mask.split(2), strict=True):
+            layer(part, mask=there)
+    results["accumulated"] = layer.state_dict()
+    return results
+
+
+def inside_a_group(rank, world):
+    """Outside the layer's group a layer is alone."""
+    group = dist.new_group([0])
+    layer = nn.SyncBatchNorm(3, process_group=group, dtype=torch.float64)
+    return layer(mine(rank, world, 3)[0]).detach()
+
+
+BATCHES = ((5, 3), (2, 4, 1))
+"""Sizes of the batches that each process has of a data set."""
+
+
+def batches(rank):
+    """This process's part of a data set; labels beside the inputs."""
+    sizes = [size for sizes in BATCHES[:rank] for size in sizes]
+    start = sum(sizes)
+    for size in BATCHES[rank]:
+        yield data(1, 15, 3, 4)[start : start + size] * 3 + 1e3, "labels"
+        start += size
+
+
+def population(rank, _):
+    """Over processes that have different numbers of batches; and those with shared statistics, which may not."""
+    results = {}
+    plain = nn.BatchNorm(3, dtype=torch.float64)
+    nn.update_population_stats(plain, batches(rank))
+    results["plain"] = plain.state_dict()
+    layers = [nn.SyncBatchNorm(3, dtype=torch.float64) for _ in range(2)]
+    model = torch.nn.Sequential(*layers)
+    nn.update_population_stats(model, batches(rank), steps=2)
+    results["shared"] = model.state_dict()
+    try:
+        nn.update_population_stats(model, batches(rank))
+    except ValueError as error:
+        results["uneven"] = str(error)
+    return results
+
+
+def accumulated(rank, world):
+    layer = nn.SyncBatchNorm(3, dtype=torch.float64)
+    with nn.accumulate_statistics(layer):
+        for part in mine(rank, world, 3, 4)[0].split(1):
+            layer(part)
+    return layer.state_dict()

@@ -1,0 +1,228 @@
+"""Bugs planted in the Triton kernels, and what must notice each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu_bn.backends.triton import programs
+from gpu_bn.testing import Case
+
+PLAIN = Case((5, 3, 37), activation="relu")
+LONG = Case((3, 2, 2732), activation="relu", residual=True)
+LARGE_MEAN = Case((12, 8, 10, 11), mean=1e4, std=1.0)
+COLUMNS = Case((70, 24), "float16", activation="relu", residual=True)
+CHAINS = Case((5, 2, 5000), activation="relu")
+WITHOUT_WEIGHT = Case((5, 3, 37), activation="relu", affine="none")
+SLOPED = Case((4, 6, 16, 2), "float16", activation="leaky_relu", residual=True)
+FROZEN = Case((4, 6, 5, 7), mode="eval", mean=1e4, std=1.0, param_dtype="float64")
+KINKS = Case((4, 6, 5), activation="relu6", affine="kinks")
+MASKED = Case((5, 3, 36), mask="random", activation="relu")
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A text of one file and what replaces it; the case, the tier and the chains that show it, and what is said."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    noticed: str
+    case: Case = LONG
+    tier: str = "split"
+    more: tuple[tuple[str, str], ...] = ()
+    chain: int = programs.CHAIN
+
+
+COMMON, FORWARD, BACKWARD, ACTIVATIONS = (f"{name}.py" for name in ("common", "forward", "backward", "activations"))
+BUGS = [
+    Bug(
+        "mask of the tail dropped",
+        COMMON,
+        "known = (position < last)[:, None]",
+        "known = (position < position + 1)[:, None]",
+        "out of bounds",
+        PLAIN,
+        "cta",
+    ),
+    Bug(
+        "mask of the channels dropped",
+        COMMON,
+        "tl.arange(0, LANES * VEC) // VEC < row)",
+        "tl.arange(0, LANES * VEC) // VEC < row + LANES)",
+        "out of bounds",
+        COLUMNS,
+        "cta",
+    ),
+    Bug(
+        "mask dropped in the backward sums",
+        BACKWARD,
+        "if there is not None:\n        known = there",
+        "if there is not None:\n        known = known",
+        "dx[",
+        MASKED,
+    ),
+    Bug(
+        "last position of a share forgotten",
+        COMMON,
+        "tl.minimum(first + share, positions)",
+        "tl.minimum(first + share - 1, positions)",
+        "y[",
+    ),
+    Bug(
+        "last block not merged",
+        COMMON,
+        "there = i < blocks\n            place = i * channels + channel\n        means",
+        "there = i < blocks - 1\n            place = i * channels + channel\n        means",
+        "y[",
+    ),
+    Bug(
+        "sums of the last block not merged",
+        COMMON,
+        "there = i < blocks\n            place = i * channels + channel\n        sum_dz",
+        "there = i < blocks - 1\n            place = i * channels + channel\n        sum_dz",
+        "dx[",
+    ),
+    Bug("spread between blocks forgotten", COMMON, "n * (variances + apart * apart)", "n * variances", "y["),
+    Bug(
+        "sums of raw numbers",
+        COMMON,
+        'return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)',
+        "return mean * 0.0",
+        "y[",
+        LARGE_MEAN,
+        "split",
+        (("(apart * apart > TRUSTED_SHIFT * spread)", "(apart != apart)"),),
+    ),
+    Bug(
+        "overflow not noticed",
+        COMMON,
+        "overflow = whole &",
+        "overflow = (whole == 0) & whole &",
+        "y[",
+        Case((3, 2, 2052), mean=1e18, std=1e18),
+    ),
+    Bug(
+        "underflow not noticed",
+        COMMON,
+        "underflow = whole &",
+        "underflow = (whole == 0) & whole &",
+        "y[",
+        Case((3, 2, 111), mean=1e-22, std=1e-22, eps=1e-50),
+    ),
+    Bug(
+        "mean rounded to float32", COMMON, "rest = mean - centre.to(tl.float64)", "rest = mean * 0.0", "y[", LARGE_MEAN
+    ),
+    Bug(
+        "biased running variance",
+        FORWARD,
+        "moved(old_var, var * bessel, momentum)",
+        "moved(old_var, var, momentum)",
+        "running_var[",
+    ),
+    Bug(
+        "running statistics unordered",
+        FORWARD,
+        "        tl.debug_barrier()\n        keep_statistics",
+        "        keep_statistics",
+        "data race",
+    ),
+    Bug("all blocks write the running statistics", FORWARD, "if block == 0:", "if block >= 0:", "data race"),
+    Bug(
+        "bias forgotten in the sign",
+        BACKWARD,
+        "bias_c = load_wide(bias, channel, known_channels, 0.0)",
+        "bias_c = load_wide(None, channel, known_channels, 0.0)",
+        "dx[",
+        PLAIN,
+        "cta",
+    ),
+    Bug(
+        "bits in the wrong order",
+        COMMON,
+        ">> tl.arange(0, VEC)[None, None, :]",
+        ">> (VEC - 1 - tl.arange(0, VEC))[None, None, :]",
+        "dx[",
+    ),
+    Bug(
+        "dx without the mean's term",
+        BACKWARD,
+        "offset = -sum_dz * inverse_count - slope * rest",
+        "offset = -slope * rest",
+        "dx[",
+    ),
+    Bug(
+        "dx without the projection",
+        BACKWARD,
+        "slope = -sum_dz_xhat * rstd * inverse_count",
+        "slope = sum_dz_xhat * 0.0",
+        "dx[",
+    ),
+    Bug(
+        "dweight without rstd",
+        BACKWARD,
+        "dz_xhat_c = (product_c - rest * dz_c) * rstd",
+        "dz_xhat_c = product_c - rest * dz_c",
+        "dx[",
+    ),
+    Bug(
+        "a tile not written",
+        FORWARD,
+        "for back in range(tiles):",
+        "for back in range(1, tiles):",
+        "nobody has written",
+    ),
+    Bug(
+        "chains that overlap",
+        COMMON,
+        "end = tl.minimum(begin + CHAIN * POSITIONS, last)",
+        "end = last",
+        "y[",
+        CHAINS,
+        chain=1,
+    ),
+    Bug(
+        "chains that overlap, backward",
+        BACKWARD,
+        "end = tl.minimum(begin + CHAIN * POSITIONS, last)",
+        "end = last",
+        "dx[",
+        CHAINS,
+        chain=1,
+    ),
+    Bug(
+        "absent weight is 0",
+        FORWARD,
+        "weight_c = load_wide(weight, channel, known_channels, 1.0)",
+        "weight_c = load_wide(weight, channel, known_channels, 0.0)",
+        "y[",
+        WITHOUT_WEIGHT,
+        "cta",
+    ),
+    Bug(
+        "slope forgotten where bits decide",
+        ACTIVATIONS,
+        "dy * where(keep, 1, {code.slope})",
+        "dy * where(keep, 1, 0)",
+        "dx[",
+        SLOPED,
+        "cta",
+    ),
+    Bug(
+        "rest of the mean forgotten in dweight",
+        BACKWARD,
+        "write_sums(dweight, dbias, sum_dz, (sum_product - rest * sum_dz) * rstd, channel, known)",
+        "write_sums(dweight, dbias, sum_dz, sum_product * rstd, channel, known)",
+        "dweight[",
+        FROZEN,
+    ),
+    Bug(
+        "the other side of a kink",
+        ACTIVATIONS,
+        "where({code.drop}, {code.dropped}, dy)",
+        "where({code.drop.replace('=', '')}, {code.dropped}, dy)",
+        "dweight[",
+        KINKS,
+        "cta",
+    ),
+]

@@ -1,0 +1,338 @@
+"""The Triton kernels that calls can come to: the backend plans calls of every kind, and what it would launch is noted.
+
+A kernel follows from the dtype, vector, layout, activation and kind of call, and from the positions and tiles that a
+program has. Enumerated are, where vectors are full,
+
+- of the kernels that hold a channel, in blocks and in clusters, those with the largest share that the plan gives them,
+  for every activation (clusters: for ``HEAVY`` ones), and the smaller shares (``sizes``) for the longest activation;
+- of those that go through it piece by piece, all kinds for ``HEAVY`` activations. They need about half of the registers
+  that there are, and the others are shorter.
+
+Where vectors are narrower: the kernels for tensors without masks and groups. Not enumerated is what changes a few
+per-channel instructions of a program: dtypes of parameters, which parameters and gradients there are, how many ghost
+batches. ``tests/backends/triton/test_gates.py`` takes samples of all that is left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from emulator.compile import build_triton, compile_triton, triton_version
+
+import gpu_bn
+from gpu_bn.activations import ROWS
+from gpu_bn.backends.triton.launch import Specialisation, Step, free_registers
+from gpu_bn.kernels.triton import forward as forward_kernels
+from gpu_bn.plan import DEVICES, STRIP_BYTES, VECTOR_BYTES
+from support.gates import ITEMSIZE, Definitions, Family, Group, Limits, Resources, digest
+from support.triton_backends import RecordingBackend
+
+Launch = tuple[Step, Specialisation]
+
+CEILINGS = {
+    "bn_stats_kernel": (64, 128),
+    "bn_normalize_kernel": (72, 96),
+    "bn_backward_reduce_kernel": (88, 112),
+    "bn_backward_input_kernel": (80, 112),
+}
+"""Registers a thread of streaming kernels in rows and in channels-last, for half precision and ReLU. Beyond 128, an
+SM runs one block of 8 warps at a time."""
+EXCEEDED = {
+    ("bn_stats_kernel", 100, "bfloat16"): 160,
+    ("bn_stats_kernel", 120, "bfloat16"): 136,
+    ("bn_backward_reduce_kernel", 120, "float16"): 128,
+    ("bn_backward_reduce_kernel", 120, "bfloat16"): 128,
+}
+"""Where more are needed, in channels-last."""
+MOST_REGISTERS = 255
+MOST_SHARED = 16 << 10
+MOST_SPILLED = 16
+"""Bytes, of a kernel that holds a channel: more registers would cost a block an SM."""
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+HEAVY = ("relu", "gelu", "gelu_tanh")
+"""One bit decides the gradient; the longest expressions."""
+STREAMED = {
+    "masked": {"mask": True},
+    "groups": {"groups": 3},
+    "masked groups": {"mask": True, "groups": 3},
+    "frozen": {"training": False},
+    "phases": {"phases": True},
+    "long": {"long": True},
+    "wide": {"wide": True},
+}
+"""Kinds of calls in two launches. ``long``: sums are cut into chains; ``wide``: offsets of 64 bits."""
+ACTIVATIONS = {
+    "held": tuple(ROWS), "split": ("identity", *HEAVY), "cluster": ("identity", *HEAVY), "sizes": HEAVY[1:2],
+    **dict.fromkeys(STREAMED, HEAVY[:2]),
+}  # fmt: skip
+"""Of each kind of calls, with full vectors."""
+
+
+def groups(arch: int) -> Iterator[Group]:
+    """All groups of an architecture."""
+    for kind, activations in ACTIVATIONS.items():
+        if kind == "cluster" and arch < 90:
+            continue
+        for dtype, itemsize in ITEMSIZE.items():
+            most = VECTOR_BYTES // itemsize
+            for vector in (size for size in (8, 4, 2, 1) if size == most or (size < most and _has_narrow(kind))):
+                for activation in activations if vector == most else HEAVY[:2]:
+                    for columns in (False, True):
+                        yield Group(arch, activation, dtype, vector, columns, kind)
+
+
+def importance(group: Group) -> int:
+    """Those that need most registers first: that hold a channel, in full vectors."""
+    if group.kind in ("held", "cluster", "sizes"):
+        return (0 if group.activation in HEAVY else 2) if group.full else 4
+    return (1 if group.kind == "split" else 3) if group.full else 4
+
+
+def _has_narrow(kind: str) -> bool:
+    return kind in ("held", "split", "cluster")
+
+
+def variants(group: Group) -> dict[str, Launch]:
+    """The kernels of a group, by name."""
+    return _variants(group._replace(arch=90 if group.arch >= 90 else 80))  # the backend asks for no more of it
+
+
+@cache
+def _variants(group: Group) -> dict[str, Launch]:
+    x = Tensors(group.dtype, group.vector, group.columns)
+    launches: list[Launch] = []
+    for residual in (False, True) if _has_narrow(group.kind) else (True,):
+        options = {"activation": group.activation, "residual": residual}
+        if group.kind in ("held", "cluster", "sizes"):
+            launches += _held(group.arch, x, group.kind, **options)
+        else:
+            launches += _streamed(group.arch, x, **options, **STREAMED.get(group.kind, {}))
+    return {kernel_name(*launch): launch for launch in launches}
+
+
+def kernel_name(step: Step, special: Specialisation) -> str:
+    """All that a kernel is compiled from, but for the texts of its functions."""
+    types: dict[str, list[str]] = {}
+    for name, kind in special.signature.items():
+        types.setdefault(kind, []).append(name)
+    constants = [f"{name}={getattr(value, '__name__', value)}" for name, value in special.constants.items()]
+    arguments = [f"{kind} {' '.join(names)}" for kind, names in types.items() if kind != "constexpr"]
+    aligned = f"aligned {' '.join(special.aligned)}" if special.aligned else "not aligned"
+    options = f"{step.num_warps} warps, {step.num_ctas} blocks"
+    return f"{step.kernel.__name__}<{', '.join(constants)}>({'; '.join(arguments)}; {aligned}; {options})"
+
+
+# --------------------------------------------------------------------------------------------------------- calls
+TILES = (1 / 64, 1 / 16, 1 / 4, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 128, 160)
+"""Sizes of a channel in tiles of a block; among them, for each size of cluster and strip, the most that it can hold."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Makes tensors whose geometry allows vectors of a size and no wider."""
+
+    dtype: str
+    vector: int
+    columns: bool
+
+    @property
+    def tile(self) -> int:
+        """Positions of the largest block."""
+        elements = 2048 if self.dtype == "float64" else 4096
+        return elements * DTYPES[self.dtype].itemsize // STRIP_BYTES if self.columns else elements // self.vector
+
+    def __call__(self, positions: int, channels: int = 2) -> torch.Tensor:
+        if self.columns:
+            return torch.empty(max(positions, 2), 33 * self.vector, dtype=DTYPES[self.dtype])
+        return torch.empty(max(positions // 3, 2), channels, 3 * self.vector, dtype=DTYPES[self.dtype])
+
+
+class Phases:
+    """A backend's phases without the methods that fuse them."""
+
+    def __init__(self, backend: RecordingBackend) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("forward", "backward"):
+            raise AttributeError(name)
+        return getattr(self._backend, name)
+
+
+def recorded(
+    x: torch.Tensor, arch: int, *, sms: int = 1, tier: str = "split", wide: bool = False, phases: bool = False,
+    residual: bool = False, need: set[str] | None = None, parameters: torch.dtype = torch.float32, affine: bool = True,
+    tracked: bool = True, **options: Any,
+) -> list[Launch]:  # fmt: skip
+    """What a call forward and backward launches, on a device with so many multiprocessors."""
+    backend = RecordingBackend(replace(DEVICES["h100"], arch=arch, sms=sms), tier=tier, wide=wide)
+    engine: Any = Phases(backend) if phases else backend
+    there = (tracked, tracked, affine, affine)
+    vectors = [torch.ones(x.shape[1], dtype=parameters) if given else None for given in there]
+    options = {"training": True, "residual": torch.empty_like(x) if residual else None, "backend": engine, **options}
+    _, saved = gpu_bn.batch_norm_forward(x, *vectors, **options)
+    gpu_bn.batch_norm_backward(torch.empty_like(x), saved, need=need, backend=engine)
+    return backend.launches
+
+
+def _streamed(
+    arch: int, tensors: Tensors, *, mask: bool = False, groups: int = 1, long: bool = False, **options: Any
+) -> list[Launch]:
+    """A call in two launches, with as many blocks a strip as there may be, or with one and as long as it may be."""
+    x = tensors(65 * tensors.tile, 16) if long else tensors(groups * (1 << 14 if tensors.columns else 1 << 19))
+    if groups > 1:
+        x = x[: x.shape[0] // groups * groups]
+        options["virtual_batch_size"] = x.shape[0] // groups
+    if mask:
+        options["mask"] = torch.ones((x.shape[0], *[1] * (x.dim() - 1)), dtype=torch.bool)
+    found = recorded(x, arch, sms=1 if long else 1024, **options)
+    if options.get("training") is False:  # without the parameters' gradients, dx needs no sums
+        found += recorded(x, arch, sms=1024, need={"dx"}, **options)
+    return found
+
+
+def _held(arch: int, tensors: Tensors, kind: str, activation: str, residual: bool) -> list[Launch]:
+    """Calls in one launch: with the most that a program can hold (in each size of cluster), or ``sizes`` with less."""
+    alike = "identity" if activation == "identity" else "relu" if ROWS[activation].device.drop else "gelu"
+    sizes = replace(tensors, dtype="float16") if tensors.dtype == "bfloat16" else tensors
+    launches: dict[str, Launch] = {}
+    for positions, sms, tier, kernel in _of_kind(kind, _programs(arch >= 90, sizes, alike, residual)):
+        for step, special in recorded(
+            tensors(positions), arch, sms=sms, tier=tier, activation=activation, residual=residual
+        ):
+            if step.kernel.__name__ == kernel:
+                launches[kernel_name(step, special)] = step, special
+    return list(launches.values())
+
+
+Program = tuple[str, int, int, int, int]
+"""Of a kernel that holds a channel: its name, blocks of a cluster, tiles, positions, lanes."""
+Size = tuple[int, int, str, str]
+"""A call that comes to it: positions, multiprocessors, tier, the kernel's name."""
+
+
+@cache
+def _programs(clusters: bool, tensors: Tensors, activation: str, residual: bool) -> dict[Program, Size]:
+    found: dict[Program, Size] = {}
+    tiers = ("cta", "cluster") if clusters else ("cta",)
+    for tier, sms, size in product(tiers, (1, 1024) if tensors.columns else (1,), TILES):
+        positions = int(size * tensors.tile)
+        for step, special in recorded(
+            tensors(positions), 90 if clusters else 80, sms=sms, tier=tier, activation=activation, residual=residual
+        ):
+            if "TILES" in special.constants:
+                tiles, at_once, lanes = (special.constants[name] for name in ("TILES", "POSITIONS", "LANES"))
+                name = step.kernel.__name__
+                found[name, step.num_ctas, tiles, at_once, lanes] = positions, sms, tier, name
+    return found
+
+
+def _of_kind(kind: str, programs: dict[Program, Size]) -> list[Size]:
+    """Of each kernel and size of cluster the program with the most elements, the widest of those; or the others."""
+    most: dict[tuple[str, int], Program] = {}
+    for program in sorted(programs, key=lambda program: (program[2] * program[3] * program[4], program[4])):
+        most[program[:2]] = program
+    if kind == "sizes":
+        return [size for program, size in programs.items() if program[1] == 1 and program not in most.values()]
+    return [programs[program] for program in most.values() if (program[1] == 1) == (kind == "held")]
+
+
+# -------------------------------------------------------------------------------------------------------- compiling
+def compiled_with(special: Specialisation) -> dict[str, Any]:
+    """What the compiler is told beside the function and the architecture."""
+    options = dict(special.options)
+    options["fp_fusion"] = options.pop("enable_fp_fusion")
+    return {"signature": special.signature, "constants": special.constants, "aligned": special.aligned, **options}
+
+
+def build(group: Group, names: Collection[str], cached: bool) -> dict[str, Resources]:
+    """Compile kernels of a group."""
+    launches = variants(group)
+    return {name: built(group.arch, *launches[name], cached) for name in names}
+
+
+_BUILT: dict[tuple[int, str], Resources] = {}
+"""Groups have kernels in common."""
+
+
+def built(arch: int, step: Step, special: Specialisation, cached: bool = True) -> Resources:
+    """What the compiler makes of a launch, asked again as the backend asks it if it has spilled."""
+    key = arch, kernel_name(step, special)
+    if key not in _BUILT:
+        compiler = compile_triton if cached else build_triton
+        found = compiler(step.kernel, arch, **compiled_with(special))
+        more = free_registers(found.registers, step.num_warps)
+        if (found.spill_bytes or found.stack_bytes) and more > found.registers:
+            found = compiler(step.kernel, arch, **compiled_with(special), maxnreg=more)
+        _BUILT[key] = Resources.of(found)
+    return _BUILT[key]
+
+
+def limits(group: Group, name: str) -> Limits:
+    """One block an SM at least, usually more; full vectors of all tensors, if each thread has one."""
+    kernel = name.partition("<")[0]
+    usual = group.kind == "split" and group.activation == "relu" and group.full and ITEMSIZE[group.dtype] == 2
+    registers = CEILINGS[kernel][group.columns] if usual else MOST_REGISTERS
+    if usual and group.columns:
+        registers = EXCEEDED.get((kernel, group.arch, group.dtype), registers)
+    merges = "merge" in kernel
+    writes = not merges and "stats" not in kernel and "dz=None, dx=None" not in name
+    numbers = dict(re.findall(r"(POSITIONS|LANES)=(\d+)", name))
+    vectors = int(numbers.get("POSITIONS", 0)) * int(numbers["LANES"])
+    warps, blocks = re.findall(r"(\d+) warps, (\d+) blocks", name)[0]
+    enough = vectors >= 32 * int(warps) * int(blocks)
+    return Limits(registers, MOST_SHARED, reads=enough and not merges, writes=enough and writes,
+                  spilled=MOST_SPILLED if "TILES=" in name else 0)  # fmt: skip
+
+
+def compiler() -> str:
+    """Triton's version: it has the assembler in it."""
+    return f"Triton {triton_version()}"
+
+
+def stamp(group: Group, name: str) -> str:
+    """Of the functions that a kernel can come to, without comments and docstrings, and of the activation."""
+    kernel, constants = name.partition("(")[0].split("<")
+    activated = "VALUE" in constants or "GRADIENT" in constants
+    found = _definitions().stamp([kernel, *(MATHS if activated else ())])
+    if "TILES=" in constants:  # what spills is compiled with other registers
+        found = digest([found, inspect.getsource(free_registers)], 8)
+    return digest([found, astuple(ROWS[group.activation].device)], 8) if activated else found
+
+
+KERNELS = Path(forward_kernels.__file__).parent
+MATHS = ("where", "abs", "exp", "expm1", "tanh", "sigmoid", "sigmoid_slope", "normal_cdf")
+"""What an activation's text may call."""
+
+
+@cache
+def _definitions() -> Definitions:
+    """Those in the kernels' files."""
+    found: list[tuple[list[str], str]] = []
+    for file in sorted(KERNELS.glob("*_triton.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                if ast.get_docstring(node) is not None and len(node.body) > 1:
+                    del node.body[0]
+                found.append(([node.name], ast.unparse(node)))
+            elif isinstance(node, ast.Assign):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+                found.append((names, ast.unparse(node)))
+    return Definitions(found)
+
+
+def sources() -> str:
+    """All text, of all activations."""
+    return repr([[text for _, text, _ in _definitions().found], [astuple(row.device) for row in ROWS.values()]])
+
+
+FAMILY = Family("triton", compiler, groups, importance, variants, build, limits, stamp, sources)
