@@ -36,16 +36,16 @@ def main() -> None:
 
     from gpu_bn import testing
     from gpu_bn.backends.cupy import sources as cuda_sources
-    from gpu_bn.backends.cupy import steps
+    from gpu_bn.backends.cupy import device
 
     needed: dict[tuple[str, str], None] = {}
-    make = steps._module
+    make = device._module
 
     def noting(activation: str, name: str) -> object:
         needed[activation, name] = None
         return make(activation, name)
 
-    steps._module = noting
+    device._module = noting
     testing.ADAPTERS["cupy"] = testing.Adapter(gpu.asarray, np.array)
     found = {
         "gpu-bn check --quick": kernels_of_quick_check,
