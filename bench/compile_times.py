@@ -35,8 +35,8 @@ def main() -> None:
     sys.modules["cupy"].empty = lambda shape, dtype=np.float64: np.empty(shape, dtype).view(fake_cupy.ndarray)
 
     from gpu_bn import testing
-    from gpu_bn.backends.cupy import sources as cuda_sources
     from gpu_bn.backends.cupy import device
+    from gpu_bn.backends.cupy import sources as cuda_sources
 
     needed: dict[tuple[str, str], None] = {}
     make = device._module

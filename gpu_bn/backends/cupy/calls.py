@@ -110,8 +110,8 @@ def track(device: int, channels: int, groups: int, count: int | None, vectors: V
     ``count`` is how many positions each has, or ``None`` for the ``counts`` given.
     """
     call = CallBuilder(device, channels)
-    registers = GIVEN.mean, GIVEN.var, GIVEN.running_mean, GIVEN.running_var
-    mean, var, *running = map(call.vector, registers, vectors)
+    given = GIVEN.mean, GIVEN.var, GIVEN.running_mean, GIVEN.running_var
+    mean, var, *running = map(call.vector, given, vectors)
     _launch_track(call, (mean, var), running, GIVEN.counts if count is None else None, groups, count or 0)
     for vector in running:
         call.result(vector.register)
