@@ -350,5 +350,5 @@ def geometry(plan: LaunchPlan, groups: int = 1) -> tuple[Any, ...]:
         raise ValueError(f"expected less than 2**32 channels in all groups, got {statistics}")
     return (
         np.uint32(tiling.c), np.uint32(inner), np.uint32(tiling.lanes), np.uint32(tiling.strips // groups),
-        np.int64(tiling.positions), np.uint32(plan.share), np.uint32(plan.blocks), np.uint32(plan.groups),
+        np.int64(tiling.positions), np.uint32(plan.share), np.uint32(plan.blocks), np.uint32(plan.in_flight),
     )  # fmt: skip

@@ -61,7 +61,7 @@ def forward(
     given = call.vectors((GIVEN.weight, GIVEN.bias, GIVEN.running_mean, GIVEN.running_var), vectors)
     if batch_stats:
         reads, variant = 1 + (residual is not None), (residual is not None, call.sign_bytes > 0)
-        plan = call.plan("forward", variant, reads=reads, mask=call.sign_bytes > 0)
+        plan = call.plan("forward", variant, reads=reads, sign_bits=call.sign_bytes > 0)
     else:
         plan = call.plan_once()
     output = Output(y, added, call.allocate(call.sign_bytes, np.uint8) if call.sign_bytes else None)
@@ -210,7 +210,9 @@ def backward(
     source, gradients = tensors.source(signature.activation), (weight, bias)
     if batch_stats and dx is not None:
         reads, writes = 2 + (residual is not None), 1 + (dresidual is not None)
-        plan = call.plan("backward", (source,), backward=True, reads=reads, staged=reads, writes=writes, mask=sign_bits)
+        plan = call.plan(
+            "backward", (source,), backward=True, reads=reads, staged=reads, writes=writes, sign_bits=sign_bits
+        )
         if plan.tier == "split":
             sums = _launch_reduce(call, plan, tensors._replace(dresidual=dresidual), vectors, gradients)
             _launch_input(call, plan, tensors._replace(dx=dx), vectors, sums)
