@@ -437,7 +437,7 @@ def check(
 
 def _share(a: Tensor, b: Tensor) -> bool:
     """Whether two vectors start at one place in memory, as far as this can be seen."""
-    if a is b or torch.compiler.is_compiling() or not (autograd.is_plain(a) and autograd.is_plain(b)):
+    if a is b or torch.compiler.is_compiling() or not (_shows_memory(a) and _shows_memory(b)):
         return a is b
     return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
