@@ -23,7 +23,8 @@ from gpu_bn.backends.cupy.builder import Vector, check_device
 from gpu_bn.backends.cupy.calls import ABSENT, place, row, tensor, vector
 from gpu_bn.backends.cupy.steps import ClusterRefusedError, Frame, empty
 from gpu_bn.backends.layout import Layout, check_out
-from gpu_bn.backends.protocol import BackendUnavailableError, Moments, Saved, Sums
+from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Moments, Saved, Sums
+from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -59,7 +60,7 @@ def _where_it_is(method: Method) -> Method:
 
     @wraps(method)
     def run(self: CupyBackend, first: Any, *others: Any, **options: Any) -> Any:
-        array = first.x if isinstance(first, Saved) else first.mean if isinstance(first, Moments) else first
+        array = first.x if isinstance(first, Call | Saved) else first.mean if isinstance(first, Moments) else first
         device = array.data.device_id
         if device == cupy.cuda.runtime.getDevice():
             return method(self, first, *others, **options)
@@ -148,19 +149,8 @@ class CupyBackend:
 
     # -------------------------------------------------------------------------------------- one call, fused
     @_where_it_is
-    def forward(
-        self,
-        x: Array,
-        spec: BatchNormSpec,
-        running_mean: Array | None,
-        running_var: Array | None,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        out: Array | None,
-        valid: Array | None = None,
-        keep: bool = True,
-    ) -> tuple[Array, Saved]:
+    def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True) -> tuple[Array, Saved]:
+        x, weight, bias, residual, running_mean, running_var, _, valid, out = call
         activation = spec.activation
         bits = residual is not None and (keep or spec.batch_stats)
         momentum_at, momentum = _momentum(spec.momentum, x.data.device_id)
@@ -170,7 +160,7 @@ class CupyBackend:
             "momentum": momentum, "eps": np.float64(spec.eps), "parameter": np.float64(activation.parameter),
             "zeros": self.counters,
         }  # fmt: skip
-        call, frame = self._made(
+        prepared, frame = self._made(
             self._forward, frame, tensor(x), spec.axis, activation.name, _groups(spec), place(valid),
             bool(spec.batch_stats), place(residual), place(out), vector(weight), vector(bias), vector(running_mean),
             vector(running_var), bits,
@@ -178,9 +168,9 @@ class CupyBackend:
         counts = frame["counts"]
         return frame["y"], Kept.of(
             frame["rows"],
-            call.count if counts is None else counts,
+            prepared.count if counts is None else counts,
             x=x,
-            residual=residual if call.keeps == "residual" else None,
+            residual=residual if prepared.keeps == "residual" else None,
             weight_dtype=None if weight is None else weight.dtype,
             bias_dtype=None if bias is None else bias.dtype,
             has_residual=residual is not None,
@@ -191,14 +181,14 @@ class CupyBackend:
         )
 
     @_where_it_is
-    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
+    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
         frame, signature, vectors = self._upstream(saved)
         frame |= {"dy": dy, "residual": saved.residual, "mask": saved.mask}
         _, frame = self._made(
             self._backward, frame, *signature, bool(saved.spec.batch_stats), place(dy), place(saved.residual),
             saved.mask is not None, vectors, need, saved.weight_dtype, saved.bias_dtype,
         )  # fmt: skip
-        return frame["dx"], frame["dweight"], frame["dbias"], frame["dresidual"]
+        return Grads(frame["dx"], frame["dweight"], frame["dbias"], frame["dresidual"])
 
     def _made(self, prepare: Any, frame: Frame, *signature: Any) -> tuple[calls.Call, Frame]:
         """Make a call, prepared before or now, and return it with its filled frame.

@@ -14,6 +14,7 @@ from torch.autograd import Function, forward_ad
 
 from gpu_bn import registry
 from gpu_bn.backends.protocol import Moments, Saved
+from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import library
 from gpu_bn.nn.operators.autograd import PLAIN, gradients_of, needs_operator, watched
 
@@ -23,21 +24,10 @@ _is_inference, _is_neg = Tensor.is_inference, Tensor.is_neg
 _float64, _strided = torch.float64, torch.strided
 
 
-def call(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: Any,
-    eps: Any,
-    residual: Tensor | None,
-    activation: str,
-    parameter: float,
-    counter: Tensor | None,
-) -> Tensor | None:
-    """``y``, or ``None`` where a call is to go another way; ``counter`` only in training."""
+def forward(call: Call, options: Options) -> Tensor | None:
+    """``y``, or ``None`` where a call is to go another way; it has a counter only in training."""
+    x, weight, bias, residual, running_mean, running_var, counter, _, _ = call
+    training, momentum, eps, activation, *_ = options
     if watched() or forward_ad._current_level >= 0 or type(x) not in PLAIN or not x.is_cpu or x.layout is not _strided:
         return None
     engine = registry.serving(x)
@@ -64,7 +54,7 @@ def call(
         momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
     elif type(momentum) is not float or not -inf < momentum < inf:
         return None
-    door = doors.forward(x, residual, training, activation)
+    door = doors.forward(x, residual, training, activation.name)
     if door is None:
         return None
     y = torch.empty_like(x)
@@ -73,13 +63,14 @@ def call(
     statistics = torch.empty(2 * x.shape[1], dtype=_float64) if grows else None
     if door.function(
         door.record, x, residual, y, weight, bias, running_mean, running_var, counter, statistics, momentum, eps,
-        parameter, doors.scratch_address(),
+        activation.parameter, doors.scratch_address(),
     ):  # fmt: skip
         return None
     if training and tracked:
         _increment_version(tracked)
     if grows:
-        return _apply(x, weight, bias, residual, (y,), (engine, statistics, training, eps, activation, parameter))  # type: ignore[no-any-return]
+        made = (engine, statistics, training, eps, activation.name, activation.parameter)
+        return _apply(x, weight, bias, residual, (y,), made)  # type: ignore[no-any-return]
     return y
 
 
