@@ -214,7 +214,7 @@ def test_no_gpu_no_driver_no_cupy(make_gpu, monkeypatch):
         BackendUnavailableError, match=r"no usable CUDA driver .*InsufficientDriver.*update the NVIDIA driver"
     ):
         gpu_bn.BatchNorm(3, device="cuda")
-    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy.backend")]:
+    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install -e '.\[cupy\]'"):
