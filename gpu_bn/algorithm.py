@@ -47,9 +47,7 @@ def forward(
         backend.check_out(call.out, call.x, call.residual, in_place)
     written = [array for array in state.values() if array is not None and writes]
     if written and _on_host(call.x):
-        moved = call._replace(
-            running_mean=_copy(call.running_mean), running_var=_copy(call.running_var), counter=_copy(counter)
-        )
+        moved = Call(*call[:4], *map(_copy, state.values()), call.valid, call.out)
         result = _forward(backend, moved, spec, keep, copies=True)
         if moved.counter is not None:
             moved.counter[...] += 1

@@ -43,7 +43,8 @@ class CpuBackend:
         weight, bias, y = call.weight, call.bias, self.arrays.empty_like(call.x) if call.out is None else call.out
         if keep or in_place:  # out may hold parameters
             weight, bias = (None if one is None else self.vector(one) for one in (weight, bias))
-        moments = self._forward(call._replace(weight=weight, bias=bias, counter=None, out=y), spec, in_place)
+        running = (call.running_mean, call.running_var)
+        moments = self._forward(Call(call.x, weight, bias, call.residual, *running, out=y), spec, in_place)
         return y, _saved(call, spec, moments, weight, bias)
 
     def forward_at_once(self, call: Call, spec: BatchNormSpec) -> tuple[Array, Saved] | None:

@@ -34,9 +34,7 @@ def forward(call: Call, options: Options) -> Tensor | None:
     doors = vars(engine).get("doors")  # not by delegation: a wrapper may have calls of its own
     if doors is None or type(eps) is not float or not 0.0 < eps < inf:
         return None
-    read = [one for one in (x, weight, bias, residual) if one is not None]
-    tracked = [one for one in (running_mean, running_var, counter) if one is not None]
-    given = read + tracked
+    given = [one for one in call[:7] if one is not None]
     if not PLAIN.issuperset(map(type, given)) or any(map(_is_neg, given)):
         return None
     grows = torch.is_grad_enabled()
@@ -45,9 +43,11 @@ def forward(call: Call, options: Options) -> Tensor | None:
             return None
     elif grows and (running_mean.requires_grad or running_var.requires_grad):
         return None
-    grows = grows and _any_requires_grad(*read)
-    if any(map(_is_inference, (given if training else read) if grows else tracked if training else ())):
-        return None  # the one cannot be kept, the other not be written
+    grows = grows and _any_requires_grad(x, weight, bias, residual)
+    tracked = [one for one in (running_mean, running_var, counter) if one is not None] if training else []
+    kept = tracked if not grows else given if training else [one for one in call[:4] if one is not None]
+    if any(map(_is_inference, kept)):
+        return None  # such a tensor can neither be kept nor be written
     if momentum is None:
         if counter is not None and not counter.is_cpu:
             return None
@@ -66,7 +66,7 @@ def forward(call: Call, options: Options) -> Tensor | None:
         activation.parameter, doors.scratch_address(),
     ):  # fmt: skip
         return None
-    if training and tracked:
+    if tracked:
         _increment_version(tracked)
     if grows:
         made = (engine, statistics, training, eps, activation.name, activation.parameter)
