@@ -47,13 +47,12 @@ def forward(
         backend.check_out(call.out, call.x, call.residual, in_place)
     written = [array for array in state.values() if array is not None and writes]
     if written and _on_host(call.x):
-        moved = Call(*call[:4], *map(_copy, state.values()), call.valid, call.out)
-        result = _forward(backend, moved, spec, keep, copies=True)
-        if moved.counter is not None:
-            moved.counter[...] += 1
-        commit(
-            written, [array for array in (moved.running_mean, moved.running_var, moved.counter) if array is not None]
-        )
+        mean, var, count = moved = [_copy(array) for array in state.values()]
+        copied = Call(*call[:4], mean, var, count, call.valid, call.out)
+        result = _forward(backend, copied, spec, keep, copies=True)
+        if count is not None:
+            count[...] += 1
+        commit(written, [array for array in moved if array is not None])
         return result
     if counter is None or not writes:
         return _forward(backend, call, spec, keep)

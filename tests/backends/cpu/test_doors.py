@@ -33,7 +33,7 @@ def layouts(x):
 def without():
     """Calls by the other way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_calls, "call", lambda *_: None)
+        patch.setattr(cpu_calls, "forward", lambda *_: None)
         yield
 
 
