@@ -30,7 +30,8 @@ from gpu_bn.backends.cupy.signatures import (
 )
 from gpu_bn.backends.cupy.steps import NULL, Arguments, ClusterRefusedError, PreparedCall, empty, in_memory
 from gpu_bn.backends.layout import Layout, check_out
-from gpu_bn.backends.protocol import BackendUnavailableError, Moments, Saved, Sums
+from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Moments, Saved, Sums
+from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -66,7 +67,7 @@ def _on_its_device(method: Method) -> Method:
 
     @wraps(method)
     def run(self: CupyBackend, first: Any, *others: Any, **options: Any) -> Any:
-        array = first.x if isinstance(first, Saved) else first.mean if isinstance(first, Moments) else first
+        array = first.x if isinstance(first, Call | Saved) else first.mean if isinstance(first, Moments) else first
         device = array.data.device_id
         if device == cupy.cuda.runtime.getDevice():
             return method(self, first, *others, **options)
@@ -154,19 +155,8 @@ class CupyBackend:
 
     # -------------------------------------------------------------------------------------- one call, fused
     @_on_its_device
-    def forward(
-        self,
-        x: Array,
-        spec: BatchNormSpec,
-        running_mean: Array | None,
-        running_var: Array | None,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        out: Array | None,
-        valid: Array | None = None,
-        keep: bool = True,
-    ) -> tuple[Array, Saved]:
+    def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True) -> tuple[Array, Saved]:
+        x, weight, bias, residual, running_mean, running_var, _, valid, out = call
         activation, groups = spec.activation, _groups(spec)
         momentum_at, momentum = _momentum(spec.momentum, x.data.device_id)
         arguments = Arguments(
@@ -182,15 +172,15 @@ class CupyBackend:
             vector_signature(weight), vector_signature(bias), vector_signature(running_mean),
             vector_signature(running_var),
         )  # fmt: skip
-        call, (y, rows, sign_bits, counts) = self._run(
+        prepared, (y, rows, sign_bits, counts) = self._run(
             self._forward, arguments, signature, spec.batch_stats, tensor_signature(residual), tensor_signature(out),
             vectors, keep or spec.batch_stats,
         )  # fmt: skip
         return y, SavedRows.of(
             rows=rows,
-            count=call.count if counts is None else counts,
+            count=prepared.count if counts is None else counts,
             x=x,
-            residual=residual if call.keeps_residual else None,
+            residual=residual if prepared.keeps_residual else None,
             weight_dtype=None if weight is None else weight.dtype,
             bias_dtype=None if bias is None else bias.dtype,
             has_residual=residual is not None,
@@ -201,14 +191,14 @@ class CupyBackend:
         )
 
     @_on_its_device
-    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
+    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
         arguments, signature, vectors = self._upstream(saved, dy=dy, sign_bits=saved.mask)
         _, gradients = self._run(
             self._backward, arguments, signature, saved.spec.batch_stats, tensor_signature(dy),
             tensor_signature(saved.residual), saved.mask is not None, vectors, need,
             (saved.weight_dtype, saved.bias_dtype),
         )  # fmt: skip
-        return tuple(gradients)
+        return Grads(*gradients)
 
     def _run(self, prepare: Any, arguments: Arguments, *signature: Any) -> tuple[PreparedCall, list[Any]]:
         """Run a call, prepared before or now, and return it with its results.
