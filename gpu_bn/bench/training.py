@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gpu_bn import nn as ours
-from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, Timing, measure, said
+from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, Timing, in_words, take_samples
 from gpu_bn.cli.console import Table, progress
 from gpu_bn.explanation import _size, _time
 
@@ -126,10 +126,10 @@ def train(
                 else:
                     steps[name], peaks[name] = step, peak_bytes(step, kind)
             except Exception as error:
-                refused[name] = said(error)
+                refused[name] = in_words(error)
             tick(1)
         timer = timer or (CpuTimer(batch=0) if kind == "cpu" else _gpu_timer())
-        samples = measure(steps, timer, "wall", seconds)
+        samples = take_samples(steps, timer, "wall", seconds)
     refused |= samples.errors
     timings = {name: Timing.of(found) for name, found in samples.seconds.items()}
     return [Trained(name, timings.get(name), peaks.get(name), refused.get(name, "")) for name in names]

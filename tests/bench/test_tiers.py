@@ -125,10 +125,13 @@ def test_forced_tiers_are_in_the_picture(tmp_path):
 
     plain = timed("gpu_bn cupy", 1e-3)
     forced = [timed(f"gpu_bn cupy {tier}", 1e-3, tier) for tier in ("cta", "split")]
-    assert {figures._group(result) for result in [plain, *forced]} == {("gpu_bn cupy", "cta"), ("gpu_bn cupy", "split")}
+    assert {figures._backend_and_tier(result) for result in [plain, *forced]} == {
+        ("gpu_bn cupy", "cta"),
+        ("gpu_bn cupy", "split"),
+    }
     assert set(plan.TIERS) < set(figures.TIERS_SHOWN)
     assert len(figures.TIERS_SHOWN) <= len(figures.COLOURS)
     plain.ratios["cold"] = {}
     ceilings = [figures.Ceiling("a copy", 1e9)]
-    assert figures.draw([plain], ceilings, tmp_path, forced) == [tmp_path / "roofline.png"]  # there is no peer
+    assert figures.draw([plain, *forced], ceilings, tmp_path) == [tmp_path / "roofline.png"]  # there is no peer
     assert figures.draw([], [], tmp_path) == []
