@@ -21,13 +21,17 @@ OWN = (str(Path(__file__).parent.parent), str(Path(torch.nn.modules.__file__).pa
 class LeafName(str):
     """The name of a module of ours, which tracers take for ``torch.nn``: they call its layers as a whole, as torch's.
 
-    Otherwise they would enter ``forward`` and record the mode of that moment for good.
+    Otherwise they would enter ``forward`` and record the mode of that moment for good. Exports name a module's class by
+    a sum of names: there it is torch's class, which quantisers look for.
     """
 
     __slots__ = ()
 
     def startswith(self, prefix: Any, *bounds: Any) -> bool:
         return "torch.nn" in (prefix if isinstance(prefix, tuple) else (prefix,)) or super().startswith(prefix, *bounds)
+
+    def __add__(self, rest: str) -> str:
+        return torch.nn.modules.batchnorm.__name__ + rest
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str.__str__(self),)

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 
 from gpu_bn.backends.layout import Layout, check_out
-from gpu_bn.backends.protocol import Moments, Saved, Sums
+from gpu_bn.backends.protocol import Grads, Moments, Saved, Sums
 from gpu_bn.backends.sign_bits import mask_bytes
 from gpu_bn.backends.triton.launch import CLUSTERS, ClusterError, Launch, Recent, Step, interpreting, launch
 from gpu_bn.backends.triton.programs import (
@@ -37,6 +37,7 @@ from gpu_bn.backends.triton.programs import (
 )
 from gpu_bn.backends.triton.strides import View, aligned, contiguous_view, dense, is_dense, view_of
 from gpu_bn.backends.triton.sync import SharedStatistics
+from gpu_bn.call import Call
 from gpu_bn.kernels.triton import backward as backward_kernels
 from gpu_bn.kernels.triton import forward as forward_kernels
 from gpu_bn.kernels.triton.activations import functions
@@ -271,21 +272,10 @@ class TritonBackend(SharedStatistics):
 
     # ------------------------------------------------------------------------------------------------------- forward
     @_planned_again
-    def forward(
-        self,
-        x: Array,
-        spec: BatchNormSpec,
-        running_mean: Array | None,
-        running_var: Array | None,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        out: Array | None,
-        valid: Array | None = None,
-        keep: bool = True,
-        counter: Array | None = None,
-    ) -> tuple[Array, Saved]:
-        """``counter``, of int64, is increased by 1 with the running statistics; not of ghost batches."""
+    def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True, counts: bool = False) -> tuple[Array, Saved]:
+        """``counts``: the last launch increments ``call.counter``, of int64, too; not for ghost batches."""
+        x, weight, bias, residual, running_mean, running_var, counter, valid, out = call
+        counter = counter if counts else None
         groups = spec.groups
         view, given = _grouped_view(x, spec.axis, groups), residual
         if groups > 1 and view is not view_of(x, spec.axis) and out is None:
@@ -316,9 +306,9 @@ class TritonBackend(SharedStatistics):
             )
         running_mean, running_var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
         kept = self.new((2 * groups + 2, layout.c), None, torch.float64, x.device)
-        counts = None
+        positions = None
         if valid is not None and spec.batch_stats:
-            counts = self.new((groups,), None, torch.float64, x.device)
+            positions = self.new((groups,), None, torch.float64, x.device)
         mask = self.new((bits,), None, torch.uint8, x.device) if bits else None
         tracked = (running_mean, running_var) if spec.batch_stats and not extended else (None, None)
         numbers = (*tracked, counter, number, at, steps.bessel, spec.eps, spec.activation.parameter)
@@ -330,11 +320,10 @@ class TritonBackend(SharedStatistics):
                 partials = self._partials(steps.plan, x, groups, valid is not None)
                 self._launch(steps.stats, (x_there, there, partials))
             frozen = (None, None) if spec.batch_stats else (running_mean, running_var)
-            self._launch(
-                steps.last, (x_there, residual, y, mask, there, *frozen, partials, weight, bias, kept, counts, *numbers)
-            )
+            tensors = (x_there, residual, y, mask, there, *frozen, partials, weight, bias, kept, positions)
+            self._launch(steps.last, (*tensors, *numbers))
         mean, var, kept_weight, kept_bias = kept.unbind() if groups == 1 else _rows_of_groups(kept, groups)
-        moments = Moments(layout.count if counts is None else counts, mean, var)
+        moments = Moments(layout.count if positions is None else positions, mean, var)
         if spec.batch_stats and extended and vectors[0] is not None:
             self.update_running(moments, vectors[0], vectors[1], spec.momentum)
         elif spec.batch_stats:
@@ -356,23 +345,9 @@ class TritonBackend(SharedStatistics):
             valid=valid,
         )
 
-    def forward_at_once(
-        self,
-        x: Array,
-        spec: BatchNormSpec,
-        running_mean: Array | None,
-        running_var: Array | None,
-        counter: Array | None,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-    ) -> tuple[Array, Saved] | None:
+    def forward_at_once(self, call: Call, spec: BatchNormSpec) -> tuple[Array, Saved] | None:
         """:meth:`forward` in training, whose last launch also counts the batch; ``None`` for other calls."""
-        if not spec.batch_stats:
-            return None
-        vectors = (running_mean, running_var, weight, bias)
-        found: tuple[Array, Saved] = self.forward(x, spec, *vectors, residual, None, counter=counter)
-        return found
+        return self.forward(call, spec, counts=True) if spec.batch_stats else None
 
     def _prepare_forward(
         self,
@@ -388,7 +363,7 @@ class TritonBackend(SharedStatistics):
         groups = spec.groups
         act = functions(spec.activation.name)
         bessel = layout.count / max(layout.count - 1, 1)
-        work = replace(self._work(layout, x, alignment, reads=1 + residual), mask=masked)
+        work = replace(self._work(layout, x, alignment, reads=1 + residual), sign_bits=masked)
         constants = (act.value, act.drop if masked else None)
         if not spec.batch_stats:
             plan = self._once(work, x)
@@ -428,7 +403,7 @@ class TritonBackend(SharedStatistics):
 
     # ------------------------------------------------------------------------------------------------------ backward
     @_planned_again
-    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
+    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
         call, batch_stats = self._call(dy, saved, need), saved.spec.batch_stats
         x, device = call.x, call.x.device
         if call.groups > 1:
@@ -453,11 +428,9 @@ class TritonBackend(SharedStatistics):
             self._launch(steps.last, (*call.tensors[:4], dz, dx, *call.vectors, *tail[:-1]))
         elif dx is not None or dz is not None:
             self._launch(steps.last, (*call.tensors, dz, dx, *call.vectors, None, None, None, *tail))
-        return dx, dweight, dbias, dz
+        return Grads(dx, dweight, dbias, dz)
 
-    def _backward_of_groups(
-        self, call: _BackwardCall, dy: Array, saved: Saved, need: frozenset[str]
-    ) -> tuple[Array | None, ...]:
+    def _backward_of_groups(self, call: _BackwardCall, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
         """The same of ghost batches, whose sums are added up in their order."""
         dx = self.empty_like(saved.x) if "dx" in need else None
         dz = self.empty_like(saved.x) if "dresidual" in need else None
@@ -466,7 +439,7 @@ class TritonBackend(SharedStatistics):
             self.backward_input(dy, saved, sums, dx)
         dz_xhat, dz_sum = (vector.view(call.groups, -1).sum(0) for vector in (sums.dz_xhat, sums.dz))
         dweight = self.cast(dz_xhat, saved.weight_dtype) if "dweight" in need else None
-        return dx, dweight, self.cast(dz_sum, saved.bias_dtype) if "dbias" in need else None, dz
+        return Grads(dx, dweight, self.cast(dz_sum, saved.bias_dtype) if "dbias" in need else None, dz)
 
     def _prepare_backward(self, call: _BackwardCall, need: frozenset[str], batch_stats: bool) -> _Backward:
         wants_dx, wants_dz, wants_sums = "dx" in need, "dresidual" in need, bool(need & {"dweight", "dbias"})
