@@ -163,11 +163,11 @@ class _Lines:
             )
         once = "One sample of each, which is no measurement. " * (self.first.timings[self.regime].samples == 1)
         return (
-            f"{once}Times are medians{regimes}. The other columns belong to {self.regime}. IQR: the interquartile range. "
-            "GB/s: the tensors' bytes, each read and written once, over the time. Of copy: the share of a copy's "
-            f"bandwidth ({three_digits(self.copy_bandwidth / 1e9)} GB/s, measured on a tensor larger than the caches; a "
-            "tensor that stays in a cache may reach more than 100 %). Ratio: the median of our time over the peer's, in "
-            "samples taken one after the other; below 1 ours is faster. "
+            f"{once}Times are medians{regimes}. The other columns belong to {self.regime}. IQR: the interquartile "
+            "range. GB/s: the tensors' bytes, each read and written once, over the time. Of copy: the share of a "
+            f"copy's bandwidth ({three_digits(self.copy_bandwidth / 1e9)} GB/s, measured on a tensor larger than the "
+            "caches; a tensor that stays in a cache may reach more than 100 %). Ratio: the median of our time over the "
+            "peer's, in samples taken one after the other; below 1 ours is faster. "
             f"{SLOWER_MARK} marks what is slower with more threads than with one."
         )
 
@@ -251,15 +251,18 @@ def model_tables(rows: Sequence[Modelled]) -> list[Table]:
             every = [on[device] for device in devices]
             name = f"  {operation}"
             lines.append([name, "gpu_bn", *(f"{_time(row.plan.seconds)} {row.tier}" for row in every)])
-            if every[0].torch_bytes is not None:
-                lines.append([name, "PyTorch native", *(_time(row.torch_seconds) for row in every)])
-            if every[0].cudnn_bytes is not None:
-                lines.append([name, "cuDNN", *(_time(row.cudnn_seconds) for row in every)])
+            others = {
+                "PyTorch native": [row.torch_seconds for row in every],
+                "cuDNN": [row.cudnn_seconds for row in every],
+            }
+            for by, seconds in others.items():
+                if times := [_time(one) for one in seconds if one is not None]:
+                    lines.append([name, by, *times])
     header = ["operation", "by", *devices]
-    times = Table("Model: times on GPUs that are not here", header, lines, MODEL_NOTE, keys=2)
+    table = Table("Model: times on GPUs that are not here", header, lines, MODEL_NOTE, keys=2)
     shown = devices[min(3, len(devices) - 1)]
     trained = [row for row in rows if row.device.name == shown and row.case.operation.training]
-    return [times, *([_tiers_table(trained)] if trained else [])]
+    return [table, *([_tiers_table(trained)] if trained else [])]
 
 
 def _tiers_table(rows: Sequence[Modelled]) -> Table:

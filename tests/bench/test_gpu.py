@@ -53,10 +53,10 @@ def test_the_report_of_a_gpu(emulated, capsys, tmp_path):
         assert list(row["ratios"]["cold"]) == ["peer"]
     assert found["model"] == []
     assert found["machine"]["gpu"]["name"] == "emulated"
-    raced = {tier for race in found["crossovers"]["tiers"] for tier in race["seconds"]}
-    assert raced == {"cta", "cooperative", "split"}
+    forced = {tier for row in found["crossovers"]["tiers"] for tier in row["seconds"]}
+    assert forced == {"cta", "cooperative", "split"}
     assert set(found["crossovers"]["thresholds"]) == {field.name for field in fields(plan.Thresholds)}
-    assert {row["tier"] for row in found["crossovers"]["ranges"]} <= raced
+    assert {row["tier"] for row in found["crossovers"]["ranges"]} <= forced
     assert all(row["chosen"] == "cta" for row in found["crossovers"]["tiers"])
     assert "Thresholds for plan.py, fitted to gpu_bn cupy in 2 cases on emulated" in out
     assert "driver and clocks are not known: nvidia-smi cannot be run" in out
