@@ -1,4 +1,4 @@
-"""Batch normalisation of CuPy arrays by CUDA C++ kernels (:mod:`gpu_bn.kernels`), compiled at first use.
+"""Normalise CuPy arrays by CUDA C++ kernels (:mod:`gpu_bn.kernels`), compiled at first use.
 
 A training call is one launch where a plan (:mod:`gpu_bn.plan`) can keep each channel on chip, else two; evaluation and
 the gradients with frozen statistics are one. Kernels run on the current stream of the input's device; nothing waits for
@@ -46,7 +46,7 @@ PREPARED = 1024
 
 
 def backend() -> CupyBackend:
-    """The backend, for :func:`gpu_bn.registry.load`.
+    """Return the backend, for :func:`gpu_bn.registry.load`.
 
     Raises:
         BackendUnavailableError: no GPU, no driver, or a GPU too old; the message names the remedy.
@@ -78,7 +78,7 @@ def _on_its_device(method: Method) -> Method:
 
 
 class SavedRows(Saved):
-    """What a forward call of this backend saves: its vectors are the ``rows`` of one array.
+    """Hold what a forward call of this backend saves: its vectors are the ``rows`` of one array.
 
     They become arrays when they are first asked for, because a backward call only needs their addresses.
     """
@@ -120,17 +120,14 @@ class CupyBackend:
     xp = cupy
 
     def __init__(self, tier: str | None = None) -> None:
-        """``tier`` forces a tier of :data:`gpu_bn.plan.TIERS` on training calls, for tests and benchmarks."""
+        """Make a backend; ``tier`` forces one of :data:`gpu_bn.plan.TIERS` on training calls, for tests and timings."""
         self.tier = tier
         self._counters: dict[tuple[int, int], tuple[Any, Array]] = {}
         self._thread = local()
         prepared = lru_cache(PREPARED)
         self._forward, self._backward = prepared(calls.forward), prepared(calls.backward)
-        self._stats, self._normalize, self._track = (
-            prepared(calls.stats),
-            prepared(calls.normalize),
-            prepared(calls.track),
-        )
+        self._stats, self._track = prepared(calls.stats), prepared(calls.track)
+        self._normalize = prepared(calls.normalize)
         self._reduce, self._input = prepared(calls.backward_reduce), prepared(calls.backward_input)
 
     # ------------------------------------------------------------------------------------------ small things
@@ -272,7 +269,7 @@ class CupyBackend:
         self._input(signature, *tensors, vectors, sums is not None, tensor_signature(out))(arguments)
 
     def _upstream(self, saved: Saved, **tensors: Any) -> tuple[Arguments, Signature, VectorSignatures]:
-        """Return the arguments of a call after a forward call, with ``tensors``, its signature, and its vectors'."""
+        """Return a later call's arguments with ``tensors``, its signature, and those of the saved vectors."""
         spec = saved.spec
         if not isinstance(saved, SavedRows) or saved.rows is None:
             count = saved.moments.count
@@ -300,7 +297,7 @@ class CupyBackend:
 
     # ---------------------------------------------------------------------------------------------- counters
     def counters(self, size: int) -> Array:
-        """Zeros, which a kernel leaves as it found them: one array a stream; a graph gets one of its own.
+        """Return zeros, which a kernel leaves as it found them: one array for each stream, and one for each graph.
 
         Streams are kept with their counters, so that no other stream gets the handle of one that is still running.
         Those of a thread's own default stream end with the thread.
@@ -321,7 +318,7 @@ class CupyBackend:
 
 
 def from_host(array: np.ndarray[Any, Any]) -> Array:
-    """A NumPy array's values on the current device, in the same strides, at an address that its dtype allows."""
+    """Copy a NumPy array to the current device, with the same strides, at an address that its dtype allows."""
     low, high = np.lib.array_utils.byte_bounds(array)
     raw: Any = (ctypes.c_uint8 * max(high - low, 1)).from_address(low) if array.size else np.zeros(1, np.uint8)
     memory = cupy.asarray(np.frombuffer(raw, np.uint8))
