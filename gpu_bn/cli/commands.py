@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if a conformance case has failed, a benchmark's result is wrong, the command cannot run
-        here or its results cannot be written; 130 after Ctrl-C. A command line that cannot be meant exits with 2.
+        here or its results cannot be written; 2 if the arguments are wrong; 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command line may say."""
+    """Make the parser of the command line."""
     top = argparse.ArgumentParser(prog="gpu-bn", description="Batch normalisation, forward and backward.")
     top.add_argument("--version", action="version", version=f"gpu-bn {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         "Run the conformance cases, forward and backward against a float64 oracle, on this machine's backends. "
         "Exit code 1 if one fails.",
     )
-    check.add_argument("--backend", choices=registry.NAMES, help="only this one (default: all that can be had)")
+    check.add_argument("--backend", choices=registry.NAMES, help="only this one (default: all that are available)")
     check.add_argument("--quick", action="store_true", help="fewer cases, that still cover every option and dtype")
     check.add_argument(
         "--processes",
@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
         help="learning rate (default: 3, which of 0.1, 0.3, 1, 3 and 10 is the best for the network without BN)",
     )
     demo.add_argument("--out", type=Path, default=Path("gpu-bn-demo.png"), metavar="PATH", help="default: %(default)s")
-    demo.add_argument("--backend", choices=("numpy", "cupy"), help="default: cupy if it can be had, else numpy")
+    demo.add_argument("--backend", choices=("numpy", "cupy"), help="default: cupy if it is available, else numpy")
     return top
 
 
@@ -203,7 +203,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_info(options: argparse.Namespace) -> int:
-    """``gpu-bn info``."""
+    """Run ``gpu-bn info``."""
     from gpu_bn.cli.info import as_json, facts, text
 
     if options.json is not None:
@@ -216,7 +216,7 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """``gpu-bn check``."""
+    """Run ``gpu-bn check``."""
     from gpu_bn.cli.check import conformance
 
     if options.json is not None:
@@ -225,7 +225,7 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def run_explain(options: argparse.Namespace) -> int:
-    """``gpu-bn explain``."""
+    """Run ``gpu-bn explain``."""
     from gpu_bn.cli.console import Table, terminal_width
     from gpu_bn.explanation import MODEL, explain, row
 
@@ -249,7 +249,7 @@ def run_explain(options: argparse.Namespace) -> int:
 
 
 def run_warm_up(options: argparse.Namespace) -> int:
-    """``gpu-bn warm-up``."""
+    """Run ``gpu-bn warm-up``."""
     from gpu_bn.cli.warm_up import ACTIVATIONS, warm_up
     from gpu_bn.explanation import DTYPES
 
@@ -266,7 +266,7 @@ def run_warm_up(options: argparse.Namespace) -> int:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """``gpu-bn bench``."""
+    """Run ``gpu-bn bench``."""
     from gpu_bn.bench.run import BenchError, Options, bench
 
     values.check_folder(options.out, "report")
@@ -288,7 +288,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    """``gpu-bn demo``."""
+    """Run ``gpu-bn demo``."""
     missing = [package for module, package in DEMO_NEEDS.items() if find_spec(module) is None]
     if missing:
         raise CommandError(f"{', '.join(missing)} not installed; pip install -e '.[demo]' installs what it needs")

@@ -34,15 +34,18 @@ def draw(runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capaci
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     top, bottom = figure.subplots(2, 3)
     seeds = len(runs["none"])
-    figure.suptitle(
+    heading = (
         f"Sigmoid network 64-100-100-10 on scikit-learn's digits, learning rate {rate:g}\n"
-        f"{seeds} seed{'s (line: mean, shade: lowest to highest)' if seeds > 1 else ''}",
-        fontsize=12,
+        f"{seeds} seed{'s (line: mean, shade: lowest to highest)' if seeds > 1 else ''}"
     )
     curves(top[0], runs, lambda history: history.loss)
     top[0].set(title="Training loss (nats)")
     handles, labels = top[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=11)
+    place: Any = "outside upper center"
+    legend = figure.legend(
+        handles, labels, loc=place, ncols=3, frameon=False, fontsize=11, title=heading, title_fontsize=12
+    )  # the heading is the legend's: two texts outside the axes would lie over each other
+    legend.get_title().set_multialignment("center")
     curves(top[1], runs, lambda history: np.maximum(100 - np.array(history.accuracy), LEAST_ERROR))
     top[1].set(title="Test error (%)")
     curves(top[2], runs, lambda history: history.drifts("output")[0], skip=1)
