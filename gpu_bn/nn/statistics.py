@@ -19,11 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from gpu_bn import algorithm
 from gpu_bn.merge import Pool, merge
-from gpu_bn.nn import functional
 from gpu_bn.nn.distributed.group import Group, gather, several, total
 from gpu_bn.nn.modules import require_channels
 from gpu_bn.nn.operators import sync as sync_operators
-from gpu_bn.nn.operators.sync import update_running
+from gpu_bn.nn.running import update_running, updates
 from gpu_bn.nn.sync import SyncBatchNorm
 
 Pools = dict[_BatchNorm, Pool]
@@ -135,7 +134,7 @@ def accumulate_statistics(model: torch.nn.Module) -> Iterator[None]:
     for group, theirs in shared.items():
         pools |= _over_processes(theirs, pools, Group.of(group))
     for layer, pool in pools.items():
-        update_running(*_buffers(layer), layer.num_batches_tracked, layer.momentum, pool)
+        update_running((*_buffers(layer), layer.num_batches_tracked), layer.momentum, pool)
 
 
 def _tracking(model: torch.nn.Module) -> list[_BatchNorm]:
@@ -165,7 +164,7 @@ def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
     pools: Pools = {}
 
     def record(layer: Any, arguments: tuple[Any, ...], options: dict[str, Any], _: Any) -> None:
-        if layer.training and not functional._updates.off:
+        if layer.training and not updates.off:
             given = arguments[0] if arguments else options["input"]
             mask = arguments[3] if len(arguments) > 3 else options.get("mask")
             pool = _pool_of(given.detach(), mask)

@@ -30,7 +30,7 @@ _any_requires_grad = torch._C._any_requires_grad
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched=True; an ordinary tensor to all else
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
-_tracing = torch._C._get_tracing_state
+tracing_state = torch._C._get_tracing_state
 _transforms_active = torch._C._are_functorch_transforms_active
 
 PLAIN = frozenset((Tensor, Parameter))
@@ -333,7 +333,7 @@ def _plain(arguments: tuple[Any, ...]) -> bool:
 
 def watched() -> bool:
     """Whether a compiler, a tracer, a mode or a transform wants to see the operator."""
-    return _is_compiling() or _modes() > 0 or _tracing() is not None or _transforms_active()
+    return _is_compiling() or _modes() > 0 or tracing_state() is not None or _transforms_active()
 
 
 def needs_operator(dy: Tensor, x: Tensor) -> bool:

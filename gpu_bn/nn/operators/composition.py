@@ -13,6 +13,7 @@ from torch import Tensor
 from gpu_bn.activations import Activation
 from gpu_bn.call import Call, Options
 from gpu_bn.nn.fx.activations import activate
+from gpu_bn.nn.running import write
 
 
 def batch_norm(
@@ -106,9 +107,7 @@ def _move_running(wide: Tensor, call: Call, momentum: float, eps: float) -> None
     F.batch_norm(wide, mean, var, None, None, True, momentum, eps)
     counted = None if call.counter is None else call.counter.clone().add_(1)
     moved = zip((call.counter, *running), (counted, mean, var), strict=True)
-    pairs = [(old, new) for old, new in moved if old is not None and new is not None]
-    if pairs:  # in one call: no error or interrupt comes between them
-        torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+    write([(old, new) for old, new in moved if old is not None and new is not None])
 
 
 def _momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> float:

@@ -36,7 +36,7 @@ from gpu_bn.spec import BatchNormSpec
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 """The second: any strides serve, so that a compiler need not copy arguments into those of eager code."""
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # it has left torch.func; its memory is not to be seen
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # it has left torch.func; its memory is not to be seen
 LIBRARY = torch.library.Library("gpu_bn", "DEF")
 for _schema in (
     "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
@@ -74,7 +74,7 @@ def forward(engine: Backend, call: Call, spec: BatchNormSpec, keep: bool = True)
     apart = not spec.batch_stats or _are_apart(tracked, read)
     if not apart:
         named = zip(("input", "weight", "bias", "residual"), read, strict=True)
-        seen: dict[str, Any] = {name: one for name, one in named if one is not None and not _is_wrapped(one)}
+        seen: dict[str, Any] = {name: one for name, one in named if one is not None and not is_wrapped(one)}
         aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), seen)
     at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
     if at_once is not None and apart and call.valid is None and _is_plain(call.x, spec) and _countable(call):
@@ -103,7 +103,7 @@ def _are_apart(tracked: Sequence[Tensor | None], others: Sequence[Tensor | None]
     if not all(one.is_contiguous() for one in written):
         return False
     bounds = [_bounds(one) for one in written]
-    bounds += {_bounds(one) for one in others if one is not None and not _is_wrapped(one)}
+    bounds += {_bounds(one) for one in others if one is not None and not is_wrapped(one)}
     bounds.sort()
     return all(one[1] <= after[0] for one, after in pairwise(bounds))
 
