@@ -61,12 +61,12 @@ def masked_batch_norm(
     dtype = torch.promote_types(x.dtype, torch.float32)
     if valid is None:
         valid = x.new_ones((1,) * x.dim(), dtype=torch.bool)
-    there = valid.expand(x.shape[0], 1, *x.shape[2:]).unflatten(0, (groups, -1))
+    counted = valid.expand(x.shape[0], 1, *x.shape[2:]).unflatten(0, (groups, -1))
     wide = torch.where(valid, x.to(dtype), 0).unflatten(0, (groups, -1))
     axes = [1, *range(3, wide.dim())]
-    count = there.sum(axes, keepdim=True).clamp(min=1)
+    count = counted.sum(axes, keepdim=True).clamp(min=1)
     mean = wide.sum(axes, keepdim=True) / count
-    centred = (wide - mean) * there
+    centred = (wide - mean) * counted
     xhat = (centred * (centred.square().sum(axes, keepdim=True) / count + eps).rsqrt()).flatten(0, 1)
     shape = (1, -1, *(1,) * (x.dim() - 2))
     if r.numel():
