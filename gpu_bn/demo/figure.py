@@ -21,7 +21,7 @@ STYLES = {"none": "-", "fixed": "--", "learned": "-"}
 MARKERS = {"none": "", "fixed": "", "learned": "o"}
 """Line and marker tell the variants apart in grey."""
 SHORT = {"none": "no BN", "fixed": "fixed pair", "learned": "learned pair"}
-SIZE, DPI = (9.2, 7.8), 130
+SIZE, DPI = (9.2, 8.2), 130
 """Inches and dots per inch; text of 10 points can still be read at a width of 400 pixels."""
 SETTLED = 3
 """Records after which the percentiles' axis begins: the first steps of the network without BN go beyond it."""
@@ -120,5 +120,5 @@ def numbers(axes: Axes, runs: Runs, identities: Sequence[Identity], capacities: 
     same, images = sum(c.agree for c in capacities), sum(c.images for c in capacities)
     lines += ["", "BN as the identity,", "greatest |BN(x) - x|"]
     lines += [f"  pair (1, 0)     {exact.standardised:.2g}", f"  pair (SD, mean) {exact.restored:.1g}"]
-    lines += ["", "in trained networks,", "same label for", f"  {same:,} of {images:,}"]
+    lines += ["", "put into networks:", f"  {same:,} of {images:,} alike"]
     axes.text(0, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", family="monospace", fontsize=10)
