@@ -42,17 +42,17 @@ def composed_gradients(
     eps, name, parameter = ctx.options
     if name == "identity" and need[3]:
         residual = torch.zeros_like(x, requires_grad=True)  # of which only the gradient matters
-    counted = x.new_ones(1, dtype=torch.bool) if valid is None else valid
+    valid = x.new_ones(1, dtype=torch.bool) if valid is None else valid
     axes, shape = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
-    wide = torch.where(counted, x.to(torch.float64), 0)
-    count = counted.expand_as(x).double().sum(axes)[:1]
+    wide = torch.where(valid, x.to(torch.float64), 0)
+    count = valid.expand_as(x).double().sum(axes)[:1]
     sums = _Sum.apply(torch.cat((count, wide.sum(axes))), ctx.group, ctx.header)
     mean = sums[1:] / sums[0]
-    centred = torch.where(counted, wide - mean.view(shape), 0)
+    centred = torch.where(valid, wide - mean.view(shape), 0)
     var = _Sum.apply(centred.square().sum(axes), ctx.group, ctx.header) / sums[0]
-    rest = None if residual is None else torch.where(counted, residual, 0)
+    rest = None if residual is None else torch.where(valid, residual, 0)
     y = composition.batch_norm(wide, mean, var, weight, bias, rest, eps, Activation(name, parameter))
-    y = torch.where(counted, y, 0).to(x.dtype)
+    y = torch.where(valid, y, 0).to(x.dtype)
     inputs = [tensor if needed else None for tensor, needed in zip((x, weight, bias, residual), need, strict=True)]
     wanted = [tensor for tensor in inputs if tensor is not None]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
