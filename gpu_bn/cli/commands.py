@@ -143,9 +143,9 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     bench = _add(
         commands,
         "bench",
-        "Time batch norm against other libraries on this machine's GPU, or else its CPU; print tables, write report.json "
-        "and two pictures. Each result is compared with a float64 oracle before it is timed. Without a GPU, print what "
-        "a model expects of five of them. Exit code 1 if a result of ours is wrong. NAMES are separated by commas.",
+        "Time batch norm against other libraries on this machine's GPU or CPU; print tables, write report.json "
+        "and two pictures. Each result is compared with a float64 oracle before it is timed. Without a GPU, print "
+        "what a model expects of five of them. Exit code 1 if a result is wrong. NAMES are separated by commas.",
     )
     bench.add_argument(
         "--shapes",
