@@ -92,7 +92,7 @@ def normalize(call: Call, options: Options) -> Tensor:
                 return y
         if is_ordinary(call, options):
             training, momentum, eps, activation, *_ = options
-            batch_weight = library.weighs(momentum, None, call.counter) if training else 0.0
+            batch_weight = library.batch_weight(momentum, None, call.counter) if training else 0.0
             spec = library.options(training, batch_weight, eps, activation.name, activation.parameter)
             return autograd.direct(registry.serving(call.x), spec, call)
     return _checked(call, options)

@@ -138,7 +138,7 @@ def accumulate_statistics(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _tracking(model: torch.nn.Module) -> list[_BatchNorm]:
-    """The layers that keep running statistics."""
+    """List the layers that keep running statistics."""
     found = {
         name: module
         for name, module in model.named_modules()
@@ -160,7 +160,7 @@ def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
-    """Meanwhile layers update nothing; what they were given in training mode is merged instead."""
+    """Let layers update nothing in a block; merge the statistics of their inputs in training mode instead."""
     pools: Pools = {}
 
     def record(layer: Any, arguments: tuple[Any, ...], options: dict[str, Any], _: Any) -> None:
@@ -192,7 +192,7 @@ def _merged(pools: list[Pool]) -> Pool:
 
 
 def _over_processes(layers: list[_BatchNorm], pools: Pools, group: Group) -> Pools:
-    """The layers' pools merged over a group's processes, by one collective; a layer may be missing on some."""
+    """Merge the layers' pools over a group's processes, by one collective; a layer may be missing on some."""
     if not layers:
         return {}
     device = _buffers(layers[0])[0].device
@@ -208,7 +208,7 @@ def _lengths(layer: _BatchNorm) -> tuple[int, int, int]:
 
 
 def _alike(batches: Iterable[Any], layers: list[_BatchNorm], group: Group) -> Iterator[Any]:
-    """The batches, as long as all processes of a group have one; they say so before each."""
+    """Yield the batches as long as all processes of a group have one; they tell each other before each."""
     nothing = object()
     device = _buffers(layers[0])[0].device
     given = iter(batches)

@@ -350,7 +350,7 @@ def test_a_packet_on_a_gpu_takes_nothing_from_the_memory_of_the_host():
     report = torch.arange(3000, dtype=torch.float64)
     on_gpu = report.to("meta")
     with Operations() as operations:
-        wire._pack(on_gpu, "", SIGNATURE)
+        wire.packed(on_gpu, "", SIGNATURE)
     assert set.union(*operations.devices.values()) == {"meta"}
     packets = wire.pack(report, "", SIGNATURE)
     heads = packets[:, : wire.HEADER]

@@ -1,4 +1,4 @@
-"""The arguments of a SyncBatchNorm's call, checked on one process before it sends anything."""
+"""Check the arguments of a SyncBatchNorm's call on one process, before it sends anything."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def batch_norm(
     eps: float,
     activation: Activation,
 ) -> Tensor:
-    """The transform with the statistics given, or the batch's; computed in float32 or wider, rounded once."""
+    """Normalise by the given statistics, or the batch's; in float32 or wider, rounded once."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if mean is not None:
         dtype = torch.promote_types(dtype, mean.dtype)
@@ -57,7 +57,7 @@ def masked_batch_norm(
     r: Tensor,
     d: Tensor,
 ) -> Tensor:
-    """The same with the statistics of each ghost batch's valid positions, renormalised by ``r`` and ``d`` if any."""
+    """Normalise by the statistics of each ghost batch's valid positions, renormalised by ``r`` and ``d`` if any."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if valid is None:
         valid = x.new_ones((1,) * x.dim(), dtype=torch.bool)
@@ -80,13 +80,13 @@ def masked_batch_norm(
 
 
 def evaluated(call: Call, options: Options) -> Tensor:
-    """The transform of a call in evaluation."""
+    """Make a call in evaluation."""
     running = (call.running_mean, call.running_var)
     return batch_norm(call.x, *running, call.weight, call.bias, call.residual, options.eps, options.activation)
 
 
 def wide_batch_norm(call: Call, options: Options) -> Tensor:
-    """The transform under ``torch.func`` and in forward mode: all in float64, rounded once."""
+    """Make a call under ``torch.func`` or in forward mode: all in float64, rounded once."""
     x = call.x
     if options.training:
         wide = x.double()
@@ -101,7 +101,7 @@ def wide_batch_norm(call: Call, options: Options) -> Tensor:
 
 
 def _move_running(wide: Tensor, call: Call, momentum: float, eps: float) -> None:
-    """Move running statistics by torch's function, which refuses what a transform cannot do; only then is it seen."""
+    """Move running statistics by torch's function, which refuses what a transform cannot do; write them last."""
     running = (call.running_mean, call.running_var)
     mean, var = (None if one is None else one.to(torch.float64, copy=True) for one in running)
     F.batch_norm(wide, mean, var, None, None, True, momentum, eps)
@@ -111,14 +111,14 @@ def _move_running(wide: Tensor, call: Call, momentum: float, eps: float) -> None
 
 
 def _momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> float:
-    """What a batch weighs; without a momentum all batches weigh alike."""
+    """Return the weight of a batch; without a momentum all batches weigh alike."""
     if momentum is not None:
         return momentum
     return 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1)
 
 
 def torch_batch_norm(call: Call, options: Options) -> Tensor:
-    """The transform by ``torch.nn.functional.batch_norm``, which exporters know."""
+    """Make a call by ``torch.nn.functional.batch_norm``, which exporters know."""
     momentum = _momentum(options.momentum, call.counter)
     tensors = (call.x, call.running_mean, call.running_var, call.weight, call.bias)
     z = F.batch_norm(*tensors, options.training, momentum, options.eps)

@@ -12,7 +12,7 @@ from gpu_bn.nn.operators import autograd, composition
 
 
 def batch_norm(call: Call, options: Options, groups: int) -> Tensor:
-    """A checked call of :func:`gpu_bn.nn.functional.batch_norm` with any of these; its mask is as it was given."""
+    """Make a checked call with any of these; its mask is as it was given."""
     x, valid, residual = call.x, call.valid, call.residual
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError("mask, virtual_batch_size and renorm do not work under torch.func or in forward mode")

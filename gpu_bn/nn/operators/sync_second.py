@@ -15,7 +15,7 @@ from gpu_bn.nn.operators import composition
 
 
 class _Sum(Function):
-    """The sum over a group's processes. Each result reaches each process, so that gradients are summed as well."""
+    """The sum over a group's processes. Each result reaches each process: gradients are summed as well."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, group: Group, header: list[float]) -> Tensor:
@@ -38,7 +38,7 @@ def composed_gradients(
     valid: Tensor | None,
     need: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """The gradients by torch's own differentiable operations, which remember where they come from."""
+    """Compute the gradients by torch's own operations, which can be differentiated again."""
     eps, name, parameter = ctx.options
     if name == "identity" and need[3]:
         residual = torch.zeros_like(x, requires_grad=True)  # of which only the gradient matters
