@@ -145,7 +145,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "bench",
         "Time batch norm against other libraries on this machine's GPU or CPU; print tables, write report.json "
         "and two pictures. Each result is compared with a float64 oracle before it is timed. Without a GPU, print "
-        "what a model expects of five of them. Exit code 1 if a result is wrong. NAMES are separated by commas.",
+        "what a model expects of five of them. Exit code 1 if ours are wrong. NAMES are separated by commas.",
     )
     bench.add_argument(
         "--shapes",

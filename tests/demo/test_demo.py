@@ -42,7 +42,7 @@ def test_demo_runs(tmp_path, capsys):
     assert max(map(len, out.replace(str(path), "").splitlines())) <= 120
     png = path.read_bytes()
     assert png.startswith(b"\x89PNG")
-    assert int.from_bytes(png[16:20], "big") == 1200
+    assert int.from_bytes(png[16:20], "big") == 1196
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
