@@ -35,17 +35,17 @@ def main() -> None:
     sys.modules["cupy"].empty = lambda shape, dtype=np.float64: np.empty(shape, dtype).view(fake_cupy.ndarray)
 
     from gpu_bn import testing
+    from gpu_bn.backends.cupy import device
     from gpu_bn.backends.cupy import sources as cuda_sources
-    from gpu_bn.backends.cupy import steps
 
     needed: dict[tuple[str, str], None] = {}
-    make = steps._module
+    make = device._module
 
     def noting(activation: str, name: str) -> object:
         needed[activation, name] = None
         return make(activation, name)
 
-    steps._module = noting
+    device._module = noting
     testing.ADAPTERS["cupy"] = testing.Adapter(gpu.asarray, np.array)
     found = {
         "gpu-bn check --quick": kernels_of_quick_check,

@@ -46,7 +46,7 @@ class Direction:
     def floor_bytes(self) -> int:
         """Bytes if every tensor were read and written once."""
         tensors = (self.work.reads + self.work.writes) * self.work.tensor_bytes
-        return tensors + self.work.mask_bytes
+        return tensors + self.work.sign_bytes
 
     @property
     def efficiency(self) -> float:
@@ -64,7 +64,7 @@ class Direction:
         per_strip = tiling.channels_per_strip
         strip = f"{per_strip} channels side by side" if tiling.columns and per_strip > 1 else "one channel"
         share = "its own block" if plan.blocks == 1 else f"{plan.blocks} blocks"
-        turns = f", {plan.groups} at a time" if plan.groups < tiling.strips else ""
+        turns = f", {plan.in_flight} at a time" if plan.in_flight < tiling.strips else ""
         vector_bytes = tiling.vector * self.work.itemsize
         facts = [
             ("tier", self.tier),
@@ -217,10 +217,11 @@ def works(
     forward = Work(n, c, s, itemsize, reads=1 + residual)
     both = residual and not activation.is_identity  # the backward call needs the sign of their sum
     full = tile(forward).vector * itemsize == VECTOR_BYTES
-    mask = both and full and cuda_sources.switched(activation.name)
-    reads = 2 + (both and not mask)
-    backward = Work(n, c, s, itemsize, backward=True, reads=reads, staged=reads, writes=1 + residual, mask=mask)
-    return Work(n, c, s, itemsize, reads=1 + residual, mask=mask and training), backward
+    sign_bits = both and full and cuda_sources.switched(activation.name)
+    reads = 2 + (both and not sign_bits)
+    writes = 1 + residual
+    backward = Work(n, c, s, itemsize, True, reads=reads, staged=reads, writes=writes, sign_bits=sign_bits)
+    return Work(n, c, s, itemsize, reads=1 + residual, sign_bits=sign_bits and training), backward
 
 
 def device_of(device: Device | str) -> Device:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 THREADS = 256
+STATIC_SHARED = 7_696
+"""A block's static shared memory, at most."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Device:
-    """What a plan needs to know of a GPU. Compared by identity, which costs a call nothing.
+    """Describe a GPU as far as plans need it. Compared by identity, which costs a call nothing.
 
     Attributes:
-        name: for people.
+        name: its name, for people.
         arch: the compute capability, 90 for sm_90.
         sms: multiprocessors.
         shared_per_sm, shared_per_block: bytes of shared memory, the second with opt-in.
@@ -32,8 +34,37 @@ class Device:
 
     @property
     def reserved_shared(self) -> int:
-        """What the driver takes of an SM's shared memory for each block."""
+        """Bytes of an SM's shared memory that the driver takes for each block."""
         return 1 << 10 if self.arch >= 80 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class OnChip:
+    """Tell how many bytes of tensors blocks can keep on chip.
+
+    Attributes:
+        per_block: bytes of one block, at most.
+        per_sm: bytes of all blocks of an SM.
+        overhead: bytes of ``per_sm`` that each block takes besides.
+    """
+
+    per_block: int
+    per_sm: int
+    overhead: int = 0
+
+    @staticmethod
+    def shared(device: Device) -> OnChip:
+        """Return what the shared memory of a device has room for."""
+        used = STATIC_SHARED + device.reserved_shared
+        return OnChip(device.shared_per_block - STATIC_SHARED, device.shared_per_sm, used)
+
+    def blocks(self, nbytes: int) -> int:
+        """Return how many blocks that keep so many bytes an SM holds."""
+        return self.per_sm // (nbytes + self.overhead)
+
+    def share(self, blocks: int) -> int:
+        """Return the bytes that each of an SM's blocks can keep."""
+        return self.per_sm // blocks - self.overhead
 
 
 DEVICES = {

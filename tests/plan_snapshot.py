@@ -56,7 +56,7 @@ def choice(work: Work, device: Device) -> str:
     found = plan(work, device)
     tiling = found.tiling
     return (
-        f"{found.tier} blocks={found.blocks} groups={found.groups} share={found.share} vector={tiling.vector} "
+        f"{found.tier} blocks={found.blocks} groups={found.in_flight} share={found.share} vector={tiling.vector} "
         f"lanes={tiling.lanes} shared={found.shared_bytes} launches={found.launches}"
     )
 

@@ -149,7 +149,7 @@ def work_of(case: Case) -> Work:
 
 def floor_bytes(work: Work) -> int:
     """Every tensor, and a mask, once."""
-    return (work.reads + work.writes) * work.tensor_bytes + work.mask_bytes
+    return (work.reads + work.writes) * work.tensor_bytes + work.sign_bytes
 
 
 def _tiers(work: Work, device: Device) -> dict[str, int]:

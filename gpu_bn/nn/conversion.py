@@ -16,19 +16,17 @@ from torch.nn.utils import parametrize
 
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import modules
+from gpu_bn.nn.activated import store_guarded
+from gpu_bn.nn.fused import Fused
 from gpu_bn.nn.fx.forward import own_forwards
 from gpu_bn.nn.fx.graph import fuse_activations, unfuse
-from gpu_bn.nn.known_layers import CLASSES, OURS, class_of, frozen_eps, rule
-from gpu_bn.nn.modules import Fused
+from gpu_bn.nn.known_layers import CLASSES, class_of, frozen_eps, is_own, rule
 from gpu_bn.nn.report import Report
-from gpu_bn.nn.sync import SyncBatchNorm, note_made
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 ADDED = ("activation", "frozen", "virtual_batch_size", "renorm", "_converted_from", "_added")
 """The attributes that a layer of ours may have beyond torch's."""
-SYNCHRONISED = (modules.BatchNorm, modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d, SyncBatchNorm)
-"""What becomes a SyncBatchNorm; what is derived from these may compute something else."""
 
 
 def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -> Model:
@@ -64,7 +62,7 @@ def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -
         if (known := rule(module)) is not None:
             _become(module, *known)
             report.converted.append(name)
-        elif type(module) not in OURS and isinstance(module, _BatchNorm):
+        elif not is_own(type(module)) and isinstance(module, _BatchNorm):
             report.left[name] = f"{type(module).__name__} is not known, or its activation is not, or it has hooks"
     if fuse:
         fuse_activations(model, report)
@@ -81,19 +79,6 @@ def _tell_opacus() -> None:
                 theirs = getattr(torch.nn, cls.__name__, None)
                 if theirs in known:
                     known.setdefault(cls, known[theirs])
-
-
-def synchronise(model: Model, process_group: Any) -> Model:
-    """See :meth:`gpu_bn.nn.SyncBatchNorm.convert_sync_batchnorm`."""
-    modules.require_channels(name for name, module in model.named_modules() if isinstance(module, _LazyNormBase))
-    for module in convert(model).modules():
-        kind = class_of(module)
-        if kind in SYNCHRONISED:
-            module.__dict__.setdefault("_converted_from", getattr(torch.nn, kind.__name__, kind))
-            _set_class(module, SyncBatchNorm)
-            setattr(module, "process_group", process_group)  # noqa: B010 - not of every module's type
-            note_made(module)
-    return model
 
 
 def revert(model: Model) -> Model:
@@ -135,7 +120,7 @@ def revert(model: Model) -> Model:
         if cls is not None:
             if cls is not torch.nn.SyncBatchNorm:
                 layer.__dict__.pop("process_group", None)
-            _set_class(layer, cls)
+            set_class(layer, cls)
     return model
 
 
@@ -271,14 +256,14 @@ def _become(module: torch.nn.Module, cls: type[torch.nn.Module], activation: Act
     module.__dict__["_converted_from"] = class_of(module)
     if eps is not None and "eps" not in module.__dict__:
         module.__dict__.update(eps=eps, _added=("eps",))
-    _set_class(module, cls)
+    set_class(module, cls)
     if not activation.is_identity:
         setattr(module, "activation", activation)  # noqa: B010 - not of every module's type
 
 
-def _set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+def set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
     if parametrize.is_parametrized(module):  # its class is one of its own, with a property for each parameter
         body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), body)
     module.__class__ = cls
-    modules.move_parts(module)
+    store_guarded(module)

@@ -18,6 +18,7 @@ from gpu_bn.nn.fx import activations
 from gpu_bn.nn.fx.forward import INTERNAL, own_forwards
 from gpu_bn.nn.fx.graph import is_layer, is_ours, unfuse
 from gpu_bn.nn.fx.pairs import observed_pairs, traced_pairs
+from gpu_bn.nn.fx.trace import in_mode
 from gpu_bn.nn.known_layers import frozen_eps, is_watched, known_norm
 from gpu_bn.nn.report import Report
 
@@ -215,8 +216,8 @@ def fold(model: Model, *inputs: Any, report: Report | None = None, **options: An
         if isinstance(module, GraphModule):
             unfuse(module)
     names = {module: name for name, module in copied.named_modules()}
-    observed = inputs or options
-    pairs, reasons = observed_pairs(copied, inputs, options) if observed else traced_pairs(copied)
+    with in_mode(model, False):  # functions that the copy shares may call the model's own layers
+        pairs, reasons = observed_pairs(copied, inputs, options) if inputs or options else traced_pairs(copied)
     for layer, norm in pairs:
         if reason := _unfit(layer, norm):
             reasons[norm] = reason

@@ -14,10 +14,9 @@ from torch.nn.utils import parametrize
 
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import modules
+from gpu_bn.nn.activated import has_hooks
 from gpu_bn.nn.fx.activations import activation_of
 from gpu_bn.nn.fx.forward import Forward
-from gpu_bn.nn.modules import has_hooks
-from gpu_bn.nn.sync import SyncBatchNorm
 
 _TORCH = "torch.nn.modules.batchnorm"
 CLASSES: dict[str, type[torch.nn.Module]] = {
@@ -27,14 +26,16 @@ CLASSES: dict[str, type[torch.nn.Module]] = {
     f"{_TORCH}.LazyBatchNorm1d": modules.LazyBatchNorm1d,
     f"{_TORCH}.LazyBatchNorm2d": modules.LazyBatchNorm2d,
     f"{_TORCH}.LazyBatchNorm3d": modules.LazyBatchNorm3d,
-    f"{_TORCH}.SyncBatchNorm": SyncBatchNorm,
     "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
     "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
     "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
 }
-"""What is converted, by qualified name, and to which class."""
+"""What is converted, by qualified name, and to which class; :mod:`gpu_bn.nn.sync` adds the row of its layer."""
 
-OURS = frozenset({modules.BatchNorm, *CLASSES.values()})
+
+def is_own(kind: type[torch.nn.Module]) -> bool:
+    """Whether a class is one of our layers, and not a subclass, which may compute something else."""
+    return kind is modules.BatchNorm or kind in CLASSES.values()
 
 
 def counterpart(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
@@ -65,7 +66,7 @@ FROZEN_RTOL = 1e-9
 def looks_frozen(module: torch.nn.Module) -> bool:
     """Whether a module holds what a frozen normalisation holds, and is none of ours."""
     buffers = module._buffers
-    if type(module) in OURS or buffers.keys() != FROZEN or module._parameters or module._modules:
+    if is_own(type(module)) or buffers.keys() != FROZEN or module._parameters or module._modules:
         return False
     return all(buffer is not None and buffer.dim() == 1 for buffer in buffers.values())
 
@@ -102,7 +103,7 @@ def known_norm(module: Any) -> tuple[type[torch.nn.Module], Activation] | None:
     """Our class for a normalisation, and its activation, if its parameters and these are all that it computes with."""
     if not isinstance(module, torch.nn.Module) or is_watched(module) or parametrize.is_parametrized(module):
         return None
-    return rule(module) if type(module) not in OURS else (type(module), getattr(module, "activation", IDENTITY))
+    return rule(module) if not is_own(type(module)) else (type(module), getattr(module, "activation", IDENTITY))
 
 
 def class_of(module: torch.nn.Module) -> type[Any]:

@@ -5,263 +5,18 @@ They are subclasses of torch's: parameters, buffers, state_dict, repr and errors
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
-from gpu_bn import spec
-from gpu_bn.activations import IDENTITY, Activation
-from gpu_bn.folding import batch_moments
-from gpu_bn.nn import functional
-from gpu_bn.nn.fx.activations import activation_of
+from gpu_bn.activations import Activation
+from gpu_bn.nn.activated import Activated
+from gpu_bn.nn.fused import Fused, layer
 
-
-class _LeafName(str):
-    """The name of a module of ours, which tracers take for ``torch.nn``: they call its layers as a whole, as torch's.
-
-    Else they would enter ``forward``, where they would keep the mode of that moment for all time.
-    """
-
-    __slots__ = ()
-
-    def startswith(self, prefix: Any, *bounds: Any) -> bool:
-        return "torch.nn" in (prefix if isinstance(prefix, tuple) else (prefix,)) or super().startswith(prefix, *bounds)
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (str.__str__(self),)
-
-
-def _part(name: str) -> Any:
-    """An attribute of torch's that libraries read where they make another layer of this one, without its activation.
-
-    It is kept under another name too: to the compiler of torch 2.11, ``__dict__[name]`` is the property itself.
-    """
-
-    def get(self: Any) -> Any:
-        try:
-            value = self.__dict__[f"_{name}"]
-        except KeyError:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
-        if not torch.compiler.is_compiling() and not self.activation.is_identity:
-            _refuse_to_lose(self, name, sys._getframe(1).f_code)
-        return value
-
-    def put(self: torch.nn.Module, value: Any) -> None:
-        self.__dict__[name] = self.__dict__[f"_{name}"] = value
-
-    return property(get, put)
-
-
-def move_parts(module: torch.nn.Module) -> None:
-    """Have what a layer's own class has stored, or an older version of ours, where its present class looks for it."""
-    values = module.__dict__
-    for name in ("eps", "num_features"):
-        if not isinstance(module, _Activated):
-            values.pop(f"_{name}", None)
-        elif name in values:
-            values[f"_{name}"] = values[name]
-
-
-LIBRARIES = str(Path(torch.__file__).parent.parent)
-OWN = (str(Path(__file__).parent.parent), str(Path(torch.nn.modules.__file__).parent))
-"""Where code is from that reads a layer's attributes to compute what it computes: here, and torch's base classes."""
-
-
-def _refuse_to_lose(layer: torch.nn.Module, name: str, code: Any) -> None:
-    """Raise where a library takes a layer apart that also does an activation, which would be lost without a word."""
-    own = code.co_filename.startswith(OWN) and code.co_name != "convert_sync_batchnorm"
-    if code.co_filename.startswith(LIBRARIES) and not own and name in code.co_names:  # not whoever looks at everything
-        raise RuntimeError(
-            f"{code.co_name} would lose the activation {layer.activation!r} of this layer: use gpu_bn.nn's function of "
-            "that name, or gpu_bn.nn.fold, or call gpu_bn.nn.revert first"
-        )
-
-
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether hooks see or change what goes into a module and comes out of it."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-class _Activated(torch.nn.Module):
-    activation: Activation = IDENTITY
-    eps: float = _part("eps")
-    _eps: float
-
-    def _get_name(self) -> str:
-        name = super()._get_name()
-        return f"gpu_bn.{name}" if type(self).__module__.startswith("gpu_bn.") else name
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if cls.__module__.startswith("gpu_bn."):  # a subclass elsewhere is entered, as one of torch's is
-            cls.__module__ = _LeafName(cls.__module__)
-
-    def _is_whole(self) -> bool:
-        """Whether this layer may do what the modules in it do: timm's layers have some for dropout and activation."""
-        act, drop = self._modules.get("act"), self._modules.get("drop")
-        if act is None or "_converted_from" not in self.__dict__:
-            return True
-        watched = any("forward" in vars(each) or has_hooks(each) for each in (act, drop) if each is not None)
-        known = (activation_of(act) or IDENTITY) == self.activation and type(drop) in (torch.nn.Identity, type(None))
-        return known and not watched
-
-    def _in_parts(self, input: Tensor, residual: Tensor | None, *mask: Tensor | None) -> Any:
-        """Normalise, and call these modules for the rest."""
-        z = self.forward(input, None, IDENTITY, *mask)
-        for name in ("drop", "act"):
-            if name == "act" and residual is not None:
-                z = z + residual
-            module = self._modules.get(name)
-            z = z if module is None else module(z)
-        return z
-
-    def __setattr__(self, name: str, value: Any) -> None:  # a property would not see modules, which torch keeps apart
-        value = Activation.of(value) if name == "activation" else value
-        super().__setattr__(name, value)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        move_parts(self)
-
-
-class Fused(_Activated, _BatchNorm):
-    """What the layers have beyond torch's.
-
-    Attributes:
-        activation: what follows the normalisation, and the residual if the call has one; a name may be set as well.
-        frozen: whether the running statistics are used, and not updated, in training too.
-        virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`; for training.
-    """
-
-    num_features: int = _part("num_features")
-    frozen: bool = False
-    virtual_batch_size: int | None = None
-    renorm: tuple[float, float] | None = None
-    ranks: ClassVar[tuple[int, ...]] = ()
-    own_check: ClassVar[bool] = False
-    """Whether a subclass says itself, in torch's ``_check_input_dim``, what inputs it takes."""
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if cls._check_input_dim.__module__ != _BatchNorm.__module__:
-            cls.own_check, cls.ranks = True, ()
-
-    def forward(
-        self,
-        input: Tensor,
-        residual: Tensor | None = None,
-        activation: Activation | str | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Normalise.
-
-        Args:
-            input: (N, C, ...).
-            residual: added before the activation; like ``input``.
-            activation: what follows in this call, if it is not the layer's own.
-            mask: which positions count, as in :func:`gpu_bn.batch_norm`.
-        """
-        if activation is None and self._modules and not self._is_whole():
-            return self._in_parts(input, residual, mask)  # type: ignore[no-any-return]
-        if self.own_check:
-            self._check_input_dim(input)
-        activation = self.activation if activation is None else Activation.of(activation)
-        training = self.training and not self.frozen
-        tracked = not training or self.track_running_stats
-        try:  # quicker than attributes, which are looked for elsewhere first
-            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
-        except KeyError:  # another kind of attribute, as of torch.nn.utils.parametrize
-            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        running_mean, running_var = (mean, var) if tracked else self._untracked()
-        return layer(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training or (running_mean is None and running_var is None),
-            self.momentum,
-            self._eps,
-            residual,
-            activation.name,
-            activation.parameter,
-            self.num_batches_tracked if training and tracked else None,
-            self.ranks,
-            mask,
-            self.virtual_batch_size if training else None,
-            self.renorm if training else None,
-        )
-
-    def _untracked(self) -> tuple[Tensor | None, Tensor | None]:
-        """The running statistics of a call in training that may not change them: renormalisation reads them."""
-        if self.renorm is None or self.running_mean is None or self.running_var is None:
-            return None, None
-        return self.running_mean.clone(), self.running_var.clone()
-
-    def init_identity_(self, input: Tensor) -> Fused:
-        """Make the layer the identity (then its activation) on a batch, in training and in evaluation mode.
-
-        Sets weight = sqrt(var + eps) and bias = mean, and the running statistics to the batch's mean and biased
-        variance, so that the layer can be put behind a trained one without changing the network (Ioffe & Szegedy
-        2015, section 3).
-
-        Raises:
-            ValueError: the layer has no weight or no bias, or another number of channels than the batch.
-        """
-        if self.weight is None or self.bias is None:
-            raise ValueError(f"an identity needs weight and bias, got {self!r}")
-        spec.check_vector("weight", self.weight, input.shape[spec.check_axis(input.shape, 1)])
-        with torch.no_grad():
-            moments = batch_moments(input, self.eps)
-            self.weight.copy_((moments.var + self.eps).sqrt())
-            self.bias.copy_(moments.mean)
-            if self.running_mean is not None and self.running_var is not None:
-                self.running_mean.copy_(moments.mean)
-                self.running_var.copy_(moments.var)
-        return self
-
-    def extra_repr(self) -> str:
-        text: str = super().extra_repr()
-        if not self.activation.is_identity:
-            text += f", activation={self.activation!r}"
-        if "_merged" in self.__dict__:  # by the module that calls it
-            text += f", merged={self._merged!r}"
-        for name in ("virtual_batch_size", "renorm"):
-            if getattr(self, name) is not None:
-                text += f", {name}={getattr(self, name)}"
-        return text + ", frozen=True" * self.frozen
-
-    def reset_parameters(self) -> None:
-        """As torch's layers do; those of torch 2.11 expect a bias where there is a weight."""
-        if self.weight is None or self.bias is not None or isinstance(self.weight, UninitializedParameter):
-            super().reset_parameters()
-        else:
-            self.reset_running_stats()
-            torch.nn.init.ones_(self.weight)
-
-    def _drop_bias(self, bias: bool) -> None:
-        """Have no bias unless ``bias``: layers of torch 2.11 do not take the option."""
-        if not bias:
-            self.register_parameter("bias", None)
-
-    def _set_options(
-        self,
-        activation: Activation | str | None,
-        virtual_batch_size: int | None,
-        renorm: tuple[float, float] | None,
-    ) -> None:
-        self.activation = Activation.of(activation)
-        self.virtual_batch_size = virtual_batch_size
-        self.renorm = None if renorm is None else spec.check_renorm(renorm, self.track_running_stats)
+torch.fx.wrap("layer")  # a tracer that enters a layer of this file records one node too
 
 
 class _Sized(Fused):
@@ -459,7 +214,7 @@ class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d):
     ranks = (5,)
 
 
-class FrozenBatchNorm2d(_Activated):
+class FrozenBatchNorm2d(Activated):
     """Apply fixed statistics and parameters, which are all buffers, as torchvision's ``FrozenBatchNorm2d`` does.
 
     Call it with ``(input, residual=None, activation=None)``: ``input`` is (N, C, H, W) in float16, bfloat16, float32 or
@@ -502,8 +257,8 @@ class FrozenBatchNorm2d(_Activated):
         self, input: Tensor, residual: Tensor | None = None, activation: Activation | str | None = None
     ) -> Tensor:
         """As :meth:`Fused.forward`."""
-        if activation is None and self._modules and not self._is_whole():
-            return self._in_parts(input, residual)  # type: ignore[no-any-return]
+        if activation is None and self._modules and not self.replaces_children():
+            return self._call_children(input, residual)  # type: ignore[no-any-return]
         activation = self.activation if activation is None else Activation.of(activation)
         return layer(
             input,
@@ -528,45 +283,3 @@ class FrozenBatchNorm2d(_Activated):
     def extra_repr(self) -> str:
         text = f"{len(self.weight)}, eps={self.eps}"
         return text if self.activation.is_identity else f"{text}, activation={self.activation!r}"
-
-
-@torch.fx.wrap
-def layer(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: str,
-    parameter: float,
-    num_batches_tracked: Tensor | None,
-    ranks: tuple[int, ...],
-    mask: Tensor | None = None,
-    virtual_batch_size: int | None = None,
-    renorm: tuple[float, float] | None = None,
-) -> Tensor:
-    """A layer's call, one node in a traced graph."""
-    if ranks and input.dim() not in ranks:
-        expected = " or ".join(f"{rank}D" for rank in ranks)
-        raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-    return functional.call(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        residual,
-        activation,
-        parameter,
-        num_batches_tracked,
-        mask,
-        virtual_batch_size,
-        renorm,
-    )

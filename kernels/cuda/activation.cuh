@@ -1,14 +1,18 @@
-// The functions that the expressions of gpu_bn/activations.py know. The struct Activation is made from them.
+// The functions that the expressions of gpu_bn/activations.py call. gpu_bn/backends/cupy/sources.py writes the struct
+// Activation of a row's expressions, and puts it behind this file.
 
-// Not a function, which would compute both: some kernels have no registers left for that.
+// A function would compute both values, and some kernels have no registers left for that.
 #define where(condition, then, otherwise) ((condition) ? (then) : (otherwise))
 
+// 1 / (1 + exp(-z))
 template <class A> DEVICE A sigmoid(A z) { return A(1) / (A(1) + exp(-z)); }
 
+// sigmoid(z) * (1 - sigmoid(z)), of which no part overflows
 template <class A> DEVICE A sigmoid_slope(A z) {
   const A tail = exp(-fabs(z));
   return tail / ((A(1) + tail) * (A(1) + tail));
 }
 
+// The probability that a standard normal number is below z
 DEVICE float normal_cdf(float z) { return normcdff(z); }
 DEVICE double normal_cdf(double z) { return normcdf(z); }

@@ -1,198 +1,9 @@
-// The backward pass (Ioffe & Szegedy 2015, section 3, after the terms that cancel). With g = dz, the gradient of what the
-// activation is given, and xhat = (x - mean) * rstd:
+// The backward pass (Ioffe & Szegedy 2015, section 3, without the terms that cancel; gpu_bn/spec.py). g = dz is the
+// gradient of the activation's argument, xhat = (x - mean) * rstd:
 //
-//   dbias = sum g,  dweight = sum g * xhat,  dx = weight * rstd * (g - dbias / n - xhat * dweight / n),  dresidual = g
-//
-// As the kernels compute it: dx = ((x - centre) * slope + g + offset) * scale, where slope and offset carry the two sums;
-// with frozen statistics they are zero. z is computed again from x (and the residual), or one bit of a mask stands for it.
-
-template <class A, int N> struct Gradient {
-  A rstd[N], slope[N], offset[N];
-};
-
-// What a block knows of its channels.
-template <class L> struct BackwardShared {
-  Shared<L> sums;
-  Affine<typename L::A, L::MAX_CHANNELS> affine;
-  Gradient<typename L::A, L::MAX_CHANNELS> gradient;
-  double mean[L::MAX_CHANNELS], rstd[L::MAX_CHANNELS];
-};
-
-struct Statistics {
-  Parameter weight, bias, mean, var;
-  double eps;
-};
-
-template <class L>
-DEVICE void load_channels(const Tile<L>& tile, const Statistics& given, BackwardShared<L>& shared) {
-  const u32 place = threadIdx.x;
-  const i64 channel = tile.channel(place);
-  if (place < tile.strip_channels() && channel < tile.g.channels) {
-    const i64 statistic = tile.statistic(channel);
-    const double mean = given.mean.get(statistic), rstd = rsqrt(given.var.get(statistic) + given.eps);
-    shared.affine.set(place, mean, rstd, given.weight.get(channel, 1.), given.bias.get(channel, 0.));
-    shared.gradient.rstd[place] = (typename L::A)rstd;
-    shared.mean[place] = mean;
-    shared.rstd[place] = rstd;
-  }
-  __syncthreads();
-}
-
-// The tensors that dz comes from, and dz itself.
-enum Source { DY, FROM_X, FROM_RESIDUAL, FROM_MASK };
-
-template <class L, int FROM> struct Operands {
-  typename L::V x, dy;
-  u32 bits;
-  Selected<L> selected;
-};
-template <class L> struct Operands<L, FROM_RESIDUAL> {
-  typename L::V x, dy, residual;
-  u32 bits;
-  Selected<L> selected;
-};
-
-template <class L, int FROM> struct Upstream {
-  typedef typename L::V V;
-  typedef typename L::A A;
-  const V *x, *dy, *residual;
-  const u8* mask;
-  A parameter;
-
-  // (x - centre) and dz; what does not count adds nothing to any sum, whatever x and dy hold there.
-  __device__ __forceinline__ A centred(const OwnAffine<L>& affine, const Operands<L, FROM>& at, int j) const {
-    return at.selected[j] ? affine.centred(j, at.x[j]) : A(0);
-  }
-  __device__ __forceinline__ A dz(const OwnAffine<L>& affine, const Operands<L, FROM>& at, int j, A centred) const {
-    return at.selected[j] ? dz_of_any(affine, at, j, centred) : A(0);
-  }
-  __device__ __forceinline__ A dz_of_any(const OwnAffine<L>& affine, const Operands<L, FROM>& at, int j, A centred) const {
-    const A dy = at.dy[j];
-    if constexpr (FROM == DY) return dy;
-    if constexpr (FROM == FROM_MASK) return at.bits >> j & 1u ? dy : Activation::dropped(dy, parameter);
-    A z = affine.z(j, centred);
-    if constexpr (FROM == FROM_RESIDUAL) z += at.residual[j];
-    return Activation::gradient(z, dy, parameter);
-  }
-
-  // From global memory.
-  template <bool ONCE> __device__ __forceinline__ Operands<L, FROM> load(i64 offset, const Selected<L>& selected) const {
-    Operands<L, FROM> at;
-    at.selected = selected;
-    at.x = ONCE ? load_once(x + offset) : x[offset];
-    at.dy = ONCE ? load_once(dy + offset) : dy[offset];
-    if constexpr (FROM == FROM_RESIDUAL) at.residual = ONCE ? load_once(residual + offset) : residual[offset];
-    if constexpr (FROM == FROM_MASK) at.bits = mask[offset];
-    return at;
-  }
-};
-
-template <class L, int FROM> struct StagedUpstream {
-  typedef typename L::V V;
-  Upstream<L, FROM> from;
-  Staged<V> x, dy, residual;
-
-  __device__ __forceinline__ StagedUpstream(const Upstream<L, FROM>& from, const Geometry& g, unsigned char* memory)
-      : from(from) {
-    const u32 step = THREADS / g.lanes, slots = (g.share + step - 1) / step * THREADS;
-    x.slots = (V*)memory;
-    dy.slots = x.slots + slots;
-    residual.slots = dy.slots + slots;
-  }
-  __device__ __forceinline__ void copy(u32 i, i64 offset) const {
-    x.copy(i, from.x + offset);
-    dy.copy(i, from.dy + offset);
-    if constexpr (FROM == FROM_RESIDUAL) residual.copy(i, from.residual + offset);
-  }
-  __device__ __forceinline__ Operands<L, FROM> get(u32 i, i64 offset) const {
-    Operands<L, FROM> at;
-    at.x = x.get(i, offset);
-    at.dy = dy.get(i, offset);
-    if constexpr (FROM == FROM_RESIDUAL) at.residual = residual.get(i, offset);
-    if constexpr (FROM == FROM_MASK) at.bits = from.mask[offset];
-    return at;
-  }
-};
-
-// A thread's sums of g and of g * (x - centre) * rstd. rstd stays in shared memory: kept in registers, it would make some
-// kernels spill others.
-template <class L> struct BackwardSums {
-  typedef typename L::A A;
-  const A* rstd;
-  Sum<L> dz, dz_xhat;
-  u32 pending = 0;
-
-  __device__ __forceinline__ BackwardSums(const Tile<L>& tile, const Gradient<A, L::MAX_CHANNELS>& table)
-      : rstd(table.rstd + tile.own()) {}
-  __device__ __forceinline__ void add(int j, A g, A centred) {
-    dz.part[j] += g;
-    dz_xhat.part[j] = fma(g, centred * rstd[L::COLUMNS ? j : 0], dz_xhat.part[j]);
-  }
-  __device__ __forceinline__ void next() {
-    if (++pending == CHAIN) pending = 0, dz.flush(), dz_xhat.flush();
-  }
-  // Leaves the block's sums in shared.own.
-  __device__ __forceinline__ void finish(const Tile<L>& tile, Shared<L>& shared) {
-    dz.flush();
-    dz_xhat.flush();
-    const double first = block_sum(dz.total, tile.g.lanes, shared.scratch);
-    const double second = block_sum(dz_xhat.total, tile.g.lanes, shared.scratch);
-    if (threadIdx.x < tile.strip_channels()) shared.own.first[threadIdx.x] = first, shared.own.second[threadIdx.x] = second;
-  }
-};
-
-struct TwoSums {
-  double dz, dz_xhat;
-};
-
-// Sums over a strip's blocks; thread t gets the channel at place t, other threads get nothing.
-template <class L, class Peers>
-DEVICE TwoSums merge_sums(const Tile<L>& tile, const Peers& peers, BackwardShared<L>& shared) {
-  const u32 width = tile.strip_channels(), place = threadIdx.x & (width - 1);
-  double dz[1] = {0}, dz_xhat[1] = {0};
-  if (tile.g.blocks == 1) {
-    dz[0] = peers.first(0, place);
-    dz_xhat[0] = peers.second(0, place);
-  } else {
-#pragma unroll 8  // loads at a time
-    for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
-      dz[0] += peers.first(r, place);
-      dz_xhat[0] += peers.second(r, place);
-    }
-    dz[0] = block_sum(dz, width, shared.sums.scratch);
-    dz_xhat[0] = block_sum(dz_xhat, width, shared.sums.scratch);
-  }
-  if (threadIdx.x >= width || tile.channel(place) >= tile.g.channels) return {};
-  const double rest = shared.mean[place] - (double)shared.affine.centre[place];
-  return {dz[0], dz_xhat[0] - rest * shared.rstd[place] * dz[0]};
-}
-
-// The table entries that carry the sums into dx.
-template <class L>
-DEVICE void set_gradient(BackwardShared<L>& shared, u32 place, const TwoSums& sums, double count) {
-  typedef typename L::A A;
-  const double slope = -sums.dz_xhat * shared.rstd[place] / count;
-  const double rest = shared.mean[place] - (double)shared.affine.centre[place];
-  shared.gradient.slope[place] = (A)slope;
-  shared.gradient.offset[place] = (A)(-sums.dz / count - slope * rest);
-}
-
-template <class L> struct OwnGradient {
-  typedef typename L::A A;
-  A slope[L::CHANNELS], offset[L::CHANNELS];
-  __device__ __forceinline__ OwnGradient(const Tile<L>& tile, const Gradient<A, L::MAX_CHANNELS>& table) {
-    if (!tile.count) return;
-#pragma unroll
-    for (int j = 0; j < L::CHANNELS; ++j) {
-      slope[j] = table.slope[tile.own() + j];
-      offset[j] = table.offset[tile.own() + j];
-    }
-  }
-  __device__ __forceinline__ A dx(int j, A centred, A g, A scale) const {
-    const int k = L::COLUMNS ? j : 0;
-    return (fma(centred, slope[k], g) + offset[k]) * scale;
-  }
-};
+//   dbias = sum(g),  dweight = sum(g * xhat),  dresidual = g
+//   dx = weight * rstd * (g - dbias / n - xhat * dweight / n)             (batch statistics)
+//   dx = weight * rstd * g                                                (running statistics)
 
 #define BACKWARD_ARGS(L)                                                                                          \
   const typename L::V *x, const typename L::V *dy, const typename L::V *residual, const u8 *mask,                   \
@@ -200,7 +11,10 @@ template <class L> struct OwnGradient {
       const void *var, void *dweight, void *dbias, double *partials, u32 *counters, u32 dtypes, GEOMETRY_ARGS,      \
       double count, double eps, double parameter
 
-// dbias, dweight, dx and dresidual in one launch: x and dy are read once and kept in shared memory.
+// All gradients in one launch; x and dy are read once and kept in shared memory.
+//
+//   dbias = sum(g),  dweight = sum(g * xhat),  dresidual = g
+//   dx = weight * rstd * (g - dbias / n - xhat * dweight / n)
 template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWARD_ARGS(L)) {
   typedef typename L::V V;
   typedef typename L::A A;
@@ -271,19 +85,25 @@ template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWA
                                       partials, counters, dtypes, channels, inner, lanes, strips, positions, share,  \
                                       blocks, groups, count, eps, parameter)
 
+// As backward_on_chip; a block owns a strip, or co-resident blocks share one.
 template <class L, class Exchange, int FROM>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_kernel(BACKWARD_ARGS(L)) {
   BACKWARD_ON_CHIP(Exchange);
 }
 
+// As backward_on_chip; a cluster of blocks shares a strip.
 template <class L, int BLOCKS, int FROM>
 __global__ void CLUSTER_OF(BLOCKS) __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_cluster_kernel(BACKWARD_ARGS(L)) {
   BACKWARD_ON_CHIP(Cluster<BLOCKS>);
 }
 
-// The sums alone, dbias = sum g and dweight = sum g * xhat, and dx = scale * g if it does not depend on them (frozen
-// statistics: dx given); dresidual = g if given. sums: [2, statistics] double. Given more than one group, dweight and dbias
-// are null: bn_add_groups_kernel makes them of the sums.
+// The sums: the first launch of two, or the only one with running statistics.
+//
+//   dbias = sum(g),  dweight = sum(g * xhat),  dresidual = g              (dresidual if it is given)
+//   dx = weight * rstd * g                                                (running statistics: if dx is given)
+//
+// all_sums: [2, statistics] double. For more than one group dweight and dbias are null, and bn_add_groups_kernel makes them
+// from the sums.
 template <class L, int FROM, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kernel(
     const typename L::V* x, const typename L::V* dy, const typename L::V* residual, const u8* mask, typename L::V* dx,
@@ -348,7 +168,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   }
 }
 
-// The gradients of the parameters from the groups' sums, in order.
+// The gradients of the parameters from the sums of ghost batches, in order.
+//
+//   dbias = sum over groups of sum(g),  dweight = sum over groups of sum(g * xhat)
 template <class Number>
 __global__ void __launch_bounds__(THREADS)
     bn_add_groups_kernel(const Number* all_sums, void* dweight, void* dbias, u32 dtypes, u32 channels, u32 groups) {
@@ -363,9 +185,10 @@ __global__ void __launch_bounds__(THREADS)
   Parameter(dbias, dtypes, 1).set(channel, dz);
 }
 
-// dx from given sums, or with frozen statistics (sums null); dresidual = g if given. Runs backwards.
+// The input's gradient from the sums: the second launch of two. Runs backwards, to start with what is in the cache.
 //
-//   dx = weight * rstd * (g - sum g / n - xhat * sum (g * xhat) / n);  frozen: dx = weight * rstd * g
+//   dx = weight * rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n),  dresidual = g    (dresidual if it is given)
+//   dx = weight * rstd * g                                                              (running statistics: all_sums null)
 template <class L, int FROM, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_input_kernel(
     const typename L::V* x, const typename L::V* dy, const typename L::V* residual, const u8* mask, typename L::V* dx,

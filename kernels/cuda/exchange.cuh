@@ -1,6 +1,6 @@
-// How the blocks of a strip come to know each other's partials: first(rank, place) and second(rank, place).
+// How the blocks of a strip read each other's partials: first(rank, place) and second(rank, place).
 //
-// `meet` is called by all threads of a block, its own partials being in shared memory; `leave` before the block ends.
+// All threads of a block call `meet` when its own partials are in shared memory, and `leave` before the block ends.
 
 // One block has the strip for itself.
 struct Cta {
@@ -53,8 +53,8 @@ template <class L> DEVICE void publish(const Partials<L>& own, const Tile<L>& ti
   __syncthreads();
 }
 
-// Co-resident blocks, through L2. Two sets of partials in turn: a block that is ahead cannot overwrite what is being read,
-// for it waits for all others before it writes the same set again.
+// Co-resident blocks, through L2. `groups` are the strips in flight. Two sets of partials take turns: a block that is ahead
+// cannot overwrite what others read, because it waits for all of them before it writes the same set again.
 struct Cooperative {
   template <class L> struct State {
     const Geometry& g;
@@ -68,7 +68,7 @@ struct Cooperative {
     __device__ State(const Geometry& g, Partials<L>* own, double* partials, u32* counters)
         : g(g), own(own), partials(partials), arrived(counters), left(counters + g.groups) {}
 
-    // Both numbers from the strip's: kept from round to round, they would cost a register that some kernels have to spill.
+    // Both numbers are computed from the strip's, because some kernels have no register left to keep them in.
     __device__ __forceinline__ void meet(const Tile<L>& tile) {
       const u32 round = tile.strip / g.groups, group = tile.strip % g.groups;
       width = tile.strip_channels();
@@ -99,7 +99,7 @@ struct Cooperative {
   };
 };
 
-// Split: partials go to global memory, and the block that comes last sees them all. True for that block.
+// Two launches: partials go to global memory, and the block that comes last reads them all. `last` is true for that block.
 template <class L> struct Split {
   const double* base;
   u32 width;

@@ -1,5 +1,10 @@
-// The forward pass. z = (x - centre) * scale + shift + residual, with centre the mean in the tensor's precision and what is
-// left of the mean in shift: the same expression, with the same roundings, in the backward pass.
+// The forward pass (Ioffe & Szegedy 2015, algorithms 1 and 2; gpu_bn/spec.py):
+//
+//   mean = sum(x) / n,  var = sum((x - mean)^2) / n,  rstd = 1 / sqrt(var + eps),  xhat = (x - mean) * rstd
+//   z = weight * xhat + bias + residual,  y = activation(z)
+//
+// The kernels compute z = (x - centre) * scale + shift + residual. centre is the mean in the tensor's precision, and shift
+// has the rest of the mean. The backward pass computes the same expression with the same roundings.
 
 template <class A, int N> struct Affine {
   A centre[N], scale[N], shift[N];
@@ -13,7 +18,7 @@ template <class A, int N> struct Affine {
   }
 };
 
-// A thread's own channels' entries of such a table.
+// The entries of a thread's own channels.
 template <class L> struct OwnAffine : Affine<typename L::A, L::CHANNELS> {
   typedef typename L::A A;
   __device__ __forceinline__ OwnAffine(const Tile<L>& tile, const Affine<A, L::MAX_CHANNELS>& table) {
@@ -31,7 +36,9 @@ template <class L> struct OwnAffine : Affine<typename L::A, L::CHANNELS> {
   }
 };
 
-// What a channel's statistics lead to: the running statistics, and the copies that the backward pass works from.
+// Writes what follows from a channel's statistics: the copies for the backward pass, and the running statistics
+//
+//   running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 struct Channels {
   Parameter weight, bias, running_mean, running_var;
   const double* momentum_at;  // on the device; if null, momentum is given by value
@@ -118,7 +125,7 @@ extern __shared__ __align__(16) unsigned char staging[];
 
 // Statistics, running update and output in one launch: x is read once and kept in shared memory.
 //
-//   mean = sum x / n,  var = sum (x - mean)^2 / n                   (Ioffe & Szegedy 2015, algorithm 1)
+//   mean = sum(x) / n,  var = sum((x - mean)^2) / n                  (Ioffe & Szegedy 2015, algorithm 1)
 //   y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 //   running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward_on_chip(FORWARD_ARGS(L)) {
@@ -167,23 +174,24 @@ template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward
       x, y, residual, mask, weight, bias, running_mean, running_var, momentum_at, saved, partials, counters, dtypes,    \
       channels, inner, lanes, strips, positions, share, blocks, groups, momentum, eps, parameter)
 
+// As forward_on_chip; a block owns a strip, or co-resident blocks share one.
 template <class L, class Exchange, bool RESIDUAL, bool MASK>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_forward_kernel(FORWARD_ARGS(L)) {
   FORWARD_ON_CHIP(Exchange);
 }
 
+// As forward_on_chip; a cluster of blocks shares a strip.
 template <class L, int BLOCKS, bool RESIDUAL, bool MASK>
 __global__ void CLUSTER_OF(BLOCKS) __launch_bounds__(THREADS, RESIDENT(L)) bn_forward_cluster_kernel(FORWARD_ARGS(L)) {
   FORWARD_ON_CHIP(Cluster<BLOCKS>);
 }
 
-// Statistics alone, and the running update: the first launch of two.
+// The statistics and the running update: the first launch of two.
 //
-//   mean = sum x / n,  var = sum (x - mean)^2 / n
+//   mean = sum(x) / n,  var = sum((x - mean)^2) / n
 //   running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 //
-// Given more than one group, the running statistics are
-// null: only bn_track_kernel meets the groups in order.
+// For more than one group the running statistics are null, because only bn_track_kernel meets the groups in order.
 template <class L, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
     const typename L::V* x, const void* weight, const void* bias, void* running_mean, void* running_var,
@@ -221,7 +229,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
   if (L::MASKED && tile.strip == 0 && threadIdx.x == 0) selection.counts[tile.group] = n;
 }
 
-// The running update for groups, in order, each with its own number of elements: in counts, or in count if that is null.
+// The running update for ghost batches, one after the other. n is the group's in counts, or count if that is null.
+//
+//   running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 template <class Number>
 __global__ void __launch_bounds__(THREADS) bn_track_kernel(
     const Number* mean, const Number* var, void* running_mean, void* running_var, const double* momentum_at,
@@ -242,7 +252,7 @@ __global__ void __launch_bounds__(THREADS) bn_track_kernel(
   to_var.set(channel, tracked_var);
 }
 
-// Output from given statistics: the second launch of two, evaluation. Runs backwards.
+// The output from statistics: the second launch of two, or evaluation. Runs backwards, to start with what is in the cache.
 //
 //   y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 template <class L, bool RESIDUAL, bool MASK, class... More>

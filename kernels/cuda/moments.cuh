@@ -1,17 +1,20 @@
-// Mean and variance of a block's share, and the merge of shares (Chan, Golub & LeVeque 1983).
+// Mean and variance of a block's share, and the merge of shares (Chan, Golub & LeVeque 1983):
 //
-// One sweep of deviations from a shift near the mean: in the tensor's precision, because the deviations are small. Where
-// the shift turns out bad, or the squares leave the range, the sweep is repeated with a better shift or scale.
+//   d = x - shift,  mean = shift + sum(d) / n,  m2 = sum(d^2) - sum(d)^2 / n,  var = m2 / n
+//
+// One sweep adds up d and d^2 in the tensor's precision, which suffices because the shift is near the mean. Where the shift
+// turns out bad, or the squares leave the range, the sweep is repeated with a better shift or scale.
 
 constexpr float SCALE_UP = 1.2089258196146292e24f;    // 2^80
 constexpr float SCALE_DOWN = 8.271806125530277e-25f;  // 2^-80
 constexpr double LARGEST = 1e38, SMALLEST = 1e-30;    // of sums and means of squares in float
 constexpr int SAMPLES = 8;
 
-// d = (x - centre) * scale for each channel of a strip, in shared memory. The blocks of a strip tell each other their
-// means as differences from one of the channel's elements, the origin, so that large means cost no accuracy; in double
-// precision from the smallest of some, so that an origin far from the mean costs none either. Where not all elements count,
-// each block has an origin of its own: the centre that its sums are of.
+// The numbers of d = (x - centre) * scale for each channel of a strip, in shared memory.
+//
+// The blocks of a strip tell each other their means as differences from one of the channel's elements, the origin, so that
+// large means cost no accuracy. In double precision the origin is the smallest of some elements, so that one far from the
+// mean costs none either. Where not all elements count, each block has its own centre as its origin.
 template <class L> struct Shift {
   typedef typename L::A A;
   static constexpr u32 ORIGINS = sizeof(A) == 4 ? 1 : SAMPLES;  // to choose from; of float, doubles keep all digits
@@ -165,8 +168,8 @@ struct Moments {
   double mean, var;
 };
 
-// What the merge has to know of the shares of a strip's blocks beside their partials: how many elements a channel has there,
-// by the shape, and the origin of their means, which they have in common.
+// What the merge needs of a strip's shares beside their partials: how many elements a channel has in each, which the shape
+// tells, and the origin of their means, which is the same for all.
 template <class L, bool MASKED = L::MASKED> struct Shares {
   const Tile<L>& tile;
   __device__ __forceinline__ Shares(const Tile<L>& tile, double* = nullptr) : tile(tile) {}
@@ -180,7 +183,7 @@ template <class L, bool MASKED = L::MASKED> struct Shares {
   }
 };
 
-// Or as the blocks have counted them, and their own origins; published like their partials, which are written later.
+// With a mask, the blocks have counted the elements, and each has its own origin. They publish both before their partials.
 template <class L> struct Shares<L, true> {
   const Tile<L>& tile;
   double* counted;  // behind the partials: [strips, blocks]
@@ -217,10 +220,11 @@ template <class L> struct Shares<L, true> {
   }
 };
 
-// Merges the shares of a strip's blocks; thread t gets the channel at place t, other threads get nothing.
+// Merges the shares of a strip's blocks. Thread t gets the channel at place t; other threads get nothing.
 //
-// mean = near + sum_r n_r d_r / n,  var = (sum_r (m2_r + n_r d_r^2) - (sum_r n_r d_r)^2 / n) / n,  d_r = mean_r - near.
-// As near is the mean of one share of n_0 elements, what cancels is at most n / n_0 times the variance.
+//   mean = near + sum_r n_r d_r / n,  var = (sum_r (m2_r + n_r d_r^2) - (sum_r n_r d_r)^2 / n) / n,  d_r = mean_r - near
+//
+// near is the mean of one share of n_0 elements, so that the terms that cancel are at most n / n_0 times the variance.
 template <class L, class Peers>
 DEVICE Moments merge_moments(const Tile<L>& tile, const Peers& peers, const Shift<L>& shift, double* scratch, double count,
                              const Shares<L>& shares) {

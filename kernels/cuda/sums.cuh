@@ -1,4 +1,4 @@
-// Sums that do not depend on timing: fixed order everywhere, short chains in the tensor's precision, the rest in double.
+// Sums in a fixed order, which do not depend on timing: short chains in the tensor's precision, the rest in double.
 
 constexpr u32 CHAIN = 16;  // additions in a row in the precision of the tensor
 
@@ -30,9 +30,9 @@ template <class L> struct Sum {
   }
 };
 
-// Adds up v over the threads that are equal modulo `period`, a power of two: period * N sums, of which thread t gets
-// number t, of element t % N of the threads that are t / N modulo the period; others get 0. In double precision, of which
-// most GPUs do little, only those add that keep a sum.
+// Adds up v over the threads that are equal modulo `period`, a power of two. Of the period * N sums thread t gets number t:
+// of element t % N of the threads that are t / N modulo the period. Other threads get 0, and add nothing, because most GPUs
+// have little double precision.
 // scratch: N doubles for each of max(WARPS * period, THREADS if period > 32).
 template <int N> DEVICE double block_sum(double (&v)[N], u32 period, double* scratch) {
   const u32 t = threadIdx.x;
@@ -63,7 +63,7 @@ DEVICE double block_sum_for_all(double v, double* scratch) {
   return scratch[WARPS];
 }
 
-// What a block finds out about each channel of its strip: two doubles.
+// A block's two sums for each channel of its strip.
 template <class L> struct Partials {
   double first[L::MAX_CHANNELS], second[L::MAX_CHANNELS];
 };

@@ -4,9 +4,9 @@
 // Columns: [n, inner * VEC], channels last; a strip is `lanes` adjacent vectors of channels, its positions are the n rows.
 // Thread t is lane t % lanes and starts at position t / lanes of the share.
 //
-// A batch of groups is a row of such tensors, each normalised for itself: the strips of the first, then those of the next.
-// Geometry is of one of them, but for Geometry::groups, which counts the strips of them all. Tensors and statistics are
-// [groups, ...], parameters are not.
+// Ghost batches are such tensors one behind the other, each normalised by itself: the strips of the first, then those of
+// the next. Geometry describes one of them, but for Geometry::groups, which counts the strips in flight of all. Tensors and
+// statistics are [ghost batches, ...], parameters are not.
 
 struct Geometry {
   u32 channels;   // C
@@ -16,9 +16,9 @@ struct Geometry {
   i64 positions;  // of a strip
   u32 share;      // positions of a block
   u32 blocks;     // that share a strip
-  u32 groups;     // strips in progress at a time
+  u32 groups;     // strips in flight, those that blocks work on at a time
 
-  // How many means and variances there are.
+  // The number of means, which is that of variances.
   __device__ __forceinline__ u32 statistics(bool grouped) const { return grouped ? groups / strips * channels : channels; }
 };
 
@@ -130,7 +130,7 @@ template <class L> struct Tile {
   }
 };
 
-// Which elements of a vector count. Where all do, this is nothing.
+// Which elements of a vector count. Where all do, this takes no register.
 template <class L, bool MASKED = L::MASKED> struct Selected {
   __device__ __forceinline__ bool operator[](int) const { return true; }
 };
@@ -189,7 +189,7 @@ DEVICE void each(const Tile<L>& tile, u32 begin, u32 end, Load load, Use use) {
   }
 }
 
-// Where a sweep reads a tensor from: shared memory, where each thread finds what it copied itself, or global memory.
+// Where a sweep reads a tensor: in shared memory, where each thread finds what it copied itself, or in global memory.
 template <class V> struct Staged {
   V* slots;
   __device__ __forceinline__ V get(u32 i, i64) const { return slots[i * THREADS + threadIdx.x]; }
@@ -206,7 +206,7 @@ template <class V> struct StreamedOnce {
   __device__ __forceinline__ V get(u32, i64 offset) const { return load_once(tensor + offset); }
 };
 
-// Copies of a thread's vectors on their way in four groups, so that work on the first can start early.
+// Copies a thread's vectors in four parts, so that work on the first can start early.
 template <class L, class Copy> DEVICE void copy_in_quarters(const Tile<L>& tile, Copy copy) {
   const u32 quarter = (tile.count + 3) / 4;
   for (u32 part = 0; part < 4; ++part) {

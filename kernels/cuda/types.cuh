@@ -20,7 +20,7 @@ constexpr u32 WARPS = THREADS / 32;
 #define CLUSTER_OF(BLOCKS)
 #endif
 
-// A storage type: what memory holds, what is computed in, and the roundings between.
+// A storage type: what memory holds, the type to compute in, and the roundings between.
 struct F32 {
   typedef float Storage;
   typedef float Compute;
@@ -86,14 +86,14 @@ template <> struct Word<4> { typedef u32 Type; };
 template <> struct Word<2> { typedef u16 Type; };
 template <> struct Word<1> { typedef u8 Type; };
 
-// For what is read or written once: first to leave the cache.
+// Loads what is read once, so that it leaves the cache first.
 template <class V> DEVICE V load_once(const V* p) {
   union { typename Word<sizeof(V)>::Type word; V vector; } u;
   u.word = __ldcs((const typename Word<sizeof(V)>::Type*)p);
   return u.vector;
 }
 
-// For what other blocks read too.
+// Loads what other blocks read too.
 template <class V> DEVICE V load_shared_by_blocks(const V* p) {
   union { typename Word<sizeof(V)>::Type word; V vector; } u;
   u.word = __ldg((const typename Word<sizeof(V)>::Type*)p);
@@ -127,7 +127,7 @@ DEVICE void commit_copies() {
 #endif
 }
 
-// Waits until at most PENDING groups of this thread's copies are on their way.
+// Waits until at most PENDING parts of this thread's copies are under way.
 template <int PENDING> DEVICE void wait_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -138,7 +138,7 @@ template <int PENDING> DEVICE void wait_copies() {
 // A (C,) vector of any floating dtype, or none. `code` packs the dtypes of a launch's vectors, 2 bits each.
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16, FLOAT64 };
 
-// To double and back without the flush of subnormal numbers that CuPy asks of float32 arithmetic.
+// Convert to double and back without the flush of subnormal numbers that CuPy asks of float32 arithmetic.
 DEVICE double widen(float v) {
   double wide;
   asm("cvt.f64.f32 %0, %1;" : "=d"(wide) : "f"(v));

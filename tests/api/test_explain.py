@@ -76,7 +76,7 @@ def test_tensors_that_are_read_and_written(activation, residual, shape, forward,
     found = gpu_bn.explain(shape, "f16", activation=activation, residual=residual)
     for direction, expected in ((found.forward, forward), (found.backward, backward)):
         work = direction.work
-        assert (work.reads, work.writes, work.mask) == expected
+        assert (work.reads, work.writes, work.sign_bits) == expected
 
 
 def test_evaluation_is_one_pass():

@@ -27,7 +27,7 @@ def works(draw):
     if residual:
         mask = draw(st.booleans()) and planning.tile(work).vector * itemsize == 16
         reads = (3 if not mask else 2) if backward else 2
-        work = replace(work, reads=reads, writes=2 if backward else 1, mask=mask)
+        work = replace(work, reads=reads, writes=2 if backward else 1, sign_bits=mask)
     return replace(work, staged=work.reads if backward else 1)
 
 
@@ -57,8 +57,8 @@ def test_blocks_cover_each_position_once(work, device):
         lengths = [min(tiling.positions - rank * found.share, found.share) for rank in range(found.blocks)]
         assert min(lengths) >= 1, found
         assert sum(lengths) == tiling.positions
-        assert 1 <= found.groups <= tiling.strips
-        assert found.groups == tiling.strips or found.tier == "cooperative"
+        assert 1 <= found.in_flight <= tiling.strips
+        assert found.in_flight == tiling.strips or found.tier == "cooperative"
 
 
 @given(works(), DEVICE)
@@ -105,7 +105,7 @@ def test_blocks_fit_the_device(work, device):
 @given(works(), DEVICE)
 def test_bytes_and_times(work, device):
     tensor = work.n * work.c * work.s * work.itemsize
-    mask = tensor // 16 if work.mask else 0
+    mask = tensor // 16 if work.sign_bits else 0
     read = work.reads * tensor + (mask if work.backward else 0)
     written = work.writes * tensor + (0 if work.backward else mask)
     speed = THRESHOLDS.copy_share * device.bandwidth

@@ -167,6 +167,32 @@ def test_quantisation_aware_training_through_fx(way, plain):
     assert (one - model.eval()(images(1))).abs().max() < 0.5
 
 
+@pytest.mark.filterwarnings("ignore")  # of torchao, while it is imported
+def test_quantisation_aware_training_through_an_export():
+    """Prepared models are torch's; converting one takes half a minute."""
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install 'gpu_bn[zoo]'")
+    from torchao.quantization.pt2e import move_exported_model_to_eval
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    plain, x = small().train(), images(8)
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    prepared, outputs = {}, {}
+    for way in ("torch", "converted", "fused"):
+        exported = torch.export.export(WAYS[way](plain).train(), (x,)).module()
+        prepared[way] = prepare_qat_pt2e(exported, quantizer)
+        outputs[way] = [prepared[way](x) for _ in range(2)]
+        move_exported_model_to_eval(prepared[way])
+        outputs[way].append(prepared[way](x))
+    for way in ("converted", "fused"):
+        assert_close(outputs[way], outputs["torch"])
+        assert_close(prepared[way].state_dict(), prepared["torch"].state_dict())
+    quantised = convert_pt2e(prepared["fused"])
+    steps = [str(node.target) for node in quantised.graph.nodes if node.op == "call_function"]
+    assert not [step for step in steps if "batch_norm" in step or "add_" in step]
+    assert_close(quantised(x), outputs["fused"][-1], rtol=0, atol=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("within", [True, False])
 def test_compiled_autograd(within):

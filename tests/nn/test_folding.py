@@ -193,6 +193,102 @@ def test_calls_by_name_are_folded_and_all_else_is_kept(batch):
     }
 
 
+NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)
+
+
+class Listed(torch.nn.Module):
+    num_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()])
+
+
+class AsksForItsClass(Listed):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                x = 2 * x
+        return x
+
+
+class AsksForItsType(Listed):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if type(layer) not in NORMS else 2 * layer(x)
+        return x
+
+
+class ReadsANumber(Listed):
+    def forward(self, x):
+        conv, norm, act = self.layers
+        return act(norm(conv(x))) + norm.eps
+
+
+class ReadsABuffer(Listed):
+    def forward(self, x):
+        conv, norm, act = self.layers
+        return act(norm(conv(x))) + norm.running_mean.mean()
+
+
+class LooksForAnAttribute(Listed):
+    def call(self, layer, x):
+        return layer(x)
+
+    def forward(self, x):
+        doubled = [hasattr(layer, "running_var") for layer in self.layers]
+        for layer, double in zip(self.layers, doubled, strict=True):
+            x = 2 * self.call(layer, x) if double else self.call(layer, x)
+        return x
+
+
+class ReadsItsOwn(Listed):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x + self.num_features
+
+
+@pytest.mark.parametrize("batch", [(), (tensor(*IMAGES),)], ids=["traced", "observed"])
+@pytest.mark.parametrize(
+    "kind", [AsksForItsClass, AsksForItsType, ReadsANumber, ReadsABuffer, LooksForAnAttribute, ReadsItsOwn]
+)
+def test_normalisations_that_code_asks_about_are_left(kind, batch):
+    model, x, report = evaluated(kind()), tensor(*IMAGES), nn.Report()
+    folded = nn.fold(model, *batch, report=report)
+    assert_close(folded(x), model(x))
+    if kind is ReadsItsOwn:
+        assert report.folded == {"layers.1": "layers.0"}
+    else:
+        assert report.left == {"layers.1": "the model's code asks for its class or attributes"}
+
+
+class Closed(torch.nn.Module):
+    """Its layers are called by a function that a copy of it shares."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+        self.function = lambda x: torch.relu(self.norm(self.conv(x)))
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("batch", [(), (tensor(*IMAGES),)], ids=["traced", "observed"])
+def test_layers_that_a_function_holds_are_left_as_they_are(batch):
+    model, x, report = evaluated(Closed()), tensor(*IMAGES), nn.Report()
+    expected, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    folded = nn.fold(model, *batch, report=report)
+    assert (report.folded, list(report.left)) == ({}, ["norm"])
+    assert model.norm.training
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    model.eval()
+    assert_close(folded(x), expected)
+
+
 @pytest.mark.parametrize(
     ("layer", "norm", "shape"),
     [

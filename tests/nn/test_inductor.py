@@ -24,8 +24,8 @@ with torch's. Inductor counts a tensor once a kernel, also where a kernel of its
 WORKS = (
     Work(32, 64, 3136, 2),
     Work(32, 64, 3136, 2, backward=True, reads=2, staged=2),
-    Work(32, 64, 3136, 2, reads=2, mask=True),
-    Work(32, 64, 3136, 2, backward=True, reads=2, writes=2, staged=2, mask=True),
+    Work(32, 64, 3136, 2, reads=2, sign_bits=True),
+    Work(32, 64, 3136, 2, backward=True, reads=2, writes=2, staged=2, sign_bits=True),
 )
 """The calls of the block's layers."""
 

@@ -395,9 +395,9 @@ def install(monkeypatch: Any, device: Device, arch: int, kind: type[EmulatedGpu]
     """Put an emulated CuPy where ``import cupy`` finds it, with a backend that has seen no other."""
     gpu = kind(device, arch)
     monkeypatch.setitem(sys.modules, "cupy", gpu.module())
-    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy.backend")]:
+    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy.")]:
         monkeypatch.delitem(sys.modules, module)
-        monkeypatch.delattr(sys.modules["gpu_bn.backends"], module.rpartition(".")[2], raising=False)
+        monkeypatch.delattr(sys.modules["gpu_bn.backends.cupy"], module.rpartition(".")[2], raising=False)
     registry.load.cache_clear()
     for known in (functional._FORWARDS, functional._BACKWARDS):  # by the backend's class, which holds an earlier GPU
         known.clear()

@@ -40,7 +40,7 @@ TIMM = """
     cspresnet50 cspdarknet53 darknet53 gernet_s inception_v3 inception_v4 xception41 legacy_seresnet18 lcnet_050
     tinynet_e visformer_tiny mobilevit_xxs mobilevitv2_050 repvit_m0_9 efficientvit_b0 efficientvit_m0 starnet_s1
     tiny_vit_5m_224 hgnet_tiny hgnetv2_b0 bat_resnext26ts eca_botnext26ts_256 halonet26t lambda_resnet26t vgg11_bn
-    swiftformer_xs fasternet_t0 convmixer_768_32 gmixer_12_224 tf_mixnet_s
+    swiftformer_xs fasternet_t0 convmixer_768_32 tf_mixnet_s
 """
 SMP = """
     Unet:resnet18 UnetPlusPlus:resnet18 MAnet:resnet18 Linknet:resnet18 FPN:resnet18 PSPNet:resnet18
@@ -152,7 +152,7 @@ class Heads(torch.nn.Module):
 def _make_timm(name: str) -> Any:
     import timm
 
-    sized = any(part in name for part in ("vit", "levit", "efficientformer", "gmixer", "botnext", "halo", "lambda",
+    sized = any(part in name for part in ("vit", "levit", "efficientformer", "botnext", "halo", "lambda",
                                           "visformer"))  # fmt: skip
     dropping = {"ghostnet_050": "drop_rate"} | dict.fromkeys(
         ("efficientnet_b0", "levit_128s", "efficientformer_l1"), "drop_path_rate"
@@ -211,7 +211,7 @@ def _make_ultralytics(name: str) -> Any:
     return getattr(tasks, kind)(name, verbose=False)
 
 
-SIZES = {"inception": 96, "xception": 96, "PAN": 128, "tiny_vit": 224, "gmixer": 224, "swiftformer_xs": 224,
+SIZES = {"inception": 96, "xception": 96, "PAN": 128, "tiny_vit": 224, "swiftformer_xs": 224,
          "efficientformer_l1": 224, "s3d": 224, "halonet": 256, "lambda": 224,
          "bat_resnext": 256}  # fmt: skip
 """What models need, by a part of the name, if more than 64 pixels."""

@@ -19,9 +19,16 @@ import cupy
 import numpy as np
 
 from gpu_bn.backends.cupy import calls
-from gpu_bn.backends.cupy.builder import Vector, check_device
-from gpu_bn.backends.cupy.calls import ABSENT, place, row, tensor, vector
-from gpu_bn.backends.cupy.steps import ClusterRefusedError, Frame, empty
+from gpu_bn.backends.cupy.builder import check_device
+from gpu_bn.backends.cupy.signatures import (
+    Signature,
+    VectorSignatures,
+    input_signature,
+    row_signature,
+    tensor_signature,
+    vector_signature,
+)
+from gpu_bn.backends.cupy.steps import NULL, Arguments, ClusterRefusedError, PreparedCall, empty, in_memory
 from gpu_bn.backends.layout import Layout, check_out
 from gpu_bn.backends.protocol import BackendUnavailableError, Moments, Saved, Sums
 from gpu_bn.spec import BatchNormSpec
@@ -54,8 +61,8 @@ def backend() -> CupyBackend:
     return CupyBackend()
 
 
-def _where_it_is(method: Method) -> Method:
-    """A method that runs on the device where its first argument is, if that is not the current one."""
+def _on_its_device(method: Method) -> Method:
+    """Make a method run on the device of its first argument."""
 
     @wraps(method)
     def run(self: CupyBackend, first: Any, *others: Any, **options: Any) -> Any:
@@ -69,10 +76,10 @@ def _where_it_is(method: Method) -> Method:
     return cast(Method, run)
 
 
-class Kept(Saved):
-    """What a forward call of this backend keeps: its vectors are the ``rows`` of one array.
+class SavedRows(Saved):
+    """What a forward call of this backend saves: its vectors are the ``rows`` of one array.
 
-    They become arrays when they are first asked for; a backward call only needs their addresses.
+    They become arrays when they are first asked for, because a backward call only needs their addresses.
     """
 
     __slots__ = ("count", "rows")
@@ -81,20 +88,17 @@ class Kept(Saved):
     rows: Array
 
     @staticmethod
-    def of(rows: Array, count: Any, **fields: Any) -> Kept:
-        """All other fields are given."""
-        kept = object.__new__(Kept)
-        put = object.__setattr__
-        put(kept, "rows", rows)
-        put(kept, "count", count)
+    def of(**fields: Any) -> SavedRows:
+        """Set the fields given, and no others."""
+        saved, put = object.__new__(SavedRows), object.__setattr__
         for name, value in fields.items():
-            put(kept, name, value)
-        return kept
+            put(saved, name, value)
+        return saved
 
     def __getattr__(self, name: str) -> Any:
-        """A field that has not been set."""
+        """Compute a field that has not been set."""
         if name == "rows":
-            return None  # one of a copy's, which has the vectors instead
+            return None  # of a copy, which has the vectors instead
         channels = self.x.shape[self.spec.axis]
         if name == "moments":
             value: Any = Moments(self.count, self.rows[0], self.rows[1])
@@ -118,26 +122,31 @@ class CupyBackend:
         """``tier`` forces a tier of :data:`gpu_bn.plan.TIERS` on training calls, for tests and benchmarks."""
         self.tier = tier
         self._counters: dict[tuple[int, int], tuple[Any, Array]] = {}
-        self._of_thread = local()
+        self._thread = local()
         prepared = lru_cache(PREPARED)
         self._forward, self._backward = prepared(calls.forward), prepared(calls.backward)
-        self._stats, self._normalize = prepared(calls.stats), prepared(calls.normalize)
-        self._backward_phase, self._track = prepared(calls.backward_phase), prepared(calls.track)
+        self._stats, self._normalize, self._track = (
+            prepared(calls.stats),
+            prepared(calls.normalize),
+            prepared(calls.track),
+        )
+        self._reduce, self._input = prepared(calls.backward_reduce), prepared(calls.backward_input)
 
     # ------------------------------------------------------------------------------------------ small things
-    @_where_it_is
+    @_on_its_device
     def vector(self, array: Array) -> Array:
         return array.astype(np.float64)
 
-    @_where_it_is
+    @_on_its_device
     def cast(self, vector: Array, dtype: Any) -> Array:
         return vector.astype(dtype)
 
-    @_where_it_is
+    @_on_its_device
     def empty_like(self, x: Array) -> Array:
-        return empty(Layout.of(x, 0), x.dtype)
+        layout = Layout.of(x, 0)
+        return empty(*in_memory(layout.shape, layout.order), dtype=x.dtype)
 
-    @_where_it_is
+    @_on_its_device
     def copy(self, array: Array, like: Array) -> Array:
         y = self.empty_like(like)
         y[...] = array
@@ -147,7 +156,7 @@ class CupyBackend:
         check_out(out, x, residual, in_place)
 
     # -------------------------------------------------------------------------------------- one call, fused
-    @_where_it_is
+    @_on_its_device
     def forward(
         self,
         x: Array,
@@ -161,72 +170,76 @@ class CupyBackend:
         valid: Array | None = None,
         keep: bool = True,
     ) -> tuple[Array, Saved]:
-        activation = spec.activation
-        bits = residual is not None and (keep or spec.batch_stats)
+        activation, groups = spec.activation, _groups(spec)
         momentum_at, momentum = _momentum(spec.momentum, x.data.device_id)
-        frame = ABSENT | {
-            "x": x, "y": out, "residual": residual, "valid": valid, "weight": weight, "bias": bias,
-            "running_mean": running_mean, "running_var": running_var, "momentum_at": momentum_at,
-            "momentum": momentum, "eps": np.float64(spec.eps), "parameter": np.float64(activation.parameter),
-            "zeros": self.counters,
-        }  # fmt: skip
-        call, frame = self._made(
-            self._forward, frame, tensor(x), spec.axis, activation.name, _groups(spec), place(valid),
-            bool(spec.batch_stats), place(residual), place(out), vector(weight), vector(bias), vector(running_mean),
-            vector(running_var), bits,
+        arguments = Arguments(
+            counters=self.counters, x=x, residual=residual, out=out, valid=valid, weight=weight, bias=bias,
+            running_mean=running_mean, running_var=running_var, momentum_at=momentum_at, momentum=momentum,
+            eps=np.float64(spec.eps), parameter=np.float64(activation.parameter),
         )  # fmt: skip
-        counts = frame["counts"]
-        return frame["y"], Kept.of(
-            frame["rows"],
-            call.count if counts is None else counts,
+        signature = Signature(
+            self.tier, input_signature(x), spec.axis, activation.name, groups, tensor_signature(valid),
+            spec.batch_stats and valid is not None,
+        )  # fmt: skip
+        vectors = (
+            vector_signature(weight), vector_signature(bias), vector_signature(running_mean),
+            vector_signature(running_var),
+        )  # fmt: skip
+        call, (y, rows, sign_bits, counts) = self._run(
+            self._forward, arguments, signature, spec.batch_stats, tensor_signature(residual), tensor_signature(out),
+            vectors, keep or spec.batch_stats,
+        )  # fmt: skip
+        return y, SavedRows.of(
+            rows=rows,
+            count=call.count if counts is None else counts,
             x=x,
-            residual=residual if call.keeps == "residual" else None,
+            residual=residual if call.keeps_residual else None,
             weight_dtype=None if weight is None else weight.dtype,
             bias_dtype=None if bias is None else bias.dtype,
             has_residual=residual is not None,
             spec=spec,
-            mask=frame["mask"],
+            mask=sign_bits,
             valid=valid,
             renorm=None,
         )
 
-    @_where_it_is
+    @_on_its_device
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
-        frame, signature, vectors = self._upstream(saved)
-        frame |= {"dy": dy, "residual": saved.residual, "mask": saved.mask}
-        _, frame = self._made(
-            self._backward, frame, *signature, bool(saved.spec.batch_stats), place(dy), place(saved.residual),
-            saved.mask is not None, vectors, need, saved.weight_dtype, saved.bias_dtype,
+        arguments, signature, vectors = self._upstream(saved, dy=dy, sign_bits=saved.mask)
+        _, gradients = self._run(
+            self._backward, arguments, signature, saved.spec.batch_stats, tensor_signature(dy),
+            tensor_signature(saved.residual), saved.mask is not None, vectors, need,
+            (saved.weight_dtype, saved.bias_dtype),
         )  # fmt: skip
-        return frame["dx"], frame["dweight"], frame["dbias"], frame["dresidual"]
+        return tuple(gradients)
 
-    def _made(self, prepare: Any, frame: Frame, *signature: Any) -> tuple[calls.Call, Frame]:
-        """Make a call, prepared before or now, and return it with its filled frame.
+    def _run(self, prepare: Any, arguments: Arguments, *signature: Any) -> tuple[PreparedCall, list[Any]]:
+        """Run a call, prepared before or now, and return it with its results.
 
         A device that refuses a cluster has run nothing: the call is prepared again, without clusters.
         """
-        call = prepare(self.tier, *signature)
-        filled = frame.copy()
+        call = prepare(*signature)
         try:
-            call(filled)
+            return call, call(arguments)
         except ClusterRefusedError:
             prepare.cache_clear()
-            call, filled = prepare(self.tier, *signature), frame
-            call(filled)
-        return call, filled
+            call = prepare(*signature)
+            return call, call(arguments)
 
     # ------------------------------------------------------------------------------------------------ phases
-    @_where_it_is
+    @_on_its_device
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
         rows = cupy.zeros((len(calls.SAVED), groups * x.shape[axis]), np.float64)
         if not x.size:
             return Moments(0 if valid is None else cupy.zeros(groups, np.float64), rows[0], rows[1])
-        call = self._stats(self.tier, tensor(x), axis, groups, place(valid))
-        frame = ABSENT | {"x": x, "valid": valid, "rows": rows, "momentum": np.float64(0), "zeros": self.counters}
-        call(frame)
-        return Moments(call.count if valid is None else frame["counts"], rows[0], rows[1])
+        signature = Signature(
+            self.tier, input_signature(x), axis, "identity", groups, tensor_signature(valid), valid is not None
+        )
+        call = self._stats(signature)
+        (counts,) = call(Arguments(counters=self.counters, x=x, valid=valid, rows=rows, momentum=np.float64(0)))
+        return Moments(call.count if counts is None else counts, rows[0], rows[1])
 
-    @_where_it_is
+    @_on_its_device
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
         mean, var, count = moments.mean, moments.var, moments.count
         counts = count if _on_device(count) else None
@@ -236,64 +249,64 @@ class CupyBackend:
             running_var[...] = (1 - momentum) * running_var.astype(np.float64) + (momentum * bessel) * var
             return
         channels = running_mean.size
-        vectors = {"mean": mean, "var": var, "running_mean": running_mean, "running_var": running_var}
+        vectors = mean, var, running_mean, running_var
         call = self._track(
-            mean.data.device_id, channels, mean.size // channels, 0 if counts is not None else count,
-            tuple(map(vector, vectors.values())),
+            mean.data.device_id, channels, mean.size // channels, count if counts is None else None,
+            tuple(map(vector_signature, vectors)),
         )  # fmt: skip
         momentum_at, value = _momentum(momentum, mean.data.device_id)
-        call(ABSENT | vectors | {"momentum_at": momentum_at, "momentum": value, "counts": counts})
+        call(Arguments(
+            mean=mean, var=var, running_mean=running_mean, running_var=running_var, momentum_at=momentum_at,
+            momentum=value, counts=counts,
+        ))  # fmt: skip
 
-    @_where_it_is
+    @_on_its_device
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
-        frame, signature, vectors = self._upstream(saved)
-        frame |= {"residual": residual, "y": out}
-        self._normalize(self.tier, *signature, place(residual), place(out), vectors)(frame)
+        arguments, signature, vectors = self._upstream(saved, out=out)
+        call = self._normalize(signature, tensor_signature(residual), tensor_signature(out), vectors)
+        call(arguments._replace(residual=residual))
 
-    @_where_it_is
+    @_on_its_device
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
-        frame, signature, vectors = self._upstream(saved)
-        frame |= {"dy": dy, "residual": saved.residual, "dresidual": dz}
-        self._backward_phase(
-            self.tier, *signature, place(dy), place(saved.residual), vectors, "dresidual", place(dz)
-        )(frame)  # fmt: skip
+        arguments, signature, vectors = self._upstream(saved, dy=dy, dresidual=dz)
+        tensors = tensor_signature(dy), tensor_signature(saved.residual)
+        (sums,) = self._reduce(signature, *tensors, vectors, tensor_signature(dz))(arguments)
         size = saved.moments.mean.size
-        return Sums(*frame["sums"][: 2 * size].reshape(2, size))
+        return Sums(*sums[: 2 * size].reshape(2, size))
 
-    @_where_it_is
+    @_on_its_device
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
-        frame, signature, vectors = self._upstream(saved)
-        frame |= {"dy": dy, "residual": saved.residual, "dx": out}
-        if sums is not None:
-            frame["sums"] = cupy.stack([sums.dz, sums.dz_xhat])
-        self._backward_phase(
-            self.tier, *signature, place(dy), place(saved.residual), vectors, "dx", place(out)
-        )(frame)  # fmt: skip
+        stacked = None if sums is None else cupy.stack([sums.dz, sums.dz_xhat])
+        arguments, signature, vectors = self._upstream(saved, dy=dy, dx=out, sums=stacked)
+        tensors = tensor_signature(dy), tensor_signature(saved.residual)
+        self._input(signature, *tensors, vectors, sums is not None, tensor_signature(out))(arguments)
 
-    def _upstream(self, saved: Saved) -> tuple[Frame, tuple[Any, ...], tuple[Vector | None, ...]]:
-        """What a forward call has left: a frame with it, its part of a signature, and that of its vectors."""
+    def _upstream(self, saved: Saved, **tensors: Any) -> tuple[Arguments, Signature, VectorSignatures]:
+        """Return the arguments of a call after a forward call, with ``tensors``, its signature, and its vectors'."""
         spec = saved.spec
-        if not isinstance(saved, Kept) or saved.rows is None:
+        if not isinstance(saved, SavedRows) or saved.rows is None:
             count = saved.moments.count
-            arrays = saved.moments.mean, saved.moments.var, saved.weight, saved.bias
-            vectors = tuple(map(vector, arrays))
+            weight, bias, mean, var = saved.weight, saved.bias, saved.moments.mean, saved.moments.var
+            vectors = tuple(map(vector_signature, (weight, bias, mean, var)))
         else:
-            count, start, size = saved.count, saved.rows.data, saved.rows.nbytes // len(calls.SAVED)
+            count, mean, size = saved.count, saved.rows.data, saved.rows.nbytes // len(calls.ROWS)
             weighs, biased = saved.weight_dtype is not None, saved.bias_dtype is not None
-            arrays = start, start + size, start + 2 * size if weighs else None, start + 3 * size if biased else None
-            one = row(start.device_id)
-            vectors = one, one, one if weighs else None, one if biased else None
+            var, weight, bias = mean + size, mean + 2 * size if weighs else None, mean + 3 * size if biased else None
+            row = row_signature(mean.device_id)
+            vectors = row if weighs else None, row if biased else None, row, row
         counts = count if _on_device(count) else None
-        frame = ABSENT | {
-            "x": saved.x, "valid": saved.valid, "counts": counts, "zeros": self.counters,
-            "count": np.float64(count if counts is None else 0),  # where there are counts, kernels look there
-            "eps": np.float64(spec.eps), "parameter": np.float64(spec.activation.parameter),
-        }  # fmt: skip
-        frame.update(zip(calls.SAVED, arrays, strict=True))
-        signature = (
-            tensor(saved.x), spec.axis, spec.activation.name, _groups(spec), place(saved.valid), counts is not None
+        arguments = Arguments(
+            counters=self.counters, x=saved.x, residual=saved.residual, valid=saved.valid, counts=counts,
+            weight=weight, bias=bias, mean=mean, var=var, eps=np.float64(spec.eps),
+            parameter=np.float64(spec.activation.parameter),
+            count=np.float64(count if counts is None else 0),  # where there are counts, kernels look there
+            **tensors,
         )  # fmt: skip
-        return frame, signature, vectors
+        signature = Signature(
+            self.tier, input_signature(saved.x), spec.axis, spec.activation.name, _groups(spec),
+            tensor_signature(saved.valid), counts is not None,
+        )  # fmt: skip
+        return arguments, signature, vectors
 
     # ---------------------------------------------------------------------------------------------- counters
     def counters(self, size: int) -> Array:
@@ -305,8 +318,8 @@ class CupyBackend:
         stream = cupy.cuda.get_current_stream()
         if stream.is_capturing():
             return cupy.zeros(size, np.uint32)
-        of_thread = stream.ptr == STREAM_PER_THREAD
-        known = self._of_thread.__dict__.setdefault("counters", {}) if of_thread else self._counters
+        own_stream = stream.ptr == STREAM_PER_THREAD
+        known = self._thread.__dict__.setdefault("counters", {}) if own_stream else self._counters
         key = (cupy.cuda.runtime.getDevice(), stream.ptr)
         _, found = known.get(key, (None, None))
         if found is None or found.size < size:
@@ -333,10 +346,10 @@ def _on_device(count: Any) -> bool:
     return isinstance(count, cupy.ndarray)
 
 
-def _momentum(momentum: Any, device: int) -> tuple[Array | None, np.float64]:
-    """The momentum, where the device finds it or by value."""
+def _momentum(momentum: Any, device: int) -> tuple[Array, np.float64]:
+    """Return where the device finds the momentum, or a null pointer and the momentum."""
     if isinstance(momentum, float):
-        return None, np.float64(momentum)
+        return NULL, np.float64(momentum)
     if _on_device(momentum):
         check_device(device, "momentum", momentum.data.device_id)
     return cupy.asarray(momentum, np.float64), np.float64(0)

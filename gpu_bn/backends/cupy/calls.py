@@ -1,209 +1,309 @@
 """The calls of the CuPy backend, prepared: what each allocates, copies and launches, made from its signature alone.
 
-A *signature* is a call's options and what :func:`tensor`, :func:`place` and :func:`vector` tell of its arrays. Calls of
-one signature differ in addresses and numbers only, so that the steps made for the first serve all. Steps find arrays
-and numbers in a frame, by the names of the kernels' arguments.
+Calls of one signature (:mod:`gpu_bn.backends.cupy.signatures`) differ in addresses and numbers only, so that the steps
+built for the first serve all. Each function here builds one kind of call; the arguments of a launch stand in the order
+of the kernel's in ``kernels/cuda``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_bn.backends.cupy.builder import FLOAT64, NONE, Draft, Place, Steps, Tensor, Vector
-from gpu_bn.backends.cupy.steps import Frame, Step
-from gpu_bn.plan import VECTOR_BYTES
+from gpu_bn.backends.cupy.builder import (
+    ABSENT,
+    CallBuilder,
+    Pointer,
+    TensorCallBuilder,
+    Vector,
+    Vectors,
+    codes,
+    geometry,
+    registers,
+)
+from gpu_bn.backends.cupy.signatures import FLOAT64, Signature, TensorSignature, VectorSignatures
+from gpu_bn.backends.cupy.steps import GIVEN, PreparedCall, Register
+from gpu_bn.plan import LaunchPlan
 
-Array = Any
-
-SAVED = ("mean", "var", "weight", "bias")
+ROWS = ("mean", "var", "weight", "bias")
 """The vectors that a forward call saves: rows of one array."""
-ABSENT: Frame = dict.fromkeys(
-    ("x", "dy", "residual", "y", "mask", "weight", "bias", "running_mean", "running_var", "momentum_at", "rows", "mean",
-     "var", "partials", "counters", "valid", "counts", "sums", "dx", "dresidual", "dweight", "dbias", NONE)
-)  # fmt: skip
-"""A frame in which a call puts what it has."""
+SAVED = GIVEN.weight, GIVEN.bias, GIVEN.mean, GIVEN.var
+"""The registers of these vectors in later calls."""
 
 
-def tensor(x: Array) -> Tensor:
-    """The input's part of a signature: device, shape, dtype, strides, and the address as far as vectors care."""
-    data = x.data
-    return data.device_id, x.shape, x.dtype, x.strides, data.ptr % VECTOR_BYTES
+# ----------------------------------------------------------------------------------------------------- forward
+class Output(NamedTuple):
+    """What a forward kernel writes ``y`` to, with what it adds and the bits that it keeps, in the kernels' order."""
+
+    y: Pointer
+    residual: Pointer
+    sign_bits: Pointer
+
+    @property
+    def variant(self) -> tuple[bool, bool]:
+        """The kernels' RESIDUAL and MASK."""
+        return self.residual is not None, self.sign_bits is not None
 
 
-def place(array: Array | None) -> Place | None:
-    """The part of a tensor whose shape and dtype follow from the input's."""
-    if array is None:
-        return None
-    data = array.data
-    return array.strides, data.ptr % VECTOR_BYTES, data.device_id
-
-
-def vector(array: Array | None) -> Vector | None:
-    """The part of a per-channel vector."""
-    if array is None:
-        return None
-    data = array.data
-    return array.dtype, array.strides, data.ptr % FLOAT64.itemsize, data.device_id
-
-
-def row(device: int) -> Vector:
-    """The part of a vector that a forward call has saved."""
-    return FLOAT64, (FLOAT64.itemsize,), 0, device
-
-
-class Call:
-    """A prepared call.
-
-    Attributes:
-        steps: what is done, in order.
-        keeps: what the backward call takes the place of the residual in ``z`` from: ``"mask"``, ``"residual"`` or
-            nothing.
-        count: positions that a channel has in a group, if they are not counted on the device.
-    """
-
-    def __init__(self, steps: Sequence[Step], keeps: str = "", count: int = 0) -> None:
-        self.steps, self.keeps, self.count = tuple(steps), keeps, count
-
-    def __call__(self, frame: Frame) -> None:
-        for step in self.steps:
-            step(frame)
-
-
-# ------------------------------------------------------------------------------------------------ whole calls
 def forward(
-    tier: str | None, x: Tensor, axis: int, activation: str, groups: int, valid: Place | None, batch_stats: bool,
-    residual: Place | None, out: Place | None, weight: Vector | None, bias: Vector | None,
-    running_mean: Vector | None, running_var: Vector | None, bits: bool,
-) -> Call:  # fmt: skip
-    """Fills ``y``, ``rows`` (:data:`SAVED`), and, if it has them, ``mask`` and ``counts``.
+    signature: Signature, batch_stats: bool, residual: TensorSignature | None, out: TensorSignature | None,
+    vectors: VectorSignatures, sign_bits: bool,
+) -> PreparedCall:  # fmt: skip
+    """Prepare a forward call: ``y``, the saved rows, the sign bits and the counts; running statistics are updated.
 
-    ``bits``: whether a mask may take the place of the residual.
+    ``sign_bits``: whether bits may take the place of the residual.
     """
-    counted = batch_stats and valid is not None
-    draft = Draft(tier, x, axis, activation, groups, valid, counted, bits and residual is not None)
-    draft.reads("residual", residual)
-    draft.writes("y", out)
-    draft.vectors(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    keeps = "residual" if residual is not None and activation != "identity" else ""
-    if draft.mask_bytes:
-        keeps = "mask"
-    variant = residual is not None, keeps == "mask"
+    call = TensorCallBuilder(signature, sign_bits and residual is not None)
+    added = call.read(GIVEN.residual, residual)
+    y = call.write(GIVEN.out, out) if out else call.output()
+    given = call.vectors((GIVEN.weight, GIVEN.bias, GIVEN.running_mean, GIVEN.running_var), vectors)
     if batch_stats:
-        reads = 1 + (residual is not None)
-        plan = draft.plan("forward", variant, reads=reads, mask=keeps == "mask")
+        reads, variant = 1 + (residual is not None), (residual is not None, call.sign_bytes > 0)
+        plan = call.plan("forward", variant, reads=reads, sign_bits=call.sign_bytes > 0)
     else:
-        plan = draft.once()
-    if keeps == "mask":
-        draft.new("mask", draft.mask_bytes, np.uint8)
-    if draft.counted:
-        draft.new("counts", groups)
-    draft.new("rows", (len(SAVED), draft.statistics))
+        plan = call.plan_once()
+    output = Output(y, added, call.allocate(call.sign_bytes, np.uint8) if call.sign_bytes else None)
+    call.count_positions()
+    rows = call.allocate((len(ROWS), call.statistics))
     if not batch_stats:
-        draft.normalize(plan, variant, ("running_mean", "running_var", "weight", "bias"), "rows")
+        _launch_normalize(call, plan, output, given, saves=rows)
     elif plan.tier != "split":
-        draft.forward(plan, variant)
+        _launch_forward(call, plan, output, given, rows)
     else:
-        draft.stats(plan, tracked=running_mean is not None)
-        draft.normalize(plan, variant, draft.saved_rows())
-    draft.gives_back("y", *(("running_mean", "running_var") if batch_stats else ()))
-    return Call(draft.steps, keeps, draft.count)
+        _launch_stats(call, plan, given, rows)
+        saved = _saved(call, rows)
+        if call.groups > 1 and given.mean != ABSENT:
+            _launch_track(call, saved[2:], given[2:], call.counts, call.groups, call.count)
+        _launch_normalize(call, plan, output, saved)
+    result = call.result(y)
+    if batch_stats:
+        for running in given.mean, given.var:
+            call.result(running.register)
+    keeps_residual = residual is not None and signature.activation != "identity" and not call.sign_bytes
+    return call.build(result, rows, output.sign_bits, call.counts, keeps_residual=keeps_residual, count=call.count)
 
 
-def backward(
-    tier: str | None, x: Tensor, axis: int, activation: str, groups: int, valid: Place | None, counted: bool,
-    batch_stats: bool, dy: Place, residual: Place | None, mask: bool, saved: Sequence[Vector | None],
-    need: frozenset[str], weight_dtype: Any, bias_dtype: Any,
-) -> Call:  # fmt: skip
-    """Fills what is in ``need``; ``saved`` are the vectors of a forward call."""
-    draft = Draft(tier, x, axis, activation, groups, valid, counted, mask)
-    draft.reads("dy", dy)
-    draft.reads("residual", residual)
-    draft.vectors(**dict(zip(SAVED, saved, strict=True)))
-    for name in ("dx", "dresidual"):
-        if name in need:
-            draft.writes(name)
-    for name, dtype in (("dweight", weight_dtype), ("dbias", bias_dtype)):
-        if name in need:
-            draft.new(name, draft.channels, dtype)
-            draft.dtypes[name] = dtype.name
-    source = _source(activation, mask, residual)
-    dx, dresidual, parameters = "dx" in need, "dresidual" in need, not need.isdisjoint(("dweight", "dbias"))
-    if batch_stats and dx:
-        reads = 2 + (residual is not None)
-        plan = draft.plan(
-            "backward", (source,), backward=True, reads=reads, staged=reads, writes=1 + dresidual, mask=mask
-        )
-        if plan.tier == "split":
-            draft.backward_reduce(plan, source, NONE, "dresidual")
-            draft.backward_input(plan, source, "sums", NONE)
-        else:
-            draft.backward(plan, source)
-    elif parameters or not dx:
-        draft.backward_reduce(draft.once(), source, "dx", "dresidual")
-    else:
-        draft.backward_input(draft.once(), source, NONE, "dresidual")
-    draft.gives_back("dx", "dresidual")
-    return Call(draft.steps)
-
-
-# ------------------------------------------------------------------------------------------------------ phases
-def stats(tier: str | None, x: Tensor, axis: int, groups: int, valid: Place | None) -> Call:
-    """Fills the ``rows`` given, and ``counts``."""
-    draft = Draft(tier, x, axis, "identity", groups, valid, counted=valid is not None)
-    if draft.counted:
-        draft.new("counts", groups)
-    draft.stats(draft.once())
-    return Call(draft.steps, count=draft.count)
+def stats(signature: Signature) -> PreparedCall:
+    """Prepare statistics alone: they go to the ``rows`` given; the counts are returned."""
+    call = TensorCallBuilder(signature)
+    call.count_positions()
+    _launch_stats(call, call.plan_once(), Vectors(ABSENT, ABSENT, ABSENT, ABSENT), GIVEN.rows)
+    return call.build(call.counts, count=call.count)
 
 
 def normalize(
-    tier: str | None, x: Tensor, axis: int, activation: str, groups: int, valid: Place | None, counted: bool,
-    residual: Place | None, out: Place, saved: Sequence[Vector | None],
-) -> Call:  # fmt: skip
-    """Fills the ``y`` given."""
-    draft = Draft(tier, x, axis, activation, groups, valid, counted)
-    draft.reads("residual", residual)
-    draft.writes("y", out)
-    draft.vectors(**dict(zip(SAVED, saved, strict=True)))
-    draft.normalize(draft.once(), (residual is not None, False), SAVED)
-    draft.gives_back("y")
-    return Call(draft.steps)
+    signature: Signature, residual: TensorSignature | None, out: TensorSignature, saved: VectorSignatures
+) -> PreparedCall:
+    """Prepare ``y`` from statistics, written to the ``out`` given."""
+    call = TensorCallBuilder(signature)
+    output = Output(residual=call.read(GIVEN.residual, residual), y=call.write(GIVEN.out, out), sign_bits=None)
+    _launch_normalize(call, call.plan_once(), output, call.vectors(SAVED, saved))
+    call.result(output.y)
+    return call.build()
 
 
-def backward_phase(
-    tier: str | None, x: Tensor, axis: int, activation: str, groups: int, valid: Place | None, counted: bool,
-    dy: Place, residual: Place | None, saved: Sequence[Vector | None], fills: str, out: Place | None,
-) -> Call:  # fmt: skip
-    """Fills ``sums`` and the ``dresidual`` given, if any; or, from ``sums`` if there are any, the ``dx`` given."""
-    draft = Draft(tier, x, axis, activation, groups, valid, counted)
-    draft.reads("dy", dy)
-    draft.reads("residual", residual)
-    if out is not None:
-        draft.writes(fills, out)
-    draft.vectors(**dict(zip(SAVED, saved, strict=True)))
-    source = _source(activation, False, residual)
-    if fills == "dx":
-        draft.backward_input(draft.once(), source, "sums", NONE)
+def track(device: int, channels: int, groups: int, count: int | None, vectors: VectorSignatures) -> PreparedCall:
+    """Prepare the update of ``running_mean`` and ``running_var`` from ``mean`` and ``var``, group after group.
+
+    ``count`` is how many positions each has, or ``None`` for the ``counts`` given.
+    """
+    call = CallBuilder(device, channels)
+    given = GIVEN.mean, GIVEN.var, GIVEN.running_mean, GIVEN.running_var
+    mean, var, *running = map(call.vector, given, vectors)
+    _launch_track(call, (mean, var), running, GIVEN.counts if count is None else None, groups, count or 0)
+    for vector in running:
+        call.result(vector.register)
+    return call.build()
+
+
+def _launch_forward(
+    call: TensorCallBuilder, plan: LaunchPlan, output: Output, vectors: Vectors, rows: Register
+) -> None:
+    """Compute statistics, running update and ``y`` in one launch."""
+    kernel = call.on_chip_kernel("forward", plan, *output.variant)
+    partials, counters = call.exchange(plan)
+    call.launch(
+        kernel, plan, call.x, *output, *registers(*vectors), GIVEN.momentum_at, rows, partials, counters,
+        codes(*vectors), *geometry(plan, call.groups), GIVEN.momentum, GIVEN.eps, GIVEN.parameter,
+    )  # fmt: skip
+
+
+def _launch_stats(call: TensorCallBuilder, plan: LaunchPlan, given: Vectors, rows: Register) -> None:
+    """Compute statistics into ``rows``; save the parameters there; update the running statistics of a single group.
+
+    A launch meets groups in any order; the running statistics of several are updated by :func:`_launch_track`.
+    """
+    vectors = given if call.groups == 1 else given._replace(mean=ABSENT, var=ABSENT)
+    partials, counters = call.exchange(plan)
+    call.launch(
+        call.kernel("bn_stats_kernel", plan), plan, call.x, *registers(*vectors), GIVEN.momentum_at, rows, partials,
+        counters, codes(*vectors), *geometry(plan, call.groups), GIVEN.momentum, *call.selection,
+    )  # fmt: skip
+
+
+def _saved(call: TensorCallBuilder, rows: Register) -> Vectors:
+    """Return the vectors that ``rows`` hold."""
+    addresses = (rows, *(call.address(rows, row * call.statistics) for row in range(1, len(ROWS))))
+    found = {name: Vector(address, FLOAT64.name) for name, address in zip(ROWS, addresses, strict=True)}
+    return Vectors(**found)
+
+
+def _launch_track(
+    call: CallBuilder, moments: Sequence[Vector], running: Sequence[Vector], counts: Pointer, groups: int, count: int
+) -> None:
+    """Update the running statistics from groups in order, with their ``counts`` or one ``count``."""
+    call.launch_channels(
+        "bn_track_kernel", *registers(*moments, *running), GIVEN.momentum_at, counts,
+        codes(*running), np.uint32(call.channels), np.uint32(groups), np.float64(count),
+        GIVEN.momentum,
+    )  # fmt: skip
+
+
+def _launch_normalize(
+    call: TensorCallBuilder, plan: LaunchPlan, output: Output, vectors: Vectors, saves: Pointer = None
+) -> None:
+    """Compute ``y`` from statistics; and copy these and the parameters to the rows ``saves``."""
+    call.launch(
+        call.kernel("bn_normalize_kernel", plan, *output.variant), plan, call.x, *output, *registers(*vectors), saves,
+        codes(*vectors), *geometry(plan, call.groups), GIVEN.eps, GIVEN.parameter, *call.selection,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- backward
+class Tensors(NamedTuple):
+    """The tensors of a backward kernel, in its order: what it reads, and what it writes if it is there."""
+
+    x: Pointer
+    dy: Pointer
+    residual: Pointer
+    sign_bits: Pointer
+    dx: Pointer = None
+    dresidual: Pointer = None
+
+    def source(self, activation: str) -> str:
+        """What the kernel takes the activation's gradient from."""
+        if activation == "identity":
+            return "DY"
+        return "FROM_MASK" if self.sign_bits is not None else "FROM_X" if self.residual is None else "FROM_RESIDUAL"
+
+
+Gradients = tuple[Vector, Vector]
+"""Of weight and bias; absent if nobody asks for them."""
+NO_GRADIENTS = ABSENT, ABSENT
+
+
+def backward(
+    signature: Signature, batch_stats: bool, dy: TensorSignature, residual: TensorSignature | None, sign_bits: bool,
+    saved: VectorSignatures, need: frozenset[str], dtypes: tuple[Any, Any],
+) -> PreparedCall:  # fmt: skip
+    """Prepare a backward call: ``dx``, ``dweight``, ``dbias``, ``dresidual``, as far as ``need`` names them."""
+    call = TensorCallBuilder(signature, sign_bits)
+    tensors = _read(call, dy, residual, sign_bits)
+    vectors = call.vectors(SAVED, saved)
+    dx, dresidual = (call.output() if name in need else None for name in ("dx", "dresidual"))
+    weight, bias = (
+        Vector(call.allocate(call.channels, dtype), dtype.name) if name in need else ABSENT
+        for name, dtype in zip(("dweight", "dbias"), dtypes, strict=True)
+    )
+    source, gradients = tensors.source(signature.activation), (weight, bias)
+    if batch_stats and dx is not None:
+        reads, writes = 2 + (residual is not None), 1 + (dresidual is not None)
+        plan = call.plan(
+            "backward", (source,), backward=True, reads=reads, staged=reads, writes=writes, sign_bits=sign_bits
+        )
+        if plan.tier == "split":
+            sums = _launch_reduce(call, plan, tensors._replace(dresidual=dresidual), vectors, gradients)
+            _launch_input(call, plan, tensors._replace(dx=dx), vectors, sums)
+        else:
+            _launch_backward(call, plan, tensors._replace(dx=dx, dresidual=dresidual), vectors, gradients)
     else:
-        draft.backward_reduce(draft.once(), source, NONE, "dresidual")
-    draft.gives_back(fills)
-    return Call(draft.steps)
+        tensors, plan = tensors._replace(dx=dx, dresidual=dresidual), call.plan_once()
+        if dx is None or gradients != NO_GRADIENTS:
+            _launch_reduce(call, plan, tensors, vectors, gradients)
+        else:
+            _launch_input(call, plan, tensors, vectors)
+    return call.build(call.result(dx), weight.register, bias.register, call.result(dresidual))
 
 
-def track(device: int, channels: int, groups: int, count: int, vectors: Sequence[Vector | None]) -> Call:
-    """Moves ``running_mean`` and ``running_var`` towards ``mean`` and ``var``, group after group."""
-    steps = Steps(device, channels)
-    steps.vectors(**dict(zip(("mean", "var", "running_mean", "running_var"), vectors, strict=True)))
-    steps.track(groups, count, "mean", "var")
-    steps.gives_back("running_mean", "running_var")
-    return Call(steps.steps)
+def backward_reduce(
+    signature: Signature, dy: TensorSignature, residual: TensorSignature | None, saved: VectorSignatures,
+    dz: TensorSignature | None,
+) -> PreparedCall:  # fmt: skip
+    """Prepare the sums of ``dz`` and ``dz * xhat``, which are returned; and ``dz``, in the ``dresidual`` given."""
+    call = TensorCallBuilder(signature)
+    tensors = _read(call, dy, residual)
+    dresidual = None if dz is None else call.write(GIVEN.dresidual, dz)
+    vectors = call.vectors(SAVED, saved)
+    sums = _launch_reduce(call, call.plan_once(), tensors._replace(dresidual=dresidual), vectors)
+    call.result(dresidual)
+    return call.build(sums)
 
 
-def _source(activation: str, mask: bool, residual: Place | None) -> str:
-    """What a backward kernel takes the activation's gradient from."""
-    if activation == "identity":
-        return "DY"
-    return "FROM_MASK" if mask else "FROM_X" if residual is None else "FROM_RESIDUAL"
+def backward_input(
+    signature: Signature, dy: TensorSignature, residual: TensorSignature | None, saved: VectorSignatures,
+    batch_stats: bool, out: TensorSignature,
+) -> PreparedCall:  # fmt: skip
+    """Prepare ``dx``, written to the array given: from the ``sums`` given, or with frozen statistics without any."""
+    call = TensorCallBuilder(signature)
+    tensors = _read(call, dy, residual)._replace(dx=call.write(GIVEN.dx, out))
+    vectors = call.vectors(SAVED, saved)
+    _launch_input(call, call.plan_once(), tensors, vectors, GIVEN.sums if batch_stats else None)
+    call.result(tensors.dx)
+    return call.build()
+
+
+def _read(
+    call: TensorCallBuilder, dy: TensorSignature, residual: TensorSignature | None, sign_bits: bool = False
+) -> Tensors:
+    """Return the tensors that a backward kernel reads."""
+    bits = GIVEN.sign_bits if sign_bits else None
+    return Tensors(call.x, call.read(GIVEN.dy, dy), call.read(GIVEN.residual, residual), bits)
+
+
+def _launch_backward(
+    call: TensorCallBuilder, plan: LaunchPlan, tensors: Tensors, vectors: Vectors, gradients: Gradients
+) -> None:
+    """Compute all gradients in one launch."""
+    kernel = call.on_chip_kernel("backward", plan, tensors.source(call.activation))
+    partials, counters = call.exchange(plan)
+    call.launch(
+        kernel, plan, *tensors, *registers(*vectors), *registers(*gradients), partials, counters,
+        codes(*vectors, *gradients), *geometry(plan, call.groups), GIVEN.count, GIVEN.eps, GIVEN.parameter,
+    )  # fmt: skip
+
+
+def _launch_reduce(
+    call: TensorCallBuilder, plan: LaunchPlan, tensors: Tensors, vectors: Vectors, gradients: Gradients = NO_GRADIENTS
+) -> Register:
+    """Compute the gradients of the parameters, and with frozen statistics ``dx``; return the sums.
+
+    A launch meets groups in any order; the gradients of several are added up by a launch of its own.
+    """
+    size = 2 * call.statistics
+    sums = call.allocate(size + call.partial_size(plan))
+    partials, counters = call.address(sums, size), call.counters(plan)
+    own = gradients if call.groups == 1 else NO_GRADIENTS
+    call.launch(
+        call.kernel("bn_backward_reduce_kernel", plan, tensors.source(call.activation)), plan, *tensors,
+        *registers(*vectors), *registers(*own), sums, partials, counters, codes(*vectors, *own),
+        *geometry(plan, call.groups), GIVEN.eps, GIVEN.parameter, *call.selection,
+    )  # fmt: skip
+    if own != gradients:
+        call.launch_channels(
+            "bn_add_groups_kernel", sums, *registers(*gradients), codes(*gradients),
+            np.uint32(call.channels), np.uint32(call.groups),
+        )  # fmt: skip
+    return sums
+
+
+def _launch_input(
+    call: TensorCallBuilder, plan: LaunchPlan, tensors: Tensors, vectors: Vectors, sums: Pointer = None
+) -> None:
+    """Compute ``dx`` from the sums, or without them for frozen statistics."""
+    call.launch(
+        call.kernel("bn_backward_input_kernel", plan, tensors.source(call.activation)), plan, *tensors,
+        *registers(*vectors), sums, codes(*vectors), *geometry(plan, call.groups), GIVEN.count, GIVEN.eps,
+        GIVEN.parameter, *call.selection,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from gpu_bn.activations import ROWS
 from gpu_bn.plan import Tiling
 
 BEFORE = ("types", "tile", "sums", "moments", "exchange", "activation")
-AFTER = ("forward", "backward")
+AFTER = ("forward", "gradients", "backward")
 """The files of device code, before and after the activation's own."""
 
 STORAGE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}

@@ -388,7 +388,7 @@ class TritonBackend(SharedStatistics):
         groups = spec.groups
         act = functions(spec.activation.name)
         bessel = layout.count / max(layout.count - 1, 1)
-        work = replace(self._work(layout, x, alignment, reads=1 + residual), mask=masked)
+        work = replace(self._work(layout, x, alignment, reads=1 + residual), sign_bits=masked)
         constants = (act.value, act.drop if masked else None)
         if not spec.batch_stats:
             plan = self._once(work, x)

@@ -11,12 +11,12 @@ from gpu_bn.backends.triton.launch import interpreting
 from gpu_bn.plan import (
     CO_RESIDENT,
     DEVICES,
-    STATIC_SHARED,
     THRESHOLDS,
     VECTOR_BYTES,
     Device,
     LaunchPlan,
     NoPlanError,
+    OnChip,
     Work,
     narrower,
     plan,
@@ -99,21 +99,17 @@ def device_of(device: Any) -> Device:
 
 
 def training_plan(work: Work, device: Device, tier: str | None) -> LaunchPlan:
-    """The plan of a call with batch statistics, where registers are what a block keeps a channel in."""
+    """Return the plan of a call with batch statistics, where a block keeps a channel in registers."""
     room = ROOM[work.itemsize].of(work) * work.itemsize
-    device = replace(
-        device,
-        shared_per_block=room + STATIC_SHARED,
-        shared_per_sm=THRESHOLDS.blocks_per_sm * (room // 2 + STATIC_SHARED + device.reserved_shared),
-    )
+    registers = OnChip(per_block=room, per_sm=THRESHOLDS.blocks_per_sm * (room // 2))
     try:
-        found = plan(work, device, tier, WITHOUT_COOPERATION)
+        found = plan(work, device, tier, WITHOUT_COOPERATION, registers)
     except NoPlanError:
-        found = plan(work, device, None, WITHOUT_COOPERATION)
+        found = plan(work, device, None, WITHOUT_COOPERATION, registers)
     if found.tier != "split":
         return found
     once = one_pass_plan(work, device)
-    return replace(found, tiling=once.tiling, blocks=once.blocks, groups=once.groups, share=once.share)
+    return replace(found, tiling=once.tiling, blocks=once.blocks, in_flight=once.in_flight, share=once.share)
 
 
 def one_pass_plan(work: Work, device: Device) -> LaunchPlan:

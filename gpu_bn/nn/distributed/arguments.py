@@ -16,7 +16,25 @@ from gpu_bn.spec import MAX_RANK, MIN_RANK, check_mask
 NAMES = ("input", "residual", "mask", "running_mean", "running_var", "weight", "bias", "num_batches_tracked")
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
+    """The arguments of a call as they were given.
+
+    Attributes:
+        num_features: C, or ``None`` where the input tells.
+        tensors: in the order of :data:`NAMES`.
+        momentum, eps, activation: as of :func:`gpu_bn.nn.sync_batch_norm`.
+        refusal: why the layer cannot make the call, if it cannot.
+    """
+
+    num_features: int | None
+    tensors: tuple[Any, ...]
+    momentum: Any
+    eps: Any
+    activation: Activation | str | None
+    refusal: str = ""
+
+
+class Checked(NamedTuple):
     """The checked arguments of a call."""
 
     inputs: tuple[Tensor | None, ...]
@@ -27,14 +45,11 @@ class Call(NamedTuple):
     signature: list[float]
 
 
-def call_of(
-    num_features: int | None,
-    given: tuple[Any, ...],
-    momentum: Any,
-    eps: Any,
-    activation: Activation | str | None,
-) -> Call | str:
-    """The call, or why it cannot be made; ``given`` are the tensors of :data:`NAMES`."""
+def check(arguments: Arguments) -> Checked | str:
+    """Return the checked arguments, or why the call cannot be made."""
+    num_features, given, momentum, eps, activation, refusal = arguments
+    if refusal:
+        return refusal
     activation = IDENTITY if activation is None else Activation.of(activation)
     for name, value in zip(NAMES, given, strict=True):
         if not (isinstance(value, Tensor) or (value is None and name != "input")):
@@ -44,7 +59,7 @@ def call_of(
     momentum = momentum if momentum is None or isinstance(momentum, Tensor) else _number("momentum", momentum)
     channels = input.shape[1:2].numel() if num_features is None else num_features
     vectors = (running_mean, running_var, weight, bias)
-    if text := _check(input, vectors, residual, mask, eps, channels):
+    if text := _mistake(input, vectors, residual, mask, eps, channels):
         return text
     if not torch.compiler.is_compiling():
         if functional._updates.off:
@@ -69,7 +84,7 @@ def call_of(
     valid = None if mask is None else algorithm.positions(mask, input.shape, 1)
     tracked = (running_mean, running_var, num_batches_tracked)
     options = (eps, activation.name, float(activation.parameter))
-    return Call(inputs, valid, tracked, momentum, options, signature)
+    return Checked(inputs, valid, tracked, momentum, options, signature)
 
 
 def _number(name: str, value: Any) -> float:
@@ -79,7 +94,7 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} should be a number, got {value!r}") from None
 
 
-def _check(
+def _mistake(
     x: Tensor,
     vectors: tuple[Tensor | None, ...],
     residual: Tensor | None,
@@ -87,7 +102,7 @@ def _check(
     eps: float,
     channels: int,
 ) -> str:
-    """Why arguments do not fit; nothing if they do."""
+    """Say why the arguments do not fit; nothing if they do."""
     if not MIN_RANK <= x.dim() <= MAX_RANK:
         return f"expected at least 2D input, up to 5D (got {x.dim()}D input)"
     if x.shape[1] != channels:

@@ -17,14 +17,15 @@ from torch.fx import Graph
 from torch.nn.modules import module as torch_module
 
 from gpu_bn.activations import Activation
-from gpu_bn.nn import modules
+from gpu_bn.nn.activated import has_hooks
+from gpu_bn.nn.fused import Fused
 from gpu_bn.nn.fx.activations import activate
-from gpu_bn.nn.modules import has_hooks
+from gpu_bn.nn.modules import FrozenBatchNorm2d
 
 INTERNAL = frozenset(vars(torch.nn.Module()))
 """The attributes that every module has."""
 SIMPLE = (bool, int, float, str)
-LAYERS = (modules.Fused, modules.FrozenBatchNorm2d)
+LAYERS = (Fused, FrozenBatchNorm2d)
 
 
 def normalise(
@@ -134,7 +135,7 @@ class Plan:
         if torch_module._has_any_global_hook():
             return False
         for module in self.merged:
-            if has_hooks(module) or "forward" in vars(module) or (module._modules and not module._is_whole()):
+            if has_hooks(module) or "forward" in vars(module) or (module._modules and not module.replaces_children()):
                 return False
         for module, attributes, children in self.fixed:
             now = vars(module)

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_bn.activations import Activation
+from gpu_bn.nn.fused import Fused
 from gpu_bn.nn.fx import activations
 from gpu_bn.nn.fx.activations import activation_of, activation_of_call
 from gpu_bn.nn.fx.aliases import aliases, is_opaque, may_overwrite, module_of
@@ -22,7 +23,7 @@ from gpu_bn.nn.fx.forward import Forward, Plan, is_patched, normalise
 from gpu_bn.nn.fx.text import text_plan
 from gpu_bn.nn.fx.trace import Refused, Steps, in_mode, steps_of
 from gpu_bn.nn.known_layers import counterpart, is_watched, looks_frozen
-from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
+from gpu_bn.nn.modules import FrozenBatchNorm2d
 from gpu_bn.nn.report import Report
 
 IN_PLACE = (operator.iadd, "add_")

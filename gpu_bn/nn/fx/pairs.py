@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Graph
 from torch.nn.modules import conv, pooling
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -17,20 +19,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_bn.nn.fx.aliases import module_of
 from gpu_bn.nn.fx.graph import is_layer, is_leaf
+from gpu_bn.nn.fx.inspection import is_inspected
 from gpu_bn.nn.fx.trace import Refused, steps_of
 from gpu_bn.nn.known_layers import is_watched
 
 Pairs = list[tuple[Any, Any]]
 Reasons = dict[torch.nn.Module, str]
 OTHERS = "others read the outputs or parameters of the layer before it, or call one of the two"
+INSPECTED = "the model's code asks for its class or attributes"
 
 
 def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
-    """The pairs in the graph of a model, or else in those of the modules in it; and why others are none."""
+    """Find the pairs in the graph of a model, or else in those of the modules in it; and why others are none."""
     pairs: Pairs = []
     reasons: Reasons = {}
-    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    held = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
+    names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    held = Counter(id(tensor) for module in model.modules() for tensor in _tensors_of(module))
     left, seen = [model], set()
     while left:
         module = left.pop()
@@ -40,41 +44,52 @@ def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
         if is_leaf(module):  # a list of modules is one
             left += module.children()
             continue
+        inspected: set[torch.nn.Module] = set()
         try:
-            graph = steps_of(module, _enters).graph
+            graph = steps_of(module, partial(_enters, inspected)).graph
         except Refused as error:
             reasons.update((child, f"{type(module).__name__}: {error}") for child in module.children())
             left += module.children()
             continue
-        calls = Counter(module_of(module, node) for node in graph.nodes)
-        read = Counter(id(attrgetter(str(node.target))(module)) for node in graph.nodes if node.op == "get_attr")
-        for node in graph.nodes:
-            norm = module_of(module, node)
-            source = node.args[0] if node.args else node.kwargs.get("input")
-            layer: Any = module_of(module, source)
-            if norm is None or layer is None or not is_layer(norm):
-                continue
-            tensors = [tensor for each in (layer, norm) for tensor in each.parameters() if tensor is not None]
-            alone = (
-                calls[layer] == calls[norm] == len(source.users) == 1
-                and (module is model or names[id(layer)] == names[id(norm)] == 1)
-                and not any(read[id(tensor)] or held[id(tensor)] > 1 for tensor in tensors)
-                and node.kwargs.get("mask") is None
-                and len(node.args) < 4
-            )
-            if alone:
-                pairs.append((layer, norm))
+        for layer, norm, alone in _pairs_in(module, graph):
+            once = module is model or names[layer] == names[norm] == 1
+            tied = any(held[id(tensor)] > 1 for each in (layer, norm) for tensor in _tensors_of(each))
+            if norm in inspected or not alone or not once or tied:
+                reasons[norm] = INSPECTED if norm in inspected else OTHERS
             else:
-                reasons[norm] = OTHERS
+                pairs.append((layer, norm))
     return pairs, reasons
 
 
+def _pairs_in(root: torch.nn.Module, graph: Graph) -> Iterator[tuple[Any, Any, bool]]:
+    """Yield each layer and the normalisation that reads it in a graph, and whether nothing else there uses the two."""
+    calls = Counter(module_of(root, node) for node in graph.nodes)
+    read = Counter(id(attrgetter(str(node.target))(root)) for node in graph.nodes if node.op == "get_attr")
+    for node in graph.nodes:
+        norm = module_of(root, node)
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        layer: Any = module_of(root, source)
+        if norm is None or layer is None or not is_layer(norm):
+            continue
+        once = calls[layer] == calls[norm] == len(source.users) == 1
+        unread = not any(read[id(tensor)] for each in (layer, norm) for tensor in _tensors_of(each))
+        yield layer, norm, once and unread and node.kwargs.get("mask") is None and len(node.args) < 4
+
+
+def _tensors_of(module: torch.nn.Module) -> list[Tensor]:
+    """List a module's own parameters and buffers."""
+    held = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in held if tensor is not None]
+
+
 VARIANTS = (conv._ConvNd, pooling._AvgPoolNd, pooling._MaxPoolNd)
-"""Whose subclasses in other libraries compute their padding of shapes, which cannot be traced."""
+"""The classes whose subclasses in other libraries compute their padding of shapes, which cannot be traced."""
 
 
-def _enters(called: torch.nn.Module, *_: Any) -> bool:
+def _enters(inspected: set[torch.nn.Module], called: torch.nn.Module, *_: Any) -> bool:
     """Whether a graph goes into a module: not where its steps are its own affair."""
+    if is_layer(called) and is_inspected(called, steps_of.__code__):
+        inspected.add(called)
     return not (is_leaf(called) or is_watched(called) or (isinstance(called, VARIANTS) and not called._modules))
 
 
@@ -105,7 +120,8 @@ class _Watch(TorchFunctionMode):
         self.inside = 0
         self.layers = [module for module in model.modules() if is_leaf(module) and not is_layer(module)]
         self.norms = [module for module in model.modules() if is_layer(module)]
-        self.parameters = {id(tensor) for tensor in model.parameters()}
+        self.tensors = {id(tensor) for module in model.modules() for tensor in _tensors_of(module)}
+        self.inspected: set[torch.nn.Module] = set()
         self.handles: list[Any] = []
         for module in (*self.layers, *self.norms):
             if not isinstance(module, torch.jit.ScriptModule) and (module._parameters or module._buffers):
@@ -120,6 +136,8 @@ class _Watch(TorchFunctionMode):
         if self.inside == 0:
             x = arguments[0] if arguments else options.get("input")
             if is_layer(module):
+                if is_inspected(module, observed_pairs.__code__):
+                    self.inspected.add(module)
                 plain = len(arguments) < 4 and options.get("mask") is None
                 self.inputs.setdefault(module, []).append(id(x) if plain and id(x) in self.made else None)
                 others = [*arguments[1:], *options.values()]
@@ -145,7 +163,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def reads(self, tensor: Tensor) -> None:
-        if id(tensor) in self.made or id(tensor) in self.parameters:  # another may have had its id before it was made
+        if id(tensor) in self.made or id(tensor) in self.tensors:  # another may have had its id before it was made
             self.read[id(tensor)] += 1
 
     def pairs(self) -> tuple[Pairs, Reasons]:
@@ -153,14 +171,14 @@ class _Watch(TorchFunctionMode):
         found: Pairs = []
         reasons: Reasons = {}
         reads = Counter(source for inputs in self.inputs.values() for source in inputs)
-        held = Counter(id(tensor) for module in (*self.layers, *self.norms) for tensor in module._parameters.values())
+        held = Counter(id(tensor) for module in (*self.layers, *self.norms) for tensor in _tensors_of(module))
         for norm, inputs in self.inputs.items():
             layers = {self.made.get(source) for source in inputs}
             layer = layers.pop() if len(layers) == 1 else None
             if layer is None:
                 continue
             made = self.outputs[layer]
-            tensors = [tensor for each in (layer, norm) for tensor in each._parameters.values() if tensor is not None]
+            tensors = [tensor for each in (layer, norm) for tensor in _tensors_of(each)]
             alone = (
                 sorted(source for source, _ in made) == sorted(inputs)
                 and all(reads[source] == 1 and self.read[source] == 0 for source, _ in made)
@@ -168,7 +186,9 @@ class _Watch(TorchFunctionMode):
                 and not self._stored({source for source, _ in made})
             )
             weight = getattr(layer, "weight", None)
-            if alone and isinstance(weight, Tensor) and all(rank == weight.dim() for _, rank in made):
+            if norm in self.inspected:
+                reasons[norm] = INSPECTED
+            elif alone and isinstance(weight, Tensor) and all(rank == weight.dim() for _, rank in made):
                 found.append((layer, norm))
             else:
                 reasons[norm] = OTHERS if not alone else "the outputs before it have other axes"

@@ -118,7 +118,7 @@ def test_blocks_that_do_not_fit_together_are_not_launched_together(make_gpu):
     x, *_ = arrays(gpu)
     want = gpu_bn.batch_norm(x, training=True, backend=gpu.backend)
     gpu.resident_blocks = 0
-    sys.modules["gpu_bn.backends.cupy.steps"].resident_blocks.cache_clear()
+    sys.modules["gpu_bn.backends.cupy.device"].resident_blocks.cache_clear()
     gpu.launched.clear()
     y = gpu_bn.batch_norm(x, training=True, backend=type(gpu.backend)("cooperative"))
     assert len(gpu.launched) == 2
@@ -196,7 +196,7 @@ def test_a_gpu_that_cuda_13_has_left_behind_is_told_of_cuda_12(make_gpu):
     with pytest.raises(BackendUnavailableError, match=says):
         gpu_bn.batch_norm(arrays(gpu)[0], training=True)
     gpu.nvrtc = 12, 9
-    assert sys.modules["gpu_bn.backends.cupy.steps"].properties(0).arch == 70
+    assert sys.modules["gpu_bn.backends.cupy.device"].properties(0).arch == 70
 
 
 def test_no_gpu_no_driver_no_cupy(make_gpu, monkeypatch):
@@ -214,7 +214,7 @@ def test_no_gpu_no_driver_no_cupy(make_gpu, monkeypatch):
         BackendUnavailableError, match=r"no usable CUDA driver .*InsufficientDriver.*update the NVIDIA driver"
     ):
         gpu_bn.BatchNorm(3, device="cuda")
-    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy.backend")]:
+    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install -e '.\[cupy\]'"):
@@ -287,7 +287,7 @@ def test_vectors_of_any_strides(make_gpu):
 
 def test_cuda_13_has_the_memory_clock_among_the_attributes(make_gpu):
     gpu = make_gpu(80)
-    properties = sys.modules["gpu_bn.backends.cupy.steps"].properties
+    properties = sys.modules["gpu_bn.backends.cupy.device"].properties
     known = properties(0).bandwidth
     del gpu.properties["memoryClockRate"]
     properties.cache_clear()

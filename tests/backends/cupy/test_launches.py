@@ -149,7 +149,7 @@ def test_a_thread_that_has_not_met_the_device_yet_may_call(tier, make_gpu):
     assert {"y", "dx"} <= want.keys()
     with ThreadPoolExecutor(1) as other:
         assert same_bits(other.submit(results_of, gpu).result(), want)
-        sys.modules["gpu_bn.backends.cupy.steps"].resident_blocks.cache_clear()
+        sys.modules["gpu_bn.backends.cupy.device"].resident_blocks.cache_clear()
     with ThreadPoolExecutor(1) as other:  # which has to prepare its calls as well
         gpu.backend = type(gpu.backend)(tier)
         assert same_bits(other.submit(results_of, gpu).result(), want)
@@ -183,7 +183,7 @@ def test_another_failure_of_a_launch_is_not_taken_for_a_refusal(make_gpu):
     gpu.launch = fails
     with pytest.raises(type(error), match="ILLEGAL_ADDRESS"):
         results_of(gpu)
-    assert sys.modules["gpu_bn.backends.cupy.steps"].properties(0).clusters
+    assert sys.modules["gpu_bn.backends.cupy.device"].properties(0).clusters
 
 
 def test_blocks_whose_shared_memory_does_not_fit_together_are_not_launched_together(make_gpu):
@@ -193,7 +193,7 @@ def test_blocks_whose_shared_memory_does_not_fit_together_are_not_launched_toget
     assert len(gpu.launched) == 2
     gpu.launched.clear()
     gpu.shared_per_sm = 8 << 10  # two blocks of 4 KiB, but for what they have of their own
-    sys.modules["gpu_bn.backends.cupy.steps"].resident_blocks.cache_clear()
+    sys.modules["gpu_bn.backends.cupy.device"].resident_blocks.cache_clear()
     check(case, type(gpu.backend)("cooperative"))
     assert len(gpu.launched) == 4
 
@@ -252,7 +252,7 @@ def test_an_array_from_the_host_has_the_values_and_the_strides_that_it_had(step,
 def test_channels_are_counted_in_64_bits_or_refused(backward, make_gpu):
     """2**31 of them in one pass: what a kernel is told holds the numbers, and its partial sums have room."""
     make_gpu(80)
-    geometry = sys.modules["gpu_bn.backends.cupy.builder"]._geometry
+    geometry = sys.modules["gpu_bn.backends.cupy.builder"].geometry
     work = Work(1, 1 << 31, 1, 2, backward=backward, reads=1 + backward)
     plan = plan_once(work, DEVICES["h100"])
     told = [int(number) for number in geometry(plan)]

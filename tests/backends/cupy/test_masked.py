@@ -323,7 +323,7 @@ def test_each_tensor_is_read_and_written_as_planned(shape, dtype, groups, make_g
     y, saved = gpu.backend.forward(x, spec_of(problem, groups), None, None, None, None, residual, None, valid=valid)
     assert saved.mask is not None
     size, bits, positions = y.nbytes, saved.mask.nbytes, valid.nbytes
-    forward = plan(work_of(shape, y.itemsize, reads=2, mask=True, masked=True, groups=groups), DEVICES["a100"])
+    forward = plan(work_of(shape, y.itemsize, reads=2, sign_bits=True, masked=True, groups=groups), DEVICES["a100"])
     assert forward.read_bytes == (size + positions, 2 * size + positions)
     assert sum(forward.written_bytes) == size + bits
     loads, stores = traffic(gpu, 2)
@@ -333,7 +333,9 @@ def test_each_tensor_is_read_and_written_as_planned(shape, dtype, groups, make_g
     assert loads["x"] > 2 * size  # and samples
     gpu.backend.backward(dy, saved, frozenset({"dx", "dresidual"}))
     loads, stores = traffic(gpu, 2)
-    work = work_of(shape, y.itemsize, backward=True, reads=2, staged=2, writes=2, mask=True, masked=True, groups=groups)
+    work = work_of(
+        shape, y.itemsize, backward=True, reads=2, staged=2, writes=2, sign_bits=True, masked=True, groups=groups
+    )
     backward = plan(work, DEVICES["a100"])
     lanes = 1 if backward.tiling.columns is False else backward.tiling.lanes
     assert loads == {"x": 2 * size, "dy": 2 * size, "mask": 2 * bits, "valid": 2 * strips * lanes * positions}

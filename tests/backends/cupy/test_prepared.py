@@ -238,22 +238,27 @@ def test_what_is_saved_is_seen_only_when_asked_for(make_gpu):
     assert np.array_equal(got.dbias, want.dbias)
 
 
+def signature(x, groups=1):
+    """That of statistics without a mask."""
+    return sys.modules["gpu_bn.backends.cupy.signatures"].Signature(None, x, 1, "identity", groups, None, False)
+
+
 def test_more_blocks_than_a_launch_may_have_are_refused(make_gpu):
     """CuPy itself would cut the number to 32 bits."""
     gpu = make_gpu(80)
     shape, itemsize = (1 << 21, 1 << 11, 2), 2
     strides = (itemsize << 12, itemsize << 1, itemsize)
     with pytest.raises(ValueError, match="launches of less than 2\\*\\*31 blocks, got 4294967296"):
-        gpu.backend._stats(None, (0, shape, np.dtype(np.float16), strides, 0), 1, 1 << 21, None)
+        gpu.backend._stats(signature((0, shape, np.dtype(np.float16), strides, 0), groups=1 << 21))
 
 
 def test_rows_longer_than_the_kernels_can_count_are_refused(make_gpu):
     """2**32 vectors: only where odd lengths make vectors of one element."""
     gpu = make_gpu(80)
-    draft = sys.modules["gpu_bn.backends.cupy.builder"]
     shape, itemsize = (1, 1, (1 << 32) + 1), 2
     strides = (itemsize * shape[2], itemsize * shape[2], itemsize)
     x = (0, shape, np.dtype(np.float16), strides, 0)
     with pytest.raises(ValueError, match="less than 2\\*\\*32 vectors, got 4294967297 vectors of 1 elements"):
-        gpu.backend._stats(None, x, 1, 1, None)
-    assert draft.Draft(None, x, 1, "identity", 1, None, False).once().tiling.vector == 1
+        gpu.backend._stats(signature(x))
+    builder = sys.modules["gpu_bn.backends.cupy.builder"].TensorCallBuilder(signature(x))
+    assert builder.plan_once().tiling.vector == 1

@@ -94,9 +94,9 @@ def measured(make_gpu, monkeypatch):
     def measure(arch, tier, shape, dtype, residual=False, resident_threads=16384):
         checks = Checks(races=False, initialised=False)
         gpu = make_gpu(arch, tier, Device(checks=checks, l2_bytes=L2, resident_threads=resident_threads))
-        draft, plans = sys.modules["gpu_bn.backends.cupy.builder"], []
-        choose = draft.plan
-        monkeypatch.setattr(draft, "plan", lambda *work: plans.append(choose(*work)) or plans[-1])
+        builder, plans = sys.modules["gpu_bn.backends.cupy.builder"], []
+        choose = builder.plan
+        monkeypatch.setattr(builder, "plan", lambda *work: plans.append(choose(*work)) or plans[-1])
         rng = np.random.default_rng(0)
         x, dy, added = (gpu.asarray(rng.standard_normal(shape).astype(dtype)) for _ in range(3))
         vectors = [gpu.asarray(rng.uniform(1, 2, shape[1]).astype(np.float32)) for _ in range(4)]

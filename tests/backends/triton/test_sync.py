@@ -136,7 +136,7 @@ class Operations(TorchDispatchMode):
 def test_a_layer_takes_few_launches(emulated, monkeypatch):
     """Of two processes with the same part: what one launches between and besides the exchanges."""
     monkeypatch.setattr(sync, "several", lambda _: True)
-    monkeypatch.setattr(sync.Group, "of", staticmethod(lambda _: sync.Group("", 2, 0)))
+    monkeypatch.setattr(group.Group, "of", staticmethod(lambda _: group.Group("", 2, 0)))
     monkeypatch.setattr(group, "gather", lambda packet, _: torch.stack((packet, packet)))
     layer = sync.SyncBatchNorm(8, activation="relu")
     x = torch.randn(40, 8, 50, requires_grad=True)

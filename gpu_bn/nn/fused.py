@@ -1,0 +1,190 @@
+"""What all layers for torch share: torch's ``_BatchNorm``, with an activation, a residual, a mask and a switch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
+
+from gpu_bn import spec
+from gpu_bn.activations import Activation
+from gpu_bn.folding import batch_moments
+from gpu_bn.nn import functional
+from gpu_bn.nn.activated import Activated, guarded
+
+
+class Fused(Activated, _BatchNorm):
+    """What the layers have beyond torch's.
+
+    Attributes:
+        activation: what follows the normalisation, and the residual if the call has one; a name may be set as well.
+        frozen: whether the running statistics are used, and not updated, in training too.
+        virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`; for training.
+    """
+
+    num_features: int = guarded("num_features")
+    frozen: bool = False
+    virtual_batch_size: int | None = None
+    renorm: tuple[float, float] | None = None
+    ranks: ClassVar[tuple[int, ...]] = ()
+    own_check: ClassVar[bool] = False
+    """Whether a subclass says itself, in torch's ``_check_input_dim``, what inputs it takes."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls._check_input_dim.__module__ != _BatchNorm.__module__:
+            cls.own_check, cls.ranks = True, ()
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: Activation | str | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Normalise.
+
+        Args:
+            input: (N, C, ...).
+            residual: added before the activation; like ``input``.
+            activation: what follows in this call, if it is not the layer's own.
+            mask: which positions count, as in :func:`gpu_bn.batch_norm`.
+        """
+        if activation is None and self._modules and not self.replaces_children():
+            return self._call_children(input, residual, mask)  # type: ignore[no-any-return]
+        if self.own_check:
+            self._check_input_dim(input)
+        activation = self.activation if activation is None else Activation.of(activation)
+        training = self.training and not self.frozen
+        tracked = not training or self.track_running_stats
+        try:  # quicker than attributes, which are looked for elsewhere first
+            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # another kind of attribute, as of torch.nn.utils.parametrize
+            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        running_mean, running_var = (mean, var) if tracked else self._untracked()
+        return layer(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training or (running_mean is None and running_var is None),
+            self.momentum,
+            self._eps,
+            residual,
+            activation.name,
+            activation.parameter,
+            self.num_batches_tracked if training and tracked else None,
+            self.ranks,
+            mask,
+            self.virtual_batch_size if training else None,
+            self.renorm if training else None,
+        )
+
+    def _untracked(self) -> tuple[Tensor | None, Tensor | None]:
+        """The running statistics of a call in training that may not change them: renormalisation reads them."""
+        if self.renorm is None or self.running_mean is None or self.running_var is None:
+            return None, None
+        return self.running_mean.clone(), self.running_var.clone()
+
+    def init_identity_(self, input: Tensor) -> Fused:
+        """Make the layer the identity (then its activation) on a batch, in training and in evaluation mode.
+
+        Sets weight = sqrt(var + eps) and bias = mean, and the running statistics to the batch's mean and biased
+        variance, so that the layer can be put behind a trained one without changing the network (Ioffe & Szegedy
+        2015, section 3).
+
+        Raises:
+            ValueError: the layer has no weight or no bias, or another number of channels than the batch.
+        """
+        if self.weight is None or self.bias is None:
+            raise ValueError(f"an identity needs weight and bias, got {self!r}")
+        spec.check_vector("weight", self.weight, input.shape[spec.check_axis(input.shape, 1)])
+        with torch.no_grad():
+            moments = batch_moments(input, self.eps)
+            self.weight.copy_((moments.var + self.eps).sqrt())
+            self.bias.copy_(moments.mean)
+            if self.running_mean is not None and self.running_var is not None:
+                self.running_mean.copy_(moments.mean)
+                self.running_var.copy_(moments.var)
+        return self
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()
+        if not self.activation.is_identity:
+            text += f", activation={self.activation!r}"
+        if "_merged" in self.__dict__:  # by the module that calls it
+            text += f", merged={self._merged!r}"
+        for name in ("virtual_batch_size", "renorm"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)}"
+        return text + ", frozen=True" * self.frozen
+
+    def reset_parameters(self) -> None:
+        """As torch's layers do; those of torch 2.11 expect a bias where there is a weight."""
+        if self.weight is None or self.bias is not None or isinstance(self.weight, UninitializedParameter):
+            super().reset_parameters()
+        else:
+            self.reset_running_stats()
+            torch.nn.init.ones_(self.weight)
+
+    def _drop_bias(self, bias: bool) -> None:
+        """Have no bias unless ``bias``: layers of torch 2.11 do not take the option."""
+        if not bias:
+            self.register_parameter("bias", None)
+
+    def _set_options(
+        self,
+        activation: Activation | str | None,
+        virtual_batch_size: int | None,
+        renorm: tuple[float, float] | None,
+    ) -> None:
+        self.activation = Activation.of(activation)
+        self.virtual_batch_size = virtual_batch_size
+        self.renorm = None if renorm is None else spec.check_renorm(renorm, self.track_running_stats)
+
+
+@torch.fx.wrap
+def layer(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    parameter: float,
+    num_batches_tracked: Tensor | None,
+    ranks: tuple[int, ...],
+    mask: Tensor | None = None,
+    virtual_batch_size: int | None = None,
+    renorm: tuple[float, float] | None = None,
+) -> Tensor:
+    """A layer's call, one node in a traced graph."""
+    if ranks and input.dim() not in ranks:
+        expected = " or ".join(f"{rank}D" for rank in ranks)
+        raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
+    return functional.call(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation,
+        parameter,
+        num_batches_tracked,
+        mask,
+        virtual_batch_size,
+        renorm,
+    )

@@ -1,0 +1,116 @@
+"""A call as a plan sees it, and how its tensors are cut into strips of channels and vectors.
+
+A *position* is one vector of a strip (``rows``: of the channel's (N, S) slab; ``columns``: a row of the strip).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+VECTOR_BYTES = 16
+STRIP_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Describe one direction of one call: tensors of (N, C, S), S = 1 for channels-last.
+
+    Attributes:
+        n, c, s: the geometry.
+        itemsize: bytes of an element.
+        backward: which direction.
+        alignment: bytes, of the least aligned tensor.
+        reads, writes: how many tensors are read and written; ``staged`` of those read are needed twice.
+        sign_bits: whether one bit for each element is written (forward) or read (backward).
+        masked: whether a byte for each position tells if it counts.
+        groups: ghost batches: parts of ``n``, each normalised by itself.
+    """
+
+    n: int
+    c: int
+    s: int
+    itemsize: int
+    backward: bool = False
+    alignment: int = VECTOR_BYTES
+    reads: int = 1
+    writes: int = 1
+    staged: int = 1
+    sign_bits: bool = False
+    masked: bool = False
+    groups: int = 1
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of one tensor."""
+        return self.n * self.c * self.s * self.itemsize
+
+    @property
+    def sign_bytes(self) -> int:
+        """Bytes of the sign bits: one byte for each full vector."""
+        return self.tensor_bytes // VECTOR_BYTES if self.sign_bits else 0
+
+    @property
+    def valid_bytes(self) -> int:
+        """Bytes that tell which positions count. Each pass reads them."""
+        return self.n * self.s if self.masked else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Describe how a tensor is cut into strips and vectors.
+
+    Attributes:
+        columns: whether a strip is some adjacent channels (channels-last), or one channel's rows.
+        n, c, s: the geometry of one ghost batch; a single channel is one long row.
+        vector: elements of a vector.
+        lanes: threads side by side across a strip.
+        strips: the number of strips, in all ghost batches.
+        positions: vectors that a lane goes through in one strip.
+    """
+
+    columns: bool
+    n: int
+    c: int
+    s: int
+    vector: int
+    lanes: int
+    strips: int
+    positions: int
+
+    @property
+    def channels_per_strip(self) -> int:
+        """Channels that a block's sums are for."""
+        return self.lanes * self.vector if self.columns else 1
+
+
+def alignment(addresses: Iterable[int]) -> int:
+    """Return the largest power of two, up to a vector's size, that divides all addresses."""
+    least = VECTOR_BYTES
+    for address in addresses:
+        least |= address
+    return least & -least
+
+
+def tile(work: Work) -> Tiling:
+    """Cut a tensor into the widest strips, of the widest vectors that its geometry and alignment allow."""
+    n = work.n // work.groups
+    n, c, s = (1, 1, n * work.s) if work.c == 1 else (n, work.c, work.s)
+    columns = s == 1 and c > 1
+    inner = c if columns else s
+    vector = math.gcd(VECTOR_BYTES // work.itemsize, inner, max(work.alignment // work.itemsize, 1))
+    if not columns:
+        return Tiling(False, n, c, s, vector, 1, work.groups * c, n * s // vector)
+    across = c // vector
+    lanes = min(32, STRIP_BYTES // (vector * work.itemsize), 1 << (across - 1).bit_length())
+    return Tiling(True, n, c, s, vector, lanes, work.groups * -(-across // lanes), n)
+
+
+def narrower(tiling: Tiling, least_bytes: int, itemsize: int) -> Iterator[Tiling]:
+    """Yield a tiling of one group, then those with strips half as wide, a quarter, and so on to ``least_bytes``."""
+    yield tiling
+    while tiling.columns and tiling.lanes > 1 and tiling.lanes * tiling.vector * itemsize // 2 >= least_bytes:
+        lanes = tiling.lanes // 2
+        tiling = replace(tiling, lanes=lanes, strips=-(-(tiling.c // tiling.vector) // lanes))
+        yield tiling
