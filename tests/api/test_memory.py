@@ -1,6 +1,7 @@
 """Extra memory beyond the outputs is what README says: of NumPy by tracemalloc, of torch by what is resident."""
 
 import tracemalloc
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from support import rng, running_pair
 import gpu_bn
 from gpu_bn.testing.cases import arrange
 
-SHAPES = [(16, 64, 56, 56), (64, 256, 14, 14), (128, 512, 7, 7), (4000, 1000), (2, 8, 512, 512), (16, 128, 1500)]
+SHAPES = [(8, 64, 56, 56), (32, 256, 14, 14), (64, 512, 7, 7), (2000, 1000), (2, 4, 512, 512), (16, 64, 1500)]
 
 
 def extra(call, outputs, x):
@@ -35,18 +36,25 @@ def data(shape, dtype=np.float32, layout="contiguous"):
     return arrange(x, layout, 1)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ["identity", "relu", "silu", "gelu"])
-@pytest.mark.parametrize("training", [True, False])
+def every_other(activations):
+    """Shapes, activations, and whether in training: each pair of values, in half of the combinations."""
+    names = "shape", "activation", "training"
+    some = [
+        (shape, activation, training)
+        for (i, shape), (j, activation), training in product(enumerate(SHAPES), enumerate(activations), (True, False))
+        if (i + j + training) % 2
+    ]
+    return pytest.mark.parametrize(names, some, ids=str)
+
+
+@every_other(["identity", "relu", "silu"])
 def test_forward(shape, activation, training):
     x, running = data(shape), running_pair(shape[1])
     share = extra(lambda: gpu_bn.batch_norm(x, *running, training=training, activation=activation), 1, x)
     assert share <= 0.05
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ["identity", "relu", "gelu_tanh"])
-@pytest.mark.parametrize("training", [True, False])
+@every_other(["identity", "relu", "silu"])
 def test_backward(shape, activation, training):
     x, dy = data(shape), data(shape)
     weight, bias = np.ones((2, shape[1]), np.float32)
@@ -55,7 +63,7 @@ def test_backward(shape, activation, training):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "negative_stride", "sliced_channels", "misaligned"])
-@pytest.mark.parametrize("shape", [(8, 3, 512, 512), (16, 128, 1500), (16000, 200)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3, 512, 512), (16, 64, 1500), (8000, 200)], ids=str)
 def test_layouts_whatever_the_channels(shape, layout):
     x, added = data(shape, layout=layout), data(shape)
     y, saved = gpu_bn.batch_norm_forward(x, training=True, residual=added, activation="relu")
@@ -64,7 +72,7 @@ def test_layouts_whatever_the_channels(shape, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_channels"])
-@pytest.mark.parametrize("shape", [(8, 3, 512, 512), (32, 64, 56, 56)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3, 512, 512), (8, 64, 56, 56)], ids=str)
 def test_a_mask_costs_a_byte_for_each_position(shape, layout):
     x = data(shape, layout=layout)
     mask = rng(1).random((shape[0], 1, *shape[2:])) < 0.5
@@ -78,7 +86,7 @@ def test_a_mask_costs_a_byte_for_each_position(shape, layout):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_layouts_and_half_precision(layout, dtype, residual):
-    x = data((32, 64, 56, 56), dtype, layout)
+    x = data((8, 64, 56, 56), dtype, layout)
     added = x if residual else None
     y, saved = gpu_bn.batch_norm_forward(x, training=True, residual=added, activation="relu")
     assert extra(lambda: gpu_bn.batch_norm(x, training=True, residual=added, activation="relu"), 1, x) <= 0.05
