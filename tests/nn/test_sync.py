@@ -20,7 +20,8 @@ from gpu_bn.nn.operators import sync as sync_operators
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
+def four(tmp_path_factory, whole):
+    del whole  # compiles kernels once, before four processes would
     return results(
         4, once(tmp_path_factory, "four", lambda folder: launch(4, "support.sync_scenarios", ["equality"], folder))
     )

@@ -37,7 +37,7 @@ def small_extended() -> list[Case]:
     """The extended cases, without large ones and two that need more exact sums than an interpreter's.
 
     It adds a column of a block in float32 from top to bottom, where a GPU adds in a tree; in float16 and bfloat16 a
-    block of that shape is all of a channel. backends/triton/test_emulator.py has these two.
+    block of that shape is all of a channel. The conformance suite has these two on the emulator.
     """
     return [
         case
