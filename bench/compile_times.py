@@ -101,17 +101,17 @@ def kernels_of(testing, cases) -> None:
 
 def kernels_of_bench(testing) -> None:
     from gpu_bn.bench.cases import select
-    from gpu_bn.bench.implementations import SUBJECTS
+    from gpu_bn.bench.implementations import IMPLEMENTATIONS
     from gpu_bn.bench.measurement import Tensors, problem_of
     from gpu_bn.bench.run import DEFAULTS
 
     del testing
     usual = DEFAULTS["cuda"]
-    subject = next(subject for subject in SUBJECTS if subject.name == "gpu_bn cupy")
+    implementation = next(implementation for implementation in IMPLEMENTATIONS if implementation.name == "gpu_bn cupy")
     for case in select(usual["shapes"], usual["dtypes"], usual["layouts"], usual["operations"]):
         tensors = Tensors(case)
         problem = tensors.of("cupy", problem_of(case.operation, tensors.problem))
-        subject.build(case.operation, problem, None)()
+        implementation.build(case.operation, problem, None)()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gpu_bn
 from gpu_bn import nn as ours
-from gpu_bn.bench.training import AGREEMENT, peak_bytes, prepared, resnet18
+from gpu_bn.bench.training import AGREEMENT, peak_bytes, prepare, resnet18
 
 # Kernel, expanded, output, squeeze-and-excitation, Hardswish, stride (Howard et al. 2019, table 1)
 ROWS = (
@@ -137,7 +137,7 @@ def main() -> None:
         expected: Any = None
         for name, variant in VARIANTS.items():
             made = variant(copy.deepcopy(model))
-            steps[name], gradient = prepared(made, images, labels)
+            steps[name], gradient = prepare(made, images, labels)
             expected = gradient if expected is None else expected
             error = float((gradient - expected).norm() / expected.norm())
             assert error <= AGREEMENT, f"{network}, {name}: the first gradient is off by {error:.2g}"

@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from gpu_bn import nn as nn
     from gpu_bn import testing as testing
     from gpu_bn.activations import Activation, elu, leaky_relu
-    from gpu_bn.algorithm import Grads
     from gpu_bn.backends.cpu.threads import get_num_threads, set_num_threads
-    from gpu_bn.backends.protocol import Saved
+    from gpu_bn.backends.protocol import Grads, Saved
     from gpu_bn.explanation import explain
     from gpu_bn.folding import fold, identity_affine, unfold
     from gpu_bn.functional import batch_norm, batch_norm_backward, batch_norm_forward
@@ -28,7 +27,7 @@ _HOMES = {
     "Activation": "activations",
     "BackendUnavailableError": "registry",
     "BatchNorm": "layers",
-    "Grads": "algorithm",
+    "Grads": "backends.protocol",
     "Saved": "backends.protocol",
     "batch_norm": "functional",
     "batch_norm_backward": "functional",

@@ -12,81 +12,52 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gpu_bn import aliasing
-from gpu_bn.backends.protocol import Backend, Fused, Moments, Saved, Sums
+from gpu_bn.backends.protocol import Backend, Fused, Grads, Moments, Saved, Sums
+from gpu_bn.call import Call
 from gpu_bn.interrupts import deferred
 from gpu_bn.spec import BatchNormSpec, is_cupy, on_device_of
 
 Array = Any
 
 
-class Grads(NamedTuple):
-    """Hold the gradients of one call; those not asked for, or of arguments that were not given, are ``None``.
-
-    Attributes:
-        dx: like the input.
-        dweight: (C,), in the weight's dtype.
-        dbias: (C,), in the bias's dtype.
-        dresidual: like the input.
-    """
-
-    dx: Array | None
-    dweight: Array | None
-    dbias: Array | None
-    dresidual: Array | None
-
-
 def forward(
-    backend: Backend,
-    x: Array,
-    spec: BatchNormSpec,
-    running_mean: Array | None,
-    running_var: Array | None,
-    weight: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-    out: Array | None,
-    in_place: bool,
-    valid: Array | None = None,
-    keep: bool = True,
-    counter: Array | None = None,
+    backend: Backend, call: Call, spec: BatchNormSpec, in_place: bool = False, keep: bool = True
 ) -> tuple[Array, Saved]:
     """Normalise, update the running statistics, and return ``y`` and what the backward call needs.
 
-    ``in_place`` allows ``out`` to be the input or the residual, which a backward call would read; ``valid`` is what
-    :func:`positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.Fused`. ``counter`` is
-    incremented when the statistics are written.
+    ``in_place`` allows ``call.out`` to be the input or the residual, which a backward call would read; ``call.valid``
+    is what :func:`positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.Fused`.
 
     Raises:
         ValueError: an array that is written shares memory with another, or two of its elements do.
     """
-    if valid is not None and hasattr(backend, "fuses_plain_calls_only") and bool(valid.all()):
-        valid = None
-    state = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": counter}
-    distinct = aliasing.check_written(
-        {"out": out, **(state if spec.batch_stats else {})},
-        {"input": x, "weight": weight, "bias": bias, "residual": residual, **({} if spec.batch_stats else state)},
-    )
-    if out is not None and not distinct:
-        backend.check_out(out, x, residual, in_place)
-    rest = weight, bias, residual, out, valid, keep
-    written = [array for array in state.values() if array is not None and spec.batch_stats]
-    if written and _on_host(x):
-        moved = {name: _copy(array) for name, array in state.items()}
-        result = _forward(backend, x, spec, moved["running_mean"], moved["running_var"], *rest, copies=True)
-        if counter is not None:
-            moved["num_batches_tracked"] += 1
-        commit(written, [array for array in moved.values() if array is not None])
+    if call.valid is not None and hasattr(backend, "fuses_plain_calls_only") and bool(call.valid.all()):
+        call = call._replace(valid=None)
+    counter = call.counter
+    state = {"running_mean": call.running_mean, "running_var": call.running_var, "num_batches_tracked": counter}
+    read = {"input": call.x, "weight": call.weight, "bias": call.bias, "residual": call.residual}
+    writes = spec.batch_stats
+    distinct = aliasing.check_written({"out": call.out, **(state if writes else {})}, read if writes else read | state)
+    if call.out is not None and not distinct:
+        backend.check_out(call.out, call.x, call.residual, in_place)
+    written = [array for array in state.values() if array is not None and writes]
+    if written and _on_host(call.x):
+        mean, var, count = moved = [_copy(array) for array in state.values()]
+        copied = Call(*call[:4], mean, var, count, call.valid, call.out)
+        result = _forward(backend, copied, spec, keep, copies=True)
+        if count is not None:
+            count[...] += 1
+        commit(written, [array for array in moved if array is not None])
         return result
-    if counter is None or not spec.batch_stats:
-        return _forward(backend, x, spec, running_mean, running_var, *rest)
+    if counter is None or not writes:
+        return _forward(backend, call, spec, keep)
     with on_device_of(counter):
-        result = counted(counter, lambda: _forward(backend, x, spec, running_mean, running_var, *rest))
-        return result  # type: ignore[no-any-return]
+        return counted(counter, lambda: _forward(backend, call, spec, keep))  # type: ignore[no-any-return]
 
 
 def _on_host(array: Array) -> bool:
@@ -117,60 +88,40 @@ def commit(targets: Sequence[Array], values: Sequence[Array]) -> None:
 
 
 def _forward(
-    backend: Backend,
-    x: Array,
-    spec: BatchNormSpec,
-    running_mean: Array | None,
-    running_var: Array | None,
-    weight: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-    out: Array | None,
-    valid: Array | None,
-    keep: bool,
-    copies: bool = False,
+    backend: Backend, call: Call, spec: BatchNormSpec, keep: bool, copies: bool = False
 ) -> tuple[Array, Saved]:
     """:func:`forward` of arguments that may be written.
 
-    ``copies``: the running statistics are copies, and are moved before anything is written to ``out``.
+    ``copies``: the running statistics are copies, and are moved before anything is written to ``call.out``.
     """
-    if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend, valid is None and spec.groups == 1)):
-        return fused.forward(x, spec, running_mean, running_var, weight, bias, residual, out, valid, keep)
+    x, running, plain = call.x, (call.running_mean, call.running_var), call.valid is None and spec.groups == 1
+    if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend, plain)):
+        return fused.forward(call, spec, keep)
     with on_device_of(x):
         count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
-        tracked = running_mean is not None and running_var is not None
         if spec.batch_stats:
-            plain = valid is None and spec.groups == 1
-            moments = backend.stats(x, spec.axis) if plain else backend.stats(x, spec.axis, valid, spec.groups)
+            moments = backend.stats(x, spec.axis) if plain else backend.stats(x, spec.axis, call.valid, spec.groups)
         else:
-            moments = Moments(count, backend.vector(running_mean), backend.vector(running_var))
-        saved = kept(backend, x, spec, moments, weight, bias, residual, valid)
+            moments = Moments(count, *map(backend.vector, running))
+        saved = save(backend, call, spec, moments)
         if spec.renorm is not None:
-            saved = _renormalized(backend, saved, running_mean, running_var)
-        y = backend.empty_like(x) if out is None else out
-        updates = spec.batch_stats and tracked and count > 0
+            saved = _renormalized(backend, saved, *running)
+        y = backend.empty_like(x) if call.out is None else call.out
+        updates = spec.batch_stats and running[0] is not None and count > 0
         if updates and copies:
-            backend.update_running(moments, running_mean, running_var, spec.momentum)
+            backend.update_running(moments, *running, spec.momentum)
         if count:
-            backend.normalize(saved, residual, y)
+            backend.normalize(saved, call.residual, y)
         if updates and not copies:
-            backend.update_running(moments, running_mean, running_var, spec.momentum)
+            backend.update_running(moments, *running, spec.momentum)
         return y, saved
 
 
-def kept(
-    backend: Backend,
-    x: Array,
-    spec: BatchNormSpec,
-    moments: Moments,
-    weight: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-    valid: Array | None,
-) -> Saved:
-    """What a call with these arguments and statistics keeps."""
+def save(backend: Backend, call: Call, spec: BatchNormSpec, moments: Moments) -> Saved:
+    """Collect what the backward call of a call with these statistics needs."""
+    weight, bias, residual = call.weight, call.bias, call.residual
     return Saved(
-        x=x,
+        x=call.x,
         residual=None if spec.activation.is_identity else residual,
         moments=moments,
         weight=None if weight is None else backend.vector(weight),
@@ -179,7 +130,7 @@ def kept(
         bias_dtype=None if bias is None else bias.dtype,
         has_residual=residual is not None,
         spec=spec,
-        valid=valid,
+        valid=call.valid,
     )
 
 
@@ -187,7 +138,7 @@ def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) ->
     """The gradients named in ``need``, which names only arguments that the forward call had."""
     plain = saved.valid is None and saved.spec.groups == 1
     if saved.renorm is None and 0 not in saved.x.shape and (fused := _fused(backend, plain)):
-        return Grads(*fused.backward(dy, saved, need))
+        return fused.backward(dy, saved, need)
     with on_device_of(dy):
         return (_backward if saved.renorm is None else _renormalized_backward)(backend, dy, saved, need)
 

@@ -1,4 +1,4 @@
-"""How the CUDA kernels would serve a call on a GPU, in words: no GPU is needed, and nothing is run.
+"""Explain in words how the CUDA kernels would serve a call on a GPU. No GPU is needed, and nothing is run.
 
 >>> print(gpu_bn.explain((32, 64, 56, 56), "float16", activation="relu"))  # doctest: +SKIP
 """
@@ -25,12 +25,12 @@ MODEL = "Times are a model, not measured: launches, bytes over the bandwidth of 
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """What :func:`explain` has found for the forward or the backward pass.
+    """Hold what :func:`explain` has found for the forward or the backward pass.
 
     Attributes:
         work: what the planner was asked.
         plan: what it has chosen.
-        others: the tiers that it has not, each with the reason; empty if statistics are not exchanged.
+        others: the other tiers, each with the reason; empty if statistics are not exchanged.
     """
 
     work: Work
@@ -59,7 +59,7 @@ class Direction:
         return self.plan.tier if self.others else "one pass"
 
     def lines(self) -> list[str]:
-        """The facts, a line each."""
+        """Return the facts, one in a line."""
         plan, tiling = self.plan, self.plan.tiling
         per_strip = tiling.channels_per_strip
         strip = f"{per_strip} channels side by side" if tiling.columns and per_strip > 1 else "one channel"
@@ -83,13 +83,13 @@ class Direction:
 
     @property
     def nearness(self) -> str:
-        """How near to the floor, in words."""
+        """The efficiency in words."""
         return "at the floor" if self.efficiency > 0.9995 else f"{self.efficiency:.0%} of the floor's speed"
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What :func:`explain` returns; ``str`` makes a text of it.
+    """Hold the result of :func:`explain`; ``str`` makes a text of it.
 
     Attributes:
         call: the call in words.
@@ -143,8 +143,8 @@ def explain(
     Args:
         shape_or_array: a shape of 2 to 5 axes, or an array. Channels are the second axis in both, whatever the layout,
             as in torch.
-        dtype: a float dtype or its name; ``f16``, ``bf16``, ``f32`` and ``f64`` for short. Of an array, or ``None`` for
-            a shape, it may be left out: the array's, or ``float32``.
+        dtype: a float dtype or its name; ``f16``, ``bf16``, ``f32`` and ``f64`` for short. ``None`` stands for the
+            array's dtype, or for ``float32`` with a shape.
         layout: how the axes lie in memory: ``nchw``, channels second, ``nhwc``, channels last, or ``nc`` for 2 axes.
             An array that has strides, as those of NumPy, CuPy and torch have, is asked for its own instead.
         device: a key of :data:`gpu_bn.plan.DEVICES` or a name in it, or a ``Device``.
@@ -190,7 +190,7 @@ def explain(
 
 
 def row(explanation: Explanation, name: str) -> list[str]:
-    """One direction's cells in a table of devices."""
+    """Return one direction's cells in a table of devices."""
     direction: Direction = getattr(explanation, name)
     plan = direction.plan
     return [
@@ -210,7 +210,7 @@ def row(explanation: Explanation, name: str) -> list[str]:
 def works(
     n: int, c: int, s: int, itemsize: int, activation: Activation, residual: bool, training: bool = True
 ) -> tuple[Work, Work]:
-    """What a forward call and its backward call have to do, all gradients asked for.
+    """Return what a forward call and its backward call have to do, with all gradients.
 
     In evaluation the forward call is :func:`gpu_bn.batch_norm`, which keeps nothing.
     """
@@ -225,7 +225,7 @@ def works(
 
 
 def device_of(device: Device | str) -> Device:
-    """A device, or the one that a name stands for."""
+    """Return a device, or the one that a name stands for."""
     if isinstance(device, Device):
         return device
     names = {name: found for key, found in DEVICES.items() for name in (key, found.name.lower())}
@@ -236,7 +236,7 @@ def device_of(device: Device | str) -> Device:
 
 
 def dtype_of(dtype: Any) -> str:
-    """The long name of a dtype, a scalar type, or a name."""
+    """Return the long name of a dtype, a scalar type, or a name."""
     if isinstance(dtype, str):
         name = DTYPES.get(dtype, dtype)
     elif isinstance(dtype, type):
@@ -249,7 +249,7 @@ def dtype_of(dtype: Any) -> str:
 
 
 def shape_of(shape: Any) -> tuple[int, ...]:
-    """A shape, checked."""
+    """Check a shape and return it as a tuple."""
     try:
         found = tuple(index(size) for size in shape)
     except (TypeError, ValueError):
@@ -262,7 +262,7 @@ def shape_of(shape: Any) -> tuple[int, ...]:
 
 
 def geometry_of(shape: tuple[int, ...], layout: str) -> tuple[int, int, int]:
-    """N, C and S of a shape with channels second, in a layout."""
+    """Return N, C and S of a shape with channels second, in a layout."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if layout == "nc" and len(shape) != 2:
@@ -277,7 +277,7 @@ class _Typed:
 
 
 def _strides(array: Any) -> tuple[int, ...] | None:
-    """An array's strides, in whatever unit its library has; of memory without gaps, those of its shape."""
+    """Return an array's strides in its library's unit. For memory without gaps they follow from the shape."""
     if hasattr(array, "stride"):
         contiguous, strides = array.is_contiguous(), array.stride()
     elif hasattr(array, "flags"):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from gpu_bn import registry, spec
 from gpu_bn.backends.protocol import Backend, Moments
+from gpu_bn.call import Call, Options
 
 Array = Any
 
@@ -30,20 +31,7 @@ def batch_moments(
         TypeError, ValueError: as :func:`gpu_bn.batch_norm` in training; also for an empty batch.
     """
     engine = registry.select(backend, input=x)
-    options = spec.check_forward(
-        x,
-        None,
-        None,
-        None,
-        None,
-        True,
-        0.0,
-        eps,
-        residual=None,
-        activation=None,
-        channel_axis=channel_axis,
-        out=None,
-    )
+    options = spec.check_forward(Call(x), Options(True, eps=eps, channel_axis=channel_axis))
     if math.prod(x.shape) == 0:
         raise ValueError(f"expected more than 1 value per channel, got input size {tuple(x.shape)}")
     return engine.stats(x, options.axis)

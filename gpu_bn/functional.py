@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from gpu_bn import algorithm, aliasing, registry, spec
 from gpu_bn.activations import Activation
-from gpu_bn.algorithm import Grads
-from gpu_bn.backends.protocol import Backend, Saved
+from gpu_bn.backends.protocol import Backend, Grads, Saved
+from gpu_bn.call import Call, Options
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -99,46 +99,12 @@ def batch_norm(
     For torch tensors the call is differentiable, and :func:`gpu_bn.nn.batch_norm` has the same arguments and torch's
     errors. For other arrays, :func:`batch_norm_forward` and :func:`batch_norm_backward` are the two halves.
     """
+    call = Call(x, weight, bias, residual, running_mean, running_var, None, mask, out)
+    options = Options(training, momentum, eps, activation, channel_axis, virtual_batch_size, renorm)
     front = registry.differentiable(x, backend)
     if front is not None:
-        y: Array = front.front_door(
-            x,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual=residual,
-            activation=activation,
-            channel_axis=channel_axis,
-            backend=backend,
-            out=out,
-            mask=mask,
-            virtual_batch_size=virtual_batch_size,
-            renorm=renorm,
-        )
-        return y
-    return _forward(
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        residual,
-        activation,
-        channel_axis,
-        backend,
-        out,
-        mask,
-        virtual_batch_size,
-        renorm,
-        in_place=True,
-    )[0]
+        return front.front_door(call, options, backend)
+    return forward(call, options, backend, in_place=True)[0]
 
 
 def batch_norm_forward(
@@ -200,38 +166,9 @@ def batch_norm_forward(
 
     Source: Ioffe & Szegedy 2015, Alg. 1; :mod:`gpu_bn.spec` has the equations.
     """
-    return forward_counting(
-        None, x, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual,
-        activation=activation, channel_axis=channel_axis, backend=backend, out=out, mask=mask,
-        virtual_batch_size=virtual_batch_size, renorm=renorm,
-    )  # fmt: skip
-
-
-def forward_counting(
-    counter: Array | None,
-    x: Array,
-    running_mean: Array | None,
-    running_var: Array | None,
-    weight: Array | None,
-    bias: Array | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    *,
-    residual: Array | None,
-    activation: Activation | str | None,
-    channel_axis: int,
-    backend: Backend | str | None,
-    mask: Array | None,
-    virtual_batch_size: int | None,
-    renorm: tuple[float, float] | None,
-    out: Array | None = None,
-) -> tuple[Array, Saved]:
-    """:func:`batch_norm_forward`, and a counter of batches that is incremented when the statistics are written."""
-    return _forward(
-        x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis,
-        backend, out, mask, virtual_batch_size, renorm, in_place=False, counter=counter,
-    )  # fmt: skip
+    call = Call(x, weight, bias, residual, running_mean, running_var, None, mask, out)
+    options = Options(training, momentum, eps, activation, channel_axis, virtual_batch_size, renorm)
+    return forward(call, options, backend)
 
 
 def batch_norm_backward(
@@ -308,94 +245,64 @@ def _check_need(need: Iterable[str] | None, saved: Saved) -> frozenset[str]:
     return need
 
 
-def _forward(
-    x: Array,
-    running_mean: Array | None,
-    running_var: Array | None,
-    weight: Array | None,
-    bias: Array | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    residual: Array | None,
-    activation: Activation | str | None,
-    channel_axis: int,
-    backend: Backend | str | None,
-    out: Array | None,
-    mask: Array | None,
-    virtual_batch_size: int | None,
-    renorm: tuple[float, float] | None,
-    in_place: bool,
-    counter: Array | None = None,
-) -> tuple[Array, Saved]:
+def forward(call: Call, options: Options, backend: Backend | str | None, in_place: bool = False) -> tuple[Array, Saved]:
+    """Check a call, unless one like it has been checked, and compute it; ``call.valid`` is a mask as it was given.
+
+    ``in_place`` allows ``out`` to be the input or the residual: no backward call follows.
+    """
+    momentum, training = options.momentum, options.training
     try:
-        key: Any = (
-            _named(backend), _kind(x), _kind(running_mean), _kind(running_var), _kind(weight), _kind(bias),
-            _kind(residual), _kind(out), _kind(mask), bool(training), eps, activation, channel_axis,
-            virtual_batch_size, renorm, type(eps), type(channel_axis), type(virtual_batch_size), type(momentum),
-            None if type(momentum) is float else _kind(momentum) if hasattr(momentum, "dtype") else (),
-        )  # fmt: skip
+        key: Any = _signature(call, options, backend)
         known = _FORWARDS.get(key)
     except (AttributeError, TypeError):  # not an array, or nothing to look up: the checks say what is wrong
         key = known = None
     if known is None or (type(momentum) is float and not math.isfinite(momentum)):
-        engine, options = _checked(
-            key, x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
-            channel_axis, backend, out, mask, virtual_batch_size, renorm,
-        )  # fmt: skip
+        engine, checked = _checked(key, call, options, backend)
     else:
         engine = registry.loaded(backend, known.row)
         if known.guarded:
-            written = {"running_mean": running_mean, "running_var": running_var} if training else {}
-            for name, array in (written | {"out": out}).items():
-                spec.check_writeable(name, array)
-        options = spec.options(known.axis, training, momentum, eps, activation, known.groups, known.renorm)
-    valid = None
-    if mask is not None:
-        written = {"running_mean": running_mean, "running_var": running_var} if training else {}
-        aliasing.check_written({"out": out, **written}, {"mask": mask})
-        valid = algorithm.positions(mask, x.shape, options.axis)
-    vectors = running_mean, running_var, weight, bias
-    result = algorithm.forward(
-        engine, x, options, *vectors, residual, out, in_place, valid, keep=not in_place, counter=counter
-    )
-    if known is None and (front := registry.differentiable(x, None)) is not None:  # its arrays are never known
-        front.count_writes(training, running_mean, running_var, out)
+            for name in (*(("running_mean", "running_var") if training else ()), "out"):
+                spec.check_writeable(name, getattr(call, name))
+        checked = spec.specify(options, known.axis, known.groups, known.renorm)
+    if call.valid is not None:
+        call = with_positions(call, checked)
+    result = algorithm.forward(engine, call, checked, in_place, keep=not in_place)
+    if known is None and (front := registry.differentiable(call.x, None)) is not None:  # its arrays are never known
+        front.count_writes(call, checked.batch_stats)
     return result
 
 
-def _checked(
-    key: Any,
-    x: Array,
-    running_mean: Array | None,
-    running_var: Array | None,
-    weight: Array | None,
-    bias: Array | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    residual: Array | None,
-    activation: Activation | str | None,
-    channel_axis: int,
-    backend: Backend | str | None,
-    out: Array | None,
-    mask: Array | None,
-    virtual_batch_size: int | None,
-    renorm: tuple[float, float] | None,
-) -> tuple[Backend, BatchNormSpec]:
+def with_positions(call: Call, checked: BatchNormSpec) -> Call:
+    """Put the positions that count in the place of a checked mask, which may not lie where the call writes."""
+    written = {"running_mean": call.running_mean, "running_var": call.running_var} if checked.batch_stats else {}
+    aliasing.check_written({"out": call.out, **written}, {"mask": call.valid})
+    return call._replace(valid=algorithm.positions(call.valid, call.x.shape, checked.axis))
+
+
+def named(call: Call) -> dict[str, Any]:
+    """The tensors of a call by the names that messages use, in their order."""
+    return {
+        "input": call.x,
+        "running_mean": call.running_mean,
+        "running_var": call.running_var,
+        "weight": call.weight,
+        "bias": call.bias,
+        "residual": call.residual,
+        "out": call.out,
+        "mask": call.valid,
+    }
+
+
+def _checked(key: Any, call: Call, options: Options, backend: Backend | str | None) -> tuple[Backend, BatchNormSpec]:
     """Check a forward call, and remember by its key that it is right."""
-    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    row = registry.row_of(backend, input=x, **vectors, residual=residual, out=out, mask=mask)
+    row = registry.row_of(backend, **named(call))
     engine = registry.loaded(backend, row)
-    options = spec.check_forward(
-        x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis, out,
-        mask, virtual_batch_size, renorm,
-    )  # fmt: skip
-    arrays = [array for array in (x, *vectors.values(), residual, out, mask, momentum) if hasattr(array, "dtype")]
-    if key is not None and registry.told_by_type(x) and _lasts(backend, arrays):
-        guarded = hasattr(getattr(x, "flags", None), "writeable")
-        _remember(_FORWARDS, key, _Known(row, options.axis, options.groups, options.renorm, guarded))
-    return engine, options
+    checked = spec.check_forward(call, options)
+    arrays = [array for array in (*call, options.momentum) if hasattr(array, "dtype")]
+    if key is not None and registry.told_by_type(call.x) and _lasts(backend, arrays):
+        guarded = hasattr(getattr(call.x, "flags", None), "writeable")
+        _remember(_FORWARDS, key, _Known(row, checked.axis, checked.groups, checked.renorm, guarded))
+    return engine, checked
 
 
 # ------------------------------------------------------------------------------ what has been checked before
@@ -429,6 +336,15 @@ def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
 def _lasts(backend: Backend | str | None, arrays: Iterable[Array]) -> bool:
     """Whether a key of these has no class but those of array libraries: it would keep another from going away."""
     return (backend is None or isinstance(backend, str)) and all(registry.is_named(type(array)) for array in arrays)
+
+
+def _signature(call: Call, options: Options, backend: Backend | str | None) -> tuple[Any, ...]:
+    """What calls have in common that are right if one of them is."""
+    training, momentum, *others = options
+    return (
+        _named(backend), *map(_kind, call), bool(training), *others, *map(type, others[:4]), type(momentum),
+        None if type(momentum) is float else _kind(momentum) if hasattr(momentum, "dtype") else (),
+    )  # fmt: skip
 
 
 def _kind(array: Array | None) -> tuple[Any, ...] | None:

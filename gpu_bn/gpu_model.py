@@ -1,4 +1,4 @@
-"""GPUs, the numbers by which plans are chosen, and how long a launch takes by them: a model, measured on no GPU."""
+"""Describe GPUs, the numbers by which plans are chosen, and how long a launch takes: a model, measured on no GPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class OnChip:
-    """Tell how many bytes of tensors blocks can keep on chip.
+    """Hold how many bytes of tensors blocks can keep on chip.
 
     Attributes:
         per_block: bytes of one block, at most.
@@ -78,7 +78,7 @@ DEVICES = {
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The numbers that a measurement on a GPU may change.
+    """Hold the numbers that a measurement on a GPU may change.
 
     Attributes:
         blocks_per_sm: blocks that share an SM in the tiers that keep a channel on chip: as many as registers allow.
@@ -142,14 +142,14 @@ THRESHOLDS = Thresholds()
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """A call's seconds by the model, in parts.
+    """Hold a call's seconds by the model, in parts.
 
     Attributes:
-        launches: what starting the kernels takes.
+        launches: the start of the kernels.
         memory: the bytes over the bandwidth of a copy.
-        idle: what is lost where too few bytes are under way: few blocks, short loads, a last wave that fills no GPU.
+        idle: the loss where too few bytes are under way: few blocks, short loads, a last wave that fills no GPU.
         exchange: blocks that wait for each other's sums.
-        merge: the last blocks of the strips of a first launch, which add up what all have left.
+        merge: the last block of each strip in a first launch, which adds up the sums of all.
     """
 
     launches: float = 0.0
@@ -159,12 +159,12 @@ class Times:
     merge: float = 0.0
 
     def parts(self) -> dict[str, float]:
-        """By name."""
+        """Return the parts by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return self.launches + self.memory + self.idle + self.exchange + self.merge
 
     @property
@@ -175,17 +175,17 @@ class Times:
 
 
 def copying(nbytes: float, device: Device, thresholds: Thresholds) -> float:
-    """Seconds that a copy of so many bytes takes, read and written together."""
+    """Return the seconds of a copy that moves so many bytes, read and written together."""
     return nbytes / (thresholds.copy_share * device.bandwidth)
 
 
 def streaming(
     nbytes: float, grid: int, resident: int, under_way: int, device: Device, thresholds: Thresholds
 ) -> tuple[float, float]:
-    """Seconds of a launch: those of a copy, and what is lost beyond.
+    """Return the seconds of a launch: those of a copy, and those lost beyond.
 
-    ``grid`` blocks, of which an SM holds ``resident``, move the bytes in waves; each has ``under_way`` bytes asked for
-    at a time. A wave has the bandwidth of a copy, or what its bytes under way allow in a latency.
+    ``grid`` blocks, of which an SM holds ``resident``, move the bytes in waves; each has asked for ``under_way`` bytes
+    at a time. A wave has the bandwidth of a copy, or less if its bytes under way take a latency.
     """
     slots = resident * device.sms
     full, last = divmod(grid, slots)

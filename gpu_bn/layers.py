@@ -11,8 +11,9 @@ from gpu_bn import registry, spec
 from gpu_bn.activations import Activation
 from gpu_bn.algorithm import commit
 from gpu_bn.backends.protocol import Backend, Saved
+from gpu_bn.call import Call, Options
 from gpu_bn.folding import batch_moments
-from gpu_bn.functional import batch_norm_backward, forward_counting
+from gpu_bn.functional import batch_norm_backward, forward
 
 Array = Any
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -151,29 +152,16 @@ class BatchNorm:
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         if counter is not None:
             spec.check_counter(counter)
-        use_running = not self.training or self.track_running_stats
         momentum = self.momentum
         if momentum is None:
             with spec.on_device_of(counter):
                 momentum = 1.0 / (counter + 1) if counter is not None else 0.0  # on a GPU, a 0-d array
-        return forward_counting(
-            counter,
-            x,
-            self.running_mean if use_running else None,
-            self.running_var if use_running else None,
-            self.weight,
-            self.bias,
-            batch_stats,
-            momentum,
-            self.eps,
-            residual=residual,
-            activation=self.activation,
-            channel_axis=self.channel_axis,
-            backend=self.backend,
-            mask=mask,
-            virtual_batch_size=self.virtual_batch_size if self.training else None,
-            renorm=self.renorm if self.training else None,
-        )
+        tracked = not self.training or self.track_running_stats
+        running = (self.running_mean, self.running_var) if tracked else (None, None)
+        extended = (self.virtual_batch_size, self.renorm) if self.training else (None, None)
+        call = Call(x, self.weight, self.bias, residual, *running, counter, mask)
+        options = Options(batch_stats, momentum, self.eps, self.activation, self.channel_axis, *extended)
+        return forward(call, options, self.backend)
 
     def backward(self, dy: Array, saved: Saved | None = None) -> Any:
         """Back-propagate through a forward call: the last one in training mode, once, unless ``saved`` is given.

@@ -1,4 +1,4 @@
-"""Which kernels serve a call, how they are launched, and how many bytes they move: arithmetic on a tensor and a GPU.
+"""Plan which kernels serve a call, how they are launched, and how many bytes they move.
 
 The tiers, in order of preference (:data:`TIERS`):
 
@@ -102,7 +102,7 @@ class LaunchPlan:
 
 
 class NoPlanError(ValueError):
-    """The tier that was asked for cannot serve the work; the message has the reason."""
+    """Report that the tier asked for cannot serve the work, and why."""
 
 
 @lru_cache(4096)
@@ -196,12 +196,12 @@ class _Planner:
         return blocks >= self.thresholds.fill * self.device.sms
 
     def cta_fills(self) -> bool:
-        """Whether single blocks hold the strips and give the SMs work."""
+        """Tell whether single blocks hold the strips and give the SMs work."""
         most = self._even if self._can_cluster() else self.on_chip.per_block
         return self._fills(self.tiling.strips) and self._held(1) <= most
 
     def cluster_fills(self) -> bool:
-        """Whether clusters hold the strips and give the SMs work."""
+        """Tell whether clusters hold the strips and give the SMs work."""
         sizes = self._cluster_sizes() if self._can_cluster() else []
         return any(self._fills(self.tiling.strips * k) and self._held(k) <= self.on_chip.per_block for k in sizes)
 
@@ -236,7 +236,7 @@ class _Planner:
         return self._resident("cluster", blocks, f"a cluster of {blocks} blocks holds a strip")
 
     def _cluster_sizes(self) -> list[int]:
-        """Sizes that leave every block of a cluster some positions."""
+        """Return the sizes that leave every block of a cluster some positions."""
         sizes = [k for k in (2, 4, 8) if k <= self.thresholds.max_cluster]
         return [k for k in sizes if -(-self.tiling.positions // k) * (k - 1) < self.tiling.positions]
 
@@ -366,12 +366,12 @@ class _Planner:
         return self.on_chip.share(self.thresholds.blocks_per_sm)
 
     def _held(self, blocks: int) -> int:
-        """Bytes that each of a strip's blocks keeps on chip."""
+        """Return the bytes that each of a strip's blocks keeps on chip."""
         vectors = self._vectors(blocks) * THREADS
         return vectors * self.tiling.vector * self.work.itemsize * self.work.staged
 
     def _vectors(self, blocks: int) -> int:
-        """Vectors that each thread of a strip's blocks goes through, at most."""
+        """Return how many vectors each thread of a strip's blocks goes through, at most."""
         share = -(-self.tiling.positions // blocks)
         return -(-share // self._rows)
 

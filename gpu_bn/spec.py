@@ -36,12 +36,14 @@ from numbers import Real
 from typing import Any
 
 from gpu_bn.activations import Activation
+from gpu_bn.call import Call, Options
 
 Array = Any
 """An array of whichever library serves the call; :mod:`gpu_bn.registry` knows which."""
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MASK_DTYPES = ("bool", "uint8")
+VECTORS = ("running_mean", "running_var", "weight", "bias")
 MIN_RANK, MAX_RANK = 2, 5
 
 
@@ -64,71 +66,48 @@ class BatchNormSpec:
     renorm: tuple[float, float] | None = None
 
 
-def check_forward(
-    x: Array,
-    running_mean: Array | None,
-    running_var: Array | None,
-    weight: Array | None,
-    bias: Array | None,
-    training: bool,
-    momentum: float | Array,
-    eps: float,
-    residual: Array | None,
-    activation: Activation | str | None,
-    channel_axis: int,
-    out: Array | None,
-    mask: Array | None = None,
-    virtual_batch_size: int | None = None,
-    renorm: tuple[float, float] | None = None,
-) -> BatchNormSpec:
+def check_forward(call: Call, given: Options) -> BatchNormSpec:
     """Check a forward call and return its options.
 
     Raises:
         TypeError: a dtype that is not one of ``FLOAT_DTYPES`` or not the one required.
         ValueError: a shape, a length or an option that does not fit.
     """
+    x, training = call.x, given.training
     check_float("input", x)
-    axis = check_axis(x.shape, channel_axis)
-    check_options(training, momentum, eps)
+    axis = check_axis(x.shape, given.channel_axis)
+    check_options(training, given.momentum, given.eps)
     channels = x.shape[axis]
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
+    for name in VECTORS:
+        vector = getattr(call, name)
         if vector is not None:
             check_vector(name, vector, channels)
-    check_running(running_mean, running_var, training)
-    groups = 1 if virtual_batch_size is None else check_groups(x.shape, axis, virtual_batch_size, training)
+    check_running(call.running_mean, call.running_var, training)
+    size, renorm = given.virtual_batch_size, given.renorm
+    groups = 1 if size is None else check_groups(x.shape, axis, size, training)
     if training and math.prod(x.shape) == groups * channels > 0:
-        size = (x.shape[0] // groups, *x.shape[1:])
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-    if mask is not None:
-        check_mask(mask, x.shape, axis)
+        got = (x.shape[0] // groups, *x.shape[1:])
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {got}")
+    if call.valid is not None:
+        check_mask(call.valid, x.shape, axis)
     if renorm is not None:
-        renorm = check_renorm(renorm, training and running_mean is not None, groups)
-    for name, like in (("residual", residual), ("out", out)):
+        renorm = check_renorm(renorm, training and call.running_mean is not None, groups)
+    for name in ("residual", "out"):
+        like = getattr(call, name)
         if like is not None:
             check_like(name, like, x)
-    if out is not None:
-        check_writeable("out", out)
-    return options(axis, training, momentum, eps, activation, groups, renorm)
+    if call.out is not None:
+        check_writeable("out", call.out)
+    return specify(given, axis, groups, renorm)
 
 
-def options(
-    axis: int,
-    training: bool,
-    momentum: float | Array,
-    eps: float,
-    activation: Activation | str | None,
-    groups: int,
-    renorm: tuple[float, float] | None,
-) -> BatchNormSpec:
-    """The options of a call whose arguments are known to fit, or fit but for the name of the activation."""
+def specify(given: Options, axis: int, groups: int, renorm: tuple[float, float] | None) -> BatchNormSpec:
+    """Make the checked options of a call whose arguments fit, or fit but for the name of the activation."""
+    momentum = given.momentum
     if type(momentum) is not float and isinstance(momentum, Real):
         momentum = float(momentum)
-    return BatchNormSpec(axis, training, momentum, float(eps), Activation.of(activation), groups, renorm)
+    activation = Activation.of(given.activation)
+    return BatchNormSpec(axis, given.training, momentum, float(given.eps), activation, groups, renorm)
 
 
 def check_mask(mask: Array, shape: tuple[int, ...], axis: int) -> None:

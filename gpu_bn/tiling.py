@@ -1,4 +1,4 @@
-"""A call as a plan sees it, and how its tensors are cut into strips of channels and vectors.
+"""Describe a call as a plan sees it, and cut its tensors into strips of channels and vectors.
 
 A *position* is one vector of a strip (``rows``: of the channel's (N, S) slab; ``columns``: a row of the strip).
 """

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -102,6 +103,22 @@ class Saved:
         return 1.0 / (self.moments.var + self.spec.eps) ** 0.5
 
 
+class Grads(NamedTuple):
+    """Hold the gradients of one call; those not asked for, or of arguments that were not given, are ``None``.
+
+    Attributes:
+        dx: like the input.
+        dweight: (C,), in the weight's dtype.
+        dbias: (C,), in the bias's dtype.
+        dresidual: like the input.
+    """
+
+    dx: Array | None = None
+    dweight: Array | None = None
+    dbias: Array | None = None
+    dresidual: Array | None = None
+
+
 class Sums(NamedTuple):
     """The two reductions of the backward pass, (groups * C,) each in the accumulation dtype."""
 
@@ -155,23 +172,12 @@ class Backend(Protocol):
 class Fused(Protocol):
     """A backend that does all phases of a call in as few launches as it can. Neither method sees empty inputs."""
 
-    def forward(
-        self,
-        x: Array,
-        spec: BatchNormSpec,
-        running_mean: Array | None,
-        running_var: Array | None,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        out: Array | None,
-        valid: Array | None = None,
-        keep: bool = True,
-    ) -> tuple[Array, Saved]:
-        """``y``, in ``out`` if it is given, and what the backward call needs; updates the running statistics.
+    def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True) -> tuple[Array, Saved]:
+        """Return ``y`` and what the backward call needs; write the running statistics last.
 
-        ``keep``: whether there may be one. An evaluation without keeps nothing that costs memory.
+        ``y`` is ``call.out`` if that is given. ``call.counter`` is the caller's to increment. ``keep`` says whether a
+        backward call may follow: without one, an evaluation keeps nothing that costs memory.
         """
 
-    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
-        """``dx, dweight, dbias, dresidual``, each ``None`` unless ``need`` names it."""
+    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
+        """Compute the gradients that ``need`` names; the others are ``None``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple, TypeVar
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 class Layer(NamedTuple):
-    """So many layers of a network with inputs of a shape, channels second."""
+    """How many layers of a network have inputs of a shape; channels are the second axis."""
 
     layers: int
     shape: Shape
 
 
 def _batch(n: int, layers: Iterable[tuple[int, int, int]], rank: int = 2) -> tuple[Layer, ...]:
-    """Layers of ``(count, channels, side)`` for images of ``rank`` axes, ``n`` of them."""
+    """Return layers of ``(count, channels, side)`` for ``n`` images of ``rank`` axes."""
     return tuple(Layer(count, (n, channels, *[side] * rank)) for count, channels, side in layers)
 
 
@@ -30,13 +30,13 @@ RESNET_50 = (
     (1, 64, 112), (6, 64, 56), (4, 256, 56), (1, 128, 56), (7, 128, 28), (5, 512, 28), (1, 256, 28), (11, 256, 14),
     (7, 1024, 14), (1, 512, 14), (5, 512, 7), (4, 2048, 7),
 )  # fmt: skip
-"""All 53, of 224 x 224 images, with the stride in the 3 x 3 convolution as torchvision has it."""
+"""All 53 layers, of 224 x 224 images; the stride is in the 3 x 3 convolution, as in torchvision."""
 MOBILENET_V2 = (
     (2, 32, 112), (1, 16, 112), (1, 96, 112), (1, 96, 56), (2, 24, 56), (3, 144, 56), (1, 144, 28), (3, 32, 28),
     (5, 192, 28), (1, 192, 14), (4, 64, 14), (8, 384, 14), (3, 96, 14), (5, 576, 14), (1, 576, 7), (3, 160, 7),
     (6, 960, 7), (1, 320, 7), (1, 1280, 7),
 )  # fmt: skip
-"""All 52, of 224 x 224 images."""
+"""All 52 layers, of 224 x 224 images."""
 
 NETWORKS: dict[str, tuple[Layer, ...]] = {
     "few": tuple(
@@ -50,12 +50,12 @@ NETWORKS: dict[str, tuple[Layer, ...]] = {
     "mlp": (Layer(1, (256, 1024)), Layer(1, (1024, 4096)), Layer(1, (8192, 512)), Layer(1, (65536, 256))),
     "tiny": (Layer(1, (4, 8)), Layer(1, (2, 3, 4, 4)), Layer(1, (8, 16, 8, 8)), Layer(1, (16, 64, 4, 4))),
 }
-"""By name; ``few`` is a choice of the others for a first look."""
+"""Networks by name; ``few`` chooses some layers of the others for a first look."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What is done to a tensor: a ``direction`` (forward and backward in training, eval), and what is fused to it."""
+    """A ``direction`` (forward or backward in training, or eval) and what is fused with it."""
 
     direction: str
     residual: bool = False
@@ -71,7 +71,7 @@ class Operation:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What it gives, by the oracle's names and in the order in which every subject returns it."""
+        """The outputs, named as in the oracle, in the order in which every implementation returns them."""
         if self.direction != "backward":
             return ("y",)
         return ("dx", "dweight", "dbias", *(["dresidual"] if self.residual else []))
@@ -82,7 +82,7 @@ OPERATIONS = {
     for direction in ("forward", "backward", "eval")
     for operation in (Operation(direction), Operation(direction, False, True), Operation(direction, True, True))
 }
-"""By name, such as ``backward+add+relu``."""
+"""Operations by name, such as ``backward+add+relu``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +90,10 @@ class Case:
     """One operation on one tensor.
 
     Attributes:
-        shape: channels second.
+        shape: the tensor's shape; channels are the second axis.
         dtype: its long name.
         layout: how the axes lie in memory: ``nchw`` (for any number of axes), ``nhwc``, or ``nc`` for two.
-        operation: of ``OPERATIONS``.
+        operation: one of ``OPERATIONS``.
     """
 
     shape: Shape
@@ -111,20 +111,25 @@ class Case:
 
     @property
     def short_dtype(self) -> str:
-        """Such as f16."""
+        """The dtype's short name, such as f16."""
         return next(short for short, name in DTYPES.items() if name == self.dtype)
 
     @property
+    def kind(self) -> str:
+        """All but the shape: the dtype, the layout and the operation in words."""
+        return f"{self.short_dtype} {self.layout} {self.operation}"
+
+    @property
     def bytes(self) -> int:
-        """Of the tensor."""
+        """The tensor's size in bytes."""
         return math.prod(self.shape) * ITEMSIZES[self.dtype]
 
 
 def shapes_of(names: Iterable[str]) -> list[Shape]:
-    """The shapes of networks, and those written as 32x64x56x56; each once.
+    """Return the shapes of networks, and those written as 32x64x56x56; each once.
 
     Raises:
-        ValueError: neither a network nor a shape.
+        ValueError: a name is neither a network nor a shape.
     """
     found: dict[Shape, None] = {}
     for name in names:
@@ -135,26 +140,29 @@ def shapes_of(names: Iterable[str]) -> list[Shape]:
 def select(
     shapes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str], operations: Iterable[str], only: str = ""
 ) -> list[Case]:
-    """All combinations whose name contains ``only``, those of one tensor one after another."""
+    """Return all combinations whose name contains ``only``; those of one tensor follow each other.
+
+    Raises:
+        ValueError: a name is not known, or no layout fits a shape.
+    """
     return [case for case in _combined(shapes, dtypes, layouts, operations) if only in str(case)]
 
 
 def _combined(
     shapes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str], operations: Iterable[str]
 ) -> Iterator[Case]:
-    done = [_named(OPERATIONS, name, "operation") for name in operations]
-    named = [_named(DTYPES, name, "dtype") for name in dtypes]
-    ordered = [_named({layout: layout for layout in LAYOUTS}, name, "layout") for name in layouts]
-    for shape, dtype in product(shapes_of(shapes), named):
-        several = [layout for layout in ordered if layout != "nc"]
-        if len(shape) > 2 and not several:
+    chosen = [_named(OPERATIONS, name, "operation") for name in operations]
+    long_dtypes = [_named(DTYPES, name, "dtype") for name in dtypes]
+    known_layouts = dict(zip(LAYOUTS, LAYOUTS, strict=True))
+    spatial = [_named(known_layouts, name, "layout") for name in layouts if name != "nc"]
+    for shape, dtype in product(shapes_of(shapes), long_dtypes):
+        if len(shape) > 2 and not spatial:
             raise ValueError(f"layout 'nc' is of 2 axes, got {len(shape)}: {'x'.join(map(str, shape))}")
-        for layout in ["nc"] if len(shape) == 2 else several:
-            for operation in done:
-                yield Case(shape, dtype, layout, operation)
+        for layout, operation in product(["nc"] if len(shape) == 2 else spatial, chosen):
+            yield Case(shape, dtype, layout, operation)
 
 
-def _named(table: dict[str, T], name: str, what: str) -> T:
+def _named(table: Mapping[str, T], name: str, what: str) -> T:
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}, expected one of {', '.join(table)}")
     return table[name]

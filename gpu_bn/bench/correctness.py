@@ -1,78 +1,77 @@
-"""No time without a proof: what a call returns, against the oracle, before it is timed.
+"""Comparing a call's outputs with the oracle: nothing is timed before it is right.
 
-A large tensor is proved on some of its channels, the first and the last among them: channels are independent, so the
-oracle can be asked for these alone, while the call has worked on all.
+A large tensor is compared on some of its channels, the first and the last among them. The call has worked on all of
+them; the oracle computes these alone, because channels are independent.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from gpu_bn.bench.cases import Operation
-from gpu_bn.bench.implementations import Subject
+from gpu_bn.bench.implementations import Implementation
 from gpu_bn.testing import ADAPTERS, Problem, Truth, compare, oracle, tolerance
 
 CHECKED_ELEMENTS = 250_000
-"""About how many elements of a tensor are compared with the oracle; at least two channels'."""
+"""About how many elements of a tensor are compared with the oracle; at least two channels."""
 PEERS_ERROR = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-3, "float64": 1e-6}
-"""Of a peer: the root mean square of its errors, as a share of the truth's. It may round between its steps, which moves
-single elements across a ReLU's kink; this is enough to see that it computes the same thing."""
+"""The error allowed to a peer: the root mean square of its errors, as a share of the truth's. A peer may round between
+its steps, which moves single elements across a ReLU's kink; this is enough to see that it computes the same thing."""
 
 
-class Proof:
-    """The truth of a problem on some channels.
+class Reference:
+    """The true outputs of a problem on some channels.
 
     Attributes:
-        channels: which.
+        channels: the indices of the channels that are compared.
     """
 
     def __init__(self, problem: Problem) -> None:
         count = problem.x.shape[1]
         wanted = max(2, CHECKED_ELEMENTS * count // max(problem.x.size, 1))
         self.channels = np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(int))
-        self._problem = sample(problem, self.channels)
-        self._truths: dict[tuple[bool, bool, bool], tuple[Problem, Truth]] = {}
+        sample = _some_channels(problem, self.channels)
 
-    def check(self, subject: Subject, operation: Operation, outputs: tuple[Any, ...]) -> float:
+        @cache
+        def truth(training: bool, residual: bool, relu: bool) -> tuple[Problem, Truth]:
+            found = problem_of(Operation("forward" if training else "eval", residual, relu), sample)
+            return found, oracle(found)
+
+        self._truth = truth
+
+    def check(self, implementation: Implementation, operation: Operation, outputs: tuple[Any, ...]) -> float:
         """Compare a call's outputs with the truth.
 
         Returns:
             The largest error as a share of the error allowed.
 
         Raises:
-            AssertionError: an error above the one allowed; the message names the quantity.
+            AssertionError: an error is above the one allowed; the message names the quantity.
         """
-        problem, truth = self._truth(operation)
-        allowed = tolerance(problem, truth) if subject.ours else {}
+        problem, truth = self._truth(operation.training, operation.residual, operation.relu)
+        allowed = tolerance(problem, truth) if implementation.ours else {}
         worst = 0.0
         for name, output in zip(operation.outputs, outputs, strict=False):
-            got, exact = self._on_host(subject, output), getattr(truth, name)
-            error = compare(name, got, exact, allowed[name]) if subject.ours else _relative(name, got, exact)
-            worst = max(worst, error)
+            got, exact = self._on_host(implementation.adapter, output), getattr(truth, name)
+            ours = implementation.ours
+            worst = max(worst, compare(name, got, exact, allowed[name]) if ours else _compare_peer(name, got, exact))
         return worst
 
-    def _truth(self, operation: Operation) -> tuple[Problem, Truth]:
-        key = (operation.training, operation.residual, operation.relu)
-        if key not in self._truths:
-            problem = problem_of(operation, self._problem)
-            self._truths[key] = (problem, oracle(problem))
-        return self._truths[key]
-
-    def _on_host(self, subject: Subject, output: Any) -> Any:
+    def _on_host(self, adapter: str, output: Any) -> Any:
         output = output.detach() if hasattr(output, "detach") else output
-        axis = 1 if output.ndim > 1 else 0
-        dtype = output.dtype
-        if str(dtype) == "bfloat16":  # NumPy's and CuPy's: the second cannot choose channels of it
-            output = output.view(np.int16)
-        some = ADAPTERS[subject.adapter].to_numpy(output[(slice(None),) * axis + (self.channels.tolist(),)])
-        return some.view(dtype) if str(dtype) == "bfloat16" else some
+        axis, dtype = int(output.ndim > 1), output.dtype
+        bits = str(dtype) == "bfloat16"  # NumPy's and CuPy's; CuPy cannot select channels of it
+        output = output.view(np.int16) if bits else output
+        some = ADAPTERS[adapter].to_numpy(output[(slice(None),) * axis + (self.channels.tolist(),)])
+        return some.view(dtype) if bits else some
 
 
 def problem_of(operation: Operation, problem: Problem) -> Problem:
-    """A problem with the operation's options, and without the residual if it has none."""
+    """Return the problem with the operation's options, without the residual if the operation has none."""
     return replace(
         problem,
         training=operation.training,
@@ -81,14 +80,13 @@ def problem_of(operation: Operation, problem: Problem) -> Problem:
     )
 
 
-def sample(problem: Problem, channels: Any) -> Problem:
-    """A problem of some of the channels."""
+def _some_channels(problem: Problem, channels: Any) -> Problem:
     tensors = {name: getattr(problem, name)[:, channels] for name in ("x", "dy", "residual")}
     vectors = {name: getattr(problem, name)[channels] for name in ("weight", "bias", "running_mean", "running_var")}
     return replace(problem, **tensors, **vectors)
 
 
-def _relative(name: str, got: Any, exact: Any) -> float:
+def _compare_peer(name: str, got: Any, exact: Any) -> float:
     assert got.shape == exact.shape, f"{name} has shape {got.shape}, expected {exact.shape}"
     error = np.sqrt(np.mean((got.astype(np.float64) - exact) ** 2) / max(np.mean(exact**2), 1e-300))
     share = float(error) / PEERS_ERROR[str(got.dtype)]

@@ -15,7 +15,7 @@ MODULES = {"cupy": "gpu_bn.backends.cupy.builder", "triton": "gpu_bn.backends.tr
 
 
 @dataclass
-class Seen:
+class Launches:
     """Of one call.
 
     Attributes:
@@ -32,24 +32,24 @@ class Seen:
         return self.plans[-1] if self.plans else None
 
 
-def observe(adapter: str, make: Callable[[], Call]) -> Seen:
+def launches_of(adapter: str, make: Callable[[], Call]) -> Launches:
     """Make a call with a backend of its own, so that it has to plan, and carry it out once.
 
-    Only what is called last is seen: for a backward call not the forward call before it.
+    Only what is called last is found: for a backward call not the forward call before it.
     """
-    seen = Seen()
+    found = Launches()
     if adapter not in MODULES:
-        return seen
+        return found
     module = importlib.import_module(MODULES[adapter])
     call = make()
-    with _noting(module, "plan", seen.plans.append), _noting(module, "plan_once", seen.plans.append):
+    with _noting(module, "plan", found.plans.append), _noting(module, "plan_once", found.plans.append):
         if adapter == "cupy":
-            with _noting(module, "compiled", lambda kernel: _registers(seen, kernel)):
+            with _noting(module, "compiled", lambda kernel: _registers(found, kernel)):
                 call()
         else:
-            with _triton_kernels(seen):
+            with _triton_kernels(found):
                 call()
-    return seen
+    return found
 
 
 @contextmanager
@@ -73,16 +73,16 @@ def _noting(module: Any, name: str, note: Callable[[Any], None]) -> Iterator[Non
 
 
 @contextmanager
-def _triton_kernels(seen: Seen) -> Iterator[None]:
+def _triton_kernels(found: Launches) -> Iterator[None]:
     """Kernels that Triton compiles meanwhile."""
     compiler: Any = importlib.import_module("gpu_bn.backends.triton.launch").triton
-    with _noting(compiler, "compile", lambda kernel: _registers(seen, kernel)):
+    with _noting(compiler, "compile", lambda kernel: _registers(found, kernel)):
         yield
 
 
-def _registers(seen: Seen, kernel: Any) -> None:
+def _registers(found: Launches, kernel: Any) -> None:
     if hasattr(kernel, "_init_handles"):
         kernel._init_handles()  # Triton knows them when the kernel is loaded
-    found = getattr(kernel, "num_regs", getattr(kernel, "n_regs", None))
-    if isinstance(found, int):
-        seen.registers.append(found)
+    registers = getattr(kernel, "num_regs", getattr(kernel, "n_regs", None))
+    if isinstance(registers, int):
+        found.registers.append(registers)

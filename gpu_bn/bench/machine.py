@@ -1,4 +1,4 @@
-"""What the numbers depend on: processor, GPU, driver, clocks, versions, commit. No host name, no path."""
+"""What the numbers depend on: processor, GPU, driver, clocks, versions, commit; no host name and no path."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import numpy as np
 
 from gpu_bn import __version__, get_num_threads
 from gpu_bn.bench.gpus import AnyGpu
-from gpu_bn.bench.timing import said
+from gpu_bn.bench.timing import in_words
 from gpu_bn.cli.info import blas, installed
 
 PACKAGES = ("numpy", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend", "apex", "ml_dtypes")
 COPIED_AT_LEAST = 32 << 20
-"""Bytes of a sample of :func:`cpu_copy_bandwidth`."""
+"""Bytes that a sample of :func:`cpu_copy_bandwidth` copies."""
 SMI = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
-"""What nvidia-smi is asked for: MHz, W, degrees Celsius."""
+"""What nvidia-smi is asked for, in MHz, W and degrees Celsius."""
 
 
 def machine(gpu: AnyGpu | None, copy_bandwidth: float) -> dict[str, Any]:
-    """The facts, ready for JSON; ``copy_bandwidth`` in bytes per second, of the device that is timed."""
+    """Collect the facts for JSON; ``copy_bandwidth`` is that of the timed device in bytes per second."""
     facts: dict[str, Any] = {
         "gpu_bn": __version__,
         "commit": commit(),
@@ -42,7 +42,7 @@ def machine(gpu: AnyGpu | None, copy_bandwidth: float) -> dict[str, Any]:
         "gpu": None,
     }
     if facts["packages"].get("torch"):
-        facts |= _of_torch(facts["threads"])
+        facts |= _torch_facts(facts["threads"])
     if gpu is not None:
         device = gpu.device
         facts["gpu"] = {
@@ -53,9 +53,7 @@ def machine(gpu: AnyGpu | None, copy_bandwidth: float) -> dict[str, Any]:
 
 
 def smi(which: str) -> dict[str, str]:
-    """Driver and clocks of a GPU by nvidia-smi, or ``unknown``: why not. Asked again at the end, it shows a GPU that
-    slowed down.
-    """
+    """Ask nvidia-smi for a GPU's driver and clocks; if that fails, the reason is under ``unknown``."""
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader,nounits"]
     command += [f"--id={which}"] if which else []
     try:
@@ -68,19 +66,24 @@ def smi(which: str) -> dict[str, str]:
     return dict(zip(SMI, map(str.strip, lines[0].split(",")), strict=False))
 
 
+def describe(facts: dict[str, Any]) -> tuple[str, str]:
+    """Return the device that was timed, and the packages with their versions, in words."""
+    device = facts["gpu"]["name"] if facts["gpu"] else f"{facts['processor']}, {facts['cores']} cores"
+    return device, ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+
+
 def clocks(facts: dict[str, str]) -> str:
-    """Of what :func:`smi` has found, in words: the driver, and the clocks in MHz with the highest ones."""
+    """Put what :func:`smi` has found into words: the driver, and the clocks with the highest possible ones."""
     if "unknown" in facts:
         return f"driver and clocks are not known: {facts['unknown']}"
-    of = {name: facts.get(name, "?") for name in SMI}
+    driver, sm, memory, most_sm, most_memory, watts, celsius = (facts.get(name, "?") for name in SMI)
     return (
-        f"driver {of['driver_version']}, SM clock {of['clocks.sm']} of {of['clocks.max.sm']} MHz, "
-        f"memory {of['clocks.mem']} of {of['clocks.max.mem']} MHz, {of['power.limit']} W, {of['temperature.gpu']} C"
+        f"driver {driver}, SM clock {sm} of {most_sm} MHz, memory {memory} of {most_memory} MHz, {watts} W, {celsius} C"
     )
 
 
 def commit() -> str | None:
-    """The commit of a checkout, marked if files have changed since; ``None`` for an installed package."""
+    """Return a clone's commit, marked if files have changed since; ``None`` for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
@@ -90,7 +93,7 @@ def commit() -> str | None:
 
 
 def processor() -> str:
-    """The CPU's model, where Linux tells it."""
+    """Return the CPU's model, as Linux names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -100,9 +103,9 @@ def processor() -> str:
 
 
 def cpu_copy_bandwidth(size: int) -> float:
-    """Bytes per second, read and written, of NumPy's copy of ``size`` bytes; the median of some.
+    """Measure NumPy's copy of ``size`` bytes: bytes per second, read and written; the median of seven samples.
 
-    A small copy is repeated within a sample: a single one would show what a call costs.
+    A small copy is repeated within a sample: a single one would measure the cost of a call.
     """
     source = np.ones(size, np.uint8)
     target = np.ones_like(source)
@@ -116,12 +119,12 @@ def cpu_copy_bandwidth(size: int) -> float:
     return 2 * size / sorted(taken)[3]
 
 
-def _of_torch(threads: dict[str, Any]) -> dict[str, Any]:
-    """Its versions of CUDA and cuDNN, or why it does not tell them; its threads go to the others'."""
+def _torch_facts(threads: dict[str, Any]) -> dict[str, Any]:
+    """Return torch's versions of CUDA and cuDNN, or why they are unknown; add its threads to the others'."""
     try:
         torch: Any = import_module("torch")
         threads["torch"] = torch.get_num_threads()
         cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
         return {"cuda": torch.version.cuda, "cudnn": None if cudnn is None else int(cudnn)}
     except Exception as error:  # a library of its own may be missing
-        return {"cuda": None, "cudnn": None, "torch": said(error)}
+        return {"cuda": None, "cudnn": None, "torch": in_words(error)}

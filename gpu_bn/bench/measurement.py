@@ -1,4 +1,4 @@
-"""One case: each implementation makes its call, is proved, and only then timed, all in turn."""
+"""Measuring one case: each implementation makes its call, which is compared with the oracle and only then timed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from gpu_bn.backends.protocol import BackendUnavailableError
 from gpu_bn.bench.cases import Case
-from gpu_bn.bench.correctness import Proof, problem_of
-from gpu_bn.bench.implementations import Subject, data
-from gpu_bn.bench.launches import observe
+from gpu_bn.bench.correctness import Reference, problem_of
+from gpu_bn.bench.implementations import Implementation, data
+from gpu_bn.bench.launches import launches_of
 from gpu_bn.bench.model import floor_bytes, work_of
-from gpu_bn.bench.timing import Call, Timer, Timing, measure, said
+from gpu_bn.bench.timing import Call, Timer, Timing, in_words, take_samples
 from gpu_bn.plan import LaunchPlan, NoPlanError
 from gpu_bn.testing import ADAPTERS, Problem
 
@@ -21,32 +21,33 @@ VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Entry(NamedTuple):
-    """A subject, and the tier that it is forced to take."""
+    """An implementation, and the tier that it is forced to take."""
 
-    subject: Subject
+    implementation: Implementation
     tier: str | None = None
 
     @property
     def name(self) -> str:
-        """In the report."""
-        return self.subject.name if self.tier is None else f"{self.subject.name} {self.tier}"
+        """The name in the report."""
+        return self.implementation.name if self.tier is None else f"{self.implementation.name} {self.tier}"
 
 
 @dataclass
 class Result:
-    """What came of one implementation's call.
+    """What was found of one implementation's call.
 
     Attributes:
-        by: the implementation; ``ours`` whether it is one of this library.
+        case: what was computed.
+        by: the implementation; ``ours`` is whether it is one of this library.
         error: the largest error as a share of the error allowed.
         refused: why it was not timed, if it is wrong or failed.
         not_served: why it does not take the case.
-        timings: by regime.
-        ratios: by regime, then by peer: our time over the peer's.
-        plan: what was launched, of a GPU backend of ours; ``registers`` the most of its kernels.
-        unseen: why these two are not known, where they should be.
-        floor_bytes: of the case.
-        threads: on a CPU, if it was timed with more than one number of them.
+        timings: its times, by regime.
+        ratios: our time over a peer's, by regime, then by peer.
+        plan: what a GPU backend of ours launched; ``registers`` is the most of its kernels.
+        launches_unknown: why these two are not known, where they should be.
+        floor_bytes: the case's bytes if every tensor is read and written once.
+        threads: how many, if a CPU was timed with more than one number of them.
     """
 
     case: Case
@@ -59,7 +60,7 @@ class Result:
     ratios: dict[str, dict[str, float]] = field(default_factory=dict)
     plan: LaunchPlan | None = None
     registers: int | None = None
-    unseen: str = ""
+    launches_unknown: str = ""
     floor_bytes: int = 0
     threads: int | None = None
 
@@ -71,17 +72,22 @@ class Result:
         return self.plan.tier if self.case.operation.training else "one pass"
 
     @property
-    def best(self) -> Timing | None:
-        """In the first regime that was measured: cold on a GPU."""
-        return next(iter(self.timings.values()), None)
+    def regime(self) -> str:
+        """The first regime that was measured: cold on a GPU."""
+        return next(iter(self.timings), "")
 
     @property
-    def bandwidth(self) -> float | None:
-        """Bytes of the floor per second."""
-        return None if self.best is None else self.floor_bytes / self.best.median
+    def best(self) -> Timing | None:
+        """The timing in that regime."""
+        return self.timings.get(self.regime)
+
+    @property
+    def bandwidth(self) -> float:
+        """The floor's bytes per second; 0 if nothing was timed."""
+        return 0.0 if self.best is None else self.floor_bytes / self.best.median
 
     def as_json(self) -> dict[str, Any]:
-        """What the report keeps of it."""
+        """Return what the report keeps."""
         case, plan = self.case, self.plan
         return {
             "case": str(case), "shape": case.shape, "dtype": case.dtype, "layout": case.layout,
@@ -95,15 +101,15 @@ class Result:
 
 
 class Tensors:
-    """The data of the cases of one tensor: made once, converted once for each library, proved by one oracle."""
+    """The data of all cases of one tensor: made once, converted once for each library, with one reference."""
 
     def __init__(self, case: Case) -> None:
         self.problem = data(case)
-        self.proof = Proof(self.problem)
+        self.reference = Reference(self.problem)
         self._converted: dict[str, dict[str, Any]] = {}
 
     def of(self, adapter: str, problem: Problem) -> Problem:
-        """A problem in the arrays of a library; running statistics are the call's own."""
+        """Return a problem in the arrays of a library; each call gets running statistics of its own."""
         convert = ADAPTERS[adapter].to_backend
         if adapter not in self._converted:
             self._converted[adapter] = {name: convert(getattr(self.problem, name)) for name in TENSORS}
@@ -111,17 +117,17 @@ class Tensors:
         return replace(problem, **tensors, **{name: convert(getattr(problem, name).copy()) for name in VECTORS})
 
 
-def trial(case: Case, tensors: Tensors, entries: Iterable[Entry], timer: Timer, seconds: float) -> list[Result]:
-    """Prove and time a case. What is wrong is never timed."""
+def measure(case: Case, tensors: Tensors, entries: Iterable[Entry], timer: Timer, seconds: float) -> list[Result]:
+    """Compare each implementation's call with the oracle, and time those that are right."""
     results, calls = {}, {}
     for entry in entries:
-        result = Result(case, entry.name, entry.subject.ours, floor_bytes=floor_bytes(work_of(case)))
+        result = Result(case, entry.name, entry.implementation.ours, floor_bytes=floor_bytes(work_of(case)))
         results[entry.name] = result
-        call = _proved(entry, case, tensors, result)
+        call = _checked_call(entry, tensors, result)
         if call is not None:
             calls[entry.name] = call
     for regime in timer.regimes:
-        samples = measure(calls, timer, regime, seconds)
+        samples = take_samples(calls, timer, regime, seconds)
         for name, error in samples.errors.items():
             results[name].refused = error
             calls.pop(name)
@@ -133,43 +139,43 @@ def trial(case: Case, tensors: Tensors, entries: Iterable[Entry], timer: Timer, 
     return list(results.values())
 
 
-def _proved(entry: Entry, case: Case, tensors: Tensors, result: Result) -> Call | None:
-    """A call that has given what it should; what came of it is noted in the result."""
-    subject, operation = entry.subject, case.operation
-    result.not_served = subject.refuses(case)
+def _checked_call(entry: Entry, tensors: Tensors, result: Result) -> Call | None:
+    """Return a call whose outputs are right; what was found is noted in the result."""
+    implementation, operation = entry.implementation, result.case.operation
+    result.not_served = implementation.refuses(result.case)
     if result.not_served:
         return None
 
     def make() -> Call:
-        problem = tensors.of(subject.adapter, problem_of(operation, tensors.problem))
-        return subject.build(operation, problem, entry.tier)
+        problem = tensors.of(implementation.adapter, problem_of(operation, tensors.problem))
+        return implementation.build(operation, problem, entry.tier)
 
     try:
-        with subject.setting():
+        with implementation.setting():
             call = make()
-            result.error = tensors.proof.check(subject, operation, call())
-            if subject.ours:
-                _look(subject, make, result)
+            result.error = tensors.reference.check(implementation, operation, call())
+            if implementation.ours:
+                _note_launches(implementation, make, result)
     except (BackendUnavailableError, NoPlanError) as reason:
-        result.not_served = said(reason)
+        result.not_served = in_words(reason)
     except AssertionError as error:
-        result.refused = f"wrong: {said(error).removeprefix('AssertionError: ')}"
+        result.refused = f"wrong: {in_words(error).removeprefix('AssertionError: ')}"
     except Exception as error:  # of any library: the others are timed all the same
-        result.refused = said(error)
+        result.refused = in_words(error)
     if result.refused or result.not_served:
         return None
 
     def within_setting() -> Any:
-        with subject.setting():
+        with implementation.setting():
             return call()
 
     return within_setting
 
 
-def _look(subject: Subject, make: Callable[[], Call], result: Result) -> None:
-    """Note what a proved call launches; a time without it is better than none."""
+def _note_launches(implementation: Implementation, make: Callable[[], Call], result: Result) -> None:
+    """Note what a call launches; if that fails, the call is timed all the same."""
     try:
-        seen = observe(subject.adapter, make)
-        result.plan, result.registers = seen.plan, max(seen.registers, default=None)
-    except Exception as error:  # of the libraries whose insides are looked at
-        result.unseen = said(error)
+        found = launches_of(implementation.adapter, make)
+        result.plan, result.registers = found.plan, max(found.registers, default=None)
+    except Exception as error:  # of the libraries that are asked
+        result.launches_unknown = in_words(error)

@@ -1,11 +1,13 @@
-"""What would be on a GPU that is not here: bytes by the plan, and what others are known to move. A model, not a
-measurement. Our times are the plan's; of others, launches and bytes over the bandwidth that a copy has.
+"""A model of GPUs that are not here; nothing is measured.
+
+Our bytes and times are the plan's. Those of others are what they are known to move, and launches and bytes over the
+bandwidth of a copy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,28 +17,26 @@ from gpu_bn.explanation import ITEMSIZES, geometry_of, works
 from gpu_bn.gpu_model import copying
 from gpu_bn.plan import DEVICES, THRESHOLDS, TIERS, Device, LaunchPlan, NoPlanError, Work, plan, plan_once
 
-MASK_BITS = 1
-"""An element, of a mask."""
-RESIDENT_PIXELS = 100_000
-"""Positions a channel, about, up to which cuDNN and apex keep NHWC tensors of float16 on chip."""
+RESIDENT_POSITIONS = 100_000
+"""About the most positions of a channel with which cuDNN and apex keep NHWC tensors of float16 on chip."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a library moves: tensors, and bit masks, by the name of an operation without its direction."""
+    """What a library moves: passes over a tensor and over a bit mask, by what is fused with the operation."""
 
     name: str
     forward: dict[str, tuple[int, int]]
     backward: dict[str, tuple[int, int]]
 
     def bytes(self, case: Case) -> int | None:
-        """Of a case; ``None`` for what the table does not say."""
+        """Return a case's bytes; ``None`` if the table does not say."""
         operation = case.operation
         table = {"forward": self.forward, "backward": self.backward}.get(operation.direction)
         if table is None:
             return None
         tensors, masks = table[str(operation).removeprefix(operation.direction)]
-        return tensors * case.bytes + masks * (math.prod(case.shape) * MASK_BITS // 8)
+        return tensors * case.bytes + masks * (math.prod(case.shape) // 8)
 
 
 TRAFFIC = {
@@ -61,8 +61,8 @@ TRAFFIC = {
         {"": (3, 0), "+relu": (3, 1), "+add+relu": (4, 1)},
     ),
 }
-"""Counted by hand: PyTorch 2.14's and apex's in their sources, cuDNN's from what its kernels are said to do; nobody has
-measured it here. Passes over tensors, caches not counted. Backward by separate operations is about so much."""
+"""Counted by hand, not measured: PyTorch 2.14's and apex's in their sources, cuDNN's by descriptions of its kernels.
+Caches are not counted. Backward by separate operations is an estimate."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Modelled:
     """One case on one device.
 
     Attributes:
-        plan: what we would do.
+        plan: what we would launch.
         floor_bytes: every tensor read and written once.
-        tiers: bytes that reach the memory, of each tier that can serve the case if it is forced.
-        torch_bytes, cudnn_bytes: what the others' kernels ask for; ``None`` where nothing is known.
+        tiers: bytes that reach the memory, for each tier that can serve the case if it is forced.
+        torch_bytes, cudnn_bytes: what the others' kernels ask for; ``None`` if it is not known.
     """
 
     case: Case
@@ -86,11 +86,14 @@ class Modelled:
 
     @property
     def tier(self) -> str:
-        """The plan's; ``one pass`` in evaluation."""
+        """The plan's tier; ``one pass`` in evaluation."""
         return self.plan.tier if self.case.operation.training else "one pass"
 
     def seconds(self, asked: int | None, launches: int = 1) -> float | None:
-        """Of another's kernels that ask for so many bytes: beyond the floor, the cache gives what it gives to ours."""
+        """Estimate the time of another's kernels that ask for so many bytes.
+
+        The cache serves what they ask for beyond the floor, as far as it would serve ours.
+        """
         if asked is None:
             return None
         cached = min(max(asked - self.floor_bytes, 0), int(THRESHOLDS.usable_l2 * self.device.l2_bytes))
@@ -98,17 +101,17 @@ class Modelled:
 
     @property
     def torch_seconds(self) -> float | None:
-        """PyTorch's: statistics, then outputs; ReLU and the sum are launches of their own, in each direction."""
+        """PyTorch's time: it launches statistics, then outputs; ReLU and the sum are launches of their own."""
         operation = self.case.operation
         return self.seconds(self.torch_bytes, 1 + operation.training + operation.relu + operation.residual)
 
     @property
     def cudnn_seconds(self) -> float | None:
-        """Of cuDNN: one launch."""
+        """cuDNN's time: it launches once."""
         return self.seconds(self.cudnn_bytes)
 
     def as_json(self) -> dict[str, Any]:
-        """What the report keeps of it."""
+        """Return what the report keeps."""
         return {
             "case": str(self.case), "device": self.device.name, "tier": self.tier, "launches": self.plan.launches,
             "floor_bytes": self.floor_bytes, "moved_bytes": self.plan.dram_bytes, "tiers": self.tiers,
@@ -117,29 +120,22 @@ class Modelled:
         }  # fmt: skip
 
 
-def model(cases: Iterable[Case], devices: Iterable[Device] = tuple(DEVICES.values())) -> list[Modelled]:
-    """All cases on all devices."""
-    devices = tuple(devices)
+def model(cases: Iterable[Case], devices: Sequence[Device] = tuple(DEVICES.values())) -> list[Modelled]:
+    """Model all cases on all devices."""
     return [modelled(case, device) for case in cases for device in devices]
 
 
 def modelled(case: Case, device: Device) -> Modelled:
-    """A case on a device."""
+    """Model a case on a device."""
     work, training = work_of(case), case.operation.training
     found = plan(work, device) if training else plan_once(work, device)
-    return Modelled(
-        case,
-        device,
-        found,
-        floor_bytes(work),
-        _tiers(work, device) if training else {"one pass": found.dram_bytes},
-        TRAFFIC["torch"].bytes(case),
-        _cudnn_bytes(case),
-    )
+    tiers = _tiers(work, device) if training else {"one pass": found.dram_bytes}
+    torch_bytes, cudnn_bytes = TRAFFIC["torch"].bytes(case), _cudnn_bytes(case)
+    return Modelled(case, device, found, floor_bytes(work), tiers, torch_bytes, cudnn_bytes)
 
 
 def work_of(case: Case) -> Work:
-    """What the planner is asked for a case."""
+    """Return what the planner needs to know of a case."""
     n, c, s = geometry_of(case.shape, case.layout)
     operation = case.operation
     activation = Activation.of("relu" if operation.relu else None)
@@ -148,7 +144,7 @@ def work_of(case: Case) -> Work:
 
 
 def floor_bytes(work: Work) -> int:
-    """Every tensor, and a mask, once."""
+    """Return the bytes if every tensor, and the sign bits, are read and written once."""
     return (work.reads + work.writes) * work.tensor_bytes + work.sign_bytes
 
 
@@ -166,5 +162,5 @@ def _cudnn_bytes(case: Case) -> int | None:
     if case.layout != "nhwc" or case.dtype == "float64":
         return None
     positions = math.prod(case.shape) // case.shape[1]
-    resident = case.dtype == "float16" and positions <= RESIDENT_PIXELS
+    resident = case.dtype == "float16" and positions <= RESIDENT_POSITIONS
     return TRAFFIC["cudnn resident" if resident else "cudnn"].bytes(case)

@@ -1,4 +1,4 @@
-"""The benchmark: which cases, on what, and what becomes of the results."""
+"""The benchmark: it chooses cases and a device, measures, and writes the report."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from gpu_bn import get_num_threads, set_num_threads
 from gpu_bn.bench import gpus
 from gpu_bn.bench.cases import Case, select
-from gpu_bn.bench.implementations import Subject, chosen
-from gpu_bn.bench.machine import clocks, cpu_copy_bandwidth, machine, smi
-from gpu_bn.bench.measurement import Entry, Result, Tensors, trial
+from gpu_bn.bench.implementations import Implementation, choose
+from gpu_bn.bench.machine import clocks, cpu_copy_bandwidth, describe, machine, smi
+from gpu_bn.bench.measurement import Entry, Result, Tensors, measure
 from gpu_bn.bench.model import model
-from gpu_bn.bench.report import Report, layers_table, measured_table, model_tables, refusals, slower_with_threads, three
+from gpu_bn.bench.report import Report, model_tables, slower_with_threads, three_digits
 from gpu_bn.bench.tiers import crossovers
-from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, said
+from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, in_words
 from gpu_bn.bench.verify import verify
 from gpu_bn.cli.console import Table, progress, terminal_width
 from gpu_bn.plan import THRESHOLDS, TIERS, Device
@@ -37,30 +37,30 @@ DEFAULTS: dict[str, dict[str, tuple[str, ...]]] = {
         "layouts": ("nchw", "nhwc"), "operations": ("forward+relu", "backward", "backward+add+relu"),
     },
 }  # fmt: skip
-"""What is timed on each kind of device, and what is modelled where there is no GPU, unless something is asked for."""
+"""The cases by default: those timed on each kind of device, and those modelled where there is no GPU."""
 SECONDS = {"cpu": 0.3, "cuda": 0.1}
-"""Of samples for each call and regime, by default."""
+"""Seconds of samples for each call and regime, by default."""
 CPU_COPIED_BYTES = 64 << 20
 CPU_CACHED_BYTES = 128 << 10
-"""Of a copy that stays in a core's own cache."""
+"""Size of a copy that stays in a core's own cache."""
 MOST_MOVED = 1.25
-"""Between the bandwidths of a copy before and after the cases."""
+"""The largest ratio between a copy's bandwidths before and after the cases that counts as steady."""
 
 
 class BenchError(Exception):
-    """What keeps the benchmark from running, in words for its user."""
+    """The benchmark cannot run here; the message is for its user."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for; ``None`` is the default.
+    """What the user asks for; ``None`` is the default.
 
     Attributes:
         shapes, dtypes, layouts, operations, only: as in :func:`gpu_bn.bench.cases.select`.
-        peers: names of subjects.
+        peers: names of implementations.
         device: ``auto``, ``cpu`` or ``cuda``.
-        seconds: of samples for each call and regime; 0 is one sample.
-        threads: of the NumPy backend and of torch, on the CPU; ``None`` times one, then all.
+        seconds: the time for samples of each call and regime; 0 is one sample.
+        threads: how many our CPU backends and torch get; ``None`` times one, then all.
         tiers, verify, train: the further parts.
         eager: leave torch.compile out of ``train``.
         out: the folder for ``report.json`` and the pictures.
@@ -86,22 +86,37 @@ class Options:
     command: str = "gpu-bn bench"
 
     def cases(self, kind: str) -> list[Case]:
-        """The cases for a kind of device: a key of ``DEFAULTS``."""
+        """Return the cases for a kind of device: a key of ``DEFAULTS``."""
         usual = DEFAULTS[kind]
         return select(
             self.shapes or usual["shapes"], self.dtypes or usual["dtypes"], self.layouts or usual["layouts"],
             self.operations or usual["operations"], self.only,
         )  # fmt: skip
 
+    def check(self, cases: list[Case]) -> None:
+        """Check that the cases for the device can be run.
+
+        Raises:
+            ValueError: there is none.
+            BenchError: a package is missing.
+        """
+        if not cases:
+            raise ValueError("no case is left by --shapes, --dtype, --layout, --ops and --only")
+        if any(case.dtype == "bfloat16" for case in cases) and find_spec("ml_dtypes") is None:
+            raise BenchError("bf16 needs ml_dtypes: pip install -e '.[bench]'")
+        if self.train and find_spec("torch") is None:
+            raise BenchError("--train needs torch: pip install -e '.[bench]'")
+
 
 @dataclass
-class Bench:
-    """Where it runs.
+class Session:
+    """A device, and how calls are timed on it.
 
     Attributes:
-        gpu: the GPU, or ``None``; ``why_not`` there is none.
+        options: what the user asks for.
+        gpu: the GPU, or ``None``; ``why_not`` says why there is none.
         timer: what times a call.
-        copy_bandwidth: bytes per second of a copy on the device, measured.
+        copy_bandwidth: the measured bandwidth of a copy on the device, in bytes per second.
         lost: since when and why the GPU does not answer any more; empty while it does.
     """
 
@@ -114,140 +129,135 @@ class Bench:
 
     @property
     def kind(self) -> str:
-        """A key of ``DEFAULTS``."""
+        """The kind of device: a key of ``DEFAULTS``."""
         return "cpu" if self.gpu is None else "cuda"
 
     @property
     def seconds(self) -> float:
-        """Of samples for each call and regime."""
+        """Seconds of samples for each call and regime."""
         return SECONDS[self.kind] if self.options.seconds is None else self.options.seconds
 
     @property
-    def device(self) -> Device | None:
-        """The GPU as the planner knows it, its bandwidth such that a copy reaches what was measured."""
-        if self.gpu is None:
-            return None
+    def device(self) -> Device:
+        """The GPU as the planner knows it, with the bandwidth at which the planner's copy takes the measured time."""
+        assert self.gpu is not None
         return replace(self.gpu.device, bandwidth=self.copy_bandwidth / THRESHOLDS.copy_share)
 
     @property
     def threads(self) -> list[int | None]:
-        """With how many threads each case is timed: ``None`` is what the libraries choose."""
+        """The numbers of threads that each case is timed with; ``None`` is what the libraries choose."""
         if self.gpu is not None or not self.seconds or self.options.threads:
             return [self.options.threads]
         return [*sorted({1, get_num_threads()})]
 
-    def timed(self, case: Case, tensors: Tensors, entries: list[Entry]) -> list[Result]:
-        """Prove and time a case with each number of threads."""
+    def measure(self, case: Case, tensors: Tensors, entries: list[Entry]) -> list[Result]:
+        """Check and time a case with each number of threads."""
         results = []
         for threads in self.threads:
             with use_threads(threads):
-                found = trial(case, tensors, entries, self.timer, self.seconds)
+                found = measure(case, tensors, entries, self.timer, self.seconds)
             results += [replace(result, threads=threads) for result in found]
         return results
 
-    def moved_copy(self, facts: dict[str, Any]) -> list[str]:
-        """Measure the copy again and say so if it is another than at the start; no measurement if seconds are 0."""
+    def run_cases(self, cases: list[Case], run: Callable[[Case, Tensors], list[Result]], results: list[Result]) -> None:
+        """Run cases and add to ``results``, up to a case that breaks the GPU. Cases of one tensor share its data."""
+        what = f"Timing {len(cases)} cases on the {'CPU' if self.gpu is None else 'GPU'}"
+        with progress(what, len(cases), about=self.expected_seconds(len(cases))) as advance:
+            for _, group in groupby(cases, lambda case: case.tensor):
+                members = list(group)
+                tensors = Tensors(members[0])
+                for case in members:
+                    results += run(case, tensors)
+                    advance(1)
+                    if self._lost_after(case):
+                        return
+                del tensors
+                if self.gpu is not None:
+                    self.gpu.free()
+
+    def expected_seconds(self, cases: int) -> float:
+        """Estimate the least time of so many cases: samples of three calls, and half a second to check each."""
+        return cases * len(self.threads) * (3 * self.seconds * len(self.timer.regimes) + 0.5)
+
+    def _lost_after(self, case: Case) -> str:
+        """Ask the GPU to answer: after an access out of bounds every later call fails, whoever makes it."""
+        try:
+            if self.gpu is not None:
+                self.gpu.synchronize()
+        except Exception as error:
+            self.lost = f"the GPU does not answer since {case}: {in_words(error)}"
+        return self.lost
+
+    def compare_copies(self, facts: dict[str, Any]) -> list[str]:
+        """Measure the copy again, and return a warning if it differs from that at the start."""
         if not self.seconds:
             return []
         after = cpu_copy_bandwidth(CPU_COPIED_BYTES) if self.gpu is None else self.gpu.copy_bandwidth()
         facts["copy_bandwidth_after"] = after
         if 1 / MOST_MOVED <= after / self.copy_bandwidth <= MOST_MOVED:
             return []
+        before, after_ = (three_digits(bandwidth / 1e9) for bandwidth in (self.copy_bandwidth, after))
         return [
-            f"UNSTEADY: a copy had {three(self.copy_bandwidth / 1e9)} GB/s before and {three(after / 1e9)} GB/s after "
-            "the cases: the machine was busy with something else, and no time here should be trusted."
+            f"UNSTEADY: a copy had {before} GB/s before and {after_} GB/s after the cases: the machine was busy with "
+            "something else, and no time here should be trusted."
         ]
 
-    def each(self, cases: list[Case], run: Callable[[Case, Tensors], list[Result]], results: list[Result]) -> None:
-        """Run cases, those of one tensor with the same data, and add to ``results``; up to one that breaks the GPU."""
-        what = f"Timing {len(cases)} cases on the {'CPU' if self.gpu is None else 'GPU'}"
-        with progress(what, len(cases), about=self.about(len(cases))) as tick:
-            for _, group in groupby(cases, lambda case: case.tensor):
-                members = list(group)
-                tensors = Tensors(members[0])
-                for case in members:
-                    results += run(case, tensors)
-                    tick(1)
-                    if not self._answers(case):
-                        return
-                del tensors
-                if self.gpu is not None:
-                    self.gpu.free()
 
-    def about(self, cases: int) -> float:
-        """Seconds that so many cases take at least: the samples of three calls, and half a second to prove each."""
-        return cases * len(self.threads) * (3 * self.seconds * len(self.timer.regimes) + 0.5)
-
-    def _answers(self, case: Case) -> bool:
-        """Whether the GPU still does: after an access out of bounds every later call would fail, whoever makes it."""
-        try:
-            if self.gpu is not None:
-                self.gpu.synchronize()
-        except Exception as error:
-            self.lost = f"the GPU does not answer since {case}: {said(error)}"
-        return not self.lost
-
-
-def start(options: Options) -> Bench:
-    """Find the device.
+def start(options: Options) -> Session:
+    """Find the device and measure a copy on it.
 
     Raises:
-        BenchError: a GPU was asked for, and there is none.
+        BenchError: a GPU was asked for and there is none, or it cannot be used.
     """
     gpu, why_not = (None, "the CPU was asked for") if options.device == "cpu" else gpus.find()
     if gpu is None and options.device == "cuda":
         raise BenchError(f"--device cuda needs a GPU: {why_not}")
     if gpu is not None:
         try:
-            return Bench(options, gpu, "", GpuTimer(gpu), gpu.copy_bandwidth())
-        except Exception as error:  # of a driver, or another process that has taken the memory
-            raise BenchError(f"nothing can be copied on {gpu.device.name}: {said(error)}") from error
+            return Session(options, gpu, "", GpuTimer(gpu), gpu.copy_bandwidth())
+        except Exception as error:  # of a driver, or because another process has taken the memory
+            raise BenchError(f"nothing can be copied on {gpu.device.name}: {in_words(error)}") from error
     timer = CpuTimer() if options.seconds is None or options.seconds else CpuTimer(batch=0, pause=0)
-    return Bench(options, None, why_not, timer, cpu_copy_bandwidth(CPU_COPIED_BYTES))
+    return Session(options, None, why_not, timer, cpu_copy_bandwidth(CPU_COPIED_BYTES))
 
 
 def bench(options: Options) -> bool:
     """Run the benchmark, print and write the report.
 
     Returns:
-        Whether all of ours gave the right results.
+        Whether all results of ours were right.
 
     Raises:
         BenchError: it cannot run here.
-        ValueError: options make no sense.
-        KeyboardInterrupt: it was interrupted; the report is of what was measured until then.
+        ValueError: the options make no sense.
+        KeyboardInterrupt: it was interrupted; the report has what was measured until then.
     """
-    here = start(options)
-    subjects, left_out = without_torch(here, *chosen(here.kind, options.peers))
-    cases = options.cases(here.kind)
-    imagined = options.cases("model") if here.gpu is None else []
-    if not cases:
-        raise ValueError("no case is left by --shapes, --dtype, --layout, --ops and --only")
-    if any(case.dtype == "bfloat16" for case in cases) and find_spec("ml_dtypes") is None:
-        raise BenchError("bf16 needs ml_dtypes: pip install -e '.[bench]'")
-    if options.train and find_spec("torch") is None:
-        raise BenchError("--train needs torch: pip install -e '.[bench]'")
+    session = start(options)
+    chosen, left_out = without_torch(session, *choose(session.kind, options.peers))
+    cases = options.cases(session.kind)
+    modelled = [] if session.gpu else model(options.cases("model"))
+    options.check(cases)
     options.out.mkdir(parents=True, exist_ok=True)
-    report = Report(options.command, machine(here.gpu, here.copy_bandwidth), left_out=left_out)
-    if here.gpu is None and options.device == "auto":
-        report.left_out.append(f"No GPU was timed: {here.why_not}.")
-    entries = [Entry(subject) for subject in subjects]
-    report.modelled = model(imagined)
+    facts = machine(session.gpu, session.copy_bandwidth)
+    report = Report(options.command, facts, left_out=left_out, modelled=modelled)
+    if session.gpu is None and options.device == "auto":
+        report.left_out.append(f"No GPU was timed: {session.why_not}.")
+    entries = [Entry(implementation) for implementation in chosen]
     interrupted: KeyboardInterrupt | None = None
     try:
-        here.each(cases, lambda case, data: here.timed(case, data, entries), report.results)
-        further(here, report, cases, [subject for subject in subjects if subject.ours])
+        session.run_cases(cases, lambda case, tensors: session.measure(case, tensors, entries), report.results)
+        further_parts(session, report, cases, [entry.implementation for entry in entries if entry.implementation.ours])
     except KeyboardInterrupt as interrupt:  # what was measured on a rented GPU is worth keeping
         report.failed.append("interrupted: the report is of what was measured until then")
         interrupted = interrupt
-    report.failed += [here.lost] if here.lost else []
-    if here.gpu is not None:
-        report.machine["gpu"]["after"] = smi(here.gpu.smi_id)
-    if not here.lost and not interrupted:
-        report.warnings += [*slower_with_threads(report.results), *here.moved_copy(report.machine)]
-    report.write(options.out / "report.json")  # first: what is printed may have nowhere to go
-    show(report, here)
-    draw_pictures(report, here)
+    report.failed += [session.lost] if session.lost else []
+    if session.gpu is not None:
+        facts["gpu"]["after"] = smi(session.gpu.smi_id)  # it shows a GPU that slowed down
+    if not session.lost and not interrupted:
+        report.warnings += [*slower_with_threads(report.results), *session.compare_copies(facts)]
+    report.write(options.out / "report.json")  # before printing, which may fail
+    show(report)
+    write_pictures(report, session)
     if interrupted:
         raise interrupted
     return not (report.wrong or report.failed)
@@ -255,7 +265,7 @@ def bench(options: Options) -> bool:
 
 @contextmanager
 def use_threads(threads: int | None) -> Iterator[None]:
-    """Give the NumPy backend and torch so many threads; ``None`` leaves them as they are."""
+    """Give our CPU backends and torch so many threads; ``None`` leaves them as they are."""
     if threads is None:
         yield
         return
@@ -272,96 +282,92 @@ def use_threads(threads: int | None) -> Iterator[None]:
             torch.set_num_threads(torch_before)
 
 
-def without_torch(here: Bench, subjects: list[Subject], left_out: list[str]) -> tuple[list[Subject], list[str]]:
-    """Without those that need torch on a GPU that only CuPy sees: torch would serve them on the CPU."""
-    if not isinstance(here.gpu, gpus.CupyGpu):
-        return subjects, left_out
-    served = [subject for subject in subjects if "torch" not in subject.modules]
-    refused = [f"{subject.name}: torch does not see the GPU" for subject in subjects if subject not in served]
-    return served, [*left_out, *refused]
+def without_torch(
+    session: Session, chosen: list[Implementation], left_out: list[str]
+) -> tuple[list[Implementation], list[str]]:
+    """Leave out those that need torch if only CuPy sees the GPU: torch would run them on the CPU."""
+    if not isinstance(session.gpu, gpus.CupyGpu):
+        return chosen, left_out
+    refused = [f"{each.name}: torch does not see the GPU" for each in chosen if "torch" in each.modules]
+    return [each for each in chosen if "torch" not in each.modules], [*left_out, *refused]
 
 
-def further(here: Bench, report: Report, cases: list[Case], ours: list[Subject]) -> None:
-    """The parts that have to be asked for; ``cases`` are those that were timed. One that fails is left out."""
-    options, torch_missing = here.options, "torch does not see the GPU" if isinstance(here.gpu, gpus.CupyGpu) else ""
-    no_gpu = f"needs a GPU: {here.why_not}" if here.gpu is None else ""
+# ------------------------------------------------------------------------------------------------ further parts
+def further_parts(session: Session, report: Report, cases: list[Case], ours: list[Implementation]) -> None:
+    """Run the parts that were asked for, on the ``cases`` that were timed. One that fails is left out."""
+    options = session.options
+    no_gpu = f"needs a GPU: {session.why_not}" if session.gpu is None else ""
+    no_torch = "torch does not see the GPU" if isinstance(session.gpu, gpus.CupyGpu) else ""
     parts: list[tuple[bool, str, str, Callable[[], None]]] = [
-        (options.tiers, "--tiers", no_gpu, lambda: race(here, report, cases, ours)),
-        (options.verify, "--verify-model", no_gpu, lambda: compare_with_plan(here, report)),
-        (options.train, "--train", torch_missing, lambda: train_steps(here, report)),
+        (options.tiers, "--tiers", no_gpu, lambda: time_tiers(session, report, cases, ours)),
+        (options.verify, "--verify-model", no_gpu, lambda: verify_model(session, report)),
+        (options.train, "--train", no_torch, lambda: time_training(session, report)),
     ]
     for asked, name, why_not, part in parts:
         try:
-            if asked and not why_not and not here.lost:
+            if asked and not why_not and not session.lost:
                 part()
         except Exception as error:  # of any library: what was measured before is worth more than a traceback
-            why_not = said(error)
-        if asked and (why_not or here.lost):
-            report.left_out.append(f"{name}: {why_not or here.lost}")
+            why_not = in_words(error)
+        if asked and (why_not or session.lost):
+            report.left_out.append(f"{name}: {why_not or session.lost}")
 
 
-def race(here: Bench, report: Report, cases: list[Case], ours: list[Subject]) -> None:
-    """``--tiers all``."""
-    assert isinstance(here.timer, GpuTimer)
-    assert here.device is not None
-    forced = [Entry(subject, tier) for subject in ours for tier in TIERS]
-    cold = replace(here.timer, regimes=("cold",))
+def time_tiers(session: Session, report: Report, cases: list[Case], ours: list[Implementation]) -> None:
+    """Run ``--tiers all``."""
+    assert isinstance(session.timer, GpuTimer)
+    forced = [Entry(implementation, tier) for implementation in ours for tier in TIERS]
+    cold = replace(session.timer, regimes=("cold",))
     training = [case for case in cases if case.operation.training]
-    here.each(training, lambda case, data: trial(case, data, forced, cold, here.seconds), report.raced)
-    texts, report.extra["crossovers"] = crossovers(report.results, report.raced, here.device)
+    session.run_cases(
+        training, lambda case, tensors: measure(case, tensors, forced, cold, session.seconds), report.forced
+    )
+    texts, report.extra["crossovers"] = crossovers(report.results, report.forced, session.device)
     report.texts += texts
 
 
-def compare_with_plan(here: Bench, report: Report) -> None:
-    """``--verify-model``."""
-    assert here.device is not None
-    text, report.extra["verification"] = verify(report.results, here.copy_bandwidth, here.device.l2_bytes)
+def verify_model(session: Session, report: Report) -> None:
+    """Run ``--verify-model``."""
+    text, report.extra["verification"] = verify(report.results, session.copy_bandwidth, session.device.l2_bytes)
     report.texts.append(text)
 
 
-def train_steps(here: Bench, report: Report) -> None:
-    """``--train``."""
+def time_training(session: Session, report: Report) -> None:
+    """Run ``--train``."""
     from gpu_bn.bench.training import failures, train, training_table
 
-    trained = train(here.kind, here.seconds, here.options.eager)
-    report.failed += failures(trained)
-    text, report.extra["training"] = training_table(trained, here.kind)
+    rows = train(session.kind, session.seconds, session.options.eager)
+    report.failed += failures(rows)
+    text, report.extra["training"] = training_table(rows, session.kind)
     report.texts.append(text)
 
 
-def show(report: Report, here: Bench) -> None:
+# ------------------------------------------------------------------------------------------------------ outputs
+def show(report: Report) -> None:
     """Print the report."""
     facts, width = report.machine, terminal_width()
-    where = facts["gpu"]["name"] if facts["gpu"] else f"{facts['processor']}, {facts['cores']} cores"
-    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-    print(f"gpu_bn {facts['gpu_bn']} ({facts['commit'] or 'no checkout'}), {where}\n{packages}")
+    device, packages = describe(facts)
+    print(f"gpu_bn {facts['gpu_bn']} ({facts['commit'] or 'no checkout'}), {device}\n{packages}")
     if facts["gpu"]:
         print(clocks(facts["gpu"]))
     notes = [*report.left_out, *report.warnings, *(f"FAILED {failure}" for failure in report.failed)]
     print(*notes, sep="\n", end="\n\n" if notes else "\n")
-    for text in (
-        *measured_table(report.results, here.copy_bandwidth),
-        *layers_table(report.with_all_threads),
-        refusals([*report.results, *report.raced]),
-        *report.texts,
-        *model_tables(report.modelled),
-    ):
+    for text in [*report.measured_texts(), *model_tables(report.modelled)]:
         if text:
             print(text.text(width) if isinstance(text, Table) else text)
 
 
-def caption(report: Report) -> str:
-    """The machine and the threads of what the pictures show."""
+def picture_caption(report: Report) -> str:
+    """Return the machine and the threads of what the pictures show."""
     facts = report.machine
-    if facts["gpu"]:
-        return f"{facts['gpu']['name']}, gpu_bn {facts['gpu_bn']}, {facts['date']}"
-    most = max((result.threads or 0 for result in report.results), default=0) or facts["threads"]["numpy backend"]
-    return f"{facts['processor']}, {most} thread{'s' * (most > 1)}, gpu_bn {facts['gpu_bn']}, {facts['date']}"
+    threads = report.threads or facts["threads"]["numpy backend"]
+    device = facts["gpu"]["name"] if facts["gpu"] else f"{facts['processor']}, {threads} thread{'s' * (threads > 1)}"
+    return f"{device}, gpu_bn {facts['gpu_bn']}, {facts['date']}"
 
 
-def draw_pictures(report: Report, here: Bench) -> None:
+def write_pictures(report: Report, session: Session) -> None:
     """Write pictures and the page, and say which files there are."""
-    options = here.options
+    options = session.options
     written = [options.out / "report.json"]
     if find_spec("matplotlib") is None:
         print("No pictures: matplotlib is not installed; pip install -e '.[bench]' installs what it needs.")
@@ -369,12 +375,13 @@ def draw_pictures(report: Report, here: Bench) -> None:
         from gpu_bn.bench.figures import Ceiling, draw
 
         try:
-            ceilings = [Ceiling("a copy, beyond the caches", here.copy_bandwidth)]
-            if here.gpu is None:
+            ceilings = [Ceiling("a copy, beyond the caches", session.copy_bandwidth)]
+            if session.gpu is None:
                 ceilings.append(Ceiling("a copy, in the cache", cpu_copy_bandwidth(CPU_CACHED_BYTES)))
-            written += draw(report.with_all_threads, ceilings, options.out, report.raced, caption(report))
+            results = [*report.with_all_threads, *report.forced]
+            written += draw(results, ceilings, options.out, picture_caption(report))
         except Exception as error:  # of matplotlib
-            print(f"No pictures: {said(error)}")
+            print(f"No pictures: {in_words(error)}")
     if options.page is not None:
         from gpu_bn.bench.page import page
 

@@ -1,10 +1,10 @@
-"""``--tiers all``: every tier that can serve a case, timed; where they cross over; thresholds that choose better."""
+"""``--tiers all``: time every tier that can serve a case; find where they cross over; fit the planner's thresholds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -22,22 +22,22 @@ FITTED: dict[str, tuple[float, ...]] = {
     "blocks_per_sm": (1, 2, 3, 4),
     "max_cooperative": (2, 4, 8, 16, 32, 64),
 }
-"""Thresholds that decide between tiers, and the values tried. The others shape the launches of a tier, which a time for
-each tier does not tell apart."""
+"""Thresholds that decide between tiers, and the values tried. The others shape a tier's launches; one time for each
+tier cannot decide on them."""
 FITTED_BY = "gpu_bn cupy"
-"""Whose times are fitted: the backend that has all tiers, and takes the plan as it is. Triton's plans are for registers
-in place of shared memory, and without the cooperative tier; its crossovers are printed, and fit nothing."""
+"""The backend whose times are fitted: it has all tiers and takes the plan as it is. Triton plans with registers in
+place of shared memory and has no cooperative tier; its crossovers are printed only."""
 
 TIE = 1.03
-"""Times that are no further apart do not make a crossover."""
+"""The largest ratio of two times that does not make a crossover."""
 
 
 @dataclass(frozen=True)
-class Race:
-    """A case, and each tier's time in seconds, of one backend.
+class TierTimes:
+    """The time of each tier, in seconds, for a case and a backend.
 
     Attributes:
-        chosen: the tier that the backend takes unless it is forced; empty if that was not seen.
+        chosen: the tier that the backend takes unless it is forced; empty if it is not known.
     """
 
     case: Case
@@ -47,110 +47,127 @@ class Race:
 
     @property
     def fastest(self) -> str:
-        """The tier."""
+        """The fastest tier."""
         return min(self.seconds, key=lambda tier: self.seconds[tier])
 
-    def lost(self, tier: str) -> float:
-        """A tier's time over the fastest's; of one that was not timed, the slowest's."""
+    def slowdown(self, tier: str) -> float:
+        """Return a tier's time over the fastest's; one that was not timed counts as the slowest."""
         return self.seconds.get(tier, max(self.seconds.values())) / self.seconds[self.fastest]
 
 
-def races(forced: Sequence[Result], free: Sequence[Result] = ()) -> list[Race]:
-    """The races among forced tiers. A backend that has taken another tier than it was told does not count.
+def tier_times(forced: Sequence[Result], free: Sequence[Result] = ()) -> list[TierTimes]:
+    """Collect the times of forced tiers. A result counts only if the backend took the tier that it was told to take.
 
-    Where a backend takes a tier by itself, it may launch it in another shape than when it is forced; the better counts.
+    A backend that takes a tier by itself may launch it in another shape than when it is forced; the faster counts.
     """
-    found: dict[tuple[str, str], Race] = {}
+    found: dict[tuple[str, str], TierTimes] = {}
     for result in forced:
         backend, _, tier = result.by.rpartition(" ")
         if result.best is not None and result.tier == tier:
-            race = found.setdefault((str(result.case), backend), Race(result.case, backend, {}))
-            race.seconds[tier] = result.best.median
+            row = found.setdefault((str(result.case), backend), TierTimes(result.case, backend, {}))
+            row.seconds[tier] = result.best.median
     for result in free:
-        entered = found.get((str(result.case), result.by))
-        if entered is not None and result.best is not None and result.tier in TIERS:
-            faster = min(result.best.median, entered.seconds.get(result.tier, result.best.median))
-            found[str(result.case), result.by] = replace(
-                entered, seconds={**entered.seconds, result.tier: faster}, chosen=result.tier
-            )
+        key, best = (str(result.case), result.by), result.best
+        if key in found and best is not None and result.tier in TIERS:
+            row = found[key]
+            faster = min(best.median, row.seconds.get(result.tier, best.median))
+            found[key] = replace(row, seconds={**row.seconds, result.tier: faster}, chosen=result.tier)
     return list(found.values())
-
-
-def fit(entered: Sequence[Race], device: Device, start: Thresholds = THRESHOLDS) -> Thresholds:
-    """The thresholds by whose plans less time is lost: from ``start`` always the one change that gains most."""
-    best, least = start, mean_lost(entered, device, start)
-    while True:
-        changed = [thresholds for name in FITTED for thresholds in tried(name, best)]
-        lost = [mean_lost(entered, device, thresholds) for thresholds in changed]
-        if min(lost) >= least:
-            return best
-        least = min(lost)
-        best = changed[lost.index(least)]
-
-
-def tried(name: str, thresholds: Thresholds) -> list[Thresholds]:
-    """Thresholds with each of the values that one of them may have."""
-    changes: list[dict[str, Any]] = [{name: value} for value in FITTED.get(name, ())]
-    return [replace(thresholds, **change) for change in changes]
-
-
-def decided(entered: Sequence[Race], device: Device, best: Thresholds) -> dict[str, list[float]]:
-    """The thresholds of which some other value loses more time, each with the other values that lose none."""
-    least, found = mean_lost(entered, device, best), {}
-    for name, values in FITTED.items():
-        as_good = [
-            value
-            for value, thresholds in zip(values, tried(name, best), strict=True)
-            if mean_lost(entered, device, thresholds) <= least
-        ]
-        if len(as_good) < len(values):
-            found[name] = [value for value in as_good if value != getattr(best, name)]
-    return found
-
-
-def mean_lost(entered: Sequence[Race], device: Device, thresholds: Thresholds) -> float:
-    """Mean time of the tiers that thresholds choose, over the fastest tier's."""
-    lost = [race.lost(plan(work_of(race.case), device, None, thresholds).tier) for race in entered]
-    return sum(lost) / len(lost) if lost else 1.0
 
 
 def crossovers(
     free: Sequence[Result], forced: Sequence[Result], device: Device
 ) -> tuple[list[Table | str], dict[str, Any]]:
-    """The tables of results without and with a tier forced, and what JSON keeps of them."""
-    entered = races(forced, free)
-    if not entered:
+    """Return the tables of results without and with a forced tier, and what goes into the JSON."""
+    times = tier_times(forced, free)
+    if not times:
         return ["No tier could be timed."], {}
-    fitted_to = [race for race in entered if race.by == FITTED_BY and len(race.seconds) > 1]
-    best = fit(fitted_to, device)
-    known = decided(fitted_to, device, best)
+    fitted = [row for row in times if row.by == FITTED_BY and len(row.seconds) > 1]
+    best = fit(fitted, device)
+    known = decided(fitted, device, best)
     kept = {
-        "tiers": [{"case": str(r.case), "by": r.by, "seconds": r.seconds, "chosen": r.chosen} for r in entered],
-        "ranges": [found._asdict() for found in ranges(entered)],
-        "thresholds": {field.name: getattr(best, field.name) for field in fields(Thresholds)},
+        "tiers": [{"case": str(row.case), "by": row.by, "seconds": row.seconds, "chosen": row.chosen} for row in times],
+        "ranges": [found._asdict() for found in ranges(times)],
+        "thresholds": asdict(best),
         "decided": known,
     }
-    return [races_table(entered), ranges_table(entered), thresholds_text(fitted_to, device, best, known)], kept
+    return [times_table(times), ranges_table(times), thresholds_text(fitted, device, best, known)], kept
 
 
-def races_table(entered: Sequence[Race]) -> Table:
-    """Each tier's time."""
+# --------------------------------------------------------------------------------------------------- thresholds
+def fit(times: Sequence[TierTimes], device: Device, start: Thresholds = THRESHOLDS) -> Thresholds:
+    """Fit thresholds: from ``start``, make the one change that gains most, as long as one gains."""
+    best, least = start, mean_slowdown(times, device, start)
+    while True:
+        changed = [thresholds for name in FITTED for thresholds in tried(name, best)]
+        slowdowns = [mean_slowdown(times, device, thresholds) for thresholds in changed]
+        if min(slowdowns) >= least:
+            return best
+        least = min(slowdowns)
+        best = changed[slowdowns.index(least)]
+
+
+def tried(name: str, thresholds: Thresholds) -> list[Thresholds]:
+    """Return thresholds with each value that is tried for one of them."""
+    changes: list[dict[str, Any]] = [{name: value} for value in FITTED[name]]
+    return [replace(thresholds, **change) for change in changes]
+
+
+def decided(times: Sequence[TierTimes], device: Device, best: Thresholds) -> dict[str, list[float]]:
+    """Find the thresholds for which some value is worse than the best; list the other values that are as good."""
+    least, found = mean_slowdown(times, device, best), {}
+    for name, values in FITTED.items():
+        pairs = zip(values, tried(name, best), strict=True)
+        as_good = [value for value, changed in pairs if mean_slowdown(times, device, changed) <= least]
+        if len(as_good) < len(values):
+            found[name] = [value for value in as_good if value != getattr(best, name)]
+    return found
+
+
+def mean_slowdown(times: Sequence[TierTimes], device: Device, thresholds: Thresholds) -> float:
+    """Return the mean time of the tiers that thresholds choose, over the fastest tier's."""
+    slowdowns = [row.slowdown(plan(work_of(row.case), device, None, thresholds).tier) for row in times]
+    return sum(slowdowns) / len(slowdowns) if slowdowns else 1.0
+
+
+def thresholds_text(times: Sequence[TierTimes], device: Device, best: Thresholds, known: dict[str, list[float]]) -> str:
+    """Return all fields of ``Thresholds`` as lines for plan.py, each with its old value or why it was not fitted."""
+    before, after = (mean_slowdown(times, device, thresholds) for thresholds in (THRESHOLDS, best))
+    fitted = f"fitted to {FITTED_BY} in {len(times)} cases on {device.name}: mean time over the fastest tier"
+    head = f"Thresholds for plan.py, {fitted} {before:.3f} before, {after:.3f} after"
+    if not times:
+        head = f"Thresholds for plan.py, as they are: fitting takes several tiers of {FITTED_BY}, timed"
+    copy = f"a copy has {device.bandwidth * THRESHOLDS.copy_share / 1e9:.4g} GB/s here: divide by the data sheet's"
+    lines = [head]
+    for name, value in asdict(best).items():
+        default = getattr(THRESHOLDS, name)
+        if name in known:
+            why = f"was {default}" if value != default else "fitted, as it was"
+            why += f"; as good: {', '.join(map(str, known[name]))}" if known[name] else ""
+        else:
+            reason = "" if name in FITTED else ": it shapes launches, not the choice"
+            why = "not decided by these cases" + (f": {copy}" if name == "copy_share" else reason)
+        lines.append(f"    {name}: {type(default).__name__} = {value}  # {why}")
+    return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------- crossovers
+def times_table(times: Sequence[TierTimes]) -> Table:
+    """Return the table of each tier's time."""
     rows: list[list[str] | str] = []
-    for tensor, group in groupby(entered, lambda race: race.case.tensor):
+    for tensor, group in groupby(times, lambda row: row.case.tensor):
         rows.append(tensor)
-        for race in group:
-            times = [_time(race.seconds[tier]) if tier in race.seconds else "-" for tier in TIERS]
-            lost = f"{race.lost(race.chosen):.2f}" if race.chosen else "-"
-            rows.append([f"  {race.case.operation}", race.by, *times, race.fastest, race.chosen or "-", lost])
-    header = ["operation", "by", *TIERS, "fastest", "chosen", "lost"]
-    caption = "Cold. lost: the time of the tier that the backend chooses, over the fastest's."
+        for row in group:
+            cells = [_time(row.seconds[tier]) if tier in row.seconds else "-" for tier in TIERS]
+            slowdown = f"{row.slowdown(row.chosen):.2f}" if row.chosen else "-"
+            rows.append([f"  {row.case.operation}", row.by, *cells, row.fastest, row.chosen or "-", slowdown])
+    header = ["operation", "by", *TIERS, "fastest", "chosen", "slowdown"]
+    caption = "Cold. Slowdown: the time of the tier that the backend chooses, over the fastest's."
     return Table("Tiers, each forced", header, rows, caption, keys=2)
 
 
 class Range(NamedTuple):
-    """Of a backend and a kind of case: a tier, and the smallest and the largest tensor, in bytes, of those in a row for
-    which it is the fastest.
-    """
+    """A range of tensor sizes, in bytes, in which a tier is the fastest for a backend and a kind of case."""
 
     by: str
     of: str
@@ -159,62 +176,34 @@ class Range(NamedTuple):
     largest: int
 
 
-def ranges(entered: Sequence[Race]) -> list[Range]:
-    """From small tensors to large ones: where one ends and the next begins, tiers cross over."""
-    kinds: dict[tuple[str, str], list[Race]] = {}
-    for race in entered:
-        case = race.case
-        kinds.setdefault((race.by, f"{case.short_dtype} {case.layout} {case.operation}"), []).append(race)
+def ranges(times: Sequence[TierTimes]) -> list[Range]:
+    """Return ranges from small tensors to large ones: tiers cross over where one ends and the next begins."""
+    kinds: dict[tuple[str, str], list[TierTimes]] = {}
+    for row in times:
+        kinds.setdefault((row.by, row.case.kind), []).append(row)
     found: list[Range] = []
     for (by, kind), members in sorted(kinds.items()):
-        members.sort(key=lambda race: race.case.bytes)
         last = Range(by, kind, "", 0, 0)
-        for size, group in groupby(members, lambda race: race.case.bytes):
-            tier = fastest_of(list(group), last.tier)
-            if tier == last.tier:
-                found.pop()
-                last = last._replace(largest=size)
-            else:
-                last = Range(by, kind, tier, size, size)
+        members.sort(key=lambda row: row.case.bytes)
+        for size, group in groupby(members, lambda row: row.case.bytes):
+            tier = _fastest_of(list(group), last.tier)
+            last = found.pop()._replace(largest=size) if tier == last.tier else Range(by, kind, tier, size, size)
             found.append(last)
     return found
 
 
-def fastest_of(entered: Sequence[Race], before: str) -> str:
-    """Of races with tensors of one size, by what each tier loses on average; ``before`` if it loses hardly more."""
-    lost = {tier: sum(race.lost(tier) for race in entered) for race in entered for tier in race.seconds}
-    least = min(lost.values())
-    return before if lost.get(before, math.inf) <= TIE * least else min(lost, key=lambda tier: lost[tier])
+def _fastest_of(times: Sequence[TierTimes], before: str) -> str:
+    """Return the fastest tier for tensors of one size, on average; ``before`` if that is hardly slower."""
+    total = {tier: sum(row.slowdown(tier) for row in times) for row in times for tier in row.seconds}
+    fastest = min(total, key=lambda tier: total[tier])
+    return before if total.get(before, math.inf) <= TIE * total[fastest] else fastest
 
 
-def ranges_table(entered: Sequence[Race]) -> Table:
-    """Where tiers cross over."""
+def ranges_table(times: Sequence[TierTimes]) -> Table:
+    """Return the table of where tiers cross over."""
     caption = (
         f"By size of the tensor, on average over those of one size; times within {TIE - 1:.0%} make no crossover. How "
         "many channels share the bytes decides as much: the table above has each."
     )
-    rows = [[*found[:3], _size(found.smallest), _size(found.largest)] for found in ranges(entered)]
+    rows = [[*found[:3], _size(found.smallest), _size(found.largest)] for found in ranges(times)]
     return Table("Crossovers: the fastest tier", ["by", "of", "tier", "from", "to"], rows, caption)
-
-
-def thresholds_text(entered: Sequence[Race], device: Device, best: Thresholds, known: dict[str, list[float]]) -> str:
-    """All fields of ``Thresholds``, as lines for plan.py: fitted, or why not."""
-    before, after = (mean_lost(entered, device, thresholds) for thresholds in (THRESHOLDS, best))
-    fitted = f"fitted to {FITTED_BY} in {len(entered)} cases on {device.name}: mean time over the fastest tier"
-    head = f"Thresholds for plan.py, {fitted} {before:.3f} before, {after:.3f} after"
-    if not entered:
-        head = f"Thresholds for plan.py, as they are: fitting takes several tiers of {FITTED_BY}, timed"
-    copy = f"a copy has {device.bandwidth * THRESHOLDS.copy_share / 1e9:.4g} GB/s here: divide by the data sheet's"
-    lines = [head]
-    for field in fields(Thresholds):
-        name, now = field.name, getattr(best, field.name)
-        was = getattr(THRESHOLDS, name)
-        if name in known:
-            why = f"was {was}" if now != was else "fitted, as it was"
-            why += f"; as good: {', '.join(map(str, known[name]))}" if known[name] else ""
-        elif name == "copy_share":
-            why = f"not decided by these cases: {copy}"
-        else:
-            why = "not decided by these cases" + ("" if name in FITTED else ": it shapes launches, not the choice")
-        lines.append(f"    {name}: {type(was).__name__} = {now}  # {why}")
-    return "\n".join(lines) + "\n"

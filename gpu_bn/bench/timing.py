@@ -1,6 +1,6 @@
 """Timing: what a sample is on a CPU and on a GPU, and samples of several calls side by side.
 
-The seam is a :class:`Timer`: an object with ``time(call, regime)``, the seconds of one sample.
+Everything else sees a :class:`Timer`: an object with ``time(call, regime)``, the seconds of one sample.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 Call = Callable[[], Any]
@@ -17,23 +16,23 @@ LEAST_ROUNDS, MOST_ROUNDS = 7, 301
 WARM_UP = 3
 """Calls before the first sample."""
 FIRST_CYCLES = 200_000
-"""That a GPU is kept busy, at first: about a tenth of a millisecond."""
+"""Cycles for which a GPU is kept busy at first: about a tenth of a millisecond."""
 SHORTEST = 1e-7
-"""Seconds; events may be too coarse to tell a shorter time from none, by which nothing could be divided."""
+"""The shortest time reported, in seconds: coarse events may measure 0, and ratios divide by times."""
 
 
 class Timer(Protocol):
     """What times a call.
 
     Attributes:
-        regimes: what it can measure; ``cold`` and ``hot`` are a GPU's time with the call's tensors out of the L2 cache
-            and as the call before has left it, ``wall`` is a call's share of many in a row, the CPU's work included.
+        regimes: what it can measure. ``cold`` and ``hot`` are a GPU's time, with the call's tensors out of the L2 cache
+            and as the call before has left it. ``wall`` is the mean of many calls in a row, the CPU's work included.
     """
 
     regimes: tuple[str, ...]
 
     def time(self, call: Call, regime: str) -> float:
-        """Seconds of one sample."""
+        """Return the seconds of one sample."""
 
 
 class Timing(NamedTuple):
@@ -46,68 +45,69 @@ class Timing(NamedTuple):
 
     @staticmethod
     def of(samples: list[float]) -> Timing:
-        """Of some samples, one at least."""
+        """Summarise some samples, at least one."""
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if samples[1:] else samples * 3
         return Timing(median, low, high, len(samples))
+
+    @property
+    def spread(self) -> float | None:
+        """The interquartile range; ``None`` for a single sample."""
+        return self.high - self.low if self.samples > 1 else None
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of calls that were timed in turn, by name; what went wrong with the others."""
+    """The samples of calls that were timed in turn, by name; and what went wrong with the others."""
 
     seconds: dict[str, list[float]]
     errors: dict[str, str]
 
     def ratio(self, name: str, other: str) -> float:
-        """The median ratio of neighbouring samples: below 1, ``name`` is faster than ``other``."""
-        pairs = zip(self.seconds[name], self.seconds[other], strict=False)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
+        """Return the median ratio of neighbouring samples: below 1, ``name`` is faster than ``other``."""
+        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=False))
 
 
-def measure(calls: Mapping[str, Call], timer: Timer, regime: str, seconds: float) -> Samples:
-    """Time calls in turn, the order changing from round to round, for ``seconds`` a call; 0 means each once."""
+def take_samples(calls: Mapping[str, Call], timer: Timer, regime: str, seconds: float) -> Samples:
+    """Time calls in turn, for ``seconds`` a call; 0 means once each. The order changes from round to round."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
-    for name, call in calls.items():
-        _guarded(errors, name, partial(_warm_up, call, WARM_UP if seconds else 0))
+
+    def guarded(name: str, step: Callable[[str], None]) -> None:
+        try:
+            if name not in errors:
+                step(name)
+        except Exception as error:  # of any library, such as out of memory: the others are timed all the same
+            errors[name] = in_words(error)
+
+    def warm_up(name: str) -> None:
+        for _ in range(WARM_UP if seconds else 0):
+            calls[name]()
+
+    def sample(name: str) -> None:
+        samples[name].append(timer.time(calls[name], regime))
+
+    for name in calls:
+        guarded(name, warm_up)
     end = time.perf_counter() + seconds * len(calls)
     for turn in range(MOST_ROUNDS if seconds else 1):
         if turn >= LEAST_ROUNDS and time.perf_counter() > end:
             break
         for name in list(calls)[:: 1 if turn % 2 else -1]:
-            if name not in errors:
-                _guarded(errors, name, partial(_sample, samples[name], calls[name], timer, regime))
+            guarded(name, sample)
     return Samples({name: found for name, found in samples.items() if name not in errors}, errors)
 
 
-def _warm_up(call: Call, times: int) -> None:
-    for _ in range(times):
-        call()
-
-
-def _sample(samples: list[float], call: Call, timer: Timer, regime: str) -> None:
-    samples.append(timer.time(call, regime))
-
-
-def _guarded(errors: dict[str, str], name: str, step: Call) -> None:
-    try:
-        step()
-    except Exception as error:  # of any library, such as out of memory: the others are timed all the same
-        errors[name] = said(error)
-
-
-def said(error: BaseException) -> str:
-    """An exception in a line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+def in_words(error: BaseException) -> str:
+    """Return an exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
 
 
 @dataclass
 class CpuTimer:
-    """Calls in a row for ``batch`` seconds, one at least.
+    """Makes calls in a row for ``batch`` seconds, at least one.
 
-    Before, the process waits without sleeping (a core that wakes up is slow at first), because the threads of OpenMP go
-    on spinning for some milliseconds after their work, and would compete with the next call.
+    Before that it waits for ``pause`` seconds, because OpenMP's threads go on spinning for some milliseconds after
+    their work and would compete with the next call. It does not sleep: a core that wakes up is slow at first.
     """
 
     batch: float = 0.02
@@ -115,7 +115,7 @@ class CpuTimer:
     regimes: tuple[str, ...] = ("wall",)
 
     def time(self, call: Call, regime: str = "wall") -> float:
-        """Seconds of a call."""
+        """Return the seconds of a call."""
         del regime
         start = time.perf_counter()
         while time.perf_counter() < start + self.pause:
@@ -130,16 +130,16 @@ class CpuTimer:
 
 
 class Gpu(Protocol):
-    """What a :class:`GpuTimer` needs of a device; everything is queued but ``synchronize``."""
+    """What a :class:`GpuTimer` needs of a device; all methods but ``synchronize`` only queue work."""
 
     def record(self) -> Any:
-        """An event at this place in the queue."""
+        """Put an event into the queue and return it."""
 
     def done(self, event: Any) -> bool:
-        """Whether the device has come to the event."""
+        """Whether the device has reached the event."""
 
     def elapsed(self, start: Any, end: Any) -> float:
-        """Seconds between two events."""
+        """Return the seconds between two events."""
 
     def wait(self, cycles: int) -> None:
         """Keep the device busy."""
@@ -153,11 +153,11 @@ class Gpu(Protocol):
 
 @dataclass
 class GpuTimer:
-    """Device events around a call.
+    """Times a call by device events around it.
 
-    A device that has nothing else to do would wait for the CPU between the call's launches, and that is not the
-    kernels' time. So it is kept busy while the CPU queues the call: if the first event has passed when the CPU is
-    ready, the wait was too short, and the sample is taken again after one twice as long.
+    An idle device would wait for the CPU between the call's launches, and that time is not the kernels'. So the device
+    is kept busy while the CPU queues the call. If it has passed the first event when the CPU is ready, the wait was too
+    short; the sample is taken again after a wait twice as long.
     """
 
     gpu: Gpu
@@ -168,7 +168,7 @@ class GpuTimer:
     regimes: tuple[str, ...] = ("cold", "hot", "wall")
 
     def time(self, call: Call, regime: str) -> float:
-        """Seconds of a call."""
+        """Return the seconds of a call."""
         return self._wall(call) if regime == "wall" else self._events(call, cold=regime == "cold")
 
     def _events(self, call: Call, cold: bool) -> float:
@@ -185,7 +185,7 @@ class GpuTimer:
             if late and self.cycles < self.most_cycles:
                 self.cycles *= 2
                 continue
-            if late:  # a call that waits for the device always is: the others need not wait so long
+            if late:  # a call that waits for the device is always late: the others need not wait so long
                 self.cycles = FIRST_CYCLES
             return max(self.gpu.elapsed(start, end), SHORTEST)
 

@@ -1,31 +1,32 @@
-"""``--train``: a training step of ResNet-18, with torch's batch norm and with ours, eager and compiled."""
+"""``--train``: time a training step of ResNet-18, with torch's batch norm and with ours, eager and compiled."""
 
 from __future__ import annotations
 
 import copy
 import ctypes
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from gpu_bn import nn as ours
-from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, Timing, measure, said
+from gpu_bn.bench.gpus import TorchGpu
+from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, Timing, in_words, take_samples
 from gpu_bn.cli.console import Table, progress
 from gpu_bn.explanation import _size, _time
 
 AGREEMENT, NOISE = 1e-3, 2.0
-"""How far a first gradient may be from that of torch's layers in float32, relative to its norm; and how many times as
-far as torch's own with autocast. In float16 that is far: torch's own was off by 12 to 16 % in such networks."""
+"""How far a first gradient may be from that of torch's layers in float32: ``AGREEMENT`` of its norm, and ``NOISE``
+times as far as torch's own with autocast, which was off by 12 to 16 % in float16 in such networks."""
 
 
 class Sizes(NamedTuple):
-    """Of a batch: images, and their sides in pixels."""
+    """A batch: the number of images, and their sides in pixels."""
 
     images: int
     side: int
@@ -35,7 +36,7 @@ SIZES = {"cpu": Sizes(8, 64), "cuda": Sizes(128, 224)}
 
 
 class Block(nn.Module):
-    """Two convolutions and a sum."""
+    """A block of two convolutions and a sum."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -47,14 +48,13 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum, after ReLU."""
+        """Return the sum, after ReLU."""
         inner = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        result: torch.Tensor = self.relu2(inner + self.shortcut(x))
-        return result
+        return cast(torch.Tensor, self.relu2(inner + self.shortcut(x)))
 
 
 def resnet18(width: int = 64, classes: int = 1000) -> nn.Module:
-    """ResNet-18: 20 normalisations, 8 of them before a sum."""
+    """Make a ResNet-18: 20 normalisations, 8 of them before a sum."""
     layers = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     inputs = width
     for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
@@ -63,8 +63,8 @@ def resnet18(width: int = 64, classes: int = 1000) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, classes))
 
 
-class Trained(NamedTuple):
-    """A variant: its time for a step, and the most memory that a step took, in bytes; or what went wrong."""
+class TrainingResult(NamedTuple):
+    """A variant's time for a step and the most memory that a step took, in bytes; or why it was refused."""
 
     name: str
     timing: Timing | None
@@ -82,17 +82,19 @@ class Trained(NamedTuple):
         return self.name.rpartition(", ")[2]
 
 
-def variants(eager: bool) -> Iterator[tuple[str, Callable[[nn.Module], Any]]]:
-    """What is made of the model, by name; the first is the one to compare with."""
-    makes: list[tuple[str, Callable[[nn.Module], Any]]] = [
-        ("torch", lambda model: model),
-        ("gpu_bn", ours.convert),
-        ("gpu_bn, fused", lambda model: ours.convert(model, fuse=True)),
-    ]
-    for name, make in makes:
-        yield f"{name}, eager", make
+def variants(eager: bool) -> dict[str, Callable[[nn.Module], Any]]:
+    """Return what is made of the model, by name; the others are compared with the first."""
+    makes: dict[str, Callable[[nn.Module], Any]] = {
+        "torch": lambda model: model,
+        "gpu_bn": ours.convert,
+        "gpu_bn, fused": lambda model: ours.convert(model, fuse=True),
+    }
+    found = {}
+    for name, make in makes.items():
+        found[f"{name}, eager"] = make
         if not eager:
-            yield f"{name}, compiled", partial(_compiled, make)
+            found[f"{name}, compiled"] = partial(_compiled, make)
+    return found
 
 
 def _compiled(make: Callable[[nn.Module], Any], model: nn.Module) -> Any:
@@ -101,24 +103,23 @@ def _compiled(make: Callable[[nn.Module], Any], model: nn.Module) -> Any:
 
 def train(
     kind: str, seconds: float, eager: bool, sizes: Sizes | None = None, timer: Timer | None = None
-) -> list[Trained]:
+) -> list[TrainingResult]:
     """Check and time all variants; ``kind`` is cpu or cuda."""
     sizes = sizes or SIZES[kind]
     torch.manual_seed(0)
-    model = resnet18().to(kind)
+    model, images = resnet18().to(kind), torch.randn(sizes.images, 3, sizes.side, sizes.side, device=kind)
     if kind == "cuda":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(sizes.images, 3, sizes.side, sizes.side, device=kind)
-    images = images.contiguous(memory_format=torch.channels_last) if kind == "cuda" else images
+        images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(sizes.images, device=kind)
     steps, peaks, refused = {}, {}, {}
-    _, expected = prepared(copy.deepcopy(model), images, labels, autocast=False)
+    _, expected = prepare(copy.deepcopy(model), images, labels, autocast=False)
     allowed: float | None = None
-    names = [name for name, _ in variants(eager)]
-    with progress(f"Training steps of ResNet-18: {len(names)} variants", len(names)) as tick:
-        for name, make in variants(eager):
+    makes = variants(eager)
+    with progress(f"Training steps of ResNet-18: {len(makes)} variants", len(makes)) as advance:
+        for name, make in makes.items():
             try:
-                step, gradient = prepared(make(copy.deepcopy(model)), images, labels)
+                step, gradient = prepare(make(copy.deepcopy(model)), images, labels)
                 error = float((gradient - expected).norm() / expected.norm())
                 allowed = AGREEMENT + NOISE * error if allowed is None else allowed
                 if not error <= allowed:
@@ -126,19 +127,19 @@ def train(
                 else:
                     steps[name], peaks[name] = step, peak_bytes(step, kind)
             except Exception as error:
-                refused[name] = said(error)
-            tick(1)
-        timer = timer or (CpuTimer(batch=0) if kind == "cpu" else _gpu_timer())
-        samples = measure(steps, timer, "wall", seconds)
+                refused[name] = in_words(error)
+            advance(1)
+        timer = timer or (CpuTimer(batch=0) if kind == "cpu" else GpuTimer(TorchGpu(), row=3))
+        samples = take_samples(steps, timer, "wall", seconds)
     refused |= samples.errors
     timings = {name: Timing.of(found) for name, found in samples.seconds.items()}
-    return [Trained(name, timings.get(name), peaks.get(name), refused.get(name, "")) for name in names]
+    return [TrainingResult(name, timings.get(name), peaks.get(name), refused.get(name, "")) for name in makes]
 
 
-def prepared(
+def prepare(
     model: Any, images: torch.Tensor, labels: torch.Tensor, autocast: bool = True
 ) -> tuple[Callable[[], Any], torch.Tensor]:
-    """A training step, and the gradient of the first layer after one of them; ``autocast`` on a GPU."""
+    """Return a training step, and the first layer's gradient after it has run once; ``autocast`` is for a GPU."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
@@ -155,8 +156,9 @@ def prepared(
 
 
 def peak_bytes(step: Callable[[], Any], kind: str) -> int | None:
-    """The most memory that a step takes beyond what was taken before it: of a GPU, of torch's allocator; of a CPU, of
-    the process, where Linux tells it.
+    """Measure the most memory that a step takes beyond what was taken before it.
+
+    On a GPU torch's allocator tells it; on a CPU it is the process's, and ``None`` where only Linux could tell it.
     """
     gc.collect()
     if kind == "cuda":
@@ -167,44 +169,44 @@ def peak_bytes(step: Callable[[], Any], kind: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps would be taken again unseen
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the C library keeps would not count when it is used again
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-        before = resident("VmRSS")
+        before = _process_bytes("VmRSS")
         step()
-        return resident("VmHWM") - before
+        return _process_bytes("VmHWM") - before
     except (OSError, AttributeError):
         return None
 
 
-def resident(name: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
+def _process_bytes(name: str) -> int:
+    """Return the memory of this process: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     line = next((line for line in lines if line.startswith(name + ":")), None)
     if line is None:
-        raise OSError(f"the system does not tell {name}")
+        raise OSError(f"the system has no {name}")
     return int(line.split()[1]) << 10
 
 
-def failures(rows: list[Trained]) -> list[str]:
-    """What is wrong with ours; not where torch's own layers fail in the same way, as for want of a C++ compiler."""
-    elsewhere = {row.how for row in rows if row.refused and not row.ours}
-    return [f"{row.name}: {row.refused}" for row in rows if row.refused and row.ours and row.how not in elsewhere]
+def failures(rows: list[TrainingResult]) -> list[str]:
+    """Return what is wrong with ours, unless torch's own layers fail too, as without a C++ compiler."""
+    failing = {row.how for row in rows if row.refused and not row.ours}
+    return [f"{row.name}: {row.refused}" for row in rows if row.refused and row.ours and row.how not in failing]
 
 
-def training_table(rows: list[Trained], kind: str) -> tuple[Table, list[Any]]:
-    """The table, and what JSON keeps of it."""
+def training_table(rows: list[TrainingResult], kind: str) -> tuple[Table, list[Any]]:
+    """Return the table, and what goes into the JSON."""
     sizes = SIZES[kind]
     base = rows[0].timing
-    lines = [
-        [
+    lines = []
+    for row in rows:
+        timing, spread = row.timing, row.timing.spread if row.timing else None
+        lines.append([
             row.name,
-            _time(row.timing.median) if row.timing else f"not timed: {row.refused}",
-            _time(row.timing.high - row.timing.low) if row.timing and row.timing.samples > 1 else "-",
-            f"{row.timing.median / base.median:.2f}" if row.timing and base else "-",
+            _time(timing.median) if timing else f"not timed: {row.refused}",
+            "-" if spread is None else _time(spread),
+            f"{timing.median / base.median:.2f}" if timing and base else "-",
             "-" if row.peak_bytes is None else _size(row.peak_bytes),
-        ]
-        for row in rows
-    ]
+        ])  # fmt: skip
     how = "float16 by autocast, channels-last" if kind == "cuda" else "float32"
     agrees = f"agrees with that of torch's layers in float32{', as far as autocast lets it' * (kind == 'cuda')}"
     memory = "of torch's allocator" if kind == "cuda" else "of the process (coarse)"
@@ -216,9 +218,3 @@ def training_table(rows: list[Trained], kind: str) -> tuple[Table, list[Any]]:
     return Table(f"Training step of ResNet-18 on the {kind}", header, lines, caption), [
         {**row._asdict(), "timing": row.timing._asdict() if row.timing else None} for row in rows
     ]
-
-
-def _gpu_timer() -> GpuTimer:
-    from gpu_bn.bench.gpus import TorchGpu
-
-    return GpuTimer(TorchGpu(), row=3)

@@ -1,4 +1,4 @@
-"""``--verify-model``: the plan's predictions, against the clock and, where they may be read, the GPU's own counters."""
+"""``--verify-model``: compare the plan's predictions with the clock and, where they may be read, the GPU's counters."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from gpu_bn.cli.console import Table
 from gpu_bn.explanation import _size, _time
 
 SLOWER, FASTER = 1.25, 0.9
-"""Measured over predicted time, beyond which a prediction is refuted."""
+"""Bounds of measured over predicted time; beyond them a prediction is refuted."""
 LAUNCH_SECONDS = 3e-6
-"""That a launch may take, which the model leaves out."""
+"""Time allowed for a launch, which the predicted time leaves out."""
 BYTES_SHARE, BYTES_MORE = 0.1, 256 << 10
-"""By how much counted bytes may differ: a share, and bytes of vectors and partial sums."""
+"""How far counted bytes may differ: a share, and bytes of vectors and partial sums."""
 COUNTED = 12
-"""Cases whose bytes are counted, each in a process of its own."""
+"""How many cases have their bytes counted, each in a process of its own."""
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 
 
 class Bytes(NamedTuple):
-    """That reach the memory: predicted, or counted by the GPU."""
+    """Bytes that reach the memory, predicted or counted by the GPU."""
 
     read: int
     written: int
@@ -38,12 +38,12 @@ Runner = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A prediction and what became of it.
+    """A prediction, and whether it holds.
 
     Attributes:
-        predicted: seconds, the plan's bytes over the bandwidth of a copy.
-        bytes: predicted; ``counted`` by the GPU, ``None`` if they were not.
-        refuted: in which way; empty if it holds.
+        predicted: seconds: the plan's bytes over the bandwidth of a copy.
+        bytes: predicted; ``counted`` are the GPU's, ``None`` if nothing was counted.
+        refuted: how the prediction fails; empty if it holds.
     """
 
     result: Result
@@ -53,17 +53,17 @@ class Verdict:
     refuted: str
 
 
-class NotPermittedError(Exception):
-    """Why bytes cannot be counted here."""
+class CountingError(Exception):
+    """Bytes cannot be counted here; the message says why."""
 
 
 def verify(
     results: Sequence[Result], copy_bandwidth: float, l2_bytes: int, run: Runner | None = None
 ) -> tuple[Table, list[Any]]:
-    """Compare, on a GPU with so large a cache; ``run`` starts a command.
+    """Compare the predictions for results on a GPU with a cache of ``l2_bytes``; ``run`` starts a command.
 
     Returns:
-        The table, and what JSON keeps of it.
+        The table, and what goes into the JSON.
     """
     planned = [result for result in results if result.plan is not None and result.best is not None]
     reason, verdicts = "", []
@@ -72,7 +72,7 @@ def verify(
         if not reason and index < COUNTED:
             try:
                 counted = count(result, run or _run)
-            except NotPermittedError as error:
+            except CountingError as error:
                 reason = str(error)
         verdicts.append(verdict(result, copy_bandwidth, l2_bytes, counted))
     limits = f"the first {COUNTED} cases" if len(planned) > COUNTED else "all cases"
@@ -80,9 +80,9 @@ def verify(
 
 
 def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes | None) -> Verdict:
-    """Whether a prediction holds.
+    """Judge a prediction.
 
-    What is still in the cache at the end of a call has not been written: so much less may be counted.
+    At the end of a call the cache may hold what has not been written yet: so much less may be counted.
     """
     assert result.plan is not None
     assert result.best is not None
@@ -97,29 +97,29 @@ def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes
         refuted.append(f"time: {measured / predicted:.2f} times as long: fewer bytes, or faster than a copy")
     if counted is not None:
         for what, held in (("read", 0), ("written", l2_bytes)):
-            found, bytes_ = getattr(counted, what), getattr(expected, what)
-            margin = BYTES_SHARE * bytes_ + BYTES_MORE
-            if not bytes_ - held - margin <= found <= bytes_ + margin:
-                refuted.append(f"bytes: {found / max(bytes_, 1):.2f} times as many {what}")
+            found, wanted = getattr(counted, what), getattr(expected, what)
+            margin = BYTES_SHARE * wanted + BYTES_MORE
+            if not wanted - held - margin <= found <= wanted + margin:
+                refuted.append(f"bytes: {found / max(wanted, 1):.2f} times as many {what}")
     return Verdict(result, predicted, expected, counted, "; ".join(refuted))
 
 
 def count(result: Result, run: Runner) -> Bytes:
-    """Bytes that a call reads from the memory and writes to it, by the profiler.
+    """Count the bytes that a call reads from the memory and writes to it, by the profiler ncu.
 
     Raises:
-        NotPermittedError: ncu is not there, or may not count.
+        CountingError: ncu is missing, or may not count.
     """
     case = result.case
-    probe = ["x".join(map(str, case.shape)), case.short_dtype, case.layout, str(case.operation), result.by]
+    arguments = ["x".join(map(str, case.shape)), case.short_dtype, case.layout, str(case.operation), result.by]
     command = ["ncu", "--profile-from-start", "off", "--cache-control", "none", "--metrics", ",".join(METRICS),
-               "--csv", "--print-units", "base", sys.executable, "-m", "gpu_bn.bench.profiled", *probe]  # fmt: skip
+               "--csv", "--print-units", "base", sys.executable, "-m", "gpu_bn.bench.profiled", *arguments]  # fmt: skip
     try:
         done = run(command)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotPermittedError(f"DRAM bytes were not counted: ncu cannot be run ({type(error).__name__}).") from None
+        raise CountingError(f"DRAM bytes were not counted: ncu cannot be run ({type(error).__name__}).") from None
     if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
-        raise NotPermittedError("DRAM bytes were not counted: the driver does not permit it (ERR_NVGPUCTRPERM).")
+        raise CountingError("DRAM bytes were not counted: the driver does not permit it (ERR_NVGPUCTRPERM).")
     rows = list(csv.DictReader(line for line in done.stdout.splitlines() if line.startswith('"')))
     values = {name: [row["Metric Value"] for row in rows if row.get("Metric Name") == name] for name in METRICS}
     try:
@@ -127,8 +127,8 @@ def count(result: Result, run: Runner) -> Bytes:
     except (ValueError, TypeError):  # n/a, or a row that is cut off
         values = {}
     if not all(values.get(name) for name in METRICS):
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise NotPermittedError(f"DRAM bytes were not counted: ncu counted nothing ({said[-1] if said else 'silence'})")
+        output = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+        raise CountingError(f"DRAM bytes were not counted: ncu counted nothing ({output[-1]})")
     return found
 
 

@@ -123,7 +123,7 @@ def check_file(path: Path, what: str) -> None:
         UsageError: its folder is not there, or it is a folder, or writing is not allowed.
     """
     if path.is_dir():
-        raise UsageError(f"{path} is a folder, the {what} needs the name of a file")
+        raise UsageError(f"{path} is a folder, expected the name of a file for the {what}")
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent} for the {what}")
     try:
@@ -144,7 +144,7 @@ def check_folder(path: Path, what: str) -> None:
     """
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not there.is_dir():
-        raise UsageError(f"{there if there != path.absolute() else path} is not a folder, the {what} needs one")
+        raise UsageError(f"{there if there != path.absolute() else path} is not a folder, expected one for the {what}")
     try:
         with tempfile.TemporaryFile(dir=there):
             return

@@ -16,12 +16,13 @@ from gpu_bn.demo.network import VARIANTS
 from gpu_bn.demo.training import EVERY, History
 
 COLOURS = {"none": "#D55E00", "fixed": "#0072B2", "learned": "#009E73"}
-"""Okabe and Ito's, told apart with any colour vision."""
+"""Okabe and Ito's colours, which differ for any colour vision."""
 STYLES = {"none": "-", "fixed": "--", "learned": "-"}
 MARKERS = {"none": "", "fixed": "", "learned": "o"}
 """Line and marker tell the variants apart in grey."""
 SHORT = {"none": "no BN", "fixed": "fixed pair", "learned": "learned pair"}
-SIZE, DPI = (12.0, 7.6), 100
+SIZE, DPI = (9.2, 7.8), 130
+"""Inches and dots per inch; text of 10 points can still be read at a width of 400 pixels."""
 SETTLED = 3
 """Records after which the percentiles' axis begins: the first steps of the network without BN go beyond it."""
 LEAST_ERROR = 0.1
@@ -34,21 +35,22 @@ def draw(runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capaci
     top, bottom = figure.subplots(2, 3)
     seeds = len(runs["none"])
     figure.suptitle(
-        f"Sigmoid network 64-100-100-10 on scikit-learn's digits, learning rate {rate:g}; "
-        f"{seeds} seed{'s' if seeds > 1 else ''}" + (" (line: mean, shade: lowest to highest)" if seeds > 1 else ""),
-        fontsize=13,
+        f"Sigmoid network 64-100-100-10 on scikit-learn's digits, learning rate {rate:g}\n"
+        f"{seeds} seed{'s (line: mean, shade: lowest to highest)' if seeds > 1 else ''}",
+        fontsize=12,
     )
     curves(top[0], runs, lambda history: history.loss)
     top[0].set(title="Training loss (nats)")
-    top[0].legend(frameon=False, fontsize=11)
+    handles, labels = top[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=11)
     curves(top[1], runs, lambda history: np.maximum(100 - np.array(history.accuracy), LEAST_ERROR))
     top[1].set(title="Test error (%)")
     curves(top[2], runs, lambda history: history.drifts("output")[0], skip=1)
-    top[2].set(title=f"Drift that h2 sees: mean of h1's\noutputs, in SDs per {EVERY} steps")
+    top[2].set(title=f"Drift that h2 sees\n(SDs per {EVERY} steps)")
     unit = typical_unit(np.array(runs["none"][0].bands))
     for axes, variant in zip(bottom[:2], ("none", "learned"), strict=True):
         bands(axes, runs[variant][0], variant, unit)
-        axes.set_title(f"{SHORT[variant]}: what unit {unit} of h2 gets")
+        axes.set_title(f"{SHORT[variant]}:\ninput of h2's unit {unit}")
     share_limits(bottom[:2], [runs[variant][0] for variant in ("none", "learned")], unit)
     for axes in (*top, *bottom[:2]):
         axes.set(xlabel="training step", xlim=(0, runs["none"][0].steps[-1]))
@@ -56,8 +58,9 @@ def draw(runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capaci
         axes.grid(alpha=0.25)
     numbers(bottom[2], runs, identities, capacities)
     figure.supxlabel(
-        f"Below: 15th, 50th and 85th percentile of the sigmoid's input, seed 0. Without BN, unit {unit} moves as "
-        f"the median unit does; the axis is that of step {SETTLED * EVERY} on.", fontsize=10,
+        f"Drift: how far the mean of h1's outputs moves. Below: 15th, 50th and 85th percentile, seed 0.\n"
+        f"Without BN, unit {unit} moves as the median unit does; the axis covers step {SETTLED * EVERY} on.",
+        fontsize=10,
     )  # fmt: skip
     figure.savefig(path)
 
@@ -106,13 +109,13 @@ def numbers(axes: Axes, runs: Runs, identities: Sequence[Identity], capacities: 
     """Print the figures that the claims rest on."""
     axes.set_axis_off()
     axes.set_title("In numbers", loc="left")
-    lines = [f"steps to {TARGET:.0f} % test accuracy"]
+    lines = [f"steps to {TARGET:.0f} % accuracy"]
     lines += [f"  {SHORT[v]:13}{spread([h.steps_to(TARGET) for h in runs[v]], 0)}" for v in runs]
-    lines += ["", f"drift of h1's mean, SDs per {EVERY} steps"]
+    lines += ["", "drift that h2 sees"]
     lines += [f"  {SHORT[v]:13}{spread([h.drift('output')[0] for h in runs[v]], 4)}" for v in runs]
     exact = identities[0]
     same, images = sum(c.agree for c in capacities), sum(c.images for c in capacities)
-    lines += ["", "BN as the identity, max |BN(x) - x|"]
-    lines += [f"  weight 1, bias 0      {exact.standardised:.2g}", f"  weight SD, bias mean  {exact.restored:.1g}"]
-    lines += ["", "put into the trained networks:", f"  the same label for {same:,} of {images:,}"]
-    axes.text(0, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", family="monospace", fontsize=10.5)
+    lines += ["", "BN as the identity,", "greatest |BN(x) - x|"]
+    lines += [f"  pair (1, 0)     {exact.standardised:.2g}", f"  pair (SD, mean) {exact.restored:.1g}"]
+    lines += ["", "in trained networks,", "same label for", f"  {same:,} of {images:,}"]
+    axes.text(0, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", family="monospace", fontsize=10)

@@ -17,7 +17,9 @@ from torch.autograd.graph import increment_version
 from torch.overrides import is_tensor_like
 
 from gpu_bn import algorithm, aliasing, registry, spec
+from gpu_bn import functional as front
 from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import autograd, composition, cpu_calls, library, masked
 from gpu_bn.spec import MAX_RANK, MIN_RANK
 
@@ -142,97 +144,47 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015; :mod:`gpu_bn.spec` has the equations.
     """
     activation = IDENTITY if activation is None else Activation.of(activation)
-    return call(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        residual,
-        activation.name,
-        activation.parameter,
-        num_batches_tracked,
-        mask,
-        virtual_batch_size,
-        renorm,
-    )
-
-
-def call(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: str,
-    parameter: float,
-    num_batches_tracked: Tensor | None,
-    mask: Tensor | None,
-    virtual_batch_size: int | None,
-    renorm: tuple[float, float] | None,
-) -> Tensor:
-    """:func:`batch_norm` with the name and parameter of a known activation."""
-    plain = mask is None and virtual_batch_size is None and renorm is None
-    vectors = (running_mean, running_var, weight, bias)
     counter = num_batches_tracked if training else None
-    if plain and not _updates.off:
-        y = cpu_calls.call(input, *vectors, training, momentum, eps, residual, activation, parameter, counter)
-        if y is not None:
-            return y
-    if plain and _ordinary(input, vectors, residual, counter, training, momentum, eps):
-        weighs = library.weighs(momentum, None, counter) if training else 0.0
-        options = library.options(training, weighs, eps, activation, parameter)
-        tensors = (input, weight, bias, residual, running_mean, running_var, counter)
-        return autograd.direct(registry.serving(input), options, *tensors)
-    return _any_call(
-        input,
-        *vectors,
-        training,
-        momentum,
-        eps,
-        residual,
-        Activation(activation, parameter),
-        counter,
-        mask,
-        virtual_batch_size,
-        renorm,
-    )
+    given = Call(input, weight, bias, residual, running_mean, running_var, counter, mask)
+    return normalize(given, Options(training, momentum, eps, activation, 1, virtual_batch_size, renorm))
 
 
-def _ordinary(
-    input: Tensor,
-    vectors: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    counter: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> bool:
+def normalize(call: Call, options: Options) -> Tensor:
+    """:func:`batch_norm` of a known activation; the counter is call in training only."""
+    if call.valid is None and options.virtual_batch_size is None and options.renorm is None:
+        if not _updates.off:
+            y = cpu_calls.forward(call, options)
+            if y is not None:
+                return y
+        if _ordinary(call, options):
+            training, momentum, eps, activation, *_ = options
+            weighs = library.weighs(momentum, None, call.counter) if training else 0.0
+            spec = library.options(training, weighs, eps, activation.name, activation.parameter)
+            return autograd.direct(registry.serving(call.x), spec, call)
+    return _any_call(call, options)
+
+
+def _ordinary(call: Call, options: Options) -> bool:
     """Whether a call is one that :func:`check` allows, of plain tensors, and nobody watches or transforms it.
 
     It looks at everything in every call, once, and remembers nothing. What it is not sure of is for :func:`_any_call`.
     """
-    if autograd.watched() or forward_ad._current_level >= 0 or not autograd.is_plain(input):
+    x, weight, bias, residual, mean, var, counter, _, _ = call
+    training, momentum, eps, *_ = options
+    if autograd.watched() or forward_ad._current_level >= 0 or not autograd.is_plain(x):
         return False
-    shape, dtype, device = input.shape, input.dtype, input.device
+    shape, dtype, device = x.shape, x.dtype, x.device
     if not (
         MIN_RANK <= len(shape) <= MAX_RANK
         and dtype in FLOATS
-        and input.layout is torch.strided
+        and x.layout is torch.strided
         and type(eps) is float
         and 0.0 < eps < inf
         and (momentum is None or (type(momentum) is float and -inf < momentum < inf))
     ):
         return False
     channels = shape[1:2]
-    for vector in vectors:
+    for vector in (mean, var, weight, bias):
         if vector is not None and (
             type(vector) not in PLAIN
             or vector.shape != channels
@@ -241,7 +193,6 @@ def _ordinary(
             or vector.is_neg()
         ):
             return False
-    mean, var = vectors[:2]
     if mean is None or var is None:
         if not training or mean is not var:
             return False
@@ -251,7 +202,7 @@ def _ordinary(
         return False
     if training and (
         _updates.off
-        or input.numel() == channels[0]
+        or x.numel() == channels[0]
         or not (counter is None or (autograd.is_plain(counter) and not counter.is_inference()))
         or (mean is not None and var is not None and (mean.is_inference() or var.is_inference()))
     ):
@@ -264,69 +215,48 @@ def _ordinary(
     )
 
 
-def _any_call(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: Activation,
-    num_batches_tracked: Tensor | None,
-    mask: Tensor | None,
-    virtual_batch_size: int | None,
-    renorm: tuple[float, float] | None,
-) -> Tensor:
+def _any_call(call: Call, options: Options) -> Tensor:
     """A call that may be wrong, extended, watched or transformed."""
-    given = (input, running_mean, running_var, weight, bias, residual, num_batches_tracked)
-    for name, value in zip(TENSORS, given, strict=True):
+    x, weight, bias, residual, running_mean, running_var, counter, mask, _ = call
+    training, momentum, eps, activation, axis, virtual_batch_size, renorm = options
+    tensors = (x, running_mean, running_var, weight, bias, residual, counter)
+    for name, value in zip(TENSORS, tensors, strict=True):
         _check_tensor(name, value)
-    if input.is_mkldnn:  # whose memory is oneDNN's
+    if x.is_mkldnn:  # whose memory is oneDNN's
         dense = None if residual is None else residual.to_dense()
-        return _any_call(
-            input.to_dense(), running_mean, running_var, weight, bias, training, momentum, eps, dense, activation,
-            num_batches_tracked, mask, virtual_batch_size, renorm,
-        ).to_mkldnn()  # fmt: skip
+        return _any_call(Call(x.to_dense(), weight, bias, dense, *call[4:]), options).to_mkldnn()
     momentum, eps = _number(momentum), _number(eps)
-    check(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+    check(call, Options(training, momentum, eps))
     eps = eps.item() if isinstance(eps, Tensor) else eps
-    if mask is not None or virtual_batch_size is not None or renorm is not None:
-        groups = _check_extensions(input, running_mean, training, mask, virtual_batch_size, renorm)
-        extended = mask is not None or groups > 1 or renorm is not None
-    else:
-        extended, groups = False, 1
-    tracked = training and running_mean is not None
-    if tracked and not torch.compiler.is_compiling() and _updates.off:
-        if renorm is not None and running_mean is not None and running_var is not None:
+    extended = mask is not None or virtual_batch_size is not None or renorm is not None
+    groups = _check_extensions(call, options) if extended else 1
+    extended = mask is not None or groups > 1 or renorm is not None
+    if training and running_mean is not None and not torch.compiler.is_compiling() and _updates.off:
+        if renorm is not None and running_var is not None:
             running_mean, running_var = running_mean.clone(), running_var.clone()
         else:
             running_mean = running_var = None
-        num_batches_tracked = None
+        counter = None
     if training and not torch.compiler.is_compiling():
-        read = {name: one for name, one in zip((*TENSORS, "mask"), (*given, mask), strict=True) if _shows_memory(one)}
+        named = zip((*TENSORS, "mask"), (*tensors, mask), strict=True)
+        read = {name: one for name, one in named if _shows_memory(one)}
         aliasing.check_written({name: read.pop(name) for name in library.TRACKED if name in read}, read)
-        for written in (running_mean, running_var, num_batches_tracked):
+        for written in (running_mean, running_var, counter):
             if written is not None and written.is_inference():
                 written.add_(0)  # outside inference mode torch refuses, when it has already added
     if isinstance(momentum, Tensor) and (extended or not library.unread(momentum)):
         momentum = momentum.item()
-    arguments = (
-        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
-        num_batches_tracked,
-    )  # fmt: skip
+    call = Call(x, weight, bias, residual, running_mean, running_var, counter, mask)
+    options = Options(training, momentum, eps, activation, axis, virtual_batch_size, renorm)
     if extended:
-        return masked.batch_norm(*arguments, mask, groups, renorm)
+        return masked.batch_norm(call, options, groups)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return composition.wide_batch_norm(*arguments)
+        return composition.wide_batch_norm(call, options)
     if exporting() and not (training and torch.compiler.is_compiling() and not isinstance(momentum, float)):
-        return composition.torch_batch_norm(*arguments)
+        return composition.torch_batch_norm(call, options)
     if not training and torch.compiler.is_compiling():
-        return composition.batch_norm(input, running_mean, running_var, weight, bias, residual, eps, activation)
-    tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked if training else None)
-    return autograd.call(*tensors, training, momentum, eps, activation.name, activation.parameter)
+        return composition.evaluated(call, options)
+    return autograd.forward(call, options)
 
 
 def _shows_memory(one: Any) -> bool:
@@ -366,18 +296,10 @@ def _check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {got}")
 
 
-def check(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-) -> None:
+def check(call: Call, options: Options) -> None:
     """Raise what torch raises for arguments that do not fit."""
+    input, weight, bias, residual, running_mean, running_var, *_ = call
+    training, momentum, eps, *_ = options
     rank = input.dim()
     if not MIN_RANK <= rank <= MAX_RANK:
         raise ValueError(f"expected {MIN_RANK}D to {MAX_RANK}D input (got {rank}D input)")
@@ -442,15 +364,10 @@ def _share(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
 
-def _check_extensions(
-    input: Tensor,
-    running_mean: Tensor | None,
-    training: bool,
-    mask: Tensor | None,
-    virtual_batch_size: int | None,
-    renorm: tuple[float, float] | None,
-) -> int:
+def _check_extensions(call: Call, options: Options) -> int:
     """Check what torch's function does not have; returns the number of ghost batches."""
+    input, mask, training, renorm = call.x, call.valid, options.training, options.renorm
+    virtual_batch_size = options.virtual_batch_size
     shape = input.shape
     groups = 1 if virtual_batch_size is None else spec.check_groups(shape, 1, virtual_batch_size, training)
     if training and input.numel() == groups * shape[1] > 0:
@@ -463,58 +380,37 @@ def _check_extensions(
         if mask.device != input.device:
             raise RuntimeError(f"mask should be on the input's device {input.device}, got {mask.device}")
     if renorm is not None:
-        spec.check_renorm(renorm, training and running_mean is not None, groups)
+        spec.check_renorm(renorm, training and call.running_mean is not None, groups)
     return groups
 
 
-def front_door(
-    x: Tensor,
-    *arguments: Any,
-    channel_axis: int,
-    backend: str | None,
-    out: Tensor | None,
-    residual: Tensor | None,
-    activation: Activation | str | None,
-    mask: Tensor | None,
-    virtual_batch_size: int | None,
-    renorm: tuple[float, float] | None,
-) -> Tensor:
+def front_door(call: Call, options: Options, backend: str | None) -> Tensor:
     """:func:`gpu_bn.batch_norm` for tensors: any channel axis, its errors, and ``out`` without gradients."""
-    names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    options = dict(zip(names, arguments, strict=True)) | {"residual": residual, "activation": activation}
-    tensors = {name: options[name] for name in ("running_mean", "running_var", "weight", "bias", "residual")}
-    extensions: dict[str, Any] = {"mask": mask, "virtual_batch_size": virtual_batch_size, "renorm": renorm}
-    engine = registry.select(backend, input=x, **tensors, out=out, mask=mask)
-    checked = spec.check_forward(x, **options, channel_axis=channel_axis, out=out, **extensions)
-    if mask is not None:
-        written = {name: tensors[name] for name in ("running_mean", "running_var") if checked.batch_stats}
-        aliasing.check_written({"out": out, **written}, {"mask": mask})
-    named = backend not in (None, registry.TORCH, registry.default(x))
-    valid = (
-        algorithm.positions(mask, x.shape, checked.axis) if mask is not None and (named or out is not None) else None
-    )
+    x, residual, out, mask = call.x, call.residual, call.out, call.valid
+    engine = registry.select(backend, **front.named(call))
+    checked = spec.check_forward(call, options)
+    ready = call if mask is None else front.with_positions(call, checked)
     if out is not None:
-        differentiable = [tensor for tensor in (x, *tensors.values()) if tensor is not None and tensor.requires_grad]
+        differentiable = [one for one in call[:6] if one is not None and one.requires_grad]
         if torch.is_grad_enabled() and (differentiable or out.requires_grad):
             raise RuntimeError(
                 "batch_norm(): functions with out=... arguments don't support automatic differentiation, "
                 "but one of the arguments requires grad."
             )
-        result: Tensor = algorithm.forward(
-            engine, x, checked, **tensors, out=out, in_place=True, valid=valid, keep=False
-        )[0]
-        count_writes(checked.batch_stats, tensors["running_mean"], tensors["running_var"], out)
+        result: Tensor = algorithm.forward(engine, ready, checked, in_place=True, keep=False)[0]
+        count_writes(call, checked.batch_stats)
         return result
-    if named:
-        return autograd.direct(engine, checked, x, **tensors, num_batches_tracked=None, valid=valid)
+    if backend not in (None, registry.TORCH, registry.default(x)):
+        return autograd.direct(engine, checked, ready)
     if residual is not None:
-        options["residual"] = residual.movedim(checked.axis, 1)
+        residual = residual.movedim(checked.axis, 1)
     if mask is not None and mask.dim() == x.dim():
-        extensions["mask"] = mask.movedim(checked.axis, 1)
-    return batch_norm(x.movedim(checked.axis, 1), **options, **extensions).movedim(1, checked.axis)
+        mask = mask.movedim(checked.axis, 1)
+    moved = call._replace(x=x.movedim(checked.axis, 1), residual=residual, valid=mask)
+    return normalize(moved, options._replace(activation=checked.activation)).movedim(1, checked.axis)
 
 
-def count_writes(training: bool, running_mean: Tensor | None, running_var: Tensor | None, out: Tensor | None) -> None:
+def count_writes(call: Call, batch_stats: bool) -> None:
     """Tell autograd what a call without it has written, so that a graph that has saved it refuses to go backward."""
-    written = (running_mean, running_var, out) if training else (out,)
+    written = (call.running_mean, call.running_var, call.out) if batch_stats else (call.out,)
     increment_version([tensor for tensor in written if tensor is not None])

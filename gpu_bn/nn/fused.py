@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from gpu_bn import spec
-from gpu_bn.activations import Activation
+from gpu_bn.activations import ROWS, Activation
+from gpu_bn.call import Call, Options
 from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
 from gpu_bn.nn.activated import Activated, guarded
@@ -171,20 +172,7 @@ def layer(
     if ranks and input.dim() not in ranks:
         expected = " or ".join(f"{rank}D" for rank in ranks)
         raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-    return functional.call(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        residual,
-        activation,
-        parameter,
-        num_batches_tracked,
-        mask,
-        virtual_batch_size,
-        renorm,
-    )
+    given = Call(input, weight, bias, residual, running_mean, running_var, num_batches_tracked, mask)
+    default = ROWS[activation].default
+    chosen = default if default.parameter == parameter else Activation(activation, parameter)
+    return functional.normalize(given, Options(training, momentum, eps, chosen, 1, virtual_batch_size, renorm))

@@ -3,24 +3,26 @@
 import triton
 import triton.language as tl
 
-from gpu_bn.kernels.triton.common import (
-    affine,
-    channel_sum,
+from gpu_bn.kernels.triton.accesses import (
     channels_of,
     group_of,
     known_elements,
     load_bits,
     load_wide,
     mask_of,
-    merged_sums,
     offsets_of,
-    pre_activation,
-    reciprocal_from,
     share_of,
     start_of,
     store_as,
     valid_elements,
     vectors_at,
+)
+from gpu_bn.kernels.triton.statistics import (
+    affine,
+    channel_sum,
+    merged_sums,
+    pre_activation,
+    reciprocal_from,
 )
 
 
@@ -76,6 +78,8 @@ def reduce_tiles(
     return dz_here, product_here
 
 
+# For a block's share, with z as in the forward pass:
+#     dz = dy * activation'(z)        sums of dz and of dz * (x - mean)
 @triton.jit
 def bn_backward_reduce_kernel(
     x, dy, residual, mask, valid, dz, dx, mean, var, weight, bias, partials, eps, parameter,
@@ -134,6 +138,7 @@ def write_sums(dweight, dbias, sum_dz, sum_dz_xhat, channel, known):
         store_as(dbias + channel, sum_dz, known)
 
 
+#     dbias = sum(dz)        dweight = sum(dz * (x - mean)) / sqrt(var + eps)
 @triton.jit
 def bn_merge_sums_kernel(
     partials, mean, var, dweight, dbias, eps, channels, blocks,
@@ -160,6 +165,9 @@ def input_coefficients(sum_dz, sum_dz_xhat, rest, rstd, inverse_count, COMPUTE: 
     return slope.to(COMPUTE), offset.to(COMPUTE)
 
 
+# With xhat = (x - mean) / sqrt(var + eps):
+#     dx = weight / sqrt(var + eps) * (dz - sum(dz) / n - xhat * sum(dz * xhat) / n)      (batch statistics)
+#     dx = weight / sqrt(var + eps) * dz                                                  (frozen statistics)
 @triton.jit
 def bn_backward_input_kernel(
     x, dy, residual, mask, valid, dz, dx, mean, var, weight, bias, partials, sum_dz, sum_dz_xhat, dweight, dbias, eps,
@@ -227,6 +235,8 @@ def bn_backward_input_kernel(
             store_as(places, result, known)
 
 
+#     dz = dy * activation'(z)        dbias = sum(dz)        dweight = sum(dz * xhat)
+#     dx = weight / sqrt(var + eps) * (dz - dbias / n - xhat * dweight / n)
 @triton.jit
 def bn_backward_kernel(
     x, dy, residual, mask, dz, dx, mean, var, weight, bias, dweight, dbias, eps, parameter, inverse_count,

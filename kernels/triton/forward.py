@@ -3,36 +3,40 @@
 import triton
 import triton.language as tl
 
-from gpu_bn.kernels.triton.common import (
-    MOST_SWEEPS,
-    affine,
-    any_channel,
-    channel_sum,
+from gpu_bn.kernels.triton.accesses import (
     channels_of,
-    first_shift,
     group_of,
-    held_sums,
-    judged,
     known_elements,
     load_wide,
     mask_of,
-    merged_moments,
     offsets_of,
-    pre_activation,
-    reciprocal,
-    reciprocal_from,
     share_of,
     start_of,
     store_as,
     store_bits,
-    streamed_sums,
-    usable_shift,
     valid_elements,
     vectors_at,
     wide,
 )
+from gpu_bn.kernels.triton.statistics import (
+    MOST_SWEEPS,
+    affine,
+    any_channel,
+    assessed,
+    channel_sum,
+    first_shift,
+    held_sums,
+    merged_moments,
+    pre_activation,
+    reciprocal,
+    reciprocal_from,
+    streamed_sums,
+    usable_shift,
+)
 
 
+# Ioffe & Szegedy 2015, Alg. 1, for a block's share of the n positions:
+#     mean = sum(x) / n        var = sum((x - mean)**2) / n
 @triton.jit
 def bn_stats_kernel(
     x, valid, partials, channels, row, jump, magic, power, positions, share,
@@ -73,7 +77,7 @@ def bn_stats_kernel(
             count = counted
             inverse = reciprocal_from(count, 1.0)
         summed = pending & known
-        mean, var, shift, factor, pending = judged(total, squares, count, inverse, shift, factor, pending, RANGE)
+        mean, var, shift, factor, pending = assessed(total, squares, count, inverse, shift, factor, pending, RANGE)
         tl.store(partials + block * channels + channel, mean, mask=summed)
         tl.store(partials + (blocks + block) * channels + channel, var, mask=summed)
         if valid is not None:
@@ -82,6 +86,8 @@ def bn_stats_kernel(
         again = any_channel(pending, COLUMNS) & (sweep < MOST_SWEEPS)
 
 
+# Of blocks with n_i, mean_i and var_i:
+#     mean = sum(n_i * mean_i) / n        var = sum(n_i * (var_i + (mean_i - mean)**2)) / n
 @triton.jit
 def bn_merge_moments_kernel(
     partials, saved, counts, channels, positions, share, blocks,
@@ -108,6 +114,7 @@ def keep_count(counts, count, strip, group, COLUMNS: tl.constexpr):
             tl.store(counts + group, tl.max(count, 0) if COLUMNS else count)
 
 
+#     running = (1 - momentum) * running + momentum * batch,  the variance by n / (n - 1)
 @triton.jit
 def keep_statistics(
     mean, var, weight, bias, old_mean, old_var, channel, known, channels, saved, running_mean, running_var, counter,
@@ -174,6 +181,7 @@ def write_outputs(
         store_bits(mask, DROP(z) == 0, vector, position, last, strip, row, LANES, VEC, COLUMNS)
 
 
+#     y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
 @triton.jit
 def bn_normalize_kernel(
     x, residual, y, mask, valid, mean, var, partials, weight, bias, saved, counts, running_mean, running_var, counter,
@@ -229,6 +237,8 @@ def bn_normalize_kernel(
         )  # fmt: skip
 
 
+#     mean = sum(x) / n        var = sum((x - mean)**2) / n
+#     y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
 @triton.jit
 def bn_forward_kernel(
     x, residual, y, mask, weight, bias, saved, running_mean, running_var, counter, momentum, momentum_at, bessel, eps,
@@ -267,7 +277,7 @@ def bn_forward_kernel(
             held, shift_c, factor, last, strip, row, TILES, POSITIONS, LANES, VEC, COLUMNS, COMPUTE, RANGE
         )
         summed = pending
-        found_mean, found_var, shift_c, factor, pending = judged(
+        found_mean, found_var, shift_c, factor, pending = assessed(
             total_c, squares, count, inverse, shift_c, factor, pending, RANGE
         )
         mean = tl.where(summed, found_mean, mean)

@@ -7,7 +7,15 @@ report ``[0, count, means, variances]``. A launch writes the same numbers on eve
 import triton
 import triton.language as tl
 
-from gpu_bn.kernels.triton.common import load_wide, reciprocal, reciprocal_from, store_as, wide
+from gpu_bn.kernels.triton.accesses import (
+    load_wide,
+    store_as,
+    wide,
+)
+from gpu_bn.kernels.triton.statistics import (
+    reciprocal,
+    reciprocal_from,
+)
 
 
 @triton.jit

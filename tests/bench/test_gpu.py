@@ -15,17 +15,19 @@ from gpu_bn import plan
 from gpu_bn.bench import cases, gpus, implementations, launches, measurement, model, timing
 from gpu_bn.cli import main
 
-CUPY = next(subject for subject in implementations.SUBJECTS if subject.name == "gpu_bn cupy")
+CUPY = next(
+    implementation for implementation in implementations.IMPLEMENTATIONS if implementation.name == "gpu_bn cupy"
+)
 
 
 @pytest.fixture
 def emulated(make_gpu, monkeypatch):
-    """The benchmark's GPU is virtual, its only subject the CuPy backend on the emulator."""
+    """The benchmark's GPU is virtual, its only implementation the CuPy backend on the emulator."""
     gpu = make_gpu(80, None, Device(checks=Checks(races=False, initialised=False)))
     clock = Clocked()
     monkeypatch.setattr(gpus, "find", lambda: (clock, ""))
-    monkeypatch.setattr(implementations, "SUBJECTS", [replace(CUPY, modules=()), replace(NUMPY, name="peer", ours=False,
-                                                                                  device="cuda")])  # fmt: skip
+    peer = replace(NUMPY, name="peer", ours=False, device="cuda")
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [replace(CUPY, modules=()), peer])
     monkeypatch.setattr(timing.GpuTimer, "row", 1)
     return gpu
 
@@ -51,10 +53,10 @@ def test_the_report_of_a_gpu(emulated, capsys, tmp_path):
         assert list(row["ratios"]["cold"]) == ["peer"]
     assert found["model"] == []
     assert found["machine"]["gpu"]["name"] == "emulated"
-    raced = {tier for race in found["crossovers"]["tiers"] for tier in race["seconds"]}
-    assert raced == {"cta", "cooperative", "split"}
+    forced = {tier for row in found["crossovers"]["tiers"] for tier in row["seconds"]}
+    assert forced == {"cta", "cooperative", "split"}
     assert set(found["crossovers"]["thresholds"]) == {field.name for field in fields(plan.Thresholds)}
-    assert {row["tier"] for row in found["crossovers"]["ranges"]} <= raced
+    assert {row["tier"] for row in found["crossovers"]["ranges"]} <= forced
     assert all(row["chosen"] == "cta" for row in found["crossovers"]["tiers"])
     assert "Thresholds for plan.py, fitted to gpu_bn cupy in 2 cases on emulated" in out
     assert "driver and clocks are not known: nvidia-smi cannot be run" in out
@@ -99,7 +101,7 @@ def test_a_gpu_that_is_lost_ends_the_run_and_leaves_a_report(emulated, monkeypat
     monkeypatch.setattr(Clocked, "synchronize", lambda self: fail() if "call" in self.done_things else None)
     monkeypatch.setattr(Clocked, "free", fail)
     broken = replace(NUMPY, name="gpu_bn breaks", device="cuda", build=lambda *_: fail())
-    monkeypatch.setattr(implementations, "SUBJECTS", [broken])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [broken])
     gpus.find()[0].done_things.append("call")
     assert main([*SMALL, "--tiers", "all", "--verify-model", "--train", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
@@ -125,10 +127,10 @@ def test_a_part_that_fails_leaves_the_report(emulated, monkeypatch, capsys, tmp_
 
 @pytest.mark.compile
 def test_a_launch_that_cannot_be_seen_is_timed_all_the_same(emulated, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("gpu_bn.bench.measurement.observe", lambda *_: 1 / 0)
+    monkeypatch.setattr("gpu_bn.bench.measurement.launches_of", lambda *_: 1 / 0)
     assert main([*SMALL, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "NOT SEEN what is launched for 4x4x64 f32 nchw forward and 1 more by gpu_bn cupy: ZeroDivisionError" in out
+    assert "LAUNCHES UNKNOWN of 4x4x64 f32 nchw forward and 1 more by gpu_bn cupy: ZeroDivisionError" in out
     rows = json.loads((tmp_path / "report.json").read_text())["measured"]
     assert all(row["seconds"] for row in rows)
 
@@ -147,7 +149,7 @@ def test_what_needs_torch_is_left_out_where_only_cupy_sees_the_gpu(emulated, mon
     """A torch built without CUDA would be timed on the CPU, by the GPU's events."""
     monkeypatch.setattr(gpus, "CupyGpu", Clocked)
     torches = replace(NUMPY, name="torch native", device="cuda", ours=False, modules=("torch",))
-    monkeypatch.setattr(implementations, "SUBJECTS", [replace(NUMPY, name="gpu_bn x", device="cuda"), torches])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [replace(NUMPY, name="gpu_bn x", device="cuda"), torches])
     pytest.importorskip("torch")
     assert main([*SMALL, "--train", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -169,7 +171,7 @@ def test_the_models_bytes_are_those_that_the_emulator_counts(tier, operation, ma
     call = implementations.ours(lambda _: gpu.backend)(case.operation, problem, None)
     gpu.device.l2.flush()
     before = len(gpu.device.reports)
-    tensors.proof.check(CUPY, case.operation, call())
+    tensors.reference.check(CUPY, case.operation, call())
     reports = gpu.device.reports[before:]
     counted = sum(r.dram_read_bytes + r.dram_write_bytes for r in reports) + gpu.device.l2.flush()
     expected = model.modelled(case, EMULATED).tiers[tier]
@@ -184,29 +186,30 @@ def test_what_a_call_launches_is_seen(make_gpu):
     problem = tensors.of("cupy", tensors.problem)
     module = sys.modules["gpu_bn.backends.cupy.builder"]
     functions = module.plan, module.plan_once, module.compiled
-    seen = launches.observe("cupy", lambda: implementations.ours(lambda _: gpu.backend)(case.operation, problem, None))
+    seen = launches.launches_of(
+        "cupy", lambda: implementations.ours(lambda _: gpu.backend)(case.operation, problem, None)
+    )
     assert (seen.plan.tier, len(seen.plans)) == ("cta", 1)  # the backward call's alone
     assert seen.registers == []  # of PTX nobody knows them
     assert functions == (module.plan, module.plan_once, module.compiled)
-    assert launches.observe("numpy", pytest.fail).plan is None
+    assert launches.launches_of("numpy", pytest.fail).plan is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_regs", 40), ("n_regs", 48)])
 def test_registers_are_found_where_the_libraries_have_them(name, value):
-    seen, kernel = launches.Seen(), types.SimpleNamespace(_init_handles=lambda: setattr(kernel, name, value))
+    seen, kernel = launches.Launches(), types.SimpleNamespace(_init_handles=lambda: setattr(kernel, name, value))
     launches._registers(seen, kernel)
     assert seen.registers == [value]
 
 
 IN_THE_INTERPRETER = """
-import gpu_bn.bench.launches as observe
-from gpu_bn.bench import cases, subjects, timing, trial
-subject = next(s for s in implementations.SUBJECTS if s.name == "gpu_bn triton")
+from gpu_bn.bench import cases, implementations, measurement, timing
+triton = next(s for s in implementations.IMPLEMENTATIONS if s.name == "gpu_bn triton")
 found = cases.select(["4x6x5x7"], ["f16"], ["nhwc"], ["forward+add+relu", "backward+add+relu", "eval"])
 for case in found:
     tensors = measurement.Tensors(case)
-    for tier in (None, "split"):
-        for r in measurement.trial(case, tensors, [measurement.Entry(subject, tier)], timing.CpuTimer(0, 0), 0):
+    for entry in (measurement.Entry(triton), measurement.Entry(triton, "split")):
+        for r in measurement.measure(case, tensors, [entry], timing.CpuTimer(0, 0), 0):
             print(r.case, "by", r.by, "tier", r.tier, "refused", r.refused or "-", r.error is not None and r.error <= 1)
 """
 

@@ -15,11 +15,11 @@ def prove(build, operation, dtype="f16", layout="nhwc"):
     """Build a peer's call on CPU tensors, and compare what it gives with the oracle."""
     case = cases.select(["4x6x5x7"], [dtype], [layout], [operation])[0]
     tensors = measurement.Tensors(case)
-    subject = replace(NUMPY, name="peer", ours=False, adapter="triton")
+    implementation = replace(NUMPY, name="peer", ours=False, adapter="triton")
     problem = tensors.of("triton", measurement.problem_of(case.operation, tensors.problem))
     call = build(case.operation, problem, None)
     for _ in range(2):  # a call can be repeated
-        assert tensors.proof.check(subject, case.operation, call()) <= 1
+        assert tensors.reference.check(implementation, case.operation, call()) <= 1
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_what_cannot_be_is_refused_before_anything_is_timed(arguments, says, cap
 
 
 def test_what_needs_a_gpu_is_left_out_without_one(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(implementations, "SUBJECTS", [NUMPY])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [NUMPY])
     line = [*TINY, "--shapes", "4x8", "--ops", "eval", "--tiers", "all", "--verify-model"]
     assert main([*line, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -122,12 +122,12 @@ class Wrong(NumpyBackend):
         out.flat[-1] += 0.01
 
 
-def wrong_subject(name="gpu_bn wrong", **options):
+def wrong_implementation(name="gpu_bn wrong", **options):
     return replace(NUMPY, name=name, build=implementations.ours(lambda _: Wrong()), **options)
 
 
 def test_a_wrong_backend_is_not_timed_and_ends_the_command_with_1(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(implementations, "SUBJECTS", [NUMPY, wrong_subject()])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [NUMPY, wrong_implementation()])
     line = [*TINY, "--shapes", "4x6x5x7", "--ops", "forward,backward", "--out", str(tmp_path)]
     assert main(line) == 1
     out = capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_a_wrong_backend_is_not_timed_and_ends_the_command_with_1(capsys, monkey
 
 def test_a_wrong_peer_is_not_timed_but_is_no_failure_of_ours(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        implementations, "SUBJECTS", [NUMPY, replace(NUMPY, name="peer", ours=False, build=twice_as_much)]
+        implementations, "IMPLEMENTATIONS", [NUMPY, replace(NUMPY, name="peer", ours=False, build=twice_as_much)]
     )
     assert main([*TINY, "--shapes", "4x6x5x7", "--ops", "forward", "--out", str(tmp_path)]) == 0
     assert "by peer: wrong: y is off by 1 of its root mean square" in capsys.readouterr().out
@@ -157,7 +157,7 @@ def test_what_raises_is_reported_and_the_others_are_timed(capsys, monkeypatch, t
     def build(*_):
         raise RuntimeError("out of memory\nsomewhere")
 
-    monkeypatch.setattr(implementations, "SUBJECTS", [NUMPY, replace(NUMPY, name="gpu_bn poor", build=build)])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [NUMPY, replace(NUMPY, name="gpu_bn poor", build=build)])
     assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "NOT TIMED 4x8 f32 eval by gpu_bn poor: RuntimeError: out of memory\n" in out
@@ -170,12 +170,14 @@ def test_every_operation_of_every_cpu_subject_is_proved(dtype, layout):
     pytest.importorskip("torch")
     if dtype == "bf16":
         pytest.importorskip("ml_dtypes")
-    entries = [measurement.Entry(s) for s in implementations.SUBJECTS if s.device == "cpu" and s.default]
-    entries += [measurement.Entry(s) for s in implementations.SUBJECTS if s.name in ("torch cuDNN", "torch native")]
+    entries = [measurement.Entry(s) for s in implementations.IMPLEMENTATIONS if s.device == "cpu" and s.default]
+    entries += [
+        measurement.Entry(s) for s in implementations.IMPLEMENTATIONS if s.name in ("torch cuDNN", "torch native")
+    ]
     found = cases.select(["4x6x5x7"], [dtype], [layout], cases.OPERATIONS)
     tensors = measurement.Tensors(found[0])
     for case in found:
-        for result in measurement.trial(case, tensors, entries, timing.CpuTimer(0, 0), 0):
+        for result in measurement.measure(case, tensors, entries, timing.CpuTimer(0, 0), 0):
             assert result.refused == result.not_served == ""
             assert result.error <= 1
             assert set(result.timings) == {"wall"}
@@ -183,9 +185,9 @@ def test_every_operation_of_every_cpu_subject_is_proved(dtype, layout):
 
 def test_a_large_tensor_is_proved_on_some_of_its_channels():
     case = cases.Case((64, 8, 64, 64))
-    checked = correctness.Proof(implementations.data(case))
+    checked = correctness.Reference(implementations.data(case))
     assert checked.channels.tolist() == [0, 7]
-    small = correctness.Proof(implementations.data(cases.Case((4, 6, 5, 7))))
+    small = correctness.Reference(implementations.data(cases.Case((4, 6, 5, 7))))
     assert small.channels.tolist() == list(range(6))
 
 
@@ -261,7 +263,7 @@ def test_the_pictures(folder):
 
 def test_without_matplotlib_there_are_no_pictures(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "find_spec", lambda _: None)
-    monkeypatch.setattr(implementations, "SUBJECTS", [NUMPY])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [NUMPY])
     assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 0
     assert "No pictures: matplotlib is not installed; pip install -e '.[bench]'" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
@@ -286,7 +288,10 @@ def test_a_subject_of_one_module_or_another():
     either = replace(NUMPY, modules=("no_such_module.at_all or json", "sys"))
     assert either.missing == ""
     assert replace(either, modules=("no_such_module or nor_this",)).missing == "no_such_module or nor_this"
-    assert "apex.contrib.groupbn.bnp or bnp" in next(s for s in implementations.SUBJECTS if s.name == "apex").modules
+    assert (
+        "apex.contrib.groupbn.bnp or bnp"
+        in next(s for s in implementations.IMPLEMENTATIONS if s.name == "apex").modules
+    )
 
 
 def interrupt(*_):
@@ -297,7 +302,7 @@ def test_an_interrupted_run_reports_what_was_measured(capsys, monkeypatch, tmp_p
     interrupted = replace(
         NUMPY, name="peer", ours=False, refuses=lambda case: "" if case.shape == (4, 8) else interrupt()
     )
-    monkeypatch.setattr(implementations, "SUBJECTS", [NUMPY, interrupted])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [NUMPY, interrupted])
     page = tmp_path / "page.md"
     line = [*TINY, "--shapes", "4x8,6x8", "--ops", "eval", "--out", str(tmp_path), "--page", str(page)]
     assert main(line) == 130
@@ -313,7 +318,7 @@ def test_an_interrupted_run_reports_what_was_measured(capsys, monkeypatch, tmp_p
 def test_pictures_that_fail_take_no_report_away(capsys, monkeypatch, tmp_path):
     figures = pytest.importorskip("gpu_bn.bench.figures")
     monkeypatch.setattr(figures, "draw", lambda *_: interrupt.no_such_attribute)
-    monkeypatch.setattr(implementations, "SUBJECTS", [NUMPY])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [NUMPY])
     page = tmp_path / "page.md"
     line = [*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path), "--page", str(page)]
     assert main(line) == 0
@@ -331,20 +336,20 @@ def test_what_a_peer_refuses_for_one_reason_is_one_line():
     results = [refused("peer", (size, 8), "out of luck") for size in (2, 3, 4)]
     results += [refused("ours", (size, 8), "wrong: y", ours=True) for size in (2, 3)]
     results += [measurement.Result(cases.Case((size, 8)), "ours", True, not_served="too odd") for size in (5, 6)]
-    results += [measurement.Result(cases.Case((7, 8)), "ours", True, unseen="AttributeError: n_regs")]
+    results += [measurement.Result(cases.Case((7, 8)), "ours", True, launches_unknown="AttributeError: n_regs")]
     results += [measurement.Result(cases.Case((8, 8)), "peer", False, not_served="by design")]
     assert refusals(results).splitlines() == [
         "NOT TIMED 2x8 f32 nchw forward by ours: wrong: y",
         "NOT TIMED 3x8 f32 nchw forward by ours: wrong: y",
         "NOT TIMED 2x8 f32 nchw forward and 2 more by peer: out of luck",
         "NOT TIMED 5x8 f32 nchw forward and 1 more by ours: too odd",
-        "NOT SEEN what is launched for 7x8 f32 nchw forward by ours: AttributeError: n_regs",
+        "LAUNCHES UNKNOWN of 7x8 f32 nchw forward by ours: AttributeError: n_regs",
     ]
 
 
 def test_a_peer_that_is_not_installed_is_named(capsys, monkeypatch, tmp_path):
     absent = replace(NUMPY, name="another", ours=False, modules=("no_such_module.at_all",))
-    monkeypatch.setattr(implementations, "SUBJECTS", [NUMPY, absent])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [NUMPY, absent])
     assert main([*TINY, "--shapes", "4x8", "--ops", "eval", "--out", str(tmp_path)]) == 0
     assert "another: not installed: no_such_module.at_all" in capsys.readouterr().out
 
@@ -357,10 +362,10 @@ def test_peers_can_be_left_out(tmp_path, capsys):
 
 
 def test_names_of_subjects_are_unique_and_their_adapters_exist():
-    names = [subject.name for subject in implementations.SUBJECTS]
+    names = [implementation.name for implementation in implementations.IMPLEMENTATIONS]
     assert len(set(names)) == len(names)
-    assert {subject.adapter for subject in implementations.SUBJECTS} <= set(testing.ADAPTERS)
-    assert {s.adapter for s in implementations.SUBJECTS if s.ours} <= set(registry.NAMES)
+    assert {implementation.adapter for implementation in implementations.IMPLEMENTATIONS} <= set(testing.ADAPTERS)
+    assert {s.adapter for s in implementations.IMPLEMENTATIONS if s.ours} <= set(registry.NAMES)
 
 
 def test_layers_are_summed_as_often_as_the_network_has_them():
@@ -411,7 +416,7 @@ def test_a_peer_that_threads_slow_down_is_flagged():
 def test_a_copy_that_moves_is_flagged(monkeypatch, tmp_path):
     bandwidths = iter([4e9, 2e9])
     monkeypatch.setattr(run, "cpu_copy_bandwidth", lambda _: next(bandwidths))
-    monkeypatch.setattr(implementations, "SUBJECTS", [NUMPY])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [NUMPY])
     line = ["bench", "--device", "cpu", "--seconds", "0.001", "--shapes", "4x8", "--ops", "eval"]
     assert main([*line, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "report.json").read_text())
@@ -424,4 +429,4 @@ def test_a_copy_that_moves_is_flagged(monkeypatch, tmp_path):
     [(0.0123456, "0.0123"), (1, "1.00"), (12.34, "12.3"), (999.7, "1000"), (21000.4, "21000"), (0, "0")],
 )
 def test_three_digits(number, text):
-    assert report.three(number) == text
+    assert report.three_digits(number) == text

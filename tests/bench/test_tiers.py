@@ -10,21 +10,21 @@ from gpu_bn import plan
 from gpu_bn.bench import cases, model, tiers
 
 
-def race(shape, **seconds):
-    return tiers.Race(cases.Case(shape, operation=cases.OPERATIONS["backward"]), "gpu_bn cupy", seconds)
+def times_of(shape, **seconds):
+    return tiers.TierTimes(cases.Case(shape, operation=cases.OPERATIONS["backward"]), "gpu_bn cupy", seconds)
 
 
 def test_thresholds_are_fitted_to_the_fastest_tiers():
     """On a device where a block that has a channel to itself is always the fastest, less must do to choose it."""
     device = plan.DEVICES["a100"]
-    raced = [race((32, channels, 14, 14), cta=1.0, split=2.0) for channels in (16, 32, 64, 128, 256)]
-    best = tiers.fit(raced, device)
-    assert tiers.mean_lost(raced, device, best) < tiers.mean_lost(raced, device, plan.THRESHOLDS)
+    times = [times_of((32, channels, 14, 14), cta=1.0, split=2.0) for channels in (16, 32, 64, 128, 256)]
+    best = tiers.fit(times, device)
+    assert tiers.mean_slowdown(times, device, best) < tiers.mean_slowdown(times, device, plan.THRESHOLDS)
     (name,) = (
         field.name for field in fields(best) if getattr(best, field.name) != getattr(plan.THRESHOLDS, field.name)
     )
     assert name in ("fill", "vectors_per_thread")  # a lower share of SMs, or more work a thread, makes blocks enough
-    text = tiers.thresholds_text(raced, device, best, tiers.decided(raced, device, best))
+    text = tiers.thresholds_text(times, device, best, tiers.decided(times, device, best))
     assert re.search(rf"\n    {name}: \w+ = {getattr(best, name)}  # was {getattr(plan.THRESHOLDS, name)}", text)
     assert "    usable_l2: float = 0.5  # not decided by these cases\n" in text  # nothing asks for another
     for field in fields(plan.Thresholds):  # the whole table is printed
@@ -55,16 +55,16 @@ def test_a_crossover_that_was_planted_is_found(name, threshold, value):
         ["resnet50-32", "mobilenetv2", "unet2d", "mlp"], ["f16", "f32"], ["nchw", "nhwc"],
         ["forward", "backward"],
     )  # fmt: skip
-    raced = [planted(case, device, plan.plan(model.work_of(case), device, None, truth).tier) for case in found]
-    assert tiers.mean_lost(raced, device, plan.THRESHOLDS) > 1
-    best = tiers.fit(raced, device)
+    times = [planted_times(case, device, plan.plan(model.work_of(case), device, None, truth).tier) for case in found]
+    assert tiers.mean_slowdown(times, device, plan.THRESHOLDS) > 1
+    best = tiers.fit(times, device)
     assert best == truth
-    assert threshold in tiers.decided(raced, device, best)
-    text = tiers.thresholds_text(raced, device, best, tiers.decided(raced, device, best))
+    assert threshold in tiers.decided(times, device, best)
+    text = tiers.thresholds_text(times, device, best, tiers.decided(times, device, best))
     assert f"    {threshold}: {type(getattr(plan.THRESHOLDS, threshold)).__name__} = {value}  # was " in text
 
 
-def planted(case, device, fastest):
+def planted_times(case, device, fastest):
     served = []
     for tier in plan.TIERS:
         try:
@@ -72,44 +72,44 @@ def planted(case, device, fastest):
             served.append(tier)
         except plan.NoPlanError:
             continue
-    return tiers.Race(case, tiers.FITTED_BY, {tier: 1.0 if tier == fastest else 2.0 for tier in served}, fastest)
+    return tiers.TierTimes(case, tiers.FITTED_BY, {tier: 1.0 if tier == fastest else 2.0 for tier in served}, fastest)
 
 
 def test_ranges_of_tiers_end_where_they_cross_over():
     def of(size, by="gpu_bn triton", **seconds):
-        return tiers.Race(cases.Case((size, 64, 8, 8)), by, seconds)
+        return tiers.TierTimes(cases.Case((size, 64, 8, 8)), by, seconds)
 
-    raced = [
+    times = [
         of(4, cta=1.0, split=2.0), of(2, cta=1.0, split=3.0), of(8, cta=1.02, split=1.0), of(16, cta=1.5, split=1.0),
         of(32, cta=2.0, split=1.0), of(4, by="gpu_bn cupy", cta=1.0),
     ]  # fmt: skip
     size = 64 * 8 * 8 * 4
-    assert tiers.ranges(raced) == [
+    assert tiers.ranges(times) == [
         ("gpu_bn cupy", "f32 nchw forward", "cta", 4 * size, 4 * size),
         ("gpu_bn triton", "f32 nchw forward", "cta", 2 * size, 8 * size),  # 2 % are no crossover
         ("gpu_bn triton", "f32 nchw forward", "split", 16 * size, 32 * size),
     ]
-    rows = str(tiers.ranges_table(raced)).splitlines()
+    rows = str(tiers.ranges_table(times)).splitlines()
     assert rows[0] == "Crossovers: the fastest tier"
     assert rows[4].split() == ["gpu_bn", "triton", "f32", "nchw", "forward", "cta", "32.77", "kB", "131.1", "kB"]
 
 
 def test_a_tier_that_is_better_unforced_counts_as_it_is_launched():
     forced = [timed("gpu_bn cupy cta", 3.0), timed("gpu_bn cupy split", 2.0, "split")]
-    (found,) = tiers.races(forced, [timed("gpu_bn cupy", 1.0), timed("gpu_bn triton", 0.1)])
+    (found,) = tiers.tier_times(forced, [timed("gpu_bn cupy", 1.0), timed("gpu_bn triton", 0.1)])
     assert found.seconds == {"cta": 1.0, "split": 2.0}
-    assert (found.chosen, found.fastest, found.lost(found.chosen)) == ("cta", "cta", 1.0)
+    assert (found.chosen, found.fastest, found.slowdown(found.chosen)) == ("cta", "cta", 1.0)
 
 
 def test_thresholds_that_choose_the_fastest_stay():
-    raced = [race((32, 256, 14, 14), cta=1.0, split=2.0), race((256, 64, 112, 112), split=1.0)]
-    assert tiers.fit(raced, plan.DEVICES["a100"]) == plan.THRESHOLDS
-    assert raced[0].lost("cooperative") == 2.0  # not timed: as bad as the worst
+    times = [times_of((32, 256, 14, 14), cta=1.0, split=2.0), times_of((256, 64, 112, 112), split=1.0)]
+    assert tiers.fit(times, plan.DEVICES["a100"]) == plan.THRESHOLDS
+    assert times[0].slowdown("cooperative") == 2.0  # not timed: as bad as the worst
 
 
-def test_a_backend_that_took_another_tier_is_in_no_race():
+def test_a_backend_that_took_another_tier_does_not_count():
     results = [timed("gpu_bn triton cta", 1.0), timed("gpu_bn triton cooperative", 0.5, "split")]
-    (found,) = tiers.races(results)
+    (found,) = tiers.tier_times(results)
     assert found.seconds == {"cta": 1.0}
     (*_, text), kept = tiers.crossovers([], results, plan.DEVICES["a100"])
     assert "Thresholds for plan.py, as they are: fitting takes several tiers of gpu_bn cupy, timed\n" in text
@@ -125,10 +125,13 @@ def test_forced_tiers_are_in_the_picture(tmp_path):
 
     plain = timed("gpu_bn cupy", 1e-3)
     forced = [timed(f"gpu_bn cupy {tier}", 1e-3, tier) for tier in ("cta", "split")]
-    assert {figures._group(result) for result in [plain, *forced]} == {("gpu_bn cupy", "cta"), ("gpu_bn cupy", "split")}
+    assert {figures._backend_and_tier(result) for result in [plain, *forced]} == {
+        ("gpu_bn cupy", "cta"),
+        ("gpu_bn cupy", "split"),
+    }
     assert set(plan.TIERS) < set(figures.TIERS_SHOWN)
     assert len(figures.TIERS_SHOWN) <= len(figures.COLOURS)
     plain.ratios["cold"] = {}
     ceilings = [figures.Ceiling("a copy", 1e9)]
-    assert figures.draw([plain], ceilings, tmp_path, forced) == [tmp_path / "roofline.png"]  # there is no peer
+    assert figures.draw([plain, *forced], ceilings, tmp_path) == [tmp_path / "roofline.png"]  # there is no peer
     assert figures.draw([], [], tmp_path) == []

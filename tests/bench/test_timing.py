@@ -25,18 +25,18 @@ class Ticking:
 
 def test_samples_of_several_calls_are_taken_in_turn():
     timer, calls = Ticking(), {"a": lambda: 2.0, "b": lambda: 4.0}
-    found = timing.measure(calls, timer, "wall", seconds=1e-9)
+    found = timing.take_samples(calls, timer, "wall", seconds=1e-9)
     assert len(found.seconds["a"]) == timing.LEAST_ROUNDS
     assert timer.order[:4] == [calls["b"], calls["a"], calls["a"], calls["b"]]
     assert found.ratio("a", "b") == 0.5
-    assert timing.measure(calls, timer, "wall", seconds=0).seconds == {"a": [2.0], "b": [4.0]}
+    assert timing.take_samples(calls, timer, "wall", seconds=0).seconds == {"a": [2.0], "b": [4.0]}
 
 
 def test_a_call_that_fails_while_it_is_timed_leaves_the_others():
     def fail():
         raise MemoryError("no more\nof it")
 
-    found = timing.measure({"a": lambda: 1.0, "b": fail}, Ticking(), "wall", seconds=0)
+    found = timing.take_samples({"a": lambda: 1.0, "b": fail}, Ticking(), "wall", seconds=0)
     assert found.seconds == {"a": [1.0]}
     assert found.errors == {"b": "MemoryError: no more"}
 

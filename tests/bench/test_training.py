@@ -85,9 +85,10 @@ def test_agreement_is_as_close_as_torch_itself_is(monkeypatch):
         return make
 
     monkeypatch.setattr(
-        training, "variants", lambda _: iter([("torch, eager", off_by(0.1)), ("gpu_bn, eager", off_by(0.15)),
-                                              ("gpu_bn, fused, eager", off_by(0.3))])
-    )  # fmt: skip
+        training,
+        "variants",
+        lambda _: {"torch": off_by(0.1), "gpu_bn": off_by(0.15), "gpu_bn, fused": off_by(0.3)},
+    )
     monkeypatch.setattr(training, "resnet18", partial(training.resnet18, width=8, classes=10))
     refused = [row.refused for row in training.train("cpu", 0, True, SMALL)]
     assert refused == ["", "", "wrong: the first gradient is off by 0.3 of its norm"]
@@ -95,7 +96,7 @@ def test_agreement_is_as_close_as_torch_itself_is(monkeypatch):
 
 def test_what_fails_for_torch_too_is_no_failure_of_ours():
     def row(name, refused):
-        return training.Trained(name, None, None, refused)
+        return training.TrainingResult(name, None, None, refused)
 
     rows = [row("torch, eager", ""), row("torch, compiled", "no C++ compiler"), row("gpu_bn, eager", "wrong"),
             row("gpu_bn, compiled", "no C++ compiler"), row("gpu_bn, fused, eager", "")]  # fmt: skip
@@ -103,7 +104,7 @@ def test_what_fails_for_torch_too_is_no_failure_of_ours():
 
 
 def test_the_variants():
-    assert [name for name, _ in training.variants(eager=False)] == [
+    assert list(training.variants(eager=False)) == [
         f"{layers}, {how}" for layers in ("torch", "gpu_bn", "gpu_bn, fused") for how in ("eager", "compiled")
     ]
 

@@ -95,10 +95,8 @@ def test_the_probe_makes_one_call_between_start_and_stop(monkeypatch):
     gpu = Clocked()
     monkeypatch.setattr(gpus, "find", lambda: (gpu, ""))
     counting = replace(NUMPY, name="counting", build=lambda *_: lambda: gpu.done_things.append("call"))
-    monkeypatch.setattr(profiled, "SUBJECTS", [counting])
-    monkeypatch.setattr(
-        profiled, "_profiler", lambda _: [lambda name=n: gpu.done_things.append(name) for n in ("on", "off")]
-    )
+    monkeypatch.setattr(profiled, "IMPLEMENTATIONS", [counting])
+    gpu.profiler = lambda: [lambda name=n: gpu.done_things.append(name) for n in ("on", "off")]
     profiled.main(["4x8", "f32", "nc", "forward", "counting"])
     assert gpu.done_things == ["call", "call", "flush", "on", "call", "off"]
     monkeypatch.setattr(gpus, "find", lambda: (None, "no GPU here"))

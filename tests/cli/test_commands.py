@@ -321,13 +321,14 @@ def test_values_out_of_range_are_refused(line, capsys):
 @pytest.mark.parametrize(
     ("command", "option", "place", "says"),
     [
-        ("bench", "--out", "file", "is not a folder, the report needs one"),
-        ("bench", "--out", "file/inside", "is not a folder, the report needs one"),
-        ("bench", "--page", "", "is a folder, the page needs the name of a file"),
-        ("demo", "--out", "", "is a folder, the figure needs the name of a file"),
+        ("bench", "--out", "file", "is not a folder, expected one for the report"),
+        ("bench", "--out", "file/inside", "is not a folder, expected one for the report"),
+        ("bench", "--page", "", "is a folder, expected the name of a file for the page"),
+        ("demo", "--out", "", "is a folder, expected the name of a file for the figure"),
         ("demo", "--out", "picture", "names no picture format, expected one of "),
         ("demo", "--out", "picture.xyz", "names no picture format, expected one of "),
-        ("check", "--json", "", "is a folder, the results needs the name of a file"),
+        ("check", "--json", "", "is a folder, expected the name of a file for the results"),
+        ("info", "--json", "", "is a folder, expected the name of a file for the facts"),
     ],
 )
 def test_outputs_are_checked_before_the_work(command, option, place, says, capsys, tmp_path):

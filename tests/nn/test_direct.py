@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_bn import nn
+from gpu_bn.activations import IDENTITY, Activation
+from gpu_bn.call import Call, Options
 from gpu_bn.nn import functional
 from gpu_bn.nn.operators import (
     autograd,
@@ -93,23 +95,26 @@ USUAL = {"input": X, "running_mean": VECTOR, "running_var": VECTOR, "weight": VE
 
 
 def is_ordinary(training, given):
-    vectors = tuple(given[name] for name in NAMES[1:])
-    others = (given["residual"], given["counter"], training, given["momentum"], given["eps"])
-    return functional._ordinary(given["input"], vectors, *others)
+    return functional._ordinary(*call_of(training, given))
+
+
+def call_of(training, given, activation=IDENTITY):
+    """A call and its options."""
+    names = ("input", "weight", "bias", "residual", "running_mean", "running_var", "counter")
+    return Call(*[given[name] for name in names]), Options(training, given["momentum"], given["eps"], activation)
 
 
 def is_quick(training, given):
     """Whether such a call, with statistics of its own, was made by the quickest way."""
     own = [one.clone() if one is VECTOR else one for one in (given["running_mean"], given["running_var"])]
     given.update(running_mean=own[0], running_var=own[1])
-    others = (given["momentum"], given["eps"], given["residual"], "relu", 0.0, given["counter"] if training else None)
-    return cpu_calls.call(given["input"], *own, given["weight"], given["bias"], training, *others) is not None
+    given.update(counter=given["counter"] if training else None)
+    return cpu_calls.forward(*call_of(training, given, Activation("relu"))) is not None
 
 
 def is_refused(training, given):
-    vectors = tuple(given[name] for name in NAMES[1:])
     try:
-        functional.check(given["input"], *vectors, training, given["momentum"], given["eps"], given["residual"])
+        functional.check(*call_of(training, given))
     except Exception:
         return True
     return False
@@ -136,15 +141,15 @@ def test_it_lets_through_nothing_that_is_refused(training, takes):
 def test_usual_calls_take_it(monkeypatch, quick):
     taken, nothing = [], lambda *_: None
     way = cpu_calls if quick else autograd
-    of_old = cpu_calls.call if quick else autograd.direct
+    of_old = cpu_calls.forward if quick else autograd.direct
 
     def noted(*arguments):
         y = of_old(*arguments)
         taken.append(y is not None)
         return y
 
-    monkeypatch.setattr(cpu_calls, "call", nothing)
-    monkeypatch.setattr(way, "call" if quick else "direct", noted)
+    monkeypatch.setattr(cpu_calls, "forward", nothing)
+    monkeypatch.setattr(way, "forward" if quick else "direct", noted)
     x = data(4, 3, 5, 6).requires_grad_()
     options = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"activation": "relu"}]
     layers = [nn.BatchNorm2d(3, **option) for option in options]

@@ -12,6 +12,8 @@ from support import sync_scenarios as scenarios
 from support.interpreter import interpreted
 from support.processes import launch, once, results
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gpu_bn import nn
 from gpu_bn.merge import Pool
@@ -328,6 +330,34 @@ def test_packets_have_one_size_and_hold_any_report(channels):
     assert packets.shape == (wire.packets_of(len(report)), wire.HEADER + wire.ROOM)
     found = [wire.compare(gathered(packet, packet), "") for packet in packets]
     assert torch.equal(wire.unpack(found, channels), torch.stack((report, report)))
+
+
+class Operations(TorchDispatchMode):
+    """Note the devices of the tensors that each operation takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self.devices.setdefault(str(operation), set()).update(tensor.device.type for tensor in tensors)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_packet_on_a_gpu_takes_nothing_from_the_memory_of_the_host():
+    """A captured CUDA graph refuses such a copy, and others wait for the GPU. Here ``meta`` is not the CPU either."""
+    report = torch.arange(3000, dtype=torch.float64)
+    on_gpu = report.to("meta")
+    with Operations() as operations:
+        wire._pack(on_gpu, "", SIGNATURE)
+    assert set.union(*operations.devices.values()) == {"meta"}
+    packets = wire.pack(report, "", SIGNATURE)
+    heads = packets[:, : wire.HEADER]
+    written = torch.zeros_like(packets)
+    wire.write_heads(written, heads.tolist(), by_arguments=True)
+    assert torch.equal(written[:, : wire.HEADER], heads)
+    assert not written[:, wire.HEADER :].any()
 
 
 def test_torchs_layers_merge_with_activations_and_fold():

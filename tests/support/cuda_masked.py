@@ -12,6 +12,7 @@ import numpy as np
 
 from gpu_bn.activations import Activation
 from gpu_bn.backends.layout import Layout
+from gpu_bn.call import Call
 from gpu_bn.plan import Work
 from gpu_bn.spec import BatchNormSpec
 from gpu_bn.testing import Case, Problem, build
@@ -147,13 +148,12 @@ def run(gpu, problem: Problem, valid: np.ndarray | None, groups: int = 1) -> dic
     send, receive = ADAPTERS["cupy"]
     names = ("running_mean", "running_var", "weight", "bias", "residual")
     sent = [None if (a := getattr(problem, name)) is None else send(a.copy("K")) for name in names]
-    y, saved = gpu.backend.forward(
+    call = Call(
         send(problem.x),
-        spec_of(problem, groups),
-        *sent,
-        None,
         valid=send(valid) if type(valid) is np.ndarray else valid,
+        **dict(zip(names, sent, strict=True)),
     )
+    y, saved = gpu.backend.forward(call, spec_of(problem, groups))
     need = EVERYTHING - {f"d{name}" for name, array in zip(names, sent, strict=True) if array is None}
     grads = gpu.backend.backward(send(problem.dy), saved, need)
     found = {"y": y, "mean": saved.mean, "rstd": saved.rstd}

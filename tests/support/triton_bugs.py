@@ -34,11 +34,13 @@ class Bug:
     chain: int = programs.CHAIN
 
 
-COMMON, FORWARD, BACKWARD, ACTIVATIONS = (f"{name}.py" for name in ("common", "forward", "backward", "activations"))
+ACCESSES, STATISTICS, FORWARD, BACKWARD, ACTIVATIONS = (
+    f"{name}.py" for name in ("accesses", "statistics", "forward", "backward", "activations")
+)
 BUGS = [
     Bug(
         "mask of the tail dropped",
-        COMMON,
+        ACCESSES,
         "known = (position < last)[:, None]",
         "known = (position < position + 1)[:, None]",
         "out of bounds",
@@ -47,7 +49,7 @@ BUGS = [
     ),
     Bug(
         "mask of the channels dropped",
-        COMMON,
+        ACCESSES,
         "tl.arange(0, LANES * VEC) // VEC < row)",
         "tl.arange(0, LANES * VEC) // VEC < row + LANES)",
         "out of bounds",
@@ -64,29 +66,29 @@ BUGS = [
     ),
     Bug(
         "last position of a share forgotten",
-        COMMON,
+        ACCESSES,
         "tl.minimum(first + share, positions)",
         "tl.minimum(first + share - 1, positions)",
         "y[",
     ),
     Bug(
         "last block not merged",
-        COMMON,
+        STATISTICS,
         "there = i < blocks\n            place = i * channels + channel\n        means",
         "there = i < blocks - 1\n            place = i * channels + channel\n        means",
         "y[",
     ),
     Bug(
         "sums of the last block not merged",
-        COMMON,
+        STATISTICS,
         "there = i < blocks\n            place = i * channels + channel\n        sum_dz",
         "there = i < blocks - 1\n            place = i * channels + channel\n        sum_dz",
         "dx[",
     ),
-    Bug("spread between blocks forgotten", COMMON, "n * (variances + apart * apart)", "n * variances", "y["),
+    Bug("spread between blocks forgotten", STATISTICS, "n * (variances + apart * apart)", "n * variances", "y["),
     Bug(
         "sums of raw numbers",
-        COMMON,
+        STATISTICS,
         'return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)',
         "return mean * 0.0",
         "y[",
@@ -96,7 +98,7 @@ BUGS = [
     ),
     Bug(
         "overflow not noticed",
-        COMMON,
+        STATISTICS,
         "overflow = whole &",
         "overflow = (whole == 0) & whole &",
         "y[",
@@ -104,14 +106,19 @@ BUGS = [
     ),
     Bug(
         "underflow not noticed",
-        COMMON,
+        STATISTICS,
         "underflow = whole &",
         "underflow = (whole == 0) & whole &",
         "y[",
         Case((3, 2, 111), mean=1e-22, std=1e-22, eps=1e-50),
     ),
     Bug(
-        "mean rounded to float32", COMMON, "rest = mean - centre.to(tl.float64)", "rest = mean * 0.0", "y[", LARGE_MEAN
+        "mean rounded to float32",
+        STATISTICS,
+        "rest = mean - centre.to(tl.float64)",
+        "rest = mean * 0.0",
+        "y[",
+        LARGE_MEAN,
     ),
     Bug(
         "biased running variance",
@@ -139,7 +146,7 @@ BUGS = [
     ),
     Bug(
         "bits in the wrong order",
-        COMMON,
+        ACCESSES,
         ">> tl.arange(0, VEC)[None, None, :]",
         ">> (VEC - 1 - tl.arange(0, VEC))[None, None, :]",
         "dx[",
@@ -174,7 +181,7 @@ BUGS = [
     ),
     Bug(
         "chains that overlap",
-        COMMON,
+        STATISTICS,
         "end = tl.minimum(begin + CHAIN * POSITIONS, last)",
         "end = last",
         "y[",

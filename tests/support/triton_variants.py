@@ -318,7 +318,7 @@ MATHS = ("where", "abs", "exp", "expm1", "tanh", "sigmoid", "sigmoid_slope", "no
 def _definitions() -> Definitions:
     """Those in the kernels' files."""
     found: list[tuple[list[str], str]] = []
-    for file in sorted(KERNELS.glob("*_triton.py")):
+    for file in sorted(KERNELS.glob("*.py")):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.FunctionDef):
                 if ast.get_docstring(node) is not None and len(node.body) > 1:

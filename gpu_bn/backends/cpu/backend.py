@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from gpu_bn.activations import IDENTITY
-from gpu_bn.backends.cpu import call, pieces
+from gpu_bn.backends.cpu import launch, pieces
 from gpu_bn.backends.cpu.arrays import Arrays, NumpyArrays
-from gpu_bn.backends.protocol import Moments, Saved, Sums
+from gpu_bn.backends.protocol import Grads, Moments, Saved, Sums
+from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -36,79 +37,38 @@ class CpuBackend:
         """:mod:`gpu_bn.backends.cpu.doors`, for tensors."""
 
     # ------------------------------------------------------------------------------------------------- whole calls
-    def forward(
-        self,
-        x: Array,
-        spec: BatchNormSpec,
-        running_mean: Array | None,
-        running_var: Array | None,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        out: Array | None,
-        valid: Array | None = None,
-        keep: bool = True,
-    ) -> tuple[Array, Saved]:
-        assert valid is None
-        y = self.arrays.empty_like(x) if out is None else out
-        dtypes = [None if one is None else one.dtype for one in (weight, bias)]
-        if keep or out is not None:  # which may hold parameters
+    def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True) -> tuple[Array, Saved]:
+        assert call.valid is None
+        in_place = call.out is not None
+        weight, bias, y = call.weight, call.bias, self.arrays.empty_like(call.x) if call.out is None else call.out
+        if keep or in_place:  # out may hold parameters
             weight, bias = (None if one is None else self.vector(one) for one in (weight, bias))
-        moments = self._forward(x, spec, (weight, bias, running_mean, running_var), residual, y, out is not None)
-        return y, Saved(
-            x=x,
-            residual=None if spec.activation.is_identity else residual,
-            moments=moments,
-            weight=weight,
-            bias=bias,
-            weight_dtype=dtypes[0],
-            bias_dtype=dtypes[1],
-            has_residual=residual is not None,
-            spec=spec,
-        )
+        running = (call.running_mean, call.running_var)
+        moments = self._forward(Call(call.x, weight, bias, call.residual, *running, out=y), spec, in_place)
+        return y, _saved(call, spec, moments, weight, bias)
 
-    def forward_at_once(
-        self,
-        x: Array,
-        spec: BatchNormSpec,
-        running_mean: Array | None,
-        running_var: Array | None,
-        counter: Array | None,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-    ) -> tuple[Array, Saved] | None:
+    def forward_at_once(self, call: Call, spec: BatchNormSpec) -> tuple[Array, Saved] | None:
         """:meth:`forward` of torch's tensors, where one call into C, the last, writes the statistics and the counter.
 
         What it keeps are the parameters themselves, no copies. ``None``, and nothing done, where it cannot.
         """
-        activation, y = spec.activation, self.arrays.empty_like(x)
-        found = call.forward(
-            self.arrays, x, spec.axis, spec.batch_stats, float(spec.momentum), spec.eps, activation.name,
-            activation.parameter, (weight, bias, running_mean, running_var), residual, y, False, counter, at_once=True,
-            fresh=True,
-        )  # fmt: skip
-        if found is None:
-            return None
-        weight_dtype, bias_dtype = (None if one is None else one.dtype for one in (weight, bias))
-        kept = None if activation.is_identity else residual
-        moments = Moments(found[2], found[0], found[1])
-        return y, Saved(x, kept, moments, weight, bias, weight_dtype, bias_dtype, residual is not None, spec)
+        y = self.arrays.empty_like(call.x)
+        found = launch.forward(self.arrays, call._replace(out=y), spec, at_once=True, fresh=True)
+        return found and (y, _saved(call, spec, Moments(found[2], found[0], found[1]), call.weight, call.bias))
 
-    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
-        arrays, channels = self.arrays, saved.x.shape[saved.spec.axis]
-        dx = arrays.empty_like(saved.x) if "dx" in need else None
-        dresidual = added = None
-        if "dresidual" in need and saved.spec.activation.is_identity:
-            dresidual = self.copy(dy, saved.x)
-        elif "dresidual" in need:
-            dresidual = added = arrays.empty_like(saved.x)
-        dweight = arrays.empty((channels,), saved.weight_dtype) if "dweight" in need else None
-        dbias = arrays.empty((channels,), saved.bias_dtype) if "dbias" in need else None
-        sums = dweight is not None or dbias is not None or (dx is not None and saved.spec.batch_stats)
-        if sums or dx is not None or added is not None:
-            self._backward(dy, saved, sums, dx, added, (dweight, dbias), fresh=True)
-        return dx, dweight, dbias, dresidual
+    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
+        arrays, channels, identity = self.arrays, saved.x.shape[saved.spec.axis], saved.spec.activation.is_identity
+        copied = "dresidual" in need and identity
+        grads = Grads(
+            dx=arrays.empty_like(saved.x) if "dx" in need else None,
+            dweight=arrays.empty((channels,), saved.weight_dtype) if "dweight" in need else None,
+            dbias=arrays.empty((channels,), saved.bias_dtype) if "dbias" in need else None,
+            dresidual=arrays.empty_like(saved.x) if "dresidual" in need and not identity else None,
+        )
+        sums = bool(need & {"dweight", "dbias"}) or ("dx" in need and saved.spec.batch_stats)
+        if sums or grads.dx is not None or grads.dresidual is not None:
+            self._backward(dy, saved, grads, sums, fresh=True)
+        return grads._replace(dresidual=self.copy(dy, saved.x)) if copied else grads
 
     # ------------------------------------------------------------------------------------------------------- phases
     def vector(self, array: Array) -> Array:
@@ -138,7 +98,7 @@ class CpuBackend:
         count = math.prod(x.shape) // max(x.shape[axis], 1)
         if count and x.shape[axis]:
             spec = BatchNormSpec(axis, True, 0.0, 1.0, IDENTITY)
-            moments = self._forward(x, spec, (None, None, None, None), None, None, valid=valid)
+            moments = self._forward(Call(x, valid=valid), spec)
         else:
             zeros = self.arrays.zeros((2, x.shape[axis]), self.arrays.float64)
             moments = Moments(count, zeros[0], zeros[1])
@@ -148,7 +108,7 @@ class CpuBackend:
         momentum = float(momentum)
         mean, var = self.vector(running_mean), self.vector(running_var)
         for part in moments.parts(len(moments.mean) // max(len(mean), 1)):
-            count = _number(part.count)
+            count = launch.number(part.count)
             if count:
                 mean = (1.0 - momentum) * mean + momentum * part.mean
                 var = (1.0 - momentum) * var + momentum * (part.var * (count / max(count - 1.0, 1.0)))
@@ -161,9 +121,9 @@ class CpuBackend:
         cut = pieces.Pieces(self.arrays, first.x, spec.axis, first.valid, 1 if residual is None else 2)
         for at, part in parts:
             added = None if residual is None else residual[at]
-            call = part.x, spec, (part.weight, part.bias, part.mean, part.moments.var), added, out[at]
-            if part.valid is not None or self.kernels(*call, in_place=True) is None:
-                pieces.write(self, cut, *call, part.valid)
+            call = Call(part.x, part.weight, part.bias, added, part.mean, part.moments.var, None, part.valid, out[at])
+            if part.valid is not None or self.kernels(call, spec, in_place=True) is None:
+                pieces.write(self, cut, call, spec)
 
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         if saved.spec.groups > 1:
@@ -177,7 +137,7 @@ class CpuBackend:
                 there = pieces.Pieces(self.arrays, dy, saved.spec.axis, saved.valid, 1)
                 for at in there:
                     there.put(dz, at, there.take(dy, at))
-        return self._backward(dy, saved, True, None, added)
+        return self._backward(dy, saved, Grads(dresidual=added), sums=True)
 
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         if saved.spec.groups > 1:
@@ -186,62 +146,32 @@ class CpuBackend:
                 own = slice(i * length, (i + 1) * length)
                 self.backward_input(dy[at], part, sums and Sums(sums.dz[own], sums.dz_xhat[own]), out[at])
             return
-        self._backward(dy, saved, False, out, None, given=sums)
+        self._backward(dy, saved, Grads(dx=out), sums=False, given=sums)
 
     # ------------------------------------------------------------------------------------------------------ the rest
-    def _forward(
-        self,
-        x: Array,
-        spec: BatchNormSpec,
-        vectors: tuple[Array | None, Array | None, Array | None, Array | None],
-        residual: Array | None,
-        y: Array | None,
-        in_place: bool = False,
-        valid: Array | None = None,
-    ) -> Moments:
-        """Write y, if it is given, and move the running statistics, after weight and bias in ``vectors``."""
-        found = self.kernels(x, spec, vectors, residual, y, in_place) if valid is None else None
-        return found or pieces.forward(self, x, spec, vectors, residual, y, valid)
+    def _forward(self, call: Call, spec: BatchNormSpec, in_place: bool = False) -> Moments:
+        """Write ``call.out``, if it is given, and move the running statistics."""
+        found = self.kernels(call, spec, in_place) if call.valid is None else None
+        return found or pieces.forward(self, call, spec)
 
-    def kernels(
-        self,
-        x: Array,
-        spec: BatchNormSpec,
-        vectors: tuple[Array | None, Array | None, Array | None, Array | None],
-        residual: Array | None,
-        y: Array | None,
-        in_place: bool,
-    ) -> Moments | None:
-        """:meth:`_forward` by kernels alone; ``None``, and nothing done, as of :func:`call.forward`."""
-        activation, options = spec.activation, (spec.axis, spec.batch_stats, float(spec.momentum), spec.eps)
-        found = call.forward(
-            self.arrays, x, *options, activation.name, activation.parameter, vectors, residual, y, in_place
-        )
+    def kernels(self, call: Call, spec: BatchNormSpec, in_place: bool) -> Moments | None:
+        """:meth:`_forward` by kernels alone; ``None``, and nothing done, as of :func:`launch.forward`."""
+        found = launch.forward(self.arrays, call, spec, in_place)
         return found and Moments(found[2], found[0], found[1])
 
     def _backward(
-        self,
-        dy: Array,
-        saved: Saved,
-        sums: bool,
-        dx: Array | None,
-        dresidual: Array | None,
-        gradients: tuple[Array | None, Array | None] = (None, None),
-        given: Sums | None = None,
-        fresh: bool = False,
+        self, dy: Array, saved: Saved, grads: Grads, sums: bool, given: Sums | None = None, fresh: bool = False
     ) -> Sums:
         """Write the gradients that are given, and return the sums: those given, or computed if ``sums``.
 
         ``fresh``: dx and dresidual are new, like x.
         """
-        spec, activation = saved.spec, saved.spec.activation
-        vectors = (saved.weight, saved.bias, self._double(saved.mean), self._double(saved.moments.var))
-        known = None if given is None else (self._double(given.dz), self._double(given.dz_xhat))
-        found = saved.valid is None and call.backward(
-            self.arrays, saved.x, spec.axis, spec.batch_stats, spec.eps, activation.name, activation.parameter, vectors,
-            _number(saved.positions), saved.residual, dy, dx, dresidual, gradients, sums, known, fresh,
-        )  # fmt: skip
-        return Sums(*found) if found else pieces.backward(self, dy, saved, sums, dx, dresidual, gradients, given)
+        moments, known = saved.moments, None if given is None else Sums(*map(self._double, given))
+        dense = replace(moments, mean=self._double(moments.mean), var=self._double(moments.var))
+        if dense.mean is not moments.mean or dense.var is not moments.var:
+            saved = replace(saved, moments=dense)
+        found = None if saved.valid is not None else launch.backward(self.arrays, saved, dy, grads, sums, known, fresh)
+        return Sums(*found) if found else pieces.backward(self, dy, saved, grads, sums, given)
 
     def _double(self, vector: Array) -> Array:
         """A float64 vector as a dense one."""
@@ -254,6 +184,8 @@ class CpuBackend:
         return Moments(count[0] if isinstance(count[0], int) else together(count), together(mean), together(var))
 
 
-def _number(count: Any) -> float:
-    """A count, which may be an array of one."""
-    return float(count if isinstance(count, int) else count.item())
+def _saved(call: Call, spec: BatchNormSpec, moments: Moments, weight: Array | None, bias: Array | None) -> Saved:
+    """What a call keeps that has used this weight and bias."""
+    weight_dtype, bias_dtype = (None if one is None else one.dtype for one in (call.weight, call.bias))
+    residual = None if spec.activation.is_identity else call.residual
+    return Saved(call.x, residual, moments, weight, bias, weight_dtype, bias_dtype, call.residual is not None, spec)

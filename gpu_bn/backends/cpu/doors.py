@@ -1,6 +1,6 @@
 """torch's tensors to their kernel in one call of a builtin function; see :mod:`gpu_bn.kernels.cpu.doors`.
 
-Where there is no such function for a call, or it refuses, :mod:`gpu_bn.backends.cpu.call` serves it.
+Where there is no such function for a call, or it refuses, :mod:`gpu_bn.backends.cpu.launch` serves it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_bn.backends.cpu import call, pages, plans, threads
+from gpu_bn.backends.cpu import launch, pages, plans, threads
 from gpu_bn.backends.cpu.tensors import TENSORS
 from gpu_bn.kernels.cpu import doors as compiled
 from gpu_bn.spec import MAX_RANK, MIN_RANK
 
-scratch_address = call.scratch_address
+scratch_address = launch.scratch_address
 METH_FASTCALL = 0x80
 RELEASES = 1 << 16
 """Bytes from which on other threads of Python's may run during a call."""
@@ -54,7 +54,7 @@ def forward(x: Tensor, residual: Tensor | None, trains: bool, activation: str) -
         if not _fits(x, residual):
             return None
         tensors = x, residual, torch.empty_like(x)
-        prepared = call.prepare_forward(TENSORS, tensors, 1, trains, activation, False)
+        prepared = launch.prepare_forward(TENSORS, tensors, 1, trains, activation, False)
         return _remember(key, prepared, True, trains, tensors)
 
 
@@ -73,7 +73,7 @@ def backward(
             return None
         new = torch.empty_like(x)
         tensors = x, residual, dy, new if dx else None, new if dresidual else None
-        prepared = call.prepare_backward(TENSORS, tensors, 1, sums, activation)
+        prepared = launch.prepare_backward(TENSORS, tensors, 1, sums, activation)
         return _remember(key, prepared, False, trains and sums, tensors)
 
 
@@ -100,14 +100,14 @@ def _usable(door: Door | None) -> Door | None:
     return door if door is None or door.nbytes < 2 * threads.WORTH or threads.threads_for(door.nbytes) == 1 else None
 
 
-def _remember(key: Any, prepared: call.Prepared | None, forward: bool, trains: bool, tensors: Any) -> Door | None:
+def _remember(key: Any, prepared: launch.Prepared | None, forward: bool, trains: bool, tensors: Any) -> Door | None:
     look = _look()
     x, residual = tensors[:2]
     door = None
     if (
         look
         and prepared is not None
-        and prepared.scratch + 16 * prepared.channels <= call.KEPT
+        and prepared.scratch + 16 * prepared.channels <= launch.KEPT
         and (prepared.positions > 1 or not trains)
     ):
         rank, (code, bits) = x.dim(), KINDS[x.dtype]
@@ -119,7 +119,7 @@ def _remember(key: Any, prepared: call.Prepared | None, forward: bool, trains: b
         counts = len(prepared.head), len(prepared.shape), len(prepared.cut)
         words = array("q", (*fields, *prepared.head, *prepared.shape, *prepared.cut, *x.shape))
         door = Door(_builtin(forward, *counts), words.buffer_info()[0], words, prepared.nbytes, prepared.huge)
-    if len(_doors) >= call.PREPARED:
+    if len(_doors) >= launch.PREPARED:
         _doors.clear()
     _doors[key] = door
     return _usable(door)

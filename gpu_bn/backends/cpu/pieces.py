@@ -17,7 +17,8 @@ import numpy as np
 from gpu_bn.backends.cpu import plans
 from gpu_bn.backends.cpu.arrays import Arrays
 from gpu_bn.backends.layout import block_sizes, each
-from gpu_bn.backends.protocol import Moments, Saved, Sums
+from gpu_bn.backends.protocol import Grads, Moments, Saved, Sums
+from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
 if TYPE_CHECKING:
@@ -75,90 +76,60 @@ class Pieces:
             self.arrays.scatter(target[at], self._axis, self.valid[at], values)
 
 
-def forward(
-    backend: CpuBackend,
-    x: Array,
-    spec: BatchNormSpec,
-    vectors: tuple[Array | None, Array | None, Array | None, Array | None],
-    residual: Array | None,
-    y: Array | None,
-    valid: Array | None,
-) -> Moments:
+def forward(backend: CpuBackend, call: Call, spec: BatchNormSpec) -> Moments:
     """See ``CpuBackend._forward``."""
-    arrays, (weight, bias, running_mean, running_var) = backend.arrays, vectors
-    pieces, channels = Pieces(arrays, x, spec.axis, valid, 1), x.shape[spec.axis]
-    there = replace(spec, axis=pieces.axis)
+    arrays, x, running = backend.arrays, call.x, (call.running_mean, call.running_var)
+    pieces, channels = Pieces(arrays, x, spec.axis, call.valid, 1), x.shape[spec.axis]
+    within = replace(spec, axis=pieces.axis)
 
     def moments_of(at: Piece) -> Moments:
         part = pieces.take(x, at)
-        none = None, None, None, None
-        return backend._forward(part, there, none, None, None) if _size(part) else Moments(0, None, None)
+        return backend._forward(Call(part), within) if _size(part) else Moments(0, None, None)
 
     if spec.batch_stats:
         moments = merged(arrays, channels, map(moments_of, pieces))
     else:
-        positions = math.prod(x.shape) // channels
-        moments = Moments(positions, backend.vector(running_mean), backend.vector(running_var))
-    if spec.batch_stats and running_mean is not None:
-        backend.update_running(moments, running_mean, running_var, spec.momentum)
-    if y is not None:
-        cut = Pieces(arrays, x, spec.axis, valid, 1 if residual is None else 2)
-        write(backend, cut, x, spec, (weight, bias, moments.mean, moments.var), residual, y, valid)
+        moments = Moments(math.prod(x.shape) // channels, *map(backend.vector, running))
+    if spec.batch_stats and call.running_mean is not None:
+        backend.update_running(moments, *running, spec.momentum)
+    if call.out is not None:
+        cut = Pieces(arrays, x, spec.axis, call.valid, 1 if call.residual is None else 2)
+        write(backend, cut, call._replace(running_mean=moments.mean, running_var=moments.var), spec)
     return moments
 
 
-def write(
-    backend: CpuBackend,
-    cut: Pieces,
-    x: Array,
-    spec: BatchNormSpec,
-    vectors: tuple[Array | None, Array | None, Array | None, Array | None],
-    residual: Array | None,
-    y: Array,
-    valid: Array | None,
-) -> None:
-    """Write y, which may be x, piece by piece, by the statistics in ``vectors``; ``cut`` is of tensors alike."""
-    cut.valid, there = valid, replace(spec, axis=cut.axis, batch_stats=False)
+def write(backend: CpuBackend, cut: Pieces, call: Call, spec: BatchNormSpec) -> None:
+    """Write ``call.out``, which may be x, piece by piece, by the running statistics; ``cut`` is of tensors alike."""
+    cut.valid, within = call.valid, replace(spec, axis=cut.axis, batch_stats=False)
 
     def work(at: Piece) -> None:
-        part = cut.take(x, at)
-        if _size(part) and backend.kernels(part, there, vectors, cut.take(residual, at), part, in_place=True) is None:
+        part = cut.take(call.x, at)
+        piece = call._replace(x=part, residual=cut.take(call.residual, at), valid=None, out=part)
+        if _size(part) and backend.kernels(piece, within, in_place=True) is None:
             raise MemoryError("no memory for a piece of the output")
-        cut.put(y, at, part)
+        cut.put(call.out, at, part)
 
     each(cut, tuple([at for at in cut.order if at != spec.axis]), work)
 
 
-def backward(
-    backend: CpuBackend,
-    dy: Array,
-    saved: Saved,
-    sums: bool,
-    dx: Array | None,
-    dresidual: Array | None,
-    gradients: tuple[Array | None, Array | None],
-    given: Sums | None,
-) -> Sums:
+def backward(backend: CpuBackend, dy: Array, saved: Saved, grads: Grads, sums: bool, given: Sums | None) -> Sums:
     """See ``CpuBackend._backward``."""
-    arrays = backend.arrays
-    zeros = Sums(*arrays.zeros((2, saved.x.shape[saved.spec.axis]), arrays.float64))
+    arrays, spec, dresidual = backend.arrays, saved.spec, grads.dresidual
+    zeros = Sums(*arrays.zeros((2, saved.x.shape[spec.axis]), arrays.float64))
 
-    spec = saved.spec
-
-    def compute(pieces: Pieces, at: Piece, targets: tuple[Array | None, ...], given: Sums | None) -> Sums | None:
+    def compute(pieces: Pieces, at: Piece, targets: Grads, given: Sums | None) -> Sums | None:
         x = pieces.take(saved.x, at)
-        rooms = [None if target is None else arrays.empty_like(x) for target in targets]
+        rooms = Grads(*[None if target is None else arrays.empty_like(x) for target in targets])
         found = None
         if _size(x):
-            there = replace(spec, axis=pieces.axis)
-            part = replace(saved, x=x, residual=pieces.take(saved.residual, at), valid=None, spec=there)
-            add = given is None and sums
-            found = backend._backward(pieces.take(dy, at), part, add, rooms[0], rooms[1], given=given)
+            within = replace(spec, axis=pieces.axis)
+            part = replace(saved, x=x, residual=pieces.take(saved.residual, at), valid=None, spec=within)
+            found = backend._backward(pieces.take(dy, at), part, rooms, given is None and sums, given)
         for target, room in zip(targets, rooms, strict=True):
             pieces.put(target, at, room)
         return found
 
-    def through(targets: tuple[Array | None, ...], given: Sums | None) -> Sums:
+    def through(targets: Grads, given: Sums | None) -> Sums:
         tensors = [one for one in (saved.x, saved.residual, dy, *targets) if one is not None]
         pieces = Pieces(arrays, saved.x, spec.axis, saved.valid, len(tensors))
         total = zeros
@@ -170,11 +141,11 @@ def backward(
         return total
 
     if sums:
-        given, dresidual = through((None, dresidual), None), None
-    if dx is not None or dresidual is not None:
-        through((dx, dresidual), given)
+        given, dresidual = through(Grads(dresidual=dresidual), None), None
+    if grads.dx is not None or dresidual is not None:
+        through(Grads(dx=grads.dx, dresidual=dresidual), given)
     found = zeros if given is None else given
-    for target, values in zip(gradients, (found.dz_xhat, found.dz), strict=True):
+    for target, values in ((grads.dweight, found.dz_xhat), (grads.dbias, found.dz)):
         if target is not None:
             arrays.assign(target, values)
     return found

@@ -1,4 +1,4 @@
-"""Batch normalisation of CuPy arrays by CUDA C++ kernels (:mod:`gpu_bn.kernels`), compiled at first use.
+"""Normalise CuPy arrays by CUDA C++ kernels (:mod:`gpu_bn.kernels`), compiled at first use.
 
 A training call is one launch where a plan (:mod:`gpu_bn.plan`) can keep each channel on chip, else two; evaluation and
 the gradients with frozen statistics are one. Kernels run on the current stream of the input's device; nothing waits for
@@ -30,7 +30,8 @@ from gpu_bn.backends.cupy.signatures import (
 )
 from gpu_bn.backends.cupy.steps import NULL, Arguments, ClusterRefusedError, PreparedCall, empty, in_memory
 from gpu_bn.backends.layout import Layout, check_out
-from gpu_bn.backends.protocol import BackendUnavailableError, Moments, Saved, Sums
+from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Moments, Saved, Sums
+from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -45,7 +46,7 @@ PREPARED = 1024
 
 
 def backend() -> CupyBackend:
-    """The backend, for :func:`gpu_bn.registry.load`.
+    """Return the backend, for :func:`gpu_bn.registry.load`.
 
     Raises:
         BackendUnavailableError: no GPU, no driver, or a GPU too old; the message names the remedy.
@@ -66,7 +67,7 @@ def _on_its_device(method: Method) -> Method:
 
     @wraps(method)
     def run(self: CupyBackend, first: Any, *others: Any, **options: Any) -> Any:
-        array = first.x if isinstance(first, Saved) else first.mean if isinstance(first, Moments) else first
+        array = first.x if isinstance(first, Call | Saved) else first.mean if isinstance(first, Moments) else first
         device = array.data.device_id
         if device == cupy.cuda.runtime.getDevice():
             return method(self, first, *others, **options)
@@ -77,7 +78,7 @@ def _on_its_device(method: Method) -> Method:
 
 
 class SavedRows(Saved):
-    """What a forward call of this backend saves: its vectors are the ``rows`` of one array.
+    """Hold what a forward call of this backend saves: its vectors are the ``rows`` of one array.
 
     They become arrays when they are first asked for, because a backward call only needs their addresses.
     """
@@ -119,17 +120,14 @@ class CupyBackend:
     xp = cupy
 
     def __init__(self, tier: str | None = None) -> None:
-        """``tier`` forces a tier of :data:`gpu_bn.plan.TIERS` on training calls, for tests and benchmarks."""
+        """Make a backend; ``tier`` forces one of :data:`gpu_bn.plan.TIERS` on training calls, for tests and timings."""
         self.tier = tier
         self._counters: dict[tuple[int, int], tuple[Any, Array]] = {}
         self._thread = local()
         prepared = lru_cache(PREPARED)
         self._forward, self._backward = prepared(calls.forward), prepared(calls.backward)
-        self._stats, self._normalize, self._track = (
-            prepared(calls.stats),
-            prepared(calls.normalize),
-            prepared(calls.track),
-        )
+        self._stats, self._track = prepared(calls.stats), prepared(calls.track)
+        self._normalize = prepared(calls.normalize)
         self._reduce, self._input = prepared(calls.backward_reduce), prepared(calls.backward_input)
 
     # ------------------------------------------------------------------------------------------ small things
@@ -157,19 +155,8 @@ class CupyBackend:
 
     # -------------------------------------------------------------------------------------- one call, fused
     @_on_its_device
-    def forward(
-        self,
-        x: Array,
-        spec: BatchNormSpec,
-        running_mean: Array | None,
-        running_var: Array | None,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        out: Array | None,
-        valid: Array | None = None,
-        keep: bool = True,
-    ) -> tuple[Array, Saved]:
+    def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True) -> tuple[Array, Saved]:
+        x, weight, bias, residual, running_mean, running_var, _, valid, out = call
         activation, groups = spec.activation, _groups(spec)
         momentum_at, momentum = _momentum(spec.momentum, x.data.device_id)
         arguments = Arguments(
@@ -185,15 +172,15 @@ class CupyBackend:
             vector_signature(weight), vector_signature(bias), vector_signature(running_mean),
             vector_signature(running_var),
         )  # fmt: skip
-        call, (y, rows, sign_bits, counts) = self._run(
+        prepared, (y, rows, sign_bits, counts) = self._run(
             self._forward, arguments, signature, spec.batch_stats, tensor_signature(residual), tensor_signature(out),
             vectors, keep or spec.batch_stats,
         )  # fmt: skip
         return y, SavedRows.of(
             rows=rows,
-            count=call.count if counts is None else counts,
+            count=prepared.count if counts is None else counts,
             x=x,
-            residual=residual if call.keeps_residual else None,
+            residual=residual if prepared.keeps_residual else None,
             weight_dtype=None if weight is None else weight.dtype,
             bias_dtype=None if bias is None else bias.dtype,
             has_residual=residual is not None,
@@ -204,14 +191,14 @@ class CupyBackend:
         )
 
     @_on_its_device
-    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> tuple[Array | None, ...]:
+    def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
         arguments, signature, vectors = self._upstream(saved, dy=dy, sign_bits=saved.mask)
         _, gradients = self._run(
             self._backward, arguments, signature, saved.spec.batch_stats, tensor_signature(dy),
             tensor_signature(saved.residual), saved.mask is not None, vectors, need,
             (saved.weight_dtype, saved.bias_dtype),
         )  # fmt: skip
-        return tuple(gradients)
+        return Grads(*gradients)
 
     def _run(self, prepare: Any, arguments: Arguments, *signature: Any) -> tuple[PreparedCall, list[Any]]:
         """Run a call, prepared before or now, and return it with its results.
@@ -282,7 +269,7 @@ class CupyBackend:
         self._input(signature, *tensors, vectors, sums is not None, tensor_signature(out))(arguments)
 
     def _upstream(self, saved: Saved, **tensors: Any) -> tuple[Arguments, Signature, VectorSignatures]:
-        """Return the arguments of a call after a forward call, with ``tensors``, its signature, and its vectors'."""
+        """Return a later call's arguments with ``tensors``, its signature, and those of the saved vectors."""
         spec = saved.spec
         if not isinstance(saved, SavedRows) or saved.rows is None:
             count = saved.moments.count
@@ -310,7 +297,7 @@ class CupyBackend:
 
     # ---------------------------------------------------------------------------------------------- counters
     def counters(self, size: int) -> Array:
-        """Zeros, which a kernel leaves as it found them: one array a stream; a graph gets one of its own.
+        """Return zeros, which a kernel leaves as it found them: one array for each stream, and one for each graph.
 
         Streams are kept with their counters, so that no other stream gets the handle of one that is still running.
         Those of a thread's own default stream end with the thread.
@@ -331,7 +318,7 @@ class CupyBackend:
 
 
 def from_host(array: np.ndarray[Any, Any]) -> Array:
-    """A NumPy array's values on the current device, in the same strides, at an address that its dtype allows."""
+    """Copy a NumPy array to the current device, with the same strides, at an address that its dtype allows."""
     low, high = np.lib.array_utils.byte_bounds(array)
     raw: Any = (ctypes.c_uint8 * max(high - low, 1)).from_address(low) if array.size else np.zeros(1, np.uint8)
     memory = cupy.asarray(np.frombuffer(raw, np.uint8))

@@ -30,7 +30,7 @@ Argument = Pointer | np.generic
 
 
 class Vector(NamedTuple):
-    """A per-channel vector of a call: its register and its dtype; of one that is absent, ``None``."""
+    """Hold the register and the dtype of a per-channel vector; ``None`` for an absent one."""
 
     register: Pointer = None
     dtype: str | None = None
@@ -40,7 +40,7 @@ ABSENT = Vector()
 
 
 class Vectors(NamedTuple):
-    """The vectors that ``y`` is computed from, in the order of the kernels' arguments."""
+    """Hold the vectors that ``y`` is computed from, in the order of the kernels' arguments."""
 
     weight: Vector
     bias: Vector
@@ -58,8 +58,8 @@ def codes(*vectors: Vector) -> np.uint32:
     return np.uint32(cuda_sources.parameter_codes(*(vector.dtype for vector in vectors)))
 
 
-class CallBuilder:
-    """Put the steps of a call together that has per-channel vectors only."""
+class Builder:
+    """Build a call that has per-channel vectors only."""
 
     def __init__(self, device: int, channels: int) -> None:
         self.device, self.channels = device, channels
@@ -148,8 +148,8 @@ class CallBuilder:
         self._steps.append(kind(kernel, (grid,), shared_bytes, itemgetter(*registers)))
 
 
-class TensorCallBuilder(CallBuilder):
-    """Put the steps of a call together whose tensors are dense memory, all with their axes in the order of ``layout``.
+class TensorBuilder(Builder):
+    """Build a call with tensors: dense memory, all with their axes in the order of ``layout``.
 
     Attributes:
         x, valid, counts: registers that every kernel of the call reads.
@@ -157,7 +157,7 @@ class TensorCallBuilder(CallBuilder):
     """
 
     def __init__(self, signature: Signature, sign_bits: bool = False) -> None:
-        """``sign_bits``: whether bits may take the place of the residual."""
+        """Read the input and the mask; ``sign_bits`` tells whether bits may take the place of the residual."""
         (device, shape, self.dtype, strides, misaligned), axis = signature.x, signature.axis
         self.input_layout = self.layout = _layout(shape, strides, self.dtype.itemsize, axis)
         if signature.groups > 1 and not _is_outermost(0, self.layout):  # a group is one piece of memory
@@ -289,12 +289,12 @@ class TensorCallBuilder(CallBuilder):
         return compiled(self.activation, name, plan.shared_bytes, self.device)
 
     def exchange(self, plan: LaunchPlan) -> tuple[Pointer, Pointer]:
-        """Return what the blocks of a strip exchange their sums by: an array of partial sums, and counters."""
+        """Allocate what the blocks of a strip exchange their sums by: partial sums, and counters."""
         size = self.partial_size(plan)
         return self.allocate(size) if size else None, self.counters(plan)
 
     def partial_size(self, plan: LaunchPlan) -> int:
-        """Return the doubles of partial sums, and with a mask of their counts and origins."""
+        """Return how many doubles partial sums take, with a mask also their counts and origins."""
         return plan.partials + (plan.grid + plan.partials // 2 if self.masked else 0)
 
     def counters(self, plan: LaunchPlan) -> Pointer:
@@ -335,7 +335,7 @@ def _is_outermost(axis: int, layout: Layout) -> bool:
 
 @lru_cache(4096)
 def geometry(plan: LaunchPlan, groups: int = 1) -> tuple[Any, ...]:
-    """Return the kernels' GEOMETRY_ARGS of a plan: those of one group, but for the strips under way.
+    """Return the kernels' GEOMETRY_ARGS of a plan: those of one group, but for the strips in flight of all groups.
 
     Raises:
         ValueError: the kernels cannot count so many blocks, vectors or channels.

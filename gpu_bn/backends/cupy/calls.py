@@ -1,4 +1,4 @@
-"""The calls of the CuPy backend, prepared: what each allocates, copies and launches, made from its signature alone.
+"""Prepare the calls of the CuPy backend: what each allocates, copies and launches, from its signature alone.
 
 Calls of one signature (:mod:`gpu_bn.backends.cupy.signatures`) differ in addresses and numbers only, so that the steps
 built for the first serve all. Each function here builds one kind of call; the arguments of a launch stand in the order
@@ -14,9 +14,9 @@ import numpy as np
 
 from gpu_bn.backends.cupy.builder import (
     ABSENT,
-    CallBuilder,
+    Builder,
     Pointer,
-    TensorCallBuilder,
+    TensorBuilder,
     Vector,
     Vectors,
     codes,
@@ -34,9 +34,10 @@ SAVED = GIVEN.weight, GIVEN.bias, GIVEN.mean, GIVEN.var
 
 
 # ----------------------------------------------------------------------------------------------------- forward
-class Output(NamedTuple):
-    """What a forward kernel writes ``y`` to, with what it adds and the bits that it keeps, in the kernels' order."""
+class ForwardTensors(NamedTuple):
+    """Hold the tensors of a forward kernel in the order of its arguments."""
 
+    x: Pointer
     y: Pointer
     residual: Pointer
     sign_bits: Pointer
@@ -51,43 +52,43 @@ def forward(
     signature: Signature, batch_stats: bool, residual: TensorSignature | None, out: TensorSignature | None,
     vectors: VectorSignatures, sign_bits: bool,
 ) -> PreparedCall:  # fmt: skip
-    """Prepare a forward call: ``y``, the saved rows, the sign bits and the counts; running statistics are updated.
+    """Prepare a forward call, which returns ``y``, the saved rows, the sign bits and the counts.
 
     ``sign_bits``: whether bits may take the place of the residual.
     """
-    call = TensorCallBuilder(signature, sign_bits and residual is not None)
+    call = TensorBuilder(signature, sign_bits and residual is not None)
     added = call.read(GIVEN.residual, residual)
     y = call.write(GIVEN.out, out) if out else call.output()
     given = call.vectors((GIVEN.weight, GIVEN.bias, GIVEN.running_mean, GIVEN.running_var), vectors)
+    adds, keeps_bits = residual is not None, call.sign_bytes > 0
     if batch_stats:
-        reads, variant = 1 + (residual is not None), (residual is not None, call.sign_bytes > 0)
-        plan = call.plan("forward", variant, reads=reads, sign_bits=call.sign_bytes > 0)
+        plan = call.plan("forward", (adds, keeps_bits), reads=1 + adds, sign_bits=keeps_bits)
     else:
         plan = call.plan_once()
-    output = Output(y, added, call.allocate(call.sign_bytes, np.uint8) if call.sign_bytes else None)
+    tensors = ForwardTensors(call.x, y, added, call.allocate(call.sign_bytes, np.uint8) if keeps_bits else None)
     call.count_positions()
     rows = call.allocate((len(ROWS), call.statistics))
     if not batch_stats:
-        _launch_normalize(call, plan, output, given, saves=rows)
+        _launch_normalize(call, plan, tensors, given, saves=rows)
     elif plan.tier != "split":
-        _launch_forward(call, plan, output, given, rows)
+        _launch_forward(call, plan, tensors, given, rows)
     else:
         _launch_stats(call, plan, given, rows)
         saved = _saved(call, rows)
         if call.groups > 1 and given.mean != ABSENT:
             _launch_track(call, saved[2:], given[2:], call.counts, call.groups, call.count)
-        _launch_normalize(call, plan, output, saved)
+        _launch_normalize(call, plan, tensors, saved)
     result = call.result(y)
     if batch_stats:
         for running in given.mean, given.var:
             call.result(running.register)
-    keeps_residual = residual is not None and signature.activation != "identity" and not call.sign_bytes
-    return call.build(result, rows, output.sign_bits, call.counts, keeps_residual=keeps_residual, count=call.count)
+    keeps_residual = adds and signature.activation != "identity" and not keeps_bits
+    return call.build(result, rows, tensors.sign_bits, call.counts, keeps_residual=keeps_residual, count=call.count)
 
 
 def stats(signature: Signature) -> PreparedCall:
-    """Prepare statistics alone: they go to the ``rows`` given; the counts are returned."""
-    call = TensorCallBuilder(signature)
+    """Prepare statistics alone, in the ``rows`` given; the call returns the counts."""
+    call = TensorBuilder(signature)
     call.count_positions()
     _launch_stats(call, call.plan_once(), Vectors(ABSENT, ABSENT, ABSENT, ABSENT), GIVEN.rows)
     return call.build(call.counts, count=call.count)
@@ -97,10 +98,11 @@ def normalize(
     signature: Signature, residual: TensorSignature | None, out: TensorSignature, saved: VectorSignatures
 ) -> PreparedCall:
     """Prepare ``y`` from statistics, written to the ``out`` given."""
-    call = TensorCallBuilder(signature)
-    output = Output(residual=call.read(GIVEN.residual, residual), y=call.write(GIVEN.out, out), sign_bits=None)
-    _launch_normalize(call, call.plan_once(), output, call.vectors(SAVED, saved))
-    call.result(output.y)
+    call = TensorBuilder(signature)
+    added, y = call.read(GIVEN.residual, residual), call.write(GIVEN.out, out)
+    tensors = ForwardTensors(call.x, y, added, None)
+    _launch_normalize(call, call.plan_once(), tensors, call.vectors(SAVED, saved))
+    call.result(y)
     return call.build()
 
 
@@ -109,7 +111,7 @@ def track(device: int, channels: int, groups: int, count: int | None, vectors: V
 
     ``count`` is how many positions each has, or ``None`` for the ``counts`` given.
     """
-    call = CallBuilder(device, channels)
+    call = Builder(device, channels)
     given = GIVEN.mean, GIVEN.var, GIVEN.running_mean, GIVEN.running_var
     mean, var, *running = map(call.vector, given, vectors)
     _launch_track(call, (mean, var), running, GIVEN.counts if count is None else None, groups, count or 0)
@@ -119,18 +121,18 @@ def track(device: int, channels: int, groups: int, count: int | None, vectors: V
 
 
 def _launch_forward(
-    call: TensorCallBuilder, plan: LaunchPlan, output: Output, vectors: Vectors, rows: Register
+    call: TensorBuilder, plan: LaunchPlan, tensors: ForwardTensors, vectors: Vectors, rows: Register
 ) -> None:
     """Compute statistics, running update and ``y`` in one launch."""
-    kernel = call.on_chip_kernel("forward", plan, *output.variant)
+    kernel = call.on_chip_kernel("forward", plan, *tensors.variant)
     partials, counters = call.exchange(plan)
     call.launch(
-        kernel, plan, call.x, *output, *registers(*vectors), GIVEN.momentum_at, rows, partials, counters,
+        kernel, plan, *tensors, *registers(*vectors), GIVEN.momentum_at, rows, partials, counters,
         codes(*vectors), *geometry(plan, call.groups), GIVEN.momentum, GIVEN.eps, GIVEN.parameter,
     )  # fmt: skip
 
 
-def _launch_stats(call: TensorCallBuilder, plan: LaunchPlan, given: Vectors, rows: Register) -> None:
+def _launch_stats(call: TensorBuilder, plan: LaunchPlan, given: Vectors, rows: Register) -> None:
     """Compute statistics into ``rows``; save the parameters there; update the running statistics of a single group.
 
     A launch meets groups in any order; the running statistics of several are updated by :func:`_launch_track`.
@@ -143,7 +145,7 @@ def _launch_stats(call: TensorCallBuilder, plan: LaunchPlan, given: Vectors, row
     )  # fmt: skip
 
 
-def _saved(call: TensorCallBuilder, rows: Register) -> Vectors:
+def _saved(call: TensorBuilder, rows: Register) -> Vectors:
     """Return the vectors that ``rows`` hold."""
     addresses = (rows, *(call.address(rows, row * call.statistics) for row in range(1, len(ROWS))))
     found = {name: Vector(address, FLOAT64.name) for name, address in zip(ROWS, addresses, strict=True)}
@@ -151,7 +153,7 @@ def _saved(call: TensorCallBuilder, rows: Register) -> Vectors:
 
 
 def _launch_track(
-    call: CallBuilder, moments: Sequence[Vector], running: Sequence[Vector], counts: Pointer, groups: int, count: int
+    call: Builder, moments: Sequence[Vector], running: Sequence[Vector], counts: Pointer, groups: int, count: int
 ) -> None:
     """Update the running statistics from groups in order, with their ``counts`` or one ``count``."""
     call.launch_channels(
@@ -162,18 +164,18 @@ def _launch_track(
 
 
 def _launch_normalize(
-    call: TensorCallBuilder, plan: LaunchPlan, output: Output, vectors: Vectors, saves: Pointer = None
+    call: TensorBuilder, plan: LaunchPlan, tensors: ForwardTensors, vectors: Vectors, saves: Pointer = None
 ) -> None:
-    """Compute ``y`` from statistics; and copy these and the parameters to the rows ``saves``."""
+    """Compute ``y`` from statistics, and copy these and the parameters to the rows ``saves``."""
     call.launch(
-        call.kernel("bn_normalize_kernel", plan, *output.variant), plan, call.x, *output, *registers(*vectors), saves,
+        call.kernel("bn_normalize_kernel", plan, *tensors.variant), plan, *tensors, *registers(*vectors), saves,
         codes(*vectors), *geometry(plan, call.groups), GIVEN.eps, GIVEN.parameter, *call.selection,
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- backward
-class Tensors(NamedTuple):
-    """The tensors of a backward kernel, in its order: what it reads, and what it writes if it is there."""
+class BackwardTensors(NamedTuple):
+    """Hold the tensors of a backward kernel in the order of its arguments; it writes the last two."""
 
     x: Pointer
     dy: Pointer
@@ -183,7 +185,7 @@ class Tensors(NamedTuple):
     dresidual: Pointer = None
 
     def source(self, activation: str) -> str:
-        """What the kernel takes the activation's gradient from."""
+        """Return what the kernel takes the activation's gradient from."""
         if activation == "identity":
             return "DY"
         return "FROM_MASK" if self.sign_bits is not None else "FROM_X" if self.residual is None else "FROM_RESIDUAL"
@@ -198,8 +200,8 @@ def backward(
     signature: Signature, batch_stats: bool, dy: TensorSignature, residual: TensorSignature | None, sign_bits: bool,
     saved: VectorSignatures, need: frozenset[str], dtypes: tuple[Any, Any],
 ) -> PreparedCall:  # fmt: skip
-    """Prepare a backward call: ``dx``, ``dweight``, ``dbias``, ``dresidual``, as far as ``need`` names them."""
-    call = TensorCallBuilder(signature, sign_bits)
+    """Prepare a backward call, which returns those of ``dx``, ``dweight``, ``dbias``, ``dresidual`` in ``need``."""
+    call = TensorBuilder(signature, sign_bits)
     tensors = _read(call, dy, residual, sign_bits)
     vectors = call.vectors(SAVED, saved)
     dx, dresidual = (call.output() if name in need else None for name in ("dx", "dresidual"))
@@ -231,8 +233,8 @@ def backward_reduce(
     signature: Signature, dy: TensorSignature, residual: TensorSignature | None, saved: VectorSignatures,
     dz: TensorSignature | None,
 ) -> PreparedCall:  # fmt: skip
-    """Prepare the sums of ``dz`` and ``dz * xhat``, which are returned; and ``dz``, in the ``dresidual`` given."""
-    call = TensorCallBuilder(signature)
+    """Prepare the sums of ``dz`` and ``dz * xhat``, which it returns, and ``dz`` in the ``dresidual`` given."""
+    call = TensorBuilder(signature)
     tensors = _read(call, dy, residual)
     dresidual = None if dz is None else call.write(GIVEN.dresidual, dz)
     vectors = call.vectors(SAVED, saved)
@@ -245,8 +247,8 @@ def backward_input(
     signature: Signature, dy: TensorSignature, residual: TensorSignature | None, saved: VectorSignatures,
     batch_stats: bool, out: TensorSignature,
 ) -> PreparedCall:  # fmt: skip
-    """Prepare ``dx``, written to the array given: from the ``sums`` given, or with frozen statistics without any."""
-    call = TensorCallBuilder(signature)
+    """Prepare ``dx`` in the array given: from the ``sums`` given, or with frozen statistics from none."""
+    call = TensorBuilder(signature)
     tensors = _read(call, dy, residual)._replace(dx=call.write(GIVEN.dx, out))
     vectors = call.vectors(SAVED, saved)
     _launch_input(call, call.plan_once(), tensors, vectors, GIVEN.sums if batch_stats else None)
@@ -255,15 +257,15 @@ def backward_input(
 
 
 def _read(
-    call: TensorCallBuilder, dy: TensorSignature, residual: TensorSignature | None, sign_bits: bool = False
-) -> Tensors:
+    call: TensorBuilder, dy: TensorSignature, residual: TensorSignature | None, sign_bits: bool = False
+) -> BackwardTensors:
     """Return the tensors that a backward kernel reads."""
     bits = GIVEN.sign_bits if sign_bits else None
-    return Tensors(call.x, call.read(GIVEN.dy, dy), call.read(GIVEN.residual, residual), bits)
+    return BackwardTensors(call.x, call.read(GIVEN.dy, dy), call.read(GIVEN.residual, residual), bits)
 
 
 def _launch_backward(
-    call: TensorCallBuilder, plan: LaunchPlan, tensors: Tensors, vectors: Vectors, gradients: Gradients
+    call: TensorBuilder, plan: LaunchPlan, tensors: BackwardTensors, vectors: Vectors, gradients: Gradients
 ) -> None:
     """Compute all gradients in one launch."""
     kernel = call.on_chip_kernel("backward", plan, tensors.source(call.activation))
@@ -275,7 +277,11 @@ def _launch_backward(
 
 
 def _launch_reduce(
-    call: TensorCallBuilder, plan: LaunchPlan, tensors: Tensors, vectors: Vectors, gradients: Gradients = NO_GRADIENTS
+    call: TensorBuilder,
+    plan: LaunchPlan,
+    tensors: BackwardTensors,
+    vectors: Vectors,
+    gradients: Gradients = NO_GRADIENTS,
 ) -> Register:
     """Compute the gradients of the parameters, and with frozen statistics ``dx``; return the sums.
 
@@ -299,7 +305,7 @@ def _launch_reduce(
 
 
 def _launch_input(
-    call: TensorCallBuilder, plan: LaunchPlan, tensors: Tensors, vectors: Vectors, sums: Pointer = None
+    call: TensorBuilder, plan: LaunchPlan, tensors: BackwardTensors, vectors: Vectors, sums: Pointer = None
 ) -> None:
     """Compute ``dx`` from the sums, or without them for frozen statistics."""
     call.launch(

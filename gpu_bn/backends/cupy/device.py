@@ -1,4 +1,4 @@
-"""The current GPU as the CuPy backend sees it: its properties, and its compiled kernels."""
+"""Ask the current GPU for its properties, and compile kernels for it."""
 
 from __future__ import annotations
 

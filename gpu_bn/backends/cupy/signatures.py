@@ -1,4 +1,4 @@
-"""What a prepared call depends on, told without addresses: calls of equal signatures share their steps.
+"""Describe what a prepared call depends on, without addresses. Calls of equal signatures share their steps.
 
 All but :class:`Signature` are plain tuples, because a call makes about eight of them.
 """
@@ -26,7 +26,7 @@ FLOAT64 = np.dtype(np.float64)
 
 
 class Signature(NamedTuple):
-    """What every call with a tensor is told of. ``counted``: the device alone knows how many positions a group has."""
+    """Hold what every call with tensors depends on; if ``counted``, the device alone knows a group's positions."""
 
     tier: str | None
     x: InputSignature

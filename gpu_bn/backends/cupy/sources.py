@@ -1,4 +1,4 @@
-"""The CUDA C++ sources of :mod:`gpu_bn.kernels`, and the names of the kernels in them. No GPU is needed here."""
+"""Put the CUDA C++ sources of :mod:`gpu_bn.kernels` together, and name the kernels in them. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ AFTER = ("forward", "gradients", "backward")
 
 STORAGE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 PARAMETER_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
-"""How a kernel is told the dtype of a per-channel vector: 2 bits each, packed in the order of its arguments."""
+"""The codes of the dtypes of per-channel vectors: 2 bits each, packed in the order of a kernel's arguments."""
 
 WHOLE = "WHOLE"
-"""What a kernel for a batch without groups or a mask is called with."""
+"""The batch of a kernel without groups or a mask."""
 
 OPTIONS = ("--std=c++17", "-ftz=true")
-"""CuPy appends the second whatever it is given: float32 arithmetic knows no subnormal numbers. Here so that what is
-proved without CuPy is compiled as it runs."""
+"""CuPy always appends the second, which flushes subnormal float32 numbers. It stands here so that tests without CuPy
+compile the same code."""
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @cache
 def source(activation: str) -> str:
-    """All kernels, ending with an activation: CUDA C++ for NVRTC."""
+    """Return the CUDA C++ source of all kernels with an activation, for NVRTC."""
     return "\n".join([*map(_text, BEFORE), _activation(activation), *map(_text, AFTER)])
 
 
 def kernel(name: str, dtype: str, tiling: Tiling, *arguments: str | bool, batch: str = WHOLE) -> str:
-    """The name expression of a kernel for tensors of a dtype: ``bn_stats_kernel<Layout<F16, 8, false>>``.
+    """Return the name expression of a kernel for tensors of a dtype: ``bn_stats_kernel<Layout<F16, 8, false>>``.
 
-    ``batch`` is ``"GROUPS"`` or ``"MASKED_GROUPS"`` for a kernel with two arguments more: which positions
-    count, and how many do in each group.
+    ``batch`` is ``"GROUPS"`` or ``"MASKED_GROUPS"`` for a kernel with two more arguments: which positions count, and
+    how many do in each group.
     """
     more = [] if batch == WHOLE else ["const u8*", "double*"]
     layout = ", ".join([STORAGE[dtype], str(tiling.vector), _text_of(tiling.columns), *([batch] if more else [])])
@@ -44,17 +44,17 @@ def kernel(name: str, dtype: str, tiling: Tiling, *arguments: str | bool, batch:
 
 
 def parameter_codes(*dtypes: str | None) -> int:
-    """The packed codes of a launch's per-channel vectors; what an absent one says does not matter."""
+    """Return the packed codes of a launch's per-channel vectors; kernels ignore that of an absent one."""
     return sum(PARAMETER_CODES[dtype] << 2 * slot for slot, dtype in enumerate(dtypes) if dtype is not None)
 
 
 def switched(activation: str) -> bool:
-    """Whether one bit of ``z`` decides the activation's gradient."""
+    """Tell whether one bit of ``z`` decides the activation's gradient."""
     return bool(ROWS[activation].device.drop)
 
 
 def _activation(name: str) -> str:
-    """The struct ``Activation`` of a row's expressions; numbers get the precision that is computed in."""
+    """Return the struct ``Activation`` of a row's expressions; numbers get the precision of the computation."""
     code = ROWS[name].device
     dropped = f"{code.slope} * dy" if code.slope else code.dropped or "dy"
     value, gradient, drop, dropped = (

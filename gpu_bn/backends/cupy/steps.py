@@ -1,4 +1,4 @@
-"""The steps of a prepared call of the CuPy backend, and the registers that they read and write.
+"""Carry out a prepared call of the CuPy backend: its steps, and the registers that they read and write.
 
 The registers of a call are one list: what the caller gives (:class:`Arguments`), constants, and a place for each array
 that a step makes. A step does one thing: it allocates, copies, takes an address or counters, or launches a kernel. Each
@@ -157,7 +157,7 @@ class Launch:
 
 
 class ClusterRefusedError(Exception):
-    """The device has no room for a cluster; from now on its plans have none."""
+    """Report that the device has no room for a cluster. Its plans have none from now on."""
 
 
 class ClusterLaunch(Launch):

@@ -1,7 +1,7 @@
-"""torch's CUDA tensors served by the CuPy backend, when ``backend="cupy"`` asks for it: DLPack, no copies.
+"""Serve torch's CUDA tensors by the CuPy backend when ``backend="cupy"`` asks for it, through DLPack without copies.
 
-Kernels run on torch's current stream and the tensors' device. What they allocate is CuPy's: its pool, not torch's,
-holds it until the tensor dies.
+Kernels run on torch's current stream and the tensors' device. CuPy allocates the outputs: its pool, not torch's, holds
+their memory until the tensors die.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from gpu_bn.backends.protocol import BackendUnavailableError
 
 
 def backend() -> CupyForTorch:
-    """The backend, for :func:`gpu_bn.registry.load`."""
+    """Return the backend, for :func:`gpu_bn.registry.load`."""
     return CupyForTorch(cupy_backend.backend())
 
 
 class CupyForTorch:
-    """See :class:`gpu_bn.backends.protocol.Backend` and ``Fused``: each method is the CuPy backend's, on views."""
+    """Call the CuPy backend's methods with views (:class:`gpu_bn.backends.protocol.Backend` and ``Fused``)."""
 
     name = "cupy"
 
@@ -51,7 +51,7 @@ class CupyForTorch:
 
 
 class _Stream:
-    """torch's stream by CUDA's stream protocol, which not all versions of torch speak."""
+    """Give torch's stream the CUDA stream protocol, which not all versions of torch have."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -61,17 +61,17 @@ class _Stream:
 
 
 class _Views:
-    """The arrays and tensors of one call that are the same memory."""
+    """Remember which arrays and tensors of one call are the same memory."""
 
     def __init__(self) -> None:
         self.tensors: dict[int, tuple[Any, Tensor]] = {}
 
     def of(self, value: Any) -> Any:
-        """A value with arrays in the place of tensors, and their dtypes."""
+        """Replace tensors by arrays, and their dtypes by NumPy's."""
         return _replaced(value, (Tensor, torch.dtype), self._array)
 
     def back(self, value: Any) -> Any:
-        """A value with tensors in the place of arrays; those that were arguments are the same objects."""
+        """Replace arrays by tensors; those that were arguments are the same objects."""
         return _replaced(value, cupy.ndarray, self._tensor)
 
     def _array(self, tensor: Tensor | torch.dtype) -> Any:
@@ -86,7 +86,7 @@ class _Views:
 
 
 def as_array(tensor: Tensor) -> Any:
-    """A tensor as a CuPy array in the same memory.
+    """Return a tensor as a CuPy array in the same memory.
 
     Raises:
         BackendUnavailableError: a bfloat16 tensor, and the package ml_dtypes, which has that type, is not installed.
@@ -98,14 +98,14 @@ def as_array(tensor: Tensor) -> Any:
 
 
 def as_tensor(array: Any) -> Tensor:
-    """A CuPy array as a tensor in the same memory."""
+    """Return a CuPy array as a tensor in the same memory."""
     if array.dtype.name == "bfloat16":
         return from_dlpack(array.view("int16")).view(torch.bfloat16)
     return from_dlpack(array)
 
 
 def as_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """The dtype of such a tensor's array; raises as :func:`as_array`."""
+    """Return the dtype of such a tensor's array; raise as :func:`as_array`."""
     return np.dtype(_bfloat16() if dtype is torch.bfloat16 else str(dtype).rpartition(".")[2])
 
 
@@ -120,7 +120,7 @@ def _bfloat16() -> Any:
 
 
 def _tensors(value: Any) -> Any:
-    """The tensors in a value, outermost first."""
+    """Yield the tensors in a value, outermost first."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
@@ -132,7 +132,7 @@ def _tensors(value: Any) -> Any:
 
 
 def _replaced(value: Any, kind: type | tuple[type, ...], convert: Any) -> Any:
-    """A value, its tuples and dataclasses with ``convert`` applied to what is of a kind in them."""
+    """Return a value with ``convert`` applied to what is of a kind in it, its tuples and its dataclasses."""
     if isinstance(value, kind):
         return convert(value)
     if isinstance(value, tuple):

@@ -67,12 +67,24 @@ def _pack(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
     count = packets_of(len(vector))
     packets = vector.new_zeros((count, HEADER + ROOM))
     heads = [[0.0, _next_call(group), float(at), *signature] for at in range(count)]
-    packets[:, :HEADER] = torch.tensor(heads, dtype=torch.float64)
+    write_heads(packets, heads, by_arguments=not packets.is_cpu)
     body = torch.nn.functional.pad(vector, (0, count * ROOM - len(vector)))
     packets[:, HEADER:] = body.view(count, ROOM)
     if group:
         CALLS[group] += 1
     return packets
+
+
+def write_heads(packets: Tensor, heads: list[list[float]], by_arguments: bool) -> None:
+    """Write (P, HEADER) numbers to packets of zeros, on a GPU as arguments of a kernel.
+
+    A copy from the host would wait for the GPU, and a CUDA graph that is being captured refuses it.
+    """
+    if by_arguments:
+        cells = [cell for packet in packets for cell in packet[:HEADER].unbind()]
+        torch._foreach_add_(cells, [number for head in heads for number in head])
+    else:
+        packets[:, :HEADER] = torch.tensor(heads, dtype=torch.float64)
 
 
 def _mistake(like: Tensor, group: str, text: str) -> Tensor:

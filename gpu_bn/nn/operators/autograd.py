@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from gpu_bn import algorithm, registry
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.backends.protocol import Backend, Saved
+from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import composition, library
 from gpu_bn.nn.operators.library import LIBRARY, backward, infer, train
 from gpu_bn.spec import BatchNormSpec
@@ -38,61 +39,33 @@ Gradients = Sequence[Tensor | None]
 
 
 # ------------------------------------------------------------------------------------------------------------- calls
-def call(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: Any,
-    eps: float,
-    activation: str,
-    parameter: float,
-    valid: Tensor | None = None,
-    groups: int = 1,
-    renorm: Sequence[float] = (),
-) -> Tensor:
+def forward(call: Call, options: Options, groups: int = 1) -> Tensor:
     """``y`` of a checked call, by the operator if somebody is to see it, else by the backend itself.
 
     Compilers, tracers, dispatch modes and subclasses of tensors see the operator.
     """
-    inputs, running = (x, weight, bias, residual), (running_mean, running_var)
+    momentum, activation, renorm = options.momentum, options.activation, options.renorm or ()
     number, at = (None, momentum) if isinstance(momentum, Tensor) else (momentum, None)
-    options = (eps, activation, parameter)
-    if forward_ad._current_level < 0 and _plain((*inputs, *running, num_batches_tracked, valid)):
-        weighs = library.weighs(number, at, num_batches_tracked) if training else 0.0
-        spec = library.options(training, weighs, *options, groups, renorm)
-        return direct(registry.serving(x), spec, *inputs, *running, num_batches_tracked, valid)
-    if not training:
-        return infer(*inputs, *running, *options)[0]  # type: ignore[no-any-return]
-    return train(*inputs, *running, num_batches_tracked, number, *options, valid, groups, list(renorm), at)[0]  # type: ignore[no-any-return]
+    rest = (options.eps, activation.name, activation.parameter)
+    if forward_ad._current_level < 0 and _plain(call):
+        weighs = library.weighs(number, at, call.counter) if options.training else 0.0
+        spec = library.options(options.training, weighs, *rest, groups, renorm)
+        return direct(registry.serving(call.x), spec, call)
+    inputs, running = (call.x, call.weight, call.bias, call.residual), (call.running_mean, call.running_var)
+    if not options.training:
+        return infer(*inputs, *running, *rest)[0]  # type: ignore[no-any-return]
+    return train(*inputs, *running, call.counter, number, *rest, call.valid, groups, list(renorm), at)[0]  # type: ignore[no-any-return]
 
 
-def direct(
-    engine: Backend,
-    spec: BatchNormSpec,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    valid: Tensor | None = None,
-) -> Tensor:
+def direct(engine: Backend, spec: BatchNormSpec, call: Call) -> Tensor:
     """``y`` by a backend, of arguments that are known to be plain, outside forward-mode differentiation."""
-    tracked = (running_mean, running_var, num_batches_tracked)
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
-        y: Tensor = _apply(x, weight, bias, residual, engine, spec, tracked, valid)
+    x, weight, bias, residual = inputs = (call.x, call.weight, call.bias, call.residual)
+    if torch.is_grad_enabled() and _any_requires_grad(*inputs):
+        y: Tensor = _apply(x, weight, bias, residual, engine, spec, call)
     else:
-        y = library.forward(engine, x, spec, tracked, weight, bias, residual, valid, False)[0]
-    if (
-        spec.batch_stats and running_mean is not None and running_var is not None and not x.is_cpu
-    ):  # which torch has not seen
-        increment_version((running_mean, running_var))
+        y = library.forward(engine, call, spec, False)[0]
+    if spec.batch_stats and not x.is_cpu:  # which torch has not seen
+        increment_version([one for one in (call.running_mean, call.running_var) if one is not None])
     return y
 
 
@@ -108,12 +81,11 @@ class _Direct(Function):
         residual: Tensor | None,
         engine: Backend,
         spec: BatchNormSpec,
-        tracked: library.Tracked,
-        valid: Tensor | None,
+        call: Call,
     ) -> Tensor:
         identity = spec.activation.is_identity
         require_savable((x, weight) if identity else (x, weight, bias, residual))
-        y, saved = library.forward(engine, x, spec, tracked, weight, bias, residual, valid)
+        y, saved = library.forward(engine, call, spec)
         ctx.save_for_backward(x, weight, None if identity else bias, saved.residual, saved.valid, saved.mask)
         bias_dtype = x.dtype if bias is None else bias.dtype
         own = [None if kept is given else kept for kept, given in ((saved.weight, weight), (saved.bias, bias))]
@@ -126,13 +98,13 @@ class _Direct(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 8
+            return (None,) * 7
         x, weight, bias, residual, valid, mask = ctx.saved_tensors
         moments, own_weight, own_bias, *dtypes = ctx.vectors
         kept = weight if own_weight is None else own_weight, bias if own_bias is None else own_bias
         saved = Saved(x, residual, moments, *kept, *dtypes, ctx.has_residual, ctx.spec, mask, valid, ctx.renorm)  # type: ignore[call-arg]
 
-        return *gradients_of(ctx.engine, dy, saved, weight, bias, ctx.needs_input_grad), *[None] * 4
+        return *gradients_of(ctx.engine, dy, saved, weight, bias, ctx.needs_input_grad), *[None] * 3
 
 
 def gradients_of(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_bn.activations import Activation
+from gpu_bn.call import Call, Options
 from gpu_bn.nn.fx.activations import activate
 
 
@@ -77,46 +78,34 @@ def masked_batch_norm(
     return torch.where(valid, activate(z, activation), 0).to(x.dtype)
 
 
-def wide_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: Activation,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
+def evaluated(call: Call, options: Options) -> Tensor:
+    """The transform of a call in evaluation."""
+    running = (call.running_mean, call.running_var)
+    return batch_norm(call.x, *running, call.weight, call.bias, call.residual, options.eps, options.activation)
+
+
+def wide_batch_norm(call: Call, options: Options) -> Tensor:
     """The transform under ``torch.func`` and in forward mode: all in float64, rounded once."""
-    wide = x.double()
-    if training:
+    x = call.x
+    if options.training:
+        wide = x.double()
         with torch.no_grad():
-            vectors = (running_mean, running_var, num_batches_tracked)
-            _move_running(wide.detach(), *vectors, _momentum(momentum, num_batches_tracked), eps)
+            _move_running(wide.detach(), call, _momentum(options.momentum, call.counter), options.eps)
         var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
     else:
-        assert running_mean is not None
-        assert running_var is not None
-        mean, var = running_mean.double(), running_var.double()
-    return batch_norm(x, mean, var, weight, bias, residual, eps, activation)
+        assert call.running_mean is not None
+        assert call.running_var is not None
+        mean, var = call.running_mean.double(), call.running_var.double()
+    return batch_norm(x, mean, var, call.weight, call.bias, call.residual, options.eps, options.activation)
 
 
-def _move_running(
-    wide: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> None:
+def _move_running(wide: Tensor, call: Call, momentum: float, eps: float) -> None:
     """Move running statistics by torch's function, which refuses what a transform cannot do; only then is it seen."""
-    mean, var = (None if one is None else one.to(torch.float64, copy=True) for one in (running_mean, running_var))
+    running = (call.running_mean, call.running_var)
+    mean, var = (None if one is None else one.to(torch.float64, copy=True) for one in running)
     F.batch_norm(wide, mean, var, None, None, True, momentum, eps)
-    counted = None if num_batches_tracked is None else num_batches_tracked.clone().add_(1)
-    moved = ((num_batches_tracked, counted), (running_mean, mean), (running_var, var))
+    counted = None if call.counter is None else call.counter.clone().add_(1)
+    moved = zip((call.counter, *running), (counted, mean, var), strict=True)
     pairs = [(old, new) for old, new in moved if old is not None and new is not None]
     if pairs:  # in one call: no error or interrupt comes between them
         torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
@@ -129,25 +118,13 @@ def _momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> flo
     return 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1)
 
 
-def torch_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: Activation,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
+def torch_batch_norm(call: Call, options: Options) -> Tensor:
     """The transform by ``torch.nn.functional.batch_norm``, which exporters know."""
-    momentum = _momentum(momentum, num_batches_tracked)
-    tensors = (running_mean, running_var, weight, bias)
-    z = F.batch_norm(x, *tensors, training, momentum, eps)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if residual is not None:
-        z = z + residual
-    return activate(z, activation)
+    momentum = _momentum(options.momentum, call.counter)
+    tensors = (call.x, call.running_mean, call.running_var, call.weight, call.bias)
+    z = F.batch_norm(*tensors, options.training, momentum, options.eps)
+    if call.counter is not None:
+        call.counter.add_(1)
+    if call.residual is not None:
+        z = z + call.residual
+    return activate(z, options.activation)

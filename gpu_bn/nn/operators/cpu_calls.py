@@ -14,6 +14,7 @@ from torch.autograd import Function, forward_ad
 
 from gpu_bn import registry
 from gpu_bn.backends.protocol import Moments, Saved
+from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import library
 from gpu_bn.nn.operators.autograd import PLAIN, gradients_of, needs_operator, watched
 
@@ -23,30 +24,17 @@ _is_inference, _is_neg = Tensor.is_inference, Tensor.is_neg
 _float64, _strided = torch.float64, torch.strided
 
 
-def call(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: Any,
-    eps: Any,
-    residual: Tensor | None,
-    activation: str,
-    parameter: float,
-    counter: Tensor | None,
-) -> Tensor | None:
-    """``y``, or ``None`` where a call is to go another way; ``counter`` only in training."""
+def forward(call: Call, options: Options) -> Tensor | None:
+    """``y``, or ``None`` where a call is to go another way; it has a counter only in training."""
+    x, weight, bias, residual, running_mean, running_var, counter, _, _ = call
+    training, momentum, eps, activation, *_ = options
     if watched() or forward_ad._current_level >= 0 or type(x) not in PLAIN or not x.is_cpu or x.layout is not _strided:
         return None
     engine = registry.serving(x)
     doors = vars(engine).get("doors")  # not by delegation: a wrapper may have calls of its own
     if doors is None or type(eps) is not float or not 0.0 < eps < inf:
         return None
-    read = [one for one in (x, weight, bias, residual) if one is not None]
-    tracked = [one for one in (running_mean, running_var, counter) if one is not None]
-    given = read + tracked
+    given = [one for one in call[:7] if one is not None]
     if not PLAIN.issuperset(map(type, given)) or any(map(_is_neg, given)):
         return None
     grows = torch.is_grad_enabled()
@@ -55,16 +43,18 @@ def call(
             return None
     elif grows and (running_mean.requires_grad or running_var.requires_grad):
         return None
-    grows = grows and _any_requires_grad(*read)
-    if any(map(_is_inference, (given if training else read) if grows else tracked if training else ())):
-        return None  # the one cannot be kept, the other not be written
+    grows = grows and _any_requires_grad(x, weight, bias, residual)
+    tracked = [one for one in (running_mean, running_var, counter) if one is not None] if training else []
+    kept = tracked if not grows else given if training else [one for one in call[:4] if one is not None]
+    if any(map(_is_inference, kept)):
+        return None  # such a tensor can neither be kept nor be written
     if momentum is None:
         if counter is not None and not counter.is_cpu:
             return None
         momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
     elif type(momentum) is not float or not -inf < momentum < inf:
         return None
-    door = doors.forward(x, residual, training, activation)
+    door = doors.forward(x, residual, training, activation.name)
     if door is None:
         return None
     y = torch.empty_like(x)
@@ -73,13 +63,14 @@ def call(
     statistics = torch.empty(2 * x.shape[1], dtype=_float64) if grows else None
     if door.function(
         door.record, x, residual, y, weight, bias, running_mean, running_var, counter, statistics, momentum, eps,
-        parameter, doors.scratch_address(),
+        activation.parameter, doors.scratch_address(),
     ):  # fmt: skip
         return None
-    if training and tracked:
+    if tracked:
         _increment_version(tracked)
     if grows:
-        return _apply(x, weight, bias, residual, (y,), (engine, statistics, training, eps, activation, parameter))  # type: ignore[no-any-return]
+        made = (engine, statistics, training, eps, activation.name, activation.parameter)
+        return _apply(x, weight, bias, residual, (y,), made)  # type: ignore[no-any-return]
     return y
 
 

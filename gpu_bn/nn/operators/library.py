@@ -31,6 +31,7 @@ from gpu_bn.activations import Activation
 from gpu_bn.backends.layout import memory_order
 from gpu_bn.backends.protocol import Backend, Moments, Saved
 from gpu_bn.backends.sign_bits import mask_bytes
+from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -56,24 +57,12 @@ backward = torch.ops.gpu_bn.backward.default
 
 NAMES = ("dx", "dweight", "dbias", "dresidual")
 NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, True), repeat=len(NAMES))}
-
-Tracked = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""What a call in training writes: the running mean, the running variance, and the counter of batches."""
 TRACKED = ("running_mean", "running_var", "num_batches_tracked")
+"""What a call in training writes."""
 
 
 # ------------------------------------------------------------------------------------------------- what they compute
-def forward(
-    engine: Backend,
-    x: Tensor,
-    spec: BatchNormSpec,
-    tracked: Tracked,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    valid: Tensor | None = None,
-    keep: bool = True,
-) -> tuple[Tensor, Saved]:
+def forward(engine: Backend, call: Call, spec: BatchNormSpec, keep: bool = True) -> tuple[Tensor, Saved]:
     """``y`` and what the backward call needs, by a backend; the statistics and the counter are written last.
 
     Where one call or launch of a backend writes all three, no error or interrupt comes between them.
@@ -81,27 +70,20 @@ def forward(
     Raises:
         ValueError: what is written shares memory with another argument.
     """
-    running_mean, running_var, num_batches_tracked = tracked
-    apart = not spec.batch_stats or _are_apart(tracked, (x, weight, bias, residual))
+    tracked, read = (call.running_mean, call.running_var, call.counter), (call.x, call.weight, call.bias, call.residual)
+    apart = not spec.batch_stats or _are_apart(tracked, read)
     if not apart:
-        named = (("input", x), ("weight", weight), ("bias", bias), ("residual", residual))
-        read: dict[str, Any] = {name: one for name, one in named if one is not None and not _is_wrapped(one)}
-        aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), read)
+        named = zip(("input", "weight", "bias", "residual"), read, strict=True)
+        seen: dict[str, Any] = {name: one for name, one in named if one is not None and not _is_wrapped(one)}
+        aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), seen)
     at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
-    if (
-        at_once is not None
-        and apart
-        and valid is None
-        and _is_plain(x, spec)
-        and _countable(num_batches_tracked, x.device)
-    ):
-        found: tuple[Tensor, Saved] | None = at_once(engine, x, spec, *tracked, weight, bias, residual)
+    if at_once is not None and apart and call.valid is None and _is_plain(call.x, spec) and _countable(call):
+        found: tuple[Tensor, Saved] | None = at_once(engine, call, spec)
         if found is not None:
             if spec.batch_stats:
                 increment_version([one for one in tracked if one is not None and not one.is_inference()])
             return found
-    others = (weight, bias, residual, None, False, valid, keep)
-    return algorithm.forward(engine, x, spec, running_mean, running_var, *others, counter=num_batches_tracked)
+    return algorithm.forward(engine, call, spec, keep=keep)
 
 
 def unread(momentum: Tensor) -> bool:
@@ -113,7 +95,7 @@ def _is_plain(x: Tensor, spec: BatchNormSpec) -> bool:
     return spec.groups == 1 and spec.renorm is None and 0 not in x.shape
 
 
-def _are_apart(tracked: Tracked, others: Sequence[Tensor | None]) -> bool:
+def _are_apart(tracked: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
     """Whether bounds tell that nothing tracked overlaps itself or anything else of a call: the usual case, quickly."""
     written = [one for one in tracked if one is not None]
     if not written:
@@ -134,11 +116,12 @@ def _bounds(one: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * one.element_size()
 
 
-def _countable(counter: Tensor | None, device: torch.device) -> bool:
+def _countable(call: Call) -> bool:
     """Whether a kernel can count."""
+    counter = call.counter
     return counter is None or (
         counter.dtype is torch.int64
-        and counter.device == device
+        and counter.device == call.x.device
         and counter.numel() == 1
         and counter.data_ptr() % 8 == 0
     )
@@ -199,8 +182,8 @@ def _train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight_of_batch = weighs(momentum, momentum_at, num_batches_tracked)
     spec = options(True, weight_of_batch, eps, activation, parameter, groups, renorm)
-    tracked = (running_mean, running_var, num_batches_tracked)
-    y, saved = forward(registry.serving(x), x, spec, tracked, weight, bias, residual, valid)
+    call = Call(x, weight, bias, residual, running_mean, running_var, num_batches_tracked, valid)
+    y, saved = forward(registry.serving(x), call, spec)
     return _results(x, y, replace(saved, valid=valid))  # also a mask that leaves nothing out, which saved has not
 
 
@@ -215,9 +198,9 @@ def _infer(
     activation: str,
     parameter: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(x, weight, bias, residual, running_mean, running_var)
     spec = options(False, 0.0, eps, activation, parameter)
-    engine = registry.serving(x)
-    return _results(x, *forward(engine, x, spec, (running_mean, running_var, None), weight, bias, residual))
+    return _results(x, *forward(registry.serving(x), call, spec))
 
 
 def _results(x: Tensor, y: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:

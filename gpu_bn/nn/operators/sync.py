@@ -17,6 +17,7 @@ from torch import Tensor
 from gpu_bn import algorithm, registry
 from gpu_bn.activations import Activation
 from gpu_bn.backends.protocol import Moments, Saved, Sums
+from gpu_bn.call import Call
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn.distributed import wire
 from gpu_bn.nn.distributed.group import Group, exchange
@@ -234,7 +235,7 @@ def _saved(
     engine = registry.serving(x)
     spec = BatchNormSpec(1, True, 0.0, eps, Activation(activation, parameter))
     vectors = (as_read(engine, weight), as_read(engine, bias))
-    kept = algorithm.kept(engine, x, spec, Moments(count, mean, var), None, None, residual, valid)
+    kept = algorithm.save(engine, Call(x, residual=residual, valid=valid), spec, Moments(count, mean, var))
     return replace(kept, weight=vectors[0], bias=vectors[1])
 
 

@@ -9,7 +9,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
 from gpu_bn import nn
+from gpu_bn.activations import IDENTITY
 from gpu_bn.backends.cpu import doors
+from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import cpu_calls
 
 if not doors._look():
@@ -31,7 +33,7 @@ def layouts(x):
 def without():
     """Calls by the other way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_calls, "call", lambda *_: None)
+        patch.setattr(cpu_calls, "forward", lambda *_: None)
         yield
 
 
@@ -95,11 +97,10 @@ def strange():
 def test_what_they_leave_alone_is_as_it_was(name):
     given = {"x": data(4, 3, 5), "residual": None, "weight": torch.ones(3), "bias": torch.zeros(3),
              "mean": torch.zeros(3), "var": torch.ones(3), "counter": torch.tensor(0)}  # fmt: skip
-    call = ("x", "mean", "var", "weight", "bias")
+    names = ("x", "weight", "bias", "residual", "mean", "var", "counter")
 
     def made(given):
-        first = [given[one] for one in call]
-        return cpu_calls.call(*first, True, 0.5, 1e-5, given["residual"], "identity", 0.0, given["counter"])
+        return cpu_calls.forward(Call(*[given[name] for name in names]), Options(True, 0.5, 1e-5, IDENTITY))
 
     assert made(given) is not None
     assert given["counter"] == 1

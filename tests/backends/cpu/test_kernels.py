@@ -19,7 +19,7 @@ from gpu_bn.activations import ROWS
 from gpu_bn.testing import Case, build, check, oracle, run
 
 numba = pytest.importorskip("numba", reason="Numba compiles the kernels for CPUs: pip install -e '.[cpu]'")
-from gpu_bn.backends.cpu import call, pages, plans, threads
+from gpu_bn.backends.cpu import launch, pages, plans, threads
 from gpu_bn.kernels.cpu import calls_channels, calls_rows, channels, compiler, rows
 from gpu_bn.kernels.cpu.compiler import cold
 from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT32, FLOAT64
@@ -160,11 +160,11 @@ def test_float32_far_from_zero(shape):
 
 # ----------------------------------------------------------------------------------------------------------- arguments
 def test_calls_alike_are_prepared_once(monkeypatch):
-    monkeypatch.setattr(call, "_prepared", {})
+    monkeypatch.setattr(launch, "_prepared", {})
     problem = make_problem(rng(1).standard_normal((4, 6, 5)).astype(np.float32))
     for _ in range(3):
         run(problem, "cpu")
-    assert len(call._prepared) == 2  # forward and backward
+    assert len(launch._prepared) == 2  # forward and backward
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -183,7 +183,7 @@ def test_bfloat16_and_float16_of_torch_need_no_package(dtype, monkeypatch):
 def test_large_outputs_ask_for_huge_pages(monkeypatch):
     torch = pytest.importorskip("torch")
     asked = []
-    monkeypatch.setattr(call, "_prepared", {})
+    monkeypatch.setattr(launch, "_prepared", {})
     monkeypatch.setattr(pages, "LARGE", 4 * 6 * 7 * 50)
     monkeypatch.setattr(pages, "advise", lambda *memory: asked.append(memory))
     for batch, found in ((7, True), (6, False)):
@@ -238,7 +238,7 @@ def test_planted_bugs_are_noticed(bug, monkeypatch):
     monkeypatch.setattr(plans, "PART", 256)  # so that small tensors have several
     monkeypatch.setattr(plans, "LARGE", 1024)
     monkeypatch.setattr(plans, "CHUNK", 4096)
-    monkeypatch.setattr(call, "_prepared", {})
+    monkeypatch.setattr(launch, "_prepared", {})
     assert outcome(case) == "as expected"
     monkeypatch.setattr(compiler, "kernel", cold)  # without the cache, which takes one source for the other
     changed = {"__name__": module.__name__}
@@ -263,7 +263,7 @@ def outcome_apart(case):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        for cached in (call._prepared, plans.forward_kernels, plans.backward_kernels, plans.address):
+        for cached in (launch._prepared, plans.forward_kernels, plans.backward_kernels, plans.address):
             getattr(cached, "cache_clear", getattr(cached, "clear", None))()  # kernels are looked up anew
         os.write(writer, outcome(case).encode()[:4096])
         os._exit(0)

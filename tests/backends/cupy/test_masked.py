@@ -28,6 +28,7 @@ from support.cuda_masked import (
 from support.cupy_on_emulator import moved
 
 from gpu_bn.backends.protocol import Moments
+from gpu_bn.call import Call
 from gpu_bn.plan import DEVICES, plan
 from gpu_bn.testing import Case, build
 from gpu_bn.testing.check import ADAPTERS
@@ -163,7 +164,7 @@ def saved_of(gpu, masked: Masked):
     x, residual, weight, bias = (send(getattr(problem, name)) for name in ("x", "residual", "weight", "bias"))
     device_valid = None if valid is None else send(valid)
     fused_running, running = ([send(problem.running_mean.copy()), send(problem.running_var.copy())] for _ in range(2))
-    y, saved = backend.forward(x, spec, *fused_running, weight, bias, residual, None, valid=device_valid)
+    y, saved = backend.forward(Call(x, weight, bias, residual, *fused_running, None, device_valid), spec)
     moments = backend.stats(x, spec.axis, device_valid, masked.groups)
     backend.update_running(moments, *running, spec.momentum)
     phased = replace(saved, residual=residual, mask=None, moments=moments)
@@ -320,7 +321,7 @@ def test_each_tensor_is_read_and_written_as_planned(shape, dtype, groups, make_g
     send, _ = ADAPTERS["cupy"]
     valid = send(mask("all", shape, 1, groups))
     x, residual, dy = (send(getattr(problem, name)) for name in ("x", "residual", "dy"))
-    y, saved = gpu.backend.forward(x, spec_of(problem, groups), None, None, None, None, residual, None, valid=valid)
+    y, saved = gpu.backend.forward(Call(x, residual=residual, valid=valid), spec_of(problem, groups))
     assert saved.mask is not None
     size, bits, positions = y.nbytes, saved.mask.nbytes, valid.nbytes
     forward = plan(work_of(shape, y.itemsize, reads=2, sign_bits=True, masked=True, groups=groups), DEVICES["a100"])

@@ -261,5 +261,5 @@ def test_rows_longer_than_the_kernels_can_count_are_refused(make_gpu):
     x = (0, shape, np.dtype(np.float16), strides, 0)
     with pytest.raises(ValueError, match="less than 2\\*\\*32 vectors, got 4294967297 vectors of 1 elements"):
         gpu.backend._stats(signature(x))
-    builder = sys.modules["gpu_bn.backends.cupy.builder"].TensorCallBuilder(signature(x))
+    builder = sys.modules["gpu_bn.backends.cupy.builder"].TensorBuilder(signature(x))
     assert builder.plan_once().tiling.vector == 1

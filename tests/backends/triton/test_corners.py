@@ -10,6 +10,7 @@ from emulator import Checks, Device
 from support import far_from_zero
 
 import gpu_bn
+from gpu_bn.call import Call
 from gpu_bn.plan import DEVICES, Work, plan_once
 from gpu_bn.testing import Case, check
 from gpu_bn.testing.cases import build
@@ -65,7 +66,7 @@ def test_calls_on_two_devices_share_no_launch():
     spec = gpu_bn.spec.BatchNormSpec(1, True, 0.1, 1e-5, gpu_bn.activations.Activation.of(None))
     for device in ("cpu", "meta", "cpu"):
         x = torch.empty(SHAPE, device=device)
-        _, saved = backend.forward(x, spec, None, None, None, None, None, None)
+        _, saved = backend.forward(Call(x), spec)
         backend.backward(torch.empty_like(x), saved, frozenset({"dx"}))
     steps = [step for step, _ in backend.launches]
     assert steps[:2] == steps[4:]
@@ -86,7 +87,7 @@ def test_the_phases_share_launches_only_with_calls_alike():
     saved = []
     for name in ("silu", "gelu"):
         spec = gpu_bn.spec.BatchNormSpec(1, True, 0.1, 1e-5, gpu_bn.activations.Activation.of(name))
-        saved.append(backend.forward(x, spec, None, None, None, None, None, None)[1])
+        saved.append(backend.forward(Call(x), spec)[1])
     silu, gelu = saved
     assert not steps_of(lambda: backend.normalize(silu, None, out)) & steps_of(
         lambda: backend.normalize(gelu, None, out)
@@ -103,7 +104,7 @@ def test_a_mask_is_written_where_it_is_kept_whatever_was_called_before():
     spec = gpu_bn.spec.BatchNormSpec(1, False, 0.1, 1e-5, gpu_bn.activations.Activation.of("relu"))
     running = torch.zeros(SHAPE[1]), torch.ones(SHAPE[1])
     for keep in (False, True, False):
-        _, saved = backend.forward(x, spec, *running, None, None, residual, None, keep=keep)
+        _, saved = backend.forward(Call(x, None, None, residual, *running), spec, keep)
         assert (saved.mask is not None) == keep
 
 
@@ -150,7 +151,7 @@ def test_no_alignment_is_promised_of_what_has_none(valid_moved, out_moved):
     valid = torch.ones((SHAPE[0], 1, *SHAPE[2:]), dtype=torch.bool)
     valid, out = moved(valid) if valid_moved else valid, moved(out) if out_moved else out
     spec = gpu_bn.spec.BatchNormSpec(1, True, 0.1, 1e-5, gpu_bn.activations.Activation.of(None))
-    _, saved = backend.forward(x, spec, None, None, None, None, None, None, valid)
+    _, saved = backend.forward(Call(x, valid=valid), spec)
     backend.backward(dy, saved, frozenset({"dx"}))
     backend.stats(x, 1, valid)
     before = len(backend.launches)

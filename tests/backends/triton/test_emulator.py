@@ -10,6 +10,7 @@ from emulator import Checks, Device
 from emulator.schedules import require_same_results
 
 import gpu_bn
+from gpu_bn.call import Call
 from gpu_bn.testing import ADAPTERS, Case, check
 from gpu_bn.testing.cases import build
 
@@ -271,7 +272,7 @@ def test_momentum_may_be_a_number_on_the_device(backend):
     results = []
     for momentum in (0.3, torch.tensor(0.3, dtype=torch.float64)):
         running = [vector.clone() for vector in vectors[:2]]
-        backend.forward(x, replace(spec, momentum=momentum), *running, None, None, None, None)
+        backend.forward(Call(x, None, None, None, *running), replace(spec, momentum=momentum))
         results.append(running)
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])

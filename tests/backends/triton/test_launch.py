@@ -175,7 +175,7 @@ def test_a_call_is_planned_again_without_clusters_where_they_fail():
         launched.append(step)
 
     backend = TritonBackend(launch, DEVICES["h100"])
-    backend._clusters = True
+    backend.builder.clusters = True
     x = torch.randn(32, 64, 56, 56, dtype=torch.float16)
     for _ in range(2):
         y, saved = gpu_bn.batch_norm_forward(x, training=True, backend=backend)

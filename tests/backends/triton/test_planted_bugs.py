@@ -20,8 +20,7 @@ from support.paths import ROOT
 from support.triton_backends import EmulatedBackend
 from support.triton_bugs import BUGS, Bug
 
-from gpu_bn.backends.triton import backend as backend_module
-from gpu_bn.backends.triton import programs
+from gpu_bn.backends.triton import arguments, backend, programs, steps
 
 pytestmark = pytest.mark.compile
 
@@ -43,8 +42,10 @@ def mutated(bug: Bug, folder: Path, monkeypatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "mutant_kernels"]:
         monkeypatch.delitem(sys.modules, name)
     for module in ("forward", "backward"):
-        monkeypatch.setattr(backend_module, f"{module}_kernels", importlib.import_module(f"mutant_kernels.{module}"))
-    monkeypatch.setattr(backend_module, "functions", importlib.import_module("mutant_kernels.activations").functions)
+        monkeypatch.setattr(steps, f"{module}_kernels", importlib.import_module(f"mutant_kernels.{module}"))
+    functions = importlib.import_module("mutant_kernels.activations").functions
+    for module in (arguments, backend, steps):
+        monkeypatch.setattr(module, "functions", functions)
 
 
 def trial(bug: Bug, compile_triton) -> None:

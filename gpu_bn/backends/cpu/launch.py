@@ -14,11 +14,13 @@ import numpy as np
 from gpu_bn.activations import ROWS
 from gpu_bn.backends.cpu import pages, plans, threads
 from gpu_bn.backends.cpu.arrays import Arrays
-from gpu_bn.backends.protocol import BackendUnavailableError
+from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Saved, Sums
+from gpu_bn.call import Call
 from gpu_bn.kernels.cpu import calls_channels, calls_rows
 from gpu_bn.kernels.cpu.calls import END, FINISH, START, SUM, WRITE
 from gpu_bn.kernels.cpu.compiler import supports_float16
 from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT64, SIZES
+from gpu_bn.spec import BatchNormSpec
 
 Array = Any
 WHICH = {name: at for at, name in enumerate(ROWS)}
@@ -59,27 +61,21 @@ _local = threading.local()
 
 def forward(
     arrays: Arrays,
-    x: Array,
-    axis: int,
-    batch_stats: bool,
-    momentum: float,
-    eps: float,
-    activation: str,
-    parameter: float,
-    vectors: tuple[Array | None, Array | None, Array | None, Array | None],
-    residual: Array | None,
-    y: Array | None,
-    in_place: bool,
-    counter: Array | None = None,
+    call: Call,
+    spec: BatchNormSpec,
+    in_place: bool = False,
     at_once: bool = False,
     fresh: bool = False,
 ) -> tuple[Array, Array, int] | None:
-    """Write y, if it is given, move the running statistics, and return mean and variance, float64, and their count.
+    """Write ``call.out``, if it is given, move the running statistics, and return mean and variance, and their count.
 
-    ``vectors`` are weight, bias, running mean and variance. ``counter``, of int64, is incremented. ``at_once``: all
-    that is tracked is to be written by the last call into C. ``fresh``: y is new, like x. ``None``, and nothing done,
-    where kernels cannot do so or cannot follow the strides, and in evaluation where memory does not suffice.
+    The two are float64. ``call.counter``, of int64, is incremented. ``at_once``: all that is tracked is to be written
+    by the last call into C. ``fresh``: the output is new, like x. ``None``, and nothing done, where kernels cannot do
+    so or cannot follow the strides, and in evaluation where memory does not suffice.
     """
+    x, residual, y, counter = call.x, call.residual, call.out, call.counter
+    vectors = (call.weight, call.bias, call.running_mean, call.running_var)
+    axis, batch_stats, activation = spec.axis, spec.batch_stats, spec.activation.name
     tensors, layout, address = (x, residual, y), arrays.layout, arrays.address
     try:
         key = (
@@ -103,7 +99,7 @@ def forward(
         arguments = (
             address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
             *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
-            int(batch_stats), momentum, eps, parameter, *prepared.cut,
+            int(batch_stats), float(spec.momentum), spec.eps, spec.activation.parameter, *prepared.cut,
         )  # fmt: skip
     except MemoryError:
         if batch_stats:
@@ -117,29 +113,20 @@ def forward(
 
 def backward(
     arrays: Arrays,
-    x: Array,
-    axis: int,
-    batch_stats: bool,
-    eps: float,
-    activation: str,
-    parameter: float,
-    vectors: tuple[Array | None, Array | None, Array, Array],
-    count: float | None,
-    residual: Array | None,
+    saved: Saved,
     dy: Array,
-    dx: Array | None,
-    dresidual: Array | None,
-    gradients: tuple[Array | None, Array | None],
+    grads: Grads,
     sums: bool,
-    given: tuple[Array, Array] | None = None,
+    given: Sums | None = None,
     fresh: bool = False,
 ) -> tuple[Array, Array] | None:
     """Write the gradients that are given, and return the sums of dz and dz * xhat, float64: computed, or those given.
 
-    ``vectors`` are weight, bias, mean and variance, the last two float64; ``gradients`` are those of weight and bias;
-    ``count`` is what sums are divided by, if it is not x's own; ``fresh``: dx and dresidual are new, like x.
-    ``None`` as of :func:`forward`.
+    The statistics saved are dense vectors of float64. ``fresh``: dx and dresidual are new, like x. ``None`` as of
+    :func:`forward`.
     """
+    x, residual, spec, (dx, dweight, dbias, dresidual) = saved.x, saved.residual, saved.spec, grads
+    axis, activation, vectors, gradients = spec.axis, spec.activation.name, (saved.weight, saved.bias), (dweight, dbias)
     tensors, layout, address = (x, residual, dy, dx, dresidual), arrays.layout, arrays.address
     key = (
         axis, sums, activation, layout(x), None if residual is None else layout(residual), layout(dy),
@@ -151,9 +138,9 @@ def backward(
         prepared = _remember(key, prepare_backward(arrays, tensors, axis, sums, activation))
     if prepared is None:
         return None
-    parameters = [0 if one is None else arrays.tagged(one) for one in vectors[:2]]
+    parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
     written = [0 if one is None else arrays.tagged(one) for one in gradients]
-    wide = _widened(arrays, vectors[:2], parameters, True) if -1 in parameters else None
+    wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else None
     results = _widened(arrays, gradients, written, False) if -1 in written else gradients
     found = given or (arrays.double(prepared.channels), arrays.double(prepared.channels))
     if prepared.huge:
@@ -162,9 +149,9 @@ def backward(
                 pages.advise(address(one), prepared.nbytes)
     _run(
         prepared, _room(prepared), *[0 if one is None else address(one) for one in tensors], *prepared.shape,
-        *parameters, *written, address(vectors[2]), address(vectors[3]), address(found[0]), address(found[1]),
-        int(batch_stats and (sums or given is not None)), float(prepared.positions) if count is None else count, eps,
-        parameter, *prepared.cut,
+        *parameters, *written, address(saved.moments.mean), address(saved.moments.var), *map(address, found),
+        int(spec.batch_stats and (sums or given is not None)), number(saved.positions), spec.eps,
+        spec.activation.parameter, *prepared.cut,
     )  # fmt: skip
     del wide  # until here
     if results is not gradients:
@@ -173,6 +160,11 @@ def backward(
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
+def number(count: Any) -> float:
+    """A count, which may be an array of one."""
+    return float(count if isinstance(count, int) else count.item())
+
+
 def _widened(arrays: Arrays, vectors: tuple[Any, ...], addresses: list[int], read: bool) -> tuple[Any, ...]:
     """The vectors, in float64 where the address is -1, and is put right."""
     found = list(vectors)

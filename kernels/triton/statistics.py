@@ -1,15 +1,19 @@
-"""What the Triton kernels share: where elements are, sums over a channel, per-channel values.
-
-A program works on a *strip*: one channel (rows), or LANES * VEC adjacent ones (COLUMNS, channels-last). Per-channel
-values are scalars in the first case and vectors in the second. A *position* is one step along a strip: a vector of VEC
-elements in rows, LANES of them in columns; a block of elements is [POSITIONS, LANES * VEC]. Vectors are counted over
-the whole tensor, so that an element's offset is known to be a multiple of VEC whatever the sizes are.
+"""Sums over a channel, its mean and variance, and what they make of an element.
 
 Elements are computed in COMPUTE, per-channel values in float64, all of them in one fixed order.
 """
 
 import triton
 import triton.language as tl
+
+from gpu_bn.kernels.triton.accesses import (
+    known_elements,
+    load_wide,
+    offsets_of,
+    valid_elements,
+    valid_positions,
+    vectors_at,
+)
 
 SCALE_DOWN = tl.constexpr(2.0**-80)
 SCALE_UP = tl.constexpr(2.0**80)
@@ -19,108 +23,6 @@ TINY_SHIFT = tl.constexpr(1e-6)
 """The deviations from a larger shift are zero or have squares above UNDERFLOW."""
 TRUSTED_SHIFT = tl.constexpr(64.0)
 """A shift serves within 8 standard deviations of the mean."""
-
-
-# ------------------------------------------------------------------------------------------------------------ places
-@triton.jit
-def share_of(block, share, positions, WIDE: tl.constexpr):
-    """The first position of a program's share, and the one after its last."""
-    if WIDE:
-        first = tl.cast(block, tl.int64) * share
-    else:
-        first = block * share
-    return first, tl.minimum(first + share, positions)
-
-
-@triton.jit
-def group_of(program, GROUPS: tl.constexpr):
-    """A program's strip and ghost batch, of GROUPS that the strips of a launch are shared by."""
-    if GROUPS == 1:
-        return program, 0
-    else:
-        strips = tl.num_programs(0) // GROUPS
-        return program % strips, program // strips
-
-
-@triton.jit
-def start_of(group, channels, row, positions, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """The number of a ghost batch's first vector."""
-    if GROUPS == 1:
-        return 0
-    else:
-        if WIDE:
-            group = tl.cast(group, tl.int64)
-        return group * positions * (row if COLUMNS else channels)
-
-
-@triton.jit
-def vectors_at(
-    position, strip, row, jump, magic, power, LANES: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, start=0
-):  # fmt: skip
-    """The number of each position's (first) vector, from ``start`` on.
-
-    Rows have ``row`` vectors; from the end of one of a channel's rows to the start of its next it is ``jump``.
-    position // row is (position * magic) >> power.
-    """
-    if WIDE:
-        strip = tl.cast(strip, tl.int64)
-    if COLUMNS:
-        return position * row + strip * LANES + start
-    elif WIDE:
-        return position + strip * row + (position // row) * jump + start
-    else:
-        outer = ((position.to(tl.int64) * magic) >> power).to(tl.int32)
-        return position + strip * row + outer * jump + start
-
-
-@triton.jit
-def mask_of(valid, group, positions, VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """Where the mask of a ghost batch starts: it has a byte for each element of a channel."""
-    if WIDE:
-        group = tl.cast(group, tl.int64)
-    return valid + group * positions * (1 if COLUMNS else VEC)
-
-
-@triton.jit
-def valid_positions(valid, position, last, VEC: tl.constexpr, COLUMNS: tl.constexpr):
-    """[POSITIONS, VEC] or, in columns, [POSITIONS]: what a mask leaves of a channel."""
-    if COLUMNS:
-        return tl.load(valid + position, mask=position < last, other=0) != 0
-    else:
-        places = position[:, None] * VEC + tl.arange(0, VEC)[None, :]
-        return tl.load(valid + places, mask=(position < last)[:, None], other=0) != 0
-
-
-@triton.jit
-def valid_elements(valid, known, position, last, VEC: tl.constexpr, COLUMNS: tl.constexpr):
-    """The known elements that a mask leaves."""
-    there = valid_positions(valid, position, last, VEC, COLUMNS)
-    return known & (there[:, None] if COLUMNS else there)
-
-
-@triton.jit
-def offsets_of(vector, LANES: tl.constexpr, VEC: tl.constexpr):
-    """[POSITIONS, LANES * VEC] offsets of the elements."""
-    return vector[:, None] * VEC + tl.arange(0, LANES * VEC)[None, :]
-
-
-@triton.jit
-def known_elements(position, last, strip, row, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr):
-    """[POSITIONS, 1] or [POSITIONS, LANES * VEC]: which elements there are, all or none of a vector."""
-    known = (position < last)[:, None]
-    if COLUMNS:
-        known = known & (strip * LANES + tl.arange(0, LANES * VEC) // VEC < row)[None, :]
-    return known
-
-
-@triton.jit
-def channels_of(strip, channels, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr):
-    """A strip's channels, and which of them there are."""
-    if COLUMNS:
-        channel = strip * LANES * VEC + tl.arange(0, LANES * VEC)
-        return channel, channel < channels
-    else:
-        return strip, strip < channels
 
 
 @triton.jit
@@ -155,59 +57,6 @@ def any_channel(flag, COLUMNS: tl.constexpr):
         return tl.max(flag.to(tl.int32), 0) > 0
     else:
         return flag
-
-
-# ---------------------------------------------------------------------------------------------------------- elements
-@triton.jit
-def wide(value):
-    """A parameter or a statistic in float64."""
-    if value.dtype == tl.bfloat16:
-        return value.to(tl.float32).to(tl.float64)
-    else:
-        return value.to(tl.float64)
-
-
-@triton.jit
-def load_wide(pointer, channel, known, default):
-    """A per-channel vector in float64; ``default`` where there is none."""
-    if pointer is None:
-        return tl.where(known, default, 0.0).to(tl.float64)
-    else:
-        return wide(tl.load(pointer + channel, mask=known, other=0.0))
-
-
-@triton.jit
-def store_as(pointer, value, mask):
-    """Store float64 or COMPUTE values in the pointer's dtype."""
-    if pointer.dtype.element_ty == tl.bfloat16:
-        tl.store(pointer, value.to(tl.float32).to(tl.bfloat16), mask=mask)
-    else:
-        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_bits(mask, vector, position, last, strip, row, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr):
-    """[POSITIONS, LANES * VEC]: which elements keep ``dy``, from one byte for each vector."""
-    lane = tl.arange(0, LANES)
-    known = (position < last)[:, None]
-    if COLUMNS:
-        known = known & (strip * LANES + lane < row)[None, :]
-    byte = tl.load(mask + vector[:, None] + lane[None, :], mask=known, other=0).to(tl.int32)
-    bits = (byte[:, :, None] >> tl.arange(0, VEC)[None, None, :]) & 1
-    return tl.reshape(bits, (position.shape[0], LANES * VEC)) != 0
-
-
-@triton.jit
-def store_bits(
-    mask, keep, vector, position, last, strip, row, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Store one byte for each vector: bit j says whether its element j keeps ``dy``."""
-    lane = tl.arange(0, LANES)
-    known = (position < last)[:, None]
-    if COLUMNS:
-        known = known & (strip * LANES + lane < row)[None, :]
-    bits = tl.reshape(keep.to(tl.int32), (position.shape[0], LANES, VEC)) << tl.arange(0, VEC)[None, None, :]
-    tl.store(mask + vector[:, None] + lane[None, :], tl.sum(bits, 2).to(tl.uint8), mask=known)
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -353,15 +202,15 @@ def nan_for_infinity(var):
 
 
 MOST_SWEEPS = tl.constexpr(3)
-"""One may find the range lost, one the shift bad, and one does justice."""
+"""Up to three: one that loses the range, one with a bad shift, and the final one."""
 
 
 @triton.jit
-def judged(total, squares, count, inverse, shift, factor, pending, RANGE: tl.constexpr):
-    """Mean and variance of the pending channels, and how to sum those again that this sweep has not done justice.
+def assessed(total, squares, count, inverse, shift, factor, pending, RANGE: tl.constexpr):
+    """Mean and variance of the pending channels, and how to sum again those that this sweep has not served.
 
     A shift too far from the mean is moved there. Where squares left float32's range (RANGE: whether the dtype lets
-    them) the channel gets a factor. A channel's way depends on nothing but itself.
+    them) the channel gets a factor. What becomes of a channel depends on that channel alone.
     """
     apart = total * inverse
     spread = squares * inverse - apart * apart

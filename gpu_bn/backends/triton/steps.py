@@ -1,0 +1,232 @@
+"""The launches of a call: which plan serves it, and its kernels with all that is constant to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from gpu_bn.backends.layout import Layout
+from gpu_bn.backends.triton.arguments import BackwardCall, work_of
+from gpu_bn.backends.triton.launch import CLUSTERS, Step
+from gpu_bn.backends.triton.programs import (
+    CROWDED,
+    SAMPLES,
+    SHORT,
+    STREAMED,
+    Geometry,
+    chain,
+    chunk,
+    device_of,
+    held_block,
+    one_pass_plan,
+    streamed_block,
+    strip,
+    training_plan,
+)
+from gpu_bn.kernels.triton import backward as backward_kernels
+from gpu_bn.kernels.triton import forward as forward_kernels
+from gpu_bn.kernels.triton.activations import functions
+from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan, Work
+from gpu_bn.spec import BatchNormSpec
+
+Array = Any
+TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})
+
+
+@dataclass(slots=True, eq=False)
+class ForwardSteps:
+    """The launches of all forward calls with arguments alike."""
+
+    plan: LaunchPlan
+    stats: Step | None
+    last: Step
+    bessel: float
+
+
+@dataclass(slots=True, eq=False)
+class BackwardSteps:
+    """The launches of all backward calls with arguments alike."""
+
+    plan: LaunchPlan
+    reduce: Step | None
+    last: Step | None
+    merge: Step | None
+
+
+class StepBuilder:
+    """Plan calls, and make the launches of their kernels.
+
+    Args:
+        device: what to plan for, in place of the tensors' device.
+        tier: the tier to use, if it serves.
+        wide: whether offsets take 64 bits also where 32 would do.
+    """
+
+    def __init__(self, device: Device | None, tier: str | None, wide: bool) -> None:
+        self._device, self._tier, self._wide = device, tier, wide
+        self.clusters = CLUSTERS
+        self._devices: dict[Any, Device] = {}
+
+    def do_without_clusters(self) -> None:
+        """Plan no clusters from now on."""
+        self.clusters = False
+        self._devices.clear()
+
+    def forward(
+        self,
+        layout: Layout,
+        spec: BatchNormSpec,
+        x: Array,
+        residual: bool,
+        masked: bool,
+        alignment: int,
+        extended: bool,
+    ) -> ForwardSteps:
+        """The launches of a forward call.
+
+        ``masked``: whether sign bits take the place of the residual; ``extended``: there is a mask or ghost batches.
+        """
+        groups = spec.groups
+        act = functions(spec.activation.name)
+        bessel = layout.count / max(layout.count - 1, 1)
+        work = replace(work_of(layout, x, alignment, reads=1 + residual), sign_bits=masked)
+        constants = (act.value, act.drop if masked else None)
+        if not spec.batch_stats:
+            plan = self.plan_once(work, x)
+            return ForwardSteps(plan, None, self.normalize(plan, x, alignment, constants), bessel)
+        plan = self.plan_once(work, x) if extended else self.plan(work, x)
+        if plan.tier == "split":
+            return ForwardSteps(
+                plan,
+                self.stats(plan, x, alignment, groups),
+                self.normalize(plan, x, alignment, constants, groups),
+                bessel,
+            )
+        positions, tiles, warps = held_block(plan, x)
+        geometry = Geometry.of(plan)
+        step = self._step(
+            forward_kernels.bn_forward_kernel, plan, x, (plan.tiling.strips, 1),
+            (*geometry.tail, geometry.positions, *constants, tiles, positions, *strip(plan), self._is_wide(geometry),
+             compute_dtype(x), may_overflow(x)), alignment, warps, plan.blocks,
+        )  # fmt: skip
+        return ForwardSteps(plan, None, step, bessel)
+
+    def stats(self, plan: LaunchPlan, x: Array, alignment: int, groups: int) -> Step:
+        """The first of two launches: statistics of each block's part of a channel."""
+        geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x)
+        tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], chain(plan, positions),
+                positions, *strip(plan), self._is_wide(geometry), compute_dtype(x), may_overflow(x),
+                groups)  # fmt: skip
+        grid = (groups * plan.tiling.strips, plan.blocks)
+        return self._step(forward_kernels.bn_stats_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
+
+    def normalize(
+        self, plan: LaunchPlan, x: Array, alignment: int, constants: tuple[Any, Any], groups: int = 1
+    ) -> Step:
+        """The second: merge the statistics, and normalise."""
+        geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x)
+        tail = (*geometry.tail, geometry.positions, plan.share, *constants, chunk(plan), positions, *strip(plan),
+                self._is_wide(geometry), compute_dtype(x), groups)  # fmt: skip
+        grid = (groups * plan.tiling.strips, plan.blocks)
+        return self._step(forward_kernels.bn_normalize_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
+
+    def backward(self, call: BackwardCall, need: frozenset[str], batch_stats: bool) -> BackwardSteps:
+        """The launches of a backward call."""
+        wants_dx, wants_dz, wants_sums = "dx" in need, "dresidual" in need, bool(need & {"dweight", "dbias"})
+        work = call.work(wants_dx + wants_dz)
+        if not wants_sums and not (wants_dx and batch_stats):  # nothing depends on a sum
+            plan = self.plan_once(work, call.x)
+            return BackwardSteps(plan, None, self.input(plan, call), None)
+        if batch_stats:
+            plan = self.plan_once(work, call.x) if call.extended else self.plan(work, call.x)
+            if plan.tier != "split":
+                return BackwardSteps(plan, None, self._held(plan, call), None)
+            if wants_dx:
+                return BackwardSteps(plan, self._reduce(plan, call), self.input(plan, call), None)
+        plan, reduce, merge = self.reduce_and_merge(call, (wants_dz, wants_dx))
+        return BackwardSteps(plan, reduce, None, merge)
+
+    def stats_and_merge(self, layout: Layout, x: Array, alignment: int, groups: int) -> tuple[LaunchPlan, Step, Step]:
+        """The plan of the statistics alone, and its two launches."""
+        plan = self.plan_once(work_of(layout, x, alignment), x)
+        tail = (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, chunk(plan), *strip(plan), groups)
+        grid = (groups * plan.tiling.strips, 1)
+        merge = self._step(forward_kernels.bn_merge_moments_kernel, plan, x, grid, tail, groups=groups)
+        return plan, self.stats(plan, x, alignment, groups), merge
+
+    def reduce_and_merge(self, call: BackwardCall, outputs: tuple[bool, bool]) -> tuple[LaunchPlan, Step, Step]:
+        """The plan of the sums alone, and its two launches; ``outputs``: whether dz and dx are written on the way."""
+        plan = self.plan_once(call.work(sum(outputs)), call.x)
+        tail = (plan.tiling.c, plan.blocks, chunk(plan), *strip(plan), compute_dtype(call.x), call.groups)
+        grid = (call.groups * plan.tiling.strips, 1)
+        merge = self._step(backward_kernels.bn_merge_sums_kernel, plan, call.x, grid, tail, groups=call.groups)
+        return plan, self._reduce(plan, call, all(outputs)), merge
+
+    def _reduce(self, plan: LaunchPlan, call: BackwardCall, writes_both: bool = False) -> Step:
+        masked_groups = call.groups > 1 and call.tensors[-1] is not None
+        shapes = CROWDED if masked_groups else SHORT if writes_both and plan.tiling.columns else STREAMED
+        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x, shapes)
+        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chain(plan, positions), positions,
+                *strip(plan), self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
+        grid = (call.groups * plan.tiling.strips, plan.blocks)
+        kernel = backward_kernels.bn_backward_reduce_kernel
+        return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
+
+    def input(self, plan: LaunchPlan, call: BackwardCall) -> Step:
+        """The launch that writes dx of sums, or of none where statistics are frozen."""
+        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x)
+        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chunk(plan), positions, *strip(plan),
+                self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
+        grid = (call.groups * plan.tiling.strips, plan.blocks)
+        kernel = backward_kernels.bn_backward_input_kernel
+        return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
+
+    def _held(self, plan: LaunchPlan, call: BackwardCall) -> Step:
+        """The only launch, where a program holds a channel."""
+        geometry, (positions, tiles, warps) = Geometry.of(plan), held_block(plan, call.x)
+        tail = (*geometry.tail, geometry.positions, call.gradient, tiles, positions, *strip(plan),
+                self._is_wide(geometry), compute_dtype(call.x))  # fmt: skip
+        grid = (plan.tiling.strips, 1)
+        return self._step(
+            backward_kernels.bn_backward_kernel, plan, call.x, grid, tail, call.alignment, warps, plan.blocks
+        )
+
+    def plan(self, work: Work, x: Array) -> LaunchPlan:
+        """The plan of a call that needs statistics or sums of the batch."""
+        return training_plan(work, self._device_of(x), self._tier)
+
+    def plan_once(self, work: Work, x: Array) -> LaunchPlan:
+        """The plan of launches that go through the tensors once."""
+        return one_pass_plan(work, self._device_of(x))
+
+    def _step(
+        self, kernel: Any, plan: LaunchPlan, x: Array, grid: tuple[int, int], tail: tuple[Any, ...],
+        alignment: int = 1, num_warps: int = 4, num_ctas: int = 1, groups: int = 1,
+    ) -> Step:  # fmt: skip
+        geometry = Geometry.of(plan, groups)
+        aligned = TENSORS if alignment == VECTOR_BYTES else frozenset[str]()
+        index = -1 if x.device.index is None else x.device.index
+        return Step(kernel, grid, tail, num_warps, num_ctas, self._is_wide(geometry), aligned, index)
+
+    def _is_wide(self, geometry: Geometry) -> bool:
+        return geometry.wide or self._wide
+
+    def _device_of(self, x: Array) -> Device:
+        found = self._devices.get(x.device)
+        if found is None:
+            found = self._device or device_of(x.device)
+            found = self._devices[x.device] = found if self.clusters else replace(found, clusters=False)
+        return found
+
+
+def compute_dtype(x: Array) -> Any:
+    """The dtype that kernels compute in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def may_overflow(x: Array) -> bool:
+    """Whether squares of the dtype's numbers may leave float32's range."""
+    return x.dtype in (torch.float32, torch.bfloat16)
