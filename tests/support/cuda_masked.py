@@ -23,7 +23,7 @@ from support import rng
 
 TENSORS = ("y", "dx", "dresidual")
 EVERYTHING = frozenset({"dx", "dweight", "dbias", "dresidual"})
-ROWS, COLUMNS = (6, 3, 4, 8), (60, 24)
+ROWS, COLUMNS = (6, 5, 4, 8), (60, 24)
 
 
 @dataclass(frozen=True)
