@@ -21,11 +21,7 @@ from gpu_bn.nn.folding import (
     fuse_linear_bn_eval,
     fuse_linear_bn_weights,
 )
-from gpu_bn.nn.functional import (
-    batch_norm,
-    checkpoint_contexts,
-    no_tracking,
-)
+from gpu_bn.nn.functional import batch_norm
 from gpu_bn.nn.modules import (
     BatchNorm,
     BatchNorm1d,
@@ -37,6 +33,7 @@ from gpu_bn.nn.modules import (
     LazyBatchNorm3d,
 )
 from gpu_bn.nn.report import Report
+from gpu_bn.nn.running import checkpoint_contexts, no_tracking
 from gpu_bn.nn.statistics import accumulate_statistics, update_population_stats
 from gpu_bn.nn.sync import SyncBatchNorm, sync_batch_norm
 

@@ -1,7 +1,7 @@
-"""Swapping the BatchNorm layers of a model for ours, and back.
+"""Replace the BatchNorm layers of a model by ours, and back.
 
-A layer stays the object that it is: only its class changes, so that parameters, buffers, hooks, flags, names and
-whoever else refers to it are kept.
+A layer stays the same object: only its class changes. So parameters, buffers, hooks, flags, names and all references to
+it are kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -
         fuse: also let the layers do the activations after them, and the sums between the two. The modules that call
             these are traced one by one by ``torch.fx``. A module that cannot be traced, or whose graph would lose
             something, stays as it is. Nothing changes but what runs within their calls.
-        report: lists what was done, and what was not and why.
+        report: collects what was done, and what was not and why.
 
     Returns:
         ``model``.
@@ -71,7 +71,7 @@ def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -
 
 
 def _tell_opacus() -> None:
-    """Have opacus, if it is loaded, treat our layers as torch's: it looks for their exact types."""
+    """Make opacus, if it is loaded, treat our layers as torch's: it looks for exact types."""
     validators = sys.modules.get("opacus.validators.module_validator")
     if validators is not None:
         for known in (validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS):
@@ -179,7 +179,7 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
         ``model``.
 
     Raises:
-        ValueError: a name that is none, or whose module was not called or did not give a tensor of rank 2 to 5.
+        ValueError: no module has a name, or it was not called, or it did not return a tensor of rank 2 to 5.
 
     Examples:
         >>> import torch
@@ -197,7 +197,7 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
     layers: dict[str, torch.nn.Module] = {}
 
     def look(name: str, output: Any) -> None:
-        """Make a module's layer at once, for what follows may overwrite the module's output."""
+        """Make a module's layer at once: what follows may overwrite the module's output."""
         if isinstance(output, torch.Tensor) and output.dim() in ranks:
             like = {"device": output.device, "dtype": None if output.dtype.itemsize < 4 else output.dtype}
             layers[name] = ranks[output.dim()](output.shape[1], **(like | options)).init_identity_(output)
@@ -234,7 +234,7 @@ def _set_frozen(model: Model, frozen: bool, parameters: bool) -> Model:
 
 
 def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | None:
-    """The class that a layer of ours goes back to; ``None`` if torch has none."""
+    """Return the class that a layer of ours goes back to; ``None`` if torch has none."""
     came_from: type[torch.nn.Module] | None = module.__dict__.get("_converted_from")
     if getattr(module, "frozen", False):
         raise ValueError(f"layer {name!r} is frozen, which torch's layers cannot be: call unfreeze first")

@@ -1,4 +1,4 @@
-"""Folding normalisations into the convolutions and linear layers before them, for inference; torch's names."""
+"""Fold normalisations into the convolutions and linear layers before them, for inference; under torch's names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FOLDED = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-"""What a normalisation is folded into."""
+"""The layers that a normalisation is folded into."""
 
 
 def fuse_conv_bn_weights(
@@ -232,13 +232,13 @@ def fold(model: Model, *inputs: Any, report: Report | None = None, **options: An
 
 
 def _copy(model: Model) -> Model:
-    """A deep copy, also where modules hold results of a call, which torch does not copy with their history."""
+    """Copy a model deeply, also if modules hold results of a call, which torch does not copy with their history."""
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
 
 
 def _unfit(layer: Any, norm: Any) -> str:
-    """Why a normalisation cannot be folded into the layer before it, if it cannot."""
+    """Say why a normalisation cannot be folded into the layer before it, if it cannot."""
     known = known_norm(norm)
     if known is None:
         return f"{type(norm).__name__} is not known, or has hooks, parametrisations or an activation that is not ours"
@@ -254,7 +254,7 @@ def _unfit(layer: Any, norm: Any) -> str:
 
 
 def _leave_the_rest(layer: Any, norm: Any) -> None:
-    """Make a folded normalisation do what is left of it."""
+    """Let a folded normalisation do the rest of its work."""
     _, activation = known_norm(norm) or (None, IDENTITY)
     ours = is_ours(norm) and "_converted_from" not in vars(norm)
     for name in [name for name in vars(norm) if name not in INTERNAL]:
@@ -269,7 +269,7 @@ def _leave_the_rest(layer: Any, norm: Any) -> None:
 
 
 class Folded(nn.Module):
-    """What a folded normalisation leaves to do."""
+    """The rest of a folded normalisation: the sum with a residual, and the activation."""
 
     activation: Activation = IDENTITY
     two_axes: bool = False
@@ -281,7 +281,7 @@ class Folded(nn.Module):
         activation: Activation | str | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """As that of :class:`gpu_bn.nn.BatchNorm` after it has normalised."""
+        """Do what :class:`gpu_bn.nn.BatchNorm` does after it has normalised."""
         if mask is not None:
             raise ValueError("a folded normalisation has no mask")
         if self.two_axes and input.dim() != 2:

@@ -2,84 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from math import inf
-from threading import local
-from typing import Any
-
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
-from torch.overrides import is_tensor_like
 
-from gpu_bn import algorithm, aliasing, registry, spec
+from gpu_bn import algorithm, registry, spec
 from gpu_bn import functional as front
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.call import Call, Options
+from gpu_bn.nn.checks import check, check_extensions, check_memory, check_tensors, is_ordinary, plain_number
 from gpu_bn.nn.operators import autograd, composition, cpu_calls, library, masked
-from gpu_bn.spec import MAX_RANK, MIN_RANK
-
-VECTORS = ("running_mean", "running_var", "weight", "bias")
-TENSORS = ("input", *VECTORS, "residual", "num_batches_tracked")
-PLAIN = autograd.PLAIN
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-class _Updates(local):
-    """Whether running statistics are left alone, in this thread."""
-
-    off = False
-
-
-_updates = _Updates()
-
-
-@contextmanager
-def no_tracking() -> Iterator[None]:
-    """Leave running statistics and batch counters as they are, also in training (eager mode only).
-
-    Returns:
-        A context manager; it holds for this thread.
-
-    Examples:
-        >>> import torch
-        >>> from gpu_bn import nn
-        >>> layer = nn.BatchNorm1d(4)
-        >>> with nn.no_tracking():
-        ...     y = layer(torch.randn(8, 4))
-        >>> layer.num_batches_tracked.item()
-        0
-    """
-    before = _updates.off
-    _updates.off = True
-    try:
-        yield
-    finally:
-        _updates.off = before
-
-
-def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Make the contexts for activation checkpointing: the forward pass that is run again updates no statistics.
-
-    Returns:
-        A pair of context managers, for ``context_fn`` of ``torch.utils.checkpoint.checkpoint``.
-
-    Examples:
-        >>> import torch
-        >>> from torch.utils.checkpoint import checkpoint
-        >>> from gpu_bn import nn
-        >>> layer = nn.BatchNorm1d(4)
-        >>> x = torch.randn(8, 4, requires_grad=True)
-        >>> y = checkpoint(layer, x, use_reentrant=False, context_fn=nn.checkpoint_contexts)
-        >>> y.sum().backward()
-        >>> layer.num_batches_tracked.item()  # not 2
-        1
-    """
-    return nullcontext(), no_tracking()
+from gpu_bn.nn.running import updates
 
 
 def batch_norm(
@@ -150,117 +84,59 @@ def batch_norm(
 
 
 def normalize(call: Call, options: Options) -> Tensor:
-    """:func:`batch_norm` of a known activation; the counter is call in training only."""
+    """Do what :func:`batch_norm` does, with an ``Activation``, and a counter in training only."""
     if call.valid is None and options.virtual_batch_size is None and options.renorm is None:
-        if not _updates.off:
+        if not updates.off:
             y = cpu_calls.forward(call, options)
             if y is not None:
                 return y
-        if _ordinary(call, options):
+        if is_ordinary(call, options):
             training, momentum, eps, activation, *_ = options
-            weighs = library.weighs(momentum, None, call.counter) if training else 0.0
-            spec = library.options(training, weighs, eps, activation.name, activation.parameter)
+            batch_weight = library.batch_weight(momentum, None, call.counter) if training else 0.0
+            spec = library.options(training, batch_weight, eps, activation.name, activation.parameter)
             return autograd.direct(registry.serving(call.x), spec, call)
-    return _any_call(call, options)
+    return _checked(call, options)
 
 
-def _ordinary(call: Call, options: Options) -> bool:
-    """Whether a call is one that :func:`check` allows, of plain tensors, and nobody watches or transforms it.
-
-    It looks at everything in every call, once, and remembers nothing. What it is not sure of is for :func:`_any_call`.
-    """
-    x, weight, bias, residual, mean, var, counter, _, _ = call
-    training, momentum, eps, *_ = options
-    if autograd.watched() or forward_ad._current_level >= 0 or not autograd.is_plain(x):
-        return False
-    shape, dtype, device = x.shape, x.dtype, x.device
-    if not (
-        MIN_RANK <= len(shape) <= MAX_RANK
-        and dtype in FLOATS
-        and x.layout is torch.strided
-        and type(eps) is float
-        and 0.0 < eps < inf
-        and (momentum is None or (type(momentum) is float and -inf < momentum < inf))
-    ):
-        return False
-    channels = shape[1:2]
-    for vector in (mean, var, weight, bias):
-        if vector is not None and (
-            type(vector) not in PLAIN
-            or vector.shape != channels
-            or vector.dtype not in FLOATS
-            or vector.device != device
-            or vector.is_neg()
-        ):
-            return False
-    if mean is None or var is None:
-        if not training or mean is not var:
-            return False
-    elif (torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad)) or (
-        training and mean.data_ptr() == var.data_ptr()
-    ):
-        return False
-    if training and (
-        _updates.off
-        or x.numel() == channels[0]
-        or not (counter is None or (autograd.is_plain(counter) and not counter.is_inference()))
-        or (mean is not None and var is not None and (mean.is_inference() or var.is_inference()))
-    ):
-        return False
-    return residual is None or (
-        autograd.is_plain(residual)
-        and residual.shape == shape
-        and residual.dtype is dtype
-        and residual.device == device
-    )
-
-
-def _any_call(call: Call, options: Options) -> Tensor:
-    """A call that may be wrong, extended, watched or transformed."""
-    x, weight, bias, residual, running_mean, running_var, counter, mask, _ = call
-    training, momentum, eps, activation, axis, virtual_batch_size, renorm = options
-    tensors = (x, running_mean, running_var, weight, bias, residual, counter)
-    for name, value in zip(TENSORS, tensors, strict=True):
-        _check_tensor(name, value)
-    if x.is_mkldnn:  # whose memory is oneDNN's
-        dense = None if residual is None else residual.to_dense()
-        return _any_call(Call(x.to_dense(), weight, bias, dense, *call[4:]), options).to_mkldnn()
-    momentum, eps = _number(momentum), _number(eps)
+def _checked(call: Call, options: Options) -> Tensor:
+    """Make a call that may be wrong, extended, watched or transformed."""
+    check_tensors(call)
+    if call.x.is_mkldnn:  # whose memory is oneDNN's
+        dense = None if call.residual is None else call.residual.to_dense()
+        return _checked(Call(call.x.to_dense(), call.weight, call.bias, dense, *call[4:]), options).to_mkldnn()
+    training, momentum, eps, *rest = options
+    momentum, eps = plain_number(momentum), plain_number(eps)
     check(call, Options(training, momentum, eps))
-    eps = eps.item() if isinstance(eps, Tensor) else eps
-    extended = mask is not None or virtual_batch_size is not None or renorm is not None
-    groups = _check_extensions(call, options) if extended else 1
-    extended = mask is not None or groups > 1 or renorm is not None
-    if training and running_mean is not None and not torch.compiler.is_compiling() and _updates.off:
-        if renorm is not None and running_var is not None:
-            running_mean, running_var = running_mean.clone(), running_var.clone()
-        else:
-            running_mean = running_var = None
-        counter = None
+    extended = call.valid is not None or options.virtual_batch_size is not None or options.renorm is not None
+    groups = check_extensions(call, options) if extended else 1
+    extended = call.valid is not None or groups > 1 or options.renorm is not None
     if training and not torch.compiler.is_compiling():
-        named = zip((*TENSORS, "mask"), (*tensors, mask), strict=True)
-        read = {name: one for name, one in named if _shows_memory(one)}
-        aliasing.check_written({name: read.pop(name) for name in library.TRACKED if name in read}, read)
-        for written in (running_mean, running_var, counter):
-            if written is not None and written.is_inference():
-                written.add_(0)  # outside inference mode torch refuses, when it has already added
+        call = _untracked(call, options) if updates.off else call
+        check_memory(call)
     if isinstance(momentum, Tensor) and (extended or not library.unread(momentum)):
         momentum = momentum.item()
-    call = Call(x, weight, bias, residual, running_mean, running_var, counter, mask)
-    options = Options(training, momentum, eps, activation, axis, virtual_batch_size, renorm)
-    if extended:
-        return masked.batch_norm(call, options, groups)
+    options = Options(training, momentum, eps.item() if isinstance(eps, Tensor) else eps, *rest)
+    return masked.batch_norm(call, options, groups) if extended else _recorded(call, options)
+
+
+def _untracked(call: Call, options: Options) -> Call:
+    """Leave the running statistics out of a call; renormalisation, which reads them, gets copies."""
+    mean = var = None
+    if options.renorm is not None and call.running_mean is not None and call.running_var is not None:
+        mean, var = call.running_mean.clone(), call.running_var.clone()
+    return Call(call.x, call.weight, call.bias, call.residual, mean, var, None, call.valid)
+
+
+def _recorded(call: Call, options: Options) -> Tensor:
+    """Make a checked call in the form that transforms, exporters and compilers understand."""
+    training, compiling = options.training, torch.compiler.is_compiling()
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return composition.wide_batch_norm(call, options)
-    if exporting() and not (training and torch.compiler.is_compiling() and not isinstance(momentum, float)):
+    if exporting() and not (training and compiling and not isinstance(options.momentum, float)):
         return composition.torch_batch_norm(call, options)
-    if not training and torch.compiler.is_compiling():
+    if not training and compiling:
         return composition.evaluated(call, options)
     return autograd.forward(call, options)
-
-
-def _shows_memory(one: Any) -> bool:
-    return one is not None and autograd.is_plain(one) and not library._is_wrapped(one)
 
 
 def exporting() -> bool:
@@ -271,117 +147,7 @@ def exporting() -> bool:
     """
     if torch.compiler.is_compiling():
         return bool(torch.compiler._is_exporting_flag)  # torch 2.11 compiles a call of is_exporting() to True
-    return autograd._tracing() is not None
-
-
-def _number(value: Any) -> Any:
-    """A number of NumPy's as Python's; in compiled code, where it is an array, as a tensor."""
-    if torch.compiler.is_compiling():
-        return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _is_number(value: Any) -> bool:
-    """Whether torch's function takes it for a number."""
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.requires_grad and not value.is_complex()
-    return isinstance(value, (float, int))
-
-
-def _check_tensor(name: str, value: Any) -> None:
-    """Raise what torch raises for what is no tensor, nor stands for one; only the input must be given."""
-    if not (isinstance(value, Tensor) or (value is None and name != "input") or is_tensor_like(value)):
-        kind = type(value)
-        got = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        raise TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {got}")
-
-
-def check(call: Call, options: Options) -> None:
-    """Raise what torch raises for arguments that do not fit."""
-    input, weight, bias, residual, running_mean, running_var, *_ = call
-    training, momentum, eps, *_ = options
-    rank = input.dim()
-    if not MIN_RANK <= rank <= MAX_RANK:
-        raise ValueError(f"expected {MIN_RANK}D to {MAX_RANK}D input (got {rank}D input)")
-    shape, device = input.shape, input.device
-    channels = shape[1]
-    if training and input.numel() == channels and channels > 0:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    if training and eps <= 0.0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if eps < 0.0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    for name, number in (("momentum", momentum), ("eps", eps)):
-        if isinstance(number, float) and not -inf < number < inf:  # isfinite cannot be compiled
-            raise ValueError(f"batch_norm {name} must be finite, but got {number}")
-    plain = input.dtype in FLOATS and input.layout is torch.strided
-    unknown = [] if plain else [f"input of {input.dtype} and layout {input.layout}"]
-    for name, number in (("momentum", momentum), ("eps", eps)):
-        if not _is_number(number) and not (number is None and name == "momentum"):
-            unknown.append(f"{name} of type {type(number).__name__}")
-    vectors = (running_mean, running_var, weight, bias)
-    for name, vector in zip(VECTORS, vectors, strict=True):
-        if vector is None:
-            if not training and name.startswith("running"):
-                raise RuntimeError(f"{name} must be defined in evaluation mode")
-            continue
-        if vector.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
-        if vector.dim() != 1:
-            raise RuntimeError(f"TensorAccessor expected 1 dims but tensor has {vector.dim()}")
-        if vector.dtype not in FLOATS or vector.device != device:
-            unknown.append(f"{name} of {vector.dtype} on {vector.device}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if training and running_mean is not None and running_var is not None and _share(running_mean, running_var):
-        raise ValueError("running_mean and running_var must be two tensors: a call in training writes to both")
-    if unknown:
-        momentum = 0.0 if momentum is None else momentum
-        mean, var = (None if running is None else running.clone() for running in (running_mean, running_var))
-        F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)  # says what is wrong, and may say nothing
-        raise TypeError(
-            f"gpu_bn.nn expects arguments of {', '.join(map(str, FLOATS))} on one device, got {', '.join(unknown)}"
-        )
-    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
-        if vector is not None and vector.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. "
-                "This input cannot have requires_grad True."
-            )
-    if residual is not None:
-        if residual.shape != shape:
-            raise ValueError(f"residual should have the input's shape {tuple(shape)}, got {tuple(residual.shape)}")
-        if residual.dtype != input.dtype:
-            raise TypeError(f"residual should have the input's dtype {input.dtype}, got {residual.dtype}")
-        if residual.device != device:
-            raise RuntimeError(f"residual should be on the input's device {device}, got {residual.device}")
-
-
-def _share(a: Tensor, b: Tensor) -> bool:
-    """Whether two vectors start at one place in memory, as far as this can be seen."""
-    if a is b or torch.compiler.is_compiling() or not (autograd.is_plain(a) and autograd.is_plain(b)):
-        return a is b
-    return a.numel() > 0 and a.data_ptr() == b.data_ptr()
-
-
-def _check_extensions(call: Call, options: Options) -> int:
-    """Check what torch's function does not have; returns the number of ghost batches."""
-    input, mask, training, renorm = call.x, call.valid, options.training, options.renorm
-    virtual_batch_size = options.virtual_batch_size
-    shape = input.shape
-    groups = 1 if virtual_batch_size is None else spec.check_groups(shape, 1, virtual_batch_size, training)
-    if training and input.numel() == groups * shape[1] > 0:
-        size = torch.Size((shape[0] // groups, *shape[1:]))
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask should be a Tensor, got {type(mask).__name__}")
-        spec.check_mask(mask, shape, 1)
-        if mask.device != input.device:
-            raise RuntimeError(f"mask should be on the input's device {input.device}, got {mask.device}")
-    if renorm is not None:
-        spec.check_renorm(renorm, training and call.running_mean is not None, groups)
-    return groups
+    return autograd.tracing_state() is not None
 
 
 def front_door(call: Call, options: Options, backend: str | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all layers for torch share: torch's ``_BatchNorm``, with an activation, a residual, a mask and a switch."""
+"""The base class of our layers with running statistics, and the call that all layers make."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gpu_bn.nn.activated import Activated, guarded
 
 
 class Fused(Activated, _BatchNorm):
-    """What the layers have beyond torch's.
+    """torch's ``_BatchNorm`` with an activation, a residual, a mask and frozen statistics.
 
     Attributes:
-        activation: what follows the normalisation, and the residual if the call has one; a name may be set as well.
+        activation: follows the normalisation, and the residual if the call has one; may be set to a name.
         frozen: whether the running statistics are used, and not updated, in training too.
         virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`; for training.
     """
@@ -32,7 +32,7 @@ class Fused(Activated, _BatchNorm):
     renorm: tuple[float, float] | None = None
     ranks: ClassVar[tuple[int, ...]] = ()
     own_check: ClassVar[bool] = False
-    """Whether a subclass says itself, in torch's ``_check_input_dim``, what inputs it takes."""
+    """Whether a subclass checks its inputs itself, in torch's ``_check_input_dim``."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -51,7 +51,7 @@ class Fused(Activated, _BatchNorm):
         Args:
             input: (N, C, ...).
             residual: added before the activation; like ``input``.
-            activation: what follows in this call, if it is not the layer's own.
+            activation: follows in this call in place of the layer's own.
             mask: which positions count, as in :func:`gpu_bn.batch_norm`.
         """
         if activation is None and self._modules and not self.replaces_children():
@@ -61,7 +61,7 @@ class Fused(Activated, _BatchNorm):
         activation = self.activation if activation is None else Activation.of(activation)
         training = self.training and not self.frozen
         tracked = not training or self.track_running_stats
-        try:  # quicker than attributes, which are looked for elsewhere first
+        try:  # faster than attributes, which Python looks for elsewhere first
             mean, var = self._buffers["running_mean"], self._buffers["running_var"]
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # another kind of attribute, as of torch.nn.utils.parametrize
@@ -87,7 +87,7 @@ class Fused(Activated, _BatchNorm):
         )
 
     def _untracked(self) -> tuple[Tensor | None, Tensor | None]:
-        """The running statistics of a call in training that may not change them: renormalisation reads them."""
+        """Return the running statistics for a call that must not change them: renormalisation reads copies."""
         if self.renorm is None or self.running_mean is None or self.running_var is None:
             return None, None
         return self.running_mean.clone(), self.running_var.clone()
@@ -118,7 +118,7 @@ class Fused(Activated, _BatchNorm):
         text: str = super().extra_repr()
         if not self.activation.is_identity:
             text += f", activation={self.activation!r}"
-        if "_merged" in self.__dict__:  # by the module that calls it
+        if "_merged" in self.__dict__:  # the module that calls this layer merges into it
             text += f", merged={self._merged!r}"
         for name in ("virtual_batch_size", "renorm"):
             if getattr(self, name) is not None:
@@ -126,7 +126,7 @@ class Fused(Activated, _BatchNorm):
         return text + ", frozen=True" * self.frozen
 
     def reset_parameters(self) -> None:
-        """As torch's layers do; those of torch 2.11 expect a bias where there is a weight."""
+        """Reset as torch's layers do; those of torch 2.11 expect a bias where there is a weight."""
         if self.weight is None or self.bias is not None or isinstance(self.weight, UninitializedParameter):
             super().reset_parameters()
         else:
@@ -134,7 +134,7 @@ class Fused(Activated, _BatchNorm):
             torch.nn.init.ones_(self.weight)
 
     def _drop_bias(self, bias: bool) -> None:
-        """Have no bias unless ``bias``: layers of torch 2.11 do not take the option."""
+        """Remove the bias unless ``bias``: layers of torch 2.11 do not take the option."""
         if not bias:
             self.register_parameter("bias", None)
 
@@ -168,7 +168,7 @@ def layer(
     virtual_batch_size: int | None = None,
     renorm: tuple[float, float] | None = None,
 ) -> Tensor:
-    """A layer's call, one node in a traced graph."""
+    """Make a layer's call: one node in a traced graph."""
     if ranks and input.dim() not in ranks:
         expected = " or ".join(f"{rank}D" for rank in ranks)
         raise ValueError(f"expected {expected} input (got {input.dim()}D input)")

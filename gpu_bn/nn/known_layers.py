@@ -1,7 +1,7 @@
 """The layers whose computation is known: torch's, ours, and those of other libraries by the name of their class.
 
-Nothing is imported for other libraries. Subclasses are not known, for they may compute something else. A frozen
-normalisation of any library is known by what it holds and computes.
+No other library is imported. Subclasses are not known: they may compute something else. A frozen normalisation of any
+library is known by what it holds and computes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLASSES: dict[str, type[torch.nn.Module]] = {
     "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
     "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
 }
-"""What is converted, by qualified name, and to which class; :mod:`gpu_bn.nn.sync` adds the row of its layer."""
+"""Our class for each layer that is converted, by qualified name; :mod:`gpu_bn.nn.sync` adds the row of its layer."""
 
 
 def is_own(kind: type[torch.nn.Module]) -> bool:
@@ -39,12 +39,12 @@ def is_own(kind: type[torch.nn.Module]) -> bool:
 
 
 def counterpart(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
-    """Our class for one of torch or another library."""
+    """Return our class for one of torch or another library."""
     return CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def rule(module: torch.nn.Module) -> tuple[type[torch.nn.Module], Activation] | None:
-    """What a module becomes, and the activation it has; ``None`` if it stays what it is."""
+    """Return what a module becomes, and its activation; ``None`` if it stays what it is."""
     cls = counterpart(class_of(module))
     if cls is None:
         return None if frozen_eps(module) is None else (modules.FrozenBatchNorm2d, IDENTITY)
@@ -64,7 +64,7 @@ FROZEN_RTOL = 1e-9
 
 
 def looks_frozen(module: torch.nn.Module) -> bool:
-    """Whether a module holds what a frozen normalisation holds, and is none of ours."""
+    """Whether a module holds what a frozen normalisation holds, and is not ours."""
     buffers = module._buffers
     if is_own(type(module)) or buffers.keys() != FROZEN or module._parameters or module._modules:
         return False
@@ -72,9 +72,9 @@ def looks_frozen(module: torch.nn.Module) -> bool:
 
 
 def frozen_eps(module: torch.nn.Module) -> float | None:
-    """The eps of a frozen normalisation of whatever library: four buffers, nothing else, and the values to match.
+    """Find the eps of a frozen normalisation of any library: four buffers, nothing else, and matching outputs.
 
-    It is found by what a copy gives for other buffers, so that it does not matter whether the module keeps it.
+    It follows from the outputs of a copy with other buffers, so that the module need not store it.
     """
     if not looks_frozen(module) or is_watched(module) or any(buffer.is_meta for buffer in module.buffers()):
         return None
@@ -83,31 +83,31 @@ def frozen_eps(module: torch.nn.Module) -> float | None:
     weight, bias, mean, var = torch.rand(4, channels, dtype=torch.float64, generator=generator)
     x = 1 + torch.rand(2, channels, 1, 2, dtype=torch.float64, generator=generator)
     try:
-        probe = copy.deepcopy(module).cpu().double()
+        trial = copy.deepcopy(module).cpu().double()
         for name, value in zip(
             ("weight", "bias", "running_mean", "running_var"), (weight, bias, mean, var), strict=True
         ):
-            probe._buffers[name] = 0.1 + value
-        y = probe(x)
+            trial._buffers[name] = 0.1 + value
+        y = trial(x)
         slope = (y[0, :, 0, 1] - y[0, :, 0, 0]) / (x[0, :, 0, 1] - x[0, :, 0, 0])
         found = ((0.1 + weight) / slope).square() - (0.1 + var)
         eps = float(f"{found.median().item():.6g}")
         scale = ((0.1 + weight) * (0.1 + var + eps).rsqrt())[:, None, None]
         right = (x - (0.1 + mean)[:, None, None]) * scale + (0.1 + bias)[:, None, None]
         return eps if eps >= 0 and torch.allclose(y, right, FROZEN_RTOL, FROZEN_RTOL) else None
-    except Exception:  # it does not take such an input, so that it is something else
+    except Exception:  # it takes no such input: it is something else
         return None
 
 
 def known_norm(module: Any) -> tuple[type[torch.nn.Module], Activation] | None:
-    """Our class for a normalisation, and its activation, if its parameters and these are all that it computes with."""
+    """Return our class for a normalisation, and its activation, if it computes nothing else."""
     if not isinstance(module, torch.nn.Module) or is_watched(module) or parametrize.is_parametrized(module):
         return None
     return rule(module) if not is_own(type(module)) else (type(module), getattr(module, "activation", IDENTITY))
 
 
 def class_of(module: torch.nn.Module) -> type[Any]:
-    """A module's class, without what parametrisations make of it."""
+    """Return a module's class, without what parametrisations make of it."""
     return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
 
 

@@ -20,7 +20,7 @@ torch.fx.wrap("layer")  # a tracer that enters a layer of this file records one 
 
 
 class _Sized(Fused):
-    """A layer that is told its number of channels."""
+    """A layer with a given number of channels."""
 
     def __init__(
         self,
@@ -256,7 +256,7 @@ class FrozenBatchNorm2d(Activated):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, activation: Activation | str | None = None
     ) -> Tensor:
-        """As :meth:`Fused.forward`."""
+        """Normalise, as :meth:`BatchNorm.forward` does in evaluation."""
         if activation is None and self._modules and not self.replaces_children():
             return self._call_children(input, residual)  # type: ignore[no-any-return]
         activation = self.activation if activation is None else Activation.of(activation)

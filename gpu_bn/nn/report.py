@@ -1,4 +1,4 @@
-"""What was done to a model's layers, by their qualified names."""
+"""A report on what was done to a model's layers, by their qualified names."""
 
 from __future__ import annotations
 

@@ -19,11 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from gpu_bn import algorithm
 from gpu_bn.merge import Pool, merge
-from gpu_bn.nn import functional
 from gpu_bn.nn.distributed.group import Group, gather, several, total
 from gpu_bn.nn.modules import require_channels
 from gpu_bn.nn.operators import sync as sync_operators
-from gpu_bn.nn.operators.sync import update_running
+from gpu_bn.nn.running import update_running, updates
 from gpu_bn.nn.sync import SyncBatchNorm
 
 Pools = dict[_BatchNorm, Pool]
@@ -135,11 +134,11 @@ def accumulate_statistics(model: torch.nn.Module) -> Iterator[None]:
     for group, theirs in shared.items():
         pools |= _over_processes(theirs, pools, Group.of(group))
     for layer, pool in pools.items():
-        update_running(*_buffers(layer), layer.num_batches_tracked, layer.momentum, pool)
+        update_running((*_buffers(layer), layer.num_batches_tracked), layer.momentum, pool)
 
 
 def _tracking(model: torch.nn.Module) -> list[_BatchNorm]:
-    """The layers that keep running statistics."""
+    """List the layers that keep running statistics."""
     found = {
         name: module
         for name, module in model.named_modules()
@@ -161,11 +160,11 @@ def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
-    """Meanwhile layers update nothing; what they were given in training mode is merged instead."""
+    """Let layers update nothing in a block; merge the statistics of their inputs in training mode instead."""
     pools: Pools = {}
 
     def record(layer: Any, arguments: tuple[Any, ...], options: dict[str, Any], _: Any) -> None:
-        if layer.training and not functional._updates.off:
+        if layer.training and not updates.off:
             given = arguments[0] if arguments else options["input"]
             mask = arguments[3] if len(arguments) > 3 else options.get("mask")
             pool = _pool_of(given.detach(), mask)
@@ -193,7 +192,7 @@ def _merged(pools: list[Pool]) -> Pool:
 
 
 def _over_processes(layers: list[_BatchNorm], pools: Pools, group: Group) -> Pools:
-    """The layers' pools merged over a group's processes, by one collective; a layer may be missing on some."""
+    """Merge the layers' pools over a group's processes, by one collective; a layer may be missing on some."""
     if not layers:
         return {}
     device = _buffers(layers[0])[0].device
@@ -209,7 +208,7 @@ def _lengths(layer: _BatchNorm) -> tuple[int, int, int]:
 
 
 def _alike(batches: Iterable[Any], layers: list[_BatchNorm], group: Group) -> Iterator[Any]:
-    """The batches, as long as all processes of a group have one; they say so before each."""
+    """Yield the batches as long as all processes of a group have one; they tell each other before each."""
     nothing = object()
     device = _buffers(layers[0])[0].device
     given = iter(batches)

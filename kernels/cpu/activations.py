@@ -5,7 +5,8 @@ Their expressions are the table's, one for all kernels; here are the functions t
 
 import math
 
-from gpu_bn.activations import ERFC_SERIES, ROWS, SQRT_HALF
+from gpu_bn.activation_values import ERFC_SERIES, SQRT_HALF
+from gpu_bn.activations import ROWS
 from gpu_bn.kernels.cpu.vector import fma, power_of_two, where
 
 NAMES = tuple(ROWS)
@@ -61,7 +62,7 @@ def tanh(z):
 
 
 def normal_cdf(z):
-    """The standard normal distribution function; see :func:`gpu_bn.activations.normal_cdf`."""
+    """The standard normal distribution function; see :func:`gpu_bn.activation_values.normal_cdf`."""
     x = abs(z) * SQRT_HALF
     t = 2 / (x + 2)
     twice = fma(t, 4.0, -2.0)

@@ -82,8 +82,8 @@ def valid_positions(valid, position, last, VEC: tl.constexpr, COLUMNS: tl.conste
 @triton.jit
 def valid_elements(valid, known, position, last, VEC: tl.constexpr, COLUMNS: tl.constexpr):
     """The known elements that a mask leaves."""
-    there = valid_positions(valid, position, last, VEC, COLUMNS)
-    return known & (there[:, None] if COLUMNS else there)
+    counted = valid_positions(valid, position, last, VEC, COLUMNS)
+    return known & (counted[:, None] if COLUMNS else counted)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from gpu_bn.kernels.triton.statistics import (
 def gradient_of(
     value, dy, residual, mask, vector, position, last, strip, row, known, centre, scale, shift, parameter,
     GRADIENT: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr,
-    there=None,
+    counted=None,
 ):  # fmt: skip
     """dz of one tile, from the forward pass's bits or from z computed again; 0 where a mask says so."""
     if mask is not None:
@@ -41,8 +41,8 @@ def gradient_of(
         if residual is not None:
             added = tl.load(residual + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
         dz = GRADIENT(pre_activation(value, added, centre, scale, shift), dy, parameter.to(COMPUTE))
-    if there is not None:
-        known = there
+    if counted is not None:
+        known = counted
     return tl.where(known, dz, 0.0)
 
 
@@ -61,13 +61,13 @@ def reduce_tiles(
         offsets = offsets_of(vector, LANES, VEC)
         value = tl.load(x + offsets, mask=known, other=0.0).to(COMPUTE)
         given = tl.load(dy + offsets, mask=known, other=0.0).to(COMPUTE)
-        there = None
+        counted = None
         if valid is not None:
-            there = valid_elements(valid, known, position, last, VEC, COLUMNS)
-            value = tl.where(there, value, 0.0)  # what a mask leaves out may be infinite
+            counted = valid_elements(valid, known, position, last, VEC, COLUMNS)
+            value = tl.where(counted, value, 0.0)  # what a mask leaves out may be infinite
         gradient = gradient_of(
             value, given, residual, mask, vector, position, last, strip, row, known, centre, scale, shift,
-            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE, there,
+            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE, counted,
         )  # fmt: skip
         if dz is not None:
             store_as(dz + offsets, gradient, known)
@@ -178,7 +178,7 @@ def bn_backward_input_kernel(
     """dx (and dz), from the end of the tensor to its start.
 
     The sums come from ``partials``, or else from ``sum_dz`` and ``sum_dz_xhat``; with frozen statistics there are none.
-    ``counts``, if there, has the counts of the ghost batches, in place of ``inverse_count``.
+    ``counts``, if given, has the counts of the ghost batches, in place of ``inverse_count``.
     """
     blocks = tl.num_programs(1)
     strip, group = group_of(tl.num_programs(0) - 1 - tl.program_id(0), GROUPS)
@@ -215,12 +215,12 @@ def bn_backward_input_kernel(
         offsets = offsets_of(vector, LANES, VEC)
         value = tl.load(x + offsets, mask=known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
         given = tl.load(dy + offsets, mask=known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
-        there = None
+        counted = None
         if valid is not None:
-            there = valid_elements(valid, known, position, last, VEC, COLUMNS)
+            counted = valid_elements(valid, known, position, last, VEC, COLUMNS)
         gradient = gradient_of(
             value, given, residual, mask, vector, position, last, strip, row, known, centre, scale, shift,
-            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE, there,
+            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE, counted,
         )  # fmt: skip
         if dz is not None:
             store_as(dz + offsets, gradient, known)
@@ -231,7 +231,7 @@ def bn_backward_input_kernel(
             else:
                 result = (tl.fma(value - centre, slope, gradient) + offset) * scale
             if valid is not None:
-                result = tl.where(there, result, 0.0)
+                result = tl.where(counted, result, 0.0)
             store_as(places, result, known)
 
 

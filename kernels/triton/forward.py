@@ -164,7 +164,7 @@ def moved(old, new, momentum):
 def write_outputs(
     value, residual, y, mask, vector, position, last, strip, row, known, centre, scale, shift, parameter,
     VALUE: tl.constexpr, DROP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
-    COMPUTE: tl.constexpr, there=None,
+    COMPUTE: tl.constexpr, counted=None,
 ):  # fmt: skip
     """y of one tile, 0 where a mask says so, and its bits for the backward pass."""
     offsets = offsets_of(vector, LANES, VEC)
@@ -174,8 +174,8 @@ def write_outputs(
     z = pre_activation(value, added, centre, scale, shift)
     places = y + offsets
     result = VALUE(z, parameter.to(COMPUTE))
-    if there is not None:
-        result = tl.where(there, result, 0.0)
+    if counted is not None:
+        result = tl.where(counted, result, 0.0)
     store_as(places, result, known)
     if mask is not None:
         store_bits(mask, DROP(z) == 0, vector, position, last, strip, row, LANES, VEC, COLUMNS)
@@ -228,12 +228,12 @@ def bn_normalize_kernel(
         vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
         known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
         value = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0, eviction_policy="evict_first")
-        there = None
+        counted = None
         if valid is not None:
-            there = valid_elements(valid, known, position, last, VEC, COLUMNS)
+            counted = valid_elements(valid, known, position, last, VEC, COLUMNS)
         write_outputs(
             value.to(COMPUTE), residual, y, mask, vector, position, last, strip, row, known, centre, scale, shift,
-            parameter, VALUE, DROP, LANES, VEC, COLUMNS, COMPUTE, there,
+            parameter, VALUE, DROP, LANES, VEC, COLUMNS, COMPUTE, counted,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ out because Triton's interpreter has no device library and ``tl.exp`` loses the 
 import triton
 import triton.language as tl
 
-from gpu_bn.activations import ERFC_SERIES, SQRT_HALF
+from gpu_bn.activation_values import ERFC_SERIES, SQRT_HALF
 
 LOG2E = tl.constexpr(1.44269502162933349609375)
 LOG2E_REST = tl.constexpr(1.925963033500468e-08)
@@ -71,7 +71,7 @@ def sigmoid_slope(z):
 
 @triton.jit
 def normal_cdf(z):
-    """The standard normal distribution function, as :func:`gpu_bn.activations.normal_cdf` has it.
+    """The standard normal distribution function, as :func:`gpu_bn.activation_values.normal_cdf` has it.
 
     z * z is exp's argument: what rounding takes from it comes back as a factor.
     """

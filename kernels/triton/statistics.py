@@ -85,9 +85,9 @@ def first_shift(
     sample = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
     taken = tl.minimum((last - first + step - 1) // step, SAMPLES).to(COMPUTE)
     if valid is not None:
-        there = valid_elements(valid, known, position, last, VEC, COLUMNS)
-        sample = tl.where(there, sample, 0.0)
-        mean = channel_sum(sample, COLUMNS).to(COMPUTE) / channel_sum(there.to(COMPUTE), COLUMNS).to(COMPUTE)
+        present = valid_elements(valid, known, position, last, VEC, COLUMNS)
+        sample = tl.where(present, sample, 0.0)
+        mean = channel_sum(sample, COLUMNS).to(COMPUTE) / channel_sum(present.to(COMPUTE), COLUMNS).to(COMPUTE)
     elif COLUMNS:
         mean = tl.sum(sample, 0) / taken
     else:
@@ -117,9 +117,9 @@ def add_tiles(
         known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
         value = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
         if valid is not None:
-            there = valid_positions(valid, position, last, VEC, COLUMNS)
-            known = known & (there[:, None] if COLUMNS else there)
-            d0 += there.to(tl.int32)
+            present = valid_positions(valid, position, last, VEC, COLUMNS)
+            known = known & (present[:, None] if COLUMNS else present)
+            d0 += present.to(tl.int32)
         d = deviations(value, shift, factor, known, RANGE)
         d1 += d
         d2 = tl.fma(d, d, d2)
@@ -259,19 +259,19 @@ def merged_moments(
         n = tl.minimum(tl.maximum(positions - i.to(tl.int64) * share, 0), share).to(tl.float64)
         if COLUMNS:
             n = n[:, None]
-            there = (i < blocks)[:, None] & known[None, :]
+            present = (i < blocks)[:, None] & known[None, :]
             place = i[:, None] * channels + channel[None, :]
         else:
             n = n * VEC
-            there = i < blocks
+            present = i < blocks
             place = i * channels + channel
-        means = tl.where(there, tl.load(partials + place, mask=there, other=0.0) - base, 0.0)
-        variances = tl.load(partials + blocks * channels + place, mask=there, other=0.0)
+        means = tl.where(present, tl.load(partials + place, mask=present, other=0.0) - base, 0.0)
+        variances = tl.load(partials + blocks * channels + place, mask=present, other=0.0)
         if MASKED:
-            n = tl.load(partials + 2 * blocks * channels + place, mask=there, other=0.0)
+            n = tl.load(partials + 2 * blocks * channels + place, mask=present, other=0.0)
         total = tl.sum(n, 0)
         here = tl.sum(n * means, 0) * reciprocal_from(total, least)
-        apart = tl.where(there, means - here, 0.0)
+        apart = tl.where(present, means - here, 0.0)
         squares_here = tl.sum(n * (variances + apart * apart), 0)
         part = total * reciprocal_from(count + total, least)
         delta = here - mean
@@ -291,13 +291,13 @@ def merged_sums(
     for start in range(0, blocks, CHUNK):
         i = start + tl.arange(0, CHUNK)
         if COLUMNS:
-            there = (i < blocks)[:, None] & known[None, :]
+            present = (i < blocks)[:, None] & known[None, :]
             place = i[:, None] * channels + channel[None, :]
         else:
-            there = i < blocks
+            present = i < blocks
             place = i * channels + channel
-        sum_dz += tl.sum(tl.load(partials + place, mask=there, other=0.0), 0)
-        sum_product += tl.sum(tl.load(partials + blocks * channels + place, mask=there, other=0.0), 0)
+        sum_dz += tl.sum(tl.load(partials + place, mask=present, other=0.0), 0)
+        sum_product += tl.sum(tl.load(partials + blocks * channels + place, mask=present, other=0.0), 0)
     return sum_dz, sum_product
 
 

@@ -68,19 +68,19 @@ def bn_sync_merge_kernel(
     mean_c = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, processes, CHUNK):
         process = start + tl.arange(0, CHUNK)
-        there = (process < processes)[:, None] & known[None, :]
+        present = (process < processes)[:, None] & known[None, :]
         n = tl.load(places_of(packets, process, 1, processes, HEADER, ROOM), mask=process < processes, other=0.0)
         place = places_of(packets, process[:, None], 2 + channel[None, :], processes, HEADER, ROOM)
-        mean_c += tl.sum(tl.load(place, mask=there, other=0.0) * (n * inverse)[:, None], 0)
+        mean_c += tl.sum(tl.load(place, mask=present, other=0.0) * (n * inverse)[:, None], 0)
     squares = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, processes, CHUNK):
         process = start + tl.arange(0, CHUNK)
-        there = (process < processes)[:, None] & known[None, :]
+        present = (process < processes)[:, None] & known[None, :]
         n = tl.load(places_of(packets, process, 1, processes, HEADER, ROOM), mask=process < processes, other=0.0)
         place = places_of(packets, process[:, None], 2 + channel[None, :], processes, HEADER, ROOM)
-        apart = tl.load(place, mask=there, other=0.0) - mean_c[None, :]
+        apart = tl.load(place, mask=present, other=0.0) - mean_c[None, :]
         place = places_of(packets, process[:, None], 2 + channels + channel[None, :], processes, HEADER, ROOM)
-        variance = tl.load(place, mask=there, other=0.0)
+        variance = tl.load(place, mask=present, other=0.0)
         squares += tl.sum(n[:, None] * (variance + apart * apart), 0)
     wrong = headers_that_differ(packets, processes, parts, HEADER, ROOM, UNKNOWN, CHUNK, FIELDS)
     poison = tl.where(wrong > 0, float("nan"), 0.0)

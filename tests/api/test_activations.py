@@ -5,7 +5,8 @@ import pytest
 from support import rng
 
 import gpu_bn
-from gpu_bn.activations import ROWS, Activation, normal_cdf
+from gpu_bn.activation_values import normal_cdf
+from gpu_bn.activations import ROWS, Activation
 from gpu_bn.testing.oracle import derivative, value
 
 FORMS = [Activation.of(name) for name in ROWS]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu_bn import nn
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.call import Call, Options
-from gpu_bn.nn import functional
+from gpu_bn.nn import checks
 from gpu_bn.nn.operators import (
     autograd,
     cpu_calls,
@@ -95,7 +95,7 @@ USUAL = {"input": X, "running_mean": VECTOR, "running_var": VECTOR, "weight": VE
 
 
 def is_ordinary(training, given):
-    return functional._ordinary(*call_of(training, given))
+    return checks.is_ordinary(*call_of(training, given))
 
 
 def call_of(training, given, activation=IDENTITY):
@@ -114,7 +114,7 @@ def is_quick(training, given):
 
 def is_refused(training, given):
     try:
-        functional.check(*call_of(training, given))
+        checks.check(*call_of(training, given))
     except Exception:
         return True
     return False

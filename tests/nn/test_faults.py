@@ -18,7 +18,7 @@ from gpu_bn import (
     nn,
 )
 from gpu_bn.merge import Pool
-from gpu_bn.nn.operators import sync as sync_operators
+from gpu_bn.nn.running import update_running
 
 
 def data():
@@ -68,7 +68,7 @@ def accumulated(layer):
 def merged(layer):
     """What a SyncBatchNorm does when all reports are there."""
     pool = Pool(torch.tensor([6.0]), torch.ones(3).double(), torch.ones(3).double())
-    sync_operators.update_running(layer.running_mean, layer.running_var, layer.num_batches_tracked, None, pool)
+    update_running((layer.running_mean, layer.running_var, layer.num_batches_tracked), None, pool)
 
 
 def state_of(layer):

@@ -484,12 +484,23 @@ def test_tracers_and_compilers_see_a_fused_model():
     torch._dynamo.reset()
 
 
-def test_stacked_fused_models():
-    models = [nn.convert(Block(), fuse=True).eval() for _ in range(3)]
-    parameters, buffers = torch.func.stack_module_state(models)
-    base, x = copy.deepcopy(models[0]).to("meta"), rows()
-    y = torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)))(parameters, buffers)
-    assert_close(y, torch.stack([model(x) for model in models]))
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [Block, Tail, Untraced])
+def test_stacked_fused_models(kind, training):
+    """Outputs, gradients and running statistics of models that run as one, as ``torch.func`` runs an ensemble."""
+    plain = [kind().train(training) for _ in range(3)]
+    results = []
+    for models in (plain, [nn.convert(copy.deepcopy(model), fuse=True) for model in plain]):
+        parameters, buffers = torch.func.stack_module_state(models)
+        base = copy.deepcopy(models[0]).to("meta")
+
+        def loss(parameters, buffers, x, base=base):
+            y = torch.func.functional_call(base, (parameters, buffers), (x,))
+            return y.sin().sum(), y
+
+        gradients = torch.func.grad(loss, has_aux=True)
+        results.append((torch.func.vmap(gradients, in_dims=(0, 0, None))(parameters, buffers, rows()), buffers))
+    assert_close(*results)
 
 
 class Frozen(torch.nn.Module):

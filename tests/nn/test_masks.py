@@ -196,7 +196,7 @@ def test_renormalising_layer_does_the_same_in_training_as_in_evaluation_in_the_e
     layer = nn.BatchNorm1d(2, renorm=(1e6, 1e6), momentum=0.0)
     x = tensor(*SHAPE, dtype=torch.float32, grad=False)
     torch.testing.assert_close(layer(x), layer.eval()(x), rtol=1e-4, atol=1e-5)
-    with nn.functional.no_tracking():
+    with nn.no_tracking():
         assert layer.train()(x).shape == SHAPE
     assert torch.equal(layer.running_var, torch.ones(2))
 

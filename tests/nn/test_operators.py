@@ -521,11 +521,11 @@ def elsewhere(monkeypatch):
 def test_cumulative_momentum_is_computed_where_the_counter_is(monkeypatch, elsewhere):
     """A counter on a GPU is never read by the host."""
     for momentum, at in ((None, None), (None, torch.tensor(0.5, device="meta"))):
-        weighs = library.weighs(momentum, at, torch.tensor(4, device="meta"))
-        assert isinstance(weighs, torch.Tensor)
-        assert weighs.device.type == "meta"
-    assert library.weighs(None, None, torch.tensor(4)) == 0.2
-    monkeypatch.setattr(library, "weighs", lambda _, __, counter: (counter + 1).double().reciprocal())
+        weight = library.batch_weight(momentum, at, torch.tensor(4, device="meta"))
+        assert isinstance(weight, torch.Tensor)
+        assert weight.device.type == "meta"
+    assert library.batch_weight(None, None, torch.tensor(4)) == 0.2
+    monkeypatch.setattr(library, "batch_weight", lambda _, __, counter: (counter + 1).double().reciprocal())
     layer, plain = nn.BatchNorm1d(3, momentum=None), torch.nn.BatchNorm1d(3, momentum=None)
     for seed in range(3):
         x = tensor(6, 3, dtype=torch.float32, seed=seed)

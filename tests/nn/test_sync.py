@@ -19,6 +19,7 @@ from gpu_bn import nn
 from gpu_bn.merge import Pool
 from gpu_bn.nn.distributed import wire
 from gpu_bn.nn.operators import sync as sync_operators
+from gpu_bn.nn.running import update_running
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +261,7 @@ def test_nothing_is_read_back_from_a_device():
     running = torch.empty(2, 3, device="meta")
     for momentum in (0.1, None):
         counter = torch.empty((), dtype=torch.int64, device="meta")
-        sync_operators.update_running(*running, counter, momentum, Pool(count, mean, var * count))
+        update_running((*running, counter), momentum, Pool(count, mean, var * count))
 
 
 SIGNATURE = [0.0, -1.0, 0.0, 3.0, 2.0, 0.0, 0.0, 1e-5, 0.1, *[0.0] * 7]
@@ -350,7 +351,7 @@ def test_a_packet_on_a_gpu_takes_nothing_from_the_memory_of_the_host():
     report = torch.arange(3000, dtype=torch.float64)
     on_gpu = report.to("meta")
     with Operations() as operations:
-        wire._pack(on_gpu, "", SIGNATURE)
+        wire.packed(on_gpu, "", SIGNATURE)
     assert set.union(*operations.devices.values()) == {"meta"}
     packets = wire.pack(report, "", SIGNATURE)
     heads = packets[:, : wire.HEADER]

@@ -134,9 +134,9 @@ class CpuBackend:
             if saved.valid is None:
                 self.arrays.assign(dz, dy)
             else:
-                there = pieces.Pieces(self.arrays, dy, saved.spec.axis, saved.valid, 1)
-                for at in there:
-                    there.put(dz, at, there.take(dy, at))
+                cut = pieces.Pieces(self.arrays, dy, saved.spec.axis, saved.valid, 1)
+                for at in cut:
+                    cut.put(dz, at, cut.take(dy, at))
         return self._backward(dy, saved, Grads(dresidual=added), sums=True)
 
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:

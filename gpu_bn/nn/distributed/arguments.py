@@ -1,4 +1,4 @@
-"""The arguments of a SyncBatchNorm's call, checked on one process before it sends anything."""
+"""Check the arguments of a SyncBatchNorm's call on one process, before it sends anything."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gpu_bn import algorithm, aliasing
 from gpu_bn.activations import IDENTITY, ROWS, Activation
-from gpu_bn.nn import functional
+from gpu_bn.nn.checks import FLOATS
 from gpu_bn.nn.distributed import wire
+from gpu_bn.nn.running import updates
 from gpu_bn.spec import MAX_RANK, MIN_RANK, check_mask
 
 NAMES = ("input", "residual", "mask", "running_mean", "running_var", "weight", "bias", "num_batches_tracked")
@@ -62,7 +63,7 @@ def check(arguments: Arguments) -> Checked | str:
     if text := _mistake(input, vectors, residual, mask, eps, channels):
         return text
     if not torch.compiler.is_compiling():
-        if functional._updates.off:
+        if updates.off:
             running_mean = running_var = num_batches_tracked = None
         tensors = dict(zip(NAMES, given, strict=True))
         written = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
@@ -107,7 +108,7 @@ def _mistake(
         return f"expected at least 2D input, up to 5D (got {x.dim()}D input)"
     if x.shape[1] != channels:
         return f"expected input with as many channels as the layer has (got {x.shape[1]})"
-    if x.dtype not in functional.FLOATS:
+    if x.dtype not in FLOATS:
         return "input should be float16, bfloat16, float32 or float64"
     alike = residual is None or (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
     if not alike:
@@ -127,7 +128,7 @@ def _mistake(
 def _vectors_fit(vectors: tuple[Tensor | None, ...], x: Tensor, channels: int) -> bool:
     running_mean, running_var, *_ = vectors
     return (running_mean is None) == (running_var is None) and all(
-        vector.shape == (channels,) and vector.dtype in functional.FLOATS and vector.device == x.device
+        vector.shape == (channels,) and vector.dtype in FLOATS and vector.device == x.device
         for vector in vectors
         if vector is not None
     )

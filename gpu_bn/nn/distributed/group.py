@@ -1,4 +1,4 @@
-"""A group of processes, and what they send each other."""
+"""A group of processes, and its collectives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_bn.nn.distributed import wire
 
 _COLLECTIVES = torch.ops._c10d_functional
-"""What ``torch.compile`` takes into a graph."""
+"""The collectives that ``torch.compile`` takes into a graph."""
 
 
 def several(group: Any) -> bool:
@@ -28,34 +28,34 @@ class Group(NamedTuple):
 
     @staticmethod
     def of(group: Any) -> Group:
-        """Of a group of :mod:`torch.distributed`; ``None`` is all processes."""
+        """Describe a group of :mod:`torch.distributed`; ``None`` is all processes."""
         group = dist.group.WORLD if group is None else group
         return Group(group.group_name, dist.get_world_size(group), dist.get_rank(group))
 
 
 def gather(vector: Tensor, group: Group) -> Tensor:
-    """(W, L) the (L,) vectors of a group's processes, in the order of their ranks."""
+    """Gather the (L,) vectors of a group's processes to (W, L), in the order of their ranks."""
     return _exchange(_COLLECTIVES.all_gather_into_tensor, vector, group.size, group.name).view(group.size, -1)
 
 
 def exchange(packets: Tensor, group: Group) -> list[Tensor]:
-    """What a group's processes send (:mod:`gpu_bn.nn.distributed.wire`), which must be in the same pass of calls alike.
+    """Exchange packets (:mod:`gpu_bn.nn.distributed.wire`) of processes that must be in the same pass of a call.
 
     Args:
-        packets: (P, L), those of this process.
+        packets: (P, L), of this process.
         group: the group.
 
     Returns:
         P times (W, L), of all processes in the order of their ranks.
 
     Raises:
-        ValueError: on every process, if they are not alike.
+        ValueError: on every process, if their headers differ.
     """
     return [wire.compare(gather(packet, group), group.name) for packet in packets.unbind()]
 
 
 def total(tensor: Tensor, group: Group) -> Tensor:
-    """The sum of a group's tensors, which nothing is compared of."""
+    """Sum the tensors of a group's processes; nothing is compared."""
     return _exchange(_COLLECTIVES.all_reduce, tensor, "sum", group.name)
 
 

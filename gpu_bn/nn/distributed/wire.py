@@ -59,7 +59,7 @@ def packets_of(length: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------- what they compute
-def _pack(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
+def packed(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
     """(P, HEADER + ROOM) of a (L,) vector."""
     if vector.is_cuda and not torch.cuda.is_current_stream_capturing():
         look_at_arrivals()
@@ -221,7 +221,7 @@ def _send(packets: Tensor, group: str) -> tuple[Callable[[], bool], Tensor, str]
 
 
 # ------------------------------------------------------------------------------------------ what they would return
-def _pack_fake(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
+def packed_fake(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
     del group, signature
     return vector.new_empty((packets_of(vector.shape[0]), HEADER + ROOM))
 
@@ -250,7 +250,7 @@ def _refuse_fake(like: Tensor, packets: Tensor, text: str) -> Tensor:
 
 
 for _name, _kernel, _fake in (
-    ("sync_pack", _pack, _pack_fake),
+    ("sync_pack", packed, packed_fake),
     ("sync_mistake", _mistake, _mistake_fake),
     ("sync_compare", _compare, _compare_fake),
     ("sync_unpack", unpacked, _unpack_fake),

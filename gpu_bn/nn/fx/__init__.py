@@ -1,1 +1,1 @@
-"""Models that are traced or read, so that a layer takes over the activation after it."""
+"""Trace or read models, so that a layer does the activation after it."""

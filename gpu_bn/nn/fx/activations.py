@@ -27,14 +27,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], dict[str, str]]] = {
 
 
 def function(activation: Activation) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    """torch's function for an activation, and its options."""
+    """Return torch's function for an activation, and its options."""
     call, options = FUNCTIONS[activation.name]
     name = activation.row.parameter
     return call, {**options, name: activation.parameter} if name else {**options}
 
 
 def activate(z: Tensor, activation: Activation) -> Tensor:
-    """The activation's value."""
+    """Apply an activation."""
     if activation.is_identity:
         return z
     call, options = function(activation)
@@ -90,7 +90,7 @@ PARAMETRIC: dict[Any, tuple[str, Callable[..., Activation]]] = {
 
 
 def activation_of_call(target: Any, rest: Sequence[Any], options: dict[str, Any]) -> Activation | None:
-    """The activation that a function or method is, if it is one of ours and given constants besides its tensor."""
+    """Return the activation that a function or method is, if it is one of ours and otherwise given constants."""
     known = PARAMETRIC.get(target)
     names = ("inplace",) if known is None else (known[0], "inplace")
     given = dict(zip(names, rest, strict=False)) | options
@@ -104,7 +104,7 @@ def activation_of_call(target: Any, rest: Sequence[Any], options: dict[str, Any]
 
 
 def activation_of(module: Any) -> Activation | None:
-    """The activation that a module is, if it is one of ours; a subclass may compute something else."""
+    """Return the activation that a module is, if it is one of ours; a subclass may compute something else."""
     kind = type(module)
     if kind is torch.nn.LeakyReLU:
         return leaky_relu(module.negative_slope)

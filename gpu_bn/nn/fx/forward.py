@@ -1,7 +1,7 @@
-"""The ``forward`` that a fused module has: its own steps, with the merged ones done by our layers.
+"""The ``forward`` of a fused module: its own steps, where our layers do the merged sums and activations.
 
-Neither the module nor its layers change otherwise. Wherever something has changed since the module was traced, or the
-call is of another kind, the module's own ``forward`` runs, which is always right.
+Nothing else about the module and its layers changes. The module's own ``forward`` runs, which is always right, if
+something has changed since the module was traced, or if the call has other arguments.
 """
 
 from __future__ import annotations
@@ -17,24 +17,21 @@ from torch.fx import Graph
 from torch.nn.modules import module as torch_module
 
 from gpu_bn.activations import Activation
-from gpu_bn.nn.activated import has_hooks
-from gpu_bn.nn.fused import Fused
+from gpu_bn.nn.activated import Activated, has_hooks
 from gpu_bn.nn.fx.activations import activate
-from gpu_bn.nn.modules import FrozenBatchNorm2d
 
 INTERNAL = frozenset(vars(torch.nn.Module()))
 """The attributes that every module has."""
 SIMPLE = (bool, int, float, str)
-LAYERS = (Fused, FrozenBatchNorm2d)
 
 
 def normalise(
     norm: Any, x: Tensor, residual: Any, activation: str, parameter: float, in_place: bool, reversed_sum: bool
 ) -> Tensor:
-    """``activation(norm(x) + residual)``, in one call of the layer if it can be; a step of a fused ``forward``."""
+    """Compute ``activation(norm(x) + residual)``, in one call of the layer if possible; a step of a fused forward."""
     chosen = Activation(activation, parameter)
-    ours = isinstance(norm, LAYERS) and norm.activation.is_identity
-    if ours and (residual is None or _alike(x, residual)):
+    ours = isinstance(norm, Activated) and norm.activation.is_identity
+    if ours and (residual is None or _fits(x, residual)):
         return norm(x, residual, chosen)  # type: ignore[no-any-return]
     z = norm(x)
     if residual is not None:
@@ -43,17 +40,17 @@ def normalise(
 
 
 class Differs(Exception):
-    """A condition is not what it was taken for."""
+    """A condition does not hold that the graph relies on."""
 
 
 def expect(condition: Any, value: bool) -> None:
-    """A step of a fused ``forward``, before all layers: make sure of a condition that its graph takes for given."""
+    """Make sure of a condition that a graph relies on; a step of a fused ``forward``, before all layers."""
     if bool(condition) is not value:
         raise Differs
 
 
-def _alike(x: Tensor, residual: Any) -> bool:
-    """Whether a layer of ours takes the residual: it broadcasts nothing, and a sum of two dtypes has the wider one."""
+def _fits(x: Tensor, residual: Any) -> bool:
+    """Whether a layer of ours takes the residual: the layer neither broadcasts nor widens a dtype, as a sum does."""
     return (
         isinstance(residual, Tensor)
         and residual.shape == x.shape
@@ -63,7 +60,7 @@ def _alike(x: Tensor, residual: Any) -> bool:
 
 
 class Plan:
-    """What a module does in one mode, and what must not have changed for that.
+    """The steps of a module in one mode, and what must not have changed since they were recorded.
 
     Args:
         graph: its steps.
@@ -89,10 +86,10 @@ class Plan:
         self.function = self._compiled()
 
     def _watch(self, merged: Iterable[torch.nn.Module], *entered: torch.nn.Module) -> None:
-        """Remember what the steps were taken from: of layers, which see to themselves, hooks alone can change them."""
+        """Remember what the steps were recorded from. Layers check themselves: only hooks on them matter."""
         parts = list(merged)
-        self.merged: list[Any] = [part for part in parts if isinstance(part, LAYERS)]
-        fixed = (*entered, *(part for part in parts if not isinstance(part, LAYERS)))
+        self.merged: list[Any] = [part for part in parts if isinstance(part, Activated)]
+        fixed = (*entered, *(part for part in parts if not isinstance(part, Activated)))
         self.fixed = [(module, _attributes(module), tuple(module._modules.values())) for module in fixed]
 
     def _compiled(self) -> Callable[..., Any] | None:
@@ -106,7 +103,7 @@ class Plan:
         state = {name: value for name, value in vars(self).items() if name != "function"}
         try:
             pickle.dumps((self.globals, self.defaults))
-        except Exception:  # a function that cannot be saved; the module's own forward can
+        except Exception:  # a function that cannot be saved: the loaded module runs its own forward
             state.update(source=None, globals={}, defaults={})
         return state
 
@@ -115,7 +112,7 @@ class Plan:
         self.function = self._compiled()
 
     def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Any] | None:
-        """The inputs in the graph's order, if a call gives these alone."""
+        """Return the inputs in the graph's order, if a call gives nothing else."""
         if len(arguments) > len(self.names):
             return None
         given = list(arguments)
@@ -149,7 +146,7 @@ class Plan:
 
 
 class TextPlan(Plan):
-    """A module's own text with merged calls, for both modes and any arguments; its own children are what is fixed."""
+    """A module's own text with merged calls, for both modes and any arguments; only its children must not change."""
 
     def __init__(self, module: torch.nn.Module, source: str, merged: Iterable[torch.nn.Module]) -> None:
         self.source, self.kind = source, type(module)
@@ -188,7 +185,7 @@ class Forward:
 
     @property
     def own(self) -> Callable[..., Any]:
-        """The module's own ``forward``."""
+        """Return the module's own ``forward``."""
         return type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:

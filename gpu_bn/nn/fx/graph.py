@@ -1,8 +1,8 @@
-"""Merging activations and sums into our layers, module by module.
+"""Merge activations and sums into our layers, module by module.
 
-A module that calls a layer and then an activation gets a ``forward`` that gives both to the layer
-(:mod:`gpu_bn.nn.fx.forward`); all else about it stays. Its graph calls the modules in it as they are; it goes into one
-only where what follows a layer is outside of it, or where it is given more than tensors.
+A module that calls a layer and then an activation gets a ``forward`` in which the layer does both
+(:mod:`gpu_bn.nn.fx.forward`); nothing else about it changes. Its graph calls the modules in it as they are. It goes
+into a module only if an activation follows that module's last layer, or if the module is given more than tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_bn.activations import Activation
-from gpu_bn.nn.fused import Fused
+from gpu_bn.nn.activated import Activated
 from gpu_bn.nn.fx import activations
 from gpu_bn.nn.fx.activations import activation_of, activation_of_call
 from gpu_bn.nn.fx.aliases import aliases, is_opaque, may_overwrite, module_of
@@ -23,7 +23,6 @@ from gpu_bn.nn.fx.forward import Forward, Plan, is_patched, normalise
 from gpu_bn.nn.fx.text import text_plan
 from gpu_bn.nn.fx.trace import Refused, Steps, in_mode, steps_of
 from gpu_bn.nn.known_layers import counterpart, is_watched, looks_frozen
-from gpu_bn.nn.modules import FrozenBatchNorm2d
 from gpu_bn.nn.report import Report
 
 IN_PLACE = (operator.iadd, "add_")
@@ -33,12 +32,12 @@ LEAVES = ("torch.nn.", "torch.ao.nn.")
 
 def is_layer(module: torch.nn.Module) -> bool:
     """Whether a module is a batch normalisation, which graphs call as a whole."""
-    known = isinstance(module, (_BatchNorm, FrozenBatchNorm2d)) or counterpart(type(module)) is not None
+    known = isinstance(module, (_BatchNorm, Activated)) or counterpart(type(module)) is not None
     return known or looks_frozen(module)
 
 
 def fuse_activations(model: torch.nn.Module, report: Report) -> None:
-    """Have our layers do the activations, and the sums before these, that follow them anywhere in a model."""
+    """Let our layers do the activations that follow them anywhere in a model, and the sums between the two."""
     names = {module: name for name, module in model.named_modules()}
     plans: dict[torch.nn.Module, dict[bool, Plan]] = {}
     reasons: dict[torch.nn.Module, str] = {}
@@ -69,12 +68,12 @@ def fuse_activations(model: torch.nn.Module, report: Report) -> None:
     for norm, name in names.items():
         if norm in done:
             report.merged[name] = norm.__dict__["_merged"] = " or ".join(sorted(done[norm]))
-        elif isinstance(norm, (Fused, FrozenBatchNorm2d)) and norm.activation.is_identity:
+        elif isinstance(norm, Activated) and norm.activation.is_identity:
             report.left[name] = _reason(model, norm, name, reasons)
 
 
 def _reason(model: torch.nn.Module, norm: torch.nn.Module, name: str, reasons: dict[torch.nn.Module, str]) -> str:
-    """Why a layer has nothing merged: the innermost module around it that was refused, or what follows it."""
+    """Say why a layer has nothing merged: the innermost module around it was refused, or something else follows it."""
     if is_watched(norm):
         return "it has hooks or a forward of its own"
     parent = name
@@ -101,10 +100,10 @@ class _Fusion:
         self.known: dict[torch.nn.Module, Steps | Refused] = {}
 
     def steps(self, module: torch.nn.Module) -> Steps:
-        """A module's graph.
+        """Return the recorded steps of a module.
 
         Raises:
-            Refused: it has none.
+            Refused: the module cannot be recorded.
         """
         if module not in self.known:
             try:
@@ -117,8 +116,11 @@ class _Fusion:
         return found
 
     def enters(self, module: torch.nn.Module, arguments: Any, options: Any) -> bool:
-        """Whether a graph goes into a module that it calls: one that ends with a layer, or is not given tensors, or
-        that begins with the activation of a layer before it."""
+        """Whether a graph goes into a module that it calls.
+
+        It does if the module ends with a layer, or begins with the activation of a layer before it, or is given more
+        than tensors.
+        """
         if is_watched(module):
             return False
         given = (*arguments, *options.values())
@@ -144,7 +146,7 @@ class _Fusion:
 
 
 def is_leaf(module: torch.nn.Module) -> bool:
-    """Whether a module's steps are its own affair: torch's, but for containers, scripted ones, and normalisations."""
+    """Whether graphs call a module as a whole: scripted modules, normalisations, and torch's but for containers."""
     kind = type(module)
     return (
         is_layer(module)
@@ -155,11 +157,11 @@ def is_leaf(module: torch.nn.Module) -> bool:
 
 def is_ours(module: Any) -> bool:
     """Whether a module is a layer of ours."""
-    return isinstance(module, (Fused, FrozenBatchNorm2d))
+    return isinstance(module, Activated)
 
 
 def _merge(module: torch.nn.Module, graph: Graph) -> list[tuple[Any, str, list[torch.nn.Module]]]:
-    """Merge in a module's graph; returns each layer, what it does besides, and the modules it does that for."""
+    """Merge in a module's graph; return each layer, what it also does, and the modules whose work that was."""
     merges = []
     for node in reversed(list(graph.nodes)):  # of a sum's two layers the later one takes the other's output
         if is_ours(module_of(module, node)) and len(node.args) == 1 and not node.kwargs:
@@ -169,7 +171,7 @@ def _merge(module: torch.nn.Module, graph: Graph) -> list[tuple[Any, str, list[t
 
 
 def _merge_node(root: torch.nn.Module, graph: Graph, node: Node) -> list[tuple[Any, str, list[torch.nn.Module]]]:
-    """Merge a layer's node with what follows it, where its last input is read: there, or at the sum."""
+    """Merge a layer's node with what follows it, at the place where its last input is read: its own, or the sum's."""
     norm: Any = module_of(root, node)
     if not norm.activation.is_identity or is_watched(norm):
         return []
@@ -198,7 +200,7 @@ def _merge_node(root: torch.nn.Module, graph: Graph, node: Node) -> list[tuple[A
 
 
 def _following(root: torch.nn.Module, chain: list[Node]) -> Node | None:
-    """The only user of a chain's end; identities on the way join the chain."""
+    """Return the only user of a chain's end; identities on the way join the chain."""
     while len(chain[-1].users) == 1:
         (user,) = chain[-1].users
         module = module_of(root, user)
@@ -209,7 +211,7 @@ def _following(root: torch.nn.Module, chain: list[Node]) -> Node | None:
 
 
 def _other_term(node: Node, term: Node) -> Node | None:
-    """What a plain addition adds to a term; one in place overwrites nothing but that."""
+    """Return what a plain addition adds to a term; an addition in place may overwrite only that term."""
     if node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
         return None
     if node.target in IN_PLACE and node.args[0] is not term:
@@ -219,8 +221,10 @@ def _other_term(node: Node, term: Node) -> Node | None:
 
 
 def _may_merge(root: torch.nn.Module, call: Node, residual: Node, addition: Node) -> bool:
-    """Whether a layer's call can wait for the residual, and keep it: nothing overwrites a tensor or calls the layer
-    until then, and nothing overwrites the residual at all."""
+    """Whether a layer's call can wait for the residual, and keep it.
+
+    It can if nothing overwrites a tensor or calls the layer before the sum, and nothing overwrites the residual at all.
+    """
     layer: Any = module_of(root, call)
     inputs = aliases(root, call.all_input_nodes[0])
     node, passed = call.next, False
@@ -249,7 +253,7 @@ def _activation(root: torch.nn.Module, node: Node) -> Activation | None:
 
 
 def unfuse(traced: GraphModule) -> None:
-    """Have torch's functions do the activations and sums that calls of our layers do in a graph."""
+    """Let torch's functions do the activations and sums that calls of our layers do in a graph."""
     for node in list(traced.graph.nodes):
         given = arguments(node)
         if norm_of(traced, node) is None or given.keys() <= {"input"} or given.get("mask") is not None:
@@ -264,13 +268,13 @@ def unfuse(traced: GraphModule) -> None:
 
 
 def norm_of(traced: GraphModule, node: Node) -> Any:
-    """The layer of ours that a node calls."""
+    """Return the layer of ours that a node calls."""
     module = module_of(traced, node)
-    return module if isinstance(module, (Fused, FrozenBatchNorm2d)) else None
+    return module if is_ours(module) else None
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """What a layer's call is given, by name."""
+    """Return the arguments of a layer's call by name."""
     given: dict[str, Any] = dict(zip(("input", "residual", "activation", "mask"), node.args, strict=False))
     given.update(node.kwargs)
     chosen = given.get("activation")

@@ -1,4 +1,4 @@
-"""Which normalisation alone reads the outputs of which layer: by the graphs of a model, or in a call of it."""
+"""Find the normalisations that alone read the outputs of a layer: in the graphs of a model, or in a call of it."""
 
 from __future__ import annotations
 
@@ -87,17 +87,17 @@ VARIANTS = (conv._ConvNd, pooling._AvgPoolNd, pooling._MaxPoolNd)
 
 
 def _enters(inspected: set[torch.nn.Module], called: torch.nn.Module, *_: Any) -> bool:
-    """Whether a graph goes into a module: not where its steps are its own affair."""
+    """Whether a graph goes into a module."""
     if is_layer(called) and is_inspected(called, steps_of.__code__):
         inspected.add(called)
     return not (is_leaf(called) or is_watched(called) or (isinstance(called, VARIANTS) and not called._modules))
 
 
 def observed_pairs(model: torch.nn.Module, inputs: Iterable[Any], options: dict[str, Any]) -> tuple[Pairs, Reasons]:
-    """The pairs in a call of a model; and why others are none."""
+    """Find the pairs in a call of a model; and why others are none."""
     watch = _Watch(model)
     try:
-        with torch.no_grad(), watch, _Below(watch):
+        with torch.no_grad(), watch, _DispatchWatch(watch):
             result = model(*inputs, **options)
     finally:
         watch.end()
@@ -108,7 +108,7 @@ def observed_pairs(model: torch.nn.Module, inputs: Iterable[Any], options: dict[
 
 
 class _Watch(TorchFunctionMode):
-    """Sees which layer made a tensor, who reads it, and who reads parameters."""
+    """Watches which layer makes a tensor, who reads it, and who reads parameters and buffers."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        if self.inside == 0 and not _only_looks(func):
+        if self.inside == 0 and not _is_metadata(func):
             for tensor in _tensors((args, kwargs)):
                 self.reads(tensor)
         return func(*args, **(kwargs or {}))
@@ -167,7 +167,7 @@ class _Watch(TorchFunctionMode):
             self.read[id(tensor)] += 1
 
     def pairs(self) -> tuple[Pairs, Reasons]:
-        """Layers all of whose outputs go into one normalisation, which reads nothing else."""
+        """Find the layers all of whose outputs go into one normalisation, which reads nothing else."""
         found: Pairs = []
         reasons: Reasons = {}
         reads = Counter(source for inputs in self.inputs.values() for source in inputs)
@@ -200,8 +200,8 @@ class _Watch(TorchFunctionMode):
         return any(id(tensor) in sources and sys.getrefcount(tensor) > 3 for tensor in self.kept)
 
 
-class _Below(TorchDispatchMode):
-    """Sees who reads a tensor in scripted code, which calls no functions of Python's."""
+class _DispatchWatch(TorchDispatchMode):
+    """Watches who reads a tensor in scripted code, which calls no Python functions."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
@@ -219,15 +219,15 @@ def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-LOOKS = frozenset({
+METADATA = frozenset({
     "size", "dim", "numel", "stride", "is_contiguous", "ndimension", "nelement", "is_floating_point", "element_size",
     "__get__", "__len__", "storage_offset", "is_complex", "is_signed", "get_device", "__repr__", "type",
 })  # fmt: skip
 
 
-def _only_looks(func: Any) -> bool:
-    """Whether a function tells about a tensor without its values: an attribute, or its shape."""
+def _is_metadata(func: Any) -> bool:
+    """Whether a function reads no values of a tensor: only an attribute, or its shape."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") not in ("data", "T", "mT", "H", "grad", "real")
-    return name in LOOKS
+    return name in METADATA

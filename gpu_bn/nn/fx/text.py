@@ -1,7 +1,7 @@
-"""Merging by the text of a ``forward`` that cannot be traced: no values are looked at.
+"""Merge by the text of a ``forward`` that cannot be traced.
 
-``self.act(self.norm(x))``, and ``v = self.norm(x)`` with ``v = self.act(v)`` as the next statement, leave the layer's
-output to the activation alone, whatever the rest of the text does.
+In ``self.act(self.norm(x))``, and in ``v = self.norm(x)`` with ``v = self.act(v)`` as the next statement, only the
+activation reads the layer's output, whatever the rest of the text does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Merge = tuple[Any, str, list[torch.nn.Module]]
 
 
 def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[TextPlan, list[Merge]] | None:
-    """A plan of a module's own text, and what each layer does in it besides; ``None`` if nothing can be merged."""
+    """Return a plan of a module's own text, and what each layer also does in it; ``None`` if nothing can be merged."""
     forward = type(module).forward
     function = _text_of(forward)
     if function is None:
@@ -40,7 +40,7 @@ def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[Te
 
 
 def _text_of(forward: Any) -> Any:
-    """A method's text, if it is undecorated, without cells, and its file has not changed since it was compiled."""
+    """Parse a method's text, if it has no decorator and no cells, and its file is still the one that was compiled."""
     code = getattr(forward, "__code__", None)
     if code is None or code.co_freevars or any(_is_mangled(name) for name in code.co_names):
         return None
@@ -57,7 +57,7 @@ def _text_of(forward: Any) -> Any:
 
 @lru_cache(16)
 def _compiled(text: str) -> tuple[ast.Module, set[CodeType]]:
-    """A file's tree, and the code of all functions in it."""
+    """Return a file's tree, and the code of all functions in it."""
     tree = ast.parse(text)
     left, codes = [compile(tree, "", "exec", dont_inherit=True)], set()
     while left:
@@ -68,14 +68,14 @@ def _compiled(text: str) -> tuple[ast.Module, set[CodeType]]:
 
 
 def _is_mangled(name: str) -> bool:
-    """Whether a name may be one that a class has made its own."""
+    """Whether a name may be one that Python has mangled in a class."""
     return name.startswith("_") and "__" in name[1:] and not name.endswith("__")
 
 
 class _Merger(ast.NodeTransformer):
-    """Has one call do a layer and its activation; ``merges`` takes down which.
+    """Rewrite a text so that one call does a layer and its activation; ``merges`` lists which.
 
-    Only a module's own children count, which its plan sees to be the same ones in each call.
+    Only a module's own children count: its plan makes sure in each call that they are the same.
     """
 
     def __init__(self, module: torch.nn.Module, layers: set[torch.nn.Module], scope: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ class _Merger(ast.NodeTransformer):
         return found
 
     def _chosen(self, node: Any) -> list[Any]:
-        """The statements of a branch, where it is chosen by whether a child is there."""
+        """Return the statements of a branch that depends only on whether a child exists."""
         test = getattr(node, "test", None)
         if not (isinstance(node, ast.If) and isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot)):
             return [node]
@@ -130,7 +130,7 @@ class _Merger(ast.NodeTransformer):
         return [node]
 
     def _merged(self, call: ast.Call, inner: Any) -> Any:
-        """``activation(norm(x))`` as one call, or the activation's call as it is."""
+        """Return ``activation(norm(x))`` as one call, or the activation's call as it is."""
         if not isinstance(inner, ast.Call) or len(inner.args) != 1 or inner.keywords or _is_starred(inner):
             return call
         norm, act = self._child(inner.func), self._child(call.func)
@@ -149,7 +149,7 @@ class _Merger(ast.NodeTransformer):
         return self.module._modules.get(node.attr) if self._is_own(node) else None
 
     def _function(self, call: ast.Call) -> Activation | None:
-        """The activation that a function is which is called with constants."""
+        """Return the activation that a call of a function with constants is."""
         try:
             rest = [ast.literal_eval(each) for each in call.args[1:]]
             options = {each.arg or "": ast.literal_eval(each.value) for each in call.keywords if each.arg != "inplace"}
@@ -158,7 +158,7 @@ class _Merger(ast.NodeTransformer):
         return activation_of_call(self._global(call.func), rest, options)
 
     def _global(self, node: Any) -> Any:
-        """The function that a dotted name of the text's file is."""
+        """Look up the function that a dotted name means in the text's file."""
         names: list[str] = []
         while isinstance(node, ast.Attribute):
             names.insert(0, node.attr)

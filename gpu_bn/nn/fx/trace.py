@@ -1,7 +1,7 @@
-"""The steps of one module in one mode, recorded by ``torch.fx``, or the reason why they cannot be.
+"""Record the steps of one module in one mode by ``torch.fx``, or say why they cannot be recorded.
 
-Refused is all that a graph would lose: what depends on more than the tensors that go in, runs in a context of its own,
-draws random numbers of Python's, or leaves something behind.
+A module is refused if its graph would lose something: if it depends on more than its input tensors, runs a part in a
+context of its own, draws random numbers, or changes its attributes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OWN = ("torch.", "gpu_bn.nn.fx.", "gpu_bn.nn.operators.")
 """Modules whose code is not a model's."""
 DEVICES = ("cpu", "cuda")
 CONTAINERS = (tuple, list, dict, torch.Size, immutable_list, immutable_dict)
-"""What a graph makes containers of; named tuples it keeps."""
+"""The containers that a graph can make; it also keeps named tuples."""
 
 
 class Refused(Exception):
@@ -53,7 +53,7 @@ def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, An
     """Record a module's own ``forward``, and those of the modules in it that ``enters`` accepts with their arguments.
 
     Raises:
-        Refused: it cannot be; the module is as it was.
+        Refused: it cannot be recorded; the module is as it was.
     """
     parameters = list(signature(type(module).forward).parameters.values())[1:]
     names = tuple(each.name for each in parameters if each.kind in REQUIRED and each.default is Parameter.empty)
@@ -61,7 +61,7 @@ def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, An
         raise Refused("it has arguments that are given by name only")
     defaults = {each.name: each.default for each in parameters if each.name not in names and each.kind not in VARIADIC}
     tracer = _Tracer(names, enters)
-    before = _everything(module)
+    before = _attributes_of(module)
     randomness = _random_state()
     try:
         with warnings.catch_warnings():
@@ -113,7 +113,7 @@ class _Tracer(torch.fx.Tracer):
         return super().create_arg(a)
 
     def to_bool(self, obj: Proxy) -> bool:
-        """Take equal for given (a number of channels is checked so), and have the graph make sure of it."""
+        """Assume that two values are equal (models check numbers of channels so), and let the graph make sure of it."""
         node = obj.node
         if node.op != "call_function" or node.target not in (operator.eq, operator.ne):
             raise Refused("what it does depends on a value")
@@ -132,7 +132,7 @@ class _Tracer(torch.fx.Tracer):
 
 
 class _Value(Proxy):
-    """What stands for a value; one that is known to be a tensor says so, and of others nothing may depend."""
+    """A stand-in for a value. It says so if the value is known to be a tensor; nothing may depend on other values."""
 
     @property
     def __class__(self) -> Any:
@@ -148,7 +148,7 @@ class _Value(Proxy):
 
 
 def _asked_by_isinstance(frame: Any) -> bool:
-    """Whether a model's own ``isinstance`` wants to know: C++ would take what says that it is a tensor for one."""
+    """Whether a model's own ``isinstance`` asks: C++ would take a stand-in that says so for a real tensor."""
     name = frame.f_globals.get("__name__", "")
     if name.startswith(OWN):
         return False
@@ -173,7 +173,7 @@ def _gives_tensor(module: torch.nn.Module) -> bool:
 
 
 def _context() -> tuple[Any, ...]:
-    """What operations run in beside the arguments that they are given."""
+    """Return the state, beside their arguments, that operations depend on."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return (
         torch.is_grad_enabled(),
@@ -200,7 +200,7 @@ def _is_within_a_block() -> bool:
 
 @lru_cache(16)
 def _lines_of_blocks(text: str) -> set[int]:
-    """The lines of a file within ``with``, or within ``try`` that catches something."""
+    """Return the lines of a file within ``with``, or within ``try`` with handlers."""
     try:
         nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError):
@@ -215,8 +215,8 @@ def _random_state() -> tuple[bytes, Any, bytes]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state()).encode()  # noqa: NPY002
 
 
-def _everything(model: torch.nn.Module) -> list[tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]]:
-    """All that a model's modules hold, to one level of containers."""
+def _attributes_of(model: torch.nn.Module) -> list[tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]]:
+    """Return the attributes of a model's modules, with copies of their containers."""
     found = []
     for module in model.modules():
         held = dict(vars(module))
@@ -226,7 +226,7 @@ def _everything(model: torch.nn.Module) -> list[tuple[torch.nn.Module, dict[str,
 
 
 def _restore(before: list[tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]]) -> str:
-    """Put back what modules hold; says whether anything was another."""
+    """Put attributes back; say what had changed, if anything."""
     changed = ""
     for module, held, copies in before:
         now = vars(module)
@@ -255,7 +255,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """All modules of a model in one mode, without ``train``, which may be a model's own."""
+    """Set all modules of a model to one mode, without ``train``, which a model may override."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:

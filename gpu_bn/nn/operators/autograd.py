@@ -30,7 +30,7 @@ _any_requires_grad = torch._C._any_requires_grad
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched=True; an ordinary tensor to all else
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
-_tracing = torch._C._get_tracing_state
+tracing_state = torch._C._get_tracing_state
 _transforms_active = torch._C._are_functorch_transforms_active
 
 PLAIN = frozenset((Tensor, Parameter))
@@ -40,7 +40,7 @@ Gradients = Sequence[Tensor | None]
 
 # ------------------------------------------------------------------------------------------------------------- calls
 def forward(call: Call, options: Options, groups: int = 1) -> Tensor:
-    """``y`` of a checked call, by the operator if somebody is to see it, else by the backend itself.
+    """Compute ``y`` of a checked call: by the operator if something watches, else by the backend itself.
 
     Compilers, tracers, dispatch modes and subclasses of tensors see the operator.
     """
@@ -48,8 +48,8 @@ def forward(call: Call, options: Options, groups: int = 1) -> Tensor:
     number, at = (None, momentum) if isinstance(momentum, Tensor) else (momentum, None)
     rest = (options.eps, activation.name, activation.parameter)
     if forward_ad._current_level < 0 and _plain(call):
-        weighs = library.weighs(number, at, call.counter) if options.training else 0.0
-        spec = library.options(options.training, weighs, *rest, groups, renorm)
+        momentum = library.batch_weight(number, at, call.counter) if options.training else 0.0
+        spec = library.options(options.training, momentum, *rest, groups, renorm)
         return direct(registry.serving(call.x), spec, call)
     inputs, running = (call.x, call.weight, call.bias, call.residual), (call.running_mean, call.running_var)
     if not options.training:
@@ -58,7 +58,7 @@ def forward(call: Call, options: Options, groups: int = 1) -> Tensor:
 
 
 def direct(engine: Backend, spec: BatchNormSpec, call: Call) -> Tensor:
-    """``y`` by a backend, of arguments that are known to be plain, outside forward-mode differentiation."""
+    """Compute ``y`` by a backend, for arguments known to be plain, outside forward-mode differentiation."""
     x, weight, bias, residual = inputs = (call.x, call.weight, call.bias, call.residual)
     if torch.is_grad_enabled() and _any_requires_grad(*inputs):
         y: Tensor = _apply(x, weight, bias, residual, engine, spec, call)
@@ -70,7 +70,7 @@ def direct(engine: Backend, spec: BatchNormSpec, call: Call) -> Tensor:
 
 
 class _Direct(Function):
-    """A call by a backend, where something is differentiated."""
+    """A call by a backend of which something is differentiated."""
 
     @staticmethod
     def forward(
@@ -110,7 +110,7 @@ class _Direct(Function):
 def gradients_of(
     engine: Backend, dy: Tensor, saved: Saved, weight: Tensor | None, bias: Tensor | None, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of x, weight, bias and residual that are needed, of a call by a backend."""
+    """Return the needed gradients of x, weight, bias and residual, of a call by a backend."""
 
     def gradients(need: list[bool]) -> Gradients:
         if needs_operator(dy, saved.x):
@@ -134,7 +134,7 @@ def _serves(name: str, device: str) -> bool:
 def _by_operator(
     engine: Backend, dy: Tensor, saved: Saved, weight: Tensor | None, bias: Tensor | None, need: list[bool]
 ) -> Gradients:
-    """The gradients of a direct call by the operator, which can be differentiated again."""
+    """Return the gradients of a direct call by the operator, which can be differentiated again."""
     spec, x = saved.spec, saved.x
     if spec.axis != 1 or not _serves(engine.name, x.device.type):
         raise NotImplementedError(f"backend {engine.name!r} has no second derivative: leave backend out")
@@ -327,17 +327,17 @@ def require_savable(tensors: tuple[Tensor | None, ...]) -> None:
 
 
 def _plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether arguments are ordinary tensors and nobody watches what is called."""
+    """Whether all arguments are ordinary tensors and nothing watches the call."""
     return not watched() and not any(map(_is_odd, arguments))
 
 
 def watched() -> bool:
     """Whether a compiler, a tracer, a mode or a transform wants to see the operator."""
-    return _is_compiling() or _modes() > 0 or _tracing() is not None or _transforms_active()
+    return _is_compiling() or _modes() > 0 or tracing_state() is not None or _transforms_active()
 
 
 def needs_operator(dy: Tensor, x: Tensor) -> bool:
-    """Whether gradients are differentiated again, watched, or those of no ordinary tensors."""
+    """Whether gradients are to be differentiated again, something watches, or tensors are not ordinary."""
     return torch.is_grad_enabled() or watched() or _is_batched(dy) or not (is_plain(dy) and is_plain(x))
 
 

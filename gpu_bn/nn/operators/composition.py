@@ -13,6 +13,7 @@ from torch import Tensor
 from gpu_bn.activations import Activation
 from gpu_bn.call import Call, Options
 from gpu_bn.nn.fx.activations import activate
+from gpu_bn.nn.running import write
 
 
 def batch_norm(
@@ -25,7 +26,7 @@ def batch_norm(
     eps: float,
     activation: Activation,
 ) -> Tensor:
-    """The transform with the statistics given, or the batch's; computed in float32 or wider, rounded once."""
+    """Normalise by the given statistics, or the batch's; in float32 or wider, rounded once."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if mean is not None:
         dtype = torch.promote_types(dtype, mean.dtype)
@@ -56,16 +57,16 @@ def masked_batch_norm(
     r: Tensor,
     d: Tensor,
 ) -> Tensor:
-    """The same with the statistics of each ghost batch's valid positions, renormalised by ``r`` and ``d`` if any."""
+    """Normalise by the statistics of each ghost batch's valid positions, renormalised by ``r`` and ``d`` if any."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if valid is None:
         valid = x.new_ones((1,) * x.dim(), dtype=torch.bool)
-    there = valid.expand(x.shape[0], 1, *x.shape[2:]).unflatten(0, (groups, -1))
+    counted = valid.expand(x.shape[0], 1, *x.shape[2:]).unflatten(0, (groups, -1))
     wide = torch.where(valid, x.to(dtype), 0).unflatten(0, (groups, -1))
     axes = [1, *range(3, wide.dim())]
-    count = there.sum(axes, keepdim=True).clamp(min=1)
+    count = counted.sum(axes, keepdim=True).clamp(min=1)
     mean = wide.sum(axes, keepdim=True) / count
-    centred = (wide - mean) * there
+    centred = (wide - mean) * counted
     xhat = (centred * (centred.square().sum(axes, keepdim=True) / count + eps).rsqrt()).flatten(0, 1)
     shape = (1, -1, *(1,) * (x.dim() - 2))
     if r.numel():
@@ -79,13 +80,13 @@ def masked_batch_norm(
 
 
 def evaluated(call: Call, options: Options) -> Tensor:
-    """The transform of a call in evaluation."""
+    """Make a call in evaluation."""
     running = (call.running_mean, call.running_var)
     return batch_norm(call.x, *running, call.weight, call.bias, call.residual, options.eps, options.activation)
 
 
 def wide_batch_norm(call: Call, options: Options) -> Tensor:
-    """The transform under ``torch.func`` and in forward mode: all in float64, rounded once."""
+    """Make a call under ``torch.func`` or in forward mode: all in float64, rounded once."""
     x = call.x
     if options.training:
         wide = x.double()
@@ -100,26 +101,24 @@ def wide_batch_norm(call: Call, options: Options) -> Tensor:
 
 
 def _move_running(wide: Tensor, call: Call, momentum: float, eps: float) -> None:
-    """Move running statistics by torch's function, which refuses what a transform cannot do; only then is it seen."""
+    """Move running statistics by torch's function, which refuses what a transform cannot do; write them last."""
     running = (call.running_mean, call.running_var)
     mean, var = (None if one is None else one.to(torch.float64, copy=True) for one in running)
     F.batch_norm(wide, mean, var, None, None, True, momentum, eps)
     counted = None if call.counter is None else call.counter.clone().add_(1)
     moved = zip((call.counter, *running), (counted, mean, var), strict=True)
-    pairs = [(old, new) for old, new in moved if old is not None and new is not None]
-    if pairs:  # in one call: no error or interrupt comes between them
-        torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+    write([(old, new) for old, new in moved if old is not None and new is not None])
 
 
 def _momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> float:
-    """What a batch weighs; without a momentum all batches weigh alike."""
+    """Return the weight of a batch; without a momentum all batches weigh alike."""
     if momentum is not None:
         return momentum
     return 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1)
 
 
 def torch_batch_norm(call: Call, options: Options) -> Tensor:
-    """The transform by ``torch.nn.functional.batch_norm``, which exporters know."""
+    """Make a call by ``torch.nn.functional.batch_norm``, which exporters know."""
     momentum = _momentum(options.momentum, call.counter)
     tensors = (call.x, call.running_mean, call.running_var, call.weight, call.bias)
     z = F.batch_norm(*tensors, options.training, momentum, options.eps)

@@ -1,6 +1,6 @@
-"""Calls of plain tensors on a CPU in few steps: a look at each argument, one call of a builtin function, autograd.
+"""Calls of plain tensors on a CPU in few steps: a check of each argument, one call of a builtin function, autograd.
 
-Whatever is out of the ordinary goes another way, and has changed nothing: that of :mod:`gpu_bn.nn.functional`.
+Any other call changes nothing here: :mod:`gpu_bn.nn.functional` makes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _float64, _strided = torch.float64, torch.strided
 
 
 def forward(call: Call, options: Options) -> Tensor | None:
-    """``y``, or ``None`` where a call is to go another way; it has a counter only in training."""
+    """Return ``y``, or ``None`` if the call is of another kind; the counter is given only in training."""
     x, weight, bias, residual, running_mean, running_var, counter, _, _ = call
     training, momentum, eps, activation, *_ = options
     if watched() or forward_ad._current_level >= 0 or type(x) not in PLAIN or not x.is_cpu or x.layout is not _strided:
@@ -74,8 +74,8 @@ def forward(call: Call, options: Options) -> Tensor | None:
     return y
 
 
-class _Quick(Function):
-    """What autograd is told of a call that has been made."""
+class _Made(Function):
+    """Tells autograd of a call that has been made."""
 
     @staticmethod
     def forward(
@@ -103,7 +103,7 @@ class _Quick(Function):
         engine, statistics, training, eps, activation, parameter, bias_dtype, _ = ctx.rest
         identity, need = activation == "identity", ctx.needs_input_grad
         if needs_operator(dy, x):
-            return _otherwise(ctx, dy, x, weight, bias, residual)
+            return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
         adds = need[3] and not identity
         sums = need[1] or need[2] or (need[0] and training)
         dx = dresidual = dweight = dbias = None
@@ -111,7 +111,7 @@ class _Quick(Function):
             doors = engine.doors
             door = doors.backward(x, residual, dy, need[0], adds, sums, training, activation)
             if door is None:
-                return _otherwise(ctx, dy, x, weight, bias, residual)
+                return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
             if need[0]:
                 dx = torch.empty_like(x)
                 if door.huge:
@@ -128,17 +128,17 @@ class _Quick(Function):
                 door.record, x, residual, dy, dx, dresidual, weight, bias, dweight, dbias, statistics, eps, parameter,
                 doors.scratch_address(),
             ):  # fmt: skip
-                return _otherwise(ctx, dy, x, weight, bias, residual)
+                return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
         return dx, dweight, dbias, dy if need[3] and identity else dresidual, None, None
 
 
-_apply = super(Function, _Quick).apply
+_apply = super(Function, _Made).apply
 
 
-def _otherwise(
+def _gradients_by_backend(
     ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by a backend's own call, or by the operator."""
+    """Return the gradients by a backend's own call, or by the operator."""
     engine, statistics, training, eps, activation, parameter, bias_dtype, has_residual = ctx.rest
     channels = x.shape[1]
     saved = Saved(

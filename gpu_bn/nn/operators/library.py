@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.gpu_bn``: what they compute and what they would return; ``_autograd`` differentiates them.
+"""The operators ``torch.ops.gpu_bn``: their kernels and fakes; :mod:`gpu_bn.nn.operators.autograd` differentiates them.
 
 ``train`` uses the batch's statistics and updates running ones; ``infer`` uses running ones; ``backward`` serves both.
 A forward operator returns ``y`` and what ``backward`` needs besides its inputs:
@@ -36,7 +36,7 @@ from gpu_bn.spec import BatchNormSpec
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 """The second: any strides serve, so that a compiler need not copy arguments into those of eager code."""
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # it has left torch.func; its memory is not to be seen
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # it has left torch.func; its memory is not to be seen
 LIBRARY = torch.library.Library("gpu_bn", "DEF")
 for _schema in (
     "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
@@ -58,7 +58,7 @@ backward = torch.ops.gpu_bn.backward.default
 NAMES = ("dx", "dweight", "dbias", "dresidual")
 NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, True), repeat=len(NAMES))}
 TRACKED = ("running_mean", "running_var", "num_batches_tracked")
-"""What a call in training writes."""
+"""The tensors that a call in training writes."""
 
 
 # ------------------------------------------------------------------------------------------------- what they compute
@@ -74,7 +74,7 @@ def forward(engine: Backend, call: Call, spec: BatchNormSpec, keep: bool = True)
     apart = not spec.batch_stats or _are_apart(tracked, read)
     if not apart:
         named = zip(("input", "weight", "bias", "residual"), read, strict=True)
-        seen: dict[str, Any] = {name: one for name, one in named if one is not None and not _is_wrapped(one)}
+        seen: dict[str, Any] = {name: one for name, one in named if one is not None and not is_wrapped(one)}
         aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), seen)
     at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
     if at_once is not None and apart and call.valid is None and _is_plain(call.x, spec) and _countable(call):
@@ -87,7 +87,7 @@ def forward(engine: Backend, call: Call, spec: BatchNormSpec, keep: bool = True)
 
 
 def unread(momentum: Tensor) -> bool:
-    """Whether a momentum is not to be read: on a GPU one would wait for it, and compiled code holds no number of it."""
+    """Whether a momentum must not be read: a GPU would be waited for, and compiled code has no number of it."""
     return not momentum.is_cpu or torch.compiler.is_compiling()
 
 
@@ -103,7 +103,7 @@ def _are_apart(tracked: Sequence[Tensor | None], others: Sequence[Tensor | None]
     if not all(one.is_contiguous() for one in written):
         return False
     bounds = [_bounds(one) for one in written]
-    bounds += {_bounds(one) for one in others if one is not None and not _is_wrapped(one)}
+    bounds += {_bounds(one) for one in others if one is not None and not is_wrapped(one)}
     bounds.sort()
     return all(one[1] <= after[0] for one, after in pairwise(bounds))
 
@@ -127,8 +127,10 @@ def _countable(call: Call) -> bool:
     )
 
 
-def weighs(momentum: float | None, momentum_at: Tensor | None, num_batches_tracked: Tensor | None) -> float | Tensor:
-    """What this batch weighs; where that is known to a GPU only a tensor there, so that nothing waits for it."""
+def batch_weight(
+    momentum: float | None, momentum_at: Tensor | None, num_batches_tracked: Tensor | None
+) -> float | Tensor:
+    """Return the weight of this batch in the running update; a tensor on a GPU that alone knows it: nothing waits."""
     if momentum_at is not None:
         return momentum_at.double() if unread(momentum_at) else momentum_at.item()
     if momentum is not None:
@@ -149,7 +151,7 @@ def options(
     groups: int = 1,
     renorm: Sequence[float] = (),
 ) -> BatchNormSpec:
-    """The options of a call; those of calls alike are one object."""
+    """Return the options of a call; equal calls share one object."""
     if isinstance(momentum, Tensor):
         return _options.__wrapped__(batch_stats, momentum, eps, activation, parameter, groups, tuple(renorm))
     return _options(batch_stats, float(momentum), float(eps), activation, float(parameter), groups, tuple(renorm))
@@ -180,8 +182,8 @@ def _train(
     renorm: Sequence[float] = (),
     momentum_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight_of_batch = weighs(momentum, momentum_at, num_batches_tracked)
-    spec = options(True, weight_of_batch, eps, activation, parameter, groups, renorm)
+    momentum_of_batch = batch_weight(momentum, momentum_at, num_batches_tracked)
+    spec = options(True, momentum_of_batch, eps, activation, parameter, groups, renorm)
     call = Call(x, weight, bias, residual, running_mean, running_var, num_batches_tracked, valid)
     y, saved = forward(registry.serving(x), call, spec)
     return _results(x, y, replace(saved, valid=valid))  # also a mask that leaves nothing out, which saved has not
@@ -209,7 +211,7 @@ def _results(x: Tensor, y: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor
 
 
 def packed(saved: Saved) -> Tensor:
-    """The rows of ``statistics``; no copy where they are the memory of the mean and the variance."""
+    """Return the rows of ``statistics``, without a copy if the mean and the variance lie so in memory."""
     mean, var, count = saved.moments.mean, saved.moments.var, saved.moments.count
     channels = saved.x.shape[saved.spec.axis]
     rows = [mean.double().view(-1, channels), var.double().view(-1, channels)]
@@ -223,7 +225,7 @@ def packed(saved: Saved) -> Tensor:
 
 
 def adjacent(first: Tensor, second: Tensor) -> Tensor:
-    """(2, L) of two vectors of float64; no copy where one lies behind the other."""
+    """Stack two float64 vectors to (2, L), without a copy if one lies behind the other."""
     together = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     if together and first.is_contiguous() and first.data_ptr() + 8 * len(first) == second.data_ptr():
         return torch.as_strided(first, (2, len(first)), (len(first), 1))
@@ -231,7 +233,7 @@ def adjacent(first: Tensor, second: Tensor) -> Tensor:
 
 
 def as_read(engine: Backend, vector: Tensor | None) -> Any:
-    """Weight or bias as a backend's phases read it: in the accumulation dtype, unless they convert it themselves."""
+    """Return weight or bias in the dtype that a backend's phases read: that of accumulation, unless they convert it."""
     if vector is None or getattr(engine, "converts_vectors", False):
         return vector
     return engine.vector(vector)
@@ -240,7 +242,7 @@ def as_read(engine: Backend, vector: Tensor | None) -> Any:
 def unpacked(
     statistics: Tensor, positions: int, groups: int, counted: bool, renorm: bool
 ) -> tuple[Moments, tuple[Tensor, Tensor] | None]:
-    """What :func:`packed` has packed; ``positions`` is the count if there is no row of counts."""
+    """Undo :func:`packed`; ``positions`` is the count if there is no row of counts."""
     mean, var = statistics[: 2 * groups].view(2, -1)
     count: Any = statistics[2 * groups : 3 * groups, 0] if counted else positions
     return Moments(count, mean, var), (statistics[-2], statistics[-1]) if renorm else None
@@ -292,9 +294,9 @@ def _backward(
 
 
 def as_promised(result: Tensor, x: Tensor) -> Tensor:
-    """A result like ``x`` with the strides of ``empty_like``, which the fake operators promise.
+    """Return a result like ``x`` with the strides of ``empty_like``, which the fake operators promise.
 
-    It is a copy only where ``x`` is expanded or has gaps, and a backend chose others.
+    It is a copy only if ``x`` is expanded or has gaps, and a backend chose other strides.
     """
     if result.stride() == x.stride():
         return result
@@ -327,7 +329,7 @@ def _forward_fake(x: Tensor, rows: int, mask: int) -> tuple[Tensor, Tensor, Tens
 
 
 def mask_length(x: Tensor, residual: Tensor | None, activation: str, groups: int = 1) -> int:
-    """How many bytes of mask a call keeps: the same rule as the backends', of what is known of a tensor in advance."""
+    """Return how many bytes of mask a call keeps, by the backends' own rule, from what is known in advance."""
     if residual is None or (x.is_cpu and not getattr(registry.serving(x), "keeps_bits", False)):
         return 0
     order = tuple(range(x.dim()))

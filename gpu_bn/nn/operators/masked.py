@@ -12,13 +12,13 @@ from gpu_bn.nn.operators import autograd, composition
 
 
 def batch_norm(call: Call, options: Options, groups: int) -> Tensor:
-    """A checked call of :func:`gpu_bn.nn.functional.batch_norm` with any of these; its mask is as it was given."""
+    """Make a checked call with any of these; its mask is as it was given."""
     x, valid, residual = call.x, call.valid, call.residual
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError("mask, virtual_batch_size and renorm do not work under torch.func or in forward mode")
     valid = None if valid is None else algorithm.positions(valid, x.shape, 1)
     if options.training:
-        if not torch.compiler.is_compiling() and autograd._tracing() is not None:
+        if not torch.compiler.is_compiling() and autograd.tracing_state() is not None:
             raise NotImplementedError(
                 "torch.jit.trace and torch.onnx cannot record training with mask, virtual_batch_size or renorm: call "
                 "model.eval() first, or use torch.export"
@@ -30,7 +30,7 @@ def batch_norm(call: Call, options: Options, groups: int) -> Tensor:
         x = torch.where(valid, x, 0)
         residual = None if residual is None else torch.where(valid, residual, 0)
     clean = Call(x, call.weight, call.bias, residual, call.running_mean, call.running_var)
-    if torch.compiler.is_compiling() or autograd._tracing() is not None:
+    if torch.compiler.is_compiling() or autograd.tracing_state() is not None:
         y = composition.evaluated(clean, options)
     else:
         y = autograd.forward(clean, options)

@@ -22,6 +22,7 @@ from gpu_bn.merge import Pool, merge
 from gpu_bn.nn.distributed import wire
 from gpu_bn.nn.distributed.group import Group, exchange
 from gpu_bn.nn.operators.library import LIBRARY, TAGS, adjacent, as_read
+from gpu_bn.nn.running import moved_statistics, update_running, write
 from gpu_bn.spec import BatchNormSpec
 
 _LAYER = (
@@ -66,7 +67,7 @@ def _report_packets(x: Tensor, valid: Tensor | None, group: str, signature: Sequ
     try:
         # The output comes after the exchange. That there is memory for it is seen before: an allocator keeps it.
         registry.serving(x).empty_like(x)
-        return wire._pack(_report(x, valid), group, signature)
+        return wire.packed(_report(x, valid), group, signature)
     except Exception as error:
         return wire.fault(error, x, group, 2 + 2 * x.shape[1])
 
@@ -102,13 +103,13 @@ def _finish(*arguments: Any) -> None:
             _update(*update)
         return
     try:
-        weighs = momentum if momentum_at is None else momentum_at
-        moved = _moved(mean, var, counter, weighs, Pool(count, batch_mean, batch_var * count))
-        packets = wire._pack(count.new_zeros(1), group, signature)
+        whole = Pool(count, batch_mean, batch_var * count)
+        moved = moved_statistics((mean, var, counter), momentum if momentum_at is None else momentum_at, whole)
+        packets = wire.packed(count.new_zeros(1), group, signature)
     except Exception as error:
         packets = wire.fault(error, count, group, 1)
     exchange(packets, Group(group, size, 0))
-    _write(*moved)
+    write(moved)
 
 
 def _update(
@@ -126,53 +127,9 @@ def _update(
     countable = num_batches_tracked is None or num_batches_tracked.dtype is torch.int64
     if fused is None or not countable:
         whole = Pool(count, mean, var * count)
-        update_running(*tracked, momentum if momentum_at is None else momentum_at, whole)
+        update_running(tracked, momentum if momentum_at is None else momentum_at, whole)
     else:
         fused(*tracked, momentum, momentum_at, count, mean, var)
-
-
-@torch.no_grad()
-def update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: Any,
-    whole: Pool,
-) -> None:
-    """Move running statistics towards those of a batch, unless it is empty; count the batch. Reads nothing back.
-
-    All three are written last, by one call.
-    """
-    _write(*_moved(running_mean, running_var, num_batches_tracked, momentum, whole))
-
-
-def _write(written: list[Tensor], values: list[Tensor]) -> None:
-    if written:
-        torch._foreach_copy_(written, values)
-
-
-def _moved(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: Any,
-    whole: Pool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What is to be written, and the new values."""
-    written, values = [], []
-    counted = None if num_batches_tracked is None else num_batches_tracked + 1
-    weighs: Any = momentum
-    if momentum is None:
-        weighs = 0.0 if counted is None else counted.double().reciprocal()
-    for running, batch in ((running_mean, whole.mean), (running_var, whole.unbiased)):
-        if running is not None:
-            old = running.double()
-            written.append(running)
-            values.append(torch.where(whole.count > 0, (1 - weighs) * old + weighs * batch, old).to(running.dtype))
-    if num_batches_tracked is not None and counted is not None:
-        written.append(num_batches_tracked)
-        values.append(counted)
-    return written, values
 
 
 def _normalize(x: Tensor, *arguments: Any) -> Tensor:
@@ -201,7 +158,7 @@ def _reduce_packets(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Ten
     try:
         registry.serving(x).empty_like(x)  # dx's memory, as of the output
         sums, dz = _reduce(dy, x, *rest)
-        return wire._pack(sums.flatten(), group, signature), sums, dz
+        return wire.packed(sums.flatten(), group, signature), sums, dz
     except Exception as error:
         sums = x.new_full((2, x.shape[1]), torch.nan, dtype=torch.float64)
         # Compiled code counts on its strides.
@@ -246,7 +203,7 @@ def _report_fake(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _report_packets_fake(x: Tensor, valid: Tensor | None, group: str, signature: Sequence[float]) -> Tensor:
-    return wire._pack_fake(_report_fake(x, valid), group, signature)
+    return wire.packed_fake(_report_fake(x, valid), group, signature)
 
 
 def _merge_fake(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,7 +233,7 @@ def _reduce_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
 def _reduce_packets_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, group, signature = arguments
     sums, dz = _reduce_fake(dy, x, *rest)
-    return wire._pack_fake(sums.flatten(), group, signature), sums, dz
+    return wire.packed_fake(sums.flatten(), group, signature), sums, dz
 
 
 def _input_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:

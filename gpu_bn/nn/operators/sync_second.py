@@ -15,7 +15,7 @@ from gpu_bn.nn.operators import composition
 
 
 class _Sum(Function):
-    """The sum over a group's processes. Each result reaches each process, so that gradients are summed as well."""
+    """The sum over a group's processes. Each result reaches each process: gradients are summed as well."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, group: Group, header: list[float]) -> Tensor:
@@ -38,21 +38,21 @@ def composed_gradients(
     valid: Tensor | None,
     need: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """The gradients by torch's own differentiable operations, which remember where they come from."""
+    """Compute the gradients by torch's own operations, which can be differentiated again."""
     eps, name, parameter = ctx.options
     if name == "identity" and need[3]:
         residual = torch.zeros_like(x, requires_grad=True)  # of which only the gradient matters
-    there = x.new_ones(1, dtype=torch.bool) if valid is None else valid
+    valid = x.new_ones(1, dtype=torch.bool) if valid is None else valid
     axes, shape = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
-    wide = torch.where(there, x.to(torch.float64), 0)
-    count = there.expand_as(x).double().sum(axes)[:1]
+    wide = torch.where(valid, x.to(torch.float64), 0)
+    count = valid.expand_as(x).double().sum(axes)[:1]
     sums = _Sum.apply(torch.cat((count, wide.sum(axes))), ctx.group, ctx.header)
     mean = sums[1:] / sums[0]
-    centred = torch.where(there, wide - mean.view(shape), 0)
+    centred = torch.where(valid, wide - mean.view(shape), 0)
     var = _Sum.apply(centred.square().sum(axes), ctx.group, ctx.header) / sums[0]
-    rest = None if residual is None else torch.where(there, residual, 0)
+    rest = None if residual is None else torch.where(valid, residual, 0)
     y = composition.batch_norm(wide, mean, var, weight, bias, rest, eps, Activation(name, parameter))
-    y = torch.where(there, y, 0).to(x.dtype)
+    y = torch.where(valid, y, 0).to(x.dtype)
     inputs = [tensor if needed else None for tensor, needed in zip((x, weight, bias, residual), need, strict=True)]
     wanted = [tensor for tensor in inputs if tensor is not None]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))

@@ -22,6 +22,7 @@ from gpu_bn.nn.distributed import (
     wire,
 )
 from gpu_bn.nn.operators import sync as sync_operators
+from gpu_bn.nn.running import update_running
 from gpu_bn.plan import DEVICES
 
 pytestmark = pytest.mark.compile
@@ -100,7 +101,7 @@ def test_running_statistics_move_as_torch_moves_them(count, momentum, dtype, emu
     theirs = [tensor.clone() for tensor in mine]
     number, at = (None, weighs) if isinstance(weighs, torch.Tensor) else (weighs, None)
     sync_operators.update(*mine, number, at, count, mean, var)
-    sync_operators.update_running(*theirs, weighs, Pool(count, mean, var * count))
+    update_running(theirs, weighs, Pool(count, mean, var * count))
     assert [step.kernel.__name__ for step in emulated.steps] == ["bn_sync_update_kernel"]
     assert mine[2] == theirs[2] == 5
     for moved, expected in zip(mine[:2], theirs[:2], strict=True):

@@ -1,0 +1,116 @@
+"""Running statistics: whether calls update them, and the update by the statistics of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import local
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_bn.interrupts import deferred
+from gpu_bn.merge import Pool
+
+Tracked = Sequence[Tensor | None]
+"""A running mean, a running variance and a counter of batches; each may be absent."""
+
+
+class _Updates(local):
+    """Whether running statistics are left alone, in this thread."""
+
+    off = False
+
+
+updates = _Updates()
+
+
+@contextmanager
+def no_tracking() -> Iterator[None]:
+    """Leave running statistics and batch counters as they are, also in training (eager mode only).
+
+    Returns:
+        A context manager; it holds for this thread.
+
+    Examples:
+        >>> import torch
+        >>> from gpu_bn import nn
+        >>> layer = nn.BatchNorm1d(4)
+        >>> with nn.no_tracking():
+        ...     y = layer(torch.randn(8, 4))
+        >>> layer.num_batches_tracked.item()
+        0
+    """
+    before = updates.off
+    updates.off = True
+    try:
+        yield
+    finally:
+        updates.off = before
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Make the contexts for activation checkpointing: the forward pass that is run again updates no statistics.
+
+    Returns:
+        A pair of context managers, for ``context_fn`` of ``torch.utils.checkpoint.checkpoint``.
+
+    Examples:
+        >>> import torch
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> from gpu_bn import nn
+        >>> layer = nn.BatchNorm1d(4)
+        >>> x = torch.randn(8, 4, requires_grad=True)
+        >>> y = checkpoint(layer, x, use_reentrant=False, context_fn=nn.checkpoint_contexts)
+        >>> y.sum().backward()
+        >>> layer.num_batches_tracked.item()  # not 2
+        1
+    """
+    return nullcontext(), no_tracking()
+
+
+@torch.no_grad()
+def update_running(tracked: Tracked, momentum: Any, batch: Pool) -> None:
+    """Move running statistics towards those of a batch, unless it is empty; count the batch. Reads nothing back."""
+    write(moved_statistics(tracked, momentum, batch))
+
+
+def moved_statistics(tracked: Tracked, momentum: Any, batch: Pool) -> list[tuple[Tensor, Tensor]]:
+    """Compute new values: pairs of a tensor and what is to be written to it."""
+    mean, var, counter = tracked
+    pairs = []
+    counted = None if counter is None else counter + 1
+    if momentum is None:
+        momentum = 0.0 if counted is None else counted.double().reciprocal()
+    for running, value in ((mean, batch.mean), (var, batch.unbiased)):
+        if running is not None:
+            old = running.double()
+            new = torch.where(batch.count > 0, (1 - momentum) * old + momentum * value, old)
+            pairs.append((running, new.to(running.dtype)))
+    if counter is not None and counted is not None:
+        pairs.append((counter, counted))
+    return pairs
+
+
+def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write new values, all or none: in one call, which nothing interrupts."""
+    targets, values = [old for old, _ in pairs], [new for _, new in pairs]
+    if any(map(_is_batched, targets)):  # vmap has no such call
+        with nullcontext() if torch.compiler.is_compiling() else deferred():
+            for target, value in zip(targets, values, strict=True):
+                target.copy_(value)
+    elif pairs:
+        torch._foreach_copy_(targets, values)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether vmap stacks a tensor, also one that another transform wraps once more."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():  # which cannot look beneath the outer wrapper
+        return bool(functorch.is_batchedtensor(tensor))
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
