@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from gpu_bn.call import Call
+from gpu_bn.plan import LaunchPlan
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
+OnPlan = Callable[[LaunchPlan, Sequence[Any]], None]
+"""Gets the plan of a call and its launches; these have the ``registers`` of a thread after the first run, if known."""
 
 
 class BackendUnavailableError(RuntimeError):

@@ -1,7 +1,8 @@
 """The implementations that are timed, a row each in :data:`IMPLEMENTATIONS`: our backends and their peers.
 
 To add a peer, add a row. A row's ``build(operation, problem, tier)`` gets a problem whose arrays are the library's own.
-It returns the call to time, which returns the outputs that the operation names, in that order.
+It returns the call to time, which returns the outputs that the operation names, in that order. Ours also take an
+``on_plan``: see :data:`gpu_bn.backends.protocol.OnPlan`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from gpu_bn import registry
+from gpu_bn.backends.protocol import OnPlan
 from gpu_bn.bench import peers
 from gpu_bn.bench.cases import Case, Operation
 from gpu_bn.bench.timing import Call
 from gpu_bn.functional import batch_norm, batch_norm_backward, batch_norm_forward
 from gpu_bn.testing import Problem
 
-Build = Callable[[Operation, Problem, "str | None"], Call]
+Build = Callable[..., Call]
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ class Implementation:
         return ", ".join(names for names in self.modules if not any(map(_installed, names.split(" or "))))
 
 
-def ours(make_backend: Callable[[str | None], Any]) -> Build:
+def ours(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
     """Return what builds calls of a backend of this library; ``make_backend`` makes one that forces a tier."""
 
-    def build(operation: Operation, problem: Problem, tier: str | None) -> Call:
-        backend, p = make_backend(tier), problem
+    def build(operation: Operation, problem: Problem, tier: str | None, on_plan: OnPlan | None = None) -> Call:
+        backend, p = make_backend(tier, on_plan), problem
         fused: dict[str, Any] = {"residual": p.residual, "activation": "relu" if operation.relu else None}
         arguments = (p.x, p.running_mean, p.running_var, p.weight, p.bias, operation.training, p.momentum, p.eps)
         if operation.direction == "eval":
@@ -74,21 +76,21 @@ def ours(make_backend: Callable[[str | None], Any]) -> Build:
     return build
 
 
-def cupy_backend(tier: str | None) -> Any:
+def cupy_backend(tier: str | None, on_plan: OnPlan | None) -> Any:
     """Make a CuPy backend."""
     registry.load("cupy")  # raises if something is missing, and says what
-    return importlib.import_module("gpu_bn.backends.cupy.backend").CupyBackend(tier)
+    return importlib.import_module("gpu_bn.backends.cupy.backend").CupyBackend(tier, on_plan)
 
 
-def triton_backend(tier: str | None) -> Any:
+def triton_backend(tier: str | None, on_plan: OnPlan | None) -> Any:
     """Make a Triton backend."""
     registry.load("triton")
-    return importlib.import_module("gpu_bn.backends.triton.backend").TritonBackend(tier=tier)
+    return importlib.import_module("gpu_bn.backends.triton.backend").TritonBackend(tier=tier, on_plan=on_plan)
 
 
 IMPLEMENTATIONS = [
-    Implementation("gpu_bn cpu", "cpu", "numpy", ours(lambda _: registry.load("cpu")), ("numba",), ours=True),
-    Implementation("gpu_bn numpy", "cpu", "numpy", ours(lambda _: registry.load("numpy")), ours=True),
+    Implementation("gpu_bn cpu", "cpu", "numpy", ours(lambda *_: registry.load("cpu")), ("numba",), ours=True),
+    Implementation("gpu_bn numpy", "cpu", "numpy", ours(lambda *_: registry.load("numpy")), ours=True),
     Implementation("torch CPU", "cpu", "torch", peers.torch(), ("torch",)),
     Implementation("textbook NumPy", "cpu", "numpy", peers.textbook),
     Implementation("torch.compile CPU", "cpu", "torch", peers.torch(peers.compiled), ("torch",), default=False),

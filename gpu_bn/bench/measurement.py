@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -10,7 +10,6 @@ from gpu_bn.backends.protocol import BackendUnavailableError
 from gpu_bn.bench.cases import Case
 from gpu_bn.bench.correctness import Reference, problem_of
 from gpu_bn.bench.implementations import Implementation, data
-from gpu_bn.bench.launches import launches_of
 from gpu_bn.bench.model import floor_bytes, work_of
 from gpu_bn.bench.timing import Call, Timer, Timing, in_words, take_samples
 from gpu_bn.plan import LaunchPlan, NoPlanError
@@ -45,7 +44,6 @@ class Result:
         timings: its times, by regime.
         ratios: our time over a peer's, by regime, then by peer.
         plan: what a GPU backend of ours launched; ``registers`` is the most of its kernels.
-        launches_unknown: why these two are not known, where they should be.
         floor_bytes: the case's bytes if every tensor is read and written once.
         threads: how many, if a CPU was timed with more than one number of them.
     """
@@ -60,7 +58,6 @@ class Result:
     ratios: dict[str, dict[str, float]] = field(default_factory=dict)
     plan: LaunchPlan | None = None
     registers: int | None = None
-    launches_unknown: str = ""
     floor_bytes: int = 0
     threads: int | None = None
 
@@ -146,16 +143,20 @@ def _checked_call(entry: Entry, tensors: Tensors, result: Result) -> Call | None
     if result.not_served:
         return None
 
-    def make() -> Call:
-        problem = tensors.of(implementation.adapter, problem_of(operation, tensors.problem))
-        return implementation.build(operation, problem, entry.tier)
+    launches: Sequence[Any] = ()
+
+    def on_plan(plan: LaunchPlan, found: Sequence[Any]) -> None:
+        nonlocal launches  # of a backward call, the forward call before it is planned first
+        result.plan, launches = plan, found
 
     try:
         with implementation.setting():
-            call = make()
+            problem = tensors.of(implementation.adapter, problem_of(operation, tensors.problem))
+            options = {"on_plan": on_plan} if implementation.ours else {}
+            call = implementation.build(operation, problem, entry.tier, **options)
             result.error = tensors.reference.check(implementation, operation, call())
-            if implementation.ours:
-                _note_launches(implementation, make, result)
+            registers = [launch.registers for launch in launches if launch.registers is not None]
+            result.registers = max(registers, default=None)
     except (BackendUnavailableError, NoPlanError) as reason:
         result.not_served = in_words(reason)
     except AssertionError as error:
@@ -170,12 +171,3 @@ def _checked_call(entry: Entry, tensors: Tensors, result: Result) -> Call | None
             return call()
 
     return within_setting
-
-
-def _note_launches(implementation: Implementation, make: Callable[[], Call], result: Result) -> None:
-    """Note what a call launches; if that fails, the call is timed all the same."""
-    try:
-        found = launches_of(implementation.adapter, make)
-        result.plan, result.registers = found.plan, max(found.registers, default=None)
-    except Exception as error:  # of the libraries that are asked
-        result.launches_unknown = in_words(error)

@@ -204,19 +204,17 @@ def slower_with_threads(results: Sequence[Result]) -> list[str]:
 
 def refusals(results: Iterable[Result]) -> str:
     """Return a line for each result of ours that is wrong or failed, and one for all others with the same reason:
-    what a peer was refused for, what we do not serve, and why launches are not known.
+    what a peer was refused for, and what we do not serve.
     """
-    lines, alike = [], dict[tuple[str, str, str], list[Result]]()
+    lines, alike = [], dict[tuple[str, str], list[Result]]()
     for r in results:
         if r.refused and r.ours:
             lines.append(f"NOT TIMED {r.case} by {r.by}: {r.refused}")
         elif r.refused or (r.ours and r.not_served):
-            alike.setdefault(("NOT TIMED", r.by, r.refused or r.not_served), []).append(r)
-        elif r.launches_unknown:
-            alike.setdefault(("LAUNCHES UNKNOWN of", r.by, r.launches_unknown), []).append(r)
-    for (what, by, why), found in alike.items():
+            alike.setdefault((r.by, r.refused or r.not_served), []).append(r)
+    for (by, why), found in alike.items():
         others = f" and {len(found) - 1} more" if found[1:] else ""
-        lines.append(f"{what} {found[0].case}{others} by {by}: {why}")
+        lines.append(f"NOT TIMED {found[0].case}{others} by {by}: {why}")
     return "\n".join(lines)
 
 

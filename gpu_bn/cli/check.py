@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What came of one backend: its outcomes, how many cases were not run, and in which time."""
+    """One backend's outcomes, how many cases were not run, and how long it took."""
 
     backend: str
     outcomes: list[Outcome]
@@ -47,7 +47,7 @@ class Found(NamedTuple):
 
     @property
     def row(self) -> list[str]:
-        """A line of the table of all backends."""
+        """Return a line of the table of all backends."""
         numbers = [len(self.outcomes), len(self.outcomes) - self.failed, self.failed, self.left]
         return [self.backend, *(str(number) for number in numbers), *worst(self.outcomes), f"{self.seconds:.0f}"]
 
@@ -59,7 +59,7 @@ MOST_WORKERS = 16
 def conformance(
     backend: str | None, quick: bool = False, workers: int | None = None, results: Path | None = None
 ) -> bool:
-    """Run the cases on one backend, or on all that can be had, and print what comes of it.
+    """Run the cases on one backend, or on all available ones, and print the outcomes.
 
     Args:
         backend: its name.
@@ -103,14 +103,14 @@ def conformance(
 
 
 def overview(found: Sequence[Found], facts: Sequence[str], quick: bool) -> str:
-    """One table of all backends, with what it depends on."""
+    """Return one table of all backends, with the versions that it depends on."""
     header = ["backend", "cases", "passed", "failed", "not run", "largest error / allowed", "quantity", "seconds"]
     title = f"gpu-bn {__version__} check{' --quick' if quick else ''}"
     return Table(title, header, [one.row for one in found], "; ".join(facts)).text()
 
 
 def as_json(found: Sequence[Found], facts: Sequence[str], quick: bool) -> str:
-    """The same for programs, with the text of each failure."""
+    """Return the outcomes for JSON, with the text of each failure."""
     backends = {
         one.backend: {
             "cases": len(one.outcomes), "failed": one.failed, "not_run": one.left, "seconds": one.seconds,
@@ -124,7 +124,7 @@ def as_json(found: Sequence[Found], facts: Sequence[str], quick: bool) -> str:
 
 
 def covering(cases: Iterable[testing.Case]) -> list[testing.Case]:
-    """Some of the cases: in them each value of each field, and each rank, meets each dtype that it meets in all."""
+    """Choose some cases in which each value of each field, and each rank, meets each dtype that it meets in all."""
     names = [field.name for field in fields(testing.Case) if field.name not in ("shape", "dtype", "mean", "std", "eps")]
     seen: set[tuple[object, ...]] = set()
     chosen = []
@@ -158,7 +158,7 @@ def run_all(
 
 
 def collected(outcomes: Iterator[Outcome | None], tick: Callable[[int], None]) -> list[Outcome]:
-    """The outcomes, as they come; ``None`` is of a case that was not run."""
+    """Yield the outcomes as they come; ``None`` stands for a case that was not run."""
     found = []
     for outcome in outcomes:
         tick(1)
@@ -168,7 +168,7 @@ def collected(outcomes: Iterator[Outcome | None], tick: Callable[[int], None]) -
 
 
 _BROKEN = Event()
-"""Whether this process's GPU has stopped to answer."""
+"""Whether this process's GPU has stopped answering."""
 
 
 def run_unless_broken(case: testing.Case, backend: str) -> Outcome | None:
@@ -182,7 +182,7 @@ def run_unless_broken(case: testing.Case, backend: str) -> Outcome | None:
 
 
 def answers(backend: str) -> bool:
-    """Whether a backend's GPU, if it has one, still does what it is told."""
+    """Ask a backend's GPU, if it has one, whether it still answers."""
     try:
         if backend == "cupy":
             import_module("cupy").cuda.runtime.deviceSynchronize()
@@ -204,7 +204,7 @@ def run(case: testing.Case, backend: str) -> Outcome:
 
 
 def summary(backend: str, outcomes: list[Outcome]) -> str:
-    """The table, and a line for each failure."""
+    """Return the table, and a line for each failure."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.case.dtype, outcome.case.mode), []).append(outcome)
@@ -220,6 +220,6 @@ def summary(backend: str, outcomes: list[Outcome]) -> str:
 
 
 def worst(outcomes: Iterable[Outcome]) -> tuple[str, str]:
-    """The largest error of a group, and which quantity has it."""
+    """Return the largest error of a group, and which quantity has it."""
     errors = [(share, name) for outcome in outcomes for name, share in outcome.errors.items()]
     return (f"{max(errors)[0]:.2g}", max(errors)[1]) if errors else ("-", "-")

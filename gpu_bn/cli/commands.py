@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if a conformance case has failed, a benchmark's result is wrong, the command cannot run
-        here or its results cannot be written; 130 after Ctrl-C. A command line that cannot be meant exits with 2.
+        here or its results cannot be written; 2 if the arguments are wrong; 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
@@ -61,10 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command line may say."""
+    """Make the parser of the command line."""
     top = argparse.ArgumentParser(prog="gpu-bn", description="Batch normalisation, forward and backward.")
     top.add_argument("--version", action="version", version=f"gpu-bn {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_info, _add_check, _add_explain, _add_warm_up, _add_bench, _add_demo):
+        add(commands)
+    return top
+
+
+def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     info = _add(
         commands,
         "info",
@@ -72,13 +78,15 @@ def parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--json", type=Path, metavar="PATH", help="write it as JSON too")
 
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     check = _add(
         commands,
         "check",
         "Run the conformance cases, forward and backward against a float64 oracle, on this machine's backends. "
         "Exit code 1 if one fails.",
     )
-    check.add_argument("--backend", choices=registry.NAMES, help="only this one (default: all that can be had)")
+    check.add_argument("--backend", choices=registry.NAMES, help="only this one (default: all that are available)")
     check.add_argument("--quick", action="store_true", help="fewer cases, that still cover every option and dtype")
     check.add_argument(
         "--processes",
@@ -88,6 +96,8 @@ def parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--json", type=Path, metavar="PATH", help="write the results as JSON too")
 
+
+def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     explain = _add(
         commands,
         "explain",
@@ -112,6 +122,8 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--residual", action="store_true", help="a tensor is added before the activation")
     explain.add_argument("--activation", metavar="NAME", help="such as relu (default: none)")
 
+
+def _add_warm_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     warm = _add(
         commands,
         "warm-up",
@@ -126,38 +138,14 @@ def parser() -> argparse.ArgumentParser:
         "--activation", type=values.words, metavar="NAMES", help="such as relu,silu (default: identity,relu)"
     )
 
-    _add_bench(commands)
-
-    demo = _add(
-        commands,
-        "demo",
-        "Train a network of two hidden layers on scikit-learn's digits without BN, with BN of fixed weight = 1 and "
-        "bias = 0, and with BN's learned pair; print how loss, accuracy and the drift of what the second layer sees "
-        "compare; check that BN can be the identity; draw a figure. Needs pip install -e '.[demo]'.",
-    )
-    demo.add_argument("--seeds", type=values.positive, default=5, metavar="N", help="runs of each network (default: 5)")
-    demo.add_argument(
-        "--steps", type=values.positive, default=800, metavar="N", help="training steps, in twenties (default: 800)"
-    )
-    demo.add_argument(
-        "--rate",
-        type=values.above_zero,
-        default=3.0,
-        metavar="R",
-        help="learning rate (default: 3, which of 0.1, 0.3, 1, 3 and 10 is the best for the network without BN)",
-    )
-    demo.add_argument("--out", type=Path, default=Path("gpu-bn-demo.png"), metavar="PATH", help="default: %(default)s")
-    demo.add_argument("--backend", choices=("numpy", "cupy"), help="default: cupy if it can be had, else numpy")
-    return top
-
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = _add(
         commands,
         "bench",
-        "Time batch norm against what else is installed, each case proved before it is timed, on this machine's GPU or "
-        "else its CPU; print tables, write report.json and two pictures. Without a GPU, say what a model expects of "
-        "five of them. Exit code 1 if a result of ours is wrong. NAMES are separated by commas.",
+        "Time batch norm against other libraries on this machine's GPU or CPU; print tables, write report.json "
+        "and two pictures. Each result is compared with a float64 oracle before it is timed. Without a GPU, print "
+        "what a model expects of five of them. Exit code 1 if ours are wrong. NAMES are separated by commas.",
     )
     bench.add_argument(
         "--shapes",
@@ -202,8 +190,31 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     bench.add_argument("--page", type=Path, metavar="PATH", help="write the report as Markdown too")
 
 
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = _add(
+        commands,
+        "demo",
+        "Train a network of two hidden layers on scikit-learn's digits without BN, with BN of fixed weight = 1 and "
+        "bias = 0, and with BN's learned pair; print how loss, accuracy and the drift of what the second layer sees "
+        "compare; check that BN can be the identity; draw a figure. Needs pip install -e '.[demo]'.",
+    )
+    demo.add_argument("--seeds", type=values.positive, default=5, metavar="N", help="runs of each network (default: 5)")
+    demo.add_argument(
+        "--steps", type=values.positive, default=800, metavar="N", help="training steps, in twenties (default: 800)"
+    )
+    demo.add_argument(
+        "--rate",
+        type=values.above_zero,
+        default=3.0,
+        metavar="R",
+        help="learning rate (default: 3, which of 0.1, 0.3, 1, 3 and 10 is the best for the network without BN)",
+    )
+    demo.add_argument("--out", type=Path, default=Path("gpu-bn-demo.png"), metavar="PATH", help="default: %(default)s")
+    demo.add_argument("--backend", choices=("numpy", "cupy"), help="default: cupy if it is available, else numpy")
+
+
 def run_info(options: argparse.Namespace) -> int:
-    """``gpu-bn info``."""
+    """Run ``gpu-bn info``."""
     from gpu_bn.cli.info import as_json, facts, text
 
     if options.json is not None:
@@ -216,7 +227,7 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """``gpu-bn check``."""
+    """Run ``gpu-bn check``."""
     from gpu_bn.cli.check import conformance
 
     if options.json is not None:
@@ -225,7 +236,7 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def run_explain(options: argparse.Namespace) -> int:
-    """``gpu-bn explain``."""
+    """Run ``gpu-bn explain``."""
     from gpu_bn.cli.console import Table, terminal_width
     from gpu_bn.explanation import MODEL, explain, row
 
@@ -249,7 +260,7 @@ def run_explain(options: argparse.Namespace) -> int:
 
 
 def run_warm_up(options: argparse.Namespace) -> int:
-    """``gpu-bn warm-up``."""
+    """Run ``gpu-bn warm-up``."""
     from gpu_bn.cli.warm_up import ACTIVATIONS, warm_up
     from gpu_bn.explanation import DTYPES
 
@@ -266,7 +277,7 @@ def run_warm_up(options: argparse.Namespace) -> int:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """``gpu-bn bench``."""
+    """Run ``gpu-bn bench``."""
     from gpu_bn.bench.run import BenchError, Options, bench
 
     values.check_folder(options.out, "report")
@@ -288,7 +299,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    """``gpu-bn demo``."""
+    """Run ``gpu-bn demo``."""
     missing = [package for module, package in DEMO_NEEDS.items() if find_spec(module) is None]
     if missing:
         raise CommandError(f"{', '.join(missing)} not installed; pip install -e '.[demo]' installs what it needs")

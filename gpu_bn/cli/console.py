@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 WIDTH = 100
-"""Of captions, in characters."""
+"""The width of captions, in characters."""
 GAP = "  "
 
 
@@ -37,7 +37,7 @@ class Table(NamedTuple):
         return self.text()
 
     def text(self, width: int | None = None) -> str:
-        """The table, in parts of some of its columns if it is wider than ``width`` characters."""
+        """Return the table; if it is wider than ``width`` characters, in parts with some of its columns."""
         lines = [self.title]
         for number, columns in enumerate(self._parts(width)):
             lines += ["", *self._part(columns)] if number else self._part(columns)
@@ -49,7 +49,7 @@ class Table(NamedTuple):
         return [max(len(line[column]) for line in cells) for column in range(len(self.header))]
 
     def _parts(self, width: int | None) -> list[list[int]]:
-        """The columns of each part: the keys, and what else has room beside them; one column at least."""
+        """Choose the columns of each part: the keys, and as many others as have room; one at least."""
         widths, keys = self._widths, list(range(self.keys))
         taken = sum(len(GAP) + widths[column] for column in keys)
         parts, room = [list(keys)], (sys.maxsize if width is None else width) - taken
@@ -73,17 +73,17 @@ class Table(NamedTuple):
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table of plain text, its caption below."""
+    """Return a table of plain text with its caption below."""
     return Table(title, header, rows, caption).text()
 
 
 def paragraph(text: str, width: int | None = None) -> list[str]:
-    """Lines of at most ``width`` characters, and of no more than :data:`WIDTH`, indented."""
+    """Wrap a text into indented lines of at most ``width`` and :data:`WIDTH` characters."""
     return textwrap.wrap(text, max(20, min(WIDTH, width or WIDTH)), initial_indent=GAP, subsequent_indent=GAP)
 
 
 def terminal_width() -> int | None:
-    """Characters in a line of the terminal that standard output is, if it is one."""
+    """Return the width of the terminal, or ``None`` if standard output is none."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -93,7 +93,7 @@ LEAST_PAUSE = 10.0
 
 @contextmanager
 def progress(what: str, total: int, about: float = 0.0) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error; yields what advances it. Without a terminal, or without rich, lines with the time left.
+    """Show a bar on standard error and yield what advances it; without a terminal or rich, print lines.
 
     ``about`` is how many seconds it should take.
     """
@@ -111,7 +111,7 @@ def progress(what: str, total: int, about: float = 0.0) -> Iterator[Callable[[in
 
 
 class _Lines:
-    """Says how far a command has come in lines, some seconds apart."""
+    """Prints how far a command has come, in lines some seconds apart."""
 
     def __init__(self, what: str, total: int) -> None:
         self.total, self.done, self.start = total, 0, time.monotonic()
@@ -129,5 +129,5 @@ class _Lines:
 
 
 def duration(seconds: float) -> str:
-    """A rough time in words."""
+    """Put a time roughly into words."""
     return f"{max(round(seconds), 1)} s" if seconds < 100 else f"{round(seconds / 60)} minutes"

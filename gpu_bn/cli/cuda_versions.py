@@ -46,13 +46,13 @@ class CudaVersions:
 
     @property
     def said(self) -> dict[str, str]:
-        """A line for each."""
+        """Describe each version that was found."""
         cupy = f"{_text(self.cupy)}, NVRTC {_text(self.nvrtc)}" if self.cupy else self.why_not
         lines = {"driver": _text(self.driver), "torch": _text(self.torch), "CuPy": cupy}
         return {name: line for name, line in lines.items() if line}
 
     def problems(self) -> list[str]:
-        """Each pair that does not fit, and what to do."""
+        """Return a line for each pair that does not fit, with the remedy."""
         found = []
         if len(self.packages) > 1:
             both = " ".join(self.packages)
@@ -79,7 +79,7 @@ class CudaVersions:
 
 
 def cuda_versions() -> CudaVersions:
-    """Look and ask; nothing is imported into this process."""
+    """Find the versions without importing anything into this process."""
     packages = tuple(name for name in CUPY if _installed(name))
     cupy = nvrtc = None
     why_not = ""
@@ -89,7 +89,7 @@ def cuda_versions() -> CudaVersions:
 
 
 def driver_version() -> Version | None:
-    """The newest CUDA that the driver runs."""
+    """Return the newest CUDA that the driver runs."""
     number = ctypes.c_int()
     try:
         failed = ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(number))
@@ -99,7 +99,7 @@ def driver_version() -> Version | None:
 
 
 def torch_version() -> Version | None:
-    """The CUDA that torch was built with, by its file of versions: importing it takes seconds."""
+    """Read the CUDA that torch was built with from its file of versions: importing torch takes seconds."""
     spec = find_spec("torch")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         file = Path(folder) / "version.py"
@@ -111,7 +111,7 @@ def torch_version() -> Version | None:
 
 
 def ask_cupy() -> tuple[Version | None, Version | None, str]:
-    """The CUDA of CuPy's runtime, that of the NVRTC it loads, and why these are not known: a process imports it."""
+    """Ask a process that imports CuPy for the CUDA of its runtime and of its NVRTC; or return why they are unknown."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", ASK_CUPY], capture_output=True, text=True, check=False, timeout=120

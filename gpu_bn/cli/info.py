@@ -39,20 +39,20 @@ class Devices(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Lines of a name and what is said of it, and a row for each backend."""
+    """Facts by name, and a row for each backend."""
 
     lines: list[tuple[str, str]]
     backends: list[list[str]]
 
 
 def text(found: Facts) -> str:
-    """The facts in lines of text."""
+    """Return the facts as lines of text."""
     lines = [f"{name:12} {value}" for name, value in found.lines]
     return "\n".join([*lines, "", table("Backends", ["name", "serves", "available"], found.backends)]).rstrip()
 
 
 def as_json(found: Facts) -> str:
-    """The facts for programs."""
+    """Return the facts as JSON."""
     names = ("name", "serves", "available")
     backends = [dict(zip(names, row, strict=True)) for row in found.backends]
     return json.dumps({"facts": [list(line) for line in found.lines], "backends": backends}, indent=1) + "\n"
@@ -78,7 +78,7 @@ def facts() -> Facts:
 
 
 def facts_of_cuda() -> list[str]:
-    """What results on a GPU depend on, in short."""
+    """Return what results on a GPU depend on, in short."""
     gpus, found = devices(), cuda_versions()
     packages = [f"{name} {has}" for name in PACKAGES if (has := installed(name))]
     return [
@@ -90,12 +90,12 @@ def facts_of_cuda() -> list[str]:
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Count the processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def installed(package: str) -> str | None:
-    """A package's version, or ``None`` if it is not installed."""
+    """Return a package's version, or ``None`` if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -103,14 +103,14 @@ def installed(package: str) -> str | None:
 
 
 def blas() -> str:
-    """The BLAS that NumPy was built with."""
+    """Return the BLAS that NumPy was built with."""
     show_config: Any = np.show_config
     found = show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     return f"{found.get('name', 'unknown')} {found.get('version', '')}".strip()
 
 
 def available(row: registry.Row, gpus: Devices) -> str:
-    """Whether a backend can be had, as far as can be seen without importing its library, and whether it is chosen."""
+    """Say whether a backend is available, judged without importing its library, and whether it is the default."""
     if why_not := registry.why_not(row):
         return f"no: {why_not}"
     if not gpus.names and (row.library == "cupy" or row.device == "cuda"):
@@ -123,7 +123,7 @@ def available(row: registry.Row, gpus: Devices) -> str:
 
 
 def unavailable(backend: str) -> str:
-    """Why a backend cannot be had; empty if it can."""
+    """Return why a backend is unavailable; empty if it is available."""
     library = "torch" if backend == registry.TORCH else next(r.library for r in registry.ROWS if r.name == backend)
     if find_spec(library) is None:
         return f"the package {library} is not installed"
@@ -152,7 +152,7 @@ def devices() -> Devices:
 
 
 def device_name(cuda: ctypes.CDLL, index: int) -> str:
-    """A device's name and compute capability."""
+    """Return a device's name and compute capability."""
     device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
     major, minor = ctypes.c_int(), ctypes.c_int()
     calls: tuple[Callable[[], int], ...] = (
@@ -168,7 +168,7 @@ def device_name(cuda: ctypes.CDLL, index: int) -> str:
 
 
 def error_name(cuda: ctypes.CDLL, code: int) -> str:
-    """The driver's name of an error, such as CUDA_ERROR_NO_DEVICE."""
+    """Return the driver's name of an error, such as CUDA_ERROR_NO_DEVICE."""
     text = ctypes.c_char_p()
     if cuda.cuGetErrorName(code, ctypes.byref(text)) or text.value is None:
         return f"error {code}"

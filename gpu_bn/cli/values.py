@@ -1,4 +1,4 @@
-"""The syntax of the command line's values, and checks of the places where its results are to go."""
+"""The syntax of the command line's values, and checks of the places that its results go to."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from gpu_bn.plan import DEVICES
 
 
 class CommandError(Exception):
-    """What keeps a command from running, in words for its user. ``code`` is the exit code."""
+    """A command cannot run; the message is for its user, ``code`` is the exit code."""
 
     code = 1
 
 
 class UsageError(CommandError):
-    """A command line that cannot be meant."""
+    """The arguments are wrong."""
 
     code = 2
 
 
 # ------------------------------------------------------------------------------------------------------- values
 def shape(text: str) -> tuple[int, ...]:
-    """A shape: ``32x64x56x56`` or ``32,64,56,56``."""
+    """Parse a shape: ``32x64x56x56`` or ``32,64,56,56``."""
     return tuple(positive(size) for size in text.lower().replace(",", "x").split("x"))
 
 
 def shapes(text: str) -> list[str]:
-    """Names and shapes, separated by commas; numbers side by side are one shape: ``few,32,64,56,56,4x8``."""
+    """Parse names and shapes between commas; numbers side by side are one shape: ``few,32,64,56,56,4x8``."""
     found: list[str] = []
     numbers: list[str] = []
     for word in [*words(text.lower()), ""]:
@@ -49,39 +49,39 @@ def shapes(text: str) -> list[str]:
 
 
 def dtype(text: str) -> str:
-    """The short name of a dtype: ``f16`` or ``float16``."""
+    """Return the short name of a dtype: ``f16`` or ``float16``."""
     names = {name: short for short, long in DTYPES.items() for name in (short, long)}
     return _of(names, text, "dtype", DTYPES)
 
 
 def layout(text: str) -> str:
-    """``nchw``, ``nhwc`` or ``nc``."""
+    """Parse a layout: ``nchw``, ``nhwc`` or ``nc``."""
     return _of({name: name for name in LAYOUTS}, text, "layout", LAYOUTS)
 
 
 def gpu(text: str) -> str:
-    """A GPU that the planner knows, or ``all`` of them."""
+    """Parse the name of a GPU that the planner knows, or ``all``."""
     return _of({name: name for name in (*DEVICES, "all")}, text, "device", (*DEVICES, "all"))
 
 
 def device(text: str) -> str:
-    """``auto``, ``cpu`` or ``cuda``, for which ``gpu`` may stand."""
+    """Parse a device: ``auto``, ``cpu`` or ``cuda``; ``gpu`` means ``cuda``."""
     names = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
     return _of(names, text, "device", ("auto", "cpu", "cuda"))
 
 
 def several(one: Callable[[str], str]) -> Callable[[str], list[str]]:
-    """What parses such values separated by commas."""
+    """Return a parser of such values between commas."""
     return lambda text: [one(word) for word in words(text)]
 
 
 def words(text: str) -> list[str]:
-    """Words between commas."""
+    """Split words at commas."""
     return [word.strip() for word in text.split(",")]
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """Parse a whole number from 1."""
     value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
@@ -89,12 +89,12 @@ def positive(text: str) -> int:
 
 
 def above_zero(text: str) -> float:
-    """A number above 0."""
+    """Parse a number above 0."""
     return _number(text, "a number above 0", lambda value: value > 0)
 
 
 def not_negative(text: str) -> float:
-    """A number from 0."""
+    """Parse a number from 0."""
     return _number(text, "a number from 0", lambda value: value >= 0)
 
 

@@ -15,12 +15,12 @@ from gpu_bn import activations, batch_norm, batch_norm_backward, batch_norm_forw
 from gpu_bn.cli.console import progress
 
 SHAPES = (4, 8, 16, 16), (64, 64)
-"""Channels in runs of adjacent elements, and rows of channels."""
+"""A layout with runs of a channel's elements, and one with rows of channels."""
 ACTIVATIONS = "identity", "relu"
 
 
 def warm_up(dtypes: Sequence[str], names: Sequence[str]) -> str:
-    """Call forward, backward and evaluation, with and without a residual; what came of it, in a line.
+    """Call forward, backward and evaluation, with and without a residual; return a line about it.
 
     Args:
         dtypes: names of NumPy's types.

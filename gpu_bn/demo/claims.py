@@ -10,13 +10,13 @@ import numpy as np
 from gpu_bn.demo.training import History
 
 TARGET = 90.0
-"""Test accuracy in per cent that training is timed to."""
+"""The test accuracy, in per cent, whose first step is reported."""
 Runs = Mapping[str, Sequence[History]]
 """Per variant, one history for each seed."""
 
 
 class Claim(NamedTuple):
-    """That one number is lower than another in every seed.
+    """The claim that one number is lower than another in every seed.
 
     Attributes:
         text: the claim in words.
@@ -31,7 +31,7 @@ class Claim(NamedTuple):
 
     @property
     def seeds(self) -> int:
-        """In how many seeds it holds."""
+        """The number of seeds in which it holds."""
         return sum(low < high for low, high in zip(self.lower, self.higher, strict=True))
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Claim(NamedTuple):
 
 
 def claims(runs: Runs) -> list[Claim]:
-    """The claims that the runs are asked about."""
+    """Return the claims that the runs are asked about."""
 
     def final(variant: str, what: str) -> list[float]:
         return [getattr(history, what)[-1] for history in runs[variant]]
@@ -79,7 +79,7 @@ def claims(runs: Runs) -> list[Claim]:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of more than one value, sample SD over the seeds; infinity stands for never."""
+    """Return the mean over the seeds and, for several, the sample SD; infinity stands for never."""
     if odd := sum(not np.isfinite(value) for value in values):
         return f"{'undefined' if np.isnan(values).any() else 'never'} in {odd} of {len(values)} seeds"
     text = f"{np.mean(values):.{digits}f}"

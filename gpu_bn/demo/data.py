@@ -13,7 +13,7 @@ TRAINING_IMAGES = 1320
 
 
 class Digits(NamedTuple):
-    """Images (N, 64), float32 grey values from 0 to 1, and labels (N,), 0 to 9."""
+    """Return images (N, 64), float32 grey values from 0 to 1, and labels (N,), 0 to 9."""
 
     train_x: Array
     train_y: Array
@@ -22,7 +22,7 @@ class Digits(NamedTuple):
 
 
 def digits(seed: int, xp: Any = np) -> Digits:
-    """A random split into training and test images."""
+    """Split the images at random into training and test images."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng([seed, 0]).permutation(len(x))
     x, y = xp.asarray((x[order] / 16).astype(np.float32)), xp.asarray(y[order])

@@ -21,7 +21,7 @@ STYLES = {"none": "-", "fixed": "--", "learned": "-"}
 MARKERS = {"none": "", "fixed": "", "learned": "o"}
 """Line and marker tell the variants apart in grey."""
 SHORT = {"none": "no BN", "fixed": "fixed pair", "learned": "learned pair"}
-SIZE, DPI = (9.2, 7.8), 130
+SIZE, DPI = (9.2, 8.2), 130
 """Inches and dots per inch; text of 10 points can still be read at a width of 400 pixels."""
 SETTLED = 3
 """Records after which the percentiles' axis begins: the first steps of the network without BN go beyond it."""
@@ -34,15 +34,18 @@ def draw(runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capaci
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     top, bottom = figure.subplots(2, 3)
     seeds = len(runs["none"])
-    figure.suptitle(
+    heading = (
         f"Sigmoid network 64-100-100-10 on scikit-learn's digits, learning rate {rate:g}\n"
-        f"{seeds} seed{'s (line: mean, shade: lowest to highest)' if seeds > 1 else ''}",
-        fontsize=12,
+        f"{seeds} seed{'s (line: mean, shade: lowest to highest)' if seeds > 1 else ''}"
     )
     curves(top[0], runs, lambda history: history.loss)
     top[0].set(title="Training loss (nats)")
     handles, labels = top[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=11)
+    place: Any = "outside upper center"
+    legend = figure.legend(
+        handles, labels, loc=place, ncols=3, frameon=False, fontsize=11, title=heading, title_fontsize=12
+    )  # the heading is the legend's: two texts outside the axes would lie over each other
+    legend.get_title().set_multialignment("center")
     curves(top[1], runs, lambda history: np.maximum(100 - np.array(history.accuracy), LEAST_ERROR))
     top[1].set(title="Test error (%)")
     curves(top[2], runs, lambda history: history.drifts("output")[0], skip=1)
@@ -117,5 +120,5 @@ def numbers(axes: Axes, runs: Runs, identities: Sequence[Identity], capacities: 
     same, images = sum(c.agree for c in capacities), sum(c.images for c in capacities)
     lines += ["", "BN as the identity,", "greatest |BN(x) - x|"]
     lines += [f"  pair (1, 0)     {exact.standardised:.2g}", f"  pair (SD, mean) {exact.restored:.1g}"]
-    lines += ["", "in trained networks,", "same label for", f"  {same:,} of {images:,}"]
+    lines += ["", "put into networks:", f"  {same:,} of {images:,} alike"]
     axes.text(0, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", family="monospace", fontsize=10)

@@ -83,7 +83,7 @@ class Network:
 
     @classmethod
     def create(cls, variant: str, rng: np.random.Generator, xp: Any = np, backend: str | None = None) -> Network:
-        """A network of one of :data:`VARIANTS`; the same ``rng`` gives all of them the same weights."""
+        """Make a network of one of :data:`VARIANTS`; the same ``rng`` gives all of them the same weights."""
         linears = [
             Linear(
                 xp.asarray(rng.normal(0, WEIGHT_SD, (inputs, outputs)).astype(np.float32)),
@@ -97,25 +97,25 @@ class Network:
         return cls(linears, norms, xp)
 
     def with_identity_norms(self, x: Array, backend: str | None = None) -> Network:
-        """This network (without BN) with BN inserted that is the identity on the batch ``x`` (N, pixels)."""
+        """Return this network (without BN) with BN inserted that is the identity on the batch ``x`` (N, pixels)."""
         norms = [_norm(seen.raw.shape[1], backend).init_identity_(seen.raw) for seen in self.watch(x)]
         return Network(self.layers[::2], norms, self.xp)
 
     def forward(self, x: Array) -> Array:
-        """Scores (N, classes) of images (N, pixels)."""
+        """Return the scores (N, classes) of images (N, pixels)."""
         for layer in self.layers:
             x = layer.forward(x)
         return x
 
     def backward(self, dy: Array) -> Array:
-        """Gradients of all parameters, from that of the scores; returns that of the images."""
+        """Compute all parameters' gradients from that of the scores; return that of the images."""
         for layer in reversed(self.layers):
             layer.grad.clear()
             dy = layer.backward(dy)
         return dy
 
     def descend(self, rate: float) -> None:
-        """One step of gradient descent."""
+        """Make one step of gradient descent."""
         for layer in self.layers:
             for name, parameter in layer.parameters().items():
                 parameter -= rate * layer.grad[name]
@@ -128,7 +128,7 @@ class Network:
         return self
 
     def watch(self, x: Array) -> Iterator[Seen]:
-        """What each hidden layer sees of a batch in training; it leaves no trace in the layers."""
+        """Return what each hidden layer sees of a batch in training, without changing the layers."""
         for linear, hidden in zip(self.layers[:-1:2], self.hidden, strict=True):
             raw = given = x @ linear.weight + linear.bias
             if isinstance(hidden, BatchNorm):
@@ -138,18 +138,18 @@ class Network:
 
 
 def sigmoid(xp: Any, x: Array) -> Array:
-    """``1 / (1 + exp(-x))`` without overflow."""
+    """Compute ``1 / (1 + exp(-x))`` without overflow."""
     return 0.5 + 0.5 * xp.tanh(0.5 * x)
 
 
 def softmax(xp: Any, scores: Array) -> Array:
-    """Probabilities (N, classes)."""
+    """Return probabilities (N, classes)."""
     powers = xp.exp(scores - scores.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)
 
 
 def cross_entropy(xp: Any, scores: Array, labels: Array) -> tuple[float, Array]:
-    """Mean loss in nats, and its gradient (N, classes); ``labels`` (N,) are class numbers."""
+    """Return the mean loss in nats, and its gradient (N, classes); ``labels`` (N,) are class numbers."""
     shifted = scores - scores.max(1, keepdims=True)
     log_sum = xp.log(xp.exp(shifted).sum(1, keepdims=True))
     rows = xp.arange(len(labels))

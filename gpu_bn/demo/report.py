@@ -13,12 +13,12 @@ from gpu_bn.demo.network import VARIANTS
 from gpu_bn.demo.training import EVERY
 
 ROWS = 7
-"""Of the table of training, at most."""
+"""The most rows of the table of training."""
 KINDS = {"raw": "before BN", "given": "into the sigmoid", "output": "out of the sigmoid, into h2"}
 
 
 def training_table(runs: Runs) -> str:
-    """Loss and test accuracy over the steps."""
+    """Return the table of loss and test accuracy over the steps."""
     steps = runs["none"][0].steps
     shown = sorted({*np.geomspace(1, len(steps) - 1, ROWS - 1).astype(int).tolist(), 0}) if len(steps) > 1 else [0]
     rows = [
@@ -36,7 +36,7 @@ def training_table(runs: Runs) -> str:
 
 
 def drift_table(runs: Runs) -> str:
-    """How far mean and SD of h1's units move."""
+    """Return the table of how far mean and SD of h1's units move."""
     rows = [
         [KINDS[kind], moment, *(spread([h.drift(kind)[i] for h in runs[variant]], 4) for variant in VARIANTS)]
         for kind in KINDS
@@ -55,14 +55,14 @@ def drift_table(runs: Runs) -> str:
 
 
 def identity_table(identities: Sequence[Identity]) -> str:
-    """BN as standardisation and as the identity."""
+    """Return the table of BN as standardisation and as the identity."""
     rows = [[i.dtype, f"{i.standardised:.3g}", f"{i.restored:.2g}", f"{i.ulps:.2g}"] for i in identities]
     header = ["dtype", "max |BN(x) - x|, weight = 1, bias = 0", "weight = SD, bias = mean", "in ulp of max |x|"]
     return table("Identity check: x are h1's pre-activations of all training images", header, rows)
 
 
 def capacity_table(capacities: Sequence[Capacity]) -> str:
-    """Trained networks before and after BN has been put in."""
+    """Return the table of trained networks before and after BN is inserted."""
     rows = [
         [
             str(seed),

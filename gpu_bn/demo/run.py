@@ -21,18 +21,18 @@ from gpu_bn.demo.network import VARIANTS, Network
 from gpu_bn.demo.training import BATCH, History, train
 
 BACKENDS = ("cupy", "numpy")
-"""Those whose arrays the demo's own layers can use, the preferred one first."""
+"""The backends whose arrays the demo's own layers can use, the preferred one first."""
 
 
 class Options(NamedTuple):
-    """What the command line says.
+    """What the user asks for.
 
     Attributes:
         seeds: how many, from 0.
         steps: of gradient descent in each run.
         rate: the learning rate.
         out: the figure's path.
-        backend: one of :data:`BACKENDS`, or ``None`` for the first that can be had.
+        backend: one of :data:`BACKENDS`, or ``None`` for the first that is available.
     """
 
     seeds: int
@@ -98,7 +98,7 @@ def check(net: Network, data: Digits, backend: str, results: Results) -> None:
 
 
 def choose_backend(name: str | None) -> str:
-    """The backend to use: the one asked for, or the first that can be had."""
+    """Choose the backend: the one asked for, or the first that is available."""
     for candidate in BACKENDS if name is None else (name,):
         try:
             registry.load(candidate)
@@ -107,4 +107,4 @@ def choose_backend(name: str | None) -> str:
                 raise
         else:
             return candidate
-    raise registry.BackendUnavailableError(f"none of {', '.join(BACKENDS)} can be had")
+    raise registry.BackendUnavailableError(f"none of {', '.join(BACKENDS)} is available")

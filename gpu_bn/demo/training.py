@@ -77,7 +77,7 @@ def train(net: Network, data: Digits, steps: int, rate: float, seed: int, tick: 
 
 
 def shuffled_batches(count: int, seed: int) -> Iterator[np.ndarray[Any, Any]]:
-    """Endless batches of indices, every index once an epoch."""
+    """Yield batches of indices without end, every index once an epoch."""
     rng = np.random.default_rng([seed, 2])
     while True:
         yield from rng.permutation(count)[: count - count % BATCH].reshape(-1, BATCH)
@@ -100,5 +100,5 @@ def record(history: History, step: int, net: Network, data: Digits) -> None:
 
 
 def host(array: Array) -> np.ndarray[Any, Any]:
-    """A NumPy array, from the GPU if it is there."""
+    """Return a NumPy array, copied from the GPU if needed."""
     return np.asarray(array.get() if hasattr(array, "get") else array)

@@ -93,22 +93,22 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """The conformance cases that can run here: a few hundred, small, every kind of input."""
+    """Return the conformance cases that can run here: a few hundred, small, every kind of input."""
     return [case for case in _all_cases() if _can_run(case)]
 
 
 def extended_cases() -> list[Case]:
-    """The cases of masks, ghost batches and batch renormalisation that can run here; :func:`cases` has none of them."""
+    """Return the cases of masks, ghost batches and renormalisation that can run here; :func:`cases` has none."""
     return [case for case in _generate_extended() if _can_run(case)]
 
 
 def unavailable_cases() -> list[Case]:
-    """The conformance cases left out of these: bfloat16 needs the package ``ml_dtypes``."""
+    """Return the conformance cases left out of these: bfloat16 needs the package ``ml_dtypes``."""
     return [case for case in (*_all_cases(), *_generate_extended()) if not _can_run(case)]
 
 
 def build(case: Case) -> Problem:
-    """A case's arrays."""
+    """Make a case's arrays."""
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))
     axis = case.channel_axis % len(case.shape)
     channels = case.shape[axis]
@@ -157,7 +157,7 @@ def build(case: Case) -> Problem:
 
 
 def _mask(case: Case, axis: int, rng: np.random.Generator) -> Array:
-    """A mask of a case: full or without the channel axis, of either dtype, or with extents of 1."""
+    """Make the mask of a case: full or without the channel axis, of either dtype, or with extents of 1."""
     one_channel = (*case.shape[:axis], 1, *case.shape[axis + 1 :])
     match case.mask:
         case "random":
@@ -182,7 +182,7 @@ def _mask(case: Case, axis: int, rng: np.random.Generator) -> Array:
 
 
 def arrange(array: Array, layout: str, axis: int) -> Array:
-    """An array's values in other strides; ``broadcast`` repeats some of them along an axis."""
+    """Copy an array to other strides; ``broadcast`` repeats some of them along an axis."""
     match layout:
         case "contiguous":
             return np.ascontiguousarray(array)

@@ -1,4 +1,4 @@
-"""One case on one backend: every quantity against the oracle."""
+"""Run a case on a backend and compare every quantity with the oracle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = Any
 
 
 class Adapter(NamedTuple):
-    """How arrays get to a backend and back."""
+    """Functions that convert arrays to a backend and back."""
 
     to_backend: Callable[[Array], Array]
     to_numpy: Callable[[Array], Array]
@@ -74,7 +74,7 @@ def _to_cupy(array: Array) -> Array:
 
 
 def _from_cupy(array: Array) -> Array:
-    """In the array's memory order, which CuPy's own ``get`` does not keep."""
+    """Copy to NumPy in the array's memory order, which CuPy's own ``get`` does not keep."""
     order = memory_order(array.shape, array.strides)
     return array.transpose(order).get().transpose(np.argsort(order))
 
@@ -86,7 +86,7 @@ ADAPTERS: dict[str, Adapter] = {
     "torch": Adapter(_to_torch, _from_torch),
     "triton": Adapter(_to_triton, _from_triton),
 }
-"""By the backend's name. ``to_backend`` keeps shape, dtype and, where the library has them, strides."""
+"""Adapters by the backend's name. ``to_backend`` keeps shape, dtype and, where the library has them, strides."""
 
 TENSORS = ("x", "dy", "residual", "mask")
 OPTIONS = ("virtual_batch_size", "renorm")
@@ -95,7 +95,7 @@ VECTORS = ("weight", "bias", *RUNNING)
 
 
 def check(case: Case | Problem, backend: Backend | str = "numpy") -> dict[str, float]:
-    """Run a case forward and backward and compare all that it gives with the oracle.
+    """Run a case forward and backward and compare all results with the oracle.
 
     Args:
         case: a :class:`Case`, or a :class:`Problem` of one's own.
@@ -129,7 +129,7 @@ def check(case: Case | Problem, backend: Backend | str = "numpy") -> dict[str, f
 
 
 def compare(title: str, got: Array, exact: Array, allowed: Array) -> float:
-    """The largest error of ``got`` as a share of ``allowed`` and one ulp of the rounded truth.
+    """Return the largest error of ``got`` as a share of ``allowed`` and one ulp of the rounded truth.
 
     Raises:
         AssertionError: a share above 1, or another shape; the message names the worst element.
@@ -154,7 +154,7 @@ def compare(title: str, got: Array, exact: Array, allowed: Array) -> float:
 
 
 def run(problem: Problem, backend: Backend | str = "numpy", title: str = "problem") -> dict[str, Array]:
-    """What the public API gives for a problem, as NumPy arrays by name. The problem's arrays are not written to.
+    """Call the public API for a problem and return NumPy arrays by name. The problem's arrays are not written to.
 
     Raises:
         AssertionError: an argument was written to that should not have been.

@@ -67,13 +67,13 @@ class Truth:
 
 
 def wide(array: Array) -> Array:
-    """An array in ``WIDE``, exactly."""
+    """Convert an array to ``WIDE``, exactly."""
     array = np.asarray(array)
     return (array if array.dtype.kind == "f" else array.astype(np.float64)).astype(WIDE)
 
 
 def by_channel(vector: Array, problem: Problem) -> Array:
-    """A per-channel vector, shaped to broadcast against the tensor."""
+    """Shape a per-channel vector to broadcast against the tensor."""
     shape = [1] * problem.x.ndim
     shape[problem.channel_axis] = -1
     return vector.reshape(shape)
@@ -94,7 +94,7 @@ def oracle(problem: Problem) -> Truth:
 
 
 def ghost_batches(problem: Problem) -> Iterator[tuple[Problem, Truth]]:
-    """The calls that a call stands for, one after the other, and what each of them gives."""
+    """Return the calls that a call stands for, in their order, and the result of each."""
     size = problem.virtual_batch_size
     if size is None or not problem.training:
         yield problem, _solve(problem)
@@ -113,7 +113,7 @@ def ghost_batches(problem: Problem) -> Iterator[tuple[Problem, Truth]]:
 
 
 def _joined(parts: list[Truth]) -> Truth:
-    """One result of those of the ghost batches: sums are added, the last running statistics stand."""
+    """Merge the results of ghost batches: add sums, keep the last running statistics."""
     values: dict[str, Any] = {}
     for field in fields(Truth):
         each = [getattr(part, field.name) for part in parts]
@@ -125,7 +125,7 @@ def _joined(parts: list[Truth]) -> Truth:
 
 
 def positions(problem: Problem) -> Array:
-    """Which elements count, in the shape of ``x``."""
+    """Return which elements count, in the shape of ``x``."""
     if problem.mask is None:
         return np.ones(problem.x.shape, bool)
     mask = problem.mask
@@ -135,14 +135,14 @@ def positions(problem: Problem) -> Array:
 
 
 def valid_count(problem: Problem) -> int:
-    """Positions of a channel that count."""
+    """Count the positions of a channel that count."""
     channels = problem.x.shape[problem.channel_axis]
     valid: int = int(positions(problem).sum()) // max(channels, 1)
     return valid
 
 
 def masked(tensor: Array, problem: Problem) -> Array:
-    """A tensor in ``WIDE``, 0 where positions do not count."""
+    """Convert a tensor to ``WIDE``, 0 where positions do not count."""
     return np.where(positions(problem), wide(tensor), WIDE(0))
 
 
@@ -212,7 +212,7 @@ def _renormalisation(problem: Problem, mean: Array, rstd: Array) -> tuple[Array,
 
 # -------------------------------------------------------------------------------------------------- activations
 def value(name: str, parameter: float, z: Array) -> Array:
-    """``activation(z)``."""
+    """Compute ``activation(z)``."""
     with np.errstate(all="ignore"):
         match name:
             case "identity":
@@ -241,7 +241,7 @@ def value(name: str, parameter: float, z: Array) -> Array:
 
 
 def derivative(name: str, parameter: float, z: Array) -> Array:
-    """``activation'(z)``; at a kink, the side that torch takes."""
+    """Compute ``activation'(z)``; at a kink, the side that torch takes."""
     with np.errstate(all="ignore"):
         match name:
             case "identity":
@@ -278,7 +278,7 @@ def _logistic(z: Array) -> Array:
 
 
 def _normal(z: Array) -> Array:
-    """The standard normal distribution function; the C library's erfc is right to the last digits of float64."""
+    """Compute the normal distribution function; the C library's erfc is right to the last digits of float64."""
     flat = [math.erfc(-float(v) * math.sqrt(0.5)) / 2 for v in np.ravel(z)]
     return np.array(flat, WIDE).reshape(np.shape(z))
 

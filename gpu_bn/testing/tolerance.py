@@ -67,7 +67,7 @@ PIECEWISE_LINEAR = ("identity", "relu", "relu6", "leaky_relu")
 
 
 def tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
-    """The error allowed in each quantity, before it is rounded to its dtype; see this module's text.
+    """Return the error allowed in each quantity, before it is rounded to its dtype; see this module's text.
 
     :func:`ulp` of the quantity's dtype comes on top.
     """
@@ -78,7 +78,7 @@ def tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
 
 
 def _joined(parts: list[dict[str, Array]], keep: Array) -> dict[str, Array]:
-    """What is allowed in a call of ghost batches: errors of sums add up, of running statistics they fade."""
+    """Return what is allowed in a call of ghost batches: errors of sums add up, of running statistics they fade."""
     allowed: dict[str, Array] = {}
     for name in parts[0]:
         each = [part[name] for part in parts]
@@ -157,7 +157,7 @@ def _tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
 
 
 def ulp(values: Array, dtype: str) -> Array:
-    """One unit in the last place of each value, rounded to ``dtype``."""
+    """Return one unit in the last place of each value, rounded to ``dtype``."""
     bits, smallest = FORMATS[dtype]
     exponent = np.frexp(np.abs(wide(values)))[1] - 1
     exponent = np.maximum(np.where(wide(values) == 0, smallest, exponent), smallest)

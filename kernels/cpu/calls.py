@@ -36,6 +36,8 @@ from gpu_bn.kernels.cpu.vector import (
 )
 
 START, SUM, FINISH, WRITE, END = 1, 2, 4, 8, 16
+LINE = 64
+"""Bytes that the counters of parts take, before the scratch memory."""
 TRUSTED = 4.0
 """A variance is taken from sums around a shift while (mean - shift)**2 <= TRUSTED * variance."""
 SMALLEST, LARGEST = 1e-30, 1e37

@@ -75,7 +75,8 @@ def cache_folder() -> Path | None:
 def _stamp() -> str:
     """A digest of the versions and of all sources that kernels are made of."""
     package = files("gpu_bn")
-    sources = [*(package / "kernels" / "cpu").iterdir(), package / "activations.py", package / "spec.py"]
+    names = ("activation_values.py", "activations.py", "spec.py")
+    sources = [*(package / "kernels" / "cpu").iterdir(), *(package / name for name in names)]
     digest = hashlib.sha256(f"{gpu_bn.__version__} {numba.__version__} {llvm.llvm_version_info}".encode())
     for source in sorted(sources, key=lambda source: source.name):
         if source.name.endswith(".py"):

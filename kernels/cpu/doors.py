@@ -13,6 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpu_bn.kernels.cpu import memory
+from gpu_bn.kernels.cpu.calls import LINE
 from gpu_bn.kernels.cpu.compiler import cold, kernel
 from gpu_bn.kernels.cpu.scalars import at_address, call_kernel
 from gpu_bn.kernels.cpu.vector import INT32, INT64
@@ -21,8 +22,6 @@ FIELDS = ("look", "none", "kind", "channels", "misaligned", "extent", "added_ext
           "scratch", "kernel", "phases")  # fmt: skip
 (LOOK, NONE, KIND, CHANNELS, MISALIGNED, EXTENT, ADDED_EXTENT, RELEASES, TRAINS, COUNT, SCRATCH, KERNEL,
  PHASES) = range(len(FIELDS))  # fmt: skip
-LINE = 64
-"""Bytes that counters take before the kernel's scratch memory."""
 DATA, DEVICE, TYPE, SHAPE, STRIDES, OFFSET = range(6)
 """The words of a view of DLPack's; ``TYPE`` has the rank in its lower half, in the upper the code, bits and lanes."""
 CPU = 1

@@ -1,9 +1,8 @@
 """The GPU part of ``gpu-bn bench`` on stand-ins: an emulated GPU for CuPy, Triton's interpreter."""
 
 # ruff: noqa: ARG001 - stand-ins have the signatures of what they stand for
+import importlib
 import json
-import sys
-import types
 from dataclasses import fields, replace
 
 import pytest
@@ -12,7 +11,7 @@ from support.bench_stand_ins import EMULATED, NUMPY, Clocked
 from support.interpreter import interpreted
 
 from gpu_bn import plan
-from gpu_bn.bench import cases, gpus, implementations, launches, measurement, model, timing
+from gpu_bn.bench import cases, gpus, implementations, measurement, model, timing
 from gpu_bn.cli import main
 
 CUPY = next(
@@ -100,7 +99,7 @@ def test_a_gpu_that_is_lost_ends_the_run_and_leaves_a_report(emulated, monkeypat
 
     monkeypatch.setattr(Clocked, "synchronize", lambda self: fail() if "call" in self.done_things else None)
     monkeypatch.setattr(Clocked, "free", fail)
-    broken = replace(NUMPY, name="gpu_bn breaks", device="cuda", build=lambda *_: fail())
+    broken = replace(NUMPY, name="gpu_bn breaks", device="cuda", build=lambda *_, **__: fail())
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [broken])
     gpus.find()[0].done_things.append("call")
     assert main([*SMALL, "--tiers", "all", "--verify-model", "--train", "--out", str(tmp_path)]) == 1
@@ -123,16 +122,6 @@ def test_a_part_that_fails_leaves_the_report(emulated, monkeypatch, capsys, tmp_
     assert "--tiers: ZeroDivisionError: division by zero" in out
     assert "--verify-model: KeyError: 'nothing'" in out
     assert len(json.loads((tmp_path / "report.json").read_text())["measured"]) == 4
-
-
-@pytest.mark.compile
-def test_a_launch_that_cannot_be_seen_is_timed_all_the_same(emulated, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("gpu_bn.bench.measurement.launches_of", lambda *_: 1 / 0)
-    assert main([*SMALL, "--out", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "LAUNCHES UNKNOWN of 4x4x64 f32 nchw forward and 1 more by gpu_bn cupy: ZeroDivisionError" in out
-    rows = json.loads((tmp_path / "report.json").read_text())["measured"]
-    assert all(row["seconds"] for row in rows)
 
 
 def test_a_gpu_that_cannot_copy_is_a_message(monkeypatch, capsys):
@@ -168,7 +157,7 @@ def test_the_models_bytes_are_those_that_the_emulator_counts(tier, operation, ma
     gpu = make_gpu(80, tier, Device(checks=checks, l2_bytes=EMULATED.l2_bytes, resident_threads=256))
     tensors = measurement.Tensors(case)
     problem = tensors.of("cupy", measurement.problem_of(case.operation, tensors.problem))
-    call = implementations.ours(lambda _: gpu.backend)(case.operation, problem, None)
+    call = implementations.ours(lambda *_: gpu.backend)(case.operation, problem, None)
     gpu.device.l2.flush()
     before = len(gpu.device.reports)
     tensors.reference.check(CUPY, case.operation, call())
@@ -179,27 +168,17 @@ def test_the_models_bytes_are_those_that_the_emulator_counts(tier, operation, ma
 
 
 @pytest.mark.compile
-def test_what_a_call_launches_is_seen(make_gpu):
-    gpu = make_gpu(80)
+def test_a_backend_reports_the_plan_of_each_call(make_gpu):
+    make_gpu(80)
+    module = importlib.import_module("gpu_bn.backends.cupy.backend")
     case = cases.Case((4, 4, 64), operation=cases.OPERATIONS["backward"])
-    tensors = measurement.Tensors(case)
-    problem = tensors.of("cupy", tensors.problem)
-    module = sys.modules["gpu_bn.backends.cupy.builder"]
-    functions = module.plan, module.plan_once, module.compiled
-    seen = launches.launches_of(
-        "cupy", lambda: implementations.ours(lambda _: gpu.backend)(case.operation, problem, None)
-    )
-    assert (seen.plan.tier, len(seen.plans)) == ("cta", 1)  # the backward call's alone
-    assert seen.registers == []  # of PTX nobody knows them
-    assert functions == (module.plan, module.plan_once, module.compiled)
-    assert launches.launches_of("numpy", pytest.fail).plan is None
-
-
-@pytest.mark.parametrize(("name", "value"), [("num_regs", 40), ("n_regs", 48)])
-def test_registers_are_found_where_the_libraries_have_them(name, value):
-    seen, kernel = launches.Launches(), types.SimpleNamespace(_init_handles=lambda: setattr(kernel, name, value))
-    launches._registers(seen, kernel)
-    assert seen.registers == [value]
+    tensors, reported = measurement.Tensors(case), []
+    backend = module.CupyBackend("split", lambda *found: reported.append(found))
+    call = implementations.ours(lambda *_: backend)(case.operation, tensors.of("cupy", tensors.problem), None)
+    assert [(plan.tier, len(launches)) for plan, launches in reported] == [("split", 2)]  # the forward call's
+    call(), call()
+    assert [(plan.tier, len(launches)) for plan, launches in reported] == [("split", 2)] * 2
+    assert [launch.registers for launch in reported[1][1]] == [None] * 2  # of PTX nobody knows them
 
 
 IN_THE_INTERPRETER = """
@@ -214,7 +193,7 @@ for case in found:
 """
 
 
-def test_the_triton_backend_is_proved_and_observed_in_the_interpreter():
+def test_the_triton_backend_is_right_and_reports_its_tier_in_the_interpreter():
     lines = interpreted(["-c", IN_THE_INTERPRETER]).splitlines()
     assert len(lines) == 3 * 2
     assert all(line.endswith("refused - True") for line in lines), lines

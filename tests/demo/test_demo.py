@@ -42,7 +42,7 @@ def test_demo_runs(tmp_path, capsys):
     assert max(map(len, out.replace(str(path), "").splitlines())) <= 120
     png = path.read_bytes()
     assert png.startswith(b"\x89PNG")
-    assert int.from_bytes(png[16:20], "big") == 1200
+    assert int.from_bytes(png[16:20], "big") == 1196
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -188,7 +188,7 @@ def test_the_typical_unit_wanders_the_median_way():
 
 @pytest.mark.compile
 def test_networks_can_be_on_a_gpu(make_gpu):
-    """With CuPy, the default where it can be had: the layers have its arrays."""
+    """With CuPy, the default where it is available: the layers have its arrays."""
     make_gpu(80)
     cupy, x = sys.modules["cupy"], np.random.default_rng(0).uniform(0, 1, (12, 64)).astype(np.float32)
     cupy.tanh = np.tanh

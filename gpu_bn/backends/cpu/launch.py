@@ -17,7 +17,7 @@ from gpu_bn.backends.cpu.arrays import Arrays
 from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Saved, Sums
 from gpu_bn.call import Call
 from gpu_bn.kernels.cpu import calls_channels, calls_rows
-from gpu_bn.kernels.cpu.calls import END, FINISH, START, SUM, WRITE
+from gpu_bn.kernels.cpu.calls import END, FINISH, LINE, START, SUM, WRITE
 from gpu_bn.kernels.cpu.compiler import supports_float16
 from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT64, SIZES
 from gpu_bn.spec import BatchNormSpec
@@ -28,7 +28,6 @@ Phases = tuple[tuple[int, bool], ...]
 IN_TURN: Phases = ((START, False), (SUM, True), (FINISH, False), (WRITE, True), (END, False))
 """The phases of a call, and which of them threads share."""
 FUSED: Phases = ((START, False), (SUM, True), (END, False))
-LINE = 64
 KEPT = 1 << 19
 """Bytes of scratch memory that each thread keeps for its next call."""
 PREPARED = 512

@@ -30,7 +30,7 @@ from gpu_bn.backends.cupy.signatures import (
 )
 from gpu_bn.backends.cupy.steps import NULL, Arguments, ClusterRefusedError, PreparedCall, empty, in_memory
 from gpu_bn.backends.layout import Layout, check_out
-from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Moments, Saved, Sums
+from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Moments, OnPlan, Saved, Sums
 from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
@@ -119,12 +119,26 @@ class CupyBackend:
     name = "cupy"
     xp = cupy
 
-    def __init__(self, tier: str | None = None) -> None:
-        """Make a backend; ``tier`` forces one of :data:`gpu_bn.plan.TIERS` on training calls, for tests and timings."""
+    def __init__(self, tier: str | None = None, on_plan: OnPlan | None = None) -> None:
+        """Make a backend, for tests and timings with options.
+
+        Args:
+            tier: the tier of :data:`gpu_bn.plan.TIERS` to use for training calls, if it serves.
+            on_plan: is told the plan of each call that is prepared.
+        """
         self.tier = tier
         self._counters: dict[tuple[int, int], tuple[Any, Array]] = {}
         self._thread = local()
-        prepared = lru_cache(PREPARED)
+
+        def prepared(prepare: Callable[..., PreparedCall]) -> Any:
+            def reporting(*signature: Any) -> PreparedCall:
+                call = prepare(*signature)
+                if on_plan is not None and call.plan is not None:
+                    on_plan(call.plan, call.launches)
+                return call
+
+            return lru_cache(PREPARED)(reporting)
+
         self._forward, self._backward = prepared(calls.forward), prepared(calls.backward)
         self._stats, self._track = prepared(calls.stats), prepared(calls.track)
         self._normalize = prepared(calls.normalize)

@@ -66,12 +66,13 @@ class Builder:
         self._steps: list[Step] = []
         self._values: list[Any] = []
         self._given: dict[Register, Register] = {}
+        self._plan: LaunchPlan | None = None
 
     def build(self, *results: Pointer, keeps_residual: bool = False, count: int = 0) -> PreparedCall:
         """Return the call; a result that it has not is ``None``."""
         absent = self.constant(None)
         registers = tuple(absent if result is None else result for result in results)
-        return PreparedCall(tuple(self._steps), tuple(self._values), registers, keeps_residual, count)
+        return PreparedCall(tuple(self._steps), tuple(self._values), registers, keeps_residual, count, self._plan)
 
     # ------------------------------------------------------------------------------------- registers and arrays
     def constant(self, value: Any) -> Register:
@@ -128,6 +129,7 @@ class Builder:
     # ------------------------------------------------------------------------------------------------ launches
     def launch(self, kernel: Any, plan: LaunchPlan, *arguments: Argument) -> None:
         """Launch a kernel as planned."""
+        self._plan = plan
         kinds = {"cooperative": steps.CooperativeLaunch, "cluster": steps.ClusterLaunch}
         self._launch(kinds.get(plan.tier, steps.Launch), kernel, plan.grid, plan.shared_bytes, arguments)
 

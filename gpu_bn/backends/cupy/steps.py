@@ -18,7 +18,7 @@ import numpy as np
 
 from gpu_bn.backends.cupy.device import bind_context, without_clusters
 from gpu_bn.backends.cupy.signatures import Shape
-from gpu_bn.plan import THREADS
+from gpu_bn.plan import THREADS, LaunchPlan
 
 Array = Any
 Register = NewType("Register", int)
@@ -80,6 +80,7 @@ class PreparedCall:
         results: the registers of what the call returns.
         keeps_residual: whether the backward call reads the residual.
         count: positions that a channel has in a ghost batch; 0 if they are counted on the device.
+        plan: what the launches follow; ``None`` if there is none.
     """
 
     steps: tuple[Step, ...]
@@ -87,6 +88,7 @@ class PreparedCall:
     results: tuple[Register, ...]
     keeps_residual: bool
     count: int
+    plan: LaunchPlan | None
 
     def __call__(self, arguments: Arguments) -> list[Any]:
         """Do the steps and return the results; one that this call has not is ``None``."""
@@ -94,6 +96,11 @@ class PreparedCall:
         for step in self.steps:
             step(registers)
         return [registers[result] for result in self.results]
+
+    @property
+    def launches(self) -> list[Launch]:
+        """The launches among the steps."""
+        return [step for step in self.steps if isinstance(step, Launch)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +158,11 @@ class Launch:
     grid: tuple[int]
     shared_bytes: int
     arguments: Callable[[Registers], tuple[Any, ...]]
+
+    @property
+    def registers(self) -> int | None:
+        """The registers of a thread, if CuPy knows them."""
+        return getattr(self.kernel, "num_regs", None)
 
     def __call__(self, registers: Registers) -> None:
         self.kernel(self.grid, BLOCK, self.arguments(registers), shared_mem=self.shared_bytes)

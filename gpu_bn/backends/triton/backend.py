@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from gpu_bn.backends.layout import check_out
-from gpu_bn.backends.protocol import Grads, Moments, Saved, Sums
+from gpu_bn.backends.protocol import Grads, Moments, OnPlan, Saved, Sums
 from gpu_bn.backends.triton.arguments import (
     BackwardCall,
     alignment_of,
@@ -31,7 +31,7 @@ from gpu_bn.backends.triton.arguments import (
 )
 from gpu_bn.backends.triton.launch import ClusterError, Launch, Recent, Step, interpreting, launch
 from gpu_bn.backends.triton.programs import ELSEWHERE
-from gpu_bn.backends.triton.steps import StepBuilder
+from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, StepBuilder
 from gpu_bn.backends.triton.strides import aligned, dense, is_dense, view_of
 from gpu_bn.backends.triton.sync import SharedStatistics
 from gpu_bn.call import Call
@@ -80,6 +80,8 @@ class TritonBackend(SharedStatistics):
         launch: what launches a :class:`~gpu_bn.backends.triton.launch.Step`; tests run kernels elsewhere.
         device: what to plan for, in place of the tensors' device.
         tier: the tier to use, if it serves.
+        wide: whether offsets take 64 bits also where 32 would do.
+        on_plan: is told the plan of each call that is prepared.
     """
 
     name = "triton"
@@ -89,9 +91,14 @@ class TritonBackend(SharedStatistics):
     """Whether kernels read weight and bias in any dtype, so that the phases need no wider copies."""
 
     def __init__(
-        self, launch: Launch = launch, device: Device | None = None, tier: str | None = None, wide: bool = False
+        self,
+        launch: Launch = launch,
+        device: Device | None = None,
+        tier: str | None = None,
+        wide: bool = False,
+        on_plan: OnPlan | None = None,
     ) -> None:
-        self._launch = launch
+        self._launch, self._on_plan = launch, on_plan
         self.builder = StepBuilder(device, tier, wide)
         self._prepared = Recent(PREPARED)
 
@@ -322,6 +329,8 @@ class TritonBackend(SharedStatistics):
         found = self._prepared.get(key)
         if found is None:
             found = self._prepared[key] = make()
+            if self._on_plan is not None and isinstance(found, ForwardSteps | BackwardSteps):
+                self._on_plan(found.plan, found.launches)
         return found
 
     def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> Array:

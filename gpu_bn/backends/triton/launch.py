@@ -75,6 +75,7 @@ class Step:
         aligned: the parameters that are multiples of 16 bytes.
         device: the number of the CUDA device, -1 without one.
         run: launches the compiled kernel, once it is there.
+        registers: of a thread, once the kernel is compiled.
     """
 
     kernel: Any
@@ -86,6 +87,7 @@ class Step:
     aligned: frozenset[str] = frozenset()
     device: int = -1
     run: Callable[..., None] | None = field(default=None, repr=False)
+    registers: int | None = None
 
 
 Launch = Callable[[Step, tuple[Any, ...]], None]
@@ -176,6 +178,7 @@ def _compiled(step: Step, args: tuple[Any, ...]) -> Callable[..., None]:
         if compiled is None:
             compiled = LOADED[key] = _loaded(step.kernel, special)
         start = compiled[(*step.grid, 1)]
+    step.registers = compiled.n_regs
     return partial(_run, start, step.tail, step.device, driver.active.get_current_stream)
 
 

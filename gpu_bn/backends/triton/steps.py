@@ -45,6 +45,11 @@ class ForwardSteps:
     last: Step
     bessel: float
 
+    @property
+    def launches(self) -> list[Step]:
+        """The launches that a call makes."""
+        return [step for step in (self.stats, self.last) if step is not None]
+
 
 @dataclass(slots=True, eq=False)
 class BackwardSteps:
@@ -54,6 +59,11 @@ class BackwardSteps:
     reduce: Step | None
     last: Step | None
     merge: Step | None
+
+    @property
+    def launches(self) -> list[Step]:
+        """The launches that a call makes."""
+        return [step for step in (self.reduce, self.last, self.merge) if step is not None]
 
 
 class StepBuilder:
