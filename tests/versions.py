@@ -26,20 +26,27 @@ from typing import Any
 
 HERE = Path(__file__).parent
 DATA = HERE / "data" / "versions.json"
-LAYERS = ("modules", "direct", "convert", "operators", "graph", "folding", "masks", "conformance", "statistics")
-SLICE = "test_case or launches or masked or merge_to"
+LAYERS = ("modules", "direct", "convert", "operators", "graph", "folding", "masks", "statistics")
+SLICE = "test_case and triton and not reference or launches or masked or merge_to"
 WHAT = {
     "kernels": ["tests/versions.py", "--compile"],
     "emulator": [
         "-m",
         "pytest",
         "-q",
+        "tests/conformance/test_conformance.py",
         "tests/backends/triton/test_emulator.py",
         "tests/backends/triton/test_sync.py",
         "-k",
         SLICE,
     ],
-    "layers": ["-m", "pytest", "-q", *(f"tests/test_nn_{name}.py" for name in LAYERS)],
+    "layers": [
+        "-m",
+        "pytest",
+        "-q",
+        "tests/conformance/test_torch.py",
+        *(f"tests/nn/test_{name}.py" for name in LAYERS),
+    ],
 }
 
 

@@ -49,9 +49,11 @@ def both(shape, dtype, training, activation, residual=True, layout="contiguous",
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [*(("float32", name) for name in ACTIVATIONS), *(("float64", name) for name in ("identity", "relu", "silu"))],
+)
 def test_as_torch(shape, dtype, training, activation):
     ours, theirs = both(shape, dtype, training, activation, residual=activation != "sigmoid")
     for name, expected in theirs.items():

@@ -23,7 +23,8 @@ from gpu_bn.nn.running import update_running
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
+def four(tmp_path_factory, whole):
+    del whole  # compiles kernels once, before four processes would
     return results(
         4, once(tmp_path_factory, "four", lambda folder: launch(4, "support.sync_scenarios", ["equality"], folder))
     )

@@ -20,7 +20,7 @@ except ImportError as error:
 FAMILIES = {"cuda": CUDA, "triton": TRITON}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     found = FAMILIES[request.param]
     if found is None:
@@ -28,7 +28,7 @@ def family(request):
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def current(family):
     """What the record has of the present sources."""
     return Record.read(family).current(family)

@@ -29,7 +29,7 @@ def data(step, *shape, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
 
 
-def train(net, part, add, steps=20):
+def train(net, part, add, steps=8):
     """SGD steps on a part of each batch; outputs and gradients of the last step, and the state after it."""
     for step in range(steps):
         x = data(step, BATCH, 3, 5, 4)[part].mul(3).add(7).requires_grad_()

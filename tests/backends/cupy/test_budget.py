@@ -14,6 +14,7 @@ from gpu_bn.backends.cupy import sources as cuda_sources
 pytestmark = pytest.mark.skipif(tool("nvdisasm") is None, reason="no disassembler: the triton wheel is not installed")
 REMEDY = "python tests/cuda_budget.py"
 EVERY = [(arch, columns) for arch in ARCHITECTURES for columns in (True, False)]
+MARKS = {(90, True): [], **dict.fromkeys([(75, False), (80, True), (120, False)], pytest.mark.slow)}
 
 
 def current():
@@ -40,7 +41,7 @@ def test_the_page_is_of_the_record_and_the_planner():
 @pytest.mark.usefixtures("compile_cuda")
 @pytest.mark.parametrize(
     ("arch", "columns"),
-    [pytest.param(*one, marks=[] if one in ((90, True), (75, False)) else [pytest.mark.slow]) for one in EVERY],
+    [pytest.param(*one, marks=MARKS.get(one, pytest.mark.exhaustive)) for one in EVERY],
 )
 def test_compiled_again_a_kernel_has_its_budget_and_its_record(arch, columns):
     found = budget.rows(arch, columns)

@@ -33,7 +33,11 @@ def first_report(run: Callable[[Device], object]) -> EmulatorError:
     pytest.fail("nothing reported the fault")
 
 
-@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.fault)
+@pytest.mark.parametrize(
+    "planted",
+    [pytest.param(planted, marks=[pytest.mark.slow] * (index % 2)) for index, planted in enumerate(PLANTED)],
+    ids=lambda planted: planted.fault,
+)
 def test_a_planted_fault_is_reported(planted, make_gpu, caught_faults):
     def run(device: Device) -> None:
         gpu = make_gpu(90, planted.tier, device)
@@ -47,10 +51,16 @@ def test_a_planted_fault_is_reported(planted, make_gpu, caught_faults):
 
 
 @pytest.mark.parametrize("seed", [None, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in SEEDS[1:])])
-@pytest.mark.parametrize("tier", ["cta", "cluster", "cooperative", "split"])
-def test_the_kernels_without_faults_are_clean(tier, seed, make_gpu):
-    for case in {planted.case for planted in PLANTED if planted.tier == tier}:
-        check(case, make_gpu(90, tier, Device(seed=seed)).backend)
+@pytest.mark.parametrize(
+    ("tier", "case"),
+    [
+        pytest.param(*one, marks=[pytest.mark.slow] * (index % 2))
+        for index, one in enumerate(dict.fromkeys((planted.tier, planted.case) for planted in PLANTED))
+    ],
+    ids=str,
+)
+def test_the_kernels_without_faults_are_clean(tier, case, seed, make_gpu):
+    check(case, make_gpu(90, tier, Device(seed=seed)).backend)
 
 
 # -------------------------------------------------------------------- offsets beyond 32 bits

@@ -65,7 +65,9 @@ def test_gates(group):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("dtype", "columns"), [("float16", True), ("float32", False)])
+@pytest.mark.parametrize(
+    ("dtype", "columns"), [pytest.param("float16", True, marks=pytest.mark.slow), ("float32", False)]
+)
 def test_the_oldest_gpus_have_kernels(dtype, columns, compile_cuda):
     """sm_70, of which the record has nothing, and which CUDA 13 has left behind."""
     if nvrtc().version >= (13, 0):

@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 SLICE = [
-    Job("cta", Case((3, 4, 41, 8), activation="relu", residual=True)),
+    Job("cta", Case((3, 2, 41, 8), activation="relu", residual=True)),
     Job("cta", Case((40, 12), "float16", activation="relu")),
     Job("cluster", Case((3, 3, 41, 12), "float64")),
     Job("cooperative", Case((3, 5, 4, 8), "bfloat16", layout="channels_last", mode="train_no_stats")),
@@ -35,24 +35,24 @@ SLICE = [
 ]
 MEETING = list(itertools.takewhile(lambda planted: planted.fault != "one vector too many", faults.PLANTED))
 """The planted faults of barriers, copies, fences and counters."""
-ALWAYS = (
-    "block sum: no barrier before reuse", "cluster: no barrier before leaving", "cooperative: relaxed wait",
-    "split: ticket without fences",
-)  # fmt: skip
-"""Of them those that every run of the tests tries; the others take a compilation each."""
+MARKS = {
+    **dict.fromkeys(["cooperative: relaxed wait", "cluster: no barrier before leaving"], ()),
+    **dict.fromkeys(["block sum: no barrier before reuse", "split: ticket without fences"], pytest.mark.slow),
+    **dict.fromkeys(["cluster: relaxed barrier", "block sum: no barrier before reading"], pytest.mark.slow),
+}
+"""Of the normal and of the long run; each fault takes a compilation. The emulator is given all in test_faults.py."""
 EXPECTED = ("data race", "wrong result", "shared memory of a block that has ended", "deadlock")
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+@pytest.mark.parametrize(
+    "job",
+    [pytest.param(job, marks=pytest.mark.slow if index in (1, 4) else ()) for index, job in enumerate(SLICE)],
+    ids=lambda job: f"{job.tier} {job.case}",
+)
+def test_two_executions_agree_to_the_last_bit(job, tmp_path, make_gpu, monkeypatch):
     if host_compile.runtime("address") is None:
         pytest.skip("g++ has no AddressSanitizer")
-    return dict(zip(SLICE, run_jobs(SLICE, "address", tmp_path_factory.mktemp("address")), strict=True))
-
-
-@pytest.mark.parametrize("job", SLICE, ids=lambda job: f"{job.tier} {job.case}")
-def test_two_executions_agree_to_the_last_bit(job, outcomes, make_gpu, monkeypatch):
-    outcome = outcomes[job]
+    (outcome,) = run_jobs([job], "address", tmp_path)
     assert outcome.fault == "", outcome.said
     monkeypatch.setattr(cuda_sources, "OPTIONS", (*cuda_sources.OPTIONS, "--fmad=false"))
     emulated = make_gpu(90, job.tier, Device(checks=Checks(races=False, initialised=False)))
@@ -63,6 +63,10 @@ def test_two_executions_agree_to_the_last_bit(job, outcomes, make_gpu, monkeypat
 
 
 # ------------------------------------------------------------------------------------------------ races
+RACES = {"cooperative": (), "cluster": pytest.mark.slow}
+"""The tiers whose blocks wait for each other; the others are tried by hand."""
+
+
 def under_threads(job, tmp_path):
     if host_compile.runtime("thread") is None:
         pytest.skip("g++ has no ThreadSanitizer")
@@ -71,7 +75,7 @@ def under_threads(job, tmp_path):
 
 @pytest.mark.parametrize(
     "planted",
-    [pytest.param(planted, marks=() if planted.fault in ALWAYS else pytest.mark.slow) for planted in MEETING],
+    [pytest.param(planted, marks=MARKS.get(planted.fault, pytest.mark.exhaustive)) for planted in MEETING],
     ids=lambda planted: planted.fault,
 )
 def test_a_planted_fault_of_a_meeting_is_found(planted, tmp_path, caught_faults):
@@ -82,7 +86,7 @@ def test_a_planted_fault_of_a_meeting_is_found(planted, tmp_path, caught_faults)
 
 @pytest.mark.parametrize(
     "job",
-    [pytest.param(job, marks=() if job.tier == "cooperative" else pytest.mark.slow) for job in SLICE],
+    [pytest.param(job, marks=RACES.get(job.tier, pytest.mark.exhaustive)) for job in SLICE],
     ids=lambda job: f"{job.tier} {job.case}",
 )
 def test_the_kernels_have_no_data_race(job, tmp_path):

@@ -90,8 +90,8 @@ def cases() -> Iterator:
     seen = set()
     slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
     for some, marks in (
-        (usual(), ([], slow, exhaustive)),
-        (more(), (*[exhaustive] * 5, slow)),
+        (usual(), ([], exhaustive, slow, exhaustive)),
+        (more(), (*[exhaustive] * 11, slow)),
         (everything(), (exhaustive,)),
     ):
         for index, masked in enumerate(some):
@@ -276,7 +276,7 @@ def test_masks_in_any_memory(layout, make_gpu):
 @pytest.mark.parametrize("masked", [
     Masked(Case((8, 1, 16, 16), layout="misaligned", activation="relu"), "half"),  # two blocks
     pytest.param(Masked(Case((8, 1, 32, 64), activation="relu"), "half", 2), marks=pytest.mark.exhaustive),
-    pytest.param(Masked(Case((1200, 16), activation="relu"), "half"), marks=pytest.mark.slow),
+    pytest.param(Masked(Case((1200, 16), activation="relu"), "half"), marks=pytest.mark.exhaustive),
 ], ids=str)  # fmt: skip
 def test_results_do_not_depend_on_the_schedule(masked, make_gpu):
     problem, valid = problem_of(masked)

@@ -17,7 +17,7 @@ from gpu_bn.testing import check
 from gpu_bn.testing.cases import DTYPES, LAYOUTS, MODES
 
 pytestmark = pytest.mark.compile
-USUAL, MORE, ALL = 16, 36, 76
+USUAL, MORE, ALL = 8, 36, 76
 """Seeds of a usual run, with ``-m slow``, and with ``-m exhaustive``, each with those before it."""
 
 

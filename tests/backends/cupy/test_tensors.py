@@ -51,8 +51,14 @@ def arguments(dtype=torch.float32):
     return x, torch.zeros(6), torch.ones(6), torch.rand(6) + 0.5, torch.randn(6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "memory_format"),
+    [
+        (torch.float16, torch.channels_last), (torch.bfloat16, torch.contiguous_format),
+        (torch.float32, torch.channels_last), (torch.float64, torch.contiguous_format),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_forward_and_backward(dtype, memory_format, engine):
     x, *vectors = arguments(dtype)
     x = x.to(memory_format=memory_format)

@@ -78,7 +78,12 @@ def measured(arch: int, step: Step, special: Specialisation) -> tuple[Figures, i
     return found, blocks_per_sm(arch, 32 * step.num_warps, found.registers, found.shared_bytes)
 
 
-@pytest.mark.parametrize("arch", [pytest.param(a, marks=[] if a == 90 else [pytest.mark.slow]) for a in ARCHITECTURES])
+MARKS = {90: [], 75: pytest.mark.slow, 120: pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=MARKS.get(arch, pytest.mark.exhaustive)) for arch in ARCHITECTURES]
+)
 @pytest.mark.parametrize("kernel", BUDGETS)
 def test_budget(arch, kernel):
     assert not BUDGETS[kernel].over(*measured(arch, *launches()[kernel]))

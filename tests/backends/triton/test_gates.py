@@ -43,7 +43,7 @@ def _covering():
 
 def _marked(groups):
     for index, group in enumerate(groups):
-        marks = [] if index in (0, 7) else [pytest.mark.slow if index % 4 == 3 else pytest.mark.exhaustive]
+        marks = [] if index == 0 else [pytest.mark.slow if index % 7 == 0 else pytest.mark.exhaustive]
         yield pytest.param(group, id=str(group), marks=marks)
 
 
@@ -55,8 +55,8 @@ def test_gates(group):
 
 
 def marked(index):
-    """One in five in every run, one in the long run, the others in the exhaustive one."""
-    return [[], pytest.mark.slow, *[pytest.mark.exhaustive] * 3][index % 5]
+    """One in nine in every run, one in the long run, the others in the exhaustive one."""
+    return [[], pytest.mark.slow, *[pytest.mark.exhaustive] * 7][index % 9]
 
 
 OTHERS = [(name, kind) for kind in ("split", "masked", "frozen") for name in ROWS if name not in ("relu", "gelu")]

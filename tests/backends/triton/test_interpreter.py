@@ -9,9 +9,9 @@ from support.interpreter import interpreted
 @pytest.mark.parametrize(
     ("tier", "which", "least"),
     [
-        ("auto", "few some", 15),
-        pytest.param("split", "few some", 15, marks=pytest.mark.slow),
-        pytest.param("auto", "few extended", 5, marks=pytest.mark.exhaustive),
+        ("auto", "few some", 5),
+        pytest.param("split", "few some", 5, marks=pytest.mark.slow),
+        pytest.param("auto", "few extended", 2, marks=pytest.mark.exhaustive),
         pytest.param("auto", "some", 70, marks=pytest.mark.exhaustive),
         pytest.param("split", "some", 70, marks=pytest.mark.exhaustive),
         pytest.param("auto", "extended", 20, marks=pytest.mark.exhaustive),

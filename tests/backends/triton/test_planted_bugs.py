@@ -54,7 +54,7 @@ def trial(bug: Bug, compile_triton) -> None:
 
 @pytest.mark.parametrize(
     "bug",
-    [pytest.param(bug, marks=[pytest.mark.slow] if index % 2 else []) for index, bug in enumerate(BUGS)],
+    [pytest.param(bug, marks=[pytest.mark.slow] if index % 3 else []) for index, bug in enumerate(BUGS)],
     ids=lambda bug: bug.name.replace(" ", "-"),
 )
 def test_the_proof_notices(bug, tmp_path, monkeypatch, compile_triton, caught_faults):
@@ -69,6 +69,13 @@ def test_the_proof_notices(bug, tmp_path, monkeypatch, compile_triton, caught_fa
     )
 
 
-@pytest.mark.parametrize(("case", "tier"), sorted({(bug.case, bug.tier) for bug in BUGS}, key=str), ids=str)
+@pytest.mark.parametrize(
+    ("case", "tier"),
+    [
+        pytest.param(*one, marks=[pytest.mark.slow] if index % 3 else [])
+        for index, one in enumerate(sorted({(bug.case, bug.tier) for bug in BUGS}, key=str))
+    ],
+    ids=str,
+)
 def test_without_a_bug_the_same_cases_pass(case, tier, compile_triton):
     assert check(case, EmulatedBackend(Device(), compile_triton, 80, DEVICES["a100"], tier=tier))
