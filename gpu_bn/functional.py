@@ -340,9 +340,10 @@ def _lasts(backend: Backend | str | None, arrays: Iterable[Array]) -> bool:
 
 def _signature(call: Call, options: Options, backend: Backend | str | None) -> tuple[Any, ...]:
     """What calls have in common that are right if one of them is."""
-    training, momentum, *others = options
+    training, momentum, eps, activation, axis, size, renorm = options
     return (
-        _named(backend), *map(_kind, call), bool(training), *others, *map(type, others[:4]), type(momentum),
+        _named(backend), *[None if one is None else (type(one), one.dtype, one.shape) for one in call],
+        bool(training), eps, activation, axis, size, renorm, type(eps), type(axis), type(size), type(momentum),
         None if type(momentum) is float else _kind(momentum) if hasattr(momentum, "dtype") else (),
     )  # fmt: skip
 
