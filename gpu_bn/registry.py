@@ -64,7 +64,7 @@ ROWS = (
     Row("triton", module="gpu_bn.backends.triton.backend", device="cuda", packages=("torch", "triton"), **_TENSOR),
     Row("cupy", module="gpu_bn.backends.cupy.tensors", device="cuda", packages=("torch", "cupy"), **_TENSOR),
 )
-"""Of several rows for one kind of array the first that can be had serves it, the others when they are asked for."""
+"""The first available row for a kind of array serves it; the others serve when they are asked for."""
 TORCH = "torch"
 """This name stands for whichever backend serves torch's tensors on the CPU."""
 NAMES = tuple(dict.fromkeys([*(row.name for row in ROWS), TORCH]))
@@ -81,7 +81,7 @@ def select(backend: str | Backend | None, **arrays: Any) -> Backend:
     Raises:
         TypeError: an array of no known library, or arrays of several, or on several devices.
         ValueError: an unknown backend name, or a backend that does not serve these arrays.
-        BackendUnavailableError: the backend is known but cannot be had.
+        BackendUnavailableError: the backend is known but not available.
     """
     return loaded(backend, row_of(backend, **arrays))
 
@@ -166,7 +166,7 @@ def load(name: str, library: str | None = None) -> Backend:
 
     Raises:
         ValueError: an unknown name.
-        BackendUnavailableError: the backend cannot be had; the message says why.
+        BackendUnavailableError: the backend is not available; the message says why.
     """
     rows = _rows(name)
     row = next((row for row in rows if row.library == library), rows[0])

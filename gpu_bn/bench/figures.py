@@ -24,7 +24,7 @@ TIERS_SHOWN = ("-", *TIERS, "one pass")
 WIDTH, DPI = 10.0, 110
 MOST_ROWS = 60
 """The most rows that can be read in a picture."""
-PANELS_A_ROW = 3
+PANELS_A_ROW = 2
 LABEL_DISTANCE = 0.06
 """Between two labels of a panel, as a share of its height."""
 MOST_LABELS = 14
@@ -145,7 +145,8 @@ def _label_tensors(panel: Axes, results: Sequence[Result], several_kinds: bool) 
         height = min(float(to_axes.transform(place)[1]), height - LABEL_DISTANCE)
         panel.annotate(
             tensor if several_kinds else tensor.split()[0], place, (0.6, height), xycoords="data",
-            textcoords="axes fraction", va="center", fontsize=8,
+            textcoords="axes fraction", va="center", fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over the ceilings
             arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6}, annotation_clip=False,
         ).set_in_layout(False)  # fmt: skip
 

@@ -71,7 +71,7 @@ def conformance(
         Whether all have passed.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot be had.
+        BackendUnavailableError: the backend asked for is not available.
     """
     if backend is not None:
         registry.load(backend)

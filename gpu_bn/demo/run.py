@@ -54,7 +54,7 @@ def demo(options: Options) -> None:
     """Train all networks, print the tables and write the figure.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot be had.
+        BackendUnavailableError: the backend asked for is not available.
     """
     start = perf_counter()
     backend = choose_backend(options.backend)

@@ -320,7 +320,7 @@ class EmulatedGpu:
         return self._register(self.device.empty(tuple(np.atleast_1d(shape)), dtype))
 
     def asarray(self, array: Any, dtype: Any = None) -> ndarray:
-        """An array of that dtype as it is; else a copy in aligned memory, in the same strides where they can be had."""
+        """An array of that dtype as it is; else a copy in aligned memory, with the same strides where possible."""
         if isinstance(array, ndarray) and dtype in (None, array.dtype):
             return array
         array = np.asarray(array, dtype)

@@ -66,7 +66,7 @@ def backend() -> TritonBackend:
     """The backend, for :func:`gpu_bn.registry.load`.
 
     Raises:
-        RuntimeError: valid_bytes is nothing to run kernels on.
+        RuntimeError: there is nothing to run kernels on.
     """
     if not (interpreting() or torch.cuda.is_available()):
         raise RuntimeError(f"torch sees no CUDA device ({ELSEWHERE})")
