@@ -50,12 +50,12 @@ def test_a_planted_fault_is_reported(planted, make_gpu, caught_faults):
     assert error.check in planted.check.split(" or "), str(error)
 
 
-@pytest.mark.parametrize("seed", [None, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in SEEDS[1:])])
 @pytest.mark.parametrize(
-    ("tier", "case"),
+    ("tier", "case", "seed"),
     [
-        pytest.param(*one, marks=[pytest.mark.slow] * (index % 2))
+        pytest.param(*one, seed, marks=pytest.mark.exhaustive if seed is not None else [pytest.mark.slow] * (index % 2))
         for index, one in enumerate(dict.fromkeys((planted.tier, planted.case) for planted in PLANTED))
+        for seed in SEEDS
     ],
     ids=str,
 )
