@@ -1,10 +1,10 @@
-"""What the processes of a SyncBatchNorm send each other: packets of one size, each with a header that all compare.
+"""The packets that the processes of a SyncBatchNorm exchange; every process compares their headers.
 
 A packet is ``HEADER + ROOM`` float64 numbers. Its size is the same for every layer, pass, process and mistake, so that
-a gathering always completes; a longer vector goes in several. The header holds :data:`FIELDS` after a flag: 1 for a
-mistake, whose text is then in place of the vector. Where headers differ, or one is of a mistake, every process raises:
-with tensors on a CPU in the same call, before anything has changed; on GPUs, where nothing waits for packets, what was
-exchanged becomes NaN and a later call raises.
+an all-gather always completes. A longer vector takes several packets. A header is a flag, then :data:`FIELDS`. The flag
+is 1 for a mistake; the packet then holds its text. If headers differ, or one reports a mistake, every process raises.
+On CPUs all raise in the same call, before anything has changed. On GPUs nothing waits for packets: the results become
+NaN, and a later call raises.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ FIELDS = (
     "call", "packet", "pass", "forward call", "layer", "channels", "dtype", "activation", "parameter", "eps",
     "momentum", "residual", "mask", "weight", "bias", "running statistics", "counter", "gradient",
 )  # fmt: skip
-"""What a header says. Exchanges of a group are counted as calls, its layers in the order of their first ones.
+"""The fields of a header. ``call`` counts the exchanges of a group, ``layer`` its layers by their first calls.
 
-A backward pass names the call of its forward pass. The gradient is of nothing, of parameters, or of the input too.
+A backward pass names the call of its forward pass. ``gradient`` is an index of :data:`GRADIENTS`.
 """
 PASSES = ("forward", "backward", "second derivative", "a layer's first call", "end of the forward")
-"""What is sent: forward, reports; at the end of it, with tensors on a CPU, that nothing has failed since."""
+"""What a packet is for. The last one ends a forward call on CPUs: it says that nothing has failed."""
 FORWARD, BACKWARD, SECOND, FIRST, END = map(float, range(len(PASSES)))
 GRADIENTS = ("of nothing", "of parameters only", "of the input")
 HEADER, ROOM = 1 + len(FIELDS), 2 + 2 * 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 UNKNOWN, NONE = -1.0, -2.0
-"""What compiled code cannot know, of a layer or an earlier call, and a momentum that is a tensor; one of ``None``."""
+"""``UNKNOWN``: compiled code cannot know the value, or the momentum is a tensor. ``NONE``: the momentum is ``None``."""
 
 for _schema in (
     "sync_pack(Tensor vector, str group, float[] signature) -> Tensor",
@@ -46,21 +46,21 @@ for _schema in (
     LIBRARY.define(_schema, tags=TAGS)
 
 CALLS: Counter[str] = Counter()
-"""How many calls a group has had. Processes that have raised go on from the same number."""
+"""The number of exchanges of each group. Processes that have raised continue from the same number."""
 ARRIVALS: deque[tuple[Callable[[], bool], Tensor, str]] = deque()
-"""Packets on their way from a GPU: whether they have arrived, where, and of which group."""
+"""Packets on their way from a GPU: a function that tells whether they have arrived, the packets, the group."""
 FAULTS: dict[str, tuple[Exception, int]] = {}
-"""What has failed in an operator of this process, by group, and how many packets of it are still to be compared."""
+"""Errors of this process's operators, by group, and how many of their packets are still to be compared."""
 
 
 def packets_of(length: int) -> int:
-    """How many packets a vector takes."""
+    """Count the packets of a vector."""
     return -(-length // ROOM)
 
 
 # ------------------------------------------------------------------------------------------------- what they compute
 def packed(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
-    """(P, HEADER + ROOM) of a (L,) vector."""
+    """Make the packets of an (L,) vector, (P, HEADER + ROOM)."""
     if vector.is_cuda and not torch.cuda.is_current_stream_capturing():
         look_at_arrivals()
     FAULTS.pop(group, None)  # which an exchange that ended early has left
@@ -88,7 +88,7 @@ def write_heads(packets: Tensor, heads: list[list[float]], by_arguments: bool) -
 
 
 def _mistake(like: Tensor, group: str, text: str) -> Tensor:
-    """(HEADER + ROOM,) of a process that will not take part, for the reason ``text``."""
+    """Make the packet of a process that does not take part, (HEADER + ROOM,); ``text`` is the reason."""
     letters = list(text.encode()[:ROOM])
     head = [1.0, _next_call(group), *[0.0] * (HEADER - 2)]
     if group:
@@ -98,7 +98,7 @@ def _mistake(like: Tensor, group: str, text: str) -> Tensor:
 
 
 def fault(error: Exception, like: Tensor, group: str, length: int) -> Tensor:
-    """(P, HEADER + ROOM) in place of those of a (L,) vector; what has failed is raised when all have them."""
+    """Make packets that report an error in place of an (L,) vector; the error is raised after the exchange."""
     count = packets_of(length)
     packets = _mistake(like, group, told(error)).repeat(count, 1)
     FAULTS[group] = error, count
@@ -106,7 +106,7 @@ def fault(error: Exception, like: Tensor, group: str, length: int) -> Tensor:
 
 
 def told(error: Exception) -> str:
-    """What the other processes are told of an error."""
+    """Describe an error for the other processes."""
     return f"{type(error).__name__}: {' '.join([str(part) for part in error.args])}"
 
 
@@ -115,7 +115,7 @@ def _next_call(group: str) -> float:
 
 
 def _compare(packets: Tensor, group: str) -> Tensor:
-    """(W, HEADER + ROOM) packets as they are, unless one is of a mistake, or headers differ."""
+    """Return (W, HEADER + ROOM) packets as they are; raise if one reports a mistake or headers differ."""
     if packets.is_cpu:
         try:
             require_alike(packets, group)
@@ -132,14 +132,14 @@ def _compare(packets: Tensor, group: str) -> Tensor:
 
 
 def unpacked(packets: Sequence[Tensor], channels: int) -> Tensor:
-    """(W, 2 + 2 C) reports; with a 1 in the first column if they must not be used."""
+    """Take the reports out of packets, (W, 2 + 2 C); the first column is 1 if they must not be used."""
     reports = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, : 2 + 2 * channels].contiguous()
     reports[:, 0] = _wrong(packets)
     return reports
 
 
 def _sum(packets: Sequence[Tensor], length: int) -> Tensor:
-    """(L,) the sum of all processes' vectors, in the order of their ranks; NaN if they must not be used."""
+    """Sum all processes' vectors in the order of ranks, (L,); NaN if they must not be used."""
     vectors = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, :length]
     return torch.where(_wrong(packets), torch.nan, vectors.sum(0))
 
@@ -150,20 +150,20 @@ def _wrong(packets: Sequence[Tensor]) -> Tensor:
 
 
 def _refuse(like: Tensor, packets: Tensor, text: str) -> Tensor:
-    """Raise what a process that will not take part raises, when it has told the others and they have not raised."""
+    """Raise on a process that does not take part, after the others have been told and have not raised."""
     del like, packets
     raise ValueError(text)
 
 
 def differing(heads: Tensor) -> Tensor:
-    """Which columns of (W, n) headers are not the same wherever they are known."""
+    """Tell for each column of (W, n) headers whether its known values differ."""
     known = heads != UNKNOWN
     least, most = (torch.where(known, heads, other) for other in (torch.inf, -torch.inf))
     return ~(most.amax(0) <= least.amin(0))  # also of NaN
 
 
 def require_alike(packets: Tensor, group: str) -> None:
-    """Raise what every process raises, if one has made a mistake or their calls differ; calls are counted anew then."""
+    """Raise on every process if one reports a mistake or their calls differ; then count the calls anew."""
     heads = packets[:, :HEADER]
     wrong, different = heads[:, 0] != 0, differing(heads)
     if not (bool(wrong.any()) or bool(different.any())):
@@ -176,7 +176,7 @@ def require_alike(packets: Tensor, group: str) -> None:
 
 
 def raise_different(found: dict[str, list[float]]) -> None:
-    """Raise what every process raises where fields of a header, these, are not the same on all."""
+    """Raise on every process because these fields of the headers differ."""
     size, reasons = len(next(iter(found.values()))), [_difference(field, values) for field, values in found.items()]
     raise ValueError(f"SyncBatchNorm, the {size} processes of a group made different calls: {'; '.join(reasons)}")
 
@@ -186,7 +186,7 @@ def _text(letters: Tensor) -> str:
 
 
 def _difference(field: str, values: list[float]) -> str:
-    """What a field is on which processes."""
+    """Say which processes have which value of a field."""
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(_shown(field, value), []).append(str(rank))
@@ -207,7 +207,7 @@ def _shown(field: str, value: float) -> str:
 
 
 def look_at_arrivals() -> None:
-    """Raise what an earlier call would have raised, had it waited for its packets."""
+    """Raise for an earlier call on a GPU, which did not wait for its packets."""
     while ARRIVALS and ARRIVALS[0][0]():
         require_alike(*ARRIVALS.popleft()[1:])
 

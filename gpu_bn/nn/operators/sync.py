@@ -1,8 +1,8 @@
 """The phases of a call as operators ``torch.ops.gpu_bn.sync_*``, for statistics that several processes share.
 
-A process sends a report of its part: ``(2 + 2 C,)`` in float64, ``[trouble, count, mean.., var..]``, in packets
-(:mod:`gpu_bn.nn.distributed.wire`); with trouble on any process merged statistics are NaN.
-:mod:`gpu_bn.nn.sync` differentiates.
+Each process sends a report of its part in packets (:mod:`gpu_bn.nn.distributed.wire`). A report is ``(2 + 2 C,)``
+float64 numbers, ``[trouble, count, mean.., var..]``. If a process reports trouble, the merged statistics are NaN.
+:mod:`gpu_bn.nn.sync` has the derivatives.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def _report(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _report_packets(x: Tensor, valid: Tensor | None, group: str, signature: Sequence[float]) -> Tensor:
-    """The report in packets; of what fails, packets that tell the other processes."""
+    """Make the packets of a report, or packets that tell the other processes of an error."""
     try:
-        # The output comes after the exchange. That there is memory for it is seen before: an allocator keeps it.
+        # Allocate the output once before the exchange: lack of memory must show now. The allocator keeps it.
         registry.serving(x).empty_like(x)
         return wire.packed(_report(x, valid), group, signature)
     except Exception as error:
@@ -73,12 +73,12 @@ def _report_packets(x: Tensor, valid: Tensor | None, group: str, signature: Sequ
 
 
 def _merge(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (W, 2 + 2 C) the merged count, a tensor of one element, mean and variance; NaN if a report is of trouble."""
+    """Merge (W, 2 + 2 C) reports: the count, (1,), mean and variance, (C,); NaN if one reports trouble."""
     return merged(reports)
 
 
 def merged(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What reports merge to; if one is of trouble, NaN."""
+    """Merge reports by torch's operations."""
     channels = (reports.shape[1] - 2) // 2
     trouble, count, mean, var = reports.split((1, 1, channels, channels), dim=1)
     whole = merge(Pool(count, mean, var * count))
@@ -87,7 +87,7 @@ def merged(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _merge_packets(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of packets, by one launch where a backend has a kernel for it."""
+    """Merge the reports in packets, in one launch where the backend has a kernel for it."""
     fused = getattr(registry.serving(packets[0]), "merge_packets", None)
     if fused is None:
         return merged(wire.unpacked(packets, channels))
@@ -95,7 +95,7 @@ def _merge_packets(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Te
 
 
 def _finish(*arguments: Any) -> None:
-    """:func:`_update`; on a CPU once all processes have their outputs and new statistics, or all raise."""
+    """Write the statistics; on CPUs only after every process has its output and its new statistics, else all raise."""
     *update, _, size, group, signature = arguments
     mean, var, counter, momentum, momentum_at, count, batch_mean, batch_var = update
     if not (count.is_cpu and group):
@@ -141,7 +141,7 @@ def _normalize(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _reduce(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """(2, C) this process's sums of dz and of dz * xhat; and dz if it is asked for, else nothing."""
+    """Sum dz and dz * xhat over this process, (2, C); return dz too if it is asked for."""
     *layer, need_dz = arguments
     engine = registry.serving(x)
     dz = engine.empty_like(x) if need_dz else None
@@ -153,7 +153,7 @@ def _reduce(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _reduce_packets(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Packets of the sums, sums and dz; of what fails, packets that tell the other processes."""
+    """Make the packets of the sums, or packets that tell the other processes of an error; the sums; dz."""
     *rest, group, signature = arguments
     try:
         registry.serving(x).empty_like(x)  # dx's memory, as of the output
@@ -167,7 +167,7 @@ def _reduce_packets(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Ten
 
 
 def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
-    """dx, of the sums and the count of all processes."""
+    """Compute dx from the sums and the count of all processes."""
     *layer, sums, _ = arguments
     engine = registry.serving(x)
     dx = engine.empty_like(x)
