@@ -9,14 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .accesses import space_of
+from .cache import cached_path, write_whole
 from .parser import TYPE_BYTES, Kernel, parse, separate
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -85,16 +83,6 @@ class Compiled:
 # -------------------------------------------------------------------- cache
 
 
-def cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GPU_BN_COMPILE_CACHE", Path(base) / "gpu_bn" / "compile"))
-
-
-def _cached(key: object) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    return cache_directory() / f"{digest[:32]}.json"
-
-
 def _load(path: Path) -> dict[str, Compiled] | None:
     try:
         return {name: Compiled(**entry) for name, entry in json.loads(path.read_text()).items()}
@@ -103,20 +91,13 @@ def _load(path: Path) -> dict[str, Compiled] | None:
 
 
 def _save(path: Path, kernels: Mapping[str, Compiled]) -> None:
-    _write(path, json.dumps({name: asdict(kernel) for name, kernel in kernels.items()}).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    Path(file.name).replace(path)  # whole or not at all, also with several test processes
+    write_whole(path, json.dumps({name: asdict(kernel) for name, kernel in kernels.items()}).encode())
 
 
 # -------------------------------------------------------------------- CUDA C++
 
 
-def _package_file(package: str, pattern: str) -> Path | None:
+def package_file(package: str, pattern: str) -> Path | None:
     """A file inside an installed namespace package such as nvidia.cuda_nvrtc."""
     try:
         spec = importlib.util.find_spec(package)
@@ -130,12 +111,12 @@ def _package_file(package: str, pattern: str) -> Path | None:
 
 def nvrtc_library() -> Path | None:
     """The NVRTC of the pip packages: CUDA 12's, or else CUDA 13's."""
-    twelve = _package_file("nvidia.cuda_nvrtc", "lib/libnvrtc.so.*[0-9]")
-    return twelve or _package_file("nvidia.cu13", "lib/libnvrtc.so.*[0-9]")
+    twelve = package_file("nvidia.cuda_nvrtc", "lib/libnvrtc.so.*[0-9]")
+    return twelve or package_file("nvidia.cu13", "lib/libnvrtc.so.*[0-9]")
 
 
 def cuda_headers() -> Path | None:
-    header = _package_file("nvidia.cuda_runtime", "include/cuda_fp16.h") or _package_file(
+    header = package_file("nvidia.cuda_runtime", "include/cuda_fp16.h") or package_file(
         "nvidia.cu13", "include/cuda_fp16.h"
     )
     return header.parent if header else None
@@ -225,7 +206,7 @@ def compile_cuda(
     """
     flags = _flags(arch, options, resources)
     headers = dict(headers or {})
-    path = _cached(["cuda", nvrtc().version, flags, source, headers, list(expressions)])
+    path = cached_path(["cuda", nvrtc().version, flags, source, headers, list(expressions)])
     if (cached := _load(path)) is None:
         cached = build_cuda(source, arch, options, expressions=expressions, headers=headers, resources=resources)
         _save(path, cached)
@@ -252,10 +233,10 @@ def build_cuda(
 def cuda_cubin(source: str, arch: int, options: Sequence[str] = (), *, expressions: Sequence[str] = ()) -> bytes:
     """The machine code for sm_<arch>, from the cache if it is there."""
     flags = _flags(arch, options, True)
-    path = _cached(["cubin", nvrtc().version, flags, source, list(expressions)]).with_suffix(".cubin")
+    path = cached_path(["cubin", nvrtc().version, flags, source, list(expressions)]).with_suffix(".cubin")
     if not path.exists():
         cubin = nvrtc().compile(source, flags, {}, expressions)[3]
-        _write(path, cubin)
+        write_whole(path, cubin)
     return path.read_bytes()
 
 
@@ -318,7 +299,7 @@ def compile_triton(
     options = _triton_options(num_warps, num_stages, num_ctas, fp_fusion, maxnreg)
     constants = dict(constants or {})
     key = _triton_key(function, arch, signature, constants, aligned, options)
-    path = _cached(["triton", triton_version(), *key, resources])
+    path = cached_path(["triton", triton_version(), *key, resources])
     if (cached := _load(path)) is None:
         cached = {"kernel": _compile_triton(function, arch, signature, constants, aligned, options, resources)}
         _save(path, cached)
@@ -344,9 +325,9 @@ def triton_cubin(
     options = _triton_options(num_warps, num_stages, num_ctas, fp_fusion, maxnreg)
     constants = dict(constants or {})
     key = _triton_key(function, arch, signature, constants, aligned, options)
-    path = _cached(["triton cubin", triton_version(), *key]).with_suffix(".cubin")
+    path = cached_path(["triton cubin", triton_version(), *key]).with_suffix(".cubin")
     if not path.exists():
-        _write(path, _triton_binary(function, arch, signature, constants, aligned, options, True)[0].asm["cubin"])
+        write_whole(path, _triton_binary(function, arch, signature, constants, aligned, options, True)[0].asm["cubin"])
     return path.read_bytes()
 
 

@@ -13,14 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import EmulatorError
+from .literals import TYPE_BYTES as TYPE_BYTES
+from .literals import initial_bytes, number, split
 
-TYPE_BYTES = {
-    "pred": 1, "b8": 1, "u8": 1, "s8": 1,
-    "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2,
-    "b32": 4, "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4,
-    "b64": 8, "u64": 8, "s64": 8, "f64": 8, "f32x2": 8,
-    "b128": 16,
-}  # fmt: skip
 VECTOR_LENGTHS = {"v2": 2, "v4": 4, "v8": 8}
 
 
@@ -242,7 +237,6 @@ _REGISTER_RANGE = re.compile(r"(%?[\w$]+)<(\d+)>$")
 _LABEL = re.compile(r"([\w$]+):(?!:)")
 _NUMBERED = re.compile(r"(.*?)(\d+)$")
 _NUMBER = re.compile(r"[+-]?\d")
-_FLOAT_BITS = re.compile(r"0[fF][0-9a-fA-F]{8}$|0[dD][0-9a-fA-F]{16}$")
 
 
 class _Body:
@@ -344,7 +338,7 @@ class _Body:
         size = 0 if found["extern"] and not count else element * count
         align = int(found["align"] or element)
         offset = -(-getattr(kernel, f"{space}_bytes") // align) * align
-        initial = _initial_bytes(found["init"], found["type"]) if found["init"] else b""
+        initial = initial_bytes(found["init"], found["type"]) if found["init"] else b""
         getattr(kernel, space)[name] = Variable(name, offset, size, align, initial)
         setattr(kernel, f"{space}_bytes", offset + size)
 
@@ -358,7 +352,7 @@ class _Body:
             rest = rest[guarded.end() :]
         opcode, _, arguments = rest.partition(" ")
         name, *modifiers = opcode.split(".")
-        operands = tuple(self._operand(argument) for argument in _split(arguments))
+        operands = tuple(self._operand(argument) for argument in split(arguments))
         return Instruction(name, tuple(modifiers), operands, guard, line, statement)
 
     def _register(self, name: str) -> Register | None:
@@ -374,9 +368,9 @@ class _Body:
     def _operand(self, text: str) -> Operand:
         if text.startswith("["):
             base, _, offset = text[1:-1].replace(" ", "").partition("+")
-            return Address(self._operand(base), int(_number(offset)) if offset else 0)
+            return Address(self._operand(base), int(number(offset)) if offset else 0)
         if text.startswith("{"):
-            return Vector(tuple(self._operand(part) for part in _split(text[1:-1])))
+            return Vector(tuple(self._operand(part) for part in split(text[1:-1])))
         if "|" in text:
             return Vector(tuple(self._operand(part.strip()) for part in text.split("|")))
         if text == "_":
@@ -385,29 +379,6 @@ class _Body:
             register = self._operand(text[1:].strip())
             return Register(register.index, register.bytes, negated=True)
         if _NUMBER.match(text):
-            return Immediate(_number(text))
+            return Immediate(number(text))
         # A % name that no .reg declares is a special register, or a mistake that loading reports.
         return self._register(text) or (Special(text) if text.startswith("%") else Symbol(self._scoped(text)))
-
-
-def _split(text: str) -> list[str]:
-    """Split at the commas that are outside of brackets and braces."""
-    parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,\[\]{}])+", text)
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _number(text: str) -> int | float:
-    if _FLOAT_BITS.match(text):
-        return int(text[2:], 16)
-    if "." in text:
-        return float(text)
-    digits = text.rstrip("U").lstrip("+-")
-    octal = len(digits) > 1 and digits[0] == "0" and digits.isdigit()
-    value = int(digits, 8 if octal else 0)
-    return -value if text.startswith("-") else value
-
-
-def _initial_bytes(text: str, type_: str) -> bytes:
-    size = TYPE_BYTES[type_]
-    values = [part.strip() for part in text.strip("{} \n\t").split(",")]
-    return b"".join((_number(value) & (256**size - 1)).to_bytes(size, "little") for value in values)

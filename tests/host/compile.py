@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from emulator.compile import cache_directory
+from emulator.cache import cache_directory
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing")

@@ -22,6 +22,7 @@ from emulator.formats import VALUE
 from emulator.parser import TYPE_BYTES
 
 from gpu_bn import functional, registry
+from support.fake_streams import MadeStreams, Stream
 
 PROPERTIES = {
     75: {"name": b"emulated sm_75", "major": 7, "minor": 5, "multiProcessorCount": 4, "l2CacheSize": 32 << 10,
@@ -172,49 +173,6 @@ class Kernel:
         assert self.device_id == self.gpu.current, "a kernel of another device"
         room = SHARED_UNASKED - self.compiled.kernel.shared_bytes if self.asked is None else self.asked
         assert shared <= room, "more shared memory than was asked for"
-
-
-class Stream:
-    """A queue that runs what is put in at once, also while it is captured. Each thread has a current one a device."""
-
-    def __init__(self, gpu: EmulatedGpu, ptr: int | None = None) -> None:
-        self.gpu, self.ptr = gpu, id(self) if ptr is None else ptr
-        self.capturing = False
-        self.before: list[Stream] = []
-
-    def __enter__(self) -> Stream:
-        self.before.append(self.gpu.stream)
-        self.gpu.stream = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.gpu.stream = self.before.pop()
-
-    def is_capturing(self) -> bool:
-        return self.capturing
-
-    def begin_capture(self) -> None:
-        self.capturing = True
-
-    def end_capture(self) -> None:
-        self.capturing = False
-
-
-class MadeStreams:
-    """``cupy.cuda.Stream``."""
-
-    def __init__(self, gpu: EmulatedGpu) -> None:
-        self.gpu = gpu
-
-    def __call__(self, non_blocking: bool = False) -> Stream:
-        del non_blocking
-        return Stream(self.gpu)
-
-    def from_external(self, stream: Any) -> Stream:
-        """Another library's, by CUDA's stream protocol."""
-        version, ptr = stream.__cuda_stream__()
-        assert version == 0
-        return Stream(self.gpu, ptr)
 
 
 class EmulatedGpu:

@@ -18,7 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from emulator.compile import _cached, _package_file, _write
+from emulator.cache import cached_path, write_whole
+from emulator.compile import package_file
 
 REGISTER_FILE = 64 << 10
 """Registers of an SM, on every architecture from sm_70 on."""
@@ -225,16 +226,16 @@ def blocks_per_sm(arch: int, threads: int, registers: int, shared_bytes: int) ->
 
 def tool(name: str) -> Path | None:
     """``nvdisasm`` or ``cuobjdump``, if the ``triton`` wheel is installed."""
-    return _package_file("triton", f"backends/nvidia/bin/{name}")
+    return package_file("triton", f"backends/nvidia/bin/{name}")
 
 
 def figures_of(cubin: bytes, width: int, chain: int = 1) -> dict[str, Figures]:
     """The figures of a cubin's kernels by name, from the cache of compiled kernels if they are there."""
     reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    path = _cached(["figures", reader, hashlib.sha256(cubin).hexdigest(), width, chain])
+    path = cached_path(["figures", reader, hashlib.sha256(cubin).hexdigest(), width, chain])
     if not path.exists():
         found = {name: machine.figures(width, chain) for name, machine in disassemble(cubin).items()}
-        _write(path, json.dumps(found).encode())
+        write_whole(path, json.dumps(found).encode())
     return {name: Figures(*figures) for name, figures in json.loads(path.read_text()).items()}
 
 
