@@ -101,7 +101,7 @@ def test_one_library_for_all_arrays():
 
 def test_a_backend_that_cannot_be_had_says_why(monkeypatch):
     pytest.importorskip("torch")
-    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.triton.backend")]:
+    for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.triton.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "triton", None)
     registry.load.cache_clear()
