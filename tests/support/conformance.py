@@ -48,6 +48,17 @@ def every_case() -> Selected:
     return [(case, ()) for case in (*cases(), *extended_cases())]
 
 
+USUAL = ("identity", "relu", "silu")
+"""The activations that a normal run compiles for every dtype."""
+
+
+def kernel_mark(activation: str, dtype: str) -> Any:
+    """The mark of a test that compiles the kernels of an activation and a dtype."""
+    if activation in USUAL or dtype == "float32":
+        return ()
+    return SLOW if (list(ROWS).index(activation) + (dtype == "float16")) % 2 else EXHAUSTIVE
+
+
 def compiled_cases(step: int = 1) -> Selected:
     """Return all cases, one in ``step`` for the normal run.
 
@@ -55,12 +66,10 @@ def compiled_cases(step: int = 1) -> Selected:
     with three activations; a long run half of the rest.
     """
     for index, case in enumerate(cases()):
-        usual = case.activation in ("identity", "relu", "silu") or (case.dtype == "float32" and case.residual)
-        at_all = case.dtype == "float32" or (list(ROWS).index(case.activation) + (case.dtype == "float16")) % 2
-        if usual:
-            yield case, SLOW if index % step else ()
-        else:
-            yield case, SLOW if at_all else EXHAUSTIVE
+        mark = kernel_mark(case.activation, case.dtype)
+        if mark == () and case.activation not in USUAL and not case.residual:
+            mark = SLOW
+        yield case, SLOW if mark == () and index % step else mark
     yield from ((case, ()) for case in extended_cases())
 
 
