@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from gpu_bn import nn, registry
-from gpu_bn.backends.protocol import Moments, Saved
+from gpu_bn.backends.protocol import Grads, Moments, Saved
+from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
 BATCH = 200
@@ -34,13 +35,13 @@ class Nothing:
     def vector(self, array: torch.Tensor) -> torch.Tensor:
         return array
 
-    def forward(self, x: torch.Tensor, spec: BatchNormSpec, *_: Any, **__: Any) -> tuple[torch.Tensor, Saved]:
+    def forward(self, call: Call, spec: BatchNormSpec, _: bool = True) -> tuple[torch.Tensor, Saved]:
         moments = Moments(32, self.zeros, self.zeros)
-        return torch.empty_like(x), Saved(x, None, moments, None, None, None, None, False, spec)
+        return torch.empty_like(call.x), Saved(call.x, None, moments, None, None, None, None, False, spec)
 
-    def backward(self, dy: torch.Tensor, _: Saved, need: frozenset[str]) -> tuple[torch.Tensor | None, ...]:
+    def backward(self, dy: torch.Tensor, _: Saved, need: frozenset[str]) -> Grads:
         vectors = [torch.empty(3) if name in need else None for name in ("dweight", "dbias")]
-        return torch.empty_like(dy), *vectors, None
+        return Grads(torch.empty_like(dy), *vectors)
 
 
 def operations(function: Callable[..., torch.Tensor], layer: torch.nn.Module) -> dict[str, Callable[[], Any]]:

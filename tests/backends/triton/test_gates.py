@@ -43,7 +43,7 @@ def _covering():
 
 def _marked(groups):
     for index, group in enumerate(groups):
-        marks = [] if index == 0 else [pytest.mark.slow if index % 7 == 0 else pytest.mark.exhaustive]
+        marks = [] if index == 0 else [pytest.mark.slow if index % 8 == 3 else pytest.mark.exhaustive]
         yield pytest.param(group, id=str(group), marks=marks)
 
 
