@@ -85,10 +85,7 @@ def test_compiled_training_is_bitwise_that_of_eager(name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param("mobilenet", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("resnet", "unet")),
-    ],
+    [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("mobilenet", "resnet", "unet")],
 )
 def test_inductor_training_stays_with_torch(name):
     plain, ours = pair(name, torch.float64)

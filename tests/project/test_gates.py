@@ -75,8 +75,10 @@ def changed():
 
 @pytest.mark.compile
 @pytest.mark.usefixtures("compile_cuda")
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", gates.ITEMSIZE)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(d, marks=pytest.mark.slow if d == "float16" else pytest.mark.exhaustive) for d in gates.ITEMSIZE],
+)
 def test_cuda_kernels_that_have_changed_are_within_the_gates(dtype):
     """Those likely to be outside: of each kind and layout the one that had the fewest registers to spare."""
     tightest = {}

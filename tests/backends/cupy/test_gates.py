@@ -39,7 +39,7 @@ def _covering():
 
 def _marked(groups):
     for index, group in enumerate(dict.fromkeys(groups)):
-        marks = [] if index == 0 else [pytest.mark.exhaustive if index % 6 else pytest.mark.slow]
+        marks = [] if index == 0 else [pytest.mark.exhaustive if index % 12 else pytest.mark.slow]
         yield pytest.param(group, id=str(group), marks=marks)
 
 
