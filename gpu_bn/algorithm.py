@@ -119,19 +119,8 @@ def _forward(
 
 def save(backend: Backend, call: Call, spec: BatchNormSpec, moments: Moments) -> Saved:
     """Collect what the backward call of a call with these statistics needs."""
-    weight, bias, residual = call.weight, call.bias, call.residual
-    return Saved(
-        x=call.x,
-        residual=None if spec.activation.is_identity else residual,
-        moments=moments,
-        weight=None if weight is None else backend.vector(weight),
-        bias=None if bias is None else backend.vector(bias),
-        weight_dtype=None if weight is None else weight.dtype,
-        bias_dtype=None if bias is None else bias.dtype,
-        has_residual=residual is not None,
-        spec=spec,
-        valid=call.valid,
-    )
+    weight, bias = (None if one is None else backend.vector(one) for one in (call.weight, call.bias))
+    return Saved.of_call(call, spec, moments, weight, bias)
 
 
 def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:

@@ -80,6 +80,14 @@ class Saved:
     valid: Array | None = None
     renorm: tuple[Array, Array] | None = None
 
+    @staticmethod
+    def of_call(call: Call, spec: BatchNormSpec, moments: Moments, weight: Array | None, bias: Array | None) -> Saved:
+        """Collect what the backward call of a call needs that used these statistics, weight and bias."""
+        residual = None if spec.activation.is_identity else call.residual
+        weight_dtype, bias_dtype = (None if one is None else one.dtype for one in (call.weight, call.bias))
+        rest = (weight_dtype, bias_dtype, call.residual is not None, spec, None, call.valid)
+        return Saved(call.x, residual, moments, weight, bias, *rest)
+
     @property
     def positions(self) -> Any:
         """How many positions the backward sums are divided by: the count, but at least 1."""

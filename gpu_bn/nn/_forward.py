@@ -1,4 +1,4 @@
-"""Where pickles of fused models made before 0.2 look for these names."""
+"""Names that pickles of fused models hold which were made before the modules moved."""
 
 from gpu_bn.nn.fx.forward import Forward, Plan, normalise
 

@@ -45,7 +45,7 @@ class CpuBackend:
             weight, bias = (None if one is None else self.vector(one) for one in (weight, bias))
         running = (call.running_mean, call.running_var)
         moments = self._forward(Call(call.x, weight, bias, call.residual, *running, out=y), spec, in_place)
-        return y, _saved(call, spec, moments, weight, bias)
+        return y, Saved.of_call(call, spec, moments, weight, bias)
 
     def forward_at_once(self, call: Call, spec: BatchNormSpec) -> tuple[Array, Saved] | None:
         """:meth:`forward` of torch's tensors, where one call into C, the last, writes the statistics and the counter.
@@ -54,7 +54,7 @@ class CpuBackend:
         """
         y = self.arrays.empty_like(call.x)
         found = launch.forward(self.arrays, call._replace(out=y), spec, at_once=True, fresh=True)
-        return found and (y, _saved(call, spec, Moments(found[2], found[0], found[1]), call.weight, call.bias))
+        return found and (y, Saved.of_call(call, spec, Moments(found[2], found[0], found[1]), call.weight, call.bias))
 
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
         arrays, channels, identity = self.arrays, saved.x.shape[saved.spec.axis], saved.spec.activation.is_identity
@@ -167,9 +167,9 @@ class CpuBackend:
         ``fresh``: dx and dresidual are new, like x.
         """
         moments, known = saved.moments, None if given is None else Sums(*map(self._double, given))
-        dense = replace(moments, mean=self._double(moments.mean), var=self._double(moments.var))
-        if dense.mean is not moments.mean or dense.var is not moments.var:
-            saved = replace(saved, moments=dense)
+        mean, var = self._double(moments.mean), self._double(moments.var)
+        if mean is not moments.mean or var is not moments.var:
+            saved = replace(saved, moments=replace(moments, mean=mean, var=var))
         found = None if saved.valid is not None else launch.backward(self.arrays, saved, dy, grads, sums, known, fresh)
         return Sums(*found) if found else pieces.backward(self, dy, saved, grads, sums, given)
 
@@ -182,10 +182,3 @@ class CpuBackend:
         count, mean, var = zip(*[(part.count, part.mean, part.var) for part in parts], strict=True)
         together = self.arrays.concatenate
         return Moments(count[0] if isinstance(count[0], int) else together(count), together(mean), together(var))
-
-
-def _saved(call: Call, spec: BatchNormSpec, moments: Moments, weight: Array | None, bias: Array | None) -> Saved:
-    """What a call keeps that has used this weight and bias."""
-    weight_dtype, bias_dtype = (None if one is None else one.dtype for one in (call.weight, call.bias))
-    residual = None if spec.activation.is_identity else call.residual
-    return Saved(call.x, residual, moments, weight, bias, weight_dtype, bias_dtype, call.residual is not None, spec)

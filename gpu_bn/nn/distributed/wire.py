@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpu_bn.activations import ROWS
-from gpu_bn.nn.operators.library import LIBRARY, TAGS
+from gpu_bn.nn.operators.library import LIBRARY, TAGS, register
 
 FIELDS = (
     "call", "packet", "pass", "forward call", "layer", "channels", "dtype", "activation", "parameter", "eps",
@@ -257,9 +257,7 @@ for _name, _kernel, _fake in (
     ("sync_sum", _sum, _sum_fake),
     ("sync_refuse", _refuse, _refuse_fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"gpu_bn::{_name}", _fake, lib=LIBRARY)
+    register(_name, _kernel, _fake)
 
 pack = torch.ops.gpu_bn.sync_pack.default
 mistake = torch.ops.gpu_bn.sync_mistake.default

@@ -304,12 +304,6 @@ def as_promised(result: Tensor, x: Tensor) -> Tensor:
     return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
-KERNELS: dict[Any, Callable[..., Any]] = {train: _train, infer: _infer, backward: _backward}
-for _operator, _kernel in KERNELS.items():
-    for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_operator, _kernel, _key)
-
-
 # ------------------------------------------------------------------------------------------ what they would return
 def _train_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, residual, activation = arguments[0], arguments[3], arguments[9]
@@ -351,6 +345,13 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-torch.library.register_fake("gpu_bn::train", _train_fake, lib=LIBRARY)
-torch.library.register_fake("gpu_bn::infer", _infer_fake, lib=LIBRARY)
-torch.library.register_fake("gpu_bn::backward", _backward_fake, lib=LIBRARY)
+def register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Give an operator its kernel for CPUs and GPUs, and the function that tells compilers of its outputs."""
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, kernel, key)
+    torch.library.register_fake(f"gpu_bn::{name}", fake, lib=LIBRARY)
+
+
+register("train", _train, _train_fake)
+register("infer", _infer, _infer_fake)
+register("backward", _backward, _backward_fake)

@@ -21,7 +21,7 @@ from gpu_bn.call import Call
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn.distributed import wire
 from gpu_bn.nn.distributed.group import Group, exchange
-from gpu_bn.nn.operators.library import LIBRARY, TAGS, adjacent, as_read
+from gpu_bn.nn.operators.library import LIBRARY, TAGS, adjacent, as_read, register
 from gpu_bn.nn.running import moved_statistics, update_running, write
 from gpu_bn.spec import BatchNormSpec
 
@@ -253,9 +253,7 @@ for _name, _kernel, _fake in (
     ("sync_reduce", _reduce, _reduce_fake),
     ("sync_input", _input, _input_fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"gpu_bn::{_name}", _fake, lib=LIBRARY)
+    register(_name, _kernel, _fake)
 
 report = torch.ops.gpu_bn.sync_report.default
 report_packets = torch.ops.gpu_bn.sync_report_packets.default
