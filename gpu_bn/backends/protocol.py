@@ -140,7 +140,7 @@ class Sums(NamedTuple):
 class Backend(Protocol):
     """The phases. Arrays are the backend's own library's; arguments have been checked by :mod:`gpu_bn.spec`.
 
-    A backend may also fuse the phases of a call, as a :class:`FusedBackend` one does. ``valid`` is as in :class:`Saved`;
+    A backend may also fuse the phases of a call: :class:`FusedBackend`. ``valid`` is as in :class:`Saved`;
     ``groups`` is the number of ghost batches, equal parts of axis 0 with statistics and sums of their own.
     """
 
