@@ -34,7 +34,7 @@ mean = 1e4 sd wrong by 3e-7 instead of 3e-8."""
 FEW = 32
 """Elements of a channel up to which float64, twice, costs nothing."""
 TRUSTED = 4.0
-"""A variance is taken from sums around a shift while (mean - shift)**2 <= TRUSTED * variance."""
+"""A variance is taken from sums around a shift while (mean - shift)**2 <= TRUSTED * variance; of float64, <= variance."""
 SHORT, TOGETHER = 1024, 8
 """Elements of a run up to which adjacent channels of so many runs are summed in turn, in the order of memory: the
 processor fetches ahead along a few streams, not from one short run to the next, far away one."""
@@ -93,6 +93,7 @@ def moments_again(x, step, runs, length, shift):
 @cache
 def moments(code):
     """The kernel that computes mean and variance of adjacent channels."""
+    trusted = 1.0 if code == FLOAT64 else TRUSTED
 
     @kernel
     def moments_kernel(x, step, runs, length, channels, mean, var):
@@ -109,19 +110,18 @@ def moments(code):
                 put(var, channel, q if first == 0 else get(var, channel) + q)
         for channel in range(channels):
             (xc,) = moved((x,), (channel * length,))
-            if count <= FEW:
-                m, v = moments_again(xc, step, runs, length, get(xc, 0))
-            else:
+            m, v, k, good = 0.0, 0.0, get(xc, 0), False
+            if count > FEW:
                 k = rounded(x, mean_of_first(xc, length))
                 m, q = get(mean, channel) / count, get(var, channel) / count
                 v = q - m * m
-                if m * m <= TRUSTED * v and v > SMALLEST and q < LARGEST:
-                    m += k
-                else:
-                    m, v = moments_again(xc, step, runs, length, k + m if abs(k + m) < LARGEST else k)
-            if (code == FLOAT64 or count <= FEW) and abs(m) < INFINITY:
-                # Around a shift that is off by part of a standard deviation long sums lose digits that float64 has.
-                m, v = moments_again(xc, step, runs, length, m)
+                good = m * m <= trusted * v and v > SMALLEST and q < LARGEST
+            m += k
+            if not good:
+                m, v = moments_again(xc, step, runs, length, m if abs(m) < LARGEST else k)
+                if (code == FLOAT64 or count <= FEW) and abs(m) < INFINITY:
+                    # Around a shift that is far off long sums lose digits that float64 has.
+                    m, v = moments_again(xc, step, runs, length, m)
             put(mean, channel, m)
             put(var, channel, v)
 
