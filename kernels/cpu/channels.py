@@ -34,7 +34,8 @@ mean = 1e4 sd wrong by 3e-7 instead of 3e-8."""
 FEW = 32
 """Elements of a channel up to which float64, twice, costs nothing."""
 TRUSTED = 4.0
-"""A variance is taken from sums around a shift while (mean - shift)**2 <= TRUSTED * variance; of float64, <= variance."""
+"""A variance is taken from sums around a shift while (mean - shift)**2 <= TRUSTED * variance, float64's while it is
+at most the variance."""
 SHORT, TOGETHER = 1024, 8
 """Elements of a run up to which adjacent channels of so many runs are summed in turn, in the order of memory: the
 processor fetches ahead along a few streams, not from one short run to the next, far away one."""
