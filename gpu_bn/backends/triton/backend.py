@@ -74,7 +74,7 @@ def backend() -> TritonBackend:
 
 
 class TritonBackend(SharedStatistics):
-    """See :class:`gpu_bn.backends.protocol.Backend`; ``forward`` and ``backward`` are of ``Fused``.
+    """See :class:`gpu_bn.backends.protocol.Backend`; ``forward`` and ``backward`` are of ``FusedBackend``.
 
     Args:
         launch: what launches a :class:`~gpu_bn.backends.triton.launch.Step`; tests run kernels elsewhere.
