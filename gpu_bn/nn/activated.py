@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,19 +92,24 @@ def has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
-@lru_cache(None)
-def joined(ours: type[torch.nn.Module], theirs: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """Make the class of a converted layer: ours, and by ``isinstance`` also that of the library which the layer is from.
+JOINED: dict[tuple[type[Any], type[Any]], type[Any]] = {}
+"""The classes of converted layers that are from other libraries."""
+
+
+def joined(ours: type[Any], theirs: type[Any]) -> type[Any]:
+    """Make the class of a converted layer: ours, and by ``isinstance`` also the one that it had in its library.
 
     torch's own classes are bases of ours; but DistributedDataParallel refuses its ``SyncBatchNorm`` on CPUs.
     """
     if theirs.__module__.startswith("torch."):
         return ours
-    own = {"__module__": ours.__module__, "__repr__": torch.nn.Module.__repr__, "joins": (ours, theirs)}
-    try:
-        return type(ours.__name__, (ours, theirs), own)
-    except TypeError:  # the two have bases that do not go together
-        return ours
+    if (ours, theirs) not in JOINED:
+        own = {"__module__": ours.__module__, "__repr__": torch.nn.Module.__repr__, "joins": (ours, theirs)}
+        try:
+            JOINED[ours, theirs] = type(ours.__name__, (ours, theirs), own)
+        except TypeError:  # the two have bases that do not go together
+            JOINED[ours, theirs] = ours
+    return JOINED[ours, theirs]
 
 
 def joined_by(kind: type[Any]) -> tuple[type[Any], ...]:
@@ -113,10 +117,9 @@ def joined_by(kind: type[Any]) -> tuple[type[Any], ...]:
     return vars(kind).get("joins", (kind,))  # type: ignore[no-any-return]
 
 
-def _empty(*classes: type[torch.nn.Module]) -> torch.nn.Module:
+def _empty(*classes: type[Any]) -> Any:
     """Make an object of a joined class, for ``pickle`` and ``copy``, which know classes by their names."""
-    cls = joined(*classes)
-    return cls.__new__(cls)
+    return object.__new__(joined(*classes))
 
 
 class Activated(torch.nn.Module):
