@@ -18,11 +18,11 @@ from gpu_bn.bench.implementations import Implementation, choose
 from gpu_bn.bench.machine import clocks, cpu_copy_bandwidth, describe, machine, smi
 from gpu_bn.bench.measurement import Entry, Result, Tensors, measure
 from gpu_bn.bench.model import model
-from gpu_bn.bench.report import Report, model_tables, slower_with_threads, three_digits
+from gpu_bn.bench.report import Report, model_tables, slower_with_threads
 from gpu_bn.bench.tiers import crossovers
 from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, in_words
 from gpu_bn.bench.verify import verify
-from gpu_bn.cli.console import Table, progress, terminal_width
+from gpu_bn.cli.console import Table, progress, terminal_width, three_digits
 from gpu_bn.cli.info import cores
 from gpu_bn.plan import THRESHOLDS, TIERS, Device
 
