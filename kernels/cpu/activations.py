@@ -22,7 +22,14 @@ LN2 = (0.693359375, -2.12194440e-4), (6.93147180369123816490e-01, 1.908214929270
 """In two parts, of which the first has few bits, so that its products with integers are exact."""
 TERMS = 7, 13
 """Of the exponential series, for |r| <= ln(2) / 2."""
-HALF_ERFC = cheb2poly(chebinterpolate(lambda u: exp_of(chebval(u, ERFC_SERIES)), 10)) / 2
+
+
+def _scaled_erfc(u):
+    """erfc(x) * exp(x**2) / t at u = 2 * t - 1."""
+    return exp_of(chebval(u, ERFC_SERIES))
+
+
+HALF_ERFC = cheb2poly(chebinterpolate(_scaled_erfc, 10)) / 2
 """erfc(x) * exp(x**2) / (2 * t) as a polynomial in 2 * t - 1, to 3e-8: for float32, which so takes one exponential for
 the distribution and its density."""
 

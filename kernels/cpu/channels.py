@@ -50,7 +50,7 @@ def run_sums(tensors, steps, runs, length, affine, which, p):
     """Sums over a channel's runs of dz and of dz * (x - centre), in float64; x - centre stands for dz without dy."""
     vectors, zeros = splats_wide(tensors[0], affine), splats_wide(tensors[0], (0.0, 0.0))
     wide, sums, blocks = lanes(vectors), zeros, 0
-    steps_within = (wide, wide, wide)
+    steps_within = places(0, steps, wide)
     (total_dz, total_products), (lost_dz, lost_products) = (0.0, 0.0), (0.0, 0.0)
     for run in range(runs):
         for first in range(0, length, ADDITIONS * wide):
@@ -58,7 +58,7 @@ def run_sums(tensors, steps, runs, length, affine, which, p):
             here = moved(tensors, places(run, steps, first))
             block = sum_vectors(zeros, here, steps_within, count // wide, None, vectors, which, p)
             if count % wide:
-                rest = moved(here, places(count // wide * wide, (1, 1, 1), 0))
+                rest = moved(here, places(0, steps, count // wide * wide))
                 block = sum_vectors(block, rest, steps_within, 1, count % wide, vectors, which, p)
             sums = plus(sums, block)
             blocks += 1
@@ -130,16 +130,17 @@ def moments(code):
 
 
 @cache
-def products(code, which, has_residual):
-    """The kernel that sums dz and dz * (x - centre) over adjacent channels."""
-    residual_code = code if has_residual else -1
+def products(code, which, has_residual, keeps):
+    """The kernel that sums dz and dz * (x - centre) over adjacent channels, and may keep dz."""
+    residual_code, kept_code = code if has_residual else -1, code if keeps else -1
 
     @kernel
     def products_kernel(
-        x, residual, dy, x_step, residual_step, dy_step, runs, length, channels, centre, scale, shift, sums, products, p
-    ):
-        tensors = (elements(x, code), elements(residual, residual_code), elements(dy, code))
-        steps = (x_step, residual_step, dy_step)
+        x, residual, dy, kept, x_step, residual_step, dy_step, kept_step, runs, length, channels, centre, scale, shift,
+        sums, products, p,
+    ):  # fmt: skip
+        tensors = (elements(x, code), elements(residual, residual_code), elements(dy, code), elements(kept, kept_code))
+        steps = (x_step, residual_step, dy_step, kept_step)
         centre, scale, shift = elements(centre, FLOAT64), elements(scale, FLOAT64), elements(shift, FLOAT64)
         sums, products = elements(sums, FLOAT64), elements(products, FLOAT64)
         together = max(runs, 1) if length > SHORT else TOGETHER // 2  # of x and of dy

@@ -68,12 +68,12 @@ def inner_loops(assembly):
 
 KERNELS = {
     "moments": (lambda code: channels.moments(code), "vfmadd"),
-    "products": (lambda code: channels.products(code, RELU, True), "vfmadd"),
+    "products": (lambda code: channels.products(code, RELU, True, True), "vfmadd"),
     "y": (lambda code: channels.writer(code, RELU, False, False, True, False), "vfmadd"),
     "y of silu": (lambda code: channels.writer(code, SILU, False, False, True, False), "vdiv"),
     "dx": (lambda code: channels.writer(code, RELU, True, True, True, True), "vfmadd"),
     "rows' deviations": (lambda code: rows.deviations(code), "vfmadd"),
-    "rows' products": (lambda code: rows.products(code, RELU, False), "vfmadd"),
+    "rows' products": (lambda code: rows.products(code, RELU, False, False), "vfmadd"),
     "rows' y": (lambda code: rows.writer(code, RELU, False, False, True, False), "vfmadd"),
     "rows' dx": (lambda code: rows.writer(code, RELU, False, True, True, False), "vfmadd"),
 }
@@ -252,7 +252,7 @@ ROW, CHUNKS = Case((300, 41)), Case((700, 40))
 BUGS = {
     "a dropped tail of a sum": (channels, "moments", "if count % wide:", "if count % wide < 0:", CHANNELS),
     "a dropped tail of y": (channels, "writer", "if (length - masked) % width:", "if length < 0:", CHANNELS),
-    "a tail begun too late": (channels, "products", "wide, (1, 1, 1), 0", "wide, (1, 1, 1), 1", CHANNELS),
+    "a tail begun too late": (channels, "products", "wide * wide)", "wide * wide + 1)", CHANNELS),
     "a swapped stride": (channels, "moments", "places(run, steps, first)", "places(first, steps, run)", CHANNELS),
     "runs that are lost": (channels, "moments", "range(0, runs if count", "range(0, min(runs, 8) if count", RUNS),
     "a lost float64 sum": (rows, "deviations", "add_to(products, c, None, tile[1], beside)", "pass", ROW),
