@@ -167,11 +167,11 @@ def backward_kernels(
 ) -> tuple[int, int, int]:
     """Whether the sums' kernel keeps dz, and the addresses that a backward call takes; 0 for what it does not need.
 
-    dz is kept where it is to be written anyway, and where it takes long to compute again: in the place of dresidual, or
-    of dx until that is known. In half precision that would round it.
+    dz is kept where it takes long to compute again: in the place of dresidual, or of dx until that is known. In half
+    precision that would round it.
     """
     module = rows if by_rows else channels
-    keeps = sums and writes and SIZES[code] > 2 and (adds or NAMES[which] not in CHEAP)
+    keeps = sums and writes and SIZES[code] > 2 and NAMES[which] not in CHEAP
     last = (0, False, True, True, False) if keeps else (which, residual, True, writes, adds)
     return (
         int(keeps),
