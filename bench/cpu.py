@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from cases import CPU, Case
@@ -157,9 +158,18 @@ def elapsed(call: Call, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def start_helpers(threads: int) -> None:
+    """Start our helpers on cores of their own: they would inherit the one to which OpenMP binds the caller."""
+    if threads > 1 and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(1, threads))
+        gpu_bn.batch_norm(np.ones((64, 1 << 17), np.float32), training=True, backend="cpu")
+        os.sched_setaffinity(0, {0})
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
     """All cases in this process, by case and by backend and peer."""
     gpu_bn.set_num_threads(arguments.threads)
+    start_helpers(arguments.threads)
     torch.set_num_threads(arguments.threads)
     peers = {"torch": torchs} | ({"torch.compile": torch.compile(torchs)} if arguments.compile else {})
     results = {}
