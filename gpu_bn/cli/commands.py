@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if sys.stdout is None:
             raise CommandError("standard output is closed")
+        values.check_environment()
         code = commands[options.command](options)
         sys.stdout.flush()
         return code
