@@ -338,7 +338,7 @@ def test_a_bad_number_in_the_environment_is_named_by_a_small_layer_of_torch(monk
     monkeypatch.setattr(threads, "_threads", 0)
     layer, x = nn.BatchNorm(3), torch.ones(4, 3, 1, 1, 5 + differentiated, requires_grad=differentiated)
     for _ in range(2):
-        with pytest.raises(ValueError, match="environment variable GPU_BN_NUM_THREADS .* got 'abc'"):
+        with pytest.raises(ValueError, match=r"environment variable GPU_BN_NUM_THREADS .* got 'abc'"):
             layer(x)
     assert layer.num_batches_tracked == 0
 
