@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gpu_bn import aliasing
-from gpu_bn.backends.protocol import Backend, Fused, Grads, Moments, Saved, Sums
+from gpu_bn.backends.protocol import Backend, FusedBackend, Grads, Moments, Saved, Sums
 from gpu_bn.call import Call
 from gpu_bn.interrupts import deferred
 from gpu_bn.spec import BatchNormSpec, is_cupy, on_device_of
@@ -31,7 +31,7 @@ def forward(
     """Normalise, update the running statistics, and return ``y`` and what the backward call needs.
 
     ``in_place`` allows ``call.out`` to be the input or the residual, which a backward call would read; ``call.valid``
-    is what :func:`positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.Fused`.
+    is what :func:`positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.FusedBackend`.
 
     Raises:
         ValueError: an array that is written shares memory with another, or two of its elements do.
@@ -227,7 +227,7 @@ def _empty_grads(backend: Backend, saved: Saved, dx: Array | None, need: frozens
     )
 
 
-def _fused(backend: Any, plain: bool) -> Fused | None:
+def _fused(backend: Any, plain: bool) -> FusedBackend | None:
     """The backend if it fuses such a call, which is plain without a mask and ghost batches."""
     return (
         backend if hasattr(backend, "forward") and (plain or not hasattr(backend, "fuses_plain_calls_only")) else None

@@ -42,11 +42,10 @@ PART = re.compile(r"(<!-- ([a-z][^\n]*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 
 
 # ------------------------------------------------------------------------------------------------------ parts
-def kernels(family: str) -> str:
-    """How many kernels the record of compiled variants has."""
-    (count,) = re.findall(
-        r"^covered \d+ of \d+ groups, (\d+) kernels$", (DATA / f"gates_{family}.txt").read_text(), re.M
-    )
+def kernels(family: str, line: str) -> str:
+    """How many kernels the record of compiled variants has: all that are covered, or those renewed."""
+    record = (DATA / f"gates_{family}.txt").read_text()
+    (count,) = re.findall(rf"^{line} \d+ of \d+ groups.*, (\d+) kernels$", record, re.M)
     return f"{int(count):,}"
 
 
@@ -117,8 +116,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "cases": lambda: str(len(every_case())),
     "cpu": cpu_all,
     "cpu short": cpu_short,
-    "gates_cuda": lambda: kernels("cuda"),
-    "gates_triton": lambda: kernels("triton"),
+    "gates_cuda": lambda: kernels("cuda", "covered"),
+    "gates_cuda_renewed": lambda: kernels("cuda", "renewed"),
+    "gates_triton": lambda: kernels("triton", "covered"),
+    "gates_triton_renewed": lambda: kernels("triton", "renewed"),
     "install": lambda: re.findall(r"<!-- install -->(.*?)<!--", (ROOT / "README.md").read_text(), re.S)[0],
     "model": lambda: "\n" + modelled(model(Options().cases("model"))) + "\n",
     "planted_cuda": planted_cuda,

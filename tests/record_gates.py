@@ -1,11 +1,12 @@
-"""Compile every variant of the kernels, and write the record that tests/project/test_gates.py judges.
+"""Compile variants of the kernels, and write the record that tests/project/test_gates.py judges.
 
-    python tests/record_gates.py sweep cuda --work DIRECTORY [--processes 2]
+    python tests/record_gates.py sweep cuda --work DIRECTORY [--processes 2] [--all]
     python tests/record_gates.py write cuda --work DIRECTORY
 
-``sweep`` appends a row for each group to files in the directory: of what neither the record nor a row has of the
-present sources yet, so that it goes on where it was stopped, and after a change compiles what that concerns. ``write``
-adds the rows there are to what still holds of the record. The kernels are those for ``cuda`` or ``triton``.
+``sweep`` compiles the covering set, or with ``--all`` every variant. It appends a row for each group to files in the
+directory: of what neither the record nor a row has of the present sources yet, so that it goes on where it was stopped,
+and after a change compiles what that concerns. ``write`` puts the rows there are into the record, in the place of what
+was made of older sources. The kernels are those for ``cuda`` or ``triton``.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ def main() -> None:
     parser.add_argument("family", choices=("cuda", "triton"))
     parser.add_argument("--work", type=Path, required=True, help="directory of the rows")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--all", action="store_true", help="every variant, not only the covering set")
     given = parser.parse_args()
     family = family_of(given.family)
     given.work.mkdir(parents=True, exist_ok=True)
     if given.action == "write":
         write(family, given.work)
     else:
-        sweep(family, given.work, given.processes)
+        sweep(family, given.work, given.processes, given.all)
 
 
 def family_of(name: str) -> Family:
@@ -102,14 +104,15 @@ def marked(family: Family, group: Group, kernels: dict[str, Any], seconds: float
 
 
 # -------------------------------------------------------------------------------------------------------- actions
-def sweep(family: Family, work: Path, processes: int) -> None:
+def sweep(family: Family, work: Path, processes: int, every: bool = False) -> None:
     """Compile what is not known yet, and say which kernels are outside the gates."""
-    rows, recorded = Rows(family, work), standing(family).cells
-    groups = sorted((group for group in family.every_group() if group not in recorded), key=family.importance)
+    rows, recorded = Rows(family, work), standing(family).current(family)
+    wanted = sorted(family.every_group(), key=family.importance) if every else family.covering()
+    groups = [group for group in wanted if group not in recorded]
     batches: dict[Group, list[Group]] = {}
     for group in groups:  # those that have kernels in common
         batches.setdefault(group._replace(activation=""), []).append(group)
-    print(f"{len(groups)} groups that the record does not have", flush=True)
+    print(f"{len(groups)} groups of {len(wanted)} that the record does not have of these sources", flush=True)
     with ProcessPoolExecutor(processes, get_context("fork"), initializer=_start, initargs=(rows,)) as pool:
         for lines, outside in pool.map(_compile, batches.values()):
             with (work / "rows.jsonl").open("a") as file:
@@ -143,8 +146,9 @@ def _compile(groups: list[Group]) -> tuple[list[str], list[str]]:
 def write(family: Family, work: Path) -> None:
     """Write the record."""
     record, known = standing(family), Rows(family, work)
+    current = record.current(family)
     for group in family.every_group():
-        if group not in record.cells and (kernels := known.kernels(group)) is not None:
+        if group not in current and (kernels := known.kernels(group)) is not None:
             record.cells[group] = Cell.of(family, group, kernels)
             record.outside += family.outside(group, kernels)
     Record.file(family).write_text(record.text(family))
@@ -152,10 +156,10 @@ def write(family: Family, work: Path) -> None:
 
 
 def standing(family: Family) -> Record:
-    """What still holds of the record; nothing, if something in it was outside the gates."""
+    """The record; an empty one, if it is another compiler's or something in it was outside the gates."""
     record = Record.read(family)
     same = record.compiler == family.compiler() and not record.outside
-    return Record(family.compiler(), cells=record.current(family) if same else {})
+    return record if same else Record(family.compiler())
 
 
 if __name__ == "__main__":

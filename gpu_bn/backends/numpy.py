@@ -99,7 +99,7 @@ class NumpyBackend:
 
     @np.errstate(all="ignore")
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
-        call = Call(saved, residual, saved.spec.activation.row.value_needs)
+        call = Normalization(saved, residual, saved.spec.activation.row.value_needs)
         out = call.split(out)
         for whole in call.parts(call.kept):
             for channels, vectors in call.prepared(whole):
@@ -107,7 +107,7 @@ class NumpyBackend:
 
     @np.errstate(all="ignore")
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
-        call = Call(saved, saved.residual, saved.spec.activation.row.gradient_needs + 2)
+        call = Normalization(saved, saved.residual, saved.spec.activation.row.gradient_needs + 2)
         dy, dz, dbias, dweight = call.split(dy), call.split(dz), call.zeros(), call.zeros()
         for channels in call.parts(call.kept):
             centre, scale, shift, sd, rest = call.vectors(channels)
@@ -125,7 +125,7 @@ class NumpyBackend:
 
     @np.errstate(all="ignore")
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
-        call = Call(saved, saved.residual, saved.spec.activation.row.gradient_needs + 2)
+        call = Normalization(saved, saved.residual, saved.spec.activation.row.gradient_needs + 2)
         dy, out = call.split(dy), call.split(out)
         dbias, dweight = map(call.per_channel, sums or (None, None))
         for channels in call.parts(call.kept):
@@ -208,7 +208,7 @@ class Blocks:
         return self.clear(x.astype(centre.dtype, copy=self.valid is not None), block)
 
 
-class Call(Blocks):
+class Normalization(Blocks):
     """The tensors and per-channel values of a call; ``needs`` is how many temporaries there are beside ``z``."""
 
     def __init__(self, saved: Saved, residual: Array | None, needs: int) -> None:

@@ -140,7 +140,7 @@ class Sums(NamedTuple):
 class Backend(Protocol):
     """The phases. Arrays are the backend's own library's; arguments have been checked by :mod:`gpu_bn.spec`.
 
-    A backend may also fuse the phases of a call, as a :class:`Fused` one does. ``valid`` is as in :class:`Saved`;
+    A backend may also fuse the phases of a call: :class:`FusedBackend`. ``valid`` is as in :class:`Saved`;
     ``groups`` is the number of ghost batches, equal parts of axis 0 with statistics and sums of their own.
     """
 
@@ -180,7 +180,7 @@ class Backend(Protocol):
         """Write ``dx`` to ``out``; ``sums`` is ``None`` for frozen statistics."""
 
 
-class Fused(Protocol):
+class FusedBackend(Protocol):
     """A backend that does all phases of a call in as few launches as it can. Neither method sees empty inputs."""
 
     def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True) -> tuple[Array, Saved]:

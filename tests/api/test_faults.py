@@ -141,11 +141,11 @@ def test_an_output_in_the_inputs_place_is_all_old_or_all_new_when_memory_runs_ou
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_block_that_memory_does_not_suffice_for_is_done_in_halves(monkeypatch, often, in_place, shape):
     """While ``out`` is being written there is no way back, so that it goes on with less."""
-    from gpu_bn.backends.numpy import Call
+    from gpu_bn.backends.numpy import Normalization
 
     x = data(shape)
     expected = gpu_bn.batch_norm(x, training=True, activation="silu", backend="numpy")
-    centred, calls = Call.centred, [0]
+    centred, calls = Normalization.centred, [0]
 
     def fails(self, block, centre):
         calls[0] += 1
@@ -155,7 +155,7 @@ def test_a_block_that_memory_does_not_suffice_for_is_done_in_halves(monkeypatch,
 
     statistics = gpu_bn.batch_norm_forward(x, training=True, backend="numpy")[1].moments
     out = x if in_place else np.empty_like(x)
-    monkeypatch.setattr(Call, "centred", fails)
+    monkeypatch.setattr(Normalization, "centred", fails)
     running = statistics.mean.copy(), statistics.var.copy()
     gpu_bn.batch_norm(x, *running, activation="silu", out=out, backend="numpy")
     assert calls[0] > often

@@ -122,6 +122,22 @@ class Family:
         for arch in ARCHITECTURES:
             yield from self.groups(arch)
 
+    def covering(self) -> list[Group]:
+        """A pairwise covering set, the most important groups first.
+
+        Of every kind of call, with its dtype, vector and layout, it has each architecture and each activation.
+        """
+        calls: dict[Group, list[Group]] = {}
+        for group in self.every_group():
+            calls.setdefault(group._replace(arch=0, activation=""), []).append(group)
+        found = []
+        for shift, groups in enumerate(calls.values()):
+            archs, activations = ({group[at]: None for group in groups} for at in (0, 1))
+            for at in range(max(len(archs), len(activations))):
+                arch = list(archs)[(at + shift) % len(archs)]
+                found.append(groups[0]._replace(arch=arch, activation=list(activations)[at % len(activations)]))
+        return sorted(found, key=self.importance)
+
     def outside(self, group: Group, kernels: Mapping[str, Resources]) -> list[str]:
         """Why kernels of a group are outside the gates."""
         found = []
@@ -143,11 +159,11 @@ class Family:
         assert Cell.of(self, group, kernels) == cell
 
     def changed(self) -> dict[Group, int]:
-        """Groups that have changed since they were recorded, by how many registers they had to spare; fewest first."""
+        """Groups of the covering set that have changed since they were recorded, by the registers they had to spare."""
         record = Record.read(self)
         current = record.current(self)
         found = {}
-        for group in self.every_group():
+        for group in self.covering():
             if group in record.cells and group not in current:
                 most = max(self.limits(group, name).registers for name in self.variants(group))
                 found[group] = most - record.cells[group].registers
@@ -313,14 +329,19 @@ class Record:
         """The whole file."""
         groups = list(family.every_group())
         missing = [group for group in groups if group not in self.cells]
+        covering, current = family.covering(), self.current(family)
+        renewed = [current[group] for group in covering if group in current]
         lines = [
             f"# What the compiler makes of the kernels, by: python tests/record_gates.py write {family.name}",
             "# A cell is of a group's kernels: how many, most registers, bytes spilled, of stack, of shared memory,",
-            "# their narrowest loads and stores of tensors, and a digest of what they are made of.",
+            "# their narrowest loads and stores of tensors, and a digest of what they are made of. Cells outside the",
+            "# covering set may be of older sources: their digest then differs from the present one.",
             f"# By activation: {' '.join(ROWS)}. '-' is not compiled yet, '.' not a group.",
             f"compiler {self.compiler}",
             f"covered {len(groups) - len(missing)} of {len(groups)} groups, "
             f"{sum(cell.kernels for cell in self.cells.values())} kernels",
+            f"renewed {len(renewed)} of {len(covering)} groups of the covering set, "
+            f"{sum(cell.kernels for cell in renewed)} kernels",
             *(f"missing {count} of {kind}, {name}" for (kind, name), count in _counted(missing)),
             *(f"outside {why}" for why in self.outside),
         ]

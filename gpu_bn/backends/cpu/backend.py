@@ -25,7 +25,7 @@ def backend() -> CpuBackend:
 
 
 class CpuBackend:
-    """See :class:`gpu_bn.backends.protocol.Backend`; ``forward`` and ``backward`` are of ``Fused``."""
+    """See :class:`gpu_bn.backends.protocol.Backend`; ``forward`` and ``backward`` are of ``FusedBackend``."""
 
     name = "cpu"
     fuses_plain_calls_only = True

@@ -114,7 +114,7 @@ class SavedRows(Saved):
 
 
 class CupyBackend:
-    """See :class:`gpu_bn.backends.protocol.Backend` and :class:`gpu_bn.backends.protocol.Fused`."""
+    """See :class:`gpu_bn.backends.protocol.Backend` and :class:`gpu_bn.backends.protocol.FusedBackend`."""
 
     name = "cupy"
     xp = cupy

@@ -27,7 +27,7 @@ def backend() -> CupyForTorch:
 
 
 class CupyForTorch:
-    """Call the CuPy backend's methods with views (:class:`gpu_bn.backends.protocol.Backend` and ``Fused``)."""
+    """Call the CuPy backend's methods with views (:class:`gpu_bn.backends.protocol.Backend` and ``FusedBackend``)."""
 
     name = "cupy"
 

@@ -249,19 +249,9 @@ def _refuse_fake(like: Tensor, packets: Tensor, text: str) -> Tensor:
     return torch.empty_like(like)
 
 
-for _name, _kernel, _fake in (
-    ("sync_pack", packed, packed_fake),
-    ("sync_mistake", _mistake, _mistake_fake),
-    ("sync_compare", _compare, _compare_fake),
-    ("sync_unpack", unpacked, _unpack_fake),
-    ("sync_sum", _sum, _sum_fake),
-    ("sync_refuse", _refuse, _refuse_fake),
-):
-    register(_name, _kernel, _fake)
-
-pack = torch.ops.gpu_bn.sync_pack.default
-mistake = torch.ops.gpu_bn.sync_mistake.default
-compare = torch.ops.gpu_bn.sync_compare.default
-unpack = torch.ops.gpu_bn.sync_unpack.default
-add = torch.ops.gpu_bn.sync_sum.default
-refuse = torch.ops.gpu_bn.sync_refuse.default
+pack = register("sync_pack", packed, packed_fake)
+mistake = register("sync_mistake", _mistake, _mistake_fake)
+compare = register("sync_compare", _compare, _compare_fake)
+unpack = register("sync_unpack", unpacked, _unpack_fake)
+add = register("sync_sum", _sum, _sum_fake)
+refuse = register("sync_refuse", _refuse, _refuse_fake)

@@ -125,10 +125,13 @@ _apply = super(Function, _Direct).apply
 """``_Direct.apply`` without its search for leftovers of ``torch.func``, which takes a quarter of its time."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _serves(name: str, device: str) -> bool:
     """Whether a backend serves a device's tensors unless another is asked for; compiled autograd takes the answer."""
     return registry.serving(torch.empty(0, device=device)).name == name
+
+
+# torch.compiler.assume_constant_result does the same, but it imports torch._dynamo, which takes longer than torch.
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _by_operator(

@@ -51,9 +51,6 @@ for _schema in (
 ):
     LIBRARY.define(_schema, tags=TAGS)
 
-train = torch.ops.gpu_bn.train.default
-infer = torch.ops.gpu_bn.infer.default
-backward = torch.ops.gpu_bn.backward.default
 
 NAMES = ("dx", "dweight", "dbias", "dresidual")
 NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, True), repeat=len(NAMES))}
@@ -345,13 +342,14 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Give an operator its kernel for CPUs and GPUs, and the function that tells compilers of its outputs."""
+def register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Give an operator its kernel for CPUs and GPUs and its fake, which tells compilers of its outputs; return it."""
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"gpu_bn::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.gpu_bn, name).default
 
 
-register("train", _train, _train_fake)
-register("infer", _infer, _infer_fake)
-register("backward", _backward, _backward_fake)
+train = register("train", _train, _train_fake)
+infer = register("infer", _infer, _infer_fake)
+backward = register("backward", _backward, _backward_fake)

@@ -241,27 +241,13 @@ def _input_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-for _name, _kernel, _fake in (
-    ("sync_report", _report, _report_fake),
-    ("sync_merge", _merge, _merge_fake),
-    ("sync_merge_packets", _merge_packets, _merge_packets_fake),
-    ("sync_report_packets", _report_packets, _report_packets_fake),
-    ("sync_reduce_packets", _reduce_packets, _reduce_packets_fake),
-    ("sync_finish", _finish, _update_fake),
-    ("sync_update", _update, _update_fake),
-    ("sync_normalize", _normalize, _like_fake),
-    ("sync_reduce", _reduce, _reduce_fake),
-    ("sync_input", _input, _input_fake),
-):
-    register(_name, _kernel, _fake)
-
-report = torch.ops.gpu_bn.sync_report.default
-report_packets = torch.ops.gpu_bn.sync_report_packets.default
-reduce_packets = torch.ops.gpu_bn.sync_reduce_packets.default
-finish = torch.ops.gpu_bn.sync_finish.default
-merge_reports = torch.ops.gpu_bn.sync_merge.default
-merge_packets = torch.ops.gpu_bn.sync_merge_packets.default
-update = torch.ops.gpu_bn.sync_update.default
-normalize = torch.ops.gpu_bn.sync_normalize.default
-reduce = torch.ops.gpu_bn.sync_reduce.default
-backward_input = torch.ops.gpu_bn.sync_input.default
+report = register("sync_report", _report, _report_fake)
+merge_reports = register("sync_merge", _merge, _merge_fake)
+merge_packets = register("sync_merge_packets", _merge_packets, _merge_packets_fake)
+report_packets = register("sync_report_packets", _report_packets, _report_packets_fake)
+reduce_packets = register("sync_reduce_packets", _reduce_packets, _reduce_packets_fake)
+finish = register("sync_finish", _finish, _update_fake)
+update = register("sync_update", _update, _update_fake)
+normalize = register("sync_normalize", _normalize, _like_fake)
+reduce = register("sync_reduce", _reduce, _reduce_fake)
+backward_input = register("sync_input", _input, _input_fake)
