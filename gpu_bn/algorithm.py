@@ -113,7 +113,7 @@ def _forward(
         if not count:
             return y, saved
         early = updates and call.out is not None  # its memory must be there before the output's old contents are lost
-        moved = running if copies or not early else tuple(map(_copy, running))
+        moved = running if copies or not early else (_copy(running[0]), _copy(running[1]))
         if early:
             backend.update_running(moments, *moved, spec.momentum)
         backend.normalize(saved, call.residual, y)
