@@ -38,16 +38,12 @@ def forward(
     """
     if call.valid is not None and hasattr(backend, "fuses_plain_calls_only") and bool(call.valid.all()):
         call = call._replace(valid=None)
-    counter = call.counter
-    state = {"running_mean": call.running_mean, "running_var": call.running_var, "num_batches_tracked": counter}
-    read = {"input": call.x, "weight": call.weight, "bias": call.bias, "residual": call.residual}
-    writes = spec.batch_stats
-    distinct = aliasing.check_written({"out": call.out, **(state if writes else {})}, read if writes else read | state)
-    if call.out is not None and not distinct:
+    counter, writes = call.counter, spec.batch_stats
+    if not aliasing.check_call(call, writes) and call.out is not None:
         backend.check_out(call.out, call.x, call.residual, in_place)
-    written = [array for array in state.values() if array is not None and writes]
+    written = [array for array in call[4:7] if array is not None and writes]
     if written and _on_host(call.x):
-        mean, var, count = moved = [_copy(array) for array in state.values()]
+        mean, var, count = moved = [_copy(array) for array in call[4:7]]
         copied = Call(*call[:4], mean, var, count, call.valid, call.out)
         if count is not None:
             count[...] += 1
