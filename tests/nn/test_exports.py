@@ -323,7 +323,7 @@ def test_vmap_keeps_half_precision(dtype, training):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("momentum", float("nan")), ("momentum", float("inf")), ("eps", float("inf")), ("momentum", torch.tensor(torch.nan)),
+    [("momentum", torch.nan), ("momentum", torch.inf), ("eps", torch.inf), ("momentum", torch.tensor(torch.nan)),
      ("eps", torch.tensor(torch.inf))],
 )  # fmt: skip
 @pytest.mark.parametrize("training", [True, False])
