@@ -75,7 +75,8 @@ STREAMED = {2: Shape(4096, 16), 4: Shape(4096, 16), 8: Shape(2048, 8)}
 CROWDED = STREAMED | {8: Shape(1024, 4)}
 """Of one that sums besides, with a mask and ghost batches."""
 SHORT = STREAMED | {2: Shape(2048, 8), 4: Shape(2048, 8)}
-"""Of one that sums and writes two gradients in channels-last: with GELU more would spill (sm_100, 120)."""
+"""Of one that writes two gradients in channels-last, with sums (sm_100, 120) or offsets of 64 bits (sm_75): with GELU
+more would spill."""
 HELD = {2: Shape(4096, 8), 4: Shape(4096, 8), 8: Shape(2048, 8)}
 """Of one that holds it."""
 WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)

@@ -225,7 +225,9 @@ class StepBuilder:
 
     def input(self, plan: LaunchPlan, call: BackwardCall) -> Step:
         """The launch that writes dx of sums, or of none where statistics are frozen."""
-        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x)
+        geometry = Geometry.of(plan, call.groups)
+        shapes = SHORT if geometry.columns and self._is_wide(geometry) else STREAMED
+        positions, warps = streamed_block(plan, call.x, shapes)
         tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chunk(plan), positions, *strip(plan),
                 self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)
