@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gpu_bn import get_num_threads
 from gpu_bn.explanation import DTYPES, LAYOUTS
 from gpu_bn.plan import DEVICES
 
@@ -28,15 +29,15 @@ class UsageError(CommandError):
 
 # ------------------------------------------------------------------------------------------------------- values
 def shape(text: str) -> tuple[int, ...]:
-    """Parse a shape: ``32x64x56x56`` or ``32,64,56,56``."""
-    return tuple(positive(size) for size in text.lower().replace(",", "x").split("x"))
+    """Parse a shape: ``32x64x56x56`` or ``32,64,56,56``; spaces may stand around the numbers."""
+    return tuple(positive(size.strip()) for size in text.lower().replace(",", "x").split("x"))
 
 
 def shapes(text: str) -> list[str]:
     """Parse names and shapes between commas; numbers side by side are one shape: ``few,32,64,56,56,4x8``."""
     found: list[str] = []
     numbers: list[str] = []
-    for word in [*words(text.lower()), ""]:
+    for word in [*words("".join(text.lower().split())), ""]:
         if word.isdigit():
             numbers.append(word)
             continue
@@ -109,10 +110,22 @@ def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
 
 
 def _of(names: dict[str, str], text: str, what: str, expected: Iterable[str]) -> str:
-    found = names.get(text.lower())
+    found = names.get(text.strip().lower())
     if found is None:
         raise argparse.ArgumentTypeError(f"unknown {what} {text!r}, expected one of {', '.join(expected)}")
     return found
+
+
+def check_environment() -> None:
+    """Check the number of threads that the environment sets.
+
+    Raises:
+        CommandError: it is no whole number.
+    """
+    try:
+        get_num_threads()
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------------- outputs

@@ -140,6 +140,9 @@ class Geometry(NamedTuple):
         tiling = plan.tiling
         elements, results = tiling.n * tiling.c * tiling.s, 4 * plan.blocks * tiling.c
         wide = groups * max(elements, results) >= (1 << 31) - AHEAD
+        for what, number in (("channels", tiling.c), ("programs", groups * tiling.strips)):  # which have 32 bits
+            if number >= (1 << 31) - AHEAD:
+                raise ValueError(f"expected less than 2**31 - {AHEAD} {what}, got {number}")
         row = (tiling.c if tiling.columns else tiling.s) // tiling.vector
         jump = 0 if tiling.columns else (tiling.c - 1) * row
         power = 31 + (row - 1).bit_length()
