@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -220,8 +220,8 @@ def works(
     sign_bits = both and full and cuda_sources.switched(activation.name)
     reads = 2 + (both and not sign_bits)
     writes = 1 + residual
-    backward = Work(n, c, s, itemsize, True, reads=reads, staged=reads, writes=writes, sign_bits=sign_bits)
-    return Work(n, c, s, itemsize, reads=1 + residual, sign_bits=sign_bits and training), backward
+    backward = Work(n, c, s, itemsize, True, reads=reads, staged=reads, writes=writes, sign_bits=sign_bits, ragged=True)
+    return replace(forward, sign_bits=sign_bits and training, ragged=True), backward
 
 
 def device_of(device: Device | str) -> Device:
