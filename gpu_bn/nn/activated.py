@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def guarded(name: str) -> Any:
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
         if not torch.compiler.is_compiling() and not self.activation.is_identity:
-            _refuse_to_lose(self, name, sys._getframe(1).f_code)
+            _refuse_to_lose(self, name, sys._getframe(1))
         return value
 
     def put(self: torch.nn.Module, value: Any) -> None:
@@ -68,11 +68,17 @@ def store_guarded(module: torch.nn.Module) -> None:
             values[f"_{name}"] = values[name]
 
 
-def _refuse_to_lose(layer: torch.nn.Module, name: str, code: Any) -> None:
-    """Raise where a library reads a layer's attribute to replace the layer, and would lose its activation."""
+def _refuse_to_lose(layer: torch.nn.Module, name: str, frame: Any) -> None:
+    """Raise where a library reads a layer's attribute to replace the layer, and would lose its activation.
+
+    Code that names the class which the layer had before takes its activation's module along.
+    """
+    code = frame.f_code
     own = code.co_filename.startswith(OWN) and code.co_name != "convert_sync_batchnorm"
     by_name = name in code.co_names  # not by code that looks at all attributes
-    if code.co_filename.startswith(LIBRARIES) and not own and by_name:
+    kept = any(kind.__name__ in code.co_names for kind in joined_by(type(layer))[1:])
+    foreign = code.co_filename.startswith(LIBRARIES) and not own and frame.f_locals.get("self") is not layer
+    if foreign and by_name and not kept:
         raise RuntimeError(
             f"{code.co_name} would lose the activation {layer.activation!r} of this layer: use gpu_bn.nn's function of "
             "that name, or gpu_bn.nn.fold, or call gpu_bn.nn.revert first"
@@ -86,10 +92,41 @@ def has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
+JOINED: dict[tuple[type[Any], type[Any]], type[Any]] = {}
+"""The classes of converted layers that are from other libraries."""
+
+
+def joined(ours: type[Any], theirs: type[Any]) -> type[Any]:
+    """Make the class of a converted layer: ours, and by ``isinstance`` also the one that it had in its library.
+
+    torch's own classes are bases of ours; but DistributedDataParallel refuses its ``SyncBatchNorm`` on CPUs.
+    """
+    if theirs.__module__.startswith("torch."):
+        return ours
+    if (ours, theirs) not in JOINED:
+        own = {"__module__": ours.__module__, "__repr__": torch.nn.Module.__repr__, "joins": (ours, theirs)}
+        try:
+            JOINED[ours, theirs] = type(ours.__name__, (ours, theirs), own)
+        except TypeError:  # the two have bases that do not go together
+            JOINED[ours, theirs] = ours
+    return JOINED[ours, theirs]
+
+
+def joined_by(kind: type[Any]) -> tuple[type[Any], ...]:
+    """Return our class and the other that a class joins, or the class alone."""
+    return vars(kind).get("joins", (kind,))  # type: ignore[no-any-return]
+
+
+def _empty(*classes: type[Any]) -> Any:
+    """Make an object of a joined class, for ``pickle`` and ``copy``, which know classes by their names."""
+    return object.__new__(joined(*classes))
+
+
 class Activated(torch.nn.Module):
     """A layer with an activation."""
 
     activation: Activation = IDENTITY
+    joins: ClassVar[tuple[type[torch.nn.Module], ...]]
     eps: float = guarded("eps")
     _eps: float
 
@@ -124,6 +161,11 @@ class Activated(torch.nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:  # a property would hide modules, which torch stores elsewhere
         value = Activation.of(value) if name == "activation" else value
         super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(protocol)
+        classes = joined_by(type(self))
+        return made if len(classes) == 1 else (_empty, classes, *made[2:])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

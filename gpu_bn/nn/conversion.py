@@ -7,6 +7,7 @@ it are kept.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +17,10 @@ from torch.nn.utils import parametrize
 
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import modules
-from gpu_bn.nn.activated import store_guarded
+from gpu_bn.nn.activated import joined, store_guarded
 from gpu_bn.nn.fused import Fused
 from gpu_bn.nn.fx.forward import own_forwards
-from gpu_bn.nn.fx.graph import fuse_activations, unfuse
+from gpu_bn.nn.fx.graph import fuse_activations, is_ours, unfuse
 from gpu_bn.nn.known_layers import CLASSES, class_of, frozen_eps, is_own, rule
 from gpu_bn.nn.report import Report
 
@@ -66,16 +67,16 @@ def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -
             report.left[name] = f"{type(module).__name__} is not known, or its activation is not, or it has hooks"
     if fuse:
         fuse_activations(model, report)
-    _tell_opacus()
+    _tell_opacus({*CLASSES.values(), *map(type, filter(is_ours, model.modules()))})
     return model
 
 
-def _tell_opacus() -> None:
+def _tell_opacus(classes: Iterable[type[torch.nn.Module]]) -> None:
     """Make opacus, if it is loaded, treat our layers as torch's: it looks for exact types."""
     validators = sys.modules.get("opacus.validators.module_validator")
     if validators is not None:
         for known in (validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS):
-            for cls in CLASSES.values():
+            for cls in classes:
                 theirs = getattr(torch.nn, cls.__name__, None)
                 if theirs in known:
                     known.setdefault(cls, known[theirs])
@@ -256,7 +257,7 @@ def _become(module: torch.nn.Module, cls: type[torch.nn.Module], activation: Act
     module.__dict__["_converted_from"] = class_of(module)
     if eps is not None and "eps" not in module.__dict__:
         module.__dict__.update(eps=eps, _added=("eps",))
-    set_class(module, cls)
+    set_class(module, joined(cls, class_of(module)))
     if not activation.is_identity:
         setattr(module, "activation", activation)  # noqa: B010 - not of every module's type
 

@@ -17,6 +17,7 @@ from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn.fx import activations
 from gpu_bn.nn.fx.forward import INTERNAL, own_forwards
 from gpu_bn.nn.fx.graph import is_layer, is_ours, unfuse
+from gpu_bn.nn.fx.inspection import HELD
 from gpu_bn.nn.fx.pairs import observed_pairs, traced_pairs
 from gpu_bn.nn.fx.trace import in_mode
 from gpu_bn.nn.known_layers import frozen_eps, is_watched, known_norm
@@ -257,10 +258,13 @@ def _leave_the_rest(layer: Any, norm: Any) -> None:
     """Let a folded normalisation do the rest of its work."""
     _, activation = known_norm(norm) or (None, IDENTITY)
     ours = is_ours(norm) and "_converted_from" not in vars(norm)
+    numbers = {name: value for name, value in vars(norm).items() if name in HELD}  # which code may look at
     for name in [name for name in vars(norm) if name not in INTERNAL]:
         del vars(norm)[name]
-    for held in (norm._parameters, norm._buffers, norm._modules):
-        held.clear()
+    vars(norm).update({name: False if isinstance(value, bool) else value for name, value in numbers.items()})
+    for held in (norm._parameters, norm._buffers):
+        held.update(dict.fromkeys(held))
+    norm._modules.clear()
     if ours or not activation.is_identity or isinstance(layer, nn.Linear):
         norm.__class__ = Folded
         norm.activation, norm.two_axes = activation, isinstance(layer, nn.Linear)

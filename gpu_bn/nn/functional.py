@@ -12,7 +12,7 @@ from gpu_bn import functional as front
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.call import Call, Options
 from gpu_bn.nn.checks import check, check_extensions, check_memory, check_tensors, is_ordinary, plain_number
-from gpu_bn.nn.operators import autograd, composition, cpu_calls, library, masked
+from gpu_bn.nn.operators import autograd, composition, cpu_calls, gpu_calls, library, masked
 from gpu_bn.nn.running import updates
 
 
@@ -88,6 +88,8 @@ def normalize(call: Call, options: Options) -> Tensor:
     if call.valid is None and options.virtual_batch_size is None and options.renorm is None:
         if not updates.off:
             y = cpu_calls.forward(call, options)
+            if y is None:
+                y = gpu_calls.forward(call, options)
             if y is not None:
                 return y
         if is_ordinary(call, options):

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import modules
-from gpu_bn.nn.activated import has_hooks
+from gpu_bn.nn.activated import has_hooks, joined_by
 from gpu_bn.nn.fx.activations import activation_of
 from gpu_bn.nn.fx.forward import Forward
 
@@ -35,7 +35,7 @@ CLASSES: dict[str, type[torch.nn.Module]] = {
 
 def is_own(kind: type[torch.nn.Module]) -> bool:
     """Whether a class is one of our layers, and not a subclass, which may compute something else."""
-    return kind is modules.BatchNorm or kind in CLASSES.values()
+    return kind is modules.BatchNorm or joined_by(kind)[0] in CLASSES.values()
 
 
 def counterpart(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:

@@ -96,21 +96,9 @@ def moved_statistics(tracked: Tracked, momentum: Any, batch: Pool) -> list[tuple
 def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write new values, all or none: in one call, which nothing interrupts."""
     targets, values = [old for old, _ in pairs], [new for _, new in pairs]
-    if any(map(_is_batched, targets)):  # vmap has no such call
+    if torch._C._are_functorch_transforms_active():  # vmap has no such call
         with nullcontext() if torch.compiler.is_compiling() else deferred():
             for target, value in zip(targets, values, strict=True):
                 target.copy_(value)
     elif pairs:
         torch._foreach_copy_(targets, values)
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether vmap stacks a tensor, also one that another transform wraps once more."""
-    functorch = torch._C._functorch
-    if torch.compiler.is_compiling():  # which cannot look beneath the outer wrapper
-        return bool(functorch.is_batchedtensor(tensor))
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn import functional, modules
+from gpu_bn.nn.activated import joined_by
 from gpu_bn.nn.conversion import convert, set_class
 from gpu_bn.nn.distributed import call
 from gpu_bn.nn.distributed.arguments import Arguments
@@ -192,7 +193,7 @@ class SyncBatchNorm(Fused):
         named = module.named_modules()
         modules.require_channels(name for name, part in named if isinstance(part, _LazyNormBase))
         for part in convert(module).modules():
-            kind = class_of(part)
+            kind = joined_by(class_of(part))[0]
             if kind in SYNCHRONISED:
                 part.__dict__.setdefault("_converted_from", getattr(torch.nn, kind.__name__, kind))
                 set_class(part, SyncBatchNorm)

@@ -1,6 +1,7 @@
 """Converting models and back."""
 
 import copy
+import pickle
 
 import pytest
 from support.networks import BatchNormAct2d, FrozenBatchNorm2d, mobilenet, register, resnet, unet
@@ -137,6 +138,22 @@ def test_a_fused_activation_is_kept(act, name):
     assert_close(layer(x), expected)
     nn.revert(layer)
     assert (type(layer), repr(layer)) == (BatchNormAct2d, text)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("layer", [BatchNormAct2d(3, torch.nn.ReLU()), FrozenBatchNorm2d(3)])
+def test_code_that_asks_for_a_librarys_class_finds_a_converted_layer(layer):
+    theirs, x = type(layer), image()
+    expected, ours = layer(x), nn.BatchNorm2d if isinstance(layer, torch.nn.BatchNorm2d) else nn.FrozenBatchNorm2d
+    layer = nn.convert(copy.deepcopy(layer))
+    for each in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), nn.convert(copy.copy(layer))):
+        assert isinstance(each, theirs)
+        assert isinstance(each, ours)
+        assert type(each) is type(layer)
+        assert_close(each(x), expected)
+    layer.eps = 0.5
+    assert not torch.allclose(layer(x), expected)
+    assert type(nn.revert(layer)) is theirs
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -244,10 +244,38 @@ def test_timms_converters_keep_or_refuse_activations(name, plain):
     change, x = getattr(layers, name), images()
     for way in ("converted", "fused", "folded"):
         assert_close(change(WAYS[way](plain)).eval()(x), plain(x), rtol=1e-4, atol=1e-5)
-    with_timms_layer = nn.convert(torch.nn.Sequential(layers.BatchNormAct2d(3)).eval())
-    for model in (WAYS["own activation"](plain), with_timms_layer):
-        with pytest.raises(RuntimeError, match="would lose the activation"):
-            change(model)
+    with pytest.raises(RuntimeError, match="would lose the activation"):
+        change(WAYS["own activation"](plain))
+    timms = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4, act_layer=torch.nn.SiLU)).eval()
+    assert_close(change(nn.convert(copy.deepcopy(timms))).eval()(x), timms(x))  # it takes the activation's module along
+
+
+@pytest.mark.parametrize("kind", ["BatchNormAct2d", "FrozenBatchNormAct2d"])
+def test_timms_functions_know_converted_layers_by_their_class(kind):
+    layers = pytest.importorskip("timm.layers", reason=f"timm is {REASON}")
+    plain, x = layers.BatchNormAct2d(3, act_layer=torch.nn.SiLU), images()
+    layer = nn.convert(layers.freeze_batch_norm_2d(plain) if kind.startswith("Frozen") else plain)
+    assert repr(layer).startswith("gpu_bn.")
+    other = (layers.unfreeze_batch_norm_2d if kind.startswith("Frozen") else layers.freeze_batch_norm_2d)(layer)
+    assert isinstance(layer, getattr(layers, kind))
+    assert type(other) is not type(layer)
+    assert_close(other.eval()(x), layer.eval()(x))
+    with pytest.raises(RuntimeError, match="would lose the activation"):
+        torch.nn.utils.fuse_conv_bn_eval(torch.nn.Conv2d(3, 3, 1).eval(), layer)
+
+
+def test_torchvisions_functions_know_converted_layers_by_their_class():
+    from support.model_zoo import declare_operators
+
+    declare_operators()
+    utils = pytest.importorskip("torchvision.models.detection._utils", reason=f"torchvision is {REASON}")
+    from torchvision.ops import FrozenBatchNorm2d
+
+    plain, x = torch.nn.Sequential(FrozenBatchNorm2d(3)), images()
+    ours = nn.convert(copy.deepcopy(plain))
+    for model in (plain, ours):
+        utils.overwrite_eps(model, 0.5)
+    assert_close(ours(x), plain(x))
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

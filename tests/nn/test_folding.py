@@ -1,5 +1,7 @@
 """What nn.fold folds, and what it leaves because something else reads, changes or replaces the layers."""
 
+import copy
+
 import pytest
 from support import rng
 from support.networks import BatchNormAct2d, FrozenBatchNorm2d, register
@@ -243,6 +245,25 @@ class LooksForAnAttribute(Listed):
         return x
 
 
+class TakesItsDtype(Listed):
+    def forward(self, x):
+        conv, norm, act = self.layers
+        return act(norm(conv(x.to(norm.weight.dtype))))
+
+
+class ChecksItsBias(Listed):
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0 if self.layers[1].bias is None else 2.0
+
+    def half(self):
+        return getattr(self.layers[1], "bias", None) is None
+
+    def forward(self, x):
+        conv, norm, act = self.layers
+        return act(norm(conv(x))) * (0.5 if self.half() else self.scale)
+
+
 class ReadsItsOwn(Listed):
     def forward(self, x):
         for layer in self.layers:
@@ -252,8 +273,10 @@ class ReadsItsOwn(Listed):
 
 @pytest.mark.parametrize("batch", [(), (tensor(*IMAGES),)], ids=["traced", "observed"])
 @pytest.mark.parametrize(
-    "kind", [AsksForItsClass, AsksForItsType, ReadsANumber, ReadsABuffer, LooksForAnAttribute, ReadsItsOwn]
-)
+    "kind",
+    [AsksForItsClass, AsksForItsType, ReadsANumber, ReadsABuffer, LooksForAnAttribute, TakesItsDtype, ChecksItsBias,
+     ReadsItsOwn],
+)  # fmt: skip
 def test_normalisations_that_code_asks_about_are_left(kind, batch):
     model, x, report = evaluated(kind()), tensor(*IMAGES), nn.Report()
     folded = nn.fold(model, *batch, report=report)
@@ -262,6 +285,17 @@ def test_normalisations_that_code_asks_about_are_left(kind, batch):
         assert report.folded == {"layers.1": "layers.0"}
     else:
         assert report.left == {"layers.1": "the model's code asks for its class or attributes"}
+
+
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d(4), nn.BatchNorm2d(4, activation="relu")])
+def test_what_is_left_of_a_folded_normalisation_can_be_looked_at(norm):
+    folded = nn.fold(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), norm))
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        assert getattr(folded[1], name) is None
+    assert (folded[1].eps, folded[1].momentum, folded[1].num_features) == (1e-5, 0.1, 4)
+    assert (folded[1].affine, folded[1].track_running_stats) == (False, False)
+    assert list(folded.state_dict()) == ["0.weight", "0.bias"]
+    assert_close(copy.deepcopy(folded)(tensor(*IMAGES)), folded(tensor(*IMAGES)))
 
 
 class Closed(torch.nn.Module):

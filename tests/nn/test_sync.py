@@ -48,7 +48,7 @@ def test_a_split_batch_trains_as_the_whole(four, whole, sizes):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    names = ["numerics", "second", "compiled", "in_ddp", "inside_a_group"]
+    names = ["numerics", "second", "compiled", "in_ddp", "fused_in_ddp", "inside_a_group"]
     names += ["masked", "population", "accumulated"]
     return results(2, once(tmp_path_factory, "two", lambda folder: launch(2, "support.sync_scenarios", names, folder)))
 
@@ -125,6 +125,14 @@ def test_compiled_by_inductor(tmp_path):
     for result in launch(2, "support.sync_scenarios", ["by_inductor"], tmp_path):
         eager, compiled = result["by_inductor"]
         assert_close(compiled, eager)
+
+
+def test_fused_models_in_ddp(two):
+    whole = scenarios.steps_of_blocks(scenarios.two_blocks(), *(scenarios.data(step, 6, 3, 8, 8) for step in range(2)))
+    for rank, result in enumerate(two):
+        plain, fused, shared = result["fused_in_ddp"]
+        assert_close(fused, plain)
+        assert_close(shared, (whole[0].chunk(2)[rank], *whole[1:]))
 
 
 def test_two_forward_calls_before_a_backward_call_in_ddp(two):

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from gpu_bn import nn
+from support.networks import BasicBlock
 
 BATCH = 12
 SPLITS = ((12,), (6, 6), (11, 1), (0, 12), (4, 4, 4), (7, 0, 5), (3, 3, 3, 3), (5, 6, 0, 1))
@@ -141,6 +142,33 @@ def in_ddp(rank, world):
         sum((model(part) ** 2).sum() for part in parts).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     return gradients
+
+
+def two_blocks():
+    torch.manual_seed(2)
+    return torch.nn.Sequential(BasicBlock(3, 8, 2), BasicBlock(8, 8, 1)).double()
+
+
+def steps_of_blocks(model, *parts):
+    """Outputs, gradients and state after two steps of training."""
+    for part in parts:
+        model.zero_grad()
+        y = model(part)
+        y.square().mean().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+    return y.detach(), gradients, list(model.state_dict().values())
+
+
+def fused_in_ddp(rank, world):
+    """torch's layers, a fused model, and one that shares statistics, each in DistributedDataParallel."""
+    parts = [data(step, 6, 3, 8, 8).chunk(world)[rank] for step in range(2)]
+    plain, fused, shared = two_blocks(), nn.convert(two_blocks(), fuse=True), nn.convert(two_blocks(), fuse=True)
+    nn.SyncBatchNorm.convert_sync_batchnorm(shared)
+    models = map(torch.nn.parallel.DistributedDataParallel, (plain, fused, shared))
+    return [steps_of_blocks(model, *parts) for model in models]
 
 
 def masked_inputs(dtype=torch.float64):

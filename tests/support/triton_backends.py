@@ -55,6 +55,10 @@ class EmulatedBackend(TritonBackend):
         flat = torch.from_numpy(owner[:size]).view(dtype)
         return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
 
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        strides = torch.empty_like(tensor, device="meta").stride()
+        return self.new(tensor.shape, strides, tensor.dtype, tensor.device)
+
     def launch_on_emulator(self, step: Step, args: tuple[Any, ...]) -> None:
         compiled = self.compile(step, args)
         everything = (*args, *step.tail)

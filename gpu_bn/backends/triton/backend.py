@@ -30,6 +30,7 @@ from gpu_bn.backends.triton.arguments import (
     work_of,
 )
 from gpu_bn.backends.triton.launch import ClusterError, Launch, Recent, Step, interpreting, launch
+from gpu_bn.backends.triton.plain import PlainCalls
 from gpu_bn.backends.triton.programs import ELSEWHERE
 from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, StepBuilder
 from gpu_bn.backends.triton.strides import aligned, dense, is_dense, view_of
@@ -51,8 +52,7 @@ def _planned_again(method: Method) -> Method:
         try:
             return method(self, *args, **options)
         except ClusterError:
-            self.builder.do_without_clusters()
-            self._prepared.clear()
+            self.do_without_clusters()
             return method(self, *args, **options)
 
     return cast(Method, call)
@@ -98,9 +98,16 @@ class TritonBackend(SharedStatistics):
         wide: bool = False,
         on_plan: OnPlan | None = None,
     ) -> None:
-        self._launch, self._on_plan = launch, on_plan
+        self.launch, self._on_plan = launch, on_plan
         self.builder = StepBuilder(device, tier, wide)
         self._prepared = Recent(PREPARED)
+        self.plain = PlainCalls(self, PREPARED)
+
+    def do_without_clusters(self) -> None:
+        """Plan all calls again, without clusters."""
+        self.builder.do_without_clusters()
+        self._prepared.clear()
+        self.plain.known.clear()
 
     # ---------------------------------------------------------------------------------------------------- the phases
     @torch.no_grad()
@@ -131,12 +138,12 @@ class TritonBackend(SharedStatistics):
         x, valid_bytes = dense(x, view), position_bytes(valid, view)
         alignment = alignment_of(x, valid_bytes)
         key = ("stats", view, x.dtype, alignment, x.device, valid is None, groups)
-        plan, first, merge = self._prepare(key, lambda: self.builder.stats_and_merge(layout, x, alignment, groups))
-        partials = self._partials(plan, x, groups, valid is not None)
+        plan, first, merge = self.prepare(key, lambda: self.builder.stats_and_merge(layout, x, alignment, groups))
+        partials = self.partials(plan, x, groups, valid is not None)
         saved = self.new((2, groups * layout.c), None, torch.float64, x.device)
         counts = None if valid is None else self.new((groups,), None, torch.float64, x.device)
-        self._launch(first, (x, valid_bytes, partials))
-        self._launch(merge, (partials, saved, counts))
+        self.launch(first, (x, valid_bytes, partials))
+        self.launch(merge, (partials, saved, counts))
         return Moments(layout.count if counts is None else counts, saved[0], saved[1])
 
     @torch.no_grad()
@@ -171,11 +178,11 @@ class TritonBackend(SharedStatistics):
             plan = self.builder.plan_once(work_of(layout, x, alignment, reads=1 + (residual is not None)), x)
             return self.builder.normalize(plan, x, alignment, (value, None), groups)
 
-        step = self._prepare(key, make)
+        step = self.prepare(key, make)
         mean, var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
         tensors = (x, residual, y, None, valid_bytes, mean, var, None, weight, bias, None, None)
         untracked = (None, None, None, 0.0, None, 1.0)  # no running statistics, counter, momentum
-        self._launch(step, (*tensors, *untracked, saved.spec.eps, activation.parameter))
+        self.launch(step, (*tensors, *untracked, saved.spec.eps, activation.parameter))
         if y is not out:
             out.copy_(y)
 
@@ -183,12 +190,12 @@ class TritonBackend(SharedStatistics):
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         call = backward_call(dy, saved, frozenset())
         outputs = (dz is not None, False)
-        plan, reduce, merge = self._prepare(("reduce", call.key), lambda: self.builder.reduce_and_merge(call, outputs))
+        plan, reduce, merge = self.prepare(("reduce", call.key), lambda: self.builder.reduce_and_merge(call, outputs))
         target = None if dz is None else (dz if is_dense(dz, call.view) else self.empty_like(call.x))
-        partials = self._partials(plan, call.x, call.groups)
+        partials = self.partials(plan, call.x, call.groups)
         sums = self.new((2, call.groups * call.view.layout.c), None, torch.float64, call.x.device)
-        self._launch(reduce, (*call.tensors, target, None, *call.vectors, partials, *call.numbers))
-        self._launch(merge, (partials, *call.vectors[:2], sums[1], sums[0], saved.spec.eps))
+        self.launch(reduce, (*call.tensors, target, None, *call.vectors, partials, *call.numbers))
+        self.launch(merge, (partials, *call.vectors[:2], sums[1], sums[0], saved.spec.eps))
         if dz is not None and target is not dz:
             dz.copy_(target)
         return Sums(sums[0], sums[1])
@@ -197,11 +204,11 @@ class TritonBackend(SharedStatistics):
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         call, steps = backward_call(dy, saved, frozenset()), self.builder
         key = "input" if sums is None else "input after sums", call.key
-        step = self._prepare(key, lambda: steps.input(steps.plan_once(call.work(1), call.x), call))
+        step = self.prepare(key, lambda: steps.input(steps.plan_once(call.work(1), call.x), call))
         dx = out if is_dense(out, call.view) else self.empty_like(call.x)
         given = (None, None) if sums is None else (sums.dz.contiguous(), sums.dz_xhat.contiguous())
         tail = (*given, None, None, *call.numbers, *divisor_of(saved))
-        self._launch(step, (*call.tensors, None, dx, *call.vectors, None, *tail))
+        self.launch(step, (*call.tensors, None, dx, *call.vectors, None, *tail))
         if dx is not out:
             out.copy_(dx)
 
@@ -234,7 +241,7 @@ class TritonBackend(SharedStatistics):
             bits > 0, counter is None,
         )  # fmt: skip
         extended = valid is not None or groups > 1
-        steps = self._prepare(
+        steps = self.prepare(
             key,
             lambda: self.builder.forward(layout, spec, dense_x, residual is not None, bits > 0, alignment, extended),
         )
@@ -244,18 +251,13 @@ class TritonBackend(SharedStatistics):
         if valid is not None and spec.batch_stats:
             positions = self.new((groups,), None, torch.float64, x.device)
         mask = self.new((bits,), None, torch.uint8, x.device) if bits else None
-        tracked = (running_mean, running_var) if spec.batch_stats and not extended else (None, None)
-        numbers = (*tracked, counter, number, at, steps.bessel, spec.eps, spec.activation.parameter)
-        if steps.stats is None and spec.batch_stats:
-            self._launch(steps.last, (dense_x, residual, y, mask, weight, bias, kept, *numbers))
-        else:
-            partials = None
-            if steps.stats is not None:
-                partials = self._partials(steps.plan, x, groups, valid is not None)
-                self._launch(steps.stats, (dense_x, valid_bytes, partials))
-            frozen = (None, None) if spec.batch_stats else (running_mean, running_var)
-            tensors = (dense_x, residual, y, mask, valid_bytes, *frozen, partials, weight, bias, kept, positions)
-            self._launch(steps.last, (*tensors, *numbers))
+        pair, none = (running_mean, running_var), (None, None)
+        frozen, tracked = (none, none if extended else pair) if spec.batch_stats else (pair, none)
+        steps.run(
+            self.launch, dense_x, residual, y, mask, valid_bytes, weight, bias, kept, positions,
+            None if steps.stats is None else self.partials(steps.plan, x, groups, valid is not None), frozen, tracked,
+            (counter, number, at, spec.eps, spec.activation.parameter),
+        )  # fmt: skip
         mean, var, kept_weight, kept_bias = kept.unbind() if groups == 1 else rows_of_groups(kept, groups)
         moments = Moments(layout.count if positions is None else positions, mean, var)
         if spec.batch_stats and extended and vectors[0] is not None:
@@ -286,6 +288,8 @@ class TritonBackend(SharedStatistics):
     # ------------------------------------------------------------------------------------------------------ backward
     @_planned_again
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
+        if not need:
+            return Grads(None, None, None, None)
         call, batch_stats = backward_call(dy, saved, need), saved.spec.batch_stats
         x, device = call.x, call.x.device
         if call.groups > 1:
@@ -295,21 +299,10 @@ class TritonBackend(SharedStatistics):
         c = call.view.layout.c
         dweight = self.new((c,), None, saved.weight_dtype, device) if "dweight" in need else None
         dbias = self.new((c,), None, saved.bias_dtype, device) if "dbias" in need else None
-        summed = dweight is not None or dbias is not None
-        steps = self._prepare(("backward", call.key), lambda: self.builder.backward(call, need, batch_stats))
-        tail = (dweight, dbias, *call.numbers, *divisor_of(saved))
-        if steps.merge is not None:
-            partials = self._partials(steps.plan, x)
-            self._launch(steps.reduce, (*call.tensors, dz, dx, *call.vectors, partials, *call.numbers))
-            self._launch(steps.merge, (partials, *call.vectors[:2], dweight, dbias, saved.spec.eps))
-        elif steps.reduce is not None:
-            partials = self._partials(steps.plan, x)
-            self._launch(steps.reduce, (*call.tensors, None, None, *call.vectors, partials, *call.numbers))
-            self._launch(steps.last, (*call.tensors, dz, dx, *call.vectors, partials, None, None, *tail))
-        elif batch_stats and (dx is not None or summed):
-            self._launch(steps.last, (*call.tensors[:4], dz, dx, *call.vectors, *tail[:-1]))
-        elif dx is not None or dz is not None:
-            self._launch(steps.last, (*call.tensors, dz, dx, *call.vectors, None, None, None, *tail))
+        steps = self.prepare(("backward", call.key), lambda: self.builder.backward(call, need, batch_stats))
+        partials = None if steps.reduce is None else self.partials(steps.plan, x)
+        outputs = (dz, dx, call.vectors, partials, dweight, dbias)
+        steps.run(self.launch, call.tensors, *outputs, call.numbers, divisor_of(saved))
         return Grads(dx, dweight, dbias, dz)
 
     def _backward_of_groups(self, call: BackwardCall, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
@@ -324,7 +317,7 @@ class TritonBackend(SharedStatistics):
         return Grads(dx, dweight, self.cast(dz_sum, saved.bias_dtype) if "dbias" in need else None, dz)
 
     # ------------------------------------------------------------------------------------------------------- helpers
-    def _prepare(self, key: Any, make: Callable[[], Any]) -> Any:
+    def prepare(self, key: Any, make: Callable[[], Any]) -> Any:
         """What calls with this key have in common, made once."""
         found = self._prepared.get(key)
         if found is None:
@@ -332,6 +325,9 @@ class TritonBackend(SharedStatistics):
             if self._on_plan is not None and isinstance(found, ForwardSteps | BackwardSteps):
                 self._on_plan(found.plan, found.launches)
         return found
+
+    like = staticmethod(torch.empty_like)
+    """Memory like a dense tensor's, not initialised."""
 
     def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> Array:
         """Memory that is not initialised, contiguous unless ``strides`` are given."""
@@ -348,5 +344,5 @@ class TritonBackend(SharedStatistics):
             else self.empty_like(saved.x)
         )
 
-    def _partials(self, plan: LaunchPlan, x: Array, groups: int = 1, counted: bool = False) -> Array:
+    def partials(self, plan: LaunchPlan, x: Array, groups: int = 1, counted: bool = False) -> Array:
         return self.new((2 + counted, plan.blocks, groups * plan.tiling.c), None, torch.float64, x.device)

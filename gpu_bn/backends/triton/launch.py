@@ -177,9 +177,40 @@ def _compiled(step: Step, args: tuple[Any, ...]) -> Callable[..., None]:
         compiled = LOADED.get(key)
         if compiled is None:
             compiled = LOADED[key] = _loaded(step.kernel, special)
-        start = compiled[(*step.grid, 1)]
+        start = starter(compiled, (*step.grid, 1))
     step.registers = compiled.n_regs
     return partial(_run, start, step.tail, step.device, driver.active.get_current_stream)
+
+
+def starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
+    """A function of a stream and a kernel's arguments that launches it.
+
+    It calls the function in C that Triton's launcher calls, with what the launcher would find out in every call. Where
+    someone watches launches, or a launcher is of another kind, Triton's own serves.
+    """
+    usual, launcher = compiled[grid], getattr(compiled, "run", None)
+    in_c = getattr(launcher, "launch", None)
+    scratch = [getattr(launcher, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
+    if in_c is None or scratch != [0, 0] or getattr(launcher, "gsan_enabled", False):
+        return lambda stream, *args: usual(*args, stream=stream)
+    options = (launcher.launch_cooperative_grid, launcher.launch_pdl)  # type: ignore[union-attr]
+    function, metadata, hooks = compiled.function, (compiled.packed_metadata, None, None, None), triton.knobs.runtime
+    types = [getattr(launcher, name, None) for name in ("arg_annotations", "kernel_signature")]
+
+    def start(stream: int, *args: Any) -> None:
+        if _watched(hooks.launch_enter_hook) or _watched(hooks.launch_exit_hook):
+            usual(*args, stream=stream)
+        elif types[1] is None:  # Triton 3.6, whose function knows the types
+            in_c(*grid, stream, function, *options, None, None, *metadata, *args)
+        else:
+            in_c(*grid, stream, function, *options, *metadata, None, None, *types, args)
+
+    return start
+
+
+def _watched(hook: Any) -> bool:
+    """Whether a hook of Triton's, a chain of functions or one, does anything."""
+    return bool(getattr(hook, "calls", hook))
 
 
 def _loaded(kernel: JITFunction[Any], special: Specialisation) -> Any:
@@ -213,10 +244,10 @@ def _run(
     start: Callable[..., None], tail: tuple[Any, ...], device: int, stream_of: Callable[[int], int], *args: Any
 ) -> None:
     if torch.cuda.current_device() == device:
-        start(*args, *tail, stream=stream_of(device))
+        start(stream_of(device), *args, *tail)
         return
     with torch.cuda.device(device):
-        start(*args, *tail, stream=stream_of(device))
+        start(stream_of(device), *args, *tail)
 
 
 def _type(name: str, value: Any, wide: bool) -> str:

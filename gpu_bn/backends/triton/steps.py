@@ -10,7 +10,7 @@ import triton.language as tl
 
 from gpu_bn.backends.layout import Layout
 from gpu_bn.backends.triton.arguments import BackwardCall, work_of
-from gpu_bn.backends.triton.launch import CLUSTERS, Step
+from gpu_bn.backends.triton.launch import CLUSTERS, Launch, Step
 from gpu_bn.backends.triton.programs import (
     CROWDED,
     SAMPLES,
@@ -33,6 +33,7 @@ from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan, Work
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
+Pair = tuple[Array | None, Array | None]
 TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})
 
 
@@ -44,11 +45,28 @@ class ForwardSteps:
     stats: Step | None
     last: Step
     bessel: float
+    whole: bool = False
+    """Whether one launch does all of a call in training."""
 
     @property
     def launches(self) -> list[Step]:
         """The launches that a call makes."""
         return [step for step in (self.stats, self.last) if step is not None]
+
+    def run(
+        self, launch: Launch, x: Array, residual: Array | None, y: Array, mask: Array | None, valid: Array | None,
+        weight: Array | None, bias: Array | None, kept: Array, counts: Array | None, partials: Array | None,
+        frozen: Pair, tracked: Pair, rest: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        """Launch a call; ``rest``: the counter, the momentum, where that is on the device, eps, the parameter."""
+        counter, momentum, momentum_at, eps, parameter = rest
+        numbers = (*tracked, counter, momentum, momentum_at, self.bessel, eps, parameter)
+        if self.whole:
+            launch(self.last, (x, residual, y, mask, weight, bias, kept, *numbers))
+            return
+        if self.stats is not None:
+            launch(self.stats, (x, valid, partials))
+        launch(self.last, (x, residual, y, mask, valid, *frozen, partials, weight, bias, kept, counts, *numbers))
 
 
 @dataclass(slots=True, eq=False)
@@ -59,11 +77,31 @@ class BackwardSteps:
     reduce: Step | None
     last: Step | None
     merge: Step | None
+    whole: Step | None = None
+    """The only launch, which does all in training."""
 
     @property
     def launches(self) -> list[Step]:
         """The launches that a call makes."""
-        return [step for step in (self.reduce, self.last, self.merge) if step is not None]
+        return [step for step in (self.whole, self.reduce, self.last, self.merge) if step is not None]
+
+    def run(
+        self, launch: Launch, tensors: tuple[Array | None, ...], dz: Array | None, dx: Array | None,
+        vectors: tuple[Array | None, ...], partials: Array | None, dweight: Array | None, dbias: Array | None,
+        numbers: tuple[float, float], divisor: tuple[float, Array | None],
+    ) -> None:  # fmt: skip
+        """Launch a call. ``tensors``: x, dy, residual, mask, valid. ``vectors``: mean, var, weight, bias."""
+        if self.whole:
+            launch(self.whole, (*tensors[:4], dz, dx, *vectors, dweight, dbias, *numbers, divisor[0]))
+            return
+        if self.reduce is not None:
+            written = (None, None) if self.merge is None else (dz, dx)
+            launch(self.reduce, (*tensors, *written, *vectors, partials, *numbers))
+        if self.merge is not None:
+            launch(self.merge, (partials, *vectors[:2], dweight, dbias, numbers[0]))
+        elif self.last is not None:
+            tail = (partials, None, None, dweight, dbias, *numbers, *divisor)
+            launch(self.last, (*tensors, dz, dx, *vectors, *tail))
 
 
 class StepBuilder:
@@ -122,7 +160,7 @@ class StepBuilder:
             (*geometry.tail, geometry.positions, *constants, tiles, positions, *strip(plan), self._is_wide(geometry),
              compute_dtype(x), may_overflow(x)), alignment, warps, plan.blocks,
         )  # fmt: skip
-        return ForwardSteps(plan, None, step, bessel)
+        return ForwardSteps(plan, None, step, bessel, whole=True)
 
     def stats(self, plan: LaunchPlan, x: Array, alignment: int, groups: int) -> Step:
         """The first of two launches: statistics of each block's part of a channel."""
@@ -153,7 +191,7 @@ class StepBuilder:
         if batch_stats:
             plan = self.plan_once(work, call.x) if call.extended else self.plan(work, call.x)
             if plan.tier != "split":
-                return BackwardSteps(plan, None, self._held(plan, call), None)
+                return BackwardSteps(plan, None, None, None, self._held(plan, call))
             if wants_dx:
                 return BackwardSteps(plan, self._reduce(plan, call), self.input(plan, call), None)
         plan, reduce, merge = self.reduce_and_merge(call, (wants_dz, wants_dx))

@@ -22,7 +22,7 @@ UPDATED = 1024
 class SharedStatistics:
     """What a backend on GPUs does for :class:`gpu_bn.nn.SyncBatchNorm` beside the phases."""
 
-    _launch: Launch
+    launch: Launch
     _prepared: Recent
 
     def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> Array:
@@ -50,7 +50,7 @@ class SharedStatistics:
             step = self._prepared[key] = _step(
                 sync_kernels.bn_sync_merge_kernel, -(-channels // CHANNELS), tail, together
             )
-        self._launch(step, (together.contiguous(), count, mean, var))
+        self.launch(step, (together.contiguous(), count, mean, var))
         return count, mean, var
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class SharedStatistics:
             tail = (len(mean), cumulative, UPDATED)
             step = self._prepared[key] = _step(sync_kernels.bn_sync_update_kernel, 1, tail, mean)
         written = [None if t is None else t.contiguous() for t in (running_mean, running_var)]
-        self._launch(step, (*written, counter, count, mean, var, momentum or 0.0, momentum_at))
+        self.launch(step, (*written, counter, count, mean, var, momentum or 0.0, momentum_at))
         for mine, theirs in zip(written, (running_mean, running_var), strict=True):
             if theirs is not None and mine is not theirs:
                 theirs.copy_(mine)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import CodeType
 from typing import Any
@@ -35,6 +36,37 @@ def is_inspected(norm: torch.nn.Module, root: CodeType) -> bool:
                 return True
         frame = frame.f_back
     return False
+
+
+@contextmanager
+def readers_told(norms: Iterable[torch.nn.Module], tell: Callable[[torch.nn.Module], None]) -> Iterator[None]:
+    """Tell of each normalisation whose parameters or buffers a model's code reads."""
+    held = [vars(norm) for norm in norms]
+    for norm, attributes in zip(norms, held, strict=True):
+        for name in ("_parameters", "_buffers"):
+            attributes[name] = _Told(attributes[name], norm, tell)
+    try:
+        yield
+    finally:
+        for attributes in held:
+            for name in ("_parameters", "_buffers"):
+                attributes[name] = dict(attributes[name])
+
+
+class _Told(dict[str, Any]):
+    """A normalisation's parameters or buffers."""
+
+    def __init__(self, held: dict[str, Any], norm: torch.nn.Module, tell: Callable[[torch.nn.Module], None]) -> None:
+        super().__init__(held)
+        self.norm, self.tell = norm, tell
+
+    def __getitem__(self, name: str) -> Any:
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__", "").startswith("torch."):
+            frame = frame.f_back
+        if frame is not None and not frame.f_globals.get("__name__", "").startswith(OWN):
+            self.tell(self.norm)
+        return super().__getitem__(name)
 
 
 @lru_cache(1024)

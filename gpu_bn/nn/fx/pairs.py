@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_bn.nn.fx.aliases import module_of
 from gpu_bn.nn.fx.graph import is_layer, is_leaf
-from gpu_bn.nn.fx.inspection import is_inspected
+from gpu_bn.nn.fx.inspection import is_inspected, readers_told
 from gpu_bn.nn.fx.trace import Refused, steps_of
 from gpu_bn.nn.known_layers import is_watched
 
@@ -46,7 +46,8 @@ def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
             continue
         inspected: set[torch.nn.Module] = set()
         try:
-            graph = steps_of(module, partial(_enters, inspected)).graph
+            with readers_told(list(filter(is_layer, module.modules())), inspected.add):
+                graph = steps_of(module, partial(_enters, inspected)).graph
         except Refused as error:
             reasons.update((child, f"{type(module).__name__}: {error}") for child in module.children())
             left += module.children()
@@ -97,7 +98,7 @@ def observed_pairs(model: torch.nn.Module, inputs: Iterable[Any], options: dict[
     """Find the pairs in a call of a model; and why others are none."""
     watch = _Watch(model)
     try:
-        with torch.no_grad(), watch, _DispatchWatch(watch):
+        with readers_told(watch.norms, watch.inspect), torch.no_grad(), watch, _DispatchWatch(watch):
             result = model(*inputs, **options)
     finally:
         watch.end()
@@ -137,7 +138,7 @@ class _Watch(TorchFunctionMode):
             x = arguments[0] if arguments else options.get("input")
             if is_layer(module):
                 if is_inspected(module, observed_pairs.__code__):
-                    self.inspected.add(module)
+                    self.inspect(module)
                 plain = len(arguments) < 4 and options.get("mask") is None
                 self.inputs.setdefault(module, []).append(id(x) if plain and id(x) in self.made else None)
                 others = [*arguments[1:], *options.values()]
@@ -147,6 +148,10 @@ class _Watch(TorchFunctionMode):
                 if tensor is not x or not is_layer(module):
                     self.reads(tensor)
         self.inside += 1
+
+    def inspect(self, norm: torch.nn.Module) -> None:
+        if self.inside == 0:
+            self.inspected.add(norm)
 
     def _leave(self, module: Any, _arguments: Any, _options: Any, result: Any) -> None:
         self.inside -= 1

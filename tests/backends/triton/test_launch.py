@@ -11,6 +11,9 @@ torch = pytest.importorskip("torch", reason="the Triton backend serves torch ten
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from support.triton_backends import RecordingBackend
+from triton.backends.nvidia import driver as nvidia
+from triton.compiler import CompiledKernel
+from triton.runtime._allocation import NullAllocator
 
 import gpu_bn
 from gpu_bn.activations import Activation
@@ -19,6 +22,8 @@ from gpu_bn.backends.triton.backend import TritonBackend
 from gpu_bn.backends.triton.launch import ClusterError, Specialisation, Step
 from gpu_bn.kernels.triton.forward import bn_merge_moments_kernel
 from gpu_bn.plan import DEVICES
+
+OLD = triton.__version__.startswith("3.6")
 
 
 class Compiled:
@@ -87,6 +92,65 @@ def test_a_step_is_compiled_once_and_launched_on_its_device_and_the_current_stre
     assert constants == {"counts": None, "CHUNK": 4, "LANES": 1, "VEC": 1, "COLUMNS": False, "GROUPS": 1}
     assert compiled.launches == [((3, 1, 1), (*args, *step.tail), "stream of 1")] * 2
     assert entered == [1] + [1, 1] * (current != 1)
+
+
+class Handle:
+    """A kernel with Triton's own launcher in front of a function that notes what C would get."""
+
+    function, packed_metadata = 4711, (4, 1, 512)
+    launch_metadata, __getitem__ = CompiledKernel.launch_metadata, CompiledKernel.__getitem__
+
+    def __init__(self, monkeypatch, **metadata):
+        self.calls, self.name, self.src = [], "kernel", SimpleNamespace(fn=None)
+        utils = SimpleNamespace(launch=lambda *args: self.calls.append(args))
+        monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(utils=utils), raising=False)
+        sizes = {f"{kind}_scratch_{of}": 0 for kind in ("global", "profile") for of in ("size", "align")}
+        plain = {"num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": False} | sizes | metadata
+        source = SimpleNamespace(constants={}, signature={"x": "*fp32", "n": "i32", "FLAG": "constexpr"})
+        for name in ("annotate_arguments", "make_kernel_signature"):  # which C would read
+            monkeypatch.setattr(nvidia, name, tuple)
+        self.run = nvidia.CudaLauncher(source, SimpleNamespace(**plain))
+
+    def _init_handles(self):
+        pass
+
+
+@pytest.mark.skipif(OLD, reason="Triton 3.6 compiles its launcher, which needs CUDA's headers and a C compiler")
+def test_a_kernel_is_launched_as_triton_launches_it_but_nothing_is_told_to_nobody(monkeypatch):
+    kernel, x = Handle(monkeypatch), torch.zeros(3)
+    kernel[(3, 2, 1)](x, 7, True, stream=99)
+    triton_launch.starter(kernel, (3, 2, 1))(99, x, 7, True)
+    theirs, ours = kernel.calls
+    assert [a is b or a == b for a, b in zip(theirs[:8] + theirs[11:], ours[:8] + ours[11:], strict=True)] == [
+        True
+    ] * 13
+    assert ours[8:11] == (None, None, None)
+    assert ours[-1] == (x, 7, True)
+
+
+@pytest.mark.skipif(OLD, reason="Triton 3.6 compiles its launcher, which needs CUDA's headers and a C compiler")
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_watches_launches_is_told(monkeypatch, name):
+    kernel, seen = Handle(monkeypatch), []
+    start, hooks = triton_launch.starter(kernel, (1, 1, 1)), getattr(triton.knobs.runtime, name)
+    hooks.add(seen.append)
+    try:
+        start(99, torch.zeros(3), 7, True)
+    finally:
+        hooks.remove(seen.append)
+    assert kernel.calls[0][8 + 1 + name.count("exit")] is hooks
+
+
+@pytest.mark.skipif(OLD, reason="Triton 3.6 compiles its launcher, which needs CUDA's headers and a C compiler")
+def test_a_kernel_that_needs_scratch_memory_is_launched_by_triton(monkeypatch):
+    kernel, allocated = Handle(monkeypatch, global_scratch_size=16, global_scratch_align=8), []
+    triton.set_allocator(lambda *what: allocated.append(what))
+    try:
+        triton_launch.starter(kernel, (3, 2, 1))(99, torch.zeros(3), 7, True)
+    finally:
+        triton.set_allocator(NullAllocator())
+    assert allocated == [(96, 8, 99)]
+    assert len(kernel.calls) == 1
 
 
 def test_absent_arguments_are_constants_and_whole_numbers_widen(step):

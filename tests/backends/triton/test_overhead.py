@@ -21,7 +21,7 @@ from gpu_bn.backends.triton.backend import TritonBackend
 from gpu_bn.plan import DEVICES
 
 LAUNCH_NOTHING = {"empty", "empty_strided", "empty_like", "new_empty", "view", "unbind", "split", "select", "slice",
-                  "as_strided", "detach", "alias", "to"}  # fmt: skip
+                  "as_strided", "detach", "alias", "to", "expand"}  # fmt: skip
 """A conversion that is one is seen as what it calls."""
 
 
