@@ -248,25 +248,39 @@ template <class L> DEVICE void store(typename L::V* to, const typename L::V& v, 
   store_once(to, v);
 }
 
-// Calls use(load(i, cursor), offset) for this thread's vectors i in [begin, end), UNROLL loads ahead of their uses.
+// N loads, then their uses: no load has a condition, so that all of them are under way at a time.
+template <int N, bool REVERSED, class L, class Load, class Use>
+DEVICE void batch(const Tile<L>& tile, Cursor& cursor, u32 first, Load load, Use use) {
+  decltype(load(0u, cursor)) loaded[N];
+  i64 offset[N];
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    offset[u] = cursor.offset;
+    loaded[u] = load(REVERSED ? first - u : first + u, cursor);
+    tile.template advance<REVERSED>(cursor);
+  }
+#pragma unroll
+  for (int u = 0; u < N; ++u) use(loaded[u], offset[u]);
+}
+
+// Calls use(load(i, cursor), offset) for this thread's vectors i in [begin, end), UNROLL loads ahead of their uses; for the
+// last few in a batch of half as many, then alone.
 template <int UNROLL, bool REVERSED, class L, class Load, class Use>
 DEVICE void each(const Tile<L>& tile, u32 begin, u32 end, Load load, Use use) {
   if (begin >= end) return;
   Cursor cursor = tile.seek(tile.row + (REVERSED ? end - 1 : begin) * tile.step);
-  for (u32 done = begin; done < end; done += UNROLL) {
-    decltype(load(0u, cursor)) loaded[UNROLL];
-    i64 offset[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      if (done + u < end) {
-        offset[u] = cursor.offset;
-        loaded[u] = load(REVERSED ? begin + end - 1 - done - u : done + u, cursor);
-        tile.template advance<REVERSED>(cursor);
-      }
+  u32 done = begin;
+  const auto next = [&] { return REVERSED ? begin + end - 1 - done : done; };
+  if constexpr (UNROLL == 1) {
+    for (; done < end; ++done) batch<1, REVERSED>(tile, cursor, next(), load, use);
+  } else {
+#pragma unroll 1
+    for (; end - done >= UNROLL; done += UNROLL) batch<UNROLL, REVERSED>(tile, cursor, next(), load, use);
+    if constexpr (UNROLL > 2) {
+      constexpr int HALF = (UNROLL + 1) / 2;
+      if (end - done >= HALF) batch<HALF, REVERSED>(tile, cursor, next(), load, use), done += HALF;
     }
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u)
-      if (done + u < end) use(loaded[u], offset[u]);
+    if (done < end) batch<1, REVERSED>(tile, cursor, next(), load, use);
   }
 }
 

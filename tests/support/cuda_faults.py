@@ -88,7 +88,7 @@ PLANTED = [
             "length = length_of(rank) + 1;"),
     planted("lost tail", "wrong result", "cta", "length = length_of(rank);", "length = length_of(rank) - 1;"),
     planted("stride of rows: channels and inner swapped", "out of bounds", "cta",
-            "(i64)(step / g.inner) * g.channels * g.inner", "(i64)(step / g.channels) * g.inner * g.channels", LONG),
+            "(i64)(step / g.inner) * g.channels * pitch()", "(i64)(step / g.channels) * g.inner * g.channels", LONG),
     planted("row end not noticed", "data race", "cta", "if (c.rest >= g.inner) c", "if (c.rest > g.inner) c", LONG),
     planted("row start not noticed, backwards", "data race", "split",
             "if (c.rest < jump_rest) c.rest += g.inner, c.offset -= gap;", "", LONG),
