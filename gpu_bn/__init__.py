@@ -67,7 +67,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _PARTS:
-        return _part(name)
+        return import_module(f"{__name__}.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -78,16 +78,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, *_PARTS, "__version__"])
-
-
-def _part(name: str) -> Any:
-    try:
-        return import_module(f"{__name__}.{name}")
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.startswith(__name__):
-            raise
-        extra = {"nn": "torch"}.get(name, "test")
-        raise ModuleNotFoundError(
-            f"gpu_bn.{name} needs the package {error.name}: pip install -e '.[{extra}]' in a clone of gpu_bn",
-            name=error.name,
-        ) from error

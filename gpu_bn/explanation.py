@@ -202,24 +202,6 @@ def explain(
     return Explanation(call, gpu, _direction(forward, gpu, training), _direction(backward, gpu, training))
 
 
-def row(explanation: Explanation, name: str) -> list[str]:
-    """Return one direction's cells in a table of devices."""
-    direction: Direction = getattr(explanation, name)
-    plan = direction.plan
-    return [
-        explanation.device.name,
-        name,
-        direction.tier,
-        str(plan.launches),
-        f"{plan.grid} x {THREADS}",
-        f"{plan.tiling.vector * direction.work.itemsize} bytes",
-        f"{plan.shared_bytes}",
-        f"{direction.moved_bytes / direction.floor_bytes:.2f}",
-        _time(plan.seconds),
-        _time(plan.floor_seconds),
-    ]
-
-
 def works(
     n: int, c: int, s: int, itemsize: int, activation: Activation, residual: bool, training: bool = True
 ) -> tuple[Work, Work]:

@@ -143,7 +143,7 @@ def select(
     """Return all combinations whose name contains ``only``; those of one tensor follow each other.
 
     Raises:
-        ValueError: a name is not known, or no layout fits a shape.
+        ValueError: a name is not known, no layout fits a shape, or a shape has nothing to normalise in training.
     """
     return [case for case in _combined(shapes, dtypes, layouts, operations) if only in str(case)]
 
@@ -158,6 +158,8 @@ def _combined(
     for shape, dtype in product(shapes_of(shapes), long_dtypes):
         if len(shape) > 2 and not spatial:
             raise ValueError(f"layout 'nc' is of 2 axes, got {len(shape)}: {'x'.join(map(str, shape))}")
+        if math.prod(shape) == shape[1] and any(operation.training for operation in chosen):
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         for layout, operation in product(["nc"] if len(shape) == 2 else spatial, chosen):
             yield Case(shape, dtype, layout, operation)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -13,8 +12,7 @@ from typing import Any
 from gpu_bn.bench.cases import NETWORKS, Shape
 from gpu_bn.bench.measurement import Result
 from gpu_bn.bench.model import Modelled
-from gpu_bn.cli.console import Table
-from gpu_bn.explanation import _size, _time
+from gpu_bn.cli.console import Table, megabytes, microseconds, milliseconds, three_digits
 from gpu_bn.plan import TIERS
 
 SCHEMA = 1
@@ -92,12 +90,6 @@ class Report:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         part.replace(path)  # only a whole report takes the place of an earlier one
-
-
-def three_digits(number: float) -> str:
-    """Return a number with three digits, or with all of a larger whole number."""
-    digits = 3 - math.ceil(math.log10(number) + 1e-9) if number > 0 else 0
-    return f"{number:.{min(max(digits, 0), 9)}f}"
 
 
 # ----------------------------------------------------------------------------------------------------- measured
@@ -197,7 +189,8 @@ def slower_with_threads(results: Sequence[Result]) -> list[str]:
         worst = max(factors, key=lambda case: factors[case])
         lines.append(
             f"UNSTEADY: {by} takes up to {three_digits(factors[worst])} times as long with more threads as with one "
-            f"({worst}; {len(factors)} such cases): its threads wait for a core. Compare the lines of one thread."
+            f"({worst}; {len(factors)} such case{'s' * (len(factors) > 1)}): its threads wait for a core. Compare the "
+            "lines of one thread."
         )
     return lines
 
@@ -230,8 +223,8 @@ def layers_table(results: Sequence[Result]) -> list[Table]:
         for (kind, by), times in medians.items():
             if number > len(layers) and all(layer.shape in times for layer in layers):
                 total = sum(layer.layers * times[layer.shape] for layer in layers)
-                rows.append([network, str(number), kind, by, _time(total)])
-    header = ["network", "layers", "operation", "by", "all layers"]
+                rows.append([network, str(number), kind, by, milliseconds(total)])
+    header = ["network", "layers", "operation", "by", "all layers (ms)"]
     return [Table("All layers of a network together", header, rows, "Sums of medians.", keys=4)] if rows else []
 
 
@@ -248,15 +241,15 @@ def model_tables(rows: Sequence[Modelled]) -> list[Table]:
             on = {row.device.name: row for row in group}
             every = [on[device] for device in devices]
             name = f"  {operation}"
-            lines.append([name, "gpu_bn", *(f"{_time(row.plan.seconds)} {row.tier}" for row in every)])
+            lines.append([name, "gpu_bn", *(f"{microseconds(row.plan.seconds)} {row.tier}" for row in every)])
             others = {
                 "PyTorch native": [row.torch_seconds for row in every],
                 "cuDNN": [row.cudnn_seconds for row in every],
             }
             for by, seconds in others.items():
-                if times := [_time(one) for one in seconds if one is not None]:
+                if times := [microseconds(one) for one in seconds if one is not None]:
                     lines.append([name, by, *times])
-    header = ["operation", "by", *devices]
+    header = ["operation", "by", *(f"{device} (us)" for device in devices)]
     table = Table("Model: times on GPUs that are not here", header, lines, MODEL_NOTE, keys=2)
     shown = devices[min(3, len(devices) - 1)]
     trained = [row for row in rows if row.device.name == shown and row.case.operation.training]
@@ -269,12 +262,12 @@ def _tiers_table(rows: Sequence[Modelled]) -> Table:
         chosen = {tier: "*" if tier == row.tier else "" for tier in TIERS}
         tiers = [_multiple(row.tiers.get(tier), row.floor_bytes) + chosen[tier] for tier in TIERS]
         others = [_multiple(moved, row.floor_bytes) for moved in (row.torch_bytes, row.cudnn_bytes)]
-        lines.append([str(row.case), _size(row.floor_bytes), *tiers, *others])
+        lines.append([str(row.case), megabytes(row.floor_bytes), *tiers, *others])
     caption = (
         "As multiples of the floor (every tensor read and written once). By tier, what reaches the memory by the plan; "
         "* is chosen. Of the others, what their kernels ask for, whether or not the cache has it."
     )
-    header = ["case", "floor", *TIERS, "PyTorch native", "cuDNN"]
+    header = ["case", "floor (MB)", *TIERS, "PyTorch native", "cuDNN"]
     return Table(f"Model: bytes by tier on {rows[0].device.name}", header, lines, caption)
 
 

@@ -18,11 +18,12 @@ from gpu_bn.bench.implementations import Implementation, choose
 from gpu_bn.bench.machine import clocks, cpu_copy_bandwidth, describe, machine, smi
 from gpu_bn.bench.measurement import Entry, Result, Tensors, measure
 from gpu_bn.bench.model import model
-from gpu_bn.bench.report import Report, model_tables, slower_with_threads, three_digits
+from gpu_bn.bench.report import Report, model_tables, slower_with_threads
 from gpu_bn.bench.tiers import crossovers
 from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, in_words
 from gpu_bn.bench.verify import verify
-from gpu_bn.cli.console import Table, progress, terminal_width
+from gpu_bn.cli.console import Table, progress, terminal_width, three_digits
+from gpu_bn.cli.info import cores
 from gpu_bn.plan import THRESHOLDS, TIERS, Device
 
 FEW_OPERATIONS = ("forward", "forward+relu", "backward", "backward+add+relu", "eval")
@@ -97,11 +98,13 @@ class Options:
         """Check that the cases for the device can be run.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or there are fewer cores than threads.
             BenchError: a package is missing.
         """
         if not cases:
             raise ValueError("no case is left by --shapes, --dtype, --layout, --ops and --only")
+        if self.threads is not None and self.threads > cores():
+            raise ValueError(f"--threads: this process has {cores()} cores, got {self.threads}")
         if any(case.dtype == "bfloat16" for case in cases) and find_spec("ml_dtypes") is None:
             raise BenchError("bf16 needs ml_dtypes: pip install -e '.[bench]'")
         if self.train and find_spec("torch") is None:
@@ -162,7 +165,7 @@ class Session:
     def run_cases(self, cases: list[Case], run: Callable[[Case, Tensors], list[Result]], results: list[Result]) -> None:
         """Run cases and add to ``results``, up to a case that breaks the GPU. Cases of one tensor share its data."""
         what = f"Timing {len(cases)} cases on the {'CPU' if self.gpu is None else 'GPU'}"
-        with progress(what, len(cases), about=self.expected_seconds(len(cases))) as advance:
+        with progress(what, len(cases), least=self.expected_seconds(len(cases))) as advance:
             for _, group in groupby(cases, lambda case: case.tensor):
                 members = list(group)
                 tensors = Tensors(members[0])

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from gpu_bn.bench.cases import Case
 from gpu_bn.bench.measurement import Result
 from gpu_bn.bench.model import work_of
-from gpu_bn.cli.console import Table
-from gpu_bn.explanation import _size, _time
+from gpu_bn.cli.console import Table, megabytes, microseconds
 from gpu_bn.plan import THRESHOLDS, TIERS, Device, Thresholds, plan
 
 FITTED: dict[str, tuple[float, ...]] = {
@@ -158,10 +157,10 @@ def times_table(times: Sequence[TierTimes]) -> Table:
     for tensor, group in groupby(times, lambda row: row.case.tensor):
         rows.append(tensor)
         for row in group:
-            cells = [_time(row.seconds[tier]) if tier in row.seconds else "-" for tier in TIERS]
+            cells = [microseconds(row.seconds[tier]) if tier in row.seconds else "-" for tier in TIERS]
             slowdown = f"{row.slowdown(row.chosen):.2f}" if row.chosen else "-"
             rows.append([f"  {row.case.operation}", row.by, *cells, row.fastest, row.chosen or "-", slowdown])
-    header = ["operation", "by", *TIERS, "fastest", "chosen", "slowdown"]
+    header = ["operation", "by", *(f"{tier} (us)" for tier in TIERS), "fastest", "chosen", "slowdown"]
     caption = "Cold. Slowdown: the time of the tier that the backend chooses, over the fastest's."
     return Table("Tiers, each forced", header, rows, caption, keys=2)
 
@@ -205,5 +204,5 @@ def ranges_table(times: Sequence[TierTimes]) -> Table:
         f"By size of the tensor, on average over those of one size; times within {TIE - 1:.0%} make no crossover. How "
         "many channels share the bytes decides as much: the table above has each."
     )
-    rows = [[*found[:3], _size(found.smallest), _size(found.largest)] for found in ranges(times)]
-    return Table("Crossovers: the fastest tier", ["by", "of", "tier", "from", "to"], rows, caption)
+    rows = [[*found[:3], megabytes(found.smallest), megabytes(found.largest)] for found in ranges(times)]
+    return Table("Crossovers: the fastest tier", ["by", "of", "tier", "from (MB)", "to (MB)"], rows, caption)

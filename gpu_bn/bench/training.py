@@ -17,8 +17,7 @@ from torch import nn
 from gpu_bn import nn as ours
 from gpu_bn.bench.gpus import TorchGpu
 from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, Timing, in_words, take_samples
-from gpu_bn.cli.console import Table, progress
-from gpu_bn.explanation import _size, _time
+from gpu_bn.cli.console import Table, megabytes, milliseconds, progress
 
 AGREEMENT, NOISE = 1e-3, 2.0
 """How far a first gradient may be from that of torch's layers in float32: ``AGREEMENT`` of its norm, and ``NOISE``
@@ -202,10 +201,10 @@ def training_table(rows: list[TrainingResult], kind: str) -> tuple[Table, list[A
         timing, spread = row.timing, row.timing.spread if row.timing else None
         lines.append([
             row.name,
-            _time(timing.median) if timing else f"not timed: {row.refused}",
-            "-" if spread is None else _time(spread),
+            milliseconds(timing.median) if timing else f"not timed: {row.refused}",
+            "-" if spread is None else milliseconds(spread),
             f"{timing.median / base.median:.2f}" if timing and base else "-",
-            "-" if row.peak_bytes is None else _size(row.peak_bytes),
+            "-" if row.peak_bytes is None else megabytes(row.peak_bytes),
         ])  # fmt: skip
     how = "float16 by autocast, channels-last" if kind == "cuda" else "float32"
     agrees = f"agrees with that of torch's layers in float32{', as far as autocast lets it' * (kind == 'cuda')}"
@@ -214,7 +213,7 @@ def training_table(rows: list[TrainingResult], kind: str) -> tuple[Table, list[A
         f"{sizes.images} images of {sizes.side} x {sizes.side}, {how}. The first gradient of each variant {agrees}. "
         f"Peak memory: what a step takes beyond what was taken before it, {memory}."
     )
-    header = ["layers", "a step", "IQR", "/ torch, eager", "peak memory"]
+    header = ["layers", "a step (ms)", "IQR", "/ torch, eager", "peak memory (MB)"]
     return Table(f"Training step of ResNet-18 on the {kind}", header, lines, caption), [
         {**row._asdict(), "timing": row.timing._asdict() if row.timing else None} for row in rows
     ]

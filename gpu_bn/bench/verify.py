@@ -12,8 +12,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from gpu_bn.bench.measurement import Result
-from gpu_bn.cli.console import Table
-from gpu_bn.explanation import _size, _time
+from gpu_bn.cli.console import Table, megabytes, microseconds
 
 SLOWER, FASTER = 1.25, 0.9
 """Bounds of measured over predicted time; beyond them a prediction is refuted."""
@@ -140,7 +139,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _table(verdicts: Sequence[Verdict], note: str) -> Table:
-    header = ["operation", "by", "tier", "predicted", "measured", "read", "counted", "written", "counted", "prediction"]
+    header = [
+        "operation", "by", "tier", "predicted (us)", "measured (us)", "read (MB)", "counted", "written", "counted",
+        "prediction",
+    ]  # fmt: skip
     rows: list[list[str] | str] = []
     for tensor, group in groupby(verdicts, lambda v: v.result.case.tensor):
         rows += [tensor, *map(_row, group)]
@@ -154,11 +156,11 @@ def _table(verdicts: Sequence[Verdict], note: str) -> Table:
 
 
 def _row(v: Verdict) -> list[str]:
-    counted = ("-", "-") if v.counted is None else (_size(v.counted.read), _size(v.counted.written))
+    counted = ("-", "-") if v.counted is None else (megabytes(v.counted.read), megabytes(v.counted.written))
     return [
-        f"  {v.result.case.operation}", v.result.by, v.result.tier, _time(v.predicted),
-        _time(v.result.best.median) if v.result.best else "-", _size(v.bytes.read), counted[0],
-        _size(v.bytes.written), counted[1], f"REFUTED, {v.refuted}" if v.refuted else "holds",
+        f"  {v.result.case.operation}", v.result.by, v.result.tier, microseconds(v.predicted),
+        microseconds(v.result.best.median) if v.result.best else "-", megabytes(v.bytes.read), counted[0],
+        megabytes(v.bytes.written), counted[1], f"REFUTED, {v.refuted}" if v.refuted else "holds",
     ]  # fmt: skip
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    from gpu_bn.cli.commands import main
-
+    """Run the command and return its exit code; Ctrl-C may come while it is imported."""
+    try:
+        from gpu_bn.cli.commands import main
+    except KeyboardInterrupt:
+        print("gpu-bn: interrupted", file=sys.stderr)
+        return 130
     return main(arguments)

@@ -7,18 +7,20 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_bn import __version__, registry
 from gpu_bn.cli import values
 from gpu_bn.cli.values import CommandError, UsageError
-from gpu_bn.plan import DEVICES
+from gpu_bn.plan import DEVICES, THREADS
 
 if TYPE_CHECKING:
-    from gpu_bn.explanation import Explanation
+    from gpu_bn.explanation import Direction, Explanation
 
 DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich", "threadpoolctl": "threadpoolctl"}
 """Modules of the extra ``demo``, and the packages that have them."""
@@ -32,16 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         here or its results cannot be written; 2 if the arguments are wrong; 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(arguments)
-    options.line = shlex.join(["gpu-bn", *arguments])
-    name = f"gpu-bn {options.command}"
+    name = "gpu-bn"
     commands = {
         "info": run_info, "check": run_check, "explain": run_explain, "warm-up": run_warm_up,
         "bench": run_bench, "demo": run_demo,
     }  # fmt: skip
     try:
-        if sys.stdout is None:
-            raise CommandError("standard output is closed")
+        options = _parsed(arguments)
+        options.line = shlex.join(["gpu-bn", *arguments])
+        name = f"gpu-bn {options.command}"
+        _check_stdout()
         code = commands[options.command](options)
         sys.stdout.flush()
         return code
@@ -58,6 +60,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line. A buffer stands for the output: argparse does not notice a full disk."""
+    try:
+        with redirect_stdout(StringIO()) as said:
+            return parser().parse_args(arguments)
+    except SystemExit:
+        if said.getvalue():
+            _check_stdout()
+            print(said.getvalue(), end="", flush=True)
+        raise
+
+
+def _check_stdout() -> None:
+    if sys.stdout is None:
+        raise CommandError("standard output is closed")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -238,7 +257,7 @@ def run_check(options: argparse.Namespace) -> int:
 def run_explain(options: argparse.Namespace) -> int:
     """Run ``gpu-bn explain``."""
     from gpu_bn.cli.console import Table, terminal_width
-    from gpu_bn.explanation import MODEL, explain, row
+    from gpu_bn.explanation import MODEL, explain
 
     def of(device: str) -> Explanation:
         return explain(
@@ -253,10 +272,25 @@ def run_explain(options: argparse.Namespace) -> int:
     if options.device != "all":
         print(found[0])
         return 0
-    header = ["device", "pass", "tier", "launches", "grid", "vector", "shared", "moved/floor", "time", "floor"]
-    rows = [row(one, direction) for one in found for direction in ("forward", "backward")]
+    sizes, times = ["grid", "vector", "shared", "moved/floor"], ["time (us)", "floor (us)"]
+    header = ["device", "pass", "tier", "launches", *sizes, *times]
+    rows = [_row(one, direction) for one in found for direction in ("forward", "backward")]
     print(Table(found[0].call, header, rows, MODEL, keys=2).text(terminal_width()), end="")
     return 0
+
+
+def _row(explanation: Explanation, name: str) -> list[str]:
+    """Return one direction's cells in a table of devices."""
+    from gpu_bn.cli.console import microseconds
+
+    direction: Direction = getattr(explanation, name)
+    plan = direction.plan
+    return [
+        explanation.device.name, name, direction.tier, str(plan.launches), f"{plan.grid} x {THREADS}",
+        f"{plan.tiling.vector * direction.work.itemsize} bytes", f"{plan.shared_bytes}",
+        f"{direction.moved_bytes / direction.floor_bytes:.2f}", microseconds(plan.seconds),
+        microseconds(plan.floor_seconds),
+    ]  # fmt: skip
 
 
 def run_warm_up(options: argparse.Namespace) -> int:
@@ -272,7 +306,7 @@ def run_warm_up(options: argparse.Namespace) -> int:
     try:
         print(warm_up([dtypes[name] for name in options.dtype], options.activation or ACTIVATIONS))
     except ValueError as error:
-        raise CommandError(str(error)) from None
+        raise UsageError(str(error)) from None
     return 0
 
 

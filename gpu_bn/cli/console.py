@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import textwrap
@@ -77,6 +78,27 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], capt
     return Table(title, header, rows, caption).text()
 
 
+def three_digits(number: float) -> str:
+    """Return a number with three digits, or with all of a larger whole number."""
+    digits = 3 - math.ceil(math.log10(number) + 1e-9) if number > 0 else 0
+    return f"{number:.{min(max(digits, 0), 9)}f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time for a column in ms."""
+    return three_digits(1e3 * seconds)
+
+
+def microseconds(seconds: float) -> str:
+    """Return a time for a column in us."""
+    return three_digits(1e6 * seconds)
+
+
+def megabytes(count: float) -> str:
+    """Return a number of bytes for a column in MB."""
+    return three_digits(count / 1e6)
+
+
 def paragraph(text: str, width: int | None = None) -> list[str]:
     """Wrap a text into indented lines of at most ``width`` and :data:`WIDTH` characters."""
     return textwrap.wrap(text, max(20, min(WIDTH, width or WIDTH)), initial_indent=GAP, subsequent_indent=GAP)
@@ -92,12 +114,12 @@ LEAST_PAUSE = 10.0
 
 
 @contextmanager
-def progress(what: str, total: int, about: float = 0.0) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int, least: float = 0.0) -> Iterator[Callable[[int], None]]:
     """Show a bar on standard error and yield what advances it; without a terminal or rich, print lines.
 
-    ``about`` is how many seconds it should take.
+    ``least`` is how many seconds it takes at least.
     """
-    what += f", about {duration(about)}" if about else ""
+    what += f", {duration(least)} or more" if least else ""
     if sys.stderr is None or not sys.stderr.isatty() or find_spec("rich") is None:
         yield _Lines(what, total).advance
         return

@@ -84,7 +84,7 @@ def facts_of_cuda() -> list[str]:
     return [
         "; ".join(gpus.names) or f"no GPU: {gpus.why_not}",
         *(f"CUDA of {name}: {said}" for name, said in found.said.items()),
-        f"Python {platform.python_version()}, NumPy {np.__version__}, {', '.join(packages)}",
+        ", ".join([f"Python {platform.python_version()}", f"NumPy {np.__version__}", *packages]),
         *(f"does not fit: {problem}" for problem in found.problems()),
     ]
 

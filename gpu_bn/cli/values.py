@@ -28,15 +28,15 @@ class UsageError(CommandError):
 
 # ------------------------------------------------------------------------------------------------------- values
 def shape(text: str) -> tuple[int, ...]:
-    """Parse a shape: ``32x64x56x56`` or ``32,64,56,56``."""
-    return tuple(positive(size) for size in text.lower().replace(",", "x").split("x"))
+    """Parse a shape: ``32x64x56x56`` or ``32,64,56,56``; spaces may stand around the numbers."""
+    return tuple(positive(size.strip()) for size in text.lower().replace(",", "x").split("x"))
 
 
 def shapes(text: str) -> list[str]:
     """Parse names and shapes between commas; numbers side by side are one shape: ``few,32,64,56,56,4x8``."""
     found: list[str] = []
     numbers: list[str] = []
-    for word in [*words(text.lower()), ""]:
+    for word in [*words("".join(text.lower().split())), ""]:
         if word.isdigit():
             numbers.append(word)
             continue
@@ -109,7 +109,7 @@ def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
 
 
 def _of(names: dict[str, str], text: str, what: str, expected: Iterable[str]) -> str:
-    found = names.get(text.lower())
+    found = names.get(text.strip().lower())
     if found is None:
         raise argparse.ArgumentTypeError(f"unknown {what} {text!r}, expected one of {', '.join(expected)}")
     return found

@@ -7,6 +7,14 @@ This subpackage alone imports torch::
     model = nn.convert(model)
 """
 
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    hint = "gpu_bn.nn needs the package torch: pip install -e '.[torch]' in a clone of gpu_bn"
+    raise ModuleNotFoundError(hint, name="torch") from error
+
 from gpu_bn.nn.conversion import (
     convert,
     freeze,

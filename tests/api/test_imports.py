@@ -50,13 +50,16 @@ def test_public_parts_are_loaded_when_they_are_asked_for(name):
     assert python(f"import gpu_bn; print(gpu_bn.{name}.__name__)") == [f"gpu_bn.{name}"]
 
 
-def test_without_torch_its_extra_is_named():
-    code = """
+@pytest.mark.parametrize(
+    "asked", ["gpu_bn.nn", "import gpu_bn.nn", "from gpu_bn import nn", "from gpu_bn.nn import convert"]
+)
+def test_without_torch_its_extra_is_named(asked):
+    code = f"""
 import sys
 sys.modules["torch"] = None
 import gpu_bn
 try:
-    gpu_bn.nn
+    {asked}
 except ModuleNotFoundError as error:
     print(error)
 """

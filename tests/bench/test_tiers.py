@@ -91,7 +91,7 @@ def test_ranges_of_tiers_end_where_they_cross_over():
     ]
     rows = str(tiers.ranges_table(times)).splitlines()
     assert rows[0] == "Crossovers: the fastest tier"
-    assert rows[4].split() == ["gpu_bn", "triton", "f32", "nchw", "forward", "cta", "32.77", "kB", "131.1", "kB"]
+    assert rows[4].split() == ["gpu_bn", "triton", "f32", "nchw", "forward", "cta", "0.0328", "0.131"]
 
 
 def test_a_tier_that_is_better_unforced_counts_as_it_is_launched():

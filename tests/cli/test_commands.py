@@ -241,6 +241,7 @@ def test_explain_on_all_devices_is_a_table(capsys):
     ("arguments", "says"),
     [
         (["--shape", "8"], "2 to 5 axes, got 1"),
+        (["--shape", "1x8"], "Expected more than 1 value per channel when training, got input size (1, 8)"),
         (["--shape", "4,8,2", "--layout", "nc"], "layout 'nc' is of 2 axes, got 3"),
         (["--shape", "4,8", "--activation", "maxout"], "unknown activation 'maxout', expected one of identity"),
     ],
@@ -250,8 +251,24 @@ def test_explain_refuses_what_makes_no_sense(arguments, says, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["bench", "--shapes", "1x8"], "Expected more than 1 value per channel when training, got input size (1, 8)"),
+        (["bench", "--threads", "100000"], "this process has"),
+    ],
+)
+def test_other_commands_refuse_what_makes_no_sense(line, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(line) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert says in said.err
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------------------------ syntax and outputs
-@pytest.mark.parametrize("shape", ["32,64,56,56", "32x64x56x56", "32X64x56x56"])
+@pytest.mark.parametrize("shape", ["32,64,56,56", "32x64x56x56", "32X64x56x56", "32, 64, 56, 56", "32 x 64 x 56 x 56"])
 @pytest.mark.parametrize("dtype", ["f16", "float16", "Float16"])
 def test_one_syntax_for_shapes_and_dtypes(shape, dtype, capsys):
     assert main(["explain", "--shape", shape, "--dtype", dtype, "--device", "H100", "--layout", "NHWC"]) == 0
@@ -319,6 +336,8 @@ def run_with(redirection, *arguments):
 def test_a_full_disk_is_a_line_and_what_was_measured_is_kept(tmp_path):
     done = run_with("> /dev/full", "info")
     assert (done.returncode, done.stderr) == (1, "gpu-bn info: No space left on device\n")
+    done = run_with("> /dev/full", "--version")
+    assert (done.returncode, done.stderr) == (1, "gpu-bn: No space left on device\n")
     tiny = ["--device", "cpu", "--seconds", "0", "--shapes", "4x8", "--ops", "eval", "--peers", "none"]
     done = run_with("> /dev/full", "bench", *tiny, "--out", str(tmp_path))
     assert done.returncode == 1
@@ -341,6 +360,22 @@ def test_an_interrupt_ends_with_130(command, monkeypatch, capsys):
     assert capsys.readouterr().err == f"gpu-bn {command}: interrupted\n"
 
 
+def test_an_interrupt_while_the_command_is_imported_ends_with_130():
+    code = """
+import builtins, sys
+imported = builtins.__import__
+def interrupted(name, *rest):
+    if name == "numpy":
+        raise KeyboardInterrupt
+    return imported(name, *rest)
+builtins.__import__ = interrupted
+from gpu_bn.cli import main
+sys.exit(main(["info"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "gpu-bn: interrupted\n")
+
+
 def test_explain_refuses_what_a_call_would_refuse(capsys):
     assert main(["explain", "--shape", "1x8"]) == 2
     assert "Expected more than 1 value per channel when training" in capsys.readouterr().err
@@ -361,7 +396,7 @@ def test_warm_up_compiles_once(capsys, monkeypatch):
 
 def test_warm_up_names_what_it_does_not_know(capsys):
     pytest.importorskip("numba")
-    assert main(["warm-up", "--activation", "relux"]) == 1
+    assert main(["warm-up", "--activation", "relux"]) == 2
     assert "unknown activation 'relux'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["warm-up", "--dtype", "f8"])

@@ -16,8 +16,8 @@ from support.paths import ROOT
 import gpu_bn
 
 TREE = (
-    "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml",
-    "src", "gpu_bn", "kernels", "tests", "bench", "docker", "docs", ".ci",
+    "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md",
+    "mkdocs.yml", "src", "gpu_bn", "kernels", "tests", "bench", "docker", "docs", ".ci",
 )  # fmt: skip
 
 
@@ -117,6 +117,39 @@ def test_the_command_and_the_extras_are_declared(built):
     for extra in extras:  # both would write the same module's files
         names = {re.split(r"[ ;>=\[]", line)[1] for line in required if f"extra == '{extra}'" in line.replace('"', "'")}
         assert len(names & {"cupy-cuda12x", "cupy-cuda13x"}) < 2
+
+
+def links(text):
+    """The targets of a page's links and pictures, but those inside of the page."""
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith("#")]
+
+
+def package_page():
+    spec = importlib.util.spec_from_file_location("package_page", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_link_of_the_package_page_works_without_a_clone(built):
+    (wheel,) = built.glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    head, _, shown = archive.read(name).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head
+    assert "# gpu_bn" in shown
+    assert all(target.startswith("https://") for target in links(shown))
+    assert "(docs/install.md)" in shown  # no address is known yet: the file's name stands beside its text
+
+
+def test_with_an_address_the_package_page_links_there():
+    readme = (ROOT / "README.md").read_text()
+    shown = package_page().description(readme, "https://host.example/bn/")
+    assert len(links(shown)) == len(links(readme))
+    assert all(target.startswith("https://") for target in links(shown))
+    assert "[Install](https://host.example/bn/blob/main/docs/install.md)" in shown
+    assert "(https://host.example/bn/raw/main/docs/images/demo.png)" in shown
+    assert "([other choices](#install))" in shown
 
 
 def test_a_script_beside_a_clone_finds_the_package(tmp_path):
