@@ -14,7 +14,7 @@ from gpu_bn.backends.cupy import sources as cuda_sources
 pytestmark = pytest.mark.skipif(tool("nvdisasm") is None, reason="no disassembler: the triton wheel is not installed")
 REMEDY = "python tests/cuda_budget.py"
 EVERY = [(arch, layout) for arch in ARCHITECTURES for layout in budget.LAYOUTS]
-MARKS = {(90, "columns"): [], **dict.fromkeys([(75, "rows"), (80, "ragged"), (120, "rows")], pytest.mark.slow)}
+MARKS = dict.fromkeys([(80, "ragged"), (90, "columns")], pytest.mark.slow)
 
 
 def current():
