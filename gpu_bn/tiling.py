@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 
 VECTOR_BYTES = 16
 STRIP_BYTES = 128
-RAGGED_SHARE = 0.6
-"""The most vectors of ragged rows for one of even rows: fewer must pay for what is read twice and written in pieces."""
+RAGGED_BYTES, RAGGED_FILL = 4, 0.75
+"""Rows are ragged in place of accesses of single elements, of so many bytes or fewer, and where at least this share of
+the elements in a row's vectors are its own. By the machine code an element then takes as many instructions as alone, and
+four to eight times the bytes are under way; vectors of two elements or four take fewer instructions than ragged rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +118,19 @@ def tile(work: Work) -> Tiling:
     full = VECTOR_BYTES // work.itemsize
     vector = math.gcd(full, inner, max(work.alignment // work.itemsize, 1))
     if not columns:
-        if work.ragged and work.alignment == VECTOR_BYTES and n * c * s % full == 0 and s < 1 << 31:
-            spanned = _spanned(s, full)
-            if spanned <= RAGGED_SHARE * (s // vector):
-                return Tiling(False, n, c, s, full, 1, c, n * spanned, ragged=True)
+        if work.ragged and vector == 1 and _gains(work, n * c * s, s):
+            return Tiling(False, n, c, s, full, 1, c, n * _spanned(s, full), ragged=True)
         return Tiling(False, n, c, s, vector, 1, work.groups * c, n * s // vector)
     across = c // vector
     lanes = min(32, STRIP_BYTES // (vector * work.itemsize), 1 << (across - 1).bit_length())
     return Tiling(True, n, c, s, vector, lanes, work.groups * -(-across // lanes), n)
+
+
+def _gains(work: Work, elements: int, row: int) -> bool:
+    """Tell whether ragged rows serve a tensor, and pay for what is read twice and written in pieces."""
+    full = VECTOR_BYTES // work.itemsize
+    serves = work.alignment == VECTOR_BYTES and elements % full == 0 and row < 1 << 31
+    return serves and work.itemsize <= RAGGED_BYTES and row >= RAGGED_FILL * _spanned(row, full) * full
 
 
 def _spanned(row: int, vector: int) -> int:

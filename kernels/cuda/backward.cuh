@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
         if (dx) {
 #pragma unroll
           for (int j = 0; j < L::VEC; ++j)
-            out.at[j] = L::T::down(at.selected[j] ? g[j] * affine.scale[L::COLUMNS ? j : 0] : A(0));
+            out.at[j] = L::T::down(L::RAGGED || at.selected[j] ? g[j] * affine.scale[L::COLUMNS ? j : 0] : A(0));
           store<L>(dx + offset, out, at.selected);
         }
 #if __CUDA_ARCH__ >= 1200
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_input_kernel
           dz.at[j] = L::T::down(gj);
           const A scale = affine.scale[L::COLUMNS ? j : 0];
           const A dxj = all_sums ? gradient.dx(j, centred, gj, scale) : gj * scale;
-          out.at[j] = L::T::down(at.selected[j] ? dxj : A(0));
+          out.at[j] = L::T::down(L::RAGGED || at.selected[j] ? dxj : A(0));
         }
         store<L>(dx + offset, out, at.selected);
         if (dresidual) store<L>(dresidual + offset, dz, at.selected);

@@ -79,7 +79,7 @@ template <class L, bool RESIDUAL, bool MASK> struct Output {
       A z = affine.z(j, affine.centred(j, x[j]));
       if (RESIDUAL) z += added[j];
       if (MASK) bits |= (u32)!Activation::drop(z) << j;
-      out.at[j] = L::T::down(selected[j] ? Activation::value(z, parameter) : A(0));
+      out.at[j] = L::T::down(L::RAGGED || selected[j] ? Activation::value(z, parameter) : A(0));
     }
     store<L>(y + offset, out, selected);
     if (MASK) mask[offset] = (u8)bits;

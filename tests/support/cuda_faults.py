@@ -27,8 +27,8 @@ KINKS = Case((4, 6, 5), activation="relu6", affine="kinks")
 HUGE = Case((3, 2, 41, 8), activation="relu", mean=1e30, std=1e30, mode="train_no_stats")
 TINY = Case((3, 2, 41, 8), activation="relu", mean=1e-20, std=1e-20, eps=1e-50)
 OF_16_BITS = Case((4, 6, 5), param_dtype="bfloat16")
-RAGGED = Case((8, 3, 7), activation="relu")
-"""Rows that span two vectors of 4 floats or three; the last of all spans two."""
+RAGGED = Case((8, 3, 27), activation="relu")
+"""Rows that span seven vectors of 4 floats or eight; the last of all spans seven."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from emulator.compile import build_cuda, compile_cuda, nvrtc_library
 from gpu_bn.activations import ROWS
 from gpu_bn.backends.cupy import sources as cuda_sources
 from gpu_bn.plan import STATIC_SHARED, VECTOR_BYTES, Tiling
+from gpu_bn.tiling import RAGGED_BYTES
 from support.gates import ITEMSIZE, Definitions, Family, Group, Limits, Resources
 
 REGISTERS = {"float32": 128, "float16": 128, "bfloat16": 128, "float64": 255}
@@ -29,7 +30,8 @@ def groups(arch: int) -> Iterator[Group]:
     for activation, batch, dtype, columns in product(ROWS, BATCHES, ITEMSIZE, (True, False)):
         for vector in (8, 4, 2, 1):
             width = vector * ITEMSIZE[dtype]
-            if width == VECTOR_BYTES and not columns if batch == cuda_sources.RAGGED else width <= VECTOR_BYTES:
+            ragged = width == VECTOR_BYTES and not columns and ITEMSIZE[dtype] <= RAGGED_BYTES
+            if ragged if batch == cuda_sources.RAGGED else width <= VECTOR_BYTES:
                 yield Group(arch, activation, dtype, vector, columns, batch)
 
 
