@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from cases import CPU, Case
@@ -157,21 +158,30 @@ def elapsed(call: Call, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def start_helpers(threads: int) -> None:
+    """Start our helpers on cores of their own: they would inherit the one to which OpenMP binds the caller."""
+    if threads > 1 and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(1, threads))
+        gpu_bn.batch_norm(np.ones((64, 1 << 17), np.float32), training=True, backend="cpu")
+        os.sched_setaffinity(0, {0})
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
     """All cases in this process, by case and by backend and peer."""
     gpu_bn.set_num_threads(arguments.threads)
+    start_helpers(arguments.threads)
     torch.set_num_threads(arguments.threads)
     peers = {"torch": torchs} | ({"torch.compile": torch.compile(torchs)} if arguments.compile else {})
     results = {}
     for case in CPU:
-        if arguments.only not in str(case):
+        if not any(part in str(case) for part in arguments.only.split(",")):
             continue
         tensors = Tensors(case)
         for peer, norm in peers.items():
             theirs = tensors.calls(norm)
             for backend in arguments.backend.split(","):
-                if backend == "numpy" and case.dtype == "bfloat16":
-                    continue  # NumPy has no such type
+                if backend == "numpy" and (case.dtype == "bfloat16" or peer != "torch"):
+                    continue  # NumPy has no such type; a second peer is for the backend that serves by default
                 ours = tensors.calls(compiled) if backend == "cpu" else tensors.numpy_calls()
                 row = {
                     name: compare(ours[name], theirs[name], arguments.seconds)
@@ -217,16 +227,23 @@ def table(results: dict[str, dict[str, Result]]) -> str:
     return "\n".join(lines)
 
 
+def merged(arguments: argparse.Namespace, found: dict[int, Any]) -> dict[str, Any]:
+    """What was found, and what the file has of other cases in the same environment."""
+    kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    known: dict[str, Any] = kept["results"] if kept.get("environment") == environment() else {}
+    return known | {str(threads): known.get(str(threads), {}) | rows for threads, rows in found.items()}
+
+
 def main() -> None:
     """Print the tables, and write all figures as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", default="1,2", help="numbers of threads, a table each (default: 1,2)")
     parser.add_argument("--seconds", type=float, default=0.3, help="per operation, at least 7 pairs")
-    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", default="", help="only cases whose name contains one of these, with commas")
     parser.add_argument("--operation", default="", help="only operations whose name contains this")
     parser.add_argument("--backend", default=",".join(BACKENDS), help="of cpu,numpy")
     parser.add_argument("--compile", action="store_true", help="against torch.compile too, which takes minutes")
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--json", type=Path, help="write all figures there, beside those of other cases")
     parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.apart:
@@ -238,7 +255,9 @@ def main() -> None:
         found[threads] = measure_apart(threads, arguments)
         print(f"\n{environment()}, {threads} thread{'s' * (threads > 1)} each\n\n{table(found[threads])}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"environment": environment(), "results": found}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"environment": environment(), "results": merged(arguments, found)}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -38,20 +38,16 @@ def forward(
     """
     if call.valid is not None and hasattr(backend, "fuses_plain_calls_only") and bool(call.valid.all()):
         call = call._replace(valid=None)
-    counter = call.counter
-    state = {"running_mean": call.running_mean, "running_var": call.running_var, "num_batches_tracked": counter}
-    read = {"input": call.x, "weight": call.weight, "bias": call.bias, "residual": call.residual}
-    writes = spec.batch_stats
-    distinct = aliasing.check_written({"out": call.out, **(state if writes else {})}, read if writes else read | state)
-    if call.out is not None and not distinct:
+    counter, writes = call.counter, spec.batch_stats
+    if not aliasing.check_call(call, writes) and call.out is not None:
         backend.check_out(call.out, call.x, call.residual, in_place)
-    written = [array for array in state.values() if array is not None and writes]
+    written = [array for array in call[4:7] if array is not None and writes]
     if written and _on_host(call.x):
-        mean, var, count = moved = [_copy(array) for array in state.values()]
+        mean, var, count = moved = [_copy(array) for array in call[4:7]]
         copied = Call(*call[:4], mean, var, count, call.valid, call.out)
-        result = _forward(backend, copied, spec, keep, copies=True)
         if count is not None:
             count[...] += 1
+        result = _forward(backend, copied, spec, keep, copies=True)
         commit(written, [array for array in moved if array is not None])
         return result
     if counter is None or not writes:
@@ -92,10 +88,13 @@ def _forward(
 ) -> tuple[Array, Saved]:
     """:func:`forward` of arguments that may be written.
 
-    ``copies``: the running statistics are copies, and are moved before anything is written to ``call.out``.
+    ``copies``: the running statistics are copies already; otherwise those of a call with ``out`` are copied here, so
+    that all memory is there before anything is written to ``out``.
     """
     x, running, plain = call.x, (call.running_mean, call.running_var), call.valid is None and spec.groups == 1
-    if spec.renorm is None and 0 not in x.shape and (fused := _fused(backend, plain)):
+    updates = spec.batch_stats and running[0] is not None
+    late = updates and not plain and call.out is not None and hasattr(backend, "updates_after_output")
+    if spec.renorm is None and 0 not in x.shape and not late and (fused := _fused(backend, plain)):
         return fused.forward(call, spec, keep)
     with on_device_of(x):
         count = math.prod(x.shape) // max(x.shape[spec.axis], 1)
@@ -107,13 +106,18 @@ def _forward(
         if spec.renorm is not None:
             saved = _renormalized(backend, saved, *running)
         y = backend.empty_like(x) if call.out is None else call.out
-        updates = spec.batch_stats and running[0] is not None and count > 0
-        if updates and copies:
+        if not count:
+            return y, saved
+        early = updates and call.out is not None  # its memory must be there before the output's old contents are lost
+        moved = running if copies or not early else (_copy(running[0]), _copy(running[1]))
+        if early:
+            backend.update_running(moments, *moved, spec.momentum)
+        backend.normalize(saved, call.residual, y)
+        if updates and not early:
             backend.update_running(moments, *running, spec.momentum)
-        if count:
-            backend.normalize(saved, call.residual, y)
-        if updates and not copies:
-            backend.update_running(moments, *running, spec.momentum)
+        elif moved is not running:
+            with deferred():
+                commit(running, moved)
         return y, saved
 
 

@@ -13,9 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_bn.call import Call
+
 Array = Any
 LIMIT = 100_000
 """Steps of NumPy's search for common elements; arrays that it cannot tell apart in as many count as overlapping."""
+
+
+def check_call(call: Call, writes: bool) -> bool:
+    """:func:`check_written` of a forward call, which ``writes`` its running statistics and counter or reads them."""
+    state = call[4:7]
+    written, read = ((call.out, *state), call[:4]) if writes else ((call.out,), call[:7])
+    targets = [array for array in written if array is not None]
+    if not targets or _plainly_distinct(targets, [array for array in read if array is not None]):
+        return True
+    names = ("input", "weight", "bias", "residual", "running_mean", "running_var", "num_batches_tracked")
+    named = dict(zip(names, call, strict=False))
+    of_state = {name: named.pop(name) for name in names[4:]} if writes else {}
+    return check_written({"out": call.out, **of_state}, named)
 
 
 def check_written(written: dict[str, Array | None], read: dict[str, Array | None]) -> bool:

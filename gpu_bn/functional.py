@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gpu_bn import algorithm, aliasing, registry, spec
@@ -263,7 +264,9 @@ def forward(call: Call, options: Options, backend: Backend | str | None, in_plac
         if known.guarded:
             for name in (*(("running_mean", "running_var") if training else ()), "out"):
                 spec.check_writeable(name, getattr(call, name))
-        checked = spec.specify(options, known.axis, known.groups, known.renorm)
+        checked = known.checked
+        if momentum is not checked.momentum:
+            checked = spec.specify(options, checked.axis, checked.groups, checked.renorm)
     if call.valid is not None:
         call = with_positions(call, checked)
     result = algorithm.forward(engine, call, checked, in_place, keep=not in_place)
@@ -301,7 +304,8 @@ def _checked(key: Any, call: Call, options: Options, backend: Backend | str | No
     arrays = [array for array in (*call, options.momentum) if hasattr(array, "dtype")]
     if key is not None and registry.told_by_type(call.x) and _lasts(backend, arrays):
         guarded = hasattr(getattr(call.x, "flags", None), "writeable")
-        _remember(_FORWARDS, key, _Known(row, checked.axis, checked.groups, checked.renorm, guarded))
+        kept = checked if type(checked.momentum) is float else replace(checked, momentum=None)  # not an array
+        _remember(_FORWARDS, key, _Known(row, kept, guarded))
     return engine, checked
 
 
@@ -316,9 +320,8 @@ class _Known(NamedTuple):
     """What the checks of a forward call have found."""
 
     row: registry.Row | None
-    axis: int
-    groups: int
-    renorm: tuple[float, float] | None
+    checked: BatchNormSpec
+    """With the first call's momentum, unless that was an array."""
     guarded: bool
     """Whether the library has arrays that may not be written to."""
 

@@ -6,6 +6,7 @@ measurement has left. Nothing is measured or compiled here. The records, and wha
 - ``bench/data/cpu.json``: ``bench/cpu.py --json``
 - ``tests/data/versions.json``: ``tests/versions.py --write``
 - ``tests/data/models.jsonl``: ``tests/model_proof.py``
+- ``tests/data/container_*.txt``: ``docker/check``
 - ``tests/data/machine_code_cuda.txt``: ``tests/cuda_budget.py``
 - ``tests/data/gates_*.txt``: ``tests/record_gates.py``
 """
@@ -111,8 +112,15 @@ def cpu_short() -> str:
     return f"\n{cpu_table(rows)}\n\nMeasured with {environment}, {threads} thread{'s' * (threads != '1')} each.\n"
 
 
+def container(target: str) -> str:
+    """What mattered when an image was built and run last."""
+    return f"\n```text\n{(DATA / f'container_{target}.txt').read_text()}```\n"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "activations": lambda: ", ".join(ROWS),
+    "container bench": lambda: container("bench"),
+    "container test": lambda: container("test"),
     "cases": lambda: str(len(every_case())),
     "cpu": cpu_all,
     "cpu short": cpu_short,

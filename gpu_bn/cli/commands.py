@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.line = shlex.join(["gpu-bn", *arguments])
         name = f"gpu-bn {options.command}"
         _check_stdout()
+        values.check_environment()
         code = commands[options.command](options)
         sys.stdout.flush()
         return code

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gpu_bn import get_num_threads
 from gpu_bn.explanation import DTYPES, LAYOUTS
 from gpu_bn.plan import DEVICES
 
@@ -113,6 +114,18 @@ def _of(names: dict[str, str], text: str, what: str, expected: Iterable[str]) ->
     if found is None:
         raise argparse.ArgumentTypeError(f"unknown {what} {text!r}, expected one of {', '.join(expected)}")
     return found
+
+
+def check_environment() -> None:
+    """Check the number of threads that the environment sets.
+
+    Raises:
+        CommandError: it is no whole number.
+    """
+    try:
+        get_num_threads()
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------------- outputs

@@ -5,6 +5,9 @@ Their expressions are the table's, one for all kernels; here are the functions t
 
 import math
 
+from numpy import exp as exp_of
+from numpy.polynomial.chebyshev import cheb2poly, chebinterpolate, chebval
+
 from gpu_bn.activation_values import ERFC_SERIES, SQRT_HALF
 from gpu_bn.activations import ROWS
 from gpu_bn.kernels.cpu.vector import fma, power_of_two, where
@@ -19,8 +22,16 @@ LN2 = (0.693359375, -2.12194440e-4), (6.93147180369123816490e-01, 1.908214929270
 """In two parts, of which the first has few bits, so that its products with integers are exact."""
 TERMS = 7, 13
 """Of the exponential series, for |r| <= ln(2) / 2."""
-CDF_TERMS = 13, len(ERFC_SERIES)
-"""Of the series of erfc's logarithm, to 1e-9 and to 1e-16."""
+
+
+def _scaled_erfc(u):
+    """erfc(x) * exp(x**2) / t at u = 2 * t - 1."""
+    return exp_of(chebval(u, ERFC_SERIES))
+
+
+HALF_ERFC = cheb2poly(chebinterpolate(_scaled_erfc, 10)) / 2
+"""erfc(x) * exp(x**2) / (2 * t) as a polynomial in 2 * t - 1, to 3e-8: for float32, which so takes one exponential for
+the distribution and its density."""
 
 
 def _reduced(x):
@@ -65,11 +76,17 @@ def normal_cdf(z):
     """The standard normal distribution function; see :func:`gpu_bn.activation_values.normal_cdf`."""
     x = abs(z) * SQRT_HALF
     t = 2 / (x + 2)
-    twice = fma(t, 4.0, -2.0)
-    ahead = last = z.like(0.0)  # Clenshaw's recurrence
-    for coefficient in ERFC_SERIES[CDF_TERMS[z.double] - 1 : 0 : -1]:
-        ahead, last = fma(twice, ahead, coefficient - last), ahead
-    half = t * 0.5 * exp(fma(-x, x, fma(twice * 0.5, ahead, ERFC_SERIES[0] - last)))
+    u = fma(t, 2.0, -1.0)
+    if z.double:
+        ahead = last = z.like(0.0)  # Clenshaw's recurrence
+        for coefficient in ERFC_SERIES[:0:-1]:
+            ahead, last = fma(u * 2, ahead, coefficient - last), ahead
+        half = t * 0.5 * exp(fma(-x, x, fma(u, ahead, ERFC_SERIES[0] - last)))
+    else:
+        scaled = z.like(0.0)
+        for coefficient in HALF_ERFC[::-1]:
+            scaled = fma(scaled, u, float(coefficient))
+        half = t * scaled * exp(-0.5 * z * z)
     return where(z > 0, 1 - half, half)
 
 

@@ -143,7 +143,7 @@ def forward(
 
 @kernel
 def backward(
-    phases, fused, products, writer, x, residual, dy, dx, dresidual, x_step, residual_step, dy_step, dx_step,
+    phases, fused, keeps, products, writer, x, residual, dy, dx, dresidual, x_step, residual_step, dy_step, dx_step,
     dresidual_step, size, runs, channels, length, weight, bias, dweight, dbias, mean, var, dz, dz_xhat, training, count,
     eps, p, double, past, group, part_runs, part_channels, part_length, scratch, counters,
 ):  # fmt: skip
@@ -151,6 +151,8 @@ def backward(
     spacing = 8 * channels
     scale, shift, slope = scratch + spacing, scratch + 2 * spacing, scratch + 3 * spacing
     offset, partial = scratch + 4 * spacing, scratch + 5 * spacing
+    kept, kept_step = (dresidual, dresidual_step) if dresidual else (dx, dx_step)
+    dz_at, dz_step, past = (kept, kept_step, past if dresidual else 0) if keeps else (dy, dy_step, past)
     if phases & START:
         restart(counters)
         put_affine(0, channels, mean, var, eps, weight, bias, double, scratch, scale, shift)
@@ -162,15 +164,15 @@ def backward(
         by, own = low * length * size, 8 * low
         call_kernel(
             products,
-            (x + by, residual + by, dy + by, x_step, residual_step, dy_step, runs, length, high - low, scratch + own,
-             scale + own, shift + own, dz + own, dz_xhat + own, p),
+            (x + by, residual + by, dy + by, kept + by, x_step, residual_step, dy_step, kept_step, runs, length,
+             high - low, scratch + own, scale + own, shift + own, dz + own, dz_xhat + own, p),
         )  # fmt: skip
         finish_sums(low, high, mean, var, eps, scratch, dz, dz_xhat)
         if writer:
             put_slopes(low, high, mean, var, eps, scratch, dz, dz_xhat, training, count, slope, offset)
             call_kernel(
                 writer,
-                (x + by, residual + by, dy + by, dx + by, dresidual + by, x_step, residual_step, dy_step, dx_step,
+                (x + by, residual + by, dz_at + by, dx + by, dresidual + by, x_step, residual_step, dz_step, dx_step,
                  dresidual_step, runs, length, high - low, scratch + own, scale + own, shift + own, slope + own,
                  offset + own, p, int(length <= SHORT), past),
             )  # fmt: skip
@@ -184,8 +186,9 @@ def backward(
         call_kernel(
             products,
             (x + (run * x_step + by) * size, residual + (run * residual_step + by) * size,
-             dy + (run * dy_step + by) * size, x_step, residual_step, dy_step, some, elements, 1, scratch + own,
-             scale + own, shift + own, partial + 16 * at, partial + 16 * at + 8, p),
+             dy + (run * dy_step + by) * size, kept + (run * kept_step + by) * size, x_step, residual_step, dy_step,
+             kept_step, some, elements, 1, scratch + own, scale + own, shift + own, partial + 16 * at,
+             partial + 16 * at + 8, p),
         )  # fmt: skip
     if phases & FINISH and not fused:
         if products:
@@ -194,8 +197,8 @@ def backward(
         put_slopes(0, channels, mean, var, eps, scratch, dz, dz_xhat, training, count, slope, offset)
     if phases & WRITE and writer and not fused:
         write_parts(
-            writer, (x, residual, dy, dx, dresidual), (x_step, residual_step, dy_step, dx_step, dresidual_step), size,
-            runs, channels, length, part_runs, part_channels, part_length, scratch, p, past, counters + 8,
+            writer, (x, residual, dz_at, dx, dresidual), (x_step, residual_step, dz_step, dx_step, dresidual_step),
+            size, runs, channels, length, part_runs, part_channels, part_length, scratch, p, past, counters + 8,
         )  # fmt: skip
     if phases & END:
         if dweight:

@@ -165,15 +165,19 @@ def forward(
 
 @kernel
 def backward(
-    phases, products, writer, x, residual, dy, dx, dresidual, x_step, residual_step, dy_step, dx_step, dresidual_step,
-    size, runs, channels, length, folded, weight, bias, dweight, dbias, mean, var, dz, dz_xhat, training, count, eps, p,
-    double, past, chunks, width, scratch, counters,
+    phases, keeps, products, writer, x, residual, dy, dx, dresidual, x_step, residual_step, dy_step, dx_step,
+    dresidual_step, size, runs, channels, length, folded, weight, bias, dweight, dbias, mean, var, dz, dz_xhat,
+    training, count, eps, p, double, past, chunks, width, scratch, counters,
 ):  # fmt: skip
     period, rows = channels * length, runs // folded
     columns, rest = folded * period, (runs - rows * folded) * period
     steps = (x_step, residual_step, dy_step, dx_step, dresidual_step)
     if folded > 1:
         steps = (columns, columns, columns, columns, columns)
+    x_step, residual_step, dy_step, dx_step, dresidual_step = steps
+    kept, kept_step = (dresidual, dresidual_step) if dresidual else (dx, dx_step)
+    dz_at, dz_step, past = (kept, kept_step, past if dresidual else 0) if keeps else (dy, dy_step, past)
+    sources = (x_step, residual_step, dy_step, kept_step)
     sums, squares = scratch + 40 * width, scratch + 48 * width
     each = 2 if double else 1  # pairs of vectors a chunk
     values = sums + 16 * width * chunks * each
@@ -191,10 +195,10 @@ def backward(
         by = 16 * width * at * each
         own = (scratch, scratch + 8 * width, scratch + 16 * width, sums + by, squares + by, 2 * width, p)
         low, high = rows * at // chunks, rows * (at + 1) // chunks
-        call_kernel(products, (x, residual, dy) + steps[:3] + (low, high, columns) + own)
+        call_kernel(products, (x, residual, dy, kept) + sources + (low, high, columns) + own)
         if rest and at == chunks - 1:
             by = rows * columns * size
-            call_kernel(products, (x + by, residual + by, dy + by) + steps[:3] + (0, 1, rest) + own)
+            call_kernel(products, (x + by, residual + by, dy + by, kept + by) + sources + (0, 1, rest) + own)
     if phases & FINISH:
         if products:
             gather(sums, channels, length, columns, 2 * width, chunks * each, dz)
@@ -204,7 +208,8 @@ def backward(
         spread(slope, 2, channels, length, columns, width, scratch + 24 * width + double)
     if phases & WRITE and writer:
         write_chunks(
-            writer, (x, residual, dy, dx, dresidual), steps, size, rows, columns, rest, scratch, width, chunks, p, past,
+            writer, (x, residual, dz_at, dx, dresidual), (x_step, residual_step, dz_step, dx_step, dresidual_step),
+            size, rows, columns, rest, scratch, width, chunks, p, past,
             counters + 8,
         )  # fmt: skip
     if phases & END:

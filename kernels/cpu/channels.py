@@ -34,7 +34,8 @@ mean = 1e4 sd wrong by 3e-7 instead of 3e-8."""
 FEW = 32
 """Elements of a channel up to which float64, twice, costs nothing."""
 TRUSTED = 4.0
-"""A variance is taken from sums around a shift while (mean - shift)**2 <= TRUSTED * variance."""
+"""A variance is taken from sums around a shift while (mean - shift)**2 <= TRUSTED * variance, float64's while it is
+at most the variance."""
 SHORT, TOGETHER = 1024, 8
 """Elements of a run up to which adjacent channels of so many runs are summed in turn, in the order of memory: the
 processor fetches ahead along a few streams, not from one short run to the next, far away one."""
@@ -49,7 +50,7 @@ def run_sums(tensors, steps, runs, length, affine, which, p):
     """Sums over a channel's runs of dz and of dz * (x - centre), in float64; x - centre stands for dz without dy."""
     vectors, zeros = splats_wide(tensors[0], affine), splats_wide(tensors[0], (0.0, 0.0))
     wide, sums, blocks = lanes(vectors), zeros, 0
-    steps_within = (wide, wide, wide)
+    steps_within = places(0, steps, wide)
     (total_dz, total_products), (lost_dz, lost_products) = (0.0, 0.0), (0.0, 0.0)
     for run in range(runs):
         for first in range(0, length, ADDITIONS * wide):
@@ -57,7 +58,7 @@ def run_sums(tensors, steps, runs, length, affine, which, p):
             here = moved(tensors, places(run, steps, first))
             block = sum_vectors(zeros, here, steps_within, count // wide, None, vectors, which, p)
             if count % wide:
-                rest = moved(here, places(count // wide * wide, (1, 1, 1), 0))
+                rest = moved(here, places(0, steps, count // wide * wide))
                 block = sum_vectors(block, rest, steps_within, 1, count % wide, vectors, which, p)
             sums = plus(sums, block)
             blocks += 1
@@ -93,6 +94,7 @@ def moments_again(x, step, runs, length, shift):
 @cache
 def moments(code):
     """The kernel that computes mean and variance of adjacent channels."""
+    trusted = 1.0 if code == FLOAT64 else TRUSTED
 
     @kernel
     def moments_kernel(x, step, runs, length, channels, mean, var):
@@ -109,19 +111,18 @@ def moments(code):
                 put(var, channel, q if first == 0 else get(var, channel) + q)
         for channel in range(channels):
             (xc,) = moved((x,), (channel * length,))
-            if count <= FEW:
-                m, v = moments_again(xc, step, runs, length, get(xc, 0))
-            else:
+            m, v, k, good = 0.0, 0.0, get(xc, 0), False
+            if count > FEW:
                 k = rounded(x, mean_of_first(xc, length))
                 m, q = get(mean, channel) / count, get(var, channel) / count
                 v = q - m * m
-                if m * m <= TRUSTED * v and v > SMALLEST and q < LARGEST:
-                    m += k
-                else:
-                    m, v = moments_again(xc, step, runs, length, k + m if abs(k + m) < LARGEST else k)
-            if (code == FLOAT64 or count <= FEW) and abs(m) < INFINITY:
-                # Around a shift that is off by part of a standard deviation long sums lose digits that float64 has.
-                m, v = moments_again(xc, step, runs, length, m)
+                good = m * m <= trusted * v and v > SMALLEST and q < LARGEST
+            m += k
+            if not good:
+                m, v = moments_again(xc, step, runs, length, m if abs(m) < LARGEST else k)
+                if (code == FLOAT64 or count <= FEW) and abs(m) < INFINITY:
+                    # Around a shift that is far off long sums lose digits that float64 has.
+                    m, v = moments_again(xc, step, runs, length, m)
             put(mean, channel, m)
             put(var, channel, v)
 
@@ -129,16 +130,17 @@ def moments(code):
 
 
 @cache
-def products(code, which, has_residual):
-    """The kernel that sums dz and dz * (x - centre) over adjacent channels."""
-    residual_code = code if has_residual else -1
+def products(code, which, has_residual, keeps):
+    """The kernel that sums dz and dz * (x - centre) over adjacent channels, and may keep dz."""
+    residual_code, kept_code = code if has_residual else -1, code if keeps else -1
 
     @kernel
     def products_kernel(
-        x, residual, dy, x_step, residual_step, dy_step, runs, length, channels, centre, scale, shift, sums, products, p
-    ):
-        tensors = (elements(x, code), elements(residual, residual_code), elements(dy, code))
-        steps = (x_step, residual_step, dy_step)
+        x, residual, dy, kept, x_step, residual_step, dy_step, kept_step, runs, length, channels, centre, scale, shift,
+        sums, products, p,
+    ):  # fmt: skip
+        tensors = (elements(x, code), elements(residual, residual_code), elements(dy, code), elements(kept, kept_code))
+        steps = (x_step, residual_step, dy_step, kept_step)
         centre, scale, shift = elements(centre, FLOAT64), elements(scale, FLOAT64), elements(shift, FLOAT64)
         sums, products = elements(sums, FLOAT64), elements(products, FLOAT64)
         together = max(runs, 1) if length > SHORT else TOGETHER // 2  # of x and of dy

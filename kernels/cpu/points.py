@@ -50,19 +50,25 @@ def _literal(which):
 
 @intrinsic(prefer_literal=True)
 def sum_vectors(typing, sums, tensors, steps, vectors, count, affine, which, p):
-    """Add to the sums, of dz and of dz * (x - centre), those of so many vectors of (x, residual, dy), a step apart."""
+    """Add to the sums, of dz and of dz * (x - centre), those of so many vectors of (x, residual, dy), a step apart.
+
+    A fourth tensor, if it is there, keeps dz.
+    """
 
     def generate(context, builder, sig, args):
         each, step, n, count_, lanes, number = _loop_arguments(builder, sig, args, 1)
         places = [cgutils.alloca_once_value(builder, builder.extract_value(args[0], i)) for i in range(2)]
         with cgutils.for_range(builder, n) as loop:
-            d, g = _terms(*_moved(builder, each, step, loop.index), INT64(0), count_, lanes, _literal(which), number)
+            x, residual, dy, *kept = _moved(builder, each, step, loop.index)
+            d, g = _terms(x, residual, dy, INT64(0), count_, lanes, _literal(which), number)
+            if any(kept):
+                kept[0].store(INT64(0), count_, g)
             s, q = (Lanes(builder, builder.load(place)) for place in places)
             builder.store((s + g).value, places[0])
             builder.store(fma(d, g, q).value, places[1])
         return context.make_tuple(builder, sums, [builder.load(place) for place in places])
 
-    integers = types.UniTuple(types.int64, 3)
+    integers = types.UniTuple(types.int64, len(tensors))
     return sums(sums, tensors, integers, types.int64, integer(count), affine, which, types.float64), generate
 
 

@@ -126,19 +126,22 @@ def deviations_again(code):
 
 
 @cache
-def products(code, which, has_residual):
-    """The kernel that adds to the columns' sums dz and dz * (x - centre) of the rows from ``low`` to ``high``."""
-    residual_code, wide = code if has_residual else -1, computed(code)
+def products(code, which, has_residual, keeps):
+    """The kernel that adds to the columns' sums dz and dz * (x - centre) of the rows from ``low`` to ``high``.
+
+    It may keep dz.
+    """
+    residual_code, kept_code, wide = code if has_residual else -1, code if keeps else -1, computed(code)
 
     @kernel
     def products_kernel(
-        x, residual, dy, x_step, residual_step, dy_step, low, high, columns, centre, scale, shift, sums, products,
-        beside, p
+        x, residual, dy, kept, x_step, residual_step, dy_step, kept_step, low, high, columns, centre, scale, shift,
+        sums, products, beside, p,
     ):  # fmt: skip
-        tensors = (elements(x, code), elements(residual, residual_code), elements(dy, code))
+        tensors = (elements(x, code), elements(residual, residual_code), elements(dy, code), elements(kept, kept_code))
         affine = (elements(centre, wide), elements(scale, wide), elements(shift, wide))
         sums, products = elements(sums, FLOAT64), elements(products, FLOAT64)
-        steps = (x_step, residual_step, dy_step)
+        steps = (x_step, residual_step, dy_step, kept_step)
         sum_rows(tensors, steps, low, high, columns, affine, sums, products, beside, which, p)
 
     return products_kernel

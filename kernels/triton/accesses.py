@@ -130,6 +130,29 @@ def load_wide(pointer, channel, known, default):
 
 
 @triton.jit
+def load_once(pointer, channel, known, COLUMNS: tl.constexpr):
+    """A per-channel vector in float64, of which a thread has few channels; 0 where there is none.
+
+    Of what hangs on loads alone Triton has each thread make its own copy, for all channels of its vectors, and of all
+    that follows in double precision too. So it comes here as a sum over threads, of one number and zeros.
+    """
+    if COLUMNS:
+        row = tl.arange(0, 16)
+        place = channel[None, :] + row[:, None] * 0
+        return tl.sum(wide(tl.load(pointer + place, mask=(row == 0)[:, None] & known[None, :], other=0.0)), 0)
+    else:
+        return load_wide(pointer, channel, known, 0.0)
+
+
+@triton.jit
+def after(sums, mean, var, weight, bias):
+    """The last four as they are, which now hang on sums over threads: see :func:`load_once`."""
+    always = (sums == sums) | (sums != sums)
+    mean, var = tl.where(always, mean, 0.0), tl.where(always, var, 0.0)
+    return mean, var, tl.where(always, weight, 0.0), tl.where(always, bias, 0.0)
+
+
+@triton.jit
 def store_as(pointer, value, mask):
     """Store float64 or COMPUTE values in the pointer's dtype."""
     if pointer.dtype.element_ty == tl.bfloat16:

@@ -4,10 +4,12 @@ import triton
 import triton.language as tl
 
 from gpu_bn.kernels.triton.accesses import (
+    after,
     channels_of,
     group_of,
     known_elements,
     load_bits,
+    load_once,
     load_wide,
     mask_of,
     offsets_of,
@@ -99,10 +101,11 @@ def bn_backward_reduce_kernel(
     first, last = share_of(block, share, positions, WIDE)
     channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
     place = channel + group * channels
-    mean_c = load_wide(mean, place, known_channels, 0.0)
+    mean_c = load_once(mean, place, known_channels, COLUMNS)
     var_c = load_wide(var, place, known_channels, 1.0)
     weight_c = load_wide(weight, channel, known_channels, 1.0)
     bias_c = load_wide(bias, channel, known_channels, 0.0)
+    mean_c, var_c, weight_c, bias_c = after(mean_c, mean_c, var_c, weight_c, bias_c)
     centre, scale, shift, _, _ = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
     zeros = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
     if CHAIN == 0:
@@ -189,14 +192,19 @@ def bn_backward_input_kernel(
     first, last = share_of(block, share, positions, WIDE)
     channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
     place = channel + group * channels
-    mean_c = load_wide(mean, place, known_channels, 0.0)
     var_c = load_wide(var, place, known_channels, 1.0)
     weight_c = load_wide(weight, channel, known_channels, 1.0)
     bias_c = load_wide(bias, channel, known_channels, 0.0)
-    centre, scale, shift, rest, rstd = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
     FROZEN: tl.constexpr = partials is None and sum_dz is None
     if partials is not None:
+        mean_c = load_wide(mean, place, known_channels, 0.0)
         dz_c, product_c = merged_sums(partials, blocks, place, known_channels, channels * GROUPS, CHUNK, COLUMNS)
+        mean_c, var_c, weight_c, bias_c = after(dz_c, mean_c, var_c, weight_c, bias_c)
+    else:
+        mean_c = load_once(mean, place, known_channels, COLUMNS)
+        mean_c, var_c, weight_c, bias_c = after(mean_c, mean_c, var_c, weight_c, bias_c)
+    centre, scale, shift, rest, rstd = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
+    if partials is not None:
         dz_xhat_c = (product_c - rest * dz_c) * rstd
         if block == 0:
             write_sums(dweight, dbias, dz_c, dz_xhat_c, place, known_channels)

@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 
 from gpu_bn.kernels.triton.accesses import (
+    after,
     channels_of,
     group_of,
     known_elements,
+    load_once,
     load_wide,
     mask_of,
     offsets_of,
@@ -208,10 +210,12 @@ def bn_normalize_kernel(
         if block == 0:
             keep_count(counts, count, strip, group, COLUMNS)
     else:
-        mean_c = load_wide(mean, place, known_channels, 0.0)
+        mean_c = load_once(mean, place, known_channels, COLUMNS)
         var_c = load_wide(var, place, known_channels, 1.0)
     weight_c = load_wide(weight, channel, known_channels, 1.0)
     bias_c = load_wide(bias, channel, known_channels, 0.0)
+    if not TRAINING:
+        mean_c, var_c, weight_c, bias_c = after(mean_c, mean_c, var_c, weight_c, bias_c)
     if block == 0:
         batches = batches_of(counter)
         old_mean = load_wide(running_mean, channel, known_channels, 0.0)

@@ -239,66 +239,101 @@ def assessed(total, squares, count, inverse, shift, factor, pending, RANGE: tl.c
     return mean, var, shift, factor, pending
 
 
+# A thread adds what it reads itself, and all threads do so together once, at the end: double precision is slow.
+@triton.jit
+def block_results(partials, plane, i, blocks, channel, known, channels, COLUMNS: tl.constexpr):
+    """[CHUNK] or, in columns, [CHUNK, LANES * VEC]: what the blocks ``i`` have found; 0 where there are none."""
+    if COLUMNS:
+        present = (i < blocks)[:, None] & known[None, :]
+        place = i[:, None] * channels + channel[None, :]
+    else:
+        present = i < blocks
+        place = i * channels + channel
+    return tl.load(partials + plane * blocks * channels + place, mask=present, other=0.0)
+
+
+@triton.jit
+def block_counts(
+    partials, positions, share, i, blocks, channel, known, channels, VEC: tl.constexpr, COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """The blocks' counts, in the shape of their results or one that broadcasts to it."""
+    if MASKED:
+        return block_results(partials, 2, i, blocks, channel, known, channels, COLUMNS)
+    else:
+        n = tl.minimum(tl.maximum(positions - i.to(tl.int64) * share, 0), share)
+        if COLUMNS:
+            return n[:, None].to(tl.float64)
+        else:
+            return (n * VEC).to(tl.float64)
+
+
+@triton.jit
+def no_results(channel, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros in the shape of blocks' results."""
+    if COLUMNS:
+        return tl.zeros((CHUNK, channel.shape[0]), tl.float64)
+    else:
+        return tl.zeros((CHUNK,), tl.float64)
+
+
+# Of blocks with n_i, mean_i and var_i:
+#     mean = sum(n_i * mean_i) / n        var = sum(n_i * (var_i + (mean_i - mean)**2)) / n
 @triton.jit
 def merged_moments(
     partials, positions, share, blocks, channel, known, channels,
     CHUNK: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of a channel, and its count, from those of its blocks, in the blocks' order.
+    """Mean and variance of a channel, and its count, from those of its blocks, in a fixed order.
 
-    Means are taken from the first block's, so that only the last addition rounds at their size. MASKED: the blocks'
-    counts come from ``partials`` too, and may be 0, which needs another divisor.
+    Deviations are taken from ``base``, so that only the last addition rounds at the means' size. That is the first
+    block's mean; its weight bounds what the difference below loses, to the number of blocks. MASKED: the blocks'
+    counts come from ``partials`` too. As the first block's may be 0, ``base`` is the mean of all.
     """
-    least: tl.constexpr = 1.0 if MASKED else 0.0
     base = load_wide(partials, channel, known, 0.0)
-    mean = load_wide(None, channel, known, 0.0)
-    squares = mean
-    count = mean
+    zeros = no_results(channel, CHUNK, COLUMNS)
+    if MASKED:
+        counts = zeros
+        sums = zeros
+        for start in range(0, blocks, CHUNK):
+            i = start + tl.arange(0, CHUNK)
+            n = block_results(partials, 2, i, blocks, channel, known, channels, COLUMNS)
+            counts += n
+            sums = tl.fma(n, block_results(partials, 0, i, blocks, channel, known, channels, COLUMNS), sums)
+        count = tl.sum(counts, 0)
+        inverse = reciprocal_from(count, 1.0)
+        base = tl.sum(sums, 0) * inverse
+    else:
+        count = tl.cast(positions, tl.float64) * (1 if COLUMNS else VEC)
+        inverse = reciprocal(count)
+    moved = zeros
+    squares = zeros
     for start in range(0, blocks, CHUNK):
         i = start + tl.arange(0, CHUNK)
-        n = tl.minimum(tl.maximum(positions - i.to(tl.int64) * share, 0), share).to(tl.float64)
-        if COLUMNS:
-            n = n[:, None]
-            present = (i < blocks)[:, None] & known[None, :]
-            place = i[:, None] * channels + channel[None, :]
-        else:
-            n = n * VEC
-            present = i < blocks
-            place = i * channels + channel
-        means = tl.where(present, tl.load(partials + place, mask=present, other=0.0) - base, 0.0)
-        variances = tl.load(partials + blocks * channels + place, mask=present, other=0.0)
-        if MASKED:
-            n = tl.load(partials + 2 * blocks * channels + place, mask=present, other=0.0)
-        total = tl.sum(n, 0)
-        here = tl.sum(n * means, 0) * reciprocal_from(total, least)
-        apart = tl.where(present, means - here, 0.0)
-        squares_here = tl.sum(n * (variances + apart * apart), 0)
-        part = total * reciprocal_from(count + total, least)
-        delta = here - mean
-        squares += squares_here + delta * delta * (count * part)
-        mean = tl.where(count > 0.0, mean + delta * part, here)
-        count = count + total
-    return base + mean, nan_for_infinity(squares * reciprocal_from(count, least)), count
+        n = block_counts(partials, positions, share, i, blocks, channel, known, channels, VEC, COLUMNS, MASKED)
+        apart = block_results(partials, 0, i, blocks, channel, known, channels, COLUMNS) - base
+        variances = block_results(partials, 1, i, blocks, channel, known, channels, COLUMNS)
+        moved = tl.fma(n, apart, moved)
+        squares = tl.fma(n, tl.fma(apart, apart, variances), squares)
+        tl.debug_barrier()  # not unrolled, so: there is one turn, or few
+    shift = tl.sum(moved, 0) * inverse
+    var = tl.fma(-shift, shift, tl.sum(squares, 0) * inverse)
+    return base + shift, nan_for_infinity(tl.where(var < 0.0, 0.0, var)), count
 
 
 @triton.jit
 def merged_sums(
     partials, blocks, channel, known, channels, CHUNK: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """The sums of dz and of dz * (x - centre), from those of a channel's blocks, in the blocks' order."""
-    sum_dz = load_wide(None, channel, known, 0.0)
-    sum_product = sum_dz
+    """The sums of dz and of dz * (x - centre), from those of a channel's blocks, in a fixed order."""
+    sums_dz = no_results(channel, CHUNK, COLUMNS)
+    sums_product = sums_dz
     for start in range(0, blocks, CHUNK):
         i = start + tl.arange(0, CHUNK)
-        if COLUMNS:
-            present = (i < blocks)[:, None] & known[None, :]
-            place = i[:, None] * channels + channel[None, :]
-        else:
-            present = i < blocks
-            place = i * channels + channel
-        sum_dz += tl.sum(tl.load(partials + place, mask=present, other=0.0), 0)
-        sum_product += tl.sum(tl.load(partials + blocks * channels + place, mask=present, other=0.0), 0)
-    return sum_dz, sum_product
+        sums_dz += block_results(partials, 0, i, blocks, channel, known, channels, COLUMNS)
+        sums_product += block_results(partials, 1, i, blocks, channel, known, channels, COLUMNS)
+        tl.debug_barrier()  # not unrolled, so: there is one turn, or few
+    return tl.sum(sums_dz, 0), tl.sum(sums_product, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ affine

@@ -350,6 +350,16 @@ def test_a_closed_standard_output_is_refused():
     assert (done.returncode, done.stderr) == (1, "gpu-bn info: standard output is closed\n")
 
 
+@pytest.mark.parametrize("command", ["info", "demo"])
+def test_a_bad_number_in_the_environment_is_a_line(command, monkeypatch, capsys):
+    monkeypatch.setenv("GPU_BN_NUM_THREADS", "abc")
+    monkeypatch.setattr("gpu_bn.backends.cpu.threads._threads", 0)
+    assert main([command]) == 1
+    said = capsys.readouterr()
+    number = "the environment variable GPU_BN_NUM_THREADS should be a whole number, got 'abc'"
+    assert (said.out, said.err) == ("", f"gpu-bn {command}: {number}\n")
+
+
 @pytest.mark.parametrize("command", ["info", "check", "explain", "bench", "demo"])
 def test_an_interrupt_ends_with_130(command, monkeypatch, capsys):
     def interrupted(_):

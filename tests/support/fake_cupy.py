@@ -105,6 +105,9 @@ class ndarray(np.ndarray):
         """In C order, whatever the array's."""
         return np.array(self, order="C")
 
+    def copy(self, order: str = "C") -> ndarray:
+        return GPUS[0]._register(self.view(np.ndarray).copy(order))
+
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """As CuPy does: on the current device, where arguments must be and the result is."""
         given = (*inputs, *options.get("out", ()))

@@ -1,7 +1,8 @@
-"""Random calls at the edges of what GPU backends take. A seed is a call."""
+"""Random calls at the edges of what GPU backends take. A seed is a call, and small ones that share its kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -13,8 +14,8 @@ from gpu_bn.testing import Case, Problem, build
 from gpu_bn.testing.cases import AFFINE, DTYPES, LAYOUTS, MASKS, MODES
 
 SIZES = (1, 1, 2, 3, 5, 7, 8, 13, 16, 31, 49, 64, 97, 130)
-MOST = 24_000
-"""Elements of a tensor."""
+MOST, FEW = 12_000, 1500
+"""Elements of a tensor: of a seed's first call, and of those after it."""
 SCALES = {"usual": (0.5, 1.5), "mean 1e4 sd": (1e4, 1.0), "1e15": (3e15, 1e15), "1e-15": (3e-15, 1e-15)}
 CHANGES = ("none", "none", "none", "constant", "zeros of both signs", "some weights zero")
 
@@ -64,3 +65,26 @@ def draw(seed: int) -> Call:
         virtual_batch_size=one(groups) if groups and mask is None and rng.random() < 0.4 else None,
     )  # fmt: skip
     return Call(case, one(CHANGES), one((75, 80, 90, 90, 120)), one((None, None, *TIERS)))
+
+
+def family(seed: int, count: int) -> Iterator[Call]:
+    """The call of a seed, and ``count`` small ones of other sizes and numbers, which take the same kernels.
+
+    The last one has another layout. A kernel is compiled for the widest vector of at most 8 elements that
+    rows consist of.
+    """
+    call = draw(seed)
+    yield call
+    rng = np.random.default_rng((seed, count))
+    case, least = call.case, call.case.virtual_batch_size or 1
+    for at in range(count):
+        shape, room = case.shape, FEW
+        while prod(shape) > room or shape is case.shape:
+            room += FEW // 8  # there may be no smaller ones
+            sizes = [size if size <= 16 else size % 8 + 8 * rng.integers(1, 3) for size in case.shape[1:]]
+            shape = (least * int(rng.integers(1 + (least > 1), 9)), *map(int, sizes))
+        scales = list(SCALES)[: 2 if case.dtype == "float16" else None]
+        mean, std = SCALES[scales[rng.integers(len(scales))]]
+        layout = LAYOUTS[rng.integers(len(LAYOUTS))] if at == count - 1 else case.layout
+        small = replace(case, shape=shape, layout=layout, mean=mean, std=std)
+        yield replace(call, case=small, change=CHANGES[rng.integers(len(CHANGES))])

@@ -74,18 +74,18 @@ BUGS = [
     Bug(
         "last block not merged",
         STATISTICS,
-        "present = i < blocks\n            place = i * channels + channel\n        means",
-        "present = i < blocks - 1\n            place = i * channels + channel\n        means",
+        "apart = block_results(partials, 0, i, blocks,",
+        "apart = block_results(partials, 0, i, blocks - 1,",
         "y[",
     ),
     Bug(
         "sums of the last block not merged",
         STATISTICS,
-        "present = i < blocks\n            place = i * channels + channel\n        sum_dz",
-        "present = i < blocks - 1\n            place = i * channels + channel\n        sum_dz",
+        "sums_dz += block_results(partials, 0, i, blocks,",
+        "sums_dz += block_results(partials, 0, i, blocks - 1,",
         "dx[",
     ),
-    Bug("spread between blocks forgotten", STATISTICS, "n * (variances + apart * apart)", "n * variances", "y["),
+    Bug("spread between blocks forgotten", STATISTICS, "tl.fma(apart, apart, variances)", "variances", "y["),
     Bug(
         "sums of raw numbers",
         STATISTICS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Hashable, Sequence
 from functools import cache
@@ -18,6 +19,11 @@ ALIGNED = 64
 """Bytes: large outputs begin at a multiple, so that they can be written past the caches."""
 LARGE = 1 << 20
 TAGS = {np.dtype(np.float32): 0, np.dtype(np.float64): 1}
+AT = object.__basicsize__
+"""Where an array's object has the address of its elements: C code compiled for NumPy reads it there, too.
+
+``__array_interface__``, which has the address among much else, takes five times as long."""
+_pointer = ctypes.c_void_p.from_address
 
 
 class Arrays(Protocol):
@@ -87,8 +93,8 @@ class NumpyArrays:
 
     @staticmethod
     def address(array: NDArray[Any]) -> int:
-        address: int = array.__array_interface__["data"][0] if array.size else 0
-        return address
+        address: int | None = _pointer(id(array) + AT).value if array.size else None
+        return address or 0
 
     @staticmethod
     def strides(array: NDArray[Any]) -> tuple[int, ...] | None:
@@ -110,9 +116,10 @@ class NumpyArrays:
         return np.empty(length)
 
     def tagged(self, vector: NDArray[Any]) -> int:
-        if vector.dtype not in TAGS or not vector.flags.c_contiguous or not vector.flags.aligned:
+        tag = TAGS.get(vector.dtype)
+        if tag is None or not vector.flags.c_contiguous or not vector.flags.aligned:
             return -1
-        return self.address(vector) + TAGS[vector.dtype]
+        return self.address(vector) + tag
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

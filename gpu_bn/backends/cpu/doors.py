@@ -101,6 +101,7 @@ def _usable(door: Door | None) -> Door | None:
 
 
 def _remember(key: Any, prepared: launch.Prepared | None, forward: bool, trains: bool, tensors: Any) -> Door | None:
+    threads.get_num_threads()  # which refuses what the environment says, also where one thread does the work
     look = _look()
     x, residual = tensors[:2]
     door = None

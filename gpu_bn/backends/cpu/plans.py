@@ -13,6 +13,7 @@ import numba
 
 from gpu_bn.backends.layout import memory_order
 from gpu_bn.kernels.cpu import channels, rows
+from gpu_bn.kernels.cpu.activations import NAMES
 from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64, SIZES, WIDE
 
 SHORT = 16
@@ -31,6 +32,8 @@ CHUNKS, CHUNK, COLUMN = 16, 1 << 17, 64
 
 They take 16 bytes a column, of float64 elements 32; more than two chunks have ``COLUMN`` bytes of each column at least,
 or twice that: four times as much."""
+CHEAP = {"identity", "relu", "relu6", "leaky_relu", "hardswish"}
+"""Activations whose gradients cost less than to write and to read them."""
 FOLDED = 64
 """Columns at least, and a whole number of vectors, up to 1024: short rows are joined to longer ones."""
 
@@ -161,12 +164,19 @@ def forward_kernels(
 @cache
 def backward_kernels(
     by_rows: bool, code: int, which: int, residual: bool, sums: bool, writes: bool, adds: bool
-) -> tuple[int, int]:
-    """The addresses that a backward call takes; 0 for what it does not need."""
+) -> tuple[int, int, int]:
+    """Whether the sums' kernel keeps dz, and the addresses that a backward call takes; 0 for what it does not need.
+
+    dz is kept where it takes long to compute again: in the place of dresidual, or of dx until that is known. In half
+    precision that would round it.
+    """
     module = rows if by_rows else channels
+    keeps = sums and writes and SIZES[code] > 2 and NAMES[which] not in CHEAP
+    last = (0, False, True, True, False) if keeps else (which, residual, True, writes, adds)
     return (
-        address(module.products(code, which, residual)) if sums else 0,
-        address(module.writer(code, which, residual, True, writes, adds)) if writes or adds else 0,
+        int(keeps),
+        address(module.products(code, which, residual, keeps)) if sums else 0,
+        address(module.writer(code, *last)) if writes or adds else 0,
     )
 
 

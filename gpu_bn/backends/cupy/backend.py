@@ -244,11 +244,6 @@ class CupyBackend:
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
         mean, var, count = moments.mean, moments.var, moments.count
         counts = count if _on_device(count) else None
-        if counts is None and mean.size == running_mean.size:
-            bessel = count / max(count - 1, 1)
-            running_mean[...] = (1 - momentum) * running_mean.astype(np.float64) + momentum * mean
-            running_var[...] = (1 - momentum) * running_var.astype(np.float64) + (momentum * bessel) * var
-            return
         channels = running_mean.size
         vectors = mean, var, running_mean, running_var
         call = self._track(

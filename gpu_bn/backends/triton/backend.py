@@ -87,6 +87,8 @@ class TritonBackend(SharedStatistics):
     name = "triton"
     keeps_bits = True
     """Whether a mask may take the place of a residual."""
+    updates_after_output = True
+    """Whether a call with a mask or ghost batches takes memory for its running statistics after its output."""
     converts_vectors = True
     """Whether kernels read weight and bias in any dtype, so that the phases need no wider copies."""
 

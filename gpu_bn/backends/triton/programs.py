@@ -32,8 +32,9 @@ AHEAD = 1 << 20
 """Numbers of positions go so far beyond the last at most: those of a last block's share, chain and tile."""
 SAMPLES = {False: 32, True: 16}
 """Positions that the first shift is the mean of; the second number is for channels-last."""
-MERGED_AT_ONCE = 512
-"""Elements of a block of partial results."""
+MERGED_AT_ONCE = 4
+"""Partial results that a thread reads at a time. What follows each reading is done by all threads, in double precision:
+the fewer of them the better, as long as registers suffice."""
 MOST_BLOCKS = {False: 1024, True: 64}
 """Blocks that a strip is cut into: each program of the second launch reads the results of all."""
 MOST_WARPS = 8
@@ -75,7 +76,8 @@ STREAMED = {2: Shape(4096, 16), 4: Shape(4096, 16), 8: Shape(2048, 8)}
 CROWDED = STREAMED | {8: Shape(1024, 4)}
 """Of one that sums besides, with a mask and ghost batches."""
 SHORT = STREAMED | {2: Shape(2048, 8), 4: Shape(2048, 8)}
-"""Of one that sums and writes two gradients in channels-last: with GELU more would spill (sm_100, 120)."""
+"""Of one that writes two gradients in channels-last, with sums (sm_100, 120) or offsets of 64 bits (sm_75): with GELU
+more would spill."""
 HELD = {2: Shape(4096, 8), 4: Shape(4096, 8), 8: Shape(2048, 8)}
 """Of one that holds it."""
 WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)
@@ -138,6 +140,9 @@ class Geometry(NamedTuple):
         tiling = plan.tiling
         elements, results = tiling.n * tiling.c * tiling.s, 4 * plan.blocks * tiling.c
         wide = groups * max(elements, results) >= (1 << 31) - AHEAD
+        for what, number in (("channels", tiling.c), ("programs", groups * tiling.strips)):  # which have 32 bits
+            if number >= (1 << 31) - AHEAD:
+                raise ValueError(f"expected less than 2**31 - {AHEAD} {what}, got {number}")
         row = (tiling.c if tiling.columns else tiling.s) // tiling.vector
         jump = 0 if tiling.columns else (tiling.c - 1) * row
         power = 31 + (row - 1).bit_length()
@@ -160,9 +165,9 @@ def _fewer_blocks(plan: LaunchPlan) -> LaunchPlan:
     return replace(plan, share=share, blocks=-(-plan.tiling.positions // share))
 
 
-def chunk(plan: LaunchPlan) -> int:
+def chunk(plan: LaunchPlan, warps: int) -> int:
     """Blocks whose results are merged at a time."""
-    return min(_power_of_two(plan.blocks), max(1, MERGED_AT_ONCE // _width(plan)))
+    return min(_power_of_two(plan.blocks), max(1, MERGED_AT_ONCE * 32 * warps // _width(plan)))
 
 
 def chain(plan: LaunchPlan, positions: int) -> int:

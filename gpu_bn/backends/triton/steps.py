@@ -34,6 +34,8 @@ from gpu_bn.spec import BatchNormSpec
 
 Array = Any
 Pair = tuple[Array | None, Array | None]
+WARPS = 4
+"""Of programs that only merge."""
 TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})
 
 
@@ -176,7 +178,7 @@ class StepBuilder:
     ) -> Step:
         """The second: merge the statistics, and normalise."""
         geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x)
-        tail = (*geometry.tail, geometry.positions, plan.share, *constants, chunk(plan), positions, *strip(plan),
+        tail = (*geometry.tail, geometry.positions, plan.share, *constants, chunk(plan, warps), positions, *strip(plan),
                 self._is_wide(geometry), compute_dtype(x), groups)  # fmt: skip
         grid = (groups * plan.tiling.strips, plan.blocks)
         return self._step(forward_kernels.bn_normalize_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
@@ -200,7 +202,7 @@ class StepBuilder:
     def stats_and_merge(self, layout: Layout, x: Array, alignment: int, groups: int) -> tuple[LaunchPlan, Step, Step]:
         """The plan of the statistics alone, and its two launches."""
         plan = self.plan_once(work_of(layout, x, alignment), x)
-        tail = (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, chunk(plan), *strip(plan), groups)
+        tail = (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, chunk(plan, WARPS), *strip(plan), groups)
         grid = (groups * plan.tiling.strips, 1)
         merge = self._step(forward_kernels.bn_merge_moments_kernel, plan, x, grid, tail, groups=groups)
         return plan, self.stats(plan, x, alignment, groups), merge
@@ -208,7 +210,7 @@ class StepBuilder:
     def reduce_and_merge(self, call: BackwardCall, outputs: tuple[bool, bool]) -> tuple[LaunchPlan, Step, Step]:
         """The plan of the sums alone, and its two launches; ``outputs``: whether dz and dx are written on the way."""
         plan = self.plan_once(call.work(sum(outputs)), call.x)
-        tail = (plan.tiling.c, plan.blocks, chunk(plan), *strip(plan), compute_dtype(call.x), call.groups)
+        tail = (plan.tiling.c, plan.blocks, chunk(plan, WARPS), *strip(plan), compute_dtype(call.x), call.groups)
         grid = (call.groups * plan.tiling.strips, 1)
         merge = self._step(backward_kernels.bn_merge_sums_kernel, plan, call.x, grid, tail, groups=call.groups)
         return plan, self._reduce(plan, call, all(outputs)), merge
@@ -225,9 +227,11 @@ class StepBuilder:
 
     def input(self, plan: LaunchPlan, call: BackwardCall) -> Step:
         """The launch that writes dx of sums, or of none where statistics are frozen."""
-        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x)
-        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chunk(plan), positions, *strip(plan),
-                self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
+        geometry = Geometry.of(plan, call.groups)
+        shapes = SHORT if geometry.columns and self._is_wide(geometry) else STREAMED
+        positions, warps = streamed_block(plan, call.x, shapes)
+        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chunk(plan, warps), positions,
+                *strip(plan), self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)
         kernel = backward_kernels.bn_backward_input_kernel
         return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
@@ -252,7 +256,7 @@ class StepBuilder:
 
     def _step(
         self, kernel: Any, plan: LaunchPlan, x: Array, grid: tuple[int, int], tail: tuple[Any, ...],
-        alignment: int = 1, num_warps: int = 4, num_ctas: int = 1, groups: int = 1,
+        alignment: int = 1, num_warps: int = WARPS, num_ctas: int = 1, groups: int = 1,
     ) -> Step:  # fmt: skip
         geometry = Geometry.of(plan, groups)
         aligned = TENSORS if alignment == VECTOR_BYTES else frozenset[str]()

@@ -19,29 +19,48 @@ from gpu_bn.activations import ROWS
 from gpu_bn.testing import Case, build, check, oracle, run
 
 numba = pytest.importorskip("numba", reason="Numba compiles the kernels for CPUs: pip install -e '.[cpu]'")
+import llvmlite.binding as llvm
+
 from gpu_bn.backends.cpu import launch, pages, plans, threads
 from gpu_bn.kernels.cpu import calls_channels, calls_rows, channels, compiler, rows
 from gpu_bn.kernels.cpu.compiler import cold
 from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT32, FLOAT64
 
+ARM = "aarch64-unknown-linux-gnu"
 RELU, SILU = (list(ROWS).index(name) for name in ("relu", "silu"))
 
 
 # -------------------------------------------------------------------------------------------------------- machine code
-def machine_code(kernel):
-    """A kernel's own function as assembly, compiled anew: what comes from the cache cannot be looked at."""
+def compiled(kernel):
+    """A kernel's own function and its signature, compiled anew: what comes from the cache cannot be looked at."""
     fresh = cold(kernel.py_func)
     names = inspect.signature(kernel.py_func).parameters
     signature = tuple(numba.float64 if name == "p" else numba.int64 for name in names)
     fresh.compile(signature)
+    return fresh, signature
+
+
+def machine_code(kernel):
+    fresh, signature = compiled(kernel)
     return fresh.inspect_asm(signature)
+
+
+def arm_code(kernel):
+    """What LLVM makes of a kernel's vectors for a 64-bit Arm processor, whose vectors (NEON) have 16 bytes."""
+    fresh, signature = compiled(kernel)
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(ARM).create_target_machine(opt=3)
+    code = re.sub(r"target triple = .*", f'target triple = "{ARM}"', fresh.inspect_llvm(signature))
+    code = re.sub(r"target datalayout = .*", f'target datalayout = "{machine.target_data}"', code)
+    return machine.emit_assembly(llvm.parse_assembly(re.sub(r'"target-(cpu|features)"="[^"]*"', "", code)))
 
 
 def inner_loops(assembly):
     """The bodies of loops that have no loop within."""
     lines = [line.strip() for line in assembly.splitlines()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
-    jumps = [(at, re.match(r"j\w+\s+(\.L\w+)", line)) for at, line in enumerate(lines)]
+    jumps = [(at, re.match(r"(?:j|b|cb|tb)\S*\s+(?:.*, )?(\.L\w+)", line)) for at, line in enumerate(lines)]
     loops = [(labels[jump[1]], at) for at, jump in jumps if jump and labels.get(jump[1], at) < at]
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return ["\n".join(lines[first:last]) for first, last in inner]
@@ -49,12 +68,12 @@ def inner_loops(assembly):
 
 KERNELS = {
     "moments": (lambda code: channels.moments(code), "vfmadd"),
-    "products": (lambda code: channels.products(code, RELU, True), "vfmadd"),
+    "products": (lambda code: channels.products(code, RELU, True, True), "vfmadd"),
     "y": (lambda code: channels.writer(code, RELU, False, False, True, False), "vfmadd"),
     "y of silu": (lambda code: channels.writer(code, SILU, False, False, True, False), "vdiv"),
     "dx": (lambda code: channels.writer(code, RELU, True, True, True, True), "vfmadd"),
     "rows' deviations": (lambda code: rows.deviations(code), "vfmadd"),
-    "rows' products": (lambda code: rows.products(code, RELU, False), "vfmadd"),
+    "rows' products": (lambda code: rows.products(code, RELU, False, False), "vfmadd"),
     "rows' y": (lambda code: rows.writer(code, RELU, False, False, True, False), "vfmadd"),
     "rows' dx": (lambda code: rows.writer(code, RELU, False, True, True, False), "vfmadd"),
 }
@@ -78,6 +97,23 @@ def test_inner_loops_are_packed(name, code):
 def test_float16_is_converted_by_the_processor():
     text = machine_code(channels.writer(FLOAT16, RELU, False, False, True, False))
     assert any("vcvtph2ps" in body and "vcvtps2ph" in body for body in inner_loops(text))
+
+
+@pytest.mark.parametrize("name", ["moments", "y", "dx", "rows' deviations"])
+def test_inner_loops_are_packed_for_arm(name):
+    bodies = inner_loops(arm_code(KERNELS[name][0](FLOAT32)))
+    loops = [body for body in bodies if re.search(r"fmla\s+v\d+\.4s", body)]
+    assert loops, "no inner loop with packed fmla"
+    for body in loops:
+        scalar = re.findall(r"\b(?:fadd|fsub|fmul|fn?madd)\s+[sd]\d+", body)
+        assert not scalar, f"{scalar} in\n{body}"
+
+
+def test_arm_converts_float16_by_itself():
+    text = arm_code(channels.writer(FLOAT16, RELU, False, False, True, False))
+    assert any("fcvtl" in body and "fcvtn" in body for body in inner_loops(text))
+    assert "__extendhfsf2" not in text
+    assert "__truncsfhf2" not in text
 
 
 SHOWS_FEATURES = """
@@ -216,7 +252,7 @@ ROW, CHUNKS = Case((300, 41)), Case((700, 40))
 BUGS = {
     "a dropped tail of a sum": (channels, "moments", "if count % wide:", "if count % wide < 0:", CHANNELS),
     "a dropped tail of y": (channels, "writer", "if (length - masked) % width:", "if length < 0:", CHANNELS),
-    "a tail begun too late": (channels, "products", "wide, (1, 1, 1), 0", "wide, (1, 1, 1), 1", CHANNELS),
+    "a tail begun too late": (channels, "products", "wide * wide)", "wide * wide + 1)", CHANNELS),
     "a swapped stride": (channels, "moments", "places(run, steps, first)", "places(first, steps, run)", CHANNELS),
     "runs that are lost": (channels, "moments", "range(0, runs if count", "range(0, min(runs, 8) if count", RUNS),
     "a lost float64 sum": (rows, "deviations", "add_to(products, c, None, tile[1], beside)", "pass", ROW),

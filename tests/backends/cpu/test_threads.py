@@ -329,6 +329,20 @@ def test_a_bad_number_in_the_environment_is_named_at_the_first_use(monkeypatch, 
             threads.threads_for(nbytes)
 
 
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_bad_number_in_the_environment_is_named_by_a_small_layer_of_torch(monkeypatch, differentiated):
+    torch = pytest.importorskip("torch")
+    from gpu_bn import nn
+
+    monkeypatch.setenv("GPU_BN_NUM_THREADS", "abc")
+    monkeypatch.setattr(threads, "_threads", 0)
+    layer, x = nn.BatchNorm(3), torch.ones(4, 3, 1, 1, 5 + differentiated, requires_grad=differentiated)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"environment variable GPU_BN_NUM_THREADS .* got 'abc'"):
+            layer(x)
+    assert layer.num_batches_tracked == 0
+
+
 def test_the_environment_sets_the_number_and_a_call_changes_it(monkeypatch):
     monkeypatch.setenv("GPU_BN_NUM_THREADS", "5")
     monkeypatch.setattr(threads, "_threads", 0)

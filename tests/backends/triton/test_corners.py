@@ -10,8 +10,10 @@ from emulator import Checks, Device
 from support import far_from_zero
 
 import gpu_bn
+from gpu_bn.activations import IDENTITY
 from gpu_bn.call import Call
 from gpu_bn.plan import DEVICES, Work, plan_once
+from gpu_bn.spec import BatchNormSpec
 from gpu_bn.testing import Case, check
 from gpu_bn.testing.cases import build
 
@@ -199,6 +201,31 @@ def test_offsets_are_of_64_bits_from_the_first_that_32_do_not_hold(n, wide):
 def test_numbers_beside_offsets_are_of_64_bits_where_32_do_not_hold_them(work, groups):
     """Although all offsets would be."""
     assert Geometry.of(plan_once(work, DEVICES["h100"]), groups).wide
+
+
+@pytest.mark.parametrize(
+    ("work", "groups", "what"),
+    [
+        (Work(1, 2**31, 1, 2), 1, "channels, got 2147483648"),
+        (Work(2, 2**31 - 1, 1, 2), 1, "channels, got 2147483647"),
+        (Work(4, 2**11, 5, 2), 2**20, "programs, got 2147483648"),
+    ],
+)
+def test_more_channels_than_kernels_can_count_are_refused(work, groups, what):
+    with pytest.raises(ValueError, match=rf"expected less than 2\*\*31 - \d+ {what}"):
+        Geometry.of(plan_once(work, DEVICES["h100"]), groups)
+    fewer = replace(work, c=work.c // 2)
+    assert Geometry.of(plan_once(fewer, DEVICES["h100"]), groups).wide
+
+
+def test_a_call_with_too_many_channels_is_refused_before_anything_is_launched():
+    """Of tensors that nobody reads, so that they take no memory."""
+    backend, channels = RecordingBackend(DEVICES["h100"]), 1 << 31
+    x, vector = torch.empty((1, channels), dtype=torch.float16), torch.zeros(1).expand(channels)
+    spec = BatchNormSpec(1, False, 0.1, 1e-5, IDENTITY)
+    with pytest.raises(ValueError, match="channels, got 2147483648"):
+        backend.forward(Call(x, running_mean=vector, running_var=vector, out=x), spec)
+    assert backend.launches == []
 
 
 # -------------------------------------------------------------------------------------------------------- activations

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from support.triton_backends import RecordingBackend
+from support.triton_backends import EmulatedBackend, RecordingBackend
+from torch.testing import assert_close
 
 from gpu_bn import nn, registry
 from gpu_bn.backends.triton.backend import TritonBackend
@@ -179,3 +182,25 @@ def test_a_plain_call_is_planned_again_without_clusters_where_they_fail(monkeypa
     assert len(refused) == 1
     assert {step.num_ctas for step in launched} == {1}
     assert layer.running_mean._version > 1
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("tier", ["cta", "split"])
+def test_plain_calls_compute_what_torch_does(tier, device, compile_triton, monkeypatch):
+    backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4), tier=tier)
+    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    ours, theirs = nn.BatchNorm1d(6, activation="relu"), torch.nn.BatchNorm1d(6)
+    with torch.no_grad():
+        for one in (ours.weight, ours.bias):
+            one.copy_(torch.randn(6))
+    theirs.load_state_dict(ours.state_dict())
+    x, added = (torch.randn(4, 6, 5, requires_grad=True) for _ in range(2))
+    found = []
+    for layer, call in ((ours, ours), (theirs, lambda x, added: (theirs(x) + added).relu())):
+        y = [call(x, added) for _ in range(2)][-1]
+        gradients = torch.autograd.grad(y, [x, added, layer.weight, layer.bias], torch.ones_like(x))
+        layer.eval()
+        found.append([y, *gradients, call(x, added), *layer.buffers()])
+    assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert len(backend.plain.known) == 2
+    assert None not in backend.plain.known.values()

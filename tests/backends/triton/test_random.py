@@ -10,12 +10,14 @@ pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pi
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from emulator import Checks, Device
-from support.random_calls import draw
+from support.random_calls import draw, family
 from support.triton_backends import EmulatedBackend
 
 pytestmark = pytest.mark.compile
-FIRST, USUAL, MORE, ALL = 1002, 3, 10, 40
+FIRST, USUAL, MORE, ALL = 1002, 2, 8, 40
 """The first seed; how many there are in a usual run, with ``-m slow``, and with ``-m exhaustive``."""
+LIKE_IT = 6
+"""Small calls of a seed: with both runs of CI, 56 calls in all."""
 
 
 def marked(seed):
@@ -24,16 +26,17 @@ def marked(seed):
 
 
 @pytest.mark.parametrize("seed", [marked(seed) for seed in range(ALL)])
-def test_a_random_call(seed, compile_triton):
-    call = draw(seed)
-    arch = {75: 75, 80: 80, 90: 90, 120: 100}[call.arch]
+def test_random_calls(seed, compile_triton):
+    arch = {75: 75, 80: 80, 90: 90, 120: 100}[draw(seed).arch]
     backend = EmulatedBackend(Device(checks=Checks(races=seed % 4 == 0)), compile_triton, arch)
-    try:
-        assert check(call.problem(), backend)
-        assert backend.steps
-    except ValueError as error:  # what is refused, NumPy's backend refuses too, in the same words
-        with pytest.raises(ValueError, match=re.escape(str(error))):
-            check(call.problem(), "numpy")
-    except BaseException as error:
-        error.add_note(f"seed {seed}: {call}")
-        raise
+    for call in family(seed, LIKE_IT):
+        backend.steps.clear()
+        try:
+            assert check(call.problem(), backend)
+            assert backend.steps
+        except ValueError as error:  # what is refused, NumPy's backend refuses too, in the same words
+            with pytest.raises(ValueError, match=re.escape(str(error))):
+                check(call.problem(), "numpy")
+        except BaseException as error:
+            error.add_note(f"seed {seed}: {call}")
+            raise
