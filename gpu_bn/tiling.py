@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 VECTOR_BYTES = 16
 STRIP_BYTES = 128
 RAGGED_BYTES, RAGGED_FILL = 4, 0.75
-"""Rows are ragged in place of accesses of single elements, of so many bytes or fewer, and where at least this share of
-the elements in a row's vectors are its own. By the machine code an element then takes as many instructions as alone, and
-four to eight times the bytes are under way; vectors of two elements or four take fewer instructions than ragged rows."""
+"""Rows are ragged in place of accesses of single elements, of so many bytes or fewer, where at least this share of the
+elements in a row's vectors are its own. By the machine code an element then takes as many instructions as alone, and
+four to eight times the bytes are under way. Vectors of two elements or four take fewer instructions than ragged rows.
+"""
 
 
 @dataclass(frozen=True, slots=True)
