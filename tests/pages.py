@@ -99,16 +99,17 @@ def cpu_all() -> str:
     environment, ratios = cpu_record()
     parts = [f"Measured with {environment}."]
     for threads, rows in ratios.items():
-        named = {row.removesuffix(" / torch"): cells for row, cells in rows.items() if row.endswith(" / torch")}
+        named = {row.removesuffix(" / torch"): cells for row, cells in rows.items()}
         parts += [f"{threads} thread{'s' * (threads != '1')} each:", cpu_table(named)]
     return "\n" + "\n\n".join(parts) + "\n"
 
 
 def cpu_short() -> str:
-    """README's table: some cases of the compiled backend, with as many threads as were measured."""
+    """README's table: some cases on one thread, of the backends that were measured."""
     environment, ratios = cpu_record()
-    threads = max(ratios, key=int)
-    rows = {case: ratios[threads][f"{case}, cpu / torch"] for case in README_CASES}
+    threads = min(ratios, key=int)
+    names = [f"{case}, {backend}" for case in README_CASES for backend in ("cpu", "numpy")]
+    rows = {name: ratios[threads][f"{name} / torch"] for name in names if f"{name} / torch" in ratios[threads]}
     return f"\n{cpu_table(rows)}\n\nMeasured with {environment}, {threads} thread{'s' * (threads != '1')} each.\n"
 
 
