@@ -7,6 +7,7 @@ measurement has left. Nothing is measured or compiled here. The records, and wha
 - ``tests/data/versions.json``: ``tests/versions.py --write``
 - ``tests/data/models.jsonl``: ``tests/model_proof.py``
 - ``tests/data/machine_code_cuda.txt``: ``tests/cuda_budget.py``
+- ``tests/data/machine_code_triton.txt``: ``tests/triton_budget.py``
 - ``tests/data/gates_*.txt``: ``tests/record_gates.py``
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import cuda_budget
 import model_proof
+import triton_budget
 import versions
 from support import cuda_faults, cuda_masked_faults, triton_bugs
 from support.gates import DATA
@@ -145,6 +147,7 @@ def renewed(text: str) -> str:
 def pages() -> Iterator[tuple[Path, str]]:
     """Each page that has a generated part, and what it should be."""
     yield cuda_budget.PAGE, cuda_budget.page()
+    yield triton_budget.PAGE, triton_budget.page()
     yield ROOT / "docs" / "models.md", model_proof.table((DATA / "models.jsonl").read_text().splitlines())
     for path in [
         ROOT / "README.md",
