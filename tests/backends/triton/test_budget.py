@@ -21,7 +21,6 @@ from triton_budget import BUDGETS, launches, measured
 
 COMPILES = [
     pytest.mark.compile,
-    pytest.mark.usefixtures("compile_triton"),
     pytest.mark.skipif(tool("nvdisasm") is None, reason="no disassembler"),
 ]
 MARKS = {90: [], 75: [pytest.mark.slow], 120: [pytest.mark.slow]}
@@ -38,6 +37,7 @@ def compiled(call, kernel, arch):
 EVERY = [compiled(*which, arch) for which in BUDGETS for arch in ARCHITECTURES]
 
 
+@pytest.mark.usefixtures("compile_triton")
 @pytest.mark.parametrize(("call", "kernel", "arch"), EVERY)
 def test_budget(call, kernel, arch):
     found = measured(arch, *launches(call)[kernel])
@@ -78,6 +78,7 @@ SLOW = {
 }
 
 
+@pytest.mark.usefixtures("compile_triton")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=COMPILES) for name in SLOW])
 def test_a_planted_slow_kernel_is_noticed(name):
     call, kernel, changed, constants, says = SLOW[name]
