@@ -108,6 +108,11 @@ def _check_numbers(x: Tensor, options: Options) -> None:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if eps < 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    check_finite(momentum, eps)
+
+
+def check_finite(momentum: Any, eps: Any) -> None:
+    """Check that numbers are finite, so far as they are known: a tensor's may be unread."""
     for name, number in (("momentum", momentum), ("eps", eps)):
         if isinstance(number, float) and not -inf < number < inf:  # isfinite cannot be compiled
             raise ValueError(f"batch_norm {name} must be finite, but got {number}")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Proxy
 from torch.nn import Parameter
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -288,16 +288,22 @@ class Folded(nn.Module):
         """Do what :class:`gpu_bn.nn.BatchNorm` does after it has normalised."""
         if mask is not None:
             raise ValueError("a folded normalisation has no mask")
-        if self.two_axes and input.dim() != 2:
-            raise ValueError(
-                "a linear layer was folded with the normalisation of 2D inputs, "
-                f"got {input.dim()}D: give nn.fold such a batch"
-            )
+        if self.two_axes:
+            _require_two_axes(input)
         z = input if residual is None else input + residual
         return activations.activate(z, self.activation if activation is None else Activation.of(activation))
 
     def extra_repr(self) -> str:
         return repr(self.activation)
+
+
+def _require_two_axes(input: Tensor) -> None:
+    """Refuse other outputs of a linear layer; where ``torch.fx`` traces, when the graph runs."""
+    text = "a linear layer was folded with the normalisation of 2D inputs"
+    if isinstance(input, Proxy):
+        torch._assert(input.dim() == 2, text)
+    elif input.dim() != 2:
+        raise ValueError(f"{text}, got {input.dim()}D: give nn.fold such a batch")
 
 
 def _fuse_eval(layer: Any, bn: Any, transposed: bool) -> Any:

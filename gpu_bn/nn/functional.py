@@ -11,7 +11,15 @@ from gpu_bn import algorithm, registry, spec
 from gpu_bn import functional as front
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.call import Call, Options
-from gpu_bn.nn.checks import check, check_extensions, check_memory, check_tensors, is_ordinary, plain_number
+from gpu_bn.nn.checks import (
+    check,
+    check_extensions,
+    check_finite,
+    check_memory,
+    check_tensors,
+    is_ordinary,
+    plain_number,
+)
 from gpu_bn.nn.operators import autograd, composition, cpu_calls, gpu_calls, library, masked
 from gpu_bn.nn.running import updates
 
@@ -117,7 +125,9 @@ def _checked(call: Call, options: Options) -> Tensor:
         check_memory(call)
     if isinstance(momentum, Tensor) and (extended or not library.unread(momentum)):
         momentum = momentum.item()
-    options = Options(training, momentum, eps.item() if isinstance(eps, Tensor) else eps, *rest)
+    eps = eps.item() if isinstance(eps, Tensor) else eps
+    check_finite(momentum, eps)
+    options = Options(training, momentum, eps, *rest)
     return masked.batch_norm(call, options, groups) if extended else _recorded(call, options)
 
 

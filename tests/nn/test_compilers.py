@@ -192,3 +192,17 @@ def test_vmap_over_running_statistics_that_are_not_batched_is_refused():
         )
     assert torch.equal(mean, running(3)[0])
     assert counter == 0
+
+
+def test_compiled_training_of_stacked_models():
+    model, x = nn.BatchNorm1d(3, activation="silu"), tensor(2, 4, 3, grad=False)
+
+    def loss(parameters, buffers, x):
+        return torch.func.functional_call(model, (parameters, buffers), (x,)).square().sum()
+
+    results = []
+    for compiler in (lambda f: f, torch.compile(backend="eager", fullgraph=True)):
+        parameters, buffers = torch.func.stack_module_state([nn.BatchNorm1d(3), nn.BatchNorm1d(3)])
+        results.append((compiler(torch.func.vmap(torch.func.grad(loss)))(parameters, buffers, x), buffers))
+    assert_close(*results)
+    assert buffers["num_batches_tracked"].tolist() == [1, 1]

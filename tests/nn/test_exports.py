@@ -322,8 +322,10 @@ def test_vmap_keeps_half_precision(dtype, training):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("momentum", float("nan")), ("momentum", float("inf")), ("eps", float("inf"))]
-)
+    ("name", "value"),
+    [("momentum", torch.nan), ("momentum", torch.inf), ("eps", torch.inf), ("momentum", torch.tensor(torch.nan)),
+     ("eps", torch.tensor(torch.inf))],
+)  # fmt: skip
 @pytest.mark.parametrize("training", [True, False])
 def test_numbers_that_are_not_finite_are_refused(name, value, training):
     mean, var = torch.zeros(3), torch.ones(3)

@@ -298,6 +298,16 @@ def test_what_is_left_of_a_folded_normalisation_can_be_looked_at(norm):
     assert_close(copy.deepcopy(folded)(tensor(*IMAGES)), folded(tensor(*IMAGES)))
 
 
+def test_tracers_enter_what_is_left_of_a_folded_normalisation():
+    layers = [nn.BatchNorm2d(4, activation="relu"), torch.nn.Flatten(), torch.nn.Linear(64, 5), torch.nn.BatchNorm1d(5)]
+    folded, x = nn.fold(evaluated(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), *layers))), tensor(2, 3, 6, 6)
+    traced = torch.fx.symbolic_trace(folded)
+    assert_close(traced(x), folded(x))
+    assert not [module for module in traced.modules() if type(module).__module__.startswith("gpu_bn")]
+    with pytest.raises(AssertionError, match="folded with the normalisation of 2D inputs"):
+        torch.fx.symbolic_trace(folded[3:])(tensor(2, 3, 64))
+
+
 class Closed(torch.nn.Module):
     """Its layers are called by a function that a copy of it shares."""
 
