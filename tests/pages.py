@@ -8,6 +8,7 @@ measurement has left. Nothing is measured or compiled here. The records, and wha
 - ``tests/data/models.jsonl``: ``tests/model_proof.py``
 - ``tests/data/container_*.txt``: ``docker/check``
 - ``tests/data/machine_code_cuda.txt``: ``tests/cuda_budget.py``
+- ``tests/data/machine_code_triton.txt``: ``tests/triton_budget.py``
 - ``tests/data/gates_*.txt``: ``tests/record_gates.py``
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import cuda_budget
 import model_proof
+import triton_budget
 import versions
 from support import cuda_faults, cuda_masked_faults, triton_bugs
 from support.gates import DATA
@@ -154,6 +156,7 @@ def renewed(text: str) -> str:
 def pages() -> Iterator[tuple[Path, str]]:
     """Each page that has a generated part, and what it should be."""
     yield cuda_budget.PAGE, cuda_budget.page()
+    yield triton_budget.PAGE, triton_budget.page()
     yield ROOT / "docs" / "models.md", model_proof.table((DATA / "models.jsonl").read_text().splitlines())
     for path in [
         ROOT / "README.md",
