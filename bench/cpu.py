@@ -171,6 +171,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
     gpu_bn.set_num_threads(arguments.threads)
     start_helpers(arguments.threads)
     torch.set_num_threads(arguments.threads)
+    torch._functorch.config.donated_buffer = False  # a graph's backward call is repeated
     peers = {"torch": torchs} | ({"torch.compile": torch.compile(torchs)} if arguments.compile else {})
     results = {}
     for case in CPU:
