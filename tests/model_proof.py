@@ -261,8 +261,9 @@ RECORD = Path(__file__).parent / "data" / "models.jsonl"
 HEADER = """# Models of other libraries
 
 {models} models of torchvision, timm, transformers, segmentation-models-pytorch (smp), monai and ultralytics: {counts}.
-They have random weights and small inputs, in float64 with torch {torch} on a CPU; recorded on {date}. Each model is converted,
-fused, folded and reverted. Its outputs, gradients and state after a step are compared with those of torch's own layers.
+They have random weights and small inputs, in float64 with torch {torch} on a CPU; recorded on {date}. Each model is
+converted, fused, folded and reverted. Its outputs, gradients and state after a step are compared with those of
+torch's own layers.
 
 - *Merged* counts the normalisations, alone or after a sum, that an activation of ours follows outside of the layer.
 - *Folded* counts those that alone read a convolution or a linear layer, without and with a batch.
@@ -270,7 +271,8 @@ fused, folded and reverted. Its outputs, gradients and state after a step are co
 - *Of rounding* is the same in another unit: how far torch's own model moves when each of its weights becomes the next
   greater or smaller number. Networks with random weights amplify rounding. The tests ask for at most {limit}.
 
-The order for deployment is: `nn.convert(model, fuse=True)`, train, `nn.fold(model, batch)`, then export the folded model.
+The order for deployment is: `nn.convert(model, fuse=True)`, train, `nn.fold(model, batch)`, then export the folded
+model.
 
 | model | converted | merged | folded | with a batch | difference | of rounding |
 |---|---|---|---|---|---|---|
