@@ -1,8 +1,6 @@
-"""What we are compared with: how each peer makes the call of an operation.
+"""Peers: each function builds the call that one of them makes for an operation.
 
-:mod:`gpu_bn.bench.implementations` has the table.
-
-Nothing here imports a library before it is asked for a call.
+:mod:`gpu_bn.bench.implementations` lists them. A library is imported when a call of it is built.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ Function = Callable[..., Any]
 
 
 def textbook(operation: Operation, problem: Problem, tier: str | None) -> Call:
-    """The formulas, as a line of NumPy each; in float32 at least."""
+    """Build the call of the formulas, each a line of NumPy, in float32 at least."""
     del tier
     p, axes, dtype = problem, (0, *range(2, problem.x.ndim)), problem.x.dtype
     wide = np.dtype(np.float32) if dtype.itemsize < 4 else dtype
@@ -60,7 +58,7 @@ def textbook(operation: Operation, problem: Problem, tier: str | None) -> Call:
 
 
 def torch(wrap: Callable[[Function], Function] = lambda function: function) -> Any:
-    """torch's batch norm, then in-place sum and ReLU, as networks are written; ``wrap`` may compile the function."""
+    """Build torch's batch norm with an in-place sum and ReLU, as networks write it; ``wrap`` may compile it."""
 
     def build(operation: Operation, problem: Problem, tier: str | None) -> Call:
         del tier
@@ -93,7 +91,7 @@ def _without_grad(torch: Any, function: Function, tensors: list[Array]) -> Array
 
 
 def compiled(function: Function) -> Function:
-    """By torch.compile, for these shapes; the backward graph may run more than once."""
+    """Compile a function by torch.compile, for these shapes only."""
     torch: Any = importlib.import_module("torch")
     config: Any = importlib.import_module("torch._functorch.config")
     config.donated_buffer = False  # the backward graph is run again and again
@@ -103,20 +101,20 @@ def compiled(function: Function) -> Function:
 
 
 def without_cudnn() -> Any:
-    """torch with its own kernels only."""
+    """Make torch use its own kernels only."""
     torch: Any = importlib.import_module("torch")
     return torch.backends.cudnn.flags(enabled=False)
 
 
 def not_apex(case: Case) -> str:
-    """apex has NHWC kernels for float16."""
+    """Say why apex does not serve a case: it has kernels for float16 in NHWC only."""
     if case.dtype != "float16" or case.layout != "nhwc" or len(case.shape) != 4:
         return "serves float16, four axes, nhwc"
     return "a sum is fused with ReLU only" if case.operation.residual and not case.operation.relu else ""
 
 
 def apex(operation: Operation, problem: Problem, tier: str | None) -> Call:
-    """apex.contrib.groupbn, on the tensors as they lie in memory."""
+    """Build the call of apex.contrib.groupbn, on the tensors as they lie in memory."""
     del tier
     torch: Any = importlib.import_module("torch")
     groupbn: Any = importlib.import_module("apex.contrib.groupbn.batch_norm")
@@ -147,14 +145,14 @@ def apex(operation: Operation, problem: Problem, tier: str | None) -> Call:
 
 
 def not_cudnn(case: Case) -> str:
-    """What cuDNN's graphs of batch norm with fusions want."""
+    """Say why cuDNN's graphs of batch norm with fusions do not serve a case."""
     if len(case.shape) != 4 or case.dtype == "float64":
         return "serves four axes, not float64"
     return "" if case.operation.training else "evaluation is not compared"
 
 
 def cudnn(operation: Operation, problem: Problem, tier: str | None) -> Call:
-    """A graph of cuDNN's Python frontend: batch norm, sum, ReLU with a mask; or the gradients of that."""
+    """Build a graph of cuDNN's Python frontend: batch norm, sum, ReLU with a mask; or the gradients of that."""
     del tier
     graph = _Graph(problem)
     y, mean, rstd, mask = _cudnn_forward(graph, operation, problem)
@@ -165,7 +163,7 @@ def cudnn(operation: Operation, problem: Problem, tier: str | None) -> Call:
 
 
 class _Graph:
-    """A cuDNN graph, its tensors, and where they are."""
+    """Hold a cuDNN graph, its tensors, and their memory."""
 
     def __init__(self, problem: Problem) -> None:
         self.torch: Any = importlib.import_module("torch")

@@ -55,14 +55,14 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def with_all_threads(self) -> list[Result]:
-        """The results, without those of fewer threads than the most."""
+    def summed_up(self) -> list[Result]:
+        """The results of one number of threads, for pictures and sums."""
         return [result for result in self.results if (result.threads or 0) == self.threads]
 
     @property
     def threads(self) -> int:
-        """The most threads of a result; 0 if their number was not chosen."""
-        return max((result.threads or 0 for result in self.results), default=0)
+        """The most threads of a result, or 1 if more have slowed something down; 0 if nobody chose their number."""
+        return 1 if slower(self.results) else max((result.threads or 0 for result in self.results), default=0)
 
     @property
     def wrong(self) -> list[Result]:
@@ -73,7 +73,7 @@ class Report:
         """Return the tables of what was measured, and what was not timed."""
         return [
             *measured_table(self.results, self.machine["copy_bandwidth"]),
-            *layers_table(self.with_all_threads),
+            *layers_table(self.summed_up),
             refusals([*self.results, *self.forced]),
             *self.texts,
         ]

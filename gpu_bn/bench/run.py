@@ -381,7 +381,7 @@ def write_pictures(report: Report, session: Session) -> None:
             ceilings = [Ceiling("a copy, beyond the caches", session.copy_bandwidth)]
             if session.gpu is None:
                 ceilings.append(Ceiling("a copy, in the cache", cpu_copy_bandwidth(CPU_CACHED_BYTES)))
-            results = [*report.with_all_threads, *report.forced]
+            results = [*report.summed_up, *report.forced]
             written += draw(results, ceilings, options.out, picture_caption(report))
         except Exception as error:  # of matplotlib
             print(f"No pictures: {in_words(error)}")

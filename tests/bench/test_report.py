@@ -70,6 +70,12 @@ def test_a_peer_that_threads_slow_down_is_flagged():
     assert "peer (ms)" in str(table)
 
 
+def test_pictures_and_sums_are_of_threads_that_do_not_wait():
+    assert [(r.by, r.threads) for r in report.Report("", {}, BUSY).summed_up] == [("gpu_bn numpy", 1), ("peer", 1)]
+    steady = report.Report("", {}, [*BUSY[:3], of("peer", 25e-6, 2)])
+    assert [(r.by, r.threads) for r in steady.summed_up] == [("gpu_bn numpy", 2), ("peer", 2)]
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [(0.0123456, "0.0123"), (1, "1.00"), (12.34, "12.3"), (999.7, "1000"), (21000.4, "21000"), (0, "0")],

@@ -106,6 +106,11 @@ def test_a_process_that_asks_for_fewer_gradients_takes_part_all_the_same(three):
     assert all(result["backwards"]["of weights only"] is None for result in three)
 
 
+def test_memory_that_runs_out_after_the_sums_raises_on_that_process_alone(three):
+    found = [result["backwards"]["after the sums"] for result in three]
+    assert found == [(None, True, (4, 3)), (None, True, (4, 3)), ("none left", True, (4, 3))]
+
+
 def test_what_is_differentiated_is_compared_before_there_is_a_backward_pass(three):
     (text,) = {result["backwards"]["gradient"] for result in three}
     assert text.endswith("made different calls: gradient of the input on 0 and 1, of parameters only on 2")
@@ -163,7 +168,12 @@ def test_statistics_that_share_memory_on_one_process_raise_on_all(three, name):
 @pytest.mark.slow
 def test_a_mistake_of_one_process_raises_on_all_in_compiled_code(tmp_path):
     reasons = {name: REASONS[name] for name in ("rank", "residual")}
-    for result in launch(2, "support.sync_faults", ["compiled"], tmp_path):
+    outcomes = launch(2, "support.sync_faults", ["compiled"], tmp_path)
+    (waited, unchanged), lacking = [result["compiled"]["output"] for result in outcomes]
+    assert waited.startswith("SyncBatchNorm: a process of the group has ended, or did not answer within its timeout")
+    assert unchanged
+    assert lacking == ("none left", True)
+    for result in outcomes:
         found = result["compiled"]
         assert {name: found[name] for name in reasons} == {
             name: f"SyncBatchNorm, process 1 of 2: {reason}" for name, reason in reasons.items()

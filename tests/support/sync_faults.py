@@ -183,10 +183,24 @@ def backwards(rank, world):
             results[name] = text_of(lambda calls=calls: in_turn(calls))
         results[name + ", unchanged"] = count == [layer.num_batches_tracked.item() for layer in layers]
         results[name + ", after"] = nn.SyncBatchNorm(3)(torch.randn(4, 3)).shape
+    results["after the sums"] = memory_that_runs_out_after_the_sums(last)
     x = torch.randn(4, 3, requires_grad=not last)
     results["gradient"] = text_of(lambda: nn.SyncBatchNorm(3)(x))
     results["same bits"] = gradient_of_a_sum()
     return results
+
+
+def memory_that_runs_out_after_the_sums(last):
+    """What the last process raises alone, whether states are all alike after it, and that the group goes on."""
+    layer = nn.SyncBatchNorm(3)
+    loss = layer(torch.linspace(0, 1, 12).view(4, 3).clone().requires_grad_()).square().sum()
+    before, text = state_of(layer), None
+    with failing("backward_input" if last else None):
+        try:
+            loss.backward()
+        except MemoryError as error:
+            text = str(error)
+    return text, all(map(torch.equal, state_of(layer), before)), nn.SyncBatchNorm(3)(torch.randn(4, 3)).shape
 
 
 def out_of_memory(*_):
@@ -303,7 +317,25 @@ def compiled(rank, world):
     other = nn.SyncBatchNorm(3)(x).square().sum()
     results["backward"] = text_of((other if rank == world - 1 else y).backward)
     results["after"] = nn.SyncBatchNorm(3)(x).shape
+    results["output"] = memory_that_runs_out_for_a_compiled_output(x.detach(), rank == world - 1)
     return results
+
+
+def memory_that_runs_out_for_a_compiled_output(x, last):
+    """What each process raises, the last one alone knowing why, and whether states are as before; at the end."""
+    group = dist.new_group()
+    layer = nn.SyncBatchNorm(3, process_group=group)
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    call(x)
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
+    before, text = state_of(layer), None
+    with failing("normalize" if last else None):
+        try:
+            call(x)
+        except (MemoryError, RuntimeError) as error:
+            text = str(error)
+    return text, all(map(torch.equal, state_of(layer), before))
 
 
 def caught(call):
