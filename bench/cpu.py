@@ -171,6 +171,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
     gpu_bn.set_num_threads(arguments.threads)
     start_helpers(arguments.threads)
     torch.set_num_threads(arguments.threads)
+    torch._functorch.config.donated_buffer = False  # a graph's backward call is repeated
     peers = {"torch": torchs} | ({"torch.compile": torch.compile(torchs)} if arguments.compile else {})
     results = {}
     for case in CPU:
@@ -231,7 +232,13 @@ def merged(arguments: argparse.Namespace, found: dict[int, Any]) -> dict[str, An
     """What was found, and what the file has of other cases in the same environment."""
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     known: dict[str, Any] = kept["results"] if kept.get("environment") == environment() else {}
-    return known | {str(threads): known.get(str(threads), {}) | rows for threads, rows in found.items()}
+    cases = list(map(str, CPU))
+    return known | {
+        str(threads): dict(
+            sorted((known.get(str(threads), {}) | rows).items(), key=lambda row: cases.index(row[0].partition(", ")[0]))
+        )
+        for threads, rows in found.items()
+    }
 
 
 def main() -> None:

@@ -6,13 +6,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
 from gpu_bn.activations import Activation
 from gpu_bn.backends.cupy import sources as cuda_sources
-from gpu_bn.plan import DEVICES, THREADS, TIERS, VECTOR_BYTES, Device, LaunchPlan, Work, options, plan, plan_once, tile
+from gpu_bn.plan import (
+    DEVICES,
+    THREADS,
+    TIERS,
+    VECTOR_BYTES,
+    Device,
+    LaunchPlan,
+    Tiling,
+    Work,
+    options,
+    plan,
+    plan_once,
+    tile,
+)
 from gpu_bn.spec import dtype_name
 
 DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64"}
@@ -72,7 +85,7 @@ class Direction:
             ("launches", str(plan.launches)),
             ("grid", f"{plan.grid} blocks of {THREADS} threads"),
             ("strips", f"{tiling.strips} of {strip}, each on {share}{turns}"),
-            ("vectors", f"{tiling.vector} elements, {vector_bytes} bytes{_narrow(vector_bytes)}"),
+            ("vectors", f"{tiling.vector} elements, {vector_bytes} bytes{_at_the_ends(tiling, vector_bytes)}"),
             ("shared memory", f"{plan.shared_bytes} bytes a block" if plan.shared_bytes else "none for tensors"),
             ("bytes", f"{_size(self.moved_bytes)} moved, {_size(self.floor_bytes)} is the floor"),
             ("time (model)", f"{_time(plan.seconds)}, {_time(plan.floor_seconds)} is the floor: {self.nearness}"),
@@ -202,8 +215,8 @@ def works(
     sign_bits = both and full and cuda_sources.switched(activation.name)
     reads = 2 + (both and not sign_bits)
     writes = 1 + residual
-    backward = Work(n, c, s, itemsize, True, reads=reads, staged=reads, writes=writes, sign_bits=sign_bits)
-    return Work(n, c, s, itemsize, reads=1 + residual, sign_bits=sign_bits and training), backward
+    backward = Work(n, c, s, itemsize, True, reads=reads, staged=reads, writes=writes, sign_bits=sign_bits, ragged=True)
+    return replace(forward, sign_bits=sign_bits and training, ragged=True), backward
 
 
 def device_of(device: Device | str) -> Device:
@@ -289,7 +302,9 @@ def _compared(option: LaunchPlan, chosen: LaunchPlan) -> str:
     return f"{launches} and {'the same time' if longer < 1.0005 else f'{longer:.2f} times the time'} (model)"
 
 
-def _narrow(vector_bytes: int) -> str:
+def _at_the_ends(tiling: Tiling, vector_bytes: int) -> str:
+    if tiling.ragged:
+        return " (rows begin and end within them)"
     return "" if vector_bytes == VECTOR_BYTES else f" ({VECTOR_BYTES} does not divide a row)"
 
 

@@ -303,7 +303,8 @@ def _like(name: str, own: Array, value: Any) -> Array:
     if not (value.dtype.kind in "biuf" or spec.dtype_name(value) == "bfloat16"):
         raise ValueError(f"{name} should be real numbers, got {value.dtype}")
     with spec.on_device_of(value):
-        if name == "num_batches_tracked" and not bool(((value == value // 1) & (value >= 0) & (value < 2.0**63)).all()):
+        within = (value >= 0) & (value < 2.0**63)
+        if name == "num_batches_tracked" and not (bool(within.all()) and bool((value == value // 1).all())):
             raise ValueError(f"{name} should be a whole number, 0 or more, got {value}")
         value = value.astype(own.dtype)
     if spec.is_cupy(value) or not spec.is_cupy(own):

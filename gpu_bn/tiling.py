@@ -1,6 +1,7 @@
 """Describe a call as a plan sees it, and cut its tensors into strips of channels and vectors.
 
-A *position* is one vector of a strip (``rows``: of the channel's (N, S) slab; ``columns``: a row of the strip).
+A *position* is one vector of a strip (``rows``: of the channel's (N, S) slab; ``columns``: a row of the strip). Where
+rows are *ragged*, they begin and end within vectors, whose other elements belong to other channels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ from dataclasses import dataclass, replace
 
 VECTOR_BYTES = 16
 STRIP_BYTES = 128
+RAGGED_BYTES, RAGGED_FILL = 4, 0.75
+"""Rows are ragged in place of accesses of single elements, of so many bytes or fewer, where at least this share of the
+elements in a row's vectors are its own. By the machine code an element then takes as many instructions as alone, and
+four to eight times the bytes are under way. Vectors of two elements or four take fewer instructions than ragged rows.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class Work:
         sign_bits: whether one bit for each element is written (forward) or read (backward).
         masked: whether a byte for each position tells if it counts.
         groups: ghost batches: parts of ``n``, each normalised by itself.
+        ragged: whether rows may be ragged: kernels for that exist, and no tensor is written in another's place.
     """
 
     n: int
@@ -40,6 +47,7 @@ class Work:
     sign_bits: bool = False
     masked: bool = False
     groups: int = 1
+    ragged: bool = False
 
     @property
     def tensor_bytes(self) -> int:
@@ -68,6 +76,7 @@ class Tiling:
         lanes: threads side by side across a strip.
         strips: the number of strips, in all ghost batches.
         positions: vectors that a lane goes through in one strip.
+        ragged: whether rows begin and end within vectors.
     """
 
     columns: bool
@@ -78,6 +87,14 @@ class Tiling:
     lanes: int
     strips: int
     positions: int
+    ragged: bool = False
+
+    @property
+    def inner(self) -> int:
+        """Vectors in a row; of ragged rows, those that one may span."""
+        if self.ragged:
+            return _spanned(self.s, self.vector)
+        return (self.c if self.columns else self.s) // self.vector
 
     @property
     def channels_per_strip(self) -> int:
@@ -99,12 +116,27 @@ def tile(work: Work) -> Tiling:
     n, c, s = (1, 1, n * work.s) if work.c == 1 else (n, work.c, work.s)
     columns = s == 1 and c > 1
     inner = c if columns else s
-    vector = math.gcd(VECTOR_BYTES // work.itemsize, inner, max(work.alignment // work.itemsize, 1))
+    full = VECTOR_BYTES // work.itemsize
+    vector = math.gcd(full, inner, max(work.alignment // work.itemsize, 1))
     if not columns:
+        if work.ragged and vector == 1 and _gains(work, n * c * s, s):
+            return Tiling(False, n, c, s, full, 1, c, n * _spanned(s, full), ragged=True)
         return Tiling(False, n, c, s, vector, 1, work.groups * c, n * s // vector)
     across = c // vector
     lanes = min(32, STRIP_BYTES // (vector * work.itemsize), 1 << (across - 1).bit_length())
     return Tiling(True, n, c, s, vector, lanes, work.groups * -(-across // lanes), n)
+
+
+def _gains(work: Work, elements: int, row: int) -> bool:
+    """Tell whether ragged rows serve a tensor, and pay for what is read twice and written in pieces."""
+    full = VECTOR_BYTES // work.itemsize
+    serves = work.alignment == VECTOR_BYTES and elements % full == 0 and row < 1 << 31
+    return serves and work.itemsize <= RAGGED_BYTES and row >= RAGGED_FILL * _spanned(row, full) * full
+
+
+def _spanned(row: int, vector: int) -> int:
+    """Return how many vectors a row of a tensor spans at most; rows begin at multiples of their common divisor."""
+    return -(-(row + vector - math.gcd(row, vector)) // vector)
 
 
 def narrower(tiling: Tiling, least_bytes: int, itemsize: int) -> Iterator[Tiling]:

@@ -1,5 +1,6 @@
 """What all tests share: the backends under test, the emulator's fixtures, and settings put back after each test."""
 
+import gc
 import os
 import signal
 import sys
@@ -11,6 +12,9 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TORCHINDUCT
 # A shell's background jobs ignore Ctrl-C, and so would tests of it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The collector would go through thousands of tests that are there to stay, again and again.
+gc.disable()
 
 import hypothesis
 import pytest
@@ -44,6 +48,18 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(TIMEOUT))
+
+
+def pytest_collection_finish():
+    """Let the garbage collector look at what tests make, and no more at the tests."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish():
+    """Let it end everything with the process: some libraries complain of what is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(params=BACKENDS)

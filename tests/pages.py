@@ -8,6 +8,7 @@ measurement has left. Nothing is measured or compiled here. The records, and wha
 - ``tests/data/models.jsonl``: ``tests/model_proof.py``
 - ``tests/data/container_*.txt``: ``docker/check``
 - ``tests/data/machine_code_cuda.txt``: ``tests/cuda_budget.py``
+- ``tests/data/machine_code_triton.txt``: ``tests/triton_budget.py``
 - ``tests/data/gates_*.txt``: ``tests/record_gates.py``
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import cuda_budget
 import model_proof
+import triton_budget
 import versions
 from support import cuda_faults, cuda_masked_faults, triton_bugs
 from support.gates import DATA
@@ -99,16 +101,17 @@ def cpu_all() -> str:
     environment, ratios = cpu_record()
     parts = [f"Measured with {environment}."]
     for threads, rows in ratios.items():
-        named = {row.removesuffix(" / torch"): cells for row, cells in rows.items() if row.endswith(" / torch")}
+        named = {row.removesuffix(" / torch"): cells for row, cells in rows.items()}
         parts += [f"{threads} thread{'s' * (threads != '1')} each:", cpu_table(named)]
     return "\n" + "\n\n".join(parts) + "\n"
 
 
 def cpu_short() -> str:
-    """README's table: some cases of the compiled backend, with as many threads as were measured."""
+    """README's table: some cases on one thread, of the backends that were measured."""
     environment, ratios = cpu_record()
-    threads = max(ratios, key=int)
-    rows = {case: ratios[threads][f"{case}, cpu / torch"] for case in README_CASES}
+    threads = min(ratios, key=int)
+    names = [f"{case}, {backend}" for case in README_CASES for backend in ("cpu", "numpy")]
+    rows = {name: ratios[threads][f"{name} / torch"] for name in names if f"{name} / torch" in ratios[threads]}
     return f"\n{cpu_table(rows)}\n\nMeasured with {environment}, {threads} thread{'s' * (threads != '1')} each.\n"
 
 
@@ -153,6 +156,7 @@ def renewed(text: str) -> str:
 def pages() -> Iterator[tuple[Path, str]]:
     """Each page that has a generated part, and what it should be."""
     yield cuda_budget.PAGE, cuda_budget.page()
+    yield triton_budget.PAGE, triton_budget.page()
     yield ROOT / "docs" / "models.md", model_proof.table((DATA / "models.jsonl").read_text().splitlines())
     for path in [
         ROOT / "README.md",

@@ -62,10 +62,12 @@ class Fused(Activated, _BatchNorm):
         training = self.training and not self.frozen
         tracked = not training or self.track_running_stats
         try:  # faster than attributes, which Python looks for elsewhere first
-            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            buffers, parameters = self._buffers, self._parameters
+            mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:  # another kind of attribute, as of torch.nn.utils.parametrize
             mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+            counter = self.num_batches_tracked if training and tracked else None
         running_mean, running_var = (mean, var) if tracked else self._untracked()
         return layer(
             input,
@@ -79,7 +81,7 @@ class Fused(Activated, _BatchNorm):
             residual,
             activation.name,
             activation.parameter,
-            self.num_batches_tracked if training and tracked else None,
+            counter if training and tracked else None,
             self.ranks,
             mask,
             self.virtual_batch_size if training else None,

@@ -34,11 +34,11 @@ template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWA
     BackwardSums<L> sums(tile, shared.gradient);
     as_quarters_arrive(tile, [&](u32 begin, u32 end) {
       each<1, false>(
-          tile, begin, end, [&](u32 i, i64 offset) { return stage.get(i, offset); },
+          tile, begin, end, [&](u32 i, const Cursor& at) { return stage.get(i, at.offset, of_its_row(tile, at)); },
           [&](const Operands<L, FROM>& at, i64) {
 #pragma unroll
             for (int j = 0; j < L::VEC; ++j) {
-              const A centred = affine.centred(j, at.x[j]);
+              const A centred = from.centred(affine, at, j);
               sums.add(j, from.dz(affine, at, j, centred), centred);
             }
             sums.next();
@@ -58,22 +58,22 @@ template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWA
     __syncthreads();
     const OwnGradient<L> gradient(tile, shared.gradient);
     each<1, false>(
-        tile, 0, tile.count, [&](u32 i, i64 offset) { return stage.get(i, offset); },
+        tile, 0, tile.count, [&](u32 i, const Cursor& at) { return stage.get(i, at.offset, of_its_row(tile, at)); },
         [&](const Operands<L, FROM>& at, i64 offset) {
           V out;
           A g[L::VEC];
 #pragma unroll
-          for (int j = 0; j < L::VEC; ++j) g[j] = from.dz(affine, at, j, affine.centred(j, at.x[j]));
+          for (int j = 0; j < L::VEC; ++j) g[j] = from.dz(affine, at, j, from.centred(affine, at, j));
           if (dresidual) {
 #pragma unroll
             for (int j = 0; j < L::VEC; ++j) out.at[j] = L::T::down(g[j]);
-            store_once(dresidual + offset, out);
+            store<L>(dresidual + offset, out, at.selected);
           }
 #pragma unroll
           for (int j = 0; j < L::VEC; ++j)
             out.at[j] = L::T::down(
-                gradient.dx(j, affine.centred(j, at.x[j]), g[j], affine.scale[L::COLUMNS ? j : 0]));
-          store_once(dx + offset, out);
+                gradient.dx(j, from.centred(affine, at, j), g[j], affine.scale[L::COLUMNS ? j : 0]));
+          store<L>(dx + offset, out, at.selected);
         });
     __syncthreads();  // the next strip writes the tables again
   }
@@ -82,8 +82,7 @@ template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWA
 
 #define BACKWARD_ON_CHIP(EXCHANGE)                                                                                  \
   backward_on_chip<L, EXCHANGE, FROM>(x, dy, residual, mask, dx, dresidual, weight, bias, mean, var, dweight, dbias, \
-                                      partials, counters, dtypes, channels, inner, lanes, strips, positions, share,  \
-                                      blocks, groups, count, eps, parameter)
+                                      partials, counters, dtypes, GEOMETRY_NAMES, count, eps, parameter)
 
 // As backward_on_chip; a block owns a strip, or co-resident blocks share one.
 template <class L, class Exchange, int FROM>
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   const OwnAffine<L> affine(tile, shared.affine);
   BackwardSums<L> sums(tile, shared.gradient);
   each<L::COLUMNS && (L::MASKED || FROM == FROM_RESIDUAL) ? 1 : 2, false>(  // more would spill
-      tile, 0, tile.count, [&](u32 i, i64 offset) { return from.template load<false>(offset, selection.of(tile, i)); },
+      tile, 0, tile.count, [&](u32 i, const Cursor& at) { return from.template load<false>(at.offset, selection.of(tile, i, at)); },
       [&](const Operands<L, FROM>& at, i64 offset) {
         A g[L::VEC];
 #pragma unroll
@@ -141,13 +140,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
         if (dresidual) {
 #pragma unroll
           for (int j = 0; j < L::VEC; ++j) out.at[j] = L::T::down(g[j]);
-          store_once(dresidual + offset, out);
+          store<L>(dresidual + offset, out, at.selected);
         }
         if (dx) {
 #pragma unroll
           for (int j = 0; j < L::VEC; ++j)
-            out.at[j] = L::T::down(at.selected[j] ? g[j] * affine.scale[L::COLUMNS ? j : 0] : A(0));
-          store_once(dx + offset, out);
+            out.at[j] = L::T::down(L::RAGGED || at.selected[j] ? g[j] * affine.scale[L::COLUMNS ? j : 0] : A(0));
+          store<L>(dx + offset, out, at.selected);
         }
 #if __CUDA_ARCH__ >= 1200
         if (!L::COLUMNS) sums.next();
@@ -215,7 +214,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_input_kernel
   const OwnAffine<L> affine(tile, shared.affine);
   const OwnGradient<L> gradient(tile, shared.gradient);
   each<L::MASKED && L::COLUMNS ? 1 : 2, true>(
-      tile, 0, tile.count, [&](u32 i, i64 offset) { return from.template load<true>(offset, selection.of(tile, i)); },
+      tile, 0, tile.count, [&](u32 i, const Cursor& at) { return from.template load<true>(at.offset, selection.of(tile, i, at)); },
       [&](const Operands<L, FROM>& at, i64 offset) {
         V out, dz;
 #pragma unroll
@@ -225,9 +224,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_input_kernel
           dz.at[j] = L::T::down(gj);
           const A scale = affine.scale[L::COLUMNS ? j : 0];
           const A dxj = all_sums ? gradient.dx(j, centred, gj, scale) : gj * scale;
-          out.at[j] = L::T::down(at.selected[j] ? dxj : A(0));
+          out.at[j] = L::T::down(L::RAGGED || at.selected[j] ? dxj : A(0));
         }
-        store_once(dx + offset, out);
-        if (dresidual) store_once(dresidual + offset, dz);
+        store<L>(dx + offset, out, at.selected);
+        if (dresidual) store<L>(dresidual + offset, dz, at.selected);
       });
 }

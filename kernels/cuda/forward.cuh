@@ -79,9 +79,9 @@ template <class L, bool RESIDUAL, bool MASK> struct Output {
       A z = affine.z(j, affine.centred(j, x[j]));
       if (RESIDUAL) z += added[j];
       if (MASK) bits |= (u32)!Activation::drop(z) << j;
-      out.at[j] = L::T::down(selected[j] ? Activation::value(z, parameter) : A(0));
+      out.at[j] = L::T::down(L::RAGGED || selected[j] ? Activation::value(z, parameter) : A(0));
     }
-    store_once(y + offset, out);
+    store<L>(y + offset, out, selected);
     if (MASK) mask[offset] = (u8)bits;
   }
 };
@@ -101,11 +101,11 @@ DEVICE void write_output(const Tile<L>& tile, const OwnAffine<L>& affine, Output
                          const Selection<L>& selection = {}) {
   each<UNROLL, REVERSED>(
       tile, 0, tile.count,
-      [&](u32 i, i64 offset) {
+      [&](u32 i, const Cursor& at) {
         Pair<L, RESIDUAL> pair;
-        pair.x = x.get(i, offset);
-        if constexpr (RESIDUAL) pair.residual = load_once(output.residual + offset);
-        pair.selected = selection.of(tile, i);
+        pair.x = x.get(i, at.offset);
+        if constexpr (RESIDUAL) pair.residual = load_once(output.residual + at.offset);
+        pair.selected = selection.of(tile, i, at);
         return pair;
       },
       [&](const Pair<L, RESIDUAL>& pair, i64 offset) {
@@ -146,8 +146,15 @@ template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward
     copy_in_quarters(tile, [&](u32 i, i64 offset) { stage.copy(i, x + offset); });
     block_moments(tile, x, shared, shift, [&](Deviations<L>& deviations) {
       as_quarters_arrive(tile, [&](u32 begin, u32 end) {
+        if constexpr (L::RAGGED) {
+          each<1, false>(
+              tile, begin, end,
+              [&](u32 i, const Cursor& at) { return Pair<L, false>{stage.get(i, 0), of_its_row(tile, at)}; },
+              [&](const Pair<L, false>& pair, i64) { deviations.add(pair.x, pair.selected); });
+        } else {
 #pragma unroll(L::COLUMNS ? 1 : 2)
-        for (u32 i = begin; i < end; ++i) deviations.add(stage.get(i, 0));
+          for (u32 i = begin; i < end; ++i) deviations.add(stage.get(i, 0));
+        }
       });
     });
     peers.meet(tile);
@@ -172,7 +179,7 @@ template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward
 #define FORWARD_ON_CHIP(EXCHANGE)                                                                                   \
   forward_on_chip<L, EXCHANGE, RESIDUAL, MASK>(                                                                     \
       x, y, residual, mask, weight, bias, running_mean, running_var, momentum_at, saved, partials, counters, dtypes,    \
-      channels, inner, lanes, strips, positions, share, blocks, groups, momentum, eps, parameter)
+      GEOMETRY_NAMES, momentum, eps, parameter)
 
 // As forward_on_chip; a block owns a strip, or co-resident blocks share one.
 template <class L, class Exchange, bool RESIDUAL, bool MASK>
@@ -212,7 +219,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
       [&](Deviations<L>& deviations) {
         each<L::MASKED && L::COLUMNS ? 2 : 4, false>(  // more would spill
             tile, 0, tile.count,
-            [&](u32 i, i64 offset) { return Pair<L, false>{source.get(i, offset), selection.of(tile, i)}; },
+            [&](u32 i, const Cursor& at) { return Pair<L, false>{source.get(i, at.offset), selection.of(tile, i, at)}; },
             [&](const Pair<L, false>& pair, i64) { deviations.add(pair.x, pair.selected); });
       },
       selection);

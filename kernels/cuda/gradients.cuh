@@ -104,8 +104,9 @@ template <class L, int FROM> struct StagedUpstream {
     dy.copy(i, from.dy + offset);
     if constexpr (FROM == FROM_RESIDUAL) residual.copy(i, from.residual + offset);
   }
-  __device__ __forceinline__ Operands<L, FROM> get(u32 i, i64 offset) const {
+  __device__ __forceinline__ Operands<L, FROM> get(u32 i, i64 offset, const Selected<L>& selected) const {
     Operands<L, FROM> at;
+    at.selected = selected;
     at.x = x.get(i, offset);
     at.dy = dy.get(i, offset);
     if constexpr (FROM == FROM_RESIDUAL) at.residual = residual.get(i, offset);

@@ -20,7 +20,8 @@ template <class L> struct Shift {
   static constexpr u32 ORIGINS = sizeof(A) == 4 ? 1 : SAMPLES;  // to choose from; of float, doubles keep all digits
   A centre[L::MAX_CHANNELS], scale[L::MAX_CHANNELS], origin[L::MAX_CHANNELS];
 
-  // The mean of some vectors spread over the block's share, which as many rows of threads load at once. Called by all.
+  // The mean of some vectors spread over the block's share, which as many rows of threads load at once; of some elements
+  // where rows are ragged. Called by all.
   __device__ __forceinline__ void sample(const Tile<L>& tile, const typename L::V* x, double* scratch) {
     const u32 width = tile.strip_channels(), place = threadIdx.x;
     A *samples = (A*)scratch, *origins = samples + SAMPLES * width;  // [SAMPLES, width], [ORIGINS, width]
@@ -28,7 +29,13 @@ template <class L> struct Shift {
       A sum[L::CHANNELS], first[L::CHANNELS];
 #pragma unroll
       for (int j = 0; j < L::CHANNELS; ++j) sum[j] = first[j] = 0;
-      if (tile.active()) {
+      if constexpr (L::RAGGED) {
+        const typename L::T::Storage* elements = (const typename L::T::Storage*)x;
+        const i64 all = (i64)tile.elements(), own = (i64)tile.elements_of(tile.rank);
+        const i64 spread = tile.elements_before((i64)tile.rank * tile.g.share) + own * tile.row / SAMPLES;
+        sum[0] = L::T::up(elements[tile.element(spread < all ? spread : all - 1)]) * A(1. / SAMPLES);
+        first[0] = L::T::up(elements[tile.element(all * (tile.row < ORIGINS ? tile.row : 0) / ORIGINS)]);
+      } else if (tile.active()) {
         const typename L::V v = x[tile.seek((u32)((u64)tile.length * tile.row / SAMPLES)).offset];
 #pragma unroll
         for (int j = 0; j < L::VEC; ++j) sum[L::COLUMNS ? j : 0] += v[j] * A(1. / (SAMPLES * L::PER_POSITION));
@@ -153,7 +160,7 @@ DEVICE double block_moments(const Tile<L>& tile, const typename L::V* x, Shared<
     bool again = false;
     const u32 place = threadIdx.x;
     if (place < tile.strip_channels()) {
-      const bool any = !L::MASKED || n > 0;
+      const bool any = !(L::MASKED || L::RAGGED) || n > 0;
       if (L::MASKED) shift.origin[place] = shift.centre[place];
       const double mean = any ? sum / n : 0, unscale = shift.unscale(place), m2 = squares - sum * mean;
       shared.own.first[place] = ((double)shift.centre[place] - shift.origin[place]) + mean * unscale;

@@ -4,6 +4,9 @@
 // Columns: [n, inner * VEC], channels last; a strip is `lanes` adjacent vectors of channels, its positions are the n rows.
 // Thread t is lane t % lanes and starts at position t / lanes of the share.
 //
+// Ragged rows: [n, channels, row] elements, where rows begin and end within vectors of the tensor. A row's positions are
+// the `inner` vectors that any row can span at most; elements of its neighbours in them do not count, and are not written.
+//
 // Ghost batches are such tensors one behind the other, each normalised by itself: the strips of the first, then those of
 // the next. Geometry describes one of them, but for Geometry::groups, which counts the strips in flight of all. Tensors and
 // statistics are [ghost batches, ...], parameters are not.
@@ -11,6 +14,7 @@
 struct Geometry {
   u32 channels;   // C
   u32 inner;      // vectors in a row
+  u32 row;        // elements in a ragged row
   u32 lanes;      // a power of two up to 32; 1 for rows
   u32 strips;
   i64 positions;  // of a strip
@@ -22,19 +26,23 @@ struct Geometry {
   __device__ __forceinline__ u32 statistics(bool grouped) const { return grouped ? groups / strips * channels : channels; }
 };
 
-#define GEOMETRY_ARGS u32 channels, u32 inner, u32 lanes, u32 strips, i64 positions, u32 share, u32 blocks, u32 groups
+#define GEOMETRY_ARGS \
+  u32 channels, u32 inner, u32 row, u32 lanes, u32 strips, i64 positions, u32 share, u32 blocks, u32 groups
+#define GEOMETRY_NAMES channels, inner, row, lanes, strips, positions, share, blocks, groups
 #define GEOMETRY \
-  Geometry { channels, inner, lanes, strips, positions, share, blocks, groups }
+  Geometry { GEOMETRY_NAMES }
 
-enum Batch { WHOLE, GROUPS, MASKED_GROUPS };
+enum Batch { WHOLE, RAGGED_ROWS, GROUPS, MASKED_GROUPS };
 
-template <class T_, int VEC_, bool COLUMNS_, Batch BATCH = WHOLE> struct Layout {
+template <class T_, int VEC_, bool COLUMNS_, Batch BATCH_ = WHOLE> struct Layout {
   typedef T_ T;
   typedef typename T::Compute A;
   typedef Vector<T, VEC_> V;
   static constexpr int VEC = VEC_;
   static constexpr bool COLUMNS = COLUMNS_;
-  static constexpr bool GROUPED = BATCH != WHOLE;
+  static constexpr Batch BATCH = BATCH_;
+  static constexpr bool RAGGED = BATCH == RAGGED_ROWS;
+  static constexpr bool GROUPED = BATCH == GROUPS || BATCH == MASKED_GROUPS;
   static constexpr bool MASKED = BATCH == MASKED_GROUPS;                          // some positions do not count
   static constexpr int CHANNELS = COLUMNS ? VEC : 1;                              // of a thread
   static constexpr int MAX_CHANNELS = COLUMNS ? 128 / sizeof(typename T::Storage) : 1;  // of a strip
@@ -44,6 +52,7 @@ template <class T_, int VEC_, bool COLUMNS_, Batch BATCH = WHOLE> struct Layout 
 struct Cursor {
   i64 offset;  // in vectors
   u32 rest;    // vectors since the start of the row
+  i64 start;   // of a ragged row: its first element
 };
 
 template <class L> struct Tile {
@@ -65,16 +74,41 @@ template <class L> struct Tile {
     length = length_of(rank);
     count = active() && row < length ? (length - row + step - 1) / step : 0;
     jump_rest = L::COLUMNS ? 0 : step % g.inner;
-    jump = L::COLUMNS ? (i64)step * g.inner : (i64)(step / g.inner) * g.channels * g.inner + jump_rest;
+    if (L::COLUMNS) jump = (i64)step * g.inner;
+    else jump = (i64)(step / g.inner) * g.channels * pitch() + (L::RAGGED ? 0 : jump_rest);
   }
+
+  // From a row to the next: elements of ragged rows, vectors of others.
+  __device__ __forceinline__ u32 pitch() const { return L::RAGGED ? g.row : g.inner; }
 
   __device__ __forceinline__ u32 length_of(u32 r) const {
     const i64 left = g.positions - (i64)r * g.share;
     return left < g.share ? (u32)left : g.share;
   }
-  // Elements that a channel has in the share of a block.
-  __device__ __forceinline__ double elements_of(u32 r) const { return (double)length_of(r) * L::PER_POSITION; }
-  __device__ __forceinline__ double elements() const { return (double)g.positions * L::PER_POSITION; }
+  // Elements that a channel has in the share of a block, and in all of them.
+  __device__ __forceinline__ double elements_of(u32 r) const {
+    const i64 begin = (i64)r * g.share;
+    if (L::RAGGED) return (double)(elements_before(begin + length_of(r)) - elements_before(begin));
+    return (double)length_of(r) * L::PER_POSITION;
+  }
+  __device__ __forceinline__ double elements() const {
+    if (L::RAGGED) return (double)(g.positions / g.inner) * g.row;
+    return (double)g.positions * L::PER_POSITION;
+  }
+
+  // Of ragged rows: the elements that the channel has before a position of the strip, and where its element i is.
+  __device__ __forceinline__ i64 elements_before(i64 p) const {
+    const i64 n = p / g.inner;
+    const i64 passed = (p - n * g.inner) * L::VEC - first_of(row_start(n));
+    return n * g.row + (passed < 0 ? 0 : passed < g.row ? passed : g.row);
+  }
+  __device__ __forceinline__ i64 element(i64 i) const {
+    const i64 n = i / g.row;
+    return row_start(n) + (i - n * g.row);
+  }
+  __device__ __forceinline__ i64 row_start(i64 n) const { return (n * g.channels + strip) * g.row; }
+  // The place of an element in its vector.
+  __device__ __forceinline__ u32 first_of(i64 element) const { return (u32)element % L::VEC; }
 
   // Whether this lane has channels: the last strip may be narrower than the others.
   __device__ __forceinline__ bool active() const { return !L::COLUMNS || column() < g.inner; }
@@ -106,13 +140,28 @@ template <class L> struct Tile {
     return cursor;
   }
   __device__ __forceinline__ Cursor in_group(i64 p) const {
-    if (L::COLUMNS) return {p * g.inner + column(), 0};
+    if (L::COLUMNS) return {p * g.inner + column(), 0, 0};
     const i64 n = p < 0xffffffffll ? (i64)((u32)p / g.inner) : p / g.inner;
     const u32 rest = (u32)(p - n * g.inner);
-    return {(n * g.channels + strip) * g.inner + rest, rest};
+    if (L::RAGGED) return in_row(row_start(n), rest);
+    return {(n * g.channels + strip) * g.inner + rest, rest, 0};
+  }
+  // A vector of a ragged row. Where the row spans fewer than others, its last one stands for those it does not have.
+  __device__ __forceinline__ Cursor in_row(i64 start, u32 rest) const {
+    const u32 last = (first_of(start) + g.row - 1) / L::VEC;
+    return {(i64)((u64)start / L::VEC) + (rest < last ? rest : last), rest, start};
   }
 
   template <bool REVERSED> __device__ __forceinline__ void advance(Cursor& c) const {
+    if (L::RAGGED) {
+      const i64 to_next = (i64)g.channels * g.row;
+      i64 start = REVERSED ? c.start - jump : c.start + jump;
+      u32 rest = REVERSED ? c.rest - jump_rest : c.rest + jump_rest;
+      if (REVERSED && c.rest < jump_rest) rest += g.inner, start -= to_next;
+      if (!REVERSED && rest >= g.inner) rest -= g.inner, start += to_next;
+      c = in_row(start, rest);
+      return;
+    }
     const i64 gap = (i64)(g.channels - 1) * g.inner;  // from the end of a row to the channel's next
     if (REVERSED) {
       c.offset -= jump;
@@ -131,10 +180,16 @@ template <class L> struct Tile {
 };
 
 // Which elements of a vector count. Where all do, this takes no register.
-template <class L, bool MASKED = L::MASKED> struct Selected {
+template <class L, Batch BATCH = L::BATCH> struct Selected {
   __device__ __forceinline__ bool operator[](int) const { return true; }
 };
-template <class L> struct Selected<L, true> {
+// In ragged rows: those of the row, a bit each.
+template <class L> struct Selected<L, RAGGED_ROWS> {
+  static constexpr u32 ALL = (1u << L::VEC) - 1;
+  u32 bits;
+  __device__ __forceinline__ bool operator[](int j) const { return bits >> j & 1u; }
+};
+template <class L> struct Selected<L, MASKED_GROUPS> {
   typedef Vector<Flag, L::COLUMNS ? 1 : L::VEC> Flags;
   Flags flags;
   __device__ __forceinline__ bool operator[](int j) const { return flags[L::COLUMNS ? 0 : j]; }
@@ -147,12 +202,23 @@ template <class L> struct Selected<L, true> {
   }
 };
 
+// The elements of a vector that belong to its row: all of them, but in ragged rows.
+template <class L> DEVICE Selected<L> of_its_row(const Tile<L>& tile, const Cursor& cursor) {
+  Selected<L> selected;
+  if constexpr (L::RAGGED) {
+    const u32 first = tile.first_of(cursor.start), before = cursor.rest * L::VEC, end = first + tile.g.row;
+    const u32 count = end <= before ? 0 : end - before < L::VEC ? end - before : L::VEC;
+    selected.bits = ((1u << count) - 1) & (cursor.rest ? Selected<L>::ALL : Selected<L>::ALL << first);
+  }
+  return selected;
+}
+
 // The last arguments of a kernel for groups; a kernel for a whole batch has none of them.
 template <class L> struct Selection {
   const u8* valid = nullptr;  // [groups, positions * PER_POSITION] if MASKED
   double* counts = nullptr;   // [groups], the elements that each channel has in a group
 
-  // At a position of the share, and for vector i of this thread.
+  // At a position of the share.
   __device__ __forceinline__ Selected<L> at(const Tile<L>& tile, u32 position) const {
     Selected<L> selected;
     if constexpr (L::MASKED) {
@@ -162,30 +228,59 @@ template <class L> struct Selection {
     }
     return selected;
   }
-  __device__ __forceinline__ Selected<L> of(const Tile<L>& tile, u32 i) const {
-    return at(tile, tile.row + i * tile.step);
+  // For vector i of this thread, which is at the cursor.
+  __device__ __forceinline__ Selected<L> of(const Tile<L>& tile, u32 i, const Cursor& cursor) const {
+    if constexpr (L::RAGGED) return of_its_row(tile, cursor);
+    else return at(tile, tile.row + i * tile.step);
   }
 };
 
-// Calls use(load(i, offset), offset) for this thread's vectors i in [begin, end), UNROLL loads ahead of their uses.
+// Writes a vector; of a ragged row only what belongs to it, because blocks of other channels write the rest.
+template <class L> DEVICE void store(typename L::V* to, const typename L::V& v, const Selected<L>& selected) {
+  if constexpr (L::RAGGED) {
+    if (selected.bits != Selected<L>::ALL) {
+#pragma unroll
+      for (int j = 0; j < L::VEC; ++j)
+        if (selected[j]) to->at[j] = v.at[j];
+      return;
+    }
+  }
+  store_once(to, v);
+}
+
+// N loads, then their uses: no load has a condition, so that all of them are under way at a time.
+template <int N, bool REVERSED, class L, class Load, class Use>
+DEVICE void batch(const Tile<L>& tile, Cursor& cursor, u32 first, Load load, Use use) {
+  decltype(load(0u, cursor)) loaded[N];
+  i64 offset[N];
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    offset[u] = cursor.offset;
+    loaded[u] = load(REVERSED ? first - u : first + u, cursor);
+    tile.template advance<REVERSED>(cursor);
+  }
+#pragma unroll
+  for (int u = 0; u < N; ++u) use(loaded[u], offset[u]);
+}
+
+// Calls use(load(i, cursor), offset) for this thread's vectors i in [begin, end), UNROLL loads ahead of their uses; for the
+// last few in a batch of half as many, then alone.
 template <int UNROLL, bool REVERSED, class L, class Load, class Use>
 DEVICE void each(const Tile<L>& tile, u32 begin, u32 end, Load load, Use use) {
   if (begin >= end) return;
   Cursor cursor = tile.seek(tile.row + (REVERSED ? end - 1 : begin) * tile.step);
-  for (u32 done = begin; done < end; done += UNROLL) {
-    decltype(load(0u, (i64)0)) loaded[UNROLL];
-    i64 offset[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      if (done + u < end) {
-        offset[u] = cursor.offset;
-        loaded[u] = load(REVERSED ? begin + end - 1 - done - u : done + u, cursor.offset);
-        tile.template advance<REVERSED>(cursor);
-      }
+  u32 done = begin;
+  const auto next = [&] { return REVERSED ? begin + end - 1 - done : done; };
+  if constexpr (UNROLL == 1) {
+    for (; done < end; ++done) batch<1, REVERSED>(tile, cursor, next(), load, use);
+  } else {
+#pragma unroll 1
+    for (; end - done >= UNROLL; done += UNROLL) batch<UNROLL, REVERSED>(tile, cursor, next(), load, use);
+    if constexpr (UNROLL > 2) {
+      constexpr int HALF = (UNROLL + 1) / 2;
+      if (end - done >= HALF) batch<HALF, REVERSED>(tile, cursor, next(), load, use), done += HALF;
     }
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u)
-      if (done + u < end) use(loaded[u], offset[u]);
+    if (done < end) batch<1, REVERSED>(tile, cursor, next(), load, use);
   }
 }
 
@@ -213,7 +308,7 @@ template <class L, class Copy> DEVICE void copy_in_quarters(const Tile<L>& tile,
     const u32 end = (part + 1) * quarter;
     each<1, false>(
         tile, part * quarter, end < tile.count ? end : tile.count,
-        [&](u32 i, i64 offset) { return copy(i, offset), 0; }, [](int, i64) {});
+        [&](u32 i, const Cursor& at) { return copy(i, at.offset), 0; }, [](int, i64) {});
     commit_copies();
   }
 }

@@ -141,7 +141,8 @@ def test_times_have_a_unit_that_fits(seconds, text):
 
 
 def test_narrow_vectors_are_explained():
-    assert "4 elements, 8 bytes (16 does not divide a row)" in str(gpu_bn.explain((32, 64, 14, 14), "f16"))
+    assert "4 elements, 8 bytes (16 does not divide a row)" in str(gpu_bn.explain((5, 3, 14, 14), "f16"))
+    assert "8 elements, 16 bytes (rows begin and end within them)" in str(gpu_bn.explain((32, 64, 7, 7), "f16"))
 
 
 @pytest.mark.parametrize(

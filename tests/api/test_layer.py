@@ -176,6 +176,7 @@ def test_a_state_from_before_the_counter_is_accepted():
         ({"num_batches_tracked": 2.0**70}, "num_batches_tracked should be a whole number"),
         ({"num_batches_tracked": np.nan}, "num_batches_tracked should be a whole number, 0 or more, got nan"),
         ({"num_batches_tracked": 1.5}, "num_batches_tracked should be a whole number, 0 or more, got 1.5"),
+        ({"num_batches_tracked": np.inf}, "num_batches_tracked should be a whole number, 0 or more, got inf"),
         ({"num_batches_tracked": -1}, "num_batches_tracked should be a whole number, 0 or more, got -1"),
         ({"weight": [[1], [2, 3]]}, "weight should be an array of numbers, got list"),
         ({"running_mean": np.ones(3, complex)}, "running_mean should be real numbers, got complex128"),

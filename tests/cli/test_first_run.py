@@ -79,7 +79,7 @@ import sys
 sys.modules.update(dict.fromkeys({(*CONCEALED[:5], "yaml", "scipy", "expecttest", "numba")}))
 import pytest
 without = [word for name in ("cacheprovider", "timeout", "xdist") for word in ("-p", f"no:{{name}}")]
-sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", *without]))
+sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "--assert=plain", *without]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr

@@ -57,9 +57,9 @@ def random_cases(draw, largest=40_000):
 
 
 def with_few_kernels(case, backend):
-    """The case, on the compiled backend with one of three activations: each further one is compiled for seconds."""
+    """The case, on the compiled backends with one of three activations: each further one is compiled for seconds."""
     few = {"gelu": "silu", "sigmoid": "silu", "elu": "silu", "tanh": "silu", "gelu_tanh": "silu", "silu": "silu"}
-    if backend != "cpu" or case.activation == "identity":
+    if backend == "numpy" or case.activation == "identity":
         return case
     return replace(case, activation=few.get(case.activation, "relu"), parameter=None)
 
@@ -94,10 +94,11 @@ def test_random_case(case, backend):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("library", ["numpy", "cpu", "torch"])
 @given(case=random_cases(largest=400_000))
-@settings(max_examples=50)
-def test_many_random_cases(case, backend):
-    assert check(with_few_kernels(case, backend), backend)
+@settings(max_examples=25)
+def test_many_random_cases(case, library):
+    assert check(with_few_kernels(case, library), library)
 
 
 @pytest.mark.exhaustive
@@ -216,10 +217,11 @@ def test_random_extended_case(case, backend):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("library", ["numpy", "cpu", "torch"])
 @given(case=random_extended_cases())
-@settings(max_examples=30)
-def test_many_random_extended_cases(case, backend):
-    assert check(with_few_kernels(case, backend), backend)
+@settings(max_examples=15)
+def test_many_random_extended_cases(case, library):
+    assert check(with_few_kernels(case, library), library)
 
 
 @given(data=st.data())

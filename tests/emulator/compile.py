@@ -49,9 +49,9 @@ class Compiled:
     dynamic_shared_bytes: int = 0
     log: str = ""
 
-    @functools.cached_property
+    @property
     def kernel(self) -> Kernel:
-        return parse(self.ptx, self.name)
+        return _parsed(self.ptx, self.name)
 
     def global_widths(self, kind: str) -> Counter[int]:
         """How many global loads ("ld") or stores ("st") of each width in bytes the PTX holds."""
@@ -78,6 +78,12 @@ class Compiled:
         for kind, width in (("ld", load_bytes), ("st", store_bytes)):
             widest = max(self.global_widths(kind), default=0)
             assert width is None or widest == width, f"{found}widest global {kind} is {widest} bytes, not {width}"
+
+
+@functools.lru_cache(512)
+def _parsed(ptx: str, name: str) -> Kernel:
+    """A kernel, ready to be launched: made once for all tests of a process that launch it."""
+    return parse(ptx, name)
 
 
 # -------------------------------------------------------------------- cache

@@ -30,8 +30,8 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def current(family):
-    """What the record has of the present sources."""
-    return Record.read(family).current(family)
+    """What the record has of the present sources, of the covering set."""
+    return Record.read(family).current(family, family.covering())
 
 
 def test_what_is_recorded_is_within_the_gates(family, current):

@@ -27,6 +27,8 @@ KINKS = Case((4, 6, 5), activation="relu6", affine="kinks")
 HUGE = Case((3, 2, 41, 8), activation="relu", mean=1e30, std=1e30, mode="train_no_stats")
 TINY = Case((3, 2, 41, 8), activation="relu", mean=1e-20, std=1e-20, eps=1e-50)
 OF_16_BITS = Case((4, 6, 5), param_dtype="bfloat16")
+RAGGED = Case((8, 3, 27), activation="relu")
+"""Rows that span seven vectors of 4 floats or eight; the last of all spans seven."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ PLANTED = [
             "length = length_of(rank) + 1;"),
     planted("lost tail", "wrong result", "cta", "length = length_of(rank);", "length = length_of(rank) - 1;"),
     planted("stride of rows: channels and inner swapped", "out of bounds", "cta",
-            "(i64)(step / g.inner) * g.channels * g.inner", "(i64)(step / g.channels) * g.inner * g.channels", LONG),
+            "(i64)(step / g.inner) * g.channels * pitch()", "(i64)(step / g.channels) * g.inner * g.channels", LONG),
     planted("row end not noticed", "data race", "cta", "if (c.rest >= g.inner) c", "if (c.rest > g.inner) c", LONG),
     planted("row start not noticed, backwards", "data race", "split",
             "if (c.rest < jump_rest) c.rest += g.inner, c.offset -= gap;", "", LONG),
@@ -120,16 +122,27 @@ PLANTED = [
             OF_16_BITS),
     planted("last share counted as a full one", "wrong result", "cluster", "return (double)length_of(r) *",
             "return (double)g.share *", UNEVEN),
+    # Ragged rows
+    planted("ragged rows: neighbours counted", "data race or wrong result", "cta", "return bits >> j & 1u;",
+            "return true;", RAGGED),
+    planted("ragged rows: neighbours written", "data race or wrong result", "split", "if (selected[j]) to->at[j]",
+            "to->at[j]", RAGGED),
+    planted("ragged rows: a vector beyond the last row", "out of bounds", "cta", "(rest < last ? rest : last)", "rest",
+            RAGGED),
+    planted("ragged rows: elements not counted", "wrong result", "cta",
+            "return (double)(elements_before(begin + length_of(r)) - elements_before(begin));",
+            "return (double)length_of(r) * L::PER_POSITION;", RAGGED),
 ]  # fmt: skip
 
 
 GEOMETRIES = {
-    # channels, inner, lanes, strips, positions, share, blocks, groups; strip, rank, first
-    "rows": (70_000, 1_000, 1, 70_000, 100_000_000, 1_000_000, 100, 1, 69_999, 99, 999_000),
-    "long rows": (70_000, 100_000, 1, 70_000, 100_000_000, 1_000_000, 100, 1, 69_999, 98, 999_900),
-    "one long row": (1, (1 << 32) - 1, 1, 1, (1 << 32) - 1, 1 << 25, 128, 1, 0, 127, (1 << 25) - 600),
-    "more positions than 32 bits": (1, 4_000_000_000, 1, 1, 5_000_000_000, 50_000_000, 100, 1, 0, 99, 49_000_000),
-    "columns": (400_000, 100_000, 8, 12_500, 1_000_000, 10_000, 100, 12_500, 12_499, 99, 9_000),
-    "rows of groups": (70_000, 1_000, 1, 70_000, 1_000_000, 10_000, 100, 350_000, 349_999, 9, 9_000),
-    "columns of groups": (400_000, 100_000, 8, 12_500, 10_000, 10_000, 1, 75_000, 74_999, 0, 9_000),
+    # channels, inner, row, lanes, strips, positions, share, blocks, groups; strip, rank, first
+    "rows": (70_000, 1_000, 0, 1, 70_000, 100_000_000, 1_000_000, 100, 1, 69_999, 99, 999_000),
+    "long rows": (70_000, 100_000, 0, 1, 70_000, 100_000_000, 1_000_000, 100, 1, 69_999, 98, 999_900),
+    "one long row": (1, (1 << 32) - 1, 0, 1, 1, (1 << 32) - 1, 1 << 25, 128, 1, 0, 127, (1 << 25) - 600),
+    "more positions than 32 bits": (1, 4_000_000_000, 0, 1, 1, 5_000_000_000, 50_000_000, 100, 1, 0, 99, 49_000_000),
+    "ragged rows": (1_200_000, 1_001, 4_001, 1, 1_200_000, 1_001_000, 10_010, 100, 1, 1_199_999, 99, 9_000),
+    "columns": (400_000, 100_000, 0, 8, 12_500, 1_000_000, 10_000, 100, 12_500, 12_499, 99, 9_000),
+    "rows of groups": (70_000, 1_000, 0, 1, 70_000, 1_000_000, 10_000, 100, 350_000, 349_999, 9, 9_000),
+    "columns of groups": (400_000, 100_000, 0, 8, 12_500, 10_000, 10_000, 1, 75_000, 74_999, 0, 9_000),
 }

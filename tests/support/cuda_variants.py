@@ -13,13 +13,14 @@ from emulator.compile import build_cuda, compile_cuda, nvrtc_library
 from gpu_bn.activations import ROWS
 from gpu_bn.backends.cupy import sources as cuda_sources
 from gpu_bn.plan import STATIC_SHARED, VECTOR_BYTES, Tiling
+from gpu_bn.tiling import RAGGED_BYTES
 from support.gates import ITEMSIZE, Definitions, Family, Group, Limits, Resources
 
 REGISTERS = {"float32": 128, "float16": 128, "bfloat16": 128, "float64": 255}
 """A file of 65,536 for two blocks of 256 threads; float64 has one block and the most that a thread may have."""
 SMALL = ("bn_track_kernel<double>", "bn_add_groups_kernel<double>")
 """Kernels with a thread for each channel, the same for all activations."""
-BATCHES = (cuda_sources.WHOLE, "GROUPS", "MASKED_GROUPS")
+BATCHES = (cuda_sources.WHOLE, cuda_sources.RAGGED, "GROUPS", "MASKED_GROUPS")
 HEAVY = ("relu", "gelu", "gelu_tanh")
 """One bit decides the gradient; the longest expressions."""
 
@@ -28,7 +29,9 @@ def groups(arch: int) -> Iterator[Group]:
     """All groups of an architecture."""
     for activation, batch, dtype, columns in product(ROWS, BATCHES, ITEMSIZE, (True, False)):
         for vector in (8, 4, 2, 1):
-            if vector * ITEMSIZE[dtype] <= VECTOR_BYTES:
+            width = vector * ITEMSIZE[dtype]
+            ragged = width == VECTOR_BYTES and not columns and ITEMSIZE[dtype] <= RAGGED_BYTES
+            if ragged if batch == cuda_sources.RAGGED else width <= VECTOR_BYTES:
                 yield Group(arch, activation, dtype, vector, columns, batch)
 
 
@@ -46,8 +49,9 @@ def on_chip_tiers(arch: int) -> list[tuple[str, str]]:
 def variants(group: Group) -> list[str]:
     """The name expressions of all kernels that a call with such tensors can come to."""
     activation, columns = group.activation, group.columns
-    tiling = Tiling(columns, 1, 1, 1, group.vector, 1, 1, 1)
-    masked = group.full and cuda_sources.switched(activation)
+    ragged = group.kind == cuda_sources.RAGGED
+    tiling = Tiling(columns, 1, 1, 1, group.vector, 1, 1, 1, ragged)
+    masked = group.full and not ragged and cuda_sources.switched(activation)
     # Residual and mask. The phases of SyncBatchNorm write no mask, so that their kernels come without it as well.
     fused = [(False, False), (True, masked)]
     phases = sorted({*fused, (True, False)})
@@ -58,7 +62,8 @@ def variants(group: Group) -> list[str]:
         split_sources = sorted({*sources, "FROM_RESIDUAL"})
     crowded = columns and group.vector == 8  # three tensors on chip: see plan.py
     resident = [source for source in sources if not (crowded and source == "FROM_RESIDUAL")]
-    tiers = on_chip_tiers(group.arch) if group.kind == cuda_sources.WHOLE else []
+    whole = ragged or group.kind == cuda_sources.WHOLE
+    tiers = on_chip_tiers(group.arch) if whole else []
     calls = [
         ("bn_stats_kernel",),
         *(("bn_normalize_kernel", *flags) for flags in phases),
@@ -66,7 +71,8 @@ def variants(group: Group) -> list[str]:
         *((f"bn_backward_{part}_kernel", source) for part, source in product(("reduce", "input"), split_sources)),
         *((f"bn_backward{kind}_kernel", tier, source) for (kind, tier), source in product(tiers, resident)),
     ]
-    return [cuda_sources.kernel(name, group.dtype, tiling, *arguments, batch=group.kind) for name, *arguments in calls]
+    batch = cuda_sources.WHOLE if ragged else group.kind
+    return [cuda_sources.kernel(name, group.dtype, tiling, *arguments, batch=batch) for name, *arguments in calls]
 
 
 def build(group: Group, names: Collection[str], cached: bool) -> dict[str, Resources]:

@@ -160,10 +160,10 @@ class Family:
 
     def changed(self) -> dict[Group, int]:
         """Groups of the covering set that have changed since they were recorded, by the registers they had to spare."""
-        record = Record.read(self)
-        current = record.current(self)
+        record, covering = Record.read(self), self.covering()
+        current = record.current(self, covering)
         found = {}
-        for group in self.covering():
+        for group in covering:
             if group in record.cells and group not in current:
                 most = max(self.limits(group, name).registers for name in self.variants(group))
                 found[group] = most - record.cells[group].registers
@@ -320,9 +320,10 @@ class Record:
                         record.cells[group] = Cell.parse(text)
         return record
 
-    def current(self, family: Family) -> dict[Group, Cell]:
-        """The cells that were made of the present sources, and of all variants that there are now."""
-        cells = {group: self.cells[group] for group in family.every_group() if group in self.cells}
+    def current(self, family: Family, groups: Iterable[Group] | None = None) -> dict[Group, Cell]:
+        """The cells, of all groups or some, made of the present sources and of all variants that there are now."""
+        wanted = family.every_group() if groups is None else groups
+        cells = {group: self.cells[group] for group in wanted if group in self.cells}
         return {group: cell for group, cell in cells.items() if cell.made_of == family.made_of(group)}
 
     def text(self, family: Family) -> str:

@@ -12,7 +12,6 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,14 +73,26 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Loop:
-    """The instructions from the target of a jump back to that jump."""
+    """The instructions from the target of a jump back to that jump; ``targets``: addresses that jumps lead to."""
 
     code: tuple[Instruction, ...]
+    targets: frozenset[int]
 
     def vectors(self, width: int) -> int:
         """The vectors of tensors that one turn reads, or writes where it reads none."""
         kinds = Counter(kind for ins in self.code if (kind := ins.accesses(width)))
         return max(kinds["load"], kinds["copy"]) or kinds["staged"] or kinds["store"]
+
+    def blocks(self) -> list[list[Instruction]]:
+        """Straight runs, each ending with a jump or before what a jump leads to."""
+        blocks: list[list[Instruction]] = [[]]
+        for ins in self.code:
+            if ins.address in self.targets:
+                blocks.append([])
+            blocks[-1].append(ins)
+            if ins.base == "BRA":
+                blocks.append([])
+        return [block for block in blocks if block]
 
     def in_flight(self, width: int) -> int:
         """Loads that a thread has under way at a time: until an instruction names a register that one of them fills."""
@@ -98,7 +109,7 @@ class Loop:
     def instructions(self, width: int, chain: int) -> float:
         """Instructions a vector; what is jumped over and is in double precision runs once in ``chain`` vectors."""
         total = 0.0
-        for block in _blocks(self.code):
+        for block in self.blocks():
             rare = any(ins.is_double for ins in block)
             total += len(block) / (chain if rare else 1)
         return total / self.vectors(width)
@@ -131,8 +142,10 @@ class Machine:
             if start is not None and start < ins.address and self._reaches(start, ins.address):
                 spans.add((start, ins.address))
         inner = [span for span in spans if not any(span != other and _within(other, span) for other in spans)]
+        targets = frozenset(target for ins in self.code if (target := self._target(ins)) is not None)
         return tuple(
-            Loop(tuple(ins for ins in self.code if first <= ins.address <= last)) for first, last in sorted(inner)
+            Loop(tuple(ins for ins in self.code if first <= ins.address <= last), targets)
+            for first, last in sorted(inner)
         )
 
     def _target(self, ins: Instruction) -> int | None:
@@ -288,14 +301,4 @@ def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
 def _moves(loop: Loop, width: int) -> bool:
     """Whether a loop reaches tensors in global memory, or sums up what is staged of them: no exchange of sums."""
     kinds = {ins.accesses(width) for ins in loop.code}
-    return bool(kinds & {"load", "copy", "store"}) or not any(ins.is_double for ins in _blocks(loop.code)[0])
-
-
-def _blocks(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Straight runs of a loop, each ending with a jump or before what a jump in the loop leads to."""
-    blocks: list[list[Instruction]] = [[]]
-    for ins in code:
-        blocks[-1].append(ins)
-        if ins.base == "BRA":
-            blocks.append([])
-    return [block for block in blocks if block]
+    return bool(kinds & {"load", "copy", "store"}) or not any(ins.is_double for ins in loop.blocks()[0])

@@ -170,6 +170,7 @@ class TensorBuilder(Builder):
         grouped = self.groups > 1 or self.counted
         self.batch = "MASKED_GROUPS" if self.masked else "GROUPS" if grouped else cuda_sources.WHOLE
         self._misalignments: list[int] = []
+        self._writes_given = False
         self._rearranged: set[Pointer] = set()
         order = self.layout.order
         sizes = [shape[place] for place in order]
@@ -211,6 +212,7 @@ class TensorBuilder(Builder):
     def write(self, given: Register, signature: TensorSignature) -> Register:
         """Return a tensor that kernels can write: the one given, or one that :meth:`result` copies to it."""
         self.check_device(given, signature[2])
+        self._writes_given = True  # perhaps in the place of a tensor that is read
         if self._is_usable(signature):
             return given
         new = self.allocate(self.layout.shape, self.dtype, self.layout.order)
@@ -277,6 +279,7 @@ class TensorBuilder(Builder):
         return Work(
             layout.n, layout.c, layout.s, self.dtype.itemsize, alignment=alignment(self._misalignments),
             masked=self.masked, groups=self.groups, **more,
+            ragged=self.batch == cuda_sources.WHOLE and not self._writes_given,
         )  # fmt: skip
 
     def on_chip_kernel(self, direction: str, plan: LaunchPlan, *variant: str | bool) -> Any:
@@ -343,7 +346,7 @@ def geometry(plan: LaunchPlan, groups: int = 1) -> tuple[Any, ...]:
         ValueError: the kernels cannot count so many blocks, vectors or channels.
     """
     tiling = plan.tiling
-    inner = (tiling.c if tiling.columns else tiling.s) // tiling.vector
+    inner, row = tiling.inner, tiling.s if tiling.ragged else 0
     if plan.grid >= 1 << 31:
         raise ValueError(f"expected launches of less than 2**31 blocks, got {plan.grid}")
     if inner >= 1 << 32:
@@ -351,6 +354,7 @@ def geometry(plan: LaunchPlan, groups: int = 1) -> tuple[Any, ...]:
     if (statistics := groups * tiling.c) >= 1 << 32:
         raise ValueError(f"expected less than 2**32 channels in all groups, got {statistics}")
     return (
-        np.uint32(tiling.c), np.uint32(inner), np.uint32(tiling.lanes), np.uint32(tiling.strips // groups),
-        np.int64(tiling.positions), np.uint32(plan.share), np.uint32(plan.blocks), np.uint32(plan.in_flight),
+        np.uint32(tiling.c), np.uint32(inner), np.uint32(row), np.uint32(tiling.lanes),
+        np.uint32(tiling.strips // groups), np.int64(tiling.positions), np.uint32(plan.share), np.uint32(plan.blocks),
+        np.uint32(plan.in_flight),
     )  # fmt: skip

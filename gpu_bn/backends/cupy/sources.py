@@ -19,6 +19,8 @@ PARAMETER_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
 
 WHOLE = "WHOLE"
 """The batch of a kernel without groups or a mask."""
+RAGGED = "RAGGED_ROWS"
+"""That of such a kernel whose rows begin and end within vectors."""
 
 OPTIONS = ("--std=c++17", "-ftz=true")
 """CuPy always appends the second, which flushes subnormal float32 numbers. It stands here so that tests without CuPy
@@ -36,10 +38,11 @@ def kernel(name: str, dtype: str, tiling: Tiling, *arguments: str | bool, batch:
     """Return the name expression of a kernel for tensors of a dtype: ``bn_stats_kernel<Layout<F16, 8, false>>``.
 
     ``batch`` is ``"GROUPS"`` or ``"MASKED_GROUPS"`` for a kernel with two more arguments: which positions count, and
-    how many do in each group.
+    how many do in each group. A kernel for ragged rows has ``"RAGGED_ROWS"`` in this place, and no more arguments.
     """
     more = [] if batch == WHOLE else ["const u8*", "double*"]
-    layout = ", ".join([STORAGE[dtype], str(tiling.vector), _text_of(tiling.columns), *([batch] if more else [])])
+    kinds = [RAGGED] if tiling.ragged else [batch] if more else []
+    layout = ", ".join([STORAGE[dtype], str(tiling.vector), _text_of(tiling.columns), *kinds])
     return f"{name}<{', '.join([f'Layout<{layout}>', *map(_text_of, arguments), *more])}>"
 
 

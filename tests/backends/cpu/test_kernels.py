@@ -15,6 +15,7 @@ import pytest
 from support import make_problem, relative_error, rng, same_bits
 
 import gpu_bn
+from gpu_bn import registry
 from gpu_bn.activations import ROWS
 from gpu_bn.testing import Case, build, check, oracle, run
 
@@ -192,6 +193,29 @@ def test_float32_far_from_zero(shape):
     truth = oracle(make_problem(x, eps=1e-12))
     assert relative_error(saved.moments.var, truth.var) <= 1e-7
     assert relative_error(y, truth.y) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 30), (40, 37), (2, 3, 400_000)], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradients_that_the_sums_keep_are_not_rounded(shape, residual):
+    x, dy, added = (rng(seed).standard_normal(shape).astype(np.float32) for seed in range(3))
+    _, saved = gpu_bn.batch_norm_forward(
+        x, training=True, residual=added if residual else None, activation="silu", backend="cpu"
+    )
+    kept = gpu_bn.batch_norm_backward(dy, saved, backend="cpu")
+    engine, dx, dz = registry.select("cpu", x=x), np.empty_like(x), np.empty_like(x)
+    engine.backward_input(dy, saved, engine.backward_reduce(dy, saved, dz), dx)  # computes them twice
+    assert same_bits(kept.dx, dx)
+    assert kept.dresidual is None or same_bits(kept.dresidual, dz)
+
+
+def test_which_gradients_the_sums_keep():
+    def keeps(code, which):
+        return plans.backward_kernels(False, code, which, False, True, True, False)[0]
+
+    assert keeps(FLOAT32, SILU)
+    assert not keeps(FLOAT32, RELU)
+    assert not keeps(FLOAT16, SILU)  # which would round them
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments

@@ -66,9 +66,9 @@ def test_the_kernels_without_faults_are_clean(tier, case, seed, make_gpu):
 # -------------------------------------------------------------------- offsets beyond 32 bits
 
 SEEK = """
-template <bool COLUMNS> __device__ void seek_and_step(
+template <bool COLUMNS, Batch BATCH> __device__ void seek_and_step(
     i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
-  typedef Layout<F32, 4, COLUMNS, MASKED_GROUPS> L;
+  typedef Layout<F32, 4, COLUMNS, BATCH> L;
   const Geometry g = GEOMETRY;
   const Tile<L> tile(g, strip, rank);
   Cursor cursor = tile.seek(first), back = tile.seek(first + tile.step);
@@ -80,32 +80,33 @@ template <bool COLUMNS> __device__ void seek_and_step(
   tile.template advance<true>(back);
   own[3] = back.offset;
   own[4] = (i64)tile.elements();
-  const Selection<L> selection = {flags - flag, nullptr};
-  own[5] = selection.at(tile, first).count();
+  own[5] = 0;
+  if constexpr (L::MASKED) own[5] = Selection<L>{flags - flag, nullptr}.at(tile, first).count();
   own[6] = tile.in_strip((i64)rank * share + first);
 }
-extern "C" __global__ void seek_rows(
-    i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
-  seek_and_step<false>(
-      out, flags, flag, channels, inner, lanes, strips, positions, share, blocks, groups, strip, rank, first);
-}
-extern "C" __global__ void seek_columns(
-    i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {
-  seek_and_step<true>(
-      out, flags, flag, channels, inner, lanes, strips, positions, share, blocks, groups, strip, rank, first);
-}
+#define SEEK(NAME, COLUMNS, BATCH)                                                                                \\
+  extern "C" __global__ void NAME(                                                                              \\
+      i64* out, const u8* flags, i64 flag, GEOMETRY_ARGS, u32 strip, u32 rank, u32 first) {                     \\
+    seek_and_step<COLUMNS, BATCH>(out, flags, flag, GEOMETRY_NAMES, strip, rank, first);                        \\
+  }
+SEEK(seek_rows, false, MASKED_GROUPS)
+SEEK(seek_ragged, false, RAGGED_ROWS)
+SEEK(seek_columns, true, MASKED_GROUPS)
 """
 CUTS = {
-    "rows": [("return {(n * g.channels + strip) * g.inner + rest, rest};",
-              "return {(i64)(((u32)n * g.channels + strip) * g.inner + rest), rest};")],
+    "rows": [("return {(n * g.channels + strip) * g.inner + rest, rest, 0};",
+              "return {(i64)(((u32)n * g.channels + strip) * g.inner + rest), rest, 0};")],
     "long rows": [("const i64 gap = (i64)(g.channels - 1) * g.inner;", "const i64 gap = (g.channels - 1) * g.inner;")],
-    "one long row": [("return {(n * g.channels + strip) * g.inner + rest, rest};",
-                      "return {(i64)(int)((n * g.channels + strip) * g.inner + rest), rest};")],
+    "one long row": [("return {(n * g.channels + strip) * g.inner + rest, rest, 0};",
+                      "return {(i64)(int)((n * g.channels + strip) * g.inner + rest), rest, 0};")],
     "more positions than 32 bits": [
         ("in_strip(i64 position)", "in_strip(u32 position)"),
         ("const i64 p = (i64)rank * g.share + position;", "const i64 p = rank * g.share + position;"),
         ("return (double)g.positions * L::PER_POSITION;", "return (double)((u32)g.positions * L::PER_POSITION);")],
-    "columns": [("return {p * g.inner + column(), 0};", "return {(i64)((u32)p * g.inner + column()), 0};")],
+    "ragged rows": [
+        ("return (n * g.channels + strip) * g.row;", "return ((u32)n * g.channels + strip) * g.row;"),
+        ("const i64 to_next = (i64)g.channels * g.row;", "const i64 to_next = g.channels * g.row;")],
+    "columns": [("return {p * g.inner + column(), 0, 0};", "return {(i64)((u32)p * g.inner + column()), 0, 0};")],
     "rows of groups": [("group * g.positions * (L::COLUMNS", "group * (u32)g.positions * (L::COLUMNS")],
     "columns of groups": [("group * g.positions * (L::COLUMNS", "group * (u32)g.positions * (L::COLUMNS")],
 }  # fmt: skip
@@ -114,29 +115,34 @@ CUTS = {
 def seek_errors(source: str, name: str, compile_cuda) -> int:
     """How many of the numbers differ from those computed in Python's integers."""
     *geometry, of_all, rank, first = GEOMETRIES[name]
-    channels, inner, lanes, strips, positions, share, *_ = geometry
-    columns = name.startswith("columns")
+    channels, inner, elements, lanes, strips, positions, share, *_ = geometry
+    kind = name.split()[0]
+    columns, ragged = kind == "columns", kind == "ragged"
     group, strip = divmod(of_all, strips)
     start = group * positions * (inner if columns else channels)
-    kernel = compile_cuda(source + SEEK, 80, cuda_sources.OPTIONS)["seek_columns" if columns else "seek_rows"]
+    kernel = compile_cuda(source + SEEK, 80, cuda_sources.OPTIONS)[f"seek_{kind if columns or ragged else 'rows'}"]
     device = Device()
     out, flags = device.empty((256, 7), np.int64), np.array([1, 0, 1, 1], np.uint8)
-    wide = [np.int64(value) if at == 4 else np.uint32(value) for at, value in enumerate(geometry)]
+    wide = [np.int64(value) if at == 5 else np.uint32(value) for at, value in enumerate(geometry)]
 
     def offset(position: int, lane: int) -> int:
         assert position < positions
         row, rest = divmod(position, inner)
         if columns:
             return start + position * inner + strip * lanes + lane
+        if ragged:
+            begins = (row * channels + strip) * elements
+            return begins // 4 + min(rest, (begins % 4 + elements - 1) // 4)
         return start + (row * channels + strip) * inner + rest
 
     begin, step, per_position = rank * share + first, 256 // lanes, 1 if columns else 4
     flag = (group * positions + begin) * per_position
     device.launch(kernel.kernel, 1, 256, [out, flags, np.int64(flag), *wide, *map(np.uint32, (of_all, rank, first))])
     counted = int(flags[:per_position].sum())
+    whole = positions // inner * elements if ragged else positions * per_position
     want = [
         (offset(begin + t // lanes, t % lanes), offset(begin, t % lanes), offset(begin + step, t % lanes),
-         offset(begin, t % lanes), positions * per_position, counted, offset(begin, t % lanes))
+         offset(begin, t % lanes), whole, 0 if ragged else counted, offset(begin, t % lanes))
         for t in range(256)
     ]  # fmt: skip
     assert max(map(max, want)) * 16 >= 1 << 32

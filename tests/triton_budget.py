@@ -1,0 +1,193 @@
+"""The budget of the Triton kernels' machine code, the record of it, and the page made of both.
+
+``python tests/triton_budget.py`` compiles a covering set of kernels for every architecture, and writes
+``tests/data/machine_code_triton.txt`` and ``docs/machine_code_triton.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from support.gates import DATA
+from support.machine_code import Loop, blocks_per_sm, disassemble
+
+RECORD = DATA / "machine_code_triton.txt"
+PAGE = Path(__file__).parents[1] / "docs" / "machine_code_triton.md"
+KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
+VECTOR = 16
+"""Bytes."""
+CALLS = {
+    "rows": ((32, 256, 3136), False, "split"),
+    "columns": ((32, 3136, 256), True, "split"),
+    "held rows": ((8, 256, 784), False, "cta"),
+    "held columns": ((8, 49, 2048), True, "cta"),
+}
+"""Layers of ResNet-50 in half precision with ReLU: their shapes, whether channels are last, and the tier."""
+
+
+class Budget(NamedTuple):
+    """What a kernel may take on every architecture, and what it must have.
+
+    Attributes:
+        instructions: for each vector of 16 bytes, at most; of kernels that hold a channel, of their whole text.
+        double: instructions in double precision outside of the loops that go through tensors, at most.
+        in_flight: vectors that a thread has asked memory for before it uses one, at least.
+        blocks: on an SM, at least.
+    """
+
+    instructions: float
+    double: int
+    in_flight: int
+    blocks: int
+
+    def over(self, found: Found) -> list[str]:
+        """Why figures are outside of it."""
+        least = {"instructions": 1.0, "in_flight": self.in_flight, "blocks": self.blocks}
+        most = {"instructions": self.instructions, "double": self.double, "local_bytes": 0}
+        numbers = found._asdict()
+        under = [f"{what} {numbers[what]} < {limit}" for what, limit in least.items() if numbers[what] < limit]
+        return under + [f"{what} {numbers[what]} > {limit}" for what, limit in most.items() if numbers[what] > limit]
+
+
+class Found(NamedTuple):
+    """What a kernel takes and has; see :class:`Budget`."""
+
+    instructions: float
+    double: int
+    in_flight: int
+    blocks: int
+    registers: int
+    local_bytes: int
+    threads: int
+
+    @property
+    def kib(self) -> int:
+        """KiB that the blocks of an SM have asked memory for at a time."""
+        return self.in_flight * VECTOR * self.threads * self.blocks >> 10
+
+
+BUDGETS = {
+    ("rows", "bn_stats_kernel"): Budget(66, 23, 1, 4),
+    ("rows", "bn_normalize_kernel"): Budget(77, 63, 2, 4),
+    ("rows", "bn_backward_reduce_kernel"): Budget(49, 28, 2, 3),
+    ("rows", "bn_backward_input_kernel"): Budget(62, 43, 2, 4),
+    ("columns", "bn_stats_kernel"): Budget(64, 115, 1, 2),
+    ("columns", "bn_normalize_kernel"): Budget(68, 85, 2, 4),
+    ("columns", "bn_backward_reduce_kernel"): Budget(45, 33, 2, 2),
+    ("columns", "bn_backward_input_kernel"): Budget(57, 57, 2, 3),
+    ("held rows", "bn_forward_kernel"): Budget(227, 68, 4, 2),
+    ("held rows", "bn_backward_kernel"): Budget(103, 39, 6, 2),
+    ("held columns", "bn_forward_kernel"): Budget(702, 418, 4, 1),
+    ("held columns", "bn_backward_kernel"): Budget(148, 194, 8, 1),
+}
+"""By call and kernel: what most was measured on sm_75 to sm_120, and a twentieth more."""
+
+
+@cache
+def launches(call: str) -> dict[str, Any]:
+    """The launches of a call, by kernel: the step and what it is compiled from."""
+    import torch
+    from support.triton_variants import recorded
+
+    shape, columns, tier = CALLS[call]
+    x = torch.empty(shape, dtype=torch.float16)
+    found = recorded(x.permute(0, 2, 1) if columns else x, 80, sms=128, tier=tier, activation="relu")
+    return {step.kernel.__name__: (step, special) for step, special in found}
+
+
+def measured(arch: int, step: Any, special: Any) -> Found:
+    """The figures of a launch."""
+    from emulator.compile import triton_cubin
+    from support.triton_variants import compiled_with
+
+    (machine,) = disassemble(triton_cubin(step.kernel, arch, **compiled_with(special))).values()
+    found, threads = machine.figures(VECTOR), 32 * step.num_warps
+    blocks = blocks_per_sm(arch, threads, found.registers, found.shared_bytes)
+    instructions, double, in_flight = found.instructions, found.double, found.in_flight
+    if "TILES" in special.constants:  # unrolled: it goes through a tensor once, in no loop
+        whole = Loop(machine.code)
+        vectors = whole.vectors(VECTOR)
+        instructions = round(len(whole.code) / vectors, 1) if vectors else 0.0
+        double, in_flight = sum(ins.is_double for ins in whole.code), whole.in_flight(VECTOR)
+    return Found(instructions, double, in_flight, blocks, found.registers, found.local_bytes, threads)
+
+
+def stamp() -> str:
+    """A digest of the kernels' sources."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.glob("*.py")))).hexdigest()[:12]
+
+
+def recorded_rows() -> dict[tuple[str, str, int], Found]:
+    """What the record has, by call, kernel and architecture."""
+    found = {}
+    for line in RECORD.read_text().splitlines()[1:]:
+        call, kernel, arch, *numbers = line.split("\t")
+        instructions, *counts = numbers
+        found[call, kernel, int(arch)] = Found(float(instructions), *map(int, counts))
+    return found
+
+
+def recorded_of() -> str:
+    """The digest of the sources that the record was made of."""
+    return RECORD.read_text().splitlines()[0].split()[-1]
+
+
+INTRODUCTION = """# Machine code of the Triton kernels
+
+Written by `python tests/triton_budget.py`; `tests/backends/triton/test_budget.py` holds it to the kernels. Nothing here
+was measured on a GPU: the tables are read from what Triton's assembler makes. [The CUDA kernels' page](machine_code.md)
+explains the columns.
+
+A covering set, float16 with ReLU in vectors of 16 bytes, for sm_75 to sm_120: from the least to the most of all
+architectures, and the budget that a test asserts. Kernels that hold a channel in registers go through it in no loop:
+their instructions are those of their whole text, and their double precision that of all of it.
+
+| call | kernel | instructions | double | vectors under way | KiB an SM | blocks | registers |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def page() -> str:
+    """The page, of the record."""
+    rows: dict[tuple[str, str], list[Found]] = {}
+    for (call, kernel, _), found in recorded_rows().items():
+        rows.setdefault((call, kernel), []).append(found)
+    lines = []
+    for (call, kernel), found in rows.items():
+        budget = BUDGETS[call, kernel]
+        cells = [
+            f"{_range(one.instructions for one in found)} (<= {budget.instructions:g})",
+            f"{_range(one.double for one in found)} (<= {budget.double})",
+            f"{_range(one.in_flight for one in found)} (>= {budget.in_flight})",
+            _range(one.kib for one in found),
+            f"{_range(one.blocks for one in found)} (>= {budget.blocks})",
+            _range(one.registers for one in found),
+        ]
+        lines.append(f"| {' | '.join([call, kernel, *cells])} |\n")
+    return INTRODUCTION + "".join(lines)
+
+
+def _range(numbers: Iterable[float]) -> str:
+    found = list(numbers)
+    return f"{min(found):g}" if min(found) == max(found) else f"{min(found):g}-{max(found):g}"
+
+
+def main() -> None:
+    """Compile, record, and write the page."""
+    from emulator.compile import ARCHITECTURES
+
+    lines = [f"# sources {stamp()}\n"]
+    for call in CALLS:
+        for kernel, launch in launches(call).items():
+            for arch in ARCHITECTURES:
+                lines.append("\t".join(map(str, (call, kernel, arch, *measured(arch, *launch)))) + "\n")
+    RECORD.write_text("".join(lines))
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
