@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cases import CPU, Case
+from torch._functorch import config as functorch_config
 
 import gpu_bn
 from gpu_bn import nn
@@ -171,7 +172,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
     gpu_bn.set_num_threads(arguments.threads)
     start_helpers(arguments.threads)
     torch.set_num_threads(arguments.threads)
-    torch._functorch.config.donated_buffer = False  # a graph's backward call is repeated
+    functorch_config.donated_buffer = False  # a graph's backward call is repeated
     peers = {"torch": torchs} | ({"torch.compile": torch.compile(torchs)} if arguments.compile else {})
     results = {}
     for case in CPU:

@@ -172,25 +172,27 @@ the planner's model (`gpu_bn/gpu_model.py`).
 
 ## Budgets
 
-A covering set, float16 with ReLU in vectors of 16 bytes, for sm_75 to sm_120: from the least to the most of all
-architectures, and the budget that a test asserts. Ragged rows begin and end within vectors, as those of 7 x 7 images.
+The table covers the kinds of kernels, with float16, ReLU and vectors of 16 bytes, on sm_75 to sm_120. A cell has the
+least and the most of all architectures, and the budget that a test asserts. Ragged rows begin and end within vectors,
+as those of 7 x 7 images.
 
-- **instructions**: for each vector of 16 bytes, in all loops that it goes through together.
-- **double**: instructions in double precision outside of these loops, also those that the last few vectors may jump
-  over; **rolled**, those of them in loops, which partial sums of more blocks make longer. Most GPUs do double precision
-  at 1/32 or 1/64 of their speed.
-- **KiB under way**: what the blocks of an SM have asked memory for at a time. An H100 needs some 18 KiB an SM for its
-  bandwidth (3.35 TB/s x 0.7 us / 132), a B200 some 38. Kernels that copy to shared memory have all of a block's share
-  under way ("staged"); on sm_75 as many loads as the assembler puts in a row.
-- **blocks** an SM: by registers and static shared memory; **registers** a thread.
+- **instructions** counts those for each vector of 16 bytes, in all loops that it goes through together.
+- **double** counts instructions in double precision outside of these loops, also those that the last few vectors may
+  jump over. **rolled** counts those of them in loops, which run longer for partial sums of more blocks. Most GPUs do
+  double precision at 1/32 or 1/64 of their speed.
+- **KiB under way** is what the blocks of an SM have asked memory for at a time. An H100 needs some 18 KiB an SM for
+  its bandwidth (3.35 TB/s x 0.7 us / 132), a B200 some 38. Kernels that copy to shared memory have all of a block's
+  share under way ("staged"); on sm_75 they have as many loads as the assembler puts in a row.
+- **blocks** is how many an SM holds, by registers and static shared memory. **registers** is how many a thread takes.
 
 """
 LIMITERS = """
 ## What limits each shape
 
-float16, ReLU, training. A cell has the tier, what the longest part of the time is by the model, and the floor's time
-as a share of it. *memory*: bytes over the bandwidth of a copy; *launches*: starting kernels; *idle*: few blocks or few
-bytes under way; *exchange*: blocks that wait for each other; *merge*: the last block of a strip adds up partial sums.
+The calls train in float16 with ReLU. A cell has the tier, the longest part of the time by the model, and the floor's
+time as a share of the whole. *memory* stands for bytes over the bandwidth of a copy, *launches* for starting kernels,
+*idle* for few blocks or few bytes under way, *exchange* for blocks that wait for each other, and *merge* for the last
+block of a strip, which adds up partial sums.
 
 """
 

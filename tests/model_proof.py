@@ -109,7 +109,7 @@ def possible(model: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[set[str],
 
 
 def _next(at: int, tensor: int, readers: Any) -> list[tuple[int, Any, int]]:
-    """The calls that read a tensor after it was made, up to one that overwrites it."""
+    """Return the calls that read a tensor after it was made, up to one that overwrites it."""
     found = []
     for call in readers[tensor]:
         if call[0] > at:
@@ -133,14 +133,14 @@ def _activated(at: int, tensor: int, readers: Any, final: set[int], sums: set[in
 
 
 def _end(at: int, tensor: int, readers: Any) -> int:
-    """The call of the activation."""
+    """Return the call of the activation."""
     when, what, made = _next(at, tensor, readers)[0]
     return when if getattr(what, "__name__", "") in ACTIVATIONS else _end(when, made, readers)
 
 
 # ------------------------------------------------------------------------------------------------------- the proof
 def tensors(result: Any) -> list[torch.Tensor]:
-    """All tensors of a result that hold floating-point numbers."""
+    """Return all tensors of a result that hold floating-point numbers."""
     if hasattr(result, "to_tuple"):
         result = result.to_tuple()
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
@@ -154,7 +154,7 @@ def seeded(model: torch.nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor
 
 
 def furthest(mine: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """The greatest difference, of each tensor's greatest number, or of a millionth of the greatest of all."""
+    """Return the greatest difference, as a share of each tensor's greatest number, or of a millionth of all's."""
     pairs = [(_numbers(a), _numbers(b)) for a, b in zip(mine, other, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
@@ -166,13 +166,13 @@ def furthest(mine: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with numbers for what is none."""
+    """Return a tensor with numbers for what is none."""
     tensor = tensor.detach().double()
     return tensor if bool(tensor.isfinite().all()) else tensor.nan_to_num(0, 1e30, -1e30)
 
 
 def stepped(model: torch.nn.Module, inputs: tuple[Any, ...]) -> list[list[torch.Tensor]]:
-    """Outputs, gradients and state after a step of training."""
+    """Train for a step; return outputs, gradients and state."""
     model.train()
     outputs = seeded(model, inputs)
     sum(output.square().mean() for output in outputs if output.requires_grad).backward()
@@ -186,7 +186,7 @@ def stepped(model: torch.nn.Module, inputs: tuple[Any, ...]) -> list[list[torch.
 
 
 def perturbed(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a model, each of whose numbers is the next greater or smaller one: what rounding alone may change."""
+    """Copy a model and move each of its numbers to the next greater or smaller one: rounding alone may do this."""
     copied = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -197,7 +197,7 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def examine(name: str) -> dict[str, Any]:
-    """What convert, fuse, fold and revert do to a model, and how far it is from torch's own layers then."""
+    """Convert, fuse, fold and revert a model; return what was done, and how far it is from torch's own layers."""
     plain = make(name).double()
     inputs = batch(name, plain)
     trains = "detr" not in name.lower()
@@ -261,16 +261,18 @@ RECORD = Path(__file__).parent / "data" / "models.jsonl"
 HEADER = """# Models of other libraries
 
 {models} models of torchvision, timm, transformers, segmentation-models-pytorch (smp), monai and ultralytics: {counts}.
-Random weights, small inputs, float64, torch {torch}, on a CPU; recorded on {date}. Each model beside torch's own
-layers: outputs, gradients and state after a step, fused, folded and reverted.
+They have random weights and small inputs, in float64 with torch {torch} on a CPU; recorded on {date}. Each model is
+converted, fused, folded and reverted. Its outputs, gradients and state after a step are compared with those of
+torch's own layers.
 
-- *Merged*: of the normalisations, alone or after a sum, that an activation of ours follows outside of the layer.
-- *Folded*: of those that alone read a convolution or a linear layer, without and with a batch.
-- *Difference*: the greatest of any of these, of a tensor's greatest number.
-- *Of rounding*: the same, in units of what torch's own model differs from itself when each of its weights is the next
-  greater or smaller number. Networks with random weights amplify rounding. At most {limit} is asked for.
+- *Merged* counts the normalisations, alone or after a sum, that an activation of ours follows outside of the layer.
+- *Folded* counts those that alone read a convolution or a linear layer, without and with a batch.
+- *Difference* is the greatest of all comparisons, as a share of the tensor's greatest number.
+- *Of rounding* is the same in another unit: how far torch's own model moves when each of its weights becomes the next
+  greater or smaller number. Networks with random weights amplify rounding. The tests ask for at most {limit}.
 
-The order for deployment: `nn.convert(model, fuse=True)`, train, `nn.fold(model, batch)`, then export the folded model.
+The order for deployment is: `nn.convert(model, fuse=True)`, train, `nn.fold(model, batch)`, then export the folded
+model.
 
 | model | converted | merged | folded | with a batch | difference | of rounding |
 |---|---|---|---|---|---|---|
@@ -285,7 +287,7 @@ CONTROL = {"convert, training": "training", "fuse, training": "training", "rever
 
 
 def of_rounding(one: dict[str, Any]) -> float:
-    """The greatest difference of a model in the record, in units of its control's."""
+    """Return the greatest difference of a model in the record, in units of its control's."""
     control = one["control"]
     return max(
         value / (control.get(CONTROL.get(kind, ""), control["evaluation"]) + FLOOR)
@@ -294,7 +296,7 @@ def of_rounding(one: dict[str, Any]) -> float:
 
 
 def table(lines: list[str]) -> str:
-    """The page that a record makes: its first line says when and with what, each other line is a model."""
+    """Make the page of a record, whose first line says when and with what, and each other line is a model."""
     first, *models = map(json.loads, lines)
     rows = []
     for one in models:

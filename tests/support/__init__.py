@@ -20,7 +20,7 @@ needs_a_compiler = pytest.mark.skipif(
 
 
 def version(package):
-    """Of an installed package, its first two numbers."""
+    """Return the first two numbers of an installed package's version."""
     found = importlib.metadata.version(package) if importlib.util.find_spec(package) else "0.0"
     return tuple(int(number) for number in found.split(".")[:2])
 
@@ -36,13 +36,13 @@ def rng(seed=0):
 
 
 def read_only(array):
-    """The array, which can no longer be written to."""
+    """Return the array, made read-only."""
     array.flags.writeable = False
     return array
 
 
 def make_problem(x, **options):
-    """A problem with random ``dy`` and ``training=True``; ``options`` are further fields."""
+    """Make a problem with random ``dy`` and ``training=True``; ``options`` are further fields."""
     fields = {
         "x": x,
         "dy": rng(7).standard_normal(x.shape).astype(x.dtype),
@@ -61,7 +61,7 @@ def make_problem(x, **options):
 
 
 def far_from_zero(activation):
-    """A problem with frozen statistics and ``z`` up to where exp overflows and beyond."""
+    """Make a problem with frozen statistics and ``z`` up to where exp overflows and beyond."""
     problem = build(Case((1, 1, 1024), activation=activation, mode="eval"))
     z = np.concatenate([np.linspace(-120, 120, 1019), [-1e30, -1e4, 0, 1e4, 1e30]]).astype(np.float32)
     numbers = {"running_mean": 0, "running_var": 1, "weight": 1, "bias": 0}
@@ -69,18 +69,18 @@ def far_from_zero(activation):
 
 
 def running_pair(channels, dtype=np.float32):
-    """Fresh running statistics that are neither 0 nor 1."""
+    """Make running statistics that are neither 0 nor 1."""
     return np.linspace(-1, 1, channels).astype(dtype), np.linspace(0.5, 3, channels).astype(dtype)
 
 
 def same_bits(a, b):
-    """Whether two arrays, or two dictionaries of arrays, agree in dtype, shape and every bit."""
+    """Tell whether two arrays, or two dictionaries of arrays, agree in dtype, shape and every bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def relative_error(got, exact):
-    """The largest error as a share of the largest magnitude."""
+    """Return the largest error as a share of the largest magnitude."""
     got, exact = np.asarray(got, np.longdouble), np.asarray(exact, np.longdouble)
     return float(np.abs(got - exact).max() / np.abs(exact).max())

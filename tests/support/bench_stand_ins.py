@@ -59,7 +59,7 @@ class Clocked(VirtualGpu):
 
 
 def timed(by, seconds, tier="cta", **options):
-    """What is kept of a call that was timed; the plan is an A100's."""
+    """Make the result of a timed call; the plan is an A100's."""
     case = cases.Case((32, 256, 14, 14), operation=cases.OPERATIONS["forward"])
     found = plan.plan(model.work_of(case), plan.DEVICES["a100"], tier)
     timings = {"cold": timing.Timing(seconds, seconds, seconds, 1)}

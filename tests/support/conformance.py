@@ -53,7 +53,7 @@ USUAL = ("identity", "relu", "silu")
 
 
 def kernel_mark(activation: str, dtype: str) -> Any:
-    """The mark of a test that compiles the kernels of an activation and a dtype."""
+    """Return the mark of a test that compiles the kernels of an activation and a dtype."""
     if activation in USUAL or dtype == "float32":
         return ()
     return SLOW if (list(ROWS).index(activation) + (dtype == "float16")) % 4 == 1 else EXHAUSTIVE
@@ -121,7 +121,7 @@ def cupy_target(arch: int, tier: str | None) -> Target:
 
 
 def cupy_cases() -> Iterator[tuple[Target, Selected]]:
-    """A third of the cases with all pairs of values in the normal run, the others in the long one, by tier."""
+    """Choose by tier: a third of the cases with all pairs of values in the normal run, the others in the long one."""
     every = cases()
     runs = {}
     for index, case in enumerate(covering(every)):
@@ -203,7 +203,7 @@ def triton_target(arch: int, tier: str | None) -> Target:
 
 
 def triton_cases() -> Iterator[tuple[Target, Selected]]:
-    """Every third case of those chosen in the normal run, the others in the long one, and all cases by hand."""
+    """Choose every third of some cases for the normal run, the others for the long one, and all cases by hand."""
     chosen = {one: SLOW if index % 3 else () for index, one in enumerate(TRITON)}
     chosen |= {(80, None, case): SLOW if index % 3 else () for index, case in enumerate(TRITON_EXTENDED)}
     for offset, (arch, tier) in enumerate([(80, None), (80, "split"), (90, None), (90, "cluster")]):
@@ -247,7 +247,7 @@ def two_launches(backend: Any, _case: Case) -> None:
 
 
 def reference_cases() -> Iterator[tuple[Target, Selected]]:
-    """Half of the cases on one of the targets each, an eighth on another in the long run, all on all by hand."""
+    """Put half of the cases on one target each, in the long run an eighth on another, by hand all on all."""
     for at, (language, arch) in enumerate(REFERENCE):
         marks = [(), SLOW, *[EXHAUSTIVE] * 6]
         found = [(case, marks[(index + 2 * at) % 8]) for index, case in enumerate(trained_cases())]
@@ -256,7 +256,7 @@ def reference_cases() -> Iterator[tuple[Target, Selected]]:
 
 
 def targets() -> Iterator[tuple[Target, Selected]]:
-    """Each backend with its cases."""
+    """Return each backend with its cases."""
     yield Target("numpy", lambda _: "numpy"), every_case()
     yield Target("cpu", lambda _: "cpu"), compiled_cases()
     yield Target("torch on numpy", torch_on_numpy), [(case, ()) for case in (*covering(cases()), *extended_cases())]
@@ -265,7 +265,7 @@ def targets() -> Iterator[tuple[Target, Selected]]:
 
 
 def parameters() -> list[Any]:
-    """Every target with each of its cases, as pytest's parameters."""
+    """Return every target with each of its cases, as pytest's parameters."""
     found = []
     for target, selected in targets():
         kind = [] if target.require is nothing else [pytest.mark.compile]

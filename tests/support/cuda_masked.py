@@ -39,7 +39,7 @@ class Masked:
 
 
 def mask(kind: str, shape: tuple[int, ...], axis: int, groups: int) -> np.ndarray | None:
-    """Which positions count, True for those; of extent 1 along the channels."""
+    """Return the positions that count as True, with extent 1 along the channels."""
     shape = tuple(1 if a == axis else size for a, size in enumerate(shape))
     valid = np.zeros(shape, bool)
     match kind:
@@ -64,7 +64,7 @@ def mask(kind: str, shape: tuple[int, ...], axis: int, groups: int) -> np.ndarra
 
 
 def problem_of(masked: Masked) -> tuple[Problem, np.ndarray | None]:
-    """The problem, with NaN wherever nothing counts, and the mask."""
+    """Return the problem, with NaN wherever nothing counts, and the mask."""
     problem = build(masked.case)
     valid = mask(masked.mask, problem.x.shape, problem.channel_axis % problem.x.ndim, masked.groups)
     if valid is None:
@@ -78,7 +78,7 @@ def problem_of(masked: Masked) -> tuple[Problem, np.ndarray | None]:
 
 
 def parts(problem: Problem, valid: np.ndarray | None, groups: int) -> Iterator[tuple[np.ndarray, Problem]]:
-    """What counts of each group: where it is, with the channels last, and a problem of that alone."""
+    """Yield for each group the places that count, channels last, and a problem of these alone."""
     axis = problem.channel_axis
     everywhere = np.ones([1 if a == axis % problem.x.ndim else size for a, size in enumerate(problem.x.shape)], bool)
     positions = np.moveaxis(everywhere if valid is None else valid, axis, -1)[..., 0]
@@ -96,7 +96,7 @@ def parts(problem: Problem, valid: np.ndarray | None, groups: int) -> Iterator[t
 
 
 def truth_of(problem: Problem, valid: np.ndarray | None, groups: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What a call should give, and the error allowed in it."""
+    """Return the right results of a call, and the error allowed in each."""
     axis, u, momentum = problem.channel_axis, WIDE(ROUNDOFF[str(problem.x.dtype)]), WIDE(problem.momentum)
     groups = groups if problem.training else 1
     found = {name: np.zeros((2, *np.moveaxis(problem.x, axis, -1).shape), WIDE) for name in TENSORS}
@@ -144,7 +144,7 @@ def spec_of(problem: Problem, groups: int = 1) -> BatchNormSpec:
 
 
 def run(gpu, problem: Problem, valid: np.ndarray | None, groups: int = 1) -> dict[str, np.ndarray]:
-    """What the backend's fused calls give, by name."""
+    """Return the results of the backend's fused calls, by name."""
     send, receive = ADAPTERS["cupy"]
     names = ("running_mean", "running_var", "weight", "bias", "residual")
     sent = [None if (a := getattr(problem, name)) is None else send(a.copy("K")) for name in names]
@@ -168,7 +168,7 @@ def run(gpu, problem: Problem, valid: np.ndarray | None, groups: int = 1) -> dic
 
 
 def check_masked(gpu, masked: Masked) -> dict[str, np.ndarray]:
-    """Compare all that a call gives with the truth; zeros must be zeros where nothing counts."""
+    """Compare all results of a call with the truth; they must be zeros where nothing counts."""
     problem, valid = problem_of(masked)
     results = run(gpu, problem, valid, masked.groups)
     truth = truth_of(problem, valid, masked.groups)

@@ -26,7 +26,7 @@ HEAVY = ("relu", "gelu", "gelu_tanh")
 
 
 def groups(arch: int) -> Iterator[Group]:
-    """All groups of an architecture."""
+    """Return all groups of an architecture."""
     for activation, batch, dtype, columns in product(ROWS, BATCHES, ITEMSIZE, (True, False)):
         for vector in (8, 4, 2, 1):
             width = vector * ITEMSIZE[dtype]
@@ -36,18 +36,18 @@ def groups(arch: int) -> Iterator[Group]:
 
 
 def importance(group: Group) -> tuple[int, bool]:
-    """Full vectors and whole batches first."""
+    """Rank a group: full vectors and whole batches come first."""
     return (group.kind != cuda_sources.WHOLE) + (not group.full), group.activation not in HEAVY
 
 
 def on_chip_tiers(arch: int) -> list[tuple[str, str]]:
-    """The middle of a kernel's name, and the argument that says how its blocks meet."""
+    """Return the middle of a kernel's name, and the argument that says how its blocks meet."""
     clusters = [("_cluster", str(blocks)) for blocks in (2, 4, 8)] if arch >= 90 else []
     return [("", "Cta"), ("", "Cooperative"), *clusters]
 
 
 def variants(group: Group) -> list[str]:
-    """The name expressions of all kernels that a call with such tensors can come to."""
+    """Return the name expressions of all kernels that a call with such tensors can use."""
     activation, columns = group.activation, group.columns
     ragged = group.kind == cuda_sources.RAGGED
     tiling = Tiling(columns, 1, 1, 1, group.vector, 1, 1, 1, ragged)
@@ -85,12 +85,12 @@ def build(group: Group, names: Collection[str], cached: bool) -> dict[str, Resou
 
 
 def limits(group: Group, name: str) -> Limits:
-    """Registers for two blocks an SM; full vectors of all tensors."""
+    """Ask for registers of two blocks an SM, and full vectors of all tensors."""
     return Limits(REGISTERS[group.dtype], STATIC_SHARED, writes="stats" not in name)
 
 
 def compiler() -> str:
-    """NVRTC's version, to the patch: it has the assembler in it."""
+    """Return NVRTC's version, with the patch: the assembler is a part of it."""
     library = nvrtc_library()
     package = "nvidia-cuda-nvrtc-cu12" if library and "cu13" not in str(library) else "nvidia-cuda-nvrtc"
     return f"NVRTC {importlib.metadata.version(package)}"
@@ -103,7 +103,7 @@ def stamp(group: Group, name: str) -> str:
 
 @cache
 def definitions(arch: int, activation: str) -> Definitions:
-    """The definitions at the top of a source, and the compiler's options."""
+    """Return the definitions at the top of a source, and the compiler's options."""
     text = re.sub(r"//.*", "", cuda_sources.source(activation)).replace("\\\n", " ")
     found: list[tuple[list[str], str]] = [([], f"// {' '.join(cuda_sources.OPTIONS)}")]
     lines: list[str] = []
@@ -121,7 +121,7 @@ def definitions(arch: int, activation: str) -> Definitions:
 
 
 def _names(definition: str) -> list[str]:
-    """What a definition defines; none if that is not plain, which makes it part of every kernel."""
+    """Return the names that a definition defines; none if they are not plain, which makes it part of every kernel."""
     head = re.sub(r"template <.*?> (?=struct|DEVICE|__global__)", "", definition)
     match head.split()[0]:
         case "#define":
@@ -142,7 +142,7 @@ def _names(definition: str) -> list[str]:
 
 
 def for_architecture(source: str, arch: int) -> Iterator[str]:
-    """The lines that ``#if __CUDA_ARCH__ >= ...`` leaves: a change for one architecture concerns no other's kernels."""
+    """Return the lines that ``#if __CUDA_ARCH__ >= ...`` leaves: a change for one architecture concerns no other."""
     taken: list[tuple[bool, bool]] = []  # of each #if that is open: whether its lines are taken, and whether some were
     for line in source.splitlines():
         directive = re.match(r"\s*#(if|elif|else|endif)\b(?: __CUDA_ARCH__ (<|>=) (\d+)\s*$)?", line)
@@ -159,7 +159,7 @@ def for_architecture(source: str, arch: int) -> Iterator[str]:
 
 
 def sources() -> str:
-    """All text, of all activations."""
+    """Return the text of all sources, with all activations."""
     return "".join(map(cuda_sources.source, ROWS))
 
 

@@ -29,7 +29,7 @@ def make_gpu(monkeypatch: pytest.MonkeyPatch, compile_cuda: Any) -> Callable[...
 
 
 def moved(gpu: Any, array: np.ndarray, by: int | None = None) -> Any:
-    """A copy on the GPU at an address where no vector begins: some bytes after one, as many as an element has."""
+    """Copy to the GPU, to an address one element behind the beginning of a vector."""
     by = array.itemsize if by is None else by
     copy = gpu.empty(array.nbytes + by, np.uint8)[by:].view(array.dtype).reshape(array.shape)
     copy[...] = gpu.asarray(array)

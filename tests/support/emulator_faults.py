@@ -13,7 +13,7 @@ SEEDS = (None, 0, 1)
 
 
 def first_report(run: Callable[[Device], None]) -> EmulatorError:
-    """What the checks say about a faulty run, in lock-step or under a random schedule."""
+    """Return the checks' report of a faulty run, in lock-step or under a random schedule."""
     for seed in SEEDS:
         try:
             run(Device(seed=seed, max_steps=100_000))

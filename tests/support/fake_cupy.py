@@ -1,6 +1,6 @@
 """A CuPy without a GPU: arrays are NumPy's, kernels are compiled by NVRTC and run on the PTX emulator.
 
-What :mod:`gpu_bn.backends.cupy.backend` uses of CuPy, and no more. ``install`` puts it where ``import cupy`` finds it.
+It has what :mod:`gpu_bn.backends.cupy.backend` uses of CuPy. ``install`` puts it where ``import cupy`` finds it.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class MemoryPointer:
         return dataclasses.replace(self, ptr=self.ptr + offset)
 
     def bytes(self) -> np.ndarray:
-        """The memory from here on."""
+        """Return the memory from here on."""
         memory, offset = self.place()
         return memory[offset:]
 
     def place(self) -> tuple[np.ndarray, int]:
-        """The array's memory, and how many bytes of it are before here."""
+        """Return the array's memory, and how many bytes of it are before here."""
         memory = _plain(self.array)
         assert memory.flags.c_contiguous
         return memory.reshape(-1).view(np.uint8), self.ptr - memory.ctypes.data
@@ -102,14 +102,14 @@ class ndarray(np.ndarray):
         return MemoryPointer(self, self.device_id, self.ctypes.data)
 
     def get(self) -> np.ndarray:
-        """In C order, whatever the array's."""
+        """Return a NumPy array in C order, whatever this array's."""
         return np.array(self, order="C")
 
     def copy(self, order: str = "C") -> ndarray:
         return GPUS[0]._register(self.view(np.ndarray).copy(order))
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """As CuPy does: on the current device, where arguments must be and the result is."""
+        """Compute on the current device, as CuPy does; arguments must be there and the result is."""
         given = (*inputs, *options.get("out", ()))
         _require_current(given)
         if "out" in options:
@@ -205,7 +205,7 @@ class EmulatedGpu:
 
     @property
     def stream(self) -> Stream:
-        """The calling thread's current stream on the current device."""
+        """Return the calling thread's current stream on the current device."""
         return self.streams.get((get_ident(), self.current), self.null)
 
     @stream.setter
@@ -230,7 +230,7 @@ class EmulatedGpu:
         return kernel
 
     def bind_context(self) -> tuple[int, int]:
-        """What CuPy does before it launches a kernel, and ``memGetInfo`` does in passing: free and all memory."""
+        """Make a context, as CuPy does before a launch; return free and all memory, as ``memGetInfo`` does."""
         self.contexts.add((get_ident(), self.current))
         return 1 << 30, 1 << 30
 
@@ -255,7 +255,7 @@ class EmulatedGpu:
         self.device.launch(kernel.compiled.kernel, (gx, gy, gz), (bx, by, bz), args, shared, cooperative=True)
 
     def occupancy(self, pointer: int, threads: int, shared: int) -> int:
-        """Blocks of a kernel that an SM holds, with so much dynamic shared memory each."""
+        """Return how many blocks of a kernel an SM holds, with so much dynamic shared memory each."""
         self.require_context()
         del threads  # the kernels' launch bounds stand for registers and threads
         static = self.kernels[pointer].compiled.kernel.shared_bytes if pointer in self.kernels else 0
@@ -281,7 +281,7 @@ class EmulatedGpu:
         return self._register(self.device.empty(tuple(np.atleast_1d(shape)), dtype))
 
     def asarray(self, array: Any, dtype: Any = None) -> ndarray:
-        """An array of that dtype as it is; else a copy in aligned memory, with the same strides where possible."""
+        """Return an array of that dtype as it is; else copy to aligned memory, with the same strides where possible."""
         if isinstance(array, ndarray) and dtype in (None, array.dtype):
             return array
         array = np.asarray(array, dtype)
@@ -290,7 +290,7 @@ class EmulatedGpu:
         return dense.transpose(np.argsort(order))
 
     def module(self) -> types.ModuleType:
-        """Everything, as a module."""
+        """Return everything, as a module."""
         cupy = types.ModuleType("cupy")
         cupy.float32, cupy.float64, cupy.float16 = np.float32, np.float64, np.float16
         cupy.ndarray, cupy.RawModule, cupy.empty = ndarray, self.raw_module, self.empty
@@ -327,7 +327,7 @@ class EmulatedGpu:
         return owner
 
     def _argument(self, cell: int, parameter: Any) -> Any:
-        """What a cell of a launch's table of arguments holds: an array for an address, else bytes as a number."""
+        """Read a cell of a launch's table of arguments: an array for an address, else bytes as a number."""
         size = TYPE_BYTES[parameter.type]
         content = ctypes.string_at(cell, size)
         if size < 8 or parameter.type == "f64":
@@ -342,7 +342,7 @@ class EmulatedGpu:
 
 
 def _plain(argument: Any) -> Any:
-    """An argument for the emulator: a kernel gets an array's memory, whatever its strides say."""
+    """Return an argument for the emulator: a kernel gets an array's memory, whatever its strides say."""
     assert argument is not None, "CuPy makes no null pointer of None"
     if isinstance(argument, MemoryPointer):
         return argument.bytes()

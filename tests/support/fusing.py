@@ -14,7 +14,7 @@ def rows(seed=0, count=6, channels=4):
 
 
 def fused_with(plain, *expected):
-    """A fused copy; the layers of these names, and no others, have something merged."""
+    """Return a fused copy; assert that the layers of these names, and no others, have something merged."""
     report = nn.Report()
     fused = nn.convert(copy.deepcopy(plain), fuse=True, report=report)
     assert set(report.merged) == set(expected)
@@ -22,7 +22,7 @@ def fused_with(plain, *expected):
 
 
 def agree(fused, plain, *arguments, **options):
-    """Outputs, input gradients and state are the same."""
+    """Assert that outputs, input gradients and state are the same."""
     for mode in (True, False):
         results = []
         for model in (fused.train(mode), plain.train(mode)):
@@ -50,7 +50,7 @@ class Block(torch.nn.Module):
 
 
 def calls_of_relu(model, x):
-    """How often torch's own ReLU runs."""
+    """Count how often torch's own ReLU runs."""
     with torch.profiler.profile() as profile:
         model(x)
     return sum(event.name == "aten::relu" for event in profile.events())

@@ -46,7 +46,7 @@ class Group(NamedTuple):
 
     @property
     def full(self) -> bool:
-        """Whether vectors are as wide as they can be."""
+        """Tell whether vectors are as wide as they can be."""
         return self.width == VECTOR_BYTES
 
     def __str__(self) -> str:
@@ -114,11 +114,11 @@ class Family:
     sources: Callable[[], str]
 
     def made_of(self, group: Group) -> str:
-        """A digest of a group's kernels: their names, and all text that they are made of."""
+        """Return a digest of a group's kernels: of their names, and of all text that they are made of."""
         return digest(sorted((name, self.stamp(group, name)) for name in self.variants(group)), 6)
 
     def every_group(self) -> Iterator[Group]:
-        """Of all architectures."""
+        """Return the groups of all architectures."""
         for arch in ARCHITECTURES:
             yield from self.groups(arch)
 
@@ -139,7 +139,7 @@ class Family:
         return sorted(found, key=self.importance)
 
     def outside(self, group: Group, kernels: Mapping[str, Resources]) -> list[str]:
-        """Why kernels of a group are outside the gates."""
+        """Say why kernels of a group are outside the gates."""
         found = []
         for name, kernel in kernels.items():
             found += [f"{group}: {name}: {why}" for why in _outside(group, self.limits(group, name), kernel)]
@@ -159,7 +159,7 @@ class Family:
         assert Cell.of(self, group, kernels) == cell
 
     def changed(self) -> dict[Group, int]:
-        """Groups of the covering set that have changed since they were recorded, by the registers they had to spare."""
+        """Return groups of the covering set that changed since they were recorded, by their registers to spare."""
         record, covering = Record.read(self), self.covering()
         current = record.current(self, covering)
         found = {}
@@ -170,12 +170,12 @@ class Family:
         return {group: found[group] for group in sorted(found, key=lambda group: (found[group], str(group)))}
 
     def shuffled(self, groups: Iterable[Group]) -> list[Group]:
-        """Groups in an order that is another one with each change of the sources."""
+        """Shuffle groups; the order is another one with each change of the sources."""
         seed = digest(self.sources(), 16)
         return sorted(groups, key=lambda group: digest([seed, *group], 16))
 
     def drawn(self, count: int) -> list[Group]:
-        """Some groups, others with each change of the sources."""
+        """Draw some groups, others with each change of the sources."""
         return self.shuffled(self.every_group())[:count]
 
 
@@ -202,7 +202,7 @@ COPY = re.compile(r"\bcp\.async\.[\w.:]*\s+\[[^\]]*\],\s*\[[^\]]*\],\s*(\d+)")
 
 
 def access_widths(ptx: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The widths in bytes of a kernel's global loads (and asynchronous copies) and of its stores."""
+    """Return the widths in bytes of a kernel's global loads (and asynchronous copies) and of its stores."""
     widths: dict[str, set[int]] = {"ld": set(map(int, COPY.findall(ptx))), "st": set()}
     for kind, modifiers in ACCESS.findall(ptx):
         words = modifiers.split(".")[1:]
@@ -213,7 +213,7 @@ def access_widths(ptx: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def digest(value: object, digits: int) -> str:
-    """A short hash of plain data."""
+    """Return a short hash of plain data."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:digits]
 
 
@@ -226,7 +226,7 @@ class Definitions:
         self._stamps: dict[frozenset[str], str] = {}
 
     def reachable(self, words: Iterable[str]) -> list[str]:
-        """The texts of the definitions that a text of some words can come to, by the words in them."""
+        """Return the texts of the definitions that a text of some words can reach, by the words in them."""
         known, taken, before = self.names.intersection(words), set[int](), -1
         while len(taken) > before:
             before = len(taken)
@@ -237,7 +237,7 @@ class Definitions:
         return [self.found[at][1] for at in sorted(taken)]
 
     def stamp(self, words: Iterable[str]) -> str:
-        """A digest of that."""
+        """Return a digest of that."""
         known = self.names.intersection(words)
         if known not in self._stamps:
             self._stamps[known] = digest(self.reachable(known), 8)
@@ -283,7 +283,7 @@ class Cell(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> Cell:
-        """From a record's text."""
+        """Read cells from a record's text."""
         *numbers, made_of = text.split(":")
         return Cell(*map(int, numbers), made_of)
 
@@ -298,12 +298,12 @@ class Record:
 
     @staticmethod
     def file(family: Family) -> Path:
-        """Where a family's record is."""
+        """Return the path of a family's record."""
         return DATA / f"gates_{family.name}.txt"
 
     @staticmethod
     def read(family: Family) -> Record:
-        """A family's record."""
+        """Read a family's record."""
         record, file = Record(""), Record.file(family)
         for line in file.read_text().splitlines() if file.exists() else []:
             first, _, rest = line.partition(" ")
@@ -327,7 +327,7 @@ class Record:
         return {group: cell for group, cell in cells.items() if cell.made_of == family.made_of(group)}
 
     def text(self, family: Family) -> str:
-        """The whole file."""
+        """Return the text of the whole file."""
         groups = list(family.every_group())
         missing = [group for group in groups if group not in self.cells]
         covering, current = family.covering(), self.current(family)

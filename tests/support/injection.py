@@ -15,7 +15,7 @@ class Fault(BaseException):
 
 
 def at_line(number, error):
-    """A trace function that raises at a line of the package, counted from 0; and how many it has seen."""
+    """Make a trace function that raises at a line of the package, counted from 0, and counts the lines it has seen."""
     seen = [0]
 
     def local(_, event, __):
@@ -32,7 +32,7 @@ def at_line(number, error):
 
 
 def at_c_call(number, error, parts=("",)):
-    """A profile function that raises before a call into C from parts of the package; and how many it has seen."""
+    """Make a profile function that raises before a call into C from parts of the package, and counts these calls."""
     seen = [0]
 
     def profile(frame, event, _):
@@ -46,7 +46,7 @@ def at_c_call(number, error, parts=("",)):
 
 
 def injected(call, install, place, error):
-    """Run with a fault at a place: whether it was raised, and how many places there were."""
+    """Run with a fault at a place; return whether it was raised, and how many places there were."""
     function, seen = place
     before = sys.gettrace() if install is sys.settrace else sys.getprofile()
     install(function)

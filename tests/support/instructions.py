@@ -50,7 +50,7 @@ def evaluate(instruction: str, sources: list[tuple[str, np.ndarray]], to: str) -
 
 
 def same_bits(got: np.ndarray, want: np.ndarray) -> None:
-    """Equal as bits; any NaN equals any NaN."""
+    """Tell whether arrays are equal as bits; any NaN equals any NaN."""
     want = np.asarray(want).astype(got.dtype)
     both_nan = np.isnan(got.astype(float)) & np.isnan(want.astype(float))
     bits = f"u{got.dtype.itemsize}"
@@ -58,7 +58,7 @@ def same_bits(got: np.ndarray, want: np.ndarray) -> None:
 
 
 def integers(type_: str, seed: int, count: int = 256) -> np.ndarray:
-    """Random integers of all magnitudes, with the corner cases."""
+    """Make random integers of all magnitudes, with the corner cases."""
     dtype, rng = np.dtype(NUMPY[type_]), np.random.default_rng(seed)
     info = np.iinfo(dtype)
     values = rng.integers(info.min, info.max, count, dtype=dtype, endpoint=True)
@@ -69,7 +69,7 @@ def integers(type_: str, seed: int, count: int = 256) -> np.ndarray:
 
 
 def floats(type_: str, seed: int, count: int = 512) -> np.ndarray:
-    """Random bit patterns: every exponent, subnormals, infinities and NaN; and some of common size."""
+    """Make random bit patterns: every exponent, subnormals, infinities and NaN; and some of common size."""
     dtype, rng = np.dtype(NUMPY[type_]), np.random.default_rng(seed)
     patterns = rng.integers(0, 256, count * dtype.itemsize, dtype=np.uint8).view(dtype)
     patterns[::2] = rng.standard_normal(count // 2).astype(dtype)
@@ -78,7 +78,7 @@ def floats(type_: str, seed: int, count: int = 512) -> np.ndarray:
 
 
 def nearest(value: Fraction, dtype: np.dtype) -> object:
-    """The value of `dtype` nearest to a fraction, ties to even: a first guess or its neighbour."""
+    """Return the value of `dtype` nearest to a fraction, ties to even: a first guess or its neighbour."""
     guess = np.array(float(value)).astype(dtype)
     bits = f"i{dtype.itemsize}"
     around = [(guess.view(bits) + step).view(dtype) for step in (-1, 0, 1)]

@@ -42,22 +42,22 @@ class Instruction(NamedTuple):
 
     @property
     def base(self) -> str:
-        """The operation without its modifiers."""
+        """Return the operation without its modifiers."""
         return self.opcode.partition(".")[0]
 
     @property
     def registers(self) -> list[int]:
-        """The numbers of the registers in its operands; of a group of registers the first."""
+        """Return the numbers of the registers in its operands; of a group of registers the first."""
         return [int(number) for number in re.findall(r"\bR(\d+)", self.operands)]
 
     @property
     def width(self) -> int:
-        """The bytes of an access to memory."""
+        """Return the bytes of an access to memory."""
         return next((WIDTHS[word] for word in self.opcode.split(".") if word in WIDTHS), 4)
 
     @property
     def is_double(self) -> bool:
-        """Whether this is done by the units for double precision, of which most GPUs have few."""
+        """Tell whether the units for double precision do this, of which most GPUs have few."""
         return self.base in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX") or (
             self.base in ("F2F", "I2F", "F2I") and ".F64" in self.opcode
         )
@@ -79,7 +79,7 @@ class Loop:
     targets: frozenset[int]
 
     def vectors(self, width: int) -> int:
-        """The vectors of tensors that one turn reads, or writes where it reads none."""
+        """Count the vectors of tensors that one turn reads, or writes where it reads none."""
         kinds = Counter(kind for ins in self.code if (kind := ins.accesses(width)))
         return max(kinds["load"], kinds["copy"]) or kinds["staged"] or kinds["store"]
 
@@ -95,7 +95,7 @@ class Loop:
         return [block for block in blocks if block]
 
     def in_flight(self, width: int) -> int:
-        """Loads that a thread has under way at a time: until an instruction names a register that one of them fills."""
+        """Count a thread's loads under way: until an instruction names a register that one of them fills."""
         pending: list[range] = []
         most = 0
         for ins in self.code * 2:  # twice, for what is loaded for the next turn
@@ -107,7 +107,7 @@ class Loop:
         return most
 
     def instructions(self, width: int, chain: int) -> float:
-        """Instructions a vector; what is jumped over and is in double precision runs once in ``chain`` vectors."""
+        """Count instructions a vector; double precision that is jumped over runs once in ``chain`` vectors."""
         total = 0.0
         for block in self.blocks():
             rare = any(ins.is_double for ins in block)
@@ -135,7 +135,7 @@ class Machine:
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """The innermost loops: jumps back to where they can be reached from. Code that was moved off jumps back too."""
+        """Find the innermost loops: jumps back to where they can be reached from. Code moved off jumps back too."""
         spans = set()
         for ins in self.code:
             start = self._target(ins)
@@ -149,12 +149,12 @@ class Machine:
         )
 
     def _target(self, ins: Instruction) -> int | None:
-        """Where an instruction jumps to."""
+        """Return the address that an instruction jumps to."""
         target = re.search(r"`\((\S+?)\)", ins.operands)
         return self.labels.get(target[1]) if target and ins.base == "BRA" else None
 
     def _reaches(self, first: int, last: int) -> bool:
-        """Whether there is a way from one address on to another, between the two."""
+        """Tell whether there is a way from one address on to another, between the two."""
         span = [ins for ins in self.code if first <= ins.address <= last]
         place = {ins.address: at for at, ins in enumerate(span)}
         seen, ahead = set[int](), [0]
@@ -172,7 +172,7 @@ class Machine:
         return len(span) - 1 in seen
 
     def hot(self, width: int) -> tuple[Loop, ...]:
-        """The loops that go through tensors."""
+        """Return the loops that go through tensors."""
         return tuple(loop for loop in self.loops if loop.vectors(width) and _moves(loop, width))
 
     def figures(self, width: int, chain: int = 1) -> Figures:
@@ -227,7 +227,7 @@ class Figures(NamedTuple):
 
 
 def blocks_per_sm(arch: int, threads: int, registers: int, shared_bytes: int) -> int:
-    """How many blocks an SM holds, by threads, registers and shared memory."""
+    """Return how many blocks an SM holds, by threads, registers and shared memory."""
     a_thread = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
     reserved = 1 << 10 if arch >= 80 else 0
     return min(
@@ -238,12 +238,12 @@ def blocks_per_sm(arch: int, threads: int, registers: int, shared_bytes: int) ->
 
 
 def tool(name: str) -> Path | None:
-    """``nvdisasm`` or ``cuobjdump``, if the ``triton`` wheel is installed."""
+    """Find ``nvdisasm`` or ``cuobjdump``, if the ``triton`` wheel is installed."""
     return package_file("triton", f"backends/nvidia/bin/{name}")
 
 
 def figures_of(cubin: bytes, width: int, chain: int = 1) -> dict[str, Figures]:
-    """The figures of a cubin's kernels by name, from the cache of compiled kernels if they are there."""
+    """Return the figures of a cubin's kernels by name, from the cache of compiled kernels if they are there."""
     reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     path = cached_path(["figures", reader, hashlib.sha256(cubin).hexdigest(), width, chain])
     if not path.exists():
@@ -253,7 +253,7 @@ def figures_of(cubin: bytes, width: int, chain: int = 1) -> dict[str, Figures]:
 
 
 def disassemble(cubin: bytes) -> dict[str, Machine]:
-    """The kernels of a cubin by name."""
+    """Return the kernels of a cubin by name."""
     usage = _run("cuobjdump", cubin, "-res-usage")
     text = _run("nvdisasm", cubin, "-c")
     found = {}
@@ -299,6 +299,6 @@ def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
 
 
 def _moves(loop: Loop, width: int) -> bool:
-    """Whether a loop reaches tensors in global memory, or sums up what is staged of them: no exchange of sums."""
+    """Tell whether a loop reaches tensors in global memory, or sums up what is staged of them: no exchange of sums."""
     kinds = {ins.accesses(width) for ins in loop.code}
     return bool(kinds & {"load", "copy", "store"}) or not any(ins.is_double for ins in loop.blocks()[0])

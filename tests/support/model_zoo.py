@@ -11,7 +11,7 @@ KEPT: list[Any] = []
 
 
 def declare_operators() -> None:
-    """torchvision's wheel is built for CUDA; beside a CPU build of torch two operators must be declared first."""
+    """Declare two operators: torchvision's wheel is built for CUDA, and lacks them beside a CPU build of torch."""
     if torch.version.cuda is not None:  # the wheel defines them itself
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -103,7 +103,7 @@ MONAI: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """All models, as ``library/model``."""
+    """Return all models, as ``library/model``."""
     lists: dict[str, Any] = {
         "torchvision": TORCHVISION.split(),
         "timm": TIMM.split(),
@@ -116,7 +116,7 @@ def names() -> list[str]:
 
 
 def make(name: str) -> torch.nn.Module:
-    """A model with random weights; nothing is downloaded."""
+    """Make a model with random weights; nothing is downloaded."""
     library, _, model = name.partition("/")
     torch.manual_seed(0)
     made: Any = globals()[f"_make_{library}"](model)
@@ -218,7 +218,7 @@ SIZES = {"inception": 96, "xception": 96, "PAN": 128, "tiny_vit": 224, "swiftfor
 
 
 def batch(name: str, model: torch.nn.Module, count: int = 4) -> tuple[Any, ...]:
-    """A small batch."""
+    """Make a small batch."""
     generator = torch.Generator().manual_seed(1)
     dtype = next(model.parameters()).dtype
     if "Conformer" in name:

@@ -170,7 +170,7 @@ STAND_INS = {
 
 
 def register(monkeypatch):
-    """Stand-ins are known as the classes that they stand for."""
+    """Make stand-ins known as the classes that they stand for."""
     from gpu_bn.nn.known_layers import CLASSES
 
     for name, cls in STAND_INS.items():

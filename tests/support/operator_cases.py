@@ -12,7 +12,7 @@ from gpu_bn.nn.operators import (
 
 
 def reference(x, mean, var, weight, bias, training, residual=None, activation="identity"):
-    """By torch's own functions."""
+    """Compute by torch's own functions."""
     z = torch.nn.functional.batch_norm(x, mean, var, weight, bias, training)
     z = z if residual is None else z + residual
     return composition.activate(z, ROWS[activation].default)
@@ -36,7 +36,7 @@ def arguments(name, shape=(3, 2, 4), activation="relu", dtype=torch.float32, mom
 
 
 def train_some(model, x, steps=3):
-    """Outputs, gradients and state after some steps."""
+    """Train some steps; return outputs, gradients and state."""
     results = []
     for step in range(steps):
         leaf = (x + step).requires_grad_()

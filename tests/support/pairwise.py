@@ -12,7 +12,7 @@ from gpu_bn.testing import Case
 
 
 def covering(cases: Sequence[Case]) -> list[Case]:
-    """Cases that have all pairs of values, and all shapes: at each step the one that adds most (greedy set cover)."""
+    """Choose cases with all pairs of values, and all shapes: at each step the one that adds most (greedy set cover)."""
     aspects = [_aspects(case) for case in cases]
     left: set[Hashable] = set().union(*aspects)
     # Counts of what is new only fall, so that the best is the first whose count is still true.

@@ -17,7 +17,7 @@ TIMEOUT = 280  # seconds, for a hang: a busy machine may take its time, and pyte
 
 
 def launch(world, module, names, folder):
-    """What each process's functions returned, by rank; with an error of one, an assertion error."""
+    """Run the processes; return their functions' results by rank, or raise an assertion error with what one raised."""
     processes = start(world, module, names, folder)
     outputs = finish(processes)
     if any(process.returncode for process in processes):  # the first to fail ends the others
@@ -26,7 +26,7 @@ def launch(world, module, names, folder):
 
 
 def once(tmp_path_factory, name, make):
-    """What ``make`` returns for a folder; of several processes that run tests (pytest -n), one calls it for all."""
+    """Return ``make``'s result for a folder; of several processes that run tests (pytest -n), one calls it."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     done = folder / "done"
@@ -44,14 +44,14 @@ def once(tmp_path_factory, name, make):
 
 
 def results(world, folder):
-    """What each process's functions have returned so far, by rank and name."""
+    """Return what each process's functions have returned so far, by rank and name."""
     import torch
 
     return [torch.load(Path(folder) / f"result.{rank}", weights_only=False) for rank in range(world)]
 
 
 def start(world, module, names, folder):
-    """The processes, running."""
+    """Start the processes."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS)))}
     command = [sys.executable, "-m", "support.processes", module, str(folder)]
     return [
@@ -67,7 +67,7 @@ def start(world, module, names, folder):
 
 
 def finish(processes):
-    """What they print; none outlives this."""
+    """Return what they print; none outlives this."""
     end = time.monotonic() + TIMEOUT
     try:
         return [process.communicate(timeout=end - time.monotonic())[0] for process in processes]
@@ -101,7 +101,7 @@ def main(module, folder, rank, world, *names):
 
 
 def gloo_threads():
-    """Names of this process's threads that serve a group."""
+    """Return the names of this process's threads that serve a group."""
     names = (task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir())
     return [name for name in names if "gloo" in name]
 

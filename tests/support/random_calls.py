@@ -30,7 +30,7 @@ class Call:
     tier: str | None
 
     def problem(self) -> Problem:
-        """The case's arrays, changed."""
+        """Return the case's arrays, changed."""
         problem = build(self.case)
         x, weight = problem.x, problem.weight
         if x.flags.writeable and self.case.layout != "broadcast" and self.case.mask is None:
@@ -45,7 +45,7 @@ class Call:
 
 
 def draw(seed: int) -> Call:
-    """The call of a seed."""
+    """Draw the call of a seed."""
     rng = np.random.default_rng(seed)
 
     def one(choices: Any) -> Any:

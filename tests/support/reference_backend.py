@@ -44,7 +44,7 @@ def forward(
     device: Device, compiled: Compiled, x: Array, y: Array | None, weight: Array | None, bias: Array | None,
     eps: float = 1e-5, *, threads: int = 256, shared_bytes: int = 0, launch: Callable[..., Any] | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Launch one of the kernels on an [n, c, s] array; the mean and the variance of each channel."""
+    """Launch one of the kernels on an [n, c, s] array; return the mean and the variance of each channel."""
     n, c, s = x.shape
     mean, var = device.empty(c, np.float64), device.empty(c, np.float64)
     args = [x, y, weight, bias, mean, var, np.int32(n), np.int32(c), np.int32(s), np.float64(eps)]
@@ -68,7 +68,7 @@ class ReferenceBackend(NumpyBackend):
         self.device = device
 
     def launch(self, x: Array, y: Array | None, weight: Array | None, bias: Array | None, eps: float) -> tuple:
-        """Mean and variance of each channel of a dense [n, c, s] array; the output, if `y` is given."""
+        """Return mean and variance of each channel of a dense [n, c, s] array; write the output, if `y` is given."""
         raise NotImplementedError
 
     def stats(self, x: Array, axis: int) -> Moments:
@@ -101,7 +101,7 @@ class CudaBackend(ReferenceBackend):
         self.kernels = kernels
 
     def choose(self, n: int, s: int, dtype: np.dtype, stage: bool) -> tuple[str, int]:
-        """A kernel's name and the bytes of shared memory it stages a channel in."""
+        """Return a kernel's name and the bytes of shared memory it stages a channel in."""
         names = (f"bn_forward_{TYPES[dtype]}_v{width}" for width in (8, 4, 2, 1) if s % width == 0)
         name = next(name for name in names if name in self.kernels)
         size = n * s * dtype.itemsize
@@ -136,7 +136,7 @@ class TritonBackend(ReferenceBackend):
 
 
 def _ordered(layout: Layout, array: Array) -> Array:
-    """An array as [n, c, s], copied unless it is contiguous and at an address for the widest loads."""
+    """Return an array as [n, c, s], copied unless it is contiguous and at an address for the widest loads."""
     array = array.transpose(layout.order).reshape(layout.n, layout.c, layout.s)
     usable = array.flags.c_contiguous and array.ctypes.data % 16 == 0
     return array if usable else array.copy()

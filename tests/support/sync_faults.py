@@ -17,7 +17,7 @@ from support.injection import at_c_call, injected
 
 
 def wrong_calls(rank):
-    """For each check, what one process calls a layer of 3 channels with while the others do it right."""
+    """Return, for each check, the wrong call of a layer of 3 channels that one process makes."""
     x = torch.randn(4, 3, 5)
     calls = {
         "rank": (torch.randn(3),),
@@ -30,7 +30,7 @@ def wrong_calls(rank):
 
 
 def wrong_vectors(rank, world):
-    """What each process raises if one gives something per channel that does not fit, and the counts then."""
+    """Return what each process raises if one gives a vector that does not fit, and the counts then."""
     results = {}
     x, three, four = torch.randn(4, 3), torch.ones(3), torch.ones(4)
     for name, wrong in {
@@ -52,7 +52,7 @@ def wrong_vectors(rank, world):
 
 
 def troubles(rank, _):
-    """What each process raises if one of them makes a mistake, and whether that changed anything."""
+    """Return what each process raises if one makes a mistake, and whether that changed anything."""
     results = {}
     layer = nn.SyncBatchNorm(3)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -67,7 +67,7 @@ def troubles(rank, _):
 
 
 def text_of(call):
-    """The text of an error, if the call raises one of ours."""
+    """Return the text of an error, if the call raises one of ours."""
     try:
         call()
     except ValueError as error:
@@ -104,7 +104,7 @@ DIFFERENCES = {
 
 
 def one_differs(rank, table):
-    """For each row the text that each process gets, and whether anything has changed; the last process differs."""
+    """Return for each row each process's text, and whether anything has changed; the last process differs."""
     results = {}
     for name, different in table.items():
         state = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "num_batches_tracked": torch.tensor(0)}
@@ -128,7 +128,7 @@ def differences(rank, _):
 
 
 def skipped(rank, world):
-    """One process leaves a layer out, or evaluates it: what all get, and the layers' counters."""
+    """Let one process leave a layer out, or evaluate it; return what all get, and the layers' counters."""
     results = {}
     for name in ("skipped", "evaluated", "other channels"):
         layers = [nn.SyncBatchNorm(3) for _ in range(3)]
@@ -152,7 +152,7 @@ def skipped(rank, world):
 
 
 def backwards(rank, world):
-    """What each process gets if the last one's backward passes differ from those of the others."""
+    """Return what each process gets if the last one's backward passes differ from those of the others."""
     results = {}
     last = rank == world - 1
 
@@ -209,7 +209,7 @@ def out_of_memory(*_):
 
 @contextmanager
 def failing(phase):
-    """Have no memory in a phase of the backend that serves tensors on the CPU."""
+    """Let a phase of the backend that serves tensors on the CPU find no memory."""
     engine = registry.serving(torch.empty(0))
     if phase is not None:
         setattr(engine, phase, out_of_memory)
@@ -225,7 +225,7 @@ def state_of(layer):
 
 
 def no_memory(rank, world):
-    """What all get, and the state after it, if memory runs out on one process, before the exchange and after it."""
+    """Return what all get, and the state, if memory runs out on one process before the exchange and after it."""
     results = {}
     for channels in (3, 600):
         layer = nn.SyncBatchNorm(channels)
@@ -244,7 +244,7 @@ PARTS = ("backends", "algorithm.py", "merge.py", "registry.py", "arguments.py", 
 
 
 def everywhere(rank, world):
-    """Memory that runs out on one process in each call into C in turn: whether each raised, and has a new state."""
+    """Let memory run out on one process in each call into C in turn; return whether each raised and changed."""
     x = torch.linspace(0, 1, 60).view(4, 3, 5)
     old = state_of(nn.SyncBatchNorm(3, momentum=None, activation="silu"))
     outcomes, number, more, error = [], 0, torch.tensor(1), MemoryError("none left")
@@ -262,7 +262,7 @@ def everywhere(rank, world):
 
 
 def skipped_at_first(rank, world):
-    """One process leaves a layer out that has not been called before; in the end it has made one more than others."""
+    """Let one process leave out a layer that was never called; in the end it has made one more than others."""
     results = []
     for more in (0, 1):
         layers = [nn.SyncBatchNorm(3) for _ in range(3 + (more if rank == world - 1 else 0))]
@@ -339,7 +339,7 @@ def memory_that_runs_out_for_a_compiled_output(x, last):
 
 
 def caught(call):
-    """The text of an error, and how long it took."""
+    """Return the text of an error, and how long it took."""
     start = time.monotonic()
     try:
         call()

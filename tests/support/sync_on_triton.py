@@ -16,7 +16,7 @@ registry.serving = lambda *_: TRITON
 
 
 def compare(sizes, activation, dtype):
-    """Phases on parts against a layer on the whole, which NumPy computes."""
+    """Compare phases on parts with a layer on the whole, which NumPy computes."""
     torch.manual_seed(0)
     x, residual, dy = (torch.randn(sum(sizes), 3, 4, dtype=torch.float64).mul(2).add(5).to(dtype) for _ in range(3))
     weight, bias = torch.rand(3), torch.randn(3)

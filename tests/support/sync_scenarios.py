@@ -31,7 +31,7 @@ def data(step, *shape, dtype=torch.float64):
 
 
 def train(net, part, add, steps=8):
-    """SGD steps on a part of each batch; outputs and gradients of the last step, and the state after it."""
+    """Train on a part of each batch; return outputs and gradients of the last step, and the state after it."""
     for step in range(steps):
         x = data(step, BATCH, 3, 5, 4)[part].mul(3).add(7).requires_grad_()
         y = net(x)
@@ -61,7 +61,7 @@ def equality(rank, world):
 
 
 def mine(rank, world, *shape, seed=0, dtype=torch.float64, size=6):
-    """A part of a batch of ``size``, and the whole of it."""
+    """Return a part of a batch of ``size``, and the whole of it."""
     whole = data(seed, size, *shape, dtype=dtype).mul(2).add(3)
     return whole.tensor_split(world)[rank].clone(), whole
 
@@ -93,7 +93,7 @@ def numerics(rank, world):
 
 
 def penalty(norm, x, residual, dy):
-    """Gradients of a function of first gradients."""
+    """Return gradients of a function of first gradients."""
     x, residual, dy = (tensor.clone().requires_grad_() for tensor in (x, residual, dy))
     inputs = (x, residual, norm.weight, norm.bias)
     firsts = torch.autograd.grad((norm(x, residual) * dy).sum(), inputs, create_graph=True)
@@ -150,7 +150,7 @@ def two_blocks():
 
 
 def steps_of_blocks(model, *parts):
-    """Outputs, gradients and state after two steps of training."""
+    """Train two steps; return outputs, gradients and state."""
     for part in parts:
         model.zero_grad()
         y = model(part)
@@ -183,7 +183,7 @@ def masked_inputs(dtype=torch.float64):
 
 
 def masked_step(norm, x, residual, dy, mask):
-    """Outputs, first and second derivatives."""
+    """Return outputs, first and second derivatives."""
     x, residual = (tensor.clone().requires_grad_() for tensor in (x, residual))
     inputs = (x, residual, norm.weight, norm.bias)
     y = norm(x, residual, mask=mask)
@@ -220,7 +220,7 @@ BATCHES = ((5, 3), (2, 4, 1))
 
 
 def batches(rank):
-    """This process's part of a data set; labels beside the inputs."""
+    """Return this process's part of a data set, labels beside the inputs."""
     sizes = [size for sizes in BATCHES[:rank] for size in sizes]
     start = sum(sizes)
     for size in BATCHES[rank]:

@@ -10,7 +10,7 @@ def tensor(*shape, dtype=torch.float64, seed=0, grad=True):
 
 
 def inputs(shape=(3, 2, 4), dtype=torch.float64, grad=True):
-    """x, weight, bias and residual."""
+    """Make x, weight, bias and residual."""
     channels = shape[1]
     sizes = (shape, (channels,), (channels,), shape)
     return tuple(tensor(*size, dtype=dtype, seed=seed, grad=grad) for seed, size in enumerate(sizes))

@@ -81,7 +81,7 @@ class EmulatedBackend(TritonBackend):
         )  # fmt: skip
 
     def require_as_compiled(self, step: Step, special: Specialisation, arguments: dict[str, Any]) -> None:
-        """A step is compiled for its first arguments: what comes later must be of the same types, and aligned."""
+        """Assert that later arguments have the types and the alignment of the first, for which a step is compiled."""
         types = self.met.setdefault(step, special.signature)
         assert special.signature == types, f"{step.kernel.__name__} was compiled for {types}, got {special.signature}"
         for name in special.aligned:
@@ -96,7 +96,7 @@ class EmulatedBackend(TritonBackend):
         )
 
     def memory_of(self, value: Any) -> Any:
-        """An argument as the emulator takes it: of a tensor, its bytes in the memory it is a view of."""
+        """Return an argument as the emulator takes it: of a tensor, its bytes in the memory it is a view of."""
         if not isinstance(value, torch.Tensor):
             return value
         storage = value.untyped_storage()
@@ -109,7 +109,7 @@ class EmulatedBackend(TritonBackend):
         return owner[start : start + reach * value.element_size()]
 
     def report(self, kernel: str) -> Report:
-        """The last launch's report of a kernel."""
+        """Return the last launch's report of a kernel."""
         found = [report for report in self.emulated.reports if report.kernel.name == kernel]
         assert found, f"{kernel} was not launched, but {[report.kernel.name for report in self.emulated.reports]}"
         return found[-1]

@@ -78,7 +78,7 @@ ACTIVATIONS = {
 
 
 def groups(arch: int) -> Iterator[Group]:
-    """All groups of an architecture."""
+    """Return all groups of an architecture."""
     for kind, activations in ACTIVATIONS.items():
         if kind == "cluster" and arch < 90:
             continue
@@ -91,7 +91,7 @@ def groups(arch: int) -> Iterator[Group]:
 
 
 def importance(group: Group) -> int:
-    """Those that need most registers first: that hold a channel, in full vectors."""
+    """Rank a group: those come first that need most registers, because they hold a channel in full vectors."""
     if group.kind in ("held", "cluster", "sizes"):
         return (0 if group.activation in HEAVY else 2) if group.full else 4
     return (1 if group.kind == "split" else 3) if group.full else 4
@@ -102,7 +102,7 @@ def _has_narrow(kind: str) -> bool:
 
 
 def variants(group: Group) -> dict[str, Launch]:
-    """The kernels of a group, by name."""
+    """Return the kernels of a group, by name."""
     return _variants(group._replace(arch=90 if group.arch >= 90 else 80))  # the backend asks for no more of it
 
 
@@ -120,7 +120,7 @@ def _variants(group: Group) -> dict[str, Launch]:
 
 
 def kernel_name(step: Step, special: Specialisation) -> str:
-    """All that a kernel is compiled from, but for the texts of its functions."""
+    """Return all that a kernel is compiled from, but for the texts of its functions."""
     types: dict[str, list[str]] = {}
     for name, kind in special.signature.items():
         types.setdefault(kind, []).append(name)
@@ -146,7 +146,7 @@ class Tensors:
 
     @property
     def tile(self) -> int:
-        """Positions of the largest block."""
+        """Return the positions of the largest block."""
         elements = 2048 if self.dtype == "float64" else 4096
         return elements * DTYPES[self.dtype].itemsize // STRIP_BYTES if self.columns else elements // self.vector
 
@@ -173,7 +173,7 @@ def recorded(
     residual: bool = False, need: set[str] | None = None, parameters: torch.dtype = torch.float32, affine: bool = True,
     tracked: bool = True, **options: Any,
 ) -> list[Launch]:  # fmt: skip
-    """What a call forward and backward launches, on a device with so many multiprocessors."""
+    """Return what a call launches forward and backward, on a device with so many multiprocessors."""
     backend = RecordingBackend(replace(DEVICES["h100"], arch=arch, sms=sms), tier=tier, wide=wide)
     engine: Any = Phases(backend) if phases else backend
     there = (tracked, tracked, affine, affine)
@@ -248,7 +248,7 @@ def _of_kind(kind: str, programs: dict[Program, Size]) -> list[Size]:
 
 # -------------------------------------------------------------------------------------------------------- compiling
 def compiled_with(special: Specialisation) -> dict[str, Any]:
-    """What the compiler is told beside the function and the architecture."""
+    """Return what the compiler is told beside the function and the architecture."""
     options = dict(special.options)
     options["fp_fusion"] = options.pop("enable_fp_fusion")
     return {"signature": special.signature, "constants": special.constants, "aligned": special.aligned, **options}
@@ -265,7 +265,7 @@ _BUILT: dict[tuple[int, str], Resources] = {}
 
 
 def built(arch: int, step: Step, special: Specialisation, cached: bool = True) -> Resources:
-    """What the compiler makes of a launch, asked again as the backend asks it if it has spilled."""
+    """Compile a launch, and again as the backend does if it has spilled."""
     key = arch, kernel_name(step, special)
     if key not in _BUILT:
         compiler = compile_triton if cached else build_triton
@@ -278,7 +278,7 @@ def built(arch: int, step: Step, special: Specialisation, cached: bool = True) -
 
 
 def limits(group: Group, name: str) -> Limits:
-    """One block an SM at least, usually more; full vectors of all tensors, if each thread has one."""
+    """Ask for one block an SM at least, usually more, and full vectors of all tensors, if each thread has one."""
     kernel = name.partition("<")[0]
     usual = group.kind == "split" and group.activation == "relu" and group.full and ITEMSIZE[group.dtype] == 2
     registers = CEILINGS[kernel][group.columns] if usual else MOST_REGISTERS
@@ -295,7 +295,7 @@ def limits(group: Group, name: str) -> Limits:
 
 
 def compiler() -> str:
-    """Triton's version: it has the assembler in it."""
+    """Return Triton's version: the assembler is a part of it."""
     return f"Triton {triton_version()}"
 
 
@@ -316,7 +316,7 @@ MATHS = ("where", "abs", "exp", "expm1", "tanh", "sigmoid", "sigmoid_slope", "no
 
 @cache
 def _definitions() -> Definitions:
-    """Those in the kernels' files."""
+    """Return the definitions in the kernels' files."""
     found: list[tuple[list[str], str]] = []
     for file in sorted(KERNELS.glob("*.py")):
         for node in ast.parse(file.read_text()).body:
@@ -331,7 +331,7 @@ def _definitions() -> Definitions:
 
 
 def sources() -> str:
-    """All text, of all activations."""
+    """Return the text of all sources, with all activations."""
     return repr([[text for _, text, _ in _definitions().found], [astuple(row.device) for row in ROWS.values()]])
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 @st.composite
 def random_views(draw, shape, dtype):
-    """An array of a shape with permuted axes, steps of either sign, offsets and broadcast axes."""
+    """Draw an array of a shape with permuted axes, steps of either sign, offsets and broadcast axes."""
     rank = len(shape)
     order = draw(st.permutations(range(rank)))
     steps = [draw(st.sampled_from([1, 1, -1, 2, -3])) for _ in shape]
