@@ -57,7 +57,10 @@ def switched(activation: str) -> bool:
 
 
 def _activation(name: str) -> str:
-    """Return the struct ``Activation`` of a row's expressions; numbers get the precision of the computation."""
+    """Return the struct ``Activation`` of a row's expressions; numbers get the precision of the computation.
+
+    ``LONG``: the gradient takes many registers, for the normal distribution's integral.
+    """
     code = ROWS[name].device
     dropped = f"{code.slope} * dy" if code.slope else code.dropped or "dy"
     value, gradient, drop, dropped = (
@@ -68,6 +71,7 @@ def _activation(name: str) -> str:
         gradient = f"drop(z) ? {dropped} : dy"
     return f"""
 struct Activation {{
+  static constexpr bool LONG = {_text_of("normal_cdf" in gradient)};
   template <class A> DEVICE bool drop(A z) {{ return {drop}; }}
   template <class A> DEVICE A dropped(A dy, A p) {{ return {dropped}; }}
   template <class A> DEVICE A value(A z, A p) {{ return {value}; }}
