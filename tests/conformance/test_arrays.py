@@ -165,24 +165,30 @@ def test_vectors_and_masks_in_any_strides_on_emulated_cuda(make_gpu):
     require_vectors_and_masks_in_any_strides(gpu.backend, gpu.asarray)
 
 
-def few(backend):
-    """The hardest layouts, each with one option."""
-    layouts = ("permuted", "negative_stride", "sliced_channels", "overlapping")
-    for layout, options in zip(layouts, OPTIONS, strict=False):
-        assert check(Case((4, 6, 5, 3), "float32", layout, residual=True, activation="relu", **options), backend)
+def require_layouts(backend, layouts, options):
+    """Right results of a call with each layout and the options that stand beside it."""
+    for layout, more in zip(layouts, options, strict=True):
+        assert check(Case((4, 6, 5, 3), "float32", layout, residual=True, activation="relu", **more), backend)
+
+
+HARDEST = ("permuted", "negative_stride", "sliced_channels", "overlapping")
 
 
 @pytest.mark.compile
-def test_every_layout_on_emulated_cuda(make_gpu):
-    few(make_gpu(80).backend)
+@pytest.mark.parametrize("options", [None, *(pytest.param(one, marks=pytest.mark.slow) for one in OPTIONS)], ids=str)
+def test_layouts_on_emulated_cuda(options, make_gpu):
+    layouts, every = (HARDEST, OPTIONS[: len(HARDEST)]) if options is None else (LAYOUTS, [options] * len(LAYOUTS))
+    require_layouts(make_gpu(80).backend, layouts, every)
 
 
 @pytest.mark.compile
-def test_every_layout_on_emulated_triton(compile_triton, device):
+@pytest.mark.parametrize("options", [None, *(pytest.param(one, marks=pytest.mark.slow) for one in OPTIONS)], ids=str)
+def test_layouts_on_emulated_triton(options, compile_triton, device):
     pytest.importorskip("torch")
     from support.triton_backends import EmulatedBackend
 
-    few(EmulatedBackend(device, compile_triton))
+    layouts, every = (HARDEST, OPTIONS[: len(HARDEST)]) if options is None else (LAYOUTS, [options] * len(LAYOUTS))
+    require_layouts(EmulatedBackend(device, compile_triton), layouts, every)
 
 
 @st.composite

@@ -58,6 +58,6 @@ def test_phases_give_what_the_fused_calls_give(make_gpu, monkeypatch):
     for case in cases()[::90]:
         check(case, gpu.backend)
     assert {name.partition("kernel")[0].partition("bn_")[2] for name in gpu.launched} == {
-        "stats_", "normalize_", "backward_reduce_", "backward_input_",
+        "stats_", "normalize_", "track_", "backward_reduce_", "backward_input_",
     }  # fmt: skip
     assert functional.algorithm is gpu_bn.algorithm

@@ -37,7 +37,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("tier", "case"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("tier", "case"),
+    [pytest.param(*one, marks=pytest.mark.slow if index % 2 else ()) for index, one in enumerate(CASES)],
+    ids=str,
+)
 def test_case(tier, case, make_gpu):
     gpu = make_gpu(90 if tier == "cluster" else 80, tier)
     check(case, gpu.backend)
