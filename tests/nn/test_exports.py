@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import gpu_bn
 from gpu_bn import nn
 
-REASON = "not installed: pip install 'gpu_bn[models]'"
+REASON = "not installed: pip install -e '.[models]'"
 
 
 def images(count=2):
@@ -170,7 +170,7 @@ def test_quantisation_aware_training_through_fx(way, plain):
 @pytest.mark.filterwarnings("ignore")  # of torchao, while it is imported
 def test_quantisation_aware_training_through_an_export():
     """Prepared models are torch's; converting one takes half a minute."""
-    pytest.importorskip("torchao", reason="torchao is not installed: pip install 'gpu_bn[zoo]'")
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install -e '.[zoo]'")
     from torchao.quantization.pt2e import move_exported_model_to_eval
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86

@@ -118,7 +118,7 @@ def test_a_model_of_each_library(name, torchvision):
     del torchvision
     library = name.partition("/")[0]
     package = {"smp": "segmentation_models_pytorch"}.get(library, library)
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'gpu_bn[zoo]'")
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[zoo]'")
     done = examine(name)
     assert done["converted"] == done["norms"]
     assert done["merged"] == done["mergeable"]
