@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import pytest
 
 from gpu_bn.plan import TIERS
 from gpu_bn.testing import Case, Problem, build
@@ -65,6 +66,12 @@ def draw(seed: int) -> Call:
         virtual_batch_size=one(groups) if groups and mask is None and rng.random() < 0.4 else None,
     )  # fmt: skip
     return Call(case, one(CHANGES), one((75, 80, 90, 90, 120)), one((None, None, *TIERS)))
+
+
+def marked(seed: int, usual: int, more: int, first: int = 0) -> Any:
+    """A seed as a test's parameter, counted from ``first``: the usual ones, more in a long run, the others by hand."""
+    marks = [] if seed < usual else [pytest.mark.slow if seed < more else pytest.mark.exhaustive]
+    return pytest.param(first + seed, id=f"seed-{first + seed}", marks=marks)
 
 
 def family(seed: int, count: int) -> Iterator[Call]:

@@ -9,6 +9,7 @@ Where nothing but autograd is to see a call, it goes to its backend without torc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from gpu_bn.spec import BatchNormSpec
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
+_is_inference, _is_neg = Tensor.is_inference, Tensor.is_neg
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched=True; an ordinary tensor to all else
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
@@ -337,6 +339,31 @@ def _plain(arguments: tuple[Any, ...]) -> bool:
 def watched() -> bool:
     """Whether a compiler, a tracer, a mode or a transform wants to see the operator."""
     return _is_compiling() or _modes() > 0 or tracing_state() is not None or _transforms_active()
+
+
+def plain_parts(call: Call, options: Options) -> tuple[list[Tensor], list[Tensor], bool] | None:
+    """Return a call's tensors, those that it writes, and whether it is differentiated; ``None`` if it is not plain.
+
+    The tensors: x, residual, weight, bias, running mean and variance, counter; no absent ones.
+    """
+    x, weight, bias, residual, mean, var, counter, _, _ = call
+    if type(options.eps) is not float or not 0.0 < options.eps < inf:
+        return None
+    given = [one for one in (x, residual, weight, bias, mean, var, counter) if one is not None]
+    if not PLAIN.issuperset(map(type, given)) or any(map(_is_neg, given)):
+        return None
+    training, grows = options.training, torch.is_grad_enabled()
+    if mean is None or var is None:
+        if not training or mean is not var:
+            return None
+    elif grows and (mean.requires_grad or var.requires_grad):
+        return None
+    grows = grows and _any_requires_grad(x, weight, bias, residual)
+    tracked = [one for one in (mean, var, counter) if one is not None] if training else []
+    kept = tracked if not grows else given if training else [one for one in call[:4] if one is not None]
+    if any(map(_is_inference, kept)):
+        return None  # such a tensor can neither be kept nor be written
+    return given, tracked, grows
 
 
 def needs_operator(dy: Tensor, x: Tensor) -> bool:

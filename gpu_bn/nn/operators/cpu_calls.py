@@ -16,11 +16,9 @@ from gpu_bn import registry
 from gpu_bn.backends.protocol import Moments, Saved
 from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import library
-from gpu_bn.nn.operators.autograd import PLAIN, gradients_of, needs_operator, watched
+from gpu_bn.nn.operators.autograd import PLAIN, gradients_of, needs_operator, plain_parts, watched
 
-_any_requires_grad = torch._C._any_requires_grad
 _increment_version = torch._C._increment_version
-_is_inference, _is_neg = Tensor.is_inference, Tensor.is_neg
 _float64, _strided = torch.float64, torch.strided
 
 
@@ -32,22 +30,9 @@ def forward(call: Call, options: Options) -> Tensor | None:
         return None
     engine = registry.serving(x)
     doors = vars(engine).get("doors")  # not by delegation: a wrapper may have calls of its own
-    if doors is None or type(eps) is not float or not 0.0 < eps < inf:
+    if doors is None or (parts := plain_parts(call, options)) is None:
         return None
-    given = [one for one in call[:7] if one is not None]
-    if not PLAIN.issuperset(map(type, given)) or any(map(_is_neg, given)):
-        return None
-    grows = torch.is_grad_enabled()
-    if running_mean is None or running_var is None:
-        if not training or running_mean is not running_var:
-            return None
-    elif grows and (running_mean.requires_grad or running_var.requires_grad):
-        return None
-    grows = grows and _any_requires_grad(x, weight, bias, residual)
-    tracked = [one for one in (running_mean, running_var, counter) if one is not None] if training else []
-    kept = tracked if not grows else given if training else [one for one in call[:4] if one is not None]
-    if any(map(_is_inference, kept)):
-        return None  # such a tensor can neither be kept nor be written
+    _, tracked, grows = parts
     if momentum is None:
         if counter is not None and not counter.is_cpu:
             return None

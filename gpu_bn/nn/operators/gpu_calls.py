@@ -14,38 +14,24 @@ from torch.autograd import Function, forward_ad
 
 from gpu_bn import registry
 from gpu_bn.call import Call, Options
-from gpu_bn.nn.operators.autograd import PLAIN, gradients_of, needs_operator, watched
+from gpu_bn.nn.operators.autograd import PLAIN, gradients_of, needs_operator, plain_parts, watched
 
-_any_requires_grad = torch._C._any_requires_grad
 _increment_version = torch._C._increment_version
-_is_inference, _is_neg = Tensor.is_inference, Tensor.is_neg
 
 
 def forward(call: Call, options: Options) -> Tensor | None:
     """Return ``y``, or ``None`` if the call is of another kind; the counter is given only in training."""
-    x, weight, bias, residual, mean, var, counter, _, _ = call
+    x, weight, bias, residual, *_ = call
     training, momentum, eps, activation, *_ = options
     if watched() or forward_ad._current_level >= 0 or type(x) not in PLAIN or not (x.is_cuda or x.is_cpu):
         return None
     engine = registry.serving(x)
     plain = vars(engine).get("plain")  # not by delegation: a wrapper may have calls of its own
-    if plain is None or type(eps) is not float or not 0.0 < eps < inf:
+    if plain is None or type(momentum) is not float or not -inf < momentum < inf:
         return None
-    if type(momentum) is not float or not -inf < momentum < inf:
+    if (parts := plain_parts(call, options)) is None:
         return None
-    given = [one for one in (x, residual, weight, bias, mean, var, counter) if one is not None]
-    if not PLAIN.issuperset(map(type, given)) or any(map(_is_neg, given)):
-        return None
-    grows = torch.is_grad_enabled()
-    if mean is None or var is None:
-        if not training or mean is not var:
-            return None
-    elif grows and (mean.requires_grad or var.requires_grad):
-        return None
-    grows = grows and _any_requires_grad(x, weight, bias, residual)
-    tracked = [one for one in (mean, var, counter) if one is not None] if training else []
-    if any(map(_is_inference, given if grows else tracked)):
-        return None  # such a tensor can neither be kept nor be written
+    given, tracked, grows = parts
     try:
         found = plain.forward(call, given, training, momentum, eps, activation, grows)
     except NotImplementedError:  # a tensor that torch.func has left behind has no address

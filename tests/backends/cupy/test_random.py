@@ -7,11 +7,10 @@ ones like it.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 from emulator import Checks, Device
-from support.random_calls import CHANGES, SCALES, draw, family
+from support.random_calls import CHANGES, SCALES, draw, family, marked
 
 from gpu_bn.plan import TIERS, NoPlanError
 from gpu_bn.testing import check
@@ -24,12 +23,7 @@ LIKE_IT = 13
 """Small calls of a seed: with both runs of CI, 224 calls in all."""
 
 
-def marked(seed: int) -> Any:
-    marks = [] if seed < USUAL else [pytest.mark.slow if seed < MORE else pytest.mark.exhaustive]
-    return pytest.param(seed, id=f"seed-{seed}", marks=marks)
-
-
-@pytest.mark.parametrize("seed", [marked(seed) for seed in range(ALL)])
+@pytest.mark.parametrize("seed", [marked(seed, USUAL, MORE) for seed in range(ALL)])
 def test_random_calls(seed, make_gpu):
     gpu = make_gpu(draw(seed).arch, draw(seed).tier, Device(checks=Checks(races=seed % 4 == 0)))
     planned = type(gpu.backend)()

@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pi
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from emulator import Checks, Device
-from support.random_calls import draw, family
+from support.random_calls import draw, family, marked
 from support.triton_backends import EmulatedBackend
 
 pytestmark = pytest.mark.compile
@@ -20,12 +20,7 @@ LIKE_IT = 6
 """Small calls of a seed: with both runs of CI, 56 calls in all."""
 
 
-def marked(seed):
-    marks = [] if seed < USUAL else [pytest.mark.slow if seed < MORE else pytest.mark.exhaustive]
-    return pytest.param(FIRST + seed, id=f"seed-{FIRST + seed}", marks=marks)
-
-
-@pytest.mark.parametrize("seed", [marked(seed) for seed in range(ALL)])
+@pytest.mark.parametrize("seed", [marked(seed, USUAL, MORE, FIRST) for seed in range(ALL)])
 def test_random_calls(seed, compile_triton):
     arch = {75: 75, 80: 80, 90: 90, 120: 100}[draw(seed).arch]
     backend = EmulatedBackend(Device(checks=Checks(races=seed % 4 == 0)), compile_triton, arch)
