@@ -121,8 +121,10 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   load_channels(tile, given, shared);
   const OwnAffine<L> affine(tile, shared.affine);
   BackwardSums<L> sums(tile, shared.gradient);
-  constexpr bool crowded = L::MASKED || FROM == FROM_RESIDUAL || (FROM == FROM_X && Activation::LONG && __CUDA_ARCH__ >= 1000);
-  each<L::COLUMNS && crowded ? 1 : 2, false>(  // more would spill
+  constexpr bool longest = Activation::LONG && __CUDA_ARCH__ >= 1000;
+  constexpr bool crowded =  // two vectors at a time would spill
+      L::COLUMNS ? L::MASKED || FROM == FROM_RESIDUAL || longest : L::BATCH == GROUPS && longest;
+  each<crowded ? 1 : 2, false>(
       tile, 0, tile.count, [&](u32 i, const Cursor& at) { return from.template load<false>(at.offset, selection.of(tile, i, at)); },
       [&](const Operands<L, FROM>& at, i64 offset) {
         A g[L::VEC];
