@@ -8,16 +8,15 @@ in alternating pairs. A cell is the median of the pairs' ratios; below 1, mergin
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from pairs import in_pairs
 from torch import Tensor
 
 import gpu_bn
 from gpu_bn import nn
+from gpu_bn.bench.timing import Call, CpuTimer
 
 SHAPES = (8, 64, 16, 16), (32, 256, 14, 14), (256, 1024)
 ACTIVATIONS: dict[str, torch.nn.Module] = {
@@ -32,9 +31,7 @@ ACTIVATIONS: dict[str, torch.nn.Module] = {
     "gelu": torch.nn.GELU(),
     "gelu_tanh": torch.nn.GELU("tanh"),
 }
-BATCH = 0.003
-"""Seconds of calls in one timing, at least one call."""
-Call = Callable[[], Any]
+TIMER = CpuTimer(batch=0.003, pause=0)
 
 
 def operations(layer: torch.nn.Module, after: torch.nn.Module, x: Tensor, dy: Tensor) -> dict[str, Call]:
@@ -55,29 +52,10 @@ def operations(layer: torch.nn.Module, after: torch.nn.Module, x: Tensor, dy: Te
     }
 
 
-def elapsed(call: Call, calls: int) -> float:
-    """Seconds a call, over several in a row."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
-
-
-def ratio(merged: Call, apart: Call, seconds: float) -> float:
-    """The median of the pairs' ratios."""
-    calls = max(1, round(BATCH / max(elapsed(merged, 3), elapsed(apart, 3))))
-    pairs: list[float] = []
-    start = time.perf_counter()
-    while len(pairs) < 9 or time.perf_counter() - start < seconds:
-        each = {call: elapsed(call, calls) for call in ((merged, apart) if len(pairs) % 2 else (apart, merged))}
-        pairs.append(each[merged] / each[apart])
-    return statistics.median(pairs)
-
-
 def main() -> None:
     """Measure and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.1, help="per operation, at least 9 pairs")
+    parser.add_argument("--seconds", type=float, default=0.1, help="per operation, at least 7 pairs")
     parser.add_argument("--only", default="", help="only activations whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -92,7 +70,8 @@ def main() -> None:
                 continue
             merged = operations(kind(shape[1], activation=name), torch.nn.Identity(), x, dy)
             apart = operations(kind(shape[1]), module, x, dy)
-            cells = [f"{ratio(merged[each], apart[each], arguments.seconds):.2f}" for each in merged]
+            pairs = (in_pairs(merged[each], apart[each], TIMER, arguments.seconds) for each in merged)
+            cells = [f"{pair.ratio:.2f}" for pair in pairs]
             print(f"| {'x'.join(map(str, shape))}, {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import gpu_bn
 from gpu_bn import nn as ours
+from gpu_bn.bench.timing import Call, CpuTimer, take_samples
 from gpu_bn.bench.training import AGREEMENT, peak_bytes, prepare, resnet18
 
 # Kernel, expanded, output, squeeze-and-excitation, Hardswish, stride (Howard et al. 2019, table 1)
@@ -93,28 +93,44 @@ VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
 FOLDED: dict[str, Callable[[nn.Module], Any]] = {"folded": lambda model: ours.fold(model)}
 
 
-def elapsed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def evaluation(model: nn.Module, images: Tensor) -> Call:
+    """An evaluation of a model."""
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            model(images)
+
+    return evaluate
 
 
-def ratios(calls: dict[str, Callable[[], Any]], pairs: int) -> dict[str, tuple[float, float]]:
-    """By variant, the median of the pairs' ratios to the first one, and of its own times."""
-    names = list(calls)
-    base, found = names[0], {name: [] for name in names}  # type: ignore[var-annotated]
-    for i in range(pairs + 1):
-        for name in names[1:] or names:
-            pair = [(which, elapsed(calls[which])) for which in ((base, name) if i % 2 else (name, base))]
-            if i:  # the first pair warms up
-                found[name].append(dict(pair))
-    result = {base: (1.0, statistics.median(times[base] for times in found[names[1]]))}
-    for name in names[1:]:
-        times = found[name]
-        result[name] = (
-            statistics.median(each[name] / each[base] for each in times), statistics.median(e[name] for e in times)
-        )  # fmt: skip
-    return result
+def timed(calls: dict[str, Call], pairs: int) -> dict[str, tuple[float, float]]:
+    """By variant, the median of the pairs' ratios to torch, and of its own times in milliseconds."""
+    samples = take_samples(calls, CpuTimer(batch=0), "wall", 1, rounds=(pairs, pairs))
+    assert not samples.errors, samples.errors
+    return {name: (samples.ratio(name, "torch"), 1e3 * statistics.median(samples.seconds[name])) for name in calls}
+
+
+def rows(model: nn.Module, pairs: int) -> Iterator[str]:
+    """Cells of the table, a row a variant."""
+    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
+    steps, peaks = {}, {}
+    _, expected = prepare(copy.deepcopy(model), images, labels)
+    for name, variant in VARIANTS.items():
+        steps[name], gradient = prepare(variant(copy.deepcopy(model)), images, labels)
+        error = float((gradient - expected).norm() / expected.norm())
+        assert error <= AGREEMENT, f"{name}: the first gradient is off by {error:.2g}"
+        peaks[name] = peak_bytes(steps[name], "cpu")
+    evaluations = {
+        name: evaluation(variant(copy.deepcopy(model).eval()).eval(), images)
+        for name, variant in (VARIANTS | FOLDED).items()
+    }
+    trained = timed(steps, pairs)
+    for name, (ratio, milliseconds) in timed(evaluations, pairs).items():
+        step = "- | - | -"
+        if name in trained:
+            peak = f"{peaks[name] / 1e6:.0f}" if peaks[name] else "-"
+            step = f"{trained[name][0]:.2f} | {trained[name][1]:.0f} | {peak}"
+        yield f"{name} | {step} | {ratio:.2f} | {milliseconds:.1f}"
 
 
 def main() -> None:
@@ -126,36 +142,12 @@ def main() -> None:
     torch.set_num_threads(1)
     gpu_bn.set_num_threads(1)
     torch.manual_seed(0)
-    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
     print("| network | layers | training step / torch | ms | peak MB | evaluation / torch | ms |")
     print("|---|---|---|---|---|---|---|")
     for network, make in NETWORKS.items():
-        if arguments.only not in network:
-            continue
-        model = make()
-        steps, peaks, evaluations = {}, {}, {}
-        expected: Any = None
-        for name, variant in VARIANTS.items():
-            made = variant(copy.deepcopy(model))
-            steps[name], gradient = prepare(made, images, labels)
-            expected = gradient if expected is None else expected
-            error = float((gradient - expected).norm() / expected.norm())
-            assert error <= AGREEMENT, f"{network}, {name}: the first gradient is off by {error:.2g}"
-            peaks[name] = peak_bytes(steps[name], "cpu")
-        for name, variant in (VARIANTS | FOLDED).items():
-            evaluated = variant(copy.deepcopy(model).eval()).eval()
-
-            def evaluate(evaluated: Any = evaluated) -> None:
-                with torch.no_grad():
-                    evaluated(images)
-
-            evaluations[name] = evaluate
-        trained, evaluated_in = ratios(steps, arguments.pairs), ratios(evaluations, arguments.pairs)
-        for name in evaluations:
-            step = trained.get(name)
-            peak = f"{peaks[name] / 1e6:.0f}" if peaks.get(name) else "-"
-            cells = f"{step[0]:.2f} | {step[1] * 1e3:.0f} | {peak}" if step else "- | - | -"
-            print(f"| {network} | {name} | {cells} | {evaluated_in[name][0]:.2f} | {evaluated_in[name][1] * 1e3:.1f} |")
+        if arguments.only in network:
+            for row in rows(make(), arguments.pairs):
+                print(f"| {network} | {row} |")
 
 
 if __name__ == "__main__":

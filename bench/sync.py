@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from gpu_bn import nn
-from gpu_bn.cli.console import table
+from gpu_bn.cli.console import Table
 from gpu_bn.nn.distributed import wire
 
 WARM = 5
@@ -93,7 +93,7 @@ def main() -> None:
     title = f"A step (forward, backward) of one layer, {options.shape} float32 a process, {os.cpu_count()} cores"
     rows = [row(world, shape, options.steps) for world in options.ranks]
     caption = "Bytes and messages: written by each process, on average. Model: a ring's, of the payload alone."
-    print(table(title, header, rows, caption))
+    print(Table(title, header, rows, caption))
 
 
 if __name__ == "__main__":

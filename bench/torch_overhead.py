@@ -9,21 +9,21 @@ checks, dispatch and autograd; and torch, whose time includes its kernel.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pairs import Pair, in_pairs
 
 from gpu_bn import nn, registry
 from gpu_bn.backends.protocol import Grads, Moments, Saved
+from gpu_bn.bench.timing import CpuTimer
 from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
-BATCH = 200
-"""Calls in one timing."""
+TIMER = CpuTimer(batch=0.003, pause=0, clock=time.thread_time)
 
 
 class Nothing:
@@ -76,25 +76,6 @@ def quietly(layer: torch.nn.Module, x: torch.Tensor) -> Any:
         return layer(x)
 
 
-def elapsed(call: Callable[[], Any]) -> float:
-    """Microseconds a call."""
-    start = time.thread_time()
-    for _ in range(BATCH):
-        call()
-    return (time.thread_time() - start) / BATCH * 1e6
-
-
-def compare(ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int) -> tuple[float, float, float]:
-    """Ratio and both times."""
-    elapsed(ours), elapsed(theirs)
-    timed = [
-        (elapsed(ours), elapsed(theirs)) if i % 2 else tuple(reversed((elapsed(theirs), elapsed(ours))))
-        for i in range(pairs)
-    ]
-    mine, its = zip(*timed, strict=True)
-    return statistics.median(a / b for a, b in timed), statistics.median(mine), statistics.median(its)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,17 +84,18 @@ def main() -> None:
     torch.set_num_threads(1)
     theirs = operations(F.batch_norm, torch.nn.BatchNorm2d(3))
     ours = operations(nn.batch_norm, nn.BatchNorm2d(3))
-    rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ours}
+    rows: dict[str, list[Pair]] = {name: [] for name in ours}
     true, nothing = registry.serving, Nothing()
     for engine in (true, lambda *_: nothing):
         registry.serving = engine  # type: ignore[assignment]
         for name, call in ours.items():
-            rows[name].append(compare(call, theirs[name], arguments.pairs))
+            rows[name].append(in_pairs(call, theirs[name], TIMER, pairs=(arguments.pairs, arguments.pairs)))
     registry.serving = true
     print(f"torch {torch.__version__}, float32 2x3x4x4, microseconds a call and ratio to torch")
     print(f"{'':28}{'gpu_bn':>16}{'without a kernel':>20}{'torch':>10}")
     for name, (whole, empty) in rows.items():
-        print(f"{name:28}{whole[1]:8.1f} ({whole[0]:4.1f}x){empty[1]:12.1f} ({empty[0]:4.1f}x){whole[2]:10.1f}")
+        found = f"{whole.ours:8.1f} ({whole.ratio:4.1f}x){empty.ours:12.1f} ({empty.ratio:4.1f}x){whole.theirs:10.1f}"
+        print(f"{name:28}{found}")
 
 
 if __name__ == "__main__":

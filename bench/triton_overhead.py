@@ -19,10 +19,10 @@ import torch
 
 from gpu_bn import nn, registry
 from gpu_bn.backends.triton.backend import TritonBackend
+from gpu_bn.bench.timing import CpuTimer, take_samples
 from gpu_bn.plan import DEVICES
 
-BATCH = 200
-"""Calls in one timing."""
+TIMER = CpuTimer(batch=0.003, pause=0, clock=time.process_time)  # also of autograd's thread
 LAUNCH_NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "view", "split", "slice", "select", "as_strided",
             "detach", "alias", "permute", "expand", "unbind"}  # fmt: skip
 """torch's operations that launch nothing."""
@@ -69,14 +69,6 @@ def operations(call: Callable[[], Any]) -> Counter[str]:
     return Counter(name for name in names if name not in LAUNCH_NOTHING)
 
 
-def elapsed(call: Callable[[], Any]) -> float:
-    """Microseconds a call, of this thread and autograd's."""
-    start = time.process_time()
-    for _ in range(BATCH):
-        call()
-    return (time.process_time() - start) / BATCH * 1e6
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,8 +86,9 @@ def main() -> None:
         peers = {} if theirs is None else cases(theirs, dtype, residual)
         for what, call in cases(ours, dtype, residual).items():
             call()
-            pairs = [(elapsed(call), elapsed(peers[what]) if peers else 0.0) for _ in range(arguments.pairs)]
-            mine, its = (statistics.median(column) for column in zip(*pairs, strict=True))
+            calls = {"ours": call} | ({"theirs": peers[what]} if peers else {})
+            samples = take_samples(calls, TIMER, "wall", 1, rounds=(arguments.pairs, arguments.pairs)).seconds
+            mine, its = (1e6 * statistics.median(samples.get(name, [0])) for name in ("ours", "theirs"))
             nothing.launches = 0
             found = operations(call)
             others = ", ".join(f"{count} {op}" for op, count in found.items())

@@ -130,9 +130,9 @@ def _interpreted(row: Row, given: Row) -> bool:
     return interprets and (given.library, given.device) == (row.library, "cpu")
 
 
-def serving(array: Any, name: str = "input") -> Backend:
+def serving(array: Any) -> Backend:
     """The backend for an array of a known library."""
-    row = _first(_rows_for(name, array))
+    row = _first(_rows_for("input", array))
     return load(row.name, row.library)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from gpu_bn.explanation import DTYPES, ITEMSIZES, LAYOUTS
+from gpu_bn.explanation import DTYPES, ITEMSIZES
 
 Shape = tuple[int, ...]
-T = TypeVar("T")
 
 
 class Layer(NamedTuple):
@@ -142,8 +141,16 @@ def select(
 ) -> list[Case]:
     """Return all combinations whose name contains ``only``; those of one tensor follow each other.
 
+    Args:
+        shapes: as in :func:`shapes_of`.
+        dtypes: short names.
+        layouts: as in :class:`Case`.
+        operations: keys of ``OPERATIONS``.
+        only: part of a case's name.
+
     Raises:
-        ValueError: a name is not known, no layout fits a shape, or a shape has nothing to normalise in training.
+        ValueError: a shape or an operation is not known, no layout fits a shape, or a shape has nothing to normalise in
+            training.
     """
     return [case for case in _combined(shapes, dtypes, layouts, operations) if only in str(case)]
 
@@ -151,23 +158,21 @@ def select(
 def _combined(
     shapes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str], operations: Iterable[str]
 ) -> Iterator[Case]:
-    chosen = [_named(OPERATIONS, name, "operation") for name in operations]
-    long_dtypes = [_named(DTYPES, name, "dtype") for name in dtypes]
-    known_layouts = dict(zip(LAYOUTS, LAYOUTS, strict=True))
-    spatial = [_named(known_layouts, name, "layout") for name in layouts if name != "nc"]
-    for shape, dtype in product(shapes_of(shapes), long_dtypes):
+    chosen = [_operation(name) for name in operations]
+    spatial = [name for name in layouts if name != "nc"]
+    for shape, dtype in product(shapes_of(shapes), dtypes):
         if len(shape) > 2 and not spatial:
             raise ValueError(f"layout 'nc' is of 2 axes, got {len(shape)}: {'x'.join(map(str, shape))}")
         if math.prod(shape) == shape[1] and any(operation.training for operation in chosen):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         for layout, operation in product(["nc"] if len(shape) == 2 else spatial, chosen):
-            yield Case(shape, dtype, layout, operation)
+            yield Case(shape, DTYPES[dtype], layout, operation)
 
 
-def _named(table: Mapping[str, T], name: str, what: str) -> T:
-    if name not in table:
-        raise ValueError(f"unknown {what} {name!r}, expected one of {', '.join(table)}")
-    return table[name]
+def _operation(name: str) -> Operation:
+    if name not in OPERATIONS:
+        raise ValueError(f"unknown operation {name!r}, expected one of {', '.join(OPERATIONS)}")
+    return OPERATIONS[name]
 
 
 def _shape(text: str) -> Shape:

@@ -16,7 +16,8 @@ import numpy as np
 from gpu_bn import __version__, get_num_threads
 from gpu_bn.bench.gpus import AnyGpu
 from gpu_bn.bench.timing import in_words
-from gpu_bn.cli.info import blas, installed
+from gpu_bn.cli.cuda_versions import installed
+from gpu_bn.cli.info import blas
 
 PACKAGES = ("numpy", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend", "apex", "ml_dtypes")
 COPIED_AT_LEAST = 32 << 20

@@ -49,15 +49,13 @@ def _blocks(texts: Iterable[Table | str]) -> list[str]:
     return [f"```text\n{str(text).rstrip()}\n```" for text in texts if text]
 
 
-def _traffic() -> str:
-    lines = [
-        "What kernels read and write, in passes over a tensor (m: a bit mask), forward / backward; caches not counted",
-        f"  {'':46}{'BN':>14}{'+ReLU':>14}{'+add+ReLU':>14}",
+def _traffic() -> Table:
+    rows = [
+        [row.name, *(f"{_passes(*row.forward[name])} / {_passes(*row.backward[name])}" for name in row.forward)]
+        for row in TRAFFIC.values()
     ]
-    for row in TRAFFIC.values():
-        cells = [f"{_passes(*row.forward[name])} / {_passes(*row.backward[name])}" for name in row.forward]
-        lines.append(f"  {row.name:46}" + "".join(f"{cell:>14}" for cell in cells))
-    return "\n".join(lines)
+    title = "What kernels read and write: passes over a tensor, forward / backward"
+    return Table(title, ["by", "BN", "+ReLU", "+add+ReLU"], rows, "m: a bit mask. Caches are not counted.")
 
 
 def _passes(tensors: int, masks: int) -> str:

@@ -94,9 +94,9 @@ def crossovers(
 
 
 # --------------------------------------------------------------------------------------------------- thresholds
-def fit(times: Sequence[TierTimes], device: Device, start: Thresholds = THRESHOLDS) -> Thresholds:
-    """Fit thresholds: from ``start``, make the one change that gains most, as long as one gains."""
-    best, least = start, mean_slowdown(times, device, start)
+def fit(times: Sequence[TierTimes], device: Device) -> Thresholds:
+    """Fit thresholds: from the present ones, make the one change that gains most, as long as one gains."""
+    best, least = THRESHOLDS, mean_slowdown(times, device, THRESHOLDS)
     while True:
         changed = [thresholds for name in FITTED for thresholds in tried(name, best)]
         slowdowns = [mean_slowdown(times, device, thresholds) for thresholds in changed]

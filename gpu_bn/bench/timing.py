@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -67,8 +68,17 @@ class Samples:
         return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=False))
 
 
-def take_samples(calls: Mapping[str, Call], timer: Timer, regime: str, seconds: float) -> Samples:
-    """Time calls in turn, for ``seconds`` a call; 0 means once each. The order changes from round to round."""
+def take_samples(
+    calls: Mapping[str, Call],
+    timer: Timer,
+    regime: str,
+    seconds: float,
+    rounds: tuple[int, int] = (LEAST_ROUNDS, MOST_ROUNDS),
+) -> Samples:
+    """Time calls in turn, for ``seconds`` a call; 0 means once each. The order changes from round to round.
+
+    ``rounds`` are the least and the most, whatever time they take.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
 
@@ -89,8 +99,9 @@ def take_samples(calls: Mapping[str, Call], timer: Timer, regime: str, seconds: 
     for name in calls:
         guarded(name, warm_up)
     end = time.perf_counter() + seconds * len(calls)
-    for turn in range(MOST_ROUNDS if seconds else 1):
-        if turn >= LEAST_ROUNDS and time.perf_counter() > end:
+    least, most = rounds if seconds else (1, 1)
+    for turn in range(most):
+        if turn >= least and time.perf_counter() > end:
             break
         for name in list(calls)[:: 1 if turn % 2 else -1]:
             guarded(name, sample)
@@ -104,7 +115,7 @@ def in_words(error: BaseException) -> str:
 
 @dataclass
 class CpuTimer:
-    """Makes calls in a row for ``batch`` seconds, at least one.
+    """Makes calls in a row for about ``batch`` seconds, at least one; a first one tells how many that takes.
 
     Before that it waits for ``pause`` seconds, because OpenMP's threads go on spinning for some milliseconds after
     their work and would compete with the next call. It does not sleep: a core that wakes up is slow at first.
@@ -112,6 +123,8 @@ class CpuTimer:
 
     batch: float = 0.02
     pause: float = 0.005
+    clock: Callable[[], float] = time.perf_counter
+    """Such as that of the process, where waiting for other processes should not count."""
     regimes: tuple[str, ...] = ("wall",)
 
     def time(self, call: Call, regime: str = "wall") -> float:
@@ -120,13 +133,10 @@ class CpuTimer:
         start = time.perf_counter()
         while time.perf_counter() < start + self.pause:
             pass
-        calls, start = 0, time.perf_counter()
-        while True:
-            call()
-            calls += 1
-            taken = time.perf_counter() - start
-            if taken >= self.batch:
-                return taken / calls
+        timer = timeit.Timer(call, timer=self.clock)
+        once = timer.timeit(1)
+        calls = int(self.batch / max(once, SHORTEST))
+        return timer.timeit(calls) / calls if calls > 1 else once
 
 
 class Gpu(Protocol):

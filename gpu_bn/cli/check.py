@@ -15,7 +15,7 @@ from threading import Event
 from typing import NamedTuple
 
 from gpu_bn import __version__, registry, testing
-from gpu_bn.cli.console import Table, progress, table
+from gpu_bn.cli.console import Table, progress
 from gpu_bn.cli.info import cores, facts_of_cuda, unavailable
 
 
@@ -158,7 +158,7 @@ def run_all(
 
 
 def collected(outcomes: Iterator[Outcome | None], tick: Callable[[int], None]) -> list[Outcome]:
-    """Yield the outcomes as they come; ``None`` stands for a case that was not run."""
+    """Collect the outcomes as they come; ``None`` stands for a case that was not run."""
     found = []
     for outcome in outcomes:
         tick(1)
@@ -216,7 +216,7 @@ def summary(backend: str, outcomes: list[Outcome]) -> str:
     caption = "Errors are against a float64 oracle, forward and backward, of the cases that have passed."
     failures = [f"FAILED {outcome.case}\n  {outcome.failure}" for outcome in outcomes if outcome.failure]
     title = f"{backend}: {len(outcomes) - len(failures)} of {len(outcomes)} cases have passed"
-    return "\n".join([table(title, header, rows, caption), *failures])
+    return "\n".join([str(Table(title, header, rows, caption)), *failures])
 
 
 def worst(outcomes: Iterable[Outcome]) -> tuple[str, str]:

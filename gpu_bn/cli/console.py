@@ -73,11 +73,6 @@ class Table(NamedTuple):
         return [line(self.header), line(["-" * width for width in widths]), *rows]
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """Return a table of plain text with its caption below."""
-    return Table(title, header, rows, caption).text()
-
-
 def three_digits(number: float) -> str:
     """Return a number with three digits, or with all of a larger whole number."""
     digits = 3 - math.ceil(math.log10(number) + 1e-9) if number > 0 else 0

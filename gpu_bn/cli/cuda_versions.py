@@ -78,9 +78,17 @@ class CudaVersions:
         return found
 
 
+def installed(package: str) -> str | None:
+    """Return a package's version, or ``None`` if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def cuda_versions() -> CudaVersions:
     """Find the versions without importing anything into this process."""
-    packages = tuple(name for name in CUPY if _installed(name))
+    packages = tuple(name for name in CUPY if installed(name))
     cupy = nvrtc = None
     why_not = ""
     if "cupy" in sys.modules or find_spec("cupy") is not None:
@@ -135,13 +143,6 @@ def _built_for(packages: tuple[str, ...]) -> int | None:
 
 def _install(major: int) -> str:
     return f"pip install -e '.[{'cupy' if major == 12 else f'cupy{major}'}]'"
-
-
-def _installed(package: str) -> bool:
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
 
 
 def _text(found: Version | None) -> str:

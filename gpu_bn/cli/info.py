@@ -7,15 +7,14 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpu_bn import __version__, get_num_threads, registry
-from gpu_bn.cli.console import table
-from gpu_bn.cli.cuda_versions import DRIVER, cuda_versions
+from gpu_bn.cli.console import Table
+from gpu_bn.cli.cuda_versions import DRIVER, cuda_versions, installed
 
 PACKAGES = (
     "numba",
@@ -29,6 +28,10 @@ PACKAGES = (
     "matplotlib",
     "rich",
 )
+
+
+COLUMNS = ("name", "serves", "available")
+"""What is said of each backend."""
 
 
 class Devices(NamedTuple):
@@ -48,13 +51,12 @@ class Facts(NamedTuple):
 def text(found: Facts) -> str:
     """Return the facts as lines of text."""
     lines = [f"{name:12} {value}" for name, value in found.lines]
-    return "\n".join([*lines, "", table("Backends", ["name", "serves", "available"], found.backends)]).rstrip()
+    return "\n".join([*lines, "", str(Table("Backends", COLUMNS, found.backends))]).rstrip()
 
 
 def as_json(found: Facts) -> str:
     """Return the facts as JSON."""
-    names = ("name", "serves", "available")
-    backends = [dict(zip(names, row, strict=True)) for row in found.backends]
+    backends = [dict(zip(COLUMNS, row, strict=True)) for row in found.backends]
     return json.dumps({"facts": [list(line) for line in found.lines], "backends": backends}, indent=1) + "\n"
 
 
@@ -92,14 +94,6 @@ def facts_of_cuda() -> list[str]:
 def cores() -> int:
     """Count the processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def installed(package: str) -> str | None:
-    """Return a package's version, or ``None`` if it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def blas() -> str:

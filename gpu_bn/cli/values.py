@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,26 +49,25 @@ def shapes(text: str) -> list[str]:
     return found
 
 
-def dtype(text: str) -> str:
-    """Return the short name of a dtype: ``f16`` or ``float16``."""
-    names = {name: short for short, long in DTYPES.items() for name in (short, long)}
-    return _of(names, text, "dtype", DTYPES)
+def one_of(what: str, names: Iterable[str], also: Mapping[str, str] | None = None) -> Callable[[str], str]:
+    """Return a parser of one of some names in any case, and of other words for them."""
+    known = {name: name for name in names} | dict(also or {})
+
+    def parse(text: str) -> str:
+        found = known.get(text.strip().lower())
+        if found is None:
+            raise argparse.ArgumentTypeError(f"unknown {what} {text!r}, expected one of {', '.join(names)}")
+        return found
+
+    return parse
 
 
-def layout(text: str) -> str:
-    """Parse a layout: ``nchw``, ``nhwc`` or ``nc``."""
-    return _of({name: name for name in LAYOUTS}, text, "layout", LAYOUTS)
-
-
-def gpu(text: str) -> str:
-    """Parse the name of a GPU that the planner knows, or ``all``."""
-    return _of({name: name for name in (*DEVICES, "all")}, text, "device", (*DEVICES, "all"))
-
-
-def device(text: str) -> str:
-    """Parse a device: ``auto``, ``cpu`` or ``cuda``; ``gpu`` means ``cuda``."""
-    names = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
-    return _of(names, text, "device", ("auto", "cpu", "cuda"))
+dtype = one_of("dtype", DTYPES, {long: short for short, long in DTYPES.items()})
+"""Parses a dtype, such as ``f16`` or ``float16``, to its short name."""
+layout = one_of("layout", LAYOUTS)
+gpu = one_of("device", (*DEVICES, "all"))
+"""Parses the name of a GPU that the planner knows."""
+device = one_of("device", ("auto", "cpu", "cuda"), {"gpu": "cuda"})
 
 
 def several(one: Callable[[str], str]) -> Callable[[str], list[str]]:
@@ -107,13 +106,6 @@ def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
     if not (math.isfinite(value) and fits(value)):
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return value
-
-
-def _of(names: dict[str, str], text: str, what: str, expected: Iterable[str]) -> str:
-    found = names.get(text.strip().lower())
-    if found is None:
-        raise argparse.ArgumentTypeError(f"unknown {what} {text!r}, expected one of {', '.join(expected)}")
-    return found
 
 
 def check_environment() -> None:

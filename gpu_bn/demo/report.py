@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpu_bn.cli.console import table
+from gpu_bn.cli.console import Table
 from gpu_bn.demo.checks import Capacity, Identity
 from gpu_bn.demo.claims import Runs, spread
 from gpu_bn.demo.network import VARIANTS
@@ -17,7 +17,7 @@ ROWS = 7
 KINDS = {"raw": "before BN", "given": "into the sigmoid", "output": "out of the sigmoid, into h2"}
 
 
-def training_table(runs: Runs) -> str:
+def training_table(runs: Runs) -> Table:
     """Return the table of loss and test accuracy over the steps."""
     steps = runs["none"][0].steps
     shown = sorted({*np.geomspace(1, len(steps) - 1, ROWS - 1).astype(int).tolist(), 0}) if len(steps) > 1 else [0]
@@ -32,10 +32,10 @@ def training_table(runs: Runs) -> str:
         "Loss: cross-entropy of the training images in nats; acc.: accuracy on the test images in per cent; both in "
         "evaluation mode, mean ± SD over the seeds. " + "; ".join(f"{key}: {text}" for key, text in VARIANTS.items())
     )
-    return table("Training", header, rows, caption + ".")
+    return Table("Training", header, rows, caption + ".")
 
 
-def drift_table(runs: Runs) -> str:
+def drift_table(runs: Runs) -> Table:
     """Return the table of how far mean and SD of h1's units move."""
     rows = [
         [KINDS[kind], moment, *(spread([h.drift(kind)[i] for h in runs[variant]], 4) for variant in VARIANTS)]
@@ -49,19 +49,19 @@ def drift_table(runs: Runs) -> str:
         "= 1 and bias = 0 what it gives the sigmoid has mean 0 and SD 1, so that its drift is 0 by construction. "
         "Without BN, nothing is between the first two places."
     )
-    return table(
+    return Table(
         'Drift of h1 (the "covariate shift" that h2 sees)', ["at", "of the", *VARIANTS.values()], rows, caption
     )
 
 
-def identity_table(identities: Sequence[Identity]) -> str:
+def identity_table(identities: Sequence[Identity]) -> Table:
     """Return the table of BN as standardisation and as the identity."""
     rows = [[i.dtype, f"{i.standardised:.3g}", f"{i.restored:.2g}", f"{i.ulps:.2g}"] for i in identities]
     header = ["dtype", "max |BN(x) - x|, weight = 1, bias = 0", "weight = SD, bias = mean", "in ulp of max |x|"]
-    return table("Identity check: x are h1's pre-activations of all training images", header, rows)
+    return Table("Identity check: x are h1's pre-activations of all training images", header, rows)
 
 
-def capacity_table(capacities: Sequence[Capacity]) -> str:
+def capacity_table(capacities: Sequence[Capacity]) -> Table:
     """Return the table of trained networks before and after BN is inserted."""
     rows = [
         [
@@ -78,4 +78,4 @@ def capacity_table(capacities: Sequence[Capacity]) -> str:
         "Networks trained without BN, compared on the test images with themselves after BN with weight = SD and bias = "
         "mean of the training images' activations has been put in (evaluation mode, float32)."
     )
-    return table("Capacity check", header, rows, caption)
+    return Table("Capacity check", header, rows, caption)

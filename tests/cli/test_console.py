@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gpu_bn.cli import console
-from gpu_bn.cli.console import Table, table
+from gpu_bn.cli.console import Table
 
 HEADER = ["operation", "by", "cold", "hot", "ratio"]
 ROWS = ["4x8 f16", ["  forward", "cupy", "1 us", "2 us", "0.5"], ["  eval", "triton", "3 us", "4 us", "1.25"]]
@@ -46,7 +46,7 @@ Measured
 
 def test_a_table_is_whole_where_there_is_room():
     assert str(TABLE) == TABLE.text(38) == WHOLE
-    assert table("T", ["a"], [["b"]], "c") == "T\n  a\n  -\n  b\n  c\n"
+    assert str(Table("T", ["a"], [["b"]], "c")) == "T\n  a\n  -\n  b\n  c\n"
 
 
 def test_a_table_too_wide_is_cut_into_parts_with_the_keys_in_each():

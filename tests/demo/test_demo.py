@@ -176,7 +176,7 @@ def test_claims_are_about_the_runs():
 
 
 def test_tables_have_a_row_for_the_first_and_the_last_record():
-    lines = report.training_table({variant: [made_up()] for variant in VARIANTS}).splitlines()
+    lines = str(report.training_table({variant: [made_up()] for variant in VARIANTS})).splitlines()
     assert lines[3].split() == ["0", *["2.000"] * 3, *["10.0"] * 3]
     assert any(line.split() == ["40", *["0.500"] * 3, *["95.0"] * 3] for line in lines)
 
