@@ -37,6 +37,8 @@ def main() -> None:
     from gpu_bn import testing
     from gpu_bn.backends.cupy import device
     from gpu_bn.backends.cupy import sources as cuda_sources
+    from gpu_bn.bench.run import Options
+    from gpu_bn.cli.check import covering
 
     needed: dict[tuple[str, str], None] = {}
     make = device._module
@@ -47,14 +49,14 @@ def main() -> None:
 
     device._module = noting
     testing.ADAPTERS["cupy"] = testing.Adapter(gpu.asarray, np.array)
-    found = {
-        "gpu-bn check --quick": kernels_of_quick_check,
-        "gpu-bn check, more": kernels_of_check,
-        "gpu-bn bench": kernels_of_bench,
-    }
-    for command, use in found.items():
+    every = [*testing.cases(), *testing.extended_cases()]
+    for command, call, cases in (
+        ("gpu-bn check --quick", check, covering(every)),
+        ("gpu-bn check, more", check, every),
+        ("gpu-bn bench", bench, Options().cases("cuda")),
+    ):
         before = len(needed)
-        use(testing)
+        call(cases)
         print(f"{command}: {len(needed) - before} kernels for sm_{options.arch}", flush=True)
     compiler, seconds = nvrtc(), []
     headers = [f"--include-path={cuda_headers()}"]
@@ -83,32 +85,22 @@ def without_kernels(arch: int) -> fake_cupy.EmulatedGpu:
     return gpu
 
 
-def kernels_of_quick_check(testing) -> None:
-    from gpu_bn.cli.check import covering
+def check(cases) -> None:
+    """Call what `gpu-bn check` calls."""
+    from gpu_bn import testing
 
-    kernels_of(testing, covering([*testing.cases(), *testing.extended_cases()]))
-
-
-def kernels_of_check(testing) -> None:
-    kernels_of(testing, [*testing.cases(), *testing.extended_cases()])
-
-
-def kernels_of(testing, cases) -> None:
     for case in cases:
         with suppress(AssertionError), np.errstate(all="ignore"):  # launches that do nothing leave what was there
             testing.run(testing.build(case), "cupy")
 
 
-def kernels_of_bench(testing) -> None:
-    from gpu_bn.bench.cases import select
+def bench(cases) -> None:
+    """Call what `gpu-bn bench` calls."""
     from gpu_bn.bench.implementations import IMPLEMENTATIONS
     from gpu_bn.bench.measurement import Tensors, problem_of
-    from gpu_bn.bench.run import DEFAULTS
 
-    del testing
-    usual = DEFAULTS["cuda"]
     implementation = next(implementation for implementation in IMPLEMENTATIONS if implementation.name == "gpu_bn cupy")
-    for case in select(usual["shapes"], usual["dtypes"], usual["layouts"], usual["operations"]):
+    for case in cases:
         tensors = Tensors(case)
         problem = tensors.of("cupy", problem_of(case.operation, tensors.problem))
         implementation.build(case.operation, problem, None)()

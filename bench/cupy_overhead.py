@@ -13,13 +13,16 @@ import argparse
 import itertools
 import sys
 import time
+import timeit
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+BATCH = 100
+"""Calls in one timing."""
 CALLS: Counter[str] = Counter()
 """What has been asked of CuPy."""
 ADDRESSES = itertools.count(1 << 20, 1 << 20)
@@ -123,21 +126,11 @@ def rows() -> dict[str, Callable[[], Any]]:
 
 def microseconds(call: Callable[[], Any], seconds: float) -> float:
     """A call's, the best of some batches."""
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        start = time.perf_counter()
-        for _ in range(100):
-            call()
-        best = min(best, (time.perf_counter() - start) / 100)
-    return 1e6 * best
-
-
-def below(limit: float, tries: Iterator[float]) -> Iterator[float]:
-    """The tries up to the first below a limit: a machine may be busy for a while."""
-    for found in tries:
-        yield found
-        if found < limit:
-            return
+    timer, end = timeit.Timer(call), time.perf_counter() + seconds
+    best = timer.timeit(BATCH)
+    while time.perf_counter() < end:
+        best = min(best, timer.timeit(BATCH))
+    return 1e6 * best / BATCH
 
 
 def main() -> None:
@@ -154,7 +147,11 @@ def main() -> None:
         CALLS.clear()
         call()
         counts = [CALLS[what] for what in ("allocations", "views", "launches")]
-        best = min(below(options.limit, (microseconds(call, options.seconds) for _ in range(5))))
+        best = float("inf")
+        for _ in range(5):  # the machine may be busy for a while
+            best = min(best, microseconds(call, options.seconds))
+            if best < options.limit:
+                break
         missed |= best >= options.limit
         print(f"{name:40}{best:10.1f}{counts[0]:12}{counts[1]:7}{counts[2]:10}")
     sys.exit(missed)

@@ -1,29 +1,45 @@
-"""What a call costs on a tensor too small to compute anything: ``python bench/torch_overhead.py``.
+"""What a call costs on a tensor too small to compute anything: ``python bench/torch_overhead.py``. No GPU is needed.
 
-``gpu_bn.nn`` against torch on the CPU, in one thread, in alternating pairs of batches of calls; the figure is the
-median of the pairs' ratios. Times are the thread's own, so that waiting for other processes does not count. Three
-columns: with the backend as it is; with a backend that only allocates its outputs, which leaves the cost of
-checks, dispatch and autograd; and torch, whose time includes its kernel.
+``gpu_bn.nn`` against torch on the CPU, in one thread, in alternating pairs of batches of calls; a ratio is the median
+of the pairs'. Times are the process's own, so that waiting for other processes does not count. torch's times include
+its kernel. The first table has our times with the backend as it is, and with one that only allocates its outputs, which
+leaves the cost of checks, dispatch and autograd.
+
+The second table is of the Triton backend, whose launches do nothing; its tensors are on the CPU, where torch allocates
+faster than on a GPU. Counted is all that gpu_bn and autograd do in a later call of a shape: checks, registry, looking
+up what has been prepared, allocating outputs, gathering arguments. It says how often a call launches a kernel of ours,
+and how often it calls an operation of torch's that would launch one.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pairs import Pair, in_pairs
+from pairs import in_pairs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support.launches import operations
 
 from gpu_bn import nn, registry
 from gpu_bn.backends.protocol import Grads, Moments, Saved
 from gpu_bn.bench.timing import CpuTimer
 from gpu_bn.call import Call
+from gpu_bn.plan import DEVICES
 from gpu_bn.spec import BatchNormSpec
 
-TIMER = CpuTimer(batch=0.003, pause=0, clock=time.thread_time)
+SHAPE = (2, 3, 4, 4)
+TIMER = CpuTimer(batch=0.003, pause=0, clock=time.process_time)
+Calls = dict[str, Callable[[], Any]]
 
 
 class Nothing:
@@ -44,58 +60,85 @@ class Nothing:
         return Grads(torch.empty_like(dy), *vectors)
 
 
-def operations(function: Callable[..., torch.Tensor], layer: torch.nn.Module) -> dict[str, Callable[[], Any]]:
-    """The calls that are timed."""
-    x, dy = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+def calls(norm: Callable[[torch.Tensor, bool], torch.Tensor], others: Iterable[torch.Tensor]) -> Calls:
+    """The calls that are timed of ``norm(x, training)``, which is differentiated by x and ``others``."""
+    x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
     leaf = x.clone().requires_grad_()
-    mean, var = torch.zeros(3), torch.ones(3)
-    weight, bias = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    leaves = (leaf, *others)
 
     def quiet(training: bool) -> torch.Tensor:
         with torch.no_grad():
-            return function(x, mean, var, weight, bias, training)
-
-    def both() -> Any:
-        y = function(leaf, mean, var, weight, bias, True)
-        return torch.autograd.grad(y, (leaf, weight, bias), dy)
+            return norm(x, training)
 
     return {
         "training, no grad": lambda: quiet(True),
         "evaluation, no grad": lambda: quiet(False),
-        "forward": lambda: function(leaf, mean, var, weight, bias, True),
-        "forward and backward": both,
-        "layer, training, no grad": lambda: quietly(layer, x),
-        "layer, forward": lambda: layer(leaf),
-        "layer, forward and backward": lambda: torch.autograd.grad(layer(leaf), (leaf, *layer.parameters()), dy),
+        "forward": lambda: norm(leaf, True),
+        "forward and backward": lambda: torch.autograd.grad(norm(leaf, True), leaves, dy),
     }
 
 
-def quietly(layer: torch.nn.Module, x: torch.Tensor) -> Any:
-    """A call that nothing is differentiated of."""
-    with torch.no_grad():
-        return layer(x)
+def function_calls(function: Callable[..., torch.Tensor]) -> Calls:
+    """The calls of a function."""
+    mean, var = torch.zeros(3), torch.ones(3)
+    weight, bias = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    return calls(lambda x, training: function(x, mean, var, weight, bias, training), (weight, bias))
+
+
+def layer_calls(layer: torch.nn.Module, *residual: torch.Tensor) -> Calls:
+    """The calls of a layer."""
+    evaluated = copy.deepcopy(layer).eval()
+    others = (*layer.parameters(), *residual)
+    named = calls(lambda x, training: (layer if training else evaluated)(x, *residual), others)
+    return {f"layer, {name}": call for name, call in named.items()}
+
+
+def time_on_cpu(pairs: tuple[int, int]) -> None:
+    """Print the table of the backend for CPUs."""
+    theirs = function_calls(F.batch_norm) | layer_calls(torch.nn.BatchNorm2d(3))
+    ours = function_calls(nn.batch_norm) | layer_calls(nn.BatchNorm2d(3))
+    serving, nothing = registry.serving, Nothing()
+    print(f"{'':28}{'gpu_bn':>16}{'without a kernel':>20}{'torch':>10}")
+    for name, call in ours.items():
+        whole = in_pairs(call, theirs[name], TIMER, pairs=pairs)
+        registry.serving = lambda _: nothing  # type: ignore[assignment,return-value]
+        empty = in_pairs(call, theirs[name], TIMER, pairs=pairs)
+        registry.serving = serving
+        times = f"{whole.ours:8.1f} ({whole.ratio:4.1f}x){empty.ours:12.1f} ({empty.ratio:4.1f}x){whole.theirs:10.1f}"
+        print(f"{name:28}{times}")
+
+
+def time_triton(pairs: tuple[int, int]) -> None:
+    """Print the table of the Triton backend."""
+    from gpu_bn.backends.triton.backend import TritonBackend
+
+    launches: list[None] = []
+    backend = TritonBackend(lambda *_: launches.append(None), DEVICES["h100"])
+    registry.serving = lambda _: backend
+    theirs = layer_calls(torch.nn.BatchNorm2d(3))
+    fused = layer_calls(nn.BatchNorm2d(3, activation="relu"), torch.randn(SHAPE, requires_grad=True))
+    ours = layer_calls(nn.BatchNorm2d(3)) | {f"relu, residual, {name}": call for name, call in fused.items()}
+    print(f"\n{'by Triton':44}{'gpu_bn':>8}{'torch':>8}  launches, ours + torch's")
+    for name, call in ours.items():
+        call()
+        found = in_pairs(call, theirs.get(name, call), TIMER, pairs=pairs)
+        launches.clear()
+        others = operations(call)
+        times = f"{found.ours:8.1f}" + (f"{found.theirs:8.1f}" if name in theirs else f"{'-':>8}")
+        listed = ", ".join(f"{count} {operation}" for operation, count in others.items())
+        print(f"{name:44}{times}  {len(launches)} + {others.total()} {listed}".rstrip())
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=41, help="pairs of timings")
-    arguments = parser.parse_args()
+    pairs = parser.parse_args().pairs
     torch.set_num_threads(1)
-    theirs = operations(F.batch_norm, torch.nn.BatchNorm2d(3))
-    ours = operations(nn.batch_norm, nn.BatchNorm2d(3))
-    rows: dict[str, list[Pair]] = {name: [] for name in ours}
-    true, nothing = registry.serving, Nothing()
-    for engine in (true, lambda *_: nothing):
-        registry.serving = engine  # type: ignore[assignment]
-        for name, call in ours.items():
-            rows[name].append(in_pairs(call, theirs[name], TIMER, pairs=(arguments.pairs, arguments.pairs)))
-    registry.serving = true
     print(f"torch {torch.__version__}, float32 2x3x4x4, microseconds a call and ratio to torch")
-    print(f"{'':28}{'gpu_bn':>16}{'without a kernel':>20}{'torch':>10}")
-    for name, (whole, empty) in rows.items():
-        found = f"{whole.ours:8.1f} ({whole.ratio:4.1f}x){empty.ours:12.1f} ({empty.ratio:4.1f}x){whole.theirs:10.1f}"
-        print(f"{name:28}{found}")
+    time_on_cpu((pairs, pairs))
+    if find_spec("triton") is not None:
+        time_triton((pairs, pairs))
 
 
 if __name__ == "__main__":

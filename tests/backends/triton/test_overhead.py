@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from support.launches import operations
 from support.triton_backends import EmulatedBackend, RecordingBackend
 from torch.testing import assert_close
 
@@ -20,21 +21,9 @@ from gpu_bn import (
 from gpu_bn.backends.triton.backend import TritonBackend
 from gpu_bn.plan import DEVICES
 
-LAUNCH_NOTHING = {"empty", "empty_strided", "empty_like", "new_empty", "view", "unbind", "split", "select", "slice",
-                  "as_strided", "detach", "alias", "to", "expand"}  # fmt: skip
-"""A conversion that is one is seen as what it calls."""
-
 
 class Recording(RecordingBackend):
     forward_at_once = TritonBackend.forward_at_once
-
-
-def operations(call):
-    """torch's operations of a call that would launch a kernel, by autograd's thread too."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-        call()
-    names = [event.name.removeprefix("aten::") for event in profile.events() if event.name.startswith("aten::")]
-    return Counter(name for name in names if name not in LAUNCH_NOTHING)
 
 
 def test_operations_are_seen():
