@@ -23,6 +23,7 @@ def _terms(x, residual, dy, at, count, affine, which, p):
     dz = dy.load(at, count, centre.like(0.0))
     if which == 0:
         return d, dz
+    dz = dz.called("arithmetic.fence")  # or else LLVM makes of ReLU a load by a mask, which waits for x
     z = fma(d, scale, shift)
     if residual is not None:
         z = z + residual.load(at, count, centre)

@@ -46,15 +46,20 @@ def machine_code(kernel):
     return fresh.inspect_asm(signature)
 
 
-def arm_code(kernel):
-    """What LLVM makes of a kernel's vectors for a 64-bit Arm processor, whose vectors (NEON) have 16 bytes."""
+def code_for(kernel, triple, cpu=""):
+    """What LLVM makes of a kernel's vectors for another processor."""
     fresh, signature = compiled(kernel)
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    machine = llvm.Target.from_triple(ARM).create_target_machine(opt=3)
-    code = re.sub(r"target triple = .*", f'target triple = "{ARM}"', fresh.inspect_llvm(signature))
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    code = re.sub(r"target triple = .*", f'target triple = "{triple}"', fresh.inspect_llvm(signature))
     code = re.sub(r"target datalayout = .*", f'target datalayout = "{machine.target_data}"', code)
     return machine.emit_assembly(llvm.parse_assembly(re.sub(r'"target-(cpu|features)"="[^"]*"', "", code)))
+
+
+def arm_code(kernel):
+    """For a 64-bit Arm processor, whose vectors (NEON) have 16 bytes."""
+    return code_for(kernel, ARM)
 
 
 def inner_loops(assembly):
@@ -92,6 +97,16 @@ def test_inner_loops_are_packed(name, code):
         assert re.search(r"%[yz]mm", body), f"no long vectors in\n{body}"
         scalar = re.findall(r"v(?:add|sub|mul|div|fmadd\d+)s[sd]", body)
         assert not scalar, f"{scalar} in\n{body}"
+
+
+@pytest.mark.parametrize("name", ["products", "dx", "rows' products", "rows' dx"])
+def test_loads_of_dy_do_not_wait_for_the_activation(name):
+    text = code_for(KERNELS[name][0](FLOAT32), "x86_64-unknown-linux-gnu", "skylake-avx512")
+    by_mask = r"%s\s+-?\w*\(.*%%zmm\d+ \{%%k\d\}"
+    loops = [body for body in inner_loops(text) if "%zmm" in body and "vcmp" in body]
+    whole = [body for body in loops if not re.search(by_mask % "vblendmp[sd]", body)]  # others read parts of vectors
+    assert whole
+    assert not [body for body in whole if re.search(by_mask % "vmovup[sd]", body)]
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 instructions")
