@@ -173,12 +173,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
     start_helpers(arguments.threads)
     torch.set_num_threads(arguments.threads)
     functorch_config.donated_buffer = False  # a graph's backward call is repeated
-    peers = {"torch": torchs} | ({"torch.compile": torch.compile(torchs)} if arguments.compile else {})
+    peers = {"torch": torchs} | ({"torch.compile": torch.compile(torchs, dynamic=False)} if arguments.compile else {})
     results = {}
     for case in CPU:
         if not any(part in str(case) for part in arguments.only.split(",")):
             continue
         tensors = Tensors(case)
+        torch.compiler.reset()  # what is compiled anew too often is no longer compiled
         for peer, norm in peers.items():
             theirs = tensors.calls(norm)
             for backend in arguments.backend.split(","):
