@@ -3,7 +3,7 @@
 A training step and an evaluation of ResNet-18 and MobileNetV3-large, eight images of 64 x 64, one thread, in
 alternating pairs with torch's eager one; the figure is the median of the pairs' ratios. Peak memory is what a step
 takes beyond what was taken before it, of the process, which is coarse. Each variant's first gradient is compared with
-torch's.
+torch's. MobileNetV3-large is torchvision's: ``pip install -e '.[models]'``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import copy
 import statistics
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,69 +23,14 @@ from gpu_bn import nn as ours
 from gpu_bn.bench.timing import Call, CpuTimer, take_samples
 from gpu_bn.bench.training import AGREEMENT, peak_bytes, prepare, resnet18
 
-# Kernel, expanded, output, squeeze-and-excitation, Hardswish, stride (Howard et al. 2019, table 1)
-ROWS = (
-    (3, 16, 16, False, False, 1), (3, 64, 24, False, False, 2), (3, 72, 24, False, False, 1),
-    (5, 72, 40, True, False, 2), (5, 120, 40, True, False, 1), (5, 120, 40, True, False, 1),
-    (3, 240, 80, False, True, 2), (3, 200, 80, False, True, 1), (3, 184, 80, False, True, 1),
-    (3, 184, 80, False, True, 1), (3, 480, 112, True, True, 1), (3, 672, 112, True, True, 1),
-    (5, 672, 160, True, True, 2), (5, 960, 160, True, True, 1), (5, 960, 160, True, True, 1),
-)  # fmt: skip
+
+def mobilenet() -> nn.Module:
+    """MobileNetV3-large, without dropout: all variants should compute the same."""
+    model: nn.Module = import_module("torchvision.models").mobilenet_v3_large(dropout=0.0)
+    return model
 
 
-def convolution(inputs: int, outputs: int, kernel: int, stride: int, groups: int, activation: Any) -> list[nn.Module]:
-    """A convolution, its normalisation and what follows."""
-    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return [layer, nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01), *([activation()] if activation else [])]
-
-
-class Excitation(nn.Module):
-    """Squeeze and excitation."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        inner = max(8, channels // 32 * 8)
-        self.scale = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, inner, 1), nn.ReLU(), nn.Conv2d(inner, channels, 1),
-            nn.Hardsigmoid(),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x * self.scale(x)
-        return result
-
-
-class Inverted(nn.Module):
-    """An inverted residual."""
-
-    def __init__(
-        self, inputs: int, kernel: int, inner: int, outputs: int, excites: bool, hard: bool, stride: int
-    ) -> None:
-        super().__init__()
-        activation = nn.Hardswish if hard else nn.ReLU
-        layers = convolution(inputs, inner, 1, 1, 1, activation) if inner != inputs else []
-        layers += convolution(inner, inner, kernel, stride, inner, activation)
-        layers += [Excitation(inner)] if excites else []
-        self.block = nn.Sequential(*layers, *convolution(inner, outputs, 1, 1, 1, None))
-        self.adds = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.block(x) if self.adds else self.block(x)
-        return result
-
-
-def mobilenet_v3_large(classes: int = 1000) -> nn.Module:
-    """MobileNetV3-large."""
-    layers, inputs = convolution(3, 16, 3, 2, 1, nn.Hardswish), 16
-    for kernel, inner, outputs, excites, hard, stride in ROWS:
-        layers.append(Inverted(inputs, kernel, inner, outputs, excites, hard, stride))
-        inputs = outputs
-    layers += convolution(160, 960, 1, 1, 1, nn.Hardswish)
-    head = [nn.Linear(960, 1280), nn.Hardswish(), nn.Linear(1280, classes)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
-
-
-NETWORKS = {"ResNet-18": resnet18, "MobileNetV3-large": mobilenet_v3_large}
+NETWORKS = {"ResNet-18": resnet18, "MobileNetV3-large": mobilenet}
 VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
     "torch": lambda model: model,
     "converted": ours.convert,

@@ -14,8 +14,10 @@ import numpy as np
 
 from gpu_bn.bench.cases import Operation
 from gpu_bn.bench.implementations import Implementation
+from gpu_bn.spec import VECTORS
 from gpu_bn.testing import ADAPTERS, Problem, Truth, compare, oracle, tolerance
 
+TENSORS = ("x", "dy", "residual")
 CHECKED_ELEMENTS = 250_000
 """About how many elements of a tensor are compared with the oracle; at least two channels."""
 PEERS_ERROR = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-3, "float64": 1e-6}
@@ -81,8 +83,8 @@ def problem_of(operation: Operation, problem: Problem) -> Problem:
 
 
 def _some_channels(problem: Problem, channels: Any) -> Problem:
-    tensors = {name: getattr(problem, name)[:, channels] for name in ("x", "dy", "residual")}
-    vectors = {name: getattr(problem, name)[channels] for name in ("weight", "bias", "running_mean", "running_var")}
+    tensors = {name: getattr(problem, name)[:, channels] for name in TENSORS}
+    vectors = {name: getattr(problem, name)[channels] for name in VECTORS}
     return replace(problem, **tensors, **vectors)
 
 

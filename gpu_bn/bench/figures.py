@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -31,19 +31,12 @@ MOST_LABELS = 14
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 
 
-class Ceiling(NamedTuple):
-    """What a copy reaches, in bytes per second: a line in the picture."""
-
-    name: str
-    bandwidth: float
-
-
-def draw(results: Sequence[Result], ceilings: Sequence[Ceiling], folder: Path, caption: str = "") -> list[Path]:
+def draw(results: Sequence[Result], ceilings: Mapping[str, float], folder: Path, caption: str = "") -> list[Path]:
     """Write ``roofline.png`` and ``peers.png``, as far as there is anything to show; return what was written.
 
     Args:
         results: of all implementations, also those that were forced to take a tier.
-        ceilings: of the memory, and of the cache.
+        ceilings: what a copy reaches in the memory, and in the cache: bytes per second by name.
         folder: where the pictures go.
         caption: the machine and the threads.
     """
@@ -56,7 +49,7 @@ def draw(results: Sequence[Result], ceilings: Sequence[Ceiling], folder: Path, c
 
 
 # ----------------------------------------------------------------------------------------------------- roofline
-def roofline(results: Sequence[Result], ceilings: Sequence[Ceiling], path: Path, caption: str = "") -> Path:
+def roofline(results: Sequence[Result], ceilings: Mapping[str, float], path: Path, caption: str = "") -> Path:
     """Draw bandwidth over the bytes that have to be moved. A panel is an operation, a label a tensor.
 
     Filled marks are ours, a colour a tier; hollow ones are the peers'.
@@ -78,8 +71,8 @@ def roofline(results: Sequence[Result], ceilings: Sequence[Ceiling], path: Path,
                     [r.floor_bytes for r in found], [r.bandwidth / 1e9 for r in found], marker, label=name,
                     markerfacecolor=face, markeredgecolor=edge, markersize=6, alpha=0.85,
                 )  # fmt: skip
-        for style, ceiling in zip(("-", "--"), ceilings, strict=False):
-            panel.axhline(ceiling.bandwidth / 1e9, color="#555555", linewidth=1.2, linestyle=style, label=ceiling.name)
+        for style, (name, bandwidth) in zip(("-", "--"), ceilings.items(), strict=False):
+            panel.axhline(bandwidth / 1e9, color="#555555", linewidth=1.2, linestyle=style, label=name)
         _decorate(panel, operation)
         _label_tensors(panel, shown, several_kinds)
     for panel in grid.flat[len(operations) :]:
@@ -121,10 +114,10 @@ def _backend_and_tier(result: Result) -> tuple[str, str]:
     return result.by.removesuffix(f" {result.tier}"), result.tier  # a forced tier is part of the name
 
 
-def _scale(panel: Axes, results: Sequence[Result], ceilings: Sequence[Ceiling]) -> None:
+def _scale(panel: Axes, results: Sequence[Result], ceilings: Mapping[str, float]) -> None:
     """Set logarithmic axes in bytes and in GB/s, with room on the right for the labels."""
     sizes = [result.floor_bytes for result in results]
-    speeds = [*(r.bandwidth / 1e9 for r in results), *(ceiling.bandwidth / 1e9 for ceiling in ceilings)]
+    speeds = [*(r.bandwidth / 1e9 for r in results), *(bandwidth / 1e9 for bandwidth in ceilings.values())]
     panel.set(xscale="log", yscale="log")
     panel.set_xlim(min(sizes) / 2, max(sizes) * (max(sizes) / min(sizes)) ** 0.7 * 2)
     panel.set_ylim(min(speed for speed in speeds if speed) / 1.6, max(speeds) * 1.6)

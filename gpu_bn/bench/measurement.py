@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 
 from gpu_bn.backends.protocol import BackendUnavailableError
 from gpu_bn.bench.cases import Case
-from gpu_bn.bench.correctness import Reference, problem_of
+from gpu_bn.bench.correctness import TENSORS, Reference, problem_of
 from gpu_bn.bench.implementations import Implementation, data
 from gpu_bn.bench.model import floor_bytes, work_of
 from gpu_bn.bench.timing import Call, Timer, Timing, in_words, take_samples
 from gpu_bn.plan import LaunchPlan, NoPlanError
+from gpu_bn.spec import VECTORS
 from gpu_bn.testing import ADAPTERS, Problem
-
-TENSORS = ("x", "dy", "residual")
-VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Entry(NamedTuple):

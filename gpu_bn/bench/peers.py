@@ -14,6 +14,7 @@ import numpy as np
 
 from gpu_bn.bench.cases import Case, Operation
 from gpu_bn.bench.timing import Call
+from gpu_bn.spec import VECTORS
 from gpu_bn.testing import Problem
 
 Array = Any
@@ -120,7 +121,7 @@ def apex(operation: Operation, problem: Problem, tier: str | None) -> Call:
     groupbn: Any = importlib.import_module("apex.contrib.groupbn.batch_norm")
     p = problem
     norm = groupbn.BatchNorm2d_NHWC(p.x.shape[1], fuse_relu=operation.relu).cuda().train(operation.training)
-    for name in ("weight", "bias", "running_mean", "running_var"):
+    for name in VECTORS:
         getattr(norm, name).data.copy_(getattr(p, name))
     norm.eps, norm.momentum = p.eps, p.momentum
     x, dy, residual = (None if t is None else t.permute(0, 2, 3, 1).contiguous() for t in (p.x, p.dy, p.residual))
@@ -214,7 +215,7 @@ def _cudnn_handle(cudnn: Any) -> Any:
 
 def _cudnn_forward(graph: _Graph, operation: Operation, p: Problem) -> tuple[Array, Array, Array, Array]:
     torch, bn = graph.torch, graph.graph
-    vectors = {n: getattr(p, n).view(1, -1, 1, 1) for n in ("weight", "bias", "running_mean", "running_var")}
+    vectors = {n: getattr(p, n).view(1, -1, 1, 1) for n in VECTORS}
     numbers = [graph.input(torch.full((1, 1, 1, 1), number)) for number in (p.eps, p.momentum)]
     running = [vectors["running_mean"], vectors["running_var"]]
     inputs = [graph.input(running[0]), graph.input(running[1])]

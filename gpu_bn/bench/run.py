@@ -375,12 +375,12 @@ def write_pictures(report: Report, session: Session) -> None:
     if find_spec("matplotlib") is None:
         print("No pictures: matplotlib is not installed; pip install -e '.[bench]' installs what it needs.")
     else:
-        from gpu_bn.bench.figures import Ceiling, draw
+        from gpu_bn.bench.figures import draw
 
         try:
-            ceilings = [Ceiling("a copy, beyond the caches", session.copy_bandwidth)]
+            ceilings = {"a copy, beyond the caches": session.copy_bandwidth}
             if session.gpu is None:
-                ceilings.append(Ceiling("a copy, in the cache", cpu_copy_bandwidth(CPU_CACHED_BYTES)))
+                ceilings["a copy, in the cache"] = cpu_copy_bandwidth(CPU_CACHED_BYTES)
             results = [*report.summed_up, *report.forced]
             written += draw(results, ceilings, options.out, picture_caption(report))
         except Exception as error:  # of matplotlib

@@ -100,9 +100,7 @@ def _compiled(make: Callable[[nn.Module], Any], model: nn.Module) -> Any:
     return torch.compile(make(model))
 
 
-def train(
-    kind: str, seconds: float, eager: bool, sizes: Sizes | None = None, timer: Timer | None = None
-) -> list[TrainingResult]:
+def train(kind: str, seconds: float, eager: bool, sizes: Sizes | None = None) -> list[TrainingResult]:
     """Check and time all variants; ``kind`` is cpu or cuda."""
     sizes = sizes or SIZES[kind]
     torch.manual_seed(0)
@@ -128,7 +126,7 @@ def train(
             except Exception as error:
                 refused[name] = in_words(error)
             advance(1)
-        timer = timer or (CpuTimer(batch=0) if kind == "cpu" else GpuTimer(TorchGpu(), row=3))
+        timer: Timer = CpuTimer(batch=0) if kind == "cpu" else GpuTimer(TorchGpu(), row=3)
         samples = take_samples(steps, timer, "wall", seconds)
     refused |= samples.errors
     timings = {name: Timing.of(found) for name, found in samples.seconds.items()}

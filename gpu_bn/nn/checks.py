@@ -17,9 +17,8 @@ from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import library
 from gpu_bn.nn.operators.autograd import PLAIN, is_plain, watched
 from gpu_bn.nn.running import updates
-from gpu_bn.spec import MAX_RANK, MIN_RANK
+from gpu_bn.spec import MAX_RANK, MIN_RANK, VECTORS
 
-VECTORS = ("running_mean", "running_var", "weight", "bias")
 TENSORS = ("input", *VECTORS, "residual", "num_batches_tracked", "mask")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

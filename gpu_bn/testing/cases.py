@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -81,12 +81,9 @@ class Case:
 
     def __str__(self) -> str:
         words = ["x".join(map(str, self.shape)), self.dtype, self.mode]
-        usual = Case(self.shape)
-        for name in ("layout", "dy_layout", "channel_axis", "activation", "parameter", "residual", "affine",
-                     "param_dtype", "mean", "std", "eps", "momentum", "mask", "virtual_batch_size",
-                     "renorm"):  # fmt: skip
-            value = getattr(self, name)
-            if value != getattr(usual, name):
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name not in ("shape", "dtype", "mode") and value != field.default:
                 plain = name in ("layout", "activation", "residual")
                 words.append(("residual" if value is True else str(value)) if plain else f"{name}={value}")
         return " ".join(words)

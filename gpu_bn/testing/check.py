@@ -91,7 +91,7 @@ ADAPTERS: dict[str, Adapter] = {
 TENSORS = ("x", "dy", "residual", "mask")
 OPTIONS = ("virtual_batch_size", "renorm")
 RUNNING = ("running_mean", "running_var")
-VECTORS = ("weight", "bias", *RUNNING)
+VECTORS = (*RUNNING, "weight", "bias")
 
 
 def check(case: Case | Problem, backend: Backend | str = "numpy") -> dict[str, float]:
@@ -167,21 +167,11 @@ def run(problem: Problem, backend: Backend | str = "numpy", title: str = "proble
     options = {name: getattr(problem, name) for name in OPTIONS if getattr(problem, name) is not None}
     if "mask" in sent:
         options["mask"] = sent["mask"]
+    arrays: dict[str, Any] = {name: sent.get(name) for name in ("x", *VECTORS, "residual")}
     y, saved = batch_norm_forward(
-        sent["x"],
-        sent.get("running_mean"),
-        sent.get("running_var"),
-        sent.get("weight"),
-        sent.get("bias"),
-        problem.training,
-        problem.momentum,
-        problem.eps,
-        residual=sent.get("residual"),
-        activation=Activation(*problem.activation),
-        channel_axis=problem.channel_axis,
-        backend=backend,
-        **options,
-    )
+        **arrays, training=problem.training, momentum=problem.momentum, eps=problem.eps,
+        activation=Activation(*problem.activation), channel_axis=problem.channel_axis, backend=backend, **options,
+    )  # fmt: skip
     grads = batch_norm_backward(sent["dy"], saved, backend=backend)
     writable = RUNNING if problem.training else ()
     for name, array in sent.items():

@@ -217,7 +217,7 @@ def test_the_roofline_names_each_tensor_and_draws_the_ceilings(monkeypatch, tmp_
                            floor_bytes=1000)
         for case in found for by in ("ours", "peer")
     ]  # fmt: skip
-    ceilings = [figures.Ceiling("a copy", 2e6), figures.Ceiling("in the cache", 8e6)]
+    ceilings = {"a copy": 2e6, "in the cache": 8e6}
     figures.roofline(results, ceilings, tmp_path / "roofline.png", "a machine, 1 thread")
     (figure,) = drawn
     assert figure.get_suptitle().endswith("a machine, 1 thread")

@@ -132,6 +132,5 @@ def test_forced_tiers_are_in_the_picture(tmp_path):
     assert set(plan.TIERS) < set(figures.TIERS_SHOWN)
     assert len(figures.TIERS_SHOWN) <= len(figures.COLOURS)
     plain.ratios["cold"] = {}
-    ceilings = [figures.Ceiling("a copy", 1e9)]
-    assert figures.draw([plain, *forced], ceilings, tmp_path) == [tmp_path / "roofline.png"]  # there is no peer
-    assert figures.draw([], [], tmp_path) == []
+    assert figures.draw([plain, *forced], {"a copy": 1e9}, tmp_path) == [tmp_path / "roofline.png"]  # there is no peer
+    assert figures.draw([], {}, tmp_path) == []
