@@ -1,9 +1,9 @@
 """Whole networks on a CPU with torch's layers and with ours: ``python bench/steps.py``.
 
 A training step and an evaluation of ResNet-18 and MobileNetV3-large, eight images of 64 x 64, one thread, in
-alternating pairs with torch's eager one; the figure is the median of the pairs' ratios. Peak memory is what a step
-takes beyond what was taken before it, of the process, which is coarse. Each variant's first gradient is compared with
-torch's. MobileNetV3-large is torchvision's: ``pip install -e '.[models]'``.
+alternating pairs with torch's eager one; the figure is the median of the pairs' ratios. Peak memory is what torch's
+tensors take in a step beyond what they took before it. Each variant's first gradient is compared with torch's.
+MobileNetV3-large is torchvision's: ``pip install -e '.[models]'``.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ def rows(model: nn.Module, pairs: int) -> Iterator[str]:
     for name, (ratio, milliseconds) in timed(evaluations, pairs).items():
         step = "- | - | -"
         if name in trained:
-            peak = f"{peaks[name] / 1e6:.0f}" if peaks[name] else "-"
-            step = f"{trained[name][0]:.2f} | {trained[name][1]:.0f} | {peak}"
+            step = f"{trained[name][0]:.2f} | {trained[name][1]:.0f} | {peaks[name] / 1e6:.1f}"
         yield f"{name} | {step} | {ratio:.2f} | {milliseconds:.1f}"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
+import json
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -152,11 +154,8 @@ def prepare(
     return step, gradient.detach().double().clone()
 
 
-def peak_bytes(step: Callable[[], Any], kind: str) -> int | None:
-    """Measure the most memory that a step takes beyond what was taken before it.
-
-    On a GPU torch's allocator tells it; on a CPU it is the process's, and ``None`` where only Linux could tell it.
-    """
+def peak_bytes(step: Callable[[], Any], kind: str) -> int:
+    """Measure the most memory that torch's tensors take in a step, beyond what they took before it."""
     gc.collect()
     if kind == "cuda":
         torch.cuda.synchronize()
@@ -165,23 +164,14 @@ def peak_bytes(step: Callable[[], Any], kind: str) -> int | None:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that the C library keeps would not count when it is used again
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-        before = _process_bytes("VmRSS")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-        return _process_bytes("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def _process_bytes(name: str) -> int:
-    """Return the memory of this process: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next((line for line in lines if line.startswith(name + ":")), None)
-    if line is None:
-        raise OSError(f"the system has no {name}")
-    return int(line.split()[1]) << 10
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return max(accumulate(nbytes for _, nbytes in changes), default=0)
 
 
 def failures(rows: list[TrainingResult]) -> list[str]:
@@ -206,10 +196,9 @@ def training_table(rows: list[TrainingResult], kind: str) -> tuple[Table, list[A
         ])  # fmt: skip
     how = "float16 by autocast, channels-last" if kind == "cuda" else "float32"
     agrees = f"agrees with that of torch's layers in float32{', as far as autocast lets it' * (kind == 'cuda')}"
-    memory = "of torch's allocator" if kind == "cuda" else "of the process (coarse)"
     caption = (
         f"{sizes.images} images of {sizes.side} x {sizes.side}, {how}. The first gradient of each variant {agrees}. "
-        f"Peak memory: what a step takes beyond what was taken before it, {memory}."
+        "Peak memory: what torch's tensors take in a step beyond what they took before it."
     )
     header = ["layers", "a step (ms)", "IQR", "/ torch, eager", "peak memory (MB)"]
     return Table(f"Training step of ResNet-18 on the {kind}", header, lines, caption), [
