@@ -14,48 +14,45 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cases import CPU, Case
+from pairs import Pair, in_pairs
 from torch._functorch import config as functorch_config
 
 import gpu_bn
 from gpu_bn import nn
+from gpu_bn.bench.machine import processor
+from gpu_bn.bench.timing import CpuTimer
 
-PAUSE = 0.005
-"""Seconds between timings; OpenMP's default spinning is over by then."""
-BATCH = 0.01
-"""Seconds of calls in one timing, at least one call."""
+CASES = (
+    "32x64x56x56", "8x64x112x112", "2x32x32x64x64", "32x256x14x14", "32x512x7x7", "16x128x1024",
+    "32x64x56x56 channels-last", "256x1024", "4x8", "2x3x4x4", "32x64x56x56 float64", "32x256x14x14 float64",
+    "32x256x14x14 float16", "32x256x14x14 bfloat16",
+)  # fmt: skip
+"""Shapes as torch gives them (channels second), with the memory format and the dtype if they are not the usual ones."""
+TIMER = CpuTimer(batch=0.01)
 BACKENDS = "cpu", "numpy"
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5, torch.float64: 1e-12}
 Call = Callable[[], torch.Tensor]
 
 
-class Result(NamedTuple):
-    """Medians over the pairs; times in microseconds."""
-
-    ratio: float
-    ours: float
-    theirs: float
-
-
 class Tensors:
     """One case's tensors, and its operations."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: str) -> None:
         torch.manual_seed(0)
-        dtype, channels = getattr(torch, case.dtype), case.shape[1]
-        x, self.dy, self.residual = (torch.randn(case.shape).to(dtype) for _ in range(3))
-        if case.channels_last:
+        size, *kinds = case.split()
+        shape = tuple(map(int, size.split("x")))
+        dtype, channels = getattr(torch, next((kind for kind in kinds if "float" in kind), "float32")), shape[1]
+        x, self.dy, self.residual = (torch.randn(shape).to(dtype) for _ in range(3))
+        if "channels-last" in kinds:
             x, self.dy, self.residual = (
                 t.contiguous(memory_format=torch.channels_last) for t in (x, self.dy, self.residual)
             )
@@ -128,35 +125,13 @@ def compiled(x: Any, mean: Any, var: Any, weight: Any, bias: Any, training: bool
     return nn.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
 
 
-def compare(ours: Call, theirs: Call, seconds: float) -> Result:
+def compare(ours: Call, theirs: Call, seconds: float) -> Pair:
     """Check one operation, then time it in pairs."""
     got, expected = ours().detach(), theirs().detach()
     tolerance = TOLERANCES[expected.dtype]
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
     del got, expected
-    calls = max(1, round(BATCH / max(elapsed(ours, 3), elapsed(theirs, 3))))
-    pairs = []
-    start = time.perf_counter()
-    while len(pairs) < 7 or (time.perf_counter() - start < seconds and len(pairs) < 201):
-        first_ours = len(pairs) % 2 == 0
-        first = elapsed(ours if first_ours else theirs, calls)
-        second = elapsed(theirs if first_ours else ours, calls)
-        pairs.append((first, second) if first_ours else (second, first))
-    mine, its = zip(*pairs, strict=True)
-    return Result(
-        statistics.median(a / b for a, b in pairs), statistics.median(mine) * 1e6, statistics.median(its) * 1e6
-    )
-
-
-def elapsed(call: Call, calls: int) -> float:
-    """Seconds a call, over several in a row after a pause."""
-    start = time.perf_counter()
-    while time.perf_counter() < start + PAUSE:
-        pass
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
+    return in_pairs(ours, theirs, TIMER, seconds)
 
 
 def start_helpers(threads: int) -> None:
@@ -167,7 +142,7 @@ def start_helpers(threads: int) -> None:
         os.sched_setaffinity(0, {0})
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
+def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Pair]]:
     """All cases in this process, by case and by backend and peer."""
     gpu_bn.set_num_threads(arguments.threads)
     start_helpers(arguments.threads)
@@ -175,52 +150,43 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
     functorch_config.donated_buffer = False  # a graph's backward call is repeated
     peers = {"torch": torchs} | ({"torch.compile": torch.compile(torchs, dynamic=False)} if arguments.compile else {})
     results = {}
-    for case in CPU:
-        if not any(part in str(case) for part in arguments.only.split(",")):
+    for case in CASES:
+        if not any(part in case for part in arguments.only.split(",")):
             continue
         tensors = Tensors(case)
         torch.compiler.reset()  # what is compiled anew too often is no longer compiled
         for peer, norm in peers.items():
             theirs = tensors.calls(norm)
             for backend in arguments.backend.split(","):
-                if backend == "numpy" and (case.dtype == "bfloat16" or peer != "torch"):
+                if backend == "numpy" and ("bfloat16" in case or peer != "torch"):
                     continue  # NumPy has no such type; a second peer is for the backend that serves by default
                 ours = tensors.calls(compiled) if backend == "cpu" else tensors.numpy_calls()
-                row = {
+                results[f"{case}, {backend} / {peer}"] = {
                     name: compare(ours[name], theirs[name], arguments.seconds)
                     for name in ours
                     if arguments.operation in name
                 }
-                results[f"{case}, {backend} / {peer}"] = row
         print(".", end="", flush=True, file=sys.stderr)
     return results
 
 
-def measure_apart(threads: int, arguments: argparse.Namespace) -> dict[str, dict[str, Result]]:
-    """All cases in a process with so many threads, each on a core of its own."""
-    options = [f"--{name}={getattr(arguments, name)}" for name in ("seconds", "only", "backend", "operation")]
-    command = [sys.executable, __file__, "--apart", f"--threads={threads}", *options]
+def measure_apart(threads: int) -> dict[str, dict[str, Pair]]:
+    """All cases in a process with this one's options and so many threads, each on a core of its own."""
+    command = [sys.executable, *sys.argv, "--apart", f"--threads={threads}"]
     pinned = {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "close" if threads > 1 else "false"}
-    done = subprocess.run(
-        [*command, *(["--compile"] if arguments.compile else [])],
-        env=os.environ | pinned, stdout=subprocess.PIPE, check=True,
-    )  # fmt: skip
-    return {
-        case: {name: Result(*result) for name, result in row.items()} for case, row in json.loads(done.stdout).items()
-    }
+    done = subprocess.run(command, env=os.environ | pinned, stdout=subprocess.PIPE, check=True)
+    return {case: {name: Pair(*pair) for name, pair in row.items()} for case, row in json.loads(done.stdout).items()}
 
 
 def environment() -> str:
     """What the numbers depend on."""
-    facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(": ")[2] for line in facts if line.startswith("model name")), "")
     return (
         f"gpu_bn {gpu_bn.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{model.strip() or platform.machine()}, {os.cpu_count()} cores"
+        f"{processor()}, {os.cpu_count()} cores"
     )
 
 
-def table(results: dict[str, dict[str, Result]]) -> str:
+def table(results: dict[str, dict[str, Pair]]) -> str:
     """Markdown: ratio, and both times in microseconds."""
     names = list(next(iter(results.values())))
     lines = ["| ours / theirs (µs) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
@@ -234,12 +200,10 @@ def merged(arguments: argparse.Namespace, found: dict[int, Any]) -> dict[str, An
     """What was found, and what the file has of other cases in the same environment."""
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     known: dict[str, Any] = kept["results"] if kept.get("environment") == environment() else {}
-    cases = list(map(str, CPU))
+    together = {str(threads): known.get(str(threads), {}) | rows for threads, rows in found.items()}
     return known | {
-        str(threads): dict(
-            sorted((known.get(str(threads), {}) | rows).items(), key=lambda row: cases.index(row[0].partition(", ")[0]))
-        )
-        for threads, rows in found.items()
+        threads: dict(sorted(rows.items(), key=lambda row: CASES.index(row[0].partition(", ")[0])))
+        for threads, rows in together.items()
     }
 
 
@@ -247,7 +211,7 @@ def main() -> None:
     """Print the tables, and write all figures as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", default="1,2", help="numbers of threads, a table each (default: 1,2)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="per operation, at least 7 pairs")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per operation, at least 7 pairs; 0: one")
     parser.add_argument("--only", default="", help="only cases whose name contains one of these, with commas")
     parser.add_argument("--operation", default="", help="only operations whose name contains this")
     parser.add_argument("--backend", default=",".join(BACKENDS), help="of cpu,numpy")
@@ -261,7 +225,7 @@ def main() -> None:
         return
     found = {}
     for threads in map(int, arguments.threads.split(",")):
-        found[threads] = measure_apart(threads, arguments)
+        found[threads] = measure_apart(threads)
         print(f"\n{environment()}, {threads} thread{'s' * (threads > 1)} each\n\n{table(found[threads])}")
     if arguments.json:
         arguments.json.write_text(

@@ -5,6 +5,7 @@ Everything else sees a :class:`Timer`: an object with ``time(call, regime)``, th
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import timeit
@@ -115,7 +116,7 @@ def in_words(error: BaseException) -> str:
 
 @dataclass
 class CpuTimer:
-    """Makes calls in a row for about ``batch`` seconds, at least one; a first one tells how many that takes.
+    """Makes calls in a row for about ``batch`` seconds, after one that is not timed; 0 is a single call.
 
     Before that it waits for ``pause`` seconds, because OpenMP's threads go on spinning for some milliseconds after
     their work and would compete with the next call. It does not sleep: a core that wakes up is slow at first.
@@ -133,10 +134,12 @@ class CpuTimer:
         start = time.perf_counter()
         while time.perf_counter() < start + self.pause:
             pass
-        timer = timeit.Timer(call, timer=self.clock)
-        once = timer.timeit(1)
-        calls = int(self.batch / max(once, SHORTEST))
-        return timer.timeit(calls) / calls if calls > 1 else once
+        calls, timer = 1, timeit.Timer(call, timer=self.clock)
+        if self.batch:
+            call()  # threads that have gone to sleep wake up
+        while (taken := timer.timeit(calls)) < self.batch:
+            calls = math.ceil(1.2 * calls * self.batch / max(taken, SHORTEST))
+        return taken / calls
 
 
 class Gpu(Protocol):
