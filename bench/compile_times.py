@@ -97,12 +97,11 @@ def check(cases) -> None:
 def bench(cases) -> None:
     """Call what `gpu-bn bench` calls."""
     from gpu_bn.bench.implementations import IMPLEMENTATIONS
-    from gpu_bn.bench.measurement import Tensors, problem_of
+    from gpu_bn.bench.measurement import Tensors
 
     implementation = next(implementation for implementation in IMPLEMENTATIONS if implementation.name == "gpu_bn cupy")
     for case in cases:
-        tensors = Tensors(case)
-        problem = tensors.of("cupy", problem_of(case.operation, tensors.problem))
+        problem = Tensors(case).of("cupy", case.operation)
         implementation.build(case.operation, problem, None)()
 
 

@@ -58,8 +58,7 @@ class Direction:
     @property
     def floor_bytes(self) -> int:
         """Bytes if every tensor were read and written once."""
-        tensors = (self.work.reads + self.work.writes) * self.work.tensor_bytes
-        return tensors + self.work.sign_bytes
+        return self.work.floor_bytes
 
     @property
     def efficiency(self) -> float:
@@ -87,7 +86,7 @@ class Direction:
             ("strips", f"{tiling.strips} of {strip}, each on {share}{turns}"),
             ("vectors", f"{tiling.vector} elements, {vector_bytes} bytes{_at_the_ends(tiling, vector_bytes)}"),
             ("shared memory", f"{plan.shared_bytes} bytes a block" if plan.shared_bytes else "none for tensors"),
-            ("bytes", f"{_size(self.moved_bytes)} moved, {_size(self.floor_bytes)} is the floor"),
+            ("bytes", f"{in_bytes(self.moved_bytes)} moved, {in_bytes(self.floor_bytes)} is the floor"),
             ("time (model)", f"{_time(plan.seconds)}, {_time(plan.floor_seconds)} is the floor: {self.nearness}"),
             ("of that", ", ".join(f"{name} {_time(value)}" for name, value in plan.times.parts().items() if value)),
         ]
@@ -308,7 +307,8 @@ def _at_the_ends(tiling: Tiling, vector_bytes: int) -> str:
     return "" if vector_bytes == VECTOR_BYTES else f" ({VECTOR_BYTES} does not divide a row)"
 
 
-def _size(count: int) -> str:
+def in_bytes(count: int) -> str:
+    """Put a number of bytes into words."""
     for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= factor:
             return f"{count / factor:.4g} {unit}"

@@ -60,6 +60,11 @@ class Work:
         return self.tensor_bytes // VECTOR_BYTES if self.sign_bits else 0
 
     @property
+    def floor_bytes(self) -> int:
+        """Bytes if every tensor, and the sign bits, are read and written once."""
+        return (self.reads + self.writes) * self.tensor_bytes + self.sign_bytes
+
+    @property
     def valid_bytes(self) -> int:
         """Bytes that tell which positions count. Each pass reads them."""
         return self.n * self.s if self.masked else 0

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from gpu_bn.bench.measurement import Result
-from gpu_bn.explanation import _size
+from gpu_bn.explanation import in_bytes
 from gpu_bn.plan import TIERS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -122,7 +122,7 @@ def _scale(panel: Axes, results: Sequence[Result], ceilings: Mapping[str, float]
     panel.set_xlim(min(sizes) / 2, max(sizes) * (max(sizes) / min(sizes)) ** 0.7 * 2)
     panel.set_ylim(min(speed for speed in speeds if speed) / 1.6, max(speeds) * 1.6)
     panel.xaxis.set_major_locator(LogLocator(numticks=4))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(int(size)) if size < 2 * max(sizes) else ""))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: in_bytes(int(size)) if size < 2 * max(sizes) else ""))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda speed, _: f"{speed:g}"))
     panel.minorticks_off()
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from gpu_bn.backends.protocol import BackendUnavailableError
-from gpu_bn.bench.cases import Case
+from gpu_bn.bench.cases import Case, Operation
 from gpu_bn.bench.correctness import TENSORS, Reference, problem_of
 from gpu_bn.bench.implementations import Implementation, data
-from gpu_bn.bench.model import floor_bytes, work_of
+from gpu_bn.bench.model import work_of
 from gpu_bn.bench.timing import Call, Timer, Timing, in_words, take_samples
 from gpu_bn.plan import LaunchPlan, NoPlanError
 from gpu_bn.spec import VECTORS
@@ -103,9 +103,9 @@ class Tensors:
         self.reference = Reference(self.problem)
         self._converted: dict[str, dict[str, Any]] = {}
 
-    def of(self, adapter: str, problem: Problem) -> Problem:
-        """Return a problem in the arrays of a library; each call gets running statistics of its own."""
-        convert = ADAPTERS[adapter].to_backend
+    def of(self, adapter: str, operation: Operation) -> Problem:
+        """Return an operation's problem in the arrays of a library; each call gets running statistics of its own."""
+        convert, problem = ADAPTERS[adapter].to_backend, problem_of(operation, self.problem)
         if adapter not in self._converted:
             self._converted[adapter] = {name: convert(getattr(self.problem, name)) for name in TENSORS}
         tensors = {name: t for name, t in self._converted[adapter].items() if getattr(problem, name) is not None}
@@ -116,7 +116,7 @@ def measure(case: Case, tensors: Tensors, entries: Iterable[Entry], timer: Timer
     """Compare each implementation's call with the oracle, and time those that are right."""
     results, calls = {}, {}
     for entry in entries:
-        result = Result(case, entry.name, entry.implementation.ours, floor_bytes=floor_bytes(work_of(case)))
+        result = Result(case, entry.name, entry.implementation.ours, floor_bytes=work_of(case).floor_bytes)
         results[entry.name] = result
         call = _checked_call(entry, tensors, result)
         if call is not None:
@@ -149,7 +149,7 @@ def _checked_call(entry: Entry, tensors: Tensors, result: Result) -> Call | None
 
     try:
         with implementation.setting():
-            problem = tensors.of(implementation.adapter, problem_of(operation, tensors.problem))
+            problem = tensors.of(implementation.adapter, operation)
             options = {"on_plan": on_plan} if implementation.ours else {}
             call = implementation.build(operation, problem, entry.tier, **options)
             result.error = tensors.reference.check(implementation, operation, call())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +132,7 @@ def modelled(case: Case, device: Device) -> Modelled:
     found = plan(work, device) if training else plan_once(work, device)
     tiers = _tiers(work, device) if training else {"one pass": found.dram_bytes}
     torch_bytes, cudnn_bytes = TRAFFIC["torch"].bytes(case), _cudnn_bytes(case)
-    return Modelled(case, device, found, floor_bytes(work), tiers, torch_bytes, cudnn_bytes)
+    return Modelled(case, device, found, work.floor_bytes, tiers, torch_bytes, cudnn_bytes)
 
 
 def work_of(case: Case) -> Work:
@@ -143,18 +144,11 @@ def work_of(case: Case) -> Work:
     return backward if operation.direction == "backward" else forward
 
 
-def floor_bytes(work: Work) -> int:
-    """Return the bytes if every tensor, and the sign bits, are read and written once."""
-    return (work.reads + work.writes) * work.tensor_bytes + work.sign_bytes
-
-
 def _tiers(work: Work, device: Device) -> dict[str, int]:
     found = {}
     for tier in TIERS:
-        try:
+        with suppress(NoPlanError):
             found[tier] = plan(work, device, tier).dram_bytes
-        except NoPlanError:
-            continue
     return found
 
 

@@ -9,7 +9,6 @@ import sys
 
 from gpu_bn.bench import gpus
 from gpu_bn.bench.cases import select
-from gpu_bn.bench.correctness import problem_of
 from gpu_bn.bench.implementations import IMPLEMENTATIONS
 from gpu_bn.bench.measurement import Tensors
 
@@ -22,8 +21,7 @@ def main(arguments: list[str]) -> None:
     gpu, why_not = gpus.find()
     if gpu is None:
         raise SystemExit(why_not)
-    tensors = Tensors(case)
-    problem = tensors.of(implementation.adapter, problem_of(case.operation, tensors.problem))
+    problem = Tensors(case).of(implementation.adapter, case.operation)
     call = implementation.build(case.operation, problem, None)
     start, stop = gpu.profiler()
     call(), call()

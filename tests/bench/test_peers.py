@@ -16,7 +16,7 @@ def prove(build, operation, dtype="f16", layout="nhwc"):
     case = cases.select(["4x6x5x7"], [dtype], [layout], [operation])[0]
     tensors = measurement.Tensors(case)
     implementation = replace(NUMPY, name="peer", ours=False, adapter="triton")
-    problem = tensors.of("triton", measurement.problem_of(case.operation, tensors.problem))
+    problem = tensors.of("triton", case.operation)
     call = build(case.operation, problem, None)
     for _ in range(2):  # a call can be repeated
         assert tensors.reference.check(implementation, case.operation, call()) <= 1

@@ -63,5 +63,5 @@ def timed(by, seconds, tier="cta", **options):
     case = cases.Case((32, 256, 14, 14), operation=cases.OPERATIONS["forward"])
     found = plan.plan(model.work_of(case), plan.DEVICES["a100"], tier)
     timings = {"cold": timing.Timing(seconds, seconds, seconds, 1)}
-    floor = model.floor_bytes(model.work_of(case))
+    floor = model.work_of(case).floor_bytes
     return measurement.Result(case, by, True, 0.1, timings=timings, plan=found, floor_bytes=floor, **options)
