@@ -102,7 +102,7 @@ def bench(cases) -> None:
     implementation = next(implementation for implementation in IMPLEMENTATIONS if implementation.name == "gpu_bn cupy")
     for case in cases:
         problem = Tensors(case).of("cupy", case.operation)
-        implementation.build(case.operation, problem, None)()
+        implementation.build(case.operation, problem)()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The ``device`` of each has no bandwidth: that is measured. All work goes to the 
 from __future__ import annotations
 
 import importlib
+import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -146,4 +147,4 @@ def find() -> tuple[AnyGpu | None, str]:
 def _bandwidth(gpu: AnyGpu, copy: Callable[[], Any], size: int) -> float:
     timer = GpuTimer(gpu)
     copy()
-    return 2 * size / sorted(timer.time(copy, "cold") for _ in range(21))[10]
+    return 2 * size / statistics.median(timer.time(copy, "cold") for _ in range(21))

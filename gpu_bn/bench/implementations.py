@@ -1,8 +1,8 @@
 """The implementations that are timed, a row each in :data:`IMPLEMENTATIONS`: our backends and their peers.
 
-To add a peer, add a row. A row's ``build(operation, problem, tier)`` gets a problem whose arrays are the library's own.
-It returns the call to time, which returns the outputs that the operation names, in that order. Ours also take an
-``on_plan``: see :data:`gpu_bn.backends.protocol.OnPlan`.
+To add a peer, add a row. A row's ``build(operation, problem)`` gets a problem whose arrays are the library's own.
+It returns the call to time, which returns the outputs that the operation names, in that order. Ours also take the
+``tier`` that is forced and an ``on_plan``: see :data:`gpu_bn.backends.protocol.OnPlan`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -41,6 +41,7 @@ class Implementation:
         refuses: returns why it does not serve a case; empty if it does.
         setting: a context in which its call is made and timed.
         default: whether it is timed unless asked for by name.
+        tier: the tier that ours is forced to take.
     """
 
     name: str
@@ -52,6 +53,11 @@ class Implementation:
     refuses: Callable[[Case], str] = lambda _: ""
     setting: Callable[[], Any] = nullcontext
     default: bool = True
+    tier: str | None = None
+
+    def forced(self, tier: str) -> Implementation:
+        """Return the same, forced to take a tier; the name says it."""
+        return replace(self, name=f"{self.name} {tier}", tier=tier)
 
     @property
     def missing(self) -> str:
@@ -62,7 +68,7 @@ class Implementation:
 def ours(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
     """Return what builds calls of a backend of this library; ``make_backend`` makes one that forces a tier."""
 
-    def build(operation: Operation, problem: Problem, tier: str | None, on_plan: OnPlan | None = None) -> Call:
+    def build(operation: Operation, problem: Problem, tier: str | None = None, on_plan: OnPlan | None = None) -> Call:
         backend, p = make_backend(tier, on_plan), problem
         fused: dict[str, Any] = {"residual": p.residual, "activation": "relu" if operation.relu else None}
         arguments = (p.x, p.running_mean, p.running_var, p.weight, p.bias, operation.training, p.momentum, p.eps)

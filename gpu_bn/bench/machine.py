@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import time
+import timeit
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -111,13 +113,8 @@ def cpu_copy_bandwidth(size: int) -> float:
     source = np.ones(size, np.uint8)
     target = np.ones_like(source)
     copies = max(1, COPIED_AT_LEAST // size)
-    taken = []
-    for _ in range(7):
-        start = time.perf_counter()
-        for _ in range(copies):
-            np.copyto(target, source)
-        taken.append((time.perf_counter() - start) / copies)
-    return 2 * size / sorted(taken)[3]
+    taken = timeit.repeat(lambda: np.copyto(target, source), repeat=7, number=copies)
+    return 2 * size * copies / statistics.median(taken)
 
 
 def _torch_facts(threads: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpu_bn.backends.protocol import BackendUnavailableError
 from gpu_bn.bench.cases import Case, Operation
@@ -15,18 +15,6 @@ from gpu_bn.bench.timing import Call, Timer, Timing, in_words, take_samples
 from gpu_bn.plan import LaunchPlan, NoPlanError
 from gpu_bn.spec import VECTORS
 from gpu_bn.testing import ADAPTERS, Problem
-
-
-class Entry(NamedTuple):
-    """An implementation, and the tier that it is forced to take."""
-
-    implementation: Implementation
-    tier: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The name in the report."""
-        return self.implementation.name if self.tier is None else f"{self.implementation.name} {self.tier}"
 
 
 @dataclass
@@ -112,15 +100,17 @@ class Tensors:
         return replace(problem, **tensors, **{name: convert(getattr(problem, name).copy()) for name in VECTORS})
 
 
-def measure(case: Case, tensors: Tensors, entries: Iterable[Entry], timer: Timer, seconds: float) -> list[Result]:
+def measure(
+    case: Case, tensors: Tensors, implementations: Iterable[Implementation], timer: Timer, seconds: float
+) -> list[Result]:
     """Compare each implementation's call with the oracle, and time those that are right."""
     results, calls = {}, {}
-    for entry in entries:
-        result = Result(case, entry.name, entry.implementation.ours, floor_bytes=work_of(case).floor_bytes)
-        results[entry.name] = result
-        call = _checked_call(entry, tensors, result)
+    for implementation in implementations:
+        name = implementation.name
+        results[name] = Result(case, name, implementation.ours, floor_bytes=work_of(case).floor_bytes)
+        call = _checked_call(implementation, tensors, results[name])
         if call is not None:
-            calls[entry.name] = call
+            calls[name] = call
     for regime in timer.regimes:
         samples = take_samples(calls, timer, regime, seconds)
         for name, error in samples.errors.items():
@@ -134,9 +124,9 @@ def measure(case: Case, tensors: Tensors, entries: Iterable[Entry], timer: Timer
     return list(results.values())
 
 
-def _checked_call(entry: Entry, tensors: Tensors, result: Result) -> Call | None:
+def _checked_call(implementation: Implementation, tensors: Tensors, result: Result) -> Call | None:
     """Return a call whose outputs are right; what was found is noted in the result."""
-    implementation, operation = entry.implementation, result.case.operation
+    operation = result.case.operation
     result.not_served = implementation.refuses(result.case)
     if result.not_served:
         return None
@@ -150,8 +140,8 @@ def _checked_call(entry: Entry, tensors: Tensors, result: Result) -> Call | None
     try:
         with implementation.setting():
             problem = tensors.of(implementation.adapter, operation)
-            options = {"on_plan": on_plan} if implementation.ours else {}
-            call = implementation.build(operation, problem, entry.tier, **options)
+            options = {"tier": implementation.tier, "on_plan": on_plan} if implementation.ours else {}
+            call = implementation.build(operation, problem, **options)
             result.error = tensors.reference.check(implementation, operation, call())
             registers = [launch.registers for launch in launches if launch.registers is not None]
             result.registers = max(registers, default=None)

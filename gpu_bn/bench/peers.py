@@ -21,9 +21,8 @@ Array = Any
 Function = Callable[..., Any]
 
 
-def textbook(operation: Operation, problem: Problem, tier: str | None) -> Call:
+def textbook(operation: Operation, problem: Problem) -> Call:
     """Build the call of the formulas, each a line of NumPy, in float32 at least."""
-    del tier
     p, axes, dtype = problem, (0, *range(2, problem.x.ndim)), problem.x.dtype
     wide = np.dtype(np.float32) if dtype.itemsize < 4 else dtype
     count = p.x.size // p.x.shape[1]
@@ -61,8 +60,7 @@ def textbook(operation: Operation, problem: Problem, tier: str | None) -> Call:
 def torch(wrap: Callable[[Function], Function] = lambda function: function) -> Any:
     """Build torch's batch norm with an in-place sum and ReLU, as networks write it; ``wrap`` may compile it."""
 
-    def build(operation: Operation, problem: Problem, tier: str | None) -> Call:
-        del tier
+    def build(operation: Operation, problem: Problem) -> Call:
         torch: Any = importlib.import_module("torch")
         functional, p = torch.nn.functional, problem
         mean, var = p.running_mean, p.running_var
@@ -114,9 +112,8 @@ def not_apex(case: Case) -> str:
     return "a sum is fused with ReLU only" if case.operation.residual and not case.operation.relu else ""
 
 
-def apex(operation: Operation, problem: Problem, tier: str | None) -> Call:
+def apex(operation: Operation, problem: Problem) -> Call:
     """Build the call of apex.contrib.groupbn, on the tensors as they lie in memory."""
-    del tier
     torch: Any = importlib.import_module("torch")
     groupbn: Any = importlib.import_module("apex.contrib.groupbn.batch_norm")
     p = problem
@@ -152,9 +149,8 @@ def not_cudnn(case: Case) -> str:
     return "" if case.operation.training else "evaluation is not compared"
 
 
-def cudnn(operation: Operation, problem: Problem, tier: str | None) -> Call:
+def cudnn(operation: Operation, problem: Problem) -> Call:
     """Build a graph of cuDNN's Python frontend: batch norm, sum, ReLU with a mask; or the gradients of that."""
-    del tier
     graph = _Graph(problem)
     y, mean, rstd, mask = _cudnn_forward(graph, operation, problem)
     if operation.direction == "forward":

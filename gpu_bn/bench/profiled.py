@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     if gpu is None:
         raise SystemExit(why_not)
     problem = Tensors(case).of(implementation.adapter, case.operation)
-    call = implementation.build(case.operation, problem, None)
+    call = implementation.build(case.operation, problem)
     start, stop = gpu.profiler()
     call(), call()
     gpu.flush()

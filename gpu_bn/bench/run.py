@@ -16,7 +16,7 @@ from gpu_bn.bench import gpus
 from gpu_bn.bench.cases import Case, select
 from gpu_bn.bench.implementations import Implementation, choose
 from gpu_bn.bench.machine import clocks, cpu_copy_bandwidth, describe, machine, smi
-from gpu_bn.bench.measurement import Entry, Result, Tensors, measure
+from gpu_bn.bench.measurement import Result, Tensors, measure
 from gpu_bn.bench.model import model
 from gpu_bn.bench.report import Report, model_tables, slower_with_threads
 from gpu_bn.bench.tiers import crossovers
@@ -153,12 +153,12 @@ class Session:
             return [self.options.threads]
         return [*sorted({1, get_num_threads()})]
 
-    def measure(self, case: Case, tensors: Tensors, entries: list[Entry]) -> list[Result]:
+    def measure(self, case: Case, tensors: Tensors, implementations: list[Implementation]) -> list[Result]:
         """Check and time a case with each number of threads."""
         results = []
         for threads in self.threads:
             with use_threads(threads):
-                found = measure(case, tensors, entries, self.timer, self.seconds)
+                found = measure(case, tensors, implementations, self.timer, self.seconds)
             results += [replace(result, threads=threads) for result in found]
         return results
 
@@ -245,11 +245,10 @@ def bench(options: Options) -> bool:
     report = Report(options.command, facts, left_out=left_out, modelled=modelled)
     if session.gpu is None and options.device == "auto":
         report.left_out.append(f"No GPU was timed: {session.why_not}.")
-    entries = [Entry(implementation) for implementation in chosen]
     interrupted: KeyboardInterrupt | None = None
     try:
-        session.run_cases(cases, lambda case, tensors: session.measure(case, tensors, entries), report.results)
-        further_parts(session, report, cases, [entry.implementation for entry in entries if entry.implementation.ours])
+        session.run_cases(cases, lambda case, tensors: session.measure(case, tensors, chosen), report.results)
+        further_parts(session, report, cases, [each for each in chosen if each.ours])
     except KeyboardInterrupt as interrupt:  # what was measured on a rented GPU is worth keeping
         report.failed.append("interrupted: the report is of what was measured until then")
         interrupted = interrupt
@@ -319,7 +318,7 @@ def further_parts(session: Session, report: Report, cases: list[Case], ours: lis
 def time_tiers(session: Session, report: Report, cases: list[Case], ours: list[Implementation]) -> None:
     """Run ``--tiers all``."""
     assert isinstance(session.timer, GpuTimer)
-    forced = [Entry(implementation, tier) for implementation in ours for tier in TIERS]
+    forced = [implementation.forced(tier) for implementation in ours for tier in TIERS]
     cold = replace(session.timer, regimes=("cold",))
     training = [case for case in cases if case.operation.training]
     session.run_cases(

@@ -6,7 +6,7 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -32,9 +32,6 @@ class Bytes(NamedTuple):
     written: int
 
 
-Runner = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
-
-
 @dataclass(frozen=True)
 class Verdict:
     """A prediction, and whether it holds.
@@ -56,10 +53,8 @@ class CountingError(Exception):
     """Bytes cannot be counted here; the message says why."""
 
 
-def verify(
-    results: Sequence[Result], copy_bandwidth: float, l2_bytes: int, run: Runner | None = None
-) -> tuple[Table, list[Any]]:
-    """Compare the predictions for results on a GPU with a cache of ``l2_bytes``; ``run`` starts a command.
+def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> tuple[Table, list[Any]]:
+    """Compare the predictions for results on a GPU with a cache of ``l2_bytes``.
 
     Returns:
         The table, and what goes into the JSON.
@@ -70,7 +65,7 @@ def verify(
         counted = None
         if not reason and index < COUNTED:
             try:
-                counted = count(result, run or _run)
+                counted = count(result)
             except CountingError as error:
                 reason = str(error)
         verdicts.append(verdict(result, copy_bandwidth, l2_bytes, counted))
@@ -103,7 +98,7 @@ def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes
     return Verdict(result, predicted, expected, counted, "; ".join(refuted))
 
 
-def count(result: Result, run: Runner) -> Bytes:
+def count(result: Result) -> Bytes:
     """Count the bytes that a call reads from the memory and writes to it, by the profiler ncu.
 
     Raises:
@@ -114,7 +109,10 @@ def count(result: Result, run: Runner) -> Bytes:
     command = ["ncu", "--profile-from-start", "off", "--cache-control", "none", "--metrics", ",".join(METRICS),
                "--csv", "--print-units", "base", sys.executable, "-m", "gpu_bn.bench.profiled", *arguments]  # fmt: skip
     try:
-        done = run(command)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=600,
+            env={**os.environ, "LC_ALL": "C"},
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CountingError(f"DRAM bytes were not counted: ncu cannot be run ({type(error).__name__}).") from None
     if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
@@ -129,13 +127,6 @@ def count(result: Result, run: Runner) -> Bytes:
         output = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
         raise CountingError(f"DRAM bytes were not counted: ncu counted nothing ({output[-1]})")
     return found
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    numbers = {**os.environ, "LC_ALL": "C"}
-    return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", check=False, timeout=600, env=numbers
-    )
 
 
 def _table(verdicts: Sequence[Verdict], note: str) -> Table:

@@ -157,7 +157,7 @@ def test_the_models_bytes_are_those_that_the_emulator_counts(tier, operation, ma
     gpu = make_gpu(80, tier, Device(checks=checks, l2_bytes=EMULATED.l2_bytes, resident_threads=256))
     tensors = measurement.Tensors(case)
     problem = tensors.of("cupy", case.operation)
-    call = implementations.ours(lambda *_: gpu.backend)(case.operation, problem, None)
+    call = implementations.ours(lambda *_: gpu.backend)(case.operation, problem)
     gpu.device.l2.flush()
     before = len(gpu.device.reports)
     tensors.reference.check(CUPY, case.operation, call())
@@ -174,7 +174,7 @@ def test_a_backend_reports_the_plan_of_each_call(make_gpu):
     case = cases.Case((4, 4, 64), operation=cases.OPERATIONS["backward"])
     tensors, reported = measurement.Tensors(case), []
     backend = module.CupyBackend("split", lambda *found: reported.append(found))
-    call = implementations.ours(lambda *_: backend)(case.operation, tensors.of("cupy", case.operation), None)
+    call = implementations.ours(lambda *_: backend)(case.operation, tensors.of("cupy", case.operation))
     assert [(plan.tier, len(launches)) for plan, launches in reported] == [("split", 2)]  # the forward call's
     call(), call()
     assert [(plan.tier, len(launches)) for plan, launches in reported] == [("split", 2)] * 2
@@ -187,8 +187,8 @@ triton = next(s for s in implementations.IMPLEMENTATIONS if s.name == "gpu_bn tr
 found = cases.select(["4x6x5x7"], ["f16"], ["nhwc"], ["forward+add+relu", "backward+add+relu", "eval"])
 for case in found:
     tensors = measurement.Tensors(case)
-    for entry in (measurement.Entry(triton), measurement.Entry(triton, "split")):
-        for r in measurement.measure(case, tensors, [entry], timing.CpuTimer(0, 0), 0):
+    for implementation in (triton, triton.forced("split")):
+        for r in measurement.measure(case, tensors, [implementation], timing.CpuTimer(0, 0), 0):
             print(r.case, "by", r.by, "tier", r.tier, "refused", r.refused or "-", r.error is not None and r.error <= 1)
 """
 

@@ -17,7 +17,7 @@ def prove(build, operation, dtype="f16", layout="nhwc"):
     tensors = measurement.Tensors(case)
     implementation = replace(NUMPY, name="peer", ours=False, adapter="triton")
     problem = tensors.of("triton", case.operation)
-    call = build(case.operation, problem, None)
+    call = build(case.operation, problem)
     for _ in range(2):  # a call can be repeated
         assert tensors.reference.check(implementation, case.operation, call()) <= 1
 

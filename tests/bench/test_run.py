@@ -95,8 +95,8 @@ def test_a_wrong_peer_is_not_timed_but_is_no_failure_of_ours(capsys, monkeypatch
     assert "by peer: wrong: y is off by 1 of its root mean square" in capsys.readouterr().out
 
 
-def twice_as_much(operation, problem, tier):
-    call = NUMPY.build(operation, problem, tier)
+def twice_as_much(operation, problem):
+    call = NUMPY.build(operation, problem)
     return lambda: (2 * call()[0],)
 
 
@@ -117,14 +117,12 @@ def test_every_operation_of_every_cpu_implementation_is_right(dtype, layout):
     pytest.importorskip("torch")
     if dtype == "bf16":
         pytest.importorskip("ml_dtypes")
-    entries = [measurement.Entry(s) for s in implementations.IMPLEMENTATIONS if s.device == "cpu" and s.default]
-    entries += [
-        measurement.Entry(s) for s in implementations.IMPLEMENTATIONS if s.name in ("torch cuDNN", "torch native")
-    ]
+    timed = [s for s in implementations.IMPLEMENTATIONS if s.device == "cpu" and s.default]
+    timed += [s for s in implementations.IMPLEMENTATIONS if s.name in ("torch cuDNN", "torch native")]
     found = cases.select(["4x6x5x7"], [dtype], [layout], cases.OPERATIONS)
     tensors = measurement.Tensors(found[0])
     for case in found:
-        for result in measurement.measure(case, tensors, entries, timing.CpuTimer(0, 0), 0):
+        for result in measurement.measure(case, tensors, timed, timing.CpuTimer(0, 0), 0):
             assert result.refused == result.not_served == ""
             assert result.error <= 1
             assert set(result.timings) == {"wall"}

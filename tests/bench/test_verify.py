@@ -49,23 +49,30 @@ NCU = """==PROF== Connected to process 7
 """
 
 
-def ncu(stdout, stderr=""):
-    commands = []
+@pytest.fixture
+def ncu(monkeypatch):
+    """Let ncu print something; return the commands that start it."""
 
-    def run(command):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 0, stdout, stderr)
+    def says(stdout, stderr=""):
+        commands = []
 
-    return commands, run
+        def run(command, **_):
+            commands.append(command)
+            return subprocess.CompletedProcess(command, 0, stdout, stderr)
+
+        monkeypatch.setattr(verify.subprocess, "run", run)
+        return commands
+
+    return says
 
 
-def test_bytes_are_counted_by_ncu():
-    commands, run = ncu(NCU)
+def test_bytes_are_counted_by_ncu(ncu):
+    commands = ncu(NCU)
     result = timed("gpu_bn cupy", 1.0)
-    assert verify.count(result, run) == verify.Bytes(6_423_528, 6_423_552)
+    assert verify.count(result) == verify.Bytes(6_423_528, 6_423_552)
     assert commands[0][0] == "ncu"
     assert commands[0][-5:] == ["32x256x14x14", "f32", "nchw", "forward", "gpu_bn cupy"]
-    found, kept = verify.verify([result], COPY, L2, run)
+    found, kept = verify.verify([result], COPY, L2)
     text = " ".join(str(found).split())
     assert kept[0]["counted_bytes"] == {"read": 6_423_528, "written": 6_423_552}
     assert kept[0]["predicted_bytes"] == {"read": 6_422_528, "written": 6_422_528}
@@ -83,9 +90,9 @@ def test_bytes_are_counted_by_ncu():
         ((NCU.replace("dram__bytes_write", "other"), ""), "ncu counted nothing (==PROF== Disconnected)"),
     ],
 )
-def test_what_may_not_be_counted_is_said_and_not_tried_again(output, says):
-    commands, run = ncu(*output)
-    text, kept = verify.verify([timed("gpu_bn cupy", 1.0)] * 3, COPY, L2, run)
+def test_what_may_not_be_counted_is_said_and_not_tried_again(output, says, ncu):
+    commands = ncu(*output)
+    text, kept = verify.verify([timed("gpu_bn cupy", 1.0)] * 3, COPY, L2)
     assert says in " ".join(str(text).split())
     assert len(commands) == 1
     assert [row["counted_bytes"] for row in kept] == [None] * 3
