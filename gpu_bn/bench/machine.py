@@ -21,7 +21,9 @@ from gpu_bn.bench.timing import in_words
 from gpu_bn.cli.cuda_versions import installed
 from gpu_bn.cli.info import blas
 
-PACKAGES = ("numpy", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend", "apex", "ml_dtypes")
+PACKAGES = (
+    "numpy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend", "apex", "ml_dtypes",
+)  # fmt: skip
 COPIED_AT_LEAST = 32 << 20
 """Bytes that a sample of :func:`cpu_copy_bandwidth` copies."""
 SMI = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")

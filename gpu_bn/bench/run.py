@@ -24,6 +24,7 @@ from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, in_words
 from gpu_bn.bench.verify import verify
 from gpu_bn.cli.console import Table, progress, terminal_width, three_digits
 from gpu_bn.cli.info import cores
+from gpu_bn.cli.values import CommandError
 from gpu_bn.plan import THRESHOLDS, TIERS, Device
 
 FEW_OPERATIONS = ("forward", "forward+relu", "backward", "backward+add+relu", "eval")
@@ -46,10 +47,6 @@ CPU_CACHED_BYTES = 128 << 10
 """Size of a copy that stays in a core's own cache."""
 MOST_MOVED = 1.25
 """The largest ratio between a copy's bandwidths before and after the cases that counts as steady."""
-
-
-class BenchError(Exception):
-    """The benchmark cannot run here; the message is for its user."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +96,16 @@ class Options:
 
         Raises:
             ValueError: there is none, or there are fewer cores than threads.
-            BenchError: a package is missing.
+            CommandError: a package is missing.
         """
         if not cases:
             raise ValueError("no case is left by --shapes, --dtype, --layout, --ops and --only")
         if self.threads is not None and self.threads > cores():
             raise ValueError(f"--threads: this process has {cores()} cores, got {self.threads}")
         if any(case.dtype == "bfloat16" for case in cases) and find_spec("ml_dtypes") is None:
-            raise BenchError("bf16 needs ml_dtypes: pip install -e '.[bench]'")
+            raise CommandError("bf16 needs ml_dtypes: pip install -e '.[bench]'")
         if self.train and find_spec("torch") is None:
-            raise BenchError("--train needs torch: pip install -e '.[bench]'")
+            raise CommandError("--train needs torch: pip install -e '.[bench]'")
 
 
 @dataclass
@@ -210,16 +207,16 @@ def start(options: Options) -> Session:
     """Find the device and measure a copy on it.
 
     Raises:
-        BenchError: a GPU was asked for and there is none, or it cannot be used.
+        CommandError: a GPU was asked for and there is none, or it cannot be used.
     """
     gpu, why_not = (None, "the CPU was asked for") if options.device == "cpu" else gpus.find()
     if gpu is None and options.device == "cuda":
-        raise BenchError(f"--device cuda needs a GPU: {why_not}")
+        raise CommandError(f"--device cuda needs a GPU: {why_not}")
     if gpu is not None:
         try:
             return Session(options, gpu, "", GpuTimer(gpu), gpu.copy_bandwidth())
         except Exception as error:  # of a driver, or because another process has taken the memory
-            raise BenchError(f"nothing can be copied on {gpu.device.name}: {in_words(error)}") from error
+            raise CommandError(f"nothing can be copied on {gpu.device.name}: {in_words(error)}") from error
     timer = CpuTimer() if options.seconds is None or options.seconds else CpuTimer(batch=0, pause=0)
     return Session(options, None, why_not, timer, cpu_copy_bandwidth(CPU_COPIED_BYTES))
 
@@ -231,7 +228,7 @@ def bench(options: Options) -> bool:
         Whether all results of ours were right.
 
     Raises:
-        BenchError: it cannot run here.
+        CommandError: it cannot run here.
         ValueError: the options make no sense.
         KeyboardInterrupt: it was interrupted; the report has what was measured until then.
     """

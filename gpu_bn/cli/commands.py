@@ -12,15 +12,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gpu_bn import __version__, registry
 from gpu_bn.cli import values
+from gpu_bn.cli.console import Table, microseconds, terminal_width
 from gpu_bn.cli.values import CommandError, UsageError
+from gpu_bn.explanation import DTYPES, MODEL, Direction, Explanation, explain
 from gpu_bn.plan import DEVICES, THREADS
-
-if TYPE_CHECKING:
-    from gpu_bn.explanation import Direction, Explanation
 
 DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich", "threadpoolctl": "threadpoolctl"}
 """Modules of the extra ``demo``, and the packages that have them."""
@@ -257,8 +256,6 @@ def run_check(options: argparse.Namespace) -> int:
 
 def run_explain(options: argparse.Namespace) -> int:
     """Run ``gpu-bn explain``."""
-    from gpu_bn.cli.console import Table, terminal_width
-    from gpu_bn.explanation import MODEL, explain
 
     def of(device: str) -> Explanation:
         return explain(
@@ -282,8 +279,6 @@ def run_explain(options: argparse.Namespace) -> int:
 
 def _row(explanation: Explanation, name: str) -> list[str]:
     """Return one direction's cells in a table of devices."""
-    from gpu_bn.cli.console import microseconds
-
     direction: Direction = getattr(explanation, name)
     plan = direction.plan
     return [
@@ -297,7 +292,6 @@ def _row(explanation: Explanation, name: str) -> list[str]:
 def run_warm_up(options: argparse.Namespace) -> int:
     """Run ``gpu-bn warm-up``."""
     from gpu_bn.cli.warm_up import ACTIVATIONS, warm_up
-    from gpu_bn.explanation import DTYPES
 
     dtypes: dict[str, Any] = dict(DTYPES)
     if "bf16" in options.dtype:
@@ -313,7 +307,7 @@ def run_warm_up(options: argparse.Namespace) -> int:
 
 def run_bench(options: argparse.Namespace) -> int:
     """Run ``gpu-bn bench``."""
-    from gpu_bn.bench.run import BenchError, Options, bench
+    from gpu_bn.bench.run import Options, bench
 
     values.check_folder(options.out, "report")
     if options.page is not None and options.page.parent != options.out:  # which is made if it is not there
@@ -329,8 +323,6 @@ def run_bench(options: argparse.Namespace) -> int:
         return 0 if bench(asked) else 1
     except ValueError as error:
         raise UsageError(str(error)) from None
-    except BenchError as error:
-        raise CommandError(str(error)) from None
 
 
 def run_demo(options: argparse.Namespace) -> int:

@@ -63,12 +63,11 @@ def as_json(found: Facts) -> str:
 def facts() -> Facts:
     """Look for versions, processor, GPUs and backends."""
     gpus = devices()
-    packages = [f"{name} {found}" for name in PACKAGES if (found := installed(name))]
     lines = [
         ("gpu-bn", __version__),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         ("NumPy", f"{np.__version__}, BLAS: {blas()}"),
-        ("packages", ", ".join(packages) or "none of " + ", ".join(PACKAGES)),
+        ("packages", ", ".join(packages()) or "none of " + ", ".join(PACKAGES)),
         ("processor", f"{platform.machine()}, {os.cpu_count()} cores, {cores()} for this process"),
         ("threads", f"{get_num_threads()} for a call on the CPU (GPU_BN_NUM_THREADS sets it)"),
         ("GPUs", "; ".join(gpus.names) or f"none: {gpus.why_not}"),
@@ -82,13 +81,17 @@ def facts() -> Facts:
 def facts_of_cuda() -> list[str]:
     """Return what results on a GPU depend on, in short."""
     gpus, found = devices(), cuda_versions()
-    packages = [f"{name} {has}" for name in PACKAGES if (has := installed(name))]
     return [
         "; ".join(gpus.names) or f"no GPU: {gpus.why_not}",
         *(f"CUDA of {name}: {said}" for name, said in found.said.items()),
-        ", ".join([f"Python {platform.python_version()}", f"NumPy {np.__version__}", *packages]),
+        ", ".join([f"Python {platform.python_version()}", f"NumPy {np.__version__}", *packages()]),
         *(f"does not fit: {problem}" for problem in found.problems()),
     ]
+
+
+def packages() -> list[str]:
+    """Return those of :data:`PACKAGES` that are installed, with their versions."""
+    return [f"{name} {found}" for name in PACKAGES if (found := installed(name))]
 
 
 def cores() -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -131,14 +132,8 @@ def check_file(path: Path, what: str) -> None:
         raise UsageError(f"{path} is a folder, expected the name of a file for the {what}")
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent} for the {what}")
-    try:
-        if path.exists():
-            with path.open("ab"):
-                return
-        with tempfile.TemporaryFile(dir=path.parent):
-            return
-    except OSError as error:
-        raise UsageError(f"the {what} cannot be written to {path}: {error.strerror}") from None
+    with _allowed(path, what), path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def check_folder(path: Path, what: str) -> None:
@@ -150,9 +145,14 @@ def check_folder(path: Path, what: str) -> None:
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not there.is_dir():
         raise UsageError(f"{there if there != path.absolute() else path} is not a folder, expected one for the {what}")
+    with _allowed(path, what), tempfile.TemporaryFile(dir=there):
+        pass
+
+
+@contextmanager
+def _allowed(path: Path, what: str) -> Iterator[None]:
     try:
-        with tempfile.TemporaryFile(dir=there):
-            return
+        yield
     except OSError as error:
         raise UsageError(f"the {what} cannot be written to {path}: {error.strerror}") from None
 

@@ -64,13 +64,7 @@ def identity_table(identities: Sequence[Identity]) -> Table:
 def capacity_table(capacities: Sequence[Capacity]) -> Table:
     """Return the table of trained networks before and after BN is inserted."""
     rows = [
-        [
-            str(seed),
-            f"{c.scores:.2g}",
-            f"{c.largest:.3g}",
-            f"{c.probabilities:.2g}",
-            f"{c.agree} of {c.images}",
-        ]
+        [str(seed), f"{c.scores:.2g}", f"{c.largest:.3g}", f"{c.probabilities:.2g}", f"{c.agree} of {c.images}"]
         for seed, c in enumerate(capacities)
     ]
     header = ["seed", "max |difference| of scores", "max |score|", "max |difference| of probabilities", "same label"]
