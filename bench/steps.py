@@ -1,7 +1,7 @@
 """Whole networks on a CPU with torch's layers and with ours: ``python bench/steps.py``.
 
-A training step and an evaluation of ResNet-18 and MobileNetV3-large, eight images of 64 x 64, one thread, in
-alternating pairs with torch's eager one; the figure is the median of the pairs' ratios. Peak memory is what torch's
+A training step and an evaluation of ResNet-18 and MobileNetV3-large, eight images of 64 x 64, one thread, all
+variants in turn; the figure is the median of the ratios to torch's eager one. Peak memory is what torch's
 tensors take in a step beyond what they took before it. Each variant's first gradient is compared with torch's.
 MobileNetV3-large is torchvision's: ``pip install -e '.[models]'``.
 """
@@ -50,7 +50,7 @@ def evaluation(model: nn.Module, images: Tensor) -> Call:
 
 
 def timed(calls: dict[str, Call], pairs: int) -> dict[str, tuple[float, float]]:
-    """By variant, the median of the pairs' ratios to torch, and of its own times in milliseconds."""
+    """By variant, the median of the ratios to torch, and of its own times in milliseconds."""
     samples = take_samples(calls, CpuTimer(batch=0), "wall", 1, rounds=(pairs, pairs))
     assert not samples.errors, samples.errors
     return {name: (samples.ratio(name, "torch"), 1e3 * statistics.median(samples.seconds[name])) for name in calls}

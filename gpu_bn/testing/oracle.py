@@ -148,21 +148,14 @@ def masked(tensor: Array, problem: Problem) -> Array:
 
 def _solve(problem: Problem) -> Truth:
     x, dy, there = masked(problem.x, problem), masked(problem.dy, problem), positions(problem)
-    valid = valid_count(problem)
-    count = valid if problem.mask is None else max(valid, 1)
+    count = valid_count(problem) if problem.mask is None else max(valid_count(problem), 1)
     if problem.training:
         mean = channel_sum(x, problem) / count
         mean = mean + channel_sum(there * (x - by_channel(mean, problem)), problem) / count
         var = channel_sum(there * (x - by_channel(mean, problem)) ** 2, problem) / count
     else:
         mean, var = wide(problem.running_mean), wide(problem.running_var)
-    running_mean = running_var = None
-    if problem.running_mean is not None:
-        running_mean, running_var = wide(problem.running_mean), wide(problem.running_var)
-        if problem.training and (valid or problem.mask is None):
-            keep, momentum = 1 - WIDE(problem.momentum), WIDE(problem.momentum)
-            running_mean = keep * running_mean + momentum * mean
-            running_var = keep * running_var + momentum * var * count / (count - 1 if count > 1 else 1)
+    running_mean, running_var = _running(problem, mean, var, count)
 
     rstd = 1 / np.sqrt(var + WIDE(problem.eps))
     xhat = there * (x - by_channel(mean, problem)) * by_channel(rstd, problem)
@@ -198,6 +191,18 @@ def _solve(problem: Problem) -> Truth:
         r=r,
         d=d,
     )
+
+
+def _running(problem: Problem, mean: Array, var: Array, count: int) -> tuple[Array | None, Array | None]:
+    """Update the running statistics by the batch's, unless no position of it counts."""
+    if problem.running_mean is None:
+        return None, None
+    old_mean, old_var = wide(problem.running_mean), wide(problem.running_var)
+    if not problem.training or (problem.mask is not None and not valid_count(problem)):
+        return old_mean, old_var
+    keep, momentum = 1 - WIDE(problem.momentum), WIDE(problem.momentum)
+    unbiased = var * count / (count - 1 if count > 1 else 1)
+    return keep * old_mean + momentum * mean, keep * old_var + momentum * unbiased
 
 
 def _renormalisation(problem: Problem, mean: Array, rstd: Array) -> tuple[Array, Array]:

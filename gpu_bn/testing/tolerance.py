@@ -92,16 +92,9 @@ def _joined(parts: list[dict[str, Array]], keep: Array) -> dict[str, Array]:
 def _tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
     dtype = str(problem.x.dtype)
     u = WIDE(ROUNDOFF[dtype])
-    valid, there = valid_count(problem), positions(problem)
-    count = max(valid, 1)
+    there, count = positions(problem), max(valid_count(problem), 1)
     ratio = np.abs(truth.mean) * truth.rstd
-
-    mean, var_relative = np.zeros_like(truth.mean), np.zeros_like(truth.mean)
-    if problem.training:
-        mean = 4 * u * channel_sum(np.abs(masked(problem.x, problem)), problem) / count
-        var_relative = np.maximum(16 * u, WIDE(VAR_PER_RATIO[dtype]) * np.abs(truth.mean) / np.sqrt(truth.var))
-        var_relative = np.where(truth.var > 0, var_relative, 16 * u)
-    var = var_relative * truth.var
+    mean, var_relative = _moments(problem, truth, u)
     rstd_relative = 4 * u + var_relative / 2
 
     size, split = np.abs(truth.xhat), by_channel(np.minimum(2 * ratio, 4), problem)
@@ -121,15 +114,7 @@ def _tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
     rounds = (weight > 0) | (problem.residual is not None)  # a weight of 0 leaves the bias as it is
     z = weight * off + 2 * u * terms * rounds
 
-    here, below, above = (derivative(*problem.activation, truth.z + step * z) for step in (0, -1, 1))
-    steepest = np.maximum(np.abs(here), np.maximum(np.abs(below), np.abs(above)))
-    change = np.maximum(np.abs(below - here), np.abs(above - here))
-    smooth = problem.activation[0] not in PIECEWISE_LINEAR
-    y = steepest * z + 8 * u * np.abs(truth.y) + 2 * u * smooth * np.minimum(np.abs(truth.z), 1)
-    dz = np.zeros_like(truth.dz)
-    if problem.activation[0] != "identity":
-        dz = np.abs(masked(problem.dy, problem)) * (change + 8 * u * np.maximum(np.abs(here), 1.0 * smooth))
-
+    y, dz = _activated(problem, truth, z, u)
     size_dz = np.abs(truth.dz)
     dbias = channel_sum(dz + 4 * u * size_dz, problem)
     dweight = channel_sum(dz * size + size_dz * (xhat + 4 * u * size), problem)
@@ -147,13 +132,43 @@ def _tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
 
     allowed = {"y": y * there, "mean": mean, "rstd": rstd_relative * truth.rstd, "dx": dx * there}
     allowed |= {"dweight": dweight_corrected, "dbias": dbias, "dresidual": dz}
-    if problem.running_mean is not None and problem.running_var is not None:
-        momentum = WIDE(problem.momentum if problem.training and valid else 0)
-        bessel = count / WIDE(max(count - 1, 1))
-        old_mean, old_var = np.abs(wide(problem.running_mean)), np.abs(wide(problem.running_var))
-        allowed["running_mean"] = momentum * (mean + 2 * u * np.abs(truth.mean)) + 2 * u * (1 - momentum) * old_mean
-        allowed["running_var"] = momentum * bessel * (var + 2 * u * truth.var) + 2 * u * (1 - momentum) * old_var
+    if problem.running_mean is not None:
+        allowed |= _running(problem, truth, mean, var_relative * truth.var, u)
     return allowed
+
+
+def _moments(problem: Problem, truth: Truth, u: Array) -> tuple[Array, Array]:
+    """Return what is allowed in the mean, and in the variance as a share of it."""
+    if not problem.training:
+        return np.zeros_like(truth.mean), np.zeros_like(truth.mean)
+    mean = 4 * u * channel_sum(np.abs(masked(problem.x, problem)), problem) / max(valid_count(problem), 1)
+    per_ratio = WIDE(VAR_PER_RATIO[str(problem.x.dtype)])
+    var_relative = np.maximum(16 * u, per_ratio * np.abs(truth.mean) / np.sqrt(truth.var))
+    return mean, np.where(truth.var > 0, var_relative, 16 * u)
+
+
+def _activated(problem: Problem, truth: Truth, z: Array, u: Array) -> tuple[Array, Array]:
+    """Return what is allowed in y and in dz, where ``z`` is allowed in z."""
+    here, below, above = (derivative(*problem.activation, truth.z + step * z) for step in (0, -1, 1))
+    steepest = np.maximum(np.abs(here), np.maximum(np.abs(below), np.abs(above)))
+    change = np.maximum(np.abs(below - here), np.abs(above - here))
+    smooth = problem.activation[0] not in PIECEWISE_LINEAR
+    y = steepest * z + 8 * u * np.abs(truth.y) + 2 * u * smooth * np.minimum(np.abs(truth.z), 1)
+    if problem.activation[0] == "identity":
+        return y, np.zeros_like(truth.dz)
+    return y, np.abs(masked(problem.dy, problem)) * (change + 8 * u * np.maximum(np.abs(here), 1.0 * smooth))
+
+
+def _running(problem: Problem, truth: Truth, mean: Array, var: Array, u: Array) -> dict[str, Array]:
+    """Return what is allowed in the running statistics, where ``mean`` and ``var`` are allowed in the batch's."""
+    valid = valid_count(problem)
+    momentum = WIDE(problem.momentum if problem.training and valid else 0)
+    bessel = max(valid, 1) / WIDE(max(valid - 1, 1))
+    old_mean, old_var = np.abs(wide(problem.running_mean)), np.abs(wide(problem.running_var))
+    return {
+        "running_mean": momentum * (mean + 2 * u * np.abs(truth.mean)) + 2 * u * (1 - momentum) * old_mean,
+        "running_var": momentum * bessel * (var + 2 * u * truth.var) + 2 * u * (1 - momentum) * old_var,
+    }
 
 
 def ulp(values: Array, dtype: str) -> Array:
