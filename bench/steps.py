@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import gpu_bn
 from gpu_bn import nn as ours
 from gpu_bn.bench.timing import Call, CpuTimer, take_samples
-from gpu_bn.bench.training import AGREEMENT, peak_bytes, prepare, resnet18
+from gpu_bn.bench.training import check, resnet18
 
 
 def mobilenet() -> nn.Module:
@@ -59,13 +59,8 @@ def timed(calls: dict[str, Call], pairs: int) -> dict[str, tuple[float, float]]:
 def rows(model: nn.Module, pairs: int) -> Iterator[str]:
     """Cells of the table, a row a variant."""
     images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
-    steps, peaks = {}, {}
-    _, expected = prepare(copy.deepcopy(model), images, labels)
-    for name, variant in VARIANTS.items():
-        steps[name], gradient = prepare(variant(copy.deepcopy(model)), images, labels)
-        error = float((gradient - expected).norm() / expected.norm())
-        assert error <= AGREEMENT, f"{name}: the first gradient is off by {error:.2g}"
-        peaks[name] = peak_bytes(steps[name], "cpu")
+    steps, peaks, refused = check(VARIANTS, model, images, labels, lambda _: None)
+    assert not refused, refused
     evaluations = {
         name: evaluation(variant(copy.deepcopy(model).eval()).eval(), images)
         for name, variant in (VARIANTS | FOLDED).items()

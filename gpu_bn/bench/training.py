@@ -6,7 +6,7 @@ import copy
 import gc
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
@@ -18,7 +18,7 @@ from torch import nn
 
 from gpu_bn import nn as ours
 from gpu_bn.bench.gpus import TorchGpu
-from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, Timing, in_words, take_samples
+from gpu_bn.bench.timing import Call, CpuTimer, GpuTimer, Timer, Timing, in_words, take_samples
 from gpu_bn.cli.console import Table, megabytes, milliseconds, progress
 
 AGREEMENT, NOISE = 1e-3, 2.0
@@ -111,28 +111,44 @@ def train(kind: str, seconds: float, eager: bool, sizes: Sizes | None = None) ->
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(sizes.images, device=kind)
-    steps, peaks, refused = {}, {}, {}
-    _, expected = prepare(copy.deepcopy(model), images, labels, autocast=False)
-    allowed: float | None = None
     makes = variants(eager)
     with progress(f"Training steps of ResNet-18: {len(makes)} variants", len(makes)) as advance:
-        for name, make in makes.items():
-            try:
-                step, gradient = prepare(make(copy.deepcopy(model)), images, labels)
-                error = float((gradient - expected).norm() / expected.norm())
-                allowed = AGREEMENT + NOISE * error if allowed is None else allowed
-                if not error <= allowed:
-                    refused[name] = f"wrong: the first gradient is off by {error:.2g} of its norm"
-                else:
-                    steps[name], peaks[name] = step, peak_bytes(step, kind)
-            except Exception as error:
-                refused[name] = in_words(error)
-            advance(1)
+        steps, peaks, refused = check(makes, model, images, labels, advance)
         timer: Timer = CpuTimer(batch=0) if kind == "cpu" else GpuTimer(TorchGpu(), row=3)
         samples = take_samples(steps, timer, "wall", seconds)
     refused |= samples.errors
     timings = {name: Timing.of(found) for name, found in samples.seconds.items()}
     return [TrainingResult(name, timings.get(name), peaks.get(name), refused.get(name, "")) for name in makes]
+
+
+def check(
+    makes: Mapping[str, Callable[[nn.Module], Any]],
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    advance: Callable[[int], None],
+) -> tuple[dict[str, Call], dict[str, int], dict[str, str]]:
+    """Compare the first gradient of each variant with that of ``model``; the first variant has torch's layers.
+
+    Returns:
+        The training steps of those that agree, the memory that each takes, and why the others are refused.
+    """
+    steps, peaks, refused = {}, {}, {}
+    _, expected = prepare(copy.deepcopy(model), images, labels, autocast=False)
+    allowed: float | None = None
+    for name, make in makes.items():
+        try:
+            step, gradient = prepare(make(copy.deepcopy(model)), images, labels)
+            error = float((gradient - expected).norm() / expected.norm())
+            allowed = AGREEMENT + NOISE * error if allowed is None else allowed
+            if not error <= allowed:
+                refused[name] = f"wrong: the first gradient is off by {error:.2g} of its norm"
+            else:
+                steps[name], peaks[name] = step, peak_bytes(step, images.device.type)
+        except Exception as error:
+            refused[name] = in_words(error)
+        advance(1)
+    return steps, peaks, refused
 
 
 def prepare(
