@@ -16,7 +16,7 @@ from torch import Tensor
 
 import gpu_bn
 from gpu_bn import nn
-from gpu_bn.bench.timing import Call, CpuTimer
+from gpu_bn.bench.timing import CpuTimer, TimedCall
 
 SHAPES = (8, 64, 16, 16), (32, 256, 14, 14), (256, 1024)
 ACTIVATIONS: dict[str, torch.nn.Module] = {
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, torch.nn.Module] = {
 TIMER = CpuTimer(batch=0.003, pause=0)
 
 
-def operations(layer: torch.nn.Module, after: torch.nn.Module, x: Tensor, dy: Tensor) -> dict[str, Call]:
+def operations(layer: torch.nn.Module, after: torch.nn.Module, x: Tensor, dy: Tensor) -> dict[str, TimedCall]:
     """The calls of a layer and of what follows it."""
     leaf = x.clone().requires_grad_()
     evaluated = torch.nn.Sequential(layer, after).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import NamedTuple
 
-from gpu_bn.bench.timing import LEAST_ROUNDS, MOST_ROUNDS, Call, CpuTimer, take_samples
+from gpu_bn.bench.timing import LEAST_ROUNDS, MOST_ROUNDS, CpuTimer, TimedCall, take_samples
 
 
 class Pair(NamedTuple):
@@ -17,8 +17,8 @@ class Pair(NamedTuple):
 
 
 def in_pairs(
-    ours: Call,
-    theirs: Call,
+    ours: TimedCall,
+    theirs: TimedCall,
     timer: CpuTimer,
     seconds: float = 1.0,
     pairs: tuple[int, int] = (LEAST_ROUNDS, MOST_ROUNDS),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gpu_bn
 from gpu_bn import nn as ours
-from gpu_bn.bench.timing import Call, CpuTimer, take_samples
+from gpu_bn.bench.timing import CpuTimer, TimedCall, take_samples
 from gpu_bn.bench.training import check, resnet18
 
 
@@ -39,7 +39,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
 FOLDED: dict[str, Callable[[nn.Module], Any]] = {"folded": lambda model: ours.fold(model)}
 
 
-def evaluation(model: nn.Module, images: Tensor) -> Call:
+def evaluation(model: nn.Module, images: Tensor) -> TimedCall:
     """An evaluation of a model."""
 
     def evaluate() -> None:
@@ -49,7 +49,7 @@ def evaluation(model: nn.Module, images: Tensor) -> Call:
     return evaluate
 
 
-def timed(calls: dict[str, Call], pairs: int) -> dict[str, tuple[float, float]]:
+def timed(calls: dict[str, TimedCall], pairs: int) -> dict[str, tuple[float, float]]:
     """By variant, the median of the ratios to torch, and of its own times in milliseconds."""
     samples = take_samples(calls, CpuTimer(batch=0), "wall", 1, rounds=(pairs, pairs))
     assert not samples.errors, samples.errors

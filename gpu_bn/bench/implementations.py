@@ -20,11 +20,11 @@ from gpu_bn import registry
 from gpu_bn.backends.protocol import OnPlan
 from gpu_bn.bench import peers
 from gpu_bn.bench.cases import Case, Operation
-from gpu_bn.bench.timing import Call
+from gpu_bn.bench.timing import TimedCall
 from gpu_bn.functional import batch_norm, batch_norm_backward, batch_norm_forward
 from gpu_bn.testing import Problem
 
-Build = Callable[..., Call]
+Build = Callable[..., TimedCall]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Implementation:
 def ours(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
     """Return what builds calls of a backend of this library; ``make_backend`` makes one that forces a tier."""
 
-    def build(operation: Operation, problem: Problem, tier: str | None = None, on_plan: OnPlan | None = None) -> Call:
+    def build(
+        operation: Operation, problem: Problem, tier: str | None = None, on_plan: OnPlan | None = None
+    ) -> TimedCall:
         backend, p = make_backend(tier, on_plan), problem
         fused: dict[str, Any] = {"residual": p.residual, "activation": "relu" if operation.relu else None}
         arguments = (p.x, p.running_mean, p.running_var, p.weight, p.bias, operation.training, p.momentum, p.eps)

@@ -11,7 +11,7 @@ from gpu_bn.bench.cases import Case, Operation
 from gpu_bn.bench.correctness import TENSORS, Reference, problem_of
 from gpu_bn.bench.implementations import Implementation, data
 from gpu_bn.bench.model import work_of
-from gpu_bn.bench.timing import Call, Timer, Timing, in_words, take_samples
+from gpu_bn.bench.timing import TimedCall, Timer, Timing, in_words, take_samples
 from gpu_bn.plan import LaunchPlan, NoPlanError
 from gpu_bn.spec import VECTORS
 from gpu_bn.testing import ADAPTERS, Problem
@@ -124,7 +124,7 @@ def measure(
     return list(results.values())
 
 
-def _checked_call(implementation: Implementation, tensors: Tensors, result: Result) -> Call | None:
+def _checked_call(implementation: Implementation, tensors: Tensors, result: Result) -> TimedCall | None:
     """Return a call whose outputs are right; what was found is noted in the result."""
     operation = result.case.operation
     result.not_served = implementation.refuses(result.case)

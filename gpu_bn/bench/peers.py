@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpu_bn.bench.cases import Case, Operation
-from gpu_bn.bench.timing import Call
+from gpu_bn.bench.timing import TimedCall
 from gpu_bn.spec import VECTORS
 from gpu_bn.testing import Problem
 
@@ -21,7 +21,7 @@ Array = Any
 Function = Callable[..., Any]
 
 
-def textbook(operation: Operation, problem: Problem) -> Call:
+def textbook(operation: Operation, problem: Problem) -> TimedCall:
     """Build the call of the formulas, each a line of NumPy, in float32 at least."""
     p, axes, dtype = problem, (0, *range(2, problem.x.ndim)), problem.x.dtype
     wide = np.dtype(np.float32) if dtype.itemsize < 4 else dtype
@@ -60,7 +60,7 @@ def textbook(operation: Operation, problem: Problem) -> Call:
 def torch(wrap: Callable[[Function], Function] = lambda function: function) -> Any:
     """Build torch's batch norm with an in-place sum and ReLU, as networks write it; ``wrap`` may compile it."""
 
-    def build(operation: Operation, problem: Problem) -> Call:
+    def build(operation: Operation, problem: Problem) -> TimedCall:
         torch: Any = importlib.import_module("torch")
         functional, p = torch.nn.functional, problem
         mean, var = p.running_mean, p.running_var
@@ -112,7 +112,7 @@ def not_apex(case: Case) -> str:
     return "a sum is fused with ReLU only" if case.operation.residual and not case.operation.relu else ""
 
 
-def apex(operation: Operation, problem: Problem) -> Call:
+def apex(operation: Operation, problem: Problem) -> TimedCall:
     """Build the call of apex.contrib.groupbn, on the tensors as they lie in memory."""
     torch: Any = importlib.import_module("torch")
     groupbn: Any = importlib.import_module("apex.contrib.groupbn.batch_norm")
@@ -149,7 +149,7 @@ def not_cudnn(case: Case) -> str:
     return "" if case.operation.training else "evaluation is not compared"
 
 
-def cudnn(operation: Operation, problem: Problem) -> Call:
+def cudnn(operation: Operation, problem: Problem) -> TimedCall:
     """Build a graph of cuDNN's Python frontend: batch norm, sum, ReLU with a mask; or the gradients of that."""
     graph = _Graph(problem)
     y, mean, rstd, mask = _cudnn_forward(graph, operation, problem)
@@ -232,7 +232,7 @@ def _cudnn_forward(graph: _Graph, operation: Operation, p: Problem) -> tuple[Arr
     return graph.output(z, torch.empty_like(p.x)), saved[0], saved[1], mask
 
 
-def _cudnn_backward(operation: Operation, p: Problem, mean: Array, rstd: Array, mask: Array) -> Call:
+def _cudnn_backward(operation: Operation, p: Problem, mean: Array, rstd: Array, mask: Array) -> TimedCall:
     graph = _Graph(p)
     torch, bn = graph.torch, graph.graph
     dz, outputs = graph.input(p.dy), {}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-Call = Callable[[], Any]
+TimedCall = Callable[[], Any]
 LEAST_ROUNDS, MOST_ROUNDS = 7, 301
 WARM_UP = 3
 """Calls before the first sample."""
@@ -33,7 +33,7 @@ class Timer(Protocol):
 
     regimes: tuple[str, ...]
 
-    def time(self, call: Call, regime: str) -> float:
+    def time(self, call: TimedCall, regime: str) -> float:
         """Return the seconds of one sample."""
 
 
@@ -70,7 +70,7 @@ class Samples:
 
 
 def take_samples(
-    calls: Mapping[str, Call],
+    calls: Mapping[str, TimedCall],
     timer: Timer,
     regime: str,
     seconds: float,
@@ -128,7 +128,7 @@ class CpuTimer:
     """Such as that of the process, where waiting for other processes should not count."""
     regimes: tuple[str, ...] = ("wall",)
 
-    def time(self, call: Call, regime: str = "wall") -> float:
+    def time(self, call: TimedCall, regime: str = "wall") -> float:
         """Return the seconds of a call."""
         del regime
         start = time.perf_counter()
@@ -180,11 +180,11 @@ class GpuTimer:
     """Calls in a row, of which ``wall`` is the mean."""
     regimes: tuple[str, ...] = ("cold", "hot", "wall")
 
-    def time(self, call: Call, regime: str) -> float:
+    def time(self, call: TimedCall, regime: str) -> float:
         """Return the seconds of a call."""
         return self._wall(call) if regime == "wall" else self._events(call, cold=regime == "cold")
 
-    def _events(self, call: Call, cold: bool) -> float:
+    def _events(self, call: TimedCall, cold: bool) -> float:
         while True:
             self.gpu.synchronize()
             if cold:
@@ -202,7 +202,7 @@ class GpuTimer:
                 self.cycles = FIRST_CYCLES
             return max(self.gpu.elapsed(start, end), SHORTEST)
 
-    def _wall(self, call: Call) -> float:
+    def _wall(self, call: TimedCall) -> float:
         self.gpu.synchronize()
         start = time.perf_counter()
         for _ in range(self.row):

@@ -18,7 +18,7 @@ from torch import nn
 
 from gpu_bn import nn as ours
 from gpu_bn.bench.gpus import TorchGpu
-from gpu_bn.bench.timing import Call, CpuTimer, GpuTimer, Timer, Timing, in_words, take_samples
+from gpu_bn.bench.timing import CpuTimer, GpuTimer, TimedCall, Timer, Timing, in_words, take_samples
 from gpu_bn.cli.console import Table, megabytes, milliseconds, progress
 
 AGREEMENT, NOISE = 1e-3, 2.0
@@ -127,7 +127,7 @@ def check(
     images: torch.Tensor,
     labels: torch.Tensor,
     advance: Callable[[int], None],
-) -> tuple[dict[str, Call], dict[str, int], dict[str, str]]:
+) -> tuple[dict[str, TimedCall], dict[str, int], dict[str, str]]:
     """Compare the first gradient of each variant with that of ``model``; the first variant has torch's layers.
 
     Returns:
