@@ -153,6 +153,19 @@ def after(sums, mean, var, weight, bias):
 
 
 @triton.jit
+def one_each(sums, COLUMNS: tl.constexpr):
+    """Per-channel sums over threads, dealt out again: to each thread one channel's.
+
+    A sum lies where the elements lay, for which a thread has all channels of its vectors; it would compute for all of
+    them what follows in double precision. What is gathered lies as its indices do.
+    """
+    if COLUMNS:
+        return tl.gather(sums, tl.arange(0, sums.shape[0]), 0)
+    else:
+        return sums
+
+
+@triton.jit
 def store_as(pointer, value, mask):
     """Store float64 or COMPUTE values in the pointer's dtype."""
     if pointer.dtype.element_ty == tl.bfloat16:

@@ -256,10 +256,12 @@ def bn_backward_kernel(
     strip = tl.program_id(0)
     last = positions
     channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    mean_c = load_wide(mean, channel, known_channels, 0.0)
+    mean_c = load_once(mean, channel, known_channels, COLUMNS)
     var_c = load_wide(var, channel, known_channels, 1.0)
     weight_c = load_wide(weight, channel, known_channels, 1.0)
     bias_c = load_wide(bias, channel, known_channels, 0.0)
+    if COLUMNS:
+        mean_c, var_c, weight_c, bias_c = after(mean_c, mean_c, var_c, weight_c, bias_c)
     centre, scale, shift, rest, rstd = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
     values = ()
     gradients = ()

@@ -42,8 +42,9 @@ from gpu_bn.kernels.triton.statistics import (
 @triton.jit
 def bn_stats_kernel(
     x, valid, partials, channels, row, jump, magic, power, positions, share,
-    SAMPLES: tl.constexpr, CHAIN: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr, GROUPS: tl.constexpr,
+    SAMPLES: tl.constexpr, CHAIN: tl.constexpr, AT_ONCE: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of each block's share of a strip, to partials[2, blocks, groups * channels].
 
@@ -67,18 +68,18 @@ def bn_stats_kernel(
         count = (last - first).to(tl.float64) if COLUMNS else (last - first).to(tl.float64) * VEC
     inverse = reciprocal(count)
     factor = shift * 0.0 + 1.0
-    pending = factor > 0.0
+    pending = known & (factor > 0.0)
     sweep = 0
     again = first < last
     while again:
         counted, total, squares = streamed_sums(
             x, valid, shift, factor, first, last, strip, row, jump, magic, power, start,
-            CHAIN, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
+            CHAIN, AT_ONCE, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
         )  # fmt: skip
         if valid is not None:
             count = counted
             inverse = reciprocal_from(count, 1.0)
-        summed = pending & known
+        summed = pending
         mean, var, shift, factor, pending = assessed(total, squares, count, inverse, shift, factor, pending, RANGE)
         tl.store(partials + block * channels + channel, mean, mask=summed)
         tl.store(partials + (blocks + block) * channels + channel, var, mask=summed)
@@ -271,7 +272,7 @@ def bn_forward_kernel(
     inverse = reciprocal(count)
     shift_c = guess
     factor = guess * 0.0 + 1.0
-    pending = factor > 0.0
+    pending = known_channels & (factor > 0.0)
     mean = guess.to(tl.float64)
     var = mean
     sweep = 0

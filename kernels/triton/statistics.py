@@ -10,6 +10,7 @@ from gpu_bn.kernels.triton.accesses import (
     known_elements,
     load_wide,
     offsets_of,
+    one_each,
     valid_elements,
     valid_positions,
     vectors_at,
@@ -29,7 +30,7 @@ TRUSTED_SHIFT = tl.constexpr(64.0)
 def channel_sum(block, COLUMNS: tl.constexpr):
     """The sum of a block for each channel, in float64."""
     if COLUMNS:
-        return tl.sum(block, 0).to(tl.float64)
+        return one_each(tl.sum(block, 0), COLUMNS).to(tl.float64)
     else:
         return tl.sum(tl.sum(block, 1), 0).to(tl.float64)
 
@@ -96,34 +97,62 @@ def first_shift(
 
 
 @triton.jit
-def deviations(value, shift, factor, known, RANGE: tl.constexpr):
-    """value * factor - shift; 0 for elements that there are not. Without RANGE, factor is 1."""
+def deviations(value, shift, factor, RANGE: tl.constexpr):
+    """value * factor - shift. Without RANGE, factor is 1."""
     if RANGE:
-        return tl.where(known, tl.fma(value, factor, -shift), 0.0)
+        return tl.fma(value, factor, -shift)
     else:
-        return tl.where(known, value - shift, 0.0)
+        return value - shift
 
 
 @triton.jit
 def add_tiles(
     x, valid, d0, d1, d2, shift, factor, first, last, strip, row, jump, magic, power, start,
-    POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
-    COMPUTE: tl.constexpr, RANGE: tl.constexpr,
+    AT_ONCE: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Add deviations to d1 and their squares to d2, tile by tile; with a mask, count in d0 what they are of."""
-    for begin in range(first, last, POSITIONS):
-        position = begin + tl.arange(0, POSITIONS)
-        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
-        known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
-        value = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
-        if valid is not None:
-            present = valid_positions(valid, position, last, VEC, COLUMNS)
-            known = known & (present[:, None] if COLUMNS else present)
-            d0 += present.to(tl.int32)
-        d = deviations(value, shift, factor, known, RANGE)
-        d1 += d
-        d2 = tl.fma(d, d, d2)
+    """Add deviations to d1 and their squares to d2; with a mask, count in d0 what they are of.
+
+    AT_ONCE tiles are loaded before one is used. WHOLE: none of them goes beyond ``last``.
+    """
+    for begin in range(first, last, AT_ONCE * POSITIONS):
+        values = ()
+        for i in tl.static_range(AT_ONCE):
+            position = begin + i * POSITIONS + tl.arange(0, POSITIONS)
+            vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
+            known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
+            values = values + (tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0),)
+        for i in tl.static_range(AT_ONCE):
+            position = begin + i * POSITIONS + tl.arange(0, POSITIONS)
+            d = deviations(values[i].to(COMPUTE), shift, factor, RANGE)
+            if valid is not None:
+                present = valid_positions(valid, position, last, VEC, COLUMNS)
+                d = tl.where(present[:, None] if COLUMNS else present, d, 0.0)
+                d0 += present.to(tl.int32)
+            elif not WHOLE:
+                d = tl.where((position < last)[:, None], d, 0.0)
+            d1 += d
+            d2 = tl.fma(d, d, d2)
     return d0, d1, d2
+
+
+@triton.jit
+def add_share(
+    x, valid, d0, d1, d2, shift, factor, first, last, strip, row, jump, magic, power, start,
+    AT_ONCE: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
+):  # fmt: skip
+    """The same of a share: of its whole tiles, whose elements all count, and then of the last ones."""
+    TILES: tl.constexpr = AT_ONCE if valid is None else (AT_ONCE + 1) // 2  # a mask takes registers too
+    rest = last - (last - first) % (TILES * POSITIONS)
+    d0, d1, d2 = add_tiles(
+        x, valid, d0, d1, d2, shift, factor, first, rest, strip, row, jump, magic, power, start,
+        TILES, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE, True,
+    )  # fmt: skip
+    return add_tiles(
+        x, valid, d0, d1, d2, shift, factor, rest, last, strip, row, jump, magic, power, start,
+        TILES, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE, False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -146,8 +175,8 @@ def count_of(block, COLUMNS: tl.constexpr):
 @triton.jit
 def streamed_sums(
     x, valid, shift, factor, first, last, strip, row, jump, magic, power, start,
-    CHAIN: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
+    CHAIN: tl.constexpr, AT_ONCE: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
     """Sums of the deviations and of their squares over a share, in chains of CHAIN additions (0: it is short).
 
@@ -156,9 +185,9 @@ def streamed_sums(
     zeros = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
     none = counts_of_none(POSITIONS, VEC, COLUMNS)
     if CHAIN == 0:
-        d0, d1, d2 = add_tiles(
+        d0, d1, d2 = add_share(
             x, valid, none, zeros, zeros, shift, factor, first, last, strip, row, jump, magic, power, start,
-            POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
+            AT_ONCE, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
         )  # fmt: skip
         return count_of(d0, COLUMNS), channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
     else:
@@ -167,9 +196,9 @@ def streamed_sums(
         count = count_of(none, COLUMNS)
         for begin in range(first, last, CHAIN * POSITIONS):
             end = tl.minimum(begin + CHAIN * POSITIONS, last)
-            d0, d1, d2 = add_tiles(
+            d0, d1, d2 = add_share(
                 x, valid, none, zeros, zeros, shift, factor, begin, end, strip, row, jump, magic, power, start,
-                POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
+                AT_ONCE, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
             )  # fmt: skip
             total += channel_sum(d1, COLUMNS)
             squares += channel_sum(d2, COLUMNS)
@@ -189,7 +218,7 @@ def held_sums(
     d2 = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
     for i in tl.static_range(TILES):
         known = known_elements(i * POSITIONS + tl.arange(0, POSITIONS), last, strip, row, LANES, VEC, COLUMNS)
-        d = deviations(tiles[i].to(COMPUTE), shift, factor, known, RANGE)
+        d = tl.where(known, deviations(tiles[i].to(COMPUTE), shift, factor, RANGE), 0.0)
         d1 += d
         d2 = tl.fma(d, d, d2)
     return channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
@@ -207,7 +236,7 @@ MOST_SWEEPS = tl.constexpr(3)
 
 @triton.jit
 def assessed(total, squares, count, inverse, shift, factor, pending, RANGE: tl.constexpr):
-    """Mean and variance of the pending channels, and how to sum again those that this sweep has not served.
+    """Mean and spread of the pending channels, and how to sum again those that this sweep has not served.
 
     A shift too far from the mean is moved there. Where squares left float32's range (RANGE: whether the dtype lets
     them) the channel gets a factor. What becomes of a channel depends on that channel alone.

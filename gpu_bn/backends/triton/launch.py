@@ -71,6 +71,7 @@ class Step:
         grid: strips, blocks of each.
         tail: the geometry and the constants, in the order of the kernel's parameters.
         num_warps, num_ctas: of a program.
+        most_registers: that a thread may have, if the compiler is not to choose.
         wide: whether whole numbers are of 64 bits.
         aligned: the parameters that are multiples of 16 bytes.
         device: the number of the CUDA device, -1 without one.
@@ -83,6 +84,7 @@ class Step:
     tail: tuple[Any, ...]
     num_warps: int
     num_ctas: int = 1
+    most_registers: int | None = None
     wide: bool = False
     aligned: frozenset[str] = frozenset()
     device: int = -1
@@ -127,6 +129,8 @@ class Specialisation:
         aligned = tuple(name for name in signature if name in step.aligned and name not in constants)
         # Without fusion, what is a fused multiply-add is written as one: forward and backward round alike.
         options = {"num_warps": step.num_warps, "num_ctas": step.num_ctas, "enable_fp_fusion": False}
+        if step.most_registers is not None:
+            options["maxnreg"] = step.most_registers
         return Specialisation(signature, constants, aligned, options)
 
 

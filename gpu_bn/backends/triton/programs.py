@@ -78,6 +78,13 @@ CROWDED = STREAMED | {8: Shape(1024, 4)}
 SHORT = STREAMED | {2: Shape(2048, 8), 4: Shape(2048, 8)}
 """Of one that writes two gradients in channels-last, with sums (sm_100, 120) or offsets of 64 bits (sm_75): with GELU
 more would spill."""
+SUMMED = {2: Shape(2048, 8), 4: Shape(2048, 8), 8: Shape(1024, 4)}
+"""Of one that sums up statistics: half as many, for fewer sums in registers. And of some of those that hold a strip."""
+AT_ONCE = 4
+"""Vectors that each of its threads loads before it uses one, at least."""
+SUMS_REGISTERS = {False: 80, True: 128}
+"""Registers that a thread of it may have; the second number is for channels-last. Told no number, the assembler saves
+registers by loading one vector after the other."""
 HELD = {2: Shape(4096, 8), 4: Shape(4096, 8), 8: Shape(2048, 8)}
 """Of one that holds it."""
 WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)
@@ -186,9 +193,16 @@ def streamed_block(plan: LaunchPlan, x: Array, shapes: dict[int, Shape] = STREAM
     return positions, _warps(positions * _width(plan), shape)
 
 
+def at_once(plan: LaunchPlan, x: Array) -> int:
+    """Pieces that a program that sums up statistics loads before it uses one."""
+    return max(1, AT_ONCE * plan.tiling.vector // SUMMED[x.element_size()].per_thread)
+
+
 def held_block(plan: LaunchPlan, x: Array) -> tuple[int, int, int]:
     """Positions of a tile, tiles, and warps of a program (in a cluster: of each of its blocks) that holds a strip."""
-    shape = HELD[x.element_size()]
+    vector = plan.tiling.vector
+    crowded = vector > 1 if plan.tiling.columns else vector == 1  # a thread has sums of channels, or many addresses
+    shape = (SUMMED if crowded else HELD)[x.element_size()]
     most = max(1, plan.blocks * shape.elements // _width(plan))
     positions = min(_power_of_two(plan.tiling.positions), most)
     tiles = -(-plan.tiling.positions // positions)

@@ -16,7 +16,10 @@ from gpu_bn.backends.triton.programs import (
     SAMPLES,
     SHORT,
     STREAMED,
+    SUMMED,
+    SUMS_REGISTERS,
     Geometry,
+    at_once,
     chain,
     chunk,
     device_of,
@@ -166,12 +169,15 @@ class StepBuilder:
 
     def stats(self, plan: LaunchPlan, x: Array, alignment: int, groups: int) -> Step:
         """The first of two launches: statistics of each block's part of a channel."""
-        geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x)
+        geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x, SUMMED)
         tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], chain(plan, positions),
-                positions, *strip(plan), self._is_wide(geometry), compute_dtype(x), may_overflow(x),
-                groups)  # fmt: skip
+                at_once(plan, x), positions, *strip(plan), self._is_wide(geometry), compute_dtype(x),
+                may_overflow(x), groups)  # fmt: skip
         grid = (groups * plan.tiling.strips, plan.blocks)
-        return self._step(forward_kernels.bn_stats_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
+        return self._step(
+            forward_kernels.bn_stats_kernel, plan, x, grid, tail, alignment, warps, groups=groups,
+            most_registers=SUMS_REGISTERS[geometry.columns],
+        )  # fmt: skip
 
     def normalize(
         self, plan: LaunchPlan, x: Array, alignment: int, constants: tuple[Any, Any], groups: int = 1
@@ -257,11 +263,12 @@ class StepBuilder:
     def _step(
         self, kernel: Any, plan: LaunchPlan, x: Array, grid: tuple[int, int], tail: tuple[Any, ...],
         alignment: int = 1, num_warps: int = WARPS, num_ctas: int = 1, groups: int = 1,
+        most_registers: int | None = None,
     ) -> Step:  # fmt: skip
         geometry = Geometry.of(plan, groups)
         aligned = TENSORS if alignment == VECTOR_BYTES else frozenset[str]()
         index = -1 if x.device.index is None else x.device.index
-        return Step(kernel, grid, tail, num_warps, num_ctas, self._is_wide(geometry), aligned, index)
+        return Step(kernel, grid, tail, num_warps, num_ctas, most_registers, self._is_wide(geometry), aligned, index)
 
     def _is_wide(self, geometry: Geometry) -> bool:
         return geometry.wide or self._wide

@@ -148,6 +148,17 @@ def test_bytes_are_those_of_the_plan(tier, fused, mapping, compile_triton):
                 assert traffic.units <= traffic.bytes / 32 * (1 + extra), "whole sectors"
 
 
+def test_a_strip_that_channels_do_not_fill_is_summed_once(compile_triton, device):
+    """bfloat16's squares may leave float32's range: those of no elements at all do not."""
+    x, _, _, vectors = tensors((64, 40, 4, 4), torch.bfloat16, channels_last=True)
+    backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4), tier="split")
+    gpu_bn.batch_norm(x, *vectors, training=True, backend=backend)
+    plan = next(iter(backend._prepared.values())).plan
+    assert plan.tiling.c % plan.tiling.channels_per_strip
+    read = backend.report("bn_stats_kernel").buffer("x", "load").bytes
+    assert read == x.nbytes + sampled_bytes(plan, x.element_size())
+
+
 def test_the_second_launch_starts_with_what_the_first_left_in_the_cache(compile_triton):
     x, _, _, vectors = tensors((16, 4, 32, 32), torch.float16)
     read = {}
