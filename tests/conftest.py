@@ -51,10 +51,23 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Let the garbage collector look at what tests make, and no more at the tests."""
+    """Let the garbage collector look at what tests make, and no more at the tests.
+
+    A kernel for the emulator is a hundred thousand objects: with the usual threshold they would be looked at for as
+    long as it takes to make them, ten times over.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000)
     gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected():
+    """Collect what a module leaves, and look no more at what is kept of it, such as kernels for the emulator."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish():

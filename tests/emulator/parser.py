@@ -250,10 +250,12 @@ class _Body:
         self.ranges: list[dict[str, tuple[int, int]]] = [{}]
         # Labels belong to their block too; those of inner blocks get a name of their own.
         self.label_names: list[dict[str, str]] = [{}]
+        self.registers: dict[int, Register] = {}
 
     def parse(self) -> None:
         for found in _VARIABLE.finditer(self.outside):
-            if re.search(rf"(?<![\w$]){re.escape(found['name'])}(?![\w$])", self.body):
+            name = found["name"]  # most are of other kernels, which the plain search tells in no time
+            if name in self.body and re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", self.body):
                 self._variable(found)
         for line, statement in self._statements():
             if statement == "}":
@@ -362,7 +364,9 @@ class _Body:
                 first, count = ranges[numbered[1]]
                 index = first + int(numbered[2]) if int(numbered[2]) < count else None
             if index is not None:
-                return Register(index, self.kernel.register_bytes[index])
+                if index not in self.registers:
+                    self.registers[index] = Register(index, self.kernel.register_bytes[index])
+                return self.registers[index]
         return None
 
     def _operand(self, text: str) -> Operand:
