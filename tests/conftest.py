@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+from collections import Counter
 
 # Before NumPy and torch are loaded: their threads spin at barriers, and those of processes that share cores wait for
 # each other's turns, thousands of times in one depthwise convolution. Processes that tests start have these too.
@@ -42,19 +43,28 @@ TIMEOUT = 300
 """Seconds that a test may take."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not name
 def pytest_collection_modifyitems(config, items):
-    """Give each test a timeout, if the plugin is there: an option of its own in pyproject.toml would need it."""
-    if config.pluginmanager.hasplugin("timeout"):
-        for item in items:
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(TIMEOUT))
+    """Mark as slow what ``one_in`` leaves to the long run.
+
+    Give each test a timeout, if the plugin is there: an option of its own in pyproject.toml would need it.
+    """
+    places = Counter()
+    for item in items:
+        if (mark := item.get_closest_marker("one_in")) and not {"slow", "exhaustive"} & set(item.keywords):
+            test = item.nodeid.partition("[")[0]
+            if places[test] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            places[test] += 1
+        if config.pluginmanager.hasplugin("timeout") and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUT))
 
 
 def pytest_collection_finish():
     """Let the garbage collector look at what tests make, and no more at the tests.
 
-    A kernel for the emulator is a hundred thousand objects: with the usual threshold they would be looked at for as
-    long as it takes to make them, ten times over.
+    A kernel for the emulator is tens of thousands of objects: with the usual threshold, looking through them again and
+    again takes ten times as long as to make them.
     """
     gc.collect()
     gc.freeze()

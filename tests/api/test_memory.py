@@ -48,6 +48,7 @@ def every_other(activations):
 
 
 @every_other(["identity", "relu", "silu"])
+@pytest.mark.one_in(4)
 def test_forward(shape, activation, training):
     x, running = data(shape), running_pair(shape[1])
     share = extra(lambda: gpu_bn.batch_norm(x, *running, training=training, activation=activation), 1, x)
@@ -55,6 +56,7 @@ def test_forward(shape, activation, training):
 
 
 @every_other(["identity", "relu", "silu"])
+@pytest.mark.one_in(4)
 def test_backward(shape, activation, training):
     x, dy = data(shape), data(shape)
     weight, bias = np.ones((2, shape[1]), np.float32)
@@ -64,6 +66,7 @@ def test_backward(shape, activation, training):
 
 @pytest.mark.parametrize("layout", ["contiguous", "negative_stride", "sliced_channels", "misaligned"])
 @pytest.mark.parametrize("shape", [(8, 3, 512, 512), (16, 128, 1500), (16000, 200)], ids=str)
+@pytest.mark.one_in(5)
 def test_layouts_whatever_the_channels(shape, layout):
     x, added = data(shape, layout=layout), data(shape)
     y, saved = gpu_bn.batch_norm_forward(x, training=True, residual=added, activation="relu")
@@ -73,6 +76,7 @@ def test_layouts_whatever_the_channels(shape, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_channels"])
 @pytest.mark.parametrize("shape", [(8, 3, 512, 512), (32, 64, 56, 56)], ids=str)
+@pytest.mark.one_in(3)
 def test_a_mask_costs_a_byte_for_each_position(shape, layout):
     x = data(shape, layout=layout)
     mask = rng(1).random((shape[0], 1, *shape[2:])) < 0.5
@@ -90,6 +94,7 @@ def test_a_mask_costs_a_byte_for_each_position(shape, layout):
         ("sliced_channels", "float16", False), ("sliced_channels", "float32", True),
     ],
 )  # fmt: skip
+@pytest.mark.one_in(3)
 def test_layouts_and_half_precision(layout, dtype, residual):
     x = data((32, 64, 56, 56), dtype, layout)
     added = x if residual else None
@@ -136,6 +141,7 @@ BYTES = {"numpy": (64, 24, 16, 0), "cpu": (64, 64, 32, 1), "torch": (64, 64, 32,
 
 @pytest.mark.parametrize(("shape", "options"), EXTREMES, ids=str)
 @pytest.mark.parametrize("library", list(BYTES))
+@pytest.mark.one_in(5)
 def test_bytes_a_channel_and_a_position(shape, options, library):
     dtype = np.dtype(options.get("dtype", "float32"))
     options = {name: one for name, one in options.items() if name != "dtype"}

@@ -110,6 +110,7 @@ def test_memory_between_the_elements_is_not_touched(layout):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [">f2", ">f4", ">f8"])
 @pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+@pytest.mark.one_in(5)
 def test_the_other_byte_order(shape, dtype, activation):
     native = np.dtype(dtype).newbyteorder("=")
     x, dy, residual = (data(shape, native, seed) for seed in range(3))

@@ -55,6 +55,7 @@ def test_a_first_sample_unlike_the_others(first):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0), (2, 1, 0), (1, 0, 2)])
 @pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.one_in(5)
 def test_ghost_batches_whose_samples_are_not_outermost_in_memory(order, dtype, activation):
     """Each of more elements than one block has; of (T, N, C) seen as (N, C, T), and all other orders."""
     shape = (4, 24, 1500)

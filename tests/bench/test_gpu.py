@@ -193,6 +193,7 @@ for case in found:
 """
 
 
+@pytest.mark.slow
 def test_the_triton_backend_is_right_and_reports_its_tier_in_the_interpreter():
     lines = interpreted(["-c", IN_THE_INTERPRETER]).splitlines()
     assert len(lines) == 3 * 2

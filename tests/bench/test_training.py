@@ -74,6 +74,7 @@ def test_a_wrong_variant_is_not_timed_and_is_a_failure(monkeypatch, capsys, tmp_
     assert not re.search(r"torch, eager +not timed", out)
 
 
+@pytest.mark.slow
 def test_agreement_is_as_close_as_torch_itself_is(monkeypatch):
     """With autocast torch's own gradient is far from that in float32: ours may be as far, and not much farther."""
 

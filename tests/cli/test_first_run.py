@@ -54,10 +54,11 @@ sys.exit(main(sys.argv[1:]))
     ("line", "code", "says"),
     [
         (["check", "--quick", "--backend", "numpy"], 0, "the package ml_dtypes is not installed"),
-        (
+        pytest.param(
             ["bench", "--device", "cpu", "--seconds", "0", "--shapes", "4x8"],
             0,
             "No pictures: matplotlib is not installed",
+            marks=pytest.mark.slow,
         ),
         (["bench", "--device", "cpu", "--dtype", "bf16"], 1, "bf16 needs ml_dtypes"),
         (["demo"], 1, "scikit-learn, matplotlib, rich, threadpoolctl not installed"),
@@ -72,6 +73,7 @@ def test_optional_packages_that_are_missing_are_a_sentence(line, code, says, tmp
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # collects the whole suite
 def test_the_tests_are_collected_without_optional_packages_and_plugins():
     """Of the plugins, only what ``-p no:`` turns off; the rest is concealed from imports."""
     code = f"""

@@ -88,7 +88,7 @@ def test_sums_of_one_sign_lose_little_in_float64(length, axis, backend):
 
 
 @given(case=random_cases())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_random_case(case, backend):
     assert check(with_few_kernels(case, backend), backend)
 
@@ -231,7 +231,7 @@ def test_many_random_extended_cases(case, library):
 
 
 @given(data=st.data())
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_random_strides(data, backend):
     shape = (*data.draw(st.lists(st.integers(1, 7), min_size=2, max_size=4)), data.draw(st.sampled_from([2, 3, 130])))
     axis = data.draw(st.integers(0, len(shape) - 2))

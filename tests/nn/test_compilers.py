@@ -40,6 +40,7 @@ def _forget_compilations():
     ],
     ids=str,
 )
+@pytest.mark.one_in(4)
 def test_opcheck(name, options):
     given = arguments(name, **options)
     results = opcheck(getattr(torch.ops.gpu_bn, name).default, given)
@@ -59,10 +60,17 @@ def test_compiled_training_is_bitwise_that_of_eager(momentum, dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("momentum", "dynamic", "memory_format"),
+    [
+        (0.1, False, torch.contiguous_format),
+        (0.1, True, torch.channels_last),
+        (None, False, torch.channels_last),
+        (None, True, torch.contiguous_format),
+    ],
+)
 def test_inductor_training_is_bitwise_that_of_eager(momentum, dynamic, memory_format):
+    """Each pair of values; each combination takes a compilation."""
     model = nn.BatchNorm2d(3, momentum=momentum, activation="relu")
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=dynamic)
     for size in (4, 6):
@@ -83,8 +91,9 @@ def test_compiled_training_takes_a_momentum_that_is_data(momentum):
 
 
 @needs_a_compiler
+@pytest.mark.slow
 def test_compiled_training_with_inductor():
-    """One compilation for every run of the suite: the operator between operations that inductor fuses."""
+    """The operator between operations that inductor fuses; a normal run compiles what is in test_inductor.py."""
     model = torch.nn.Sequential(torch.nn.Tanh(), nn.BatchNorm1d(6, activation="silu"), torch.nn.Tanh())
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
     x = tensor(8, 6, dtype=torch.float64, grad=False)

@@ -29,6 +29,7 @@ def _forget_compilations():
 # ----------------------------------------------------------------------------------------------------- derivatives
 @pytest.mark.parametrize("activation", list(ROWS))
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.one_in(5)
 def test_first_and_second_derivatives(activation, training):
     x, weight, bias, residual = inputs()
     mean, var = running()

@@ -280,6 +280,7 @@ def same(a, b):
 @pytest.mark.parametrize(("activation", "residual"), [*product(["identity", "relu", "gelu"], [False, True])])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(4, 3, 5, 5), (2, 40, 9), (30, 7), (1, 2, 2000)])
+@pytest.mark.one_in(11)
 def test_small_calls_have_the_bits_of_the_phases(dtype, activation, residual, training, shape):
     """Whole calls of tensors against the NumPy backend, which goes phase by phase."""
     to, back = ADAPTERS["torch"].to_backend, ADAPTERS["torch"].to_numpy

@@ -3,6 +3,8 @@
 Those are what training composed of torch's operations would be too: inductor decomposes them and fuses the parts.
 """
 
+import copy
+
 import pytest
 from support import needs_a_compiler
 
@@ -45,10 +47,20 @@ class Block(torch.nn.Module):
         return torch.relu(self.norms[1](self.convolutions[1](torch.relu(z))) + x)
 
 
+def results(model, x, training):
+    """What a call gives, and in training the gradients of the input and of the parameters, and the statistics."""
+    x.grad = None
+    y = model(x)
+    if not training:
+        return [y]
+    y.backward(y.detach().sin())
+    return [y, x.grad, *(parameter.grad for parameter in model.parameters()), *model.buffers()]
+
+
 def compiled(ours, memory_format, training):
     """How many kernels the forward and the backward graph have, and how many times they move a tensor like the input.
 
-    The convolutions and our operators are not counted.
+    The convolutions and our operators are not counted. Results and gradients must be those without a compiler.
     """
     torch._dynamo.reset()
     metrics.reset()
@@ -64,12 +76,10 @@ def compiled(ours, memory_format, training):
 
     with config.patch(force_disable_caches=True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(GraphLowering, "codegen", codegen)
-        y = torch.compile(model, fullgraph=True)(x)
-        if training:
-            y.backward(torch.randn_like(y))
-            assert x.grad.stride() == x.stride()
+        found = results(torch.compile(copy.deepcopy(model), fullgraph=True), x, training)
     torch._dynamo.reset()
-    assert y.stride() == x.stride()
+    torch.testing.assert_close(found, results(model, x, training), rtol=1e-3, atol=1e-3)  # sums of a thousand terms
+    assert all(tensor.stride() == x.stride() for tensor in found[: 1 + training])
     return metrics.generated_kernel_count, sum(moved) / x.nbytes
 
 
@@ -83,6 +93,7 @@ def own_passes(tier):
 @needs_a_compiler
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("memory_format", list(FORMATS))
+@pytest.mark.one_in(2)
 def test_no_copies_around_the_operators(memory_format, training):
     count, moved = compiled(True, memory_format, training)
     assert count <= MOST[memory_format, training]

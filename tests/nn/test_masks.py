@@ -31,6 +31,7 @@ def named(options):
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 @pytest.mark.parametrize("options", OPTIONS, ids=named)
+@pytest.mark.one_in(3)
 def test_first_and_second_derivatives(options, activation):
     x, weight, bias, residual = inputs(SHAPE)
     fixed = {}
@@ -138,6 +139,7 @@ def arguments(name, options, activation):
 @pytest.mark.parametrize("name", ["train", "backward"])
 @pytest.mark.parametrize("options", OPTIONS[2:4], ids=named)
 @pytest.mark.parametrize("activation", [pytest.param("identity", marks=pytest.mark.slow), "silu"])
+@pytest.mark.one_in(3)
 def test_opcheck(name, options, activation):
     results = opcheck(getattr(torch.ops.gpu_bn, name).default, arguments(name, options, activation))
     assert set(results.values()) == {"SUCCESS"}

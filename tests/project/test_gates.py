@@ -62,6 +62,7 @@ def test_the_covering_set_has_every_pair(family, meet):
     assert pairs(family.covering()) == pairs(family.every_group())
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.usefixtures("compile_cuda")
 @pytest.mark.parametrize("group", CUDA.drawn(1), ids=str)
@@ -69,6 +70,7 @@ def test_drawn_cuda_kernels(group):
     CUDA.check(group)
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.usefixtures("compile_triton")
 @pytest.mark.parametrize("group", TRITON.drawn(1) if TRITON else [], ids=str)

@@ -49,6 +49,7 @@ def kernels(arch, ahead=4):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.one_in(4)
 def test_loads_in_flight(arch, ahead):
     figures = kernels(arch, ahead)["loads"].figures(16)
     assert figures.in_flight == ahead

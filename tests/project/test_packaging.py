@@ -173,6 +173,7 @@ def test_a_script_beside_a_clone_finds_the_package(tmp_path):
     assert done.stdout.split() == [gpu_bn.__version__, "gpu_bn.kernels", "None", "None", "None"], done.stderr
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_sdist_run(built, tmp_path):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -73,6 +73,7 @@ assert not gloo_threads()  # one that is still at work when the interpreter ends
 """
 
 
+@pytest.mark.slow  # torchrun and two processes, each of which imports torch
 def test_the_example_of_several_processes(tmp_path):
     """As written, by the command below it."""
     (code,) = (code for code in blocks("python") if "init_process_group" in code)

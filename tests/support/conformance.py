@@ -121,13 +121,13 @@ def cupy_target(arch: int, tier: str | None) -> Target:
 
 
 def cupy_cases() -> Iterator[tuple[Target, Selected]]:
-    """Choose by tier: a third of the cases with all pairs of values in the normal run, the others in the long one."""
+    """Choose by tier: a seventh of the cases with all pairs of values in the normal run, the others in the long one."""
     every = cases()
     runs = {}
     for index, case in enumerate(covering(every)):
         # A tier that is forced on thousands of channels emulates as many blocks, for half a minute.
         at = 0 if case.shape[case.channel_axis] > MANY_CHANNELS else index // 3 % len(TIERS)
-        runs[case] = at, SLOW if index % 3 else ()
+        runs[case] = at, SLOW if index % 7 else ()
     for at, (arch, tier) in enumerate(TIERS):
         found = [(case, runs[case][1] if runs.get(case, (None,))[0] == at else EXHAUSTIVE) for case in every]
         special = [(case, ()) for *which, case in CUPY if which == [arch, tier]]
@@ -247,10 +247,10 @@ def two_launches(backend: Any, _case: Case) -> None:
 
 
 def reference_cases() -> Iterator[tuple[Target, Selected]]:
-    """Put half of the cases on one target each, in the long run an eighth on another, by hand all on all."""
+    """Put each case on one target, a quarter of them in the normal run, the others in the long one; by hand all."""
     for at, (language, arch) in enumerate(REFERENCE):
-        marks = [(), SLOW, *[EXHAUSTIVE] * 6]
-        found = [(case, marks[(index + 2 * at) % 8]) for index, case in enumerate(trained_cases())]
+        marks = [(), *[SLOW] * 3, *[EXHAUSTIVE] * 12]
+        found = [(case, marks[(index + 4 * at) % 16]) for index, case in enumerate(trained_cases())]
         name = f"reference {language} sm_{arch}"
         yield Target(name, partial(reference_backend, language, arch), two_launches), found
 

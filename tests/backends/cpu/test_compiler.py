@@ -134,6 +134,7 @@ def test_the_stamp_covers_every_module_that_kernels_import():
                 assert node.module in known or node.module.startswith("gpu_bn.kernels.cpu"), f"{path}: {node.module}"
 
 
+@pytest.mark.slow
 def test_four_processes_at_once_get_their_own_code(tree):
     """All compile kernels of one name and one signature, each in another order."""
     code = (

@@ -57,6 +57,7 @@ def results(x, residual, activation, vectors, dy, quick, training=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.one_in(3)
 def test_they_give_what_the_other_way_gives(dtype, training, activation):
     x, added, dy = (data(4, 3, 5, 7, seed=seed, dtype=dtype) for seed in range(3))
     vectors = [torch.rand(3) + 0.5 for _ in range(4)]

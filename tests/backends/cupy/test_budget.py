@@ -82,6 +82,7 @@ PLANTED = {
 @pytest.mark.compile
 @pytest.mark.usefixtures("compile_cuda")
 @pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.one_in(2)
 def test_a_planted_slow_kernel_is_noticed(name):
     kernel, before, after, says = PLANTED[name]
     source, layout = cuda_sources.source("relu"), "columns" if "true" in kernel else "rows"

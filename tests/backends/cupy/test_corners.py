@@ -60,6 +60,7 @@ def with_vectors_of_all_dtypes(case):
     [("split", {}), ("cta", {}), (None, {"mode": "eval"}), (None, {"virtual_batch_size": 2})],
     ids=str,
 )
+@pytest.mark.one_in(2)
 def test_each_vector_may_have_a_dtype_of_its_own(tier, options, make_gpu):
     check(with_vectors_of_all_dtypes(Case((4, 6, 5), activation="relu", **options)), make_gpu(80, tier).backend)
 
@@ -111,6 +112,7 @@ def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(scale, make_gpu)
 
 @pytest.mark.parametrize("tier", ["cta", "cluster", "split"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.one_in(2)
 def test_a_first_element_far_from_the_others_costs_no_digits(layout, tier, make_gpu):
     """The means of blocks are told as differences from an element of the channel."""
     problem = build(Case((4, 6, 5, 14), "float64", layout))
@@ -150,6 +152,7 @@ def test_small_numbers_that_follow_a_large_one_are_not_lost(make_gpu, monkeypatc
 
 # ------------------------------------------------------------------------------------------------------ activations
 @pytest.mark.parametrize("activation", ROWS)
+@pytest.mark.one_in(4)
 def test_activations_far_from_zero(activation, make_gpu):
     """No overflow on the way to a small number, and none of its digits lost."""
     check(far_from_zero(activation), make_gpu(80).backend)

@@ -39,7 +39,7 @@ def _covering():
 
 def _marked(groups):
     for index, group in enumerate(dict.fromkeys(groups)):
-        marks = [] if index == 0 else [pytest.mark.exhaustive if index % 12 else pytest.mark.slow]
+        marks = pytest.mark.exhaustive if index % 12 else pytest.mark.slow
         yield pytest.param(group, id=str(group), marks=marks)
 
 
@@ -65,9 +65,8 @@ def test_gates(group):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(
-    ("dtype", "columns"), [pytest.param("float16", True, marks=pytest.mark.slow), ("float32", False)]
-)
+@pytest.mark.parametrize(("dtype", "columns"), [("float16", True), ("float32", False)])
+@pytest.mark.slow
 def test_the_oldest_gpus_have_kernels(dtype, columns, compile_cuda):
     """sm_70, of which the record has nothing, and which CUDA 13 has left behind."""
     if nvrtc().version >= (13, 0):

@@ -111,6 +111,7 @@ KERNELS = [
 
 
 @pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.one_in(2)
 def test_accesses_are_of_16_bytes(arch, compile_cuda):
     del compile_cuda  # skips the test if NVRTC is missing
     tiling = Tiling(False, 1, 1, 1, 8, 1, 1, 1, ragged=True)

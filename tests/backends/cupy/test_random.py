@@ -17,7 +17,7 @@ from gpu_bn.testing import check
 from gpu_bn.testing.cases import DTYPES, LAYOUTS, MODES
 
 pytestmark = pytest.mark.compile
-USUAL, MORE, ALL = 4, 16, 40
+USUAL, MORE, ALL = 2, 16, 40
 """Seeds of a usual run, with ``-m slow``, and with ``-m exhaustive``, each with those before it."""
 LIKE_IT = 13
 """Small calls of a seed: with both runs of CI, 224 calls in all."""

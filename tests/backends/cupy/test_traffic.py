@@ -143,6 +143,7 @@ def polls(call) -> int:
         for residual in (False, True)
     ],
 )
+@pytest.mark.one_in(3)
 def test_each_tensor_is_read_and_written_as_planned(arch, tier, shape, dtype, residual, measured):
     forward, backward = measured(arch, tier, shape, dtype, residual)
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize

@@ -80,6 +80,7 @@ SLOW = {
 
 @pytest.mark.usefixtures("compile_triton")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=COMPILES) for name in SLOW])
+@pytest.mark.one_in(2)
 def test_a_planted_slow_kernel_is_noticed(name):
     call, kernel, changed, constants, says = SLOW[name]
     step, special = launches(call)[kernel]

@@ -230,12 +230,14 @@ def test_a_call_with_too_many_channels_is_refused_before_anything_is_launched():
 
 # -------------------------------------------------------------------------------------------------------- activations
 @pytest.mark.parametrize("activation", ["elu", "gelu", "gelu_tanh", "tanh"])
+@pytest.mark.one_in(3)
 def test_activations_far_from_zero(activation, make_backend):
     check(far_from_zero(activation), make_backend())
 
 
 # --------------------------------------------------------------------------------------------------------- statistics
 @pytest.mark.parametrize(("dtype", "scale"), [("float32", 1), ("float32", 1e20), ("float16", 1)])
+@pytest.mark.one_in(2)
 def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(dtype, scale, compile_triton):
     """All is about 10,000 but for the vectors that the first shift is taken from."""
     problem = build(Case((4, 1, 65536), dtype, mode="train_no_stats"))

@@ -44,6 +44,7 @@ def test_float64_whose_squares_overflow_is_nan(numbers, tier, compile_triton, de
 
 
 @pytest.mark.parametrize("mapping", ["rows", "channels-last"])
+@pytest.mark.one_in(2)
 def test_a_mask_is_read_once_a_pass(mapping, compile_triton):
     """One byte a position for each channel, or strip of channels, beside what an unmasked call reads."""
     (n, *others), channels_last = SHAPES[mapping]
@@ -113,6 +114,7 @@ def sampled_bytes(plan, itemsize):
 @pytest.mark.parametrize("mapping", SHAPES)
 @pytest.mark.parametrize("fused", [False, True], ids=["relu", "add-relu"])
 @pytest.mark.parametrize("tier", ["split", "cta"])
+@pytest.mark.one_in(3)
 def test_bytes_are_those_of_the_plan(tier, fused, mapping, compile_triton):
     (n, *others), channels_last = SHAPES[mapping]
     shape = (n if tier == "split" else n // 4, *others)
@@ -196,6 +198,7 @@ def test_the_result_does_not_depend_on_the_schedule(tier, arch, compile_triton):
 
 @pytest.mark.parametrize("mapping", SHAPES)
 @pytest.mark.parametrize("tier", ["split", pytest.param("cta", marks=pytest.mark.slow)])
+@pytest.mark.one_in(2)
 def test_offsets_of_64_bits_give_the_same_bits(tier, mapping, compile_triton):
     shape, channels_last = SHAPES[mapping]
     x, dy, residual, vectors = tensors(shape, torch.float16, channels_last)
@@ -346,6 +349,7 @@ class Phases:
     ],
     ids=str,
 )
+@pytest.mark.one_in(2)
 def test_the_phases_one_by_one(case, compile_triton, device):
     backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4))
     assert check(case, Phases(backend))

@@ -25,6 +25,7 @@ def test_cases(tier, which, least):
     assert result["cases"] >= least
 
 
+@pytest.mark.slow
 def test_the_public_calls_select_the_backend_by_the_tensors_type():
     code = """
 import torch, gpu_bn

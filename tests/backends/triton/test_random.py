@@ -14,7 +14,7 @@ from support.random_calls import draw, family, marked
 from support.triton_backends import EmulatedBackend
 
 pytestmark = pytest.mark.compile
-FIRST, USUAL, MORE, ALL = 1002, 2, 8, 40
+FIRST, USUAL, MORE, ALL = 1002, 1, 8, 40
 """The first seed; how many there are in a usual run, with ``-m slow``, and with ``-m exhaustive``."""
 LIKE_IT = 6
 """Small calls of a seed: with both runs of CI, 56 calls in all."""
