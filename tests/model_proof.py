@@ -315,7 +315,7 @@ def main() -> None:
     """Examine the models whose names contain an argument, or all, and print a line of the record for each."""
     declare_operators()
     torch.set_num_threads(1)
-    print(json.dumps({"date": str(datetime.date.today()), "torch": torch.__version__}), flush=True)
+    print(json.dumps({"date": str(datetime.date.today()), "torch": torch.__version__.partition("+")[0]}), flush=True)
     for name in [name for name in names() if not sys.argv[1:] or any(part in name for part in sys.argv[1:])]:
         print(json.dumps({"name": name, **examine(name)}), flush=True)
 
