@@ -124,6 +124,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   constexpr bool longest = Activation::LONG && __CUDA_ARCH__ >= 1000;
   constexpr bool crowded =  // two vectors at a time would spill
       L::COLUMNS ? L::MASKED || FROM == FROM_RESIDUAL || longest : L::BATCH == GROUPS && longest;
+  constexpr bool early =  // the sums go on before g is stored, or after: whichever spills nothing
+      __CUDA_ARCH__ < 1000 || (__CUDA_ARCH__ >= 1200 && L::COLUMNS && !L::MASKED);
   each<crowded ? 1 : 2, false>(
       tile, 0, tile.count, [&](u32 i, const Cursor& at) { return from.template load<false>(at.offset, selection.of(tile, i, at)); },
       [&](const Operands<L, FROM>& at, i64 offset) {
@@ -134,11 +136,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
           g[j] = from.dz(affine, at, j, centred);
           sums.add(j, g[j], centred);
         }
-#if __CUDA_ARCH__ < 1000  // before g is stored, or after: whichever spills nothing
-        sums.next();
-#elif __CUDA_ARCH__ >= 1200
-        if (L::COLUMNS) sums.next();
-#endif
+        if (early) sums.next();
         V out;
         if (dresidual) {
 #pragma unroll
@@ -151,11 +149,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
             out.at[j] = L::T::down(L::RAGGED || at.selected[j] ? g[j] * affine.scale[L::COLUMNS ? j : 0] : A(0));
           store<L>(dx + offset, out, at.selected);
         }
-#if __CUDA_ARCH__ >= 1200
-        if (!L::COLUMNS) sums.next();
-#elif __CUDA_ARCH__ >= 1000
-        sums.next();
-#endif
+        if (!early) sums.next();
       });
   sums.finish(tile, shared.sums);
   Split<L> peers;
