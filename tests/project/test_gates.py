@@ -39,7 +39,8 @@ def test_what_is_recorded_is_within_the_gates(family, current):
     for group, cell in current.items():
         limits = [family.limits(group, name) for name in family.variants(group)]
         assert cell.kernels == len(limits), group
-        assert cell.spilled == cell.stack == 0, group
+        assert cell.spilled <= sum(limit.spilled for limit in limits), group
+        assert cell.stack <= max(limit.spilled for limit in limits), group
         assert cell.registers <= max(limit.registers for limit in limits), group
         assert cell.shared <= max(limit.shared for limit in limits), group
         assert cell.load == cell.store == group.width, group

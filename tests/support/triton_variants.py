@@ -55,8 +55,8 @@ MOST_REGISTERS = 255
 MOST_SHARED = 16 << 10
 MOST_SPILLED = 16
 """Bytes, of a kernel that holds a channel: more registers would cost a block an SM."""
-MOST_SPILLED_BY_CLUSTERS = 64
-"""The same of forward kernels in clusters, channels-last: with 10 registers more an SM would hold one block, not two."""
+MOST_SPILLED_BY_CLUSTERS = 52
+"""The same of forward kernels in clusters, channels-last: two blocks run on an SM, where without spills one would."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 HEAVY = ("relu", "gelu", "gelu_tanh")
 """One bit decides the gradient; the longest expressions."""
