@@ -53,10 +53,8 @@ EXCEEDED = {
 """Where more are needed, in channels-last."""
 MOST_REGISTERS = 255
 MOST_SHARED = 16 << 10
-MOST_SPILLED = 16
+MOST_SPILLED = 52
 """Bytes, of a kernel that holds a channel: more registers would cost a block an SM."""
-MOST_SPILLED_BY_CLUSTERS = 52
-"""The same of forward kernels in clusters, channels-last: two blocks run on an SM, where without spills one would."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 HEAVY = ("relu", "gelu", "gelu_tanh")
 """One bit decides the gradient; the longest expressions."""
@@ -293,8 +291,6 @@ def limits(group: Group, name: str) -> Limits:
     warps, blocks = re.findall(r"(\d+) warps, (\d+) blocks", name)[0]
     enough = vectors >= 32 * int(warps) * int(blocks)
     spilled = MOST_SPILLED if "TILES=" in name else 0
-    if kernel == "bn_forward_kernel" and group.columns and group.kind == "cluster":
-        spilled = MOST_SPILLED_BY_CLUSTERS
     return Limits(registers, MOST_SHARED, reads=enough and not merges, writes=enough and writes, spilled=spilled)
 
 
