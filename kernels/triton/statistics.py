@@ -236,7 +236,7 @@ MOST_SWEEPS = tl.constexpr(3)
 
 @triton.jit
 def assessed(total, squares, count, inverse, shift, factor, pending, RANGE: tl.constexpr):
-    """Mean and spread of the pending channels, and how to sum again those that this sweep has not served.
+    """Mean and variance of the pending channels, and how to sum again those that this sweep has not served.
 
     A shift too far from the mean is moved there. Where squares left float32's range (RANGE: whether the dtype lets
     them) the channel gets a factor. What becomes of a channel depends on that channel alone.
