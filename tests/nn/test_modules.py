@@ -5,7 +5,7 @@ import inspect
 import io
 
 import pytest
-from support import as_torch_2_13
+from support import as_torch_2_13, fresh
 
 import gpu_bn
 
@@ -218,3 +218,24 @@ def test_an_identity_on_another_number_of_channels_is_refused(x, text):
     with pytest.raises(ValueError, match=text) as plain:
         gpu_bn.BatchNorm(5).init_identity_(x.numpy())
     assert str(ours.value) == str(plain.value)
+
+
+def test_bfloat16_needs_no_package_of_its_own():
+    pytest.importorskip("numba", reason="without Numba, NumPy's backend serves, which needs ml_dtypes")
+    printed = fresh.python(
+        """
+import sys
+sys.modules["ml_dtypes"] = None  # an import of it fails
+import torch
+from gpu_bn import nn
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+nn.convert(model, fuse=True)
+with torch.autocast("cpu"):
+    y = model(torch.randn(2, 3, 6, 6))
+y.sum().backward()
+x = torch.randn(4, 8, 5, 5, dtype=torch.bfloat16, requires_grad=True)
+nn.BatchNorm2d(8, activation="gelu").bfloat16()(x).sum().backward()
+print(y.dtype, model[0].weight.grad.dtype, x.grad.dtype)
+"""
+    )
+    assert printed == ["torch.bfloat16", "torch.float32", "torch.bfloat16"]
