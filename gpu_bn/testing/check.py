@@ -12,6 +12,7 @@ from gpu_bn.activations import Activation
 from gpu_bn.backends.layout import memory_order
 from gpu_bn.backends.protocol import Backend
 from gpu_bn.functional import batch_norm_backward, batch_norm_forward
+from gpu_bn.spec import VECTORS
 from gpu_bn.testing.cases import Case, build
 from gpu_bn.testing.oracle import Problem, oracle
 from gpu_bn.testing.tolerance import tolerance, ulp
@@ -91,7 +92,6 @@ ADAPTERS: dict[str, Adapter] = {
 TENSORS = ("x", "dy", "residual", "mask")
 OPTIONS = ("virtual_batch_size", "renorm")
 RUNNING = ("running_mean", "running_var")
-VECTORS = (*RUNNING, "weight", "bias")
 
 
 def check(case: Case | Problem, backend: Backend | str = "numpy") -> dict[str, float]:

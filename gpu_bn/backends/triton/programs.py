@@ -78,7 +78,7 @@ CROWDED = STREAMED | {8: Shape(1024, 4)}
 SHORT = STREAMED | {2: Shape(2048, 8), 4: Shape(2048, 8)}
 """Of one that writes two gradients in channels-last, with sums (sm_100, 120) or offsets of 64 bits (sm_75): with GELU
 more would spill."""
-SUMMED = {2: Shape(2048, 8), 4: Shape(2048, 8), 8: Shape(1024, 4)}
+SUMMED = {size: Shape(shape.elements // 2, shape.per_thread // 2) for size, shape in STREAMED.items()}
 """Of one that sums up statistics: half as many, for fewer sums in registers. And of some of those that hold a strip."""
 AT_ONCE = 4
 """Vectors that each of its threads loads before it uses one, at least."""
