@@ -146,6 +146,11 @@ def plan_once(
     return _Planner(work, device, thresholds, tiling or tile(work), OnChip.shared(device)).once()
 
 
+def plan_twice(work: Work, device: Device, thresholds: Thresholds, once: LaunchPlan) -> LaunchPlan:
+    """Return the plan of two launches, both of which cut the tensors as ``once`` does."""
+    return _Planner(work, device, thresholds, once.tiling, OnChip.shared(device))._split(once)
+
+
 def _planner(work: Work, device: Device, thresholds: Thresholds, on_chip: OnChip | None = None) -> _Planner:
     """Return the planner of the widest strips whose blocks fill the SMs; else of those whose clusters do.
 
@@ -271,8 +276,8 @@ class _Planner:
         narrow = min(plans, key=lambda option: option.seconds)
         return narrow if narrow.seconds < (1 - thresholds.narrow_gain) * wide.seconds else wide
 
-    def _split(self) -> LaunchPlan:
-        work, once = self.work, self.once()
+    def _split(self, once: LaunchPlan | None = None) -> LaunchPlan:
+        work, once = self.work, once or self.once()
         second = min(work.reads * work.tensor_bytes, int(self.thresholds.usable_l2 * self.device.l2_bytes))
         mask = work.valid_bytes + (work.sign_bytes if work.backward else 0)
         reads = (work.staged * work.tensor_bytes + mask, work.reads * work.tensor_bytes + mask)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from support.gates import DATA, Group
 from support.machine_code import Figures, blocks_per_sm, figures_of
 
 from gpu_bn.backends.cupy import sources as cuda_sources
-from gpu_bn.plan import DEVICES, THREADS, Tiling, plan
+from gpu_bn.plan import DEVICES, THREADS, Device, LaunchPlan, Tiling, Work, plan
 
 RECORD = DATA / "machine_code_cuda.txt"
 PAGE = Path(__file__).parents[1] / "docs" / "machine_code.md"
@@ -217,11 +217,15 @@ def page() -> str:
             _range((row.figures.registers for row in found), ""),
         ]
         lines.append(_line([name, layout, *cells]))
-    lines += [LIMITERS + _line(["call", "", *(device.name for device in DEVICES.values())])]
-    lines += [_line(["---"] * (len(DEVICES) + 2))]
+    return "\n".join(lines) + "\n" + LIMITERS + limiters(plan)
+
+
+def limiters(planned: Callable[[Work, Device], LaunchPlan]) -> str:
+    """The table of what limits each shape by a backend's plans."""
+    lines = [_line(["call", "", *(device.name for device in DEVICES.values())]), _line(["---"] * (len(DEVICES) + 2))]
     for name, works in calls():
         for direction, work in zip(("forward", "backward"), works, strict=True):
-            plans = [plan(work, device) for device in DEVICES.values()]
+            plans = [planned(work, device) for device in DEVICES.values()]
             cells = [f"{p.tier}, {p.times.limiter} {p.floor_seconds / p.seconds:.0%}" for p in plans]
             lines.append(_line([name, direction, *cells]))
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cuda_budget import limiters
 from support.gates import DATA
 from support.machine_code import Loop, blocks_per_sm, disassemble
 
@@ -151,8 +152,19 @@ their instructions are those of their whole text, and their double precision tha
 """
 
 
+LIMITERS = """
+## What limits each shape
+
+As on the other page, of the plans of this backend: no program waits for another, and every program of a second launch
+adds up the partial sums that it needs. Clusters are for Triton 3.9 and later.
+
+"""
+
+
 def page() -> str:
-    """The page, of the record."""
+    """The page, of the record and of the planner."""
+    from gpu_bn.backends.triton.programs import training_plan
+
     rows: dict[tuple[str, str], list[Found]] = {}
     for (call, kernel, _), found in recorded_rows().items():
         rows.setdefault((call, kernel), []).append(found)
@@ -168,7 +180,7 @@ def page() -> str:
             _range(one.registers for one in found),
         ]
         lines.append(f"| {' | '.join([call, kernel, *cells])} |\n")
-    return INTRODUCTION + "".join(lines)
+    return INTRODUCTION + "".join(lines) + LIMITERS + limiters(lambda work, device: training_plan(work, device, None))
 
 
 def _range(numbers: Iterable[float]) -> str:

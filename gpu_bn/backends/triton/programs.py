@@ -21,6 +21,7 @@ from gpu_bn.plan import (
     narrower,
     plan,
     plan_once,
+    plan_twice,
     tile,
 )
 
@@ -117,8 +118,8 @@ def training_plan(work: Work, device: Device, tier: str | None) -> LaunchPlan:
         found = plan(work, device, None, WITHOUT_COOPERATION, registers)
     if found.tier != "split":
         return found
-    once = one_pass_plan(work, device)
-    return replace(found, tiling=once.tiling, blocks=once.blocks, in_flight=once.in_flight, share=once.share)
+    twice = plan_twice(work, device, WITHOUT_COOPERATION, one_pass_plan(work, device))
+    return replace(twice, reason=found.reason)
 
 
 def one_pass_plan(work: Work, device: Device) -> LaunchPlan:

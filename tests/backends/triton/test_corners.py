@@ -12,7 +12,8 @@ from support import far_from_zero
 import gpu_bn
 from gpu_bn.activations import IDENTITY
 from gpu_bn.call import Call
-from gpu_bn.plan import DEVICES, Work, plan_once
+from gpu_bn.gpu_model import streaming
+from gpu_bn.plan import DEVICES, THREADS, THRESHOLDS, VECTOR_BYTES, Work, plan_once
 from gpu_bn.spec import BatchNormSpec
 from gpu_bn.testing import Case, check
 from gpu_bn.testing.cases import build
@@ -23,7 +24,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from support.triton_backends import EmulatedBackend, RecordingBackend
 
 from gpu_bn.backends.protocol import Sums
-from gpu_bn.backends.triton.programs import Geometry
+from gpu_bn.backends.triton.programs import Geometry, one_pass_plan, training_plan
 
 pytestmark = pytest.mark.compile
 SHAPE = (4, 3, 5, 8)
@@ -175,6 +176,24 @@ def test_the_second_launch_takes_its_momentum_from_the_device(make_backend):
     assert torch.equal(*results)
     assert (results[0][0] != 0).all()
     assert len(backend.steps) == 4
+
+
+# -------------------------------------------------------------------------------------------------------------- plans
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("shape", [(32, 64, 112 * 112), (32 * 56 * 56, 64, 1), (8192, 256, 1)])
+def test_the_time_of_two_launches_is_that_of_the_programs_that_are_launched(shape, backward):
+    """Which are not those that the planner would take for CUDA's kernels."""
+    work, device = Work(*shape, 2, backward, reads=1 + backward), DEVICES["h100"]
+    found, once = training_plan(work, device, "split"), one_pass_plan(work, device)
+    assert (found.tiling, found.blocks, found.share, found.launches) == (once.tiling, once.blocks, once.share, 2)
+    resident = THRESHOLDS.column_blocks if once.tiling.columns else THRESHOLDS.row_blocks
+    under_way = THRESHOLDS.loads * THREADS * VECTOR_BYTES
+    reads = found.read_bytes[0]
+    passes = [
+        streaming(moved, once.grid, resident, under_way, device, THRESHOLDS)
+        for moved in (reads, found.dram_bytes - reads)
+    ]
+    assert [sum(parts) for parts in zip(*passes, strict=True)] == [found.times.memory, found.times.idle]
 
 
 # ------------------------------------------------------------------------------------------------------ far offsets
