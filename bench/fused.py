@@ -8,15 +8,13 @@ in alternating pairs. A cell is the median of the pairs' ratios; below 1, mergin
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import copy
 
 import torch
-from pairs import in_pairs
-from torch import Tensor
 
 import gpu_bn
 from gpu_bn import nn
-from gpu_bn.bench.timing import CpuTimer, TimedCall
+from gpu_bn.bench.timing import CpuTimer, TimedCall, take_samples
 
 SHAPES = (8, 64, 16, 16), (32, 256, 14, 14), (256, 1024)
 ACTIVATIONS: dict[str, torch.nn.Module] = {
@@ -34,21 +32,13 @@ ACTIVATIONS: dict[str, torch.nn.Module] = {
 TIMER = CpuTimer(batch=0.003, pause=0)
 
 
-def operations(layer: torch.nn.Module, after: torch.nn.Module, x: Tensor, dy: Tensor) -> dict[str, TimedCall]:
-    """The calls of a layer and of what follows it."""
-    leaf = x.clone().requires_grad_()
-    evaluated = torch.nn.Sequential(layer, after).eval()
-    trained = torch.nn.Sequential(type(layer)(x.shape[1], activation=layer.activation), after)  # type: ignore[call-arg]
-
-    def without_gradients(model: torch.nn.Module) -> Tensor:
-        with torch.no_grad():
-            result: Tensor = model(x)
-            return result
-
+def calls(model: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, TimedCall]:
+    """Return the calls of a model."""
+    leaf, evaluated = x.clone().requires_grad_(), copy.deepcopy(model).eval()
     return {
-        "training, forward": lambda: without_gradients(trained),
-        "evaluation": lambda: without_gradients(evaluated),
-        "forward and backward": lambda: torch.autograd.grad(trained(leaf), (leaf, *trained.parameters()), dy),
+        "training, forward": torch.no_grad()(lambda: model(x)),
+        "evaluation": torch.no_grad()(lambda: evaluated(x)),
+        "forward and backward": lambda: torch.autograd.grad(model(leaf), (leaf, *model.parameters()), dy),
     }
 
 
@@ -64,14 +54,15 @@ def main() -> None:
     print("| merged / apart | training, forward | evaluation | forward and backward |\n|---|---|---|---|")
     for shape in SHAPES:
         x, dy = torch.randn(shape), torch.randn(shape)
-        kind: Any = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+        kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
         for name, module in ACTIVATIONS.items():
             if arguments.only not in name:
                 continue
-            merged = operations(kind(shape[1], activation=name), torch.nn.Identity(), x, dy)
-            apart = operations(kind(shape[1]), module, x, dy)
-            pairs = (in_pairs(merged[each], apart[each], TIMER, arguments.seconds) for each in merged)
-            cells = [f"{pair.ratio:.2f}" for pair in pairs]
+            merged = calls(torch.nn.Sequential(kind(shape[1], activation=name), torch.nn.Identity()), x, dy)
+            apart = calls(torch.nn.Sequential(kind(shape[1]), module), x, dy)
+            pairs = ({"merged": merged[each], "apart": apart[each]} for each in merged)
+            found = (take_samples(pair, TIMER, "wall", arguments.seconds / 2) for pair in pairs)
+            cells = [f"{samples.ratio('merged', 'apart'):.2f}" for samples in found]
             print(f"| {'x'.join(map(str, shape))}, {name} | {' | '.join(cells)} |", flush=True)
 
 

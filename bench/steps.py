@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gpu_bn
 from gpu_bn import nn as ours
@@ -36,41 +35,31 @@ VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
     "converted": ours.convert,
     "fused": lambda model: ours.convert(model, fuse=True),
 }
+TIMER = CpuTimer(batch=0)
 FOLDED: dict[str, Callable[[nn.Module], Any]] = {"folded": lambda model: ours.fold(model)}
 
 
-def evaluation(model: nn.Module, images: Tensor) -> TimedCall:
-    """An evaluation of a model."""
-
-    def evaluate() -> None:
-        with torch.no_grad():
-            model(images)
-
-    return evaluate
-
-
-def timed(calls: dict[str, TimedCall], pairs: int) -> dict[str, tuple[float, float]]:
-    """By variant, the median of the ratios to torch, and of its own times in milliseconds."""
-    samples = take_samples(calls, CpuTimer(batch=0), "wall", 1, rounds=(pairs, pairs))
-    assert not samples.errors, samples.errors
-    return {name: (samples.ratio(name, "torch"), 1e3 * statistics.median(samples.seconds[name])) for name in calls}
-
-
 def rows(model: nn.Module, pairs: int) -> Iterator[str]:
-    """Cells of the table, a row a variant."""
+    """Yield cells of the table, a row a variant."""
     images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
     steps, peaks, refused = check(VARIANTS, model, images, labels, lambda _: None)
     assert not refused, refused
-    evaluations = {
-        name: evaluation(variant(copy.deepcopy(model).eval()).eval(), images)
-        for name, variant in (VARIANTS | FOLDED).items()
-    }
-    trained = timed(steps, pairs)
-    for name, (ratio, milliseconds) in timed(evaluations, pairs).items():
+    trained = take_samples(steps, TIMER, "wall", 1, (pairs, pairs))
+    evaluated = take_samples(
+        {name: evaluation(make, model, images) for name, make in (VARIANTS | FOLDED).items()}, TIMER, "wall", 1,
+        (pairs, pairs),
+    )  # fmt: skip
+    for name in evaluated.seconds:
         step = "- | - | -"
-        if name in trained:
-            step = f"{trained[name][0]:.2f} | {trained[name][1]:.0f} | {peaks[name] / 1e6:.1f}"
-        yield f"{name} | {step} | {ratio:.2f} | {milliseconds:.1f}"
+        if name in steps:
+            step = f"{trained.ratio(name, 'torch'):.2f} | {1e3 * trained.median(name):.0f} | {peaks[name] / 1e6:.1f}"
+        yield f"{name} | {step} | {evaluated.ratio(name, 'torch'):.2f} | {1e3 * evaluated.median(name):.1f}"
+
+
+def evaluation(make: Callable[[nn.Module], Any], model: nn.Module, images: torch.Tensor) -> TimedCall:
+    """Return an evaluation of what a variant makes of a model."""
+    made = make(copy.deepcopy(model).eval()).eval()
+    return torch.no_grad()(lambda: made(images))
 
 
 def main() -> None:

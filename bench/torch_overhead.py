@@ -15,31 +15,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pairs import in_pairs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from support.launches import operations
 
 from gpu_bn import nn, registry
 from gpu_bn.backends.protocol import Grads, Moments, Saved
-from gpu_bn.bench.timing import CpuTimer
+from gpu_bn.bench.timing import CpuTimer, Samples, TimedCall, take_samples
+from gpu_bn.bench.torch_profile import operations
 from gpu_bn.call import Call
 from gpu_bn.plan import DEVICES
 from gpu_bn.spec import BatchNormSpec
 
 SHAPE = (2, 3, 4, 4)
 TIMER = CpuTimer(batch=0.003, pause=0, clock=time.process_time)
-Calls = dict[str, Callable[[], Any]]
+Calls = dict[str, TimedCall]
 
 
 class Nothing:
@@ -65,14 +58,9 @@ def calls(norm: Callable[[torch.Tensor, bool], torch.Tensor], others: Iterable[t
     x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
     leaf = x.clone().requires_grad_()
     leaves = (leaf, *others)
-
-    def quiet(training: bool) -> torch.Tensor:
-        with torch.no_grad():
-            return norm(x, training)
-
     return {
-        "training, no grad": lambda: quiet(True),
-        "evaluation, no grad": lambda: quiet(False),
+        "training, no grad": torch.no_grad()(lambda: norm(x, True)),
+        "evaluation, no grad": torch.no_grad()(lambda: norm(x, False)),
         "forward": lambda: norm(leaf, True),
         "forward and backward": lambda: torch.autograd.grad(norm(leaf, True), leaves, dy),
     }
@@ -93,22 +81,32 @@ def layer_calls(layer: torch.nn.Module, *residual: torch.Tensor) -> Calls:
     return {f"layer, {name}": call for name, call in named.items()}
 
 
-def time_on_cpu(pairs: tuple[int, int]) -> None:
+def in_pairs(ours: TimedCall, theirs: TimedCall, pairs: int) -> Samples:
+    """Time two calls in turn."""
+    return take_samples({"ours": ours, "theirs": theirs}, TIMER, "wall", 1, (pairs, pairs))
+
+
+def microseconds(samples: Samples, name: str) -> float:
+    """Return the median of a call's times."""
+    return 1e6 * samples.median(name)
+
+
+def time_on_cpu(pairs: int) -> None:
     """Print the table of the backend for CPUs."""
     theirs = function_calls(F.batch_norm) | layer_calls(torch.nn.BatchNorm2d(3))
     ours = function_calls(nn.batch_norm) | layer_calls(nn.BatchNorm2d(3))
     serving, nothing = registry.serving, Nothing()
     print(f"{'':28}{'gpu_bn':>16}{'without a kernel':>20}{'torch':>10}")
     for name, call in ours.items():
-        whole = in_pairs(call, theirs[name], TIMER, pairs=pairs)
+        whole = in_pairs(call, theirs[name], pairs)
         registry.serving = lambda _: nothing  # type: ignore[assignment,return-value]
-        empty = in_pairs(call, theirs[name], TIMER, pairs=pairs)
+        empty = in_pairs(call, theirs[name], pairs)
         registry.serving = serving
-        times = f"{whole.ours:8.1f} ({whole.ratio:4.1f}x){empty.ours:12.1f} ({empty.ratio:4.1f}x){whole.theirs:10.1f}"
-        print(f"{name:28}{times}")
+        cells = (f"{microseconds(each, 'ours'):8.1f} ({each.ratio('ours', 'theirs'):4.1f}x)" for each in (whole, empty))
+        print(f"{name:28}{'    '.join(cells)}{microseconds(whole, 'theirs'):10.1f}")
 
 
-def time_triton(pairs: tuple[int, int]) -> None:
+def time_triton(pairs: int) -> None:
     """Print the table of the Triton backend."""
     from gpu_bn.backends.triton.backend import TritonBackend
 
@@ -121,10 +119,11 @@ def time_triton(pairs: tuple[int, int]) -> None:
     print(f"\n{'by Triton':44}{'gpu_bn':>8}{'torch':>8}  launches, ours + torch's")
     for name, call in ours.items():
         call()
-        found = in_pairs(call, theirs.get(name, call), TIMER, pairs=pairs)
+        found = in_pairs(call, theirs.get(name, call), pairs)
         launches.clear()
         others = operations(call)
-        times = f"{found.ours:8.1f}" + (f"{found.theirs:8.1f}" if name in theirs else f"{'-':>8}")
+        times = f"{microseconds(found, 'ours'):8.1f}"
+        times += f"{microseconds(found, 'theirs'):8.1f}" if name in theirs else f"{'-':>8}"
         listed = ", ".join(f"{count} {operation}" for operation, count in others.items())
         print(f"{name:44}{times}  {len(launches)} + {others.total()} {listed}".rstrip())
 
@@ -136,9 +135,9 @@ def main() -> None:
     pairs = parser.parse_args().pairs
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, float32 2x3x4x4, microseconds a call and ratio to torch")
-    time_on_cpu((pairs, pairs))
+    time_on_cpu(pairs)
     if find_spec("triton") is not None:
-        time_triton((pairs, pairs))
+        time_triton(pairs)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ from gpu_bn import registry
 from gpu_bn.backends.protocol import OnPlan
 from gpu_bn.bench import peers
 from gpu_bn.bench.cases import Case, Operation
+from gpu_bn.bench.peers import Build
 from gpu_bn.bench.timing import TimedCall
 from gpu_bn.functional import batch_norm, batch_norm_backward, batch_norm_forward
 from gpu_bn.testing import Problem
-
-Build = Callable[..., TimedCall]
 
 
 @dataclass(frozen=True)
@@ -99,20 +98,25 @@ def triton_backend(tier: str | None, on_plan: OnPlan | None) -> Any:
 IMPLEMENTATIONS = [
     Implementation("gpu_bn cpu", "cpu", "numpy", ours(lambda *_: registry.load("cpu")), ("numba",), ours=True),
     Implementation("gpu_bn numpy", "cpu", "numpy", ours(lambda *_: registry.load("numpy")), ours=True),
-    Implementation("torch CPU", "cpu", "torch", peers.torch(), ("torch",)),
+    Implementation("torch CPU", "cpu", "torch", peers.eager, ("torch",)),
     Implementation("textbook NumPy", "cpu", "numpy", peers.textbook),
-    Implementation("torch.compile CPU", "cpu", "torch", peers.torch(peers.compiled), ("torch",), default=False),
+    Implementation("torch.compile CPU", "cpu", "torch", peers.compiled, ("torch",), default=False),
     Implementation("gpu_bn triton", "cuda", "triton", ours(triton_backend), ("torch", "triton"), ours=True),
     Implementation("gpu_bn cupy", "cuda", "cupy", ours(cupy_backend), ("cupy",), ours=True),
-    Implementation("torch cuDNN", "cuda", "triton", peers.torch(), ("torch",)),
-    Implementation("torch native", "cuda", "triton", peers.torch(), ("torch",), setting=peers.without_cudnn),
-    Implementation("torch.compile", "cuda", "triton", peers.torch(peers.compiled), ("torch", "triton")),
+    Implementation("torch cuDNN", "cuda", "triton", peers.eager, ("torch",)),
+    Implementation("torch native", "cuda", "triton", peers.eager, ("torch",), setting=peers.without_cudnn),
+    Implementation("torch.compile", "cuda", "triton", peers.compiled, ("torch", "triton")),
     Implementation(
         "apex", "cuda", "triton", peers.apex, ("torch", "apex.contrib.groupbn.bnp or bnp"), refuses=peers.not_apex
     ),
     Implementation("cuDNN frontend", "cuda", "triton", peers.cudnn, ("torch", "cudnn"), refuses=peers.not_cudnn),
 ]
 """``torch cuDNN`` is torch with its defaults: it decides by itself where it calls cuDNN."""
+
+
+def by_name(name: str) -> Implementation:
+    """Return an implementation."""
+    return next(each for each in IMPLEMENTATIONS if each.name == name)
 
 
 def choose(device: str, names: list[str] | None) -> tuple[list[Implementation], list[str]]:
@@ -136,6 +140,8 @@ def choose(device: str, names: list[str] | None) -> tuple[list[Implementation], 
 
 PERIOD = 4_194_301
 """The period of a tensor's values: a prime, which divides no size."""
+ALIGNMENT = 64
+"""Tensors begin at multiples of so many bytes, as torch's do: a vector in a register is then one line of the cache."""
 
 
 def data(case: Case) -> Problem:
@@ -150,7 +156,10 @@ def data(case: Case) -> Problem:
     noise = rng.normal(0.5, 1.5, (3, min(size, PERIOD)))
 
     def tensor(row: int) -> Any:
-        dense = np.resize(noise[row].astype(dtype), size)
+        memory = np.empty(size * dtype.itemsize + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        dense = memory[start : start + size * dtype.itemsize].view(dtype)
+        dense[:] = np.resize(noise[row].astype(dtype), size)
         if case.layout != "nhwc":
             return dense.reshape(case.shape)
         return np.moveaxis(dense.reshape(case.shape[0], *case.shape[2:], channels), -1, 1)

@@ -19,6 +19,7 @@ from gpu_bn.testing import Problem
 
 Array = Any
 Function = Callable[..., Any]
+Build = Callable[..., TimedCall]
 
 
 def textbook(operation: Operation, problem: Problem) -> TimedCall:
@@ -57,46 +58,56 @@ def textbook(operation: Operation, problem: Problem) -> TimedCall:
     return backward
 
 
-def torch(wrap: Callable[[Function], Function] = lambda function: function) -> Any:
-    """Build torch's batch norm with an in-place sum and ReLU, as networks write it; ``wrap`` may compile it."""
+def torch_norm(operation: Operation, problem: Problem, inplace: bool = True) -> Function:
+    """Return torch's batch norm with a sum and ReLU behind it, as networks write it."""
+    functional: Any = importlib.import_module("torch.nn.functional")
+    p = problem
 
-    def build(operation: Operation, problem: Problem) -> TimedCall:
+    def norm(x: Array, weight: Array, bias: Array, residual: Array | None = None) -> Array:
+        y = functional.batch_norm(
+            x, p.running_mean, p.running_var, weight, bias, operation.training, p.momentum, p.eps
+        )  # fmt: skip
+        if residual is not None:
+            y = y.add_(residual) if inplace else y + residual
+        return functional.relu(y, inplace=inplace) if operation.relu else y
+
+    return norm
+
+
+def compiled_norm(operation: Operation, problem: Problem, inplace: bool = True) -> Function:
+    """Return the same by torch.compile, for these shapes only."""
+    torch: Any = importlib.import_module("torch")
+    config: Any = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False  # the backward graph is run again and again
+    torch._dynamo.reset()  # each case is a new function: none should be compiled for shapes in general
+    result: Function = torch.compile(torch_norm(operation, problem, inplace), dynamic=False)
+    return result
+
+
+def torch_call(make: Callable[[Operation, Problem], Function]) -> Build:
+    """Return what builds calls of a function of torch's tensors: ``make(operation, problem)``."""
+
+    def build(operation: Operation, problem: Problem, **_: Any) -> TimedCall:
         torch: Any = importlib.import_module("torch")
-        functional, p = torch.nn.functional, problem
-        mean, var = p.running_mean, p.running_var
-
-        def function(x: Array, weight: Array, bias: Array, residual: Array | None = None) -> Array:
-            y = functional.batch_norm(x, mean, var, weight, bias, operation.training, p.momentum, p.eps)
-            if residual is not None:
-                y += residual
-            return functional.relu(y, inplace=True) if operation.relu else y
-
-        wrapped = wrap(function)
+        norm, p = make(operation, problem), problem
         tensors = [t for t in (p.x, p.weight, p.bias, p.residual) if t is not None]
         if operation.direction == "eval":
-            return lambda: (_without_grad(torch, wrapped, tensors),)
+            return lambda: (_without_grad(torch, norm, tensors),)
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         if operation.direction == "forward":
-            return lambda: (wrapped(*leaves),)
-        y = wrapped(*leaves)
+            return lambda: (norm(*leaves),)
+        y = norm(*leaves)
         return lambda: torch.autograd.grad(y, leaves, p.dy, retain_graph=True)
 
     return build
 
 
+eager, compiled = torch_call(torch_norm), torch_call(compiled_norm)
+
+
 def _without_grad(torch: Any, function: Function, tensors: list[Array]) -> Array:
     with torch.no_grad():
         return function(*tensors)
-
-
-def compiled(function: Function) -> Function:
-    """Compile a function by torch.compile, for these shapes only."""
-    torch: Any = importlib.import_module("torch")
-    config: Any = importlib.import_module("torch._functorch.config")
-    config.donated_buffer = False  # the backward graph is run again and again
-    torch._dynamo.reset()  # each case is a new function: none should be compiled for shapes in general
-    result: Function = torch.compile(function, dynamic=False)
-    return result
 
 
 def without_cudnn() -> Any:

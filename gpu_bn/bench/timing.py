@@ -64,9 +64,23 @@ class Samples:
     seconds: dict[str, list[float]]
     errors: dict[str, str]
 
+    def of(self, name: str) -> list[float]:
+        """Return the samples of a call.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        if name in self.errors:
+            raise RuntimeError(f"{name}: {self.errors[name]}")
+        return self.seconds[name]
+
+    def median(self, name: str) -> float:
+        """Return the median of a call's samples, in seconds."""
+        return statistics.median(self.of(name))
+
     def ratio(self, name: str, other: str) -> float:
         """Return the median ratio of neighbouring samples: below 1, ``name`` is faster than ``other``."""
-        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=False))
+        return statistics.median(a / b for a, b in zip(self.of(name), self.of(other), strict=False))
 
 
 def take_samples(

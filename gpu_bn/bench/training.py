@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
-import json
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +14,7 @@ from torch import nn
 from gpu_bn import nn as ours
 from gpu_bn.bench.gpus import TorchGpu
 from gpu_bn.bench.timing import CpuTimer, GpuTimer, TimedCall, Timer, Timing, in_words, take_samples
+from gpu_bn.bench.torch_profile import peak_bytes
 from gpu_bn.cli.console import Table, megabytes, milliseconds, progress
 
 AGREEMENT, NOISE = 1e-3, 2.0
@@ -168,26 +164,6 @@ def prepare(
     gradient = next(iter(model.parameters())).grad
     assert gradient is not None
     return step, gradient.detach().double().clone()
-
-
-def peak_bytes(step: Callable[[], Any], kind: str) -> int:
-    """Measure the most memory that torch's tensors take in a step, beyond what they took before it."""
-    gc.collect()
-    if kind == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    return max(accumulate(nbytes for _, nbytes in changes), default=0)
 
 
 def failures(rows: list[TrainingResult]) -> list[str]:

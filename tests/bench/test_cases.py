@@ -63,3 +63,4 @@ def test_data_lie_in_memory_as_the_case_says():
     assert first.flags.c_contiguous
     assert last.transpose(0, 2, 3, 1).flags.c_contiguous
     assert len(np.unique(first)) == first.size
+    assert first.ctypes.data % 64 == last.ctypes.data % 64 == 0

@@ -11,9 +11,9 @@ from support.bench_stand_ins import NUMPY
 from gpu_bn.bench import cases, measurement, peers, timing
 
 
-def prove(build, operation, dtype="f16", layout="nhwc"):
+def prove(build, operation, dtype="f16", layout="nhwc", shape="4x6x5x7"):
     """Build a peer's call on CPU tensors, and compare what it gives with the oracle."""
-    case = cases.select(["4x6x5x7"], [dtype], [layout], [operation])[0]
+    case = cases.select([shape], [dtype], [layout], [operation])[0]
     tensors = measurement.Tensors(case)
     implementation = replace(NUMPY, name="peer", ours=False, adapter="triton")
     problem = tensors.of("triton", case.operation)
@@ -175,7 +175,12 @@ def test_cudnn_serves_what_it_can():
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", ["forward+relu", "backward+add+relu", "eval"])
 def test_torch_compile(operation, torch):
-    prove(peers.torch(peers.compiled), operation, "f32", "nchw")
+    prove(peers.compiled, operation, "f32", "nchw")
+
+
+def test_a_peer_that_rounds_its_sum_before_relu_is_right(torch):
+    """In float16 that moves elements across the kink, and with them the gradients of the vectors, in float32."""
+    prove(peers.eager, "backward+add+relu", "f16", "nchw", "32x256x14x14")
 
 
 def test_without_cudnn(torch):

@@ -10,7 +10,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from support.launches import operations
 from support.triton_backends import EmulatedBackend, RecordingBackend
 from torch.testing import assert_close
 
@@ -19,6 +18,7 @@ from gpu_bn import (
     registry,
 )
 from gpu_bn.backends.triton.backend import TritonBackend
+from gpu_bn.bench.torch_profile import operations
 from gpu_bn.plan import DEVICES
 
 
