@@ -1,26 +1,32 @@
 """The backward pass: sums and the input's gradient in two launches, or in one that keeps a channel in registers."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from gpu_bn.kernels.triton.accesses import (
+    Layout,
+    PerChannel,
+    Share,
+    Strip,
     after,
     channels_of,
     group_of,
-    known_elements,
     load_bits,
     load_once,
     load_wide,
     mask_of,
-    offsets_of,
+    masked,
     share_of,
     start_of,
+    statistics_of,
     store_as,
-    valid_elements,
-    vectors_at,
+    tile_at,
 )
 from gpu_bn.kernels.triton.statistics import (
-    affine,
+    Partials,
+    affine_of,
     channel_sum,
     merged_sums,
     pre_activation,
@@ -28,56 +34,52 @@ from gpu_bn.kernels.triton.statistics import (
 )
 
 
+class Tensors(NamedTuple):
+    """Tensors of a backward call; what is not given or not asked for is None."""
+
+    x: Any
+    dy: Any
+    residual: Any
+    mask: Any  # the forward pass's sign bits
+    dz: Any
+    dx: Any
+
+
 @triton.jit
 def gradient_of(
-    value, dy, residual, mask, vector, position, last, strip, row, known, centre, scale, shift, parameter,
-    GRADIENT: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr,
-    counted=None,
+    value, dy, tensors, tile, strip, affine, parameter, GRADIENT: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
-    """dz of one tile, from the forward pass's bits or from z computed again; 0 where a mask says so."""
-    if mask is not None:
-        keep = load_bits(mask, vector, position, last, strip, row, LANES, VEC, COLUMNS)
-        dz = GRADIENT(keep, dy, parameter.to(COMPUTE))
+    """dz of one tile, from the forward pass's bits or from z computed again; 0 of elements that do not count."""
+    if tensors.mask is not None:
+        keep = load_bits(tensors.mask, tile, strip, L)
+        dz = GRADIENT(keep, dy, parameter.to(L.COMPUTE))
     else:
         added = None
-        if residual is not None:
-            added = tl.load(residual + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
-        dz = GRADIENT(pre_activation(value, added, centre, scale, shift), dy, parameter.to(COMPUTE))
-    if counted is not None:
-        known = counted
-    return tl.where(known, dz, 0.0)
+        if tensors.residual is not None:
+            added = tl.load(tensors.residual + tile.offsets, mask=tile.known, other=0.0).to(L.COMPUTE)
+        dz = GRADIENT(pre_activation(value, added, affine), dy, parameter.to(L.COMPUTE))
+    return tl.where(tile.counted, dz, 0.0)
 
 
 @triton.jit
-def reduce_tiles(
-    x, dy, residual, mask, valid, dz, dx, dz_here, product_here, centre, scale, shift, parameter, first, last, strip,
-    row, jump, magic, power, start,
-    GRADIENT: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Add dz and dz * (x - centre), tile by tile, and write what is asked for."""
-    for begin in range(first, last, POSITIONS):
-        position = begin + tl.arange(0, POSITIONS)
-        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
-        known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
-        offsets = offsets_of(vector, LANES, VEC)
-        value = tl.load(x + offsets, mask=known, other=0.0).to(COMPUTE)
-        given = tl.load(dy + offsets, mask=known, other=0.0).to(COMPUTE)
-        counted = None
-        if valid is not None:
-            counted = valid_elements(valid, known, position, last, VEC, COLUMNS)
-            value = tl.where(counted, value, 0.0)  # what a mask leaves out may be infinite
-        gradient = gradient_of(
-            value, given, residual, mask, vector, position, last, strip, row, known, centre, scale, shift,
-            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE, counted,
-        )  # fmt: skip
-        if dz is not None:
-            store_as(dz + offsets, gradient, known)
-        if dx is not None:
-            store_as(dx + offsets, gradient * scale, known)
-        dz_here += gradient
-        product_here = tl.fma(gradient, value - centre, product_here)
-    return dz_here, product_here
+def reduce_tiles(tensors, sums, share, strip, affine, parameter, GRADIENT: tl.constexpr, L: tl.constexpr):
+    """Add dz and dz * (x - centre) to each thread's sums, tile by tile, and write what is asked for."""
+    sum_dz, sum_product = sums
+    for begin in range(share.first, share.last, L.POSITIONS):
+        tile = tile_at(begin + tl.arange(0, L.POSITIONS), share.last, strip, L)
+        value = tl.load(tensors.x + tile.offsets, mask=tile.known, other=0.0).to(L.COMPUTE)
+        given = tl.load(tensors.dy + tile.offsets, mask=tile.known, other=0.0).to(L.COMPUTE)
+        if strip.valid is not None:
+            tile = masked(tile, strip, L)
+            value = tl.where(tile.counted, value, 0.0)  # what a mask leaves out may be infinite
+        gradient = gradient_of(value, given, tensors, tile, strip, affine, parameter, GRADIENT, L)
+        if tensors.dz is not None:
+            store_as(tensors.dz + tile.offsets, gradient, tile.known)
+        if tensors.dx is not None:
+            store_as(tensors.dx + tile.offsets, gradient * affine.scale, tile.known)
+        sum_dz += gradient
+        sum_product = tl.fma(gradient, value - affine.centre, sum_product)
+    return sum_dz, sum_product
 
 
 # For a block's share, with z as in the forward pass:
@@ -93,52 +95,48 @@ def bn_backward_reduce_kernel(
 
     Also writes dz, and with frozen statistics dx, where they are asked for.
     """
-    program, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    strip, group = group_of(program, GROUPS)
-    start = start_of(group, channels, row, positions, GROUPS, COLUMNS, WIDE)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE)
+    number, group = group_of(tl.program_id(0), L)
+    block, blocks = tl.program_id(1), tl.num_programs(1)
+    start = start_of(group, channels, row, positions, L)
     if valid is not None:
-        valid = mask_of(valid, group, positions, VEC, COLUMNS, WIDE)
-    first, last = share_of(block, share, positions, WIDE)
-    channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    place = channel + group * channels
-    mean_c = load_once(mean, place, known_channels, COLUMNS)
-    var_c = load_wide(var, place, known_channels, 1.0)
-    weight_c = load_wide(weight, channel, known_channels, 1.0)
-    bias_c = load_wide(bias, channel, known_channels, 0.0)
-    mean_c, var_c, weight_c, bias_c = after(mean_c, mean_c, var_c, weight_c, bias_c)
-    centre, scale, shift, _, _ = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
+        valid = mask_of(valid, group, positions, L)
+    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, positions)
+    own = share_of(block, share, strip, L)
+    channel = channels_of(number, channels, L)
+    statistic = statistics_of(channel, group, L)
+    mean_c = load_once(mean, statistic, L)
+    values = PerChannel(
+        mean_c, load_wide(var, statistic, 1.0), load_wide(weight, channel, 1.0), load_wide(bias, channel, 0.0)
+    )
+    affine = affine_of(after(mean_c, values), eps, COMPUTE)
+    tensors = Tensors(x, dy, residual, mask, dz, dx)
     zeros = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
     if CHAIN == 0:
-        dz_here, product_here = reduce_tiles(
-            x, dy, residual, mask, valid, dz, dx, zeros, zeros, centre, scale, shift, parameter, first, last, strip,
-            row, jump, magic, power, start, GRADIENT, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE,
-        )  # fmt: skip
-        sum_dz = channel_sum(dz_here, COLUMNS)
-        sum_product = channel_sum(product_here, COLUMNS)
+        dz_here, product_here = reduce_tiles(tensors, (zeros, zeros), own, strip, affine, parameter, GRADIENT, L)
+        sum_dz = channel_sum(dz_here, L)
+        sum_product = channel_sum(product_here, L)
     else:
-        sum_dz = load_wide(None, channel, known_channels, 0.0)
+        sum_dz = load_wide(None, channel, 0.0)
         sum_product = sum_dz
-        for begin in range(first, last, CHAIN * POSITIONS):
-            end = tl.minimum(begin + CHAIN * POSITIONS, last)
-            dz_here, product_here = reduce_tiles(
-                x, dy, residual, mask, valid, dz, dx, zeros, zeros, centre, scale, shift, parameter, begin, end, strip,
-                row, jump, magic, power, start, GRADIENT, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE,
-            )  # fmt: skip
-            sum_dz += channel_sum(dz_here, COLUMNS)
-            sum_product += channel_sum(product_here, COLUMNS)
+        for begin in range(own.first, own.last, CHAIN * POSITIONS):
+            part = Share(begin, tl.minimum(begin + CHAIN * POSITIONS, own.last))
+            dz_here, product_here = reduce_tiles(tensors, (zeros, zeros), part, strip, affine, parameter, GRADIENT, L)
+            sum_dz += channel_sum(dz_here, L)
+            sum_product += channel_sum(product_here, L)
     if partials is not None:
-        channels *= GROUPS
-        tl.store(partials + block * channels + place, sum_dz, mask=known_channels)
-        tl.store(partials + (blocks + block) * channels + place, sum_product, mask=known_channels)
+        channels, place = statistic.count, statistic.place
+        tl.store(partials + block * channels + place, sum_dz, mask=statistic.known)
+        tl.store(partials + (blocks + block) * channels + place, sum_product, mask=statistic.known)
 
 
 @triton.jit
-def write_sums(dweight, dbias, sum_dz, sum_dz_xhat, channel, known):
+def write_sums(dweight, dbias, sum_dz, sum_dz_xhat, channel):
     """The parameters' gradients, in the parameters' dtypes."""
     if dweight is not None:
-        store_as(dweight + channel, sum_dz_xhat, known)
+        store_as(dweight + channel.place, sum_dz_xhat, channel.known)
     if dbias is not None:
-        store_as(dbias + channel, sum_dz, known)
+        store_as(dbias + channel.place, sum_dz, channel.known)
 
 
 #     dbias = sum(dz)        dweight = sum(dz * (x - mean)) / sqrt(var + eps)
@@ -149,22 +147,20 @@ def bn_merge_sums_kernel(
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The parameters' gradients from the blocks' sums."""
-    strip, group = group_of(tl.program_id(0), GROUPS)
-    channel, known = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    channel += group * channels
-    channels *= GROUPS
-    sum_dz, sum_product = merged_sums(partials, blocks, channel, known, channels, CHUNK, COLUMNS)
-    mean_c = load_wide(mean, channel, known, 0.0)
-    var_c = load_wide(var, channel, known, 1.0)
-    _, _, _, rest, rstd = affine(mean_c, var_c, 1.0, 0.0, eps, COMPUTE)
-    write_sums(dweight, dbias, sum_dz, (sum_product - rest * sum_dz) * rstd, channel, known)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, GROUPS=GROUPS)
+    number, group = group_of(tl.program_id(0), L)
+    statistic = statistics_of(channels_of(number, channels, L), group, L)
+    sum_dz, sum_product = merged_sums(Partials(partials, blocks), statistic, CHUNK, L)
+    values = PerChannel(load_wide(mean, statistic, 0.0), load_wide(var, statistic, 1.0), 1.0, 0.0)
+    affine = affine_of(values, eps, COMPUTE)
+    write_sums(dweight, dbias, sum_dz, (sum_product - affine.rest * sum_dz) * affine.rstd, statistic)
 
 
 @triton.jit
-def input_coefficients(sum_dz, sum_dz_xhat, rest, rstd, inverse_count, COMPUTE: tl.constexpr):
+def input_coefficients(sum_dz, sum_dz_xhat, affine, inverse_count, COMPUTE: tl.constexpr):
     """dx = ((x - centre) * slope + dz + offset) * scale."""
-    slope = -sum_dz_xhat * rstd * inverse_count
-    offset = -sum_dz * inverse_count - slope * rest
+    slope = -sum_dz_xhat * affine.rstd * inverse_count
+    offset = -sum_dz * inverse_count - slope * affine.rest
     return slope.to(COMPUTE), offset.to(COMPUTE)
 
 
@@ -183,64 +179,61 @@ def bn_backward_input_kernel(
     The sums come from ``partials``, or else from ``sum_dz`` and ``sum_dz_xhat``; with frozen statistics there are none.
     ``counts``, if given, has the counts of the ghost batches, in place of ``inverse_count``.
     """
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE)
     blocks = tl.num_programs(1)
-    strip, group = group_of(tl.num_programs(0) - 1 - tl.program_id(0), GROUPS)
-    start = start_of(group, channels, row, positions, GROUPS, COLUMNS, WIDE)
+    number, group = group_of(tl.num_programs(0) - 1 - tl.program_id(0), L)
+    start = start_of(group, channels, row, positions, L)
     if valid is not None:
-        valid = mask_of(valid, group, positions, VEC, COLUMNS, WIDE)
+        valid = mask_of(valid, group, positions, L)
+    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, positions)
     block = blocks - 1 - tl.program_id(1)
-    first, last = share_of(block, share, positions, WIDE)
-    channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    place = channel + group * channels
-    var_c = load_wide(var, place, known_channels, 1.0)
-    weight_c = load_wide(weight, channel, known_channels, 1.0)
-    bias_c = load_wide(bias, channel, known_channels, 0.0)
+    own = share_of(block, share, strip, L)
+    channel = channels_of(number, channels, L)
+    statistic = statistics_of(channel, group, L)
+    var_c = load_wide(var, statistic, 1.0)
+    weight_c = load_wide(weight, channel, 1.0)
+    bias_c = load_wide(bias, channel, 0.0)
     FROZEN: tl.constexpr = partials is None and sum_dz is None
     if partials is not None:
-        mean_c = load_wide(mean, place, known_channels, 0.0)
-        dz_c, product_c = merged_sums(partials, blocks, place, known_channels, channels * GROUPS, CHUNK, COLUMNS)
-        mean_c, var_c, weight_c, bias_c = after(dz_c, mean_c, var_c, weight_c, bias_c)
+        mean_c = load_wide(mean, statistic, 0.0)
+        dz_c, product_c = merged_sums(Partials(partials, blocks), statistic, CHUNK, L)
+        values = after(dz_c, PerChannel(mean_c, var_c, weight_c, bias_c))
     else:
-        mean_c = load_once(mean, place, known_channels, COLUMNS)
-        mean_c, var_c, weight_c, bias_c = after(mean_c, mean_c, var_c, weight_c, bias_c)
-    centre, scale, shift, rest, rstd = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
+        mean_c = load_once(mean, statistic, L)
+        values = after(mean_c, PerChannel(mean_c, var_c, weight_c, bias_c))
+    affine = affine_of(values, eps, COMPUTE)
     if partials is not None:
-        dz_xhat_c = (product_c - rest * dz_c) * rstd
+        dz_xhat_c = (product_c - affine.rest * dz_c) * affine.rstd
         if block == 0:
-            write_sums(dweight, dbias, dz_c, dz_xhat_c, place, known_channels)
+            write_sums(dweight, dbias, dz_c, dz_xhat_c, statistic)
     elif not FROZEN:
-        dz_c = load_wide(sum_dz, place, known_channels, 0.0)
-        dz_xhat_c = load_wide(sum_dz_xhat, place, known_channels, 0.0)
+        dz_c = load_wide(sum_dz, statistic, 0.0)
+        dz_xhat_c = load_wide(sum_dz_xhat, statistic, 0.0)
     if not FROZEN:
         if counts is not None:
             inverse_count = reciprocal_from(tl.load(counts + group), 1.0)
-        slope, offset = input_coefficients(dz_c, dz_xhat_c, rest, rstd, inverse_count, COMPUTE)
-    tiles = (last - first + POSITIONS - 1) // POSITIONS
+        slope, offset = input_coefficients(dz_c, dz_xhat_c, affine, inverse_count, COMPUTE)
+    tensors = Tensors(x, dy, residual, mask, dz, dx)
+    tiles = (own.last - own.first + POSITIONS - 1) // POSITIONS
     for back in range(tiles):
-        position = first + (tiles - 1 - back) * POSITIONS + tl.arange(0, POSITIONS)
-        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
-        known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
-        offsets = offsets_of(vector, LANES, VEC)
-        value = tl.load(x + offsets, mask=known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
-        given = tl.load(dy + offsets, mask=known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
-        counted = None
+        position = own.first + (tiles - 1 - back) * POSITIONS + tl.arange(0, POSITIONS)
+        tile = tile_at(position, own.last, strip, L)
+        value = tl.load(x + tile.offsets, mask=tile.known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+        given = tl.load(dy + tile.offsets, mask=tile.known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
         if valid is not None:
-            counted = valid_elements(valid, known, position, last, VEC, COLUMNS)
-        gradient = gradient_of(
-            value, given, residual, mask, vector, position, last, strip, row, known, centre, scale, shift,
-            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE, counted,
-        )  # fmt: skip
+            tile = masked(tile, strip, L)
+        gradient = gradient_of(value, given, tensors, tile, strip, affine, parameter, GRADIENT, L)
         if dz is not None:
-            store_as(dz + offsets, gradient, known)
+            store_as(dz + tile.offsets, gradient, tile.known)
         if dx is not None:
-            places = dx + offsets
+            places = dx + tile.offsets
             if FROZEN:
-                result = gradient * scale
+                result = gradient * affine.scale
             else:
-                result = (tl.fma(value - centre, slope, gradient) + offset) * scale
+                result = (tl.fma(value - affine.centre, slope, gradient) + offset) * affine.scale
             if valid is not None:
-                result = tl.where(counted, result, 0.0)
-            store_as(places, result, known)
+                result = tl.where(tile.counted, result, 0.0)
+            store_as(places, result, tile.known)
 
 
 #     dz = dy * activation'(z)        dbias = sum(dz)        dweight = sum(dz * xhat)
@@ -253,47 +246,40 @@ def bn_backward_kernel(
     COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The whole backward pass of one strip; the program (or its cluster of blocks) holds its x and dz in registers."""
-    strip = tl.program_id(0)
-    last = positions
-    channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    mean_c = load_once(mean, channel, known_channels, COLUMNS)
-    var_c = load_wide(var, channel, known_channels, 1.0)
-    weight_c = load_wide(weight, channel, known_channels, 1.0)
-    bias_c = load_wide(bias, channel, known_channels, 0.0)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, 1, POSITIONS, COMPUTE)
+    strip = Strip(tl.program_id(0), 0, 0, None, channels, row, jump, magic, power, positions)
+    channel = channels_of(strip.number, channels, L)
+    mean_c = load_once(mean, channel, L)
+    values_c = PerChannel(
+        mean_c, load_wide(var, channel, 1.0), load_wide(weight, channel, 1.0), load_wide(bias, channel, 0.0)
+    )
     if COLUMNS:
-        mean_c, var_c, weight_c, bias_c = after(mean_c, mean_c, var_c, weight_c, bias_c)
-    centre, scale, shift, rest, rstd = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
+        values_c = after(mean_c, values_c)
+    affine = affine_of(values_c, eps, COMPUTE)
+    tensors = Tensors(x, dy, residual, mask, dz, dx)
     values = ()
     gradients = ()
     sum_dz = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
     sum_product = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
     for i in tl.static_range(TILES):
-        position = i * POSITIONS + tl.arange(0, POSITIONS)
-        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE)
-        known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
-        offsets = offsets_of(vector, LANES, VEC)
-        held = tl.load(x + offsets, mask=known, other=0.0)
+        tile = tile_at(i * POSITIONS + tl.arange(0, POSITIONS), positions, strip, L)
+        held = tl.load(x + tile.offsets, mask=tile.known, other=0.0)
         value = held.to(COMPUTE)
-        given = tl.load(dy + offsets, mask=known, other=0.0).to(COMPUTE)
-        gradient = gradient_of(
-            value, given, residual, mask, vector, position, last, strip, row, known, centre, scale, shift,
-            parameter, GRADIENT, LANES, VEC, COLUMNS, COMPUTE,
-        )  # fmt: skip
+        given = tl.load(dy + tile.offsets, mask=tile.known, other=0.0).to(COMPUTE)
+        gradient = gradient_of(value, given, tensors, tile, strip, affine, parameter, GRADIENT, L)
         if dz is not None:
-            store_as(dz + offsets, gradient, known)
+            store_as(dz + tile.offsets, gradient, tile.known)
         sum_dz += gradient
-        sum_product = tl.fma(gradient, tl.where(known, value - centre, 0.0), sum_product)
+        sum_product = tl.fma(gradient, tl.where(tile.known, value - affine.centre, 0.0), sum_product)
         values = values + (held,)
         gradients = gradients + (gradient,)
-    dz_c = channel_sum(sum_dz, COLUMNS)
-    dz_xhat_c = (channel_sum(sum_product, COLUMNS) - rest * dz_c) * rstd
-    write_sums(dweight, dbias, dz_c, dz_xhat_c, channel, known_channels)
+    dz_c = channel_sum(sum_dz, L)
+    dz_xhat_c = (channel_sum(sum_product, L) - affine.rest * dz_c) * affine.rstd
+    write_sums(dweight, dbias, dz_c, dz_xhat_c, channel)
     if dx is not None:
-        slope, offset = input_coefficients(dz_c, dz_xhat_c, rest, rstd, inverse_count, COMPUTE)
+        slope, offset = input_coefficients(dz_c, dz_xhat_c, affine, inverse_count, COMPUTE)
         for i in tl.static_range(TILES):
-            position = i * POSITIONS + tl.arange(0, POSITIONS)
-            vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE)
-            known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
-            value = values[i].to(COMPUTE) - centre
-            result = (tl.fma(value, slope, gradients[i]) + offset) * scale
-            store_as(dx + offsets_of(vector, LANES, VEC), result, known)
+            tile = tile_at(i * POSITIONS + tl.arange(0, POSITIONS), positions, strip, L)
+            value = values[i].to(COMPUTE) - affine.centre
+            result = (tl.fma(value, slope, gradients[i]) + offset) * affine.scale
+            store_as(dx + tile.offsets, result, tile.known)

@@ -1,31 +1,38 @@
 """The forward pass: statistics and outputs in two launches, or in one that keeps a channel in registers."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from gpu_bn.kernels.triton.accesses import (
+    Layout,
+    PerChannel,
+    Strip,
     after,
     channels_of,
     group_of,
-    known_elements,
     load_once,
     load_wide,
     mask_of,
-    offsets_of,
+    masked,
     share_of,
     start_of,
+    statistics_of,
     store_as,
     store_bits,
-    valid_elements,
-    vectors_at,
+    tile_at,
     wide,
 )
 from gpu_bn.kernels.triton.statistics import (
     MOST_SWEEPS,
-    affine,
+    Base,
+    Partials,
+    affine_of,
     any_channel,
     assessed,
     channel_sum,
+    elements_of,
     first_shift,
     held_sums,
     merged_moments,
@@ -35,6 +42,33 @@ from gpu_bn.kernels.triton.statistics import (
     streamed_sums,
     usable_shift,
 )
+
+
+class Outputs(NamedTuple):
+    """The tensors beside x."""
+
+    residual: Any
+    y: Any
+    mask: Any  # the sign bits
+
+
+class Running(NamedTuple):
+    """Running statistics, and how they move."""
+
+    mean: Any
+    var: Any
+    counter: Any  # of batches
+    momentum: Any
+    momentum_at: Any  # where the momentum is, if not given as a number
+    bessel: Any  # n / (n - 1)
+
+
+class Old(NamedTuple):
+    """Running statistics from before this batch, and the number of batches with it."""
+
+    batches: Any
+    mean: Any
+    var: Any
 
 
 # Ioffe & Szegedy 2015, Alg. 1, for a block's share of the n positions:
@@ -50,43 +84,41 @@ def bn_stats_kernel(
 
     With a mask also the count, to a third plane.
     """
-    program, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    strip, group = group_of(program, GROUPS)
-    start = start_of(group, channels, row, positions, GROUPS, COLUMNS, WIDE)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, RANGE)
+    number, group = group_of(tl.program_id(0), L)
+    block, blocks = tl.program_id(1), tl.num_programs(1)
+    start = start_of(group, channels, row, positions, L)
     if valid is not None:
-        valid = mask_of(valid, group, positions, VEC, COLUMNS, WIDE)
-    first, last = share_of(block, share, positions, WIDE)
-    channel, known = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    shift = first_shift(
-        x, valid, first, last, strip, row, jump, magic, power, start, SAMPLES, LANES, VEC, COLUMNS, WIDE, COMPUTE
-    )
-    channel += group * channels
-    channels *= GROUPS
-    if valid is not None:
-        count = (last - first).to(tl.float64)
-    else:
-        count = (last - first).to(tl.float64) if COLUMNS else (last - first).to(tl.float64) * VEC
+        valid = mask_of(valid, group, positions, L)
+    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, positions)
+    own = share_of(block, share, strip, L)
+    statistic = statistics_of(channels_of(number, channels, L), group, L)
+    base = first_base(first_shift(x, own, strip, SAMPLES, L))
+    count = elements_of(own.last - own.first, L)
     inverse = reciprocal(count)
-    factor = shift * 0.0 + 1.0
-    pending = known & (factor > 0.0)
+    pending = statistic.known & (base.factor > 0.0)
+    channels, place = statistic.count, statistic.place
     sweep = 0
-    again = first < last
+    again = own.first < own.last
     while again:
-        counted, total, squares = streamed_sums(
-            x, valid, shift, factor, first, last, strip, row, jump, magic, power, start,
-            CHAIN, AT_ONCE, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
-        )  # fmt: skip
+        sums = streamed_sums(x, base, own, strip, CHAIN, AT_ONCE, L)
         if valid is not None:
-            count = counted
+            count = sums.count
             inverse = reciprocal_from(count, 1.0)
         summed = pending
-        mean, var, shift, factor, pending = assessed(total, squares, count, inverse, shift, factor, pending, RANGE)
-        tl.store(partials + block * channels + channel, mean, mask=summed)
-        tl.store(partials + (blocks + block) * channels + channel, var, mask=summed)
+        mean, var, base, pending = assessed(sums.total, sums.squares, count, inverse, base, pending, L)
+        tl.store(partials + block * channels + place, mean, mask=summed)
+        tl.store(partials + (blocks + block) * channels + place, var, mask=summed)
         if valid is not None:
-            tl.store(partials + (2 * blocks + block) * channels + channel, count, mask=summed)
+            tl.store(partials + (2 * blocks + block) * channels + place, count, mask=summed)
         sweep += 1
-        again = any_channel(pending, COLUMNS) & (sweep < MOST_SWEEPS)
+        again = any_channel(pending, L) & (sweep < MOST_SWEEPS)
+
+
+@triton.jit
+def first_base(shift):
+    """What the first sweep takes deviations from."""
+    return Base(shift, shift * 0.0 + 1.0)
 
 
 # Of blocks with n_i, mean_i and var_i:
@@ -97,55 +129,29 @@ def bn_merge_moments_kernel(
     CHUNK: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The statistics of each channel from those of its blocks, to saved[2, groups * channels] and, masked, counts."""
-    strip, group = group_of(tl.program_id(0), GROUPS)
-    channel, known = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    channel += group * channels
-    channels *= GROUPS
-    mean, var, count = merged_moments(
-        partials, positions, share, blocks, channel, known, channels, CHUNK, VEC, COLUMNS, counts is not None
-    )
-    tl.store(saved + channel, mean, mask=known)
-    tl.store(saved + channels + channel, var, mask=known)
-    keep_count(counts, count, strip, group, COLUMNS)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, GROUPS=GROUPS)
+    number, group = group_of(tl.program_id(0), L)
+    statistic = statistics_of(channels_of(number, channels, L), group, L)
+    found = Partials(partials, blocks, share, positions)
+    mean, var, count = merged_moments(found, statistic, CHUNK, counts is not None, L)
+    tl.store(saved + statistic.place, mean, mask=statistic.known)
+    tl.store(saved + statistic.count + statistic.place, var, mask=statistic.known)
+    keep_count(counts, count, number, group, L)
 
 
 @triton.jit
-def keep_count(counts, count, strip, group, COLUMNS: tl.constexpr):
+def keep_count(counts, count, number, group, L: tl.constexpr):
     """The number of a ghost batch's valid positions, by the programs of its first strip."""
     if counts is not None:
-        if strip == 0:
-            tl.store(counts + group, tl.max(count, 0) if COLUMNS else count)
+        if number == 0:
+            tl.store(counts + group, tl.max(count, 0) if L.COLUMNS else count)
 
 
-#     running = (1 - momentum) * running + momentum * batch,  the variance by n / (n - 1)
 @triton.jit
-def keep_statistics(
-    mean, var, weight, bias, old_mean, old_var, channel, known, channels, saved, running_mean, running_var, counter,
-    batches, momentum, momentum_at, bessel, TRAINING: tl.constexpr, group=0, GROUPS: tl.constexpr = 1,
-):  # fmt: skip
-    """Write what the backward pass needs, to saved[4, channels], the running statistics, and the number of batches.
-
-    Of ghost batches, the first two parts of ``saved`` are as long as there are statistics.
-
-    All threads have read the old ones, and a barrier has passed, before one writes the new ones.
-    """
-    if saved is not None:
-        tl.store(saved + group * channels + channel, mean, mask=known)
-        tl.store(saved + (GROUPS + group) * channels + channel, var, mask=known)
-        first = group * channels + channel < channels if GROUPS > 1 else known
-        tl.store(saved + 2 * GROUPS * channels + channel, weight, mask=first)
-        tl.store(saved + (2 * GROUPS + 1) * channels + channel, bias, mask=first)
-    if TRAINING:
-        if counter is not None:
-            tl.store(counter, batches, mask=tl.program_id(0) == 0)
-        if running_mean is not None:
-            if momentum_at is not None:
-                batch = wide(tl.load(momentum_at))
-                store_as(running_mean + channel, moved(old_mean, mean, batch), known)
-                store_as(running_var + channel, moved(old_var, var * bessel, batch), known)
-            else:
-                store_as(running_mean + channel, moved(old_mean, mean, momentum), known)
-                store_as(running_var + channel, moved(old_var, var * bessel, momentum), known)
+def load_old(running, channel):
+    """What running statistics there are before this batch."""
+    batches = batches_of(running.counter)
+    return Old(batches, load_wide(running.mean, channel, 0.0), load_wide(running.var, channel, 0.0))
 
 
 @triton.jit
@@ -157,6 +163,35 @@ def batches_of(counter):
         return tl.load(counter, mask=tl.program_id(0) == 0, other=0) + 1
 
 
+#     running = (1 - momentum) * running + momentum * batch,  the variance by n / (n - 1)
+@triton.jit
+def keep_statistics(values, channel, group, saved, running, old, TRAINING: tl.constexpr, L: tl.constexpr):
+    """Write what the backward pass needs, to saved[4, channels], the running statistics, and the number of batches.
+
+    Of ghost batches, the first two parts of ``saved`` are as long as there are statistic.
+
+    All threads have read the old ones, and a barrier has passed, before one writes the new ones.
+    """
+    channels, place, known = channel.count, channel.place, channel.known
+    if saved is not None:
+        tl.store(saved + group * channels + place, values.mean, mask=known)
+        tl.store(saved + (L.GROUPS + group) * channels + place, values.var, mask=known)
+        first = group * channels + place < channels if L.GROUPS > 1 else known
+        tl.store(saved + 2 * L.GROUPS * channels + place, values.weight, mask=first)
+        tl.store(saved + (2 * L.GROUPS + 1) * channels + place, values.bias, mask=first)
+    if TRAINING:
+        if running.counter is not None:
+            tl.store(running.counter, old.batches, mask=tl.program_id(0) == 0)
+        if running.mean is not None:
+            if running.momentum_at is not None:
+                batch = wide(tl.load(running.momentum_at))
+                store_as(running.mean + place, moved(old.mean, values.mean, batch), known)
+                store_as(running.var + place, moved(old.var, values.var * running.bessel, batch), known)
+            else:
+                store_as(running.mean + place, moved(old.mean, values.mean, running.momentum), known)
+                store_as(running.var + place, moved(old.var, values.var * running.bessel, running.momentum), known)
+
+
 @triton.jit
 def moved(old, new, momentum):
     """A running statistic after the batch's has come."""
@@ -165,23 +200,19 @@ def moved(old, new, momentum):
 
 @triton.jit
 def write_outputs(
-    value, residual, y, mask, vector, position, last, strip, row, known, centre, scale, shift, parameter,
-    VALUE: tl.constexpr, DROP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
-    COMPUTE: tl.constexpr, counted=None,
+    value, outputs, tile, strip, affine, parameter, VALUE: tl.constexpr, DROP: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
     """y of one tile, 0 where a mask says so, and its bits for the backward pass."""
-    offsets = offsets_of(vector, LANES, VEC)
     added = None
-    if residual is not None:
-        added = tl.load(residual + offsets, mask=known, other=0.0).to(COMPUTE)
-    z = pre_activation(value, added, centre, scale, shift)
-    places = y + offsets
-    result = VALUE(z, parameter.to(COMPUTE))
-    if counted is not None:
-        result = tl.where(counted, result, 0.0)
-    store_as(places, result, known)
-    if mask is not None:
-        store_bits(mask, DROP(z) == 0, vector, position, last, strip, row, LANES, VEC, COLUMNS)
+    if outputs.residual is not None:
+        added = tl.load(outputs.residual + tile.offsets, mask=tile.known, other=0.0).to(L.COMPUTE)
+    z = pre_activation(value, added, affine)
+    result = VALUE(z, parameter.to(L.COMPUTE))
+    if strip.valid is not None:
+        result = tl.where(tile.counted, result, 0.0)
+    store_as(outputs.y + tile.offsets, result, tile.known)
+    if outputs.mask is not None:
+        store_bits(outputs.mask, DROP(z) == 0, tile, strip, L)
 
 
 #     y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
@@ -193,53 +224,46 @@ def bn_normalize_kernel(
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Outputs, from the end of the tensor to its start, with statistics from ``partials`` or else ``mean``, ``var``."""
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE)
     blocks = tl.num_programs(1)
-    strip, group = group_of(tl.num_programs(0) - 1 - tl.program_id(0), GROUPS)
-    start = start_of(group, channels, row, positions, GROUPS, COLUMNS, WIDE)
+    number, group = group_of(tl.num_programs(0) - 1 - tl.program_id(0), L)
+    start = start_of(group, channels, row, positions, L)
     if valid is not None:
-        valid = mask_of(valid, group, positions, VEC, COLUMNS, WIDE)
+        valid = mask_of(valid, group, positions, L)
+    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, positions)
     block = blocks - 1 - tl.program_id(1)
-    first, last = share_of(block, share, positions, WIDE)
-    channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    place = channel + group * channels
+    own = share_of(block, share, strip, L)
+    channel = channels_of(number, channels, L)
+    statistic = statistics_of(channel, group, L)
     TRAINING: tl.constexpr = partials is not None
     if TRAINING:
-        mean_c, var_c, count = merged_moments(
-            partials, positions, share, blocks, place, known_channels, channels * GROUPS, CHUNK, VEC, COLUMNS,
-            valid is not None,
-        )  # fmt: skip
+        found = Partials(partials, blocks, share, positions)
+        mean_c, var_c, count = merged_moments(found, statistic, CHUNK, valid is not None, L)
         if block == 0:
-            keep_count(counts, count, strip, group, COLUMNS)
+            keep_count(counts, count, number, group, L)
     else:
-        mean_c = load_once(mean, place, known_channels, COLUMNS)
-        var_c = load_wide(var, place, known_channels, 1.0)
-    weight_c = load_wide(weight, channel, known_channels, 1.0)
-    bias_c = load_wide(bias, channel, known_channels, 0.0)
+        mean_c = load_once(mean, statistic, L)
+        var_c = load_wide(var, statistic, 1.0)
+    weight_c = load_wide(weight, channel, 1.0)
+    bias_c = load_wide(bias, channel, 0.0)
+    values = PerChannel(mean_c, var_c, weight_c, bias_c)
     if not TRAINING:
-        mean_c, var_c, weight_c, bias_c = after(mean_c, mean_c, var_c, weight_c, bias_c)
+        values = after(mean_c, values)
     if block == 0:
-        batches = batches_of(counter)
-        old_mean = load_wide(running_mean, channel, known_channels, 0.0)
-        old_var = load_wide(running_var, channel, known_channels, 0.0)
+        running = Running(running_mean, running_var, counter, momentum, momentum_at, bessel)
+        old = load_old(running, channel)
         tl.debug_barrier()
-        keep_statistics(
-            mean_c, var_c, weight_c, bias_c, old_mean, old_var, channel, known_channels, channels, saved,
-            running_mean, running_var, counter, batches, momentum, momentum_at, bessel, TRAINING, group, GROUPS,
-        )  # fmt: skip
-    centre, scale, shift, _, _ = affine(mean_c, var_c, weight_c, bias_c, eps, COMPUTE)
-    tiles = (last - first + POSITIONS - 1) // POSITIONS
+        keep_statistics(values, channel, group, saved, running, old, TRAINING, L)
+    affine = affine_of(values, eps, COMPUTE)
+    outputs = Outputs(residual, y, mask)
+    tiles = (own.last - own.first + POSITIONS - 1) // POSITIONS
     for back in range(tiles):
-        position = first + (tiles - 1 - back) * POSITIONS + tl.arange(0, POSITIONS)
-        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
-        known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
-        value = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0, eviction_policy="evict_first")
-        counted = None
+        position = own.first + (tiles - 1 - back) * POSITIONS + tl.arange(0, POSITIONS)
+        tile = tile_at(position, own.last, strip, L)
+        value = tl.load(x + tile.offsets, mask=tile.known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
         if valid is not None:
-            counted = valid_elements(valid, known, position, last, VEC, COLUMNS)
-        write_outputs(
-            value.to(COMPUTE), residual, y, mask, vector, position, last, strip, row, known, centre, scale, shift,
-            parameter, VALUE, DROP, LANES, VEC, COLUMNS, COMPUTE, counted,
-        )  # fmt: skip
+            tile = masked(tile, strip, L)
+        write_outputs(value, outputs, tile, strip, affine, parameter, VALUE, DROP, L)
 
 
 #     mean = sum(x) / n        var = sum((x - mean)**2) / n
@@ -252,57 +276,42 @@ def bn_forward_kernel(
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
     """The whole forward pass of one strip, which the program (or its cluster of blocks) holds in registers."""
-    strip = tl.program_id(0)
-    last = positions
-    channel, known_channels = channels_of(strip, channels, LANES, VEC, COLUMNS)
-    batches = batches_of(counter)
-    old_mean = load_wide(running_mean, channel, known_channels, 0.0)
-    old_var = load_wide(running_var, channel, known_channels, 0.0)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, 1, POSITIONS, COMPUTE, RANGE)
+    strip = Strip(tl.program_id(0), 0, 0, None, channels, row, jump, magic, power, positions)
+    channel = channels_of(strip.number, channels, L)
+    running = Running(running_mean, running_var, counter, momentum, momentum_at, bessel)
+    old = load_old(running, channel)
     held = ()
     total = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
     for i in tl.static_range(TILES):
-        position = i * POSITIONS + tl.arange(0, POSITIONS)
-        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE)
-        known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
-        value = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0)
+        tile = tile_at(i * POSITIONS + tl.arange(0, POSITIONS), positions, strip, L)
+        value = tl.load(x + tile.offsets, mask=tile.known, other=0.0)
         held = held + (value,)
         total += value.to(COMPUTE)
-    count = tl.cast(positions, tl.float64) if COLUMNS else tl.cast(positions, tl.float64) * VEC
-    guess = usable_shift((channel_sum(total, COLUMNS) * reciprocal(count)).to(COMPUTE), x.dtype.element_ty, COMPUTE)
+    count = elements_of(positions, L)
     inverse = reciprocal(count)
-    shift_c = guess
-    factor = guess * 0.0 + 1.0
-    pending = known_channels & (factor > 0.0)
-    mean = guess.to(tl.float64)
+    base = first_base(usable_shift((channel_sum(total, L) * inverse).to(COMPUTE), x.dtype.element_ty, L))
+    pending = channel.known & (base.factor > 0.0)
+    mean = base.shift.to(tl.float64)
     var = mean
     sweep = 0
-    again = last > 0
+    again = positions > 0
     while again:
-        total_c, squares = held_sums(
-            held, shift_c, factor, last, strip, row, TILES, POSITIONS, LANES, VEC, COLUMNS, COMPUTE, RANGE
-        )
+        total_c, squares = held_sums(held, base, strip, TILES, L)
         summed = pending
-        found_mean, found_var, shift_c, factor, pending = assessed(
-            total_c, squares, count, inverse, shift_c, factor, pending, RANGE
-        )
+        found_mean, found_var, base, pending = assessed(total_c, squares, count, inverse, base, pending, L)
         mean = tl.where(summed, found_mean, mean)
         var = tl.where(summed, found_var, var)
         sweep += 1
-        again = any_channel(pending, COLUMNS) & (sweep < MOST_SWEEPS)
+        again = any_channel(pending, L) & (sweep < MOST_SWEEPS)
 
-    weight_c = load_wide(weight, channel, known_channels, 1.0)
-    bias_c = load_wide(bias, channel, known_channels, 0.0)
+    weight_c = load_wide(weight, channel, 1.0)
+    bias_c = load_wide(bias, channel, 0.0)
+    values = PerChannel(mean, var, weight_c, bias_c)
     tl.debug_barrier()
-    keep_statistics(
-        mean, var, weight_c, bias_c, old_mean, old_var, channel, known_channels, channels, saved, running_mean,
-        running_var, counter, batches, momentum, momentum_at, bessel, True,
-    )  # fmt: skip
-    centre, scale, shift, _, _ = affine(mean, var, weight_c, bias_c, eps, COMPUTE)
+    keep_statistics(values, channel, 0, saved, running, old, True, L)
+    affine = affine_of(values, eps, COMPUTE)
+    outputs = Outputs(residual, y, mask)
     for i in tl.static_range(TILES):
-        position = i * POSITIONS + tl.arange(0, POSITIONS)
-        vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE)
-        known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
-        write_outputs(
-            held[i].to(COMPUTE), residual, y, mask, vector, position, last, strip, row, known, centre, scale, shift,
-            parameter, VALUE, DROP, LANES, VEC, COLUMNS, COMPUTE,
-        )  # fmt: skip
+        tile = tile_at(i * POSITIONS + tl.arange(0, POSITIONS), positions, strip, L)
+        write_outputs(held[i].to(COMPUTE), outputs, tile, strip, affine, parameter, VALUE, DROP, L)

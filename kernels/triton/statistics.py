@@ -3,17 +3,19 @@
 Elements are computed in COMPUTE, per-channel values in float64, all of them in one fixed order.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from gpu_bn.kernels.triton.accesses import (
+    Share,
     known_elements,
     load_wide,
-    offsets_of,
+    masked,
     one_each,
-    valid_elements,
+    tile_at,
     valid_positions,
-    vectors_at,
 )
 
 SCALE_DOWN = tl.constexpr(2.0**-80)
@@ -26,13 +28,53 @@ TRUSTED_SHIFT = tl.constexpr(64.0)
 """A shift serves within 8 standard deviations of the mean."""
 
 
+class Base(NamedTuple):
+    """What deviations are taken from: value * factor - shift."""
+
+    shift: Any
+    factor: Any  # 1 unless squares left float32's range
+
+
+class Sums(NamedTuple):
+    """Of deviations: each thread's own, or in float64 those of a channel."""
+
+    count: Any  # with a mask, how many they are
+    total: Any
+    squares: Any
+
+
+class Partials(NamedTuple):
+    """What the blocks of a strip have found: planes of [blocks, statistics]."""
+
+    results: Any
+    blocks: Any
+    share: Any = None  # positions of a block
+    positions: Any = None  # of all
+
+
+class Affine(NamedTuple):
+    """z = (x - centre) * scale + shift, these in COMPUTE; the rest is in float64."""
+
+    centre: Any
+    scale: Any
+    shift: Any
+    rest: Any  # mean - centre
+    rstd: Any  # 1 / sqrt(var + eps)
+
+
 @triton.jit
-def channel_sum(block, COLUMNS: tl.constexpr):
+def channel_sum(block, L: tl.constexpr):
     """The sum of a block for each channel, in float64."""
-    if COLUMNS:
-        return one_each(tl.sum(block, 0), COLUMNS).to(tl.float64)
+    if L.COLUMNS:
+        return one_each(tl.sum(block, 0), L).to(tl.float64)
     else:
         return tl.sum(tl.sum(block, 1), 0).to(tl.float64)
+
+
+@triton.jit
+def elements_of(positions, L: tl.constexpr):
+    """The elements that a channel has in so many positions, in float64."""
+    return tl.cast(positions, tl.float64) * (1 if L.COLUMNS else L.VEC)
 
 
 @triton.jit
@@ -53,8 +95,8 @@ def reciprocal_from(count, least: tl.constexpr):
 
 
 @triton.jit
-def any_channel(flag, COLUMNS: tl.constexpr):
-    if COLUMNS:
+def any_channel(flag, L: tl.constexpr):
+    if L.COLUMNS:
         return tl.max(flag.to(tl.int32), 0) > 0
     else:
         return flag
@@ -62,166 +104,130 @@ def any_channel(flag, COLUMNS: tl.constexpr):
 
 # -------------------------------------------------------------------------------------------------------- statistics
 @triton.jit
-def usable_shift(mean, ELEMENT: tl.constexpr, COMPUTE: tl.constexpr):
+def usable_shift(mean, ELEMENT: tl.constexpr, L: tl.constexpr):
     """A mean to take deviations from; 0 if it is not finite.
 
     Of 16-bit elements it is one itself: then deviations have few digits, and they add up exactly.
     """
     if ELEMENT.primitive_bitwidth == 16:
-        mean = mean.to(ELEMENT).to(COMPUTE)
+        mean = mean.to(ELEMENT).to(L.COMPUTE)
     return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
 
 
 @triton.jit
-def first_shift(
-    x, valid, first, last, strip, row, jump, magic, power, start,
-    SAMPLES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
+def first_shift(x, share, strip, SAMPLES: tl.constexpr, L: tl.constexpr):
     """The mean of samples spread over a program's share; 0 if it is not finite, or nothing of them is valid."""
-    step = tl.maximum((last - first) // SAMPLES, 1)
-    position = first + tl.arange(0, SAMPLES) * step
-    vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
-    known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
-    sample = tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0).to(COMPUTE)
-    taken = tl.minimum((last - first + step - 1) // step, SAMPLES).to(COMPUTE)
-    if valid is not None:
-        present = valid_elements(valid, known, position, last, VEC, COLUMNS)
-        sample = tl.where(present, sample, 0.0)
-        mean = channel_sum(sample, COLUMNS).to(COMPUTE) / channel_sum(present.to(COMPUTE), COLUMNS).to(COMPUTE)
-    elif COLUMNS:
+    step = tl.maximum((share.last - share.first) // SAMPLES, 1)
+    position = share.first + tl.arange(0, SAMPLES) * step
+    tile = tile_at(position, share.last, strip, L)
+    sample = tl.load(x + tile.offsets, mask=tile.known, other=0.0).to(L.COMPUTE)
+    taken = tl.minimum((share.last - share.first + step - 1) // step, SAMPLES).to(L.COMPUTE)
+    if strip.valid is not None:
+        counted = masked(tile, strip, L).counted
+        sample = tl.where(counted, sample, 0.0)
+        mean = channel_sum(sample, L).to(L.COMPUTE) / channel_sum(counted.to(L.COMPUTE), L).to(L.COMPUTE)
+    elif L.COLUMNS:
         mean = tl.sum(sample, 0) / taken
     else:
-        mean = tl.sum(tl.sum(sample, 1), 0) / (taken * VEC)
-    return usable_shift(mean, x.dtype.element_ty, COMPUTE)
+        mean = tl.sum(tl.sum(sample, 1), 0) / (taken * L.VEC)
+    return usable_shift(mean, x.dtype.element_ty, L)
 
 
 @triton.jit
-def deviations(value, shift, factor, RANGE: tl.constexpr):
+def deviations(value, base, L: tl.constexpr):
     """value * factor - shift. Without RANGE, factor is 1."""
-    if RANGE:
-        return tl.fma(value, factor, -shift)
+    if L.RANGE:
+        return tl.fma(value, base.factor, -base.shift)
     else:
-        return value - shift
+        return value - base.shift
 
 
 @triton.jit
-def add_tiles(
-    x, valid, d0, d1, d2, shift, factor, first, last, strip, row, jump, magic, power, start,
-    AT_ONCE: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Add deviations to d1 and their squares to d2; with a mask, count in d0 what they are of.
+def add_tiles(x, sums, base, share, strip, AT_ONCE: tl.constexpr, WHOLE: tl.constexpr, L: tl.constexpr):
+    """Add deviations and their squares to each thread's sums; with a mask, count what they are of.
 
-    AT_ONCE tiles are loaded before one is used. WHOLE: none of them goes beyond ``last``.
+    AT_ONCE tiles are loaded before one is used. WHOLE: none of them goes beyond the share.
     """
-    for begin in range(first, last, AT_ONCE * POSITIONS):
+    count, total, squares = sums
+    for begin in range(share.first, share.last, AT_ONCE * L.POSITIONS):
         values = ()
         for i in tl.static_range(AT_ONCE):
-            position = begin + i * POSITIONS + tl.arange(0, POSITIONS)
-            vector = vectors_at(position, strip, row, jump, magic, power, LANES, COLUMNS, WIDE, start)
-            known = known_elements(position, last, strip, row, LANES, VEC, COLUMNS)
-            values = values + (tl.load(x + offsets_of(vector, LANES, VEC), mask=known, other=0.0),)
+            tile = tile_at(begin + i * L.POSITIONS + tl.arange(0, L.POSITIONS), share.last, strip, L)
+            values = values + (tl.load(x + tile.offsets, mask=tile.known, other=0.0),)
         for i in tl.static_range(AT_ONCE):
-            position = begin + i * POSITIONS + tl.arange(0, POSITIONS)
-            d = deviations(values[i].to(COMPUTE), shift, factor, RANGE)
-            if valid is not None:
-                present = valid_positions(valid, position, last, VEC, COLUMNS)
-                d = tl.where(present[:, None] if COLUMNS else present, d, 0.0)
-                d0 += present.to(tl.int32)
+            position = begin + i * L.POSITIONS + tl.arange(0, L.POSITIONS)
+            d = deviations(values[i].to(L.COMPUTE), base, L)
+            if strip.valid is not None:
+                present = valid_positions(position, position < share.last, strip, L)
+                d = tl.where(present[:, None] if L.COLUMNS else present, d, 0.0)
+                count += present.to(tl.int32)
             elif not WHOLE:
-                d = tl.where((position < last)[:, None], d, 0.0)
-            d1 += d
-            d2 = tl.fma(d, d, d2)
-    return d0, d1, d2
+                d = tl.where((position < share.last)[:, None], d, 0.0)
+            total += d
+            squares = tl.fma(d, d, squares)
+    return Sums(count, total, squares)
 
 
 @triton.jit
-def add_share(
-    x, valid, d0, d1, d2, shift, factor, first, last, strip, row, jump, magic, power, start,
-    AT_ONCE: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
-):  # fmt: skip
+def add_share(x, sums, base, share, strip, AT_ONCE: tl.constexpr, L: tl.constexpr):
     """The same of a share: of its whole tiles, whose elements all count, and then of the last ones."""
-    TILES: tl.constexpr = AT_ONCE if valid is None else (AT_ONCE + 1) // 2  # a mask takes registers too
-    rest = last - (last - first) % (TILES * POSITIONS)
-    d0, d1, d2 = add_tiles(
-        x, valid, d0, d1, d2, shift, factor, first, rest, strip, row, jump, magic, power, start,
-        TILES, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE, True,
-    )  # fmt: skip
-    return add_tiles(
-        x, valid, d0, d1, d2, shift, factor, rest, last, strip, row, jump, magic, power, start,
-        TILES, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE, False,
-    )  # fmt: skip
+    TILES: tl.constexpr = AT_ONCE if strip.valid is None else (AT_ONCE + 1) // 2  # a mask takes registers too
+    rest = share.last - (share.last - share.first) % (TILES * L.POSITIONS)
+    sums = add_tiles(x, sums, base, Share(share.first, rest), strip, TILES, True, L)
+    return add_tiles(x, sums, base, Share(rest, share.last), strip, TILES, False, L)
 
 
 @triton.jit
-def counts_of_none(POSITIONS: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr):
-    if COLUMNS:
-        return tl.zeros((POSITIONS,), tl.int32)
+def no_sums(L: tl.constexpr):
+    """Sums of nothing, of each thread."""
+    zeros = tl.zeros((L.POSITIONS, L.LANES * L.VEC), L.COMPUTE)
+    if L.COLUMNS:
+        return Sums(tl.zeros((L.POSITIONS,), tl.int32), zeros, zeros)
     else:
-        return tl.zeros((POSITIONS, VEC), tl.int32)
+        return Sums(tl.zeros((L.POSITIONS, L.VEC), tl.int32), zeros, zeros)
 
 
 @triton.jit
-def count_of(block, COLUMNS: tl.constexpr):
+def count_of(block, L: tl.constexpr):
     """The sum of :func:`valid_positions`, in float64: one number, the same for all channels."""
-    if COLUMNS:
+    if L.COLUMNS:
         return tl.sum(block, 0).to(tl.float64)
     else:
         return tl.sum(tl.sum(block, 1), 0).to(tl.float64)
 
 
 @triton.jit
-def streamed_sums(
-    x, valid, shift, factor, first, last, strip, row, jump, magic, power, start,
-    CHAIN: tl.constexpr, AT_ONCE: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
-):  # fmt: skip
-    """Sums of the deviations and of their squares over a share, in chains of CHAIN additions (0: it is short).
-
-    And, with a mask, their number.
-    """
-    zeros = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
-    none = counts_of_none(POSITIONS, VEC, COLUMNS)
+def streamed_sums(x, base, share, strip, CHAIN: tl.constexpr, AT_ONCE: tl.constexpr, L: tl.constexpr):
+    """A channel's sums over a share, in chains of CHAIN additions (0: it is short); the count only with a mask."""
+    none = no_sums(L)
     if CHAIN == 0:
-        d0, d1, d2 = add_share(
-            x, valid, none, zeros, zeros, shift, factor, first, last, strip, row, jump, magic, power, start,
-            AT_ONCE, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
-        )  # fmt: skip
-        return count_of(d0, COLUMNS), channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
+        own = add_share(x, none, base, share, strip, AT_ONCE, L)
+        return Sums(count_of(own.count, L), channel_sum(own.total, L), channel_sum(own.squares, L))
     else:
-        total = shift.to(tl.float64) * 0.0
+        total = base.shift.to(tl.float64) * 0.0
         squares = total
-        count = count_of(none, COLUMNS)
-        for begin in range(first, last, CHAIN * POSITIONS):
-            end = tl.minimum(begin + CHAIN * POSITIONS, last)
-            d0, d1, d2 = add_share(
-                x, valid, none, zeros, zeros, shift, factor, begin, end, strip, row, jump, magic, power, start,
-                AT_ONCE, POSITIONS, LANES, VEC, COLUMNS, WIDE, COMPUTE, RANGE,
-            )  # fmt: skip
-            total += channel_sum(d1, COLUMNS)
-            squares += channel_sum(d2, COLUMNS)
-            if valid is not None:
-                count += count_of(d0, COLUMNS)
-        return count, total, squares
+        count = count_of(none.count, L)
+        for begin in range(share.first, share.last, CHAIN * L.POSITIONS):
+            end = tl.minimum(begin + CHAIN * L.POSITIONS, share.last)
+            own = add_share(x, none, base, Share(begin, end), strip, AT_ONCE, L)
+            total += channel_sum(own.total, L)
+            squares += channel_sum(own.squares, L)
+            if strip.valid is not None:
+                count += count_of(own.count, L)
+        return Sums(count, total, squares)
 
 
 @triton.jit
-def held_sums(
-    tiles, shift, factor, last, strip, row,
-    TILES: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr,
-    COMPUTE: tl.constexpr, RANGE: tl.constexpr,
-):  # fmt: skip
-    """The same of TILES tiles in registers."""
-    d1 = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
-    d2 = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
+def held_sums(tiles, base, strip, TILES: tl.constexpr, L: tl.constexpr):
+    """A channel's sums, without a count, of TILES tiles in registers."""
+    total = tl.zeros((L.POSITIONS, L.LANES * L.VEC), L.COMPUTE)
+    squares = tl.zeros((L.POSITIONS, L.LANES * L.VEC), L.COMPUTE)
     for i in tl.static_range(TILES):
-        known = known_elements(i * POSITIONS + tl.arange(0, POSITIONS), last, strip, row, LANES, VEC, COLUMNS)
-        d = tl.where(known, deviations(tiles[i].to(COMPUTE), shift, factor, RANGE), 0.0)
-        d1 += d
-        d2 = tl.fma(d, d, d2)
-    return channel_sum(d1, COLUMNS), channel_sum(d2, COLUMNS)
+        known = known_elements(i * L.POSITIONS + tl.arange(0, L.POSITIONS), strip.positions, strip, L)
+        d = tl.where(known, deviations(tiles[i].to(L.COMPUTE), base, L), 0.0)
+        total += d
+        squares = tl.fma(d, d, squares)
+    return channel_sum(total, L), channel_sum(squares, L)
 
 
 @triton.jit
@@ -235,19 +241,20 @@ MOST_SWEEPS = tl.constexpr(3)
 
 
 @triton.jit
-def assessed(total, squares, count, inverse, shift, factor, pending, RANGE: tl.constexpr):
+def assessed(total, squares, count, inverse, base, pending, L: tl.constexpr):
     """Mean and variance of the pending channels, and how to sum again those that this sweep has not served.
 
     A shift too far from the mean is moved there. Where squares left float32's range (RANGE: whether the dtype lets
     them) the channel gets a factor. What becomes of a channel depends on that channel alone.
     """
+    shift, factor = base
     apart = total * inverse
     spread = squares * inverse - apart * apart
     spread = tl.where(spread < 0.0, 0.0, spread)
     found = shift.to(tl.float64) + apart
     mean = found
     var = spread
-    if RANGE:
+    if L.RANGE:
         unit = tl.where(factor == SCALE_DOWN, 2.0**80, tl.where(factor == SCALE_UP, 2.0**-80, 1.0)).to(tl.float64)
         mean = found * unit
         var = spread * unit * unit
@@ -265,43 +272,41 @@ def assessed(total, squares, count, inverse, shift, factor, pending, RANGE: tl.c
         moved = pending & (apart * apart > TRUSTED_SHIFT * spread)
         shift = tl.where(moved, found.to(shift.dtype), shift)
         pending = moved
-    return mean, var, shift, factor, pending
+    return mean, var, Base(shift, factor), pending
 
 
 # A thread adds what it reads itself, and all threads do so together once, at the end: double precision is slow.
 @triton.jit
-def block_results(partials, plane, i, blocks, channel, known, channels, COLUMNS: tl.constexpr):
+def block_results(partials, plane, i, channels, L: tl.constexpr):
     """[CHUNK] or, in columns, [CHUNK, LANES * VEC]: what the blocks ``i`` have found; 0 where there are none."""
-    if COLUMNS:
-        present = (i < blocks)[:, None] & known[None, :]
-        place = i[:, None] * channels + channel[None, :]
+    if L.COLUMNS:
+        present = (i < partials.blocks)[:, None] & channels.known[None, :]
+        place = i[:, None] * channels.count + channels.place[None, :]
     else:
-        present = i < blocks
-        place = i * channels + channel
-    return tl.load(partials + plane * blocks * channels + place, mask=present, other=0.0)
+        present = i < partials.blocks
+        place = i * channels.count + channels.place
+    return tl.load(partials.results + plane * partials.blocks * channels.count + place, mask=present, other=0.0)
 
 
 @triton.jit
-def block_counts(
-    partials, positions, share, i, blocks, channel, known, channels, VEC: tl.constexpr, COLUMNS: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
+def block_counts(partials, i, channels, MASKED: tl.constexpr, L: tl.constexpr):
     """The blocks' counts, in the shape of their results or one that broadcasts to it."""
     if MASKED:
-        return block_results(partials, 2, i, blocks, channel, known, channels, COLUMNS)
+        return block_results(partials, 2, i, channels, L)
     else:
-        n = tl.minimum(tl.maximum(positions - i.to(tl.int64) * share, 0), share)
-        if COLUMNS:
+        share = partials.share
+        n = tl.minimum(tl.maximum(partials.positions - i.to(tl.int64) * share, 0), share)
+        if L.COLUMNS:
             return n[:, None].to(tl.float64)
         else:
-            return (n * VEC).to(tl.float64)
+            return (n * L.VEC).to(tl.float64)
 
 
 @triton.jit
-def no_results(channel, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
+def no_results(channels, CHUNK: tl.constexpr, L: tl.constexpr):
     """Zeros in the shape of blocks' results."""
-    if COLUMNS:
-        return tl.zeros((CHUNK, channel.shape[0]), tl.float64)
+    if L.COLUMNS:
+        return tl.zeros((CHUNK, channels.place.shape[0]), tl.float64)
     else:
         return tl.zeros((CHUNK,), tl.float64)
 
@@ -309,39 +314,36 @@ def no_results(channel, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
 # Of blocks with n_i, mean_i and var_i:
 #     mean = sum(n_i * mean_i) / n        var = sum(n_i * (var_i + (mean_i - mean)**2)) / n
 @triton.jit
-def merged_moments(
-    partials, positions, share, blocks, channel, known, channels,
-    CHUNK: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def merged_moments(partials, channels, CHUNK: tl.constexpr, MASKED: tl.constexpr, L: tl.constexpr):
     """Mean and variance of a channel, and its count, from those of its blocks, in a fixed order.
 
     Deviations are taken from ``base``, so that only the last addition rounds at the means' size. That is the first
     block's mean; its weight bounds what the difference below loses, to the number of blocks. MASKED: the blocks'
     counts come from ``partials`` too. As the first block's may be 0, ``base`` is the mean of all.
     """
-    base = load_wide(partials, channel, known, 0.0)
-    zeros = no_results(channel, CHUNK, COLUMNS)
+    base = load_wide(partials.results, channels, 0.0)
+    zeros = no_results(channels, CHUNK, L)
     if MASKED:
         counts = zeros
         sums = zeros
-        for start in range(0, blocks, CHUNK):
+        for start in range(0, partials.blocks, CHUNK):
             i = start + tl.arange(0, CHUNK)
-            n = block_results(partials, 2, i, blocks, channel, known, channels, COLUMNS)
+            n = block_results(partials, 2, i, channels, L)
             counts += n
-            sums = tl.fma(n, block_results(partials, 0, i, blocks, channel, known, channels, COLUMNS), sums)
+            sums = tl.fma(n, block_results(partials, 0, i, channels, L), sums)
         count = tl.sum(counts, 0)
         inverse = reciprocal_from(count, 1.0)
         base = tl.sum(sums, 0) * inverse
     else:
-        count = tl.cast(positions, tl.float64) * (1 if COLUMNS else VEC)
+        count = elements_of(partials.positions, L)
         inverse = reciprocal(count)
     moved = zeros
     squares = zeros
-    for start in range(0, blocks, CHUNK):
+    for start in range(0, partials.blocks, CHUNK):
         i = start + tl.arange(0, CHUNK)
-        n = block_counts(partials, positions, share, i, blocks, channel, known, channels, VEC, COLUMNS, MASKED)
-        apart = block_results(partials, 0, i, blocks, channel, known, channels, COLUMNS) - base
-        variances = block_results(partials, 1, i, blocks, channel, known, channels, COLUMNS)
+        n = block_counts(partials, i, channels, MASKED, L)
+        apart = block_results(partials, 0, i, channels, L) - base
+        variances = block_results(partials, 1, i, channels, L)
         moved = tl.fma(n, apart, moved)
         squares = tl.fma(n, tl.fma(apart, apart, variances), squares)
         tl.debug_barrier()  # not unrolled, so: there is one turn, or few
@@ -351,35 +353,33 @@ def merged_moments(
 
 
 @triton.jit
-def merged_sums(
-    partials, blocks, channel, known, channels, CHUNK: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def merged_sums(partials, channels, CHUNK: tl.constexpr, L: tl.constexpr):
     """The sums of dz and of dz * (x - centre), from those of a channel's blocks, in a fixed order."""
-    sums_dz = no_results(channel, CHUNK, COLUMNS)
+    sums_dz = no_results(channels, CHUNK, L)
     sums_product = sums_dz
-    for start in range(0, blocks, CHUNK):
+    for start in range(0, partials.blocks, CHUNK):
         i = start + tl.arange(0, CHUNK)
-        sums_dz += block_results(partials, 0, i, blocks, channel, known, channels, COLUMNS)
-        sums_product += block_results(partials, 1, i, blocks, channel, known, channels, COLUMNS)
+        sums_dz += block_results(partials, 0, i, channels, L)
+        sums_product += block_results(partials, 1, i, channels, L)
         tl.debug_barrier()  # not unrolled, so: there is one turn, or few
     return tl.sum(sums_dz, 0), tl.sum(sums_product, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ affine
 @triton.jit
-def affine(mean, var, weight, bias, eps, COMPUTE: tl.constexpr):
-    """z = (x - centre) * scale + shift, and mean - centre, 1 / sqrt(var + eps)."""
-    rstd = tl.rsqrt(var + eps)
-    slope = weight * rstd
-    centre = mean.to(COMPUTE)
-    rest = mean - centre.to(tl.float64)
-    return centre, slope.to(COMPUTE), (bias - rest * slope).to(COMPUTE), rest, rstd
+def affine_of(values, eps, COMPUTE: tl.constexpr):
+    """What turns x into z, from its statistics and parameters."""
+    rstd = tl.rsqrt(values.var + eps)
+    slope = values.weight * rstd
+    centre = values.mean.to(COMPUTE)
+    rest = values.mean - centre.to(tl.float64)
+    return Affine(centre, slope.to(COMPUTE), (values.bias - rest * slope).to(COMPUTE), rest, rstd)
 
 
 @triton.jit
-def pre_activation(value, residual, centre, scale, shift):
+def pre_activation(value, residual, affine):
     """z, with the same roundings forward and backward."""
-    z = tl.fma(value - centre, scale, shift)
+    z = tl.fma(value - affine.centre, affine.scale, affine.shift)
     if residual is not None:
         z = z + residual
     return z

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from gpu_bn.kernels.triton.accesses import (
+    Channels,
     load_wide,
     store_as,
     wide,
@@ -112,8 +113,9 @@ def bn_sync_update_kernel(
         for start in range(0, channels, BLOCK):
             channel = start + tl.arange(0, BLOCK)
             known = (channel < channels) & (total > 0.0)
-            old_mean = load_wide(running_mean, channel, known, 0.0)
-            old_var = load_wide(running_var, channel, known, 0.0)
+            of_these = Channels(channel, known, channels)
+            old_mean = load_wide(running_mean, of_these, 0.0)
+            old_var = load_wide(running_var, of_these, 0.0)
             mean_c = tl.load(mean + channel, mask=known, other=0.0)
             var_c = tl.load(var + channel, mask=known, other=0.0)
             tl.debug_barrier()

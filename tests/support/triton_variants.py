@@ -320,7 +320,7 @@ def _definitions() -> Definitions:
     found: list[tuple[list[str], str]] = []
     for file in sorted(KERNELS.glob("*.py")):
         for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 if ast.get_docstring(node) is not None and len(node.body) > 1:
                     del node.body[0]
                 found.append(([node.name], ast.unparse(node)))
