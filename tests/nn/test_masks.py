@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from torch.library import opcheck
 
 from gpu_bn import nn
+from gpu_bn.call import Call
 from gpu_bn.nn import functional
 from gpu_bn.nn.operators import composition
 
@@ -54,15 +55,16 @@ def test_the_gradient_of_the_gradient_is_of_the_same_function(options):
     mean, var = running()
     y = nn.batch_norm(x, mean, var, weight, bias, True, residual=residual, activation="silu", **options)
     valid = gpu_bn.algorithm.positions(options["mask"], x.shape, 1) if "mask" in options else None
-    r = d = torch.empty(0)
+    limits = None
     if "renorm" in options:
         mean, var = running()
         moments = gpu_bn.registry.load("torch").stats(x.detach(), 1, valid)
         r = ((moments.var + 1e-5) / (var + 1e-5)).sqrt().clip(1 / 1.2, 1.2)
-        d = ((moments.mean - mean) / (var + 1e-5).sqrt()).clip(-0.2, 0.2)
+        limits = r, ((moments.mean - mean) / (var + 1e-5).sqrt()).clip(-0.2, 0.2)
     groups = 2 if "virtual_batch_size" in options else 1
     silu = gpu_bn.activations.Activation.of("silu")
-    composed = composition.masked_batch_norm(x, weight, bias, residual, 1e-5, silu, valid, groups, r, d)
+    call = Call(x, weight, bias, residual, valid=valid)
+    composed = composition.masked_batch_norm(call, 1e-5, silu, groups, limits)
     torch.testing.assert_close(y, composed)
     dy = tensor(*SHAPE, seed=5, grad=False)
     arguments = (x, weight, bias, residual)

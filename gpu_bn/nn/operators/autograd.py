@@ -238,8 +238,9 @@ class _Backward(Function):
                 mean, var = (None, None) if batch_stats else statistics
                 y = composition.batch_norm(x, mean, var, weight, bias, residual, eps, chosen)
             else:
-                limits = tuple(statistics[-2:]) if renorm else (statistics.new_empty(0),) * 2
-                y = composition.masked_batch_norm(x, weight, bias, residual, eps, chosen, valid, groups, *limits)
+                limits = (statistics[-2], statistics[-1]) if renorm else None
+                masked_call = Call(x, weight, bias, residual, valid=valid)
+                y = composition.masked_batch_norm(masked_call, eps, chosen, groups, limits)
             if masked:
                 dy = _Masked.apply(dy, slope)
             firsts = torch.autograd.grad(y, [given[1 + i] for i in wanted], dy, create_graph=True)
@@ -274,27 +275,11 @@ def _stand_in(tensor: Tensor, again: bool) -> Tensor:
     return tensor.view_as(tensor) if again and tensor.requires_grad else tensor.detach().requires_grad_()
 
 
-def _enter_train(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    activation: str,
-    parameter: float,
-    valid: Tensor | None = None,
-    groups: int = 1,
-    renorm: Sequence[float] = (),
-    momentum_at: Tensor | None = None,
-) -> Any:
-    tracked = (running_mean, running_var, num_batches_tracked)
-    others = (*tracked, momentum, eps, activation, parameter, valid, groups, renorm, momentum_at)
+def _enter_train(*given: Any) -> Any:
+    arguments = library.completed(given)
+    tracked, (eps, activation, parameter, valid, groups, renorm) = arguments[4:7], arguments[8:14]
     options = (True, eps, activation, parameter, groups, bool(renorm))
-    result = _enter(train, (x, weight, bias, residual), others, valid, options)
+    result = _enter(train, arguments[:4], arguments[4:], valid, options)
     increment_version([tensor for tensor in tracked if tensor is not None and not tensor.is_inference()])
     return result
 

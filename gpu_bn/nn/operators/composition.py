@@ -46,21 +46,12 @@ def batch_norm(
 
 
 def masked_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: Activation,
-    valid: Tensor | None,
-    groups: int,
-    r: Tensor,
-    d: Tensor,
+    call: Call, eps: float, activation: Activation, groups: int, renorm: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Normalise by the statistics of each ghost batch's valid positions, renormalised by ``r`` and ``d`` if any."""
+    """Normalise by the statistics of each ghost batch's valid positions; ``renorm`` has r and d of renormalisation."""
+    x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if valid is None:
-        valid = x.new_ones((1,) * x.dim(), dtype=torch.bool)
+    valid = x.new_ones((1,) * x.dim(), dtype=torch.bool) if call.valid is None else call.valid
     counted = valid.expand(x.shape[0], 1, *x.shape[2:]).unflatten(0, (groups, -1))
     wide = torch.where(valid, x.to(dtype), 0).unflatten(0, (groups, -1))
     axes = [1, *range(3, wide.dim())]
@@ -69,8 +60,9 @@ def masked_batch_norm(
     centred = (wide - mean) * counted
     xhat = (centred * (centred.square().sum(axes, keepdim=True) / count + eps).rsqrt()).flatten(0, 1)
     shape = (1, -1, *(1,) * (x.dim() - 2))
-    if r.numel():
-        xhat = xhat * r.to(dtype).view(shape) + d.to(dtype).view(shape)
+    if renorm is not None:
+        r, d = (limit.to(dtype).view(shape) for limit in renorm)
+        xhat = xhat * r + d
     z = xhat if weight is None else xhat * weight.to(dtype).view(shape)
     if bias is not None:
         z = z + bias.to(dtype).view(shape)

@@ -186,6 +186,11 @@ def _train(
     return _results(x, y, replace(saved, valid=valid))  # also a mask that leaves nothing out, which saved has not
 
 
+def completed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of ``train`` with the defaults of those that a caller left out."""
+    return arguments + (None, 1, (), None)[len(arguments) - 11 :]
+
+
 def _infer(
     x: Tensor,
     weight: Tensor | None,
@@ -304,7 +309,7 @@ def as_promised(result: Tensor, x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ what they would return
 def _train_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, residual, activation = arguments[0], arguments[3], arguments[9]
-    valid, groups, renorm = [*arguments, *(None, 1, (), None)[len(arguments) - 11 :]][11:14]
+    valid, groups, renorm = completed(arguments)[11:14]
     rows = (2 if valid is None else 3) * groups + (2 if renorm else 0)
     return _forward_fake(x, rows, 0 if renorm else mask_length(x, residual, activation, groups))
 

@@ -72,13 +72,8 @@ def _report_packets(x: Tensor, valid: Tensor | None, group: str, signature: Sequ
         return wire.fault(error, x, group, 2 + 2 * x.shape[1])
 
 
-def _merge(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge (W, 2 + 2 C) reports: the count, (1,), mean and variance, (C,); NaN if one reports trouble."""
-    return merged(reports)
-
-
 def merged(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge reports by torch's operations."""
+    """Merge (W, 2 + 2 C) reports: the count, (1,), mean and variance, (C,); NaN if one reports trouble."""
     channels = (reports.shape[1] - 2) // 2
     trouble, count, mean, var = reports.split((1, 1, channels, channels), dim=1)
     whole = merge(Pool(count, mean, var * count))
@@ -176,23 +171,13 @@ def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
     return dx  # type: ignore[no-any-return]
 
 
-def _saved(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    valid: Tensor | None,
-    count: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str,
-    parameter: float,
-) -> Saved:
+def _saved(x: Tensor, *layer: Any) -> Saved:
+    """Return what a call saves, from the arguments that operators have of a layer and its options."""
+    weight, bias, residual, valid, *moments, eps, activation, parameter = layer
     engine = registry.serving(x)
     spec = BatchNormSpec(1, True, 0.0, eps, Activation(activation, parameter))
     vectors = (as_read(engine, weight), as_read(engine, bias))
-    kept = algorithm.save(engine, Call(x, residual=residual, valid=valid), spec, Moments(count, mean, var))
+    kept = algorithm.save(engine, Call(x, residual=residual, valid=valid), spec, Moments(*moments))
     return replace(kept, weight=vectors[0], bias=vectors[1])
 
 
@@ -207,8 +192,7 @@ def _report_packets_fake(x: Tensor, valid: Tensor | None, group: str, signature:
 
 
 def _merge_fake(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    channels = (reports.shape[1] - 2) // 2
-    return reports.new_empty(1), reports.new_empty(channels), reports.new_empty(channels)
+    return _merge_packets_fake((reports,), (reports.shape[1] - 2) // 2)
 
 
 def _merge_packets_fake(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +226,7 @@ def _input_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
 
 
 report = register("sync_report", _report, _report_fake)
-merge_reports = register("sync_merge", _merge, _merge_fake)
+merge_reports = register("sync_merge", merged, _merge_fake)
 merge_packets = register("sync_merge_packets", _merge_packets, _merge_packets_fake)
 report_packets = register("sync_report_packets", _report_packets, _report_packets_fake)
 reduce_packets = register("sync_reduce_packets", _reduce_packets, _reduce_packets_fake)
