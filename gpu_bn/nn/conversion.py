@@ -21,6 +21,7 @@ from gpu_bn.nn.activated import joined, store_guarded
 from gpu_bn.nn.fused import Fused
 from gpu_bn.nn.fx.forward import own_forwards
 from gpu_bn.nn.fx.graph import fuse_activations, is_ours, unfuse
+from gpu_bn.nn.fx.trace import in_mode
 from gpu_bn.nn.known_layers import CLASSES, class_of, frozen_eps, is_own, rule
 from gpu_bn.nn.report import Report
 
@@ -207,15 +208,12 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
         known[name].register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output))
         for name in names
     ]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()(*inputs)
+        with torch.no_grad(), in_mode(model.modules(), False):
+            model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     if missing := [name for name in names if name not in layers]:
         raise ValueError(f"{', '.join(missing)} should give a tensor of rank 2 to 5 for these inputs")
     places = [name.rpartition(".") for name in layers]

@@ -217,7 +217,7 @@ def fold(model: Model, *inputs: Any, report: Report | None = None, **options: An
         if isinstance(module, GraphModule):
             unfuse(module)
     names = {module: name for name, module in copied.named_modules()}
-    with in_mode(model, False):  # functions that the copy shares may call the model's own layers
+    with in_mode(model.modules(), False):  # functions that the copy shares may call the model's own layers
         pairs, reasons = observed_pairs(copied, inputs, options) if inputs or options else traced_pairs(copied)
     for layer, norm in pairs:
         if reason := _unfit(layer, norm):

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from gpu_bn import algorithm
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn.distributed.group import Group, gather, several, total
+from gpu_bn.nn.fx.trace import in_mode
 from gpu_bn.nn.modules import require_channels
 from gpu_bn.nn.operators import sync as sync_operators
 from gpu_bn.nn.running import update_running, updates
@@ -71,19 +72,12 @@ def update_population_stats(
     Source: Wu & Johnson 2021, "PreciseBN".
     """
     layers = _tracking(model)
-    modes = [(layer, layer.training) for layer in layers]
     several_processes = several(process_group)
     together = several_processes and any(isinstance(layer, SyncBatchNorm) for layer in layers)
-    try:
-        for layer in layers:
-            layer.training = True
-        with torch.no_grad(), _recording(layers) as pools:
-            batches = _shown(loader, steps, progress)
-            for batch in _alike(batches, layers, Group.of(process_group)) if together else batches:
-                (call or _call)(model, batch)
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
+    with in_mode(layers, True), torch.no_grad(), _recording(layers) as pools:
+        batches = _shown(loader, steps, progress)
+        for batch in _alike(batches, layers, Group.of(process_group)) if together else batches:
+            (call or _call)(model, batch)
     if several_processes:
         pools = _over_processes(layers, pools, Group.of(process_group))
     if not any(bool(pool.count > 0) for pool in pools.values()):

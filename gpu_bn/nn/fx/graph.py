@@ -43,7 +43,7 @@ def fuse_activations(model: torch.nn.Module, report: Report) -> None:
     reasons: dict[torch.nn.Module, str] = {}
     done: dict[torch.nn.Module, set[str]] = {}
     for training in (True, False):
-        with in_mode(model, training):
+        with in_mode(model.modules(), training):
             fusion = _Fusion(model)
             for module in reversed(list(names)):  # what is in a module comes before it
                 if module not in fusion.holders or is_patched(module):

@@ -13,7 +13,7 @@ import random
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from inspect import Parameter, signature
@@ -254,9 +254,9 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """Set all modules of a model to one mode, without ``train``, which a model may override."""
-    modes = [(module, module.training) for module in model.modules()]
+def in_mode(modules: Iterable[torch.nn.Module], training: bool) -> Iterator[None]:
+    """Set modules to one mode for a while, without ``train``, which a model may override."""
+    modes = [(module, module.training) for module in modules]
     try:
         for module, _ in modes:
             module.training = training
