@@ -14,14 +14,15 @@ from numba.extending import intrinsic
 
 from gpu_bn.kernels.cpu import memory
 from gpu_bn.kernels.cpu.calls import LINE
-from gpu_bn.kernels.cpu.compiler import cold, kernel
+from gpu_bn.kernels.cpu.compiler import cold, inlined, kernel
 from gpu_bn.kernels.cpu.scalars import at_address, call_kernel
+from gpu_bn.kernels.cpu.team import share
 from gpu_bn.kernels.cpu.vector import INT32, INT64
 
 FIELDS = ("look", "none", "kind", "channels", "misaligned", "extent", "added_extent", "releases", "trains", "count",
-          "scratch", "kernel", "phases")  # fmt: skip
-(LOOK, NONE, KIND, CHANNELS, MISALIGNED, EXTENT, ADDED_EXTENT, RELEASES, TRAINS, COUNT, SCRATCH, KERNEL,
- PHASES) = range(len(FIELDS))  # fmt: skip
+          "scratch", "kernel", "phases", "parallel", "number")  # fmt: skip
+(LOOK, NONE, KIND, CHANNELS, MISALIGNED, EXTENT, ADDED_EXTENT, RELEASES, TRAINS, COUNT, SCRATCH, KERNEL, PHASES,
+ PARALLEL, NUMBER) = range(len(FIELDS))  # fmt: skip
 DATA, DEVICE, TYPE, SHAPE, STRIDES, OFFSET = range(6)
 """The words of a view of DLPack's; ``TYPE`` has the rank in its lower half, in the upper the code, bits and lanes."""
 CPU = 1
@@ -164,12 +165,26 @@ def shared(record, x, residual, weight, bias, mean, var, counter):
 
 
 # ------------------------------------------------------------------------------------------------------------- doors
-def forward(heads, shapes, cuts):
+@inlined
+def alone(record, most, arguments):
+    """Run a kernel on the caller's thread."""
+    call_kernel(word(record, KERNEL), (word(record, PHASES),) + arguments)
+
+
+@inlined
+def shared_by(record, most, arguments):
+    """Run a kernel on ``most`` threads."""
+    share(word(record, PARALLEL), word(record, NUMBER), most, word(record, KERNEL), word(record, PHASES), arguments)
+
+
+def forward(shares, heads, shapes, cuts):
     """The function of forward calls whose kernel has so many arguments known in advance, in three places.
 
-    Its own are the record, x, residual, y, weight, bias, running mean and variance, counter, the place of the
-    statistics or ``None``, momentum, eps, the activation's parameter, and the address of scratch memory.
+    ``shares``: whether threads share its work. Its own arguments are the record, x, residual, y, weight, bias, running
+    mean and variance, counter, the place of the statistics or ``None``, momentum, eps, the activation's parameter, the
+    address of scratch memory, and how many threads there are.
     """
+    run = shared_by if shares else alone
     first, second = 8 * len(FIELDS), 8 * heads
 
     @kernel
@@ -193,10 +208,11 @@ def forward(heads, shapes, cuts):
         momentum, eps, p = (
             as_double(word(arguments, 10)), as_double(word(arguments, 11)), as_double(word(arguments, 12)),
         )  # fmt: skip
+        threads = as_whole(word(arguments, 14))
         thread = release() if word(record, RELEASES) else 0
-        call_kernel(
-            word(record, KERNEL),
-            (word(record, PHASES),) + words(known, heads) + (x, residual, y) + words(known + second, shapes)
+        run(
+            record, threads,
+            words(known, heads) + (x, residual, y) + words(known + second, shapes)
             + (weight, bias, mean, var, counter, statistics, statistics + 8 * word(record, CHANNELS),
                word(record, TRAINS), momentum, eps, p)
             + words(known + second + 8 * shapes, cuts) + (scratch + LINE, scratch),
@@ -208,12 +224,13 @@ def forward(heads, shapes, cuts):
     return door
 
 
-def backward(heads, shapes, cuts):
+def backward(shares, heads, shapes, cuts):
     """As :func:`forward`, of backward calls.
 
     The arguments are the record, x, residual, dy, dx, dresidual, weight, bias, their gradients, the statistics, eps,
-    the activation's parameter, and the address of scratch memory.
+    the activation's parameter, the address of scratch memory, and how many threads there are.
     """
+    run = shared_by if shares else alone
     first, second = 8 * len(FIELDS), 8 * heads
 
     @kernel
@@ -234,11 +251,11 @@ def backward(heads, shapes, cuts):
         by = 8 * word(record, CHANNELS)
         sums = scratch + LINE + word(record, SCRATCH)
         eps, p = as_double(word(arguments, 11)), as_double(word(arguments, 12))
+        threads = as_whole(word(arguments, 14))
         thread = release() if word(record, RELEASES) else 0
-        call_kernel(
-            word(record, KERNEL),
-            (word(record, PHASES),) + words(known, heads) + (x, residual, dy, dx, dresidual)
-            + words(known + second, shapes)
+        run(
+            record, threads,
+            words(known, heads) + (x, residual, dy, dx, dresidual) + words(known + second, shapes)
             + (weight, bias, dweight, dbias, mean, mean + by, sums, sums + by, word(record, TRAINS),
                float(word(record, COUNT)), eps, p)
             + words(known + second + 8 * shapes, cuts) + (scratch + LINE, scratch),

@@ -324,18 +324,24 @@ def restart(typing, counters):
     return types.void(types.int64), generate
 
 
+def kernel_call(context, builder, address, values, kinds):
+    """The code of :func:`call_kernel`, of values of Numba's types ``kinds``."""
+    given = []
+    for value, t in zip(values, kinds, strict=True):
+        kind = types.float64 if isinstance(t, types.Float) else types.int64
+        given.append(context.cast(builder, value, t, kind))
+    unused = [cgutils.alloca_once(builder, BYTE.as_pointer()) for _ in range(2)]
+    kind = ir.FunctionType(INT32, [v.type for v in (*unused, *given)])
+    builder.call(builder.inttoptr(address, kind.as_pointer()), [*unused, *given])
+
+
 @intrinsic
 def call_kernel(typing, address, arguments):
     """Call a kernel that returns nothing, by its address, as Numba does; what is no integer goes as float64."""
 
     def generate(context, builder, sig, args):
-        values = []
-        for i, t in enumerate(arguments):
-            kind = types.float64 if isinstance(t, types.Float) else types.int64
-            values.append(context.cast(builder, builder.extract_value(args[1], i), t, kind))
-        unused = [cgutils.alloca_once(builder, BYTE.as_pointer()) for _ in range(2)]
-        kind = ir.FunctionType(INT32, [v.type for v in (*unused, *values)])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [*unused, *values])
+        values = [builder.extract_value(args[1], i) for i in range(len(arguments))]
+        kernel_call(context, builder, args[0], values, arguments)
         return context.get_dummy_value()
 
     return types.void(types.int64, arguments), generate

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_bn.backends.cpu import launch, pages, plans, threads
+from gpu_bn.backends.cpu import launch, pages, plans, team, threads
 from gpu_bn.backends.cpu.tensors import TENSORS
 from gpu_bn.kernels.cpu import doors as compiled
 from gpu_bn.spec import MAX_RANK, MIN_RANK
@@ -25,6 +25,8 @@ RELEASES = 1 << 16
 """Bytes from which on other threads of Python's may run during a call."""
 KINDS = {torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.float64: (2, 64)}
 """DLPack's codes and bits of dtypes."""
+SHARE = 1 << 18
+"""Bytes of input that pay for a thread of torch's team, which is awake while torch computes."""
 KIND: Any = compiled.kind
 DOORS: Any = compiled.forward, compiled.backward
 
@@ -32,13 +34,17 @@ DOORS: Any = compiled.forward, compiled.backward
 class Door(NamedTuple):
     """What calls alike have in common."""
 
-    function: Callable[..., int]
+    function: Callable[..., int] | None
+    """``None`` where it depends on the number of threads."""
     record: int
     """The address of ``words``."""
     words: Any
     nbytes: int
     huge: bool
     """Whether new outputs ask for huge pages."""
+    kind: tuple[Any, ...]
+    """What tells the function from others: its direction, and the kernel's arguments known in advance."""
+    threads: int = 1
 
 
 _doors: dict[Any, Door | None] = {}
@@ -80,8 +86,9 @@ def backward(
 def compile_for(shapes: Sequence[tuple[int, ...]], activation: str) -> None:
     """Compile what calls of such tensors take; the functions are the same for all dtypes and activations."""
     for x in map(torch.ones, shapes):
-        forward(x, None, True, activation)
-        backward(x, None, x, True, False, True, True, activation)
+        for door in (forward(x, None, True, activation), backward(x, None, x, True, False, True, True, activation)):
+            if door is not None and team.address() is not None:
+                _builtin(True, *door.kind)
 
 
 def _fits(x: Tensor, other: Tensor | None) -> bool:
@@ -96,8 +103,13 @@ def advise(one: Tensor) -> None:
 
 
 def _usable(door: Door | None) -> Door | None:
-    """A door, if one thread is to do the work."""
-    return door if door is None or door.nbytes < 2 * threads.WORTH or threads.threads_for(door.nbytes) == 1 else None
+    """A door, for as many threads as are to do the work; ``None`` if these are not torch's."""
+    if door is None or door.function is not None:
+        return door
+    count = min(threads.threads_for(door.nbytes, SHARE), torch.get_num_threads()) if team.address() else 1
+    if count == 1 and threads.threads_for(door.nbytes) > 1:
+        return None
+    return door._replace(function=_builtin(count > 1, *door.kind), threads=count)
 
 
 def _remember(key: Any, prepared: launch.Prepared | None, forward: bool, trains: bool, tensors: Any) -> Door | None:
@@ -112,14 +124,16 @@ def _remember(key: Any, prepared: launch.Prepared | None, forward: bool, trains:
         and (prepared.positions > 1 or not trains)
     ):
         rank, (code, bits) = x.dim(), KINDS[x.dtype]
+        kind = forward, len(prepared.head), len(prepared.shape), len(prepared.cut)
         fields = (
             look, id(None), KIND(rank, code, bits), prepared.channels, bits // 8 - 1, _extent(x),
             0 if residual is None else _extent(residual), int(prepared.nbytes >= RELEASES), int(trains),
             prepared.positions, prepared.scratch, plans.address(prepared.kernel, FLOATS), prepared.every,
+            *(team.address() or (0, 0)),
         )  # fmt: skip
-        counts = len(prepared.head), len(prepared.shape), len(prepared.cut)
         words = array("q", (*fields, *prepared.head, *prepared.shape, *prepared.cut, *x.shape))
-        door = Door(_builtin(forward, *counts), words.buffer_info()[0], words, prepared.nbytes, prepared.huge)
+        function = _builtin(False, *kind) if prepared.nbytes < 2 * SHARE else None
+        door = Door(function, words.buffer_info()[0], words, prepared.nbytes, prepared.huge, kind)
     if len(_doors) >= launch.PREPARED:
         _doors.clear()
     _doors[key] = door
@@ -152,9 +166,9 @@ _methods: list[_Method] = []
 
 
 @cache
-def _builtin(forward: bool, *counts: int) -> Callable[..., int]:
+def _builtin(shares: bool, forward: bool, *counts: int) -> Callable[..., int]:
     """A compiled function as a builtin one."""
-    door = DOORS[not forward](*counts)
+    door = DOORS[not forward](shares, *counts)
     _methods.append(_Method(b"door", plans.address(door, (), for_c=True), METH_FASTCALL, None))
     make = ctypes.pythonapi.PyCFunction_NewEx
     make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)

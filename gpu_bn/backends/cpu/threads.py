@@ -78,9 +78,9 @@ def set_num_threads(threads: int) -> None:
     _threads = threads
 
 
-def threads_for(nbytes: int) -> int:
-    """How many threads pay for an input of so many bytes."""
-    return min(_threads or get_num_threads(), max(nbytes // WORTH, 1))
+def threads_for(nbytes: int, worth: int = WORTH) -> int:
+    """How many threads pay for an input of so many bytes, of which ``worth`` pay for one."""
+    return min(_threads or get_num_threads(), max(nbytes // worth, 1))
 
 
 def run(work: Callable[[], object], threads: int) -> None:

@@ -48,7 +48,7 @@ def forward(call: Call, options: Options) -> Tensor | None:
     statistics = torch.empty(2 * x.shape[1], dtype=_float64) if grows else None
     if door.function(
         door.record, x, residual, y, weight, bias, running_mean, running_var, counter, statistics, momentum, eps,
-        activation.parameter, doors.scratch_address(),
+        activation.parameter, doors.scratch_address(), door.threads,
     ):  # fmt: skip
         return None
     if tracked:
@@ -111,7 +111,7 @@ class _Made(Function):
                     doors.advise(dresidual)
             if door.function(
                 door.record, x, residual, dy, dx, dresidual, weight, bias, dweight, dbias, statistics, eps, parameter,
-                doors.scratch_address(),
+                doors.scratch_address(), door.threads,
             ):  # fmt: skip
                 return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
         return dx, dweight, dbias, dy if need[3] and identity else dresidual, None, None
