@@ -139,7 +139,13 @@ def test_imports_point_down(path):
 def test_frameworks_are_imported_where_they_belong(path):
     owners = {
         "torch": (
-            *("backends/cpu/doors", "backends/cpu/tensors", "backends/triton", "backends/cupy/tensors"),
+            *(
+                "backends/cpu/doors",
+                "backends/cpu/tensors",
+                "backends/cpu/team",
+                "backends/triton",
+                "backends/cupy/tensors",
+            ),
             "backends/torch_cpu",
             *("nn", "kernels", "testing/check", "bench"),
         ),
