@@ -1,4 +1,4 @@
-"""Small helpers for the tests."""
+"""Provide small helpers to the tests."""
 
 import importlib.metadata
 import importlib.util

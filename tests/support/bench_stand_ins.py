@@ -1,4 +1,4 @@
-"""What stands in for a GPU, and for a timed call, in the tests of ``gpu-bn bench``."""
+"""Stand in for a GPU, and for a timed call, in the tests of ``gpu-bn bench``."""
 
 from gpu_bn import plan
 from gpu_bn.bench import cases, implementations, measurement, model, timing
@@ -8,7 +8,7 @@ EMULATED = plan.Device("emulated", 80, 4, 164 << 10, 163 << 10, 32 << 10, 1e9)
 
 
 class VirtualGpu:
-    """A device with a clock of its own; queueing a call takes the CPU ``host_cycles``, running it ``work_cycles``."""
+    """Count time by a clock of its own: queueing a call takes the CPU ``host_cycles``, running it ``work_cycles``."""
 
     def __init__(self, host_cycles=0, work_cycles=1000):
         self.host_cycles, self.work_cycles = host_cycles, work_cycles
@@ -42,7 +42,7 @@ class VirtualGpu:
 
 
 class Clocked(VirtualGpu):
-    """A virtual GPU that takes no time: a call's own time on the emulator does not count."""
+    """Take no time for calls: their own time on the emulator does not count."""
 
     device = EMULATED
     smi_id = "GPU-7"

@@ -1,4 +1,4 @@
-"""The backends that the conformance suite runs on, and the cases that each of them gets in a normal and a long run."""
+"""Choose the cases that each backend of the conformance suite gets, in a normal and in a long run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def nothing(_backend: Any, _case: Case) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """A backend under test.
+    """Hold a backend under test.
 
     Attributes:
         name: in the names of tests.

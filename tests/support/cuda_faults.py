@@ -1,4 +1,4 @@
-"""Faults planted in the CUDA kernels, and what must report each."""
+"""List faults to plant in the CUDA kernels, and what must report each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RAGGED = Case((8, 3, 27), activation="relu")
 
 @dataclass(frozen=True)
 class Planted:
-    """``check`` must report it: a check of the emulator (or either of two), or "wrong result" for the oracle."""
+    """Hold a fault, and the ``check`` that must report it: the emulator's (or two), or "wrong result", the oracle's."""
 
     fault: str
     check: str

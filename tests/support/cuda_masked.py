@@ -1,6 +1,6 @@
-"""Masks and ghost batches in the CUDA kernels, on emulated GPUs; the truth is the oracle's for what counts of a group.
+"""Check masks and ghost batches in the CUDA kernels, on emulated GPUs, against the oracle's truth for each group.
 
-Whatever does not count is NaN, in the input, the residual and the gradient.
+Whatever does not count is NaN: in the input, the residual and the gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROWS, COLUMNS = (6, 5, 4, 8), (60, 24)
 
 @dataclass(frozen=True)
 class Masked:
-    """A case of the conformance suite, which positions of it count (:func:`mask`), and its groups."""
+    """Hold a case of the conformance suite, which of its positions count (:func:`mask`), and its groups."""
 
     case: Case
     mask: str = "half"

@@ -1,4 +1,4 @@
-"""Bugs planted in what the CUDA kernels do with masks and ghost batches, and the call that shows each."""
+"""List bugs to plant in what the CUDA kernels do with masks and ghost batches, and the call that shows each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels that calls can come to, and their compile gates."""
+"""List the CUDA kernels that calls can use, and the gates for compiling them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def compiler() -> str:
 
 
 def stamp(group: Group, name: str) -> str:
-    """Of the source that a kernel can come to, as the preprocessor leaves it for the architecture, without comments."""
+    """Return a digest of the source that a kernel can use, preprocessed for the architecture, without comments."""
     return definitions(group.arch, group.activation).stamp(re.findall(r"\w+", name))
 
 

@@ -1,4 +1,4 @@
-"""Fixtures and helpers for the CuPy backend on emulated GPUs."""
+"""Provide fixtures and helpers for the CuPy backend on emulated GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support import fake_cupy
 
 @pytest.fixture
 def make_gpu(monkeypatch: pytest.MonkeyPatch, compile_cuda: Any) -> Callable[..., Any]:
-    """make_gpu(arch, tier=None, device=None): an emulated GPU, with ``.backend`` and every check on."""
+    """Return ``make_gpu(arch, tier=None, device=None)``, which makes an emulated GPU with backend and checks."""
     del compile_cuda  # skips the test if NVRTC is missing
 
     def make(arch: int, tier: str | None = None, device: Device | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Kernels of several blocks that meet."""
+"""List kernels in which several blocks meet, for faults that the emulator must report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A CuPy without a GPU: arrays are NumPy's, kernels are compiled by NVRTC and run on the PTX emulator.
+"""Stand in for CuPy without a GPU: arrays are NumPy's, kernels are compiled by NVRTC and run on the PTX emulator.
 
 It has what :mod:`gpu_bn.backends.cupy.backend` uses of CuPy. ``install`` puts it where ``import cupy`` finds it.
 """
@@ -45,7 +45,7 @@ GPUS: list[EmulatedGpu] = []
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPointer:
-    """A place in an array's memory."""
+    """Point to a place in an array's memory."""
 
     array: ndarray
     device_id: int
@@ -67,7 +67,7 @@ class MemoryPointer:
 
 
 class CurrentDevice:
-    """``array.device``: a number, and a context in which it is the current device's."""
+    """Be an ``array.device``: it has a number, and is a context in which its device is the current one."""
 
     def __init__(self, index: int) -> None:
         self.id = index
@@ -83,7 +83,7 @@ class CurrentDevice:
 
 
 class ndarray(np.ndarray):
-    """A NumPy array with the attributes by which CuPy's differs."""
+    """Add to a NumPy array the attributes by which CuPy's differs."""
 
     def __new__(cls, shape: Any, dtype: Any, memptr: MemoryPointer, strides: Any = None) -> ndarray:
         array = super().__new__(cls, shape, dtype, *memptr.place(), strides)
@@ -133,7 +133,7 @@ ndarray.__module__ = "cupy"
 
 
 def _require_current(arguments: tuple[Any, ...]) -> None:
-    """CuPy's own kernels run on the current device, and on another's arrays only where GPUs can access each other."""
+    """Require arrays of the current device: CuPy's own kernels take another's only where GPUs can access each other."""
     here = {array.device_id for array in arguments if isinstance(array, ndarray)}
     assert not GPUS or here <= {GPUS[0].current}, "arithmetic with an array of another device than the current one"
 
@@ -143,11 +143,11 @@ SHARED_UNASKED = 48 << 10
 
 
 class CUDADriverError(RuntimeError):
-    """``cupy.cuda.driver``'s."""
+    """Stand for the error of the same name in ``cupy.cuda.driver``."""
 
 
 class Kernel:
-    """One kernel of a module on one device. As with CUDA, all who ask for it get the same one."""
+    """Launch one kernel of a module on one device. As with CUDA, all who ask for it get the same one."""
 
     def __init__(self, gpu: EmulatedGpu, compiled: Compiled) -> None:
         self.gpu, self.compiled, self.device_id = gpu, compiled, gpu.current
@@ -179,7 +179,7 @@ class Kernel:
 
 
 class EmulatedGpu:
-    """The module ``cupy``: what it holds, and what has been launched."""
+    """Make the module ``cupy``, and note what is launched."""
 
     def __init__(self, device: Device, arch: int) -> None:
         self.device, self.arch = device, arch
@@ -235,7 +235,7 @@ class EmulatedGpu:
         return 1 << 30, 1 << 30
 
     def require_context(self) -> None:
-        """The driver's functions do not make one."""
+        """Require that there is a context: the driver's functions do not make one."""
         if (get_ident(), self.current) not in self.contexts:
             raise CUDADriverError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
 
@@ -269,7 +269,7 @@ class EmulatedGpu:
 
     @contextlib.contextmanager
     def entering(self, index: int) -> Any:
-        """``with cupy.cuda.Device(index)``: all devices are the same emulated one, by other numbers."""
+        """Enter ``cupy.cuda.Device(index)``: all devices are the same emulated one, by other numbers."""
         before, self.current = self.current, index
         self.entered.append(index)
         try:

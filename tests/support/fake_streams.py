@@ -1,4 +1,4 @@
-"""Streams of a CuPy without a GPU."""
+"""Stand in for CuPy's streams without a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """A queue that runs what is put in at once, also while it is captured. Each thread has a current one a device."""
+    """Run at once what is put in, also in a captured stream. Each thread has a current stream on each device."""
 
     def __init__(self, gpu: EmulatedGpu, ptr: int | None = None) -> None:
         self.gpu, self.ptr = gpu, id(self) if ptr is None else ptr
@@ -35,7 +35,7 @@ class Stream:
 
 
 class MadeStreams:
-    """``cupy.cuda.Stream``."""
+    """Stand for ``cupy.cuda.Stream``."""
 
     def __init__(self, gpu: EmulatedGpu) -> None:
         self.gpu = gpu
@@ -45,7 +45,7 @@ class MadeStreams:
         return Stream(self.gpu)
 
     def from_external(self, stream: Any) -> Stream:
-        """Another library's, by CUDA's stream protocol."""
+        """Return another library's stream, by CUDA's stream protocol."""
         version, ptr = stream.__cuda_stream__()
         assert version == 0
         return Stream(self.gpu, ptr)

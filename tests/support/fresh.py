@@ -1,4 +1,4 @@
-"""Code in a fresh interpreter."""
+"""Run code in a fresh interpreter."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Fused models beside the plain ones."""
+"""Compare fused models with the plain ones."""
 
 import copy
 

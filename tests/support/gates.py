@@ -1,8 +1,8 @@
-"""The compile gates of families of kernels, and the record of what the compiler made of every variant.
+"""Check families of kernels against the gates for compiling them, and record what the compiler made of every variant.
 
-A *group* is all kernels that calls of one kind can come to, with one architecture, activation, dtype, vector and
+A *group* is all kernels that calls of one kind can use, with one architecture, activation, dtype, vector and
 layout. ``tests/record_gates.py`` compiles them; the record has a cell for each group, and says what it was made of: the
-compiler, the kernels' names and a stamp of each, of all text that it can come to. Tests read the record, and compile
+compiler, the kernels' names, and a stamp of all text that each can use. Tests read the record, and compile
 samples of it again.
 """
 
@@ -30,7 +30,7 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Group(NamedTuple):
-    """The kernels for calls of one kind; ``columns``: channels-last."""
+    """Name the kernels for calls of one kind; ``columns``: channels-last."""
 
     arch: int
     activation: str
@@ -41,7 +41,7 @@ class Group(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Bytes of a vector."""
+        """Return the bytes of a vector."""
         return self.vector * ITEMSIZE[self.dtype]
 
     @property
@@ -55,7 +55,7 @@ class Group(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What the compiler made of a kernel; ``loads`` and ``stores``: the widths of accesses to global memory.
+    """Hold what the compiler made of a kernel; ``loads`` and ``stores``: the widths of accesses to global memory.
 
     Shared memory is rounded up to ``ALIGNMENT``: how closely variables lie depends on what is compiled with a kernel.
     """
@@ -69,7 +69,7 @@ class Resources(NamedTuple):
 
     @staticmethod
     def of(compiled: Compiled) -> Resources:
-        """Of a compiled kernel."""
+        """Return what the compiler made of a kernel."""
         shared = -(-(compiled.shared_bytes + compiled.dynamic_shared_bytes) // ALIGNMENT) * ALIGNMENT
         return Resources(
             compiled.registers, compiled.spill_bytes, compiled.stack_bytes, shared, *access_widths(compiled.ptx)
@@ -78,7 +78,7 @@ class Resources(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a kernel of a group may take (bytes that are spilled too), and whether it reads and writes tensors."""
+    """Hold what a kernel of a group may take (spilled bytes too), and whether it reads and writes tensors."""
 
     registers: int
     shared: int
@@ -89,7 +89,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Family:
-    """Kernels in one language.
+    """Describe the kernels in one language.
 
     Attributes:
         name: of the record's file.
@@ -123,9 +123,9 @@ class Family:
             yield from self.groups(arch)
 
     def covering(self) -> list[Group]:
-        """A pairwise covering set, the most important groups first.
+        """Choose a pairwise covering set, the most important groups first.
 
-        Of every kind of call, with its dtype, vector and layout, it has each architecture and each activation.
+        It has each architecture and each activation for every kind of call, with its dtype, vector and layout.
         """
         calls: dict[Group, list[Group]] = {}
         for group in self.every_group():
@@ -218,7 +218,7 @@ def digest(value: object, digits: int) -> str:
 
 
 class Definitions:
-    """A source text as definitions, each with its names; one without names belongs to everything."""
+    """Split a source text into definitions, each with its names; one without names belongs to everything."""
 
     def __init__(self, found: Iterable[tuple[Iterable[str], str]]) -> None:
         self.found = [(frozenset(names), text, frozenset(re.findall(r"\w+", text))) for names, text in found]
@@ -237,7 +237,7 @@ class Definitions:
         return [self.found[at][1] for at in sorted(taken)]
 
     def stamp(self, words: Iterable[str]) -> str:
-        """Return a digest of that."""
+        """Return a digest of the texts that a text of some words can reach."""
         known = self.names.intersection(words)
         if known not in self._stamps:
             self._stamps[known] = digest(self.reachable(known), 8)
@@ -246,7 +246,7 @@ class Definitions:
 
 # ------------------------------------------------------------------------------------------------------- the record
 class Cell(NamedTuple):
-    """A group in the record: of its kernels the number, most registers, spilled bytes, most stack and shared bytes, the
+    """Hold a group in the record: the number of its kernels, their most registers, spilled, stack and shared bytes, the
     narrowest of their accesses to tensors, and a digest of what they were made of."""
 
     kernels: int
@@ -260,7 +260,7 @@ class Cell(NamedTuple):
 
     @staticmethod
     def of(family: Family, group: Group, kernels: Mapping[str, Resources]) -> Cell:
-        """Of a group's kernels."""
+        """Make the cell of a group's kernels."""
         limits = {name: family.limits(group, name) for name in kernels}
         widths = {"loads": [group.width], "stores": [group.width]}
         for name, kernel in kernels.items():
@@ -290,7 +290,7 @@ class Cell(NamedTuple):
 
 @dataclass
 class Record:
-    """Cells, and what they were made of."""
+    """Hold cells, and what they were made of."""
 
     compiler: str
     outside: list[str] = field(default_factory=list)
@@ -321,7 +321,7 @@ class Record:
         return record
 
     def current(self, family: Family, groups: Iterable[Group] | None = None) -> dict[Group, Cell]:
-        """The cells, of all groups or some, made of the present sources and of all variants that there are now."""
+        """Return the cells of all groups, or some, that were made of the present sources and variants."""
         wanted = family.every_group() if groups is None else groups
         cells = {group: self.cells[group] for group in wanted if group in self.cells}
         return {group: cell for group, cell in cells.items() if cell.made_of == family.made_of(group)}

@@ -1,4 +1,4 @@
-"""Faults at every place of a call: an interrupt at a line, memory that runs out in a call into C."""
+"""Inject faults at every place of a call: an interrupt at a line, lack of memory in a call into C."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ PACKAGE = str(Path(gpu_bn.__file__).parent)
 
 
 class Fault(BaseException):
-    """What is injected; nothing catches it by accident."""
+    """Be what is injected; nothing catches it by accident."""
 
 
 def at_line(number, error):

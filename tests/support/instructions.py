@@ -1,4 +1,4 @@
-"""Single instructions on small inputs, run on the emulator."""
+"""Run single instructions on small inputs, on the emulator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripts in a process where Triton interprets its kernels."""
+"""Run scripts in a process where Triton interprets its kernels."""
 
 import importlib.util
 import os

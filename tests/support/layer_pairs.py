@@ -1,4 +1,4 @@
-"""A layer of torch's and ours, trained alike."""
+"""Train a layer of torch's and one of ours alike."""
 
 import pytest
 

@@ -1,7 +1,7 @@
-"""Reads what the assembler made of a kernel: its loops, its accesses, and what it does in double precision.
+"""Read what the assembler made of a kernel: its loops, its accesses, and what it does in double precision.
 
-NVIDIA's disassembler comes with the ``triton`` wheel. :func:`disassemble` takes any cubin, of NVRTC or Triton. Counts
-are of instructions in the code: a rolled loop counts once, so that figures of loops and of what is outside are apart.
+NVIDIA's disassembler comes with the ``triton`` wheel. :func:`disassemble` takes any cubin, of NVRTC or Triton. It
+counts instructions in the code: those of a rolled loop count once, so that loops have figures of their own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LABEL = re.compile(r"^(\.L_x?_?\w+|[\w$]+):\s*$")
 
 
 class Instruction(NamedTuple):
-    """One line: ``@!P0 LDG.E.128 R4, desc[UR4][R2.64]``."""
+    """Parse one line: ``@!P0 LDG.E.128 R4, desc[UR4][R2.64]``."""
 
     address: int
     guard: str
@@ -63,7 +63,7 @@ class Instruction(NamedTuple):
         )
 
     def accesses(self, width: int) -> str:
-        """How this accesses a tensor of vectors of so many bytes: ``load``, ``store``, ``copy``, ``staged`` or not.
+        """Say how this accesses a tensor of vectors of so many bytes: ``load``, ``store``, ``copy``, ``staged`` or not.
 
         Numbers that blocks exchange are loaded past the first cache (``STRONG``), and are none.
         """
@@ -73,7 +73,7 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Loop:
-    """The instructions from the target of a jump back to that jump; ``targets``: addresses that jumps lead to."""
+    """Hold the instructions from the target of a jump back to that jump; ``targets``: addresses that jumps lead to."""
 
     code: tuple[Instruction, ...]
     targets: frozenset[int]
@@ -84,7 +84,7 @@ class Loop:
         return max(kinds["load"], kinds["copy"]) or kinds["staged"] or kinds["store"]
 
     def blocks(self) -> list[list[Instruction]]:
-        """Straight runs, each ending with a jump or before what a jump leads to."""
+        """Cut the loop into straight runs, each ending with a jump or before what a jump leads to."""
         blocks: list[list[Instruction]] = [[]]
         for ins in self.code:
             if ins.address in self.targets:
@@ -117,7 +117,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Machine:
-    """A kernel's machine code.
+    """Hold a kernel's machine code.
 
     Attributes:
         name: as the assembler has it.
@@ -176,7 +176,7 @@ class Machine:
         return tuple(loop for loop in self.loops if loop.vectors(width) and _moves(loop, width))
 
     def figures(self, width: int, chain: int = 1) -> Figures:
-        """What the budget is about, of a kernel that goes through tensors in vectors of so many bytes.
+        """Return the budgeted figures of a kernel that goes through tensors in vectors of so many bytes.
 
         Loops that access tensors alike are copies of one, and a vector goes through one of them. ``chain``: see
         :meth:`Loop.instructions`.
@@ -203,7 +203,7 @@ class Machine:
 
 
 class Figures(NamedTuple):
-    """A kernel's figures.
+    """Hold a kernel's figures.
 
     Attributes:
         registers, shared_bytes, local_bytes: as in :class:`Machine`.

@@ -1,4 +1,4 @@
-"""Models of torchvision, timm, transformers, segmentation-models-pytorch, monai and ultralytics; random weights."""
+"""Make models of torchvision, timm, transformers, segmentation-models-pytorch, monai and ultralytics."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _make_torchvision(name: str) -> Any:
 
 
 class Heads(torch.nn.Module):
-    """A detector without what it makes of its outputs, where the last digit decides what is chosen."""
+    """Run a detector without the choice among its outputs, which the last digit decides."""
 
     def __init__(self, detector: Any) -> None:
         super().__init__()

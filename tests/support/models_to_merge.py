@@ -1,4 +1,4 @@
-"""Modules whose layers must be merged with care."""
+"""List modules whose layers must be merged with care."""
 
 import pytest
 

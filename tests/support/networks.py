@@ -1,4 +1,4 @@
-"""Small networks of the module structure of torchvision's and timm's, and stand-ins for their layers."""
+"""Make small networks structured as torchvision's and timm's, and stand-ins for their layers."""
 
 from collections import OrderedDict
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """torchvision's: functional sum, one ReLU module used twice."""
+    """Follow torchvision's block: functional sum, one ReLU module used twice."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18, a quarter as wide."""
+    """Follow ResNet-18, a quarter as wide."""
 
     def __init__(self, width=16, classes=10):
         super().__init__()
@@ -56,7 +56,7 @@ class ResNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's: Sequential of convolution, norm and ReLU6; a sum with no activation after it."""
+    """Follow MobileNetV2's block: Sequential of convolution, norm and ReLU6; a sum with no activation after it."""
 
     def __init__(self, inputs, outputs, stride, expand):
         super().__init__()
@@ -79,7 +79,7 @@ def conv_norm_act(inputs, outputs, size, stride=1, groups=1):
 
 
 class MobileNet(nn.Module):
-    """MobileNetV2, short."""
+    """Follow MobileNetV2, but with fewer blocks."""
 
     def __init__(self, classes=10):
         super().__init__()
@@ -94,7 +94,7 @@ class MobileNet(nn.Module):
 
 
 class UNet(nn.Module):
-    """Two levels, with skip connections by concatenation and a transposed convolution before a norm."""
+    """Have two levels, skip connections by concatenation, and a transposed convolution before a norm."""
 
     def __init__(self, width=8):
         super().__init__()
@@ -135,7 +135,7 @@ def unet():
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """As timm's."""
+    """Stand for timm's."""
 
     def __init__(self, num_features, act, drop=None):
         super().__init__(num_features)
@@ -147,7 +147,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As torchvision's."""
+    """Stand for torchvision's."""
 
     def __init__(self, num_features, eps=1e-5):
         super().__init__()

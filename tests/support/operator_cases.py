@@ -1,4 +1,4 @@
-"""What the tests of the operators have in common."""
+"""Hold what the tests of the operators have in common."""
 
 import pytest
 

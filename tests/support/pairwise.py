@@ -1,4 +1,4 @@
-"""A few cases that cover many: any two values that some case has together, one of the few has together too."""
+"""Choose a few cases that cover many: any two values that some case has together, one of the few has together too."""
 
 from __future__ import annotations
 

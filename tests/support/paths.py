@@ -1,4 +1,4 @@
-"""Folders of the repository."""
+"""Name the folders of the repository."""
 
 from pathlib import Path
 

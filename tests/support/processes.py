@@ -1,4 +1,4 @@
-"""Runs functions of a module in several processes that talk by gloo, each with its own interpreter.
+"""Run functions of a module in several processes that talk by gloo, each with its own interpreter.
 
 ``python -m support.processes MODULE STORE RANK WORLD NAME...`` is one of them; :func:`launch` starts all.
 """
@@ -67,7 +67,7 @@ def start(world, module, names, folder):
 
 
 def finish(processes):
-    """Return what they print; none outlives this."""
+    """Return what the processes print, and end them."""
     end = time.monotonic() + TIMEOUT
     try:
         return [process.communicate(timeout=end - time.monotonic())[0] for process in processes]

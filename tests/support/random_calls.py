@@ -1,4 +1,4 @@
-"""Random calls at the edges of what GPU backends take. A seed is a call, and small ones that share its kernels."""
+"""Draw random calls at the edges of what GPU backends take: a seed gives a call and small ones of the same kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHANGES = ("none", "none", "none", "constant", "zeros of both signs", "some weig
 
 @dataclass(frozen=True)
 class Call:
-    """A call: a case, a change of its numbers, and where it runs."""
+    """Hold a call: a case, a change of its numbers, and where it runs."""
 
     case: Case
     change: str
@@ -69,13 +69,13 @@ def draw(seed: int) -> Call:
 
 
 def marked(seed: int, usual: int, more: int, first: int = 0) -> Any:
-    """A seed as a test's parameter, counted from ``first``: the usual ones, more in a long run, the others by hand."""
+    """Return a seed, counted from ``first``, as a parameter of a test in the normal run, in long runs or by hand."""
     marks = [] if seed < usual else [pytest.mark.slow if seed < more else pytest.mark.exhaustive]
     return pytest.param(first + seed, id=f"seed-{first + seed}", marks=marks)
 
 
 def family(seed: int, count: int) -> Iterator[Call]:
-    """The call of a seed, and ``count`` small ones of other sizes and numbers, which take the same kernels.
+    """Return the call of a seed, and ``count`` small ones of other sizes and numbers, which take the same kernels.
 
     The last one has another layout. A kernel is compiled for the widest vector of at most 8 elements that
     rows consist of.

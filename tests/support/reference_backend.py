@@ -1,4 +1,4 @@
-"""The reference kernels, as functions and as a backend: what they are called with, on any device with a `launch`."""
+"""Call the reference kernels, as functions and as a backend, on any device with a `launch`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def forward(
 
 
 class ReferenceBackend(NumpyBackend):
-    """NumPy's backend, but the training forward is a kernel's work.
+    """Run the training forward by a kernel, all else by NumPy's backend.
 
     The kernels know dense [n, c, s] tensors without activation and residual: other strides are copied, other options
     refused. The backward phases are NumPy's; they work from the kernel's statistics.
@@ -91,7 +91,7 @@ class ReferenceBackend(NumpyBackend):
 
 
 class CudaBackend(ReferenceBackend):
-    """With the CUDA kernel of the widest loads that the rows allow.
+    """Run the CUDA kernel with the widest loads that the rows allow.
 
     Statistics alone are made without staging, so that every case runs both kinds of kernel.
     """
@@ -118,7 +118,7 @@ class CudaBackend(ReferenceBackend):
 
 
 class TritonBackend(ReferenceBackend):
-    """With the Triton kernel, specialised as Triton's own launcher would for rows divisible by 16.
+    """Run the Triton kernel, specialised as Triton's own launcher would for rows divisible by 16.
 
     A channel that one warp can hold gets one warp.
     """

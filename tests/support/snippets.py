@@ -1,4 +1,4 @@
-"""Short kernels for the emulator."""
+"""Run short kernels on the emulator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong on one process of a SyncBatchNorm, for ``support/processes.py``: what each of them gets."""
+"""Let something go wrong on one process of a SyncBatchNorm, by ``support/processes.py``; return what each gets."""
 
 import os
 import signal
@@ -191,7 +191,7 @@ def backwards(rank, world):
 
 
 def memory_that_runs_out_after_the_sums(last):
-    """What the last process raises alone, whether states are all alike after it, and that the group goes on."""
+    """Return what the last process raises alone, whether all states agree after it, and whether the group goes on."""
     layer = nn.SyncBatchNorm(3)
     loss = layer(torch.linspace(0, 1, 12).view(4, 3).clone().requires_grad_()).square().sum()
     before, text = state_of(layer), None
@@ -273,21 +273,21 @@ def skipped_at_first(rank, world):
 
 
 def gradient_of_a_sum():
-    """Of a batch that is the same everywhere: the gradients are, to the last bit."""
+    """Return gradients of a batch that is the same on all processes: they are equal to the last bit."""
     x = torch.linspace(0, 1, 12).view(4, 3).clone().requires_grad_()
     nn.SyncBatchNorm(3)(x).pow(3).sum().backward()
     return x.grad
 
 
 def first_calls(rank, world):
-    """A layer whose first call is a mistake of one process: later the group and all layers still work."""
+    """Make a mistake on one process in a layer's first call: later the group and all layers still work."""
     first, second = nn.SyncBatchNorm(3), nn.SyncBatchNorm(3)
     text = text_of(lambda: first("x" if rank == world - 1 else torch.randn(4, 3)))
     return text, [layer(torch.randn(4, 3)).shape for layer in (second, first, second)]
 
 
 def aliases(rank, world):
-    """A statistic that is another argument of one process."""
+    """Pass a statistic as another argument too, on one process."""
     results, last = {}, rank == world - 1
     for name in ("running_var", "weight"):
         tensors = {"running_mean": torch.ones(3), "running_var": torch.ones(3), "weight": torch.ones(3)}
@@ -299,7 +299,7 @@ def aliases(rank, world):
 
 
 def compiled(rank, world):
-    """The mistakes of one process where every process has compiled its layer whole."""
+    """Make mistakes on one process where every process has compiled its layer whole."""
     results = {}
     x = torch.randn(4, 3, 5)
     calls = {"rank": (torch.randn(3),), "residual": (x, x[:2]), "activation": (x, None, "selu")}
@@ -322,7 +322,7 @@ def compiled(rank, world):
 
 
 def memory_that_runs_out_for_a_compiled_output(x, last):
-    """What each process raises, the last one alone knowing why, and whether states are as before; at the end."""
+    """Return what each process raises (the last alone knows why), and whether states are as before; run at the end."""
     group = dist.new_group()
     layer = nn.SyncBatchNorm(3, process_group=group)
     call = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -348,7 +348,7 @@ def caught(call):
 
 
 def silent(rank, world):
-    """One process does not take part; in what is next, its first collective call meets the others after their error."""
+    """Leave one process out of a call; its next collective call then meets the others after their error."""
     group = dist.new_group()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)  # only now: processes may come late to a group
     if rank == world - 1:
@@ -357,7 +357,7 @@ def silent(rank, world):
 
 
 def killed(rank, world):
-    """One process ends between two steps; nothing is to be run after this."""
+    """End one process between two steps; nothing is to be run after this."""
     layer = nn.SyncBatchNorm(3)
     layer(torch.randn(4, 3))
     if rank == world - 1:

@@ -1,6 +1,6 @@
-"""The operators of SyncBatchNorm through the Triton backend, in Triton's interpreter; parts stand for processes.
+"""Run the operators of SyncBatchNorm on the Triton backend, in Triton's interpreter; parts stand for processes.
 
-A process of its own, with ``TRITON_INTERPRET=1``. It prints how many comparisons with the whole batch it made.
+This is a process of its own, with ``TRITON_INTERPRET=1``. It prints how many comparisons with the whole batch it made.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What the processes of ``nn/test_sync.py`` do; the test compares it with one process on the whole batch."""
+"""Define what the processes of ``nn/test_sync.py`` do; the test compares it with one process on the whole batch."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ SPLITS = ((12,), (6, 6), (11, 1), (0, 12), (4, 4, 4), (7, 0, 5), (3, 3, 3, 3), (
 
 
 class Net(torch.nn.Module):
-    """Two layers with activations, the second with a residual."""
+    """Chain two layers with activations, the second with a residual."""
 
     def __init__(self, norm, dtype=torch.float64, **options):
         super().__init__()
@@ -48,7 +48,7 @@ def train(net, part, add, steps=8):
 
 
 def equality(rank, world):
-    """Trainings over process groups of every size, for every split of the batch; ``None`` outside the group."""
+    """Train over process groups of every size, for every split of the batch; return ``None`` outside the group."""
     groups = {size: dist.new_group(range(size)) for size in range(1, world + 1)}
     results = {}
     for sizes in SPLITS:
@@ -67,7 +67,7 @@ def mine(rank, world, *shape, seed=0, dtype=torch.float64, size=6):
 
 
 def numerics(rank, world):
-    """Half inputs, memory formats, every rank of input, one position a process, and nothing at all."""
+    """Try half precision, memory formats, every rank of input, one position on each process, and none at all."""
     results = {}
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         layer = nn.SyncBatchNorm(3, activation="relu")
@@ -115,7 +115,7 @@ def by_inductor(rank, world):
 
 
 def compiled(rank, world, backend="aot_eager"):
-    """A layer itself, and compiled whole, for parts of changing size."""
+    """Run a layer as it is, and compiled whole, for parts of changing size."""
     results = []
     x = mine(rank, world, 3, 4, dtype=torch.float32)[0]
     for wrap in (lambda layer: layer, lambda layer: torch.compile(layer, fullgraph=True, backend=backend)):
@@ -132,7 +132,7 @@ def compiled(rank, world, backend="aot_eager"):
 
 
 def in_ddp(rank, world):
-    """Two forward calls before one backward, while DistributedDataParallel writes to the buffers."""
+    """Make two forward calls before one backward, while DistributedDataParallel writes to the buffers."""
     gradients = []
     for norm in (nn.BatchNorm1d, nn.SyncBatchNorm):
         torch.manual_seed(1)
@@ -163,7 +163,7 @@ def steps_of_blocks(model, *parts):
 
 
 def fused_in_ddp(rank, world):
-    """torch's layers, a fused model, and one that shares statistics, each in DistributedDataParallel."""
+    """Train torch's layers, a fused model, and one that shares statistics, each in DistributedDataParallel."""
     parts = [data(step, 6, 3, 8, 8).chunk(world)[rank] for step in range(2)]
     plain, fused, shared = two_blocks(), nn.convert(two_blocks(), fuse=True), nn.convert(two_blocks(), fuse=True)
     nn.SyncBatchNorm.convert_sync_batchnorm(shared)
@@ -172,7 +172,7 @@ def fused_in_ddp(rank, world):
 
 
 def masked_inputs(dtype=torch.float64):
-    """A batch of 6 with a mask; what is hidden is NaN. The second half of it, the second process's part, has little."""
+    """Return a batch of 6 with a mask; what is hidden is NaN. Little is left of the second process's half."""
     x, residual, dy = (data(seed, 6, 3, 5, dtype=dtype) for seed in range(3))
     mask = torch.rand((6, 5), generator=torch.Generator().manual_seed(3)) < 0.6
     mask[3:] = False
@@ -209,7 +209,7 @@ def masked(rank, world):
 
 
 def inside_a_group(rank, world):
-    """Outside the layer's group a layer is alone."""
+    """Call layers inside and outside their group: outside, a layer is alone."""
     group = dist.new_group([0])
     layer = nn.SyncBatchNorm(3, process_group=group, dtype=torch.float64)
     return layer(mine(rank, world, 3)[0]).detach()
@@ -229,7 +229,7 @@ def batches(rank):
 
 
 def population(rank, _):
-    """Over processes that have different numbers of batches; and those with shared statistics, which may not."""
+    """Update statistics over processes with different numbers of batches; layers with shared statistics refuse that."""
     results = {}
     plain = nn.BatchNorm(3, dtype=torch.float64)
     nn.update_population_stats(plain, batches(rank))

@@ -1,4 +1,4 @@
-"""Tensors for the tests of ``gpu_bn.nn``."""
+"""Make tensors for the tests of ``gpu_bn.nn``."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The Triton backend as tests run it: its compiled kernels on an emulated device, its steps recorded."""
+"""Run the Triton backend in tests: its compiled kernels on an emulated device, or its steps recorded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARCHITECTURES = {75: "t4", 80: "a100", 89: "4090", 90: "h100", 100: "b200"}
 
 
 class EmulatedBackend(TritonBackend):
-    """The backend on CPU tensors, whose memory is the emulated device's; every launch is one of compiled PTX.
+    """Run the backend on CPU tensors, whose memory is the emulated device's; every launch is one of compiled PTX.
 
     Args:
         device: the emulated device; it keeps the launches' reports.
@@ -116,7 +116,7 @@ class EmulatedBackend(TritonBackend):
 
 
 class RecordingBackend(TritonBackend):
-    """The backend, but a launch is only noted: what it is compiled from. Nothing is computed."""
+    """Note of each launch what it is compiled from, and compute nothing."""
 
     def __init__(self, planned: Planned, **options: Any) -> None:
         super().__init__(self.note, planned, **options)

@@ -1,8 +1,8 @@
 """Run conformance cases on the Triton backend in Triton's interpreter, and print what fails as JSON.
 
-A process of its own: kernels are either interpreted or compiled, from their import on. Arguments: a tier or ``auto``,
-and which cases: ``all``, ``some``, or the ``extended`` ones (masks, ghost batches, renormalisation); ``few some`` and
-``few extended`` are an eighth of them.
+This is a process of its own: kernels are either interpreted or compiled, from their import on. Arguments: a tier or
+``auto``, and which cases: ``all``, ``some``, or the ``extended`` ones (masks, ghost batches, renormalisation);
+``few some`` and ``few extended`` are an eighth of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpu_bn.testing import Case, cases, check, extended_cases
 
 
 def some_cases() -> list[Case]:
-    """Small cases of every activation, dtype, layout and mode, and the ones that numerics are hard in."""
+    """Choose small cases of every activation, dtype, layout and mode, and the numerically hard ones."""
     small = [case for case in cases() if math.prod(case.shape) <= 1000]
     chosen, seen = [], set()
     for case in small:
@@ -34,9 +34,9 @@ def some_cases() -> list[Case]:
 
 
 def small_extended() -> list[Case]:
-    """The extended cases, without large ones and two that need more exact sums than an interpreter's.
+    """Choose the extended cases, without large ones and two that need more exact sums than an interpreter's.
 
-    It adds a column of a block in float32 from top to bottom, where a GPU adds in a tree; in float16 and bfloat16 a
+    It adds up a column of a block in float32 from top to bottom, where a GPU adds in a tree; in float16 and bfloat16 a
     block of that shape is all of a channel. The conformance suite has these two on the emulator.
     """
     return [

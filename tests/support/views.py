@@ -1,4 +1,4 @@
-"""Arrays of every layout, for hypothesis."""
+"""Draw arrays of every layout, by hypothesis."""
 
 import numpy as np
 from hypothesis import strategies as st
