@@ -1,7 +1,7 @@
 """Whole networks on a CPU with torch's layers and with ours: ``python bench/steps.py``.
 
-A training step and an evaluation of ResNet-18 and MobileNetV3-large, eight images of 64 x 64, one thread, all
-variants in turn; the figure is the median of the ratios to torch's eager one. Peak memory is what torch's
+A training step and an evaluation of ResNet-18 and MobileNetV3-large, eight images of 64 x 64, on one thread unless
+said, all variants in turn; the figure is the median of the ratios to torch's eager one. Peak memory is what torch's
 tensors take in a step beyond what they took before it. Each variant's first gradient is compared with torch's.
 MobileNetV3-large is torchvision's: ``pip install -e '.[models]'``.
 """
@@ -66,10 +66,11 @@ def main() -> None:
     """Measure and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="only networks whose name contains this")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    gpu_bn.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
+    gpu_bn.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print("| network | layers | training step / torch | ms | peak MB | evaluation / torch | ms |")
     print("|---|---|---|---|---|---|---|")
