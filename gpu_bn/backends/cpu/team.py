@@ -23,6 +23,8 @@ def address() -> tuple[int, int] | None:
 @cache
 def _address() -> tuple[int, int] | None:
     """They are those that torch itself is linked to: another library's team would be another one."""
+    if not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
+        return None
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         functions = library.GOMP_parallel, library.omp_get_thread_num
