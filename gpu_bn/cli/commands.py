@@ -6,13 +6,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from gpu_bn import __version__, registry
 from gpu_bn.cli import values
@@ -21,6 +21,7 @@ from gpu_bn.cli.values import CommandError, UsageError
 from gpu_bn.explanation import DTYPES, MODEL, Direction, Explanation, explain
 from gpu_bn.plan import DEVICES, THREADS
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich", "threadpoolctl": "threadpoolctl"}
 """Modules of the extra ``demo``, and the packages that have them."""
 
@@ -89,16 +90,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_info(commands: Commands) -> None:
     info = _add(
         commands,
         "info",
         "Print versions, devices, backends and why one is unavailable, and which versions of CUDA do not fit.",
     )
-    info.add_argument("--json", type=Path, metavar="PATH", help="write it as JSON too")
+    _value(info, "--json", Path, "PATH", "write it as JSON too")
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_check(commands: Commands) -> None:
     check = _add(
         commands,
         "check",
@@ -107,58 +108,41 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     check.add_argument("--backend", choices=registry.NAMES, help="only this one (default: all that are available)")
     check.add_argument("--quick", action="store_true", help="fewer cases, that still cover every option and dtype")
-    check.add_argument(
-        "--processes",
-        type=values.positive,
-        metavar="N",
-        help="that compile for a GPU (default: one a core, up to 16)",
-    )
-    check.add_argument("--json", type=Path, metavar="PATH", help="write the results as JSON too")
+    _value(check, "--processes", values.positive, "N", "that compile for a GPU (default: one a core, up to 16)")
+    _value(check, "--json", Path, "PATH", "write the results as JSON too")
 
 
-def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_explain(commands: Commands) -> None:
     explain = _add(
         commands,
         "explain",
         "Print how the CUDA kernels would serve a training call, forward and backward, and why. No GPU is needed: "
         "times are a model.",
     )
-    explain.add_argument(
-        "--shape", type=values.shape, required=True, metavar="NxCx...", help="channels second, such as 32x64x56x56"
-    )
-    explain.add_argument(
-        "--dtype", type=values.dtype, default="f32", metavar="NAME",
-        help="f16, bf16, f32 or f64; float16 and so on too (default: f32)",
-    )  # fmt: skip
-    explain.add_argument(
-        "--layout", type=values.layout, default="nchw", metavar="NAME",
-        help="how the axes lie in memory: nchw, nhwc or nc (default: nchw)",
-    )  # fmt: skip
-    explain.add_argument(
-        "--device", type=values.gpu, default="h100", metavar="NAME",
-        help=f"one of {', '.join(DEVICES)}, or all for a table of them (default: h100)",
-    )  # fmt: skip
+    shape, dtype = "channels second, such as 32x64x56x56", "f16, bf16, f32 or f64; float16 and so on too (default: f32)"
+    layout = "how the axes lie in memory: nchw, nhwc or nc (default: nchw)"
+    device = f"one of {', '.join(DEVICES)}, or all for a table of them (default: h100)"
+    _value(explain, "--shape", values.shape, "NxCx...", shape, required=True)
+    _value(explain, "--dtype", values.dtype, "NAME", dtype, default="f32")
+    _value(explain, "--layout", values.layout, "NAME", layout, default="nchw")
+    _value(explain, "--device", values.gpu, "NAME", device, default="h100")
     explain.add_argument("--residual", action="store_true", help="a tensor is added before the activation")
-    explain.add_argument("--activation", metavar="NAME", help="such as relu (default: none)")
+    _value(explain, "--activation", str, "NAME", "such as relu (default: none)")
 
 
-def _add_warm_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_warm_up(commands: Commands) -> None:
     warm = _add(
         commands,
         "warm-up",
         "Compile the kernels of common calls on a CPU into the cache, for images and CI. It is in $GPU_BN_CACHE_DIR, "
         "else in the user's cache folder; NAMES are separated by commas.",
     )
-    warm.add_argument(
-        "--dtype", type=values.several(values.dtype), default=["f32"], metavar="NAMES",
-        help="of f16,bf16,f32,f64 (default: f32)",
-    )  # fmt: skip
-    warm.add_argument(
-        "--activation", type=values.words, metavar="NAMES", help="such as relu,silu (default: identity,relu)"
-    )
+    dtypes = values.several(values.dtype)
+    _value(warm, "--dtype", dtypes, "NAMES", "of f16,bf16,f32,f64 (default: f32)", default=["f32"])
+    _value(warm, "--activation", values.words, "NAMES", "such as relu,silu (default: identity,relu)")
 
 
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_bench(commands: Commands) -> None:
     bench = _add(
         commands,
         "bench",
@@ -166,38 +150,20 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "and two pictures. Each result is compared with a float64 oracle before it is timed. Without a GPU, print "
         "what a model expects of five of them. Exit code 1 if ours are wrong. NAMES are separated by commas.",
     )
-    bench.add_argument(
-        "--shapes",
-        type=values.shapes,
-        metavar="NAMES",
-        help="of few,resnet50-32,resnet50-256,mobilenetv2,unet2d,unet3d,mlp,tiny, and shapes such as 32x64x56x56",
+    networks = "few,resnet50-32,resnet50-256,mobilenetv2,unet2d,unet3d,mlp,tiny"
+    _value(bench, "--shapes", values.shapes, "NAMES", f"of {networks}, and shapes such as 32x64x56x56")
+    _value(bench, "--dtype", values.several(values.dtype), "NAMES", "of f16,bf16,f32,f64")
+    _value(bench, "--layout", values.several(values.layout), "NAMES", "of nchw,nhwc; nc")
+    _value(
+        bench, "--ops", values.words, "NAMES", "of forward,backward,eval, each also as in eval+relu and eval+add+relu"
     )
-    bench.add_argument("--dtype", type=values.several(values.dtype), metavar="NAMES", help="of f16,bf16,f32,f64")
-    bench.add_argument("--layout", type=values.several(values.layout), metavar="NAMES", help="of nchw,nhwc; nc")
-    bench.add_argument(
-        "--ops",
-        type=values.words,
-        metavar="NAMES",
-        help="of forward,backward,eval, each also as in eval+relu and eval+add+relu",
-    )
-    bench.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
-    bench.add_argument(
-        "--peers", type=values.words, metavar="NAMES", help="these alone, such as 'torch cuDNN,apex'; or none"
-    )
-    bench.add_argument(
-        "--device", type=values.device, default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)"
-    )
-    bench.add_argument(
-        "--seconds",
-        type=values.not_negative,
-        metavar="S",
-        help="of samples for each call (default: 0.1 or on a CPU 0.3); 0: one",
-    )
-    bench.add_argument(
-        "--threads",
-        type=values.positive,
-        metavar="N",
-        help="of the NumPy backend and of torch on a CPU (default: one, then all)",
+    _value(bench, "--only", str, "TEXT", "cases whose name contains this", default="")
+    _value(bench, "--peers", values.words, "NAMES", "these alone, such as 'torch cuDNN,apex'; or none")
+    _value(bench, "--device", values.device, "NAME", "auto, cpu or cuda (default: auto)", default="auto")
+    seconds = "of samples for each call (default: 0.1 or on a CPU 0.3); 0: one"
+    _value(bench, "--seconds", values.not_negative, "S", seconds)
+    _value(
+        bench, "--threads", values.positive, "N", "of the NumPy backend and of torch on a CPU (default: one, then all)"
     )
     bench.add_argument("--tiers", choices=("all",), help="on a GPU, force every tier, and fit plan.py's thresholds")
     bench.add_argument(
@@ -205,11 +171,11 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     bench.add_argument("--train", action="store_true", help="time training steps of ResNet-18 too")
     bench.add_argument("--eager", action="store_true", help="leave torch.compile out of --train, which takes minutes")
-    bench.add_argument("--out", type=Path, default=Path("bench-report"), metavar="FOLDER", help="default: %(default)s")
-    bench.add_argument("--page", type=Path, metavar="PATH", help="write the report as Markdown too")
+    _value(bench, "--out", Path, "FOLDER", "default: %(default)s", default=Path("bench-report"))
+    _value(bench, "--page", Path, "PATH", "write the report as Markdown too")
 
 
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_demo(commands: Commands) -> None:
     demo = _add(
         commands,
         "demo",
@@ -217,18 +183,11 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "bias = 0, and with BN's learned pair; print how loss, accuracy and the drift of what the second layer sees "
         "compare; check that BN can be the identity; draw a figure. Needs pip install -e '.[demo]'.",
     )
-    demo.add_argument("--seeds", type=values.positive, default=5, metavar="N", help="runs of each network (default: 5)")
-    demo.add_argument(
-        "--steps", type=values.positive, default=800, metavar="N", help="training steps, in twenties (default: 800)"
-    )
-    demo.add_argument(
-        "--rate",
-        type=values.above_zero,
-        default=3.0,
-        metavar="R",
-        help="learning rate (default: 3, which of 0.1, 0.3, 1, 3 and 10 is the best for the network without BN)",
-    )
-    demo.add_argument("--out", type=Path, default=Path("gpu-bn-demo.png"), metavar="PATH", help="default: %(default)s")
+    rate = "learning rate (default: 3, which of 0.1, 0.3, 1, 3 and 10 is the best for the network without BN)"
+    _value(demo, "--seeds", values.positive, "N", "runs of each network (default: 5)", default=5)
+    _value(demo, "--steps", values.positive, "N", "training steps, in twenties (default: 800)", default=800)
+    _value(demo, "--rate", values.above_zero, "R", rate, default=3.0)
+    _value(demo, "--out", Path, "PATH", "default: %(default)s", default=Path("gpu-bn-demo.png"))
     demo.add_argument("--backend", choices=("numpy", "cupy"), help="default: cupy if it is available, else numpy")
 
 
@@ -340,7 +299,12 @@ def run_demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
-) -> argparse.ArgumentParser:
+def _add(commands: Commands, name: str, text: str) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=text.split(". ")[0].rstrip("."), description=text)
+
+
+def _value(
+    command: argparse.ArgumentParser, flag: str, parse: Callable[[str], Any], metavar: str, text: str, **others: Any
+) -> None:
+    """Add an option that takes a value."""
+    command.add_argument(flag, type=parse, metavar=metavar, help=text, **others)
