@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpu_bn.activations import Activation
 from gpu_bn.bench.cases import Case
@@ -22,45 +22,34 @@ RESIDENT_POSITIONS = 100_000
 """About the most positions of a channel with which cuDNN and apex keep NHWC tensors of float16 on chip."""
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What a library moves: passes over a tensor and over a bit mask, by what is fused with the operation."""
+FUSED = ("", "+relu", "+add+relu")
+"""What may be fused with an operation, in the order of the columns of :class:`Traffic`."""
+Moved = tuple[int, int]
+"""Passes over a tensor, and over a bit mask."""
+
+
+class Traffic(NamedTuple):
+    """What a library moves, by what is fused with the operation; see :data:`FUSED`."""
 
     name: str
-    forward: dict[str, tuple[int, int]]
-    backward: dict[str, tuple[int, int]]
+    forward: tuple[Moved, Moved, Moved]
+    backward: tuple[Moved, Moved, Moved]
 
     def bytes(self, case: Case) -> int | None:
         """Return a case's bytes; ``None`` if the table does not say."""
         operation = case.operation
-        table = {"forward": self.forward, "backward": self.backward}.get(operation.direction)
-        if table is None:
+        if not operation.training:
             return None
-        tensors, masks = table[str(operation).removeprefix(operation.direction)]
+        table = self.forward if operation.direction == "forward" else self.backward
+        tensors, masks = table[FUSED.index(str(operation).removeprefix(operation.direction))]
         return tensors * case.bytes + masks * (math.prod(case.shape) // 8)
 
 
 TRAFFIC = {
-    "unfused": Traffic(
-        "separate elementwise operations",
-        {"": (10, 0), "+relu": (12, 0), "+add+relu": (15, 0)},
-        {"": (27, 0), "+relu": (30, 0), "+add+relu": (30, 0)},
-    ),
-    "torch": Traffic(
-        "PyTorch's own kernels, ReLU and sum apart",
-        {"": (3, 0), "+relu": (5, 0), "+add+relu": (8, 0)},
-        {"": (5, 0), "+relu": (8, 0), "+add+relu": (8, 0)},
-    ),
-    "cudnn": Traffic(
-        "cuDNN, NHWC, not resident",
-        {"": (3, 0), "+relu": (3, 1), "+add+relu": (4, 1)},
-        {"": (5, 0), "+relu": (5, 2), "+add+relu": (6, 2)},
-    ),
-    "cudnn resident": Traffic(
-        "cuDNN and apex, NHWC, resident",
-        {"": (2, 0), "+relu": (2, 1), "+add+relu": (3, 1)},
-        {"": (3, 0), "+relu": (3, 1), "+add+relu": (4, 1)},
-    ),
+    "unfused": Traffic("separate elementwise operations", ((10, 0), (12, 0), (15, 0)), ((27, 0), (30, 0), (30, 0))),
+    "torch": Traffic("PyTorch's own kernels, ReLU and sum apart", ((3, 0), (5, 0), (8, 0)), ((5, 0), (8, 0), (8, 0))),
+    "cudnn": Traffic("cuDNN, NHWC, not resident", ((3, 0), (3, 1), (4, 1)), ((5, 0), (5, 2), (6, 2))),
+    "cudnn resident": Traffic("cuDNN and apex, NHWC, resident", ((2, 0), (2, 1), (3, 1)), ((3, 0), (3, 1), (4, 1))),
 }
 """Counted by hand, not measured: PyTorch 2.14's and apex's in their sources, cuDNN's by descriptions of its kernels.
 Caches are not counted. Backward by separate operations is an estimate."""

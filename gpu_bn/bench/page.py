@@ -51,8 +51,8 @@ def _blocks(texts: Iterable[Table | str]) -> list[str]:
 
 def _traffic() -> Table:
     rows = [
-        [row.name, *(f"{_passes(*row.forward[name])} / {_passes(*row.backward[name])}" for name in row.forward)]
-        for row in TRAFFIC.values()
+        [name, *(f"{_passes(*there)} / {_passes(*back)}" for there, back in zip(forward, backward, strict=True))]
+        for name, forward, backward in TRAFFIC.values()
     ]
     title = "What kernels read and write: passes over a tensor, forward / backward"
     return Table(title, ["by", "BN", "+ReLU", "+add+ReLU"], rows, "m: a bit mask. Caches are not counted.")
