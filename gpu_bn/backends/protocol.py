@@ -61,8 +61,9 @@ class Saved:
         weight_dtype, bias_dtype: what the parameters came in and their gradients go out in.
         has_residual: whether the forward call had a residual.
         spec: the call's options.
-        mask: one bit an element that decides the activation's gradient, kept in place of the residual; the backend
-            that made it knows its layout. A ``count`` of the statistics above the input's own is that of all ranks.
+        mask: what decides the activation's gradient, kept in place of the residual: one bit an element, whose layout
+            the backend knows that made it, or ``y`` itself (autograd on a CPU). A ``count`` of the statistics above the
+            input's own is that of all ranks.
         valid: bool, dense, of x's shape but one channel: which positions count; ``None`` for all.
         renorm: (C,) each: batch renormalisation's ``r`` and ``d``, which ``weight`` and ``bias`` include.
     """

@@ -12,7 +12,9 @@ from gpu_bn.activation_values import ERFC_SERIES, SQRT_HALF
 from gpu_bn.activations import ROWS
 from gpu_bn.kernels.cpu.vector import fma, power_of_two, where
 
-NAMES = tuple(ROWS)
+OF_Y = " of y"
+"""Ends the name of an activation whose gradient is told from y, which kernels then get in the residual's place."""
+NAMES = (*ROWS, f"relu{OF_Y}")
 """Kernels know an activation by its place in here; the first is the identity."""
 ENDS = (-87.0, 88.0), (-708.0, 709.0)
 """Between these exp is a normal number, in float32 and in float64."""
@@ -101,7 +103,7 @@ def value(which, z, p):
 
 
 def gradient(which, z, dy, p):
-    """``dz`` from ``z`` and ``dy``."""
-    code = ROWS[NAMES[which]].device
+    """``dz`` from ``z``, or from ``y`` where the name says so, and ``dy``."""
+    code = ROWS[NAMES[which].removesuffix(OF_Y)].device
     chosen = f"where({code.drop}, {f'dy * {code.slope}' if code.slope else code.dropped}, dy)"
     return eval(code.gradient or chosen, FUNCTIONS, {"z": z, "dy": dy, "p": p})

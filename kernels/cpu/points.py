@@ -24,9 +24,9 @@ def _terms(x, residual, dy, at, count, affine, which, p):
     if which == 0:
         return d, dz
     dz = dz.called("arithmetic.fence")  # or else LLVM makes of ReLU a load by a mask, which waits for x
-    z = fma(d, scale, shift)
-    if residual is not None:
-        z = z + residual.load(at, count, centre)
+    z = None if residual is None else residual.load(at, count, centre)
+    if not activations.NAMES[which].endswith(activations.OF_Y):
+        z = fma(d, scale, shift) if z is None else fma(d, scale, shift) + z
     return d, activations.gradient(which, z, dz, spread(x.builder, p, centre.value.type))
 
 

@@ -14,6 +14,7 @@ from gpu_bn.backends.cpu import launch, pieces
 from gpu_bn.backends.cpu.arrays import Arrays, NumpyArrays
 from gpu_bn.backends.protocol import Grads, Moments, Saved, Sums
 from gpu_bn.call import Call
+from gpu_bn.kernels.cpu.vector import SIZES
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -69,6 +70,14 @@ class CpuBackend:
         if sums or grads.dx is not None or grads.dresidual is not None:
             self._backward(dy, saved, grads, sums, fresh=True)
         return grads._replace(dresidual=self.copy(dy, saved.x)) if copied else grads
+
+    def keeps_output(self, activation: str, dtype: Any) -> bool:
+        """Whether the gradient after a residual can be told from y, to be kept as ``Saved.mask`` in its place.
+
+        y must have z's sign, which rounding to half precision can lose. NumPy's arrays know no versions: nothing would
+        notice that the caller has changed y.
+        """
+        return activation == "relu" and SIZES[self.arrays.code(dtype)] > 2
 
     # ------------------------------------------------------------------------------------------------------- phases
     def vector(self, array: Array) -> Array:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from gpu_bn.backends.cpu import launch, pages, plans, team, threads
 from gpu_bn.backends.cpu.tensors import TENSORS
+from gpu_bn.kernels.cpu import activations
 from gpu_bn.kernels.cpu import doors as compiled
 from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 scratch_address = launch.scratch_address
+OF_Y: str = activations.OF_Y
 METH_FASTCALL = 0x80
 RELEASES = 1 << 16
 """Bytes from which on other threads of Python's may run during a call."""

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_bn.activations import ROWS
 from gpu_bn.backends.cpu import pages, plans, threads
 from gpu_bn.backends.cpu.arrays import Arrays
 from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Saved, Sums
 from gpu_bn.call import Call
 from gpu_bn.kernels.cpu import calls_channels, calls_rows
+from gpu_bn.kernels.cpu.activations import NAMES, OF_Y
 from gpu_bn.kernels.cpu.calls import END, FINISH, LINE, START, SUM, WRITE
 from gpu_bn.kernels.cpu.compiler import supports_float16
 from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT64, SIZES
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
-WHICH = {name: at for at, name in enumerate(ROWS)}
+WHICH = {name: at for at, name in enumerate(NAMES)}
 Phases = tuple[tuple[int, bool], ...]
 IN_TURN: Phases = ((START, False), (SUM, True), (FINISH, False), (WRITE, True), (END, False))
 """The phases of a call, and which of them threads share."""
@@ -126,6 +126,8 @@ def backward(
     """
     x, residual, spec, (dx, dweight, dbias, dresidual) = saved.x, saved.residual, saved.spec, grads
     axis, activation, vectors, gradients = spec.axis, spec.activation.name, (saved.weight, saved.bias), (dweight, dbias)
+    if saved.mask is not None:
+        residual, activation = saved.mask, activation + OF_Y
     tensors, layout, address = (x, residual, dy, dx, dresidual), arrays.layout, arrays.address
     key = (
         axis, sums, activation, layout(x), None if residual is None else layout(residual), layout(dy),

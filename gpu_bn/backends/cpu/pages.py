@@ -11,7 +11,7 @@ import sys
 from functools import cache
 from typing import Any
 
-LARGE = 8 << 20
+LARGE = 3 << 20
 """Bytes of an output that asks for them."""
 PAGE = 2 << 20
 MADV_HUGEPAGE = 14

@@ -123,14 +123,15 @@ def backward(backend: CpuBackend, dy: Array, saved: Saved, grads: Grads, sums: b
         found = None
         if _size(x):
             within = replace(spec, axis=pieces.axis)
-            part = replace(saved, x=x, residual=pieces.take(saved.residual, at), valid=None, spec=within)
+            residual, mask = pieces.take(saved.residual, at), pieces.take(saved.mask, at)
+            part = replace(saved, x=x, residual=residual, mask=mask, valid=None, spec=within)
             found = backend._backward(pieces.take(dy, at), part, rooms, given is None and sums, given)
         for target, room in zip(targets, rooms, strict=True):
             pieces.put(target, at, room)
         return found
 
     def through(targets: Grads, given: Sums | None) -> Sums:
-        tensors = [one for one in (saved.x, saved.residual, dy, *targets) if one is not None]
+        tensors = [one for one in (saved.x, saved.residual, saved.mask, dy, *targets) if one is not None]
         pieces = Pieces(arrays, saved.x, spec.axis, saved.valid, len(tensors))
         total = zeros
         for at in pieces:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numba
 
+from gpu_bn.activations import ROWS
 from gpu_bn.backends.layout import memory_order
 from gpu_bn.kernels.cpu import channels, rows
-from gpu_bn.kernels.cpu.activations import NAMES
+from gpu_bn.kernels.cpu.activations import NAMES, OF_Y
 from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64, SIZES, WIDE
 
 SHORT = 16
@@ -167,11 +168,12 @@ def backward_kernels(
 ) -> tuple[int, int, int]:
     """Whether the sums' kernel keeps dz, and the addresses that a backward call takes; 0 for what it does not need.
 
-    dz is kept where it takes long to compute again: in the place of dresidual, or of dx until that is known. In half
-    precision that would round it.
+    dz is kept where dresidual, which it is, is wanted, and where it takes long to compute again: in the place of dx
+    until that is known. In half precision only what is dy or 0 is kept: anything else would be rounded.
     """
-    module = rows if by_rows else channels
-    keeps = sums and writes and SIZES[code] > 2 and NAMES[which] not in CHEAP
+    module, name = (rows if by_rows else channels), NAMES[which].removesuffix(OF_Y)
+    exact = SIZES[code] > 2 or bool(ROWS[name].device.dropped)
+    keeps = sums and writes and exact and (adds or name not in CHEAP)
     last = (0, False, True, True, False) if keeps else (which, residual, True, writes, adds)
     return (
         int(keeps),

@@ -9,6 +9,7 @@ Where nothing but autograd is to see a call, it goes to its backend without torc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -88,6 +89,8 @@ class _Direct(Function):
         identity = spec.activation.is_identity
         require_savable((x, weight) if identity else (x, weight, bias, residual))
         y, saved = library.forward(engine, call, spec)
+        if _keeps_output(engine, saved):
+            saved = replace(saved, residual=None, mask=y)
         ctx.save_for_backward(x, weight, None if identity else bias, saved.residual, saved.valid, saved.mask)
         bias_dtype = x.dtype if bias is None else bias.dtype
         own = [None if kept is given else kept for kept, given in ((saved.weight, weight), (saved.bias, bias))]
@@ -107,6 +110,13 @@ class _Direct(Function):
         saved = Saved(x, residual, moments, *kept, *dtypes, ctx.has_residual, ctx.spec, mask, valid, ctx.renorm)  # type: ignore[call-arg]
 
         return *gradients_of(ctx.engine, dy, saved, weight, bias, ctx.needs_input_grad), *[None] * 3
+
+
+def _keeps_output(engine: Any, saved: Saved) -> bool:
+    """Whether to keep y in place of the residual: a backend tells the gradient of a plain call from it."""
+    plain = saved.valid is None and saved.spec.groups == 1 and saved.renorm is None
+    chosen = plain and saved.residual is not None and hasattr(engine, "keeps_output")
+    return chosen and engine.keeps_output(saved.spec.activation.name, saved.x.dtype)
 
 
 def gradients_of(

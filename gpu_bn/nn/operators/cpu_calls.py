@@ -72,11 +72,13 @@ class _Made(Function):
         made: tuple[Tensor],
         rest: tuple[Any, ...],
     ) -> Tensor:
-        if rest[4] == "identity":  # whose gradient reads neither
+        engine, activation = rest[0], rest[4]
+        of_y = residual is not None and engine.keeps_output(activation, x.dtype)
+        if activation == "identity":  # whose gradient reads neither
             ctx.save_for_backward(x, weight, None, None)
         else:
-            ctx.save_for_backward(x, weight, bias, residual)
-        ctx.rest = *rest, x.dtype if bias is None else bias.dtype, residual is not None
+            ctx.save_for_backward(x, weight, bias, made[0] if of_y else residual)
+        ctx.rest = *rest, x.dtype if bias is None else bias.dtype, residual is not None, of_y
         ctx.set_materialize_grads(False)
         return made[0]
 
@@ -84,8 +86,8 @@ class _Made(Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 6
-        x, weight, bias, residual = ctx.saved_tensors
-        engine, statistics, training, eps, activation, parameter, bias_dtype, _ = ctx.rest
+        x, weight, bias, residual = ctx.saved_tensors  # or y in the residual's place
+        engine, statistics, training, eps, activation, parameter, bias_dtype, _, of_y = ctx.rest
         identity, need = activation == "identity", ctx.needs_input_grad
         if needs_operator(dy, x):
             return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
@@ -94,7 +96,8 @@ class _Made(Function):
         dx = dresidual = dweight = dbias = None
         if sums or adds or need[0]:
             doors = engine.doors
-            door = doors.backward(x, residual, dy, need[0], adds, sums, training, activation)
+            kernel = activation + doors.OF_Y if of_y else activation
+            door = doors.backward(x, residual, dy, need[0], adds, sums, training, kernel)
             if door is None:
                 return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
             if need[0]:
@@ -124,11 +127,11 @@ def _gradients_by_backend(
     ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients by a backend's own call, or by the operator."""
-    engine, statistics, training, eps, activation, parameter, bias_dtype, has_residual = ctx.rest
+    engine, statistics, training, eps, activation, parameter, bias_dtype, has_residual, of_y = ctx.rest
     channels = x.shape[1]
     saved = Saved(
         x=x,
-        residual=residual,
+        residual=None if of_y else residual,
         moments=Moments(x.numel() // channels, statistics[:channels], statistics[channels:]),
         weight=weight,
         bias=bias,
@@ -136,5 +139,6 @@ def _gradients_by_backend(
         bias_dtype=bias_dtype,
         has_residual=has_residual,
         spec=library.options(training, 0.0, eps, activation, parameter),
+        mask=residual if of_y else None,
     )
     return *gradients_of(engine, dy, saved, weight, bias, ctx.needs_input_grad), None, None

@@ -63,12 +63,12 @@ def arm_code(kernel):
 
 
 def inner_loops(assembly):
-    """The bodies of loops that have no loop within."""
+    """The bodies of loops that have no loop within: nothing in one can be jumped to but its begin."""
     lines = [line.strip() for line in assembly.splitlines()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
     jumps = [(at, re.match(r"(?:j|b|cb|tb)\S*\s+(?:.*, )?(\.L\w+)", line)) for at, line in enumerate(lines)]
     loops = [(labels[jump[1]], at) for at, jump in jumps if jump and labels.get(jump[1], at) < at]
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    inner = [(first, last) for first, last in loops if not any(first < at < last for at in labels.values())]
     return ["\n".join(lines[first:last]) for first, last in inner]
 
 
@@ -219,11 +219,14 @@ def test_float32_far_from_zero(shape):
 
 
 @pytest.mark.parametrize("shape", [(6, 8, 30), (40, 37), (2, 3, 400_000)], ids=str)
-@pytest.mark.parametrize("residual", [False, True])
-def test_gradients_that_the_sums_keep_are_not_rounded(shape, residual):
-    x, dy, added = (rng(seed).standard_normal(shape).astype(np.float32) for seed in range(3))
+@pytest.mark.parametrize(
+    ("activation", "dtype", "residual"),
+    [("silu", "float32", False), ("silu", "float32", True), ("relu", "float16", True), ("leaky_relu", "float32", True)],
+)
+def test_gradients_that_the_sums_keep_are_not_rounded(shape, activation, dtype, residual):
+    x, dy, added = (rng(seed).standard_normal(shape).astype(dtype) for seed in range(3))
     _, saved = gpu_bn.batch_norm_forward(
-        x, training=True, residual=added if residual else None, activation="silu", backend="cpu"
+        x, training=True, residual=added if residual else None, activation=activation, backend="cpu"
     )
     kept = gpu_bn.batch_norm_backward(dy, saved, backend="cpu")
     engine, dx, dz = registry.select("cpu", x=x), np.empty_like(x), np.empty_like(x)
@@ -233,12 +236,15 @@ def test_gradients_that_the_sums_keep_are_not_rounded(shape, residual):
 
 
 def test_which_gradients_the_sums_keep():
-    def keeps(code, which):
-        return plans.backward_kernels(False, code, which, False, True, True, False)[0]
+    def keeps(code, which, adds=False):
+        return plans.backward_kernels(False, code, which, False, True, True, adds)[0]
 
     assert keeps(FLOAT32, SILU)
     assert not keeps(FLOAT32, RELU)
+    assert keeps(FLOAT32, RELU, adds=True)
+    assert keeps(FLOAT16, RELU, adds=True)
     assert not keeps(FLOAT16, SILU)  # which would round them
+    assert not keeps(FLOAT16, SILU, adds=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
