@@ -256,7 +256,7 @@ class TritonBackend(SharedStatistics):
         pair, none = (running_mean, running_var), (None, None)
         frozen, tracked = (none, none if extended else pair) if spec.batch_stats else (pair, none)
         steps.run(
-            self.launch, dense_x, residual, y, mask, valid_bytes, weight, bias, kept, positions,
+            self.launch, (dense_x, residual, y, mask, valid_bytes), (weight, bias, kept, positions),
             None if steps.stats is None else self.partials(steps.plan, x, groups, valid is not None), frozen, tracked,
             (counter, number, at, spec.eps, spec.activation.parameter),
         )  # fmt: skip
@@ -303,8 +303,8 @@ class TritonBackend(SharedStatistics):
         dbias = self.new((c,), None, saved.bias_dtype, device) if "dbias" in need else None
         steps = self.prepare(("backward", call.key), lambda: self.builder.backward(call, need, batch_stats))
         partials = None if steps.reduce is None else self.partials(steps.plan, x)
-        outputs = (dz, dx, call.vectors, partials, dweight, dbias)
-        steps.run(self.launch, call.tensors, *outputs, call.numbers, divisor_of(saved))
+        outputs = (dz, dx), (dweight, dbias)
+        steps.run(self.launch, call.tensors, call.vectors, partials, outputs, call.numbers, divisor_of(saved))
         return Grads(dx, dweight, dbias, dz)
 
     def _backward_of_groups(self, call: BackwardCall, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:

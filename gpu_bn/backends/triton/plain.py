@@ -133,9 +133,10 @@ class PlainCalls:
         mask = None if prepared.mask is None else like(prepared.mask)
         partials = None if prepared.partials is None else like(prepared.partials)
         frozen, tracked = (NOTHING, (mean, var)) if training else ((mean, var), NOTHING)
-        rest = frozen, tracked, (counter, momentum, None, eps, activation.parameter)
+        tensors, vectors = (x, residual, y, mask, None), (weight, bias, kept, None)
+        rest = counter, momentum, None, eps, activation.parameter
         try:
-            steps.run(engine.launch, x, residual, y, mask, None, weight, bias, kept, None, partials, *rest)
+            steps.run(engine.launch, tensors, vectors, partials, frozen, tracked, rest)
         except ClusterError:
             engine.do_without_clusters()
             return None
@@ -160,10 +161,10 @@ class PlainCalls:
         engine, like = self.engine, self.engine.like
         dx, dz = like(x) if need[0] else None, like(x) if need[3] else None
         dweight, dbias = like(prepared.weight) if need[1] else None, like(prepared.bias) if need[2] else None
-        outputs = dz, dx, made.vectors, None if partials is None else like(partials), dweight, dbias
-        tensors = x, dy, residual, mask, None
+        tensors, outputs = (x, dy, residual, mask, None), ((dz, dx), (dweight, dbias))
+        partials, numbers = None if partials is None else like(partials), (eps, parameter)
         try:
-            steps.run(engine.launch, tensors, *outputs, (eps, parameter), (1.0 / prepared.count, None))
+            steps.run(engine.launch, tensors, made.vectors, partials, outputs, numbers, (1.0 / prepared.count, None))
         except ClusterError:
             engine.do_without_clusters()
             return None

@@ -36,6 +36,7 @@ from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan, Work
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
+Arrays = tuple[Array | None, ...]
 Pair = tuple[Array | None, Array | None]
 WARPS = 4
 """Of programs that only merge."""
@@ -59,19 +60,22 @@ class ForwardSteps:
         return [step for step in (self.stats, self.last) if step is not None]
 
     def run(
-        self, launch: Launch, x: Array, residual: Array | None, y: Array, mask: Array | None, valid: Array | None,
-        weight: Array | None, bias: Array | None, kept: Array, counts: Array | None, partials: Array | None,
-        frozen: Pair, tracked: Pair, rest: tuple[Any, ...],
+        self, launch: Launch, tensors: Arrays, vectors: Arrays, partials: Array | None, frozen: Pair, tracked: Pair,
+        rest: tuple[Any, ...],
     ) -> None:  # fmt: skip
-        """Launch a call; ``rest``: the counter, the momentum, where that is on the device, eps, the parameter."""
+        """Launch a call.
+
+        ``tensors``: x, residual, y, mask, valid. ``vectors``: weight, bias, what is kept, counts. ``rest``: the
+        counter, the momentum, where that is on the device, eps, the parameter.
+        """
         counter, momentum, momentum_at, eps, parameter = rest
         numbers = (*tracked, counter, momentum, momentum_at, self.bessel, eps, parameter)
         if self.whole:
-            launch(self.last, (x, residual, y, mask, weight, bias, kept, *numbers))
+            launch(self.last, (*tensors[:4], *vectors[:3], *numbers))
             return
         if self.stats is not None:
-            launch(self.stats, (x, valid, partials))
-        launch(self.last, (x, residual, y, mask, valid, *frozen, partials, weight, bias, kept, counts, *numbers))
+            launch(self.stats, (tensors[0], tensors[4], partials))
+        launch(self.last, (*tensors, *frozen, partials, *vectors, *numbers))
 
 
 @dataclass(slots=True, eq=False)
@@ -91,22 +95,27 @@ class BackwardSteps:
         return [step for step in (self.whole, self.reduce, self.last, self.merge) if step is not None]
 
     def run(
-        self, launch: Launch, tensors: tuple[Array | None, ...], dz: Array | None, dx: Array | None,
-        vectors: tuple[Array | None, ...], partials: Array | None, dweight: Array | None, dbias: Array | None,
+        self, launch: Launch, tensors: Arrays, vectors: Arrays, partials: Array | None, outputs: tuple[Pair, Pair],
         numbers: tuple[float, float], divisor: tuple[float, Array | None],
     ) -> None:  # fmt: skip
-        """Launch a call. ``tensors``: x, dy, residual, mask, valid. ``vectors``: mean, var, weight, bias."""
+        """Launch a call.
+
+        ``tensors``: x, dy, residual, mask, valid. ``vectors``: mean, var, weight, bias. ``outputs``: dz and dx,
+        dweight and dbias.
+        """
+        written, gradients = outputs
         if self.whole:
-            launch(self.whole, (*tensors[:4], dz, dx, *vectors, dweight, dbias, *numbers, divisor[0]))
+            launch(self.whole, (*tensors[:4], *written, *vectors, *gradients, *numbers, divisor[0]))
             return
         if self.reduce is not None:
-            written = (None, None) if self.merge is None else (dz, dx)
-            launch(self.reduce, (*tensors, *written, *vectors, partials, *numbers))
+            on_the_way = (None, None) if self.merge is None else written
+            launch(self.reduce, (*tensors, *on_the_way, *vectors, partials, *numbers))
         if self.merge is not None:
-            launch(self.merge, (partials, *vectors[:2], dweight, dbias, numbers[0]))
+            launch(self.merge, (partials, *vectors[:2], *gradients, numbers[0]))
         elif self.last is not None:
-            tail = (partials, None, None, dweight, dbias, *numbers, *divisor)
-            launch(self.last, (*tensors, dz, dx, *vectors, *tail))
+            launch(
+                self.last, (*tensors, *written, *vectors, partials, None, None, *gradients, *numbers, *divisor)
+            )  # fmt: skip
 
 
 class StepBuilder:
