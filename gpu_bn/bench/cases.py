@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -152,13 +152,7 @@ def select(
         ValueError: a shape or an operation is not known, no layout fits a shape, or a shape has nothing to normalise in
             training.
     """
-    return [case for case in _combined(shapes, dtypes, layouts, operations) if only in str(case)]
-
-
-def _combined(
-    shapes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str], operations: Iterable[str]
-) -> Iterator[Case]:
-    chosen = [_operation(name) for name in operations]
+    chosen, found = [_operation(name) for name in operations], []
     spatial = [name for name in layouts if name != "nc"]
     for shape, dtype in product(shapes_of(shapes), dtypes):
         if len(shape) > 2 and not spatial:
@@ -166,7 +160,8 @@ def _combined(
         if math.prod(shape) == shape[1] and any(operation.training for operation in chosen):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         for layout, operation in product(["nc"] if len(shape) == 2 else spatial, chosen):
-            yield Case(shape, DTYPES[dtype], layout, operation)
+            found.append(Case(shape, DTYPES[dtype], layout, operation))
+    return [case for case in found if only in str(case)]
 
 
 def _operation(name: str) -> Operation:

@@ -28,17 +28,12 @@ SLOWER, SLOWER_MARK = 1.5, "!"
 
 @dataclass
 class Report:
-    """All that a run has found.
+    """All that a run of a command line has found on a machine (:func:`gpu_bn.bench.machine.machine`).
 
     Attributes:
-        command: the command line that made it.
-        machine: see :func:`gpu_bn.bench.machine.machine`.
-        results: measured.
-        modelled: not measured.
         left_out: peers and parts of the benchmark that did not run here, and why.
-        extra: what further parts of the benchmark have found, by name, for JSON.
-        texts: the tables of these parts.
-        forced: measured with forced tiers.
+        extra, texts: what further parts of the benchmark have found, by name, for JSON; and their tables.
+        forced: the results measured with forced tiers.
         failed: what else is wrong with ours, or ended the run.
         warnings: why times should not be trusted.
     """

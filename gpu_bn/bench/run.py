@@ -55,15 +55,11 @@ class Options:
 
     Attributes:
         shapes, dtypes, layouts, operations, only: as in :func:`gpu_bn.bench.cases.select`.
-        peers: names of implementations.
         device: ``auto``, ``cpu`` or ``cuda``.
         seconds: the time for samples of each call and regime; 0 is one sample.
         threads: how many our CPU backends and torch get; ``None`` times one, then all.
-        tiers, verify, train: the further parts.
-        eager: leave torch.compile out of ``train``.
-        out: the folder for ``report.json`` and the pictures.
-        page: the results page to write.
-        command: the command line.
+        tiers, verify, train: the further parts; ``eager`` leaves torch.compile out of the last.
+        out, page: the folder for ``report.json`` and the pictures, and the results page.
     """
 
     shapes: list[str] | None = None
