@@ -18,40 +18,69 @@ NAMES = (*ROWS, f"relu{OF_Y}")
 """Kernels know an activation by its place in here; the first is the identity."""
 ENDS = (-87.0, 88.0), (-708.0, 709.0)
 """Between these exp is a normal number, in float32 and in float64."""
-MAGIC = 1.5 * 2.0**23, 1.5 * 2.0**52
-"""Added to a number, it rounds to an integer."""
+MAGIC = 1.5 * 2.0**23 + 127, 1.5 * 2.0**52 + 1023
+"""Added to a number, it rounds to an integer n; the last bits of the sum are the exponent of 2**n."""
 LN2 = (0.693359375, -2.12194440e-4), (6.93147180369123816490e-01, 1.90821492927058770002e-10)
 """In two parts, of which the first has few bits, so that its products with integers are exact."""
-TERMS = 7, 13
-"""Of the exponential series, for |r| <= ln(2) / 2."""
 
 
-def _scaled_erfc(u):
-    """erfc(x) * exp(x**2) / t at u = 2 * t - 1."""
-    return exp_of(chebval(u, ERFC_SERIES))
+def _interpolated(function, degree, low, high):
+    """Coefficients, those of low powers first, of a polynomial that is nearly a function between two numbers.
+
+    Its variable is -1 at ``low`` and 1 at ``high``.
+    """
+    middle, half = (low + high) / 2, (high - low) / 2
+    return [float(one) for one in cheb2poly(chebinterpolate(lambda x: function(middle + half * x), degree))]
 
 
-HALF_ERFC = cheb2poly(chebinterpolate(_scaled_erfc, 10)) / 2
-"""erfc(x) * exp(x**2) / (2 * t) as a polynomial in 2 * t - 1, to 3e-8: for float32, which so takes one exponential for
-the distribution and its density."""
+def _exp_rest(r):
+    """(exp(r) - 1 - r) / r**2."""
+    return sum(r**i / math.factorial(i + 2) for i in range(14))
+
+
+HALF_LN2 = 0.3466
+"""A little more than ln(2) / 2."""
+EXP_REST = (
+    [one / HALF_LN2**i for i, one in enumerate(_interpolated(_exp_rest, 4, -HALF_LN2, HALF_LN2))],
+    [1 / math.factorial(i + 2) for i in range(12)],
+)
+"""The same as polynomials in r, |r| <= ln(2) / 2, which make exp(r) right to 1e-8 in float32, 5e-18 in float64."""
+BEYOND = 3.8
+FIRST, LAST = 1 / (14.5 + BEYOND), 1 / BEYOND
+"""r = 1 / (|z| + BEYOND) where the normal distribution's tail is too small for float32, and where z = 0."""
+
+
+def _scaled_tail(r):
+    """normal_cdf(-|z|) * exp(z**2 / 2) / r."""
+    t = 2 / (2 + (1 / r - BEYOND) * SQRT_HALF)
+    return t / 2 * exp_of(chebval(2 * t - 1, ERFC_SERIES)) / r
+
+
+SCALED_TAIL = _interpolated(_scaled_tail, 8, FIRST, LAST)
+"""To 5e-8, for float32, which so takes one exponential for the distribution and its density."""
+
+
+def _polynomial(coefficients, x):
+    result = x.like(coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        result = fma(result, x, coefficient)
+    return result
 
 
 def _reduced(x):
     """(p, power): exp(x) = (1 + p) * power, for x between the ends."""
     (low, high), magic, (upper, lower) = ENDS[x.double], MAGIC[x.double], LN2[x.double]
-    x = where(x < low, low, where(x > high, high, x))
+    x = where(x > high, high, x)
+    x = where(x < low, low, x)
     shifted = fma(x, math.log2(math.e), magic)
     n = shifted - magic
     r = fma(n, -lower, fma(n, -upper, x))
-    p = r.like(1.0 / math.factorial(TERMS[x.double]))
-    for i in range(TERMS[x.double] - 1, 1, -1):
-        p = fma(p, r, 1.0 / math.factorial(i))
-    return fma(p * r, r, r), power_of_two(shifted)
+    return fma(_polynomial(EXP_REST[x.double], r) * r, r, r), power_of_two(shifted)
 
 
 def exp(x):
     p, power = _reduced(x)
-    return (p + 1) * power
+    return fma(p, power, power)
 
 
 def expm1(x):
@@ -76,19 +105,18 @@ def tanh(z):
 
 def normal_cdf(z):
     """The standard normal distribution function; see :func:`gpu_bn.activation_values.normal_cdf`."""
-    x = abs(z) * SQRT_HALF
-    t = 2 / (x + 2)
-    u = fma(t, 2.0, -1.0)
     if z.double:
+        x = abs(z) * SQRT_HALF
+        t = 2 / (x + 2)
+        u = fma(t, 2.0, -1.0)
         ahead = last = z.like(0.0)  # Clenshaw's recurrence
         for coefficient in ERFC_SERIES[:0:-1]:
             ahead, last = fma(u * 2, ahead, coefficient - last), ahead
         half = t * 0.5 * exp(fma(-x, x, fma(u, ahead, ERFC_SERIES[0] - last)))
     else:
-        scaled = z.like(0.0)
-        for coefficient in HALF_ERFC[::-1]:
-            scaled = fma(scaled, u, float(coefficient))
-        half = t * scaled * exp(-0.5 * z * z)
+        r = 1 / (abs(z) + BEYOND)
+        u = fma(r, 2 / (LAST - FIRST), (LAST + FIRST) / (FIRST - LAST))
+        half = r * _polynomial(SCALED_TAIL, u) * exp(-0.5 * z * z)
     return where(z > 0, 1 - half, half)
 
 

@@ -135,11 +135,9 @@ def fma(a, b, c):
 
 
 def power_of_two(shifted):
-    """2**n for ``shifted`` = n + 1.5 * 2**(bits of the significand)."""
-    bits, bias = (52, 1023) if shifted.double else (23, 127)
+    """2**n for ``shifted`` = n + bias of exponents + 1.5 * 2**(bits of the significand)."""
     builder, word = shifted.builder, shifted.bits()
-    biased = builder.add(word, constant(word.type, bias))
-    power = builder.shl(biased, constant(word.type, bits))
+    power = builder.shl(word, constant(word.type, 52 if shifted.double else 23))
     return Lanes(builder, builder.bitcast(power, shifted.value.type))
 
 

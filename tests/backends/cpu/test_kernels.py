@@ -18,6 +18,7 @@ import gpu_bn
 from gpu_bn import registry
 from gpu_bn.activations import ROWS
 from gpu_bn.testing import Case, build, check, oracle, run
+from gpu_bn.testing.oracle import derivative, value
 
 numba = pytest.importorskip("numba", reason="Numba compiles the kernels for CPUs: pip install -e '.[cpu]'")
 import llvmlite.binding as llvm
@@ -245,6 +246,27 @@ def test_which_gradients_the_sums_keep():
     assert keeps(FLOAT16, RELU, adds=True)
     assert not keeps(FLOAT16, SILU)  # which would round them
     assert not keeps(FLOAT16, SILU, adds=True)
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.device.gradient])
+@pytest.mark.one_in(2)
+def test_activations_are_the_functions(name, dtype):
+    z = np.concatenate([np.linspace(-40, 40, 4000), 10.0 ** np.arange(-30, 0), -(10.0 ** np.arange(-30, 0))])
+    z = np.resize(np.append([np.nan, -1e30, -1e4, 1e4, 1e30, 0], z).astype(dtype), (210, 1, 20))
+    parameter, eps = ROWS[name].default.parameter, np.finfo(dtype).eps
+    running = np.zeros(1), np.ones(1)
+    y, saved = gpu_bn.batch_norm_forward(z, *running, eps=1e-30, activation=name, backend="cpu")
+    slopes = gpu_bn.batch_norm_backward(np.ones_like(z), saved, backend="cpu").dx
+    assert np.array_equal(np.isnan(y), np.isnan(z))
+    assert np.array_equal(np.isnan(slopes), np.isnan(z) & (name != "identity"))
+    y, slopes, z = (array[~np.isnan(z)] for array in (y, slopes, z.astype(np.longdouble)))
+    exact = value(name, parameter, z)
+    for got, truth in ((y, exact), (slopes, derivative(name, parameter, z))):
+        assert (np.abs(got - truth) <= 8 * eps * np.maximum(np.abs(truth), np.minimum(np.abs(z), 1))).all()
+    tail = (z < -1) & (z > -12) & (name in ("elu", "silu", "gelu", "sigmoid"))
+    assert (np.abs(y - exact) <= (8 + z**2 / 2) * eps * np.abs(exact))[tail].all()  # z**2 is rounded, in exp(-z**2 / 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
