@@ -1,1 +1,1 @@
-"""The Triton backend, for torch tensors on a GPU."""
+"""Serve torch tensors on a GPU by Triton kernels."""

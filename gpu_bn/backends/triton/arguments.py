@@ -1,4 +1,4 @@
-"""The arguments of calls as Triton's kernels take them."""
+"""Prepare the arguments of calls as Triton's kernels take them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = Any
 
 
 class BackwardCall(NamedTuple):
-    """The arguments of a backward call as kernels take them, and the launches prepared for all calls like it."""
+    """Hold the arguments of a backward call as kernels take them, and the launches prepared for all calls like it."""
 
     key: tuple[Any, ...]
     view: View
@@ -46,7 +46,7 @@ class BackwardCall(NamedTuple):
 
 
 def backward_call(dy: Array, saved: Saved, need: frozenset[str]) -> BackwardCall:
-    """The arguments of a backward call as kernels take them."""
+    """Prepare the arguments of a backward call as kernels take them."""
     groups = saved.spec.groups
     view = grouped_view(saved.x, saved.spec.axis, groups)
     x, dy, positions = dense(saved.x, view), dense(dy, view), position_bytes(saved.valid, view)
@@ -86,18 +86,18 @@ def of_one_group(layout: Layout, groups: int) -> Layout:
 
 
 def grouped_view(x: Array, axis: int, groups: int) -> View:
-    """The view of a tensor; one with the batch outermost if that is cut into ghost batches."""
+    """Return the view of a tensor; one with the batch outermost if that is cut into ghost batches."""
     view = view_of(x, axis)
     return view if groups == 1 or view.layout.order[0] == 0 else contiguous_view(x, axis)
 
 
 def position_bytes(valid: Array | None, view: View) -> Array | None:
-    """The mask as kernels take it: bytes in the order of the tensor's positions."""
+    """Return the mask as kernels take it: bytes in the order of the tensor's positions."""
     return None if valid is None else valid.permute(view.layout.order).contiguous().view(torch.uint8)
 
 
 def rows_of_groups(kept: Array, groups: int) -> tuple[Array, ...]:
-    """What is kept of ghost batches: their means, their variances, weight, bias."""
+    """Return what is kept of ghost batches: their means, their variances, weight, bias."""
     mean, var = kept[: 2 * groups].view(2, -1)
     return mean, var, kept[2 * groups], kept[2 * groups + 1]
 
@@ -110,7 +110,7 @@ def give_back(written: tuple[Array | None, ...], given: tuple[Array | None, ...]
 
 
 def momentum_of(momentum: Any, device: Any) -> tuple[float, Array | None]:
-    """A number, or else where it is on the device."""
+    """Return a number, or else where it is on the device."""
     if not isinstance(momentum, torch.Tensor) or (momentum.is_cpu and device.type != "cpu"):
         return float(momentum), None
     momentum = momentum.to(device)
@@ -118,13 +118,13 @@ def momentum_of(momentum: Any, device: Any) -> tuple[float, Array | None]:
 
 
 def divisor_of(saved: Saved) -> tuple[float, Array | None]:
-    """What a kernel divides by: 1 / count, or the counts where they are."""
+    """Return what a kernel divides by: 1 / count, or the counts where they are."""
     count = saved.moments.count
     return (0.0, count.contiguous()) if isinstance(count, torch.Tensor) else (1.0 / count, None)
 
 
 def alignment_of(*arrays: Array | None) -> int:
-    """Bytes that the addresses are multiples of, 16 at most."""
+    """Return how many bytes the addresses are multiples of, 16 at most."""
     return alignment([array.data_ptr() for array in arrays if array is not None])
 
 

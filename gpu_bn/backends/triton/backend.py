@@ -1,4 +1,4 @@
-"""Triton kernels on torch's CUDA tensors (with ``TRITON_INTERPRET=1`` on its CPU tensors, slowly).
+"""Run Triton kernels on torch's CUDA tensors (with ``TRITON_INTERPRET=1`` on its CPU tensors, slowly).
 
 Forward is one launch where a program can hold a channel in its registers and otherwise two, backward the same; which,
 :mod:`gpu_bn.plan` decides. Nothing waits for the device, all runs on torch's current stream, and no address outlives
@@ -63,7 +63,7 @@ PREPARED = 1024
 
 
 def backend() -> TritonBackend:
-    """The backend, for :func:`gpu_bn.registry.load`.
+    """Return the backend, for :func:`gpu_bn.registry.load`.
 
     Raises:
         RuntimeError: there is nothing to run kernels on.
@@ -217,7 +217,7 @@ class TritonBackend(SharedStatistics):
     # ------------------------------------------------------------------------------------------------------- forward
     @_planned_again
     def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True, counts: bool = False) -> tuple[Array, Saved]:
-        """``counts``: the last launch increments ``call.counter``, of int64, too; not for ghost batches."""
+        """Make a forward call; ``counts``: its last launch increments ``call.counter``; not for ghost batches."""
         x, weight, bias, residual, running_mean, running_var, counter, valid, out = call
         counter = counter if counts else None
         groups = spec.groups
@@ -284,7 +284,7 @@ class TritonBackend(SharedStatistics):
         )
 
     def forward_at_once(self, call: Call, spec: BatchNormSpec) -> tuple[Array, Saved] | None:
-        """:meth:`forward` in training, whose last launch also counts the batch; ``None`` for other calls."""
+        """Make a :meth:`forward` call in training whose last launch also counts the batch; ``None`` for others."""
         return self.forward(call, spec, counts=True) if spec.batch_stats else None
 
     # ------------------------------------------------------------------------------------------------------ backward
@@ -308,7 +308,7 @@ class TritonBackend(SharedStatistics):
         return Grads(dx, dweight, dbias, dz)
 
     def _backward_of_groups(self, call: BackwardCall, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
-        """The same of ghost batches, whose sums are added up in their order."""
+        """Make a backward call of ghost batches, whose sums are added up in their order."""
         dx = self.empty_like(saved.x) if "dx" in need else None
         dz = self.empty_like(saved.x) if "dresidual" in need else None
         sums = self.backward_reduce(dy, saved, dz)
@@ -320,7 +320,7 @@ class TritonBackend(SharedStatistics):
 
     # ------------------------------------------------------------------------------------------------------- helpers
     def prepare(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What calls with this key have in common, made once."""
+        """Return what calls with this key have in common, made once."""
         found = self._prepared.get(key)
         if found is None:
             found = self._prepared[key] = make()
@@ -332,13 +332,13 @@ class TritonBackend(SharedStatistics):
     """Memory like a dense tensor's, not initialised."""
 
     def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> Array:
-        """Memory that is not initialised, contiguous unless ``strides`` are given."""
+        """Allocate memory that is not initialised, contiguous unless ``strides`` are given."""
         if strides is None:
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     def _like(self, call: BackwardCall, saved: Saved) -> Array:
-        """An output like the call's input."""
+        """Allocate an output like the call's input."""
         view = call.view
         return (
             self.new(saved.x.shape, view.strides, saved.x.dtype, saved.x.device)

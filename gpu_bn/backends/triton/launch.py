@@ -1,4 +1,4 @@
-"""Launching Triton kernels: one seam, ``launch(step, args)``, which tests replace by one on an emulated device.
+"""Launch Triton kernels: one seam, ``launch(step, args)``, which tests replace by one on an emulated device.
 
 A :class:`Step` is a kernel with its grid and constants. All calls of a step have arguments of the same types, so its
 compiled kernel is kept with it: a launch costs no look-up of the arguments' types.
@@ -30,9 +30,9 @@ TYPES = {
     torch.int64: "*i64",
 }
 REGISTERS = 64 << 10
-"""Of an SM, on every GPU."""
+"""Registers of an SM, on every GPU."""
 MOST_REGISTERS = 255
-"""Of a thread."""
+"""The most registers of a thread."""
 FRACTIONS = frozenset({"momentum", "bessel", "eps", "parameter", "inverse_count"})
 """The parameters that are float64. Types follow from names: a whole number given for one makes no other kernel."""
 WIDE_NUMBERS = ("magic",)
@@ -40,7 +40,7 @@ WIDE_NUMBERS = ("magic",)
 
 
 class Recent(dict[Any, Any]):
-    """What was made last, ``most`` of it; what was made first goes first."""
+    """Keep the ``most`` things made last; what was made first goes first."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ LOADED = Recent(1024)
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """One launch of a call, for all calls with arguments of the same types.
+    """Describe one launch of a call, for all calls with arguments of the same types.
 
     Attributes:
         kernel: the function; its parameters are the arguments of a call, then ``tail``.
@@ -105,7 +105,7 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Specialisation:
-    """What a step is compiled from: the arguments' types, the constants, the hints, and the compiler's options."""
+    """Hold what a step is compiled from: the arguments' types, the constants, the hints, and the compiler's options."""
 
     signature: dict[str, str]
     constants: dict[str, Any]
@@ -114,12 +114,12 @@ class Specialisation:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The same for specialisations alike."""
+        """Return a key that is the same for specialisations alike."""
         return (*self.signature.items(), *self.constants.items(), self.aligned, *self.options.items())
 
     @staticmethod
     def of(step: Step, args: Sequence[Any]) -> Specialisation:
-        """The specialisation for a step's first arguments; absent ones are constants."""
+        """Return the specialisation for a step's first arguments; absent ones are constants."""
         signature, constants = {}, {}
         for parameter, value in zip(step.kernel.params, (*args, *step.tail), strict=True):
             if value is None or parameter.is_constexpr:
@@ -154,7 +154,7 @@ def launch(step: Step, args: tuple[Any, ...]) -> None:
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
+    """Tell whether kernels run in Triton's interpreter, on the CPU."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -168,7 +168,7 @@ def _interpreted(step: Step) -> Callable[..., None]:
 
 
 def _double(number: float) -> Any:
-    """A number as compiled kernels take it; the interpreter by itself would round some of its uses to float32."""
+    """Return a number as compiled kernels take it; the interpreter itself would round some of its uses to float32."""
     return tl.tensor(TensorHandle(np.array([number], np.float64), tl.float64), tl.float64)
 
 
@@ -187,7 +187,7 @@ def _compiled(step: Step, args: tuple[Any, ...]) -> Callable[..., None]:
 
 
 def starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """A function of a stream and a kernel's arguments that launches it.
+    """Return a function of a stream and a kernel's arguments that launches it.
 
     It calls the function in C that Triton's launcher calls, with what the launcher would find out in every call. Where
     someone watches launches, or a launcher is of another kind, Triton's own serves.
@@ -213,12 +213,12 @@ def starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
 
 
 def _watched(hook: Any) -> bool:
-    """Whether a hook of Triton's, a chain of functions or one, does anything."""
+    """Tell whether a hook of Triton's, a chain of functions or one, does anything."""
     return bool(getattr(hook, "calls", hook))
 
 
 def _loaded(kernel: JITFunction[Any], special: Specialisation) -> Any:
-    """A kernel compiled for the current device and loaded: what it spills is known then."""
+    """Compile a kernel for the current device and load it: what it spills is known then."""
     names = list(special.signature)
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in special.aligned}
     source = ASTSource(kernel, special.signature, special.constants, hints)
@@ -234,7 +234,7 @@ def _loaded(kernel: JITFunction[Any], special: Specialisation) -> Any:
 
 
 def free_registers(registers: int, warps: int) -> int:
-    """The registers that a thread may have, of a kernel with so many, with no block less on an SM.
+    """Return the most registers that a thread may have without a block less on an SM than with so many.
 
     The compiler may spill a few bytes to stay at a round number. With more registers it does not, but where a block
     less would run they cost more than they save.

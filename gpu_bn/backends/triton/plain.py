@@ -1,4 +1,4 @@
-"""Plain calls in few steps: of tensors that kernels read as they lie, prepared once for all calls of a signature.
+"""Make plain calls in few steps: of tensors that kernels read as they lie, prepared once for all calls of a signature.
 
 A signature is all that two calls alike have in common: dtypes, shapes, strides, devices, options. Addresses are looked
 at in every call. Where something has to be copied, converted or refused, nothing is done here: ``None`` is returned.
@@ -35,7 +35,7 @@ _stride, _address = Tensor.stride, Tensor.data_ptr
 
 @dataclass(slots=True, eq=False)
 class Prepared:
-    """What calls of one signature have in common.
+    """Hold what calls of one signature have in common.
 
     Attributes:
         steps: the launches.
@@ -67,7 +67,7 @@ class Prepared:
 
 
 class Made(NamedTuple):
-    """A forward call that has been made, for its backward call."""
+    """Keep a forward call that has been made, for its backward call."""
 
     prepared: Prepared
     kept: Tensor
@@ -77,12 +77,12 @@ class Made(NamedTuple):
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:
-        """Mean, variance, weight and bias."""
+        """Return mean, variance, weight and bias."""
         mean, var, weight, bias = self.kept.unbind()
         return mean, var, weight if self.prepared.has_weight else None, bias if self.prepared.has_bias else None
 
     def saved(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Saved:
-        """The same for a backward call that is not plain."""
+        """Return the same for a backward call that is not plain."""
         prepared, (mean, var, weight, bias) = self.prepared, self.vectors
         activation = Activation(prepared.activation, self.parameter)
         spec = BatchNormSpec(1, prepared.training, 0.0, self.eps, activation)
@@ -96,7 +96,7 @@ class Made(NamedTuple):
 
 
 class PlainCalls:
-    """Makes plain calls for a backend.
+    """Make plain calls for a backend.
 
     Args:
         engine: the backend, a ``TritonBackend``.
@@ -112,7 +112,7 @@ class PlainCalls:
         self, call: Call, given: list[Tensor], training: bool, momentum: float, eps: float, activation: Activation,
         grows: bool,
     ) -> tuple[Tensor, Tensor | None, Made] | None:  # fmt: skip
-        """``y``, the mask, and what else a backward call needs, which may follow if the call ``grows`` a graph.
+        """Return ``y``, the mask, and what else a backward call needs, which may follow if the call ``grows`` a graph.
 
         ``given``: the call's tensors: x, residual, weight, bias, running mean and variance, counter; no absent ones.
         """
@@ -145,7 +145,7 @@ class PlainCalls:
     def backward(
         self, made: Made, dy: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, need: Sequence[bool]
     ) -> Grads | None:
-        """The gradients of x, weight, bias and residual that are needed."""
+        """Return the gradients of x, weight, bias and residual that are needed."""
         prepared, _, eps, parameter = made
         if not any(need):
             return Grads(None, None, None, None)
@@ -206,7 +206,7 @@ class PlainCalls:
 
 
 def _served(given: list[Tensor], prepared: Prepared, counts: bool) -> bool:
-    """Whether tensors begin where kernels can read them, and, in training, all lie apart from each other."""
+    """Tell whether tensors begin where kernels can read them, and, in training, all lie apart from each other."""
     starts = list(map(_address, given))
     if starts[0] % VECTOR_BYTES or (prepared.has_residual and starts[1] % VECTOR_BYTES):
         return False
@@ -221,7 +221,7 @@ def _served(given: list[Tensor], prepared: Prepared, counts: bool) -> bool:
 
 
 def _is_plain(call: Call, given: list[Tensor]) -> bool:
-    """Whether kernels can read tensors of such dtypes, shapes, strides and devices."""
+    """Tell whether kernels can read tensors of such dtypes, shapes, strides and devices."""
     x, residual, counter = call.x, call.residual, call.counter
     vectors = [one for one in (call.weight, call.bias, call.running_mean, call.running_var) if one is not None]
     return (

@@ -1,4 +1,4 @@
-"""How tensors are cut into the programs of Triton launches, and what plans need to know of the device."""
+"""Cut tensors into the programs of Triton launches, and tell plans what they need to know of the device."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MOST_WARPS = 8
 
 
 class Room(NamedTuple):
-    """Elements that a program can hold in registers with nothing spilled, whatever the activation.
+    """Count the elements that a program can hold in registers with nothing spilled, whatever the activation.
 
     Forward in rows, of full vectors, and of narrower ones, which need more addresses; in channels-last, where a thread
     has several channels' sums besides; backward, of all tensors.
@@ -54,7 +54,7 @@ class Room(NamedTuple):
     backward: int
 
     def of(self, work: Work) -> int:
-        """In a call."""
+        """Return the number for a call."""
         tiling = tile(work)
         if work.backward or tiling.columns:
             return self.backward if work.backward else self.columns
@@ -66,7 +66,7 @@ ROOM = {2: Room(20480, 12288, 12288, 16384), 4: Room(16384, 12288, 12288, 16384)
 
 
 class Shape(NamedTuple):
-    """Of the blocks of elements that a program works on: elements, and elements for each of its threads at least."""
+    """Bound the blocks of elements that a program works on: elements, and elements for each of its threads at least."""
 
     elements: int
     per_thread: int
@@ -96,7 +96,7 @@ ELSEWHERE = "with TRITON_INTERPRET=1 in the environment the kernels run on CPU t
 
 
 def device_of(device: Any) -> Device:
-    """What a plan needs to know of torch's device."""
+    """Return what a plan needs to know of torch's device."""
     if device.type == "cuda":
         of = torch.cuda.get_device_properties(device)
         return Device(
@@ -123,7 +123,7 @@ def training_plan(work: Work, device: Device, tier: str | None) -> LaunchPlan:
 
 
 def one_pass_plan(work: Work, device: Device) -> LaunchPlan:
-    """The plan of one pass over the tensors: in the widest strips whose programs fill the SMs, or else most of them.
+    """Plan one pass over the tensors: in the widest strips whose programs fill the SMs, or else most of them.
 
     In channels-last few wide strips, each of which is cut into few blocks, would leave SMs idle.
     """
@@ -134,7 +134,7 @@ def one_pass_plan(work: Work, device: Device) -> LaunchPlan:
 
 
 class Geometry(NamedTuple):
-    """How a tensor is cut into strips, as kernels take it."""
+    """Tell kernels how a tensor is cut into strips."""
 
     tail: tuple[int, ...]
     columns: bool
@@ -161,7 +161,7 @@ class Geometry(NamedTuple):
 
 
 def strip(plan: LaunchPlan) -> tuple[int, int, bool]:
-    """A strip's vectors, the elements of one, and whether strips are of columns."""
+    """Return a strip's vectors, the elements of one, and whether strips are of columns."""
     return plan.tiling.lanes, plan.tiling.vector, plan.tiling.columns
 
 
@@ -174,12 +174,12 @@ def _fewer_blocks(plan: LaunchPlan) -> LaunchPlan:
 
 
 def chunk(plan: LaunchPlan, warps: int) -> int:
-    """Blocks whose results are merged at a time."""
+    """Return how many blocks have their results merged at a time."""
     return min(_power_of_two(plan.blocks), max(1, MERGED_AT_ONCE * 32 * warps // _width(plan)))
 
 
 def chain(plan: LaunchPlan, positions: int) -> int:
-    """The longest chain of additions, 0 if a share is no longer than that."""
+    """Return the longest chain of additions, 0 if a share is no longer than that."""
     return CHAIN if plan.share > CHAIN * positions else 0
 
 
@@ -188,19 +188,19 @@ def _width(plan: LaunchPlan) -> int:
 
 
 def streamed_block(plan: LaunchPlan, x: Array, shapes: dict[int, Shape] = STREAMED) -> tuple[int, int]:
-    """Positions and warps of a program that reads its share piece by piece."""
+    """Return positions and warps of a program that reads its share piece by piece."""
     shape = shapes[x.element_size()]
     positions = min(_power_of_two(plan.share), max(1, shape.elements // _width(plan)))
     return positions, _warps(positions * _width(plan), shape)
 
 
 def at_once(plan: LaunchPlan, x: Array) -> int:
-    """Pieces that a program that sums up statistics loads before it uses one."""
+    """Return how many pieces a program that sums up statistics loads before it uses one."""
     return max(1, AT_ONCE * plan.tiling.vector // SUMMED[x.element_size()].per_thread)
 
 
 def held_block(plan: LaunchPlan, x: Array) -> tuple[int, int, int]:
-    """Positions of a tile, tiles, and warps of a program (in a cluster: of each of its blocks) that holds a strip."""
+    """Return positions of a tile, tiles, and warps of a program, or of a cluster's block, that holds a strip."""
     vector = plan.tiling.vector
     crowded = vector > 1 if plan.tiling.columns else vector == 1  # a thread has sums of channels, or many addresses
     shape = (SUMMED if crowded else HELD)[x.element_size()]

@@ -1,4 +1,4 @@
-"""The launches of a call: which plan serves it, and its kernels with all that is constant to them."""
+"""Make the launches of a call: choose the plan that serves it, and its kernels with all that is constant to them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ Array = Any
 Arrays = tuple[Array | None, ...]
 Pair = tuple[Array | None, Array | None]
 WARPS = 4
-"""Of programs that only merge."""
+"""Warps of programs that only merge."""
 TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})
 
 
 @dataclass(slots=True, eq=False)
 class ForwardSteps:
-    """The launches of all forward calls with arguments alike."""
+    """Hold the launches of all forward calls with arguments alike."""
 
     plan: LaunchPlan
     stats: Step | None
@@ -80,7 +80,7 @@ class ForwardSteps:
 
 @dataclass(slots=True, eq=False)
 class BackwardSteps:
-    """The launches of all backward calls with arguments alike."""
+    """Hold the launches of all backward calls with arguments alike."""
 
     plan: LaunchPlan
     reduce: Step | None
@@ -177,7 +177,7 @@ class StepBuilder:
         return ForwardSteps(plan, None, step, bessel, whole=True)
 
     def stats(self, plan: LaunchPlan, x: Array, alignment: int, groups: int) -> Step:
-        """The first of two launches: statistics of each block's part of a channel."""
+        """Make the first of two launches: statistics of each block's part of a channel."""
         geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x, SUMMED)
         tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], chain(plan, positions),
                 at_once(plan, x), positions, *strip(plan), self._is_wide(geometry), compute_dtype(x),
@@ -191,7 +191,7 @@ class StepBuilder:
     def normalize(
         self, plan: LaunchPlan, x: Array, alignment: int, constants: tuple[Any, Any], groups: int = 1
     ) -> Step:
-        """The second: merge the statistics, and normalise."""
+        """Make the second launch: it merges the statistics, and normalises."""
         geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x)
         tail = (*geometry.tail, geometry.positions, plan.share, *constants, chunk(plan, warps), positions, *strip(plan),
                 self._is_wide(geometry), compute_dtype(x), groups)  # fmt: skip
@@ -199,7 +199,7 @@ class StepBuilder:
         return self._step(forward_kernels.bn_normalize_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
 
     def backward(self, call: BackwardCall, need: frozenset[str], batch_stats: bool) -> BackwardSteps:
-        """The launches of a backward call."""
+        """Make the launches of a backward call."""
         wants_dx, wants_dz, wants_sums = "dx" in need, "dresidual" in need, bool(need & {"dweight", "dbias"})
         work = call.work(wants_dx + wants_dz)
         if not wants_sums and not (wants_dx and batch_stats):  # nothing depends on a sum
@@ -241,7 +241,7 @@ class StepBuilder:
         return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
 
     def input(self, plan: LaunchPlan, call: BackwardCall) -> Step:
-        """The launch that writes dx of sums, or of none where statistics are frozen."""
+        """Make the launch that writes dx of sums, or of none where statistics are frozen."""
         geometry = Geometry.of(plan, call.groups)
         shapes = SHORT if geometry.columns and self._is_wide(geometry) else STREAMED
         positions, warps = streamed_block(plan, call.x, shapes)
@@ -252,7 +252,7 @@ class StepBuilder:
         return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
 
     def _held(self, plan: LaunchPlan, call: BackwardCall) -> Step:
-        """The only launch, where a program holds a channel."""
+        """Make the only launch, where a program holds a channel."""
         geometry, (positions, tiles, warps) = Geometry.of(plan), held_block(plan, call.x)
         tail = (*geometry.tail, geometry.positions, call.gradient, tiles, positions, *strip(plan),
                 self._is_wide(geometry), compute_dtype(call.x))  # fmt: skip
@@ -262,11 +262,11 @@ class StepBuilder:
         )
 
     def plan(self, work: Work, x: Array) -> LaunchPlan:
-        """The plan of a call that needs statistics or sums of the batch."""
+        """Return the plan of a call that needs statistics or sums of the batch."""
         return training_plan(work, self._device_of(x), self._tier)
 
     def plan_once(self, work: Work, x: Array) -> LaunchPlan:
-        """The plan of launches that go through the tensors once."""
+        """Return the plan of launches that go through the tensors once."""
         return one_pass_plan(work, self._device_of(x))
 
     def _step(
@@ -291,10 +291,10 @@ class StepBuilder:
 
 
 def compute_dtype(x: Array) -> Any:
-    """The dtype that kernels compute in."""
+    """Return the dtype that kernels compute in."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def may_overflow(x: Array) -> bool:
-    """Whether squares of the dtype's numbers may leave float32's range."""
+    """Tell whether squares of the dtype's numbers may leave float32's range."""
     return x.dtype in (torch.float32, torch.bfloat16)

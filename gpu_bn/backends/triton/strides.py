@@ -1,4 +1,4 @@
-"""torch tensors as kernels see them: dense in some order of their axes, at an address, apart from each other."""
+"""See torch tensors as kernels do: dense in some order of their axes, at an address, apart from each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = Any
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """How tensors of one shape, strides and channel axis lie in memory.
+    """Describe how tensors of one shape, strides and channel axis lie in memory.
 
     Attributes:
         layout: their axes in memory order, as (N, C, S).
@@ -35,12 +35,12 @@ class View:
 
 
 def view_of(x: Array, axis: int) -> View:
-    """The view of a tensor; the same one for tensors alike."""
+    """Return the view of a tensor; the same one for tensors alike."""
     return _view(x.shape, x.stride(), axis)
 
 
 def contiguous_view(x: Array, axis: int) -> View:
-    """The view of a contiguous tensor of the same shape."""
+    """Return the view of a contiguous tensor of the same shape."""
     return _view(x.shape, tuple(math.prod(x.shape[at + 1 :]) for at in range(x.dim())), axis)
 
 
@@ -59,19 +59,19 @@ def _view(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> View:
 
 
 def is_dense(array: Array, view: View) -> bool:
-    """Whether a kernel can read or write a tensor of the view's shape where it is."""
+    """Tell whether a kernel can read or write a tensor of the view's shape where it is."""
     usual = view.dense and array.stride() == view.strides
     whole = usual or array.permute(view.layout.order).is_contiguous()
     return bool(whole and array.data_ptr() % array.element_size() == 0)
 
 
 def dense(array: Array, view: View) -> Array:
-    """The tensor, or a copy of it, with its axes in the view's order and nothing between its elements."""
+    """Return the tensor, or a copy of it, with its axes in the view's order and nothing between its elements."""
     if is_dense(array, view):
         return array
     return array.permute(view.layout.order).clone(memory_format=torch.contiguous_format).permute(view.inverse)
 
 
 def aligned(array: Array, size: int) -> Array:
-    """The dense tensor, or a copy of it at a multiple of ``size`` bytes."""
+    """Return the dense tensor, or a copy of it at a multiple of ``size`` bytes."""
     return array if array.data_ptr() % size == 0 else array.clone(memory_format=torch.preserve_format)

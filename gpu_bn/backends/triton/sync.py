@@ -1,4 +1,4 @@
-"""Statistics of several processes on a GPU: reports merged in one launch, running statistics moved in another."""
+"""Share statistics of several processes on a GPU: merge reports in one launch, move running statistics in another."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ UPDATED = 1024
 
 
 class SharedStatistics:
-    """What a backend on GPUs does for :class:`gpu_bn.nn.SyncBatchNorm` beside the phases."""
+    """Do what a backend on GPUs does for :class:`gpu_bn.nn.SyncBatchNorm` beside the phases."""
 
     launch: Launch
     _prepared: Recent
 
     def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> Array:
-        """Memory that is not initialised."""
+        """Allocate memory that is not initialised."""
         raise NotImplementedError
 
     @torch.no_grad()
     def merge_packets(
         self, packets: Sequence[Array], channels: int, header: int, room: int, unknown: float
     ) -> tuple[Array, Array, Array]:
-        """The count, (1,), mean and variance, (C,), float64, of reports in packets of (W, header + room).
+        """Return the count, (1,), mean and variance, (C,), float64, of reports in packets of (W, header + room).
 
         Mean and variance are NaN where headers differ, other than by ``unknown``, or start with a number that is not 0.
         """
