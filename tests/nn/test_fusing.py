@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from gpu_bn import nn
+from gpu_bn.nn.fx.trace import Refused, steps_of
 
 
 def test_a_fused_model_is_the_model():
@@ -137,6 +138,14 @@ def test_checkpoints_are_kept(reentrant):
     plain = Checkpointed(reentrant)
     fused, _ = fused_with(plain, "norm")
     agree(fused, plain, rows())
+
+
+def test_a_checkpoint_that_is_not_recorded_leaves_no_hooks():
+    """Also while its exception is kept."""
+    with pytest.raises(Refused) as refused:
+        steps_of(Checkpointed(False), lambda *_: True)
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    assert refused.value.__cause__ is not None
 
 
 @pytest.mark.parametrize(("kind", "reason"), [(Counting, "changes its attributes"), (Drawing, "draws random numbers")])

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from inspect import Parameter, signature
 from itertools import islice
+from traceback import clear_frames
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +69,7 @@ def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, An
             warnings.simplefilter("ignore")
             graph = tracer.trace(module)
     except Exception as error:
+        clear_frames(error.__traceback__)  # which may hold a checkpoint's generator, whose hooks stay until it goes
         raise Refused(f"it cannot be traced: {_first_line(error)}") from error
     finally:
         changed = _restore(before)
