@@ -148,23 +148,12 @@ class _Normalize(Function):
     """Normalise by the count, mean and variance of all processes; the gradient counts that these follow from ``x``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        valid: Tensor | None,
-        count: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        *others: Any,
-    ) -> Tensor:
-        ctx.group, ctx.header, ctx.options = Group(*others[:3]), others[3], others[4:]
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, bias, residual, *others = arguments[:8]  # the mask, the count, mean and variance
+        ctx.group, ctx.header, ctx.options = Group(*arguments[8:11]), arguments[11], arguments[12:]
         kept = None if ctx.options[1] == "identity" else residual
-        ctx.save_for_backward(x, weight, bias, kept, valid, count, mean, var)
-        layer = (x, weight, bias, residual, valid, count, mean, var, *ctx.options)
-        return sync_operators.normalize(*layer)  # type: ignore[no-any-return]
+        ctx.save_for_backward(x, weight, bias, kept, *others)
+        return sync_operators.normalize(x, weight, bias, residual, *others, *ctx.options)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
