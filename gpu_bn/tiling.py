@@ -14,8 +14,9 @@ VECTOR_BYTES = 16
 STRIP_BYTES = 128
 RAGGED_BYTES, RAGGED_FILL = 4, 0.75
 """Rows are ragged in place of accesses of single elements, of so many bytes or fewer, where at least this share of the
-elements in a row's vectors are its own. By the machine code an element then takes as many instructions as alone, and
-four to eight times the bytes are under way. Vectors of two elements or four take fewer instructions than ragged rows.
+elements in a row's vectors are its own. By the machine code an element then takes as many instructions as alone, in
+Triton's kernels fewer, and four to eight times the bytes are under way. Vectors of two elements or four take fewer
+instructions than ragged rows.
 """
 
 

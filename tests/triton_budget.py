@@ -26,6 +26,8 @@ CALLS = {
     "columns": ((32, 3136, 256), True, "split"),
     "held rows": ((8, 256, 784), False, "cta"),
     "held columns": ((8, 49, 2048), True, "cta"),
+    "ragged rows": ((256, 512, 49), False, "split"),
+    "held ragged rows": ((64, 2048, 49), False, "cta"),
 }
 """Layers of ResNet-50 in half precision with ReLU: their shapes, whether channels are last, and the tier."""
 
@@ -84,6 +86,12 @@ BUDGETS = {
     ("held rows", "bn_backward_kernel"): Budget(103, 39, 6, 2),
     ("held columns", "bn_forward_kernel"): Budget(525, 78, 4, 2),
     ("held columns", "bn_backward_kernel"): Budget(129, 44, 8, 2),
+    ("ragged rows", "bn_stats_kernel"): Budget(84, 23, 4, 3),
+    ("ragged rows", "bn_normalize_kernel"): Budget(111, 106, 2, 4),
+    ("ragged rows", "bn_backward_reduce_kernel"): Budget(65, 28, 2, 3),
+    ("ragged rows", "bn_backward_input_kernel"): Budget(84, 55, 2, 4),
+    ("held ragged rows", "bn_forward_kernel"): Budget(425, 66, 2, 2),
+    ("held ragged rows", "bn_backward_kernel"): Budget(143, 39, 4, 3),
 }
 """By call and kernel: what most was measured on sm_75 to sm_120, and a twentieth more."""
 
@@ -145,7 +153,8 @@ explains the columns.
 
 A covering set, float16 with ReLU in vectors of 16 bytes, for sm_75 to sm_120: from the least to the most of all
 architectures, and the budget that a test asserts. Kernels that hold a channel in registers go through it in no loop:
-their instructions are those of their whole text, and their double precision that of all of it.
+their instructions are those of their whole text, and their double precision that of all of it. Ragged rows begin and
+end within vectors, as those of 7 x 7 images.
 
 | call | kernel | instructions | double | vectors under way | KiB an SM | blocks | registers |
 | --- | --- | --- | --- | --- | --- | --- | --- |

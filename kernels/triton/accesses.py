@@ -5,6 +5,9 @@ values are scalars in the first case and vectors in the second. A *position* is 
 elements in rows, LANES of them in columns; a *tile* is a block of elements [POSITIONS, LANES * VEC]. Vectors are
 counted over the whole tensor, so that an element's offset is known to be a multiple of VEC whatever the sizes are.
 
+*Ragged* rows begin and end within vectors of the tensor. A row's positions are the vectors that any row can span at
+most; a vector at its end is loaded whole, and of it only the row's own elements count and are stored.
+
 Functions take what belongs together as named tuples. A kernel makes them of its own parameters: a :class:`Layout` of
 its constants, a :class:`Strip` of its numbers. An assignment makes numbers of constants, also of those in a tuple,
 unless it is annotated ``tl.constexpr``; so these have a tuple of their own.
@@ -27,6 +30,7 @@ class Layout(NamedTuple):
     POSITIONS: Any = None  # of a tile
     COMPUTE: Any = None  # the dtype that elements are computed in
     RANGE: Any = False  # whether squares of the tensor's dtype may leave float32's range
+    RAGGED: Any = False  # whether rows begin and end within vectors
 
 
 class Strip(NamedTuple):
@@ -37,10 +41,11 @@ class Strip(NamedTuple):
     start: Any  # the number of the ghost batch's first vector
     valid: Any  # its mask, a byte for each element of a channel; None: all count
     channels: Any  # of the tensor
-    row: Any  # vectors in a row: of a channel, or in columns of all channels
-    jump: Any  # vectors from the end of one of a channel's rows to the start of its next
+    row: Any  # vectors in a row: of a channel, or in columns of all channels; those that a ragged row may span
+    jump: Any  # from a channel's row to its next: vectors, from end to start; of ragged rows elements, start to start
     magic: Any  # position // row is (position * magic) >> power
     power: Any
+    length: Any  # elements in a ragged row; None: rows are of whole vectors
     positions: Any  # of the strip
 
 
@@ -58,8 +63,10 @@ class Tile(NamedTuple):
     present: Any  # [POSITIONS]: which positions there are
     vector: Any  # [POSITIONS]: the number of each position's (first) vector
     offsets: Any  # [POSITIONS, LANES * VEC]: of the elements in the tensor
-    known: Any  # [POSITIONS, 1] or [POSITIONS, LANES * VEC]: which elements there are, all or none of a vector
-    counted: Any  # those of them that a mask leaves
+    loaded: Any  # [POSITIONS, 1] or [POSITIONS, LANES * VEC]: which elements there are, all or none of a vector
+    known: Any  # those of the strip: in ragged rows, not its neighbours'
+    whole: Any  # the known ones in vectors that are the strip's alone
+    counted: Any  # the known ones that a mask leaves
 
 
 class Channels(NamedTuple):
@@ -121,10 +128,19 @@ def mask_of(valid, group, positions, L: tl.constexpr):
 @triton.jit
 def tile_at(position, last, strip, L: tl.constexpr):
     """The tile of some positions, of those before ``last``."""
-    vector = vectors_at(position, strip, L)
-    known = known_elements(position, last, strip, L)
+    if L.RAGGED:
+        vector, place = vectors_of_ragged_rows(position, strip, L)
+        length = tl.cast(strip.length, tl.int32)
+        present = (position < last) & (place < length)
+        known = own_elements(tl.where(present, place, -L.VEC), length, L)
+        loaded = present[:, None]
+        whole = loaded & ((place >= 0) & (place + L.VEC <= length))[:, None]
+    else:
+        vector, present = vectors_at(position, strip, L), position < last
+        known = known_elements(position, last, strip, L)
+        loaded, whole = known, known
     offsets = vector[:, None] * L.VEC + tl.arange(0, L.LANES * L.VEC)[None, :]
-    return Tile(position, position < last, vector, offsets, known, known)
+    return Tile(position, present, vector, offsets, loaded, known, whole, known)
 
 
 @triton.jit
@@ -132,7 +148,7 @@ def masked(tile, strip, L: tl.constexpr):
     """A tile of whose elements only the valid ones count."""
     valid = valid_positions(tile.position, tile.present, strip, L)
     counted = tile.known & (valid[:, None] if L.COLUMNS else valid)
-    return Tile(tile.position, tile.present, tile.vector, tile.offsets, tile.known, counted)
+    return Tile(tile.position, tile.present, tile.vector, tile.offsets, tile.loaded, tile.known, tile.whole, counted)
 
 
 @triton.jit
@@ -143,11 +159,41 @@ def vectors_at(position, strip, L: tl.constexpr):
         number = tl.cast(number, tl.int64)
     if L.COLUMNS:
         return position * strip.row + number * L.LANES + strip.start
-    elif L.WIDE:
-        return position + number * strip.row + (position // strip.row) * strip.jump + strip.start
     else:
-        outer = ((position.to(tl.int64) * strip.magic) >> strip.power).to(tl.int32)
+        outer = row_of(position, strip, L)
         return position + number * strip.row + outer * strip.jump + strip.start
+
+
+@triton.jit
+def row_of(position, strip, L: tl.constexpr):
+    """The number of a position's row, among those of a channel."""
+    if L.WIDE:
+        return position // strip.row
+    else:
+        return ((tl.cast(position, tl.int64) * strip.magic) >> strip.power).to(tl.int32)
+
+
+@triton.jit
+def vectors_of_ragged_rows(position, strip, L: tl.constexpr):
+    """The number of each position's vector, and the place in the row of its first element, below 0 before the row.
+
+    A position beyond the last vector that its row spans has a place beyond the row.
+    """
+    outer = row_of(position, strip, L)
+    rest = (position - outer * strip.row).to(tl.int32)
+    number = strip.number
+    if L.WIDE:
+        number = tl.cast(number, tl.int64)
+    start = number * strip.length + outer * strip.jump
+    SHIFT: tl.constexpr = 3 if L.VEC == 8 else 2
+    return (start >> SHIFT) + rest, rest * L.VEC - (start & (L.VEC - 1)).to(tl.int32)
+
+
+@triton.jit
+def own_elements(place, length, L: tl.constexpr):
+    """[POSITIONS, VEC]: which elements of vectors at some places of a row belong to it."""
+    places = place[:, None] + tl.arange(0, L.VEC)[None, :]
+    return places.to(tl.uint32) < length.to(tl.uint32)
 
 
 @triton.jit
@@ -157,6 +203,14 @@ def known_elements(position, last, strip, L: tl.constexpr):
     if L.COLUMNS:
         known = known & (strip.number * L.LANES + tl.arange(0, L.LANES * L.VEC) // L.VEC < strip.row)[None, :]
     return known
+
+
+@triton.jit
+def elements_before(position, strip, L: tl.constexpr):
+    """How many elements a channel has before a position, in ragged rows."""
+    _, place = vectors_of_ragged_rows(position, strip, L)
+    outer = row_of(position, strip, L)
+    return outer * strip.length + tl.minimum(tl.maximum(place, 0), strip.length)
 
 
 @triton.jit
@@ -256,6 +310,14 @@ def store_as(pointer, value, mask):
         tl.store(pointer, value.to(tl.float32).to(tl.bfloat16), mask=mask)
     else:
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_tile(pointer, value, tile, L: tl.constexpr):
+    """Store a tile's elements; of vectors that neighbours have a part in, one by one."""
+    store_as(pointer + tile.offsets, value, tile.whole)
+    if L.RAGGED:
+        store_as(pointer + tile.offsets, value, tile.known & (tile.whole == 0))
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from gpu_bn.kernels.triton.accesses import (
     start_of,
     statistics_of,
     store_as,
+    store_tile,
     tile_at,
 )
 from gpu_bn.kernels.triton.statistics import (
@@ -56,7 +57,7 @@ def gradient_of(
     else:
         added = None
         if tensors.residual is not None:
-            added = tl.load(tensors.residual + tile.offsets, mask=tile.known, other=0.0).to(L.COMPUTE)
+            added = tl.load(tensors.residual + tile.offsets, mask=tile.loaded, other=0.0).to(L.COMPUTE)
         dz = GRADIENT(pre_activation(value, added, affine), dy, parameter.to(L.COMPUTE))
     return tl.where(tile.counted, dz, 0.0)
 
@@ -67,16 +68,17 @@ def reduce_tiles(tensors, sums, share, strip, affine, parameter, GRADIENT: tl.co
     sum_dz, sum_product = sums
     for begin in range(share.first, share.last, L.POSITIONS):
         tile = tile_at(begin + tl.arange(0, L.POSITIONS), share.last, strip, L)
-        value = tl.load(tensors.x + tile.offsets, mask=tile.known, other=0.0).to(L.COMPUTE)
-        given = tl.load(tensors.dy + tile.offsets, mask=tile.known, other=0.0).to(L.COMPUTE)
+        value = tl.load(tensors.x + tile.offsets, mask=tile.loaded, other=0.0).to(L.COMPUTE)
+        given = tl.load(tensors.dy + tile.offsets, mask=tile.loaded, other=0.0).to(L.COMPUTE)
         if strip.valid is not None:
             tile = masked(tile, strip, L)
-            value = tl.where(tile.counted, value, 0.0)  # what a mask leaves out may be infinite
+        if strip.valid is not None or L.RAGGED:
+            value = tl.where(tile.counted, value, 0.0)  # what does not count may be infinite
         gradient = gradient_of(value, given, tensors, tile, strip, affine, parameter, GRADIENT, L)
         if tensors.dz is not None:
-            store_as(tensors.dz + tile.offsets, gradient, tile.known)
+            store_tile(tensors.dz, gradient, tile, L)
         if tensors.dx is not None:
-            store_as(tensors.dx + tile.offsets, gradient * affine.scale, tile.known)
+            store_tile(tensors.dx, gradient * affine.scale, tile, L)
         sum_dz += gradient
         sum_product = tl.fma(gradient, value - affine.centre, sum_product)
     return sum_dz, sum_product
@@ -87,7 +89,7 @@ def reduce_tiles(tensors, sums, share, strip, affine, parameter, GRADIENT: tl.co
 @triton.jit
 def bn_backward_reduce_kernel(
     x, dy, residual, mask, valid, dz, dx, mean, var, weight, bias, partials, eps, parameter,
-    channels, row, jump, magic, power, positions, share,
+    channels, row, jump, magic, power, length, positions, share,
     GRADIENT: tl.constexpr, CHAIN: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -95,13 +97,13 @@ def bn_backward_reduce_kernel(
 
     Also writes dz, and with frozen statistics dx, where they are asked for.
     """
-    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, False, length is not None)
     number, group = group_of(tl.program_id(0), L)
     block, blocks = tl.program_id(1), tl.num_programs(1)
     start = start_of(group, channels, row, positions, L)
     if valid is not None:
         valid = mask_of(valid, group, positions, L)
-    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, positions)
+    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, length, positions)
     own = share_of(block, share, strip, L)
     channel = channels_of(number, channels, L)
     statistic = statistics_of(channel, group, L)
@@ -170,7 +172,7 @@ def input_coefficients(sum_dz, sum_dz_xhat, affine, inverse_count, COMPUTE: tl.c
 @triton.jit
 def bn_backward_input_kernel(
     x, dy, residual, mask, valid, dz, dx, mean, var, weight, bias, partials, sum_dz, sum_dz_xhat, dweight, dbias, eps,
-    parameter, inverse_count, counts, channels, row, jump, magic, power, positions, share,
+    parameter, inverse_count, counts, channels, row, jump, magic, power, length, positions, share,
     GRADIENT: tl.constexpr, CHUNK: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -179,13 +181,13 @@ def bn_backward_input_kernel(
     The sums come from ``partials``, or else from ``sum_dz`` and ``sum_dz_xhat``; with frozen statistics there are none.
     ``counts``, if given, has the counts of the ghost batches, in place of ``inverse_count``.
     """
-    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, False, length is not None)
     blocks = tl.num_programs(1)
     number, group = group_of(tl.num_programs(0) - 1 - tl.program_id(0), L)
     start = start_of(group, channels, row, positions, L)
     if valid is not None:
         valid = mask_of(valid, group, positions, L)
-    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, positions)
+    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, length, positions)
     block = blocks - 1 - tl.program_id(1)
     own = share_of(block, share, strip, L)
     channel = channels_of(number, channels, L)
@@ -218,22 +220,21 @@ def bn_backward_input_kernel(
     for back in range(tiles):
         position = own.first + (tiles - 1 - back) * POSITIONS + tl.arange(0, POSITIONS)
         tile = tile_at(position, own.last, strip, L)
-        value = tl.load(x + tile.offsets, mask=tile.known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
-        given = tl.load(dy + tile.offsets, mask=tile.known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+        value = tl.load(x + tile.offsets, mask=tile.loaded, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+        given = tl.load(dy + tile.offsets, mask=tile.loaded, other=0.0, eviction_policy="evict_first").to(COMPUTE)
         if valid is not None:
             tile = masked(tile, strip, L)
         gradient = gradient_of(value, given, tensors, tile, strip, affine, parameter, GRADIENT, L)
         if dz is not None:
-            store_as(dz + tile.offsets, gradient, tile.known)
+            store_tile(dz, gradient, tile, L)
         if dx is not None:
-            places = dx + tile.offsets
             if FROZEN:
                 result = gradient * affine.scale
             else:
                 result = (tl.fma(value - affine.centre, slope, gradient) + offset) * affine.scale
             if valid is not None:
                 result = tl.where(tile.counted, result, 0.0)
-            store_as(places, result, tile.known)
+            store_tile(dx, result, tile, L)
 
 
 #     dz = dy * activation'(z)        dbias = sum(dz)        dweight = sum(dz * xhat)
@@ -241,13 +242,13 @@ def bn_backward_input_kernel(
 @triton.jit
 def bn_backward_kernel(
     x, dy, residual, mask, dz, dx, mean, var, weight, bias, dweight, dbias, eps, parameter, inverse_count,
-    channels, row, jump, magic, power, positions,
+    channels, row, jump, magic, power, length, positions,
     GRADIENT: tl.constexpr, TILES: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The whole backward pass of one strip; the program (or its cluster of blocks) holds its x and dz in registers."""
-    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, 1, POSITIONS, COMPUTE)
-    strip = Strip(tl.program_id(0), 0, 0, None, channels, row, jump, magic, power, positions)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, 1, POSITIONS, COMPUTE, False, length is not None)
+    strip = Strip(tl.program_id(0), 0, 0, None, channels, row, jump, magic, power, length, positions)
     channel = channels_of(strip.number, channels, L)
     mean_c = load_once(mean, channel, L)
     values_c = PerChannel(
@@ -263,12 +264,12 @@ def bn_backward_kernel(
     sum_product = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
     for i in tl.static_range(TILES):
         tile = tile_at(i * POSITIONS + tl.arange(0, POSITIONS), positions, strip, L)
-        held = tl.load(x + tile.offsets, mask=tile.known, other=0.0)
+        held = tl.load(x + tile.offsets, mask=tile.loaded, other=0.0)
         value = held.to(COMPUTE)
-        given = tl.load(dy + tile.offsets, mask=tile.known, other=0.0).to(COMPUTE)
+        given = tl.load(dy + tile.offsets, mask=tile.loaded, other=0.0).to(COMPUTE)
         gradient = gradient_of(value, given, tensors, tile, strip, affine, parameter, GRADIENT, L)
         if dz is not None:
-            store_as(dz + tile.offsets, gradient, tile.known)
+            store_tile(dz, gradient, tile, L)
         sum_dz += gradient
         sum_product = tl.fma(gradient, tl.where(tile.known, value - affine.centre, 0.0), sum_product)
         values = values + (held,)
@@ -282,4 +283,4 @@ def bn_backward_kernel(
             tile = tile_at(i * POSITIONS + tl.arange(0, POSITIONS), positions, strip, L)
             value = values[i].to(COMPUTE) - affine.centre
             result = (tl.fma(value, slope, gradients[i]) + offset) * affine.scale
-            store_as(dx + tile.offsets, result, tile.known)
+            store_tile(dx, result, tile, L)

@@ -8,6 +8,7 @@ import triton.language as tl
 from gpu_bn.kernels.triton.accesses import (
     Layout,
     PerChannel,
+    Share,
     Strip,
     after,
     channels_of,
@@ -21,6 +22,7 @@ from gpu_bn.kernels.triton.accesses import (
     statistics_of,
     store_as,
     store_bits,
+    store_tile,
     tile_at,
     wide,
 )
@@ -32,7 +34,7 @@ from gpu_bn.kernels.triton.statistics import (
     any_channel,
     assessed,
     channel_sum,
-    elements_of,
+    elements_in,
     first_shift,
     held_sums,
     merged_moments,
@@ -75,27 +77,27 @@ class Old(NamedTuple):
 #     mean = sum(x) / n        var = sum((x - mean)**2) / n
 @triton.jit
 def bn_stats_kernel(
-    x, valid, partials, channels, row, jump, magic, power, positions, share,
+    x, valid, partials, channels, row, jump, magic, power, length, positions, share,
     SAMPLES: tl.constexpr, CHAIN: tl.constexpr, AT_ONCE: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of each block's share of a strip, to partials[2, blocks, groups * channels].
 
-    With a mask also the count, to a third plane.
+    With a mask and of ragged rows also the count, to a third plane.
     """
-    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, RANGE)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, RANGE, length is not None)
     number, group = group_of(tl.program_id(0), L)
     block, blocks = tl.program_id(1), tl.num_programs(1)
     start = start_of(group, channels, row, positions, L)
     if valid is not None:
         valid = mask_of(valid, group, positions, L)
-    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, positions)
+    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, length, positions)
     own = share_of(block, share, strip, L)
     statistic = statistics_of(channels_of(number, channels, L), group, L)
     base = first_base(first_shift(x, own, strip, SAMPLES, L))
-    count = elements_of(own.last - own.first, L)
-    inverse = reciprocal(count)
+    count = elements_in(own, strip, L)
+    inverse = reciprocal_from(count, 1.0) if L.RAGGED else reciprocal(count)
     pending = statistic.known & (base.factor > 0.0)
     channels, place = statistic.count, statistic.place
     sweep = 0
@@ -109,7 +111,7 @@ def bn_stats_kernel(
         mean, var, base, pending = assessed(sums.total, sums.squares, count, inverse, base, pending, L)
         tl.store(partials + block * channels + place, mean, mask=summed)
         tl.store(partials + (blocks + block) * channels + place, var, mask=summed)
-        if valid is not None:
+        if valid is not None or L.RAGGED:
             tl.store(partials + (2 * blocks + block) * channels + place, count, mask=summed)
         sweep += 1
         again = any_channel(pending, L) & (sweep < MOST_SWEEPS)
@@ -127,13 +129,14 @@ def first_base(shift):
 def bn_merge_moments_kernel(
     partials, saved, counts, channels, positions, share, blocks,
     CHUNK: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):  # fmt: skip
     """The statistics of each channel from those of its blocks, to saved[2, groups * channels] and, masked, counts."""
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, GROUPS=GROUPS)
     number, group = group_of(tl.program_id(0), L)
     statistic = statistics_of(channels_of(number, channels, L), group, L)
     found = Partials(partials, blocks, share, positions)
-    mean, var, count = merged_moments(found, statistic, CHUNK, counts is not None, L)
+    mean, var, count = merged_moments(found, statistic, CHUNK, RAGGED or counts is not None, L)
     tl.store(saved + statistic.place, mean, mask=statistic.known)
     tl.store(saved + statistic.count + statistic.place, var, mask=statistic.known)
     keep_count(counts, count, number, group, L)
@@ -205,12 +208,12 @@ def write_outputs(
     """y of one tile, 0 where a mask says so, and its bits for the backward pass."""
     added = None
     if outputs.residual is not None:
-        added = tl.load(outputs.residual + tile.offsets, mask=tile.known, other=0.0).to(L.COMPUTE)
+        added = tl.load(outputs.residual + tile.offsets, mask=tile.loaded, other=0.0).to(L.COMPUTE)
     z = pre_activation(value, added, affine)
     result = VALUE(z, parameter.to(L.COMPUTE))
     if strip.valid is not None:
         result = tl.where(tile.counted, result, 0.0)
-    store_as(outputs.y + tile.offsets, result, tile.known)
+    store_tile(outputs.y, result, tile, L)
     if outputs.mask is not None:
         store_bits(outputs.mask, DROP(z) == 0, tile, strip, L)
 
@@ -219,18 +222,18 @@ def write_outputs(
 @triton.jit
 def bn_normalize_kernel(
     x, residual, y, mask, valid, mean, var, partials, weight, bias, saved, counts, running_mean, running_var, counter,
-    momentum, momentum_at, bessel, eps, parameter, channels, row, jump, magic, power, positions, share,
+    momentum, momentum_at, bessel, eps, parameter, channels, row, jump, magic, power, length, positions, share,
     VALUE: tl.constexpr, DROP: tl.constexpr, CHUNK: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Outputs, from the end of the tensor to its start, with statistics from ``partials`` or else ``mean``, ``var``."""
-    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, False, length is not None)
     blocks = tl.num_programs(1)
     number, group = group_of(tl.num_programs(0) - 1 - tl.program_id(0), L)
     start = start_of(group, channels, row, positions, L)
     if valid is not None:
         valid = mask_of(valid, group, positions, L)
-    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, positions)
+    strip = Strip(number, group, start, valid, channels, row, jump, magic, power, length, positions)
     block = blocks - 1 - tl.program_id(1)
     own = share_of(block, share, strip, L)
     channel = channels_of(number, channels, L)
@@ -238,7 +241,7 @@ def bn_normalize_kernel(
     TRAINING: tl.constexpr = partials is not None
     if TRAINING:
         found = Partials(partials, blocks, share, positions)
-        mean_c, var_c, count = merged_moments(found, statistic, CHUNK, valid is not None, L)
+        mean_c, var_c, count = merged_moments(found, statistic, CHUNK, L.RAGGED or valid is not None, L)
         if block == 0:
             keep_count(counts, count, number, group, L)
     else:
@@ -260,7 +263,7 @@ def bn_normalize_kernel(
     for back in range(tiles):
         position = own.first + (tiles - 1 - back) * POSITIONS + tl.arange(0, POSITIONS)
         tile = tile_at(position, own.last, strip, L)
-        value = tl.load(x + tile.offsets, mask=tile.known, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+        value = tl.load(x + tile.offsets, mask=tile.loaded, other=0.0, eviction_policy="evict_first").to(COMPUTE)
         if valid is not None:
             tile = masked(tile, strip, L)
         write_outputs(value, outputs, tile, strip, affine, parameter, VALUE, DROP, L)
@@ -271,13 +274,13 @@ def bn_normalize_kernel(
 @triton.jit
 def bn_forward_kernel(
     x, residual, y, mask, weight, bias, saved, running_mean, running_var, counter, momentum, momentum_at, bessel, eps,
-    parameter, channels, row, jump, magic, power, positions,
+    parameter, channels, row, jump, magic, power, length, positions,
     VALUE: tl.constexpr, DROP: tl.constexpr, TILES: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
     """The whole forward pass of one strip, which the program (or its cluster of blocks) holds in registers."""
-    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, 1, POSITIONS, COMPUTE, RANGE)
-    strip = Strip(tl.program_id(0), 0, 0, None, channels, row, jump, magic, power, positions)
+    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, 1, POSITIONS, COMPUTE, RANGE, length is not None)
+    strip = Strip(tl.program_id(0), 0, 0, None, channels, row, jump, magic, power, length, positions)
     channel = channels_of(strip.number, channels, L)
     running = Running(running_mean, running_var, counter, momentum, momentum_at, bessel)
     old = load_old(running, channel)
@@ -285,10 +288,10 @@ def bn_forward_kernel(
     total = tl.zeros((POSITIONS, LANES * VEC), COMPUTE)
     for i in tl.static_range(TILES):
         tile = tile_at(i * POSITIONS + tl.arange(0, POSITIONS), positions, strip, L)
-        value = tl.load(x + tile.offsets, mask=tile.known, other=0.0)
+        value = tl.load(x + tile.offsets, mask=tile.loaded, other=0.0)
         held = held + (value,)
-        total += value.to(COMPUTE)
-    count = elements_of(positions, L)
+        total += tl.where(tile.known, value.to(COMPUTE), 0.0) if L.RAGGED else value.to(COMPUTE)
+    count = elements_in(Share(0, positions), strip, L)
     inverse = reciprocal(count)
     base = first_base(usable_shift((channel_sum(total, L) * inverse).to(COMPUTE), x.dtype.element_ty, L))
     pending = channel.known & (base.factor > 0.0)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from gpu_bn.kernels.triton.accesses import (
     Share,
-    known_elements,
+    elements_before,
     load_wide,
     masked,
     one_each,
@@ -78,6 +78,15 @@ def elements_of(positions, L: tl.constexpr):
 
 
 @triton.jit
+def elements_in(share, strip, L: tl.constexpr):
+    """The elements that a channel has in a share, in float64."""
+    if L.RAGGED:
+        return (elements_before(share.last, strip, L) - elements_before(share.first, strip, L)).to(tl.float64)
+    else:
+        return elements_of(share.last - share.first, L)
+
+
+@triton.jit
 def reciprocal(count):
     """1 / count of a float64 count: two steps of Newton's method, where a division would be a call."""
     guess = (1.0 / count.to(tl.float32)).to(tl.float64)
@@ -120,10 +129,10 @@ def first_shift(x, share, strip, SAMPLES: tl.constexpr, L: tl.constexpr):
     step = tl.maximum((share.last - share.first) // SAMPLES, 1)
     position = share.first + tl.arange(0, SAMPLES) * step
     tile = tile_at(position, share.last, strip, L)
-    sample = tl.load(x + tile.offsets, mask=tile.known, other=0.0).to(L.COMPUTE)
+    sample = tl.load(x + tile.offsets, mask=tile.loaded, other=0.0).to(L.COMPUTE)
     taken = tl.minimum((share.last - share.first + step - 1) // step, SAMPLES).to(L.COMPUTE)
-    if strip.valid is not None:
-        counted = masked(tile, strip, L).counted
+    if strip.valid is not None or L.RAGGED:
+        counted = tile.known if strip.valid is None else masked(tile, strip, L).counted
         sample = tl.where(counted, sample, 0.0)
         mean = channel_sum(sample, L).to(L.COMPUTE) / channel_sum(counted.to(L.COMPUTE), L).to(L.COMPUTE)
     elif L.COLUMNS:
@@ -153,7 +162,7 @@ def add_tiles(x, sums, base, share, strip, AT_ONCE: tl.constexpr, WHOLE: tl.cons
         values = ()
         for i in tl.static_range(AT_ONCE):
             tile = tile_at(begin + i * L.POSITIONS + tl.arange(0, L.POSITIONS), share.last, strip, L)
-            values = values + (tl.load(x + tile.offsets, mask=tile.known, other=0.0),)
+            values = values + (tl.load(x + tile.offsets, mask=tile.loaded, other=0.0),)
         for i in tl.static_range(AT_ONCE):
             position = begin + i * L.POSITIONS + tl.arange(0, L.POSITIONS)
             d = deviations(values[i].to(L.COMPUTE), base, L)
@@ -161,6 +170,8 @@ def add_tiles(x, sums, base, share, strip, AT_ONCE: tl.constexpr, WHOLE: tl.cons
                 present = valid_positions(position, position < share.last, strip, L)
                 d = tl.where(present[:, None] if L.COLUMNS else present, d, 0.0)
                 count += present.to(tl.int32)
+            elif L.RAGGED:
+                d = tl.where(tile_at(position, share.last, strip, L).known, d, 0.0)
             elif not WHOLE:
                 d = tl.where((position < share.last)[:, None], d, 0.0)
             total += d
@@ -223,7 +234,7 @@ def held_sums(tiles, base, strip, TILES: tl.constexpr, L: tl.constexpr):
     total = tl.zeros((L.POSITIONS, L.LANES * L.VEC), L.COMPUTE)
     squares = tl.zeros((L.POSITIONS, L.LANES * L.VEC), L.COMPUTE)
     for i in tl.static_range(TILES):
-        known = known_elements(i * L.POSITIONS + tl.arange(0, L.POSITIONS), strip.positions, strip, L)
+        known = tile_at(i * L.POSITIONS + tl.arange(0, L.POSITIONS), strip.positions, strip, L).known
         d = tl.where(known, deviations(tiles[i].to(L.COMPUTE), base, L), 0.0)
         total += d
         squares = tl.fma(d, d, squares)
@@ -289,9 +300,9 @@ def block_results(partials, plane, i, channels, L: tl.constexpr):
 
 
 @triton.jit
-def block_counts(partials, i, channels, MASKED: tl.constexpr, L: tl.constexpr):
+def block_counts(partials, i, channels, COUNTED: tl.constexpr, L: tl.constexpr):
     """The blocks' counts, in the shape of their results or one that broadcasts to it."""
-    if MASKED:
+    if COUNTED:
         return block_results(partials, 2, i, channels, L)
     else:
         share = partials.share
@@ -314,16 +325,16 @@ def no_results(channels, CHUNK: tl.constexpr, L: tl.constexpr):
 # Of blocks with n_i, mean_i and var_i:
 #     mean = sum(n_i * mean_i) / n        var = sum(n_i * (var_i + (mean_i - mean)**2)) / n
 @triton.jit
-def merged_moments(partials, channels, CHUNK: tl.constexpr, MASKED: tl.constexpr, L: tl.constexpr):
+def merged_moments(partials, channels, CHUNK: tl.constexpr, COUNTED: tl.constexpr, L: tl.constexpr):
     """Mean and variance of a channel, and its count, from those of its blocks, in a fixed order.
 
     Deviations are taken from ``base``, so that only the last addition rounds at the means' size. That is the first
-    block's mean; its weight bounds what the difference below loses, to the number of blocks. MASKED: the blocks'
+    block's mean; its weight bounds what the difference below loses, to the number of blocks. COUNTED: the blocks'
     counts come from ``partials`` too. As the first block's may be 0, ``base`` is the mean of all.
     """
     base = load_wide(partials.results, channels, 0.0)
     zeros = no_results(channels, CHUNK, L)
-    if MASKED:
+    if COUNTED:
         counts = zeros
         sums = zeros
         for start in range(0, partials.blocks, CHUNK):
@@ -341,7 +352,7 @@ def merged_moments(partials, channels, CHUNK: tl.constexpr, MASKED: tl.constexpr
     squares = zeros
     for start in range(0, partials.blocks, CHUNK):
         i = start + tl.arange(0, CHUNK)
-        n = block_counts(partials, i, channels, MASKED, L)
+        n = block_counts(partials, i, channels, COUNTED, L)
         apart = block_results(partials, 0, i, channels, L) - base
         variances = block_results(partials, 1, i, channels, L)
         moved = tl.fma(n, apart, moved)

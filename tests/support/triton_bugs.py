@@ -17,6 +17,7 @@ SLOPED = Case((4, 6, 16, 2), "float16", activation="leaky_relu", residual=True)
 FROZEN = Case((4, 6, 5, 7), mode="eval", mean=1e4, std=1.0, param_dtype="float64")
 KINKS = Case((4, 6, 5), activation="relu6", affine="kinks")
 MASKED = Case((5, 3, 36), mask="random", activation="relu")
+RAGGED = Case((8, 3, 27), activation="relu")
 
 
 @dataclass(frozen=True)
@@ -231,5 +232,38 @@ BUGS = [
         "dweight[",
         KINKS,
         "cta",
+    ),
+    Bug(
+        "neighbours of ragged rows counted",
+        STATISTICS,
+        "d = tl.where(tile_at(position, share.last, strip, L).known, d, 0.0)",
+        "d = tl.where(tile_at(position, share.last, strip, L).loaded, d, 0.0)",
+        "y[",
+        RAGGED,
+    ),
+    Bug(
+        "neighbours of ragged rows written",
+        ACCESSES,
+        "tile.known & (tile.whole == 0)",
+        "tile.loaded & (tile.whole == 0)",
+        "data race",
+        RAGGED,
+    ),
+    Bug(
+        "a vector beyond the last ragged row",
+        ACCESSES,
+        "present = (position < last) & (place < length)",
+        "present = position < last",
+        "out of bounds",
+        RAGGED,
+        "cta",
+    ),
+    Bug(
+        "elements of ragged rows not counted",
+        STATISTICS,
+        "return (elements_before(share.last, strip, L) - elements_before(share.first, strip, L)).to(tl.float64)",
+        "return tl.cast(share.last - share.first, tl.float64) * L.VEC",
+        "y[",
+        RAGGED,
     ),
 ]

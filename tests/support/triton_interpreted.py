@@ -1,8 +1,8 @@
 """Run conformance cases on the Triton backend in Triton's interpreter, and print what fails as JSON.
 
 This is a process of its own: kernels are either interpreted or compiled, from their import on. Arguments: a tier or
-``auto``, and which cases: ``all``, ``some``, or the ``extended`` ones (masks, ghost batches, renormalisation);
-``few some`` and ``few extended`` are an eighth of them.
+``auto``, and which cases: ``all``, ``some``, the ``extended`` ones (masks, ghost batches, renormalisation) or those
+of ``ragged`` rows; ``few some`` and ``few extended`` are an eighth of them.
 """
 
 from __future__ import annotations
@@ -46,11 +46,21 @@ def small_extended() -> list[Case]:
     ]
 
 
+def ragged() -> list[Case]:
+    """Return cases of rows that begin and end within vectors."""
+    return [
+        Case((4, 8, 7, 7), "float16", activation="relu", residual=True),
+        Case((8, 3, 27), "float32", activation="gelu", mean=1e4, std=1.0),
+        Case((4, 8, 9, 9), "bfloat16", residual=True),
+        Case((1, 8, 1, 1025), "float32", activation="silu"),
+    ]
+
+
 def main(tier: str, which: str) -> None:
     from gpu_bn.backends.triton.backend import TritonBackend
 
     backend = TritonBackend(tier=None if tier == "auto" else tier)
-    kinds = {"all": cases, "some": some_cases, "extended": small_extended}
+    kinds = {"all": cases, "some": some_cases, "extended": small_extended, "ragged": ragged}
     selected = kinds[which.removeprefix("few ")]()[:: 8 if which.startswith("few ") else 1]
     failures = {}
     for case in selected:

@@ -6,7 +6,8 @@ program has. Enumerated are, where vectors are full,
 - of the kernels that hold a channel, in blocks and in clusters, those with the largest share that the plan gives them,
   for every activation (clusters: for ``HEAVY`` ones), and the smaller shares (``sizes``) for the longest activation;
 - of those that go through it piece by piece, all kinds for ``HEAVY`` activations. They need about half of the registers
-  that there are, and the others are shorter.
+  that there are, and the others are shorter;
+- the same of ragged rows, which begin and end within vectors.
 
 Where vectors are narrower: the kernels for tensors without masks and groups. Not enumerated is what changes a few
 per-channel instructions of a program: dtypes of parameters, which parameters and gradients there are, how many ghost
@@ -33,19 +34,20 @@ from gpu_bn.activations import ROWS
 from gpu_bn.backends.triton.launch import Specialisation, Step, free_registers
 from gpu_bn.kernels.triton import forward as forward_kernels
 from gpu_bn.plan import DEVICES, STRIP_BYTES, VECTOR_BYTES
+from gpu_bn.tiling import RAGGED_BYTES
 from support.gates import ITEMSIZE, Definitions, Family, Group, Limits, Resources, digest
 from support.triton_backends import RecordingBackend
 
 Launch = tuple[Step, Specialisation]
 
 CEILINGS = {
-    "bn_stats_kernel": (64, 128),
-    "bn_normalize_kernel": (72, 96),
-    "bn_backward_reduce_kernel": (88, 112),
-    "bn_backward_input_kernel": (80, 112),
+    "bn_stats_kernel": (64, 128, 72),
+    "bn_normalize_kernel": (72, 96, 48),
+    "bn_backward_reduce_kernel": (88, 112, 104),
+    "bn_backward_input_kernel": (80, 112, 88),
 }
-"""Registers a thread of streaming kernels in rows and in channels-last, for half precision and ReLU. Beyond 128, an
-SM runs one block of 8 warps at a time."""
+"""Registers a thread of streaming kernels in rows, in channels-last and in ragged rows, for half precision and ReLU.
+Beyond 128, an SM runs one block of 8 warps at a time."""
 EXCEEDED = {
     ("bn_backward_reduce_kernel", 120, "float16"): 128,
     ("bn_backward_reduce_kernel", 120, "bfloat16"): 128,
@@ -66,11 +68,12 @@ STREAMED = {
     "phases": {"phases": True},
     "long": {"long": True},
     "wide": {"wide": True},
+    "ragged long": {"long": True, "wide": True},
 }
 """Kinds of calls in two launches. ``long``: sums are cut into chains; ``wide``: offsets of 64 bits."""
 ACTIVATIONS = {
     "held": tuple(ROWS), "split": ("identity", *HEAVY), "cluster": ("identity", *HEAVY), "sizes": HEAVY[1:2],
-    **dict.fromkeys(STREAMED, HEAVY[:2]),
+    "ragged held": HEAVY, "ragged split": HEAVY[:2], "ragged cluster": HEAVY[:2], **dict.fromkeys(STREAMED, HEAVY[:2]),
 }  # fmt: skip
 """Of each kind of calls, with full vectors."""
 
@@ -78,25 +81,36 @@ ACTIVATIONS = {
 def groups(arch: int) -> Iterator[Group]:
     """Return all groups of an architecture."""
     for kind, activations in ACTIVATIONS.items():
-        if kind == "cluster" and arch < 90:
+        if kind.endswith("cluster") and arch < 90:
             continue
         for dtype, itemsize in ITEMSIZE.items():
+            if _is_ragged(kind) and itemsize > RAGGED_BYTES:
+                continue
             most = VECTOR_BYTES // itemsize
             for vector in (size for size in (8, 4, 2, 1) if size == most or (size < most and _has_narrow(kind))):
                 for activation in activations if vector == most else HEAVY[:2]:
-                    for columns in (False, True):
+                    for columns in (False,) if _is_ragged(kind) else (False, True):
                         yield Group(arch, activation, dtype, vector, columns, kind)
 
 
 def importance(group: Group) -> int:
     """Rank a group: those come first that need most registers, because they hold a channel in full vectors."""
-    if group.kind in ("held", "cluster", "sizes"):
+    if _holds(group.kind):
         return (0 if group.activation in HEAVY else 2) if group.full else 4
-    return (1 if group.kind == "split" else 3) if group.full else 4
+    return (1 if group.kind.endswith("split") else 3) if group.full else 4
 
 
 def _has_narrow(kind: str) -> bool:
     return kind in ("held", "split", "cluster")
+
+
+def _is_ragged(kind: str) -> bool:
+    return kind.startswith("ragged")
+
+
+def _holds(kind: str) -> bool:
+    """Tell whether kernels for calls of a kind hold a channel."""
+    return kind.removeprefix("ragged ") in ("held", "cluster", "sizes")
 
 
 def variants(group: Group) -> dict[str, Launch]:
@@ -106,12 +120,13 @@ def variants(group: Group) -> dict[str, Launch]:
 
 @cache
 def _variants(group: Group) -> dict[str, Launch]:
-    x = Tensors(group.dtype, group.vector, group.columns)
+    x = Tensors(group.dtype, group.vector, group.columns, _is_ragged(group.kind))
+    kind = group.kind.removeprefix("ragged ")
     launches: list[Launch] = []
-    for residual in (False, True) if _has_narrow(group.kind) else (True,):
+    for residual in (False, True) if _has_narrow(kind) else (True,):
         options = {"activation": group.activation, "residual": residual}
-        if group.kind in ("held", "cluster", "sizes"):
-            launches += _held(group.arch, x, group.kind, **options)
+        if _holds(kind):
+            launches += _held(group.arch, x, kind, **options)
         else:
             launches += _streamed(group.arch, x, **options, **STREAMED.get(group.kind, {}))
     return {kernel_name(*launch): launch for launch in launches}
@@ -138,11 +153,12 @@ TILES = (1 / 64, 1 / 16, 1 / 4, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Makes tensors whose geometry allows vectors of a size and no wider."""
+    """Makes tensors whose geometry allows vectors of a size and no wider, in ragged rows only if they are."""
 
     dtype: str
     vector: int
     columns: bool
+    ragged: bool = False
 
     @property
     def tile(self) -> int:
@@ -153,6 +169,9 @@ class Tensors:
     def __call__(self, positions: int, channels: int = 2) -> torch.Tensor:
         if self.columns:
             return torch.empty(max(positions, 2), 33 * self.vector, dtype=DTYPES[self.dtype])
+        if self.ragged:  # rows of 6 vectors and an element span 7
+            shape = max(positions // 7, 2), max(channels, self.vector), 6 * self.vector + 1
+            return torch.empty(shape, dtype=DTYPES[self.dtype])
         return torch.empty(max(positions // 3, 2), channels, 3 * self.vector, dtype=DTYPES[self.dtype])
 
 
@@ -280,8 +299,8 @@ def built(arch: int, step: Step, special: Specialisation, cached: bool = True) -
 def limits(group: Group, name: str) -> Limits:
     """Ask for one block an SM at least, usually more, and full vectors of all tensors, if each thread has one."""
     kernel = name.partition("<")[0]
-    usual = group.kind == "split" and group.activation == "relu" and group.full and ITEMSIZE[group.dtype] == 2
-    registers = CEILINGS[kernel][group.columns] if usual else MOST_REGISTERS
+    usual = group.kind.endswith("split") and group.activation == "relu" and group.full and ITEMSIZE[group.dtype] == 2
+    registers = CEILINGS[kernel][2 if _is_ragged(group.kind) else group.columns] if usual else MOST_REGISTERS
     if usual and group.columns:
         registers = EXCEEDED.get((kernel, group.arch, group.dtype), registers)
     merges = "merge" in kernel

@@ -36,12 +36,14 @@ class BackwardCall(NamedTuple):
     extended: bool
     """Whether the split tier has to serve: there is a mask, or the count is not known here."""
 
-    def work(self, writes: int) -> Work:
-        _, _, residual, mask, _ = self.tensors
+    def work(self, writes: int, apart: bool = True) -> Work:
+        """What the call moves; ``apart``: it writes tensors of its own, which share no memory with those it reads."""
+        _, _, residual, mask, valid = self.tensors
         given = residual is not None
         return work_of(
             of_one_group(self.view.layout, self.groups), self.x, self.alignment, backward=True, reads=2 + given,
             writes=writes, staged=2 + given, mask=mask is not None,
+            ragged=apart and valid is None and self.groups == 1,
         )  # fmt: skip
 
 
@@ -74,10 +76,12 @@ def backward_call(dy: Array, saved: Saved, need: frozenset[str]) -> BackwardCall
 
 def work_of(
     layout: Layout, x: Array, alignment: int, *, backward: bool = False, reads: int = 1, writes: int = 1,
-    staged: int = 1, mask: bool = False,
+    staged: int = 1, mask: bool = False, ragged: bool = False,
 ) -> Work:  # fmt: skip
     """What a call moves, for the planner."""
-    return Work(layout.n, layout.c, layout.s, x.element_size(), backward, alignment, reads, writes, staged, mask)
+    return Work(
+        layout.n, layout.c, layout.s, x.element_size(), backward, alignment, reads, writes, staged, mask, ragged=ragged
+    )
 
 
 def of_one_group(layout: Layout, groups: int) -> Layout:

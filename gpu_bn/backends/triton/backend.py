@@ -140,7 +140,8 @@ class TritonBackend(SharedStatistics):
         x, valid_bytes = dense(x, view), position_bytes(valid, view)
         alignment = alignment_of(x, valid_bytes)
         key = ("stats", view, x.dtype, alignment, x.device, valid is None, groups)
-        plan, first, merge = self.prepare(key, lambda: self.builder.stats_and_merge(layout, x, alignment, groups))
+        work = work_of(layout, x, alignment, ragged=valid is None and groups == 1)
+        plan, first, merge = self.prepare(key, lambda: self.builder.stats_and_merge(work, x, groups))
         partials = self.partials(plan, x, groups, valid is not None)
         saved = self.new((2, groups * layout.c), None, torch.float64, x.device)
         counts = None if valid is None else self.new((groups,), None, torch.float64, x.device)
@@ -192,7 +193,8 @@ class TritonBackend(SharedStatistics):
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
         call = backward_call(dy, saved, frozenset())
         outputs = (dz is not None, False)
-        plan, reduce, merge = self.prepare(("reduce", call.key), lambda: self.builder.reduce_and_merge(call, outputs))
+        key = "reduce", call.key, dz is None
+        plan, reduce, merge = self.prepare(key, lambda: self.builder.reduce_and_merge(call, outputs, dz is None))
         target = None if dz is None else (dz if is_dense(dz, call.view) else self.empty_like(call.x))
         partials = self.partials(plan, call.x, call.groups)
         sums = self.new((2, call.groups * call.view.layout.c), None, torch.float64, call.x.device)
@@ -206,7 +208,7 @@ class TritonBackend(SharedStatistics):
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         call, steps = backward_call(dy, saved, frozenset()), self.builder
         key = "input" if sums is None else "input after sums", call.key
-        step = self.prepare(key, lambda: steps.input(steps.plan_once(call.work(1), call.x), call))
+        step = self.prepare(key, lambda: steps.input(steps.plan_once(call.work(1, apart=False), call.x), call))
         dx = out if is_dense(out, call.view) else self.empty_like(call.x)
         given = (None, None) if sums is None else (sums.dz.contiguous(), sums.dz_xhat.contiguous())
         tail = (*given, None, None, *call.numbers, *divisor_of(saved))
@@ -240,13 +242,13 @@ class TritonBackend(SharedStatistics):
         key = (
             "forward", view, x.dtype, x.device, alignment, residual is None, spec.activation.name, spec.batch_stats,
             *[None if v is None else v.dtype for v in vectors], None if at is None else at.dtype, valid is None, groups,
-            bits > 0, counter is None,
+            bits > 0, counter is None, usable,
         )  # fmt: skip
         extended = valid is not None or groups > 1
-        steps = self.prepare(
-            key,
-            lambda: self.builder.forward(layout, spec, dense_x, residual is not None, bits > 0, alignment, extended),
+        work = work_of(
+            layout, x, alignment, reads=1 + (residual is not None), mask=bits > 0, ragged=not (extended or usable)
         )
+        steps = self.prepare(key, lambda: self.builder.forward(work, spec, dense_x, extended))
         running_mean, running_var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
         kept = self.new((2 * groups + 2, layout.c), None, torch.float64, x.device)
         positions = None
@@ -347,4 +349,5 @@ class TritonBackend(SharedStatistics):
         )
 
     def partials(self, plan: LaunchPlan, x: Array, groups: int = 1, counted: bool = False) -> Array:
-        return self.new((2 + counted, plan.blocks, groups * plan.tiling.c), None, torch.float64, x.device)
+        planes = 3 if counted or plan.tiling.ragged else 2
+        return self.new((planes, plan.blocks, groups * plan.tiling.c), None, torch.float64, x.device)

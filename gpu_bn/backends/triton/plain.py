@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpu_bn.activations import Activation
 from gpu_bn.backends.protocol import Grads, Moments, Saved
-from gpu_bn.backends.triton.arguments import backward_call, mask_size
+from gpu_bn.backends.triton.arguments import backward_call, mask_size, work_of
 from gpu_bn.backends.triton.launch import ClusterError, Recent
 from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps
 from gpu_bn.backends.triton.strides import view_of
@@ -180,10 +180,8 @@ class PlainCalls:
         bits = 0
         if residual is not None and (grows or spec.batch_stats):
             bits = mask_size(view, 1, x.element_size(), spec.activation.name, 1)
-        steps = engine.prepare(
-            ("plain", key),
-            lambda: engine.builder.forward(view.layout, spec, x, residual is not None, bits > 0, VECTOR_BYTES, False),
-        )
+        work = work_of(view.layout, x, VECTOR_BYTES, reads=1 + (residual is not None), mask=bits > 0, ragged=True)
+        steps = engine.prepare(("plain", key), lambda: engine.builder.forward(work, spec, x, False))
         channels = x.shape[1]
         weight, bias = (
             _blank((channels,), x.dtype if one is None else one.dtype, x.device) for one in (call.weight, call.bias)
@@ -246,4 +244,4 @@ def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _partials(plan: LaunchPlan, x: Tensor) -> Tensor:
-    return _blank((2, plan.blocks, plan.tiling.c), torch.float64, x.device)
+    return _blank((3 if plan.tiling.ragged else 2, plan.blocks, plan.tiling.c), torch.float64, x.device)

@@ -44,8 +44,8 @@ MOST_WARPS = 8
 class Room(NamedTuple):
     """Count the elements that a program can hold in registers with nothing spilled, whatever the activation.
 
-    Forward in rows, of full vectors, and of narrower ones, which need more addresses; in channels-last, where a thread
-    has several channels' sums besides; backward, of all tensors.
+    Forward in rows, of full vectors, and of narrower ones, which need more addresses, or ragged ones, which need masks;
+    in channels-last, where a thread has several channels' sums besides; backward, of all tensors.
     """
 
     rows: int
@@ -58,7 +58,8 @@ class Room(NamedTuple):
         tiling = tile(work)
         if work.backward or tiling.columns:
             return self.backward if work.backward else self.columns
-        return self.rows if tiling.vector * work.itemsize == VECTOR_BYTES else self.narrow
+        full = tiling.vector * work.itemsize == VECTOR_BYTES and not tiling.ragged
+        return self.rows if full else self.narrow
 
 
 ROOM = {2: Room(20480, 12288, 12288, 16384), 4: Room(16384, 12288, 12288, 16384), 8: Room(8192, 8192, 8192, 4096)}
@@ -136,7 +137,7 @@ def one_pass_plan(work: Work, device: Device) -> LaunchPlan:
 class Geometry(NamedTuple):
     """Tell kernels how a tensor is cut into strips."""
 
-    tail: tuple[int, ...]
+    tail: tuple[int | None, ...]
     columns: bool
     lanes: int
     vector: int
@@ -151,12 +152,17 @@ class Geometry(NamedTuple):
         for what, number in (("channels", tiling.c), ("programs", groups * tiling.strips)):  # which have 32 bits
             if number >= (1 << 31) - AHEAD:
                 raise ValueError(f"expected less than 2**31 - {AHEAD} {what}, got {number}")
-        row = (tiling.c if tiling.columns else tiling.s) // tiling.vector
-        jump = 0 if tiling.columns else (tiling.c - 1) * row
+        row, length = tiling.inner, tiling.s if tiling.ragged else None
+        jump = 0 if tiling.columns else (tiling.c - 1) * row if length is None else tiling.c * length
         power = 31 + (row - 1).bit_length()
         magic = -(-(1 << power) // row)
         return Geometry(
-            (tiling.c, row, jump, magic, power), tiling.columns, tiling.lanes, tiling.vector, tiling.positions, wide
+            (tiling.c, row, jump, magic, power, length),
+            tiling.columns,
+            tiling.lanes,
+            tiling.vector,
+            tiling.positions,
+            wide,
         )
 
 

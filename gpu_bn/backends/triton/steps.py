@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from gpu_bn.backends.layout import Layout
-from gpu_bn.backends.triton.arguments import BackwardCall, work_of
+from gpu_bn.backends.triton.arguments import BackwardCall
 from gpu_bn.backends.triton.launch import CLUSTERS, Launch, Step
 from gpu_bn.backends.triton.programs import (
     CROWDED,
@@ -137,25 +136,13 @@ class StepBuilder:
         self.clusters = False
         self._devices.clear()
 
-    def forward(
-        self,
-        layout: Layout,
-        spec: BatchNormSpec,
-        x: Array,
-        residual: bool,
-        masked: bool,
-        alignment: int,
-        extended: bool,
-    ) -> ForwardSteps:
-        """The launches of a forward call.
-
-        ``masked``: whether sign bits take the place of the residual; ``extended``: there is a mask or ghost batches.
-        """
-        groups = spec.groups
+    def forward(self, work: Work, spec: BatchNormSpec, x: Array, extended: bool) -> ForwardSteps:
+        """The launches of a forward call; ``extended``: there is a mask or ghost batches."""
+        groups, alignment = spec.groups, work.alignment
         act = functions(spec.activation.name)
-        bessel = layout.count / max(layout.count - 1, 1)
-        work = replace(work_of(layout, x, alignment, reads=1 + residual), sign_bits=masked)
-        constants = (act.value, act.drop if masked else None)
+        count = work.n * work.s
+        bessel = count / max(count - 1, 1)
+        constants = (act.value, act.drop if work.sign_bits else None)
         if not spec.batch_stats:
             plan = self.plan_once(work, x)
             return ForwardSteps(plan, None, self.normalize(plan, x, alignment, constants), bessel)
@@ -214,17 +201,23 @@ class StepBuilder:
         plan, reduce, merge = self.reduce_and_merge(call, (wants_dz, wants_dx))
         return BackwardSteps(plan, reduce, None, merge)
 
-    def stats_and_merge(self, layout: Layout, x: Array, alignment: int, groups: int) -> tuple[LaunchPlan, Step, Step]:
+    def stats_and_merge(self, work: Work, x: Array, groups: int) -> tuple[LaunchPlan, Step, Step]:
         """The plan of the statistics alone, and its two launches."""
-        plan = self.plan_once(work_of(layout, x, alignment), x)
-        tail = (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, chunk(plan, WARPS), *strip(plan), groups)
+        plan = self.plan_once(work, x)
+        tail = (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, chunk(plan, WARPS), *strip(plan), groups,
+                plan.tiling.ragged)  # fmt: skip
         grid = (groups * plan.tiling.strips, 1)
         merge = self._step(forward_kernels.bn_merge_moments_kernel, plan, x, grid, tail, groups=groups)
-        return plan, self.stats(plan, x, alignment, groups), merge
+        return plan, self.stats(plan, x, work.alignment, groups), merge
 
-    def reduce_and_merge(self, call: BackwardCall, outputs: tuple[bool, bool]) -> tuple[LaunchPlan, Step, Step]:
-        """The plan of the sums alone, and its two launches; ``outputs``: whether dz and dx are written on the way."""
-        plan = self.plan_once(call.work(sum(outputs)), call.x)
+    def reduce_and_merge(
+        self, call: BackwardCall, outputs: tuple[bool, bool], apart: bool = True
+    ) -> tuple[LaunchPlan, Step, Step]:
+        """The plan of the sums alone, and its two launches.
+
+        ``outputs``: whether dz and dx are written on the way; ``apart``: in the place of no tensor that is read.
+        """
+        plan = self.plan_once(call.work(sum(outputs), apart), call.x)
         tail = (plan.tiling.c, plan.blocks, chunk(plan, WARPS), *strip(plan), compute_dtype(call.x), call.groups)
         grid = (call.groups * plan.tiling.strips, 1)
         merge = self._step(backward_kernels.bn_merge_sums_kernel, plan, call.x, grid, tail, groups=call.groups)

@@ -200,7 +200,7 @@ def test_the_time_of_two_launches_is_that_of_the_programs_that_are_launched(shap
 @pytest.mark.parametrize("size", [12, 16_384, 16_400])
 def test_positions_are_divided_by_the_row_without_a_division(size):
     """The largest ones, where what is multiplied by is least precise."""
-    _, row, _, magic, power = Geometry.of(plan_once(Work(70_000, 2, size, 4), DEVICES["h100"])).tail
+    _, row, _, magic, power, _ = Geometry.of(plan_once(Work(70_000, 2, size, 4), DEVICES["h100"])).tail
     assert row == size // 4
     for end in (2**31 - 1, 2**31 - row, 2**30 + row - 1):
         for position in (end // row * row - 1, end // row * row):

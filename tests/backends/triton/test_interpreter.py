@@ -10,6 +10,8 @@ from support.interpreter import interpreted
     ("tier", "which", "least"),
     [
         ("auto", "few some", 5),
+        ("auto", "ragged", 4),
+        pytest.param("split", "ragged", 4, marks=pytest.mark.slow),
         pytest.param("split", "few some", 5, marks=pytest.mark.slow),
         pytest.param("auto", "few extended", 2, marks=pytest.mark.exhaustive),
         pytest.param("auto", "some", 70, marks=pytest.mark.exhaustive),

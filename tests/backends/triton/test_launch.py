@@ -46,7 +46,7 @@ def nothing_loaded(monkeypatch):
 
 @pytest.fixture
 def step():
-    return Step(bn_merge_moments_kernel, (3, 1), (5, 7, 2, 4, 4, 1, 1, False, 1), num_warps=2, device=1)
+    return Step(bn_merge_moments_kernel, (3, 1), (5, 7, 2, 4, 4, 1, 1, False, 1, False), num_warps=2, device=1)
 
 
 @pytest.fixture
@@ -89,7 +89,15 @@ def test_a_step_is_compiled_once_and_launched_on_its_device_and_the_current_stre
     assert options == {"num_warps": 2, "num_ctas": 1, "enable_fp_fusion": False}
     assert signature["partials"] == "*fp64"
     assert signature["positions"] == "i32"
-    assert constants == {"counts": None, "CHUNK": 4, "LANES": 1, "VEC": 1, "COLUMNS": False, "GROUPS": 1}
+    assert constants == {
+        "counts": None,
+        "CHUNK": 4,
+        "LANES": 1,
+        "VEC": 1,
+        "COLUMNS": False,
+        "GROUPS": 1,
+        "RAGGED": False,
+    }
     assert compiled.launches == [((3, 1, 1), (*args, *step.tail), "stream of 1")] * 2
     assert entered == [1] + [1, 1] * (current != 1)
 
