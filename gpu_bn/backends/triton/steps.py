@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -117,6 +117,24 @@ class BackwardSteps:
             )  # fmt: skip
 
 
+class Programs(NamedTuple):
+    """Describe the programs of a launch.
+
+    Attributes:
+        alignment: bytes that the tensors' addresses are multiples of.
+        warps, blocks: of a program; several blocks are a cluster.
+        most_registers: that a thread may have, if the compiler is not to choose.
+    """
+
+    alignment: int = 1
+    warps: int = WARPS
+    blocks: int = 1
+    most_registers: int | None = None
+
+
+MERGING = Programs()
+
+
 class StepBuilder:
     """Plan calls, and make the launches of their kernels.
 
@@ -159,7 +177,7 @@ class StepBuilder:
         step = self._step(
             forward_kernels.bn_forward_kernel, plan, x, (plan.tiling.strips, 1),
             (*geometry.tail, geometry.positions, *constants, tiles, positions, *strip(plan), self._is_wide(geometry),
-             compute_dtype(x), may_overflow(x)), alignment, warps, plan.blocks,
+             compute_dtype(x), may_overflow(x)), Programs(alignment, warps, plan.blocks),
         )  # fmt: skip
         return ForwardSteps(plan, None, step, bessel, whole=True)
 
@@ -171,8 +189,8 @@ class StepBuilder:
                 may_overflow(x), groups)  # fmt: skip
         grid = (groups * plan.tiling.strips, plan.blocks)
         return self._step(
-            forward_kernels.bn_stats_kernel, plan, x, grid, tail, alignment, warps, groups=groups,
-            most_registers=SUMS_REGISTERS[geometry.columns],
+            forward_kernels.bn_stats_kernel, plan, x, grid, tail,
+            Programs(alignment, warps, most_registers=SUMS_REGISTERS[geometry.columns]), groups,
         )  # fmt: skip
 
     def normalize(
@@ -183,7 +201,8 @@ class StepBuilder:
         tail = (*geometry.tail, geometry.positions, plan.share, *constants, chunk(plan, warps), positions, *strip(plan),
                 self._is_wide(geometry), compute_dtype(x), groups)  # fmt: skip
         grid = (groups * plan.tiling.strips, plan.blocks)
-        return self._step(forward_kernels.bn_normalize_kernel, plan, x, grid, tail, alignment, warps, groups=groups)
+        kernel = forward_kernels.bn_normalize_kernel
+        return self._step(kernel, plan, x, grid, tail, Programs(alignment, warps), groups)
 
     def backward(self, call: BackwardCall, need: frozenset[str], batch_stats: bool) -> BackwardSteps:
         """Make the launches of a backward call."""
@@ -231,7 +250,7 @@ class StepBuilder:
                 *strip(plan), self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)
         kernel = backward_kernels.bn_backward_reduce_kernel
-        return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
+        return self._step(kernel, plan, call.x, grid, tail, Programs(call.alignment, warps), call.groups)
 
     def input(self, plan: LaunchPlan, call: BackwardCall) -> Step:
         """Make the launch that writes dx of sums, or of none where statistics are frozen."""
@@ -242,7 +261,7 @@ class StepBuilder:
                 *strip(plan), self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)
         kernel = backward_kernels.bn_backward_input_kernel
-        return self._step(kernel, plan, call.x, grid, tail, call.alignment, warps, groups=call.groups)
+        return self._step(kernel, plan, call.x, grid, tail, Programs(call.alignment, warps), call.groups)
 
     def _held(self, plan: LaunchPlan, call: BackwardCall) -> Step:
         """Make the only launch, where a program holds a channel."""
@@ -250,9 +269,8 @@ class StepBuilder:
         tail = (*geometry.tail, geometry.positions, call.gradient, tiles, positions, *strip(plan),
                 self._is_wide(geometry), compute_dtype(call.x))  # fmt: skip
         grid = (plan.tiling.strips, 1)
-        return self._step(
-            backward_kernels.bn_backward_kernel, plan, call.x, grid, tail, call.alignment, warps, plan.blocks
-        )
+        programs = Programs(call.alignment, warps, plan.blocks)
+        return self._step(backward_kernels.bn_backward_kernel, plan, call.x, grid, tail, programs)
 
     def plan(self, work: Work, x: Array) -> LaunchPlan:
         """Return the plan of a call that needs statistics or sums of the batch."""
@@ -264,13 +282,13 @@ class StepBuilder:
 
     def _step(
         self, kernel: Any, plan: LaunchPlan, x: Array, grid: tuple[int, int], tail: tuple[Any, ...],
-        alignment: int = 1, num_warps: int = WARPS, num_ctas: int = 1, groups: int = 1,
-        most_registers: int | None = None,
+        programs: Programs = MERGING, groups: int = 1,
     ) -> Step:  # fmt: skip
-        geometry = Geometry.of(plan, groups)
+        alignment, warps, blocks, most_registers = programs
+        wide = self._is_wide(Geometry.of(plan, groups))
         aligned = TENSORS if alignment == VECTOR_BYTES else frozenset[str]()
         index = -1 if x.device.index is None else x.device.index
-        return Step(kernel, grid, tail, num_warps, num_ctas, most_registers, self._is_wide(geometry), aligned, index)
+        return Step(kernel, grid, tail, warps, blocks, most_registers, wide, aligned, index)
 
     def _is_wide(self, geometry: Geometry) -> bool:
         return geometry.wide or self._wide
