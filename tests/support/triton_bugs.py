@@ -1,4 +1,4 @@
-"""Bugs planted in the Triton kernels, and what must notice each."""
+"""List bugs to plant in the Triton kernels, and what must notice each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RAGGED = Case((8, 3, 27), activation="relu")
 
 @dataclass(frozen=True)
 class Bug:
-    """A text of one file and what replaces it; the case, the tier and the chains that show it, and what is said."""
+    """Hold a text of one file and what replaces it; the case, tier and chains that show it, and what is said."""
 
     name: str
     file: str

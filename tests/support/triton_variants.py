@@ -1,4 +1,4 @@
-"""The Triton kernels that calls can come to: the backend plans calls of every kind, and what it would launch is noted.
+"""List the Triton kernels that calls can use: the backend plans calls of every kind, and its launches are noted.
 
 A kernel follows from the dtype, vector, layout, activation and kind of call, and from the positions and tiles that a
 program has. Enumerated are, where vectors are full,
@@ -153,7 +153,7 @@ TILES = (1 / 64, 1 / 16, 1 / 4, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Makes tensors whose geometry allows vectors of a size and no wider, in ragged rows only if they are."""
+    """Make tensors whose geometry allows vectors of a size and no wider, in ragged rows only if they are."""
 
     dtype: str
     vector: int
@@ -176,7 +176,7 @@ class Tensors:
 
 
 class Phases:
-    """A backend's phases without the methods that fuse them."""
+    """Have a backend's phases without the methods that fuse them."""
 
     def __init__(self, backend: RecordingBackend) -> None:
         self._backend = backend
@@ -206,7 +206,7 @@ def recorded(
 def _streamed(
     arch: int, tensors: Tensors, *, mask: bool = False, groups: int = 1, long: bool = False, **options: Any
 ) -> list[Launch]:
-    """A call in two launches, with as many blocks a strip as there may be, or with one and as long as it may be."""
+    """Call in two launches, with as many blocks a strip as there may be, or with one and as long as it may be."""
     x = tensors(65 * tensors.tile, 16) if long else tensors(groups * (1 << 14 if tensors.columns else 1 << 19))
     if groups > 1:
         x = x[: x.shape[0] // groups * groups]
@@ -220,7 +220,7 @@ def _streamed(
 
 
 def _held(arch: int, tensors: Tensors, kind: str, activation: str, residual: bool) -> list[Launch]:
-    """Calls in one launch: with the most that a program can hold (in each size of cluster), or ``sizes`` with less."""
+    """Call in one launch: with the most that a program can hold (in each size of cluster), or ``sizes`` with less."""
     alike = "identity" if activation == "identity" else "relu" if ROWS[activation].device.drop else "gelu"
     sizes = replace(tensors, dtype="float16") if tensors.dtype == "bfloat16" else tensors
     launches: dict[str, Launch] = {}
@@ -256,7 +256,7 @@ def _programs(clusters: bool, tensors: Tensors, activation: str, residual: bool)
 
 
 def _of_kind(kind: str, programs: dict[Program, Size]) -> list[Size]:
-    """Of each kernel and size of cluster the program with the most elements, the widest of those; or the others."""
+    """Return for each kernel and size of cluster the widest program with the most elements; or return the others."""
     most: dict[tuple[str, int], Program] = {}
     for program in sorted(programs, key=lambda program: (program[2] * program[3] * program[4], program[4])):
         most[program[:2]] = program
@@ -319,7 +319,7 @@ def compiler() -> str:
 
 
 def stamp(group: Group, name: str) -> str:
-    """Of the functions that a kernel can come to, without comments and docstrings, and of the activation."""
+    """Return a digest of the functions that a kernel can use, without comments, and of the activation."""
     kernel, constants = name.partition("(")[0].split("<")
     activated = "VALUE" in constants or "GRADIENT" in constants
     found = _definitions().stamp([kernel, *(MATHS if activated else ())])
