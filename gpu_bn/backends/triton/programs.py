@@ -45,7 +45,8 @@ class Room(NamedTuple):
     """Count the elements that a program can hold in registers with nothing spilled, whatever the activation.
 
     Forward in rows, of full vectors, and of narrower ones, which need more addresses, or ragged ones, which need masks;
-    in channels-last, where a thread has several channels' sums besides; backward, of all tensors.
+    in channels-last, where a thread has several channels' sums besides; backward, of all tensors, but in rows of single
+    elements no more than of narrow ones.
     """
 
     rows: int
@@ -56,8 +57,10 @@ class Room(NamedTuple):
     def of(self, work: Work) -> int:
         """Return the number for a call."""
         tiling = tile(work)
-        if work.backward or tiling.columns:
-            return self.backward if work.backward else self.columns
+        if work.backward:
+            return self.backward if tiling.columns or tiling.vector > 1 else min(self.backward, self.narrow)
+        if tiling.columns:
+            return self.columns
         full = tiling.vector * work.itemsize == VECTOR_BYTES and not tiling.ragged
         return self.rows if full else self.narrow
 
@@ -76,8 +79,8 @@ class Shape(NamedTuple):
 STREAMED = {2: Shape(4096, 16), 4: Shape(4096, 16), 8: Shape(2048, 8)}
 """Of a program that reads its share piece by piece; by the size of an element."""
 CROWDED = STREAMED | {8: Shape(1024, 4)}
-"""Of one that sums besides, with a mask and ghost batches."""
-SHORT = STREAMED | {2: Shape(2048, 8), 4: Shape(2048, 8)}
+"""Of a backward one in channels-last, or with a mask and ghost batches."""
+SHORT = CROWDED | {2: Shape(2048, 8), 4: Shape(2048, 8)}
 """Of one that writes two gradients in channels-last, with sums (sm_100, 120) or offsets of 64 bits (sm_75): with GELU
 more would spill."""
 SUMMED = {size: Shape(shape.elements // 2, shape.per_thread // 2) for size, shape in STREAMED.items()}

@@ -244,7 +244,10 @@ class StepBuilder:
 
     def _reduce(self, plan: LaunchPlan, call: BackwardCall, writes_both: bool = False) -> Step:
         masked_groups = call.groups > 1 and call.tensors[-1] is not None
-        shapes = CROWDED if masked_groups else SHORT if writes_both and plan.tiling.columns else STREAMED
+        columns = plan.tiling.columns
+        shapes = CROWDED if columns or masked_groups else STREAMED
+        if writes_both and columns and not masked_groups:
+            shapes = SHORT
         geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x, shapes)
         tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chain(plan, positions), positions,
                 *strip(plan), self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
@@ -255,7 +258,8 @@ class StepBuilder:
     def input(self, plan: LaunchPlan, call: BackwardCall) -> Step:
         """Make the launch that writes dx of sums, or of none where statistics are frozen."""
         geometry = Geometry.of(plan, call.groups)
-        shapes = SHORT if geometry.columns and self._is_wide(geometry) else STREAMED
+        crowded = SHORT if self._is_wide(geometry) else CROWDED
+        shapes = crowded if geometry.columns else STREAMED
         positions, warps = streamed_block(plan, call.x, shapes)
         tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chunk(plan, warps), positions,
                 *strip(plan), self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip

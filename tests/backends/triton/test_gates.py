@@ -39,6 +39,10 @@ def _covering():
     for dtype, vector, columns in (("float16", 4, False), ("float16", 1, True), ("float32", 2, True)):
         yield Group(90, "gelu", dtype, vector, columns, "split")
         yield Group(80, "relu", dtype, vector, columns, "held")
+    yield Group(80, "gelu", "float16", 1, False, "held")
+    yield Group(120, "gelu", "float64", 2, True, "phases")
+    yield Group(120, "relu", "float16", 8, False, "ragged split")
+    yield Group(75, "gelu", "float16", 8, False, "ragged held")
 
 
 def _marked(groups):
