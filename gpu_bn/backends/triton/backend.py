@@ -140,8 +140,12 @@ class TritonBackend(SharedStatistics):
         x, valid_bytes = dense(x, view), position_bytes(valid, view)
         alignment = alignment_of(x, valid_bytes)
         key = ("stats", view, x.dtype, alignment, x.device, valid is None, groups)
-        work = work_of(layout, x, alignment, ragged=valid is None and groups == 1)
-        plan, first, merge = self.prepare(key, lambda: self.builder.stats_and_merge(work, x, groups))
+
+        def make() -> tuple[LaunchPlan, Step, Step]:
+            work = work_of(layout, x, alignment, ragged=valid is None and groups == 1)
+            return self.builder.stats_and_merge(work, x, groups)
+
+        plan, first, merge = self.prepare(key, make)
         partials = self.partials(plan, x, groups, valid is not None)
         saved = self.new((2, groups * layout.c), None, torch.float64, x.device)
         counts = None if valid is None else self.new((groups,), None, torch.float64, x.device)
@@ -245,10 +249,13 @@ class TritonBackend(SharedStatistics):
             bits > 0, counter is None, usable,
         )  # fmt: skip
         extended = valid is not None or groups > 1
-        work = work_of(
-            layout, x, alignment, reads=1 + (residual is not None), mask=bits > 0, ragged=not (extended or usable)
-        )
-        steps = self.prepare(key, lambda: self.builder.forward(work, spec, dense_x, extended))
+
+        def make() -> ForwardSteps:
+            reads, apart = 1 + (residual is not None), not (extended or usable)
+            work = work_of(layout, x, alignment, reads=reads, mask=bits > 0, ragged=apart)
+            return self.builder.forward(work, spec, dense_x, extended)
+
+        steps = self.prepare(key, make)
         running_mean, running_var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
         kept = self.new((2 * groups + 2, layout.c), None, torch.float64, x.device)
         positions = None
