@@ -26,7 +26,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 DATA = HERE / "data" / "versions.json"
-LAYERS = ("modules", "direct", "convert", "operators", "graph", "folding", "masks", "statistics")
+LAYERS = (
+    "modules", "direct", "convert", "operators", "graph", "folding", "masks", "statistics", "fusing", "fusing_control",
+    "merging", "refusals",
+)  # fmt: skip
 SLICE = "test_case and triton and not reference or launches or masked or merge_to"
 WHAT = {
     "kernels": ["tests/versions.py", "--compile"],
@@ -185,11 +188,12 @@ def table(record: dict[str, Any]) -> str:
 def write(rows: list[dict[str, Any]]) -> None:
     """Put rows into the record, in the place of those of the same versions."""
     record = json.loads(DATA.read_text()) if DATA.exists() else {"rows": []}
-    known = {(found["torch"], found["triton"]): found for found in record["rows"]}
+    names = "triton", "torch", "python"
+    known = {tuple(found[name] for name in names): found for found in record["rows"]}
     for found in rows:
-        key = found["torch"], found["triton"]
+        key = tuple(found[name] for name in names)
         known[key] = known.get(key, {}) | found
-    ordered = sorted(known.values(), key=lambda found: (_numbers(found["triton"]), _numbers(found["torch"])))
+    ordered = sorted(known.values(), key=lambda found: [_numbers(found[name]) for name in names])
     DATA.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
 
 
