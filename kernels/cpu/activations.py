@@ -16,6 +16,8 @@ OF_Y = " of y"
 """Ends the name of an activation whose gradient is told from y, which kernels then get in the residual's place."""
 NAMES = (*ROWS, f"relu{OF_Y}")
 """Kernels know an activation by its place in here; the first is the identity."""
+CHEAP = {"identity", "relu", "relu6", "leaky_relu", "hardswish", f"relu{OF_Y}"}
+"""Names of activations that take few instructions and registers."""
 ENDS = (-87.0, 88.0), (-708.0, 709.0)
 """Between these exp is a normal number, in float32 and in float64."""
 MAGIC = 1.5 * 2.0**23 + 127, 1.5 * 2.0**52 + 1023

@@ -6,6 +6,7 @@ from numba import types
 from gpu_bn.kernels.cpu.vector import (
     BFLOAT16,
     BYTE,
+    BYTES,
     DOUBLE,
     FLOAT16,
     FLOAT64,
@@ -89,7 +90,7 @@ def store(builder, target, pointer, at, count, lanes, past=False):
     """
     bits = narrow(lanes, target.code)
     if count is None:
-        align = bits.type.count * target.size if past else target.size
+        align = min(bits.type.count * target.size, BYTES) if past else target.size
         written = builder.store(bits, place(builder, pointer, at, target.size, bits.type), align=align)
         if past:
             written.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))

@@ -19,10 +19,10 @@ from gpu_bn.kernels.cpu.scalars import (
     places,
     put,
     rounded,
-    splats,
     splats_wide,
     vectors_at,
     zeros_double,
+    zeros_to_write,
 )
 from gpu_bn.kernels.cpu.vector import BYTES, FLOAT32, FLOAT64
 
@@ -30,7 +30,7 @@ FEW, ROWS = 8, 16
 """Rows in one float32 sum, and in a sum of such, which is added to a float64 one."""
 FIRST = 8
 """Rows whose mean is the shift that sums are taken around."""
-NARROW, TALL, FLAT = 256, 64, 4
+NARROW, TALL, FLAT = 256, 64, 16
 """Up to so many columns parameters stay in registers for ``TALL`` rows, beyond for ``FLAT`` ones."""
 DOUBLES = BYTES // 8
 
@@ -150,7 +150,7 @@ def products(code, which, has_residual, keeps):
 @inlined
 def write_rows(tensors, steps, low, high, columns, parameters, which, p, past):
     """Write some rows."""
-    zeros = splats(tensors[0], (0.0, 0.0))
+    zeros = zeros_to_write(tensors[0], which)
     width = lanes(zeros)
     block = TALL if columns <= NARROW else FLAT
     for first in range(low, high, block):

@@ -6,6 +6,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpu_bn.kernels.cpu import memory
+from gpu_bn.kernels.cpu.activations import CHEAP, NAMES
 from gpu_bn.kernels.cpu.compiler import inlined
 from gpu_bn.kernels.cpu.memory import Tensor, integer, unpacked
 from gpu_bn.kernels.cpu.vector import (
@@ -87,6 +88,14 @@ def _splats(vectors):
 
 splats, splats_wide = _splats(1), _splats(WIDE)
 """A tuple of float64 numbers as vectors in which the elements are computed."""
+
+
+@intrinsic(prefer_literal=True)
+def zeros_to_write(typing, source, which):
+    """Two vectors of zeros, as long as those that are written: wide ones, if the activation leaves registers."""
+    vectors = WIDE if NAMES[which.literal_value] in CHEAP else 1
+    two = types.UniTuple(source.vector(vectors), 2)
+    return two(source, which), lambda context, builder, sig, args: ir.Constant(context.get_value_type(two), None)
 
 
 @intrinsic

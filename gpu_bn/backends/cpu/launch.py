@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_bn.backends.cpu import pages, plans, threads
-from gpu_bn.backends.cpu.arrays import Arrays
+from gpu_bn.backends.cpu.arrays import LARGE, Arrays
 from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Saved, Sums
 from gpu_bn.call import Call
 from gpu_bn.kernels.cpu import calls_channels, calls_rows
 from gpu_bn.kernels.cpu.activations import NAMES, OF_Y
 from gpu_bn.kernels.cpu.calls import END, FINISH, LINE, START, SUM, WRITE
 from gpu_bn.kernels.cpu.compiler import supports_float16
-from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT64, SIZES
+from gpu_bn.kernels.cpu.vector import BYTES, FLOAT16, FLOAT64, SIZES
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -261,7 +261,10 @@ def _prepared_call(
     if plan.by_rows:
         cut, head, shape = (plan.chunks, plan.width), kernels, (*shape, plan.folded)
     nbytes = SIZES[code] * seen.runs * seen.channels * seen.length
-    past = writes and 2 * nbytes > plans.last_cache()  # else x and y stay there, and such stores take twice as long
+    # Where x and y stay in the last cache, such stores take twice as long. They need addresses that are multiples of
+    # BYTES: large new outputs begin at one, and so do their rows if each has a multiple of BYTES.
+    past = writes and nbytes >= LARGE and 2 * nbytes > plans.last_cache()
+    past = past and not (plan.by_rows and SIZES[code] * plan.folded * seen.channels * seen.length % BYTES)
     phases = FUSED if fused else IN_TURN
     return Prepared(
         kernel=kernel, phases=phases, every=sum(phase for phase, _ in phases), head=head, shape=shape,

@@ -14,7 +14,7 @@ import numba
 from gpu_bn.activations import ROWS
 from gpu_bn.backends.layout import memory_order
 from gpu_bn.kernels.cpu import channels, rows
-from gpu_bn.kernels.cpu.activations import NAMES, OF_Y
+from gpu_bn.kernels.cpu.activations import CHEAP, NAMES, OF_Y
 from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64, SIZES, WIDE
 
 SHORT = 16
@@ -33,10 +33,9 @@ CHUNKS, CHUNK, COLUMN = 16, 1 << 17, 64
 
 They take 16 bytes a column, of float64 elements 32; more than two chunks have ``COLUMN`` bytes of each column at least,
 or twice that: four times as much."""
-CHEAP = {"identity", "relu", "relu6", "leaky_relu", "hardswish"}
-"""Activations whose gradients cost less than to write and to read them."""
-FOLDED = 64
-"""Columns at least, and a whole number of vectors, up to 1024: short rows are joined to longer ones."""
+FOLDED, MOST_FOLDED = 64, 640
+"""Rows of less than 1024 columns are joined to longer ones, of a multiple of ``FOLDED`` columns, whole wide vectors, if
+that takes no more than ``MOST_FOLDED``; else of at least ``FOLDED``, a whole number of vectors."""
 
 
 class Geometry(NamedTuple):
@@ -123,7 +122,9 @@ def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
 def _rows_plan(runs: int, count_channels: int, length: int, size: int, dense: bool) -> Plan:
     period, folded = count_channels * length, 1
     if dense and period < 1024:
-        folded = 16 // math.gcd(period, 16)
+        folded = FOLDED // math.gcd(period, FOLDED)
+        if folded * period > MOST_FOLDED:
+            folded = 16 // math.gcd(period, 16)
         while folded * period < FOLDED:
             folded *= 2
         folded = max(1, min(folded, runs))
@@ -171,8 +172,8 @@ def backward_kernels(
     dz is kept where dresidual, which it is, is wanted, and where it takes long to compute again: in the place of dx
     until that is known. In half precision only what is dy or 0 is kept: anything else would be rounded.
     """
-    module, name = (rows if by_rows else channels), NAMES[which].removesuffix(OF_Y)
-    exact = SIZES[code] > 2 or bool(ROWS[name].device.dropped)
+    module, name = (rows if by_rows else channels), NAMES[which]
+    exact = SIZES[code] > 2 or bool(ROWS[name.removesuffix(OF_Y)].device.dropped)
     keeps = sums and writes and exact and (adds or name not in CHEAP)
     last = (0, False, True, True, False) if keeps else (which, residual, True, writes, adds)
     return (
