@@ -199,7 +199,7 @@ class TritonBackend(SharedStatistics):
         outputs = (dz is not None, False)
         key = "reduce", call.key, dz is None
         plan, reduce, merge = self.prepare(key, lambda: self.builder.reduce_and_merge(call, outputs, dz is None))
-        target = None if dz is None else (dz if is_dense(dz, call.view) else self.empty_like(call.x))
+        target = None if dz is None else self._target(dz, call)
         partials = self.partials(plan, call.x, call.groups)
         sums = self.new((2, call.groups * call.view.layout.c), None, torch.float64, call.x.device)
         self.launch(reduce, (*call.tensors, target, None, *call.vectors, partials, *call.numbers))
@@ -213,12 +213,17 @@ class TritonBackend(SharedStatistics):
         call, steps = backward_call(dy, saved, frozenset()), self.builder
         key = "input" if sums is None else "input after sums", call.key
         step = self.prepare(key, lambda: steps.input(steps.plan_once(call.work(1, apart=False), call.x), call))
-        dx = out if is_dense(out, call.view) else self.empty_like(call.x)
+        dx = self._target(out, call)
         given = (None, None) if sums is None else (sums.dz.contiguous(), sums.dz_xhat.contiguous())
         tail = (*given, None, None, *call.numbers, *divisor_of(saved))
         self.launch(step, (*call.tensors, None, dx, *call.vectors, None, *tail))
         if dx is not out:
             out.copy_(dx)
+
+    def _target(self, given: Array, call: BackwardCall) -> Array:
+        """The tensor given for a gradient, or a new one if kernels of the call cannot write that."""
+        fits = is_dense(given, call.view) and alignment_of(given) >= call.alignment
+        return given if fits else self.empty_like(call.x)
 
     # ------------------------------------------------------------------------------------------------------- forward
     @_planned_again

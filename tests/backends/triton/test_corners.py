@@ -178,6 +178,20 @@ def test_the_second_launch_takes_its_momentum_from_the_device(make_backend):
     assert len(backend.steps) == 4
 
 
+def test_gradients_go_to_tensors_where_no_vector_begins(make_backend):
+    """Kernels for vectors would stop there."""
+    backend, (x, dy, _) = make_backend(), tensors()
+    _, saved = gpu_bn.batch_norm_forward(x, training=True, activation="silu", backend=backend)
+    found = []
+    for out in (torch.empty(SHAPE), moved(torch.empty(SHAPE))):
+        sums = backend.backward_reduce(dy, saved, out)
+        found.append(out.clone())
+        backend.backward_input(dy, saved, sums, out)
+        found.append(out)
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
 # -------------------------------------------------------------------------------------------------------------- plans
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("shape", [(32, 64, 112 * 112), (32 * 56 * 56, 64, 1), (8192, 256, 1)])
