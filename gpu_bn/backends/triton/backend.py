@@ -31,7 +31,7 @@ from gpu_bn.backends.triton.arguments import (
 )
 from gpu_bn.backends.triton.launch import ClusterError, Launch, Recent, Step, interpreting, launch
 from gpu_bn.backends.triton.plain import PlainCalls
-from gpu_bn.backends.triton.programs import ELSEWHERE
+from gpu_bn.backends.triton.programs import ELSEWHERE, planes
 from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, StepBuilder
 from gpu_bn.backends.triton.strides import aligned, dense, is_dense, view_of
 from gpu_bn.backends.triton.sync import SharedStatistics
@@ -361,5 +361,4 @@ class TritonBackend(SharedStatistics):
         )
 
     def partials(self, plan: LaunchPlan, x: Array, groups: int = 1, counted: bool = False) -> Array:
-        planes = 3 if counted or plan.tiling.ragged else 2
-        return self.new((planes, plan.blocks, groups * plan.tiling.c), None, torch.float64, x.device)
+        return self.new((planes(plan, counted), plan.blocks, groups * plan.tiling.c), None, torch.float64, x.device)

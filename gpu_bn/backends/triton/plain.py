@@ -20,6 +20,7 @@ from gpu_bn.activations import Activation
 from gpu_bn.backends.protocol import Grads, Moments, Saved
 from gpu_bn.backends.triton.arguments import backward_call, mask_size, work_of
 from gpu_bn.backends.triton.launch import ClusterError, Recent
+from gpu_bn.backends.triton.programs import planes
 from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps
 from gpu_bn.backends.triton.strides import view_of
 from gpu_bn.call import Call
@@ -244,4 +245,4 @@ def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _partials(plan: LaunchPlan, x: Tensor) -> Tensor:
-    return _blank((3 if plan.tiling.ragged else 2, plan.blocks, plan.tiling.c), torch.float64, x.device)
+    return _blank((planes(plan), plan.blocks, plan.tiling.c), torch.float64, x.device)

@@ -182,6 +182,11 @@ def _fewer_blocks(plan: LaunchPlan) -> LaunchPlan:
     return replace(plan, share=share, blocks=-(-plan.tiling.positions // share))
 
 
+def planes(plan: LaunchPlan, counted: bool = False) -> int:
+    """Numbers that a block leaves for each channel; the third is how many elements it had, where that may differ."""
+    return 3 if counted or plan.tiling.ragged else 2
+
+
 def chunk(plan: LaunchPlan, warps: int) -> int:
     """Return how many blocks have their results merged at a time."""
     return min(_power_of_two(plan.blocks), max(1, MERGED_AT_ONCE * 32 * warps // _width(plan)))
