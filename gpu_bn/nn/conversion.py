@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
@@ -20,7 +19,7 @@ from gpu_bn.nn import modules
 from gpu_bn.nn.activated import joined, store_guarded
 from gpu_bn.nn.fused import Fused
 from gpu_bn.nn.fx.forward import own_forwards
-from gpu_bn.nn.fx.graph import fuse_activations, is_ours, unfuse
+from gpu_bn.nn.fx.graph import fuse_activations, is_ours, undo
 from gpu_bn.nn.fx.trace import in_mode
 from gpu_bn.nn.known_layers import CLASSES, class_of, frozen_eps, is_own, rule
 from gpu_bn.nn.report import Report
@@ -111,13 +110,9 @@ def revert(model: Model) -> Model:
         for name, module in model.named_modules()
         if isinstance(module, (Fused, modules.FrozenBatchNorm2d))
     ]
-    own_forwards(model)
-    for module in model.modules():
-        if isinstance(module, GraphModule):
-            unfuse(module)
+    undo(model)
     for layer, cls in found:
-        added = layer.__dict__.get("_added", ())
-        for attribute in (*ADDED, *added):
+        for attribute in (*ADDED, *layer.__dict__.get("_added", ())):
             layer.__dict__.pop(attribute, None)
         if cls is not None:
             if cls is not torch.nn.SyncBatchNorm:

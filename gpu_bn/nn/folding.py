@@ -8,19 +8,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Proxy
+from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from gpu_bn import folding
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn.fx import activations
-from gpu_bn.nn.fx.forward import INTERNAL, own_forwards
-from gpu_bn.nn.fx.graph import is_layer, is_ours, unfuse
+from gpu_bn.nn.fx.forward import INTERNAL, is_watched
+from gpu_bn.nn.fx.graph import is_layer, is_ours, undo
 from gpu_bn.nn.fx.inspection import HELD
 from gpu_bn.nn.fx.pairs import observed_pairs, traced_pairs
 from gpu_bn.nn.fx.trace import in_mode
-from gpu_bn.nn.known_layers import frozen_eps, is_watched, known_norm
+from gpu_bn.nn.known_layers import frozen_eps, known_norm
 from gpu_bn.nn.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -212,10 +212,7 @@ def fold(model: Model, *inputs: Any, report: Report | None = None, **options: An
     """
     report = Report() if report is None else report
     copied = _copy(model).eval()
-    own_forwards(copied)
-    for module in copied.modules():
-        if isinstance(module, GraphModule):
-            unfuse(module)
+    undo(copied)
     names = {module: name for name, module in copied.named_modules()}
     with in_mode(model.modules(), False):  # functions that the copy shares may call the model's own layers
         pairs, reasons = observed_pairs(copied, inputs, options) if inputs or options else traced_pairs(copied)

@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import modules
-from gpu_bn.nn.activated import has_hooks, joined_by
+from gpu_bn.nn.activated import joined_by
 from gpu_bn.nn.fx.activations import activation_of
-from gpu_bn.nn.fx.forward import Forward
+from gpu_bn.nn.fx.forward import is_watched
 
 _TORCH = "torch.nn.modules.batchnorm"
 CLASSES: dict[str, type[torch.nn.Module]] = {
@@ -109,9 +109,3 @@ def known_norm(module: Any) -> tuple[type[torch.nn.Module], Activation] | None:
 def class_of(module: torch.nn.Module) -> type[Any]:
     """Return a module's class, without what parametrisations make of it."""
     return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
-
-
-def is_watched(module: torch.nn.Module) -> bool:
-    """Whether hooks, or a ``forward`` of its own, see or change what goes into a module and comes out of it."""
-    own = vars(module).get("forward")
-    return (own is not None and not isinstance(own, Forward)) or has_hooks(module)

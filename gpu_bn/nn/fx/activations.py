@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_bn.activations import IDENTITY, Activation, elu, leaky_relu
+from gpu_bn.activations import Activation, elu, leaky_relu
 
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], dict[str, str]]] = {
     "relu": (F.relu, {}),
@@ -41,78 +41,60 @@ def activate(z: Tensor, activation: Activation) -> Tensor:
     return call(z, **options)
 
 
-LAYERS = {
-    "torch.nn.modules.linear.Identity": IDENTITY,
-    **{
-        f"torch.nn.modules.activation.{name}": Activation(name.lower())
-        for name in ("ReLU", "ReLU6", "SiLU", "Hardswish", "Sigmoid", "Tanh")
-    },
-    **{
-        f"timm.layers.activations.{name}": Activation(ours)
-        for name, ours in (
-            ("Swish", "silu"),
-            ("Sigmoid", "sigmoid"),
-            ("Tanh", "tanh"),
-            ("HardSwish", "hardswish"),
-            ("GELU", "gelu"),
-            ("GELUTanh", "gelu_tanh"),
-        )
-    },
-    **{
-        f"transformers.activations.{name}": Activation(ours)
-        for name, ours in (("SiLUActivation", "silu"), ("ReLU6Activation", "relu6"), ("GELUTanh", "gelu_tanh"))
-    },
-    "monai.networks.blocks.activation.MemoryEfficientSwish": Activation("silu"),
+_TORCH = "torch.nn.modules.activation"
+NAMES: dict[Any, str] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), "sigmoid"),
+    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), "tanh"),
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    "torch.nn.modules.linear.Identity": "identity",
+    **{f"{_TORCH}.{name}": name.lower() for name in ("ReLU", "ReLU6", "SiLU", "Hardswish", "Sigmoid", "Tanh")},
+    "timm.layers.activations.Swish": "silu",
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "timm.layers.activations.Tanh": "tanh",
+    "timm.layers.activations.HardSwish": "hardswish",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.SiLUActivation": "silu",
+    "transformers.activations.ReLU6Activation": "relu6",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "monai.networks.blocks.activation.MemoryEfficientSwish": "silu",
 }
-"""Layers without parameters, by qualified name; those of other libraries too."""
+"""What has no parameter: functions, methods of tensors by name, and layers of any library by qualified name."""
 
-TARGETS: dict[Any, Activation] = {
-    target: Activation(name)
-    for name, targets in {
-        "relu": (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
-        "relu6": (F.relu6,),
-        "silu": (F.silu,),
-        "hardswish": (F.hardswish,),
-        "sigmoid": (F.sigmoid, torch.sigmoid, "sigmoid"),
-        "tanh": (F.tanh, torch.tanh, "tanh"),
-    }.items()
-    for target in targets
-}
-"""Functions and methods of tensors, as they appear in a graph."""
+
+def _gelu(approximate: str = "none") -> Activation:
+    return Activation("gelu_tanh" if approximate == "tanh" else "gelu")
+
+
 PARAMETRIC: dict[Any, tuple[str, Callable[..., Activation]]] = {
-    F.leaky_relu: ("negative_slope", lambda slope=0.01: leaky_relu(slope)),
-    F.leaky_relu_: ("negative_slope", lambda slope=0.01: leaky_relu(slope)),
-    F.elu: ("alpha", lambda alpha=1.0: elu(alpha)),
-    F.elu_: ("alpha", lambda alpha=1.0: elu(alpha)),
-    F.gelu: ("approximate", lambda approximate="none": Activation("gelu_tanh" if approximate == "tanh" else "gelu")),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_, f"{_TORCH}.LeakyReLU"), ("negative_slope", leaky_relu)),
+    **dict.fromkeys((F.elu, F.elu_, f"{_TORCH}.ELU"), ("alpha", elu)),
+    **dict.fromkeys((F.gelu, f"{_TORCH}.GELU"), ("approximate", _gelu)),
 }
-"""Functions with a parameter: its name, and the activation for a value."""
+"""Functions and layers with a parameter: its name, and the activation for a value."""
 
 
 def activation_of_call(target: Any, rest: Sequence[Any], options: dict[str, Any]) -> Activation | None:
     """Return the activation that a function or method is, if it is one of ours and otherwise given constants."""
-    known = PARAMETRIC.get(target)
-    names = ("inplace",) if known is None else (known[0], "inplace")
-    given = dict(zip(names, rest, strict=False)) | options
+    name, make = PARAMETRIC.get(target, ("inplace", None))
+    given = dict(zip((name, "inplace"), rest, strict=False)) | options
     given.pop("inplace", None)
-    if len(rest) > len(names) or not given.keys() <= {names[0]}:
+    if len(rest) > (2 if make else 1) or not given.keys() <= {name}:
         return None
-    if known is None:
-        return TARGETS.get(target)
-    values = tuple(given.values())
-    return known[1](*values) if all(isinstance(value, (int, float, str)) for value in values) else None
+    if make is None:
+        return Activation(NAMES[target]) if target in NAMES else None
+    return make(*given.values()) if all(isinstance(value, (int, float, str)) for value in given.values()) else None
 
 
 def activation_of(module: Any) -> Activation | None:
     """Return the activation that a module is, if it is one of ours; a subclass may compute something else."""
-    kind = type(module)
-    if kind is torch.nn.LeakyReLU:
-        return leaky_relu(module.negative_slope)
-    if kind is torch.nn.ELU:
-        return elu(module.alpha)
-    if kind is torch.nn.GELU:
-        return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name in PARAMETRIC:
+        parameter, make = PARAMETRIC[name]
+        return make(getattr(module, parameter))
     if name == "transformers.activations.GELUActivation":  # another with use_gelu_python
         return Activation("gelu") if module.act is F.gelu else None
-    return LAYERS.get(name)
+    return Activation(NAMES[name]) if name in NAMES else None

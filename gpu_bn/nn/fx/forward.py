@@ -7,9 +7,9 @@ something has changed since the module was traced, or if the call has other argu
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,35 +59,37 @@ def _fits(x: Tensor, residual: Any) -> bool:
     )
 
 
+class Steps(NamedTuple):
+    """A module's graph, the names of its inputs, the defaults of its other parameters, the modules it goes into."""
+
+    graph: Graph
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+    entered: list[torch.nn.Module]
+
+
+class Merge(NamedTuple):
+    """A layer of ours, what it also does, and the activations and identities whose work that was."""
+
+    norm: Any
+    what: str
+    parts: list[torch.nn.Module]
+
+
 class Plan:
-    """The steps of a module in one mode, and what must not have changed since they were recorded.
+    """The steps of a module in one mode, and what must not have changed since they were recorded."""
 
-    Args:
-        graph: its steps.
-        names: its inputs, all tensors, in the order of the graph's.
-        defaults: the values that its other parameters had.
-        entered: it, and the modules whose own steps are in the graph.
-        merged: layers, activations and identities that the graph calls in another way or not at all.
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        names: tuple[str, ...],
-        defaults: dict[str, Any],
-        entered: Iterable[torch.nn.Module],
-        merged: Iterable[torch.nn.Module],
-    ) -> None:
-        code = graph.python_code("self")
+    def __init__(self, steps: Steps, merges: list[Merge]) -> None:
+        code = steps.graph.python_code("self")
         self.source: str | None = code.src
         self.globals = {name: value for name, value in code.globals.items() if not isinstance(value, ModuleType)}
-        self.names, self.defaults = names, defaults
-        self._watch(merged, *entered)
+        self.names, self.defaults = steps.names, steps.defaults
+        self._watch(merges, steps.entered)
         self.function = self._compiled()
 
-    def _watch(self, merged: Iterable[torch.nn.Module], *entered: torch.nn.Module) -> None:
+    def _watch(self, merges: list[Merge], entered: list[torch.nn.Module]) -> None:
         """Remember what the steps were recorded from. Layers check themselves: only hooks on them matter."""
-        parts = list(merged)
+        parts = dict.fromkeys(part for norm, _, others in merges for part in (norm, *others))
         self.merged: list[Any] = [part for part in parts if isinstance(part, Activated)]
         fixed = (*entered, *(part for part in parts if not isinstance(part, Activated)))
         self.fixed = [(module, _attributes(module), tuple(module._modules.values())) for module in fixed]
@@ -113,19 +115,13 @@ class Plan:
 
     def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Any] | None:
         """Return the inputs in the graph's order, if a call gives nothing else."""
-        if len(arguments) > len(self.names):
+        if len(arguments) > len(self.names) or (options and any(n in options for n in self.names[: len(arguments)])):
             return None
-        given = list(arguments)
-        if options:
-            given += [options.get(name) for name in self.names[len(arguments) :]]
-            for name, value in options.items():
-                if name in self.names[: len(arguments)]:
-                    return None
-                if name not in self.names and (name not in self.defaults or self.defaults[name] is not value):
-                    return None
-        if len(given) != len(self.names) or not all(isinstance(value, Tensor) for value in given):
-            return None
-        return given
+        for name, value in options.items():
+            if name not in self.names and self.defaults.get(name, self) is not value:
+                return None
+        given = [*arguments, *(options.get(name) for name in self.names[len(arguments) :])]
+        return given if all(isinstance(value, Tensor) for value in given) else None
 
     def holds(self, training: bool) -> bool:
         """Whether nothing has changed: no hooks, no other modes, attributes or modules."""
@@ -142,16 +138,16 @@ class Plan:
                 found = now.get(name, now)
                 if found is not value and not (type(value) in SIMPLE and type(found) in SIMPLE and found == value):
                     return False
-        return not any(has_hooks(module) or is_patched(module) for module, _, _ in self.fixed[1:])
+        return not any(is_watched(module) for module, _, _ in self.fixed[1:])
 
 
 class TextPlan(Plan):
     """A module's own text with merged calls, for both modes and any arguments; only its children must not change."""
 
-    def __init__(self, module: torch.nn.Module, source: str, merged: Iterable[torch.nn.Module]) -> None:
+    def __init__(self, module: torch.nn.Module, source: str, merges: list[Merge]) -> None:
         self.source, self.kind = source, type(module)
         self.globals, self.names, self.defaults = {}, (), {}
-        self._watch(merged, module)
+        self._watch(merges, [module])
         self.fixed[0] = (module, (), self.fixed[0][2])  # the text reads attributes when it runs
         self.function = self._compiled()
 
@@ -205,6 +201,11 @@ class Forward:
 def is_patched(module: torch.nn.Module) -> bool:
     """Whether a module has a ``forward`` of its own, other than a fused one."""
     return not isinstance(vars(module).get("forward"), Forward | None)
+
+
+def is_watched(module: torch.nn.Module) -> bool:
+    """Whether hooks, or a ``forward`` of its own, see or change what goes into a module and comes out of it."""
+    return is_patched(module) or has_hooks(module)
 
 
 def _attributes(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:

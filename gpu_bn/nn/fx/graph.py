@@ -19,14 +19,15 @@ from gpu_bn.nn.activated import Activated
 from gpu_bn.nn.fx import activations
 from gpu_bn.nn.fx.activations import activation_of, activation_of_call
 from gpu_bn.nn.fx.aliases import aliases, is_opaque, may_overwrite, module_of
-from gpu_bn.nn.fx.forward import Forward, Plan, is_patched, normalise
+from gpu_bn.nn.fx.forward import Forward, Merge, Plan, Steps, is_patched, is_watched, normalise, own_forwards
 from gpu_bn.nn.fx.text import text_plan
-from gpu_bn.nn.fx.trace import Refused, Steps, in_mode, steps_of
-from gpu_bn.nn.known_layers import counterpart, is_watched, looks_frozen
+from gpu_bn.nn.fx.trace import Refused, in_mode, steps_of
+from gpu_bn.nn.known_layers import counterpart, looks_frozen
 from gpu_bn.nn.report import Report
 
 IN_PLACE = (operator.iadd, "add_")
 ADDITIONS = (operator.add, torch.add, "add", *IN_PLACE)
+CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
 LEAVES = ("torch.nn.", "torch.ao.nn.")
 
 
@@ -48,21 +49,17 @@ def fuse_activations(model: torch.nn.Module, report: Report) -> None:
             for module in reversed(list(names)):  # what is in a module comes before it
                 if module not in fusion.holders or is_patched(module):
                     continue
-                try:
-                    steps = fusion.steps(module)
-                except Refused as error:
-                    reasons.setdefault(module, f"{type(module).__name__} {names[module]!r}: {error}")
-                    if found := text_plan(module, set(filter(is_ours, module.children()))):
-                        plans.setdefault(module, {})[training] = found[0]
-                        for norm, what, _ in found[1]:
-                            done.setdefault(norm, set()).add(what)
-                    continue
-                if merges := _merge(module, steps.graph):
-                    merged = [part for norm, what, parts in merges for part in (norm, *parts)]
-                    plan = Plan(steps.graph, steps.names, steps.defaults, steps.entered, dict.fromkeys(merged))
+                plan: Plan | None = None
+                steps = fusion.steps(module)
+                if isinstance(steps, Refused):
+                    reasons.setdefault(module, f"{type(module).__name__} {names[module]!r}: {steps}")
+                    plan, merges = text_plan(module, set(filter(is_ours, module.children())))
+                elif merges := _merge(module, steps.graph):
+                    plan = Plan(steps, merges)
+                if plan is not None:
                     plans.setdefault(module, {})[training] = plan
-                    for norm, what, _ in merges:
-                        done.setdefault(norm, set()).add(what)
+                for norm, what, _ in merges:
+                    done.setdefault(norm, set()).add(what)
     for module, by_mode in plans.items():
         module.__dict__["forward"] = Forward(module, by_mode)
     for norm, name in names.items():
@@ -87,9 +84,6 @@ def _reason(model: torch.nn.Module, norm: torch.nn.Module, name: str, reasons: d
     return "no activation that is known follows it alone"
 
 
-CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
-
-
 class _Fusion:
     """The graphs of a model's modules in one mode."""
 
@@ -99,21 +93,14 @@ class _Fusion:
         }
         self.known: dict[torch.nn.Module, Steps | Refused] = {}
 
-    def steps(self, module: torch.nn.Module) -> Steps:
-        """Return the recorded steps of a module.
-
-        Raises:
-            Refused: the module cannot be recorded.
-        """
+    def steps(self, module: torch.nn.Module) -> Steps | Refused:
+        """Return the recorded steps of a module, or why there are none."""
         if module not in self.known:
             try:
                 self.known[module] = steps_of(module, self.enters)
             except Refused as error:
                 self.known[module] = error
-        found = self.known[module]
-        if isinstance(found, Refused):
-            raise found
-        return found
+        return self.known[module]
 
     def enters(self, module: torch.nn.Module, arguments: Any, options: Any) -> bool:
         """Whether a graph goes into a module that it calls.
@@ -132,13 +119,9 @@ class _Fusion:
     def ends_with_layer(self, module: torch.nn.Module) -> bool:
         if is_ours(module):
             return True
-        if module not in self.holders or is_watched(module):
+        if module not in self.holders or is_watched(module) or isinstance(steps := self.steps(module), Refused):
             return False
-        try:
-            graph = self.steps(module).graph
-        except Refused:
-            return False
-        (last,) = (node for node in graph.nodes if node.op == "output")
+        (last,) = (node for node in steps.graph.nodes if node.op == "output")
         result = last.args[0]
         while type(called := module_of(module, result)) is torch.nn.Identity:
             result = result.args[0]
@@ -147,12 +130,8 @@ class _Fusion:
 
 def is_leaf(module: torch.nn.Module) -> bool:
     """Whether graphs call a module as a whole: scripted modules, normalisations, and torch's but for containers."""
-    kind = type(module)
-    return (
-        is_layer(module)
-        or isinstance(module, torch.jit.ScriptModule)
-        or (kind.__module__.startswith(LEAVES) and kind is not torch.nn.Sequential)
-    )
+    torchs = type(module).__module__.startswith(LEAVES) and type(module) is not torch.nn.Sequential
+    return torchs or is_layer(module) or isinstance(module, torch.jit.ScriptModule)
 
 
 def is_ours(module: Any) -> bool:
@@ -160,8 +139,8 @@ def is_ours(module: Any) -> bool:
     return isinstance(module, Activated)
 
 
-def _merge(module: torch.nn.Module, graph: Graph) -> list[tuple[Any, str, list[torch.nn.Module]]]:
-    """Merge in a module's graph; return each layer, what it also does, and the modules whose work that was."""
+def _merge(module: torch.nn.Module, graph: Graph) -> list[Merge]:
+    """Merge in a module's graph."""
     merges = []
     for node in reversed(list(graph.nodes)):  # of a sum's two layers the later one takes the other's output
         if is_ours(module_of(module, node)) and len(node.args) == 1 and not node.kwargs:
@@ -170,7 +149,7 @@ def _merge(module: torch.nn.Module, graph: Graph) -> list[tuple[Any, str, list[t
     return merges
 
 
-def _merge_node(root: torch.nn.Module, graph: Graph, node: Node) -> list[tuple[Any, str, list[torch.nn.Module]]]:
+def _merge_node(root: torch.nn.Module, graph: Graph, node: Node) -> list[Merge]:
     """Merge a layer's node with what follows it, at the place where its last input is read: its own, or the sum's."""
     norm: Any = module_of(root, node)
     if not norm.activation.is_identity or is_watched(norm):
@@ -196,7 +175,7 @@ def _merge_node(root: torch.nn.Module, graph: Graph, node: Node) -> list[tuple[A
     parts = [called for each in (*chain[1:], following) if (called := module_of(root, each)) is not None]
     for done in (following, *reversed(chain)):
         graph.erase_node(done)
-    return [(norm, f"{'sum, ' * (residual is not None)}{activation!r}", parts)]
+    return [Merge(norm, f"{'sum, ' * (residual is not None)}{activation!r}", parts)]
 
 
 def _following(root: torch.nn.Module, chain: list[Node]) -> Node | None:
@@ -252,42 +231,34 @@ def _activation(root: torch.nn.Module, node: Node) -> Activation | None:
     return activation_of_call(node.target, node.args[1:], node.kwargs)
 
 
-def unfuse(traced: GraphModule) -> None:
-    """Let torch's functions do the activations and sums that calls of our layers do in a graph."""
-    for node in list(traced.graph.nodes):
-        given = arguments(node)
-        if norm_of(traced, node) is None or given.keys() <= {"input"} or given.get("mask") is not None:
-            continue
-        with traced.graph.inserting_before(node):
-            alone = traced.graph.call_module(str(node.target), (given["input"],))
-        replace_call(traced.graph, node, alone, given.get("residual"), Activation.of(given.get("activation")))
-    for node in reversed(traced.graph.nodes):
-        if node.target is Activation and not node.users:
-            traced.graph.erase_node(node)
-    traced.recompile()
+def undo(model: torch.nn.Module) -> None:
+    """Let torch's functions do the activations and sums that calls of our layers do in a model."""
+    own_forwards(model)
+    for traced in model.modules():
+        if isinstance(traced, GraphModule):
+            for node in list(traced.graph.nodes):
+                if is_ours(module_of(traced, node)):
+                    _undo_call(traced.graph, node)
+            for node in reversed(traced.graph.nodes):
+                if node.target is Activation and not node.users:
+                    traced.graph.erase_node(node)
+            traced.recompile()
 
 
-def norm_of(traced: GraphModule, node: Node) -> Any:
-    """Return the layer of ours that a node calls."""
-    module = module_of(traced, node)
-    return module if is_ours(module) else None
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """Return the arguments of a layer's call by name."""
+def _undo_call(graph: Graph, node: Node) -> None:
+    """Take the sum and the activation out of a layer's call in a graph."""
     given: dict[str, Any] = dict(zip(("input", "residual", "activation", "mask"), node.args, strict=False))
     given.update(node.kwargs)
+    if given.keys() <= {"input"} or given.get("mask") is not None:
+        return
     chosen = given.get("activation")
     if isinstance(chosen, Node) and chosen.target is Activation:  # one with a parameter is a node of its own
-        given["activation"] = Activation(*chosen.args, **chosen.kwargs)  # type: ignore[arg-type]
-    return given
-
-
-def replace_call(graph: Graph, node: Node, value: Node, residual: Any, activation: Activation) -> None:
-    """Replace a layer's call by a value, and torch's functions for the sum and the activation after it."""
+        chosen = Activation(*chosen.args, **chosen.kwargs)  # type: ignore[arg-type]
+    activation = Activation.of(chosen)
     with graph.inserting_before(node):
-        if residual is not None:
-            value = graph.call_function(torch.add, (value, residual))
+        value = graph.call_module(str(node.target), (given["input"],))
+        if given.get("residual") is not None:
+            value = graph.call_function(torch.add, (value, given["residual"]))
         if not activation.is_identity:
             call, options = activations.function(activation)
             value = graph.call_function(call, (value,), options)

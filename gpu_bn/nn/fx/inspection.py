@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import dropwhile
 from types import CodeType
 from typing import Any
 
@@ -16,41 +17,50 @@ HELD = frozenset({
     "num_batches_tracked",
 })  # fmt: skip
 """The attributes that a normalisation loses and other layers rarely have."""
-OWN = ("torch.", "gpu_bn.")
-"""Modules whose code is not a model's."""
+
+
+def callers(root: CodeType | None = None) -> Iterator[Any]:
+    """Yield the frames that have led here since ``root`` ran, from the innermost."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not root:
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def module_name(frame: Any) -> str:
+    """Return the name of the module whose code a frame runs."""
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def is_models(frame: Any) -> bool:
+    """Whether a frame runs code of a model, and not torch's or ours."""
+    return not module_name(frame).startswith(("torch.", "gpu_bn."))
 
 
 def is_inspected(norm: torch.nn.Module, root: CodeType) -> bool:
     """Whether a function that has led to a normalisation's call, since ``root`` ran, names its class or attributes."""
     kinds = [kind for kind in type(norm).__mro__ if not issubclass(torch.nn.Identity, kind)]
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code is not root:
-        if not frame.f_globals.get("__name__", "").startswith(OWN):
-            names = _names(frame.f_code)
-            own = frame.f_locals.get("self")
-            if any(name in names and not hasattr(own, name) for name in HELD):
-                return True
-            if any(kind.__name__ in names for kind in kinds):
-                return True
-            if any(_is_one_of(frame.f_globals.get(name), kinds) for name in names):
-                return True
-        frame = frame.f_back
+    for frame in filter(is_models, callers(root)):
+        names, own = _names(frame.f_code), frame.f_locals.get("self")
+        read = any(name in names and not hasattr(own, name) for name in HELD)
+        if read or any(kind.__name__ in names for kind in kinds):
+            return True
+        if any(_is_one_of(frame.f_globals.get(name), kinds) for name in names):
+            return True
     return False
 
 
 @contextmanager
 def readers_told(norms: Iterable[torch.nn.Module], tell: Callable[[torch.nn.Module], None]) -> Iterator[None]:
     """Tell of each normalisation whose parameters or buffers a model's code reads."""
-    held = [vars(norm) for norm in norms]
-    for norm, attributes in zip(norms, held, strict=True):
-        for name in ("_parameters", "_buffers"):
-            attributes[name] = _Told(attributes[name], norm, tell)
+    held = [(norm, vars(norm), name) for norm in norms for name in ("_parameters", "_buffers")]
+    for norm, attributes, name in held:
+        attributes[name] = _Told(attributes[name], norm, tell)
     try:
         yield
     finally:
-        for attributes in held:
-            for name in ("_parameters", "_buffers"):
-                attributes[name] = dict(attributes[name])
+        for _, attributes, name in held:
+            attributes[name] = dict(attributes[name])
 
 
 class _Told(dict[str, Any]):
@@ -61,10 +71,8 @@ class _Told(dict[str, Any]):
         self.norm, self.tell = norm, tell
 
     def __getitem__(self, name: str) -> Any:
-        frame: Any = sys._getframe(1)
-        while frame is not None and frame.f_globals.get("__name__", "").startswith("torch."):
-            frame = frame.f_back
-        if frame is not None and not frame.f_globals.get("__name__", "").startswith(OWN):
+        reader = next(dropwhile(lambda frame: module_name(frame).startswith("torch."), callers()), None)
+        if reader is not None and is_models(reader):
             self.tell(self.norm)
         return super().__getitem__(name)
 

@@ -17,26 +17,22 @@ import torch
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn.fx.activations import activation_of, activation_of_call
-from gpu_bn.nn.fx.forward import TextPlan
-from gpu_bn.nn.known_layers import is_watched
-
-Merge = tuple[Any, str, list[torch.nn.Module]]
+from gpu_bn.nn.fx.forward import Merge, Plan, TextPlan, is_watched
 
 
-def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[TextPlan, list[Merge]] | None:
-    """Return a plan of a module's own text, and what each layer also does in it; ``None`` if nothing can be merged."""
+def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[Plan | None, list[Merge]]:
+    """Return a plan of a module's own text, and what each layer also does in it, if anything can be merged."""
     forward = type(module).forward
     function = _text_of(forward)
     if function is None:
-        return None
+        return None, []
     merger = _Merger(module, layers, forward.__globals__)
     factory: Any = ast.parse(f"def make(normalise): return {function.name}").body[0]
     factory.body.insert(0, merger.visit(function))
     if not merger.merges:
-        return None
+        return None, []
     source = ast.unparse(ast.fix_missing_locations(ast.Module([factory], [])))
-    parts = dict.fromkeys(part for norm, _, others in merger.merges for part in (norm, *others))
-    return TextPlan(module, source, parts), merger.merges
+    return TextPlan(module, source, merger.merges), merger.merges
 
 
 def _text_of(forward: Any) -> Any:
@@ -107,14 +103,13 @@ class _Merger(ast.NodeTransformer):
         found: list[Any] = []
         for node in (each for one in given for each in self._chosen(one)):
             before: Any = found[-1] if found else None
-            if _sets_one_name(node) and _sets_one_name(before) and node.targets[0].id == before.targets[0].id:
-                call = node.value
-                reads = isinstance(call, ast.Call) and bool(call.args) and isinstance(call.args[0], ast.Name)
-                if reads and call.args[0].id == node.targets[0].id:
-                    merged = self._merged(call, before.value)
-                    if merged is not call:
-                        found[-1] = ast.copy_location(ast.Assign(before.targets, merged), before)
-                        continue
+            name = _name_set(node)
+            call: Any = node.value if name and name == _name_set(before) else None
+            if isinstance(call, ast.Call) and call.args and getattr(call.args[0], "id", None) == name:
+                merged = self._merged(call, before.value)
+                if merged is not call:
+                    found[-1] = ast.copy_location(ast.Assign(before.targets, merged), before)
+                    continue
             found.append(node)
         return found
 
@@ -131,16 +126,19 @@ class _Merger(ast.NodeTransformer):
 
     def _merged(self, call: ast.Call, inner: Any) -> Any:
         """Return ``activation(norm(x))`` as one call, or the activation's call as it is."""
-        if not isinstance(inner, ast.Call) or len(inner.args) != 1 or inner.keywords or _is_starred(inner):
+        alone = isinstance(inner, ast.Call) and len(inner.args) == 1 and not inner.keywords
+        if not alone or isinstance(inner.args[0], ast.Starred):
             return call
         norm, act = self._child(inner.func), self._child(call.func)
-        alone = len(call.args) == 1 and not call.keywords
-        chosen = self._function(call) if act is None else activation_of(act) if alone else None
+        plain = len(call.args) == 1 and not call.keywords
+        chosen = self._function(call) if act is None else activation_of(act) if plain else None
         watched = norm is None or is_watched(norm) or (act is not None and is_watched(act))
         if norm not in self.layers or watched or chosen is None or chosen.is_identity:
             return call
-        self.merges.append((norm, repr(chosen), [] if act is None else [act]))
-        return ast.copy_location(_call(inner.func, inner.args[0], chosen), call)
+        self.merges.append(Merge(norm, repr(chosen), [] if act is None else [act]))
+        options: list[Any] = [None, chosen.name, chosen.parameter, False, False]
+        arguments = [inner.func, inner.args[0], *map(ast.Constant, options)]
+        return ast.copy_location(ast.Call(ast.Name("normalise", ast.Load()), arguments, []), call)
 
     def _is_own(self, node: Any) -> bool:
         return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.owner
@@ -171,14 +169,7 @@ class _Merger(ast.NodeTransformer):
         return value if callable(value) else None
 
 
-def _call(layer: Any, x: Any, activation: Activation) -> ast.Call:
-    options: list[Any] = [None, activation.name, activation.parameter, False, False]
-    return ast.Call(ast.Name("normalise", ast.Load()), [layer, x, *map(ast.Constant, options)], [])
-
-
-def _is_starred(call: ast.Call) -> bool:
-    return any(isinstance(each, ast.Starred) for each in call.args)
-
-
-def _sets_one_name(node: Any) -> bool:
-    return isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+def _name_set(node: Any) -> str | None:
+    """Return the name of the only variable that a statement sets, if it is such an assignment."""
+    single = isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+    return node.targets[0].id if single else None

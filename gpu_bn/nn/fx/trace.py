@@ -19,19 +19,18 @@ from functools import lru_cache
 from inspect import Parameter, signature
 from itertools import islice
 from traceback import clear_frames
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import Graph, Node, Proxy
+from torch.fx import Node, Proxy
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from gpu_bn.nn.fx.forward import expect
+from gpu_bn.nn.fx.forward import Steps, expect
+from gpu_bn.nn.fx.inspection import callers, is_models, module_name
 
 REQUIRED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-OWN = ("torch.", "gpu_bn.nn.fx.", "gpu_bn.nn.operators.")
-"""Modules whose code is not a model's."""
 DEVICES = ("cpu", "cuda")
 CONTAINERS = (tuple, list, dict, torch.Size, immutable_list, immutable_dict)
 """The containers that a graph can make; it also keeps named tuples."""
@@ -39,15 +38,6 @@ CONTAINERS = (tuple, list, dict, torch.Size, immutable_list, immutable_dict)
 
 class Refused(Exception):
     """A module whose steps cannot be recorded; the text says why."""
-
-
-class Steps(NamedTuple):
-    """A module's graph, the names of its inputs, the defaults of its other parameters, the modules it goes into."""
-
-    graph: Graph
-    names: tuple[str, ...]
-    defaults: dict[str, Any]
-    entered: list[torch.nn.Module]
 
 
 def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, Any], bool]) -> Steps:
@@ -62,8 +52,7 @@ def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, An
         raise Refused("it has arguments that are given by name only")
     defaults = {each.name: each.default for each in parameters if each.name not in names and each.kind not in VARIADIC}
     tracer = _Tracer(names, enters)
-    before = _attributes_of(module)
-    randomness = _random_state()
+    before, randomness, changed = _held(module), _random_state(), ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -72,11 +61,12 @@ def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, An
         clear_frames(error.__traceback__)  # which may hold a checkpoint's generator, whose hooks stay until it goes
         raise Refused(f"it cannot be traced: {_first_line(error)}") from error
     finally:
-        changed = _restore(before)
         if randomness != _random_state():
-            changed = changed or "draws random numbers"
+            changed = "draws random numbers"
             random.setstate(randomness[1])
             torch.set_rng_state(torch.tensor(list(randomness[0]), dtype=torch.uint8))
+        if _restore(before):
+            changed = "changes its attributes"
     if changed:
         raise Refused(f"it {changed}")
     return Steps(graph, names, defaults, [module, *tracer.entered])
@@ -151,11 +141,8 @@ class _Value(Proxy):
 
 def _asked_by_isinstance(frame: Any) -> bool:
     """Whether a model's own ``isinstance`` asks: C++ would take a stand-in that says so for a real tensor."""
-    name = frame.f_globals.get("__name__", "")
-    if name.startswith(OWN):
-        return False
     line, _, column, _ = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-    if line is None or column is None:
+    if not is_models(frame) or line is None or column is None:
         return False
     text = linecache.getline(frame.f_code.co_filename, line).encode()
     return text[column:].startswith(b"isinstance(")
@@ -188,15 +175,12 @@ def _context() -> tuple[Any, ...]:
 
 def _is_within_a_block() -> bool:
     """Whether a model's code calls from within ``with`` or ``try``, or through a checkpoint."""
-    frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_code is not _Tracer.trace.__code__:
-        name = frame.f_globals.get("__name__", "")
-        if name == "torch.utils.checkpoint":
+    for frame in callers(_Tracer.trace.__code__):
+        if module_name(frame) == "torch.utils.checkpoint":
             return True
-        text = "" if name.startswith(OWN) else linecache.getlines(frame.f_code.co_filename)
+        text = linecache.getlines(frame.f_code.co_filename) if is_models(frame) else ""
         if text and frame.f_lineno in _lines_of_blocks("".join(text)):
             return True
-        frame = frame.f_back
     return False
 
 
@@ -217,32 +201,20 @@ def _random_state() -> tuple[bytes, Any, bytes]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state()).encode()  # noqa: NPY002
 
 
-def _attributes_of(model: torch.nn.Module) -> list[tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]]:
-    """Return the attributes of a model's modules, with copies of their containers."""
-    found = []
-    for module in model.modules():
-        held = dict(vars(module))
-        copies = {name: value.copy() for name, value in held.items() if isinstance(value, (list, dict, set))}
-        found.append((module, held, copies))
-    return found
+def _held(model: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """Return the attributes of a model's modules and the containers among them, each with a copy."""
+    attributes = [vars(module) for module in model.modules()]
+    containers = [value for held in attributes for value in held.values() if isinstance(value, (list, dict, set))]
+    return [(one, one.copy()) for one in (*attributes, *containers)]
 
 
-def _restore(before: list[tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]]) -> str:
-    """Put attributes back; say what had changed, if anything."""
-    changed = ""
-    for module, held, copies in before:
-        now = vars(module)
-        if now.keys() != held.keys() or any(now[name] is not value for name, value in held.items()):
-            changed = "changes its attributes"
-            now.clear()
-            now.update(held)
-        for name, copy in copies.items():
-            value = held[name]
-            if len(value) != len(copy) or not _same_items(value, copy):
-                changed = "changes its attributes"
-                value.clear()
-                value.extend(copy) if isinstance(value, list) else value.update(copy)
-    return changed
+def _restore(held: list[tuple[Any, Any]]) -> bool:
+    """Put back what attributes and containers held; tell whether anything had changed."""
+    changed = [(one, copy) for one, copy in held if len(one) != len(copy) or not _same_items(one, copy)]
+    for one, copy in changed:
+        one.clear()
+        one.extend(copy) if isinstance(one, list) else one.update(copy)
+    return bool(changed)
 
 
 def _same_items(value: Any, copy: Any) -> bool:
