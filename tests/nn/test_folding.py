@@ -320,6 +320,28 @@ class Closed(torch.nn.Module):
         return self.function(x)
 
 
+class ResidualOfItself(torch.nn.Module):
+    """Adds the normalisation's own input to its output."""
+
+    def __init__(self, by_name):
+        super().__init__()
+        self.conv, self.norm, self.by_name = torch.nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), by_name
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x, residual=x) if self.by_name else self.norm(x, x)
+
+
+@pytest.mark.parametrize("batch", [(), (tensor(*IMAGES),)], ids=["traced", "observed"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_normalisation_whose_input_is_also_its_residual_is_left(by_name, batch):
+    model, x, report = ResidualOfItself(by_name), tensor(*IMAGES), nn.Report()
+    model(x)
+    folded = nn.fold(model, *batch, report=report)
+    assert report.folded == {}
+    assert_close(folded(x), model.eval()(x))
+
+
 @pytest.mark.parametrize("batch", [(), (tensor(*IMAGES),)], ids=["traced", "observed"])
 def test_layers_that_a_function_holds_are_left_as_they_are(batch):
     model, x, report = evaluated(Closed()), tensor(*IMAGES), nn.Report()

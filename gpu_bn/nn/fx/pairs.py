@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_bn.nn.fx.aliases import module_of
+from gpu_bn.nn.fx.forward import is_watched
 from gpu_bn.nn.fx.graph import is_layer, is_leaf
 from gpu_bn.nn.fx.inspection import is_inspected, readers_told
 from gpu_bn.nn.fx.trace import Refused, steps_of
-from gpu_bn.nn.known_layers import is_watched
 
 Pairs = list[tuple[Any, Any]]
 Reasons = dict[torch.nn.Module, str]
@@ -72,7 +72,7 @@ def _pairs_in(root: torch.nn.Module, graph: Graph) -> Iterator[tuple[Any, Any, b
         layer: Any = module_of(root, source)
         if norm is None or layer is None or not is_layer(norm):
             continue
-        once = calls[layer] == calls[norm] == len(source.users) == 1
+        once = calls[layer] == calls[norm] == len(source.users) == [*node.args, *node.kwargs.values()].count(source)
         unread = not any(read[id(tensor)] for each in (layer, norm) for tensor in _tensors_of(each))
         yield layer, norm, once and unread and node.kwargs.get("mask") is None and len(node.args) < 4
 
@@ -115,8 +115,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.read: Counter[int] = Counter()
         self.made: dict[int, Any] = {}
-        self.outputs: dict[Any, list[tuple[int, int]]] = {}
-        self.kept: list[Tensor] = []
+        self.outputs: dict[Any, list[Tensor]] = {}  # which are kept, so that no other tensor gets their ids
         self.inputs: dict[Any, list[Any]] = {}
         self.inside = 0
         self.layers = [module for module in model.modules() if is_leaf(module) and not is_layer(module)]
@@ -135,18 +134,16 @@ class _Watch(TorchFunctionMode):
 
     def _enter(self, module: Any, arguments: Any, options: Any) -> None:
         if self.inside == 0:
-            x = arguments[0] if arguments else options.get("input")
+            others = [*arguments, *options.values()]
             if is_layer(module):
                 if is_inspected(module, observed_pairs.__code__):
                     self.inspect(module)
+                x = arguments[0] if arguments else options.get("input")
                 plain = len(arguments) < 4 and options.get("mask") is None
                 self.inputs.setdefault(module, []).append(id(x) if plain and id(x) in self.made else None)
-                others = [*arguments[1:], *options.values()]
-            else:
-                others = [arguments, options]
+                others = [*arguments[1:], *(value for name, value in options.items() if name != "input")]
             for tensor in _tensors(others):
-                if tensor is not x or not is_layer(module):
-                    self.reads(tensor)
+                self.reads(tensor)
         self.inside += 1
 
     def inspect(self, norm: torch.nn.Module) -> None:
@@ -157,8 +154,7 @@ class _Watch(TorchFunctionMode):
         self.inside -= 1
         if self.inside == 0 and isinstance(result, Tensor) and not is_layer(module):
             self.made[id(result)] = module
-            self.outputs.setdefault(module, []).append((id(result), result.dim()))
-            self.kept.append(result)  # so that no other tensor gets its id
+            self.outputs.setdefault(module, []).append(result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
@@ -182,27 +178,23 @@ class _Watch(TorchFunctionMode):
             layer = layers.pop() if len(layers) == 1 else None
             if layer is None:
                 continue
-            made = self.outputs[layer]
+            made = [id(tensor) for tensor in self.outputs[layer]]
             tensors = [tensor for each in (layer, norm) for tensor in _tensors_of(each)]
             alone = (
-                sorted(source for source, _ in made) == sorted(inputs)
-                and all(reads[source] == 1 and self.read[source] == 0 for source, _ in made)
+                sorted(made) == sorted(inputs)
+                and all(reads[source] == 1 and self.read[source] == 0 for source in made)
                 and not any(self.read[id(tensor)] or held[id(tensor)] > 1 for tensor in tensors)
-                and not self._stored({source for source, _ in made})
+                and not any(sys.getrefcount(tensor) > 3 for tensor in self.outputs[layer])  # nothing else holds one
             )
             weight = getattr(layer, "weight", None)
             if norm in self.inspected:
                 reasons[norm] = INSPECTED
-            elif alone and isinstance(weight, Tensor) and all(rank == weight.dim() for _, rank in made):
+            elif alone and isinstance(weight, Tensor) and all(one.dim() == weight.dim() for one in self.outputs[layer]):
                 found.append((layer, norm))
             else:
                 reasons[norm] = OTHERS if not alone else "the outputs before it have other axes"
         reasons.update((norm, "the model did not call it") for norm in self.norms if norm not in self.inputs)
         return found, reasons
-
-    def _stored(self, sources: set[int]) -> bool:
-        """Whether anything still holds one of these tensors after the call."""
-        return any(id(tensor) in sources and sys.getrefcount(tensor) > 3 for tensor in self.kept)
 
 
 class _DispatchWatch(TorchDispatchMode):
