@@ -119,18 +119,14 @@ def check_finite(momentum: Any, eps: Any) -> None:
 
 def _unknown_numbers(options: Options) -> list[str]:
     """List the numbers that torch's function does not take for numbers."""
-    numbers = (("momentum", options.momentum), ("eps", options.eps))
-    return [
-        f"{name} of type {type(number).__name__}"
-        for name, number in numbers
-        if not _is_number(number) and not (number is None and name == "momentum")
-    ]
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.requires_grad and not value.is_complex()
-    return isinstance(value, (float, int))
+    unknown = []
+    for name, number in (("momentum", options.momentum), ("eps", options.eps)):
+        known = isinstance(number, (float, int)) or (number is None and name == "momentum")
+        if isinstance(number, Tensor):
+            known = number.dim() == 0 and not number.requires_grad and not number.is_complex()
+        if not known:
+            unknown.append(f"{name} of type {type(number).__name__}")
+    return unknown
 
 
 def _check_vectors(call: Call, training: bool) -> list[str]:
@@ -193,8 +189,9 @@ def check_extensions(call: Call, options: Options) -> int:
 
 def check_tensors(call: Call) -> None:
     """Raise what torch raises for an argument that is no tensor, nor stands for one; only the input must be given."""
-    for name, value in zip(TENSORS[:-1], _in_order(call)[:-1], strict=True):
-        if not (isinstance(value, Tensor) or (value is None and name != "input") or is_tensor_like(value)):
+    for name, value in named(call).items():
+        fits = isinstance(value, Tensor) or (value is None and name != "input") or is_tensor_like(value)
+        if not fits and name != "mask":  # which torch does not have
             kind = type(value)
             got = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
             raise TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {got}")
@@ -202,17 +199,17 @@ def check_tensors(call: Call) -> None:
 
 def check_memory(call: Call) -> None:
     """Check that what a call in training writes shares no memory with its other arguments, and may be written."""
-    read = {name: one for name, one in zip(TENSORS, _in_order(call), strict=True) if _shows_memory(one)}
+    read = {name: one for name, one in named(call).items() if _shows_memory(one)}
     aliasing.check_written({name: read.pop(name) for name in library.TRACKED if name in read}, read)
     for written in (call.running_mean, call.running_var, call.counter):
         if written is not None and written.is_inference():
             written.add_(0)  # outside inference mode torch refuses, when it has already added
 
 
-def _in_order(call: Call) -> tuple[Any, ...]:
-    """Return the tensors of a call in the order of :data:`TENSORS`."""
+def named(call: Call) -> dict[str, Any]:
+    """Return the tensors of a call by the names that :func:`gpu_bn.nn.batch_norm` has for them."""
     x, weight, bias, residual, running_mean, running_var, counter, mask, _ = call
-    return x, running_mean, running_var, weight, bias, residual, counter, mask
+    return dict(zip(TENSORS, (x, running_mean, running_var, weight, bias, residual, counter, mask), strict=True))
 
 
 def plain_number(value: Any) -> Any:

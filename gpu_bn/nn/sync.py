@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from gpu_bn.activations import Activation
+from gpu_bn.call import Call, Options
 from gpu_bn.nn import functional, modules
 from gpu_bn.nn.activated import joined_by
 from gpu_bn.nn.conversion import convert, set_class
 from gpu_bn.nn.distributed import call
-from gpu_bn.nn.distributed.arguments import Arguments
 from gpu_bn.nn.distributed.group import several
 from gpu_bn.nn.fused import Fused
 from gpu_bn.nn.known_layers import CLASSES, class_of
@@ -40,20 +40,13 @@ def sync_batch_norm(
     Every process of the group must make the call, also one whose part is empty, and go through the backward call alike.
     With one process, or none initialised, it is that function.
 
+    The other arguments are those of :func:`gpu_bn.nn.batch_norm`.
+
     Args:
         input: (N, C, ...), this process's part, in float16, bfloat16, float32 or float64; N may be 0 and may differ
             between processes.
-        running_mean: (C,), updated in place, or ``None``.
-        running_var: (C,), updated in place, or ``None``.
-        weight: (C,); absent, it is 1.
-        bias: (C,); absent, it is 0.
-        momentum: the weight of the batch in the running update; ``None`` averages over all batches so far.
-        eps: added to the variance.
         process_group: of :mod:`torch.distributed`; ``None`` is all processes.
         num_features: C, where the input's own may be wrong.
-        residual: added before the activation; like ``input``.
-        activation: a name or an ``Activation``, as in :func:`gpu_bn.nn.batch_norm`.
-        num_batches_tracked: 0-d int64, incremented.
         mask: which positions count; they are counted over all processes.
 
     Returns:
@@ -75,23 +68,10 @@ def sync_batch_norm(
 
     Source: ``torch.nn.SyncBatchNorm``; the statistics are merged as in Chan, Golub & LeVeque 1983.
     """
-    if not several(process_group):
-        return functional.batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            True,
-            momentum,
-            eps,
-            residual=residual,
-            activation=activation,
-            num_batches_tracked=num_batches_tracked,
-            mask=mask,
-        )
-    tensors = (input, residual, mask, running_mean, running_var, weight, bias, num_batches_tracked)
-    return call.normalize(process_group, None, Arguments(num_features, tensors, momentum, eps, activation))
+    given = Call(input, weight, bias, residual, running_mean, running_var, num_batches_tracked, mask)
+    if several(process_group):
+        return call.normalize(process_group, None, num_features, given, Options(True, momentum, eps, activation))
+    return functional.normalize(given, Options(True, momentum, eps, Activation.of(activation)))
 
 
 class SyncBatchNorm(Fused):
@@ -101,17 +81,10 @@ class SyncBatchNorm(Fused):
     which DistributedDataParallel refuses on CPUs. Call it with ``(input, residual=None, activation=None, mask=None)``:
     ``input`` is this process's part of the batch, (N, C, ...); N may be 0 and may differ between processes.
 
+    The other arguments are those of :class:`gpu_bn.nn.BatchNorm`.
+
     Args:
-        num_features: C, the number of channels.
-        eps: added to the variance.
-        momentum: the weight of a batch in the running statistics; ``None`` averages over all batches so far.
-        affine: whether there are ``weight`` and ``bias``.
-        track_running_stats: whether there are running statistics; without them, evaluation uses the batch's.
         process_group: the group of processes; ``None`` is all processes.
-        device: of parameters and buffers.
-        dtype: of parameters and buffers, a float dtype; torch's default unless given.
-        bias: whether ``affine`` includes a bias.
-        activation: the activation that follows; :func:`gpu_bn.nn.batch_norm` lists the names.
 
     Raises:
         ValueError: a wrong call, or one that differs between processes; see :func:`gpu_bn.nn.sync_batch_norm`.
@@ -165,13 +138,10 @@ class SyncBatchNorm(Fused):
             return self._call_children(input, residual, mask)  # type: ignore[no-any-return]
         running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         counter = self.num_batches_tracked if self.track_running_stats else None
-        tensors = (input, residual, mask, *running, self.weight, self.bias, counter)
+        given = Call(input, self.weight, self.bias, residual, *running, counter, mask)
         chosen = self.activation if activation is None else activation
-        refusal = ""
-        if self.virtual_batch_size is not None or self.renorm is not None:
-            refusal = "a SyncBatchNorm over several processes has neither virtual_batch_size nor renorm"
-        arguments = Arguments(self.num_features, tensors, self.momentum, self.eps, chosen, refusal)
-        return call.normalize(self.process_group, self, arguments)
+        options = Options(True, self.momentum, self.eps, chosen, 1, self.virtual_batch_size, self.renorm)
+        return call.normalize(self.process_group, self, self.num_features, given, options)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> Any:

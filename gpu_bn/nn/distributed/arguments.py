@@ -7,85 +7,54 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_bn import algorithm, aliasing
-from gpu_bn.activations import IDENTITY, ROWS, Activation
-from gpu_bn.nn.checks import FLOATS
+from gpu_bn import algorithm
+from gpu_bn.activations import ROWS, Activation
+from gpu_bn.call import Call, Options
+from gpu_bn.nn.checks import FLOATS, check_memory, named
 from gpu_bn.nn.distributed import wire
 from gpu_bn.nn.running import updates
 from gpu_bn.spec import MAX_RANK, MIN_RANK, check_mask
 
-NAMES = ("input", "residual", "mask", "running_mean", "running_var", "weight", "bias", "num_batches_tracked")
-
-
-class Arguments(NamedTuple):
-    """The arguments of a call as they were given.
-
-    Attributes:
-        num_features: C, or ``None`` where the input tells.
-        tensors: in the order of :data:`NAMES`.
-        momentum, eps, activation: as of :func:`gpu_bn.nn.sync_batch_norm`.
-        refusal: why the layer cannot make the call, if it cannot.
-    """
-
-    num_features: int | None
-    tensors: tuple[Any, ...]
-    momentum: Any
-    eps: Any
-    activation: Activation | str | None
-    refusal: str = ""
-
 
 class Checked(NamedTuple):
-    """The checked arguments of a call."""
+    """A checked call; ``signature`` has the fields of a header that describe it."""
 
-    inputs: tuple[Tensor | None, ...]
-    valid: Tensor | None
-    tracked: tuple[Tensor | None, ...]
+    call: Call
     momentum: Any
     options: tuple[float, str, float]
     signature: list[float]
 
 
-def check(arguments: Arguments) -> Checked | str:
-    """Return the checked arguments, or why the call cannot be made."""
-    num_features, given, momentum, eps, activation, refusal = arguments
-    if refusal:
-        return refusal
-    activation = IDENTITY if activation is None else Activation.of(activation)
-    for name, value in zip(NAMES, given, strict=True):
+def check(num_features: int | None, call: Call, options: Options) -> Checked | str:
+    """Return a call checked, or why it cannot be made; ``num_features`` is C, or ``None`` where the input tells."""
+    if options.virtual_batch_size is not None or options.renorm is not None:
+        return "a SyncBatchNorm over several processes has neither virtual_batch_size nor renorm"
+    activation = Activation.of(options.activation)
+    for name, value in named(call).items():
         if not (isinstance(value, Tensor) or (value is None and name != "input")):
             return f"{name} should be a Tensor, got {type(value).__name__}"
-    input, residual, mask, running_mean, running_var, weight, bias, num_batches_tracked = given
-    eps = _number("eps", eps)
+    x, eps, momentum = call.x, _number("eps", options.eps), options.momentum
     momentum = momentum if momentum is None or isinstance(momentum, Tensor) else _number("momentum", momentum)
-    channels = input.shape[1:2].numel() if num_features is None else num_features
-    vectors = (running_mean, running_var, weight, bias)
-    if text := _mistake(input, vectors, residual, mask, eps, channels):
+    channels = x.shape[1:2].numel() if num_features is None else num_features
+    if text := _mistake(call, eps, channels):
         return text
     if not torch.compiler.is_compiling():
-        if updates.off:
-            running_mean = running_var = num_batches_tracked = None
-        tensors = dict(zip(NAMES, given, strict=True))
-        written = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
-        aliasing.check_written(written, {name: tensors[name] for name in tensors if name not in written})
-    inputs = (input, weight, bias, residual)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    gradient = float(differentiated) + float(differentiated and input.requires_grad)
-    presence = (residual, mask, weight, bias, running_mean, num_batches_tracked)
+        call = call._replace(running_mean=None, running_var=None, counter=None) if updates.off else call
+        check_memory(call)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:4])
+    presence = (call.residual, call.valid, call.weight, call.bias, call.running_mean, call.counter)
     signature = [
         float(channels),
-        float(wire.DTYPES.index(input.dtype)),
+        float(wire.DTYPES.index(x.dtype)),
         float(list(ROWS).index(activation.name)),
         float(activation.parameter),
         eps,
         wire.NONE if momentum is None else momentum if isinstance(momentum, float) else wire.UNKNOWN,
         *[float(tensor is not None) for tensor in presence],
-        gradient,
+        float(differentiated) + float(differentiated and x.requires_grad),
     ]
-    valid = None if mask is None else algorithm.positions(mask, input.shape, 1)
-    tracked = (running_mean, running_var, num_batches_tracked)
-    options = (eps, activation.name, float(activation.parameter))
-    return Checked(inputs, valid, tracked, momentum, options, signature)
+    valid = None if call.valid is None else algorithm.positions(call.valid, x.shape, 1)
+    return Checked(Call(*call[:7], valid), momentum, (eps, activation.name, float(activation.parameter)), signature)
 
 
 def _number(name: str, value: Any) -> float:
@@ -95,27 +64,22 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} should be a number, got {value!r}") from None
 
 
-def _mistake(
-    x: Tensor,
-    vectors: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    mask: Tensor | None,
-    eps: float,
-    channels: int,
-) -> str:
+def _mistake(call: Call, eps: float, channels: int) -> str:
     """Say why the arguments do not fit; nothing if they do."""
+    x, weight, bias, residual, mean, var, *_ = call
     if not MIN_RANK <= x.dim() <= MAX_RANK:
         return f"expected at least 2D input, up to 5D (got {x.dim()}D input)"
     if x.shape[1] != channels:
         return f"expected input with as many channels as the layer has (got {x.shape[1]})"
     if x.dtype not in FLOATS:
         return "input should be float16, bfloat16, float32 or float64"
-    alike = residual is None or (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
-    if not alike:
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
         return "residual should have the input's shape, dtype and device"
-    if mask is not None and not _mask_fits(mask, x):
+    if call.valid is not None and not _mask_fits(call.valid, x):
         return "mask should be bool or uint8, broadcast to the input's shape with one channel, and be on its device"
-    if not _vectors_fit(vectors, x, channels):
+    vectors = [vector for vector in (weight, bias, mean, var) if vector is not None]
+    alike = all(v.shape == (channels,) and v.dtype in FLOATS and v.device == x.device for v in vectors)
+    if not alike or (mean is None) != (var is None):
         return (
             "weight, bias, running_mean and running_var should have a floating-point number for each channel, on the "
             "input's device, and running statistics come in a pair"
@@ -123,15 +87,6 @@ def _mistake(
     if not 0.0 < eps < float("inf"):
         return f"batch_norm eps must be positive during training, but got {eps}"
     return "" if channels else "SyncBatchNorm number of input channels should be non-zero"
-
-
-def _vectors_fit(vectors: tuple[Tensor | None, ...], x: Tensor, channels: int) -> bool:
-    running_mean, running_var, *_ = vectors
-    return (running_mean is None) == (running_var is None) and all(
-        vector.shape == (channels,) and vector.dtype in FLOATS and vector.device == x.device
-        for vector in vectors
-        if vector is not None
-    )
 
 
 def _mask_fits(mask: Tensor, x: Tensor) -> bool:

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from gpu_bn.call import Call, Options
 from gpu_bn.nn.distributed import wire
-from gpu_bn.nn.distributed.arguments import Arguments, Checked, check
+from gpu_bn.nn.distributed.arguments import Checked, check
 from gpu_bn.nn.distributed.group import Group, exchange, gather
 from gpu_bn.nn.operators import sync as sync_operators
 from gpu_bn.nn.operators.sync_second import composed_gradients
@@ -45,17 +46,19 @@ def count_layer(layer: Any) -> None:
     _COUNTS[""] += 1
 
 
-def normalize(process_group: Any, layer: Any, arguments: Arguments) -> Tensor:
+def normalize(process_group: Any, layer: Any, num_features: int | None, given: Call, options: Options) -> Tensor:
     """Normalise over several processes. If anything fails on this process before the exchange, all are told.
 
     Args:
         process_group: of :mod:`torch.distributed`; ``None`` is all processes.
         layer: whose call it is; ``None`` of the function.
-        arguments: as they were given.
+        num_features: C, or ``None`` where the input tells.
+        given: the tensors as they were given.
+        options: as they were given.
     """
     group = Group.of(process_group)
     if layer is None or torch.compiler.is_compiling():
-        return _normalize(wire.UNKNOWN, group, arguments)
+        return _normalize(wire.UNKNOWN, group, num_features, given, options)
     places = _PLACES.setdefault(layer, {})
     first = group.name not in places
     if first:
@@ -63,8 +66,8 @@ def normalize(process_group: Any, layer: Any, arguments: Arguments) -> Tensor:
         _COUNTS[group.name] += 1
     try:
         if first:
-            _compare_layers(layer, group, _on_the_device(arguments.tensors))
-        return _normalize(float(places[group.name]), group, arguments)
+            _compare_layers(layer, group, _on_the_device(given))
+        return _normalize(float(places[group.name]), group, num_features, given, options)
     except ValueError:  # all processes raise, some of which may not have called this layer
         if first:
             _COUNTS[group.name] = places.pop(group.name)
@@ -88,45 +91,43 @@ def _compare_layers(layer: Any, group: Group, like: Tensor) -> None:
         wire.raise_different({"layer": places.tolist()})
 
 
-def _normalize(place: float, group: Group, arguments: Arguments) -> Tensor:
+def _normalize(place: float, group: Group, num_features: int | None, given: Call, options: Options) -> Tensor:
     """Check, exchange, normalise and update the running statistics, for a layer with this place in its group."""
     error, compiling = None, torch.compiler.is_compiling()
     try:
-        call = check(arguments)
+        checked = check(num_features, given, options)
     except Exception as raised:  # of any type, on this process alone
-        error, call = raised, wire.told(raised)
-    if isinstance(call, str):
-        channels = arguments.num_features
-        length = 2 + 2 * channels if isinstance(channels, int) else 1
-        return _report_mistake(call, error, group, length, _on_the_device(arguments.tensors))
-    x: Any = call.inputs[0]
-    header = [wire.UNKNOWN if compiling else float(wire.CALLS[group.name]), place, *call.signature]
-    packets = sync_operators.report_packets(x.detach(), call.valid, group.name, [wire.FORWARD, *header])
+        error, checked = raised, wire.told(raised)
+    if isinstance(checked, str):
+        length = 2 + 2 * num_features if isinstance(num_features, int) else 1
+        return _report_mistake(checked, error, group, length, _on_the_device(given))
+    x: Any = checked.call.x
+    header = [wire.UNKNOWN if compiling else float(wire.CALLS[group.name]), place, *checked.signature]
+    packets = sync_operators.report_packets(x.detach(), checked.call.valid, group.name, [wire.FORWARD, *header])
     found = exchange(packets, group)
     if compiling or not x.is_cpu:
-        y, *moments = _merge_and_normalize(call, group, header, found)
+        y, *moments = _merge_and_normalize(checked, group, header, found)
     else:
         try:
-            y, *moments = _merge_and_normalize(call, group, header, found)
+            y, *moments = _merge_and_normalize(checked, group, header, found)
         except Exception as raised:
             _report_mistake(wire.told(raised), raised, group, 1, x)
             raise
-    fixed, at = (None, call.momentum) if isinstance(call.momentum, Tensor) else (call.momentum, None)
+    fixed, at = (None, checked.momentum) if isinstance(checked.momentum, Tensor) else (checked.momentum, None)
     end = y.detach(), group.size, group.name, [wire.END, *header]
-    sync_operators.finish(*call.tracked, fixed, at, *moments, *end)
+    sync_operators.finish(*checked.call[4:7], fixed, at, *moments, *end)
     return y
 
 
-def _merge_and_normalize(call: Checked, group: Group, header: list[float], found: list[Tensor]) -> tuple[Tensor, ...]:
+def _merge_and_normalize(checked: Checked, group: Group, header: list[float], found: list[Tensor]) -> list[Tensor]:
     """Return ``y``, and the count, mean and variance of all processes."""
-    channels = int(call.signature[0])
-    moments = sync_operators.merge_packets(found, channels)
-    return _Normalize.apply(*call.inputs, call.valid, *moments, *group, header, *call.options), *moments
+    call, moments = checked.call, sync_operators.merge_packets(found, int(checked.signature[0]))
+    return [_Normalize.apply(*call[:4], call.valid, *moments, *group, header, *checked.options), *moments]
 
 
-def _on_the_device(tensors: tuple[Any, ...]) -> Tensor:
+def _on_the_device(given: Call) -> Tensor:
     """Pick a tensor of a call that is where the exchanged tensors have to be; the arguments may be no tensors."""
-    present = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.device.type != "meta"]
+    present = [tensor for tensor in given if isinstance(tensor, Tensor) and tensor.device.type != "meta"]
     return (present[0] if present else torch.empty(0)).detach()
 
 

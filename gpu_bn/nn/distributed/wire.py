@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,16 +36,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 UNKNOWN, NONE = -1.0, -2.0
 """``UNKNOWN``: compiled code cannot know the value, or the momentum is a tensor. ``NONE``: the momentum is ``None``."""
 
-for _schema in (
-    "sync_pack(Tensor vector, str group, float[] signature) -> Tensor",
-    "sync_mistake(Tensor like, str group, str text) -> Tensor",
-    "sync_compare(Tensor packets, str group) -> Tensor",
-    "sync_unpack(Tensor[] packets, int channels) -> Tensor",
-    "sync_sum(Tensor[] packets, int length) -> Tensor",
-    "sync_refuse(Tensor like, Tensor packets, str text) -> Tensor",
-):
-    LIBRARY.define(_schema, tags=TAGS)
-
 CALLS: Counter[str] = Counter()
 """The number of exchanges of each group. Processes that have raised continue from the same number."""
 ARRIVALS: deque[tuple[Callable[[], bool], Tensor, str]] = deque()
@@ -58,7 +49,6 @@ def packets_of(length: int) -> int:
     return -(-length // ROOM)
 
 
-# ------------------------------------------------------------------------------------------------- what they compute
 def packed(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
     """Make the packets of an (L,) vector, (P, HEADER + ROOM)."""
     if vector.is_cuda and not torch.cuda.is_current_stream_capturing():
@@ -220,38 +210,35 @@ def _send(packets: Tensor, group: str) -> tuple[Callable[[], bool], Tensor, str]
     return event.query, host, group
 
 
-# ------------------------------------------------------------------------------------------ what they would return
 def packed_fake(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
+    """Return packets as :func:`packed` makes them, for compilers."""
     del group, signature
     return vector.new_empty((packets_of(vector.shape[0]), HEADER + ROOM))
 
 
-def _mistake_fake(like: Tensor, group: str, text: str) -> Tensor:
-    del group, text
-    return like.new_empty(HEADER + ROOM, dtype=torch.float64)
+def _operator(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator by what it computes, and what it would return."""
+    LIBRARY.define(schema, tags=TAGS)
+    return register(schema.partition("(")[0], kernel, fake)
 
 
-def _compare_fake(packets: Tensor, group: str) -> Tensor:
-    del group
-    return torch.empty_like(packets)
-
-
-def _unpack_fake(packets: Sequence[Tensor], channels: int) -> Tensor:
-    return packets[0].new_empty((packets[0].shape[0], 2 + 2 * channels))
-
-
-def _sum_fake(packets: Sequence[Tensor], length: int) -> Tensor:
-    return packets[0].new_empty(length)
-
-
-def _refuse_fake(like: Tensor, packets: Tensor, text: str) -> Tensor:
-    del packets, text
-    return torch.empty_like(like)
-
-
-pack = register("sync_pack", packed, packed_fake)
-mistake = register("sync_mistake", _mistake, _mistake_fake)
-compare = register("sync_compare", _compare, _compare_fake)
-unpack = register("sync_unpack", unpacked, _unpack_fake)
-add = register("sync_sum", _sum, _sum_fake)
-refuse = register("sync_refuse", _refuse, _refuse_fake)
+pack = _operator("sync_pack(Tensor vector, str group, float[] signature) -> Tensor", packed, packed_fake)
+mistake = _operator(
+    "sync_mistake(Tensor like, str group, str text) -> Tensor",
+    _mistake,
+    lambda like, *_: like.new_empty(HEADER + ROOM, dtype=torch.float64),
+)
+compare = _operator(
+    "sync_compare(Tensor packets, str group) -> Tensor", _compare, lambda packets, _: torch.empty_like(packets)
+)
+unpack = _operator(
+    "sync_unpack(Tensor[] packets, int channels) -> Tensor",
+    unpacked,
+    lambda packets, channels: packets[0].new_empty((packets[0].shape[0], 2 + 2 * channels)),
+)
+add = _operator(
+    "sync_sum(Tensor[] packets, int length) -> Tensor", _sum, lambda packets, length: packets[0].new_empty(length)
+)
+refuse = _operator(
+    "sync_refuse(Tensor like, Tensor packets, str text) -> Tensor", _refuse, lambda like, *_: torch.empty_like(like)
+)
