@@ -91,14 +91,12 @@ def fuse_linear_bn_weights(
 ) -> tuple[Parameter, Parameter]:
     """Do what ``torch.nn.utils.fuse_linear_bn_weights`` does, in float64.
 
+    The other arguments are those of :func:`fuse_conv_bn_weights`.
+
     Args:
         linear_w: (out, in), the weight of a linear layer.
         linear_b: (out,), or ``None``.
         bn_rm: (out,), the running mean; or (1,), which stands for all outputs, like the other vectors then.
-        bn_rv: (out,), the running variance.
-        bn_eps: added to the variance.
-        bn_w: (out,), or ``None`` for 1.
-        bn_b: (out,), or ``None`` for 0.
 
     Returns:
         ``(weight, bias)``, like ``linear_w``, and (out,) in its dtype.
@@ -147,7 +145,16 @@ def fuse_conv_bn_eval(conv: Any, bn: Any, transpose: bool = False) -> Any:
 
     Source: Ioffe & Szegedy 2015, Alg. 2.
     """
-    return _fuse_eval(conv, bn, transpose)
+    if conv.training or bn.training:
+        raise AssertionError("Fusion only for eval!")
+    fused = copy.deepcopy(conv)
+    fused.weight, fused.bias = _folded(conv, bn, transpose)
+    activation = getattr(bn, "activation", IDENTITY)
+    if activation.is_identity:
+        return fused
+    rest = Folded()
+    rest.activation = activation
+    return nn.Sequential(fused, rest)
 
 
 def fuse_linear_bn_eval(linear: Any, bn: Any) -> Any:
@@ -173,18 +180,16 @@ def fuse_linear_bn_eval(linear: Any, bn: Any) -> Any:
 
     Source: Ioffe & Szegedy 2015, Alg. 2.
     """
-    return _fuse_eval(linear, bn, False)
+    return fuse_conv_bn_eval(linear, bn)
 
 
 def fold(model: Model, *inputs: Any, report: Report | None = None, **options: Any) -> Model:
-    """Copy a model for inference; in the copy, normalisations behind convolutions and linear layers are part of their
-    weights.
+    """Copy a model for inference, with its normalisations in the weights of convolutions and linear layers before them.
 
     The copy has the model's class, attributes, and modules under their names. A normalisation that was folded has
     become an identity, or what it did besides: its activation, and the sum with a residual that it is given. What
-    cannot be folded
-    stays: subclasses of the known layers, and layers that have hooks or parametrisations, are called or read by others,
-        or whose outputs are not the channels of the normalisation.
+    cannot be folded stays: subclasses of the known layers, and layers that have hooks or parametrisations, are called
+    or read by others, or whose outputs are not the channels of the normalisation.
 
     Args:
         model: with torch's layers, ours or those that :func:`convert` knows. It is left as it is.
@@ -301,19 +306,6 @@ def _require_two_axes(input: Tensor) -> None:
         torch._assert(input.dim() == 2, text)
     elif input.dim() != 2:
         raise ValueError(f"{text}, got {input.dim()}D: give nn.fold such a batch")
-
-
-def _fuse_eval(layer: Any, bn: Any, transposed: bool) -> Any:
-    if layer.training or bn.training:
-        raise AssertionError("Fusion only for eval!")
-    fused = copy.deepcopy(layer)
-    fused.weight, fused.bias = _folded(layer, bn, transposed)
-    activation = getattr(bn, "activation", IDENTITY)
-    if activation.is_identity:
-        return fused
-    rest = Folded()
-    rest.activation = activation
-    return nn.Sequential(fused, rest)
 
 
 def _folded(layer: Any, bn: Any, transposed: bool = False) -> tuple[Parameter, Parameter]:

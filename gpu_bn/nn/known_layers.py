@@ -58,7 +58,7 @@ def rule(module: torch.nn.Module) -> tuple[type[torch.nn.Module], Activation] | 
     return None if activation is None else (cls, activation)
 
 
-FROZEN = {"weight", "bias", "running_mean", "running_var"}
+FROZEN = ("weight", "bias", "running_mean", "running_var")
 """The buffers of a frozen normalisation."""
 FROZEN_RTOL = 1e-9
 
@@ -66,7 +66,7 @@ FROZEN_RTOL = 1e-9
 def looks_frozen(module: torch.nn.Module) -> bool:
     """Whether a module holds what a frozen normalisation holds, and is not ours."""
     buffers = module._buffers
-    if is_own(type(module)) or buffers.keys() != FROZEN or module._parameters or module._modules:
+    if is_own(type(module)) or buffers.keys() != set(FROZEN) or module._parameters or module._modules:
         return False
     return all(buffer is not None and buffer.dim() == 1 for buffer in buffers.values())
 
@@ -80,20 +80,16 @@ def frozen_eps(module: torch.nn.Module) -> float | None:
         return None
     channels = len(module._buffers["weight"])  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
-    weight, bias, mean, var = torch.rand(4, channels, dtype=torch.float64, generator=generator)
+    weight, bias, mean, var = held = 0.1 + torch.rand(4, channels, dtype=torch.float64, generator=generator)
     x = 1 + torch.rand(2, channels, 1, 2, dtype=torch.float64, generator=generator)
     try:
         trial = copy.deepcopy(module).cpu().double()
-        for name, value in zip(
-            ("weight", "bias", "running_mean", "running_var"), (weight, bias, mean, var), strict=True
-        ):
-            trial._buffers[name] = 0.1 + value
+        trial._buffers.update(zip(FROZEN, held, strict=True))
         y = trial(x)
         slope = (y[0, :, 0, 1] - y[0, :, 0, 0]) / (x[0, :, 0, 1] - x[0, :, 0, 0])
-        found = ((0.1 + weight) / slope).square() - (0.1 + var)
-        eps = float(f"{found.median().item():.6g}")
-        scale = ((0.1 + weight) * (0.1 + var + eps).rsqrt())[:, None, None]
-        right = (x - (0.1 + mean)[:, None, None]) * scale + (0.1 + bias)[:, None, None]
+        eps = float(f"{((weight / slope).square() - var).median().item():.6g}")
+        scale = (weight * (var + eps).rsqrt())[:, None, None]
+        right = (x - mean[:, None, None]) * scale + bias[:, None, None]
         return eps if eps >= 0 and torch.allclose(y, right, FROZEN_RTOL, FROZEN_RTOL) else None
     except Exception:  # it takes no such input: it is something else
         return None

@@ -141,8 +141,8 @@ def _tracking(model: torch.nn.Module) -> list[_BatchNorm]:
         and module.running_mean is not None
         and not getattr(module, "frozen", False)
     }
-    lazy = {name: module for name, module in found.items() if isinstance(module, _LazyNormBase)}
-    require_channels(name for name, module in lazy.items() if module.has_uninitialized_params())
+    lazy = [(name, module) for name, module in found.items() if isinstance(module, _LazyNormBase)]
+    require_channels(name for name, module in lazy if module.has_uninitialized_params())
     return list(found.values())
 
 
@@ -190,33 +190,32 @@ def _over_processes(layers: list[_BatchNorm], pools: Pools, group: Group) -> Poo
     if not layers:
         return {}
     device = _buffers(layers[0])[0].device
-    empty = torch.zeros((), dtype=torch.float64, device=device)
-    mine = [pools.get(layer) or Pool(*(empty.expand(n) for n in _lengths(layer))) for layer in layers]
-    lengths = [n for layer in layers for n in _lengths(layer)]
-    rows = gather(torch.cat([array.to(device) for pool in mine for array in pool]), group).split(lengths, dim=1)
-    return {layer: merge(Pool(*rows[3 * at : 3 * at + 3])) for at, layer in enumerate(layers)}
-
-
-def _lengths(layer: _BatchNorm) -> tuple[int, int, int]:
-    return 1, layer.num_features, layer.num_features
+    lengths = [n for layer in layers for n in (1, layer.num_features, layer.num_features)]
+    mine = [
+        torch.cat(pools[layer]).to(device)
+        if layer in pools
+        else torch.zeros(1 + 2 * layer.num_features, dtype=torch.float64, device=device)
+        for layer in layers
+    ]
+    parts = gather(torch.cat(mine), group).split(lengths, dim=1)
+    return {layer: merge(Pool(*parts[3 * at : 3 * at + 3])) for at, layer in enumerate(layers)}
 
 
 def _alike(batches: Iterable[Any], layers: list[_BatchNorm], group: Group) -> Iterator[Any]:
     """Yield the batches as long as all processes of a group have one; they tell each other before each."""
-    nothing = object()
     device = _buffers(layers[0])[0].device
     given = iter(batches)
     while True:
-        batch = next(given, nothing)
-        ready = int(total(torch.tensor([float(batch is not nothing)], device=device), group))
+        batch = list(islice(given, 1))
+        ready = int(total(torch.tensor([float(len(batch))], device=device), group))
         if 0 < ready < group.size:
             raise ValueError(
                 f"a SyncBatchNorm needs as many batches on every process, but {group.size - ready} of {group.size} "
                 "have no more"
             )
-        if batch is nothing:
+        if not batch:
             return
-        yield batch
+        yield batch[0]
 
 
 def _shown(loader: Iterable[Any], steps: int | None, progress: bool) -> Iterable[Any]:
