@@ -11,7 +11,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import cupy_stand_in
@@ -25,9 +25,22 @@ from gpu_bn import testing
 from gpu_bn.bench.cases import Case
 from gpu_bn.bench.implementations import by_name
 from gpu_bn.bench.measurement import Tensors
-from gpu_bn.bench.run import Options
+from gpu_bn.bench.run import cases_of
 from gpu_bn.bench.timing import Timing
 from gpu_bn.cli.check import covering
+
+
+def check(cases: Iterable[testing.Case]) -> None:
+    """Call what `gpu-bn check` calls."""
+    for case in cases:
+        with np.errstate(all="ignore"):  # launches that do nothing leave what was there
+            testing.run(testing.build(case), "cupy")
+
+
+def bench(cases: Iterable[Case]) -> None:
+    """Call what `gpu-bn bench` calls."""
+    for case in cases:
+        by_name("gpu_bn cupy").build(case.operation, Tensors(case).of("cupy", case.operation))()
 
 
 def main() -> None:
@@ -38,16 +51,14 @@ def main() -> None:
     options = parser.parse_args()
     cupy_stand_in.install(options.arch)
     testing.ADAPTERS["cupy"] = testing.Adapter(cupy_stand_in.asarray, np.array)
-    every = [*testing.cases(), *testing.extended_cases()]
-    commands: dict[str, Callable[[], None]] = {
-        "gpu-bn check --quick": lambda: check(covering(every)),
-        "gpu-bn check, more": lambda: check(every),
-        "gpu-bn bench": lambda: bench(Options().cases("cuda")),
-    }
-    needed = cupy_stand_in.KERNELS
-    for command, call in commands.items():
+    every, needed = [*testing.cases(), *testing.extended_cases()], cupy_stand_in.KERNELS
+    for command, call, cases in (
+        ("gpu-bn check --quick", check, covering(every)),
+        ("gpu-bn check, more", check, every),
+        ("gpu-bn bench", bench, cases_of("cuda")),
+    ):
         before = len(needed)
-        call()
+        call(cases)
         print(f"{command}: {len(needed) - before} kernels for sm_{options.arch}", flush=True)
     from gpu_bn.backends.cupy.sources import OPTIONS
 
@@ -61,20 +72,6 @@ def main() -> None:
         taken = Timing.of(seconds)
         spread = f"quartiles {taken.low:.2f} and {taken.high:.2f}, of {taken.samples}"
         print(f"NVRTC {'.'.join(map(str, compiler.version))}: {taken.median:.2f} s a kernel ({spread})")
-
-
-def check(cases: Iterable[testing.Case]) -> None:
-    """Call what `gpu-bn check` calls."""
-    for case in cases:
-        with np.errstate(all="ignore"):  # launches that do nothing leave what was there
-            testing.run(testing.build(case), "cupy")
-
-
-def bench(cases: Iterable[Case]) -> None:
-    """Call what `gpu-bn bench` calls."""
-    implementation = by_name("gpu_bn cupy")
-    for case in cases:
-        implementation.build(case.operation, Tensors(case).of("cupy", case.operation))()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,9 @@ import torch
 import gpu_bn
 from gpu_bn import nn
 from gpu_bn.bench.cases import OPERATIONS, Case, Operation
-from gpu_bn.bench.implementations import Implementation, by_name
+from gpu_bn.bench.implementations import Implementation, by_name, compiled_norm, torch_call, torch_norm
 from gpu_bn.bench.machine import processor
 from gpu_bn.bench.measurement import Tensors, measure
-from gpu_bn.bench.peers import compiled_norm, torch_call, torch_norm
 from gpu_bn.bench.timing import CpuTimer
 from gpu_bn.testing import Problem
 
@@ -42,13 +42,10 @@ CASES = (
 )  # fmt: skip
 """Shapes as torch gives them (channels second), with the memory format and the dtype if they are not the usual ones."""
 COLUMNS = {
-    (name.removeprefix("forward") or name).replace("add", "residual"): OPERATIONS[name]
-    for name in (
-        "forward", "forward+relu", "forward+add+relu", "eval", "backward", "backward+relu", "backward+add+relu",
-    )
+    "forward": "forward", "+relu": "forward+relu", "+residual+relu": "forward+add+relu", "eval": "eval",
+    "backward": "backward", "backward+relu": "backward+relu", "backward+residual+relu": "backward+add+relu",
 }  # fmt: skip
 """The operations by the name of their column."""
-TIMER = CpuTimer(batch=0.01)
 Row = dict[str, tuple[float, float, float]]
 """By column the median of the ratios, and the median times in microseconds: ours and theirs."""
 
@@ -66,12 +63,14 @@ def our_norm(operation: Operation, problem: Problem) -> Callable[..., torch.Tens
     return norm
 
 
-BACKENDS = {
-    "cpu": Implementation("cpu", "cpu", "torch", torch_call(our_norm), ours=True),
-    "numpy": by_name("gpu_bn numpy"),
-}
+def by_torch(name: str, norm: Callable[..., Any], ours: bool = False) -> Implementation:
+    """Return what calls a function of torch's tensors."""
+    return Implementation(name, "cpu", "torch", torch_call(norm), ours=ours)
+
+
+BACKENDS = {"cpu": by_torch("cpu", our_norm, ours=True), "numpy": by_name("gpu_bn numpy")}
 PEERS = {
-    name: Implementation(name, "cpu", "torch", torch_call(partial(norm, inplace=False)))
+    name: by_torch(name, partial(norm, inplace=False))
     for name, norm in (("torch", torch_norm), ("torch.compile", compiled_norm))
 }
 
@@ -83,16 +82,6 @@ def case_of(name: str) -> Case:
     return Case(tuple(map(int, size.split("x"))), dtype, "nhwc" if "channels-last" in kinds else "nchw")
 
 
-def compare(case: Case, tensors: Tensors, ours: Implementation, peer: Implementation, seconds: float) -> Any:
-    """Check one operation, then time it in pairs."""
-    found = measure(case, tensors, [ours, peer], TIMER, seconds / 2)
-    for result in found:
-        if result.refused or result.not_served:
-            raise AssertionError(f"{case} by {result.by}: {result.refused or result.not_served}")
-    mine, its = (1e6 * result.timings["wall"].median for result in found)
-    return found[0].ratios["wall"][peer.name], mine, its
-
-
 def start_helpers(threads: int) -> None:
     """Start our helpers on cores of their own: they would inherit the one to which OpenMP binds the caller."""
     if threads > 1 and hasattr(os, "sched_setaffinity"):
@@ -101,28 +90,31 @@ def start_helpers(threads: int) -> None:
         os.sched_setaffinity(0, {0})
 
 
-def measure_all(arguments: argparse.Namespace) -> Iterator[tuple[str, Row]]:
-    """Yield the row of each case, backend and peer, measured in this process."""
+def measured_rows(arguments: argparse.Namespace) -> Iterator[tuple[str, Row]]:
+    """Yield the row of each case, backend and peer, measured in this process. A wrong result ends it."""
     gpu_bn.set_num_threads(arguments.threads)
     start_helpers(arguments.threads)
     torch.set_num_threads(arguments.threads)
-    columns = {name: operation for name, operation in COLUMNS.items() if arguments.operation in name}
+    timer = CpuTimer(batch=0.01)
+    peers = PEERS if arguments.compile else ["torch"]
     for name in CASES:
         if not any(part in name for part in arguments.only.split(",")):
             continue
-        tensors = Tensors(case_of(name))
-        for peer in PEERS if arguments.compile else ["torch"]:
-            for backend in arguments.backend.split(","):
-                if backend == "numpy" and ("bfloat16" in name or peer != "torch"):
-                    continue  # NumPy has no such type; a second peer is for the backend that serves by default
-                cases = {column: replace(case_of(name), operation=columns[column]) for column in columns}
-                yield (
-                    f"{name}, {backend} / {peer}",
-                    {
-                        column: compare(case, tensors, BACKENDS[backend], PEERS[peer], arguments.seconds)
-                        for column, case in cases.items()
-                    },
-                )
+        case = case_of(name)
+        tensors = Tensors(case)
+        for peer, backend in product(peers, arguments.backend.split(",")):
+            if backend == "numpy" and (case.dtype == "bfloat16" or peer != "torch"):
+                continue  # NumPy has no such type; a second peer is for the backend that serves by default
+            row, pair = {}, [BACKENDS[backend], PEERS[peer]]
+            for column in (column for column in COLUMNS if arguments.operation in column):
+                operation = replace(case, operation=OPERATIONS[COLUMNS[column]])
+                found = measure(operation, tensors, pair, timer, arguments.seconds / 2)
+                for result in found:
+                    why_not = result.refused or result.not_served
+                    assert not why_not, f"{result.case} by {result.by}: {why_not}"
+                ours, theirs = (1e6 * result.timings["wall"].median for result in found)
+                row[column] = found[0].ratios["wall"][peer], ours, theirs
+            yield f"{name}, {backend} / {peer}", row
         print(".", end="", flush=True, file=sys.stderr)
 
 
@@ -136,20 +128,17 @@ def measure_apart(threads: int) -> dict[str, Row]:
 
 def environment() -> str:
     """Return what the numbers depend on."""
-    return (
-        f"gpu_bn {gpu_bn.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{processor()}, {os.cpu_count()} cores"
-    )
+    versions = f"gpu_bn {gpu_bn.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{versions}, {processor()}, {os.cpu_count()} cores"
 
 
 def table(results: dict[str, Row]) -> str:
     """Return Markdown: ratio, and both times in microseconds."""
     names = list(next(iter(results.values())))
-    lines = ["| ours / theirs (µs) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = [["ours / theirs (µs)", *names], ["---"] * (len(names) + 1)]
     for case, row in results.items():
-        cells = (f"{ratio:.2f} ({ours:.0f} / {theirs:.0f})" for ratio, ours, theirs in row.values())
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([case, *(f"{ratio:.2f} ({ours:.0f} / {theirs:.0f})" for ratio, ours, theirs in row.values())])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(path: Path, found: dict[str, dict[str, Row]]) -> None:
@@ -158,13 +147,9 @@ def write(path: Path, found: dict[str, dict[str, Row]]) -> None:
     results = kept["results"] if kept.get("environment") == environment() else {}
     for threads, rows in found.items():
         together = results.get(threads, {}) | rows
-        results[threads] = {name: together[name] for name in sorted(together, key=place)}
+        order = sorted(together, key=lambda row: CASES.index(row.partition(", ")[0]))
+        results[threads] = {name: together[name] for name in order}
     path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
-
-
-def place(row: str) -> int:
-    """Return the place of a row's case in :data:`CASES`."""
-    return CASES.index(row.partition(", ")[0])
 
 
 def main() -> None:
@@ -181,7 +166,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.apart:
         arguments.threads = int(arguments.threads)
-        print(json.dumps(dict(measure_all(arguments))))
+        print(json.dumps(dict(measured_rows(arguments))))
         return
     found = {}
     for threads in arguments.threads.split(","):

@@ -15,6 +15,10 @@ CALLS: Counter[str] = Counter()
 """How often CuPy was asked for allocations, views and launches."""
 KERNELS: dict[tuple[str, str], None] = {}
 """The kernels that CuPy was asked to compile, by source and name."""
+H100 = {
+    "name": b"H100", "multiProcessorCount": 132, "memoryBusWidth": 5120, "l2CacheSize": 50 << 20,
+    "sharedMemPerMultiprocessor": 228 << 10, "sharedMemPerBlockOptin": 227 << 10, "memoryClockRate": 2_619_000,
+}  # fmt: skip
 
 
 class MemoryPointer(NamedTuple):
@@ -41,12 +45,8 @@ class ndarray(np.ndarray):
 
 
 ndarray.__module__ = "cupy"
-
-
-@cache
-def array_of(shape: tuple[int, ...], dtype: Any) -> ndarray:
-    """Return the array that is handed out for a shape and dtype."""
-    return ndarray(shape, dtype)
+array_of = cache(ndarray)
+"""The array that is handed out for a shape and dtype."""
 
 
 def empty(shape: Any, dtype: Any = np.float64) -> ndarray:
@@ -65,31 +65,26 @@ def launch(*_: Any, **__: Any) -> None:
     CALLS["launches"] += 1
 
 
+launch.kernel, launch.max_dynamic_shared_size_bytes = types.SimpleNamespace(ptr=0), 48 << 10  # type: ignore[attr-defined]
+
+
+def raw_module(code: str, name_expressions: tuple[str], **_: Any) -> Any:
+    """Note a kernel, and return what launches it."""
+    KERNELS[code, *name_expressions] = None
+    return types.SimpleNamespace(get_function=lambda _: launch)
+
+
 def install(arch: int = 90) -> None:
     """Put the module where ``import cupy`` finds it, on a GPU like an H100 but for its architecture."""
-    found = {
-        "name": b"H100", "major": arch // 10, "minor": arch % 10, "multiProcessorCount": 132, "memoryBusWidth": 5120,
-        "l2CacheSize": 50 << 20, "sharedMemPerMultiprocessor": 228 << 10, "sharedMemPerBlockOptin": 227 << 10,
-        "memoryClockRate": 2_619_000,
-    }  # fmt: skip
-    simple, kernel = types.SimpleNamespace, types.SimpleNamespace(ptr=0)
-    launch.kernel, launch.max_dynamic_shared_size_bytes = kernel, 48 << 10  # type: ignore[attr-defined]
-
-    def module(code: str, name_expressions: tuple[str], **_: Any) -> Any:
-        KERNELS[code, *name_expressions] = None
-        return simple(get_function=lambda _: launch)
-
-    cupy: Any = types.ModuleType("cupy")
-    cupy.ndarray, cupy.empty, cupy.RawModule = ndarray, empty, module
-    cupy.zeros = lambda shape, dtype=np.float64: np.zeros(shape, dtype).view(ndarray)
-    cupy.asarray = asarray
+    simple, found = types.SimpleNamespace, H100 | {"major": arch // 10, "minor": arch % 10}
     runtime = simple(
         CUDARuntimeError=RuntimeError, getDevice=lambda: 0, getDeviceCount=lambda: 1, memGetInfo=lambda: (1, 1),
         getDeviceProperties=lambda _: found,
     )  # fmt: skip
     driver = simple(launchCooperativeKernel=launch, occupancyMaxActiveBlocksPerMultiprocessor=lambda *_: 2)
-    stream = simple(ptr=0, is_capturing=lambda: False)
-    cupy.cuda = simple(
-        runtime=runtime, driver=driver, nvrtc=simple(getVersion=lambda: (12, 9)), get_current_stream=lambda: stream
-    )
+    nvrtc, stream = simple(getVersion=lambda: (12, 9)), simple(ptr=0, is_capturing=lambda: False)
+    cupy: Any = types.ModuleType("cupy")
+    cupy.ndarray, cupy.empty, cupy.asarray, cupy.RawModule = ndarray, empty, asarray, raw_module
+    cupy.zeros = lambda shape, dtype=np.float64: asarray(np.zeros(shape, dtype))
+    cupy.cuda = simple(runtime=runtime, driver=driver, nvrtc=nvrtc, get_current_stream=lambda: stream)
     sys.modules["cupy"] = cupy

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,46 +19,39 @@ from torch import nn
 import gpu_bn
 from gpu_bn import nn as ours
 from gpu_bn.bench.timing import CpuTimer, TimedCall, take_samples
-from gpu_bn.bench.training import check, resnet18
+from gpu_bn.bench.training import LAYERS, Make, check, resnet18
 
 
 def mobilenet() -> nn.Module:
     """MobileNetV3-large, without dropout: all variants should compute the same."""
-    model: nn.Module = import_module("torchvision.models").mobilenet_v3_large(dropout=0.0)
-    return model
+    return import_module("torchvision.models").mobilenet_v3_large(dropout=0.0)
 
 
 NETWORKS = {"ResNet-18": resnet18, "MobileNetV3-large": mobilenet}
-VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
-    "torch": lambda model: model,
-    "converted": ours.convert,
-    "fused": lambda model: ours.convert(model, fuse=True),
-}
-TIMER = CpuTimer(batch=0)
-FOLDED: dict[str, Callable[[nn.Module], Any]] = {"folded": lambda model: ours.fold(model)}
+TRAINED: dict[str, Make] = dict(zip(("torch", "converted", "fused"), LAYERS.values(), strict=True))
+EVALUATED: dict[str, Make] = TRAINED | {"folded": lambda model: ours.fold(model)}
 
 
 def rows(model: nn.Module, pairs: int) -> Iterator[str]:
     """Yield cells of the table, a row a variant."""
     images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
-    steps, peaks, refused = check(VARIANTS, model, images, labels, lambda _: None)
+    timer, rounds = CpuTimer(batch=0), (pairs, pairs)
+    steps, peaks, refused = check(TRAINED, model, images, labels)
     assert not refused, refused
-    trained = take_samples(steps, TIMER, "wall", 1, (pairs, pairs))
-    evaluated = take_samples(
-        {name: evaluation(make, model, images) for name, make in (VARIANTS | FOLDED).items()}, TIMER, "wall", 1,
-        (pairs, pairs),
-    )  # fmt: skip
-    for name in VARIANTS | FOLDED:  # one that failed raises here
+    trained = take_samples(steps, timer, "wall", 1, rounds)
+    evaluations = {name: evaluation(make(copy.deepcopy(model).eval()), images) for name, make in EVALUATED.items()}
+    evaluated = take_samples(evaluations, timer, "wall", 1, rounds)
+    for name in EVALUATED:  # one that failed raises here
         step = "- | - | -"
         if name in steps:
             step = f"{trained.ratio(name, 'torch'):.2f} | {1e3 * trained.median(name):.0f} | {peaks[name] / 1e6:.1f}"
         yield f"{name} | {step} | {evaluated.ratio(name, 'torch'):.2f} | {1e3 * evaluated.median(name):.1f}"
 
 
-def evaluation(make: Callable[[nn.Module], Any], model: nn.Module, images: torch.Tensor) -> TimedCall:
-    """Return an evaluation of what a variant makes of a model."""
-    made = make(copy.deepcopy(model).eval()).eval()
-    return torch.no_grad()(lambda: made(images))
+def evaluation(model: nn.Module, images: torch.Tensor) -> TimedCall:
+    """Return an evaluation of a model."""
+    model.eval()
+    return torch.no_grad()(lambda: model(images))
 
 
 def main() -> None:
@@ -73,7 +65,7 @@ def main() -> None:
     gpu_bn.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print("| network | layers | training step / torch | ms | peak MB | evaluation / torch | ms |")
-    print("|---|---|---|---|---|---|---|")
+    print("|---" * 7 + "|")
     for network, make in NETWORKS.items():
         if arguments.only in network:
             for row in rows(make(), arguments.pairs):

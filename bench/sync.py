@@ -27,17 +27,15 @@ from gpu_bn.nn.distributed import wire
 WARM = 5
 
 
-def written() -> tuple[int, int]:
+def written() -> torch.Tensor:
     """Bytes and calls of this process's writes so far."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["wchar"]), int(lines["syscw"])
+    return torch.tensor([int(lines["wchar"]), int(lines["syscw"])], dtype=torch.float64)
 
 
-def measure(layer: torch.nn.Module, x: torch.Tensor, steps: int) -> tuple[float, float, float]:
+def measure(layer: torch.nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor:
     """Seconds, bytes and messages of a step."""
-    dy = torch.randn_like(x)
-    times = []
-    before = written()
+    dy, times = torch.randn_like(x), []
     for step in range(WARM + steps):
         if step == WARM:
             dist.barrier()
@@ -45,8 +43,8 @@ def measure(layer: torch.nn.Module, x: torch.Tensor, steps: int) -> tuple[float,
         start = time.perf_counter()
         torch.autograd.backward(layer(x), dy)
         times.append(time.perf_counter() - start)
-    after = written()
-    return statistics.median(times[WARM:]), (after[0] - before[0]) / steps, (after[1] - before[1]) / steps
+    seconds = statistics.median(times[WARM:])
+    return torch.tensor([seconds, *((written() - before) / steps)], dtype=torch.float64)
 
 
 def run(rank: int, world: int, shape: list[int], steps: int, folder: str) -> None:
@@ -54,11 +52,10 @@ def run(rank: int, world: int, shape: list[int], steps: int, folder: str) -> Non
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     x = torch.randn(shape, requires_grad=True)
-    results = torch.tensor([measure(kind(shape[1]), x, steps) for kind in (nn.BatchNorm, nn.SyncBatchNorm)])
-    gathered = [torch.empty_like(results) for _ in range(world)]
-    dist.all_gather(gathered, results)
+    results = torch.stack([measure(kind(shape[1]), x, steps) for kind in (nn.BatchNorm, nn.SyncBatchNorm)])
+    dist.all_reduce(results)
     if rank == 0:
-        torch.save(torch.stack(gathered).mean(0), f"{folder}/result")
+        torch.save(results / world, f"{folder}/result")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -71,17 +68,12 @@ def row(world: int, shape: list[int], steps: int) -> list[str]:
     size, messages = (total - other for total, other in zip(wrote, noise, strict=True))
     packets = wire.packets_of(2 + 2 * shape[1]) + 1 + wire.packets_of(2 * shape[1])  # one ends the forward
     payload = (world - 1) * 8 * (wire.HEADER + wire.ROOM) * packets
-    return [
-        str(world),
-        f"{1e3 * plain:.2f}",
-        f"{1e3 * shared:.2f}",
-        f"{size:,.0f}",
-        f"{payload:,.0f}",
-        f"{messages:.1f}",
-    ]
+    times = f"{1e3 * plain:.2f}", f"{1e3 * shared:.2f}"
+    return [str(world), *times, f"{size:,.0f}", f"{payload:,.0f}", f"{messages:.1f}"]
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="sizes of the groups")
     parser.add_argument("--shape", default="8,64,28,28", help="of each process's part")

@@ -25,21 +25,22 @@ import torch.nn.functional as F
 from gpu_bn import nn, registry
 from gpu_bn.backends.protocol import Grads, Moments, Saved
 from gpu_bn.bench.timing import CpuTimer, Samples, TimedCall, take_samples
-from gpu_bn.bench.torch_profile import operations
+from gpu_bn.bench.training import operations
 from gpu_bn.call import Call
 from gpu_bn.plan import DEVICES
 from gpu_bn.spec import BatchNormSpec
 
+Shape = tuple[int, ...]
 SHAPE = (2, 3, 4, 4)
 TIMER = CpuTimer(batch=0.003, pause=0, clock=time.process_time)
 Calls = dict[str, TimedCall]
+Norm = Callable[[torch.Tensor, bool], torch.Tensor]
 
 
 class Nothing:
     """A backend that allocates and computes nothing."""
 
-    def __init__(self) -> None:
-        self.zeros = torch.zeros(3, dtype=torch.float64)
+    zeros = torch.zeros(3, dtype=torch.float64)
 
     def vector(self, array: torch.Tensor) -> torch.Tensor:
         return array
@@ -53,16 +54,16 @@ class Nothing:
         return Grads(torch.empty_like(dy), *vectors)
 
 
-def calls(norm: Callable[[torch.Tensor, bool], torch.Tensor], others: Iterable[torch.Tensor]) -> Calls:
+def calls(prefix: str, norm: Norm, others: Iterable[torch.Tensor], shape: Shape = SHAPE) -> Calls:
     """The calls that are timed of ``norm(x, training)``, which is differentiated by x and ``others``."""
-    x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
+    x, dy = torch.randn(shape), torch.randn(shape)
     leaf = x.clone().requires_grad_()
     leaves = (leaf, *others)
     return {
-        "training, no grad": torch.no_grad()(lambda: norm(x, True)),
-        "evaluation, no grad": torch.no_grad()(lambda: norm(x, False)),
-        "forward": lambda: norm(leaf, True),
-        "forward and backward": lambda: torch.autograd.grad(norm(leaf, True), leaves, dy),
+        f"{prefix}training, no grad": torch.no_grad()(lambda: norm(x, True)),
+        f"{prefix}evaluation, no grad": torch.no_grad()(lambda: norm(x, False)),
+        f"{prefix}forward": lambda: norm(leaf, True),
+        f"{prefix}forward and backward": lambda: torch.autograd.grad(norm(leaf, True), leaves, dy),
     }
 
 
@@ -70,15 +71,14 @@ def function_calls(function: Callable[..., torch.Tensor]) -> Calls:
     """The calls of a function."""
     mean, var = torch.zeros(3), torch.ones(3)
     weight, bias = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
-    return calls(lambda x, training: function(x, mean, var, weight, bias, training), (weight, bias))
+    return calls("", lambda x, training: function(x, mean, var, weight, bias, training), (weight, bias))
 
 
-def layer_calls(layer: torch.nn.Module, *residual: torch.Tensor) -> Calls:
+def layer_calls(layer: torch.nn.Module, *residual: torch.Tensor, prefix: str = "", shape: Shape = SHAPE) -> Calls:
     """The calls of a layer."""
-    evaluated = copy.deepcopy(layer).eval()
+    kinds = copy.deepcopy(layer).eval(), layer
     others = (*layer.parameters(), *residual)
-    named = calls(lambda x, training: (layer if training else evaluated)(x, *residual), others)
-    return {f"layer, {name}": call for name, call in named.items()}
+    return calls(f"{prefix}layer, ", lambda x, training: kinds[training](x, *residual), others, shape)
 
 
 def in_pairs(ours: TimedCall, theirs: TimedCall, pairs: int) -> Samples:
@@ -114,18 +114,18 @@ def time_triton(pairs: int) -> None:
     backend = TritonBackend(lambda *_: launches.append(None), DEVICES["h100"])
     registry.serving = lambda _: backend
     theirs = layer_calls(torch.nn.BatchNorm2d(3))
-    fused = layer_calls(nn.BatchNorm2d(3, activation="relu"), torch.randn(SHAPE, requires_grad=True))
-    ours = layer_calls(nn.BatchNorm2d(3)) | {f"relu, residual, {name}": call for name, call in fused.items()}
+    residual = torch.randn(SHAPE, requires_grad=True)
+    fused = layer_calls(nn.BatchNorm2d(3, activation="relu"), residual, prefix="relu, residual, ")
     print(f"\n{'by Triton':44}{'gpu_bn':>8}{'torch':>8}  launches, ours + torch's")
-    for name, call in ours.items():
+    for name, call in (layer_calls(nn.BatchNorm2d(3)) | fused).items():
         call()
         found = in_pairs(call, theirs.get(name, call), pairs)
         launches.clear()
         others = operations(call)
-        times = f"{microseconds(found, 'ours'):8.1f}"
-        times += f"{microseconds(found, 'theirs'):8.1f}" if name in theirs else f"{'-':>8}"
+        its = f"{microseconds(found, 'theirs'):.1f}" if name in theirs else "-"
         listed = ", ".join(f"{count} {operation}" for operation, count in others.items())
-        print(f"{name:44}{times}  {len(launches)} + {others.total()} {listed}".rstrip())
+        line = f"{name:44}{microseconds(found, 'ours'):8.1f}{its:>8}  {len(launches)} + {others.total()} {listed}"
+        print(line.rstrip())
 
 
 def main() -> None:

@@ -32,8 +32,8 @@ from support.gates import DATA
 
 from gpu_bn.activations import ROWS
 from gpu_bn.bench.model import model
-from gpu_bn.bench.page import modelled
-from gpu_bn.bench.run import Options
+from gpu_bn.bench.report import model_page
+from gpu_bn.bench.run import cases_of
 from gpu_bn.cli.check import covering
 from gpu_bn.testing import Case, cases, extended_cases, unavailable_cases
 
@@ -132,7 +132,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "gates_triton": lambda: kernels("triton", "covered"),
     "gates_triton_renewed": lambda: kernels("triton", "renewed"),
     "install": lambda: re.findall(r"<!-- install -->(.*?)<!--", (ROOT / "README.md").read_text(), re.S)[0],
-    "model": lambda: "\n" + modelled(model(Options().cases("model"))) + "\n",
+    "model": lambda: "\n" + model_page(model(cases_of("model"))) + "\n",
     "planted_cuda": planted_cuda,
     "planted_triton": lambda: str(len(triton_bugs.BUGS)),
     "quick_cases": lambda: str(len(covering(every_case()))),

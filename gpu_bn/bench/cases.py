@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
 
 from gpu_bn.explanation import DTYPES, ITEMSIZES
 
 Shape = tuple[int, ...]
 
 
-class Layer(NamedTuple):
-    """How many layers of a network have inputs of a shape; channels are the second axis."""
-
-    layers: int
-    shape: Shape
+Layers = tuple[tuple[int, Shape], ...]
+"""How many layers of a network have inputs of each shape; channels are the second axis."""
 
 
-def _batch(n: int, layers: Iterable[tuple[int, int, int]], rank: int = 2) -> tuple[Layer, ...]:
+def _images(n: int, layers: Iterable[tuple[int, int, int]], rank: int = 2) -> Layers:
     """Return layers of ``(count, channels, side)`` for ``n`` images of ``rank`` axes."""
-    return tuple(Layer(count, (n, channels, *[side] * rank)) for count, channels, side in layers)
+    return tuple((count, (n, channels, *[side] * rank)) for count, channels, side in layers)
+
+
+def _once(*shapes: Shape) -> Layers:
+    return tuple((1, shape) for shape in shapes)
 
 
 RESNET_50 = (
@@ -37,17 +38,15 @@ MOBILENET_V2 = (
 )  # fmt: skip
 """All 52 layers, of 224 x 224 images."""
 
-NETWORKS: dict[str, tuple[Layer, ...]] = {
-    "few": tuple(
-        Layer(1, s) for s in ((32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7), (256, 1024), (2, 3, 4, 4))
-    ),
-    "resnet50-32": _batch(32, RESNET_50),
-    "resnet50-256": _batch(256, RESNET_50),
-    "mobilenetv2": _batch(32, MOBILENET_V2),
-    "unet2d": _batch(8, ((4, 64, 256), (4, 128, 128), (4, 256, 64), (4, 512, 32), (2, 1024, 16))),
-    "unet3d": _batch(2, ((4, 32, 64), (4, 64, 32), (4, 128, 16), (2, 256, 8)), rank=3),
-    "mlp": (Layer(1, (256, 1024)), Layer(1, (1024, 4096)), Layer(1, (8192, 512)), Layer(1, (65536, 256))),
-    "tiny": (Layer(1, (4, 8)), Layer(1, (2, 3, 4, 4)), Layer(1, (8, 16, 8, 8)), Layer(1, (16, 64, 4, 4))),
+NETWORKS: dict[str, Layers] = {
+    "few": _once((32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7), (256, 1024), (2, 3, 4, 4)),
+    "resnet50-32": _images(32, RESNET_50),
+    "resnet50-256": _images(256, RESNET_50),
+    "mobilenetv2": _images(32, MOBILENET_V2),
+    "unet2d": _images(8, ((4, 64, 256), (4, 128, 128), (4, 256, 64), (4, 512, 32), (2, 1024, 16))),
+    "unet3d": _images(2, ((4, 32, 64), (4, 64, 32), (4, 128, 16), (2, 256, 8)), rank=3),
+    "mlp": _once((256, 1024), (1024, 4096), (8192, 512), (65536, 256)),
+    "tiny": _once((4, 8), (2, 3, 4, 4), (8, 16, 8, 8), (16, 64, 4, 4)),
 }
 """Networks by name; ``few`` chooses some layers of the others for a first look."""
 
@@ -88,11 +87,8 @@ OPERATIONS = {
 class Case:
     """One operation on one tensor.
 
-    Attributes:
-        shape: the tensor's shape; channels are the second axis.
-        dtype: its long name.
-        layout: how the axes lie in memory: ``nchw`` (for any number of axes), ``nhwc``, or ``nc`` for two.
-        operation: one of ``OPERATIONS``.
+    ``dtype`` is a long name. ``layout`` is how the axes lie in memory: ``nchw`` (for any number of axes), ``nhwc``, or
+    ``nc`` for two; channels are the shape's second axis in all of them.
     """
 
     shape: Shape
@@ -130,29 +126,31 @@ def shapes_of(names: Iterable[str]) -> list[Shape]:
     Raises:
         ValueError: a name is neither a network nor a shape.
     """
-    found: dict[Shape, None] = {}
+    found: list[Shape] = []
     for name in names:
-        found |= dict.fromkeys([layer.shape for layer in NETWORKS[name]] if name in NETWORKS else [_shape(name)])
-    return list(found)
+        if name not in NETWORKS and not re.fullmatch(r"0*[1-9][0-9]*(x0*[1-9][0-9]*){1,4}", name):
+            raise ValueError(f"unknown shape {name!r}, expected such as 32x64x56x56, or one of {', '.join(NETWORKS)}")
+        layers = NETWORKS[name] if name in NETWORKS else _once(tuple(map(int, name.split("x"))))
+        found += [shape for _, shape in layers]
+    return list(dict.fromkeys(found))
 
 
 def select(
-    shapes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str], operations: Iterable[str], only: str = ""
+    shapes: Iterable[str], dtypes: Sequence[str], layouts: Iterable[str], operations: Iterable[str], only: str = ""
 ) -> list[Case]:
     """Return all combinations whose name contains ``only``; those of one tensor follow each other.
 
-    Args:
-        shapes: as in :func:`shapes_of`.
-        dtypes: short names.
-        layouts: as in :class:`Case`.
-        operations: keys of ``OPERATIONS``.
-        only: part of a case's name.
+    ``shapes`` are as in :func:`shapes_of`, ``dtypes`` short names, ``operations`` keys of :data:`OPERATIONS`.
 
     Raises:
         ValueError: a shape or an operation is not known, no layout fits a shape, or a shape has nothing to normalise in
             training.
     """
-    chosen, found = [_operation(name) for name in operations], []
+    chosen, found = [], []
+    for name in operations:
+        if name not in OPERATIONS:
+            raise ValueError(f"unknown operation {name!r}, expected one of {', '.join(OPERATIONS)}")
+        chosen.append(OPERATIONS[name])
     spatial = [name for name in layouts if name != "nc"]
     for shape, dtype in product(shapes_of(shapes), dtypes):
         if len(shape) > 2 and not spatial:
@@ -162,16 +160,3 @@ def select(
         for layout, operation in product(["nc"] if len(shape) == 2 else spatial, chosen):
             found.append(Case(shape, DTYPES[dtype], layout, operation))
     return [case for case in found if only in str(case)]
-
-
-def _operation(name: str) -> Operation:
-    if name not in OPERATIONS:
-        raise ValueError(f"unknown operation {name!r}, expected one of {', '.join(OPERATIONS)}")
-    return OPERATIONS[name]
-
-
-def _shape(text: str) -> Shape:
-    sizes = text.split("x")
-    if not 2 <= len(sizes) <= 5 or not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
-        raise ValueError(f"unknown shape {text!r}, expected such as 32x64x56x56, or one of {', '.join(NETWORKS)}")
-    return tuple(map(int, sizes))

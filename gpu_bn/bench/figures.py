@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
@@ -34,11 +33,7 @@ TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 def draw(results: Sequence[Result], ceilings: Mapping[str, float], folder: Path, caption: str = "") -> list[Path]:
     """Write ``roofline.png`` and ``peers.png``, as far as there is anything to show; return what was written.
 
-    Args:
-        results: of all implementations, also those that were forced to take a tier.
-        ceilings: what a copy reaches in the memory, and in the cache: bytes per second by name.
-        folder: where the pictures go.
-        caption: the machine and the threads.
+    ``ceilings`` are what a copy reaches in the memory, and in the cache: bytes per second by name.
     """
     timed = [result for result in results if result.timings]
     if not any(result.ours for result in timed):
@@ -60,64 +55,53 @@ def roofline(results: Sequence[Result], ceilings: Mapping[str, float], path: Pat
     figure = Figure(figsize=(WIDTH, 1.6 + 3.4 * rows), dpi=DPI, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     several_kinds = len({(result.case.short_dtype, result.case.layout == "nhwc") for result in results}) > 1
-    styles = _styles(results)
     _scale(grid.flat[0], results, ceilings)
-    for panel, operation in zip(grid.flat, operations, strict=False):
+    for index, (panel, operation) in enumerate(zip(grid.flat, operations, strict=False)):
         shown = [result for result in results if str(result.case.operation) == operation]
-        for name, (marker, face, edge) in styles.items():
-            found = [result for result in shown if _series_of(result) == name]
+        for name, members, style in _series(results):
+            found = [(r.floor_bytes, r.bandwidth / 1e9) for r in members if str(r.case.operation) == operation]
             if found:
-                panel.plot(
-                    [r.floor_bytes for r in found], [r.bandwidth / 1e9 for r in found], marker, label=name,
-                    markerfacecolor=face, markeredgecolor=edge, markersize=6, alpha=0.85,
-                )  # fmt: skip
-        for style, (name, bandwidth) in zip(("-", "--"), ceilings.items(), strict=False):
-            panel.axhline(bandwidth / 1e9, color="#555555", linewidth=1.2, linestyle=style, label=name)
+                panel.plot(*zip(*found, strict=True), label=name, linestyle="", markersize=6, alpha=0.85, **style)
+        for dashes, (name, bandwidth) in zip(("-", "--"), ceilings.items(), strict=False):
+            panel.axhline(bandwidth / 1e9, color="#555555", linewidth=1.2, linestyle=dashes, label=name)
         _decorate(panel, operation)
         _label_tensors(panel, shown, several_kinds)
+        if index + columns >= len(operations):
+            panel.set_xlabel("bytes that have to be moved")
+            panel.tick_params(labelbottom=True)
     for panel in grid.flat[len(operations) :]:
         panel.set_axis_off()
     for panel in grid[:, 0]:
         panel.set_ylabel("GB/s")
-    for panel in grid.flat[max(len(operations) - columns, 0) : len(operations)]:
-        panel.set_xlabel("bytes that have to be moved")
-        panel.tick_params(labelbottom=True)
-    entries = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in grid.flat)
-    _finish(
-        figure, {label: handle for panel in entries for handle, label in panel},
-        f"Bandwidth over bytes moved, measured ({results[0].regime}), beneath what a copy reaches\n{caption}", path,
-    )  # fmt: skip
-    return path
-
-
-def _styles(results: Sequence[Result]) -> dict[str, tuple[str, str, str]]:
-    """Choose marker, face and edge of each series: a marker for a backend, a colour for its tier; both for a peer."""
-    ours = sorted({_backend_and_tier(result): _series_of(result) for result in results if result.ours}.items())
-    backends = list(dict.fromkeys(backend for (backend, _), _ in ours))
-    found = {}
-    for (backend, tier), name in ours:
-        colour = COLOURS[TIERS_SHOWN.index(tier)]
-        found[name] = MARKERS[backends.index(backend) % len(MARKERS)], colour, colour
-    for index, peer in enumerate(dict.fromkeys(result.by for result in results if not result.ours)):
-        found[peer] = MARKERS[-1 - index % len(MARKERS)], "none", COLOURS[-1 - index % len(COLOURS)]
-    return found
-
-
-def _series_of(result: Result) -> str:
-    """Return the name of a result's series in the legend."""
-    if not result.ours or result.tier == "-":
-        return result.by
-    return ": ".join(_backend_and_tier(result))
+    title = f"Bandwidth over bytes moved, measured ({results[0].regime}), beneath what a copy reaches"
+    return _save(figure, f"{title}\n{caption}", path)
 
 
 def _backend_and_tier(result: Result) -> tuple[str, str]:
     return result.by.removesuffix(f" {result.tier}"), result.tier  # a forced tier is part of the name
 
 
+def _series(results: Sequence[Result]) -> Iterator[tuple[str, list[Result], dict[str, str]]]:
+    """Yield the name of each series, its results, and how it is drawn.
+
+    A series of ours is a tier of a backend: a marker for the backend, a colour for the tier. Peers have both of theirs.
+    """
+    ours = sorted({_backend_and_tier(result) for result in results if result.ours})
+    backends = list(dict.fromkeys(backend for backend, _ in ours))
+    for backend, tier in ours:
+        marker, colour = MARKERS[backends.index(backend) % len(MARKERS)], COLOURS[TIERS_SHOWN.index(tier)]
+        found = [result for result in results if result.ours and _backend_and_tier(result) == (backend, tier)]
+        yield backend if tier == "-" else f"{backend}: {tier}", found, {"marker": marker, "color": colour}
+    for index, peer in enumerate(dict.fromkeys(result.by for result in results if not result.ours)):
+        marker, colour = MARKERS[-1 - index % len(MARKERS)], COLOURS[-1 - index % len(COLOURS)]
+        style = {"marker": marker, "markerfacecolor": "none", "markeredgecolor": colour}
+        yield peer, [result for result in results if result.by == peer], style
+
+
 def _scale(panel: Axes, results: Sequence[Result], ceilings: Mapping[str, float]) -> None:
     """Set logarithmic axes in bytes and in GB/s, with room on the right for the labels."""
     sizes = [result.floor_bytes for result in results]
-    speeds = [*(r.bandwidth / 1e9 for r in results), *(bandwidth / 1e9 for bandwidth in ceilings.values())]
+    speeds = [speed / 1e9 for speed in (*(result.bandwidth for result in results), *ceilings.values())]
     panel.set(xscale="log", yscale="log")
     panel.set_xlim(min(sizes) / 2, max(sizes) * (max(sizes) / min(sizes)) ** 0.7 * 2)
     panel.set_ylim(min(speed for speed in speeds if speed) / 1.6, max(speeds) * 1.6)
@@ -129,9 +113,8 @@ def _scale(panel: Axes, results: Sequence[Result], ceilings: Mapping[str, float]
 
 def _label_tensors(panel: Axes, results: Sequence[Result], several_kinds: bool) -> None:
     """Name each tensor once, on the right, with a line to its fastest mark of ours."""
-    best: dict[str, Result] = {}
-    for result in sorted((r for r in results if r.ours), key=lambda r: r.bandwidth):
-        best[result.case.tensor] = result
+    fastest = sorted((result for result in results if result.ours), key=lambda result: result.bandwidth)
+    best = {result.case.tensor: result for result in fastest}
     height, to_axes = 1.0, panel.transData + panel.transAxes.inverted()
     for tensor, result in sorted(best.items(), key=lambda item: -item[1].bandwidth)[:MOST_LABELS]:
         place = (result.floor_bytes, result.bandwidth / 1e9)
@@ -152,10 +135,12 @@ def ratios(results: Sequence[Result], path: Path, caption: str = "") -> Path:
     """
     backends = list(dict.fromkeys(result.by for result in results))
     peers = list(dict.fromkeys(peer for result in results for peer in result.ratios[result.regime]))
-    rows = list(dict.fromkeys(str(result.case) for result in results))
-    row_is_case = len(rows) <= MOST_ROWS
-    if not row_is_case:
-        rows = list(dict.fromkeys(result.case.kind for result in results))
+    row_is_case = len({str(result.case) for result in results}) <= MOST_ROWS
+
+    def row_of(result: Result) -> str:
+        return str(result.case) if row_is_case else result.case.kind
+
+    rows = list(dict.fromkeys(map(row_of, results)))
     height = 1.6 + (0.21 if row_is_case else 0.12 + 0.16 * len(peers)) * len(rows)
     figure = Figure(figsize=(WIDTH, max(3.0, height)), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(backends), sharex=True, sharey=True, squeeze=False)[0]
@@ -168,8 +153,7 @@ def ratios(results: Sequence[Result], path: Path, caption: str = "") -> Path:
             # of marks that share a row, those of each peer have a line of their own
             offset = 0.0 if row_is_case else 0.75 * ((index + 0.5) / len(peers) - 0.5)
             panel.plot(
-                [r.ratios[r.regime][peer] for r in found],
-                [rows.index(str(r.case) if row_is_case else r.case.kind) + offset for r in found],
+                [r.ratios[r.regime][peer] for r in found], [rows.index(row_of(r)) + offset for r in found],
                 linestyle="", label=peer, color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
                 markersize=5, alpha=1.0 if row_is_case else 0.6,
             )  # fmt: skip
@@ -178,22 +162,16 @@ def ratios(results: Sequence[Result], path: Path, caption: str = "") -> Path:
         panel.set(xscale="log", xlabel="our time / the peer's")
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=9)
         panel.tick_params(axis="x", rotation=45 if len(ticks) * len(panels) > 16 else 0)
-        panel.minorticks_off()
         panel.tick_params(axis="y", length=0)
+        panel.minorticks_off()
         if not row_is_case:
             panel.grid(visible=False, axis="y")
             for line in range(1, len(rows)):
                 panel.axhline(line - 0.5, color="#dddddd", linewidth=0.8)
     panels[0].set_yticks(range(len(rows)), rows, fontsize=9)
     panels[0].set_ylim(len(rows) - 0.4, -1.1)
-    handles, labels = panels[0].get_legend_handles_labels()
-    marks = "" if row_is_case else "; a mark for each tensor"
-    _finish(
-        figure, dict(zip(labels, handles, strict=True)),
-        f"Our time over the peer's, measured ({results[0].regime}); left of the line ours is faster{marks}\n{caption}",
-        path,
-    )  # fmt: skip
-    return path
+    title = f"Our time over the peer's, measured ({results[0].regime}); left of the line ours is faster"
+    return _save(figure, f"{title}{'' if row_is_case else '; a mark for each tensor'}\n{caption}", path)
 
 
 def _decorate(panel: Axes, title: str) -> None:
@@ -202,9 +180,13 @@ def _decorate(panel: Axes, title: str) -> None:
     panel.grid(alpha=0.25)
 
 
-def _finish(figure: Figure, legend: dict[str, Artist], title: str, path: Path) -> None:
-    columns = min(len(legend), 4)
+def _save(figure: Figure, title: str, path: Path) -> Path:
+    """Write a picture, with one legend for all its panels."""
+    entries = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in figure.axes)
+    legend = {label: handle for panel in entries for handle, label in panel}
     place: Any = "outside lower center"
+    columns = min(len(legend), 4)
     figure.legend([*legend.values()], [*legend], frameon=False, fontsize=9, loc=place, ncols=columns)
     figure.suptitle(title.rstrip(), fontsize=11)
     figure.savefig(path)
+    return path

@@ -2,39 +2,40 @@
 
 To add a peer, add a row. A row's ``build(operation, problem)`` gets a problem whose arrays are the library's own.
 It returns the call to time, which returns the outputs that the operation names, in that order. Ours also take the
-``tier`` that is forced and an ``on_plan``: see :data:`gpu_bn.backends.protocol.OnPlan`.
+``tier`` that is forced and an ``on_plan``: see :data:`gpu_bn.backends.protocol.OnPlan`. A library is imported when a
+call of it is built.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from gpu_bn import registry
 from gpu_bn.backends.protocol import OnPlan
-from gpu_bn.bench import peers
 from gpu_bn.bench.cases import Case, Operation
-from gpu_bn.bench.peers import Build
 from gpu_bn.bench.timing import TimedCall
 from gpu_bn.functional import batch_norm, batch_norm_backward, batch_norm_forward
+from gpu_bn.spec import VECTORS
 from gpu_bn.testing import Problem
+
+Array = Any
+Function = Callable[..., Any]
+Build = Callable[..., TimedCall]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation.
+    """One implementation, on a ``device`` (cpu or cuda); a key of :data:`gpu_bn.testing.ADAPTERS` makes its arrays.
 
     Attributes:
-        name: its name in the report.
-        device: ``cpu`` or ``cuda``.
-        adapter: the key of :data:`gpu_bn.testing.ADAPTERS` that makes its arrays.
-        build: makes its call; see this module's text.
         modules: the modules it needs; it is left out if one is not installed. One may be ``this or that``.
         ours: whether it has to meet the oracle's tolerances, and its failure is the command's.
         refuses: returns why it does not serve a case; empty if it does.
@@ -64,13 +65,18 @@ class Implementation:
         return ", ".join(names for names in self.modules if not any(map(_installed, names.split(" or "))))
 
 
-def ours(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
-    """Return what builds calls of a backend of this library; ``make_backend`` makes one that forces a tier."""
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except Exception:  # the package around it is missing, or fails when it is imported for the search
+        return False
 
-    def build(
-        operation: Operation, problem: Problem, tier: str | None = None, on_plan: OnPlan | None = None
-    ) -> TimedCall:
-        backend, p = make_backend(tier, on_plan), problem
+
+def ours(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
+    """Return what builds calls of a backend; ``make_backend`` makes one that forces a tier."""
+
+    def build(operation: Operation, p: Problem, tier: str | None = None, on_plan: OnPlan | None = None) -> TimedCall:
+        backend = make_backend(tier, on_plan)
         fused: dict[str, Any] = {"residual": p.residual, "activation": "relu" if operation.relu else None}
         arguments = (p.x, p.running_mean, p.running_var, p.weight, p.bias, operation.training, p.momentum, p.eps)
         if operation.direction == "eval":
@@ -83,33 +89,259 @@ def ours(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
     return build
 
 
-def cupy_backend(tier: str | None, on_plan: OnPlan | None) -> Any:
-    """Make a CuPy backend."""
-    registry.load("cupy")  # raises if something is missing, and says what
-    return importlib.import_module("gpu_bn.backends.cupy.backend").CupyBackend(tier, on_plan)
+def on_gpu(name: str, kind: str) -> Build:
+    """Return what builds calls of one of our backends for GPUs; ``kind`` is its class."""
+
+    def make_backend(tier: str | None, on_plan: OnPlan | None) -> Any:
+        registry.load(name)  # raises if something is missing, and says what
+        module = import_module(f"gpu_bn.backends.{name}.backend")
+        return getattr(module, kind)(tier=tier, on_plan=on_plan)
+
+    return ours(make_backend)
 
 
-def triton_backend(tier: str | None, on_plan: OnPlan | None) -> Any:
-    """Make a Triton backend."""
-    registry.load("triton")
-    return importlib.import_module("gpu_bn.backends.triton.backend").TritonBackend(tier=tier, on_plan=on_plan)
+# -------------------------------------------------------------------------------------------------------- NumPy
+def textbook(operation: Operation, p: Problem) -> TimedCall:
+    """Build the call of the formulas, each a line of NumPy, in float32 at least."""
+    axes, dtype = (0, *range(2, p.x.ndim)), p.x.dtype
+    wide = np.dtype(np.float32) if dtype.itemsize < 4 else dtype
+    count = p.x.size // p.x.shape[1]
+
+    def column(vector: Array) -> Array:
+        return vector.astype(wide).reshape(-1, *[1] * (p.x.ndim - 2))
+
+    def forward() -> tuple[Array, Array, Array]:
+        x = p.x.astype(wide, copy=False)
+        if operation.training:
+            mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+        else:
+            mean, var = column(p.running_mean), column(p.running_var)
+        rstd = 1 / np.sqrt(var + wide.type(p.eps))
+        xhat = (x - mean) * rstd
+        z = column(p.weight) * xhat + column(p.bias)
+        z = z if p.residual is None else z + p.residual.astype(wide, copy=False)
+        y = np.maximum(z, 0) if operation.relu else z
+        return y.astype(dtype, copy=False), xhat, rstd
+
+    def backward() -> tuple[Array, ...]:
+        dy = p.dy.astype(wide, copy=False)
+        dz = np.where(y > 0, dy, 0) if operation.relu else dy
+        dbias, dweight = dz.sum(axes), (dz * xhat).sum(axes)
+        inner = dz - column(dbias) / count - xhat * column(dweight) / count
+        dx = (column(p.weight) * rstd * inner).astype(dtype, copy=False)
+        return (dx, dweight, dbias, *([] if p.residual is None else [dz.astype(dtype, copy=False)]))
+
+    if operation.direction != "backward":
+        return lambda: forward()[:1]
+    y, xhat, rstd = forward()
+    return backward
 
 
+# -------------------------------------------------------------------------------------------------------- torch
+def torch_norm(operation: Operation, p: Problem, inplace: bool = True) -> Function:
+    """Return torch's batch norm with a sum and ReLU behind it, as networks write it."""
+    functional: Any = import_module("torch.nn.functional")
+
+    def norm(x: Array, weight: Array, bias: Array, residual: Array | None = None) -> Array:
+        y = functional.batch_norm(
+            x, p.running_mean, p.running_var, weight, bias, operation.training, p.momentum, p.eps
+        )  # fmt: skip
+        if residual is not None:
+            y = y.add_(residual) if inplace else y + residual
+        return functional.relu(y, inplace=inplace) if operation.relu else y
+
+    return norm
+
+
+def compiled_norm(operation: Operation, problem: Problem, inplace: bool = True) -> Function:
+    """Return the same by torch.compile, for these shapes only."""
+    torch: Any = import_module("torch")
+    config: Any = import_module("torch._functorch.config")
+    config.donated_buffer = False  # the backward graph is run again and again
+    torch._dynamo.reset()  # each case is a new function: none should be compiled for shapes in general
+    return cast(Function, torch.compile(torch_norm(operation, problem, inplace), dynamic=False))
+
+
+def torch_call(make: Callable[[Operation, Problem], Function]) -> Build:
+    """Return what builds calls of a function of torch's tensors: ``make(operation, problem)``."""
+
+    def build(operation: Operation, p: Problem, **_: Any) -> TimedCall:
+        tensors = [tensor for tensor in (p.x, p.weight, p.bias, p.residual) if tensor is not None]
+        return _differentiated(operation, make(operation, p), tensors, p.dy)
+
+    return build
+
+
+eager, compiled = torch_call(torch_norm), torch_call(compiled_norm)
+
+
+def _differentiated(operation: Operation, norm: Function, tensors: list[Array], dy: Array) -> TimedCall:
+    """Build an operation's call of ``norm(*tensors)``; autograd differentiates it by each of them."""
+    torch: Any = import_module("torch")
+    if operation.direction == "eval":
+        return cast(TimedCall, torch.no_grad()(lambda: (norm(*tensors),)))
+    leaves = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in tensors]
+    if operation.direction == "forward":
+        return lambda: (norm(*leaves),)
+    y = norm(*leaves)
+    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+
+def without_cudnn() -> Any:
+    """Make torch use its own kernels only."""
+    return import_module("torch").backends.cudnn.flags(enabled=False)
+
+
+# --------------------------------------------------------------------------------------------------------- apex
+def not_apex(case: Case) -> str:
+    """Say why apex does not serve a case: it has kernels for float16 in NHWC only."""
+    if case.dtype != "float16" or case.layout != "nhwc" or len(case.shape) != 4:
+        return "serves float16, four axes, nhwc"
+    return "a sum is fused with ReLU only" if case.operation.residual and not case.operation.relu else ""
+
+
+def apex(operation: Operation, p: Problem) -> TimedCall:
+    """Build the call of apex.contrib.groupbn, on the tensors as they lie in memory: channels are their last axis."""
+    groupbn: Any = import_module("apex.contrib.groupbn.batch_norm")
+    layer = groupbn.BatchNorm2d_NHWC(p.x.shape[1], fuse_relu=operation.relu).cuda().train(operation.training)
+    for name in VECTORS:
+        getattr(layer, name).data.copy_(getattr(p, name))
+    layer.eps, layer.momentum = p.eps, p.momentum
+    given = [tensor for tensor in (p.dy, p.x, p.residual) if tensor is not None]
+    dy, x, *residual = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in given)
+
+    def norm(x: Array, _weight: Array, _bias: Array, *residual: Array) -> Array:
+        return layer(x, *residual)
+
+    call = _differentiated(operation, norm, [x, layer.weight, layer.bias, *residual], dy)
+    return lambda: tuple(array.permute(0, 3, 1, 2) if array.ndim == 4 else array for array in call())
+
+
+# ------------------------------------------------------------------------------------------------------- cuDNN
+def not_cudnn(case: Case) -> str:
+    """Say why cuDNN's graphs of batch norm with fusions do not serve a case."""
+    if len(case.shape) != 4 or case.dtype == "float64":
+        return "serves four axes, not float64"
+    return "" if case.operation.training else "evaluation is not compared"
+
+
+def cudnn(operation: Operation, problem: Problem) -> TimedCall:
+    """Build a graph of cuDNN's Python frontend: batch norm, sum, ReLU with a mask; or the gradients of that."""
+    graph = _Graph(problem)
+    y, *saved = _add_forward(graph, operation, problem)
+    if operation.direction == "forward":
+        return lambda: graph.run(y)
+    graph.run()
+    backward = _Graph(problem)
+    outputs = _add_backward(backward, operation, problem, *saved)
+    return lambda: backward.run(*outputs)
+
+
+class _Graph:
+    """A cuDNN graph, its tensors, and their memory."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.torch: Any = import_module("torch")
+        self.cudnn: Any = import_module("cudnn")
+        types, torch = self.cudnn.data_type, self.torch
+        self.types = {
+            torch.float16: types.HALF, torch.bfloat16: types.BFLOAT16, torch.float32: types.FLOAT,
+            torch.bool: types.BOOLEAN,
+        }  # fmt: skip
+        self.handle, compute = _cudnn_handle(self.cudnn), types.FLOAT
+        self.cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
+        self.nodes = self.cudnn.pygraph(
+            io_data_type=self.types[problem.x.dtype], intermediate_data_type=compute, compute_data_type=compute,
+            handle=self.handle,
+        )  # fmt: skip
+        self.device, self.memory, self.workspace = problem.x.device, dict[Any, Array](), None
+
+    def input(self, tensor: Array) -> Any:
+        node = self.nodes.tensor_like(tensor)
+        self.memory[node] = tensor
+        return node
+
+    def output(self, node: Any, tensor: Array) -> Array:
+        node.set_output(True).set_data_type(self.types[tensor.dtype])
+        self.memory[node] = tensor
+        return tensor
+
+    def run(self, *results: Array) -> tuple[Array, ...]:
+        """Run the graph, which is compiled before the first run, and return what it has written to."""
+        if self.workspace is None:
+            modes = self.cudnn.heur_mode
+            self.nodes.validate()
+            self.nodes.build_operation_graph()
+            self.nodes.create_execution_plans([modes.A, modes.FALLBACK])
+            self.nodes.check_support()
+            self.nodes.build_plans()
+            size = self.nodes.get_workspace_size()
+            self.workspace = self.torch.empty(size, device=self.device, dtype=self.torch.uint8)
+        self.nodes.execute(self.memory, self.workspace, handle=self.handle)
+        return results
+
+
+@cache
+def _cudnn_handle(cudnn: Any) -> Any:
+    return cudnn.create_handle()
+
+
+def _add_forward(graph: _Graph, operation: Operation, p: Problem) -> tuple[Array, ...]:
+    """Add a forward call to a graph; return the memory of y, mean, rstd and the mask."""
+    torch, nodes, given = graph.torch, graph.nodes, graph.input
+    running_mean, running_var, weight, bias = (getattr(p, name).view(1, -1, 1, 1) for name in VECTORS)
+    eps, momentum = (given(torch.full((1, 1, 1, 1), number)) for number in (p.eps, p.momentum))
+    z, mean, rstd, new_mean, new_var = nodes.batchnorm(
+        name="bn", input=given(p.x), scale=given(weight), bias=given(bias), in_running_mean=given(running_mean),
+        in_running_var=given(running_var), epsilon=eps, momentum=momentum,
+    )  # fmt: skip
+    graph.output(new_mean, running_mean)
+    graph.output(new_var, running_var)
+    if p.residual is not None:
+        z = nodes.add(name="add", a=z, b=given(p.residual))
+    mask = None
+    if operation.relu:
+        z = nodes.relu(name="relu", input=z)
+        positive = nodes.cmp_gt(name="mask", input=z, comparison=given(torch.zeros_like(p.x)))
+        mask = graph.output(positive, torch.empty_like(p.x, dtype=torch.bool))
+    saved = [graph.output(node, torch.empty_like(weight)) for node in (mean, rstd)]
+    return graph.output(z, torch.empty_like(p.x)), *saved, mask
+
+
+def _add_backward(
+    graph: _Graph, operation: Operation, p: Problem, mean: Array, rstd: Array, mask: Array
+) -> list[Array]:
+    """Add a backward call to a graph; return the memory of the gradients."""
+    empty, given = graph.torch.empty_like, graph.input
+    parameter: Array = p.weight
+    weight, dz, residuals = parameter.view(1, -1, 1, 1), given(p.dy), []
+    if operation.relu:
+        dz = graph.nodes.scale(name="drelu", input=dz, scale=given(mask))
+        dz.set_data_type(graph.types[p.x.dtype])
+        residuals = [] if p.residual is None else [graph.output(dz, empty(p.x))]
+    dx, *vectors = graph.nodes.batchnorm_backward(
+        name="dbn", grad=dz, input=given(p.x), scale=given(weight), mean=given(mean), inv_variance=given(rstd)
+    )
+    gradients = [graph.output(node, empty(weight)).view(-1) for node in vectors]
+    return [graph.output(dx, empty(p.x)), *gradients, *residuals]
+
+
+# ----------------------------------------------------------------------------------------------------------- all
 IMPLEMENTATIONS = [
     Implementation("gpu_bn cpu", "cpu", "numpy", ours(lambda *_: registry.load("cpu")), ("numba",), ours=True),
     Implementation("gpu_bn numpy", "cpu", "numpy", ours(lambda *_: registry.load("numpy")), ours=True),
-    Implementation("torch CPU", "cpu", "torch", peers.eager, ("torch",)),
-    Implementation("textbook NumPy", "cpu", "numpy", peers.textbook),
-    Implementation("torch.compile CPU", "cpu", "torch", peers.compiled, ("torch",), default=False),
-    Implementation("gpu_bn triton", "cuda", "triton", ours(triton_backend), ("torch", "triton"), ours=True),
-    Implementation("gpu_bn cupy", "cuda", "cupy", ours(cupy_backend), ("cupy",), ours=True),
-    Implementation("torch cuDNN", "cuda", "triton", peers.eager, ("torch",)),
-    Implementation("torch native", "cuda", "triton", peers.eager, ("torch",), setting=peers.without_cudnn),
-    Implementation("torch.compile", "cuda", "triton", peers.compiled, ("torch", "triton")),
+    Implementation("torch CPU", "cpu", "torch", eager, ("torch",)),
+    Implementation("textbook NumPy", "cpu", "numpy", textbook),
+    Implementation("torch.compile CPU", "cpu", "torch", compiled, ("torch",), default=False),
     Implementation(
-        "apex", "cuda", "triton", peers.apex, ("torch", "apex.contrib.groupbn.bnp or bnp"), refuses=peers.not_apex
+        "gpu_bn triton", "cuda", "triton", on_gpu("triton", "TritonBackend"), ("torch", "triton"), ours=True
     ),
-    Implementation("cuDNN frontend", "cuda", "triton", peers.cudnn, ("torch", "cudnn"), refuses=peers.not_cudnn),
+    Implementation("gpu_bn cupy", "cuda", "cupy", on_gpu("cupy", "CupyBackend"), ("cupy",), ours=True),
+    Implementation("torch cuDNN", "cuda", "triton", eager, ("torch",)),
+    Implementation("torch native", "cuda", "triton", eager, ("torch",), setting=without_cudnn),
+    Implementation("torch.compile", "cuda", "triton", compiled, ("torch", "triton")),
+    Implementation("apex", "cuda", "triton", apex, ("torch", "apex.contrib.groupbn.bnp or bnp"), refuses=not_apex),
+    Implementation("cuDNN frontend", "cuda", "triton", cudnn, ("torch", "cudnn"), refuses=not_cudnn),
 ]
 """``torch cuDNN`` is torch with its defaults: it decides by itself where it calls cuDNN."""
 
@@ -119,11 +351,12 @@ def by_name(name: str) -> Implementation:
     return next(each for each in IMPLEMENTATIONS if each.name == name)
 
 
-def choose(device: str, names: list[str] | None) -> tuple[list[Implementation], list[str]]:
+def choose(device: str, names: list[str] | None, torch_sees_it: bool = True) -> tuple[list[Implementation], list[str]]:
     """Choose the implementations of a device: ours, and the peers of these names (``None``: the default ones).
 
     Returns:
-        The implementations, and a line for each that is not installed.
+        The implementations, and a line for each that cannot run here. If torch does not see the GPU, none that needs it
+        can: torch would run it on the CPU.
 
     Raises:
         ValueError: a name is not that of a peer.
@@ -134,50 +367,7 @@ def choose(device: str, names: list[str] | None) -> tuple[list[Implementation], 
         if name not in known:
             raise ValueError(f"unknown peer {name!r}, expected some of {', '.join(known)}")
     asked = [each for each in of_device if each.ours or (each.default if names is None else each.name in names)]
-    left_out = [f"{each.name}: not installed: {each.missing}" for each in asked if each.missing]
-    return [each for each in asked if not each.missing], left_out
-
-
-PERIOD = 4_194_301
-"""The period of a tensor's values: a prime, which divides no size."""
-ALIGNMENT = 64
-"""Tensors begin at multiples of so many bytes, as torch's do: a vector in a register is then one line of the cache."""
-
-
-def data(case: Case) -> Problem:
-    """Return a case's tensors in NumPy, with a residual; the same for all operations on the tensor.
-
-    Values repeat after :data:`PERIOD`, so that channels differ and a large tensor costs no time.
-    """
-    rng = np.random.default_rng(0)
-    dtype = np.dtype(importlib.import_module("ml_dtypes").bfloat16 if case.dtype == "bfloat16" else case.dtype)
-    size, channels = int(np.prod(case.shape)), case.shape[1]
-    param = np.float64 if case.dtype == "float64" else np.float32
-    noise = rng.normal(0.5, 1.5, (3, min(size, PERIOD)))
-
-    def tensor(row: int) -> Any:
-        memory = np.empty(size * dtype.itemsize + ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % ALIGNMENT
-        dense = memory[start : start + size * dtype.itemsize].view(dtype)
-        dense[:] = np.resize(noise[row].astype(dtype), size)
-        if case.layout != "nhwc":
-            return dense.reshape(case.shape)
-        return np.moveaxis(dense.reshape(case.shape[0], *case.shape[2:], channels), -1, 1)
-
-    return Problem(
-        x=tensor(0),
-        dy=tensor(1),
-        residual=tensor(2),
-        running_mean=rng.normal(0.5, 0.1, channels).astype(param),
-        running_var=rng.uniform(1, 4, channels).astype(param),
-        weight=rng.uniform(0.5, 2, channels).astype(param),
-        bias=rng.standard_normal(channels).astype(param),
-        training=True, momentum=0.1, eps=1e-5, activation=("identity", 0.0), channel_axis=1,
-    )  # fmt: skip
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except Exception:  # the package around it is missing, or fails when it is imported for the search
-        return False
+    unseen = [] if torch_sees_it else [each for each in asked if "torch" in each.modules]
+    why_not = {each.name: "torch does not see the GPU" for each in unseen}
+    why_not |= {each.name: f"not installed: {each.missing}" for each in asked if each.missing}
+    return [each for each in asked if each.name not in why_not], [f"{name}: {why}" for name, why in why_not.items()]

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpu_bn import __version__, get_num_threads
-from gpu_bn.bench.gpus import AnyGpu
-from gpu_bn.bench.timing import in_words
+from gpu_bn.bench.timing import Gpu, in_words
 from gpu_bn.cli.cuda_versions import installed
 from gpu_bn.cli.info import blas
 
@@ -30,7 +29,7 @@ SMI = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max
 """What nvidia-smi is asked for, in MHz, W and degrees Celsius."""
 
 
-def machine(gpu: AnyGpu | None, copy_bandwidth: float) -> dict[str, Any]:
+def machine(gpu: Gpu | None, copy_bandwidth: float) -> dict[str, Any]:
     """Collect the facts for JSON; ``copy_bandwidth`` is that of the timed device in bytes per second."""
     facts: dict[str, Any] = {
         "gpu_bn": __version__,
@@ -47,7 +46,13 @@ def machine(gpu: AnyGpu | None, copy_bandwidth: float) -> dict[str, Any]:
         "gpu": None,
     }
     if facts["packages"].get("torch"):
-        facts |= _torch_facts(facts["threads"])
+        try:
+            torch: Any = import_module("torch")
+            facts["threads"]["torch"] = torch.get_num_threads()
+            cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+            facts |= {"cuda": torch.version.cuda, "cudnn": None if cudnn is None else int(cudnn)}
+        except Exception as error:  # a library of its own may be missing
+            facts |= {"cuda": None, "cudnn": None, "torch": in_words(error)}
     if gpu is not None:
         device = gpu.device
         facts["gpu"] = {
@@ -71,12 +76,6 @@ def smi(which: str) -> dict[str, str]:
     return dict(zip(SMI, map(str.strip, lines[0].split(",")), strict=False))
 
 
-def describe(facts: dict[str, Any]) -> tuple[str, str]:
-    """Return the device that was timed, and the packages with their versions, in words."""
-    device = facts["gpu"]["name"] if facts["gpu"] else f"{facts['processor']}, {facts['cores']} cores"
-    return device, ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-
-
 def clocks(facts: dict[str, str]) -> str:
     """Put what :func:`smi` has found into words: the driver, and the clocks with the highest possible ones."""
     if "unknown" in facts:
@@ -85,6 +84,12 @@ def clocks(facts: dict[str, str]) -> str:
     return (
         f"driver {driver}, SM clock {sm} of {most_sm} MHz, memory {memory} of {most_memory} MHz, {watts} W, {celsius} C"
     )
+
+
+def describe(facts: dict[str, Any]) -> tuple[str, str]:
+    """Return the device that was timed, and the packages with their versions, in words."""
+    device = facts["gpu"]["name"] if facts["gpu"] else f"{facts['processor']}, {facts['cores']} cores"
+    return device, ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
 
 
 def commit() -> str | None:
@@ -99,12 +104,10 @@ def commit() -> str | None:
 
 def processor() -> str:
     """Return the CPU's model, as Linux names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def cpu_copy_bandwidth(size: int) -> float:
@@ -117,14 +120,3 @@ def cpu_copy_bandwidth(size: int) -> float:
     copies = max(1, COPIED_AT_LEAST // size)
     taken = timeit.repeat(lambda: np.copyto(target, source), repeat=7, number=copies)
     return 2 * size * copies / statistics.median(taken)
-
-
-def _torch_facts(threads: dict[str, Any]) -> dict[str, Any]:
-    """Return torch's versions of CUDA and cuDNN, or why they are unknown; add its threads to the others'."""
-    try:
-        torch: Any = import_module("torch")
-        threads["torch"] = torch.get_num_threads()
-        cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-        return {"cuda": torch.version.cuda, "cudnn": None if cudnn is None else int(cudnn)}
-    except Exception as error:  # a library of its own may be missing
-        return {"cuda": None, "cudnn": None, "torch": in_words(error)}

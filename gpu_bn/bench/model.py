@@ -10,26 +10,26 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import NamedTuple
 
 from gpu_bn.activations import Activation
 from gpu_bn.bench.cases import Case
+from gpu_bn.cli.console import Table, megabytes, microseconds
 from gpu_bn.explanation import ITEMSIZES, geometry_of, works
 from gpu_bn.gpu_model import copying
-from gpu_bn.plan import DEVICES, THRESHOLDS, TIERS, Device, LaunchPlan, NoPlanError, Work, plan, plan_once
+from gpu_bn.plan import DEVICES, THRESHOLDS, TIERS, Device, NoPlanError, Work, plan, plan_once
 
 RESIDENT_POSITIONS = 100_000
 """About the most positions of a channel with which cuDNN and apex keep NHWC tensors of float16 on chip."""
-
-
 FUSED = ("", "+relu", "+add+relu")
-"""What may be fused with an operation, in the order of the columns of :class:`Traffic`."""
+"""What may be fused with an operation, in the order of the columns of :data:`TRAFFIC`."""
 Moved = tuple[int, int]
 """Passes over a tensor, and over a bit mask."""
 
 
 class Traffic(NamedTuple):
-    """What a library moves, by what is fused with the operation; see :data:`FUSED`."""
+    """What a library moves, by what is fused with the operation."""
 
     name: str
     forward: tuple[Moved, Moved, Moved]
@@ -53,61 +53,34 @@ TRAFFIC = {
 }
 """Counted by hand, not measured: PyTorch 2.14's and apex's in their sources, cuDNN's by descriptions of its kernels.
 Caches are not counted. Backward by separate operations is an estimate."""
+NOTE = (
+    "A model, nothing here was measured: launches of 2.5 us, and bytes that reach the memory over 88 % of the data "
+    "sheet's bandwidth. Ours by the plan, also what idle SMs and the exchange of sums cost (gpu_bn/gpu_model.py). Of "
+    "the others, what their kernels read and write (gpu_bn/bench/model.py), less what of it the cache may hold."
+)
 
 
 @dataclass(frozen=True)
 class Modelled:
-    """One case on one device.
+    """One case on one device, as the report keeps it.
 
-    Attributes:
-        plan: what we would launch.
-        floor_bytes: every tensor read and written once.
-        tiers: bytes that reach the memory, for each tier that can serve the case if it is forced.
-        torch_bytes, cudnn_bytes: what the others' kernels ask for; ``None`` if it is not known.
+    ``floor_bytes`` is every tensor read and written once, ``moved_bytes`` what of our launches reaches the memory;
+    ``tiers`` has that for each tier that can serve the case if it is forced. Of others, it is what their kernels ask
+    for; ``None`` if it is not known.
     """
 
     case: Case
-    device: Device
-    plan: LaunchPlan
+    device: str
+    tier: str
+    launches: int
     floor_bytes: int
+    moved_bytes: int
     tiers: dict[str, int]
+    seconds: float
     torch_bytes: int | None
     cudnn_bytes: int | None
-
-    @property
-    def tier(self) -> str:
-        """The plan's tier; ``one pass`` in evaluation."""
-        return self.plan.tier if self.case.operation.training else "one pass"
-
-    def seconds(self, asked: int | None, launches: int = 1) -> float | None:
-        """Estimate the time of another's kernels that ask for so many bytes.
-
-        The cache serves what they ask for beyond the floor, as far as it would serve ours.
-        """
-        if asked is None:
-            return None
-        cached = min(max(asked - self.floor_bytes, 0), int(THRESHOLDS.usable_l2 * self.device.l2_bytes))
-        return launches * THRESHOLDS.launch + copying(asked - cached, self.device, THRESHOLDS)
-
-    @property
-    def torch_seconds(self) -> float | None:
-        """PyTorch's time: it launches statistics, then outputs; ReLU and the sum are launches of their own."""
-        operation = self.case.operation
-        return self.seconds(self.torch_bytes, 1 + operation.training + operation.relu + operation.residual)
-
-    @property
-    def cudnn_seconds(self) -> float | None:
-        """cuDNN's time: it launches once."""
-        return self.seconds(self.cudnn_bytes)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what the report keeps."""
-        return {
-            "case": str(self.case), "device": self.device.name, "tier": self.tier, "launches": self.plan.launches,
-            "floor_bytes": self.floor_bytes, "moved_bytes": self.plan.dram_bytes, "tiers": self.tiers,
-            "seconds": self.plan.seconds, "torch_bytes": self.torch_bytes, "cudnn_bytes": self.cudnn_bytes,
-            "torch_seconds": self.torch_seconds, "cudnn_seconds": self.cudnn_seconds,
-        }  # fmt: skip
+    torch_seconds: float | None
+    cudnn_seconds: float | None
 
 
 def model(cases: Iterable[Case], devices: Sequence[Device] = tuple(DEVICES.values())) -> list[Modelled]:
@@ -117,11 +90,33 @@ def model(cases: Iterable[Case], devices: Sequence[Device] = tuple(DEVICES.value
 
 def modelled(case: Case, device: Device) -> Modelled:
     """Model a case on a device."""
-    work, training = work_of(case), case.operation.training
-    found = plan(work, device) if training else plan_once(work, device)
-    tiers = _tiers(work, device) if training else {"one pass": found.dram_bytes}
-    torch_bytes, cudnn_bytes = TRAFFIC["torch"].bytes(case), _cudnn_bytes(case)
-    return Modelled(case, device, found, work.floor_bytes, tiers, torch_bytes, cudnn_bytes)
+    work, operation, tiers = work_of(case), case.operation, dict[str, int]()
+    for tier in TIERS if operation.training else ():
+        with suppress(NoPlanError):
+            tiers[tier] = plan(work, device, tier).dram_bytes
+    found = plan(work, device) if operation.training else plan_once(work, device)
+    resident = case.dtype == "float16" and math.prod(case.shape) // case.shape[1] <= RESIDENT_POSITIONS
+    cudnn = TRAFFIC["cudnn resident" if resident else "cudnn"]
+    torch_bytes = TRAFFIC["torch"].bytes(case)
+    cudnn_bytes = cudnn.bytes(case) if case.layout == "nhwc" and case.dtype != "float64" else None
+    torch_launches = 1 + operation.training + operation.relu + operation.residual  # statistics, then outputs
+    return Modelled(
+        case, device.name, found.tier if operation.training else "one pass", found.launches, work.floor_bytes,
+        found.dram_bytes, tiers or {"one pass": found.dram_bytes}, found.seconds, torch_bytes, cudnn_bytes,
+        seconds_of(torch_bytes, work.floor_bytes, device, torch_launches),
+        seconds_of(cudnn_bytes, work.floor_bytes, device),
+    )  # fmt: skip
+
+
+def seconds_of(asked: int | None, floor_bytes: int, device: Device, launches: int = 1) -> float | None:
+    """Estimate the time of another's kernels that ask for so many bytes.
+
+    The cache serves what they ask for beyond the floor, as far as it would serve ours.
+    """
+    if asked is None:
+        return None
+    cached = min(max(asked - floor_bytes, 0), int(THRESHOLDS.usable_l2 * device.l2_bytes))
+    return launches * THRESHOLDS.launch + copying(asked - cached, device, THRESHOLDS)
 
 
 def work_of(case: Case) -> Work:
@@ -133,17 +128,55 @@ def work_of(case: Case) -> Work:
     return backward if operation.direction == "backward" else forward
 
 
-def _tiers(work: Work, device: Device) -> dict[str, int]:
-    found = {}
-    for tier in TIERS:
-        with suppress(NoPlanError):
-            found[tier] = plan(work, device, tier).dram_bytes
-    return found
+# ------------------------------------------------------------------------------------------------------- tables
+def model_tables(rows: Sequence[Modelled]) -> list[Table]:
+    """Return the table of times on each device, and that of bytes by tier on one of them."""
+    if not rows:
+        return []
+    devices = list(dict.fromkeys(row.device for row in rows))
+    lines: list[list[str] | str] = []
+    for tensor, of_tensor in groupby(rows, lambda row: row.case.tensor):
+        lines.append(tensor)
+        for operation, group in groupby(of_tensor, lambda row: row.case.operation):
+            every = list(group)
+            times = {
+                "gpu_bn": [f"{microseconds(row.seconds)} {row.tier}" for row in every],
+                "PyTorch native": [microseconds(row.torch_seconds) for row in every if row.torch_seconds is not None],
+                "cuDNN": [microseconds(row.cudnn_seconds) for row in every if row.cudnn_seconds is not None],
+            }
+            lines += [[f"  {operation}", by, *cells] for by, cells in times.items() if cells]
+    header = ["operation", "by", *(f"{device} (us)" for device in devices)]
+    table = Table("Model: times on GPUs that are not here", header, lines, NOTE, keys=2)
+    shown = devices[min(3, len(devices) - 1)]
+    trained = [row for row in rows if row.device == shown and row.case.operation.training]
+    return [table, *([_tiers_table(trained)] if trained else [])]
 
 
-def _cudnn_bytes(case: Case) -> int | None:
-    if case.layout != "nhwc" or case.dtype == "float64":
-        return None
-    positions = math.prod(case.shape) // case.shape[1]
-    resident = case.dtype == "float16" and positions <= RESIDENT_POSITIONS
-    return TRAFFIC["cudnn resident" if resident else "cudnn"].bytes(case)
+def _tiers_table(rows: Sequence[Modelled]) -> Table:
+    lines = []
+    for row in rows:
+        moved = [*(row.tiers.get(tier) for tier in TIERS), row.torch_bytes, row.cudnn_bytes]
+        cells = ["-" if nbytes is None else f"{nbytes / row.floor_bytes:.2f}" for nbytes in moved]
+        cells[TIERS.index(row.tier)] += "*"
+        lines.append([str(row.case), megabytes(row.floor_bytes), *cells])
+    caption = (
+        "As multiples of the floor (every tensor read and written once). By tier, what reaches the memory by the plan; "
+        "* is chosen. Of the others, what their kernels ask for, whether or not the cache has it."
+    )
+    header = ["case", "floor (MB)", *TIERS, "PyTorch native", "cuDNN"]
+    return Table(f"Model: bytes by tier on {rows[0].device}", header, lines, caption)
+
+
+def traffic_table() -> Table:
+    """Return the table of what kernels read and write."""
+
+    def passes(moved: Moved) -> str:
+        tensors, masks = moved
+        return f"{tensors}" + ("" if not masks else "+m" if masks == 1 else f"+{masks}m")
+
+    rows = [
+        [by, *(f"{passes(there)} / {passes(back)}" for there, back in zip(forward, backward, strict=True))]
+        for by, forward, backward in TRAFFIC.values()
+    ]
+    title = "What kernels read and write: passes over a tensor, forward / backward"
+    return Table(title, ["by", "BN", "+ReLU", "+add+ReLU"], rows, "m: a bit mask. Caches are not counted.")

@@ -1,4 +1,4 @@
-"""The report: tables for people, JSON for programs. What is measured and what is modelled never share a table."""
+"""The report: tables for people, JSON for programs, a page. What is measured and modelled never share a table."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from gpu_bn.bench.cases import NETWORKS, Shape
+from gpu_bn.bench.machine import clocks, describe
 from gpu_bn.bench.measurement import Result
-from gpu_bn.bench.model import Modelled
-from gpu_bn.cli.console import Table, megabytes, microseconds, milliseconds, three_digits
-from gpu_bn.plan import TIERS
+from gpu_bn.bench.model import Modelled, model_tables, traffic_table
+from gpu_bn.cli.console import Table, milliseconds, terminal_width, three_digits
 
 SCHEMA = 1
 """The version of the JSON's structure."""
-MODEL_NOTE = (
-    "A model, nothing here was measured: launches of 2.5 us, and bytes that reach the memory over 88 % of the data "
-    "sheet's bandwidth. Ours by the plan, also what idle SMs and the exchange of sums cost (gpu_bn/gpu_model.py). Of "
-    "the others, what their kernels read and write (gpu_bn/bench/model.py), less what of it the cache may hold."
-)
 SLOWER, SLOWER_MARK = 1.5, "!"
 """A time with several threads is marked if it is so many times that with one: it measures threads that wait."""
+PAGE_HEADER = (
+    "Generated; do not edit. Every result was compared with a float64 oracle before it was timed. What was measured "
+    "and what is a model stand in tables of their own."
+)
 
 
 @dataclass
@@ -50,41 +49,83 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def summed_up(self) -> list[Result]:
-        """The results of one number of threads, for pictures and sums."""
-        return [result for result in self.results if (result.threads or 0) == self.threads]
-
-    @property
     def threads(self) -> int:
         """The most threads of a result, or 1 if more have slowed something down; 0 if nobody chose their number."""
         return 1 if slower(self.results) else max((result.threads or 0 for result in self.results), default=0)
 
     @property
-    def wrong(self) -> list[Result]:
-        """Results of ours that were refused."""
-        return [result for result in [*self.results, *self.forced] if result.ours and result.refused]
+    def summed_up(self) -> list[Result]:
+        """The results of that number of threads, for pictures and sums."""
+        return [result for result in self.results if (result.threads or 0) == self.threads]
+
+    @property
+    def caption(self) -> str:
+        """The machine and the threads of what the pictures show."""
+        facts = self.machine
+        threads = self.threads or facts["threads"]["numpy backend"]
+        cpu = f"{facts['processor']}, {threads} thread{'s' * (threads > 1)}"
+        return f"{facts['gpu']['name'] if facts['gpu'] else cpu}, gpu_bn {facts['gpu_bn']}, {facts['date']}"
 
     def measured_texts(self) -> list[Table | str]:
-        """Return the tables of what was measured, and what was not timed."""
-        return [
-            *measured_table(self.results, self.machine["copy_bandwidth"]),
-            *layers_table(self.summed_up),
-            refusals([*self.results, *self.forced]),
-            *self.texts,
-        ]
+        """Return the tables of what was measured, and what was not timed; those that are empty too."""
+        tables = measured_table(self.results, self.machine["copy_bandwidth"]) + layers_table(self.summed_up)
+        return [*tables, refusals([*self.results, *self.forced]), *self.texts]
 
     def write(self, path: Path) -> None:
-        """Write the report as JSON."""
+        """Write the report as JSON; what is modelled or judged names its case."""
         found = {
             "schema": SCHEMA, "command": self.command, "machine": self.machine,
-            "measured": [result.as_json() for result in self.results],
-            "model": [row.as_json() for row in self.modelled], "left_out": self.left_out,
-            "failed": self.failed, "warnings": self.warnings,
+            "measured": [result.as_json() for result in self.results], "model": list(map(vars, self.modelled)),
+            "left_out": self.left_out, "failed": self.failed, "warnings": self.warnings,
             "raced": [result.as_json() for result in self.forced], **self.extra,
         }  # fmt: skip
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        part.write_text(json.dumps(found, indent=1, allow_nan=False, default=str) + "\n")
         part.replace(path)  # only a whole report takes the place of an earlier one
+
+    def show(self) -> None:
+        """Print the report."""
+        facts, width = self.machine, terminal_width()
+        device, packages = describe(facts)
+        print(f"gpu_bn {facts['gpu_bn']} ({facts['commit'] or 'no checkout'}), {device}\n{packages}")
+        if facts["gpu"]:
+            print(clocks(facts["gpu"]))
+        notes = [*self.left_out, *self.warnings, *(f"FAILED {failure}" for failure in self.failed)]
+        print(*notes, sep="\n", end="\n\n" if notes else "\n")
+        for text in filter(None, [*self.measured_texts(), *model_tables(self.modelled)]):
+            print(text.text(width) if isinstance(text, Table) else text)
+
+    def page(self) -> str:
+        """Return the report as Markdown, with the command that made it."""
+        facts, measured = self.machine, blocks(self.measured_texts())
+        device, packages = describe(facts)
+        threads = ", ".join(f"{name} {count}" for name, count in facts["threads"].items())
+        parts = [
+            f"# Benchmark results\n\n```sh\n{self.command}\n```\n\n{PAGE_HEADER}",
+            f"{facts['date']}, {device}, {facts['system']}, Python {facts['python']}, gpu_bn {facts['gpu_bn']} "
+            f"(commit {facts['commit'] or 'unknown'}), {packages}; threads: {threads}. "
+            f"Load average before the start: {facts['load']}." + (f" {clocks(facts['gpu'])}." if facts["gpu"] else ""),
+            *self.left_out,
+            *self.warnings,
+        ]
+        if measured:
+            parts += [f"## Measured on the {'GPU' if facts['gpu'] else 'CPU'}", measured]
+        if not facts["gpu"]:
+            parts.append("No GPU table: nobody has run this command on one yet.")
+        if self.modelled:
+            model = f"<!-- model -->\n{model_page(self.modelled)}\n<!-- /model -->"
+            parts.append(f"## Modelled: GPUs that are not here\n\n{model}")
+        return "\n\n".join(parts) + "\n"
+
+
+def model_page(rows: Sequence[Modelled]) -> str:
+    """Return the model's part of a page; ``tests/pages.py`` makes it again when the model has changed."""
+    return blocks([*model_tables(rows), traffic_table()])
+
+
+def blocks(texts: Iterable[Table | str]) -> str:
+    """Return the texts that are not empty as Markdown."""
+    return "\n\n".join(f"```text\n{str(text).rstrip()}\n```" for text in texts if text)
 
 
 # ----------------------------------------------------------------------------------------------------- measured
@@ -93,76 +134,59 @@ def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Tab
     ours = [result for result in results if result.ours and result.timings]
     if not ours:
         return []
-    lines = _Lines(results, ours, copy_bandwidth)
-    rows: list[list[str] | str] = []
-    for tensor, group in groupby(ours, lambda result: result.case.tensor):
-        rows += [tensor, *([cell for _, cell in lines.columns(result)] for result in group)]
-    header = [name for name, _ in lines.columns(ours[0])]
-    return [Table("Measured", header, rows, lines.caption(), keys=3 if lines.threads else 2)]
+    on_gpu = any(result.plan is not None for result in results)
+    threads = any(result.threads is not None for result in results)
+    regime, *regimes = ours[0].timings
+    peers = dict.fromkeys(peer for result in ours for peer in result.ratios[regime])
+    medians = {(str(r.case), r.by, r.threads): r.best.median for r in results if r.best}
+    unit, factor = ("ms", 1e3) if max(medians.values()) >= 1e-3 else ("us", 1e6)
+    waiting = slower(results)
 
+    def time_of(result: Result, by: str) -> str:
+        key = (str(result.case), by, result.threads)
+        return three_digits(factor * medians[key]) + SLOWER_MARK * (key in waiting)
 
-class _Lines:
-    """Makes the lines of the table: our times, each peer's time and the ratio to it, all in one unit."""
-
-    def __init__(self, results: Sequence[Result], ours: Sequence[Result], copy_bandwidth: float) -> None:
-        self.first, self.copy_bandwidth = ours[0], copy_bandwidth
-        self.regime, self.regimes = ours[0].regime, list(ours[0].timings)
-        self.peers = list(dict.fromkeys(peer for result in ours for peer in result.ratios[self.regime]))
-        self.on_gpu = any(result.plan is not None for result in results)
-        self.threads = any(result.threads is not None for result in results)
-        self.medians = {(str(r.case), r.by, r.threads): r.best.median for r in results if r.best}
-        self.slower = slower(results)
-        self.unit, self.factor = ("ms", 1e3) if max(self.medians.values()) >= 1e-3 else ("us", 1e6)
-
-    def columns(self, result: Result) -> Iterator[tuple[str, str]]:
-        """Yield the name and the cell of each column."""
+    def columns(result: Result) -> Iterator[tuple[str, str]]:
         yield "operation", f"  {result.case.operation}"
         yield "by", result.by
-        if self.threads:
+        if threads:
             yield "threads", str(result.threads or "-")
-        if self.on_gpu:
+        if on_gpu:
             yield "tier", result.tier
             yield "registers", "-" if result.registers is None else str(result.registers)
             yield "moved / floor", f"{result.plan.dram_bytes / result.floor_bytes:.2f}" if result.plan else "-"
-        for regime in self.regimes:
-            mark = self._mark(result, result.by) if regime == self.regime else ""
-            timing = result.timings.get(regime)
-            yield f"{regime} ({self.unit})", self._time(timing.median) + mark if timing else "-"
-        spread = result.timings[self.regime].spread
-        yield "IQR", "-" if spread is None else self._time(spread)
+        yield f"{regime} ({unit})", time_of(result, result.by)
+        for other in regimes:
+            timing = result.timings.get(other)
+            yield f"{other} ({unit})", three_digits(factor * timing.median) if timing else "-"
+        spread = result.timings[regime].spread
+        yield "IQR", "-" if spread is None else three_digits(factor * spread)
         yield "GB/s", three_digits(result.bandwidth / 1e9)
-        yield "of copy", f"{result.bandwidth / self.copy_bandwidth:.0%}"
-        for peer in self.peers:
-            median = self.medians.get((str(result.case), peer, result.threads))
-            ratio = result.ratios[self.regime].get(peer)
-            if median is None or ratio is None:
-                yield from ((f"{peer} ({self.unit})", "-"), ("ratio", "-"))
-                continue
-            yield f"{peer} ({self.unit})", self._time(median) + self._mark(result, peer)
-            yield "ratio", "<0.01" if ratio < 0.01 else three_digits(ratio)
+        yield "of copy", f"{result.bandwidth / copy_bandwidth:.0%}"
+        for peer in peers:
+            ratio = result.ratios[regime].get(peer)
+            yield f"{peer} ({unit})", "-" if ratio is None else time_of(result, peer)
+            yield "ratio", "-" if ratio is None else "<0.01" if ratio < 0.01 else three_digits(ratio)
 
-    def caption(self) -> str:
-        """Return what the columns mean."""
-        regimes = ""
-        if "cold" in self.regimes:
-            regimes = (
-                ": cold and hot of the device, with the L2 cache emptied before a call or not; wall of CPU and device"
-            )
-        once = "One sample of each, which is no measurement. " * (self.first.timings[self.regime].samples == 1)
-        return (
-            f"{once}Times are medians{regimes}. The other columns belong to {self.regime}. IQR: the interquartile "
-            "range. GB/s: the tensors' bytes, each read and written once, over the time. Of copy: the share of a "
-            f"copy's bandwidth ({three_digits(self.copy_bandwidth / 1e9)} GB/s, measured on a tensor larger than the "
-            "caches; a tensor that stays in a cache may reach more than 100 %). Ratio: the median of our time over the "
-            "peer's, in samples taken one after the other; below 1 ours is faster. "
-            f"{SLOWER_MARK} marks what is slower with more threads than with one."
-        )
+    rows: list[list[str] | str] = []
+    for tensor, group in groupby(ours, lambda result: result.case.tensor):
+        rows += [tensor, *([cell for _, cell in columns(result)] for result in group)]
+    header = [name for name, _ in columns(ours[0])]
+    return [Table("Measured", header, rows, measured_caption(ours[0], copy_bandwidth), keys=3 if threads else 2)]
 
-    def _mark(self, result: Result, by: str) -> str:
-        return SLOWER_MARK if (str(result.case), by, result.threads) in self.slower else ""
 
-    def _time(self, seconds: float) -> str:
-        return three_digits(self.factor * seconds)
+def measured_caption(first: Result, copy_bandwidth: float) -> str:
+    """Return what the columns mean, of a table with such results."""
+    once = "One sample of each, which is no measurement. " * (first.timings[first.regime].samples == 1)
+    regimes = ": cold and hot of the device, with the L2 cache emptied before a call or not; wall of CPU and device"
+    return (
+        f"{once}Times are medians{regimes * ('cold' in first.timings)}. The other columns belong to {first.regime}. "
+        "IQR: the interquartile range. GB/s: the tensors' bytes, each read and written once, over the time. Of copy: "
+        f"the share of a copy's bandwidth ({three_digits(copy_bandwidth / 1e9)} GB/s, measured on a tensor larger than "
+        "the caches; a tensor that stays in a cache may reach more than 100 %). Ratio: the median of our time over the "
+        "peer's, in samples taken one after the other; below 1 ours is faster. "
+        f"{SLOWER_MARK} marks what is slower with more threads than with one."
+    )
 
 
 def slower(results: Sequence[Result]) -> dict[tuple[str, str, int | None], float]:
@@ -214,57 +238,10 @@ def layers_table(results: Sequence[Result]) -> list[Table]:
             medians.setdefault((result.case.kind, result.by), {})[result.case.shape] = result.best.median
     rows = []
     for network, layers in NETWORKS.items():
-        number = sum(layer.layers for layer in layers)
+        number = sum(count for count, _ in layers)
         for (kind, by), times in medians.items():
-            if number > len(layers) and all(layer.shape in times for layer in layers):
-                total = sum(layer.layers * times[layer.shape] for layer in layers)
+            if number > len(layers) and all(shape in times for _, shape in layers):
+                total = sum(count * times[shape] for count, shape in layers)
                 rows.append([network, str(number), kind, by, milliseconds(total)])
     header = ["network", "layers", "operation", "by", "all layers (ms)"]
     return [Table("All layers of a network together", header, rows, "Sums of medians.", keys=4)] if rows else []
-
-
-# ----------------------------------------------------------------------------------------------------- modelled
-def model_tables(rows: Sequence[Modelled]) -> list[Table]:
-    """Return the table of times on each device, and that of bytes by tier on one of them."""
-    if not rows:
-        return []
-    devices = list(dict.fromkeys(row.device.name for row in rows))
-    lines: list[list[str] | str] = []
-    for tensor, of_tensor in groupby(rows, lambda row: row.case.tensor):
-        lines.append(tensor)
-        for operation, group in groupby(of_tensor, lambda row: row.case.operation):
-            on = {row.device.name: row for row in group}
-            every = [on[device] for device in devices]
-            name = f"  {operation}"
-            lines.append([name, "gpu_bn", *(f"{microseconds(row.plan.seconds)} {row.tier}" for row in every)])
-            others = {
-                "PyTorch native": [row.torch_seconds for row in every],
-                "cuDNN": [row.cudnn_seconds for row in every],
-            }
-            for by, seconds in others.items():
-                if times := [microseconds(one) for one in seconds if one is not None]:
-                    lines.append([name, by, *times])
-    header = ["operation", "by", *(f"{device} (us)" for device in devices)]
-    table = Table("Model: times on GPUs that are not here", header, lines, MODEL_NOTE, keys=2)
-    shown = devices[min(3, len(devices) - 1)]
-    trained = [row for row in rows if row.device.name == shown and row.case.operation.training]
-    return [table, *([_tiers_table(trained)] if trained else [])]
-
-
-def _tiers_table(rows: Sequence[Modelled]) -> Table:
-    lines = []
-    for row in rows:
-        chosen = {tier: "*" if tier == row.tier else "" for tier in TIERS}
-        tiers = [_multiple(row.tiers.get(tier), row.floor_bytes) + chosen[tier] for tier in TIERS]
-        others = [_multiple(moved, row.floor_bytes) for moved in (row.torch_bytes, row.cudnn_bytes)]
-        lines.append([str(row.case), megabytes(row.floor_bytes), *tiers, *others])
-    caption = (
-        "As multiples of the floor (every tensor read and written once). By tier, what reaches the memory by the plan; "
-        "* is chosen. Of the others, what their kernels ask for, whether or not the cache has it."
-    )
-    header = ["case", "floor (MB)", *TIERS, "PyTorch native", "cuDNN"]
-    return Table(f"Model: bytes by tier on {rows[0].device.name}", header, lines, caption)
-
-
-def _multiple(moved: int | None, floor: int) -> str:
-    return "-" if moved is None else f"{moved / floor:.2f}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from gpu_bn.bench.cases import Case
 from gpu_bn.bench.measurement import Result
@@ -26,17 +26,15 @@ tier cannot decide on them."""
 FITTED_BY = "gpu_bn cupy"
 """The backend whose times are fitted: it has all tiers and takes the plan as it is. Triton plans with registers in
 place of shared memory and has no cooperative tier; its crossovers are printed only."""
-
 TIE = 1.03
 """The largest ratio of two times that does not make a crossover."""
 
 
 @dataclass(frozen=True)
 class TierTimes:
-    """The time of each tier, in seconds, for a case and a backend.
+    """The time of each tier, in seconds, for a case and a backend, as the report keeps it.
 
-    Attributes:
-        chosen: the tier that the backend takes unless it is forced; empty if it is not known.
+    ``chosen`` is the tier that the backend takes unless it is forced; empty if it is not known.
     """
 
     case: Case
@@ -66,11 +64,11 @@ def tier_times(forced: Sequence[Result], free: Sequence[Result] = ()) -> list[Ti
             row = found.setdefault((str(result.case), backend), TierTimes(result.case, backend, {}))
             row.seconds[tier] = result.best.median
     for result in free:
-        key, best = (str(result.case), result.by), result.best
-        if key in found and best is not None and result.tier in TIERS:
-            row = found[key]
-            faster = min(best.median, row.seconds.get(result.tier, best.median))
-            found[key] = replace(row, seconds={**row.seconds, result.tier: faster}, chosen=result.tier)
+        key, best, tier = (str(result.case), result.by), result.best, result.tier
+        if key in found and best is not None and tier in TIERS:
+            times = found[key].seconds
+            times[tier] = min(best.median, times.get(tier, best.median))
+            found[key] = replace(found[key], chosen=tier)
     return list(found.values())
 
 
@@ -82,45 +80,35 @@ def crossovers(
     if not times:
         return ["No tier could be timed."], {}
     fitted = [row for row in times if row.by == FITTED_BY and len(row.seconds) > 1]
-    best = fit(fitted, device)
-    known = decided(fitted, device, best)
+    best, decided = fit(fitted, device)
+    found = ranges(times)
     kept = {
-        "tiers": [{"case": str(row.case), "by": row.by, "seconds": row.seconds, "chosen": row.chosen} for row in times],
-        "ranges": [found._asdict() for found in ranges(times)],
-        "thresholds": asdict(best),
-        "decided": known,
-    }
-    return [times_table(times), ranges_table(times), thresholds_text(fitted, device, best, known)], kept
+        "tiers": list(map(vars, times)), "ranges": [each._asdict() for each in found], "thresholds": asdict(best),
+        "decided": decided,
+    }  # fmt: skip
+    return [times_table(times), ranges_table(found), thresholds_text(fitted, device, best, decided)], kept
 
 
 # --------------------------------------------------------------------------------------------------- thresholds
-def fit(times: Sequence[TierTimes], device: Device) -> Thresholds:
-    """Fit thresholds: from the present ones, make the one change that gains most, as long as one gains."""
+def fit(times: Sequence[TierTimes], device: Device) -> tuple[Thresholds, dict[str, list[float]]]:
+    """Fit thresholds: from the present ones, make the one change that gains most, as long as one gains.
+
+    Returns:
+        The best thresholds; and of those for which some value is worse, the other values that are as good.
+    """
     best, least = THRESHOLDS, mean_slowdown(times, device, THRESHOLDS)
     while True:
-        changed = [thresholds for name in FITTED for thresholds in tried(name, best)]
-        slowdowns = [mean_slowdown(times, device, thresholds) for thresholds in changed]
-        if min(slowdowns) >= least:
-            return best
-        least = min(slowdowns)
-        best = changed[slowdowns.index(least)]
-
-
-def tried(name: str, thresholds: Thresholds) -> list[Thresholds]:
-    """Return thresholds with each value that is tried for one of them."""
-    changes: list[dict[str, Any]] = [{name: value} for value in FITTED[name]]
-    return [replace(thresholds, **change) for change in changes]
-
-
-def decided(times: Sequence[TierTimes], device: Device, best: Thresholds) -> dict[str, list[float]]:
-    """Find the thresholds for which some value is worse than the best; list the other values that are as good."""
-    least, found = mean_slowdown(times, device, best), {}
-    for name, values in FITTED.items():
-        pairs = zip(values, tried(name, best), strict=True)
-        as_good = [value for value, changed in pairs if mean_slowdown(times, device, changed) <= least]
-        if len(as_good) < len(values):
-            found[name] = [value for value in as_good if value != getattr(best, name)]
-    return found
+        tried: dict[tuple[str, float], tuple[float, Thresholds]] = {}
+        for name, value in ((name, value) for name, values in FITTED.items() for value in values):
+            changed = replace(best, **{name: cast(Any, value)})
+            tried[name, value] = mean_slowdown(times, device, changed), changed
+        gained, changed = min(tried.values(), key=lambda pair: pair[0])
+        if gained >= least:
+            break
+        least, best = gained, changed
+    worse = dict.fromkeys(name for (name, _), (slowdown, _) in tried.items() if slowdown > least)
+    as_good = [key for key, (slowdown, changed) in tried.items() if slowdown <= least and changed != best]
+    return best, {name: [value for other, value in as_good if other == name] for name in worse}
 
 
 def mean_slowdown(times: Sequence[TierTimes], device: Device, thresholds: Thresholds) -> float:
@@ -133,11 +121,10 @@ def thresholds_text(times: Sequence[TierTimes], device: Device, best: Thresholds
     """Return all fields of ``Thresholds`` as lines for plan.py, each with its old value or why it was not fitted."""
     before, after = (mean_slowdown(times, device, thresholds) for thresholds in (THRESHOLDS, best))
     fitted = f"fitted to {FITTED_BY} in {len(times)} cases on {device.name}: mean time over the fastest tier"
-    head = f"Thresholds for plan.py, {fitted} {before:.3f} before, {after:.3f} after"
+    lines = [f"Thresholds for plan.py, {fitted} {before:.3f} before, {after:.3f} after"]
     if not times:
-        head = f"Thresholds for plan.py, as they are: fitting takes several tiers of {FITTED_BY}, timed"
+        lines = [f"Thresholds for plan.py, as they are: fitting takes several tiers of {FITTED_BY}, timed"]
     copy = f"a copy has {device.bandwidth * THRESHOLDS.copy_share / 1e9:.4g} GB/s here: divide by the data sheet's"
-    lines = [head]
     for name, value in asdict(best).items():
         default = getattr(THRESHOLDS, name)
         if name in known:
@@ -177,13 +164,10 @@ class Range(NamedTuple):
 
 def ranges(times: Sequence[TierTimes]) -> list[Range]:
     """Return ranges from small tensors to large ones: tiers cross over where one ends and the next begins."""
-    kinds: dict[tuple[str, str], list[TierTimes]] = {}
-    for row in times:
-        kinds.setdefault((row.by, row.case.kind), []).append(row)
     found: list[Range] = []
-    for (by, kind), members in sorted(kinds.items()):
+    ordered = sorted(times, key=lambda row: (row.by, row.case.kind, row.case.bytes))
+    for (by, kind), members in groupby(ordered, lambda row: (row.by, row.case.kind)):
         last = Range(by, kind, "", 0, 0)
-        members.sort(key=lambda row: row.case.bytes)
         for size, group in groupby(members, lambda row: row.case.bytes):
             tier = _fastest_of(list(group), last.tier)
             last = found.pop()._replace(largest=size) if tier == last.tier else Range(by, kind, tier, size, size)
@@ -198,11 +182,11 @@ def _fastest_of(times: Sequence[TierTimes], before: str) -> str:
     return before if total.get(before, math.inf) <= TIE * total[fastest] else fastest
 
 
-def ranges_table(times: Sequence[TierTimes]) -> Table:
+def ranges_table(found: Sequence[Range]) -> Table:
     """Return the table of where tiers cross over."""
     caption = (
         f"By size of the tensor, on average over those of one size; times within {TIE - 1:.0%} make no crossover. How "
         "many channels share the bytes decides as much: the table above has each."
     )
-    rows = [[*found[:3], megabytes(found.smallest), megabytes(found.largest)] for found in ranges(times)]
+    rows = [[*each[:3], megabytes(each.smallest), megabytes(each.largest)] for each in found]
     return Table("Crossovers: the fastest tier", ["by", "of", "tier", "from (MB)", "to (MB)"], rows, caption)

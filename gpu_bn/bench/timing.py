@@ -1,40 +1,40 @@
-"""Timing: what a sample is on a CPU and on a GPU, and samples of several calls side by side.
+"""Timing: samples of several calls, taken in turn, of the CPU or of the GPU that torch or CuPy serves.
 
-Everything else sees a :class:`Timer`: an object with ``time(call, regime)``, the seconds of one sample.
+A timer has ``regimes``, what it can measure, and ``time(call, regime)``, the seconds of one sample. ``cold`` and
+``hot`` are a GPU's time, with the call's tensors out of the L2 cache and as the call before has left it. ``wall`` is
+the mean of many calls in a row, the CPU's work included.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
+import sys
 import time
 import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu_bn.plan import Device
 
 TimedCall = Callable[[], Any]
 LEAST_ROUNDS, MOST_ROUNDS = 7, 301
 WARM_UP = 3
 """Calls before the first sample."""
-FIRST_CYCLES = 200_000
-"""Cycles for which a GPU is kept busy at first: about a tenth of a millisecond."""
 SHORTEST = 1e-7
 """The shortest time reported, in seconds: coarse events may measure 0, and ratios divide by times."""
-
-
-class Timer(Protocol):
-    """What times a call.
-
-    Attributes:
-        regimes: what it can measure. ``cold`` and ``hot`` are a GPU's time, with the call's tensors out of the L2 cache
-            and as the call before has left it. ``wall`` is the mean of many calls in a row, the CPU's work included.
-    """
-
-    regimes: tuple[str, ...]
-
-    def time(self, call: TimedCall, regime: str) -> float:
-        """Return the seconds of one sample."""
+COPIED_BYTES = 512 << 20
+"""Size of the tensor whose copy measures a GPU's bandwidth; at most an eighth of the free memory."""
+FIRST_CYCLES = 200_000
+"""Cycles for which a GPU is kept busy at first: about a tenth of a millisecond."""
+SPIN = """extern "C" __global__ void spin(long long cycles) {
+  long long start = clock64();
+  while (clock64() - start < cycles) { }
+}"""
 
 
 class Timing(NamedTuple):
@@ -65,11 +65,7 @@ class Samples:
     errors: dict[str, str]
 
     def of(self, name: str) -> list[float]:
-        """Return the samples of a call.
-
-        Raises:
-            RuntimeError: it failed.
-        """
+        """Return the samples of a call; raise ``RuntimeError`` if it failed."""
         if name in self.errors:
             raise RuntimeError(f"{name}: {self.errors[name]}")
         return self.seconds[name]
@@ -94,32 +90,24 @@ def take_samples(
 
     ``rounds`` are the least and the most, whatever time they take.
     """
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    errors: dict[str, str] = {}
+    names, errors = list(calls), dict[str, str]()
+    samples: dict[str, list[float]] = {name: [] for name in names}
 
-    def guarded(name: str, step: Callable[[str], None]) -> None:
-        try:
-            if name not in errors:
-                step(name)
-        except Exception as error:  # of any library, such as out of memory: the others are timed all the same
-            errors[name] = in_words(error)
+    def each(names: list[str], step: Callable[[str], Any]) -> None:
+        for name in names:
+            try:
+                if name not in errors:
+                    step(name)
+            except Exception as error:  # of any library, such as out of memory: the others are timed all the same
+                errors[name] = in_words(error)
 
-    def warm_up(name: str) -> None:
-        for _ in range(WARM_UP if seconds else 0):
-            calls[name]()
-
-    def sample(name: str) -> None:
-        samples[name].append(timer.time(calls[name], regime))
-
-    for name in calls:
-        guarded(name, warm_up)
+    each(names, lambda name: [calls[name]() for _ in range(WARM_UP if seconds else 0)])
     end = time.perf_counter() + seconds * len(calls)
     least, most = rounds if seconds else (1, 1)
     for turn in range(most):
         if turn >= least and time.perf_counter() > end:
             break
-        for name in list(calls)[:: 1 if turn % 2 else -1]:
-            guarded(name, sample)
+        each(names[:: 1 if turn % 2 else -1], lambda name: samples[name].append(timer.time(calls[name], regime)))
     return Samples({name: found for name, found in samples.items() if name not in errors}, errors)
 
 
@@ -134,17 +122,16 @@ class CpuTimer:
 
     Before that it waits for ``pause`` seconds, because OpenMP's threads go on spinning for some milliseconds after
     their work and would compete with the next call. It does not sleep: a core that wakes up is slow at first.
+    ``clock`` may be that of the process, where waiting for other processes should not count.
     """
 
     batch: float = 0.02
     pause: float = 0.005
     clock: Callable[[], float] = time.perf_counter
-    """Such as that of the process, where waiting for other processes should not count."""
     regimes: tuple[str, ...] = ("wall",)
 
-    def time(self, call: TimedCall, regime: str = "wall") -> float:
+    def time(self, call: TimedCall, _: str = "wall") -> float:
         """Return the seconds of a call."""
-        del regime
         start = time.perf_counter()
         while time.perf_counter() < start + self.pause:
             pass
@@ -156,31 +143,128 @@ class CpuTimer:
         return taken / calls
 
 
-class Gpu(Protocol):
-    """What a :class:`GpuTimer` needs of a device; all methods but ``synchronize`` only queue work."""
+# ------------------------------------------------------------------------------------------------------ the GPU
+@dataclass
+class Gpu:
+    """This machine's GPU as a ``library`` serves it, on its current stream. Only ``synchronize`` waits for the device.
+
+    Attributes:
+        device: as the planner knows it, without a bandwidth: that is measured.
+        smi_id: nvidia-smi's name of it, whichever GPUs this process sees; empty if the library does not know it.
+        cache: an array of twice the size of the L2 cache.
+        event: makes an event; ``done`` says whether the device has reached it, ``elapsed`` the seconds between two.
+        wait: keeps the device busy for so many cycles.
+        free: gives memory that is not used back to the driver: torch and CuPy keep it from each other.
+        copy: returns a call that copies so many bytes on the device.
+        profiler: returns what starts the profiler, and what stops it.
+    """
+
+    library: str
+    device: Device
+    smi_id: str
+    cache: Any
+    event: Callable[[], Any]
+    done: Callable[[Any], Any]
+    elapsed: Callable[[Any, Any], float]
+    wait: Callable[[int], Any]
+    synchronize: Callable[[], Any]
+    free_bytes: Callable[[], int]
+    free: Callable[[], Any]
+    copy: Callable[[int], TimedCall]
+    profiler: Callable[[], tuple[TimedCall, TimedCall]]
 
     def record(self) -> Any:
         """Put an event into the queue and return it."""
-
-    def done(self, event: Any) -> bool:
-        """Whether the device has reached the event."""
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        """Return the seconds between two events."""
-
-    def wait(self, cycles: int) -> None:
-        """Keep the device busy."""
+        event = self.event()
+        event.record()
+        return event
 
     def flush(self) -> None:
-        """Fill the L2 cache with something else."""
+        """Fill the L2 cache with something else. It is read: what is written is written back in the call's time."""
+        self.cache.sum()
 
-    def synchronize(self) -> None:
-        """Wait for the device."""
+    def copy_bandwidth(self) -> float:
+        """Measure a copy on the device: bytes per second, read and written."""
+        size = min(COPIED_BYTES, self.free_bytes() // 8)
+        copy, timer = self.copy(size), GpuTimer(self)
+        copy()
+        return 2 * size / statistics.median(timer.time(copy, "cold") for _ in range(21))
+
+
+def by_torch(torch: Any) -> Gpu:
+    """Return the GPU by torch."""
+    cuda = torch.cuda
+    found = cuda.get_device_properties(cuda.current_device())
+    block = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+    device = Device(
+        found.name, 10 * found.major + found.minor, found.multi_processor_count,
+        found.shared_memory_per_multiprocessor, block, found.L2_cache_size, 0.0,
+    )  # fmt: skip
+
+    def free() -> None:
+        cuda.empty_cache()
+        if "cupy" in sys.modules:
+            sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+
+    def copy(size: int) -> TimedCall:
+        source = torch.ones(size, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return Gpu(
+        "torch", device, f"GPU-{found.uuid}" if hasattr(found, "uuid") else "",
+        cache=torch.ones(2 * device.l2_bytes // 4, device="cuda"),
+        event=lambda: cuda.Event(enable_timing=True), done=lambda event: event.query(),
+        elapsed=lambda start, end: start.elapsed_time(end) / 1e3,
+        wait=cuda._sleep, synchronize=cuda.synchronize, free_bytes=lambda: cuda.mem_get_info()[0], free=free, copy=copy,
+        profiler=lambda: (cuda.cudart().cudaProfilerStart, cuda.cudart().cudaProfilerStop),
+    )  # fmt: skip
+
+
+def by_cupy(cupy: Any) -> Gpu:
+    """Return the GPU by CuPy, where torch is missing."""
+    runtime, spin = cupy.cuda.runtime, cupy.RawKernel(SPIN, "spin")
+    found = runtime.getDeviceProperties(runtime.getDevice())
+    device = Device(
+        found["name"].decode(), 10 * found["major"] + found["minor"], found["multiProcessorCount"],
+        found["sharedMemPerMultiprocessor"], found["sharedMemPerBlockOptin"], found["l2CacheSize"], 0.0,
+    )  # fmt: skip
+
+    def copy(size: int) -> TimedCall:
+        source = cupy.ones(size, "uint8")
+        target = cupy.empty_like(source)
+        return lambda: cupy.copyto(target, source)
+
+    return Gpu(
+        "cupy", device, runtime.deviceGetPCIBusId(runtime.getDevice()),
+        cache=cupy.ones(2 * device.l2_bytes // 4, "float32"),
+        event=cupy.cuda.Event, done=lambda event: event.done,
+        elapsed=lambda start, end: cupy.cuda.get_elapsed_time(start, end) / 1e3,
+        wait=lambda cycles: spin((1,), (1,), (np.int64(cycles),)), synchronize=runtime.deviceSynchronize,
+        free_bytes=lambda: runtime.memGetInfo()[0], free=cupy.get_default_memory_pool().free_all_blocks, copy=copy,
+        profiler=lambda: (runtime.profilerStart, runtime.profilerStop),
+    )  # fmt: skip
+
+
+def find_gpu() -> tuple[Gpu | None, str]:
+    """Find the GPU; return ``None`` and the reason if there is none."""
+    reasons = []
+    for library, gpu_of in (("torch", by_torch), ("cupy", by_cupy)):
+        try:
+            module: Any = importlib.import_module(library)
+            if module.cuda.is_available():
+                return gpu_of(module), ""
+            reasons.append(f"{library} sees no CUDA device")
+        except ModuleNotFoundError:
+            reasons.append(f"{library} is not installed")
+        except Exception as error:  # of a driver, a build without kernels for the GPU, a compiler that is missing
+            reasons.append(f"{library}: {in_words(error)}")
+    return None, ", ".join(reasons)
 
 
 @dataclass
 class GpuTimer:
-    """Times a call by device events around it.
+    """Times a call by device events around it; ``wall`` is the mean of a ``row`` of calls.
 
     An idle device would wait for the CPU between the call's launches, and that time is not the kernels'. So the device
     is kept busy while the CPU queues the call. If it has passed the first event when the CPU is ready, the wait was too
@@ -191,17 +275,19 @@ class GpuTimer:
     cycles: int = FIRST_CYCLES
     most_cycles: int = 100_000_000
     row: int = 20
-    """Calls in a row, of which ``wall`` is the mean."""
     regimes: tuple[str, ...] = ("cold", "hot", "wall")
 
     def time(self, call: TimedCall, regime: str) -> float:
         """Return the seconds of a call."""
-        return self._wall(call) if regime == "wall" else self._events(call, cold=regime == "cold")
-
-    def _events(self, call: TimedCall, cold: bool) -> float:
-        while True:
+        self.gpu.synchronize()
+        if regime == "wall":
+            begin = time.perf_counter()
+            for _ in range(self.row):
+                call()
             self.gpu.synchronize()
-            if cold:
+            return (time.perf_counter() - begin) / self.row
+        while True:
+            if regime == "cold":
                 self.gpu.flush()
             self.gpu.wait(self.cycles)
             start = self.gpu.record()
@@ -209,17 +295,13 @@ class GpuTimer:
             end = self.gpu.record()
             late = self.gpu.done(start)
             self.gpu.synchronize()
-            if late and self.cycles < self.most_cycles:
-                self.cycles *= 2
-                continue
-            if late:  # a call that waits for the device is always late: the others need not wait so long
-                self.cycles = FIRST_CYCLES
-            return max(self.gpu.elapsed(start, end), SHORTEST)
+            if not late:
+                break
+            if self.cycles >= self.most_cycles:  # a call that waits for the device is always late:
+                self.cycles = FIRST_CYCLES  # the others need not wait so long
+                break
+            self.cycles *= 2
+        return max(self.gpu.elapsed(start, end), SHORTEST)
 
-    def _wall(self, call: TimedCall) -> float:
-        self.gpu.synchronize()
-        start = time.perf_counter()
-        for _ in range(self.row):
-            call()
-        self.gpu.synchronize()
-        return (time.perf_counter() - start) / self.row
+
+Timer = CpuTimer | GpuTimer

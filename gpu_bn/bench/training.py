@@ -1,35 +1,47 @@
-"""``--train``: time a training step of ResNet-18, with torch's batch norm and with ours, eager and compiled."""
+"""``--train``: time a training step of ResNet-18, with torch's batch norm and with ours, eager and compiled.
+
+Beside it, what torch's profiler sees of a call: the operations that launch kernels, and the memory that tensors take.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
+import json
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from gpu_bn import nn as ours
-from gpu_bn.bench.gpus import TorchGpu
-from gpu_bn.bench.timing import CpuTimer, GpuTimer, TimedCall, Timer, Timing, in_words, take_samples
-from gpu_bn.bench.torch_profile import peak_bytes
+from gpu_bn.bench.timing import CpuTimer, GpuTimer, TimedCall, Timer, Timing, by_torch, in_words, take_samples
 from gpu_bn.cli.console import Table, megabytes, milliseconds, progress
 
+Make = Callable[[nn.Module], Any]
+"""Makes a variant of a model."""
 AGREEMENT, NOISE = 1e-3, 2.0
 """How far a first gradient may be from that of torch's layers in float32: ``AGREEMENT`` of its norm, and ``NOISE``
 times as far as torch's own with autocast, which was off by 12 to 16 % in float16 in such networks."""
+LAUNCH_NOTHING = {
+    "empty", "empty_strided", "empty_like", "new_empty", "view", "unbind", "split", "select", "slice", "as_strided",
+    "detach", "alias", "to", "expand", "permute",
+}  # fmt: skip
+"""Operations that only make or look at tensors. A conversion that is one is seen as what it calls."""
 
 
-class Sizes(NamedTuple):
-    """A batch: the number of images, and their sides in pixels."""
-
-    images: int
-    side: int
+SIZES = {"cpu": (8, 64), "cuda": (128, 224)}
+"""Images in a batch, and their sides in pixels."""
 
 
-SIZES = {"cpu": Sizes(8, 64), "cuda": Sizes(128, 224)}
+def _convolution(inputs: int, outputs: int, size: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs)]
 
 
 class Block(nn.Module):
@@ -37,27 +49,47 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        first, second = _convolution(inputs, outputs, 3, stride), _convolution(outputs, outputs, 3, 1)
+        self.inner = nn.Sequential(*first, nn.ReLU(), *second)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Sequential(*([] if same else _convolution(inputs, outputs, 1, stride)))
+        self.relu = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum, after ReLU."""
-        inner = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        return cast(torch.Tensor, self.relu2(inner + self.shortcut(x)))
+        return cast(torch.Tensor, self.relu(self.inner(x) + self.shortcut(x)))
 
 
 def resnet18(width: int = 64, classes: int = 1000) -> nn.Module:
     """Make a ResNet-18: 20 normalisations, 8 of them before a sum."""
-    layers = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    layers = [*_convolution(3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     inputs = width
     for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
         layers += [Block(inputs, outputs, stride), Block(outputs, outputs, 1)]
         inputs = outputs
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, classes))
+
+
+LAYERS: dict[str, Make] = {
+    "torch": lambda model: model,
+    "gpu_bn": lambda model: ours.convert(model),
+    "gpu_bn, fused": lambda model: ours.convert(model, fuse=True),
+}
+"""What is made of a model, by the names of the layers that it then has."""
+
+
+def variants(eager: bool) -> dict[str, Make]:
+    """Return the variants that are timed, by name; the others are compared with the first."""
+    found: dict[str, Make] = {}
+    for name, make in LAYERS.items():
+        found[f"{name}, eager"] = make
+        if not eager:
+            found[f"{name}, compiled"] = partial(_compiled, make)
+    return found
+
+
+def _compiled(make: Make, model: nn.Module) -> Any:
+    return torch.compile(make(model))
 
 
 class TrainingResult(NamedTuple):
@@ -68,49 +100,20 @@ class TrainingResult(NamedTuple):
     peak_bytes: int | None
     refused: str
 
-    @property
-    def ours(self) -> bool:
-        """Whether the layers are this library's."""
-        return self.name.startswith("gpu_bn")
 
-    @property
-    def how(self) -> str:
-        """Eager or compiled."""
-        return self.name.rpartition(", ")[2]
-
-
-def variants(eager: bool) -> dict[str, Callable[[nn.Module], Any]]:
-    """Return what is made of the model, by name; the others are compared with the first."""
-    makes: dict[str, Callable[[nn.Module], Any]] = {
-        "torch": lambda model: model,
-        "gpu_bn": ours.convert,
-        "gpu_bn, fused": lambda model: ours.convert(model, fuse=True),
-    }
-    found = {}
-    for name, make in makes.items():
-        found[f"{name}, eager"] = make
-        if not eager:
-            found[f"{name}, compiled"] = partial(_compiled, make)
-    return found
-
-
-def _compiled(make: Callable[[nn.Module], Any], model: nn.Module) -> Any:
-    return torch.compile(make(model))
-
-
-def train(kind: str, seconds: float, eager: bool, sizes: Sizes | None = None) -> list[TrainingResult]:
+def train(kind: str, seconds: float, eager: bool, sizes: tuple[int, int] | None = None) -> list[TrainingResult]:
     """Check and time all variants; ``kind`` is cpu or cuda."""
-    sizes = sizes or SIZES[kind]
+    number, side = sizes or SIZES[kind]
     torch.manual_seed(0)
-    model, images = resnet18().to(kind), torch.randn(sizes.images, 3, sizes.side, sizes.side, device=kind)
+    model, images = resnet18().to(kind), torch.randn(number, 3, side, side, device=kind)
     if kind == "cuda":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(sizes.images, device=kind)
+    labels = torch.arange(number, device=kind)
     makes = variants(eager)
     with progress(f"Training steps of ResNet-18: {len(makes)} variants", len(makes)) as advance:
         steps, peaks, refused = check(makes, model, images, labels, advance)
-        timer: Timer = CpuTimer(batch=0) if kind == "cpu" else GpuTimer(TorchGpu(), row=3)
+        timer: Timer = CpuTimer(batch=0) if kind == "cpu" else GpuTimer(by_torch(torch), row=3)
         samples = take_samples(steps, timer, "wall", seconds)
     refused |= samples.errors
     timings = {name: Timing.of(found) for name, found in samples.seconds.items()}
@@ -118,11 +121,11 @@ def train(kind: str, seconds: float, eager: bool, sizes: Sizes | None = None) ->
 
 
 def check(
-    makes: Mapping[str, Callable[[nn.Module], Any]],
+    makes: Mapping[str, Make],
     model: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, TimedCall], dict[str, int], dict[str, str]]:
     """Compare the first gradient of each variant with that of ``model``; the first variant has torch's layers.
 
@@ -149,7 +152,7 @@ def check(
 
 def prepare(
     model: Any, images: torch.Tensor, labels: torch.Tensor, autocast: bool = True
-) -> tuple[Callable[[], Any], torch.Tensor]:
+) -> tuple[TimedCall, torch.Tensor]:
     """Return a training step, and the first layer's gradient after it has run once; ``autocast`` is for a GPU."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
@@ -162,21 +165,19 @@ def prepare(
 
     step()
     gradient = next(iter(model.parameters())).grad
-    assert gradient is not None
     return step, gradient.detach().double().clone()
 
 
 def failures(rows: list[TrainingResult]) -> list[str]:
     """Return what is wrong with ours, unless torch's own layers fail too, as without a C++ compiler."""
-    failing = {row.how for row in rows if row.refused and not row.ours}
-    return [f"{row.name}: {row.refused}" for row in rows if row.refused and row.ours and row.how not in failing]
+    theirs = {row.name: row.refused for row in rows if row.name.startswith("torch")}
+    failing = [row for row in rows if row.refused and row.name not in theirs]
+    return [f"{row.name}: {row.refused}" for row in failing if not theirs[f"torch, {row.name.rpartition(', ')[2]}"]]
 
 
 def training_table(rows: list[TrainingResult], kind: str) -> tuple[Table, list[Any]]:
     """Return the table, and what goes into the JSON."""
-    sizes = SIZES[kind]
-    base = rows[0].timing
-    lines = []
+    (number, side), base, lines = SIZES[kind], rows[0].timing, []
     for row in rows:
         timing, spread = row.timing, row.timing.spread if row.timing else None
         lines.append([
@@ -189,10 +190,41 @@ def training_table(rows: list[TrainingResult], kind: str) -> tuple[Table, list[A
     how = "float16 by autocast, channels-last" if kind == "cuda" else "float32"
     agrees = f"agrees with that of torch's layers in float32{', as far as autocast lets it' * (kind == 'cuda')}"
     caption = (
-        f"{sizes.images} images of {sizes.side} x {sizes.side}, {how}. The first gradient of each variant {agrees}. "
+        f"{number} images of {side} x {side}, {how}. The first gradient of each variant {agrees}. "
         "Peak memory: what torch's tensors take in a step beyond what they took before it."
     )
     header = ["layers", "a step (ms)", "IQR", "/ torch, eager", "peak memory (MB)"]
-    return Table(f"Training step of ResNet-18 on the {kind}", header, lines, caption), [
-        {**row._asdict(), "timing": row.timing._asdict() if row.timing else None} for row in rows
-    ]
+    kept = [row._asdict() | {"timing": row.timing and row.timing._asdict()} for row in rows]
+    return Table(f"Training step of ResNet-18 on the {kind}", header, lines, caption), kept
+
+
+# ----------------------------------------------------------------------------------------------------- profiler
+def operations(call: TimedCall) -> Counter[str]:
+    """Count torch's operations of a call that would launch a kernel, by autograd's thread too."""
+    names = [event.name.removeprefix("aten::") for event in _profiled(call).events() if event.name.startswith("aten::")]
+    return Counter(name for name in names if name not in LAUNCH_NOTHING)
+
+
+def peak_bytes(call: TimedCall, kind: str) -> int:
+    """Measure the most memory that torch's tensors take in a call, beyond what they took before it."""
+    gc.collect()
+    if kind == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        _profiled(call, profile_memory=True).export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return max(accumulate(nbytes for _, nbytes in changes), default=0)
+
+
+def _profiled(call: TimedCall, **options: Any) -> Any:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True, **options) as profile:
+        call()
+    return profile

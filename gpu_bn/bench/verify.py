@@ -1,17 +1,23 @@
-"""``--verify-model``: compare the plan's predictions with the clock and, where they may be read, the GPU's counters."""
+"""``--verify-model``: compare the plan's predictions with the clock and, where they may be read, the GPU's counters.
+
+``python -m gpu_bn.bench.verify SHAPE DTYPE LAYOUT OPERATION IMPLEMENTATION`` makes the call that ncu counts.
+"""
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from gpu_bn.bench.measurement import Result
+from gpu_bn.bench import timing
+from gpu_bn.bench.cases import select
+from gpu_bn.bench.implementations import by_name
+from gpu_bn.bench.measurement import Result, Tensors
 from gpu_bn.cli.console import Table, megabytes, microseconds
 
 SLOWER, FASTER = 1.25, 0.9
@@ -22,30 +28,24 @@ BYTES_SHARE, BYTES_MORE = 0.1, 256 << 10
 """How far counted bytes may differ: a share, and bytes of vectors and partial sums."""
 COUNTED = 12
 """How many cases have their bytes counted, each in a process of its own."""
-METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
+METRICS = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum"}
 
 
-class Bytes(NamedTuple):
-    """Bytes that reach the memory, predicted or counted by the GPU."""
-
-    read: int
-    written: int
+Bytes = dict[str, int]
+"""Bytes ``read`` from the memory and ``written`` to it."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A prediction, and whether it holds.
+class Verdict(NamedTuple):
+    """A prediction, as the report keeps it: by the plan's bytes over a copy's bandwidth.
 
-    Attributes:
-        predicted: seconds: the plan's bytes over the bandwidth of a copy.
-        bytes: predicted; ``counted`` are the GPU's, ``None`` if nothing was counted.
-        refuted: how the prediction fails; empty if it holds.
+    ``counted_bytes`` are the GPU's, ``None`` if nothing was counted; ``refuted`` says how it fails, empty if it holds.
     """
 
-    result: Result
-    predicted: float
-    bytes: Bytes
-    counted: Bytes | None
+    case: str
+    by: str
+    predicted_seconds: float
+    predicted_bytes: Bytes
+    counted_bytes: Bytes | None
     refuted: str
 
 
@@ -67,10 +67,11 @@ def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> t
             try:
                 counted = count(result)
             except CountingError as error:
-                reason = str(error)
+                reason = f"DRAM bytes were not counted: {error}"
         verdicts.append(verdict(result, copy_bandwidth, l2_bytes, counted))
     limits = f"the first {COUNTED} cases" if len(planned) > COUNTED else "all cases"
-    return _table(verdicts, reason or f"DRAM bytes were counted by ncu, of {limits}."), [_json(v) for v in verdicts]
+    note = reason or f"DRAM bytes were counted by ncu, of {limits}."
+    return verdicts_table(planned, verdicts, note), [found._asdict() for found in verdicts]
 
 
 def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes | None) -> Verdict:
@@ -80,22 +81,21 @@ def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes
     """
     assert result.plan is not None
     assert result.best is not None
-    plan, measured = result.plan, result.best.median
+    plan, refuted = result.plan, []
     predicted = plan.dram_bytes / copy_bandwidth
     written = sum(plan.written_bytes)
-    expected = Bytes(plan.dram_bytes - written, written)
-    refuted = []
-    if measured > SLOWER * predicted + plan.launches * LAUNCH_SECONDS:
-        refuted.append(f"time: {measured / predicted:.2f} times as long")
-    if measured < FASTER * predicted:
-        refuted.append(f"time: {measured / predicted:.2f} times as long: fewer bytes, or faster than a copy")
-    if counted is not None:
-        for what, held in (("read", 0), ("written", l2_bytes)):
-            found, wanted = getattr(counted, what), getattr(expected, what)
-            margin = BYTES_SHARE * wanted + BYTES_MORE
-            if not wanted - held - margin <= found <= wanted + margin:
-                refuted.append(f"bytes: {found / max(wanted, 1):.2f} times as many {what}")
-    return Verdict(result, predicted, expected, counted, "; ".join(refuted))
+    expected = {"read": plan.dram_bytes - written, "written": written}
+    times = result.best.median / predicted
+    if result.best.median > SLOWER * predicted + plan.launches * LAUNCH_SECONDS:
+        refuted.append(f"time: {times:.2f} times as long")
+    if times < FASTER:
+        refuted.append(f"time: {times:.2f} times as long: fewer bytes, or faster than a copy")
+    for what, found in counted.items() if counted else ():
+        wanted, held = expected[what], l2_bytes if what == "written" else 0
+        margin = BYTES_SHARE * wanted + BYTES_MORE
+        if not wanted - held - margin <= found <= wanted + margin:
+            refuted.append(f"bytes: {found / max(wanted, 1):.2f} times as many {what}")
+    return Verdict(str(result.case), result.by, predicted, expected, counted, "; ".join(refuted))
 
 
 def count(result: Result) -> Bytes:
@@ -106,38 +106,45 @@ def count(result: Result) -> Bytes:
     """
     case = result.case
     arguments = ["x".join(map(str, case.shape)), case.short_dtype, case.layout, str(case.operation), result.by]
-    command = ["ncu", "--profile-from-start", "off", "--cache-control", "none", "--metrics", ",".join(METRICS),
-               "--csv", "--print-units", "base", sys.executable, "-m", "gpu_bn.bench.profiled", *arguments]  # fmt: skip
+    command = ["ncu", "--profile-from-start", "off", "--cache-control", "none", "--metrics", ",".join(METRICS.values()),
+               "--csv", "--print-units", "base", sys.executable, "-m", "gpu_bn.bench.verify", *arguments]  # fmt: skip
+    environment = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False, timeout=600,
-            env={**os.environ, "LC_ALL": "C"},
-        )  # fmt: skip
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=600, env=environment
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CountingError(f"DRAM bytes were not counted: ncu cannot be run ({type(error).__name__}).") from None
+        raise CountingError(f"ncu cannot be run ({type(error).__name__}).") from None
     if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
-        raise CountingError("DRAM bytes were not counted: the driver does not permit it (ERR_NVGPUCTRPERM).")
+        raise CountingError("the driver does not permit it (ERR_NVGPUCTRPERM).")
     rows = list(csv.DictReader(line for line in done.stdout.splitlines() if line.startswith('"')))
-    values = {name: [row["Metric Value"] for row in rows if row.get("Metric Name") == name] for name in METRICS}
+    counted = {}
     try:
-        found = Bytes(*(int(sum(float(value.replace(",", "")) for value in values[name])) for name in METRICS))
-    except (ValueError, TypeError):  # n/a, or a row that is cut off
-        values = {}
-    if not all(values.get(name) for name in METRICS):
+        for what, metric in METRICS.items():
+            values = [float(row["Metric Value"].replace(",", "")) for row in rows if row.get("Metric Name") == metric]
+            counted[what] = int(sum(values) if values else math.nan)
+        return counted
+    except (ValueError, AttributeError):  # n/a, nothing, or a row that is cut off
         output = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise CountingError(f"DRAM bytes were not counted: ncu counted nothing ({output[-1]})")
-    return found
+        raise CountingError(f"ncu counted nothing ({output[-1]})") from None
 
 
-def _table(verdicts: Sequence[Verdict], note: str) -> Table:
+def verdicts_table(results: Sequence[Result], verdicts: Sequence[Verdict], note: str) -> Table:
+    """Return the table of predictions; ``note`` says what was counted."""
     header = [
         "operation", "by", "tier", "predicted (us)", "measured (us)", "read (MB)", "counted", "written", "counted",
         "prediction",
     ]  # fmt: skip
     rows: list[list[str] | str] = []
-    for tensor, group in groupby(verdicts, lambda v: v.result.case.tensor):
-        rows += [tensor, *map(_row, group)]
-    refuted = sum(bool(v.refuted) for v in verdicts)
+    for tensor, group in groupby(zip(results, verdicts, strict=True), lambda pair: pair[0].case.tensor):
+        rows.append(tensor)
+        for result, found in group:
+            times = microseconds(found.predicted_seconds), microseconds(result.best.median if result.best else 0)
+            pairs = ((found.predicted_bytes[what], (found.counted_bytes or {}).get(what)) for what in METRICS)
+            cells = [megabytes(one) if one is not None else "-" for pair in pairs for one in pair]
+            judged = f"REFUTED, {found.refuted}" if found.refuted else "holds"
+            rows.append([f"  {result.case.operation}", result.by, result.tier, *times, *cells, judged])
+    refuted = sum(bool(found.refuted) for found in verdicts)
     caption = (
         f"{refuted} of {len(verdicts)} predictions are refuted. Predicted: the plan's bytes over the measured "
         f"bandwidth of a copy; {LAUNCH_SECONDS * 1e6:g} us a launch are allowed, and {SLOWER:g} times as long. Bytes "
@@ -146,18 +153,24 @@ def _table(verdicts: Sequence[Verdict], note: str) -> Table:
     return Table("The model, verified", header, rows, caption, keys=2)
 
 
-def _row(v: Verdict) -> list[str]:
-    counted = ("-", "-") if v.counted is None else (megabytes(v.counted.read), megabytes(v.counted.written))
-    return [
-        f"  {v.result.case.operation}", v.result.by, v.result.tier, microseconds(v.predicted),
-        microseconds(v.result.best.median) if v.result.best else "-", megabytes(v.bytes.read), counted[0],
-        megabytes(v.bytes.written), counted[1], f"REFUTED, {v.refuted}" if v.refuted else "holds",
-    ]  # fmt: skip
+def main(arguments: list[str]) -> None:
+    """Make a call twice to warm up, empty the cache, and make it once more under the profiler."""
+    shape, dtype, layout, operation, by = arguments
+    (case,) = select([shape], [dtype], ["nchw" if layout == "nc" else layout], [operation])
+    gpu, why_not = timing.find_gpu()
+    if gpu is None:
+        raise SystemExit(why_not)
+    implementation = by_name(by)
+    call = implementation.build(case.operation, Tensors(case).of(implementation.adapter, case.operation))
+    start, stop = gpu.profiler()
+    call(), call()
+    gpu.flush()
+    gpu.synchronize()
+    start()
+    call()
+    gpu.synchronize()
+    stop()
 
 
-def _json(v: Verdict) -> dict[str, Any]:
-    return {
-        "case": str(v.result.case), "by": v.result.by, "predicted_seconds": v.predicted,
-        "predicted_bytes": v.bytes._asdict(), "counted_bytes": v.counted._asdict() if v.counted else None,
-        "refuted": v.refuted,
-    }  # fmt: skip
+if __name__ == "__main__":
+    main(sys.argv[1:])

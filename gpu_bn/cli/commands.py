@@ -266,20 +266,14 @@ def run_warm_up(options: argparse.Namespace) -> int:
 
 def run_bench(options: argparse.Namespace) -> int:
     """Run ``gpu-bn bench``."""
-    from gpu_bn.bench.run import Options, bench
+    from gpu_bn.bench.run import bench
 
     values.check_folder(options.out, "report")
     if options.page is not None and options.page.parent != options.out:  # which is made if it is not there
         values.check_file(options.page, "page")
-    asked = Options(
-        shapes=options.shapes, dtypes=options.dtype, layouts=options.layout, operations=options.ops, only=options.only,
-        peers=[] if options.peers == ["none"] else options.peers, device=options.device, seconds=options.seconds,
-        threads=options.threads,
-        tiers=bool(options.tiers), verify=options.verify_model, train=options.train, eager=options.eager,
-        out=options.out, page=options.page, command=options.line,
-    )  # fmt: skip
+    options.peers = [] if options.peers == ["none"] else options.peers
     try:
-        return 0 if bench(asked) else 1
+        return 0 if bench(options) else 1
     except ValueError as error:
         raise UsageError(str(error)) from None
 

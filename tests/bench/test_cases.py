@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpu_bn.bench import cases, implementations
+from gpu_bn.bench import cases, measurement
 from gpu_bn.cli import main
 from gpu_bn.explanation import DTYPES
 
@@ -59,7 +59,7 @@ def test_cases_are_all_combinations_those_of_a_tensor_together():
 
 
 def test_data_lie_in_memory_as_the_case_says():
-    first, last = (implementations.data(cases.Case((4, 6, 5, 7), layout=layout)).x for layout in ("nchw", "nhwc"))
+    first, last = (measurement.data(cases.Case((4, 6, 5, 7), layout=layout)).x for layout in ("nchw", "nhwc"))
     assert first.flags.c_contiguous
     assert last.transpose(0, 2, 3, 1).flags.c_contiguous
     assert len(np.unique(first)) == first.size

@@ -11,7 +11,7 @@ from support.bench_stand_ins import EMULATED, NUMPY, Clocked
 from support.interpreter import interpreted
 
 from gpu_bn import plan
-from gpu_bn.bench import cases, gpus, implementations, measurement, model, timing
+from gpu_bn.bench import cases, implementations, measurement, model, timing
 from gpu_bn.cli import main
 
 CUPY = next(
@@ -24,7 +24,7 @@ def emulated(make_gpu, monkeypatch):
     """The benchmark's GPU is virtual, its only implementation the CuPy backend on the emulator."""
     gpu = make_gpu(80, None, Device(checks=Checks(races=False, initialised=False)))
     clock = Clocked()
-    monkeypatch.setattr(gpus, "find", lambda: (clock, ""))
+    monkeypatch.setattr(timing, "find_gpu", lambda: (clock, ""))
     peer = replace(NUMPY, name="peer", ours=False, device="cuda")
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [replace(CUPY, modules=()), peer])
     monkeypatch.setattr(timing.GpuTimer, "row", 1)
@@ -101,7 +101,7 @@ def test_a_gpu_that_is_lost_ends_the_run_and_leaves_a_report(emulated, monkeypat
     monkeypatch.setattr(Clocked, "free", fail)
     broken = replace(NUMPY, name="gpu_bn breaks", device="cuda", build=lambda *_, **__: fail())
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [broken])
-    gpus.find()[0].done_things.append("call")
+    timing.find_gpu()[0].done_things.append("call")
     assert main([*SMALL, "--tiers", "all", "--verify-model", "--train", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     lost = "the GPU does not answer since 4x4x64 f32 nchw forward: RuntimeError: an illegal memory access"
@@ -126,7 +126,7 @@ def test_a_part_that_fails_leaves_the_report(emulated, monkeypatch, capsys, tmp_
 
 def test_a_gpu_that_cannot_copy_is_a_message(monkeypatch, capsys):
     monkeypatch.setattr(Clocked, "copy_bandwidth", lambda _: 1 / 0)
-    monkeypatch.setattr(gpus, "find", lambda: (Clocked(), ""))
+    monkeypatch.setattr(timing, "find_gpu", lambda: (Clocked(), ""))
     assert main(["bench"]) == 1
     assert (
         capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_a_gpu_that_cannot_copy_is_a_message(monkeypatch, capsys):
 
 def test_what_needs_torch_is_left_out_where_only_cupy_sees_the_gpu(emulated, monkeypatch, capsys, tmp_path):
     """A torch built without CUDA would be timed on the CPU, by the GPU's events."""
-    monkeypatch.setattr(gpus, "CupyGpu", Clocked)
+    monkeypatch.setattr(Clocked, "library", "cupy")
     torches = replace(NUMPY, name="torch native", device="cuda", ours=False, modules=("torch",))
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [replace(NUMPY, name="gpu_bn x", device="cuda"), torches])
     pytest.importorskip("torch")
@@ -160,7 +160,7 @@ def test_the_models_bytes_are_those_that_the_emulator_counts(tier, operation, ma
     call = implementations.ours(lambda *_: gpu.backend)(case.operation, problem)
     gpu.device.l2.flush()
     before = len(gpu.device.reports)
-    tensors.reference.check(CUPY, case.operation, call())
+    tensors.check(CUPY, case.operation, call())
     reports = gpu.device.reports[before:]
     counted = sum(r.dram_read_bytes + r.dram_write_bytes for r in reports) + gpu.device.l2.flush()
     expected = model.modelled(case, EMULATED).tiers[tier]
@@ -206,8 +206,8 @@ def test_the_triton_backend_is_right_and_reports_its_tier_in_the_interpreter():
 
 @pytest.mark.gpu
 def test_everything_on_a_gpu(tmp_path):
-    if gpus.find()[0] is None:
-        pytest.skip(f"no GPU: {gpus.find()[1]}")
+    if timing.find_gpu()[0] is None:
+        pytest.skip(f"no GPU: {timing.find_gpu()[1]}")
     line = ["bench", "--seconds", "0", "--shapes", "tiny,32x64x56x56", "--dtype", "f16,f32", "--tiers", "all"]
     assert main([*line, "--verify-model", "--out", str(tmp_path), "--page", str(tmp_path / "page.md")]) == 0
     found = json.loads((tmp_path / "report.json").read_text())

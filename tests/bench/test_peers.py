@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from support.bench_stand_ins import NUMPY
 
-from gpu_bn.bench import cases, measurement, peers, timing
+from gpu_bn.bench import cases, implementations, measurement, timing
 
 
 def prove(build, operation, dtype="f16", layout="nhwc", shape="4x6x5x7"):
@@ -19,7 +19,7 @@ def prove(build, operation, dtype="f16", layout="nhwc", shape="4x6x5x7"):
     problem = tensors.of("triton", case.operation)
     call = build(case.operation, problem)
     for _ in range(2):  # a call can be repeated
-        assert tensors.reference.check(implementation, case.operation, call()) <= 1
+        assert tensors.check(implementation, case.operation, call()) <= 1
 
 
 @pytest.fixture
@@ -57,14 +57,14 @@ def fake_apex(torch, monkeypatch):
 
 @pytest.mark.parametrize("operation", cases.OPERATIONS)
 def test_apex(operation, fake_apex):
-    prove(peers.apex, operation)
+    prove(implementations.apex, operation)
 
 
 def test_apex_serves_what_it_can():
     served = cases.Case((4, 6, 5, 7), "float16", "nhwc")
-    assert peers.not_apex(served) == ""
+    assert implementations.not_apex(served) == ""
     for other in ({"layout": "nchw"}, {"dtype": "float32"}, {"shape": (4, 6, 5)}):
-        assert peers.not_apex(replace(served, **other)) == "serves float16, four axes, nhwc"
+        assert implementations.not_apex(replace(served, **other)) == "serves float16, four axes, nhwc"
 
 
 class Node:
@@ -163,29 +163,32 @@ def fake_cudnn(torch, monkeypatch):
 @pytest.mark.parametrize("dtype", ["f16", "f32"])
 @pytest.mark.parametrize("operation", [name for name in cases.OPERATIONS if "eval" not in name])
 def test_cudnn(operation, dtype, fake_cudnn):
-    prove(peers.cudnn, operation, dtype)
+    prove(implementations.cudnn, operation, dtype)
 
 
 def test_cudnn_serves_what_it_can():
-    assert peers.not_cudnn(cases.Case((4, 6, 5, 7))) == ""
-    assert peers.not_cudnn(cases.Case((4, 6, 5))) == "serves four axes, not float64"
-    assert peers.not_cudnn(cases.Case((4, 6, 5, 7), operation=cases.OPERATIONS["eval"])) == "evaluation is not compared"
+    assert implementations.not_cudnn(cases.Case((4, 6, 5, 7))) == ""
+    assert implementations.not_cudnn(cases.Case((4, 6, 5))) == "serves four axes, not float64"
+    assert (
+        implementations.not_cudnn(cases.Case((4, 6, 5, 7), operation=cases.OPERATIONS["eval"]))
+        == "evaluation is not compared"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", ["forward+relu", "backward+add+relu", "eval"])
 def test_torch_compile(operation, torch):
-    prove(peers.compiled, operation, "f32", "nchw")
+    prove(implementations.compiled, operation, "f32", "nchw")
 
 
 def test_a_peer_that_rounds_its_sum_before_relu_is_right(torch):
     """In float16 that moves elements across the kink, and with them the gradients of the vectors, in float32."""
-    prove(peers.eager, "backward+add+relu", "f16", "nchw", "32x256x14x14")
+    prove(implementations.eager, "backward+add+relu", "f16", "nchw", "32x256x14x14")
 
 
 def test_without_cudnn(torch):
     before = torch.backends.cudnn.enabled
-    with peers.without_cudnn():
+    with implementations.without_cudnn():
         assert not torch.backends.cudnn.enabled
     assert torch.backends.cudnn.enabled == before
 

@@ -14,7 +14,7 @@ from support.bench_stand_ins import NUMPY
 import gpu_bn
 from gpu_bn import bench, registry, testing
 from gpu_bn.backends.numpy import NumpyBackend
-from gpu_bn.bench import cases, correctness, gpus, implementations, machine, measurement, run, timing
+from gpu_bn.bench import cases, implementations, machine, measurement, run, timing
 from gpu_bn.cli import main
 
 TINY = ["bench", "--seconds", "0", "--device", "cpu"]
@@ -55,7 +55,7 @@ def test_what_needs_a_gpu_is_left_out_without_one(capsys, monkeypatch, tmp_path)
 
 
 def test_a_gpu_that_is_asked_for_and_not_there(capsys, monkeypatch):
-    monkeypatch.setattr(gpus, "find", lambda: (None, "torch sees no CUDA device"))
+    monkeypatch.setattr(timing, "find_gpu", lambda: (None, "torch sees no CUDA device"))
     assert main(["bench", "--device", "cuda"]) == 1
     assert capsys.readouterr().err == "gpu-bn bench: --device cuda needs a GPU: torch sees no CUDA device\n"
 
@@ -130,9 +130,9 @@ def test_every_operation_of_every_cpu_implementation_is_right(dtype, layout):
 
 def test_a_large_tensor_is_right_on_some_of_its_channels():
     case = cases.Case((64, 8, 64, 64))
-    checked = correctness.Reference(implementations.data(case))
+    checked = measurement.Tensors(case)
     assert checked.channels.tolist() == [0, 7]
-    small = correctness.Reference(implementations.data(cases.Case((4, 6, 5, 7))))
+    small = measurement.Tensors(cases.Case((4, 6, 5, 7)))
     assert small.channels.tolist() == list(range(6))
 
 

@@ -18,13 +18,13 @@ def test_thresholds_are_fitted_to_the_fastest_tiers():
     """On a device where a block that has a channel to itself is always the fastest, less must do to choose it."""
     device = plan.DEVICES["a100"]
     times = [times_of((32, channels, 14, 14), cta=1.0, split=2.0) for channels in (16, 32, 64, 128, 256)]
-    best = tiers.fit(times, device)
+    best, decided = tiers.fit(times, device)
     assert tiers.mean_slowdown(times, device, best) < tiers.mean_slowdown(times, device, plan.THRESHOLDS)
     (name,) = (
         field.name for field in fields(best) if getattr(best, field.name) != getattr(plan.THRESHOLDS, field.name)
     )
     assert name in ("fill", "vectors_per_thread")  # a lower share of SMs, or more work a thread, makes blocks enough
-    text = tiers.thresholds_text(times, device, best, tiers.decided(times, device, best))
+    text = tiers.thresholds_text(times, device, best, decided)
     assert re.search(rf"\n    {name}: \w+ = {getattr(best, name)}  # was {getattr(plan.THRESHOLDS, name)}", text)
     assert "    usable_l2: float = 0.5  # not decided by these cases\n" in text  # nothing asks for another
     for field in fields(plan.Thresholds):  # the whole table is printed
@@ -57,10 +57,10 @@ def test_a_crossover_that_was_planted_is_found(name, threshold, value):
     )  # fmt: skip
     times = [planted_times(case, device, plan.plan(model.work_of(case), device, None, truth).tier) for case in found]
     assert tiers.mean_slowdown(times, device, plan.THRESHOLDS) > 1
-    best = tiers.fit(times, device)
+    best, decided = tiers.fit(times, device)
     assert best == truth
-    assert threshold in tiers.decided(times, device, best)
-    text = tiers.thresholds_text(times, device, best, tiers.decided(times, device, best))
+    assert threshold in decided
+    text = tiers.thresholds_text(times, device, best, decided)
     assert f"    {threshold}: {type(getattr(plan.THRESHOLDS, threshold)).__name__} = {value}  # was " in text
 
 
@@ -89,7 +89,7 @@ def test_ranges_of_tiers_end_where_they_cross_over():
         ("gpu_bn triton", "f32 nchw forward", "cta", 2 * size, 8 * size),  # 2 % are no crossover
         ("gpu_bn triton", "f32 nchw forward", "split", 16 * size, 32 * size),
     ]
-    rows = str(tiers.ranges_table(times)).splitlines()
+    rows = str(tiers.ranges_table(tiers.ranges(times))).splitlines()
     assert rows[0] == "Crossovers: the fastest tier"
     assert rows[4].split() == ["gpu_bn", "triton", "f32", "nchw", "forward", "cta", "0.0328", "0.131"]
 
@@ -103,7 +103,7 @@ def test_a_tier_that_is_better_unforced_counts_as_it_is_launched():
 
 def test_thresholds_that_choose_the_fastest_stay():
     times = [times_of((32, 256, 14, 14), cta=1.0, split=2.0), times_of((256, 64, 112, 112), split=1.0)]
-    assert tiers.fit(times, plan.DEVICES["a100"]) == plan.THRESHOLDS
+    assert tiers.fit(times, plan.DEVICES["a100"])[0] == plan.THRESHOLDS
     assert times[0].slowdown("cooperative") == 2.0  # not timed: as bad as the worst
 
 

@@ -7,7 +7,7 @@ import types
 import pytest
 from support.bench_stand_ins import VirtualGpu
 
-from gpu_bn.bench import gpus, machine, timing
+from gpu_bn.bench import machine, timing
 
 
 class Ticking:
@@ -89,7 +89,7 @@ PROPERTIES = {
 
 
 def fake_torch(clock):
-    """The part of torch that ``TorchGpu`` uses, on a device whose clock goes on with each thing that is done."""
+    """The part of torch that the benchmark uses, on a device whose clock goes on with each thing that is done."""
 
     class Event:
         def __init__(self, enable_timing):
@@ -133,8 +133,8 @@ def fake_torch(clock):
 def test_the_gpu_through_torch(monkeypatch):
     clock = VirtualGpu()
     monkeypatch.setitem(sys.modules, "torch", fake_torch(clock))
-    gpu, why_not = gpus.find()
-    assert isinstance(gpu, gpus.TorchGpu)
+    gpu, why_not = timing.find_gpu()
+    assert gpu.library == "torch"
     assert why_not == ""
     assert (gpu.device.arch, gpu.device.sms, gpu.device.shared_per_block) == (90, 6, 227 << 10)
     assert gpu.smi_id == "GPU-0c6d1a2e-1-2"
@@ -190,8 +190,8 @@ def test_the_gpu_through_cupy_where_there_is_no_torch(monkeypatch):
     clock = VirtualGpu()
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(clock))
-    gpu, _ = gpus.find()
-    assert isinstance(gpu, gpus.CupyGpu)
+    gpu, _ = timing.find_gpu()
+    assert gpu.library == "cupy"
     assert (gpu.device.name, gpu.device.arch, gpu.cache.size) == ("GPU X", 90, (1 << 13) // 4)
     assert gpu.smi_id == "0000:07:00.0"
     assert timing.GpuTimer(gpu).time(clock.call, "cold") == pytest.approx(1000 / 1e9)
@@ -203,7 +203,7 @@ def test_the_gpu_through_cupy_where_there_is_no_torch(monkeypatch):
 def test_no_gpu_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert gpus.find() == (None, "torch is not installed, cupy is not installed")
+    assert timing.find_gpu() == (None, "torch is not installed, cupy is not installed")
 
 
 def test_a_gpu_that_cannot_be_used_is_a_reason(monkeypatch):
@@ -218,7 +218,7 @@ def test_a_gpu_that_cannot_be_used_is_a_reason(monkeypatch):
     cupy.ones = fail
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    found, why_not = gpus.find()
+    found, why_not = timing.find_gpu()
     assert found is None
     assert why_not == ", ".join(
         f"{library}: RuntimeError: CUDA error: no kernel image is available" for library in ("torch", "cupy")

@@ -12,10 +12,9 @@ torch = pytest.importorskip("torch", reason="the training benchmark is torch's: 
 from gpu_bn import nn
 from gpu_bn.bench import training
 from gpu_bn.bench.cases import NETWORKS
-from gpu_bn.bench.torch_profile import peak_bytes
 from gpu_bn.cli import main
 
-SMALL = training.Sizes(4, 64)
+SMALL = (4, 64)
 LINE = ["bench", "--seconds", "0", "--device", "cpu", "--threads", "1", "--train", "--eager"]
 
 
@@ -124,7 +123,7 @@ def test_memory_that_a_step_takes_is_seen():
     def step():
         torch.ones(1 << 24).sum()
 
-    assert 4 << 24 <= peak_bytes(step, "cpu") < 5 << 24
+    assert 4 << 24 <= training.peak_bytes(step, "cpu") < 5 << 24
 
 
 @pytest.mark.parametrize("path", ["bench/results.md"])

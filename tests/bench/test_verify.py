@@ -7,7 +7,7 @@ import pytest
 from support.bench_stand_ins import NUMPY, Clocked, timed
 
 from gpu_bn import plan
-from gpu_bn.bench import cases, gpus, model, profiled, timing, verify
+from gpu_bn.bench import cases, implementations, model, timing, verify
 
 COPY = 1e12
 L2 = 1 << 20
@@ -24,11 +24,11 @@ def test_a_prediction_holds_or_is_refuted():
     assert verdict_of(1.1).refuted == ""
     assert verdict_of(3.0).refuted == "time: 3.00 times as long"
     assert verdict_of(0.5).refuted == "time: 0.50 times as long: fewer bytes, or faster than a copy"
-    read, written = verdict_of(1.0).bytes
+    read, written = verdict_of(1.0).predicted_bytes.values()
     assert read == written == 32 * 256 * 14 * 14 * 4
 
     def counted(read, written):
-        return verdict_of(1.0, counted=verify.Bytes(read, written)).refuted
+        return verdict_of(1.0, counted={"read": read, "written": written}).refuted
 
     assert counted(read + 1000, written + 1000) == ""
     assert counted(2 * read, written) == "bytes: 2.00 times as many read"
@@ -69,7 +69,7 @@ def ncu(monkeypatch):
 def test_bytes_are_counted_by_ncu(ncu):
     commands = ncu(NCU)
     result = timed("gpu_bn cupy", 1.0)
-    assert verify.count(result) == verify.Bytes(6_423_528, 6_423_552)
+    assert verify.count(result) == {"read": 6_423_528, "written": 6_423_552}
     assert commands[0][0] == "ncu"
     assert commands[0][-5:] == ["32x256x14x14", "f32", "nchw", "forward", "gpu_bn cupy"]
     found, kept = verify.verify([result], COPY, L2)
@@ -100,15 +100,15 @@ def test_what_may_not_be_counted_is_said_and_not_tried_again(output, says, ncu):
 
 def test_the_probe_makes_one_call_between_start_and_stop(monkeypatch):
     gpu = Clocked()
-    monkeypatch.setattr(gpus, "find", lambda: (gpu, ""))
+    monkeypatch.setattr(timing, "find_gpu", lambda: (gpu, ""))
     counting = replace(NUMPY, name="counting", build=lambda *_: lambda: gpu.done_things.append("call"))
-    monkeypatch.setattr(profiled, "IMPLEMENTATIONS", [counting])
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [counting])
     gpu.profiler = lambda: [lambda name=n: gpu.done_things.append(name) for n in ("on", "off")]
-    profiled.main(["4x8", "f32", "nc", "forward", "counting"])
+    verify.main(["4x8", "f32", "nc", "forward", "counting"])
     assert gpu.done_things == ["call", "call", "flush", "on", "call", "off"]
-    monkeypatch.setattr(gpus, "find", lambda: (None, "no GPU here"))
+    monkeypatch.setattr(timing, "find_gpu", lambda: (None, "no GPU here"))
     with pytest.raises(SystemExit, match="no GPU here"):
-        profiled.main(["4x8", "f32", "nc", "forward", "counting"])
+        verify.main(["4x8", "f32", "nc", "forward", "counting"])
 
 
 # ------------------------------------------------------------------------------------------------------- model
@@ -134,9 +134,9 @@ def test_the_model_is_the_plans():
         case = cases.Case((32, 256, 14, 14), "float16", "nhwc", cases.OPERATIONS[operation])
         for device in plan.DEVICES.values():
             found = model.modelled(case, device)
-            assert found.plan == plan.plan(model.work_of(case), device)
-            assert found.tiers[found.tier] == found.plan.dram_bytes >= found.floor_bytes
-            assert found.as_json()["seconds"] == found.plan.seconds
+            planned = plan.plan(model.work_of(case), device)
+            assert (found.tier, found.seconds, found.launches) == (planned.tier, planned.seconds, planned.launches)
+            assert found.tiers[found.tier] == found.moved_bytes == planned.dram_bytes >= found.floor_bytes
             for tier, moved in found.tiers.items():
                 assert moved == plan.plan(model.work_of(case), device, tier).dram_bytes
 
@@ -147,11 +147,13 @@ def test_the_cache_serves_others_as_it_serves_us():
     found = model.modelled(case, device)
     launch = plan.THRESHOLDS.launch
     floor_seconds = launch + found.floor_bytes / (plan.THRESHOLDS.copy_share * device.bandwidth)
-    assert found.seconds(found.torch_bytes) == pytest.approx(floor_seconds)  # the second read hits
+    seconds = model.seconds_of(found.torch_bytes, found.floor_bytes, device)
+    assert seconds == pytest.approx(floor_seconds)  # the second read hits
     assert found.torch_seconds == pytest.approx(floor_seconds + launch)  # statistics, then the output
     large = model.modelled(replace(case, shape=(256, 64, 56, 56)), device)
-    assert large.seconds(large.torch_bytes) > 1.3 * large.plan.floor_seconds
-    assert found.seconds(None) is None
+    floor_seconds = plan.plan(model.work_of(large.case), device).floor_seconds
+    assert model.seconds_of(large.torch_bytes, large.floor_bytes, device) > 1.3 * floor_seconds
+    assert model.seconds_of(None, large.floor_bytes, device) is None
 
 
 def test_evaluation_is_one_pass_and_nothing_is_known_of_others():

@@ -44,6 +44,7 @@ class VirtualGpu:
 class Clocked(VirtualGpu):
     """Take no time for calls: their own time on the emulator does not count."""
 
+    library = "torch"
     device = EMULATED
     smi_id = "GPU-7"
 

@@ -18,7 +18,7 @@ from gpu_bn import (
     registry,
 )
 from gpu_bn.backends.triton.backend import TritonBackend
-from gpu_bn.bench.torch_profile import operations
+from gpu_bn.bench.training import operations
 from gpu_bn.plan import DEVICES
 
 
