@@ -37,6 +37,11 @@ class Device:
         """Bytes of an SM's shared memory that the driver takes for each block."""
         return 1 << 10 if self.arch >= 80 else 0
 
+    @property
+    def slow_doubles(self) -> bool:
+        """Whether an SM does double precision in 2 lanes at a time, not in 32 or more: 16 cycles for a warp."""
+        return self.arch not in (80, 90, 100)
+
 
 @dataclass(frozen=True, slots=True)
 class OnChip:

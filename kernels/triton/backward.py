@@ -29,6 +29,9 @@ from gpu_bn.kernels.triton.statistics import (
     Partials,
     affine_of,
     channel_sum,
+    keep_affine,
+    load_affine,
+    load_row,
     merged_sums,
     pre_activation,
     reciprocal_from,
@@ -144,18 +147,36 @@ def write_sums(dweight, dbias, sum_dz, sum_dz_xhat, channel):
 #     dbias = sum(dz)        dweight = sum(dz * (x - mean)) / sqrt(var + eps)
 @triton.jit
 def bn_merge_sums_kernel(
-    partials, mean, var, dweight, dbias, eps, channels, blocks,
+    partials, mean, var, weight, bias, dweight, dbias, table, eps, inverse_count, counts, channels, blocks,
     CHUNK: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The parameters' gradients from the blocks' sums."""
+    """The parameters' gradients from the blocks' sums; for dx what it is computed with, to table[5, statistics]."""
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, GROUPS=GROUPS)
     number, group = group_of(tl.program_id(0), L)
-    statistic = statistics_of(channels_of(number, channels, L), group, L)
+    channel = channels_of(number, channels, L)
+    statistic = statistics_of(channel, group, L)
     sum_dz, sum_product = merged_sums(Partials(partials, blocks), statistic, CHUNK, L)
-    values = PerChannel(load_wide(mean, statistic, 0.0), load_wide(var, statistic, 1.0), 1.0, 0.0)
+    mean_c, var_c = load_wide(mean, statistic, 0.0), load_wide(var, statistic, 1.0)
+    values = PerChannel(mean_c, var_c, load_wide(weight, channel, 1.0), load_wide(bias, channel, 0.0))
     affine = affine_of(values, eps, COMPUTE)
-    write_sums(dweight, dbias, sum_dz, (sum_product - affine.rest * sum_dz) * affine.rstd, statistic)
+    sum_dz_xhat = (sum_product - affine.rest * sum_dz) * affine.rstd
+    write_sums(dweight, dbias, sum_dz, sum_dz_xhat, statistic)
+    if table is not None:
+        inverse = inverse_of(inverse_count, counts, group)
+        slope, offset = input_coefficients(sum_dz, sum_dz_xhat, affine, inverse, COMPUTE)
+        keep_affine(table, affine, statistic)
+        tl.store(table + 3 * statistic.count + statistic.place, slope, mask=statistic.known)
+        tl.store(table + 4 * statistic.count + statistic.place, offset, mask=statistic.known)
+
+
+@triton.jit
+def inverse_of(inverse_count, counts, group):
+    """1 / count of a ghost batch: a number, or of the counts where they are."""
+    if counts is None:
+        return inverse_count
+    else:
+        return reciprocal_from(tl.load(counts + group), 1.0)
 
 
 @triton.jit
@@ -171,15 +192,16 @@ def input_coefficients(sum_dz, sum_dz_xhat, affine, inverse_count, COMPUTE: tl.c
 #     dx = weight / sqrt(var + eps) * dz                                                  (frozen statistics)
 @triton.jit
 def bn_backward_input_kernel(
-    x, dy, residual, mask, valid, dz, dx, mean, var, weight, bias, partials, sum_dz, sum_dz_xhat, dweight, dbias, eps,
-    parameter, inverse_count, counts, channels, row, jump, magic, power, length, positions, share,
+    x, dy, residual, mask, valid, dz, dx, mean, var, weight, bias, partials, table, sum_dz, sum_dz_xhat, dweight,
+    dbias, eps, parameter, inverse_count, counts, channels, row, jump, magic, power, length, positions, share,
     GRADIENT: tl.constexpr, CHUNK: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """dx (and dz), from the end of the tensor to its start.
 
     The sums come from ``partials``, or else from ``sum_dz`` and ``sum_dz_xhat``; with frozen statistics there are none.
-    ``counts``, if given, has the counts of the ghost batches, in place of ``inverse_count``.
+    With a ``table``, a launch before this one has merged them. ``counts``, if given, has the counts of the ghost
+    batches, in place of ``inverse_count``.
     """
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, False, length is not None)
     blocks = tl.num_programs(1)
@@ -192,29 +214,32 @@ def bn_backward_input_kernel(
     own = share_of(block, share, strip, L)
     channel = channels_of(number, channels, L)
     statistic = statistics_of(channel, group, L)
-    var_c = load_wide(var, statistic, 1.0)
-    weight_c = load_wide(weight, channel, 1.0)
-    bias_c = load_wide(bias, channel, 0.0)
-    FROZEN: tl.constexpr = partials is None and sum_dz is None
-    if partials is not None:
-        mean_c = load_wide(mean, statistic, 0.0)
-        dz_c, product_c = merged_sums(Partials(partials, blocks), statistic, CHUNK, L)
-        values = after(dz_c, PerChannel(mean_c, var_c, weight_c, bias_c))
+    FROZEN: tl.constexpr = partials is None and table is None and sum_dz is None
+    if table is not None:
+        affine = load_affine(table, statistic)
+        slope, offset = load_row(table, 3, statistic), load_row(table, 4, statistic)
     else:
-        mean_c = load_once(mean, statistic, L)
-        values = after(mean_c, PerChannel(mean_c, var_c, weight_c, bias_c))
-    affine = affine_of(values, eps, COMPUTE)
-    if partials is not None:
-        dz_xhat_c = (product_c - affine.rest * dz_c) * affine.rstd
-        if block == 0:
-            write_sums(dweight, dbias, dz_c, dz_xhat_c, statistic)
-    elif not FROZEN:
-        dz_c = load_wide(sum_dz, statistic, 0.0)
-        dz_xhat_c = load_wide(sum_dz_xhat, statistic, 0.0)
-    if not FROZEN:
-        if counts is not None:
-            inverse_count = reciprocal_from(tl.load(counts + group), 1.0)
-        slope, offset = input_coefficients(dz_c, dz_xhat_c, affine, inverse_count, COMPUTE)
+        var_c = load_wide(var, statistic, 1.0)
+        weight_c = load_wide(weight, channel, 1.0)
+        bias_c = load_wide(bias, channel, 0.0)
+        if partials is not None:
+            mean_c = load_wide(mean, statistic, 0.0)
+            dz_c, product_c = merged_sums(Partials(partials, blocks), statistic, CHUNK, L)
+            values = after(dz_c, PerChannel(mean_c, var_c, weight_c, bias_c))
+        else:
+            mean_c = load_once(mean, statistic, L)
+            values = after(mean_c, PerChannel(mean_c, var_c, weight_c, bias_c))
+        affine = affine_of(values, eps, COMPUTE)
+        if partials is not None:
+            dz_xhat_c = (product_c - affine.rest * dz_c) * affine.rstd
+            if block == 0:
+                write_sums(dweight, dbias, dz_c, dz_xhat_c, statistic)
+        elif not FROZEN:
+            dz_c = load_wide(sum_dz, statistic, 0.0)
+            dz_xhat_c = load_wide(sum_dz_xhat, statistic, 0.0)
+        if not FROZEN:
+            inverse = inverse_of(inverse_count, counts, group)
+            slope, offset = input_coefficients(dz_c, dz_xhat_c, affine, inverse, COMPUTE)
     tensors = Tensors(x, dy, residual, mask, dz, dx)
     tiles = (own.last - own.first + POSITIONS - 1) // POSITIONS
     for back in range(tiles):

@@ -37,6 +37,8 @@ from gpu_bn.kernels.triton.statistics import (
     elements_in,
     first_shift,
     held_sums,
+    keep_affine,
+    load_affine,
     merged_moments,
     pre_activation,
     reciprocal,
@@ -127,19 +129,28 @@ def first_base(shift):
 #     mean = sum(n_i * mean_i) / n        var = sum(n_i * (var_i + (mean_i - mean)**2)) / n
 @triton.jit
 def bn_merge_moments_kernel(
-    partials, saved, counts, channels, positions, share, blocks,
-    CHUNK: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
-    RAGGED: tl.constexpr,
+    partials, saved, counts, table, weight, bias, eps, channels, positions, share, blocks,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr,
+    GROUPS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of each channel from those of its blocks, to saved[2, groups * channels] and, masked, counts."""
+    """The statistics of each channel from those of its blocks, to saved[2, groups * channels] and, masked, counts.
+
+    For outputs also weight and bias, and what an element is computed with, to table[3, groups * channels].
+    """
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, GROUPS=GROUPS)
     number, group = group_of(tl.program_id(0), L)
-    statistic = statistics_of(channels_of(number, channels, L), group, L)
+    channel = channels_of(number, channels, L)
+    statistic = statistics_of(channel, group, L)
     found = Partials(partials, blocks, share, positions)
     mean, var, count = merged_moments(found, statistic, CHUNK, RAGGED or counts is not None, L)
-    tl.store(saved + statistic.place, mean, mask=statistic.known)
-    tl.store(saved + statistic.count + statistic.place, var, mask=statistic.known)
     keep_count(counts, count, number, group, L)
+    if table is None:
+        tl.store(saved + statistic.place, mean, mask=statistic.known)
+        tl.store(saved + statistic.count + statistic.place, var, mask=statistic.known)
+    else:
+        values = PerChannel(mean, var, load_wide(weight, channel, 1.0), load_wide(bias, channel, 0.0))
+        keep_saved(values, channel, group, saved, L)
+        keep_affine(table, affine_of(values, eps, COMPUTE), statistic)
 
 
 @triton.jit
@@ -166,33 +177,38 @@ def batches_of(counter):
         return tl.load(counter, mask=tl.program_id(0) == 0, other=0) + 1
 
 
+@triton.jit
+def keep_saved(values, channel, group, saved, L: tl.constexpr):
+    """Write what the backward pass needs, to saved[4, channels].
+
+    Of ghost batches, the first two parts of ``saved`` are as long as there are statistics.
+    """
+    channels, place, known = channel.count, channel.place, channel.known
+    tl.store(saved + group * channels + place, values.mean, mask=known)
+    tl.store(saved + (L.GROUPS + group) * channels + place, values.var, mask=known)
+    first = group * channels + place < channels if L.GROUPS > 1 else known
+    tl.store(saved + 2 * L.GROUPS * channels + place, values.weight, mask=first)
+    tl.store(saved + (2 * L.GROUPS + 1) * channels + place, values.bias, mask=first)
+
+
 #     running = (1 - momentum) * running + momentum * batch,  the variance by n / (n - 1)
 @triton.jit
-def keep_statistics(values, channel, group, saved, running, old, TRAINING: tl.constexpr, L: tl.constexpr):
-    """Write what the backward pass needs, to saved[4, channels], the running statistics, and the number of batches.
-
-    Of ghost batches, the first two parts of ``saved`` are as long as there are statistic.
+def keep_running(mean, var, channel, running, old):
+    """Write the running statistics, and the number of batches.
 
     All threads have read the old ones, and a barrier has passed, before one writes the new ones.
     """
-    channels, place, known = channel.count, channel.place, channel.known
-    if saved is not None:
-        tl.store(saved + group * channels + place, values.mean, mask=known)
-        tl.store(saved + (L.GROUPS + group) * channels + place, values.var, mask=known)
-        first = group * channels + place < channels if L.GROUPS > 1 else known
-        tl.store(saved + 2 * L.GROUPS * channels + place, values.weight, mask=first)
-        tl.store(saved + (2 * L.GROUPS + 1) * channels + place, values.bias, mask=first)
-    if TRAINING:
-        if running.counter is not None:
-            tl.store(running.counter, old.batches, mask=tl.program_id(0) == 0)
-        if running.mean is not None:
-            if running.momentum_at is not None:
-                batch = wide(tl.load(running.momentum_at))
-                store_as(running.mean + place, moved(old.mean, values.mean, batch), known)
-                store_as(running.var + place, moved(old.var, values.var * running.bessel, batch), known)
-            else:
-                store_as(running.mean + place, moved(old.mean, values.mean, running.momentum), known)
-                store_as(running.var + place, moved(old.var, values.var * running.bessel, running.momentum), known)
+    if running.counter is not None:
+        tl.store(running.counter, old.batches, mask=tl.program_id(0) == 0)
+    if running.mean is not None:
+        place, known = channel.place, channel.known
+        if running.momentum_at is not None:
+            batch = wide(tl.load(running.momentum_at))
+            store_as(running.mean + place, moved(old.mean, mean, batch), known)
+            store_as(running.var + place, moved(old.var, var * running.bessel, batch), known)
+        else:
+            store_as(running.mean + place, moved(old.mean, mean, running.momentum), known)
+            store_as(running.var + place, moved(old.var, var * running.bessel, running.momentum), known)
 
 
 @triton.jit
@@ -221,12 +237,16 @@ def write_outputs(
 #     y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
 @triton.jit
 def bn_normalize_kernel(
-    x, residual, y, mask, valid, mean, var, partials, weight, bias, saved, counts, running_mean, running_var, counter,
-    momentum, momentum_at, bessel, eps, parameter, channels, row, jump, magic, power, length, positions, share,
+    x, residual, y, mask, valid, mean, var, partials, table, weight, bias, saved, counts, running_mean, running_var,
+    counter, momentum, momentum_at, bessel, eps, parameter,
+    channels, row, jump, magic, power, length, positions, share,
     VALUE: tl.constexpr, DROP: tl.constexpr, CHUNK: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Outputs, from the end of the tensor to its start, with statistics from ``partials`` or else ``mean``, ``var``."""
+    """Outputs, from the end of the tensor to its start, with statistics from ``partials`` or else ``mean``, ``var``.
+
+    With a ``table``, a launch before this one has merged the statistics and saved them.
+    """
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, False, length is not None)
     blocks = tl.num_programs(1)
     number, group = group_of(tl.num_programs(0) - 1 - tl.program_id(0), L)
@@ -238,26 +258,30 @@ def bn_normalize_kernel(
     own = share_of(block, share, strip, L)
     channel = channels_of(number, channels, L)
     statistic = statistics_of(channel, group, L)
-    TRAINING: tl.constexpr = partials is not None
-    if TRAINING:
-        found = Partials(partials, blocks, share, positions)
-        mean_c, var_c, count = merged_moments(found, statistic, CHUNK, L.RAGGED or valid is not None, L)
+    running = Running(running_mean, running_var, counter, momentum, momentum_at, bessel)
+    if table is not None:
+        affine = load_affine(table, statistic)
         if block == 0:
-            keep_count(counts, count, number, group, L)
+            mean_c, var_c = load_wide(saved, channel, 0.0), load_wide(saved + channels, channel, 1.0)
+            move_running(mean_c, var_c, channel, running)
     else:
-        mean_c = load_once(mean, statistic, L)
-        var_c = load_wide(var, statistic, 1.0)
-    weight_c = load_wide(weight, channel, 1.0)
-    bias_c = load_wide(bias, channel, 0.0)
-    values = PerChannel(mean_c, var_c, weight_c, bias_c)
-    if not TRAINING:
-        values = after(mean_c, values)
-    if block == 0:
-        running = Running(running_mean, running_var, counter, momentum, momentum_at, bessel)
-        old = load_old(running, channel)
-        tl.debug_barrier()
-        keep_statistics(values, channel, group, saved, running, old, TRAINING, L)
-    affine = affine_of(values, eps, COMPUTE)
+        if partials is not None:
+            found = Partials(partials, blocks, share, positions)
+            mean_c, var_c, count = merged_moments(found, statistic, CHUNK, L.RAGGED or valid is not None, L)
+            if block == 0:
+                keep_count(counts, count, number, group, L)
+        else:
+            mean_c = load_once(mean, statistic, L)
+            var_c = load_wide(var, statistic, 1.0)
+        values = PerChannel(mean_c, var_c, load_wide(weight, channel, 1.0), load_wide(bias, channel, 0.0))
+        if partials is None:
+            values = after(mean_c, values)
+        if saved is not None:
+            if block == 0:
+                keep_saved(values, channel, group, saved, L)
+                if partials is not None:
+                    move_running(values.mean, values.var, channel, running)
+        affine = affine_of(values, eps, COMPUTE)
     outputs = Outputs(residual, y, mask)
     tiles = (own.last - own.first + POSITIONS - 1) // POSITIONS
     for back in range(tiles):
@@ -267,6 +291,14 @@ def bn_normalize_kernel(
         if valid is not None:
             tile = masked(tile, strip, L)
         write_outputs(value, outputs, tile, strip, affine, parameter, VALUE, DROP, L)
+
+
+@triton.jit
+def move_running(mean, var, channel, running):
+    """Read the running statistics, and move them towards the batch's."""
+    old = load_old(running, channel)
+    tl.debug_barrier()
+    keep_running(mean, var, channel, running, old)
 
 
 #     mean = sum(x) / n        var = sum((x - mean)**2) / n
@@ -312,7 +344,8 @@ def bn_forward_kernel(
     bias_c = load_wide(bias, channel, 0.0)
     values = PerChannel(mean, var, weight_c, bias_c)
     tl.debug_barrier()
-    keep_statistics(values, channel, 0, saved, running, old, True, L)
+    keep_saved(values, channel, 0, saved, L)
+    keep_running(mean, var, channel, running, old)
     affine = affine_of(values, eps, COMPUTE)
     outputs = Outputs(residual, y, mask)
     for i in tl.static_range(TILES):

@@ -388,6 +388,28 @@ def affine_of(values, eps, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def keep_affine(table, affine, statistic):
+    """Write what an element is computed with to the first three rows of a table of [rows, groups * channels]."""
+    tl.store(table + statistic.place, affine.centre, mask=statistic.known)
+    tl.store(table + statistic.count + statistic.place, affine.scale, mask=statistic.known)
+    tl.store(table + 2 * statistic.count + statistic.place, affine.shift, mask=statistic.known)
+
+
+@triton.jit
+def load_row(table, row: tl.constexpr, statistic):
+    """A row of a table, in COMPUTE."""
+    return tl.load(table + row * statistic.count + statistic.place, mask=statistic.known, other=0.0)
+
+
+@triton.jit
+def load_affine(table, statistic):
+    """What :func:`keep_affine` has written: nothing is left to compute in float64."""
+    return Affine(
+        load_row(table, 0, statistic), load_row(table, 1, statistic), load_row(table, 2, statistic), None, None
+    )
+
+
+@triton.jit
 def pre_activation(value, residual, affine):
     """z, with the same roundings forward and backward."""
     z = tl.fma(value - affine.centre, affine.scale, affine.shift)

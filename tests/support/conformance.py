@@ -155,6 +155,10 @@ TRITON = (
     (80, "split", Case((12, 8, 10, 11), mean=1e18, std=1e18, activation="relu")),
     (80, "split", Case((4, 6, 5, 7), mean=1e-20, std=1e-20, eps=1e-50, activation="relu")),
     (80, None, Case((4, 6, 5), "float16", param_dtype="bfloat16", mode="train_no_stats", affine="weight")),
+    (89, "split", Case((12, 8, 10, 11), mean=1e4, std=1.0, activation="relu", residual=True)),
+    (89, "split", Case((20, 48, 6, 6), "float16", "channels_last", activation="silu", affine="bias")),
+    (89, "split", Case((6, 3, 520), "bfloat16", mask="random", virtual_batch_size=3, activation="relu")),
+    (89, "split", Case((12, 24), "float64", mode="train_no_stats", param_dtype="float32", residual=True)),
     (90, "cluster", Case((70, 40), activation="tanh")),
     (90, "cluster", Case((12, 8, 12, 12), "float16", activation="relu", residual=True)),
     (80, None, FROZEN),
@@ -162,6 +166,8 @@ TRITON = (
     (80, "split", HUGE),
 )
 """Architecture, tier and case: each kernel in each mapping, dtype and kind of activation, and the hard numbers."""
+SLOW_DOUBLES = 89
+"""There a launch of its own merges what the blocks of two launches have found."""
 TRITON_EXTENDED = (
     Case((4, 6, 5, 7), mask="random", activation="silu", residual=True),
     Case((12, 8, 10, 11), "float16", "channels_last", mask="random", virtual_batch_size=4, activation="relu",
@@ -194,7 +200,8 @@ def triton_target(arch: int, tier: str | None) -> Target:
         return EmulatedBackend(request.getfixturevalue("device"), compile_triton, arch, tier=tier)
 
     def launches(backend: Any, case: Case) -> None:
-        assert len(backend.steps) <= (4 if case.virtual_batch_size is case.mask is None else 5) or case.renorm
+        most = 4 if case.virtual_batch_size is case.mask is None else 5
+        assert len(backend.steps) <= most + 2 * (arch == SLOW_DOUBLES) or case.renorm
         assert sum(compiled.spill_bytes for compiled in backend.compiled) == 0
         if tier == "cluster":
             assert max(step.num_ctas for step in backend.steps) > 1
@@ -206,8 +213,10 @@ def triton_cases() -> Iterator[tuple[Target, Selected]]:
     """Choose every third of some cases for the normal run, the others for the long one, and all cases by hand."""
     chosen = {one: SLOW if index % 3 else () for index, one in enumerate(TRITON)}
     chosen |= {(80, None, case): SLOW if index % 3 else () for index, case in enumerate(TRITON_EXTENDED)}
-    for offset, (arch, tier) in enumerate([(80, None), (80, "split"), (90, None), (90, "cluster")]):
-        every = [] if tier == "cluster" else cases()
+    for offset, (arch, tier) in enumerate(
+        [(80, None), (80, "split"), (SLOW_DOUBLES, "split"), (90, None), (90, "cluster")]
+    ):
+        every = [] if tier == "cluster" or arch == SLOW_DOUBLES else cases()
         found = [(case, SLOW if index % 300 == 7 * offset else EXHAUSTIVE) for index, case in enumerate(every)]
         own = [(case, marks) for (*which, case), marks in chosen.items() if which == [arch, tier]]
         yield triton_target(arch, tier), dict([*found, *own]).items()

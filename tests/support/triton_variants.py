@@ -115,7 +115,15 @@ def _holds(kind: str) -> bool:
 
 def variants(group: Group) -> dict[str, Launch]:
     """Return the kernels of a group, by name."""
-    return _variants(group._replace(arch=90 if group.arch >= 90 else 80))  # the backend asks for no more of it
+    return _variants(group._replace(arch=_planned_as(group.arch)))
+
+
+def _planned_as(arch: int) -> int:
+    """Return an architecture with the same plans: all that they ask for is clusters and how fast doubles are."""
+    slow = replace(DEVICES["h100"], arch=arch).slow_doubles
+    if arch >= 90:
+        return 120 if slow else 90
+    return 89 if slow else 80
 
 
 @cache

@@ -32,7 +32,7 @@ from gpu_bn.backends.triton.arguments import (
 from gpu_bn.backends.triton.launch import ClusterError, Launch, Recent, Step, interpreting, launch
 from gpu_bn.backends.triton.plain import PlainCalls
 from gpu_bn.backends.triton.programs import ELSEWHERE, planes
-from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, StepBuilder
+from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, StepBuilder, table_dtype
 from gpu_bn.backends.triton.strides import aligned, dense, is_dense, view_of
 from gpu_bn.backends.triton.sync import SharedStatistics
 from gpu_bn.call import Call
@@ -150,7 +150,7 @@ class TritonBackend(SharedStatistics):
         saved = self.new((2, groups * layout.c), None, torch.float64, x.device)
         counts = None if valid is None else self.new((groups,), None, torch.float64, x.device)
         self.launch(first, (x, valid_bytes, partials))
-        self.launch(merge, (partials, saved, counts))
+        self.launch(merge, (partials, saved, counts, None, None, None, 0.0))
         return Moments(layout.count if counts is None else counts, saved[0], saved[1])
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ class TritonBackend(SharedStatistics):
 
         step = self.prepare(key, make)
         mean, var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
-        tensors = (x, residual, y, None, valid_bytes, mean, var, None, weight, bias, None, None)
+        tensors = (x, residual, y, None, valid_bytes, mean, var, None, None, weight, bias, None, None)
         untracked = (None, None, None, 0.0, None, 1.0)  # no running statistics, counter, momentum
         self.launch(step, (*tensors, *untracked, saved.spec.eps, activation.parameter))
         if y is not out:
@@ -203,7 +203,8 @@ class TritonBackend(SharedStatistics):
         partials = self.partials(plan, call.x, call.groups)
         sums = self.new((2, call.groups * call.view.layout.c), None, torch.float64, call.x.device)
         self.launch(reduce, (*call.tensors, target, None, *call.vectors, partials, *call.numbers))
-        self.launch(merge, (partials, *call.vectors[:2], sums[1], sums[0], saved.spec.eps))
+        written = (None, None, sums[1], sums[0], None)
+        self.launch(merge, (partials, *call.vectors[:2], *written, saved.spec.eps, 0.0, None))
         if dz is not None and target is not dz:
             dz.copy_(target)
         return Sums(sums[0], sums[1])
@@ -216,7 +217,7 @@ class TritonBackend(SharedStatistics):
         dx = self._target(out, call)
         given = (None, None) if sums is None else (sums.dz.contiguous(), sums.dz_xhat.contiguous())
         tail = (*given, None, None, *call.numbers, *divisor_of(saved))
-        self.launch(step, (*call.tensors, None, dx, *call.vectors, None, *tail))
+        self.launch(step, (*call.tensors, None, dx, *call.vectors, None, None, *tail))
         if dx is not out:
             out.copy_(dx)
 
@@ -271,7 +272,7 @@ class TritonBackend(SharedStatistics):
         frozen, tracked = (none, none if extended else pair) if spec.batch_stats else (pair, none)
         steps.run(
             self.launch, (dense_x, residual, y, mask, valid_bytes), (weight, bias, kept, positions),
-            None if steps.stats is None else self.partials(steps.plan, x, groups, valid is not None), frozen, tracked,
+            self._scratch(steps, x, groups, valid is not None), frozen, tracked,
             (counter, number, at, spec.eps, spec.activation.parameter),
         )  # fmt: skip
         mean, var, kept_weight, kept_bias = kept.unbind() if groups == 1 else rows_of_groups(kept, groups)
@@ -316,9 +317,8 @@ class TritonBackend(SharedStatistics):
         dweight = self.new((c,), None, saved.weight_dtype, device) if "dweight" in need else None
         dbias = self.new((c,), None, saved.bias_dtype, device) if "dbias" in need else None
         steps = self.prepare(("backward", call.key), lambda: self.builder.backward(call, need, batch_stats))
-        partials = None if steps.reduce is None else self.partials(steps.plan, x)
-        outputs = (dz, dx), (dweight, dbias)
-        steps.run(self.launch, call.tensors, call.vectors, partials, outputs, call.numbers, divisor_of(saved))
+        outputs, scratch = ((dz, dx), (dweight, dbias)), self._scratch(steps, x)
+        steps.run(self.launch, call.tensors, call.vectors, scratch, outputs, call.numbers, divisor_of(saved))
         return Grads(dx, dweight, dbias, dz)
 
     def _backward_of_groups(self, call: BackwardCall, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
@@ -359,6 +359,14 @@ class TritonBackend(SharedStatistics):
             if view.dense
             else self.empty_like(saved.x)
         )
+
+    def _scratch(
+        self, steps: ForwardSteps | BackwardSteps, x: Array, groups: int = 1, counted: bool = False
+    ) -> tuple[Array | None, Array | None]:
+        """Allocate what the launches of a call leave each other: partial results, and the table of merged ones."""
+        partials = self.partials(steps.plan, x, groups, counted) if steps.has_partials else None
+        rows, channels = steps.rows, groups * steps.plan.tiling.c
+        return partials, self.new((rows, channels), None, table_dtype(x), x.device) if rows else None
 
     def partials(self, plan: LaunchPlan, x: Array, groups: int = 1, counted: bool = False) -> Array:
         return self.new((planes(plan, counted), plan.blocks, groups * plan.tiling.c), None, torch.float64, x.device)

@@ -21,15 +21,17 @@ from gpu_bn.backends.protocol import Grads, Moments, Saved
 from gpu_bn.backends.triton.arguments import backward_call, mask_size, work_of
 from gpu_bn.backends.triton.launch import ClusterError, Recent
 from gpu_bn.backends.triton.programs import planes
-from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps
+from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, table_dtype
 from gpu_bn.backends.triton.strides import view_of
 from gpu_bn.call import Call
-from gpu_bn.plan import VECTOR_BYTES, LaunchPlan
+from gpu_bn.plan import VECTOR_BYTES
 from gpu_bn.spec import MAX_RANK, MIN_RANK, BatchNormSpec
 
 NOTHING = None, None
 """In the place of two running statistics."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Scratch = tuple[Tensor | None, Tensor | None]
+"""Partial results, and the table of merged ones."""
 _form = attrgetter("dtype", "shape", "device", "layout")
 _stride, _address = Tensor.stride, Tensor.data_ptr
 
@@ -44,9 +46,9 @@ class Prepared:
         sizes: bytes of each tensor.
         count: positions of a channel.
         form, stride: of the input.
-        kept, mask, partials, weight, bias: what new tensors are like; they have next to no memory.
+        kept, mask, scratch, weight, bias: what new tensors are like; they have next to no memory.
         has_weight, has_bias, has_residual: which arguments there are.
-        backward: the launches of backward calls and what their partial sums are like, by what is needed.
+        backward: the launches of backward calls and what their scratch is like, by what is needed.
     """
 
     steps: ForwardSteps
@@ -58,13 +60,13 @@ class Prepared:
     stride: tuple[int, ...]
     kept: Tensor
     mask: Tensor | None
-    partials: Tensor | None
+    scratch: Scratch
     weight: Tensor
     bias: Tensor
     has_weight: bool
     has_bias: bool
     has_residual: bool
-    backward: dict[Sequence[bool], tuple[BackwardSteps, Tensor | None]] = field(default_factory=dict)
+    backward: dict[Sequence[bool], tuple[BackwardSteps, Scratch]] = field(default_factory=dict)
 
 
 class Made(NamedTuple):
@@ -132,12 +134,13 @@ class PlainCalls:
         engine, like = self.engine, self.engine.like
         y, kept, steps = like(x), like(prepared.kept), prepared.steps
         mask = None if prepared.mask is None else like(prepared.mask)
-        partials = None if prepared.partials is None else like(prepared.partials)
+        partials, table = prepared.scratch
+        scratch = (None if partials is None else like(partials), None if table is None else like(table))
         frozen, tracked = (NOTHING, (mean, var)) if training else ((mean, var), NOTHING)
         tensors, vectors = (x, residual, y, mask, None), (weight, bias, kept, None)
         rest = counter, momentum, None, eps, activation.parameter
         try:
-            steps.run(engine.launch, tensors, vectors, partials, frozen, tracked, rest)
+            steps.run(engine.launch, tensors, vectors, scratch, frozen, tracked, rest)
         except ClusterError:
             engine.do_without_clusters()
             return None
@@ -155,17 +158,18 @@ class PlainCalls:
         if (x.data_ptr() | dy.data_ptr() | (0 if residual is None else residual.data_ptr())) % VECTOR_BYTES:
             return None
         try:
-            steps, partials = prepared.backward[need]
+            steps, (partials, table) = prepared.backward[need]
         except KeyError:
             found = self._prepare_backward(dy, made.saved(x, residual, mask), need)
-            steps, partials = prepared.backward[need] = found
+            steps, (partials, table) = prepared.backward[need] = found
         engine, like = self.engine, self.engine.like
         dx, dz = like(x) if need[0] else None, like(x) if need[3] else None
         dweight, dbias = like(prepared.weight) if need[1] else None, like(prepared.bias) if need[2] else None
         tensors, outputs = (x, dy, residual, mask, None), ((dz, dx), (dweight, dbias))
-        partials, numbers = None if partials is None else like(partials), (eps, parameter)
+        scratch = (None if partials is None else like(partials), None if table is None else like(table))
+        numbers = (eps, parameter)
         try:
-            steps.run(engine.launch, tensors, made.vectors, partials, outputs, numbers, (1.0 / prepared.count, None))
+            steps.run(engine.launch, tensors, made.vectors, scratch, outputs, numbers, (1.0 / prepared.count, None))
         except ClusterError:
             engine.do_without_clusters()
             return None
@@ -191,17 +195,17 @@ class PlainCalls:
             steps, spec.batch_stats, spec.activation.name, [one.nbytes for one in given], x.numel() // channels,
             _form(x), x.stride(), _blank((4, channels), torch.float64, x.device),
             _blank((bits,), torch.uint8, x.device) if bits else None,
-            None if steps.stats is None else _partials(steps.plan, x),
+            _scratch(steps, x),
             weight, bias, call.weight is not None, call.bias is not None, residual is not None,
         )  # fmt: skip
 
-    def _prepare_backward(self, dy: Tensor, saved: Saved, need: Sequence[bool]) -> tuple[BackwardSteps, Tensor | None]:
+    def _prepare_backward(self, dy: Tensor, saved: Saved, need: Sequence[bool]) -> tuple[BackwardSteps, Scratch]:
         names = frozenset(compress(("dx", "dweight", "dbias", "dresidual"), need))
         call = backward_call(dy, saved, names)
         steps = self.engine.prepare(
             ("plain", call.key), lambda: self.engine.builder.backward(call, names, saved.spec.batch_stats)
         )
-        return steps, None if steps.reduce is None else _partials(steps.plan, call.x)
+        return steps, _scratch(steps, call.x)
 
 
 def _served(given: list[Tensor], prepared: Prepared, counts: bool) -> bool:
@@ -244,5 +248,10 @@ def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return _memory(dtype, device).expand(shape)
 
 
-def _partials(plan: LaunchPlan, x: Tensor) -> Tensor:
-    return _blank((planes(plan), plan.blocks, plan.tiling.c), torch.float64, x.device)
+def _scratch(steps: ForwardSteps | BackwardSteps, x: Tensor) -> Scratch:
+    plan = steps.plan
+    shape = planes(plan), plan.blocks, plan.tiling.c
+    return (
+        _blank(shape, torch.float64, x.device) if steps.has_partials else None,
+        _blank((steps.rows, plan.tiling.c), table_dtype(x), x.device) if steps.rows else None,
+    )

@@ -123,7 +123,9 @@ def training_plan(work: Work, device: Device, tier: str | None) -> LaunchPlan:
     if found.tier != "split":
         return found
     twice = plan_twice(work, device, WITHOUT_COOPERATION, one_pass_plan(work, device))
-    return replace(twice, reason=found.reason)
+    launches = 3 if device.slow_doubles else 2  # see StepBuilder.merges_apart
+    times = replace(twice.times, launches=launches * THRESHOLDS.launch)
+    return replace(twice, launches=launches, times=times, reason=found.reason)
 
 
 def one_pass_plan(work: Work, device: Device) -> LaunchPlan:

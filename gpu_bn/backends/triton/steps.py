@@ -48,6 +48,7 @@ class ForwardSteps:
 
     plan: LaunchPlan
     stats: Step | None
+    merge: Step | None
     last: Step
     bessel: float
     whole: bool = False
@@ -56,25 +57,41 @@ class ForwardSteps:
     @property
     def launches(self) -> list[Step]:
         """The launches that a call makes."""
-        return [step for step in (self.stats, self.last) if step is not None]
+        return [step for step in (self.stats, self.merge, self.last) if step is not None]
+
+    @property
+    def has_partials(self) -> bool:
+        """Whether blocks leave partial results."""
+        return self.stats is not None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table of merged statistics: centre, scale, shift; 0 without one."""
+        return 0 if self.merge is None else 3
 
     def run(
-        self, launch: Launch, tensors: Arrays, vectors: Arrays, partials: Array | None, frozen: Pair, tracked: Pair,
+        self, launch: Launch, tensors: Arrays, vectors: Arrays, scratch: Pair, frozen: Pair, tracked: Pair,
         rest: tuple[Any, ...],
     ) -> None:  # fmt: skip
         """Launch a call.
 
-        ``tensors``: x, residual, y, mask, valid. ``vectors``: weight, bias, what is kept, counts. ``rest``: the
-        counter, the momentum, where that is on the device, eps, the parameter.
+        ``tensors``: x, residual, y, mask, valid. ``vectors``: weight, bias, what is kept, counts. ``scratch``: partial
+        results, and the table of merged ones. ``rest``: the counter, the momentum, where that is on the device, eps,
+        the parameter.
         """
         counter, momentum, momentum_at, eps, parameter = rest
         numbers = (*tracked, counter, momentum, momentum_at, self.bessel, eps, parameter)
         if self.whole:
             launch(self.last, (*tensors[:4], *vectors[:3], *numbers))
             return
+        partials, table = scratch
         if self.stats is not None:
             launch(self.stats, (tensors[0], tensors[4], partials))
-        launch(self.last, (*tensors, *frozen, partials, *vectors, *numbers))
+        if self.merge is not None:
+            weight, bias, kept, counts = vectors
+            launch(self.merge, (partials, kept, counts, table, weight, bias, eps))
+            partials, vectors = None, (None, None, kept, None)
+        launch(self.last, (*tensors, *frozen, partials, table, *vectors, *numbers))
 
 
 @dataclass(slots=True, eq=False)
@@ -91,30 +108,44 @@ class BackwardSteps:
     @property
     def launches(self) -> list[Step]:
         """The launches that a call makes."""
-        return [step for step in (self.whole, self.reduce, self.last, self.merge) if step is not None]
+        return [step for step in (self.whole, self.reduce, self.merge, self.last) if step is not None]
+
+    @property
+    def has_partials(self) -> bool:
+        """Whether blocks leave partial sums."""
+        return self.reduce is not None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table of merged sums: centre, scale, shift, slope, offset; 0 without one."""
+        return 0 if self.merge is None or self.last is None else 5
 
     def run(
-        self, launch: Launch, tensors: Arrays, vectors: Arrays, partials: Array | None, outputs: tuple[Pair, Pair],
+        self, launch: Launch, tensors: Arrays, vectors: Arrays, scratch: Pair, outputs: tuple[Pair, Pair],
         numbers: tuple[float, float], divisor: tuple[float, Array | None],
     ) -> None:  # fmt: skip
         """Launch a call.
 
-        ``tensors``: x, dy, residual, mask, valid. ``vectors``: mean, var, weight, bias. ``outputs``: dz and dx,
-        dweight and dbias.
+        ``tensors``: x, dy, residual, mask, valid. ``vectors``: mean, var, weight, bias. ``scratch``: partial sums, and
+        the table of merged ones. ``outputs``: dz and dx, dweight and dbias.
         """
+        partials, table = scratch
         written, gradients = outputs
         if self.whole:
             launch(self.whole, (*tensors[:4], *written, *vectors, *gradients, *numbers, divisor[0]))
             return
         if self.reduce is not None:
-            on_the_way = (None, None) if self.merge is None else written
+            on_the_way = written if self.last is None else (None, None)
             launch(self.reduce, (*tensors, *on_the_way, *vectors, partials, *numbers))
         if self.merge is not None:
-            launch(self.merge, (partials, *vectors[:2], *gradients, numbers[0]))
-        elif self.last is not None:
+            parameters = (None, None) if table is None else vectors[2:]
+            launch(self.merge, (partials, *vectors[:2], *parameters, *gradients, table, numbers[0], *divisor))
+            vectors, partials, gradients, divisor = (None,) * 4, None, (None, None), (0.0, None)
+        if self.last is not None:
             launch(
-                self.last, (*tensors, *written, *vectors, partials, None, None, *gradients, *numbers, *divisor)
-            )  # fmt: skip
+                self.last,
+                (*tensors, *written, *vectors, partials, table, None, None, *gradients, *numbers, *divisor),
+            )
 
 
 class Programs(NamedTuple):
@@ -163,12 +194,13 @@ class StepBuilder:
         constants = (act.value, act.drop if work.sign_bits else None)
         if not spec.batch_stats:
             plan = self.plan_once(work, x)
-            return ForwardSteps(plan, None, self.normalize(plan, x, alignment, constants), bessel)
+            return ForwardSteps(plan, None, None, self.normalize(plan, x, alignment, constants), bessel)
         plan = self.plan_once(work, x) if extended else self.plan(work, x)
         if plan.tier == "split":
             return ForwardSteps(
                 plan,
                 self.stats(plan, x, alignment, groups),
+                self._merge_moments(plan, x, groups) if self.merges_apart(x) else None,
                 self.normalize(plan, x, alignment, constants, groups),
                 bessel,
             )
@@ -179,7 +211,7 @@ class StepBuilder:
             (*geometry.tail, geometry.positions, *constants, tiles, positions, *strip(plan), self._is_wide(geometry),
              compute_dtype(x), may_overflow(x)), Programs(alignment, warps, plan.blocks),
         )  # fmt: skip
-        return ForwardSteps(plan, None, step, bessel, whole=True)
+        return ForwardSteps(plan, None, None, step, bessel, whole=True)
 
     def stats(self, plan: LaunchPlan, x: Array, alignment: int, groups: int) -> Step:
         """Make the first of two launches: statistics of each block's part of a channel."""
@@ -196,7 +228,7 @@ class StepBuilder:
     def normalize(
         self, plan: LaunchPlan, x: Array, alignment: int, constants: tuple[Any, Any], groups: int = 1
     ) -> Step:
-        """Make the second launch: it merges the statistics, and normalises."""
+        """Make the last launch: it normalises, and merges the statistics if no launch has."""
         geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x)
         tail = (*geometry.tail, geometry.positions, plan.share, *constants, chunk(plan, warps), positions, *strip(plan),
                 self._is_wide(geometry), compute_dtype(x), groups)  # fmt: skip
@@ -216,18 +248,15 @@ class StepBuilder:
             if plan.tier != "split":
                 return BackwardSteps(plan, None, None, None, self._held(plan, call))
             if wants_dx:
-                return BackwardSteps(plan, self._reduce(plan, call), self.input(plan, call), None)
+                merge = self._merge_sums(plan, call) if self.merges_apart(call.x) else None
+                return BackwardSteps(plan, self._reduce(plan, call), self.input(plan, call), merge)
         plan, reduce, merge = self.reduce_and_merge(call, (wants_dz, wants_dx))
         return BackwardSteps(plan, reduce, None, merge)
 
     def stats_and_merge(self, work: Work, x: Array, groups: int) -> tuple[LaunchPlan, Step, Step]:
         """The plan of the statistics alone, and its two launches."""
         plan = self.plan_once(work, x)
-        tail = (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, chunk(plan, WARPS), *strip(plan), groups,
-                plan.tiling.ragged)  # fmt: skip
-        grid = (groups * plan.tiling.strips, 1)
-        merge = self._step(forward_kernels.bn_merge_moments_kernel, plan, x, grid, tail, groups=groups)
-        return plan, self.stats(plan, x, work.alignment, groups), merge
+        return plan, self.stats(plan, x, work.alignment, groups), self._merge_moments(plan, x, groups)
 
     def reduce_and_merge(
         self, call: BackwardCall, outputs: tuple[bool, bool], apart: bool = True
@@ -237,10 +266,26 @@ class StepBuilder:
         ``outputs``: whether dz and dx are written on the way; ``apart``: in the place of no tensor that is read.
         """
         plan = self.plan_once(call.work(sum(outputs), apart), call.x)
+        return plan, self._reduce(plan, call, all(outputs)), self._merge_sums(plan, call)
+
+    def merges_apart(self, x: Array) -> bool:
+        """Tell whether a launch of its own merges what blocks have found, once for each strip.
+
+        Else every program of the last launch does, in all of its warps. That saves a launch, where double precision is
+        fast; where it is slow, it takes longer than one.
+        """
+        return self._device_of(x).slow_doubles
+
+    def _merge_moments(self, plan: LaunchPlan, x: Array, groups: int) -> Step:
+        tail = (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, chunk(plan, WARPS), *strip(plan),
+                compute_dtype(x), groups, plan.tiling.ragged)  # fmt: skip
+        grid = (groups * plan.tiling.strips, 1)
+        return self._step(forward_kernels.bn_merge_moments_kernel, plan, x, grid, tail, groups=groups)
+
+    def _merge_sums(self, plan: LaunchPlan, call: BackwardCall) -> Step:
         tail = (plan.tiling.c, plan.blocks, chunk(plan, WARPS), *strip(plan), compute_dtype(call.x), call.groups)
         grid = (call.groups * plan.tiling.strips, 1)
-        merge = self._step(backward_kernels.bn_merge_sums_kernel, plan, call.x, grid, tail, groups=call.groups)
-        return plan, self._reduce(plan, call, all(outputs)), merge
+        return self._step(backward_kernels.bn_merge_sums_kernel, plan, call.x, grid, tail, groups=call.groups)
 
     def _reduce(self, plan: LaunchPlan, call: BackwardCall, writes_both: bool = False) -> Step:
         masked_groups = call.groups > 1 and call.tensors[-1] is not None
@@ -308,6 +353,11 @@ class StepBuilder:
 def compute_dtype(x: Array) -> Any:
     """Return the dtype that kernels compute in."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def table_dtype(x: Array) -> torch.dtype:
+    """Return the dtype of a table of merged results, in which kernels compute."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def may_overflow(x: Array) -> bool:

@@ -10,14 +10,13 @@ from dataclasses import replace
 
 import pytest
 import triton_budget
-from emulator.compile import ARCHITECTURES
 from support.machine_code import tool
 
 pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 import triton.language as tl
-from triton_budget import BUDGETS, launches, measured
+from triton_budget import BUDGETS, architectures, launches, measured
 
 COMPILES = [
     pytest.mark.compile,
@@ -34,13 +33,13 @@ def compiled(call, kernel, arch):
     return pytest.param(call, kernel, arch, marks=[*COMPILES, *marks])
 
 
-EVERY = [compiled(*which, arch) for which in BUDGETS for arch in ARCHITECTURES]
+EVERY = [compiled(*which, arch) for which in BUDGETS for arch in architectures(which[1])]
 
 
 @pytest.mark.usefixtures("compile_triton")
 @pytest.mark.parametrize(("call", "kernel", "arch"), EVERY)
 def test_budget(call, kernel, arch):
-    found = measured(arch, *launches(call)[kernel])
+    found = measured(arch, *launches(call, arch)[kernel])
     assert not BUDGETS[call, kernel].over(found)
     if triton_budget.recorded_of() != triton_budget.stamp():
         pytest.skip("within the budget; the record is of other sources: python tests/triton_budget.py")
@@ -49,7 +48,7 @@ def test_budget(call, kernel, arch):
 
 def test_the_record_is_within_the_budget_on_every_architecture():
     rows = triton_budget.recorded_rows()
-    assert set(rows) == {(*which, arch) for which in BUDGETS for arch in ARCHITECTURES}
+    assert set(rows) == {(*which, arch) for which in BUDGETS for arch in architectures(which[1])}
     for (*which, arch), found in rows.items():
         assert not BUDGETS[tuple(which)].over(found), (which, arch)
 
@@ -58,7 +57,7 @@ def test_the_budget_has_little_to_spare():
     """A twentieth of instructions, or what rounding makes of it; nothing of what there has to be."""
     rows = triton_budget.recorded_rows()
     for which, budget in BUDGETS.items():
-        found = [rows[(*which, arch)] for arch in ARCHITECTURES]
+        found = [rows[(*which, arch)] for arch in architectures(which[1])]
         assert budget.instructions <= 1.06 * max(one.instructions for one in found) + 1
         assert budget.double <= 1.06 * max(one.double for one in found) + 1
         assert budget.in_flight == min(one.in_flight for one in found)
@@ -83,6 +82,6 @@ SLOW = {
 @pytest.mark.one_in(2)
 def test_a_planted_slow_kernel_is_noticed(name):
     call, kernel, changed, constants, says = SLOW[name]
-    step, special = launches(call)[kernel]
+    step, special = launches(call, 90)[kernel]
     slow = replace(special, constants=special.constants | constants, **changed)
     assert any(says in why for why in BUDGETS[call, kernel].over(measured(90, step, slow)))

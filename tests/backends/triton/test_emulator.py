@@ -196,6 +196,42 @@ def test_the_result_does_not_depend_on_the_schedule(tier, arch, compile_triton):
     require_same_results(results, seeds=range(2))
 
 
+APART = {
+    "rows": ("rows", torch.float16, {}),
+    "channels-last": ("channels-last", torch.float16, {}),
+    "a mask": ("rows", torch.float32, {"mask": True}),
+    "ghost batches": ("channels-last", torch.float16, {"mask": True, "virtual_batch_size": 16}),
+    "float64": ("rows", torch.float64, {}),
+    "one output": ("channels-last", torch.bfloat16, {"need": {"dx"}}),
+}
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_a_launch_that_merges_gives_the_bits_of_programs_that_do(kind, compile_triton):
+    """Where double precision is slow, one program of a strip merges what blocks have found, and not all of the next."""
+    mapping, dtype, options = APART[kind]
+    shape, channels_last = SHAPES[mapping]
+    x, dy, residual, vectors = tensors(shape, dtype, channels_last)
+    options, need = dict(options), options.get("need")
+    options.pop("need", None)
+    if options.get("mask"):
+        options["mask"] = torch.rand(shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(1)) < 0.7
+    results = []
+    for arch in (80, 89):
+        planned = replace(DEVICES["a100"], sms=4, arch=arch)
+        backend = EmulatedBackend(Device(), compile_triton, 80, planned, tier="split")
+        given = [v.clone() for v in vectors]
+        y, saved = gpu_bn.batch_norm_forward(
+            x, *given, training=True, activation="relu", residual=residual, backend=backend, **options
+        )
+        grads = gpu_bn.batch_norm_backward(dy, saved, need=need, backend=backend)
+        results.append([t for t in (y, saved.mean, saved.moments.var, *given, *grads) if t is not None])
+        merges = [step.kernel.__name__ for step in backend.steps if "merge" in step.kernel.__name__]
+        if "virtual_batch_size" not in options:
+            assert merges == (["bn_merge_moments_kernel", "bn_merge_sums_kernel"] if arch == 89 else [])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("mapping", SHAPES)
 @pytest.mark.parametrize("tier", ["split", pytest.param("cta", marks=pytest.mark.slow)])
 @pytest.mark.one_in(2)

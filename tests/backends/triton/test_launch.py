@@ -46,7 +46,13 @@ def nothing_loaded(monkeypatch):
 
 @pytest.fixture
 def step():
-    return Step(bn_merge_moments_kernel, (3, 1), (5, 7, 2, 4, 4, 1, 1, False, 1, False), num_warps=2, device=1)
+    tail = (5, 7, 2, 4, 4, 1, 1, False, triton.language.float32, 1, False)
+    return Step(bn_merge_moments_kernel, (3, 1), tail, num_warps=2, device=1)
+
+
+PARTIALS, SAVED = torch.zeros(2, 4, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64)
+NO_TABLE = None, None, None, 0.0
+"""No table, weight, bias; eps."""
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ def test_a_step_is_compiled_once_and_launched_on_its_device_and_the_current_stre
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    args = (torch.zeros(2, 4, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64), None)
+    args = (PARTIALS, SAVED, None, *NO_TABLE)
     for _ in range(2):
         triton_launch.launch(step, args)
     ((kernel, signature, constants, _), target, options, compiled) = compilations.pop()
@@ -91,10 +97,14 @@ def test_a_step_is_compiled_once_and_launched_on_its_device_and_the_current_stre
     assert signature["positions"] == "i32"
     assert constants == {
         "counts": None,
+        "table": None,
+        "weight": None,
+        "bias": None,
         "CHUNK": 4,
         "LANES": 1,
         "VEC": 1,
         "COLUMNS": False,
+        "COMPUTE": triton.language.float32,
         "GROUPS": 1,
         "RAGGED": False,
     }
@@ -163,7 +173,7 @@ def test_a_kernel_that_needs_scratch_memory_is_launched_by_triton(monkeypatch):
 
 def test_absent_arguments_are_constants_and_whole_numbers_widen(step):
     step.wide = True
-    special = Specialisation.of(step, (None, torch.zeros(2, 5, dtype=torch.float64), None))
+    special = Specialisation.of(step, (None, SAVED, None, *NO_TABLE))
     assert special.constants["partials"] is None
     assert special.signature["partials"] == "constexpr"
     assert special.signature["positions"] == "i64"
@@ -173,7 +183,7 @@ def test_what_is_aligned_is_told_by_the_place_of_its_parameter(step, compilation
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     step.aligned = frozenset({"saved", "counts"})
-    triton_launch.launch(step, (None, torch.zeros(2, 5, dtype=torch.float64), None))
+    triton_launch.launch(step, (None, SAVED, None, *NO_TABLE))
     (((_, signature, _, hints), *_),) = compilations
     assert list(signature)[:3] == ["partials", "saved", "counts"]
     assert hints == {(1,): [["tt.divisibility", 16]]}
@@ -223,7 +233,7 @@ def test_what_spills_is_compiled_again_with_registers_that_cost_no_block(
     monkeypatch.setattr(Compiled, "spills", 4)
     monkeypatch.setattr(Compiled, "n_regs", registers)
     step.num_warps = warps
-    args = (torch.zeros(2, 4, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64), None)
+    args = (PARTIALS, SAVED, None, *NO_TABLE)
     triton_launch.launch(step, args)
     *spilled, (*_, options, kept) = compilations
     assert len(kept.launches) == 1
@@ -261,7 +271,7 @@ def test_a_failed_launch_in_a_cluster_is_a_cluster_error(step, compilations, mon
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
 
     monkeypatch.setattr(triton_launch.triton, "compile", Mock(side_effect=ValueError("PassManager::run failed")))
-    args = (torch.zeros(2, 4, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64), None)
+    args = (PARTIALS, SAVED, None, *NO_TABLE)
     with pytest.raises(ValueError, match="PassManager"):
         triton_launch.launch(step, args)
     step.num_ctas = 2

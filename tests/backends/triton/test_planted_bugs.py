@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def mutated(bug: Bug, folder: Path, monkeypatch) -> None:
 
 
 def trial(bug: Bug, compile_triton) -> None:
-    check(bug.case, EmulatedBackend(Device(), compile_triton, 80, DEVICES["a100"], tier=bug.tier))
+    planned = replace(DEVICES["a100"], arch=bug.arch)
+    check(bug.case, EmulatedBackend(Device(), compile_triton, 80, planned, tier=bug.tier))
 
 
 @pytest.mark.parametrize(
