@@ -1,4 +1,4 @@
-"""The backward pass: sums and the input's gradient in two launches, or in one that keeps a channel in registers."""
+"""The backward pass: sums and the gradient of x in two launches, or three, or in one that holds a channel."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""The forward pass: statistics and outputs in two launches, or in one that keeps a channel in registers."""
+"""The forward pass: statistics and outputs in two launches, or three, or in one that holds a channel."""
 
 from typing import Any, NamedTuple
 
