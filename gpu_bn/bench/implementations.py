@@ -94,8 +94,7 @@ def on_gpu(name: str, kind: str) -> Build:
 
     def make_backend(tier: str | None, on_plan: OnPlan | None) -> Any:
         registry.load(name)  # raises if something is missing, and says what
-        module = import_module(f"gpu_bn.backends.{name}.backend")
-        return getattr(module, kind)(tier=tier, on_plan=on_plan)
+        return getattr(import_module(f"gpu_bn.backends.{name}.backend"), kind)(tier=tier, on_plan=on_plan)
 
     return ours(make_backend)
 
@@ -281,9 +280,7 @@ class _Graph:
         return results
 
 
-@cache
-def _cudnn_handle(cudnn: Any) -> Any:
-    return cudnn.create_handle()
+_cudnn_handle = cache(lambda cudnn: cudnn.create_handle())
 
 
 def _add_forward(graph: _Graph, operation: Operation, p: Problem) -> tuple[Array, ...]:
@@ -354,9 +351,8 @@ def by_name(name: str) -> Implementation:
 def choose(device: str, names: list[str] | None, torch_sees_it: bool = True) -> tuple[list[Implementation], list[str]]:
     """Choose the implementations of a device: ours, and the peers of these names (``None``: the default ones).
 
-    Returns:
-        The implementations, and a line for each that cannot run here. If torch does not see the GPU, none that needs it
-        can: torch would run it on the CPU.
+    Return them, and a line for each that cannot run here. If torch does not see the GPU, none that needs it can: torch
+    would run it on the CPU.
 
     Raises:
         ValueError: a name is not that of a peer.

@@ -72,15 +72,16 @@ class Report:
         return [*tables, refusals([*self.results, *self.forced]), *self.texts]
 
     def write(self, path: Path) -> None:
-        """Write the report as JSON; what is modelled or judged names its case."""
+        """Write the report as JSON."""
         found = {
             "schema": SCHEMA, "command": self.command, "machine": self.machine,
-            "measured": [result.as_json() for result in self.results], "model": list(map(vars, self.modelled)),
+            "measured": [result.as_json() for result in self.results],
+            "model": [{**vars(row), "case": str(row.case)} for row in self.modelled],
             "left_out": self.left_out, "failed": self.failed, "warnings": self.warnings,
             "raced": [result.as_json() for result in self.forced], **self.extra,
         }  # fmt: skip
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1, allow_nan=False, default=str) + "\n")
+        part.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         part.replace(path)  # only a whole report takes the place of an earlier one
 
     def show(self) -> None:

@@ -176,10 +176,7 @@ def use_threads(threads: int | None) -> Iterator[None]:
 
 
 def bench(options: Namespace) -> bool:
-    """Run the benchmark, print and write the report.
-
-    Returns:
-        Whether all results of ours were right.
+    """Run the benchmark, print and write the report; return whether all results of ours were right.
 
     Raises:
         CommandError: it cannot run here.

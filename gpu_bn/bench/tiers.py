@@ -83,8 +83,8 @@ def crossovers(
     best, decided = fit(fitted, device)
     found = ranges(times)
     kept = {
-        "tiers": list(map(vars, times)), "ranges": [each._asdict() for each in found], "thresholds": asdict(best),
-        "decided": decided,
+        "tiers": [{**vars(row), "case": str(row.case)} for row in times],
+        "ranges": [each._asdict() for each in found], "thresholds": asdict(best), "decided": decided,
     }  # fmt: skip
     return [times_table(times), ranges_table(found), thresholds_text(fitted, device, best, decided)], kept
 
@@ -93,8 +93,7 @@ def crossovers(
 def fit(times: Sequence[TierTimes], device: Device) -> tuple[Thresholds, dict[str, list[float]]]:
     """Fit thresholds: from the present ones, make the one change that gains most, as long as one gains.
 
-    Returns:
-        The best thresholds; and of those for which some value is worse, the other values that are as good.
+    Return the best; and of each threshold for which some value is worse, the other values that are as good.
     """
     best, least = THRESHOLDS, mean_slowdown(times, device, THRESHOLDS)
     while True:

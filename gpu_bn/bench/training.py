@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,8 +31,6 @@ LAUNCH_NOTHING = {
     "detach", "alias", "to", "expand", "permute",
 }  # fmt: skip
 """Operations that only make or look at tensors. A conversion that is one is seen as what it calls."""
-
-
 SIZES = {"cpu": (8, 64), "cuda": (128, 224)}
 """Images in a batch, and their sides in pixels."""
 
@@ -129,8 +124,7 @@ def check(
 ) -> tuple[dict[str, TimedCall], dict[str, int], dict[str, str]]:
     """Compare the first gradient of each variant with that of ``model``; the first variant has torch's layers.
 
-    Returns:
-        The training steps of those that agree, the memory that each takes, and why the others are refused.
+    Return the training steps of those that agree, the memory that each takes, and why the others are refused.
     """
     steps, peaks, refused = {}, {}, {}
     _, expected = prepare(copy.deepcopy(model), images, labels, autocast=False)
@@ -215,11 +209,8 @@ def peak_bytes(call: TimedCall, kind: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        _profiled(call, profile_memory=True).export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    events = _profiled(call, profile_memory=True).profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(accumulate(nbytes for _, nbytes in changes), default=0)
 
 

@@ -29,8 +29,6 @@ BYTES_SHARE, BYTES_MORE = 0.1, 256 << 10
 COUNTED = 12
 """How many cases have their bytes counted, each in a process of its own."""
 METRICS = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum"}
-
-
 Bytes = dict[str, int]
 """Bytes ``read`` from the memory and ``written`` to it."""
 
@@ -49,25 +47,14 @@ class Verdict(NamedTuple):
     refuted: str
 
 
-class CountingError(Exception):
-    """Bytes cannot be counted here; the message says why."""
-
-
 def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> tuple[Table, list[Any]]:
-    """Compare the predictions for results on a GPU with a cache of ``l2_bytes``.
-
-    Returns:
-        The table, and what goes into the JSON.
-    """
+    """Compare predictions with results of a GPU with a cache of ``l2_bytes``; return the table and the JSON's rows."""
     planned = [result for result in results if result.plan is not None and result.best is not None]
     reason, verdicts = "", []
     for index, result in enumerate(planned):
-        counted = None
-        if not reason and index < COUNTED:
-            try:
-                counted = count(result)
-            except CountingError as error:
-                reason = f"DRAM bytes were not counted: {error}"
+        counted = None if reason or index >= COUNTED else count(result)
+        if isinstance(counted, str):
+            reason, counted = f"DRAM bytes were not counted: {counted}", None
         verdicts.append(verdict(result, copy_bandwidth, l2_bytes, counted))
     limits = f"the first {COUNTED} cases" if len(planned) > COUNTED else "all cases"
     note = reason or f"DRAM bytes were counted by ncu, of {limits}."
@@ -98,27 +85,22 @@ def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes
     return Verdict(str(result.case), result.by, predicted, expected, counted, "; ".join(refuted))
 
 
-def count(result: Result) -> Bytes:
-    """Count the bytes that a call reads from the memory and writes to it, by the profiler ncu.
-
-    Raises:
-        CountingError: ncu is missing, or may not count.
-    """
+def count(result: Result) -> Bytes | str:
+    """Count the bytes that a call reads from the memory and writes to it, by the profiler ncu; or say why not."""
     case = result.case
     arguments = ["x".join(map(str, case.shape)), case.short_dtype, case.layout, str(case.operation), result.by]
     command = ["ncu", "--profile-from-start", "off", "--cache-control", "none", "--metrics", ",".join(METRICS.values()),
                "--csv", "--print-units", "base", sys.executable, "-m", "gpu_bn.bench.verify", *arguments]  # fmt: skip
-    environment = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False, timeout=600, env=environment
-        )
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=600,
+            env={**os.environ, "LC_ALL": "C"},
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CountingError(f"ncu cannot be run ({type(error).__name__}).") from None
+        return f"ncu cannot be run ({type(error).__name__})."
     if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
-        raise CountingError("the driver does not permit it (ERR_NVGPUCTRPERM).")
-    rows = list(csv.DictReader(line for line in done.stdout.splitlines() if line.startswith('"')))
-    counted = {}
+        return "the driver does not permit it (ERR_NVGPUCTRPERM)."
+    rows, counted = list(csv.DictReader(line for line in done.stdout.splitlines() if line.startswith('"'))), {}
     try:
         for what, metric in METRICS.items():
             values = [float(row["Metric Value"].replace(",", "")) for row in rows if row.get("Metric Name") == metric]
@@ -126,7 +108,7 @@ def count(result: Result) -> Bytes:
         return counted
     except (ValueError, AttributeError):  # n/a, nothing, or a row that is cut off
         output = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise CountingError(f"ncu counted nothing ({output[-1]})") from None
+        return f"ncu counted nothing ({output[-1]})"
 
 
 def verdicts_table(results: Sequence[Result], verdicts: Sequence[Verdict], note: str) -> Table:

@@ -14,9 +14,9 @@ from gpu_bn import plan
 from gpu_bn.bench import cases, implementations, measurement, model, timing
 from gpu_bn.cli import main
 
-CUPY = next(
-    implementation for implementation in implementations.IMPLEMENTATIONS if implementation.name == "gpu_bn cupy"
-)
+CUPY = implementations.by_name("gpu_bn cupy")
+LINE = ["bench", "--seconds", "0", "--dtype", "f32", "--layout", "nchw", "--shapes"]
+SMALL = [*LINE, "4x4x64,2x4x64", "--ops", "forward"]
 
 
 @pytest.fixture
@@ -33,9 +33,8 @@ def emulated(make_gpu, monkeypatch):
 
 @pytest.mark.compile
 def test_the_report_of_a_gpu(emulated, capsys, tmp_path):
-    line = ["bench", "--seconds", "0", "--shapes", "4x4x64", "--dtype", "f32", "--layout", "nchw"]
     page = tmp_path / "page.md"
-    line += ["--ops", "forward,backward+add+relu,eval", "--tiers", "all", "--verify-model"]
+    line = [*LINE, "4x4x64", "--ops", "forward,backward+add+relu,eval", "--tiers", "all", "--verify-model"]
     assert main([*line, "--out", str(tmp_path), "--page", str(page)]) == 0
     out = capsys.readouterr().out
     assert "cold" in out
@@ -71,24 +70,8 @@ def test_the_report_of_a_gpu(emulated, capsys, tmp_path):
 @pytest.mark.compile
 def test_a_kernel_that_is_wrong_is_not_timed(emulated, capsys, tmp_path):
     emulated.edit_source = lambda source: source.replace("slope = rstd * weight", "slope = rstd * weight * 1.001")
-    line = ["bench", "--seconds", "0", "--shapes", "4x4x64", "--dtype", "f32", "--layout", "nchw", "--ops", "forward"]
-    assert main([*line, "--out", str(tmp_path)]) == 1
+    assert main([*LINE, "4x4x64", "--ops", "forward", "--out", str(tmp_path)]) == 1
     assert "NOT TIMED 4x4x64 f32 nchw forward by gpu_bn cupy: wrong: y[" in capsys.readouterr().out
-
-
-SMALL = [
-    "bench",
-    "--seconds",
-    "0",
-    "--shapes",
-    "4x4x64,2x4x64",
-    "--dtype",
-    "f32",
-    "--layout",
-    "nchw",
-    "--ops",
-    "forward",
-]
 
 
 def test_a_gpu_that_is_lost_ends_the_run_and_leaves_a_report(emulated, monkeypatch, capsys, tmp_path):
@@ -183,7 +166,7 @@ def test_a_backend_reports_the_plan_of_each_call(make_gpu):
 
 IN_THE_INTERPRETER = """
 from gpu_bn.bench import cases, implementations, measurement, timing
-triton = next(s for s in implementations.IMPLEMENTATIONS if s.name == "gpu_bn triton")
+triton = implementations.by_name("gpu_bn triton")
 found = cases.select(["4x6x5x7"], ["f16"], ["nhwc"], ["forward+add+relu", "backward+add+relu", "eval"])
 for case in found:
     tensors = measurement.Tensors(case)

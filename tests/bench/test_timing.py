@@ -88,46 +88,76 @@ PROPERTIES = {
 }  # fmt: skip
 
 
+class Event:
+    """What torch's and CuPy's events have in common, on a device whose clock goes on with each thing that is done."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def record(self):
+        self.at = self.clock.record()
+
+    def query(self):
+        return self.clock.done(self.at)
+
+    done = property(query)
+
+    def elapsed_time(self, end):
+        return 1e3 * self.clock.elapsed(self.at, end.at)
+
+
+class Tensor:
+    """An array of either library, of which only the size matters."""
+
+    def __init__(self, clock, size):
+        self.clock, self.size = clock, size
+
+    def sum(self):
+        self.clock.flush()
+
+    def copy_(self, _):
+        self.clock.call()
+
+
 def fake_torch(clock):
-    """The part of torch that the benchmark uses, on a device whose clock goes on with each thing that is done."""
+    """The part of torch that the benchmark uses."""
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = clock.record()
-
-        def query(self):
-            return clock.done(self.at)
-
-        def elapsed_time(self, end):
-            return 1e3 * clock.elapsed(self.at, end.at)
-
-    class Tensor:
-        def __init__(self, size):
-            self.size = size
-
-        def sum(self):
-            clock.flush()
-
-        def numel(self):
-            return self.size
-
-        def copy_(self, _):
-            clock.call()
-
-    cuda = types.SimpleNamespace(
-        is_available=lambda: True, current_device=lambda: 0, Event=Event, _sleep=clock.wait,
-        get_device_properties=lambda _: types.SimpleNamespace(**PROPERTIES), synchronize=clock.synchronize,
-        mem_get_info=lambda: (8 << 10, 16 << 10), empty_cache=lambda: clock.done_things.append("free"),
-    )  # fmt: skip
+    def event(enable_timing):
+        assert enable_timing
+        return Event(clock)
 
     def ones(size, device, **_):
         assert device == "cuda"
-        return Tensor(size)
+        return Tensor(clock, size)
 
-    return types.SimpleNamespace(cuda=cuda, ones=ones, empty_like=lambda t: Tensor(t.size), uint8="uint8")
+    cuda = types.SimpleNamespace(
+        is_available=lambda: True, current_device=lambda: 0, Event=event, _sleep=clock.wait,
+        get_device_properties=lambda _: types.SimpleNamespace(**PROPERTIES), synchronize=clock.synchronize,
+        mem_get_info=lambda: (8 << 10, 16 << 10), empty_cache=lambda: clock.done_things.append("free"),
+    )  # fmt: skip
+    return types.SimpleNamespace(cuda=cuda, ones=ones, empty_like=lambda t: Tensor(clock, t.size), uint8="uint8")
+
+
+def fake_cupy(clock):
+    """The same of CuPy."""
+    properties = {
+        "name": b"GPU X", "major": 9, "minor": 0, "multiProcessorCount": 6, "sharedMemPerMultiprocessor": 228 << 10,
+        "sharedMemPerBlockOptin": 227 << 10, "l2CacheSize": 1 << 12,
+    }  # fmt: skip
+    runtime = types.SimpleNamespace(
+        getDevice=lambda: 0, getDeviceProperties=lambda _: properties, deviceSynchronize=clock.synchronize,
+        deviceGetPCIBusId=lambda _: "0000:07:00.0", memGetInfo=lambda: (8 << 10, 16 << 10),
+    )  # fmt: skip
+    cuda = types.SimpleNamespace(
+        is_available=lambda: True, runtime=runtime, Event=lambda: Event(clock),
+        get_elapsed_time=lambda start, end: start.elapsed_time(end),
+    )  # fmt: skip
+    pool = types.SimpleNamespace(free_all_blocks=lambda: clock.done_things.append("free"))
+    return types.SimpleNamespace(
+        cuda=cuda, ones=lambda size, _: Tensor(clock, size), empty_like=lambda t: Tensor(clock, t.size),
+        copyto=lambda *_: clock.call(), RawKernel=lambda *_: lambda *launch: clock.wait(int(launch[2][0])),
+        get_default_memory_pool=lambda: pool,
+    )  # fmt: skip
 
 
 def test_the_gpu_through_torch(monkeypatch):
@@ -145,45 +175,6 @@ def test_the_gpu_through_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(clock))
     gpu.free()
     assert clock.done_things[-2:] == ["free", "free"]  # torch's memory and CuPy's
-
-
-def fake_cupy(clock):
-    """The same of CuPy."""
-
-    class Event:
-        def record(self):
-            self.at = clock.record()
-
-        @property
-        def done(self):
-            return clock.done(self.at)
-
-    class Tensor:
-        def __init__(self, size, _=None):
-            self.size = size
-
-        def sum(self):
-            clock.flush()
-
-    properties = {
-        "name": b"GPU X", "major": 9, "minor": 0, "multiProcessorCount": 6, "sharedMemPerMultiprocessor": 228 << 10,
-        "sharedMemPerBlockOptin": 227 << 10, "l2CacheSize": 1 << 12,
-    }  # fmt: skip
-    runtime = types.SimpleNamespace(
-        getDevice=lambda: 0, getDeviceProperties=lambda _: properties, deviceSynchronize=clock.synchronize,
-        deviceGetPCIBusId=lambda _: "0000:07:00.0",
-        memGetInfo=lambda: (8 << 10, 16 << 10),
-    )  # fmt: skip
-    cuda = types.SimpleNamespace(
-        is_available=lambda: True, runtime=runtime, Event=Event,
-        get_elapsed_time=lambda start, end: 1e3 * clock.elapsed(start.at, end.at),
-    )  # fmt: skip
-    pool = types.SimpleNamespace(free_all_blocks=lambda: clock.done_things.append("free"))
-    return types.SimpleNamespace(
-        cuda=cuda, ones=Tensor, empty_like=lambda t: Tensor(t.size), copyto=lambda *_: clock.call(),
-        RawKernel=lambda *_: lambda *launch: clock.wait(int(launch[2][0])),
-        get_default_memory_pool=lambda: pool,
-    )  # fmt: skip
 
 
 def test_the_gpu_through_cupy_where_there_is_no_torch(monkeypatch):

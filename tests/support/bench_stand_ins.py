@@ -3,7 +3,7 @@
 from gpu_bn import plan
 from gpu_bn.bench import cases, implementations, measurement, model, timing
 
-NUMPY = next(each for each in implementations.IMPLEMENTATIONS if each.name == "gpu_bn numpy")
+NUMPY = implementations.by_name("gpu_bn numpy")
 EMULATED = plan.Device("emulated", 80, 4, 164 << 10, 163 << 10, 32 << 10, 1e9)
 
 
