@@ -1,1 +1,1 @@
-"""Kernels for CPUs, compiled by Numba; ``gpu_bn.backends.cpu`` calls them."""
+"""Kernels for CPUs, compiled by LLVM; ``gpu_bn.backends.cpu`` calls them."""

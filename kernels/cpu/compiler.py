@@ -1,61 +1,131 @@
 """How kernels are compiled, and the folder that keeps what has been compiled.
 
-:func:`kernel` is for what Python calls, ``inlined`` for what kernels call, ``cold`` for what they rarely call.
+:func:`kernel` is for what Python calls, ``inlined`` for what kernels call, ``cold`` for what they rarely call. They are
+written in a small part of Python, of which :mod:`gpu_bn.kernels.cpu.translate` makes LLVM's code. Numba's own compiler
+would take ten times as long: it infers types, and compiles each function by itself before it inlines it.
 
 Compiled kernels are kept in ``$GPU_BN_CACHE_DIR``, else in ``$XDG_CACHE_HOME/gpu_bn``, else in ``~/.cache/gpu_bn``. The
 folder may be deleted at any time. One that can only be read is read; without one, each process compiles for itself.
-Numba's own cache is not used: it notices a change in a kernel's own file only, never finds a kernel that closes over
-another, and two processes that compile at once can give one signature's code the name of another's.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import linecache
 import os
-import pickle
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property, partial
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
+from threading import RLock
 from types import CodeType, FunctionType
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 import numba
-from numba.core.caching import NullCache
-from numba.core.compiler import CompileResult
-from numba.core.registry import cpu_target
-from numba.core.serialize import dumps
+from numba.core.codegen import JITCPUCodegen
 
 import gpu_bn
+from gpu_bn.kernels.cpu.expressions import FLOAT, INT
+from gpu_bn.kernels.cpu.translate import Unit
 
 __all__ = ["cache_folder", "cold", "inlined", "kernel", "supports_float16"]
 
-OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
 ENVIRONMENT = "GPU_BN_CACHE_DIR"
 DIGEST = hashlib.sha256().digest_size
-
-inlined: Any = numba.njit(**OPTIONS, forceinline=True)
-cold: Any = numba.njit(**OPTIONS)
+_lock, _numbers = RLock(), count()
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile what Python calls, or take it from the cache.
+class Kernel:
+    """A function that is compiled when its address is asked for."""
 
-    Raises:
-        TypeError: the function closes over more than numbers, strings, and functions that do not.
-    """
-    dispatcher = cold(function)
-    dispatcher._cache = Cache(described(function))
-    return dispatcher
+    def __init__(self, function: Callable[..., Any], inlines: bool = False, kept: bool = False) -> None:
+        self.py_func: Any = function
+        self.inlines = inlines
+        """Whether it becomes part of what calls it."""
+        self._text = described(function) if kept else f"{next(_numbers)}"
+        self._kept = kept
+        self._addresses: dict[tuple[str, ...], int] = {}
+        self.misses = 0
+        """How often it was not found in the cache."""
+
+    @cached_property
+    def tree(self) -> ast.FunctionDef:
+        """Its text, parsed."""
+        code = self.py_func.__code__
+        text = "".join(linecache.getlines(code.co_filename, self.py_func.__globals__))
+        tree, same = _functions(text, code.co_filename).get(code.co_firstlineno, (None, None))
+        if tree is None or same != code:
+            raise RuntimeError(f"{code.co_filename} has changed since {code.co_qualname} was imported")
+        return tree
+
+    def address(self, floats: tuple[str, ...] = ()) -> int:
+        """Where the machine code is, called as C does; all parameters but ``floats`` are int64."""
+        with _lock:
+            if floats not in self._addresses:
+                key = f"{self._text}\n{floats}\n{codegen().magic_tuple()}"
+                name = f"k{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+                folder = cache_folder() if self._kept else None
+                found = None if folder is None else _read(folder / name)
+                if found is None:
+                    self.misses += 1
+                    found = codegen()._tm.emit_object(self.module(floats, name))
+                    if folder is not None:
+                        _write(folder / name, found)
+                engine = codegen()._engine._ee
+                engine.add_object_file(llvm.ObjectFileRef.from_data(found))
+                engine.finalize_object()
+                self._addresses[floats] = engine.get_function_address(name)
+            return self._addresses[floats]
+
+    def module(self, floats: tuple[str, ...] = (), name: str = "kernel") -> Any:
+        """LLVM's code, optimised."""
+        unit, names = Unit(codegen()), [one.arg for one in self.tree.args.args]
+        unit.add(self, tuple([FLOAT if one in floats else INT for one in names]), name)
+        module = llvm.parse_assembly(str(unit.module))
+        module.verify()
+        passes = llvm.create_pass_builder(codegen()._tm, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes.getModulePassManager().run(module, passes)
+        return module
+
+
+kernel: Callable[[Callable[..., Any]], Any] = partial(Kernel, kept=True)
+inlined: Callable[[Callable[..., Any]], Any] = partial(Kernel, inlines=True)
+cold: Callable[[Callable[..., Any]], Any] = Kernel
+
+
+@cache
+def codegen() -> Any:
+    """LLVM for this CPU, as Numba sets it up: also for the one that ``$NUMBA_CPU_NAME`` names."""
+    return JITCPUCodegen("gpu_bn")
+
+
+@cache
+def _functions(text: str, name: str) -> dict[int, tuple[ast.FunctionDef, CodeType | None]]:
+    """The functions of a source, by their first lines, and what Python's compiler makes of them."""
+    tree = ast.parse(text)
+    codes, ahead = {}, [compile(tree, name, "exec", dont_inherit=True)]
+    while ahead:
+        code = ahead.pop()
+        codes[code.co_firstlineno, code.co_name] = code
+        ahead += [one for one in code.co_consts if isinstance(one, CodeType)]
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *[one.lineno for one in node.decorator_list]])
+            found[first] = node, codes.get((first, node.name))
+    return found
 
 
 @cache
 def supports_float16() -> bool:
     """Whether float16 kernels may be compiled: where the CPU cannot convert, LLVM ends the process."""
-    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    triple, cpu, features = codegen().magic_tuple()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
     convert = "define half @f(half %x) {\n%y = fpext half %x to float\n%z = fmul float %y, %y\n"
     module = llvm.parse_assembly(f"{convert}%w = fptrunc float %z to half\nret half %w\n}}")
@@ -77,7 +147,8 @@ def _stamp() -> str:
     package = files("gpu_bn")
     names = ("activation_values.py", "activations.py", "spec.py")
     sources = [*(package / "kernels" / "cpu").iterdir(), *(package / name for name in names)]
-    digest = hashlib.sha256(f"{gpu_bn.__version__} {numba.__version__} {llvm.llvm_version_info}".encode())
+    versions = gpu_bn.__version__, numba.__version__, llvmlite.__version__, llvm.llvm_version_info
+    digest = hashlib.sha256(" ".join(map(str, versions)).encode())
     for source in sorted(sources, key=lambda source: source.name):
         if source.name.endswith(".py"):
             digest.update(source.read_bytes() + b"\0")
@@ -103,49 +174,25 @@ def described(value: Any) -> str:
     return f"{function.__module__}.{function.__qualname__} {body} {closure}"
 
 
-class Cache(NullCache):
-    """The cache of one kernel, in the form that Numba asks for: a file for each signature and kind of CPU.
+def _read(path: Path) -> bytes | None:
+    """What a file keeps; what is damaged counts as absent."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return data[DIGEST:] if hashlib.sha256(data[DIGEST:]).digest() == data[:DIGEST] else None
 
-    Files are complete or absent, and say what they hold; what is damaged counts as absent.
-    """
 
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    @property
-    def cache_path(self) -> str:
-        return str(cache_folder())
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        path = self._path(sig, target_context.codegen())
-        if path is None:
-            return None
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return None
-        if hashlib.sha256(data[DIGEST:]).digest() != data[:DIGEST]:
-            return None
-        return CompileResult._rebuild(target_context, *pickle.loads(data[DIGEST:]))
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        path = self._path(sig, data.codegen)
-        if path is None or data.library.has_dynamic_globals:
-            return
-        payload = dumps(data._reduce())
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                temporary = Path(file.name)
-                try:
-                    file.write(hashlib.sha256(payload).digest() + payload)
-                    file.flush()
-                    temporary.replace(path)
-                except BaseException:
-                    temporary.unlink()
-                    raise
-
-    def _path(self, sig: Any, codegen: Any) -> Path | None:
-        folder = cache_folder()
-        key = f"{self._text}\n{sig}\n{codegen.magic_tuple()}"
-        return folder and folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+def _write(path: Path, kept: bytes) -> None:
+    """Keep it, if there is room: files are complete or absent."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = Path(file.name)
+            try:
+                file.write(hashlib.sha256(kept).digest() + kept)
+                file.flush()
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink()
+                raise

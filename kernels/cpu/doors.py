@@ -7,6 +7,8 @@ says, a vector is none that kernels read, or memory that is written is shared, t
 else 0.
 """
 
+from functools import cache
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -37,6 +39,8 @@ SINGLES, DOUBLES, COUNTER = kind(1, 2, 32), kind(1, 2, 64), kind(0, 0, 64)
 
 I, V = types.int64, types.void  # noqa: E741
 clear_error = types.ExternalFunction("PyErr_Clear", V())
+error = types.ExternalFunction("PyErr_Occurred", I())
+bad_argument = types.ExternalFunction("PyErr_BadArgument", types.int32())
 as_double = types.ExternalFunction("PyFloat_AsDouble", types.float64(I))
 as_whole = types.ExternalFunction("PyLong_AsLongLong", I(I))
 from_whole = types.ExternalFunction("PyLong_FromLongLong", I(I))
@@ -165,6 +169,44 @@ def shared(record, x, residual, weight, bias, mean, var, counter):
 
 
 # ------------------------------------------------------------------------------------------------------------- doors
+@intrinsic(prefer_literal=True)
+def numbers(typing, arguments, count, floats):
+    """So many numbers of Python's as a tuple; bit ``i`` of ``floats`` says whether number ``i`` is a float64."""
+    kinds = [types.float64 if floats.literal_value >> at & 1 else I for at in range(count.literal_value)]
+    found = types.BaseTuple.from_types(kinds)
+
+    def generate(context, builder, sig, args):
+        each = []
+        for at, kind in enumerate(kinds):
+            convert = as_whole if kind == I else as_double
+            callee = ir.FunctionType(context.get_value_type(kind), [INT64])
+            callee = cgutils.get_or_insert_function(builder.module, callee, convert.symbol)
+            each.append(builder.call(callee, [load_word(builder, args[0], INT64(at))]))
+        return context.make_tuple(builder, found, each)
+
+    return found(I, count, floats), generate
+
+
+@cache
+def plain(how_many, floats):
+    """The function of calls by numbers: the kernel's address, then its so many arguments."""
+
+    @kernel
+    def door(module, arguments, count):
+        if count != how_many + 1:
+            bad_argument()
+            return 0
+        address, given = as_whole(word(arguments, 0)), numbers(arguments + 8, how_many, floats)
+        if error():
+            return 0
+        thread = release()
+        call_kernel(address, given)
+        take_back(thread)
+        return from_whole(0)
+
+    return door
+
+
 @inlined
 def alone(record, most, arguments):
     """Run a kernel on the caller's thread."""

@@ -339,14 +339,13 @@ def kernel_call(context, builder, address, values, kinds):
     for value, t in zip(values, kinds, strict=True):
         kind = types.float64 if isinstance(t, types.Float) else types.int64
         given.append(context.cast(builder, value, t, kind))
-    unused = [cgutils.alloca_once(builder, BYTE.as_pointer()) for _ in range(2)]
-    kind = ir.FunctionType(INT32, [v.type for v in (*unused, *given)])
-    builder.call(builder.inttoptr(address, kind.as_pointer()), [*unused, *given])
+    kind = ir.FunctionType(ir.VoidType(), [v.type for v in given])
+    builder.call(builder.inttoptr(address, kind.as_pointer()), given)
 
 
 @intrinsic
 def call_kernel(typing, address, arguments):
-    """Call a kernel that returns nothing, by its address, as Numba does; what is no integer goes as float64."""
+    """Call a kernel that returns nothing, by its address; what is no integer goes as float64."""
 
     def generate(context, builder, sig, args):
         values = [builder.extract_value(args[1], i) for i in range(len(arguments))]

@@ -170,7 +170,7 @@ def test_the_gradient_may_be_written_over_an_argument(activation, target):
 def test_finite_differences_of_the_whole_transform(activation, shape):
     """Compare with d(sum(y * dy)) along a random direction of every argument, in float64.
 
-    Numba compiles for seconds for each activation: of the compiled backend one stands for all.
+    Kernels are compiled for each activation: of the compiled backend one stands for all.
     """
     backend = None if activation.name == "silu" else "numpy"
     x, dy, residual, dx, dresidual = rng(1).standard_normal((5, *shape))

@@ -62,7 +62,7 @@ def kernel_mark(activation: str, dtype: str) -> Any:
 def compiled_cases(step: int = 1) -> Selected:
     """Return all cases, one in ``step`` for the normal run.
 
-    Numba compiles two seconds for each activation and dtype. A normal run has each activation in float32, each dtype
+    Kernels of each activation and dtype take half a second or more to compile. A normal run has each activation in float32, each dtype
     with three activations; a long run a quarter of the rest.
     """
     for index, case in enumerate(cases()):

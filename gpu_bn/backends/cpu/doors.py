@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpu_bn.backends.cpu import launch, pages, plans, team, threads
+from gpu_bn.backends.cpu.entries import FLOATS, builtin
 from gpu_bn.backends.cpu.tensors import TENSORS
 from gpu_bn.kernels.cpu import activations
 from gpu_bn.kernels.cpu import doors as compiled
@@ -22,7 +23,6 @@ from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 scratch_address = launch.scratch_address
 OF_Y: str = activations.OF_Y
-METH_FASTCALL = 0x80
 RELEASES = 1 << 16
 """Bytes from which on other threads of Python's may run during a call."""
 KINDS = {torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.float64: (2, 64)}
@@ -142,40 +142,15 @@ def _remember(key: Any, prepared: launch.Prepared | None, forward: bool, trains:
     return _usable(door)
 
 
-FLOATS = ("momentum", "count", "eps", "p")
-"""The parameters of a whole call's kernel that are no integers."""
-
-
 def _extent(one: Tensor) -> int:
     """The bytes from a tensor's first element to behind its last."""
     last = sum([(size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True)])
     return (last + 1) * one.element_size()
 
 
-class _Method(ctypes.Structure):
-    """CPython's ``PyMethodDef``."""
-
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("function", ctypes.c_void_p),
-        ("flags", ctypes.c_int),
-        ("doc", ctypes.c_char_p),
-    )
-
-
-_methods: list[_Method] = []
-"""Which must live as long as the functions."""
-
-
 @cache
 def _builtin(shares: bool, forward: bool, *counts: int) -> Callable[..., int]:
-    """A compiled function as a builtin one."""
-    door = DOORS[not forward](shares, *counts)
-    _methods.append(_Method(b"door", plans.address(door, (), for_c=True), METH_FASTCALL, None))
-    make = ctypes.pythonapi.PyCFunction_NewEx
-    make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    function: Callable[..., int] = make(ctypes.addressof(_methods[-1]), None, None)
-    return function
+    return builtin(DOORS[not forward](shares, *counts))
 
 
 @cache

@@ -13,6 +13,7 @@ import numpy as np
 
 from gpu_bn.backends.cpu import pages, plans, threads
 from gpu_bn.backends.cpu.arrays import LARGE, Arrays
+from gpu_bn.backends.cpu.entries import entry
 from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Saved, Sums
 from gpu_bn.call import Call
 from gpu_bn.kernels.cpu import calls_channels, calls_rows
@@ -285,7 +286,7 @@ def _room(prepared: Prepared) -> tuple[int, int, Any]:
 
 def _run(prepared: Prepared, room: tuple[int, int, Any], *arguments: Any) -> None:
     """Run a kernel's phases, on several threads if that pays."""
-    kernel, head, (count, at, _) = prepared.kernel, prepared.head, room
+    kernel, head, (count, at, _) = entry(prepared.kernel), prepared.head, room
     if count == 1:
         kernel(prepared.every, *head, *arguments, at + LINE, at)
         return

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numba
 
 from gpu_bn.activations import ROWS
 from gpu_bn.backends.layout import memory_order
@@ -137,17 +134,10 @@ def _rows_plan(runs: int, count_channels: int, length: int, size: int, dense: bo
 
 
 @cache
-def address(kernel: Any, floats: tuple[str, ...] = ("p",), for_c: bool = False) -> int:
-    """Where a compiled kernel is, called as Numba or as C does; all parameters but ``floats`` are int64."""
-    names = inspect.signature(kernel.py_func).parameters
-    signature = tuple([numba.float64 if name in floats else numba.int64 for name in names])
-    kernel.compile(signature)
-    compiled = kernel.overloads[signature]
-    made = compiled.fndesc
-    where: int = compiled.library.get_pointer_to_function(
-        made.llvm_cfunc_wrapper_name if for_c else made.llvm_func_name
-    )
-    return where
+def address(kernel: Any, floats: tuple[str, ...] = ("p",)) -> int:
+    """Where a compiled kernel is; all parameters but ``floats`` are int64."""
+    found: int = kernel.address(floats)
+    return found
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import ctypes
 import inspect
+import linecache
 import mmap
 import os
 import platform
@@ -20,12 +21,12 @@ from gpu_bn.activations import ROWS
 from gpu_bn.testing import Case, build, check, oracle, run
 from gpu_bn.testing.oracle import derivative, value
 
-numba = pytest.importorskip("numba", reason="Numba compiles the kernels for CPUs: pip install -e '.[cpu]'")
+pytest.importorskip("numba", reason="Numba compiles the kernels for CPUs: pip install -e '.[cpu]'")
 import llvmlite.binding as llvm
 
 from gpu_bn.backends.cpu import launch, pages, plans, threads
 from gpu_bn.kernels.cpu import calls_channels, calls_rows, channels, compiler, rows
-from gpu_bn.kernels.cpu.compiler import cold
+from gpu_bn.kernels.cpu.compiler import codegen, cold
 from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT32, FLOAT64
 
 ARM = "aarch64-unknown-linux-gnu"
@@ -33,27 +34,16 @@ RELU, SILU = (list(ROWS).index(name) for name in ("relu", "silu"))
 
 
 # -------------------------------------------------------------------------------------------------------- machine code
-def compiled(kernel):
-    """A kernel's own function and its signature, compiled anew: what comes from the cache cannot be looked at."""
-    fresh = cold(kernel.py_func)
-    names = inspect.signature(kernel.py_func).parameters
-    signature = tuple(numba.float64 if name == "p" else numba.int64 for name in names)
-    fresh.compile(signature)
-    return fresh, signature
-
-
 def machine_code(kernel):
-    fresh, signature = compiled(kernel)
-    return fresh.inspect_asm(signature)
+    return codegen()._tm.emit_assembly(kernel.module(("p",)))
 
 
 def code_for(kernel, triple, cpu=""):
     """What LLVM makes of a kernel's vectors for another processor."""
-    fresh, signature = compiled(kernel)
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
-    code = re.sub(r"target triple = .*", f'target triple = "{triple}"', fresh.inspect_llvm(signature))
+    code = re.sub(r"target triple = .*", f'target triple = "{triple}"', str(kernel.module(("p",))))
     code = re.sub(r"target datalayout = .*", f'target datalayout = "{machine.target_data}"', code)
     return machine.emit_assembly(llvm.parse_assembly(re.sub(r'"target-(cpu|features)"="[^"]*"', "", code)))
 
@@ -174,12 +164,9 @@ def test_arm_converts_float16_by_itself():
 
 
 SHOWS_FEATURES = """
-import inspect, numba
 from gpu_bn.kernels.cpu import channels
-from gpu_bn.kernels.cpu.compiler import cold, supports_float16
-kernel = cold(channels.moments(2).py_func)
-kernel.compile(tuple(numba.int64 for _ in inspect.signature(kernel.py_func).parameters))
-text = "".join(kernel.inspect_asm().values())
+from gpu_bn.kernels.cpu.compiler import codegen, supports_float16
+text = codegen()._tm.emit_assembly(channels.moments(2).module())
 print("zmm" in text, "ymm" in text, "vfmadd" in text, supports_float16())
 """
 
@@ -404,8 +391,9 @@ def test_planted_bugs_are_noticed(bug, monkeypatch):
     monkeypatch.setattr(launch, "_prepared", {})
     assert outcome(case) == "as expected"
     monkeypatch.setattr(compiler, "kernel", cold)  # without the cache, which takes one source for the other
-    changed = {"__name__": module.__name__}
-    exec(compile(text.replace(before, after), "<planted>", "exec"), changed)
+    changed, text = {"__name__": module.__name__}, text.replace(before, after)
+    monkeypatch.setitem(linecache.cache, "<planted>", (len(text), None, text.splitlines(True), "<planted>"))
+    exec(compile(text, "<planted>", "exec"), changed)
     monkeypatch.setattr(module, name, changed[name])
     assert outcome_apart(case) in ("elements wrong", "ended by a signal")
 

@@ -1,5 +1,6 @@
 """Calls that torch's threads share: the same bits, no other threads, no more of them than are allowed."""
 
+import ctypes
 import os
 import threading
 
@@ -75,9 +76,14 @@ def test_no_more_threads_take_part_than_are_allowed(most):
     def mark(phase, counter):  # noqa: ARG001
         claim(counter)
 
+    @kernel
+    def marked(parallel, number, most, address, counter):
+        share(parallel, number, most, address, 31, (counter,))
+
     torch.set_num_threads(3)
     counter = torch.zeros(1, dtype=torch.int64)
-    share(*team.address(), most, plans.address(mark), 31, (counter.data_ptr(),))
+    call = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(plans.address(marked))
+    call(*team.address(), most, plans.address(mark), counter.data_ptr())
     assert counter.item() == 3 + 2 * most
 
 

@@ -1,0 +1,48 @@
+"""Compiled functions as builtin ones, which Python calls directly."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+from gpu_bn.backends.cpu import plans
+from gpu_bn.kernels.cpu import doors
+
+METH_FASTCALL = 0x80
+FLOATS = ("momentum", "count", "eps", "p")
+"""The parameters of a whole call's kernel that are no integers."""
+
+
+class _Method(ctypes.Structure):
+    """CPython's ``PyMethodDef``."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+_methods: list[_Method] = []
+"""Which must live as long as the functions."""
+
+
+def builtin(door: Any) -> Callable[..., int]:
+    """A compiled function as a builtin one."""
+    _methods.append(_Method(b"door", plans.address(door, ()), METH_FASTCALL, None))
+    make = ctypes.pythonapi.PyCFunction_NewEx
+    make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    function: Callable[..., int] = make(ctypes.addressof(_methods[-1]), None, None)
+    return function
+
+
+@cache
+def entry(kernel: Any) -> Callable[..., int]:
+    """A whole call's kernel as a function of numbers, which runs without the interpreter's lock."""
+    names = [one.arg for one in kernel.tree.args.args]
+    floats = sum(1 << at for at, name in enumerate(names) if name in FLOATS)
+    plain: Any = doors.plain
+    return partial(builtin(plain(len(names), floats)), plans.address(kernel, FLOATS))
