@@ -97,6 +97,7 @@ def measured_rows(arguments: argparse.Namespace) -> Iterator[tuple[str, Row]]:
     torch.set_num_threads(arguments.threads)
     timer = CpuTimer(batch=0.01)
     peers = PEERS if arguments.compile else ["torch"]
+    columns = [column for column in COLUMNS if arguments.operation in column]
     for name in CASES:
         if not any(part in name for part in arguments.only.split(",")):
             continue
@@ -106,7 +107,7 @@ def measured_rows(arguments: argparse.Namespace) -> Iterator[tuple[str, Row]]:
             if backend == "numpy" and (case.dtype == "bfloat16" or peer != "torch"):
                 continue  # NumPy has no such type; a second peer is for the backend that serves by default
             row, pair = {}, [BACKENDS[backend], PEERS[peer]]
-            for column in (column for column in COLUMNS if arguments.operation in column):
+            for column in columns:
                 operation = replace(case, operation=OPERATIONS[COLUMNS[column]])
                 found = measure(operation, tensors, pair, timer, arguments.seconds / 2)
                 for result in found:
@@ -135,10 +136,11 @@ def environment() -> str:
 def table(results: dict[str, Row]) -> str:
     """Return Markdown: ratio, and both times in microseconds."""
     names = list(next(iter(results.values())))
-    lines = [["ours / theirs (µs)", *names], ["---"] * (len(names) + 1)]
+    lines = ["| ours / theirs (µs) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for case, row in results.items():
-        lines.append([case, *(f"{ratio:.2f} ({ours:.0f} / {theirs:.0f})" for ratio, ours, theirs in row.values())])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        cells = (f"{ratio:.2f} ({ours:.0f} / {theirs:.0f})" for ratio, ours, theirs in row.values())
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def write(path: Path, found: dict[str, dict[str, Row]]) -> None:

@@ -36,10 +36,11 @@ def main() -> None:
     torch.set_num_threads(1)
     gpu_bn.set_num_threads(1)
     torch.manual_seed(0)
+    names = [name for name in ACTIVATIONS if arguments.only in name]
     print("| merged / apart | training, forward | evaluation | forward and backward |\n|---|---|---|---|")
     for shape in SHAPES:
         kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
-        for name in (name for name in ACTIVATIONS if arguments.only in name):
+        for name in names:
             merged = layer_calls(Sequential(kind(shape[1], activation=name), Identity()), shape=shape)
             apart = layer_calls(Sequential(kind(shape[1]), ACTIVATIONS[name]), shape=shape)
             pairs = ({"merged": merged[f"layer, {each}"], "apart": apart[f"layer, {each}"]} for each in TIMED)
