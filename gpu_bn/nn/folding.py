@@ -25,11 +25,7 @@ from gpu_bn.nn.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FOLDED = (
-    nn.Linear,
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+FOLDED = (nn.Linear, *(nn.Conv1d, nn.Conv2d, nn.Conv3d), *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 """The layers that a normalisation is folded into."""
 
 
@@ -290,22 +286,16 @@ class Folded(nn.Module):
         """Do what :class:`gpu_bn.nn.BatchNorm` does after it has normalised."""
         if mask is not None:
             raise ValueError("a folded normalisation has no mask")
-        if self.two_axes:
-            _require_two_axes(input)
+        text = "a linear layer was folded with the normalisation of 2D inputs"
+        if self.two_axes and isinstance(input, Proxy):  # torch.fx traces: refuse when the graph runs
+            torch._assert(input.dim() == 2, text)
+        elif self.two_axes and input.dim() != 2:
+            raise ValueError(f"{text}, got {input.dim()}D: give nn.fold such a batch")
         z = input if residual is None else input + residual
         return activations.activate(z, self.activation if activation is None else Activation.of(activation))
 
     def extra_repr(self) -> str:
         return repr(self.activation)
-
-
-def _require_two_axes(input: Tensor) -> None:
-    """Refuse other outputs of a linear layer; where ``torch.fx`` traces, when the graph runs."""
-    text = "a linear layer was folded with the normalisation of 2D inputs"
-    if isinstance(input, Proxy):
-        torch._assert(input.dim() == 2, text)
-    elif input.dim() != 2:
-        raise ValueError(f"{text}, got {input.dim()}D: give nn.fold such a batch")
 
 
 def _folded(layer: Any, bn: Any, transposed: bool = False) -> tuple[Parameter, Parameter]:

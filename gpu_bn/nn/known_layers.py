@@ -18,14 +18,12 @@ from gpu_bn.nn.activated import joined_by
 from gpu_bn.nn.fx.activations import activation_of
 from gpu_bn.nn.fx.forward import is_watched
 
-_TORCH = "torch.nn.modules.batchnorm"
+_SAME = (
+    *(modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d),
+    *(modules.LazyBatchNorm1d, modules.LazyBatchNorm2d, modules.LazyBatchNorm3d),
+)
 CLASSES: dict[str, type[torch.nn.Module]] = {
-    f"{_TORCH}.BatchNorm1d": modules.BatchNorm1d,
-    f"{_TORCH}.BatchNorm2d": modules.BatchNorm2d,
-    f"{_TORCH}.BatchNorm3d": modules.BatchNorm3d,
-    f"{_TORCH}.LazyBatchNorm1d": modules.LazyBatchNorm1d,
-    f"{_TORCH}.LazyBatchNorm2d": modules.LazyBatchNorm2d,
-    f"{_TORCH}.LazyBatchNorm3d": modules.LazyBatchNorm3d,
+    **{f"torch.nn.modules.batchnorm.{cls.__name__}": cls for cls in _SAME},
     "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
     "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
     "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,

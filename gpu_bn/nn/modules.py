@@ -260,21 +260,9 @@ class FrozenBatchNorm2d(Activated):
         if activation is None and self._modules and not self.replaces_children():
             return self._call_children(input, residual)  # type: ignore[no-any-return]
         activation = self.activation if activation is None else Activation.of(activation)
-        return layer(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            False,
-            0.0,
-            self._eps,
-            residual,
-            activation.name,
-            activation.parameter,
-            None,
-            (4,),
-        )
+        vectors = (self.running_mean, self.running_var, self.weight, self.bias)
+        rest: Any = (residual, activation.name, activation.parameter, None, (4,))
+        return layer(input, *vectors, False, 0.0, self._eps, *rest)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)  # of a layer that was not frozen

@@ -79,8 +79,8 @@ def update_running(tracked: Tracked, momentum: Any, batch: Pool) -> None:
 def moved_statistics(tracked: Tracked, momentum: Any, batch: Pool) -> list[tuple[Tensor, Tensor]]:
     """Compute new values: pairs of a tensor and what is to be written to it."""
     mean, var, counter = tracked
-    pairs = []
     counted = None if counter is None else counter + 1
+    pairs = [] if counter is None or counted is None else [(counter, counted)]
     if momentum is None:
         momentum = 0.0 if counted is None else counted.double().reciprocal()
     for running, value in ((mean, batch.mean), (var, batch.unbiased)):
@@ -88,8 +88,6 @@ def moved_statistics(tracked: Tracked, momentum: Any, batch: Pool) -> list[tuple
             old = running.double()
             new = torch.where(batch.count > 0, (1 - momentum) * old + momentum * value, old)
             pairs.append((running, new.to(running.dtype)))
-    if counter is not None and counted is not None:
-        pairs.append((counter, counted))
     return pairs
 
 

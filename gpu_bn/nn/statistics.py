@@ -77,7 +77,7 @@ def update_population_stats(
     with in_mode(layers, True), torch.no_grad(), _recording(layers) as pools:
         batches = _shown(loader, steps, progress)
         for batch in _alike(batches, layers, Group.of(process_group)) if together else batches:
-            (call or _call)(model, batch)
+            call(model, batch) if call else model(batch[0] if isinstance(batch, tuple | list) else batch)
     if several_processes:
         pools = _over_processes(layers, pools, Group.of(process_group))
     if not any(bool(pool.count > 0) for pool in pools.values()):
@@ -162,7 +162,9 @@ def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
             given = arguments[0] if arguments else options["input"]
             mask = arguments[3] if len(arguments) > 3 else options.get("mask")
             pool = _pool_of(given.detach(), mask)
-            pools[layer] = _merged([pools[layer], pool]) if layer in pools else pool
+            if layer in pools:
+                pool = merge(Pool(*map(torch.stack, zip(pools[layer], pool, strict=True))))
+            pools[layer] = pool
 
     hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     for layer in layers:
@@ -179,10 +181,6 @@ def _pool_of(x: Tensor, mask: Tensor | None) -> Pool:
     report = sync_operators.report(x, None if mask is None else algorithm.positions(mask, x.shape, 1))
     _, count, mean, var = report.split((1, 1, x.shape[1], x.shape[1]))
     return Pool(count, mean, var.abs() * count)
-
-
-def _merged(pools: list[Pool]) -> Pool:
-    return merge(Pool(*(torch.stack(parts) for parts in zip(*pools, strict=True))))
 
 
 def _over_processes(layers: list[_BatchNorm], pools: Pools, group: Group) -> Pools:
@@ -228,7 +226,3 @@ def _shown(loader: Iterable[Any], steps: int | None, progress: bool) -> Iterable
     length = len(loader) if isinstance(loader, Sized) else steps
     total = length if steps is None or length is None else min(length, steps)
     return track(batches, "population statistics", total, console=Console(stderr=True), transient=True)
-
-
-def _call(model: torch.nn.Module, batch: Any) -> Any:
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)

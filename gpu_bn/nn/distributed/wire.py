@@ -155,24 +155,21 @@ def differing(heads: Tensor) -> Tensor:
 def require_alike(packets: Tensor, group: str) -> None:
     """Raise on every process if one reports a mistake or their calls differ; then count the calls anew."""
     heads = packets[:, :HEADER]
-    wrong, different = heads[:, 0] != 0, differing(heads)
-    if not (bool(wrong.any()) or bool(different.any())):
+    wrong, different = heads[:, 0].nonzero().flatten().tolist(), differing(heads).nonzero().flatten().tolist()
+    if not (wrong or different):
         return
     CALLS[group] = 1 + int(heads[:, 1].max())
-    if bool(wrong.any()):
-        rank = int(wrong.to(torch.int8).argmax())
-        raise ValueError(f"SyncBatchNorm, process {rank} of {len(heads)}: {_text(packets[rank, HEADER:])}")
-    raise_different({FIELDS[at - 1]: heads[:, at].tolist() for at in different.nonzero().flatten().tolist()})
+    if wrong:
+        rank = wrong[0]
+        letters = [int(letter) for letter in packets[rank, HEADER:].tolist() if letter]
+        raise ValueError(f"SyncBatchNorm, process {rank} of {len(heads)}: {bytes(letters).decode(errors='replace')}")
+    raise_different({FIELDS[at - 1]: heads[:, at].tolist() for at in different})
 
 
 def raise_different(found: dict[str, list[float]]) -> None:
     """Raise on every process because these fields of the headers differ."""
     size, reasons = len(next(iter(found.values()))), [_difference(field, values) for field, values in found.items()]
     raise ValueError(f"SyncBatchNorm, the {size} processes of a group made different calls: {'; '.join(reasons)}")
-
-
-def _text(letters: Tensor) -> str:
-    return bytes(int(letter) for letter in letters.tolist() if letter).decode(errors="replace")
 
 
 def _difference(field: str, values: list[float]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from inspect import signature
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -31,7 +32,11 @@ def normalise(
     """Compute ``activation(norm(x) + residual)``, in one call of the layer if possible; a step of a fused forward."""
     chosen = Activation(activation, parameter)
     ours = isinstance(norm, Activated) and norm.activation.is_identity
-    if ours and (residual is None or _fits(x, residual)):
+    fits = residual is None or (  # a layer neither broadcasts nor widens a dtype, as a sum does
+        isinstance(residual, Tensor)
+        and (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
+    )
+    if ours and fits:
         return norm(x, residual, chosen)  # type: ignore[no-any-return]
     z = norm(x)
     if residual is not None:
@@ -47,16 +52,6 @@ def expect(condition: Any, value: bool) -> None:
     """Make sure of a condition that a graph relies on; a step of a fused ``forward``, before all layers."""
     if bool(condition) is not value:
         raise Differs
-
-
-def _fits(x: Tensor, residual: Any) -> bool:
-    """Whether a layer of ours takes the residual: the layer neither broadcasts nor widens a dtype, as a sum does."""
-    return (
-        isinstance(residual, Tensor)
-        and residual.shape == x.shape
-        and residual.dtype == x.dtype
-        and residual.device == x.device
-    )
 
 
 class Steps(NamedTuple):
@@ -91,7 +86,7 @@ class Plan:
         """Remember what the steps were recorded from. Layers check themselves: only hooks on them matter."""
         parts = dict.fromkeys(part for norm, _, others in merges for part in (norm, *others))
         self.merged: list[Any] = [part for part in parts if isinstance(part, Activated)]
-        fixed = (*entered, *(part for part in parts if not isinstance(part, Activated)))
+        fixed = [*entered, *(part for part in parts if not isinstance(part, Activated))]
         self.fixed = [(module, _attributes(module), tuple(module._modules.values())) for module in fixed]
 
     def _compiled(self) -> Callable[..., Any] | None:
@@ -170,19 +165,17 @@ class Forward:
         self.module, self.plans = module, plans
 
     @property
-    def __signature__(self) -> Any:
-        from inspect import signature
+    def own(self) -> Callable[..., Any]:
+        """Return the module's own ``forward``."""
+        return type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
 
+    @property
+    def __signature__(self) -> Any:
         return signature(self.own)
 
     @property
     def __code__(self) -> Any:
         return self.own.__code__
-
-    @property
-    def own(self) -> Callable[..., Any]:
-        """Return the module's own ``forward``."""
-        return type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         module = self.module

@@ -79,19 +79,17 @@ class _Told(dict[str, Any]):
 
 @lru_cache(1024)
 def _names(code: CodeType) -> frozenset[str]:
-    """The global names, attributes and texts in a function, and in the functions in it."""
-    constants = list(_constants(code.co_consts))
-    texts = (value for value in constants if isinstance(value, str))
-    inner = (_names(value) for value in constants if isinstance(value, CodeType))
-    return frozenset({*code.co_names, *texts}).union(*inner)
-
-
-def _constants(values: tuple[Any, ...]) -> Iterator[Any]:
-    for value in values:
+    """Return the global names, attributes and texts in a function, and in the functions in it."""
+    names, left = set(code.co_names), list(code.co_consts)
+    while left:
+        value = left.pop()
         if isinstance(value, tuple):
-            yield from _constants(value)
-        else:
-            yield value
+            left += value
+        elif isinstance(value, CodeType):
+            names |= _names(value)
+        elif isinstance(value, str):
+            names.add(value)
+    return frozenset(names)
 
 
 def _is_one_of(value: Any, kinds: list[type]) -> bool:

@@ -59,7 +59,8 @@ def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, An
             graph = tracer.trace(module)
     except Exception as error:
         clear_frames(error.__traceback__)  # which may hold a checkpoint's generator, whose hooks stay until it goes
-        raise Refused(f"it cannot be traced: {_first_line(error)}") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise Refused(f"it cannot be traced: {lines[0][:200]}") from error
     finally:
         if randomness != _random_state():
             changed = "draws random numbers"
@@ -118,25 +119,20 @@ class _Tracer(torch.fx.Tracer):
         if self.enters(m, args, kwargs):
             self.entered[m] = None
             return forward(*args, **kwargs)
-        result = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
-        result.node.meta["tensor"] = _gives_tensor(m)
-        return result
+        return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
 
 class _Value(Proxy):
     """A stand-in for a value. It says so if the value is known to be a tensor; nothing may depend on other values."""
 
-    @property
-    def __class__(self) -> Any:
+    def _class(self) -> Any:
         if not _asked_by_isinstance(sys._getframe(1)):
             return _Value
-        if not _is_tensor(self.node):
+        if not _is_tensor(self):
             raise Refused("what it does depends on the kind of a value")
         return torch.Tensor
 
-    @__class__.setter
-    def __class__(self, cls: Any) -> None:
-        raise TypeError
+    __class__ = property(_class)
 
 
 def _asked_by_isinstance(frame: Any) -> bool:
@@ -148,17 +144,16 @@ def _asked_by_isinstance(frame: Any) -> bool:
     return text[column:].startswith(b"isinstance(")
 
 
-def _is_tensor(node: Node) -> bool:
-    if node.op in ("placeholder", "call_module"):
-        return node.op == "placeholder" or bool(node.meta.get("tensor"))
-    return node.op == "call_function" and str(getattr(node.target, "__module__", "")).startswith("torch")
-
-
-def _gives_tensor(module: torch.nn.Module) -> bool:
-    """Whether a module is torch's and gives one tensor."""
+def _is_tensor(value: Any) -> bool:
+    """Whether a value is an input, of one of torch's functions, or of a module of torch's that gives one tensor."""
+    node = value.node
+    if node.op != "call_module":
+        from_torch = str(getattr(node.target, "__module__", "")).startswith("torch")
+        return node.op == "placeholder" or (node.op == "call_function" and from_torch)
+    module = value.tracer.root.get_submodule(node.target)
     several = (torch.nn.RNNBase, torch.nn.MultiheadAttention, torch.nn.AdaptiveLogSoftmaxWithLoss)
-    indices = getattr(module, "return_indices", False)
-    return type(module).__module__.startswith("torch.nn") and not isinstance(module, several) and not indices
+    one = not isinstance(module, several) and not getattr(module, "return_indices", False)
+    return type(module).__module__.startswith("torch.nn") and one
 
 
 def _context() -> tuple[Any, ...]:
@@ -221,10 +216,6 @@ def _same_items(value: Any, copy: Any) -> bool:
     if isinstance(value, dict):
         return list(value) == list(copy) and all(value[name] is copy[name] for name in copy)
     return all(a is b for a, b in zip(value, copy, strict=True))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager
