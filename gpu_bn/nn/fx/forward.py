@@ -110,13 +110,16 @@ class Plan:
 
     def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Any] | None:
         """Return the inputs in the graph's order, if a call gives nothing else."""
-        if len(arguments) > len(self.names) or (options and any(n in options for n in self.names[: len(arguments)])):
-            return None
-        for name, value in options.items():
-            if name not in self.names and self.defaults.get(name, self) is not value:
-                return None
-        given = [*arguments, *(options.get(name) for name in self.names[len(arguments) :])]
-        return given if all(isinstance(value, Tensor) for value in given) else None
+        given = list(arguments)
+        if options:
+            given += [options.get(name) for name in self.names[len(arguments) :]]
+            for name, value in options.items():
+                if name in self.names[: len(arguments)]:
+                    return None
+                if name not in self.names and self.defaults.get(name, self) is not value:
+                    return None
+        fits = len(given) == len(self.names) and all(isinstance(value, Tensor) for value in given)
+        return given if fits else None
 
     def holds(self, training: bool) -> bool:
         """Whether nothing has changed: no hooks, no other modes, attributes or modules."""
