@@ -273,3 +273,15 @@ def test_lazy_layers_are_converted_before_and_after_their_first_input():
     assert type(layer) is nn.BatchNorm1d
     assert type(nn.revert(copy.deepcopy(layer))) is torch.nn.BatchNorm1d
     assert type(nn.revert(nn.SyncBatchNorm.convert_sync_batchnorm(layer))) is torch.nn.BatchNorm1d
+
+
+class OwnFrozen(nn.FrozenBatchNorm2d):
+    """A subclass of ours, which a class cannot have as a base beside ours."""
+
+
+def test_a_layer_whose_class_cannot_be_joined_becomes_ours_alone():
+    layer, x = OwnFrozen(3), image()
+    expected = layer(x)
+    assert type(nn.convert(layer)) is nn.FrozenBatchNorm2d
+    assert_close(layer(x), expected)
+    assert type(nn.revert(layer)) is OwnFrozen

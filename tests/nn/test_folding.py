@@ -394,3 +394,9 @@ def test_a_single_channel_is_that_of_all_outputs_of_a_linear_layer(bias, outputs
         assert_close(fused.state_dict(), torch.nn.utils.fuse_linear_bn_eval(linear, norm).state_dict())
     with pytest.raises(ValueError, match=f"outputs, {outputs}, got 3"):
         nn.fuse_linear_bn_eval(linear, evaluated(torch.nn.BatchNorm1d(3)))
+
+
+def test_a_folded_normalisation_refuses_a_mask():
+    folded = nn.fold(pair(norm=nn.BatchNorm2d(4)), tensor(*IMAGES))
+    with pytest.raises(ValueError, match="a folded normalisation has no mask"):
+        folded[1](tensor(2, 4, 4, 4), mask=torch.ones(2, 1, 4, 4, dtype=torch.bool))

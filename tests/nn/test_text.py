@@ -209,6 +209,38 @@ def test_a_text_that_is_not_the_functions_is_not_used(monkeypatch):
     assert_close(model(images()), plain(images()))
 
 
+class InnerFunction(Untraceable):
+    """Has a function of its own, whose names are others."""
+
+    def forward(self, x):
+        def after(self, x):
+            return self.act(self.norm(x))
+
+        return after(self, self.padded(x))
+
+
+class OwnName(Untraceable):
+    """Calls something else by the name of an activation."""
+
+    def forward(self, x):
+        relu = torch.neg
+        return relu(self.norm(self.padded(x)))
+
+
+class OwnSlope(Untraceable):
+    """Computes the activation's parameter."""
+
+    def forward(self, x):
+        return F.leaky_relu(self.norm(self.padded(x)), float(x.shape[0]))
+
+
+@pytest.mark.parametrize("cls", [InnerFunction, OwnName, OwnSlope])
+def test_texts_that_may_mean_something_else_are_left(cls):
+    plain, model, report = fused(cls)
+    assert report.merged == {}
+    assert_close(model(images()), plain(images()))
+
+
 class Traceable(Untraceable):
     def forward(self, x):
         return self.act(self.norm(self.conv(x)))
