@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,11 @@ SHORT = 16
 TINY = 2048
 """Elements up to which they are not: one pass over few elements costs less than sums of columns."""
 GROUP = 128 << 10
-"""Bytes of channels that are summed, then written, together: they stay in the second-level cache in between, and the
-processor need not wait for one channel's last sum before it starts with the next."""
+"""Bytes of channels, at least, that are summed, then written, together: they stay in the second-level cache in between,
+and the processor need not wait for one channel's last sum before it starts with the next. A larger cache has larger
+groups, whose memory lies in longer pieces. No sum depends on it."""
+SHARE = 16 << 20
+"""Bytes of the last cache that count for each core, at most: virtual machines are told its size on a host of many."""
 FEW_CHANNELS, LARGE = 16, 1 << 20
 """So few channels of a tensor of so many elements are cut into parts, so that threads have enough of them."""
 PART = 1 << 15
@@ -101,7 +105,7 @@ def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
     size, total = SIZES[code], runs * count_channels * length
     if length < SHORT and total > TINY:
         return _rows_plan(runs, count_channels, length, size, dense)
-    group = max(1, GROUP // (size * runs * length))
+    group = max(1, max(GROUP, second_cache() // 8) // (size * runs * length))
     if evaluates or not (count_channels < FEW_CHANNELS and total >= LARGE):
         part_length = min(length, PART)
         part_channels = 1 if part_length < length else min(count_channels, max(1, PART // length))
@@ -174,10 +178,23 @@ def backward_kernels(
 
 
 @cache
+def second_cache() -> int:
+    """Bytes of a core's second-level cache."""
+    return next((size for level, size, _ in _caches() if level == 2), 1 << 20)
+
+
+@cache
 def last_cache() -> int:
-    """Bytes of the last-level cache."""
-    found = 0
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        found = max(found, int(text[:-1]) << {"K": 10, "M": 20}.get(text[-1], 0))
-    return found or 32 << 20
+    """Bytes of the last-level cache, as far as this system's cores may have them."""
+    return max((min(size, SHARE * cores) for _, size, cores in _caches()), default=32 << 20)
+
+
+def _caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[tuple[int, int, int]]:
+    """The first core's caches, as far as the system tells: level, bytes, and how many cores share it."""
+    found = []
+    for index in folder.glob("index*"):
+        with suppress(OSError, ValueError, KeyError):
+            level, size, cores = ((index / name).read_text().strip() for name in ("level", "size", "shared_cpu_map"))
+            nbytes = int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
+            found.append((int(level), nbytes, int(cores.replace(",", ""), 16).bit_count()))
+    return found
