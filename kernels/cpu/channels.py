@@ -8,7 +8,7 @@ mean: where the shift was far off, and where squares leave float32's range.
 from functools import cache
 
 from gpu_bn.kernels.cpu.compiler import cold, inlined, kernel
-from gpu_bn.kernels.cpu.points import plus, result, sum_vectors, write_pair, write_vectors
+from gpu_bn.kernels.cpu.points import plus, result, sum_rest, sum_vectors, write_pair, write_vectors
 from gpu_bn.kernels.cpu.scalars import (
     add_double,
     elements,
@@ -25,7 +25,7 @@ from gpu_bn.kernels.cpu.scalars import (
     two_sum,
     zeros_double,
 )
-from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64
+from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64, MASKS, SIZES
 
 ADDITIONS = 8
 """In a lane of a float32 sum, and so many of these in another, before it is added to a float64 one. Squares of coarse
@@ -59,7 +59,7 @@ def run_sums(tensors, steps, runs, length, affine, which, p):
             block = sum_vectors(zeros, here, steps_within, count // wide, None, vectors, which, p)
             if count % wide:
                 rest = moved(here, places(0, steps, count // wide * wide))
-                block = sum_vectors(block, rest, steps_within, 1, count % wide, vectors, which, p)
+                block = sum_rest(block, rest, count % wide, vectors, which, p)
             sums = plus(sums, block)
             blocks += 1
             if blocks == ADDITIONS:
@@ -156,19 +156,28 @@ def products(code, which, has_residual, keeps):
 
 
 @inlined
-def write_run(tensors, length, affine, which, p, past):
-    """Write a run. Its last vector may overlap the one before; it is computed first, for x may be overwritten."""
+def write_run(tensors, length, affine, which, p, past, by_mask):
+    """Write a run. What is left of it is written ``by_mask``, or by a vector that overlaps the one before.
+
+    Such a vector is computed first, for x may be overwritten.
+    """
     width = lanes(affine)
     steps = (width, width, width, width, width)
     masked = length if length < width else misaligned(tensors[3], 0, affine) if past else 0
     if masked:
         write_vectors(tensors, steps, 1, masked, affine, which, p, 0)
     if length >= width:
-        last = result(tensors, length - width, affine, which, p)
+        whole, rest = (length - masked) // width, (length - masked) % width
         here = moved(tensors, places(masked, (1, 1, 1, 1, 1), 0))
-        write_vectors(here, steps, (length - masked) // width, None, affine, which, p, past)
-        if (length - masked) % width:
-            write_pair(tensors, length - width, last)
+        if by_mask:
+            write_vectors(here, steps, whole, None, affine, which, p, past)
+            if rest:
+                write_vectors(moved(here, places(whole, steps, 0)), steps, 1, rest, affine, which, p, 0)
+        else:
+            last = result(tensors, length - width, affine, which, p)
+            write_vectors(here, steps, whole, None, affine, which, p, past)
+            if rest:
+                write_pair(tensors, length - width, last)
 
 
 @cache
@@ -179,6 +188,7 @@ def writer(code, which, has_residual, backward, writes, adds):
     """
     codes = (code if has_residual else -1, code if backward else -1, code if writes else -1, code if adds else -1)
     residual_code, dy_code, out_code, dresidual_code = codes
+    by_mask = MASKS and SIZES[code] > 2 and not backward  # half types are masked in pairs, and dx by two tensors
 
     @kernel
     def writer_kernel(
@@ -200,6 +210,6 @@ def writer(code, which, has_residual, backward, writes, adds):
                 if backward:
                     affine = affine + (get(slope, channel), get(offset, channel))
                 here = moved(tensors, places(run, steps, channel * length))
-                write_run(here, length, splats(tensors[0], affine), which, p, past)
+                write_run(here, length, splats(tensors[0], affine), which, p, past, by_mask)
 
     return writer_kernel

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from gpu_bn.kernels.cpu import activations, memory
 from gpu_bn.kernels.cpu.memory import Tensor, integer, unpacked
-from gpu_bn.kernels.cpu.vector import BYTE, INT64, Lanes, fma, spread, where
+from gpu_bn.kernels.cpu.vector import BYTE, INT64, WIDE, Lanes, fma, joined, part, spread, where
 
 
 def _terms(x, residual, dy, at, count, affine, which, p):
@@ -71,6 +71,44 @@ def sum_vectors(typing, sums, tensors, steps, vectors, count, affine, which, p):
 
     integers = types.UniTuple(types.int64, len(tensors))
     return sums(sums, tensors, integers, types.int64, integer(count), affine, which, types.float64), generate
+
+
+@intrinsic(prefer_literal=True)
+def sum_rest(typing, sums, tensors, count, affine, which, p):
+    """Add to the sums those of ``count`` elements, fewer than a wide vector has, whose affine map is one for all.
+
+    Whole vectors go to the first parts of the sums, what is left to the last, which has no whole one.
+    """
+
+    def generate(context, builder, sig, args):
+        kinds = sig.args[1]
+        each = unpacked(builder, kinds, [builder.extract_value(args[1], i) for i in range(len(kinds))])
+        width, lanes = sums[0].lanes // WIDE, unpacked(builder, [affine], [args[3]])[0]
+        lanes = [Lanes(builder, part(builder, one.value, 0, width)) for one in lanes]
+        places = [
+            [cgutils.alloca_once_value(builder, part(builder, one, at, width)) for at in range(WIDE)]
+            for one in (builder.extract_value(args[0], i) for i in range(2))
+        ]
+
+        def add(at, left, to):
+            x, residual, dy, *kept = each
+            d, g = _terms(x, residual, dy, at, left, lanes, _literal(which), args[5])
+            if any(kept):
+                kept[0].store(at, left, g)
+            s, q = (Lanes(builder, builder.load(place[to])) for place in places)
+            builder.store((s + g).value, places[0][to])
+            builder.store(fma(d, g, q).value, places[1][to])
+
+        for at in range(WIDE - 1):
+            with builder.if_then(builder.icmp_signed(">=", args[2], INT64((at + 1) * width))):
+                add(INT64(at * width), None, at)
+        left = builder.and_(args[2], INT64(width - 1))
+        with builder.if_then(builder.icmp_signed("!=", left, INT64(0))):
+            add(builder.sub(args[2], left), left, WIDE - 1)
+        found = [joined(builder, [builder.load(place) for place in one]) for one in places]
+        return context.make_tuple(builder, sums, found)
+
+    return sums(sums, tensors, types.int64, affine, which, types.float64), generate
 
 
 @intrinsic

@@ -18,7 +18,9 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(len(FLOAT_DTYPES))
 SIZES = (2, 2, 4, 8)
 BYTES = 64
 """Of a vector: a cache line of float32."""
-WIDE = 4 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 2
+MASKS = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+"""Whether stores by a mask take as long as others; elsewhere they take many times as long, or LLVM makes branches."""
+WIDE = 4 if MASKS else 2
 """Vectors in a wide one: so many sums run side by side, because one alone would wait for each addition."""
 
 BIT, BYTE, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -156,6 +158,24 @@ def spread(builder, number, t):
 def in_all(builder, value, count):
     one = builder.insert_element(ir.Constant(ir.VectorType(value.type, count), ir.Undefined), value, INT32(0))
     return builder.shuffle_vector(one, one, constant(ir.VectorType(INT32, count), 0)) if count > 1 else one
+
+
+def part(builder, value, at, count):
+    """The lanes of a vector of LLVM's in its part ``at``, of so many."""
+    return builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(INT32, count), range_of(at * count, count)))
+
+
+def joined(builder, parts):
+    """Vectors, a power of two of them, as one."""
+    while len(parts) > 1:
+        count = 2 * parts[0].type.count
+        every = ir.Constant(ir.VectorType(INT32, count), range_of(0, count))
+        parts = [builder.shuffle_vector(a, b, every) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def range_of(first, count):
+    return list(range(first, first + count))
 
 
 def call(builder, name, result, args, **options):

@@ -365,7 +365,7 @@ RUNS = Case((12, 16, 5, 7))
 ROW, CHUNKS = Case((300, 41)), Case((700, 40))
 BUGS = {
     "a dropped tail of a sum": (channels, "moments", "if count % wide:", "if count % wide < 0:", CHANNELS),
-    "a dropped tail of y": (channels, "writer", "if (length - masked) % width:", "if length < 0:", CHANNELS),
+    "a dropped tail of y": (channels, "writer", "if rest:", "if rest < 0:", CHANNELS),
     "a tail begun too late": (channels, "products", "wide * wide)", "wide * wide + 1)", CHANNELS),
     "a swapped stride": (channels, "moments", "places(run, steps, first)", "places(first, steps, run)", CHANNELS),
     "runs that are lost": (channels, "moments", "range(0, runs if count", "range(0, min(runs, 8) if count", RUNS),
