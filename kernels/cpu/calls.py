@@ -186,6 +186,11 @@ def move(numbers, running_mean, running_var, mean, var, bessel, momentum):
         numbers.put_parameter(running, fma(m, now, (1 - m) * numbers.parameter(running, 0.0)))
 
 
+@per_channel((I, F))
+def fill(numbers, tagged, value):
+    numbers.put_parameter(tagged, numbers.spread(value))
+
+
 @per_channel((I, I))
 def read_parameters(numbers, tagged, vector):
     numbers.store(vector, numbers.parameter(tagged, 0.0))

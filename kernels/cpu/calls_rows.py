@@ -14,6 +14,7 @@ from gpu_bn.kernels.cpu.calls import (
     SUM,
     WRITE,
     add_chunks,
+    fill,
     finish_sums,
     move,
     put_affine,
@@ -27,13 +28,21 @@ from gpu_bn.kernels.cpu.scalars import (
     call_kernel,
     claim,
     clear,
+    copy,
     number,
     parameter,
     put_number,
-    put_parameter,
     restart,
     two_sum,
 )
+
+
+@cold
+def repeat(tagged, period, columns):
+    """Give the columns from ``period`` on what those before them have, in turn."""
+    size, start = 8 if tagged & 1 else 4, tagged & -2
+    for at in range(period, columns, period):
+        copy(start + at * size, start, min(period, columns - at) * size)
 
 
 @cold
@@ -46,10 +55,8 @@ def spread(values, how_many, channels, length, columns, width, tagged):
             write_parameters(0, channels, own, tagged)
         else:
             for channel in range(channels):
-                for at in range(channel * length, channel * length + length):
-                    put_parameter(tagged, at, number(own, channel))
-        for at in range(period, columns):
-            put_parameter(tagged, at, parameter(tagged, at - period))
+                fill(channel * length, channel * length + length, tagged, number(own, channel))
+        repeat(tagged, period, columns)
         tagged += 8 * width
 
 
@@ -106,8 +113,7 @@ def forward(
         restart(counters)
         if batch_stats:
             call_kernel(shifts, (x, row_step, runs, period, length, scratch))
-            for at in range(period, columns):
-                put_parameter(scratch + double, at, parameter(scratch + double, at - period))
+            repeat(scratch + double, period, columns)
             clear(sums, 2 * width * chunks * each)
     while phases & SUM and batch_stats:
         at = claim(counters)

@@ -89,7 +89,9 @@ class Kernel:
         unit.add(self, tuple([FLOAT if one in floats else INT for one in names]), name)
         module = llvm.parse_assembly(str(unit.module))
         module.verify()
-        passes = llvm.create_pass_builder(codegen()._tm, llvm.create_pipeline_tuning_options(speed_level=3))
+        options = llvm.create_pipeline_tuning_options(speed_level=2)
+        options.loop_vectorization = options.slp_vectorization = False  # vectors are written as such
+        passes = llvm.create_pass_builder(codegen()._tm, options)
         passes.getModulePassManager().run(module, passes)
         return module
 

@@ -179,22 +179,6 @@ def parameter(typing, tagged, at):
     return types.float64(types.int64, types.int64), generate
 
 
-@intrinsic
-def put_parameter(typing, tagged, at, value):
-    """Write one."""
-
-    def generate(context, builder, sig, args):
-        start = untagged(builder, args[0])
-        with builder.if_else(builder.trunc(args[0], BIT)) as (wide, narrow):
-            with wide:
-                builder.store(args[2], memory.place(builder, start, args[1], 8, DOUBLE))
-            with narrow:
-                builder.store(builder.fptrunc(args[2], SINGLE), memory.place(builder, start, args[1], 4, SINGLE))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float64), generate
-
-
 def untagged(builder, address):
     return at_address(builder, builder.and_(address, INT64(-2)))
 
@@ -319,6 +303,17 @@ def clear(typing, address, numbers):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def copy(typing, target, source, nbytes):
+    """Copy bytes from an address to another; the two places share none."""
+
+    def generate(context, builder, sig, args):
+        cgutils.raw_memcpy(builder, at_address(builder, args[0]), at_address(builder, args[1]), args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic

@@ -62,8 +62,8 @@ def kernel_mark(activation: str, dtype: str) -> Any:
 def compiled_cases(step: int = 1) -> Selected:
     """Return all cases, one in ``step`` for the normal run.
 
-    Kernels of each activation and dtype take half a second or more to compile. A normal run has each activation in float32, each dtype
-    with three activations; a long run a quarter of the rest.
+    Kernels of each activation and dtype take half a second or more to compile. A normal run has each activation in
+    float32, each dtype with three activations; a long run a quarter of the rest.
     """
     for index, case in enumerate(cases()):
         mark = kernel_mark(case.activation, case.dtype)
