@@ -27,7 +27,7 @@ import cuda_budget
 import model_proof
 import triton_budget
 import versions
-from support import cuda_faults, cuda_masked_faults, triton_bugs
+from support import cuda_faults, cuda_masked_faults, cuda_sync_faults, triton_bugs
 from support.gates import DATA
 
 from gpu_bn.activations import ROWS
@@ -60,7 +60,7 @@ def every_case() -> list[Case]:
 def planted_cuda() -> str:
     """How many faults are planted into the CUDA kernels."""
     masked, offsets = len(cuda_masked_faults.FAULTS), len(cuda_faults.GEOMETRIES)
-    whole = len(cuda_faults.PLANTED) + masked
+    whole = len(cuda_faults.PLANTED) + masked + len(cuda_sync_faults.FAULTS)
     return f"{whole}, of which {masked} with masks and ghost batches, and {offsets} cut offsets"
 
 

@@ -30,7 +30,7 @@ LAYERS = (
     "modules", "direct", "convert", "operators", "graph", "folding", "masks", "statistics", "fusing", "fusing_control",
     "merging", "refusals",
 )  # fmt: skip
-SLICE = "test_case and triton and not reference or launches or masked or merge_to"
+SLICE = "(test_case and triton and not reference or launches or masked or merge_to) and not cupy"
 WHAT = {
     "kernels": ["tests/versions.py", "--compile"],
     "emulator": [
@@ -39,7 +39,7 @@ WHAT = {
         "-q",
         "tests/conformance/test_conformance.py",
         "tests/backends/triton/test_emulator.py",
-        "tests/backends/triton/test_sync.py",
+        "tests/backends/test_gpu_sync.py",
         "-k",
         SLICE,
     ],

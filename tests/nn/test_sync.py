@@ -9,7 +9,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from support import sync_scenarios as scenarios
-from support.interpreter import interpreted
 from support.processes import launch, once, results
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -388,8 +387,3 @@ def test_alone_it_is_a_layer_of_ours_with_its_errors():
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         layer.train()(x[:1, :, 0])
     assert torch.equal(nn.sync_batch_norm(x, activation="relu"), nn.batch_norm(x, training=True, activation="relu"))
-
-
-def test_the_phases_on_triton():
-    """In its interpreter: what CUDA tensors go through, with parts of a batch for processes."""
-    assert int(interpreted(["-m", "support.sync_on_triton"])) == 10

@@ -18,8 +18,11 @@ from support.gates import ITEMSIZE, Definitions, Family, Group, Limits, Resource
 
 REGISTERS = {"float32": 128, "float16": 128, "bfloat16": 128, "float64": 255}
 """A file of 65,536 for two blocks of 256 threads; float64 has one block and the most that a thread may have."""
-SMALL = ("bn_track_kernel<double>", "bn_add_groups_kernel<double>")
-"""Kernels with a thread for each channel, the same for all activations."""
+SMALL = {
+    "identity": ("bn_track_kernel<double>", "bn_add_groups_kernel<double>"),
+    None: ("bn_sync_merge_kernel<double>", "bn_sync_sum_kernel<double>", "bn_sync_update_kernel<double>"),
+}
+"""Kernels with few threads a channel, the same for all activations, by the source that they are compiled from."""
 BATCHES = (cuda_sources.WHOLE, cuda_sources.RAGGED, "GROUPS", "MASKED_GROUPS")
 HEAVY = ("relu", "gelu", "gelu_tanh")
 """One bit decides the gradient; the longest expressions."""

@@ -299,6 +299,7 @@ class EmulatedGpu:
         cupy.asarray = self.asarray
         cupy.asnumpy = lambda array: np.array(array)
         cupy.stack = lambda arrays: self._register(np.stack(arrays))
+        cupy.concatenate = lambda arrays: self._register(np.concatenate(arrays))
         cupy.cuda = types.SimpleNamespace(
             Device=self.entering,
             Stream=MadeStreams(self),

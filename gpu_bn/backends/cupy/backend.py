@@ -29,6 +29,7 @@ from gpu_bn.backends.cupy.signatures import (
     vector_signature,
 )
 from gpu_bn.backends.cupy.steps import NULL, Arguments, ClusterRefusedError, PreparedCall, empty, in_memory
+from gpu_bn.backends.cupy.sync import SharedStatistics
 from gpu_bn.backends.layout import Layout, check_out
 from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Moments, OnPlan, Saved, Sums
 from gpu_bn.call import Call
@@ -113,7 +114,7 @@ class SavedRows(Saved):
         return value
 
 
-class CupyBackend:
+class CupyBackend(SharedStatistics):
     """See :class:`gpu_bn.backends.protocol.Backend` and :class:`gpu_bn.backends.protocol.FusedBackend`."""
 
     name = "cupy"

@@ -70,7 +70,7 @@ def bind_context() -> None:
 
 
 @lru_cache(4096)
-def compiled(activation: str, name: str, shared_bytes: int, device: int) -> Any:
+def compiled(activation: str | None, name: str, shared_bytes: int, device: int) -> Any:
     """Return a kernel for the current device, allowed to use a block's dynamic shared memory."""
     del device  # part of the key: the limit of shared memory is set on each device
     try:
@@ -89,7 +89,7 @@ def compiled(activation: str, name: str, shared_bytes: int, device: int) -> Any:
 
 
 @lru_cache(MODULES)
-def _module(activation: str, name: str) -> Any:
+def _module(activation: str | None, name: str) -> Any:
     return cupy.RawModule(code=cuda_sources.source(activation), options=cuda_sources.OPTIONS, name_expressions=(name,))
 
 

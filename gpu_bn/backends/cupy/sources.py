@@ -12,6 +12,8 @@ from gpu_bn.plan import Tiling
 BEFORE = ("types", "tile", "sums", "moments", "exchange", "activation")
 AFTER = ("forward", "gradients", "backward")
 """The files of device code, before and after the activation's own."""
+SYNC = ("types", "sync")
+"""Those of the kernels for numbers of several processes, which no activation concerns."""
 
 STORAGE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 PARAMETER_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
@@ -29,8 +31,10 @@ NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @cache
-def source(activation: str) -> str:
-    """Return the CUDA C++ source of all kernels with an activation, for NVRTC."""
+def source(activation: str | None) -> str:
+    """Return the CUDA C++ source of all kernels with an activation, for NVRTC; for ``None`` that of :data:`SYNC`."""
+    if activation is None:
+        return "\n".join(map(_text, SYNC))
     return "\n".join([*map(_text, BEFORE), _activation(activation), *map(_text, AFTER)])
 
 

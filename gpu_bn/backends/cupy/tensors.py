@@ -123,7 +123,7 @@ def _tensors(value: Any) -> Any:
     """Yield the tensors in a value, outermost first."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         for part in value:
             yield from _tensors(part)
     elif is_dataclass(value):
@@ -132,12 +132,12 @@ def _tensors(value: Any) -> Any:
 
 
 def _replaced(value: Any, kind: type | tuple[type, ...], convert: Any) -> Any:
-    """Return a value with ``convert`` applied to what is of a kind in it, its tuples and its dataclasses."""
+    """Return a value with ``convert`` applied to what is of a kind in it, its sequences and its dataclasses."""
     if isinstance(value, kind):
         return convert(value)
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         parts = [_replaced(part, kind, convert) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if is_dataclass(value) and not isinstance(value, type):
         changed = {field.name: _replaced(getattr(value, field.name), kind, convert) for field in fields(value)}
         return replace(value, **changed)

@@ -62,7 +62,6 @@ class SharedStatistics:
 
         Without a momentum that is 1 / the number of batches.
         """
-        momentum_at = None if momentum_at is None else momentum_at.to(mean.device)
         cumulative = momentum is None and momentum_at is None and counter is not None
         tracked = (running_mean, running_var, counter, momentum_at)
         key = ("update shared", mean.shape, mean.device, cumulative, *[None if t is None else t.dtype for t in tracked])

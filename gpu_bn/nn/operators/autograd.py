@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
-from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from gpu_bn import algorithm, registry
@@ -68,7 +67,7 @@ def direct(engine: Backend, spec: BatchNormSpec, call: Call) -> Tensor:
     else:
         y = library.forward(engine, call, spec, False)[0]
     if spec.batch_stats and not x.is_cpu:  # which torch has not seen
-        increment_version([one for one in (call.running_mean, call.running_var) if one is not None])
+        library.mark_written((call.running_mean, call.running_var))
     return y
 
 
@@ -290,7 +289,7 @@ def _enter_train(*given: Any) -> Any:
     tracked, (eps, activation, parameter, valid, groups, renorm) = arguments[4:7], arguments[8:14]
     options = (True, eps, activation, parameter, groups, bool(renorm))
     result = _enter(train, arguments[:4], arguments[4:], valid, options)
-    increment_version([tensor for tensor in tracked if tensor is not None and not tensor.is_inference()])
+    library.mark_written(tracked)
     return result
 
 

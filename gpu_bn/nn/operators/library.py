@@ -74,11 +74,11 @@ def forward(engine: Backend, call: Call, spec: BatchNormSpec, keep: bool = True)
         seen: dict[str, Any] = {name: one for name, one in named if one is not None and not is_wrapped(one)}
         aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), seen)
     at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
-    if at_once is not None and apart and call.valid is None and _is_plain(call.x, spec) and _countable(call):
+    if at_once is not None and apart and _is_plain(call, spec):
         found: tuple[Tensor, Saved] | None = at_once(engine, call, spec)
         if found is not None:
             if spec.batch_stats:
-                increment_version([one for one in tracked if one is not None and not one.is_inference()])
+                mark_written(tracked)
             return found
     return algorithm.forward(engine, call, spec, keep=keep)
 
@@ -88,8 +88,9 @@ def unread(momentum: Tensor) -> bool:
     return not momentum.is_cpu or torch.compiler.is_compiling()
 
 
-def _is_plain(x: Tensor, spec: BatchNormSpec) -> bool:
-    return spec.groups == 1 and spec.renorm is None and 0 not in x.shape
+def _is_plain(call: Call, spec: BatchNormSpec) -> bool:
+    usual = call.valid is None and spec.groups == 1 and spec.renorm is None and 0 not in call.x.shape
+    return usual and countable(call.counter, call.x)
 
 
 def _are_apart(tracked: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
@@ -113,15 +114,19 @@ def _bounds(one: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * one.element_size()
 
 
-def _countable(call: Call) -> bool:
-    """Whether a kernel can count."""
-    counter = call.counter
+def countable(counter: Tensor | None, like: Tensor) -> bool:
+    """Whether a kernel that runs where a tensor is can count batches."""
     return counter is None or (
         counter.dtype is torch.int64
-        and counter.device == call.x.device
+        and counter.device == like.device
         and counter.numel() == 1
         and counter.data_ptr() % 8 == 0
     )
+
+
+def mark_written(tracked: Sequence[Tensor | None]) -> None:
+    """Tell autograd what a kernel has written, so that a graph that has saved it refuses to go backward."""
+    increment_version([one for one in tracked if one is not None and not one.is_inference()])
 
 
 def batch_weight(

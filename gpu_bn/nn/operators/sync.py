@@ -21,7 +21,7 @@ from gpu_bn.call import Call
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn.distributed import wire
 from gpu_bn.nn.distributed.group import Group, exchange
-from gpu_bn.nn.operators.library import LIBRARY, TAGS, adjacent, as_read, register
+from gpu_bn.nn.operators.library import LIBRARY, TAGS, adjacent, as_read, countable, mark_written, register
 from gpu_bn.nn.running import moved_statistics, update_running, write
 from gpu_bn.spec import BatchNormSpec
 
@@ -119,12 +119,12 @@ def _update(
 ) -> None:
     tracked = (running_mean, running_var, num_batches_tracked)
     fused = getattr(registry.serving(mean), "update_shared", None)
-    countable = num_batches_tracked is None or num_batches_tracked.dtype is torch.int64
-    if fused is None or not countable:
+    if fused is None or not countable(num_batches_tracked, mean):
         whole = Pool(count, mean, var * count)
         update_running(tracked, momentum if momentum_at is None else momentum_at, whole)
     else:
-        fused(*tracked, momentum, momentum_at, count, mean, var)
+        fused(*tracked, momentum, None if momentum_at is None else momentum_at.to(mean.device), count, mean, var)
+        mark_written(tracked)
 
 
 def _normalize(x: Tensor, *arguments: Any) -> Tensor:

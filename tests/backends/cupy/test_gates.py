@@ -14,7 +14,7 @@ from support.cuda_variants import FAMILY, SMALL, definitions
 from support.gates import ITEMSIZE, Group, Resources
 
 from gpu_bn.backends.cupy import sources as cuda_sources
-from gpu_bn.plan import DEVICES, STATIC_SHARED, NoPlanError, Work, plan
+from gpu_bn.plan import DEVICES, STATIC_SHARED, THREADS, NoPlanError, Work, plan
 
 FULL = {"float16": 8, "bfloat16": 8, "float32": 4, "float64": 2}
 LAYOUTS = pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
@@ -80,11 +80,11 @@ def test_the_oldest_gpus_have_kernels(dtype, columns, compile_cuda):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_small_kernels(arch, compile_cuda):
-    for compiled in compile_cuda(
-        cuda_sources.source("identity"), arch, cuda_sources.OPTIONS, expressions=SMALL
-    ).values():
-        compiled.require(registers=128, shared_bytes=0)
+@pytest.mark.parametrize(("activation", "shared"), [("identity", 0), (None, 8 * THREADS)])
+def test_the_small_kernels(arch, activation, shared, compile_cuda):
+    source, names = cuda_sources.source(activation), SMALL[activation]
+    for compiled in compile_cuda(source, arch, cuda_sources.OPTIONS, expressions=names).values():
+        compiled.require(registers=128, shared_bytes=shared)
         assert compiled.stack_bytes == 0
 
 

@@ -51,7 +51,8 @@ def planned(monkeypatch, device):
         gpu.asked.add((activation, name))
         return Nothing()
 
-    monkeypatch.setattr(importlib.import_module("gpu_bn.backends.cupy.builder"), "compiled", asked)
+    for module in ("builder", "sync"):
+        monkeypatch.setattr(importlib.import_module(f"gpu_bn.backends.cupy.{module}"), "compiled", asked)
     gpu.backend = backend.CupyBackend
     return gpu
 
@@ -108,6 +109,14 @@ def call(rng, gpu, monkeypatch):
             assert backend.tier is not None
 
 
+def share(backend):
+    """What SyncBatchNorm asks for besides its phases."""
+    packets = [memory((3, 20), np.float64)]
+    moments = backend.merge_packets(packets, 4, 5, 15, -1.0)
+    backend.sum_packets(packets, 8, 5, 15, -1.0)
+    backend.update_shared(None, None, None, 0.1, None, *moments)
+
+
 @pytest.mark.slow
 def test_every_kernel_that_is_asked_for_has_gates(monkeypatch):
     rng, missed = random.Random(0), None
@@ -115,7 +124,8 @@ def test_every_kernel_that_is_asked_for_has_gates(monkeypatch):
         gpu = planned(monkeypatch, device)
         for _ in range(CALLS):
             call(rng, gpu, monkeypatch)
-        variants = {("identity", name) for name in SMALL}
+        share(gpu.backend())
+        variants = {(activation, name) for activation, names in SMALL.items() for name in names}
         for group in FAMILY.groups(gpu.arch):
             variants |= {(group.activation, name) for name in FAMILY.variants(group)}
         assert not gpu.asked - variants, device.name

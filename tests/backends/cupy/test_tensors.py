@@ -1,12 +1,8 @@
 """torch tensors served by the CuPy backend, on an emulated GPU whose memory is the CPU tensors' own."""
 
-import importlib
-import sys
-import types
-
-import numpy as np
 import pytest
 import torch
+from support.cupy_on_emulator import for_tensors
 
 import gpu_bn
 from gpu_bn import nn, registry
@@ -18,31 +14,7 @@ SHAPE = (4, 6, 5, 8)
 @pytest.fixture
 def engine(make_gpu, monkeypatch):
     """The backend, for CPU tensors and those that say that they are on a GPU."""
-    gpu = make_gpu(80)
-    cupy = sys.modules["cupy"]
-    owners = {}
-
-    def from_dlpack(tensor):
-        """A view of the tensor's storage, which the emulator knows as one allocation."""
-        index = tensor.device.index if tensor.is_cuda else 0
-        tensor = tensor.as_subclass(torch.Tensor)
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owners:
-            owners[storage.data_ptr()] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
-        layout = np.from_dlpack(tensor)
-        start = tensor.data_ptr() - storage.data_ptr()
-        view = np.ndarray(layout.shape, layout.dtype, owners[storage.data_ptr()], start, layout.strides)
-        with gpu.entering(index):
-            return gpu._register(view)
-
-    cupy.from_dlpack = from_dlpack
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=1234 + (device.index or 0))
-    )
-    monkeypatch.delitem(sys.modules, "gpu_bn.backends.cupy.tensors", raising=False)
-    engine = importlib.import_module("gpu_bn.backends.cupy.tensors").CupyForTorch(gpu.backend)
-    engine.gpu = gpu
-    return engine
+    return for_tensors(make_gpu(80), monkeypatch)
 
 
 def arguments(dtype=torch.float32):
