@@ -42,7 +42,7 @@ class BackwardCall(NamedTuple):
         given = residual is not None
         return work_of(
             of_one_group(self.view.layout, self.groups), self.x, self.alignment, backward=True, reads=2 + given,
-            writes=writes, staged=2 + given, mask=mask is not None,
+            writes=writes, staged=2 + given, sign_bits=mask is not None,
             ragged=apart and valid is None and self.groups == 1,
         )  # fmt: skip
 
@@ -74,14 +74,9 @@ def backward_call(dy: Array, saved: Saved, need: frozenset[str]) -> BackwardCall
     )  # fmt: skip
 
 
-def work_of(
-    layout: Layout, x: Array, alignment: int, *, backward: bool = False, reads: int = 1, writes: int = 1,
-    staged: int = 1, mask: bool = False, ragged: bool = False,
-) -> Work:  # fmt: skip
-    """What a call moves, for the planner."""
-    return Work(
-        layout.n, layout.c, layout.s, x.element_size(), backward, alignment, reads, writes, staged, mask, ragged=ragged
-    )
+def work_of(layout: Layout, x: Array, alignment: int, **moved: Any) -> Work:
+    """What a call moves, for the planner; ``moved`` are fields of :class:`gpu_bn.plan.Work`."""
+    return Work(layout.n, layout.c, layout.s, x.element_size(), alignment=alignment, **moved)
 
 
 def of_one_group(layout: Layout, groups: int) -> Layout:

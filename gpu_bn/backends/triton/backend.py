@@ -258,7 +258,7 @@ class TritonBackend(SharedStatistics):
 
         def make() -> ForwardSteps:
             reads, apart = 1 + (residual is not None), not (extended or usable)
-            work = work_of(layout, x, alignment, reads=reads, mask=bits > 0, ragged=apart)
+            work = work_of(layout, x, alignment, reads=reads, sign_bits=bits > 0, ragged=apart)
             return self.builder.forward(work, spec, dense_x, extended)
 
         steps = self.prepare(key, make)

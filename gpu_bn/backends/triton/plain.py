@@ -185,7 +185,7 @@ class PlainCalls:
         bits = 0
         if residual is not None and (grows or spec.batch_stats):
             bits = mask_size(view, 1, x.element_size(), spec.activation.name, 1)
-        work = work_of(view.layout, x, VECTOR_BYTES, reads=1 + (residual is not None), mask=bits > 0, ragged=True)
+        work = work_of(view.layout, x, VECTOR_BYTES, reads=1 + (residual is not None), sign_bits=bits > 0, ragged=True)
         steps = engine.prepare(("plain", key), lambda: engine.builder.forward(work, spec, x, False))
         channels = x.shape[1]
         weight, bias = (
