@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.fresh import loaded_after, python
+from support.paths import ROOT
 
 import gpu_bn
 
@@ -160,3 +161,11 @@ def test_frameworks_are_imported_where_they_belong(path):
                 framework = name.split(".")[0]
                 if framework in owners:
                     assert where.startswith(owners[framework]), f"{where} imports {name}"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda script: script.stem)
+def test_scripts_for_timings_import_nothing_that_tests_share(script):
+    for node in ast.walk(ast.parse(script.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not [name for name in names if name.split(".")[0] in ("support", "tests")]

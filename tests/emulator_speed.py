@@ -1,6 +1,6 @@
 """How fast the PTX emulator of `tests/emulator` runs the reference kernel: millions of elements per second.
 
-    PYTHONPATH=tests python bench/ptx_emulator.py
+    python tests/emulator_speed.py
 
 CPU time, so that other work on the machine does not count.
 """
