@@ -54,6 +54,11 @@ class Kernel:
         self.misses = 0
         """How often it was not found in the cache."""
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        code = self.py_func.__code__
+        return code.co_varnames[: code.co_argcount]  # type: ignore[no-any-return]
+
     @cached_property
     def tree(self) -> ast.FunctionDef:
         """Its text, parsed."""
@@ -61,7 +66,7 @@ class Kernel:
         text = "".join(linecache.getlines(code.co_filename, self.py_func.__globals__))
         tree, same = _functions(text, code.co_filename).get(code.co_firstlineno, (None, None))
         if tree is None or same != code:
-            raise RuntimeError(f"{code.co_filename} has changed since {code.co_qualname} was imported")
+            raise RuntimeError(f"{code.co_filename} is missing, or has changed since {code.co_qualname} was imported")
         return tree
 
     def address(self, floats: tuple[str, ...] = ()) -> int:
@@ -85,8 +90,8 @@ class Kernel:
 
     def module(self, floats: tuple[str, ...] = (), name: str = "kernel") -> Any:
         """LLVM's code, optimised."""
-        unit, names = Unit(codegen()), [one.arg for one in self.tree.args.args]
-        unit.add(self, tuple([FLOAT if one in floats else INT for one in names]), name)
+        unit = Unit(codegen())
+        unit.add(self, tuple([FLOAT if one in floats else INT for one in self.parameters]), name)
         module = llvm.parse_assembly(str(unit.module))
         module.verify()
         options = llvm.create_pipeline_tuning_options(speed_level=2)

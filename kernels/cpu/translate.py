@@ -89,13 +89,12 @@ class Body(Expressions):
 
     def __init__(self, unit, builder, kernel, arguments):
         super().__init__(unit, builder, kernel)
-        parameters = [one.arg for one in kernel.tree.args.args]
         names = [node for node in ast.walk(kernel.tree) if isinstance(node, ast.Name)]
-        stored = Counter([*parameters, *[node.id for node in names if isinstance(node.ctx, ast.Store)]])
+        stored = Counter([*kernel.parameters, *[node.id for node in names if isinstance(node.ctx, ast.Store)]])
         self.changes = {name for name, count in stored.items() if count > 1}
         self.loops, self.results = [], None
         """The blocks behind loops; of a function of its own, the shape of what it returns, once that is known."""
-        for name, value in zip(parameters, arguments, strict=True):
+        for name, value in zip(kernel.parameters, arguments, strict=True):
             self.assign(name, value)
 
     def inlined(self):

@@ -42,7 +42,6 @@ def builtin(door: Any) -> Callable[..., int]:
 @cache
 def entry(kernel: Any) -> Callable[..., int]:
     """A whole call's kernel as a function of numbers, which runs without the interpreter's lock."""
-    names = [one.arg for one in kernel.tree.args.args]
-    floats = sum(1 << at for at, name in enumerate(names) if name in FLOATS)
+    floats = sum(1 << at for at, name in enumerate(kernel.parameters) if name in FLOATS)
     plain: Any = doors.plain
-    return partial(builtin(plain(len(names), floats)), plans.address(kernel, FLOATS))
+    return partial(builtin(plain(len(kernel.parameters), floats)), plans.address(kernel, FLOATS))

@@ -15,6 +15,8 @@ from support.paths import ROOT
 import gpu_bn
 
 compiler = pytest.importorskip("gpu_bn.kernels.cpu.compiler", reason="needs Numba, which compiles kernels for CPUs")
+from gpu_bn.backends.cpu.entries import entry
+from gpu_bn.kernels.cpu import calls_channels
 
 HELPER = """
 from gpu_bn.kernels.cpu.compiler import inlined
@@ -165,6 +167,27 @@ def thrice(x):
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("GPU_BN_CACHE_DIR", str(tmp_path))
     return tmp_path / compiler.STAMP
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_found_needs_no_source():
+    for found in (False, True):
+        made = compiler.kernel(calls_channels.forward.py_func)
+        entry(made)
+        assert made.misses == (not found)
+        assert ("tree" in vars(made)) == (not found)
+
+
+def test_kernels_are_called_with_as_many_numbers_as_they_take():
+    @compiler.kernel
+    def nothing(a, p):
+        pass
+
+    call = entry(nothing)
+    assert call(1, 2.0) == call(True, 2) == 0
+    for wrong in ((1,), (1, 2.0, 3), ("1", 2.0), (1, "2"), (1.5, 2.0), (2**64, 2.0)):
+        with pytest.raises((TypeError, OverflowError)):
+            call(*wrong)
 
 
 def test_a_folder_that_can_only_be_read_is_read(folder):

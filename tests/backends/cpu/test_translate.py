@@ -26,8 +26,8 @@ def function(text, **names):
 
 
 def translated(kernel, real=(), returns=WHOLE):
-    names = [one.arg for one in kernel.tree.args.args]
-    call = ctypes.CFUNCTYPE(returns, *[REAL if name in real else WHOLE for name in names])(kernel.address(real))
+    kinds = [REAL if name in real else WHOLE for name in kernel.parameters]
+    call = ctypes.CFUNCTYPE(returns, *kinds)(kernel.address(real))
     call.kernel = kernel
     return call
 
