@@ -20,7 +20,7 @@ from gpu_bn.nn.checks import (
     is_ordinary,
     plain_number,
 )
-from gpu_bn.nn.operators import autograd, composition, cpu_calls, gpu_calls, library, masked
+from gpu_bn.nn.operators import autograd, composition, library, masked, plain_calls
 from gpu_bn.nn.running import updates
 
 
@@ -93,19 +93,19 @@ def batch_norm(
 
 def normalize(call: Call, options: Options) -> Tensor:
     """Do what :func:`batch_norm` does, with an ``Activation``, and a counter in training only."""
-    if call.valid is None and options.virtual_batch_size is None and options.renorm is None:
-        if not updates.off:
-            y = cpu_calls.forward(call, options)
-            if y is None:
-                y = gpu_calls.forward(call, options)
-            if y is not None:
-                return y
-        if is_ordinary(call, options):
-            training, momentum, eps, activation, *_ = options
-            batch_weight = library.batch_weight(momentum, None, call.counter) if training else 0.0
-            spec = library.options(training, batch_weight, eps, activation.name, activation.parameter)
-            return autograd.direct(registry.serving(call.x), spec, call)
-    return _checked(call, options)
+    y = plain_calls.forward(call, options)
+    return general(call, options) if y is None else y
+
+
+def general(call: Call, options: Options) -> Tensor:
+    """Do what :func:`normalize` does, also where a call is not plain."""
+    extended = call.valid is not None or options.virtual_batch_size is not None or options.renorm is not None
+    if extended or not is_ordinary(call, options):
+        return _checked(call, options)
+    training, momentum, eps, activation, *_ = options
+    batch_weight = library.batch_weight(momentum, None, call.counter) if training else 0.0
+    spec = library.options(training, batch_weight, eps, activation.name, activation.parameter)
+    return autograd.direct(registry.serving(call.x), spec, call)
 
 
 def _checked(call: Call, options: Options) -> Tensor:

@@ -15,6 +15,7 @@ from gpu_bn.call import Call, Options
 from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
 from gpu_bn.nn.activated import Activated, guarded
+from gpu_bn.nn.operators import plain_calls
 
 
 class Fused(Activated, _BatchNorm):
@@ -177,4 +178,6 @@ def layer(
     given = Call(input, weight, bias, residual, running_mean, running_var, num_batches_tracked, mask)
     default = ROWS[activation].default
     chosen = default if default.parameter == parameter else Activation(activation, parameter)
-    return functional.normalize(given, Options(training, momentum, eps, chosen, 1, virtual_batch_size, renorm))
+    options = Options(training, momentum, eps, chosen, 1, virtual_batch_size, renorm)
+    y = plain_calls.forward(given, options)
+    return functional.general(given, options) if y is None else y

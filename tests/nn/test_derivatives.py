@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from gpu_bn import nn
 from gpu_bn.nn.operators import (
     autograd,
-    cpu_calls,
     library,
+    plain_calls,
 )
 
 
@@ -120,7 +120,7 @@ def test_only_gradients_asked_for_are_computed(needs, activation, quick, monkeyp
     if quick:
         monkeypatch.setattr(doors, "backward", found)
     else:
-        monkeypatch.setattr(cpu_calls, "forward", lambda *_: None)
+        monkeypatch.setattr(plain_calls, "forward", lambda *_: None)
         monkeypatch.setattr(autograd.algorithm, "backward", watched)
     given = [t.detach().requires_grad_(need) for t, need in zip(inputs(), needs, strict=True)]
     twin = [t.detach().clone().requires_grad_(need) for t, need in zip(given, needs, strict=True)]

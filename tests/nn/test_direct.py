@@ -20,7 +20,7 @@ from gpu_bn.call import Call, Options
 from gpu_bn.nn import checks
 from gpu_bn.nn.operators import (
     autograd,
-    cpu_calls,
+    plain_calls,
 )
 from gpu_bn.testing import ADAPTERS
 
@@ -109,7 +109,7 @@ def is_quick(training, given):
     own = [one.clone() if one is VECTOR else one for one in (given["running_mean"], given["running_var"])]
     given.update(running_mean=own[0], running_var=own[1])
     given.update(counter=given["counter"] if training else None)
-    return cpu_calls.forward(*call_of(training, given, Activation("relu"))) is not None
+    return plain_calls.forward(*call_of(training, given, Activation("relu"))) is not None
 
 
 def is_refused(training, given):
@@ -140,15 +140,15 @@ def test_it_lets_through_nothing_that_is_refused(training, takes):
 @pytest.mark.parametrize("quick", [True, False])
 def test_usual_calls_take_it(monkeypatch, quick):
     taken, nothing = [], lambda *_: None
-    way = cpu_calls if quick else autograd
-    of_old = cpu_calls.forward if quick else autograd.direct
+    way = plain_calls if quick else autograd
+    of_old = plain_calls.forward if quick else autograd.direct
 
     def noted(*arguments):
         y = of_old(*arguments)
         taken.append(y is not None)
         return y
 
-    monkeypatch.setattr(cpu_calls, "forward", nothing)
+    monkeypatch.setattr(plain_calls, "forward", nothing)
     monkeypatch.setattr(way, "forward" if quick else "direct", noted)
     x = data(4, 3, 5, 6).requires_grad_()
     options = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"activation": "relu"}]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from threading import Lock
 from typing import Any
 
@@ -75,7 +76,7 @@ class Step:
         wide: whether whole numbers are of 64 bits.
         aligned: the parameters that are multiples of 16 bytes.
         device: the number of the CUDA device, -1 without one.
-        run: launches the compiled kernel, once it is there.
+        run: launches the compiled kernel, once it is there; addresses serve for tensors.
         registers: of a thread, once the kernel is compiled.
     """
 
@@ -93,6 +94,43 @@ class Step:
 
 
 Launch = Callable[[Step, tuple[Any, ...]], None]
+
+
+class Slot(int):
+    """The place of a value among those of a call."""
+
+
+class Launches:
+    """The launches of a call, for all calls that differ in their values only.
+
+    Args:
+        values: the names of a call's tensors and numbers.
+        run: makes a call by what launches; the values' slots are found by name, and are ``None`` of other names.
+
+    Attributes:
+        steps: what is launched, and what chooses its arguments of all values and constants.
+        constants: what is the same in all calls.
+        compiled: whether all steps have been launched; then addresses serve for tensors.
+    """
+
+    def __init__(self, values: Sequence[str], run: Callable[[Launch, Callable[[str], Slot | None]], None]) -> None:
+        noted: list[tuple[Step, tuple[Any, ...]]] = []
+        slots = {name: Slot(place) for place, name in enumerate(values)}
+        run(lambda step, args: noted.append((step, args)), slots.get)
+        self.constants = tuple(one for _, args in noted for one in args if not isinstance(one, Slot))
+        places = iter(range(len(values), len(values) + len(self.constants)))
+        self.steps: list[tuple[Any, Callable[[Any], tuple[Any, ...]]]] = [
+            (step, itemgetter(*[one if isinstance(one, Slot) else next(places) for one in args]))
+            for step, args in noted
+        ]
+        self.compiled = not noted
+
+    def first(self, launch: Launch, values: tuple[Any, ...]) -> None:
+        """Make a call by what launches."""
+        for step, arguments in self.steps:
+            launch(step, arguments((*values, *self.constants)))
+        self.compiled = all(step.run is not None for step, _ in self.steps)
+
 
 CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 """Whether Triton compiles kernels for clusters of blocks. 3.7 and 3.8 fail; 3.6 compiles some without an exchange
@@ -150,7 +188,8 @@ def launch(step: Step, args: tuple[Any, ...]) -> None:
         if step.num_ctas > 1:
             raise ClusterError(f"{step.kernel.__name__} in a cluster of {step.num_ctas} blocks: {error}") from error
         raise
-    step.run = run
+    if step.device >= 0:  # the interpreter takes no addresses
+        step.run = run
 
 
 def interpreting() -> bool:

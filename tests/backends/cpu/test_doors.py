@@ -12,7 +12,7 @@ from gpu_bn import nn
 from gpu_bn.activations import IDENTITY
 from gpu_bn.backends.cpu import doors
 from gpu_bn.call import Call, Options
-from gpu_bn.nn.operators import cpu_calls
+from gpu_bn.nn.operators import plain_calls
 
 if not doors._look():
     pytest.skip("this torch has no DLPack exchange interface", allow_module_level=True)
@@ -33,7 +33,7 @@ def layouts(x):
 def without():
     """Calls by the other way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_calls, "forward", lambda *_: None)
+        patch.setattr(plain_calls, "forward", lambda *_: None)
         yield
 
 
@@ -101,7 +101,7 @@ def test_what_they_leave_alone_is_as_it_was(name):
     names = ("x", "weight", "bias", "residual", "mean", "var", "counter")
 
     def made(given):
-        return cpu_calls.forward(Call(*[given[name] for name in names]), Options(True, 0.5, 1e-5, IDENTITY))
+        return plain_calls.forward(Call(*[given[name] for name in names]), Options(True, 0.5, 1e-5, IDENTITY))
 
     assert made(given) is not None
     assert given["counter"] == 1

@@ -9,7 +9,7 @@ pytest.importorskip("numba")
 
 from gpu_bn import nn
 from gpu_bn.backends.cpu.backend import CpuBackend
-from gpu_bn.nn.operators import cpu_calls
+from gpu_bn.nn.operators import plain_calls
 
 WAYS = ["quickest", "direct"]
 
@@ -27,7 +27,7 @@ def by(way):
     """Calls by a builtin function, or by the backend."""
     with pytest.MonkeyPatch.context() as patch:
         if way == "direct":
-            patch.setattr(cpu_calls, "forward", lambda *_: None)
+            patch.setattr(plain_calls, "forward", lambda *_: None)
         yield
 
 

@@ -56,3 +56,22 @@ print(ours.grad_fn.engine.name)
 
 def test_the_backend_by_name():
     assert interpreted(["-c", BY_NAME]).strip() == "triton"
+
+
+OF_A_LAYER = """
+import torch
+from gpu_bn import nn, registry
+backend = registry.load("triton")
+registry.serving = lambda _: backend
+x, dy = torch.randn(6, 4, 3, requires_grad=True), torch.randn(6, 4, 3)
+layers = nn.BatchNorm1d(4), torch.nn.BatchNorm1d(4)
+for _ in range(2):
+    found = [torch.autograd.grad(layer(x), (x, *layer.parameters()), dy) for layer in layers]
+torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(*[list(layer.buffers()) for layer in layers])
+print(*[len(known) for known in backend.plain.known.values()])
+"""
+
+
+def test_calls_of_a_layer():
+    assert interpreted(["-c", OF_A_LAYER]).strip() == "1"

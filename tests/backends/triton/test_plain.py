@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
+from collections import Counter
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,8 +16,10 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from support.triton_backends import EmulatedBackend, RecordingBackend
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_bn import nn, registry
+from gpu_bn.backends.triton import plain as plain_calls
 from gpu_bn.backends.triton.backend import TritonBackend
 from gpu_bn.backends.triton.launch import ClusterError
 from gpu_bn.plan import DEVICES
@@ -184,10 +191,180 @@ def test_a_plain_call_is_planned_again_without_clusters_where_they_fail(monkeypa
     assert layer.running_mean._version > 1
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def inference_zeros():
+    with torch.inference_mode():
+        return torch.zeros(8)
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def data_of(name, tensor):
+    """Change a tensor that stays the same object."""
+
+    def change(layer, _):
+        getattr(layer, name).data = tensor
+
+    return change
+
+
+CHANGES = NOT_PLAIN | {
+    "a weight of another dtype": data_of("weight", torch.ones(8).double()),
+    "a weight that has got gaps": data_of("weight", torch.ones(16)[::2]),
+    "a weight of another length": data_of("weight", torch.ones(9)),
+    "a weight of a type of one's own": put("weight", lambda _: torch.ones(8).as_subclass(Subclass)),
+    "a negated variance": put("running_var", lambda _: torch._neg_view(torch.ones(8))),
+    "a mean that needs gradients": put("running_mean", lambda _: torch.zeros(8, requires_grad=True)),
+    "a mean of inference mode": put("running_mean", lambda _: inference_zeros()),
+    "statistics in one place": put("running_var", lambda layer: layer.running_mean),
+    "statistics on another device": put("running_var", lambda _: torch.zeros(8, device="meta")),
+    "a sparse weight": put("weight", lambda _: torch.ones(8).to_sparse()),
+    "a sparse input": lambda _, x: x.detach().to_sparse(),
+    "an input in oneDNN's memory": lambda _, x: x.detach().float().to_mkldnn(),
+    "an input of a type of one's own": lambda _, x: x.detach().as_subclass(Subclass),
+    "an input of another dtype": lambda _, x: x.detach().double(),
+    "an input of other strides": lambda _, x: x.detach().to(memory_format=torch.channels_last),
+    "an input of another shape": lambda _, x: x.detach().view(8, 8, 8, 16),
+    "an input with more channels": lambda _, x: x.detach().view(4, 16, 8, 16),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_known_signature_hides_no_change(name, monkeypatch):
+    outcomes = []
+    for quick in (True, False):
+
+        def call():
+            layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 16, 16, dtype=torch.float16, requires_grad=True)
+            for _ in range(2):
+                layer(x)
+            changed = CHANGES[name](layer, x)
+            layer(x if changed is None else changed)
+
+        try:
+            outcomes.append(run(monkeypatch, quick, call)[1])
+        except (RuntimeError, ValueError) as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+WATCHES = {
+    "a mode": Watch,
+    "forward-mode differentiation": torch.autograd.forward_ad.dual_level,
+    "statistics left alone": nn.no_tracking,
+}
+
+
+@pytest.mark.parametrize("name", WATCHES)
+def test_a_known_signature_hides_no_one_who_watches(name, monkeypatch):
+    backend = Noting(True)
+    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 16, 16, requires_grad=True)
+    y = layer(x)
+    with WATCHES[name]():
+        layer(x)
+    assert backend.served == ["forward"]
+    torch.func.grad(lambda x: layer(x).sum())(x.detach())
+    torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+    assert backend.served == ["forward", "backward"]
+    torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    torch.autograd.grad(y, x, torch.ones(2, *y.shape), is_grads_batched=True, retain_graph=True)
+    assert backend.served == ["forward", "backward"]
+
+
+def test_kinds_of_calls_of_one_shape_are_remembered_side_by_side(monkeypatch):
+    backend = Noting(True)
+    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    layers = [nn.BatchNorm2d(8), nn.BatchNorm2d(8).requires_grad_(False)]
+    x = torch.empty(4, 8, 6, 6)
+    inputs = [x, x.clone().requires_grad_(), x.to(memory_format=torch.channels_last), torch.nn.Parameter(x)]
+    prepare = Mock(side_effect=plain_calls.prepare_forward)
+    monkeypatch.setattr(plain_calls, "prepare_forward", prepare)
+    for _ in range(3):
+        for layer, x in product(layers, inputs):
+            y = layer(x)
+            if y.requires_grad:
+                y.backward(torch.empty_like(y))
+    assert prepare.call_count == len(layers) * len(inputs)
+    assert Counter(backend.served) == {"forward": 24, "backward": 18}
+
+
+def test_saved_tensors_that_come_back_otherwise_are_looked_at(monkeypatch):
+    backend = Noting(True)
+    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 6, 6, requires_grad=True)
+    for order in (torch.contiguous_format, torch.channels_last):
+
+        def unpack(one, order=order):
+            return one.clone(memory_format=order) if one.dim() == 4 else one
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: one, unpack):
+            y = layer(x)
+        y.backward(torch.empty_like(y))
+    assert backend.served == ["forward", "backward", "forward"]
+
+
+def test_a_call_comes_to_its_kernel_in_five_files(monkeypatch):
+    """CONTRIBUTING draws its way."""
+    ways = []
+
+    def launch(step, _):
+        frames = [Path(frame.filename) for frame in traceback.extract_stack()]
+        ways.append([*dict.fromkeys(path.name for path in frames if "gpu_bn" in path.parts)])
+        ways[-1].append(Path(step.kernel.fn.__code__.co_filename).name)
+
+    monkeypatch.setattr(registry, "serving", lambda _: backend)
+    backend = TritonBackend(launch, DEVICES["a100"])
+    layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 6, 6, requires_grad=True)
+    for _ in range(2):
+        layer(x).backward(x.detach())
+    front = ["fused.py", "plain_calls.py"]
+    assert ways == 2 * [
+        [*front, "plain.py", "launch.py", "forward.py"],
+        [*front[1:], "plain.py", "launch.py", "backward.py"],
+    ]
+
+
+class ByAddress(EmulatedBackend):
+    """Launches steps that have been compiled by addresses, as on a GPU."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.by_address, self.tensors = 0, {}
+
+    def new(self, *args):
+        made = super().new(*args)
+        self.know(*(made.unbind() if made.dim() == 2 else ()), made)
+        return made
+
+    def know(self, *tensors):
+        self.tensors |= {one.data_ptr(): one for one in tensors if isinstance(one, torch.Tensor)}
+
+    def launch_on_emulator(self, step, args):
+        super().launch_on_emulator(step, args)
+        self.know(*args)
+        pointers = [isinstance(one, torch.Tensor) for one in args]
+
+        def run(*args):
+            self.by_address += 1
+            assert not any(isinstance(one, torch.Tensor) for one in args)
+            found = [self.tensors[one] if is_one else one for one, is_one in zip(args, pointers, strict=True)]
+            super(ByAddress, self).launch_on_emulator(step, found)
+
+        step.run = run
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("tier", ["cta", "split"])
-def test_plain_calls_compute_what_torch_does(tier, device, compile_triton, monkeypatch):
-    backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4), tier=tier)
+@pytest.mark.parametrize("kind", [EmulatedBackend, ByAddress])
+def test_plain_calls_compute_what_torch_does(tier, kind, device, compile_triton, monkeypatch):
+    backend = kind(device, compile_triton, 80, replace(DEVICES["a100"], sms=4), tier=tier)
     monkeypatch.setattr(registry, "serving", lambda *_: backend)
     ours, theirs = nn.BatchNorm1d(6, activation="relu"), torch.nn.BatchNorm1d(6)
     with torch.no_grad():
@@ -195,12 +372,13 @@ def test_plain_calls_compute_what_torch_does(tier, device, compile_triton, monke
             one.copy_(torch.randn(6))
     theirs.load_state_dict(ours.state_dict())
     x, added = (torch.randn(4, 6, 5, requires_grad=True) for _ in range(2))
-    found = []
+    found, dy = [], torch.ones_like(x)
     for layer, call in ((ours, ours), (theirs, lambda x, added: (theirs(x) + added).relu())):
-        y = [call(x, added) for _ in range(2)][-1]
-        gradients = torch.autograd.grad(y, [x, added, layer.weight, layer.bias], torch.ones_like(x))
+        for _ in range(2):
+            y = call(x, added)
+            gradients = torch.autograd.grad(y, [x, added, layer.weight, layer.bias], dy)
         layer.eval()
-        found.append([y, *gradients, call(x, added), *layer.buffers()])
+        found.append([y, *gradients, *[call(x, added) for _ in range(2)], *layer.buffers()])
     assert_close(*found, rtol=1e-4, atol=1e-5)
     assert len(backend.plain.known) == 2
-    assert None not in backend.plain.known.values()
+    assert kind is EmulatedBackend or backend.by_address == {"cta": 3, "split": 5}[tier]

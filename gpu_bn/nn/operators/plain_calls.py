@@ -1,6 +1,7 @@
-"""Calls of plain tensors on a CPU in few steps: a check of each argument, one call of a builtin function, autograd.
+"""Calls of plain tensors in few steps: one look at all arguments, the backend's own way to its kernel, autograd.
 
-Any other call changes nothing here: :mod:`gpu_bn.nn.functional` makes it.
+Any other call changes nothing here: :mod:`gpu_bn.nn.functional` makes it. What methods of a ``ctx`` do is written out,
+because a call of one takes longer.
 """
 
 from __future__ import annotations
@@ -17,28 +18,91 @@ from gpu_bn.backends.protocol import Moments, Saved
 from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import library
 from gpu_bn.nn.operators.autograd import PLAIN, gradients_of, needs_operator, plain_parts, watched
+from gpu_bn.nn.running import updates
 
-_increment_version = torch._C._increment_version
+_increment_version, _grad_enabled = torch._C._increment_version, torch.is_grad_enabled
 _float64, _strided = torch.float64, torch.strided
 
 
 def forward(call: Call, options: Options) -> Tensor | None:
     """Return ``y``, or ``None`` if the call is of another kind; the counter is given only in training."""
-    x, weight, bias, residual, running_mean, running_var, counter, _, _ = call
-    training, momentum, eps, activation, *_ = options
-    if watched() or forward_ad._current_level >= 0 or type(x) not in PLAIN or not x.is_cpu or x.layout is not _strided:
+    x, momentum = call[0], options[1]
+    if (
+        watched()
+        or forward_ad._current_level >= 0
+        or updates.off
+        or type(x) not in PLAIN
+        or not (x.is_cuda or x.is_cpu)
+        or not (call.valid is None and options.virtual_batch_size is None and options.renorm is None)
+        or not (momentum is None or (type(momentum) is float and -inf < momentum < inf))
+    ):
         return None
     engine = registry.serving(x)
-    doors = vars(engine).get("doors")  # not by delegation: a wrapper may have calls of its own
-    if doors is None or (parts := plain_parts(call, options)) is None:
+    ways = vars(engine)  # not by delegation: a wrapper may have calls of its own
+    if "plain" in ways:
+        return _by_triton(ways["plain"], call, options)
+    return _by_cpu(engine, call, options) if "doors" in ways else None
+
+
+def _by_triton(plain: Any, call: Call, options: Options) -> Tensor | None:
+    eps = options[2]
+    if options[1] is None or type(eps) is not float or not 0.0 < eps < inf:
+        return None
+    try:
+        found = plain.forward(call, options, plain_parts)
+    except NotImplementedError:  # a tensor that torch.func has left behind has no address
+        return None
+    if found is None:
+        return None
+    new, made = found
+    if made is None:
+        return new[0]  # type: ignore[no-any-return]
+    x, weight, bias, residual, *_ = call
+    return _apply_triton(x, weight, bias, residual, (plain, made, new))  # type: ignore[no-any-return]
+
+
+class _MadeByTriton(Function):
+    """Tells autograd of a call that the Triton backend has made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, found: Any
+    ) -> Tensor:
+        plain, made, new = found
+        ctx.to_save = made[0].saves((x, weight, bias, residual, *new))
+        ctx.materialize_grads = False
+        ctx.rest = plain, made
+        return new[0]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 5
+        plain, made = ctx.rest
+        need, tensors = ctx.needs_input_grad, (dy, *ctx.saved_tensors)
+        if not (_grad_enabled() or watched()):
+            found = plain.backward(made, tensors, need)
+            if found is not None:
+                return found  # type: ignore[no-any-return]
+        named = dict(zip(made[0].saved, tensors, strict=True))
+        saved = plain.saved(made, tensors)
+        return *gradients_of(plain.engine, dy, saved, named.get("weight"), named.get("bias"), need), None
+
+
+_apply_triton = super(Function, _MadeByTriton).apply
+
+
+def _by_cpu(engine: Any, call: Call, options: Options) -> Tensor | None:
+    x, weight, bias, residual, running_mean, running_var, counter, _, _ = call
+    training, momentum, eps, activation, *_ = options
+    doors, parts = engine.doors, plain_parts(call, options)
+    if parts is None or x.layout is not _strided:
         return None
     _, tracked, grows = parts
     if momentum is None:
         if counter is not None and not counter.is_cpu:
             return None
         momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
-    elif type(momentum) is not float or not -inf < momentum < inf:
-        return None
     door = doors.forward(x, residual, training, activation.name)
     if door is None:
         return None
@@ -55,12 +119,12 @@ def forward(call: Call, options: Options) -> Tensor | None:
         _increment_version(tracked)
     if grows:
         made = (engine, statistics, training, eps, activation.name, activation.parameter)
-        return _apply(x, weight, bias, residual, (y,), made)  # type: ignore[no-any-return]
+        return _apply_cpu(x, weight, bias, residual, (y,), made)  # type: ignore[no-any-return]
     return y
 
 
-class _Made(Function):
-    """Tells autograd of a call that has been made."""
+class _MadeByCpu(Function):
+    """Tells autograd of a call that the compiled backend has made."""
 
     @staticmethod
     def forward(
@@ -75,11 +139,11 @@ class _Made(Function):
         engine, activation = rest[0], rest[4]
         of_y = residual is not None and engine.keeps_output(activation, x.dtype)
         if activation == "identity":  # whose gradient reads neither
-            ctx.save_for_backward(x, weight, None, None)
+            ctx.to_save = x, weight, None, None
         else:
-            ctx.save_for_backward(x, weight, bias, made[0] if of_y else residual)
+            ctx.to_save = x, weight, bias, made[0] if of_y else residual
         ctx.rest = *rest, x.dtype if bias is None else bias.dtype, residual is not None, of_y
-        ctx.set_materialize_grads(False)
+        ctx.materialize_grads = False
         return made[0]
 
     @staticmethod
@@ -120,7 +184,9 @@ class _Made(Function):
         return dx, dweight, dbias, dy if need[3] and identity else dresidual, None, None
 
 
-_apply = super(Function, _Made).apply
+_apply_cpu = super(Function, _MadeByCpu).apply
+for _made in (_MadeByTriton, _MadeByCpu):  # without a search for other ways to write a derivative
+    _made._backward_cls.apply = _made.backward  # type: ignore[attr-defined]
 
 
 def _gradients_by_backend(
