@@ -6,10 +6,10 @@ And whether two tensors overlap, and how one is cut into blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from gpu_bn.aliasing import overlap, view
 from gpu_bn.spec import check_overlap
 
 Array = NDArray[Any]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,26 @@ def each(
             if not (both := halves(block, axes)):
                 raise
             each(both, axes, work, *arguments)
+
+
+def made_for(
+    block: tuple[slice, ...], axes: tuple[int, ...], make: Callable[[tuple[slice, ...]], Made]
+) -> Iterator[tuple[tuple[slice, ...], Made]]:
+    """Yield a block with what is made for it; where memory does not suffice, each of its halves along some axes."""
+    try:
+        made = make(block)
+    except MemoryError:
+        if both := halves(block, axes):
+            for half in both:
+                yield from made_for(half, axes, make)
+            return
+        made = make(block)  # of one channel, for which there may be memory now
+    yield block, made
+
+
+def at(vector: Any, block: tuple[slice, ...]) -> Any:
+    """Return a view of some channels of per-channel values, or of a block of a mask."""
+    return vector[tuple([part if size > 1 else slice(None) for part, size in zip(block, vector.shape, strict=True)])]
 
 
 def halves(block: tuple[slice, ...], axes: tuple[int, ...]) -> list[tuple[slice, ...]]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.backends.layout import Layout, block_sizes, check_out, each, halves, memory_order
+from gpu_bn.backends.layout import Layout, at, block_sizes, check_out, each, made_for, memory_order
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 
 Array = NDArray[Any]
@@ -102,8 +102,8 @@ class NumpyBackend:
         call = Normalization(saved, residual, saved.spec.activation.row.value_needs)
         out = call.split(out)
         for whole in call.parts(call.kept):
-            for channels, vectors in call.prepared(whole):
-                each(call.parts(call.summed, channels), call.summed, call.write, out, *vectors)
+            for channels, (centre, scale, shift, *_) in made_for(whole, call.kept, call.vectors):
+                each(call.parts(call.summed, channels), call.summed, call.write, out, centre, scale, shift)
 
     @np.errstate(all="ignore")
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
@@ -227,18 +227,6 @@ class Normalization(Blocks):
         shift = (0.0 if self.bias is None else at(self.bias, channels)) - (mean - centre) * scale
         return centre, scale.astype(dtype), shift.astype(dtype), sd, mean - centre
 
-    def prepared(self, channels: Block) -> Iterator[tuple[Block, tuple[Array, ...]]]:
-        """Channels and their vectors; of half of them at a time where memory does not suffice."""
-        try:
-            vectors = self.vectors(channels)[:3]
-        except MemoryError:
-            if both := halves(channels, self.kept):
-                for half in both:
-                    yield from self.prepared(half)
-                return
-            vectors = self.vectors(channels)[:3]  # of one channel, for which there may be memory now
-        yield channels, vectors
-
     def z(self, block: Block, centred: Array, scale: Array, shift: Array) -> Any:
         """``weight * xhat + bias + residual``."""
         z = centred * scale
@@ -259,8 +247,3 @@ class Normalization(Blocks):
             self.activation.gradient(z := self.z(block, centred, scale, shift), gradient.astype(z.dtype, copy=False), z)
             gradient = z
         return gradient if self.valid is None else self.clear(gradient.astype(centred.dtype), block)
-
-
-def at(vector: Array, block: Block) -> Array:
-    """A view of some channels of per-channel values, or of a block of a mask."""
-    return vector[tuple([part if size > 1 else slice(None) for part, size in zip(block, vector.shape, strict=True)])]
