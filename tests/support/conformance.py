@@ -200,9 +200,12 @@ def triton_target(arch: int, tier: str | None) -> Target:
         return EmulatedBackend(request.getfixturevalue("device"), compile_triton, arch, tier=tier)
 
     def launches(backend: Any, case: Case) -> None:
+        from support.triton_variants import most_spilled
+
         most = 4 if case.virtual_batch_size is case.mask is None else 5
         assert len(backend.steps) <= most + 2 * (arch == SLOW_DOUBLES) or case.renorm
-        assert sum(compiled.spill_bytes for compiled in backend.compiled) == 0
+        for step, compiled in zip(backend.steps, backend.compiled, strict=True):
+            assert compiled.spill_bytes <= most_spilled(step.kernel.__name__)
         if tier == "cluster":
             assert max(step.num_ctas for step in backend.steps) > 1
 

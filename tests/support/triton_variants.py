@@ -304,6 +304,11 @@ def built(arch: int, step: Step, special: Specialisation, cached: bool = True) -
     return _BUILT[key]
 
 
+def most_spilled(kernel: str) -> int:
+    """Return the bytes that a kernel may spill: of those that hold a channel, some."""
+    return MOST_SPILLED if kernel in ("bn_forward_kernel", "bn_backward_kernel") else 0
+
+
 def limits(group: Group, name: str) -> Limits:
     """Ask for one block an SM at least, usually more, and full vectors of all tensors, if each thread has one."""
     kernel = name.partition("<")[0]
@@ -317,7 +322,7 @@ def limits(group: Group, name: str) -> Limits:
     vectors = int(numbers.get("POSITIONS", 0)) * int(numbers["LANES"])
     warps, blocks = re.findall(r"(\d+) warps, (\d+) blocks", name)[0]
     enough = vectors >= 32 * int(warps) * int(blocks)
-    spilled = MOST_SPILLED if "TILES=" in name else 0
+    spilled = most_spilled(kernel)
     return Limits(registers, MOST_SHARED, reads=enough and not merges, writes=enough and writes, spilled=spilled)
 
 
