@@ -312,7 +312,13 @@ def most_spilled(kernel: str) -> int:
 def limits(group: Group, name: str) -> Limits:
     """Ask for one block an SM at least, usually more, and full vectors of all tensors, if each thread has one."""
     kernel = name.partition("<")[0]
-    usual = group.kind.endswith("split") and group.activation == "relu" and group.full and ITEMSIZE[group.dtype] == 2
+    usual = (
+        kernel in CEILINGS
+        and group.kind.endswith("split")
+        and group.activation == "relu"
+        and group.full
+        and ITEMSIZE[group.dtype] == 2
+    )
     registers = CEILINGS[kernel][2 if _is_ragged(group.kind) else group.columns] if usual else MOST_REGISTERS
     if usual and group.columns:
         registers = EXCEEDED.get((kernel, group.arch, group.dtype), registers)
