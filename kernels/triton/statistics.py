@@ -404,9 +404,8 @@ def load_row(table, row: tl.constexpr, statistic):
 @triton.jit
 def load_affine(table, statistic):
     """What :func:`keep_affine` has written: nothing is left to compute in float64."""
-    return Affine(
-        load_row(table, 0, statistic), load_row(table, 1, statistic), load_row(table, 2, statistic), None, None
-    )
+    centre, scale, shift = load_row(table, 0, statistic), load_row(table, 1, statistic), load_row(table, 2, statistic)
+    return Affine(centre, scale, shift, 0.0, 0.0)
 
 
 @triton.jit
