@@ -155,15 +155,15 @@ TRITON = (
     (80, "split", Case((12, 8, 10, 11), mean=1e18, std=1e18, activation="relu")),
     (80, "split", Case((4, 6, 5, 7), mean=1e-20, std=1e-20, eps=1e-50, activation="relu")),
     (80, None, Case((4, 6, 5), "float16", param_dtype="bfloat16", mode="train_no_stats", affine="weight")),
-    (89, "split", Case((12, 8, 10, 11), mean=1e4, std=1.0, activation="relu", residual=True)),
-    (89, "split", Case((20, 48, 6, 6), "float16", "channels_last", activation="silu", affine="bias")),
-    (89, "split", Case((6, 3, 520), "bfloat16", mask="random", virtual_batch_size=3, activation="relu")),
-    (89, "split", Case((12, 24), "float64", mode="train_no_stats", param_dtype="float32", residual=True)),
     (90, "cluster", Case((70, 40), activation="tanh")),
     (90, "cluster", Case((12, 8, 12, 12), "float16", activation="relu", residual=True)),
     (80, None, FROZEN),
     (90, None, Case((300, 41), "float16", "sliced", activation="relu", residual=True)),
     (80, "split", HUGE),
+    (89, "split", Case((12, 8, 10, 11), mean=1e4, std=1.0, activation="relu", residual=True)),
+    (89, "split", Case((20, 48, 6, 6), "float16", "channels_last", activation="silu", affine="bias")),
+    (89, "split", Case((6, 3, 520), "bfloat16", mask="random", virtual_batch_size=3, activation="relu")),
+    (89, "split", Case((12, 24), "float64", mode="train_no_stats", param_dtype="float32", residual=True)),
 )
 """Architecture, tier and case: each kernel in each mapping, dtype and kind of activation, and the hard numbers."""
 SLOW_DOUBLES = 89
