@@ -333,17 +333,6 @@ def test_storages_can_be_resized_after_a_call(dtype, training, shape):
         assert tensor.untyped_storage().resizable()
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu"])
-def test_a_backward_pass_frees_what_it_has_read(activation):
-    """As torch's: statistics of all layers at once would add to the peak memory of a step."""
-    y = nn.BatchNorm1d(3, activation=activation)(data(4, 3, 5).requires_grad_())
-    node = y.grad_fn
-    y.sum().backward()
-    assert not any(isinstance(one, torch.Tensor) for one in node.rest)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        node.saved_tensors  # noqa: B018 (it raises)
-
-
 def test_what_does_not_lie_in_memory_is_copied_there_first():
     x = torch.randn(4, 3)
     for tensor, same in ((torch._neg_view(x), -x), (torch._efficientzerotensor((4, 3)), torch.zeros(4, 3))):

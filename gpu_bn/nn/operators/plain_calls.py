@@ -118,8 +118,8 @@ def _by_cpu(engine: Any, call: Call, options: Options) -> Tensor | None:
     if tracked:
         _increment_version(tracked)
     if grows:
-        rest = (engine, training, eps, activation.name, activation.parameter)
-        return _apply_cpu(x, weight, bias, residual, (y, statistics), rest)  # type: ignore[no-any-return]
+        made = (engine, statistics, training, eps, activation.name, activation.parameter)
+        return _apply_cpu(x, weight, bias, residual, (y,), made)  # type: ignore[no-any-return]
     return y
 
 
@@ -133,28 +133,28 @@ class _MadeByCpu(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        made: tuple[Tensor, Tensor],
+        made: tuple[Tensor],
         rest: tuple[Any, ...],
     ) -> Tensor:
-        engine, activation, (y, statistics) = rest[0], rest[3], made
+        engine, activation = rest[0], rest[4]
         of_y = residual is not None and engine.keeps_output(activation, x.dtype)
         if activation == "identity":  # whose gradient reads neither
-            ctx.to_save = x, weight, None, None, statistics
+            ctx.to_save = x, weight, None, None
         else:
-            ctx.to_save = x, weight, bias, y if of_y else residual, statistics
+            ctx.to_save = x, weight, bias, made[0] if of_y else residual
         ctx.rest = *rest, x.dtype if bias is None else bias.dtype, residual is not None, of_y
         ctx.materialize_grads = False
-        return y
+        return made[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 6
-        x, weight, bias, residual, statistics = ctx.saved_tensors  # or y in the residual's place
-        engine, training, eps, activation, parameter, bias_dtype, _, of_y = ctx.rest
+        x, weight, bias, residual = ctx.saved_tensors  # or y in the residual's place
+        engine, statistics, training, eps, activation, parameter, bias_dtype, _, of_y = ctx.rest
         identity, need = activation == "identity", ctx.needs_input_grad
         if needs_operator(dy, x):
-            return _gradients_by_backend(ctx, dy)
+            return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
         adds = need[3] and not identity
         sums = need[1] or need[2] or (need[0] and training)
         dx = dresidual = dweight = dbias = None
@@ -163,7 +163,7 @@ class _MadeByCpu(Function):
             kernel = activation + doors.OF_Y if of_y else activation
             door = doors.backward(x, residual, dy, need[0], adds, sums, training, kernel)
             if door is None:
-                return _gradients_by_backend(ctx, dy)
+                return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
             if need[0]:
                 dx = torch.empty_like(x)
                 if door.huge:
@@ -180,7 +180,7 @@ class _MadeByCpu(Function):
                 door.record, x, residual, dy, dx, dresidual, weight, bias, dweight, dbias, statistics, eps, parameter,
                 doors.scratch_address(), door.threads,
             ):  # fmt: skip
-                return _gradients_by_backend(ctx, dy)
+                return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
         return dx, dweight, dbias, dy if need[3] and identity else dresidual, None, None
 
 
@@ -189,10 +189,11 @@ for _made in (_MadeByTriton, _MadeByCpu):  # without a search for other ways to 
     _made._backward_cls.apply = _made.backward  # type: ignore[attr-defined]
 
 
-def _gradients_by_backend(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients_by_backend(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Return the gradients by a backend's own call, or by the operator."""
-    x, weight, bias, residual, statistics = ctx.saved_tensors
-    engine, training, eps, activation, parameter, bias_dtype, has_residual, of_y = ctx.rest
+    engine, statistics, training, eps, activation, parameter, bias_dtype, has_residual, of_y = ctx.rest
     channels = x.shape[1]
     saved = Saved(
         x=x,
