@@ -186,6 +186,10 @@ def test_accesses_are_of_16_bytes(arch, compile_triton):
         x = torch.empty(256, 512, 49, dtype=dtype)
         for step, special in recorded(x, arch, sms=132, tier=tier, activation="relu", residual=True):
             compiled = compile_triton(step.kernel, arch, **compiled_with(special))
+            assert compiled.spill_bytes == compiled.stack_bytes == 0, step.kernel.__name__
+            assert compiled.registers <= 128, step.kernel.__name__
+            if "merge" in step.kernel.__name__:  # which goes through no tensor
+                continue
             loads, stores = access_widths(compiled.ptx)
             assert ragged([step]) == [True]
             assert max(loads) == VECTOR_BYTES, step.kernel.__name__
@@ -193,5 +197,3 @@ def test_accesses_are_of_16_bytes(arch, compile_triton):
             if step.kernel.__name__ not in ("bn_stats_kernel", "bn_backward_reduce_kernel"):
                 assert max(stores) == VECTOR_BYTES, step.kernel.__name__
                 assert "st.global.v4.b32" in compiled.ptx
-            assert compiled.spill_bytes == compiled.stack_bytes == 0, step.kernel.__name__
-            assert compiled.registers <= 128, step.kernel.__name__
