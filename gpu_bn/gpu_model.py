@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 THREADS = 256
+FAST_DOUBLES = (80, 90, 100)
+"""The compute capabilities whose double precision is fast."""
 STATIC_SHARED = 7_696
 """A block's static shared memory, at most."""
 
@@ -40,7 +42,7 @@ class Device:
     @property
     def slow_doubles(self) -> bool:
         """Whether an SM does double precision in 2 lanes at a time, not in 32 or more: 16 cycles for a warp."""
-        return self.arch not in (80, 90, 100)
+        return self.arch not in FAST_DOUBLES
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,16 +109,11 @@ BUDGETS = {
 """By call and kernel: what most was measured on sm_75 to sm_120, and a twentieth more."""
 
 
-def slow_doubles(arch: int) -> bool:
-    """Whether a launch of its own merges what blocks have found, on this architecture."""
-    from gpu_bn.plan import DEVICES
-
-    return replace(DEVICES["h100"], arch=arch).slow_doubles
-
-
 def launches(call: str, arch: int) -> dict[str, Any]:
     """The launches of a call on an architecture, by kernel: the step and what it is compiled from."""
-    return _launches(call, slow_doubles(arch))
+    from gpu_bn.gpu_model import FAST_DOUBLES
+
+    return _launches(call, arch not in FAST_DOUBLES)
 
 
 @cache
@@ -146,10 +140,12 @@ def architectures(kernel: str) -> list[int]:
     """Those that a kernel is launched on."""
     from emulator.compile import ARCHITECTURES
 
+    from gpu_bn.gpu_model import FAST_DOUBLES
+
     if "merge" in kernel:
-        return [arch for arch in ARCHITECTURES if slow_doubles(arch)]
+        return [arch for arch in ARCHITECTURES if arch not in FAST_DOUBLES]
     if kernel in ("bn_normalize_kernel", "bn_backward_input_kernel"):
-        return [arch for arch in ARCHITECTURES if not slow_doubles(arch)]
+        return [arch for arch in ARCHITECTURES if arch in FAST_DOUBLES]
     return list(ARCHITECTURES)
 
 

@@ -32,6 +32,7 @@ from emulator.compile import build_triton, compile_triton, triton_version
 import gpu_bn
 from gpu_bn.activations import ROWS
 from gpu_bn.backends.triton.launch import Specialisation, Step, free_registers
+from gpu_bn.gpu_model import FAST_DOUBLES
 from gpu_bn.kernels.triton import forward as forward_kernels
 from gpu_bn.plan import DEVICES, STRIP_BYTES, VECTOR_BYTES
 from gpu_bn.tiling import RAGGED_BYTES
@@ -120,10 +121,9 @@ def variants(group: Group) -> dict[str, Launch]:
 
 def _planned_as(arch: int) -> int:
     """Return an architecture with the same plans: all that they ask for is clusters and how fast doubles are."""
-    slow = replace(DEVICES["h100"], arch=arch).slow_doubles
-    if arch >= 90:
-        return 120 if slow else 90
-    return 89 if slow else 80
+    if arch in FAST_DOUBLES:
+        return min(arch, 90)
+    return 120 if arch >= 90 else 89
 
 
 @cache

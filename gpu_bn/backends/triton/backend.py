@@ -32,7 +32,7 @@ from gpu_bn.backends.triton.arguments import (
 from gpu_bn.backends.triton.launch import ClusterError, Launch, Recent, Step, interpreting, launch
 from gpu_bn.backends.triton.plain import PlainCalls
 from gpu_bn.backends.triton.programs import ELSEWHERE, planes
-from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, StepBuilder, table_dtype
+from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, StepBuilder, scratch_of
 from gpu_bn.backends.triton.strides import aligned, dense, is_dense, view_of
 from gpu_bn.backends.triton.sync import SharedStatistics
 from gpu_bn.call import Call
@@ -364,9 +364,9 @@ class TritonBackend(SharedStatistics):
         self, steps: ForwardSteps | BackwardSteps, x: Array, groups: int = 1, counted: bool = False
     ) -> tuple[Array | None, Array | None]:
         """Allocate what the launches of a call leave each other: partial results, and the table of merged ones."""
-        partials = self.partials(steps.plan, x, groups, counted) if steps.has_partials else None
-        rows, channels = steps.rows, groups * steps.plan.tiling.c
-        return partials, self.new((rows, channels), None, table_dtype(x), x.device) if rows else None
+        forms = scratch_of(steps, x, groups, counted).items()
+        made = {name: self.new(shape, None, dtype, x.device) for name, (shape, dtype) in forms}
+        return made.get("partials"), made.get("table")
 
     def partials(self, plan: LaunchPlan, x: Array, groups: int = 1, counted: bool = False) -> Array:
         return self.new((planes(plan, counted), plan.blocks, groups * plan.tiling.c), None, torch.float64, x.device)

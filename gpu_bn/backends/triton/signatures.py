@@ -16,8 +16,7 @@ from torch.nn import Parameter
 from gpu_bn.backends.protocol import Saved
 from gpu_bn.backends.triton.arguments import backward_call, mask_size, work_of
 from gpu_bn.backends.triton.launch import Launches
-from gpu_bn.backends.triton.programs import planes
-from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, table_dtype
+from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, scratch_of
 from gpu_bn.backends.triton.strides import view_of
 from gpu_bn.call import Call, Options
 from gpu_bn.plan import VECTOR_BYTES
@@ -244,9 +243,4 @@ def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def _scratch(steps: ForwardSteps | BackwardSteps, x: Tensor) -> dict[str, Tensor]:
     """Return what is like the partial results of a call's launches, and the table of merged ones."""
-    plan, found = steps.plan, {}
-    if steps.has_partials:
-        found["partials"] = _blank((planes(plan), plan.blocks, plan.tiling.c), torch.float64, x.device)
-    if steps.rows:
-        found["table"] = _blank((steps.rows, plan.tiling.c), table_dtype(x), x.device)
-    return found
+    return {name: _blank(shape, dtype, x.device) for name, (shape, dtype) in scratch_of(steps, x).items()}

@@ -24,6 +24,7 @@ from gpu_bn.backends.triton.programs import (
     device_of,
     held_block,
     one_pass_plan,
+    planes,
     streamed_block,
     strip,
     training_plan,
@@ -355,9 +356,17 @@ def compute_dtype(x: Array) -> Any:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def table_dtype(x: Array) -> torch.dtype:
-    """Return the dtype of a table of merged results, in which kernels compute."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def scratch_of(
+    steps: ForwardSteps | BackwardSteps, x: Array, groups: int = 1, counted: bool = False
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return what a call's launches leave each other: the shapes and dtypes of partial and of merged results."""
+    channels = groups * steps.plan.tiling.c
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if steps.has_partials:
+        found["partials"] = (planes(steps.plan, counted), steps.plan.blocks, channels), torch.float64
+    if steps.rows:
+        found["table"] = (steps.rows, channels), torch.float64 if x.dtype == torch.float64 else torch.float32
+    return found
 
 
 def may_overflow(x: Array) -> bool:
