@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from emulator.compile import cuda_headers, nvrtc
+from emulator.nvrtc import cuda_headers, nvrtc
 
 from gpu_bn import testing
 from gpu_bn.bench.cases import Case

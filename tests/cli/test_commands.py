@@ -1,8 +1,6 @@
 """The command ``gpu-bn``: what it prints, and with which exit code it ends."""
 
-import ctypes
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +11,7 @@ import pytest
 import gpu_bn
 from gpu_bn import plan
 from gpu_bn.bench import cases
-from gpu_bn.cli import cuda_versions, info
 from gpu_bn.cli.commands import DEMO_NEEDS, main, parser
-from gpu_bn.cli.cuda_versions import CudaVersions
 
 
 def test_version(capsys):
@@ -66,120 +62,6 @@ def test_a_line_that_is_not_understood_exits_with_2(line, capsys):
         main(line)
     assert end.value.code == 2
     assert "usage: gpu-bn" in capsys.readouterr().err
-
-
-def test_info_names_what_is_there_and_imports_no_array_library():
-    code = (
-        "import sys; from gpu_bn.cli import main; assert main(['info']) == 0; "
-        "found = {'torch', 'cupy', 'triton', 'sklearn', 'matplotlib'} & set(sys.modules); assert not found, found"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    for name in ("gpu-bn", "Python", "NumPy", "processor", "threads", "GPUs"):
-        assert any(line.startswith(name + " ") for line in lines), name
-    for row in gpu_bn.registry.ROWS:
-        assert any(line.split()[:2] == [row.name, row.array] for line in lines), row.name
-
-
-class Driver:
-    """A CUDA driver's interface with two devices, in which one function fails."""
-
-    def __init__(self, failing=""):
-        self.failing = failing
-
-    def __getattr__(self, name):
-        return lambda *arguments: 100 if name == self.failing else self.answer(name, *arguments)
-
-    def answer(self, name, target, *rest):
-        values = {"cuDeviceGetCount": 2, "cuDeviceGet": rest[0] if rest else 0, "cuDeviceGetName": b"GPU X"}
-        if name == "cuGetErrorName":
-            rest[0]._obj.value = b"CUDA_ERROR_NO_DEVICE"
-        elif name == "cuDeviceGetAttribute":
-            target._obj.value = {75: 9, 76: 0}[rest[0]]
-        elif name == "cuDeviceGetName":
-            target.value = values[name]
-        elif name in values:
-            target._obj.value = values[name]
-        return 0
-
-
-TWELVE = {"cupy": (12, 9), "nvrtc": (12, 9), "packages": ("cupy-cuda12x",)}
-THIRTEEN = {"cupy": (13, 0), "nvrtc": (13, 0), "packages": ("cupy-cuda13x",)}
-
-
-@pytest.mark.parametrize(
-    ("found", "says"),
-    [
-        ({"driver": (13, 0), "torch": (13, 0), **THIRTEEN}, []),
-        ({"driver": (13, 0), "torch": (12, 6), **TWELVE}, []),
-        ({"driver": (12, 4), "torch": (12, 8), **TWELVE}, []),  # within a CUDA's major version
-        (
-            {"driver": (12, 8), "torch": (13, 0)},
-            ["torch of CUDA 13.0 with a driver for CUDA 12.8: update the driver to 580"],
-        ),
-        (
-            {"driver": (12, 8), **THIRTEEN},
-            [
-                "CuPy of CUDA 13.0 with a driver for CUDA 12.8.*pip install -e '.\\[cupy\\]'",
-                "NVRTC of CUDA 13.0 with a driver for CUDA 12.8",
-            ],
-        ),
-        (
-            {"driver": (13, 0), **TWELVE, "nvrtc": (13, 0)},
-            ["cupy-cuda12x with NVRTC 13.0: pip install -e '.\\[cupy13\\]' instead of it, or .*-cuda-nvrtc-cu12"],
-        ),
-        (
-            {"driver": (13, 0), **THIRTEEN, "packages": ("cupy-cuda12x", "cupy-cuda13x")},
-            ["hold the same module: pip uninstall cupy-cuda12x cupy-cuda13x, then install one"],
-        ),
-        (
-            {"driver": (13, 0), "torch": (13, 0), **TWELVE},
-            ["torch of CUDA 13.0 beside CuPy of CUDA 12.9: each works, but .* '.\\[cupy13\\]' instead of cupy-cuda12x"],
-        ),
-        ({}, []),
-    ],
-)
-def test_which_cuda_versions_fit(found, says):
-    problems = CudaVersions(**found).problems()
-    assert len(problems) == len(says), problems
-    for problem, text in zip(problems, says, strict=True):
-        assert re.search(text, problem), problem
-
-
-def test_cuda_versions_are_read_without_importing_anything(tmp_path, monkeypatch):
-    torch = tmp_path / "torch"
-    torch.mkdir()
-    (torch / "__init__.py").write_text("raise RuntimeError('imported')")
-    (torch / "version.py").write_text("__version__ = '2.11.0'\ncuda: Optional[str] = '13.0'\nhip = None\n")
-    (tmp_path / "cupy.py").write_text("raise OSError('libnvrtc.so.13: cannot open')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert cuda_versions.torch_version() == (13, 0)
-    assert cuda_versions.ask_cupy() == (None, None, "unknown: OSError: libnvrtc.so.13: cannot open")
-
-
-@pytest.mark.parametrize(
-    ("failing", "expected"),
-    [
-        ("", info.Devices(["GPU X (sm_90)"] * 2)),
-        ("cuInit", info.Devices([], "cuInit failed with CUDA_ERROR_NO_DEVICE")),
-        ("cuDeviceGetCount", info.Devices([], "cuDeviceGetCount failed with CUDA_ERROR_NO_DEVICE")),
-        ("cuDeviceGetName", info.Devices([f"device {i} (CUDA_ERROR_NO_DEVICE)" for i in range(2)])),
-    ],
-)
-def test_devices(failing, expected, monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver(failing))
-    assert info.devices() == expected
-
-
-def test_no_driver_is_a_reason(monkeypatch):
-    def refuse(name):
-        raise OSError(f"{name}: cannot open")
-
-    monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert "libcuda.so.1: cannot open" in info.devices().why_not
 
 
 @pytest.mark.parametrize("command", ["check", "demo"])

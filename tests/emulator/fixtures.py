@@ -12,6 +12,7 @@ import pytest
 from . import compile as compiler
 from .compile import Compiled
 from .machine import Device
+from .nvrtc import nvrtc_library
 
 
 def load_triton(path: Path, name: str = "bn_forward") -> Any:
@@ -35,7 +36,7 @@ def device() -> Device:
 
 @pytest.fixture(scope="session")
 def compile_cuda() -> Callable[..., dict[str, Compiled]]:
-    if compiler.nvrtc_library() is None:
+    if nvrtc_library() is None:
         pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12")
     return compiler.compile_cuda
 

@@ -35,10 +35,8 @@ def evaluated(model):
 
 
 def norms(model):
-    frozen = (nn.FrozenBatchNorm2d, FrozenBatchNorm2d)
-    return [
-        module for module in model.modules() if isinstance(module, (torch.nn.modules.batchnorm._BatchNorm, *frozen))
-    ]
+    kinds = torch.nn.modules.batchnorm._BatchNorm, nn.FrozenBatchNorm2d, FrozenBatchNorm2d
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def pair(conv=None, norm=None):

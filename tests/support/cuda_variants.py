@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator
 from functools import cache
 from itertools import product
 
-from emulator.compile import build_cuda, compile_cuda, nvrtc_library
+from emulator.compile import build_cuda, compile_cuda
+from emulator.nvrtc import nvrtc_library
 
 from gpu_bn.activations import ROWS
 from gpu_bn.backends.cupy import sources as cuda_sources

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emulator.cache import cached_path, write_whole
-from emulator.compile import package_file
+from emulator.nvrtc import package_file
 
 REGISTER_FILE = 64 << 10
 """Registers of an SM, on every architecture from sm_70 on."""

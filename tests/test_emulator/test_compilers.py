@@ -7,8 +7,9 @@ import re
 import numpy as np
 import pytest
 from emulator import Device
-from emulator.compile import NOT_REPORTED, Compiled, cuda_headers, triton_arguments
+from emulator.compile import NOT_REPORTED, Compiled, triton_arguments
 from emulator.fixtures import load_triton
+from emulator.nvrtc import cuda_headers
 from support.paths import TESTS
 from support.reference_backend import DTYPES, KERNELS, forward
 

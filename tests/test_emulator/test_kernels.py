@@ -222,7 +222,7 @@ def test_a_second_compilation_comes_from_the_cache(compile_cuda, tmp_path, monke
 
 
 def test_a_compilation_error_carries_the_log(compile_cuda):
-    from emulator.compile import CompileError
+    from emulator.nvrtc import CompileError
 
     with pytest.raises(CompileError, match='identifier "missing" is undefined'):
         compile_cuda("__global__ void broken() { missing(); }", 80)

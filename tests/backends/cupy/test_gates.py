@@ -9,7 +9,8 @@ import re
 from itertools import product
 
 import pytest
-from emulator.compile import ARCHITECTURES, nvrtc
+from emulator.compile import ARCHITECTURES
+from emulator.nvrtc import nvrtc
 from support.cuda_variants import FAMILY, SMALL, definitions
 from support.gates import ITEMSIZE, Group, Resources
 

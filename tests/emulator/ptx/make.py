@@ -13,8 +13,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from emulator.compile import compile_cuda, compile_triton, nvrtc, nvrtc_library, triton_version
+from emulator.compile import compile_cuda, compile_triton, triton_version
 from emulator.fixtures import load_triton
+from emulator.nvrtc import nvrtc, nvrtc_library
 
 KERNELS = HERE.parent / "kernels"
 SIGNATURE = {"x": "*fp16", "y": "*fp16", "weight": "*fp32", "bias": "*fp32", "save_mean": "*fp64",
