@@ -27,7 +27,7 @@ import cuda_budget
 import model_proof
 import triton_budget
 import versions
-from support import cuda_faults, cuda_masked_faults, cuda_sync_faults, triton_bugs
+from support import cuda_faults, cuda_masked_faults, gpu_sync_faults, triton_bugs
 from support.gates import DATA
 
 from gpu_bn.activations import ROWS
@@ -60,7 +60,7 @@ def every_case() -> list[Case]:
 def planted_cuda() -> str:
     """How many faults are planted into the CUDA kernels."""
     masked, offsets = len(cuda_masked_faults.FAULTS), len(cuda_faults.GEOMETRIES)
-    whole = len(cuda_faults.PLANTED) + masked + len(cuda_sync_faults.FAULTS)
+    whole = len(cuda_faults.PLANTED) + masked + len(gpu_sync_faults.CUDA)
     return f"{whole}, of which {masked} with masks and ghost batches, and {offsets} cut offsets"
 
 
@@ -134,7 +134,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "install": lambda: re.findall(r"<!-- install -->(.*?)<!--", (ROOT / "README.md").read_text(), re.S)[0],
     "model": lambda: "\n" + model_page(model(cases_of("model"))) + "\n",
     "planted_cuda": planted_cuda,
-    "planted_triton": lambda: str(len(triton_bugs.BUGS)),
+    "planted_triton": lambda: str(len(triton_bugs.BUGS) + len(gpu_sync_faults.TRITON)),
     "quick_cases": lambda: str(len(covering(every_case()))),
     "versions": lambda: f"\n{versions.table(json.loads(versions.DATA.read_text()))}\n",
 }

@@ -88,7 +88,9 @@ def shared_statistics() -> list[Any]:
     from gpu_bn.plan import DEVICES
 
     backend = RecordingBackend(DEVICES["h100"])
-    found = backend.merge_packets([torch.zeros(3, HEADER + ROOM, dtype=torch.float64)], 40, HEADER, ROOM, UNKNOWN)
+    packets = [torch.zeros(3, HEADER + ROOM, dtype=torch.float64)]
+    found = backend.merge_packets(packets, 40, HEADER, ROOM, UNKNOWN)
+    backend.sum_packets(packets, 80, HEADER, ROOM, UNKNOWN)
     for momentum, dtype in ((None, torch.float32), (0.1, torch.bfloat16)):
         running = torch.zeros(2, 40, dtype=dtype)
         backend.update_shared(*running, torch.tensor(0), momentum, None, *found)

@@ -1,7 +1,7 @@
-"""Statistics of several processes: their reports merged, and running statistics moved, in one launch each.
+"""Statistics of several processes: reports merged, sums added, and running statistics moved, in one launch each.
 
 Packets are [parts, processes, HEADER + ROOM] float64 numbers: a header that all processes compare, then a part of the
-report ``[0, count, means, variances]``. A launch writes the same numbers on every process.
+report ``[0, count, means, variances]`` or of the sums. A launch writes the same numbers on every process.
 """
 
 import triton
@@ -89,6 +89,48 @@ def bn_sync_merge_kernel(
     tl.store(var + channel, squares * inverse + poison, mask=known)
     if tl.program_id(0) == 0:
         tl.store(count, total)
+
+
+@triton.jit
+def known_headers_differ(
+    packets, processes, parts, HEADER: tl.constexpr, ROOM: tl.constexpr, UNKNOWN: tl.constexpr, CHUNK: tl.constexpr,
+    FIELDS: tl.constexpr,
+):  # fmt: skip
+    """How many fields of headers have two known values or NaN, or say that a process has made a mistake."""
+    field = tl.arange(0, FIELDS)
+    found = tl.zeros((FIELDS,), tl.int32)
+    for part in range(parts):
+        least = tl.full((FIELDS,), float("inf"), tl.float64)
+        most = -least
+        for start in range(0, processes, CHUNK):
+            process = start + tl.arange(0, CHUNK)
+            there = (process < processes)[:, None] & (field < HEADER)[None, :]
+            places = packets + (part * processes + process[:, None]) * (HEADER + ROOM) + field[None, :]
+            head = tl.load(places, mask=there, other=UNKNOWN)
+            least = tl.minimum(least, tl.min(tl.where(head == UNKNOWN, float("inf"), head), 0))
+            most = tl.maximum(most, tl.max(tl.where(head == UNKNOWN, float("-inf"), head), 0))
+            wrong = there & ((head != head) | ((field == 0)[None, :] & (head != 0.0)))
+            found += tl.sum(wrong.to(tl.int32), 0)
+        found += (least < most).to(tl.int32)
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def bn_sync_sum_kernel(
+    packets, sums, length, processes, parts,
+    HEADER: tl.constexpr, ROOM: tl.constexpr, UNKNOWN: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum(g) = sum(sum_i(g)); sum(g * xhat) = sum(sum_i(g * xhat)): of all processes i. NaN after a mistake."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, processes, CHUNK):
+        process = start + tl.arange(0, CHUNK)
+        present = (process < processes)[:, None] & (at < length)[None, :]
+        place = places_of(packets, process[:, None], at[None, :], processes, HEADER, ROOM)
+        total += tl.sum(tl.load(place, mask=present, other=0.0), 0)
+    wrong = known_headers_differ(packets, processes, parts, HEADER, ROOM, UNKNOWN, CHUNK, FIELDS)
+    tl.store(sums + at, total + tl.where(wrong > 0, float("nan"), 0.0), mask=at < length)
 
 
 @triton.jit

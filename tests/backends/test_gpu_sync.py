@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from emulator import EmulatorError
 
 torch = pytest.importorskip("torch", reason="SyncBatchNorm takes torch tensors: pip install torch")
 
-from support import cuda_sync_faults
+from support import gpu_sync_faults
 from support.cupy_on_emulator import for_tensors
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,14 +112,23 @@ def test_reports_merge_to_what_torch_merges_them_to(counts, channels, launches):
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
-@COUNTS
-@ON_CUPY
-def test_sums_of_the_backward_pass_are_added_in_one_launch(counts, channels, launches):
-    vectors = reports_of(counts, channels)
+def require_summed(vectors):
+    """Sums of packets, wherever they begin in memory, and however they lie there."""
     packets = packets_of(vectors)
     found = wire.add(packets, vectors.shape[1])
-    assert launches() == ["bn_sync_sum_kernel"]
     assert_close(found, vectors.sum(0), rtol=1e-14, atol=0)
+    memory = torch.empty(len(vectors), 2 * packets[0].shape[1], dtype=torch.float64)
+    for moved in (memory.flatten()[1 : 1 + packets[0].numel()].view_as(packets[0]), memory[:, ::2]):
+        again = wire.add([moved.copy_(packets[0]), *packets[1:]], vectors.shape[1])
+        assert torch.equal(again, found)
+    return packets
+
+
+@COUNTS
+def test_sums_of_the_backward_pass_are_added_in_one_launch(counts, channels, launches):
+    vectors = reports_of(counts, channels)
+    packets = require_summed(vectors)
+    assert launches() == ["bn_sync_sum_kernel"] * 3
     packets[-1][-1, 3] += 1
     assert wire.add(packets, vectors.shape[1]).isnan().all()
 
@@ -131,11 +142,12 @@ def test_a_mistake_or_another_call_makes_statistics_nan(at, value, launches):
     assert len(packets) == 2
     packets[part][process, field] = value
     count, mean, var = phases.merge_packets(packets, 600)
+    sums = wire.add(packets, 1202)
     wrong = field == 0 or value != wire.UNKNOWN
-    assert mean.isnan().all() == wrong == var.isnan().all()
-    assert not wrong or mean.isnan().any()
+    for vector in (mean, var, sums):
+        assert vector.isnan().all() == wrong == vector.isnan().any()
     assert count == 10
-    assert len(launches()) == 1
+    assert launches() == ["bn_sync_merge_kernel", "bn_sync_sum_kernel"]
 
 
 @ON_CUPY
@@ -148,15 +160,28 @@ def test_headers_differ_wherever_two_that_are_known_differ(launches):
     assert len(launches()) == 2
 
 
+@pytest.mark.parametrize(
+    "field", [(3.0, 3.0, 3.0), (wire.UNKNOWN, 1.0, 2.0), (wire.UNKNOWN, 1.0, wire.UNKNOWN), (1.0, 1.0, -7.0)], ids=str
+)
+@pytest.mark.parametrize("at", [0, 9])
+def test_sums_are_nan_where_those_of_torch_are(at, field, launches, monkeypatch):
+    packets = packets_of(reports_of((5, 3, 2), 40))
+    packets[0][:, at] = torch.tensor(field)
+    found = wire.add(packets, 82)
+    assert launches() == ["bn_sync_sum_kernel"]
+    monkeypatch.undo()  # the CPU's backend has no kernel for it
+    assert_close(found, wire.add(packets, 82), rtol=1e-14, atol=0, equal_nan=True)
+
+
 def test_nan_stays_in_its_channel(launches):
     reports = reports_of((5, 3), 40)
     reports[1, 2 + 7] = torch.nan
     count, mean, var = phases.merge_packets(packets_of(reports), 40)
     running = torch.zeros(40), torch.ones(40), torch.tensor(0)
     phases.update(*running, 0.1, None, count, mean, var)
-    for vector in (mean, var, *running[:2]):
+    for vector in (mean, var, *running[:2], wire.add(packets_of(reports), 82)[2:]):
         assert vector.isnan().nonzero().tolist() == [[7]]
-    assert launches() == ["bn_sync_merge_kernel", "bn_sync_update_kernel"]
+    assert launches() == ["bn_sync_merge_kernel", "bn_sync_update_kernel", "bn_sync_sum_kernel"]
 
 
 @pytest.mark.parametrize("count", [0.0, 1.0, 60.0])
@@ -280,7 +305,7 @@ FORWARD = {
 }  # fmt: skip
 BACKWARD = {
     "cupy": ["bn_backward_reduce_kernel", "bn_sync_sum_kernel", "bn_backward_input_kernel"],
-    "triton": ["bn_backward_reduce_kernel", "bn_merge_sums_kernel", "bn_backward_input_kernel"],
+    "triton": ["bn_backward_reduce_kernel", "bn_merge_sums_kernel", "bn_sync_sum_kernel", "bn_backward_input_kernel"],
 }
 
 
@@ -313,8 +338,9 @@ def test_torch_launches_nothing_besides(launches, monkeypatch):
         with Operations() as operations:  # it does not see into operators
             found = phases._merge_packets(packets, 8)
             phases._update(*running, 0.1, None, *found)
+            wire._sum(packets, 18)
         counted.append(operations.found.total())
-        assert len(launches()) == 2
+        assert len(launches()) == 3
         if fused:
             monkeypatch.undo()
     assert counted[0] == 0
@@ -322,18 +348,45 @@ def test_torch_launches_nothing_besides(launches, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ planted faults
-@ON_CUPY
-@pytest.mark.parametrize("fault", [None, *cuda_sync_faults.FAULTS])
-def test_a_planted_fault_is_noticed(fault, launches):
+def require_refused(channels):
+    """Require NaN of mistakes, and of headers that differ, in the last part of packets."""
+    for field, values in ((0, (7.0, 7.0)), (9, (0.0, 7.0))):
+        packets = packets_of(reports_of((5, 3), channels))
+        packets[-1][:, field] = torch.tensor(values)
+        assert wire.add(packets, 2 + 2 * channels).isnan().all()
+        assert phases.merge_packets(packets, channels)[1].isnan().all()
+
+
+FAULTS = {"cupy": gpu_sync_faults.CUDA, "triton": gpu_sync_faults.TRITON}
+PLANTED = [(backend, fault) for backend, faults in FAULTS.items() for fault in (None, *faults)]
+
+
+def plant(before, after, folder, monkeypatch):
+    """Give the backend that serves kernels with a fault."""
+    backend = registry.serving(None)
+    if hasattr(backend, "gpu"):
+        assert importlib.import_module("gpu_bn.backends.cupy.sources").source(None).count(before) == 1
+        backend.gpu.edit_source = lambda source: source.replace(before, after)
+        return
+    module = importlib.import_module("gpu_bn.backends.triton.sync")
+    text = Path(module.sync_kernels.__file__).read_text()
+    assert text.count(before) >= 1
+    (folder / "faulty_sync_kernels.py").write_text(text.replace(before, after))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "faulty_sync_kernels", raising=False)
+    monkeypatch.setattr(module, "sync_kernels", importlib.import_module("faulty_sync_kernels"))
+
+
+@pytest.mark.parametrize(("launches", "fault"), PLANTED, indirect=["launches"])
+def test_a_planted_fault_is_noticed(fault, launches, tmp_path, monkeypatch, request):
     del launches
-    before, after, says = cuda_sync_faults.FAULTS[fault] if fault else ("", "", "")
-    gpu = registry.serving(None).gpu
-    assert fault is None or importlib.import_module("gpu_bn.backends.cupy.sources").source(None).count(before) == 1
-    gpu.edit_source = lambda source: source.replace(before, after)
+    before, after, says = FAULTS[request.node.callspec.params["launches"]][fault] if fault else ("", "", "")
+    if fault:
+        plant(before, after, tmp_path, monkeypatch)
     with pytest.raises((AssertionError, EmulatorError), match=says) if fault else nullcontext():
         require_merged(reports_of((1, 0, 7), 33), 33)
-        packets = packets_of(reports_of((5, 3), 33))
-        packets[0][1, 9] = 7.0
-        assert phases.merge_packets(packets, 33)[1].isnan().all()
+        require_summed(reports_of((1,) * 17, 31))
+        require_refused(33)
+        require_refused(600)
         require_moved(0.0, None)
         require_moved(60.0, None)

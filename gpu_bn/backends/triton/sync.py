@@ -1,4 +1,4 @@
-"""Share statistics of several processes on a GPU: merge reports in one launch, move running statistics in another."""
+"""Share statistics of several processes on a GPU: merge packets in one launch, move running statistics in another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = Any
 AT_ONCE = 16
 """Processes whose reports a program reads at a time."""
 CHANNELS = 32
-"""Of a program that merges reports."""
+"""Of a program that merges reports, or numbers that it adds up."""
 UPDATED = 1024
 """Channels whose running statistics are moved at a time."""
 
@@ -37,21 +37,32 @@ class SharedStatistics:
 
         Mean and variance are NaN where headers differ, other than by ``unknown``, or start with a number that is not 0.
         """
-        together = packets[0] if len(packets) == 1 else torch.cat(list(packets))
-        found = self.new((1 + 2 * channels,), None, torch.float64, together.device)
+        found = self.new((1 + 2 * channels,), None, torch.float64, packets[0].device)
         count, mean, var = found.split((1, channels, channels))
-        key = ("merge packets", together.shape, len(packets), channels, header, room, unknown, together.device)
+        self._merge(sync_kernels.bn_sync_merge_kernel, packets, (header, room, unknown), (count, mean, var))
+        return count, mean, var
+
+    @torch.no_grad()
+    def sum_packets(self, packets: Sequence[Array], length: int, header: int, room: int, unknown: float) -> Array:
+        """Return the sums of all processes' numbers, (length,); NaN as those of :meth:`merge_packets`."""
+        sums = self.new((length,), None, torch.float64, packets[0].device)
+        self._merge(sync_kernels.bn_sync_sum_kernel, packets, (header, room, unknown), (sums,))
+        return sums
+
+    def _merge(
+        self, kernel: Any, packets: Sequence[Array], form: tuple[int, int, float], results: tuple[Array, ...]
+    ) -> None:
+        """Launch a kernel that merges packets to results; ``form``: their header, room and what is unknown."""
+        together = packets[0] if len(packets) == 1 else torch.cat(list(packets))
+        parts, size = len(packets), len(results[-1])
+        key = (kernel, together.shape, parts, size, form, together.device)
         step = self._prepared.get(key)
         if step is None:
-            processes = together.shape[0] // len(packets)
+            processes = together.shape[0] // parts
             at_once = min(AT_ONCE, 1 << (processes - 1).bit_length())
-            tail = (channels, processes, len(packets), header, room, unknown, at_once, 1 << (header - 1).bit_length(),
-                    CHANNELS)  # fmt: skip
-            step = self._prepared[key] = _step(
-                sync_kernels.bn_sync_merge_kernel, -(-channels // CHANNELS), tail, together
-            )
-        self.launch(step, (together.contiguous(), count, mean, var))
-        return count, mean, var
+            tail = (size, processes, parts, *form, at_once, 1 << (form[0] - 1).bit_length(), CHANNELS)
+            step = self._prepared[key] = _step(kernel, -(-size // CHANNELS), tail, together)
+        self.launch(step, (together.contiguous(), *results))
 
     @torch.no_grad()
     def update_shared(
