@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from gpu_bn.bench.measurement import Result
-from gpu_bn.explanation import in_bytes
 from gpu_bn.plan import TIERS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -27,7 +25,6 @@ PANELS_A_ROW = 2
 LABEL_DISTANCE = 0.06
 """Between two labels of a panel, as a share of its height."""
 MOST_LABELS = 14
-TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 
 
 def draw(results: Sequence[Result], ceilings: Mapping[str, float], folder: Path, caption: str = "") -> list[Path]:
@@ -50,14 +47,13 @@ def roofline(results: Sequence[Result], ceilings: Mapping[str, float], path: Pat
     Filled marks are ours, a colour a tier; hollow ones are the peers'.
     """
     operations = list(dict.fromkeys(str(result.case.operation) for result in results if result.ours))
-    columns = min(len(operations), PANELS_A_ROW)
-    rows = -(-len(operations) // columns)
+    rows = -(-len(operations) // PANELS_A_ROW)
     figure = Figure(figsize=(WIDTH, 1.6 + 3.4 * rows), dpi=DPI, layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    several_kinds = len({(result.case.short_dtype, result.case.layout == "nhwc") for result in results}) > 1
-    _scale(grid.flat[0], results, ceilings)
-    for index, (panel, operation) in enumerate(zip(grid.flat, operations, strict=False)):
-        shown = [result for result in results if str(result.case.operation) == operation]
+    first: Axes | None = None
+    for number, operation in enumerate(operations, 1):
+        columns = min(len(operations), PANELS_A_ROW)
+        panel = figure.add_subplot(rows, columns, number, sharex=first, sharey=first, xscale="log", yscale="log")
+        first = first or panel
         for name, members, style in _series(results):
             found = [(r.floor_bytes, r.bandwidth / 1e9) for r in members if str(r.case.operation) == operation]
             if found:
@@ -65,14 +61,12 @@ def roofline(results: Sequence[Result], ceilings: Mapping[str, float], path: Pat
         for dashes, (name, bandwidth) in zip(("-", "--"), ceilings.items(), strict=False):
             panel.axhline(bandwidth / 1e9, color="#555555", linewidth=1.2, linestyle=dashes, label=name)
         _decorate(panel, operation)
-        _label_tensors(panel, shown, several_kinds)
-        if index + columns >= len(operations):
-            panel.set_xlabel("bytes that have to be moved")
-            panel.tick_params(labelbottom=True)
-    for panel in grid.flat[len(operations) :]:
-        panel.set_axis_off()
-    for panel in grid[:, 0]:
-        panel.set_ylabel("GB/s")
+        panel.set(xlabel="bytes that have to be moved", ylabel="GB/s")
+        panel.xaxis.set_major_locator(LogLocator(numticks=5))
+        panel.xaxis.set_major_formatter(EngFormatter("B"))
+        panel.yaxis.set_major_formatter("{x:g}")
+    for panel, operation in zip(figure.axes, operations, strict=True):  # now that all marks have set the scale
+        _label_tensors(panel, [result for result in results if str(result.case.operation) == operation])
     title = f"Bandwidth over bytes moved, measured ({results[0].regime}), beneath what a copy reaches"
     return _save(figure, f"{title}\n{caption}", path)
 
@@ -81,7 +75,7 @@ def _backend_and_tier(result: Result) -> tuple[str, str]:
     return result.by.removesuffix(f" {result.tier}"), result.tier  # a forced tier is part of the name
 
 
-def _series(results: Sequence[Result]) -> Iterator[tuple[str, list[Result], dict[str, str]]]:
+def _series(results: Sequence[Result]) -> Iterator[tuple[str, list[Result], dict[str, Any]]]:
     """Yield the name of each series, its results, and how it is drawn.
 
     A series of ours is a tier of a backend: a marker for the backend, a colour for the tier. Peers have both of theirs.
@@ -98,33 +92,16 @@ def _series(results: Sequence[Result]) -> Iterator[tuple[str, list[Result], dict
         yield peer, [result for result in results if result.by == peer], style
 
 
-def _scale(panel: Axes, results: Sequence[Result], ceilings: Mapping[str, float]) -> None:
-    """Set logarithmic axes in bytes and in GB/s, with room on the right for the labels."""
-    sizes = [result.floor_bytes for result in results]
-    speeds = [speed / 1e9 for speed in (*(result.bandwidth for result in results), *ceilings.values())]
-    panel.set(xscale="log", yscale="log")
-    panel.set_xlim(min(sizes) / 2, max(sizes) * (max(sizes) / min(sizes)) ** 0.7 * 2)
-    panel.set_ylim(min(speed for speed in speeds if speed) / 1.6, max(speeds) * 1.6)
-    panel.xaxis.set_major_locator(LogLocator(numticks=4))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: in_bytes(int(size)) if size < 2 * max(sizes) else ""))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda speed, _: f"{speed:g}"))
-    panel.minorticks_off()
-
-
-def _label_tensors(panel: Axes, results: Sequence[Result], several_kinds: bool) -> None:
-    """Name each tensor once, on the right, with a line to its fastest mark of ours."""
+def _label_tensors(panel: Axes, results: Sequence[Result]) -> None:
+    """Name each tensor once, right of the panel, with a line to its fastest mark of ours."""
     fastest = sorted((result for result in results if result.ours), key=lambda result: result.bandwidth)
     best = {result.case.tensor: result for result in fastest}
     height, to_axes = 1.0, panel.transData + panel.transAxes.inverted()
     for tensor, result in sorted(best.items(), key=lambda item: -item[1].bandwidth)[:MOST_LABELS]:
         place = (result.floor_bytes, result.bandwidth / 1e9)
         height = min(float(to_axes.transform(place)[1]), height - LABEL_DISTANCE)
-        panel.annotate(
-            tensor if several_kinds else tensor.split()[0], place, (0.6, height), xycoords="data",
-            textcoords="axes fraction", va="center", fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over the ceilings
-            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6}, annotation_clip=False,
-        ).set_in_layout(False)  # fmt: skip
+        line = {"arrowstyle": "-", "relpos": (0, 0.5), "shrinkA": 0, "color": "#999999", "linewidth": 0.6}
+        panel.annotate(tensor, place, (1.02, height), textcoords="axes fraction", va="center", arrowprops=line)
 
 
 # -------------------------------------------------------------------------------------------------------- peers
@@ -144,10 +121,7 @@ def ratios(results: Sequence[Result], path: Path, caption: str = "") -> Path:
     height = 1.6 + (0.21 if row_is_case else 0.12 + 0.16 * len(peers)) * len(rows)
     figure = Figure(figsize=(WIDTH, max(3.0, height)), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(backends), sharex=True, sharey=True, squeeze=False)[0]
-    everything = [math.log(ratio) for result in results for ratio in result.ratios[result.regime].values()]
-    ticks = [tick for tick in TICKS if min(everything) - 1 <= math.log(tick) <= max(everything) + 1 or tick == 1]
     for panel, backend in zip(panels, backends, strict=True):
-        _decorate(panel, backend)
         for index, peer in enumerate(peers):
             found = [r for r in results if r.by == backend and peer in r.ratios[r.regime]]
             # of marks that share a row, those of each peer have a line of their own
@@ -158,26 +132,23 @@ def ratios(results: Sequence[Result], path: Path, caption: str = "") -> Path:
                 markersize=5, alpha=1.0 if row_is_case else 0.6,
             )  # fmt: skip
         panel.axvline(1, color="#333333", linewidth=1.4)
-        panel.annotate("equal", (1, 1), (3, -3), ("data", "axes fraction"), "offset points", va="top", fontsize=9)
+        panel.annotate("equal", (1, 1), (3, -3), ("data", "axes fraction"), "offset points", va="top")
         panel.set(xscale="log", xlabel="our time / the peer's")
-        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=9)
-        panel.tick_params(axis="x", rotation=45 if len(ticks) * len(panels) > 16 else 0)
-        panel.tick_params(axis="y", length=0)
-        panel.minorticks_off()
-        if not row_is_case:
-            panel.grid(visible=False, axis="y")
-            for line in range(1, len(rows)):
-                panel.axhline(line - 0.5, color="#dddddd", linewidth=0.8)
-    panels[0].set_yticks(range(len(rows)), rows, fontsize=9)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.tick_params(axis="x", rotation=45)
+        _decorate(panel, backend)
+    panels[0].set_yticks(range(len(rows)), rows)
     panels[0].set_ylim(len(rows) - 0.4, -1.1)
     title = f"Our time over the peer's, measured ({results[0].regime}); left of the line ours is faster"
     return _save(figure, f"{title}{'' if row_is_case else '; a mark for each tensor'}\n{caption}", path)
 
 
 def _decorate(panel: Axes, title: str) -> None:
-    panel.set_title(title, fontsize=10)
+    panel.set_title(title)
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.25)
+    panel.minorticks_off()
 
 
 def _save(figure: Figure, title: str, path: Path) -> Path:
@@ -185,8 +156,7 @@ def _save(figure: Figure, title: str, path: Path) -> Path:
     entries = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in figure.axes)
     legend = {label: handle for panel in entries for handle, label in panel}
     place: Any = "outside lower center"
-    columns = min(len(legend), 4)
-    figure.legend([*legend.values()], [*legend], frameon=False, fontsize=9, loc=place, ncols=columns)
-    figure.suptitle(title.rstrip(), fontsize=11)
+    figure.legend([*legend.values()], [*legend], frameon=False, loc=place, ncols=min(len(legend), 4))
+    figure.suptitle(title.rstrip(), fontsize="medium")
     figure.savefig(path)
     return path

@@ -231,7 +231,7 @@ def test_the_roofline_names_each_tensor_and_draws_the_ceilings(monkeypatch, tmp_
     assert figure.get_suptitle().endswith("a machine, 1 thread")
     assert len(figure.axes) == 2
     for panel in figure.axes:
-        assert sorted(text.get_text() for text in panel.texts) == ["256x1024", "4x8x6x6"]
+        assert sorted(text.get_text() for text in panel.texts) == ["256x1024 f16", "4x8x6x6 f16 nchw"]
         heights = {line.get_label(): line.get_ydata()[0] for line in panel.lines}
         assert heights == pytest.approx({"ours": 1e-3, "peer": 1e-3, "a copy": 2e-3, "in the cache": 8e-3})
         hollow = {line.get_label(): line.get_markerfacecolor() == "none" for line in panel.lines}
