@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
+from typing import Any
 
 from gpu_bn.explanation import DTYPES, ITEMSIZES
 
 Shape = tuple[int, ...]
-
-
 Layers = tuple[tuple[int, Shape], ...]
 """How many layers of a network have inputs of each shape; channels are the second axis."""
 
@@ -51,7 +50,7 @@ NETWORKS: dict[str, Layers] = {
 """Networks by name; ``few`` chooses some layers of the others for a first look."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Operation:
     """A ``direction`` (forward or backward in training, or eval) and what is fused with it."""
 
@@ -83,7 +82,7 @@ OPERATIONS = {
 """Operations by name, such as ``backward+add+relu``."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Case:
     """One operation on one tensor.
 
@@ -143,14 +142,9 @@ def select(
     ``shapes`` are as in :func:`shapes_of`, ``dtypes`` short names, ``operations`` keys of :data:`OPERATIONS`.
 
     Raises:
-        ValueError: a shape or an operation is not known, no layout fits a shape, or a shape has nothing to normalise in
-            training.
+        ValueError: a shape is not known, no layout fits it, or it has nothing to normalise in training.
     """
-    chosen, found = [], []
-    for name in operations:
-        if name not in OPERATIONS:
-            raise ValueError(f"unknown operation {name!r}, expected one of {', '.join(OPERATIONS)}")
-        chosen.append(OPERATIONS[name])
+    chosen, found = [OPERATIONS[name] for name in operations], []
     spatial = [name for name in layouts if name != "nc"]
     for shape, dtype in product(shapes_of(shapes), dtypes):
         if len(shape) > 2 and not spatial:
@@ -160,3 +154,11 @@ def select(
         for layout, operation in product(["nc"] if len(shape) == 2 else spatial, chosen):
             found.append(Case(shape, DTYPES[dtype], layout, operation))
     return [case for case in found if only in str(case)]
+
+
+def by_tensor(items: Iterable[Any], cells: Callable[[Any], list[str]]) -> list[list[str] | str]:
+    """Return rows of a table: a heading for each tensor, and the cells of each item with a case of it."""
+    rows: list[list[str] | str] = []
+    for tensor, group in groupby(items, lambda item: item.case.tensor):
+        rows += [tensor, *map(cells, group)]
+    return rows

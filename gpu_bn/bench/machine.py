@@ -54,11 +54,8 @@ def machine(gpu: Gpu | None, copy_bandwidth: float) -> dict[str, Any]:
         except Exception as error:  # a library of its own may be missing
             facts |= {"cuda": None, "cudnn": None, "torch": in_words(error)}
     if gpu is not None:
-        device = gpu.device
-        facts["gpu"] = {
-            "name": device.name, "arch": device.arch, "sms": device.sms, "l2_bytes": device.l2_bytes,
-            "shared_per_block": device.shared_per_block, **smi(gpu.smi_id),
-        }  # fmt: skip
+        of_device = ("name", "arch", "sms", "l2_bytes", "shared_per_block")
+        facts["gpu"] = {name: getattr(gpu.device, name) for name in of_device} | smi(gpu.smi_id)
     return facts
 
 

@@ -85,17 +85,10 @@ class Result:
         return 0.0 if self.best is None else self.floor_bytes / self.best.median
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the report keeps."""
-        case, plan = self.case, self.plan
-        return {
-            "case": str(case), "shape": case.shape, "dtype": case.dtype, "layout": case.layout,
-            "operation": str(case.operation), "by": self.by, "ours": self.ours, "threads": self.threads,
-            "error": self.error, "refused": self.refused, "not_served": self.not_served,
-            "seconds": {regime: timing._asdict() for regime, timing in self.timings.items()}, "ratios": self.ratios,
-            "tier": self.tier, "registers": self.registers, "floor_bytes": self.floor_bytes,
-            "moved_bytes": None if plan is None else plan.dram_bytes,
-            "launches": None if plan is None else plan.launches,
-        }  # fmt: skip
+        """Return what the report keeps: the case's fields and the plan's, in place of case and plan."""
+        found = vars(self) | vars(self.case) | {"case": self.case, "seconds": self.timings, "tier": self.tier}
+        found |= {"moved_bytes": self.plan and self.plan.dram_bytes, "launches": self.plan and self.plan.launches}
+        return {name: value for name, value in found.items() if name not in ("plan", "timings")}
 
 
 def data(case: Case) -> Problem:

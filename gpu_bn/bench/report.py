@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gpu_bn.bench.cases import NETWORKS, Shape
+from gpu_bn.bench.cases import NETWORKS, Case, Operation, Shape, by_tensor
 from gpu_bn.bench.machine import clocks, describe
 from gpu_bn.bench.measurement import Result
 from gpu_bn.bench.model import Modelled, model_tables, traffic_table
@@ -75,13 +74,12 @@ class Report:
         """Write the report as JSON."""
         found = {
             "schema": SCHEMA, "command": self.command, "machine": self.machine,
-            "measured": [result.as_json() for result in self.results],
-            "model": [{**vars(row), "case": str(row.case)} for row in self.modelled],
+            "measured": [result.as_json() for result in self.results], "model": self.modelled,
             "left_out": self.left_out, "failed": self.failed, "warnings": self.warnings,
             "raced": [result.as_json() for result in self.forced], **self.extra,
         }  # fmt: skip
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        part.write_text(json.dumps(found, indent=1, allow_nan=False, default=as_json) + "\n")
         part.replace(path)  # only a whole report takes the place of an earlier one
 
     def show(self) -> None:
@@ -117,6 +115,11 @@ class Report:
             model = f"<!-- model -->\n{model_page(self.modelled)}\n<!-- /model -->"
             parts.append(f"## Modelled: GPUs that are not here\n\n{model}")
         return "\n\n".join(parts) + "\n"
+
+
+def as_json(value: Any) -> Any:
+    """Return what stands in JSON for a case or an operation, its name, or for a dataclass, its fields."""
+    return str(value) if isinstance(value, Case | Operation) else vars(value)
 
 
 def model_page(rows: Sequence[Modelled]) -> str:
@@ -169,9 +172,7 @@ def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Tab
             yield f"{peer} ({unit})", "-" if ratio is None else time_of(result, peer)
             yield "ratio", "-" if ratio is None else "<0.01" if ratio < 0.01 else three_digits(ratio)
 
-    rows: list[list[str] | str] = []
-    for tensor, group in groupby(ours, lambda result: result.case.tensor):
-        rows += [tensor, *([cell for _, cell in columns(result)] for result in group)]
+    rows = by_tensor(ours, lambda result: [cell for _, cell in columns(result)])
     header = [name for name, _ in columns(ours[0])]
     return [Table("Measured", header, rows, measured_caption(ours[0], copy_bandwidth), keys=3 if threads else 2)]
 

@@ -243,8 +243,8 @@ def further_parts(
 
         rows = train(session.kind, session.seconds, options.eager)
         report.failed += failures(rows)
-        text, report.extra["training"] = training_table(rows, session.kind)
-        report.texts.append(text)
+        report.extra["training"] = rows
+        report.texts.append(training_table(rows, session.kind))
 
     for asked, name, why_not, part in (
         (options.tiers, "--tiers", no_gpu, time_tiers),

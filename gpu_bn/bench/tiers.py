@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-from gpu_bn.bench.cases import Case
+from gpu_bn.bench.cases import Case, by_tensor
 from gpu_bn.bench.measurement import Result
 from gpu_bn.bench.model import work_of
 from gpu_bn.cli.console import Table, megabytes, microseconds
@@ -82,10 +82,7 @@ def crossovers(
     fitted = [row for row in times if row.by == FITTED_BY and len(row.seconds) > 1]
     best, decided = fit(fitted, device)
     found = ranges(times)
-    kept = {
-        "tiers": [{**vars(row), "case": str(row.case)} for row in times],
-        "ranges": [each._asdict() for each in found], "thresholds": asdict(best), "decided": decided,
-    }  # fmt: skip
+    kept = {"tiers": times, "ranges": found, "thresholds": asdict(best), "decided": decided}
     return [times_table(times), ranges_table(found), thresholds_text(fitted, device, best, decided)], kept
 
 
@@ -139,19 +136,19 @@ def thresholds_text(times: Sequence[TierTimes], device: Device, best: Thresholds
 # --------------------------------------------------------------------------------------------------- crossovers
 def times_table(times: Sequence[TierTimes]) -> Table:
     """Return the table of each tier's time."""
-    rows: list[list[str] | str] = []
-    for tensor, group in groupby(times, lambda row: row.case.tensor):
-        rows.append(tensor)
-        for row in group:
-            cells = [microseconds(row.seconds[tier]) if tier in row.seconds else "-" for tier in TIERS]
-            slowdown = f"{row.slowdown(row.chosen):.2f}" if row.chosen else "-"
-            rows.append([f"  {row.case.operation}", row.by, *cells, row.fastest, row.chosen or "-", slowdown])
+
+    def cells(row: TierTimes) -> list[str]:
+        seconds = [microseconds(row.seconds[tier]) if tier in row.seconds else "-" for tier in TIERS]
+        slowdown = f"{row.slowdown(row.chosen):.2f}" if row.chosen else "-"
+        return [f"  {row.case.operation}", row.by, *seconds, row.fastest, row.chosen or "-", slowdown]
+
     header = ["operation", "by", *(f"{tier} (us)" for tier in TIERS), "fastest", "chosen", "slowdown"]
     caption = "Cold. Slowdown: the time of the tier that the backend chooses, over the fastest's."
-    return Table("Tiers, each forced", header, rows, caption, keys=2)
+    return Table("Tiers, each forced", header, by_tensor(times, cells), caption, keys=2)
 
 
-class Range(NamedTuple):
+@dataclass(frozen=True)
+class Range:
     """A range of tensor sizes, in bytes, in which a tier is the fastest for a backend and a kind of case."""
 
     by: str
@@ -169,7 +166,7 @@ def ranges(times: Sequence[TierTimes]) -> list[Range]:
         last = Range(by, kind, "", 0, 0)
         for size, group in groupby(members, lambda row: row.case.bytes):
             tier = _fastest_of(list(group), last.tier)
-            last = found.pop()._replace(largest=size) if tier == last.tier else Range(by, kind, tier, size, size)
+            last = replace(found.pop(), largest=size) if tier == last.tier else Range(by, kind, tier, size, size)
             found.append(last)
     return found
 
@@ -187,5 +184,5 @@ def ranges_table(found: Sequence[Range]) -> Table:
         f"By size of the tensor, on average over those of one size; times within {TIE - 1:.0%} make no crossover. How "
         "many channels share the bytes decides as much: the table above has each."
     )
-    rows = [[*each[:3], megabytes(each.smallest), megabytes(each.largest)] for each in found]
+    rows = [[each.by, each.of, each.tier, megabytes(each.smallest), megabytes(each.largest)] for each in found]
     return Table("Crossovers: the fastest tier", ["by", "of", "tier", "from (MB)", "to (MB)"], rows, caption)

@@ -15,7 +15,7 @@ import time
 import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +37,8 @@ SPIN = """extern "C" __global__ void spin(long long cycles) {
 }"""
 
 
-class Timing(NamedTuple):
+@dataclass(frozen=True)
+class Timing:
     """Samples in seconds: the median, the quartiles, and how many there were."""
 
     median: float

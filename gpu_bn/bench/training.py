@@ -10,9 +10,9 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -79,15 +79,12 @@ def variants(eager: bool) -> dict[str, Make]:
     for name, make in LAYERS.items():
         found[f"{name}, eager"] = make
         if not eager:
-            found[f"{name}, compiled"] = partial(_compiled, make)
+            found[f"{name}, compiled"] = lambda model, make=make: torch.compile(make(model))  # type: ignore[misc]
     return found
 
 
-def _compiled(make: Make, model: nn.Module) -> Any:
-    return torch.compile(make(model))
-
-
-class TrainingResult(NamedTuple):
+@dataclass(frozen=True)
+class TrainingResult:
     """A variant's time for a step and the most memory that a step took, in bytes; or why it was refused."""
 
     name: str
@@ -169,8 +166,8 @@ def failures(rows: list[TrainingResult]) -> list[str]:
     return [f"{row.name}: {row.refused}" for row in failing if not theirs[f"torch, {row.name.rpartition(', ')[2]}"]]
 
 
-def training_table(rows: list[TrainingResult], kind: str) -> tuple[Table, list[Any]]:
-    """Return the table, and what goes into the JSON."""
+def training_table(rows: list[TrainingResult], kind: str) -> Table:
+    """Return the table of the variants' times and memory."""
     (number, side), base, lines = SIZES[kind], rows[0].timing, []
     for row in rows:
         timing, spread = row.timing, row.timing.spread if row.timing else None
@@ -188,8 +185,7 @@ def training_table(rows: list[TrainingResult], kind: str) -> tuple[Table, list[A
         "Peak memory: what torch's tensors take in a step beyond what they took before it."
     )
     header = ["layers", "a step (ms)", "IQR", "/ torch, eager", "peak memory (MB)"]
-    kept = [row._asdict() | {"timing": row.timing and row.timing._asdict()} for row in rows]
-    return Table(f"Training step of ResNet-18 on the {kind}", header, lines, caption), kept
+    return Table(f"Training step of ResNet-18 on the {kind}", header, lines, caption)
 
 
 # ----------------------------------------------------------------------------------------------------- profiler

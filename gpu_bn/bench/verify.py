@@ -11,11 +11,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from itertools import groupby
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 from gpu_bn.bench import timing
-from gpu_bn.bench.cases import select
+from gpu_bn.bench.cases import Case, by_tensor, select
 from gpu_bn.bench.implementations import by_name
 from gpu_bn.bench.measurement import Result, Tensors
 from gpu_bn.cli.console import Table, megabytes, microseconds
@@ -33,22 +32,25 @@ Bytes = dict[str, int]
 """Bytes ``read`` from the memory and ``written`` to it."""
 
 
-class Verdict(NamedTuple):
+@dataclass(frozen=True)
+class Verdict:
     """A prediction, as the report keeps it: by the plan's bytes over a copy's bandwidth.
 
     ``counted_bytes`` are the GPU's, ``None`` if nothing was counted; ``refuted`` says how it fails, empty if it holds.
     """
 
-    case: str
+    case: Case
     by: str
+    tier: str
+    measured_seconds: float
     predicted_seconds: float
     predicted_bytes: Bytes
     counted_bytes: Bytes | None
     refuted: str
 
 
-def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> tuple[Table, list[Any]]:
-    """Compare predictions with results of a GPU with a cache of ``l2_bytes``; return the table and the JSON's rows."""
+def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> tuple[Table, list[Verdict]]:
+    """Compare predictions with results of a GPU with a cache of ``l2_bytes``; return the table, and what JSON keeps."""
     planned = [result for result in results if result.plan is not None and result.best is not None]
     reason, verdicts = "", []
     for index, result in enumerate(planned):
@@ -58,7 +60,7 @@ def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> t
         verdicts.append(verdict(result, copy_bandwidth, l2_bytes, counted))
     limits = f"the first {COUNTED} cases" if len(planned) > COUNTED else "all cases"
     note = reason or f"DRAM bytes were counted by ncu, of {limits}."
-    return verdicts_table(planned, verdicts, note), [found._asdict() for found in verdicts]
+    return verdicts_table(verdicts, note), verdicts
 
 
 def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes | None) -> Verdict:
@@ -68,12 +70,12 @@ def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes
     """
     assert result.plan is not None
     assert result.best is not None
-    plan, refuted = result.plan, []
+    plan, measured, refuted = result.plan, result.best.median, []
     predicted = plan.dram_bytes / copy_bandwidth
     written = sum(plan.written_bytes)
     expected = {"read": plan.dram_bytes - written, "written": written}
-    times = result.best.median / predicted
-    if result.best.median > SLOWER * predicted + plan.launches * LAUNCH_SECONDS:
+    times = measured / predicted
+    if measured > SLOWER * predicted + plan.launches * LAUNCH_SECONDS:
         refuted.append(f"time: {times:.2f} times as long")
     if times < FASTER:
         refuted.append(f"time: {times:.2f} times as long: fewer bytes, or faster than a copy")
@@ -82,7 +84,7 @@ def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes
         margin = BYTES_SHARE * wanted + BYTES_MORE
         if not wanted - held - margin <= found <= wanted + margin:
             refuted.append(f"bytes: {found / max(wanted, 1):.2f} times as many {what}")
-    return Verdict(str(result.case), result.by, predicted, expected, counted, "; ".join(refuted))
+    return Verdict(result.case, result.by, result.tier, measured, predicted, expected, counted, "; ".join(refuted))
 
 
 def count(result: Result) -> Bytes | str:
@@ -111,28 +113,27 @@ def count(result: Result) -> Bytes | str:
         return f"ncu counted nothing ({output[-1]})"
 
 
-def verdicts_table(results: Sequence[Result], verdicts: Sequence[Verdict], note: str) -> Table:
+def verdicts_table(verdicts: Sequence[Verdict], note: str) -> Table:
     """Return the table of predictions; ``note`` says what was counted."""
+
+    def cells(found: Verdict) -> list[str]:
+        times = microseconds(found.predicted_seconds), microseconds(found.measured_seconds)
+        pairs = ((found.predicted_bytes[what], (found.counted_bytes or {}).get(what)) for what in METRICS)
+        moved = [megabytes(one) if one is not None else "-" for pair in pairs for one in pair]
+        judged = f"REFUTED, {found.refuted}" if found.refuted else "holds"
+        return [f"  {found.case.operation}", found.by, found.tier, *times, *moved, judged]
+
     header = [
         "operation", "by", "tier", "predicted (us)", "measured (us)", "read (MB)", "counted", "written", "counted",
         "prediction",
     ]  # fmt: skip
-    rows: list[list[str] | str] = []
-    for tensor, group in groupby(zip(results, verdicts, strict=True), lambda pair: pair[0].case.tensor):
-        rows.append(tensor)
-        for result, found in group:
-            times = microseconds(found.predicted_seconds), microseconds(result.best.median if result.best else 0)
-            pairs = ((found.predicted_bytes[what], (found.counted_bytes or {}).get(what)) for what in METRICS)
-            cells = [megabytes(one) if one is not None else "-" for pair in pairs for one in pair]
-            judged = f"REFUTED, {found.refuted}" if found.refuted else "holds"
-            rows.append([f"  {result.case.operation}", result.by, result.tier, *times, *cells, judged])
     refuted = sum(bool(found.refuted) for found in verdicts)
     caption = (
         f"{refuted} of {len(verdicts)} predictions are refuted. Predicted: the plan's bytes over the measured "
         f"bandwidth of a copy; {LAUNCH_SECONDS * 1e6:g} us a launch are allowed, and {SLOWER:g} times as long. Bytes "
         f"may differ by {BYTES_SHARE:.0%}; what the L2 cache can hold need not have been written yet. {note}"
     )
-    return Table("The model, verified", header, rows, caption, keys=2)
+    return Table("The model, verified", header, by_tensor(verdicts, cells), caption, keys=2)
 
 
 def main(arguments: list[str]) -> None:

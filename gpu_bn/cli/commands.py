@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gpu_bn import __version__, registry
+from gpu_bn.bench.cases import NETWORKS, OPERATIONS
 from gpu_bn.cli import values
 from gpu_bn.cli.console import Table, microseconds, terminal_width
 from gpu_bn.cli.values import CommandError, UsageError
@@ -150,13 +151,12 @@ def _add_bench(commands: Commands) -> None:
         "and two pictures. Each result is compared with a float64 oracle before it is timed. Without a GPU, print "
         "what a model expects of five of them. Exit code 1 if ours are wrong. NAMES are separated by commas.",
     )
-    networks = "few,resnet50-32,resnet50-256,mobilenetv2,unet2d,unet3d,mlp,tiny"
-    _value(bench, "--shapes", values.shapes, "NAMES", f"of {networks}, and shapes such as 32x64x56x56")
+    shapes = f"of {','.join(NETWORKS)}, and shapes such as 32x64x56x56"
+    operations = "of forward,backward,eval, each also as in eval+relu and eval+add+relu"
+    _value(bench, "--shapes", values.shapes, "NAMES", shapes)
     _value(bench, "--dtype", values.several(values.dtype), "NAMES", "of f16,bf16,f32,f64")
     _value(bench, "--layout", values.several(values.layout), "NAMES", "of nchw,nhwc; nc")
-    _value(
-        bench, "--ops", values.words, "NAMES", "of forward,backward,eval, each also as in eval+relu and eval+add+relu"
-    )
+    _value(bench, "--ops", values.several(values.one_of("operation", OPERATIONS)), "NAMES", operations)
     _value(bench, "--only", str, "TEXT", "cases whose name contains this", default="")
     _value(bench, "--peers", values.words, "NAMES", "these alone, such as 'torch cuDNN,apex'; or none")
     _value(bench, "--device", values.device, "NAME", "auto, cpu or cuda (default: auto)", default="auto")

@@ -85,9 +85,9 @@ def test_ranges_of_tiers_end_where_they_cross_over():
     ]  # fmt: skip
     size = 64 * 8 * 8 * 4
     assert tiers.ranges(times) == [
-        ("gpu_bn cupy", "f32 nchw forward", "cta", 4 * size, 4 * size),
-        ("gpu_bn triton", "f32 nchw forward", "cta", 2 * size, 8 * size),  # 2 % are no crossover
-        ("gpu_bn triton", "f32 nchw forward", "split", 16 * size, 32 * size),
+        tiers.Range("gpu_bn cupy", "f32 nchw forward", "cta", 4 * size, 4 * size),
+        tiers.Range("gpu_bn triton", "f32 nchw forward", "cta", 2 * size, 8 * size),  # 2 % are no crossover
+        tiers.Range("gpu_bn triton", "f32 nchw forward", "split", 16 * size, 32 * size),
     ]
     rows = str(tiers.ranges_table(tiers.ranges(times))).splitlines()
     assert rows[0] == "Crossovers: the fastest tier"
@@ -114,7 +114,7 @@ def test_a_backend_that_took_another_tier_does_not_count():
     (*_, text), kept = tiers.crossovers([], results, plan.DEVICES["a100"])
     assert "Thresholds for plan.py, as they are: fitting takes several tiers of gpu_bn cupy, timed\n" in text
     assert text.count("# not decided by these cases") == len(fields(plan.Thresholds))
-    assert kept["tiers"][0]["by"] == "gpu_bn triton"
+    assert kept["tiers"][0].by == "gpu_bn triton"
     assert kept["decided"] == {}
     assert tiers.crossovers([], [], plan.DEVICES["a100"]) == (["No tier could be timed."], {})
 

@@ -74,8 +74,8 @@ def test_bytes_are_counted_by_ncu(ncu):
     assert commands[0][-5:] == ["32x256x14x14", "f32", "nchw", "forward", "gpu_bn cupy"]
     found, kept = verify.verify([result], COPY, L2)
     text = " ".join(str(found).split())
-    assert kept[0]["counted_bytes"] == {"read": 6_423_528, "written": 6_423_552}
-    assert kept[0]["predicted_bytes"] == {"read": 6_422_528, "written": 6_422_528}
+    assert kept[0].counted_bytes == {"read": 6_423_528, "written": 6_423_552}
+    assert kept[0].predicted_bytes == {"read": 6_422_528, "written": 6_422_528}
     assert "1 of 1 predictions are refuted" in text  # a second is far too long
     assert "DRAM bytes were counted by ncu, of all cases." in text
     assert "6.42 6.42 6.42 6.42 REFUTED, time:" in text
@@ -95,7 +95,7 @@ def test_what_may_not_be_counted_is_said_and_not_tried_again(output, says, ncu):
     text, kept = verify.verify([timed("gpu_bn cupy", 1.0)] * 3, COPY, L2)
     assert says in " ".join(str(text).split())
     assert len(commands) == 1
-    assert [row["counted_bytes"] for row in kept] == [None] * 3
+    assert [row.counted_bytes for row in kept] == [None] * 3
 
 
 def test_the_probe_makes_one_call_between_start_and_stop(monkeypatch):
