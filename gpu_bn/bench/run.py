@@ -241,7 +241,8 @@ def further_parts(
     def time_training() -> None:
         from gpu_bn.bench.training import failures, train, training_table
 
-        rows = train(session.kind, session.seconds, options.eager)
+        with use_threads(options.threads):
+            rows = train(session.kind, session.seconds, options.eager)
         report.failed += failures(rows)
         report.extra["training"] = rows
         report.texts.append(training_table(rows, session.kind))

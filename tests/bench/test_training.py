@@ -9,7 +9,7 @@ from support.paths import ROOT
 
 torch = pytest.importorskip("torch", reason="the training benchmark is torch's: pip install torch")
 
-from gpu_bn import nn
+from gpu_bn import get_num_threads, nn
 from gpu_bn.bench import training
 from gpu_bn.bench.cases import NETWORKS
 from gpu_bn.cli import main
@@ -72,6 +72,24 @@ def test_a_wrong_variant_is_not_timed_and_is_a_failure(monkeypatch, capsys, tmp_
     out = capsys.readouterr().out
     assert re.search(r"gpu_bn, eager +not timed: wrong: the first gradient is off by", out)
     assert not re.search(r"torch, eager +not timed", out)
+
+
+def test_it_has_the_threads_that_were_asked_for(monkeypatch, tmp_path):
+    threads = []
+
+    def train(*_):
+        threads.append((torch.get_num_threads(), get_num_threads()))
+        return [training.TrainingResult("torch, eager", None, None, "")]
+
+    monkeypatch.setattr(training, "train", train)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main([*LINE, "--shapes", "4x8", "--ops", "eval", "--peers", "none", "--out", str(tmp_path)]) == 0
+        assert threads == [(1, 1)]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow
