@@ -55,7 +55,7 @@ def relu6_gradient(z: Array, dy: Array, out: Array, _: float) -> None:
 
 
 def leaky_relu(z: Array, negative_slope: float) -> None:
-    """max(z, 0) + negative_slope * min(z, 0): one of the two is exact, the other zero."""
+    """Compute ``max(z, 0) + negative_slope * min(z, 0)``: one of the two is exact, the other zero."""
     negative = np.negative(z)
     relu(negative, 0.0)
     negative *= -negative_slope
@@ -83,7 +83,7 @@ def hardswish_gradient(z: Array, dy: Array, out: Array, _: float) -> None:
 
 
 def _identity_where(keep: Array, dy: Array, out: Array, slope: float) -> None:
-    """``dy`` where ``keep``, else ``slope * dy``; a slope of 0 gives 0 even where ``dy`` is infinite.
+    """Return ``dy`` where ``keep``, else ``slope * dy``; a slope of 0 gives 0 even where ``dy`` is infinite.
 
     Selects by masks of bits: NumPy's ``where`` takes several times longer on a random condition.
     """
@@ -100,7 +100,7 @@ def _identity_where(keep: Array, dy: Array, out: Array, slope: float) -> None:
 
 @lru_cache
 def _zeros(dtype: np.dtype[Any]) -> Array:
-    """Zeros to compare with: NumPy's loop over two arrays is four times faster than with a scalar."""
+    """Return zeros to compare with: NumPy's loop over two arrays is four times faster than with a scalar."""
     return np.zeros(32 << 10, dtype)
 
 
@@ -141,7 +141,7 @@ def silu(z: Array, _: float) -> None:
 
 
 def silu_gradient(z: Array, dy: Array, out: Array, _: float) -> None:
-    """silu' = s * (1 + z * (1 - s)), with s = sigmoid(z) and 1 - s = sigmoid(-z)."""
+    """Compute ``dy * s * (1 + z * (1 - s))``, with ``s = sigmoid(z)`` and ``1 - s = sigmoid(-z)``."""
     slope = np.exp(z)
     slope += 1
     np.divide(z, slope, out=slope)
@@ -161,7 +161,7 @@ def tanh_gradient(z: Array, dy: Array, out: Array, _: float) -> None:
 
 
 def _sech_squared(z: Array) -> Array:
-    """1 - tanh(z)**2 without its cancellation."""
+    """Compute ``1 - tanh(z)**2`` without its cancellation."""
     tail = np.exp(-2 * np.abs(z))
     slope = tail + 1
     slope *= slope
@@ -175,7 +175,7 @@ def gelu(z: Array, _: float) -> None:
 
 
 def gelu_gradient(z: Array, dy: Array, out: Array, _: float) -> None:
-    """gelu' = Phi(z) + z * phi(z)."""
+    """Compute ``dy * (Phi(z) + z * phi(z))``."""
     slope = np.square(z)
     slope *= -0.5
     np.exp(slope, out=slope)
@@ -186,7 +186,7 @@ def gelu_gradient(z: Array, dy: Array, out: Array, _: float) -> None:
 
 
 def gelu_tanh(z: Array, _: float) -> None:
-    """0.5 * (1 + tanh(u)) is sigmoid(2 * u), which keeps the left tail."""
+    """Compute ``0.5 * (1 + tanh(u))`` as ``sigmoid(2 * u)``, which keeps the left tail."""
     gate = _gelu_tanh_argument(z)
     gate *= 2
     sigmoid(gate, 0.0)
@@ -250,7 +250,7 @@ ERFC_SERIES = (
 
 
 def normal_cdf(z: Array) -> Array:
-    """The standard normal distribution function, erfc(-z / sqrt(2)) / 2, in ``z``'s precision.
+    """Compute the standard normal distribution function, erfc(-z / sqrt(2)) / 2, in ``z``'s precision.
 
     Computed in float64, with a relative error below 1e-13 in the left tail as far as it is a normal number.
     """

@@ -55,7 +55,7 @@ class Activation:
 
     @staticmethod
     def of(activation: Activation | str | None) -> Activation:
-        """The activation that a name stands for (``None`` is the identity); an ``Activation`` is returned as it is.
+        """Return the activation that a name stands for (``None`` is the identity), or an ``Activation`` as it is.
 
         Raises:
             TypeError: neither a name nor an ``Activation``.

@@ -86,7 +86,7 @@ def commit(targets: Sequence[Array], values: Sequence[Array]) -> None:
 def _forward(
     backend: Backend, call: Call, spec: BatchNormSpec, keep: bool, copies: bool = False
 ) -> tuple[Array, Saved]:
-    """:func:`forward` of arguments that may be written.
+    """Do the work of :func:`forward`, on arguments that may be written.
 
     ``copies``: the running statistics are copies already; otherwise those of a call with ``out`` are copied here, so
     that all memory is there before anything is written to ``out``.
@@ -128,7 +128,7 @@ def save(backend: Backend, call: Call, spec: BatchNormSpec, moments: Moments) ->
 
 
 def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
-    """The gradients named in ``need``, which names only arguments that the forward call had."""
+    """Return the gradients named in ``need``, which names only arguments that the forward call had."""
     plain = saved.valid is None and saved.spec.groups == 1
     if saved.renorm is None and 0 not in saved.x.shape and (fused := _fused(backend, plain)):
         return fused.backward(dy, saved, need)
@@ -137,7 +137,7 @@ def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) ->
 
 
 def _backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
-    """:func:`backward`, phase after phase."""
+    """Do the work of :func:`backward`, phase after phase."""
     activation, batch_stats = saved.spec.activation, saved.spec.batch_stats
     dx = backend.empty_like(saved.x) if "dx" in need else None
     if math.prod(saved.x.shape) == 0:
@@ -161,7 +161,7 @@ def _backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -
 
 
 def positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """A checked mask as backends take it: bool, dense, of the input's ``shape`` but one channel along ``axis``."""
+    """Return a checked mask as backends take it: bool, dense, of the input's ``shape`` but one channel on ``axis``."""
     with on_device_of(mask):
         if mask.ndim < len(shape):
             mask = mask[(slice(None),) * axis + (None,)]
@@ -177,19 +177,19 @@ def positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
 
 
 def _total(sums: Array, saved: Saved) -> Array:
-    """The sums of all ghost batches, (C,)."""
+    """Add up the sums of all ghost batches, (C,)."""
     groups = saved.spec.groups
     return sums if groups == 1 else sums.reshape((groups, -1)).sum(0)
 
 
 def renormalized(saved: Saved, r: Array, d: Array) -> Saved:
-    """The call with xhat * r + d in the place of xhat, which a change of weight and bias brings about."""
+    """Return the call with ``xhat * r + d`` in the place of xhat, by a change of weight and bias."""
     weight, bias = (r, d) if saved.weight is None else (saved.weight * r, saved.weight * d)
     return replace(saved, weight=weight, bias=bias if saved.bias is None else bias + saved.bias, renorm=(r, d))
 
 
 def _renormalized(backend: Backend, saved: Saved, running_mean: Array, running_var: Array) -> Saved:
-    """Batch renormalisation with the running statistics as they are before the call."""
+    """Renormalise a batch by the running statistics as they are before the call."""
     assert saved.spec.renorm is not None
     r_max, d_max = saved.spec.renorm
     rstd = (backend.vector(running_var) + saved.spec.eps) ** -0.5
@@ -199,7 +199,7 @@ def _renormalized(backend: Backend, saved: Saved, running_mean: Array, running_v
 
 
 def _renormalized_backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
-    """The gradients by the original weight and bias; ``r`` and ``d`` are constants."""
+    """Return the gradients by the original weight and bias; ``r`` and ``d`` are constants."""
     assert saved.renorm is not None
     r, d = saved.renorm
     plain = replace(saved, renorm=None, weight_dtype=r.dtype, bias_dtype=r.dtype)
@@ -212,7 +212,7 @@ def _renormalized_backward(backend: Backend, dy: Array, saved: Saved, need: froz
 
 
 def _empty_grads(backend: Backend, saved: Saved, dx: Array | None, need: frozenset[str]) -> Grads:
-    """The gradients of an empty batch: nothing for the inputs, zeros for the parameters."""
+    """Return the gradients of an empty batch: nothing for the inputs, zeros for the parameters."""
     mean = saved.moments.mean[: saved.x.shape[saved.spec.axis]]  # of one ghost batch
     zeros = abs(mean) < 0  # false in every channel, also where the mean is NaN
     return Grads(
@@ -224,7 +224,7 @@ def _empty_grads(backend: Backend, saved: Saved, dx: Array | None, need: frozens
 
 
 def _fused(backend: Any, plain: bool) -> FusedBackend | None:
-    """The backend if it fuses such a call, which is plain without a mask and ghost batches."""
+    """Return the backend if it fuses such a call; a plain call has no mask and no ghost batches."""
     return (
         backend if hasattr(backend, "forward") and (plain or not hasattr(backend, "fuses_plain_calls_only")) else None
     )

@@ -21,7 +21,7 @@ LIMIT = 100_000
 
 
 def check_call(call: Call, writes: bool) -> bool:
-    """:func:`check_written` of a forward call, which ``writes`` its running statistics and counter or reads them."""
+    """Check a forward call, which ``writes`` its running statistics and counter or reads them."""
     state = call[4:7]
     written, read = ((call.out, *state), call[:4]) if writes else ((call.out,), call[:7])
     targets = [array for array in written if array is not None]
@@ -60,7 +60,7 @@ def check_written(written: dict[str, Array | None], read: dict[str, Array | None
 
 
 def _plainly_distinct(targets: list[Array], others: list[Array]) -> bool:
-    """Whether owners or bounds alone say that nothing is shared: the usual case, told quickly."""
+    """Tell quickly whether owners or bounds alone show that nothing is shared, as in most calls."""
     if not isinstance(targets[0], np.ndarray):
         return _bounds_are_distinct(targets, others)
     arrays = targets + others
@@ -77,7 +77,7 @@ def _plainly_distinct(targets: list[Array], others: list[Array]) -> bool:
 
 
 def _bounds_are_distinct(targets: list[Array], others: list[Array]) -> bool:
-    """The same of torch tensors and of CuPy arrays."""
+    """Tell the same of torch tensors and of CuPy arrays."""
     bounds = []
     for array in [*targets, *{id(array): array for array in others}.values()]:
         if hasattr(array, "data_ptr"):
@@ -98,7 +98,7 @@ def _bounds_are_distinct(targets: list[Array], others: list[Array]) -> bool:
 
 
 def view(array: Array) -> NDArray[Any]:
-    """An array of any library as NumPy sees its memory, to be compared with others and never read."""
+    """Return an array of any library as NumPy sees its memory, to be compared with others and never read."""
     if isinstance(array, np.ndarray):
         return array
     if hasattr(array, "data_ptr"):
@@ -108,13 +108,13 @@ def view(array: Array) -> NDArray[Any]:
 
 
 def extent(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> NDArray[Any]:
-    """Another library's array as NumPy sees its memory, to be compared with others and never read; strides in bytes."""
+    """Return an array of such memory for NumPy, to be compared with others and never read; strides are in bytes."""
     seen = {"version": 3, "typestr": f"|V{itemsize}", "shape": shape, "strides": strides, "data": (address, False)}
     return np.asarray(SimpleNamespace(__array_interface__=seen))
 
 
 def overlap(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    """Whether two arrays have a byte in common."""
+    """Tell whether two arrays have a byte in common."""
     if not np.may_share_memory(one, other):
         return False
     try:
@@ -124,7 +124,7 @@ def overlap(one: NDArray[Any], other: NDArray[Any]) -> bool:
 
 
 def overlaps_itself(array: NDArray[Any]) -> bool:
-    """Whether two elements of an array have a byte in common."""
+    """Tell whether two elements of an array have a byte in common."""
     if array.flags.c_contiguous or array.size < 2:
         return False
     covered = array.itemsize

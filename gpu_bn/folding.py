@@ -25,7 +25,7 @@ class Norm(Protocol):
 def batch_moments(
     x: Array, eps: float = 1e-5, *, channel_axis: int = 1, backend: Backend | str | None = None
 ) -> Moments:
-    """Count, mean and biased variance of each channel of a batch, (C,) in the backend's accumulation dtype.
+    """Return count, mean and biased variance of a batch's channels, (C,) in the backend's accumulation dtype.
 
     Raises:
         TypeError, ValueError: as :func:`gpu_bn.batch_norm` in training; also for an empty batch.
@@ -154,7 +154,7 @@ def unfold(
 
 
 def _scale_and_shift(norm: Norm, weight: Array) -> tuple[Array, Array]:
-    """norm(x) = x * scale + shift in evaluation mode, (C,) each in float64."""
+    """Return scale and shift of ``norm(x) = x * scale + shift`` in evaluation, (C,) each in float64."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"folding needs running statistics, but {norm!r} has none")
     libraries = [type(array).__module__.partition(".")[0] for array in (weight, norm.running_var)]
@@ -169,7 +169,7 @@ def _scale_and_shift(norm: Norm, weight: Array) -> tuple[Array, Array]:
 
 
 def _by_output(vector: Array, weight: Array, transposed: bool, groups: int) -> Array:
-    """A vector over the outputs, shaped to broadcast against the weight."""
+    """Shape a vector over the outputs to broadcast against the weight."""
     if len(weight.shape) < 2:
         expected = "(out, in, ...), or (in, out, ...) if transposed"
         raise ValueError(f"weight should have shape {expected}, got {tuple(weight.shape)}")

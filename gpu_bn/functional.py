@@ -228,7 +228,7 @@ def batch_norm_backward(
 
 
 def _check_need(need: Iterable[str] | None, saved: Saved) -> frozenset[str]:
-    """The gradients to compute; ``need`` is a set if it is anything."""
+    """Return the gradients to compute; ``need`` is a set if it is anything."""
     available = {
         "dx": True,
         "dweight": saved.weight_dtype is not None,
@@ -283,7 +283,7 @@ def with_positions(call: Call, checked: BatchNormSpec) -> Call:
 
 
 def named(call: Call) -> dict[str, Any]:
-    """The tensors of a call by the names that messages use, in their order."""
+    """Return the tensors of a call by the names that messages use, in their order."""
     return {
         "input": call.x,
         "running_mean": call.running_mean,
@@ -337,12 +337,12 @@ def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
 
 
 def _lasts(backend: Backend | str | None, arrays: Iterable[Array]) -> bool:
-    """Whether a key of these has no class but those of array libraries: it would keep another from going away."""
+    """Tell whether a key of these has no class but those of array libraries: it would keep another from going away."""
     return (backend is None or isinstance(backend, str)) and all(registry.is_named(type(array)) for array in arrays)
 
 
 def _signature(call: Call, options: Options, backend: Backend | str | None) -> tuple[Any, ...]:
-    """What calls have in common that are right if one of them is."""
+    """Return what calls have in common that are right if one of them is."""
     training, momentum, eps, activation, axis, size, renorm = options
     return (
         _named(backend), *[None if one is None else (type(one), one.dtype, one.shape) for one in call],

@@ -192,7 +192,7 @@ class BatchNorm:
         return grads.dx if grads.dresidual is None else (grads.dx, grads.dresidual)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled and copied: all but the call that waits for its backward call, and its ``x``."""
+        """Return what is pickled and copied: all but the call that waits for its backward call, and its ``x``."""
         return self.__dict__ | {"_saved": None}
 
     def zero_grad(self) -> None:
@@ -200,7 +200,7 @@ class BatchNorm:
         self.grad.clear()
 
     def parameters(self) -> dict[str, Array]:
-        """The parameters by name, to be updated in place."""
+        """Return the parameters by name, to be updated in place."""
         return {name: getattr(self, name) for name in ("weight", "bias") if getattr(self, name) is not None}
 
     def train(self, mode: bool = True) -> BatchNorm:
@@ -213,7 +213,7 @@ class BatchNorm:
         return self.train(False)
 
     def reset_running_stats(self) -> None:
-        """Running mean 0, variance 1, no batches."""
+        """Set the running mean to 0, the variance to 1, the count of batches to 0."""
         with spec.on_device_of(self.running_mean):
             if self.running_mean is not None and self.running_var is not None:
                 self.running_mean[...] = 0
@@ -253,7 +253,7 @@ class BatchNorm:
         return self
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of parameters and buffers under torch's names."""
+        """Return copies of parameters and buffers under torch's names."""
         return {name: getattr(self, name).copy() for name in STATE if getattr(self, name) is not None}
 
     def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
@@ -293,7 +293,7 @@ class BatchNorm:
 
 
 def _like(name: str, own: Array, value: Any) -> Array:
-    """An array of ``own``'s library and dtype."""
+    """Return an array of ``own``'s library and dtype."""
     if isinstance(value, np.ma.MaskedArray):
         raise ValueError(f"{name} should be an array without a mask, got {type(value).__name__}")
     try:
@@ -314,7 +314,7 @@ def _like(name: str, own: Array, value: Any) -> Array:
 
 
 def _array(own: Array, value: Any) -> Array:
-    """An array of ``own``'s library, if it has one of NumPy's or its own."""
+    """Return an array of ``own``'s library, if it has one of NumPy's or its own."""
     if hasattr(value, "detach"):  # a torch tensor: NumPy takes none that requires a gradient, and no bfloat16
         value = value.detach().to("cpu")
         value = value.double().numpy() if value.is_floating_point() else value.numpy()

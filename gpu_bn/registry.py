@@ -73,7 +73,7 @@ NOT_PLAIN = {"numpy.ma.MaskedArray", "numpy.ma.core.MaskedArray", "numpy.matrix"
 
 
 def select(backend: str | Backend | None, **arrays: Any) -> Backend:
-    """The backend for a call's arrays; the first must be there, those after it do not count if they are ``None``.
+    """Return the backend for a call's arrays; the first must be there, the others do not count if they are ``None``.
 
     ``backend`` is a name from :data:`NAMES`, a :class:`~gpu_bn.backends.protocol.Backend`, or ``None`` for the one
     that serves the arrays' library.
@@ -87,7 +87,7 @@ def select(backend: str | Backend | None, **arrays: Any) -> Backend:
 
 
 def loaded(backend: Any, row: Row | None) -> Backend:
-    """The backend that was asked for, which is ``row``'s if :func:`row_of` has found one."""
+    """Return the backend that was asked for, which is ``row``'s if :func:`row_of` has found one."""
     if row is not None:
         return load(row.name, row.library)
     given: Backend = backend
@@ -95,7 +95,7 @@ def loaded(backend: Any, row: Row | None) -> Backend:
 
 
 def row_of(backend: str | Backend | None, **arrays: Any) -> Row | None:
-    """The row of :func:`select`'s backend, which is not loaded; ``None`` for one that is given itself.
+    """Return the row of :func:`select`'s backend, which is not loaded; ``None`` for one that is given itself.
 
     Raises:
         TypeError, ValueError: as :func:`select`.
@@ -125,30 +125,30 @@ def row_of(backend: str | Backend | None, **arrays: Any) -> Row | None:
 
 
 def _interpreted(row: Row, given: Row) -> bool:
-    """Whether Triton's interpreter runs a backend's kernels, which it does where the tensors of ``given`` are."""
+    """Tell whether Triton's interpreter runs a backend's kernels, which it does where the tensors of ``given`` are."""
     interprets = row.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return interprets and (given.library, given.device) == (row.library, "cpu")
 
 
 def serving(array: Any) -> Backend:
-    """The backend for an array of a known library."""
+    """Return the backend for an array of a known library."""
     row = _first(_rows_for("input", array))
     return load(row.name, row.library)
 
 
 def told_by_type(array: Any) -> bool:
-    """Whether an array's type tells which backend serves it, wherever it is."""
+    """Tell whether an array's type tells which backend serves it, wherever it is."""
     kind: Any = type(array)
     return not any(_rows_by_device(kind))
 
 
 def default(array: Any) -> str:
-    """The name of the backend that serves an array of a known library unless another is asked for."""
+    """Return the name of the backend that serves an array of a known library unless another is asked for."""
     return _first(_rows_for("input", array)).name
 
 
 def differentiable(array: Any, backend: str | Backend | None) -> ModuleType | None:
-    """The module whose ``batch_norm`` serves an array of a library that differentiates; ``None`` for other arrays.
+    """Return the module whose ``batch_norm`` serves an array of a library that differentiates; ``None`` for others.
 
     A :class:`~gpu_bn.backends.protocol.Backend` given as an object is used as it is, without gradients.
     """
@@ -207,7 +207,7 @@ def _first(rows: tuple[Row, ...]) -> Row:
 
 @cache
 def why_not(row: Row) -> str:
-    """Why a backend's packages are not there; empty if they are.
+    """Say why a backend's packages are not there; empty if they are.
 
     Only Numba is imported, not just looked for: an installed one may refuse the installed NumPy.
     """
@@ -223,7 +223,7 @@ def why_not(row: Row) -> str:
 
 
 def _is_there(package: str) -> bool:
-    """Whether a package has been imported or can be found."""
+    """Tell whether a package has been imported or can be found."""
     return sys.modules[package] is not None if package in sys.modules else find_spec(package) is not None
 
 
@@ -243,7 +243,7 @@ def _rows_for(name: str, array: Any) -> tuple[Row, ...]:
 
 
 def is_named(kind: Any) -> bool:
-    """Whether a type is one of the rows' own, which live as long as their libraries."""
+    """Tell whether a type is one of the rows' own, which live as long as their libraries."""
     name = f"{kind.__module__}.{kind.__qualname__}"
     return any(row.array == name for row in ROWS)
 

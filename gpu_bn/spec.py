@@ -169,7 +169,7 @@ def check_options(training: bool, momentum: float | Array, eps: float) -> None:
 
 
 def _is_real_scalar(value: Any) -> bool:
-    """Whether it is a 0-d array of real numbers."""
+    """Tell whether it is a 0-d array of real numbers."""
     return getattr(value, "shape", None) == () and dtype_name(value).startswith(("float", "bfloat", "int", "uint"))
 
 
@@ -262,6 +262,6 @@ _NOWHERE = nullcontext()
 
 
 def is_cupy(array: Any) -> bool:
-    """Whether it is an array of CuPy's; its library is loaded then."""
+    """Tell whether it is an array of CuPy's; its library is loaded then."""
     cupy: Any = sys.modules.get("cupy")
     return cupy is not None and isinstance(array, cupy.ndarray)

@@ -37,14 +37,14 @@ class Layout:
 
     @staticmethod
     def of(x: Array, axis: int) -> Layout:
-        """The layout of an array with its channels along ``axis``."""
+        """Return the layout of an array with its channels along ``axis``."""
         if x.flags.c_contiguous:
             return _layout(x.shape, tuple(range(x.ndim)), axis)
         return Layout.of_strides(x.shape, x.strides, axis)
 
     @staticmethod
     def of_strides(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Layout:
-        """The layout of any library's array, from its shape and its strides in any unit."""
+        """Return the layout of any library's array, from its shape and its strides in any unit."""
         return _layout(shape, memory_order(shape, strides), axis)
 
     @property
@@ -53,13 +53,13 @@ class Layout:
         return self.n * self.s
 
     def empty(self, dtype: Any) -> Array:
-        """A new array of this layout."""
+        """Return a new array of this layout."""
         dense = np.empty([self.shape[axis] for axis in self.order], dtype)
         return dense.transpose(np.argsort(self.order)) if self.order != tuple(range(len(self.order))) else dense
 
 
 def check_out(out: Any, x: Any, residual: Any, in_place: bool) -> None:
-    """:meth:`Backend.check_out <gpu_bn.backends.protocol.Backend.check_out>` of arrays of any library.
+    """Do the work of :meth:`Backend.check_out <gpu_bn.backends.protocol.Backend.check_out>`, for any library's arrays.
 
     No two devices of a process have addresses in common.
     """
@@ -78,7 +78,7 @@ def _layout(shape: tuple[int, ...], order: tuple[int, ...], axis: int) -> Layout
 
 
 def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes from the largest stride to the smallest; a broadcast array has no order of its own."""
+    """Return the axes from the largest stride to the smallest; a broadcast array has no order of its own."""
     if any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
         return tuple(range(len(shape)))
     return tuple(sorted(range(len(shape)), key=lambda axis: -abs(strides[axis])))
@@ -88,7 +88,7 @@ def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int,
 def block_sizes(
     shape: tuple[int, ...], order: tuple[int, ...], kept: tuple[int, ...], elements: int, channels: int
 ) -> tuple[int, ...]:
-    """The size of a block along each axis: at most ``elements`` in all, the axes of ``order`` cut from the first on.
+    """Return a block's size along each axis: at most ``elements`` in all, the axes of ``order`` cut from the first on.
 
     Along the axes ``kept``, which are not summed over, it is of at most ``channels``, or more for few positions.
     """
@@ -139,7 +139,7 @@ def at(vector: Any, block: tuple[slice, ...]) -> Any:
 
 
 def halves(block: tuple[slice, ...], axes: tuple[int, ...]) -> list[tuple[slice, ...]]:
-    """A block cut in two along the longest of some axes; nothing if it is too small."""
+    """Cut a block in two along the longest of some axes; return nothing if it is too small."""
     sizes = {axis: block[axis].stop - block[axis].start for axis in axes}
     axis = max(axes, key=sizes.__getitem__)
     if sizes[axis] < 2:

@@ -35,7 +35,7 @@ RUN = 64
 
 
 def backend() -> NumpyBackend:
-    """The backend, for :func:`gpu_bn.registry.load`."""
+    """Return the backend, for :func:`gpu_bn.registry.load`."""
     return NumpyBackend()
 
 
@@ -63,7 +63,7 @@ class NumpyBackend:
 
     @np.errstate(all="ignore")
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
-        """Sums of ``x - centre`` and of its square, the centre 0 at first, then the mean where it is far from 0."""
+        """Sum ``x - centre`` and its square; the centre is 0 at first, then the mean where that is far from 0."""
         blocks = Blocks(x, axis, groups, valid, 4)
         count: Any = x.size // max(groups * x.shape[axis], 1)
         if valid is not None:
@@ -158,25 +158,25 @@ class Blocks:
         self.x, self.valid = self.split(x), self.split(valid)
 
     def split(self, tensor: Any) -> Any:
-        """A tensor with axis 0 split in two; never a copy."""
+        """Return a tensor with axis 0 split in two; never a copy."""
         return None if tensor is None else tensor.reshape((*self.shape[:2], *tensor.shape[1:]), copy=False)
 
     def per_channel(self, vector: Any) -> Any:
-        """A vector of channels, or of ghost batches and channels, as it broadcasts against tensors."""
+        """Shape a vector of channels, or of ghost batches and channels, to broadcast against tensors."""
         channels = self.shape[self.kept[1]]
         shape = [channels if axis == self.kept[1] else 1 for axis in range(1, len(self.shape))]
         return None if vector is None else vector.reshape(len(vector) // channels, *shape)
 
     def per_group(self, count: Any, channels: Block) -> Any:
-        """A number, or one of each ghost batch, as it broadcasts against some channels."""
+        """Shape a number, or one for each ghost batch, to broadcast against some channels."""
         return count if isinstance(count, int) else at(count.reshape(-1, *[1] * (len(self.shape) - 1)), channels)
 
     def zeros(self) -> Array:
-        """A zero of each ghost batch and channel."""
+        """Return a zero for each ghost batch and channel."""
         return np.zeros([size if axis in self.kept else 1 for axis, size in enumerate(self.shape)])
 
     def parts(self, axes: tuple[int, ...], within: Block | None = None) -> Iterator[Block]:
-        """The parts that cuts along some axes make of the tensor, or of a part of it."""
+        """Return the parts that cuts along some axes make of the tensor, or of a part of it."""
         cut = [axis for axis in axes if self.steps[axis] < self.shape[axis]]
         for starts in product(*[range(0, self.shape[axis], self.steps[axis]) for axis in cut]):
             part = list(within or [slice(0, size) for size in self.shape])
@@ -191,7 +191,7 @@ class Blocks:
         return values
 
     def sum(self, block: Array) -> Any:
-        """The sums of each ghost batch and channel."""
+        """Return the sums of each ghost batch and channel."""
         if self.x.dtype.itemsize == FLOAT64.itemsize:  # axis by axis: of all at once, terms would follow each other
             for axis in sorted(self.summed, key=block.shape.__getitem__, reverse=True):
                 if block.shape[axis] > RUN:
@@ -201,7 +201,7 @@ class Blocks:
         return np.add.reduce(block, self.summed, FLOAT64, keepdims=True)
 
     def centred(self, block: Block, centre: Array) -> Array:
-        """``x - centre``, 0 where positions do not count; ``x`` itself where that is the same, so not to be written."""
+        """Return ``x - centre``, 0 where positions do not count; it may be ``x`` itself, so it is not to be written."""
         x = self.x[block]
         if centre.any():
             return self.clear(np.subtract(x, centre), block)
@@ -218,7 +218,7 @@ class Normalization(Blocks):
         self.mean, self.var, self.weight, self.bias = map(self.per_channel, vectors)
 
     def vectors(self, channels: Block) -> tuple[Array, Array, Array, Array, Array]:
-        """``z = (x - centre) * scale + shift``: these three, for the arithmetic; sqrt(var + eps), ``mean - centre``."""
+        """Return centre, scale, shift of ``z = (x - centre) * scale + shift``; sqrt(var + eps), ``mean - centre``."""
         mean, sd = at(self.mean, channels), np.sqrt(at(self.var, channels) + self.eps)
         scale = (1.0 if self.weight is None else at(self.weight, channels)) / sd
         extreme = (sd < TINY) | (sd > HUGE) | ((np.abs(mean) > HUGE) & (np.abs(mean) < np.inf))
@@ -228,7 +228,7 @@ class Normalization(Blocks):
         return centre, scale.astype(dtype), shift.astype(dtype), sd, mean - centre
 
     def z(self, block: Block, centred: Array, scale: Array, shift: Array) -> Any:
-        """``weight * xhat + bias + residual``."""
+        """Compute ``weight * xhat + bias + residual``."""
         z = centred * scale
         z += shift
         if self.residual is not None:
@@ -241,7 +241,7 @@ class Normalization(Blocks):
         out[block] = self.clear(z, block)
 
     def dz(self, block: Block, centred: Array, scale: Array, shift: Array, dy: Array) -> Array:
-        """``dy * activation'(z)``, 0 where positions do not count; it may be ``dy`` itself."""
+        """Compute ``dy * activation'(z)``, 0 where positions do not count; it may be ``dy`` itself."""
         gradient = dy[block]
         if not self.activation.is_identity:
             self.activation.gradient(z := self.z(block, centred, scale, shift), gradient.astype(z.dtype, copy=False), z)

@@ -37,7 +37,7 @@ class Moments:
     wide: bool = False
 
     def parts(self, groups: int) -> Iterator[Moments]:
-        """Those of each ghost batch."""
+        """Return those of each ghost batch."""
         channels = self.mean.shape[0] // groups
         for group in range(groups):
             count = self.count if isinstance(self.count, int) else self.count[group : group + 1]
@@ -96,7 +96,7 @@ class Saved:
         return count if isinstance(count, int) else count.clip(1.0, None)
 
     def parts(self) -> Iterator[tuple[slice, Saved]]:
-        """The ghost batches: where each lies along axis 0, and what a call of its own would have kept."""
+        """Return where each ghost batch lies along axis 0, and what a call of its own would have kept."""
         size = self.x.shape[0] // self.spec.groups
         for group, moments in enumerate(self.moments.parts(self.spec.groups)):
             at = slice(group * size, (group + 1) * size)
@@ -148,22 +148,22 @@ class Backend(Protocol):
     name: str
 
     def vector(self, array: Array) -> Array:
-        """A copy of a per-channel vector in the accumulation dtype."""
+        """Return a copy of a per-channel vector in the accumulation dtype."""
 
     def cast(self, vector: Array, dtype: Any) -> Array:
-        """A per-channel vector in another dtype."""
+        """Return a per-channel vector in another dtype."""
 
     def empty_like(self, x: Array) -> Array:
-        """An array of ``x``'s shape, dtype and memory format."""
+        """Return an array of ``x``'s shape, dtype and memory format."""
 
     def copy(self, array: Array, like: Array) -> Array:
-        """A copy of an array, in the memory format of another of its shape and dtype."""
+        """Copy an array, in the memory format of another of its shape and dtype."""
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
         """Raise ``ValueError`` if writing ``out`` overwrites input not yet read or, unless ``in_place``, any input."""
 
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
-        """Mean and biased variance of each channel; zeros where there is nothing."""
+        """Return mean and biased variance of each channel; zeros where there is nothing."""
 
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
         """Move the running statistics towards ``moments``, in place; the variance with Bessel's correction.

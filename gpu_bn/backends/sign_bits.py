@@ -10,7 +10,7 @@ from gpu_bn.plan import VECTOR_BYTES
 
 
 def mask_bytes(sizes: Sequence[int], at: int, itemsize: int, activation: str, groups: int = 1) -> int:
-    """The length of the mask that a call with a residual keeps in its place; 0 if it keeps the residual.
+    """Return the length of the mask that a call with a residual keeps in its place; 0 if it keeps the residual.
 
     A byte serves each vector of 16 bytes, so that rows (channels-last: the channels) have to be whole vectors. The
     answer depends on shape, memory format, dtype and activation alone, never on an address: compilers ask in advance.

@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 
 def backend() -> TorchBackend:
-    """The backend, for :func:`gpu_bn.registry.load`."""
+    """Return the backend, for :func:`gpu_bn.registry.load`."""
     return TorchBackend()
 
 
@@ -76,7 +76,7 @@ NUMPY = _Numpy()
 
 
 def as_array(tensor: Tensor) -> Array:
-    """A tensor as an array in the same memory.
+    """Return a tensor as an array in the same memory.
 
     Raises:
         ImportError: a bfloat16 tensor, and the package ml_dtypes, which gives NumPy that type, is not installed.
@@ -91,7 +91,7 @@ _dispatch_keys = torch._C._dispatch_keys
 
 
 def _ordinary() -> frozenset[int]:
-    """The dispatch keys of tensors that are what lies in their memory: not negated, nor wrapped by a transform."""
+    """Return the dispatch keys of tensors that are what their memory holds: not negated, nor wrapped by a transform."""
     key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
     inference = keys(key.CPU) | keys(key.AutocastCPU)
     usual = inference | keys(key.ADInplaceOrView) | keys(key.AutogradCPU)
@@ -117,7 +117,7 @@ class _Exported:
 
 
 def _seen(tensor: Tensor) -> Array:
-    """A tensor's memory as an array, through DLPack: ``numpy()`` would keep its storage from ever being resized.
+    """Return a tensor's memory as an array, by DLPack: ``numpy()`` would keep its storage from ever being resized.
 
     FullyShardedDataParallel resizes the storages of parameters.
     """
@@ -129,7 +129,7 @@ def _seen(tensor: Tensor) -> Array:
 
 
 def as_tensor(array: Array) -> Tensor:
-    """An array as a tensor in the same memory."""
+    """Return an array as a tensor in the same memory."""
     if array.dtype.kind == "V":  # bfloat16's
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
@@ -150,7 +150,7 @@ def _optional(tensor: Tensor | None) -> Array | None:
 
 
 def _ordered(x: Tensor) -> Array:
-    """A tensor as an array whose axes torch and NumPy put into the same order: a copy if they overlap in memory."""
+    """Return a tensor as an array whose axes torch and NumPy order alike: a copy if they overlap in memory."""
     if not x.is_contiguous():
         strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
         if 0 in strides or len(set(strides)) < len(strides):

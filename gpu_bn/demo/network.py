@@ -160,6 +160,6 @@ def cross_entropy(xp: Any, scores: Array, labels: Array) -> tuple[float, Array]:
 
 
 def _norm(units: int, backend: str | None, affine: bool = True) -> BatchNorm:
-    """Normalisation and sigmoid, with their arrays where the backend works."""
+    """Return normalisation and sigmoid, with their arrays where the backend works."""
     device = "cuda" if backend == "cupy" else None
     return BatchNorm(units, affine=affine, device=device, activation="sigmoid", backend=backend)

@@ -37,7 +37,7 @@ class History:
     bands: list[Array] = field(default_factory=list)
 
     def drifts(self, kind: str) -> tuple[Array, Array]:
-        """How far mean and SD of h1's units have moved at each record since the one before, averaged over the units.
+        """Return how far mean and SD of h1's units have moved from record to record, averaged over the units.
 
         Returns:
             ``|mean' - mean| / SD`` and ``|ln(SD' / SD)|``, T - 1 each, primes marking the later record; NaN where an SD
@@ -50,12 +50,12 @@ class History:
         return of_mean.mean(1), of_sd.mean(1)
 
     def drift(self, kind: str) -> tuple[float, float]:
-        """The averages of :meth:`drifts` over the records; NaN if an SD is 0."""
+        """Average :meth:`drifts` over the records; NaN if an SD is 0."""
         of_mean, of_sd = self.drifts(kind)
         return float(of_mean.mean()), float(of_sd.mean())
 
     def steps_to(self, accuracy: float) -> float:
-        """The first recorded step with at least this test accuracy; infinite if there is none."""
+        """Return the first recorded step with at least this test accuracy; infinity if there is none."""
         return next(
             (float(step) for step, got in zip(self.steps, self.accuracy, strict=True) if got >= accuracy), np.inf
         )

@@ -86,7 +86,7 @@ def _refuse_to_lose(layer: torch.nn.Module, name: str, frame: Any) -> None:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether hooks see or change what goes into a module and comes out of it."""
+    """Tell whether hooks see or change what goes into a module and comes out of it."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -140,7 +140,7 @@ class Activated(torch.nn.Module):
             cls.__module__ = LeafName(cls.__module__)
 
     def replaces_children(self) -> bool:
-        """Whether one call of this layer does what its modules do: timm's layers hold a dropout and an activation."""
+        """Tell whether a call of this layer does its modules' work: timm's layers hold a dropout and an activation."""
         act, drop = self._modules.get("act"), self._modules.get("drop")
         if act is None or "_converted_from" not in self.__dict__:
             return True

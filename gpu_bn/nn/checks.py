@@ -24,7 +24,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def is_ordinary(call: Call, options: Options) -> bool:
-    """Whether :func:`check` allows a call, all tensors are plain, and nobody watches or transforms it.
+    """Tell whether :func:`check` allows a call, all tensors are plain, and nobody watches or transforms it.
 
     It looks at everything in every call and remembers nothing. Where it is not sure it says no.
     """
@@ -161,7 +161,7 @@ def _check_residual(x: Tensor, residual: Tensor) -> None:
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
-    """Whether two vectors start at one place in memory, as far as this can be seen."""
+    """Tell whether two vectors start at one place in memory, as far as this can be seen."""
     if a is b or torch.compiler.is_compiling() or not (_shows_memory(a) and _shows_memory(b)):
         return a is b
     return a.numel() > 0 and a.data_ptr() == b.data_ptr()
@@ -220,5 +220,5 @@ def plain_number(value: Any) -> Any:
 
 
 def _shows_memory(one: Any) -> bool:
-    """Whether a tensor lies in memory that may be looked at: not one that ``torch.func`` wraps."""
+    """Tell whether a tensor lies in memory that may be looked at: not one that ``torch.func`` wraps."""
     return one is not None and is_plain(one) and not library.is_wrapped(one)

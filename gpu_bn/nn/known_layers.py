@@ -32,7 +32,7 @@ CLASSES: dict[str, type[torch.nn.Module]] = {
 
 
 def is_own(kind: type[torch.nn.Module]) -> bool:
-    """Whether a class is one of our layers, and not a subclass, which may compute something else."""
+    """Tell whether a class is one of our layers, and not a subclass, which may compute something else."""
     return kind is modules.BatchNorm or joined_by(kind)[0] in CLASSES.values()
 
 
@@ -62,7 +62,7 @@ FROZEN_RTOL = 1e-9
 
 
 def looks_frozen(module: torch.nn.Module) -> bool:
-    """Whether a module holds what a frozen normalisation holds, and is not ours."""
+    """Tell whether a module holds what a frozen normalisation holds, and is not ours."""
     buffers = module._buffers
     if is_own(type(module)) or buffers.keys() != set(FROZEN) or module._parameters or module._modules:
         return False

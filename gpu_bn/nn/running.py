@@ -103,7 +103,7 @@ def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _transformed(tensors: Sequence[Tensor]) -> bool:
-    """Whether a transform of ``torch.func`` was given some of the tensors, and has wrapped them."""
+    """Tell whether a transform of ``torch.func`` was given some of the tensors, and has wrapped them."""
     if torch.compiler.is_compiling():  # which cannot look at wrappers; it refuses statistics that were not given
         return bool(torch._C._are_functorch_transforms_active())
     return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))

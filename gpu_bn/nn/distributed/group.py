@@ -15,7 +15,7 @@ _COLLECTIVES = torch.ops._c10d_functional
 
 
 def several(group: Any) -> bool:
-    """Whether a group has more than one process."""
+    """Tell whether a group has more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 

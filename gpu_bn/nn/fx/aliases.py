@@ -35,7 +35,7 @@ def aliases(root: torch.nn.Module, node: Node) -> set[Node]:
 
 
 def may_overwrite(root: torch.nn.Module, node: Node) -> bool:
-    """Whether a node may write to one of its inputs."""
+    """Tell whether a node may write to one of its inputs."""
     module = module_of(root, node)
     if module is not None:
         return bool(getattr(module, "inplace", False))
@@ -46,7 +46,7 @@ def may_overwrite(root: torch.nn.Module, node: Node) -> bool:
 
 
 def is_opaque(module: Any) -> bool:
-    """Whether a graph does not look into a module that may overwrite its inputs."""
+    """Tell whether a graph does not look into a module that may overwrite its inputs."""
     if module is None or type(module) is torch.nn.Sequential:
         return module is not None
     return not type(module).__module__.startswith(("torch.nn.", "gpu_bn."))

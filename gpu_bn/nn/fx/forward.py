@@ -122,7 +122,7 @@ class Plan:
         return given if fits else None
 
     def holds(self, training: bool) -> bool:
-        """Whether nothing has changed: no hooks, no other modes, attributes or modules."""
+        """Tell whether nothing has changed: no hooks, no other modes, attributes or modules."""
         if torch_module._has_any_global_hook():
             return False
         for module in self.merged:
@@ -195,12 +195,12 @@ class Forward:
 
 
 def is_patched(module: torch.nn.Module) -> bool:
-    """Whether a module has a ``forward`` of its own, other than a fused one."""
+    """Tell whether a module has a ``forward`` of its own, other than a fused one."""
     return not isinstance(vars(module).get("forward"), Forward | None)
 
 
 def is_watched(module: torch.nn.Module) -> bool:
-    """Whether hooks, or a ``forward`` of its own, see or change what goes into a module and comes out of it."""
+    """Tell whether hooks, or a ``forward`` of its own, see or change what goes into a module and comes out of it."""
     return is_patched(module) or has_hooks(module)
 
 

@@ -32,7 +32,7 @@ LEAVES = ("torch.nn.", "torch.ao.nn.")
 
 
 def is_layer(module: torch.nn.Module) -> bool:
-    """Whether a module is a batch normalisation, which graphs call as a whole."""
+    """Tell whether a module is a batch normalisation, which graphs call as a whole."""
     known = isinstance(module, (_BatchNorm, Activated)) or counterpart(type(module)) is not None
     return known or looks_frozen(module)
 
@@ -103,7 +103,7 @@ class _Fusion:
         return self.known[module]
 
     def enters(self, module: torch.nn.Module, arguments: Any, options: Any) -> bool:
-        """Whether a graph goes into a module that it calls.
+        """Tell whether a graph goes into a module that it calls.
 
         It does if the module ends with a layer, or begins with the activation of a layer before it, or is given more
         than tensors.
@@ -129,13 +129,13 @@ class _Fusion:
 
 
 def is_leaf(module: torch.nn.Module) -> bool:
-    """Whether graphs call a module as a whole: scripted modules, normalisations, and torch's but for containers."""
+    """Tell whether graphs call a module as a whole: scripted ones, normalisations, and torch's but for containers."""
     torchs = type(module).__module__.startswith(LEAVES) and type(module) is not torch.nn.Sequential
     return torchs or is_layer(module) or isinstance(module, torch.jit.ScriptModule)
 
 
 def is_ours(module: Any) -> bool:
-    """Whether a module is a layer of ours."""
+    """Tell whether a module is a layer of ours."""
     return isinstance(module, Activated)
 
 
@@ -200,7 +200,7 @@ def _other_term(node: Node, term: Node) -> Node | None:
 
 
 def _may_merge(root: torch.nn.Module, call: Node, residual: Node, addition: Node) -> bool:
-    """Whether a layer's call can wait for the residual, and keep it.
+    """Tell whether a layer's call can wait for the residual, and keep it.
 
     It can if nothing overwrites a tensor or calls the layer before the sum, and nothing overwrites the residual at all.
     """

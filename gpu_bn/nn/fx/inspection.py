@@ -33,12 +33,12 @@ def module_name(frame: Any) -> str:
 
 
 def is_models(frame: Any) -> bool:
-    """Whether a frame runs code of a model, and not torch's or ours."""
+    """Tell whether a frame runs code of a model, and not torch's or ours."""
     return not module_name(frame).startswith(("torch.", "gpu_bn."))
 
 
 def is_inspected(norm: torch.nn.Module, root: CodeType) -> bool:
-    """Whether a function that has led to a normalisation's call, since ``root`` ran, names its class or attributes."""
+    """Tell whether a function that led to a normalisation's call, since ``root`` ran, names its class or attributes."""
     kinds = [kind for kind in type(norm).__mro__ if not issubclass(torch.nn.Identity, kind)]
     for frame in filter(is_models, callers(root)):
         names, own = _names(frame.f_code), frame.f_locals.get("self")
@@ -93,7 +93,7 @@ def _names(code: CodeType) -> frozenset[str]:
 
 
 def _is_one_of(value: Any, kinds: list[type]) -> bool:
-    """Whether a global is one of these classes, or a tuple or set that holds one."""
+    """Tell whether a global is one of these classes, or a tuple or set that holds one."""
     if isinstance(value, (tuple, list, set, frozenset)):
         return any(_is_one_of(each, kinds) for each in value)
     return isinstance(value, type) and value in kinds

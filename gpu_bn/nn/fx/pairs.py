@@ -88,7 +88,7 @@ VARIANTS = (conv._ConvNd, pooling._AvgPoolNd, pooling._MaxPoolNd)
 
 
 def _enters(inspected: set[torch.nn.Module], called: torch.nn.Module, *_: Any) -> bool:
-    """Whether a graph goes into a module."""
+    """Tell whether a graph goes into a module."""
     if is_layer(called) and is_inspected(called, steps_of.__code__):
         inspected.add(called)
     return not (is_leaf(called) or is_watched(called) or (isinstance(called, VARIANTS) and not called._modules))
@@ -223,7 +223,7 @@ METADATA = frozenset({
 
 
 def _is_metadata(func: Any) -> bool:
-    """Whether a function reads no values of a tensor: only an attribute, or its shape."""
+    """Tell whether a function reads no values of a tensor: only an attribute, or its shape."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") not in ("data", "T", "mT", "H", "grad", "real")

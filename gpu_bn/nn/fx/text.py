@@ -64,7 +64,7 @@ def _compiled(text: str) -> tuple[ast.Module, set[CodeType]]:
 
 
 def _is_mangled(name: str) -> bool:
-    """Whether a name may be one that Python has mangled in a class."""
+    """Tell whether a name may be one that Python has mangled in a class."""
     return name.startswith("_") and "__" in name[1:] and not name.endswith("__")
 
 
@@ -99,7 +99,7 @@ class _Merger(ast.NodeTransformer):
         return node
 
     def _statements(self, given: list[Any]) -> list[Any]:
-        """Statements without conditions that are known, of which pairs that set one variable have become one."""
+        """Return statements without known conditions; two that set one variable may have become one."""
         found: list[Any] = []
         for node in (each for one in given for each in self._chosen(one)):
             before: Any = found[-1] if found else None

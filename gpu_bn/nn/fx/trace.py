@@ -136,7 +136,7 @@ class _Value(Proxy):
 
 
 def _asked_by_isinstance(frame: Any) -> bool:
-    """Whether a model's own ``isinstance`` asks: C++ would take a stand-in that says so for a real tensor."""
+    """Tell whether a model's own ``isinstance`` asks: C++ would take a stand-in that says so for a real tensor."""
     line, _, column, _ = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
     if not is_models(frame) or line is None or column is None:
         return False
@@ -145,7 +145,7 @@ def _asked_by_isinstance(frame: Any) -> bool:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether a value is an input, of one of torch's functions, or of a module of torch's that gives one tensor."""
+    """Tell whether a value is an input, or comes from a function of torch or from a module that gives one tensor."""
     node = value.node
     if node.op != "call_module":
         from_torch = str(getattr(node.target, "__module__", "")).startswith("torch")
@@ -169,7 +169,7 @@ def _context() -> tuple[Any, ...]:
 
 
 def _is_within_a_block() -> bool:
-    """Whether a model's code calls from within ``with`` or ``try``, or through a checkpoint."""
+    """Tell whether a model's code calls from within ``with`` or ``try``, or through a checkpoint."""
     for frame in callers(_Tracer.trace.__code__):
         if module_name(frame) == "torch.utils.checkpoint":
             return True

@@ -60,7 +60,7 @@ TRACKED = ("running_mean", "running_var", "num_batches_tracked")
 
 # ------------------------------------------------------------------------------------------------- what they compute
 def forward(engine: Backend, call: Call, spec: BatchNormSpec, keep: bool = True) -> tuple[Tensor, Saved]:
-    """``y`` and what the backward call needs, by a backend; the statistics and the counter are written last.
+    """Compute ``y`` and what the backward call needs, by a backend; the statistics and the counter are written last.
 
     Where one call or launch of a backend writes all three, no error or interrupt comes between them.
 
@@ -84,7 +84,7 @@ def forward(engine: Backend, call: Call, spec: BatchNormSpec, keep: bool = True)
 
 
 def unread(momentum: Tensor) -> bool:
-    """Whether a momentum must not be read: a GPU would be waited for, and compiled code has no number of it."""
+    """Tell whether a momentum must not be read: a GPU would be waited for, and compiled code has no number of it."""
     return not momentum.is_cpu or torch.compiler.is_compiling()
 
 
@@ -94,7 +94,7 @@ def _is_plain(call: Call, spec: BatchNormSpec) -> bool:
 
 
 def _are_apart(tracked: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
-    """Whether bounds tell that nothing tracked overlaps itself or anything else of a call: the usual case, quickly."""
+    """Tell quickly whether bounds show that nothing tracked overlaps itself or other tensors, as in most calls."""
     written = [one for one in tracked if one is not None]
     if not written:
         return True
@@ -115,7 +115,7 @@ def _bounds(one: Tensor) -> tuple[int, int]:
 
 
 def countable(counter: Tensor | None, like: Tensor) -> bool:
-    """Whether a kernel that runs where a tensor is can count batches."""
+    """Tell whether a kernel that runs where a tensor is can count batches."""
     return counter is None or (
         counter.dtype is torch.int64
         and counter.device == like.device
