@@ -23,7 +23,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import gpu_bn
@@ -82,18 +81,9 @@ def case_of(name: str) -> Case:
     return Case(tuple(map(int, size.split("x"))), dtype, "nhwc" if "channels-last" in kinds else "nchw")
 
 
-def start_helpers(threads: int) -> None:
-    """Start our helpers on cores of their own: they would inherit the one to which OpenMP binds the caller."""
-    if threads > 1 and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, range(1, threads))
-        gpu_bn.batch_norm(np.ones((64, 1 << 17), np.float32), training=True, backend="cpu")
-        os.sched_setaffinity(0, {0})
-
-
 def measured_rows(arguments: argparse.Namespace) -> Iterator[tuple[str, Row]]:
     """Yield the row of each case, backend and peer, measured in this process. A wrong result ends it."""
     gpu_bn.set_num_threads(arguments.threads)
-    start_helpers(arguments.threads)
     torch.set_num_threads(arguments.threads)
     timer = CpuTimer(batch=0.01)
     peers = PEERS if arguments.compile else ["torch"]
