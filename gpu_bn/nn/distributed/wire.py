@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_bn import registry
 from gpu_bn.activations import ROWS
-from gpu_bn.nn.operators.library import LIBRARY, TAGS, register
+from gpu_bn.nn.operators.library import register
 
 FIELDS = (
     "call", "packet", "pass", "forward call", "layer", "channels", "dtype", "activation", "parameter", "eps",
@@ -220,29 +219,23 @@ def packed_fake(vector: Tensor, group: str, signature: Sequence[float]) -> Tenso
     return vector.new_empty((packets_of(vector.shape[0]), HEADER + ROOM))
 
 
-def _operator(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator by what it computes, and what it would return."""
-    LIBRARY.define(schema, tags=TAGS)
-    return register(schema.partition("(")[0], kernel, fake)
-
-
-pack = _operator("sync_pack(Tensor vector, str group, float[] signature) -> Tensor", packed, packed_fake)
-mistake = _operator(
+pack = register("sync_pack(Tensor vector, str group, float[] signature) -> Tensor", packed, packed_fake)
+mistake = register(
     "sync_mistake(Tensor like, str group, str text) -> Tensor",
     _mistake,
     lambda like, *_: like.new_empty(HEADER + ROOM, dtype=torch.float64),
 )
-compare = _operator(
+compare = register(
     "sync_compare(Tensor packets, str group) -> Tensor", _compare, lambda packets, _: torch.empty_like(packets)
 )
-unpack = _operator(
+unpack = register(
     "sync_unpack(Tensor[] packets, int channels) -> Tensor",
     unpacked,
     lambda packets, channels: packets[0].new_empty((packets[0].shape[0], 2 + 2 * channels)),
 )
-add = _operator(
+add = register(
     "sync_sum(Tensor[] packets, int length) -> Tensor", _sum, lambda packets, length: packets[0].new_empty(length)
 )
-refuse = _operator(
+refuse = register(
     "sync_refuse(Tensor like, Tensor packets, str text) -> Tensor", _refuse, lambda like, *_: torch.empty_like(like)
 )

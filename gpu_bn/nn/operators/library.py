@@ -38,20 +38,6 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 """The second: any strides serve, so that a compiler need not copy arguments into those of eager code."""
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # it has left torch.func; its memory is not to be seen
 LIBRARY = torch.library.Library("gpu_bn", "DEF")
-for _schema in (
-    "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str activation, "
-    "float parameter, Tensor? valid=None, int groups=1, float[] renorm=[], Tensor? momentum_at=None) "
-    "-> (Tensor y, Tensor statistics, Tensor mask)",
-    "infer(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, "
-    "float eps, str activation, float parameter) -> (Tensor y, Tensor statistics, Tensor mask)",
-    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? valid, Tensor statistics, "
-    "Tensor mask, ScalarType bias_dtype, bool batch_stats, float eps, str activation, float parameter, int groups, "
-    "bool renorm, bool[] need) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
-):
-    LIBRARY.define(_schema, tags=TAGS)
-
-
 NAMES = ("dx", "dweight", "dbias", "dresidual")
 NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, True), repeat=len(NAMES))}
 TRACKED = ("running_mean", "running_var", "num_batches_tracked")
@@ -352,14 +338,34 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Give an operator its kernel for CPUs and GPUs and its fake, which tells compilers of its outputs; return it."""
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator by its kernel for CPUs and GPUs, and by its fake, which tells compilers of its outputs."""
+    LIBRARY.define(schema, tags=TAGS)
+    name = schema.partition("(")[0]
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"gpu_bn::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.gpu_bn, name).default
 
 
-train = register("train", _train, _train_fake)
-infer = register("infer", _infer, _infer_fake)
-backward = register("backward", _backward, _backward_fake)
+train = register(
+    "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str activation, "
+    "float parameter, Tensor? valid=None, int groups=1, float[] renorm=[], Tensor? momentum_at=None) "
+    "-> (Tensor y, Tensor statistics, Tensor mask)",
+    _train,
+    _train_fake,
+)
+infer = register(
+    "infer(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, "
+    "float eps, str activation, float parameter) -> (Tensor y, Tensor statistics, Tensor mask)",
+    _infer,
+    _infer_fake,
+)
+backward = register(
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? valid, Tensor statistics, "
+    "Tensor mask, ScalarType bias_dtype, bool batch_stats, float eps, str activation, float parameter, int groups, "
+    "bool renorm, bool[] need) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    _backward,
+    _backward_fake,
+)

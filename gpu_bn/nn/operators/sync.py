@@ -21,7 +21,7 @@ from gpu_bn.call import Call
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn.distributed import wire
 from gpu_bn.nn.distributed.group import Group, exchange
-from gpu_bn.nn.operators.library import LIBRARY, TAGS, adjacent, as_read, countable, mark_written, register
+from gpu_bn.nn.operators.library import adjacent, as_read, countable, mark_written, register
 from gpu_bn.nn.running import moved_statistics, update_running, write
 from gpu_bn.spec import BatchNormSpec
 
@@ -34,20 +34,7 @@ _TRACKED = (
     "Tensor? momentum_at, Tensor count, Tensor mean, Tensor var"
 )
 _HEADER = "str group, float[] signature"
-for _schema in (
-    "sync_report(Tensor x, Tensor? valid) -> Tensor",
-    "sync_merge(Tensor reports) -> (Tensor count, Tensor mean, Tensor var)",
-    "sync_merge_packets(Tensor[] packets, int channels) -> (Tensor count, Tensor mean, Tensor var)",
-    f"sync_update({_TRACKED}) -> ()",
-    f"sync_finish({_TRACKED}, Tensor y, int size, {_HEADER}) -> ()",
-    f"sync_normalize({_LAYER}, {_OPTIONS}) -> Tensor",
-    f"sync_reduce(Tensor dy, {_LAYER}, {_OPTIONS}, bool need_dz) -> (Tensor sums, Tensor dz)",
-    f"sync_report_packets(Tensor x, Tensor? valid, {_HEADER}) -> Tensor",
-    f"sync_reduce_packets(Tensor dy, {_LAYER}, {_OPTIONS}, bool need_dz, {_HEADER}) "
-    "-> (Tensor packets, Tensor sums, Tensor dz)",
-    f"sync_input(Tensor dy, {_LAYER}, {_OPTIONS}, Tensor sums, Tensor? dz) -> Tensor",
-):
-    LIBRARY.define(_schema, tags=TAGS)
+_POOL = "(Tensor count, Tensor mean, Tensor var)"
 
 
 # ------------------------------------------------------------------------------------------------- what they compute
@@ -200,14 +187,6 @@ def _merge_packets_fake(packets: Sequence[Tensor], channels: int) -> tuple[Tenso
     return like.new_empty(1), like.new_empty(channels), like.new_empty(channels)
 
 
-def _update_fake(*_: Any) -> None:
-    return None
-
-
-def _like_fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
-
-
 def _reduce_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     del dy
     dz = torch.empty_like(x) if arguments[-1] else x.new_empty(0)
@@ -220,18 +199,28 @@ def _reduce_packets_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor
     return wire.packed_fake(sums.flatten(), group, signature), sums, dz
 
 
-def _input_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
-    del dy
-    return torch.empty_like(x)
-
-
-report = register("sync_report", _report, _report_fake)
-merge_reports = register("sync_merge", merged, _merge_fake)
-merge_packets = register("sync_merge_packets", _merge_packets, _merge_packets_fake)
-report_packets = register("sync_report_packets", _report_packets, _report_packets_fake)
-reduce_packets = register("sync_reduce_packets", _reduce_packets, _reduce_packets_fake)
-finish = register("sync_finish", _finish, _update_fake)
-update = register("sync_update", _update, _update_fake)
-normalize = register("sync_normalize", _normalize, _like_fake)
-reduce = register("sync_reduce", _reduce, _reduce_fake)
-backward_input = register("sync_input", _input, _input_fake)
+report = register("sync_report(Tensor x, Tensor? valid) -> Tensor", _report, _report_fake)
+merge_reports = register(f"sync_merge(Tensor reports) -> {_POOL}", merged, _merge_fake)
+merge_packets = register(
+    f"sync_merge_packets(Tensor[] packets, int channels) -> {_POOL}", _merge_packets, _merge_packets_fake
+)
+update = register(f"sync_update({_TRACKED}) -> ()", _update, lambda *_: None)
+finish = register(f"sync_finish({_TRACKED}, Tensor y, int size, {_HEADER}) -> ()", _finish, lambda *_: None)
+normalize = register(f"sync_normalize({_LAYER}, {_OPTIONS}) -> Tensor", _normalize, lambda x, *_: torch.empty_like(x))
+reduce = register(
+    f"sync_reduce(Tensor dy, {_LAYER}, {_OPTIONS}, bool need_dz) -> (Tensor sums, Tensor dz)", _reduce, _reduce_fake
+)
+report_packets = register(
+    f"sync_report_packets(Tensor x, Tensor? valid, {_HEADER}) -> Tensor", _report_packets, _report_packets_fake
+)
+reduce_packets = register(
+    f"sync_reduce_packets(Tensor dy, {_LAYER}, {_OPTIONS}, bool need_dz, {_HEADER}) "
+    "-> (Tensor packets, Tensor sums, Tensor dz)",
+    _reduce_packets,
+    _reduce_packets_fake,
+)
+backward_input = register(
+    f"sync_input(Tensor dy, {_LAYER}, {_OPTIONS}, Tensor sums, Tensor? dz) -> Tensor",
+    _input,
+    lambda dy, x, *_: torch.empty_like(x),  # noqa: ARG005
+)
