@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import index
+from types import SimpleNamespace
 from typing import Any
 
 from gpu_bn.activations import Activation
@@ -86,7 +88,7 @@ class Direction:
             ("strips", f"{tiling.strips} of {strip}, each on {share}{turns}"),
             ("vectors", f"{tiling.vector} elements, {vector_bytes} bytes{_at_the_ends(tiling, vector_bytes)}"),
             ("shared memory", f"{plan.shared_bytes} bytes a block" if plan.shared_bytes else "none for tensors"),
-            ("bytes", f"{in_bytes(self.moved_bytes)} moved, {in_bytes(self.floor_bytes)} is the floor"),
+            ("bytes", f"{_in_bytes(self.moved_bytes)} moved, {_in_bytes(self.floor_bytes)} is the floor"),
             ("time (model)", f"{_time(plan.seconds)}, {_time(plan.floor_seconds)} is the floor: {self.nearness}"),
             ("of that", ", ".join(f"{name} {_time(value)}" for name, value in plan.times.parts().items() if value)),
         ]
@@ -116,22 +118,11 @@ class Explanation:
 
     def __str__(self) -> str:
         device = self.device
-        head = (
-            f"{device.name} (sm_{device.arch}, {device.sms} SMs, {device.bandwidth / 1e9:.0f} GB/s by its data sheet)"
-        )
-        return "\n".join(
-            [
-                f"{self.call}, on {head}",
-                "",
-                "forward",
-                *self.forward.lines(),
-                "",
-                "backward",
-                *self.backward.lines(),
-                "",
-                MODEL,
-            ]
-        )
+        sheet = f"sm_{device.arch}, {device.sms} SMs, {device.bandwidth / 1e9:.0f} GB/s by its data sheet"
+        lines = [f"{self.call}, on {device.name} ({sheet})", ""]
+        for name, direction in (("forward", self.forward), ("backward", self.backward)):
+            lines += [name, *direction.lines(), ""]
+        return "\n".join([*lines, MODEL])
 
 
 def explain(
@@ -236,7 +227,7 @@ def dtype_of(dtype: Any) -> str:
     elif isinstance(dtype, type):
         name = dtype.__name__
     else:
-        name = dtype_name(_Typed(dtype))
+        name = dtype_name(SimpleNamespace(dtype=dtype))
     if name not in ITEMSIZES:
         raise TypeError(f"dtype should be one of {', '.join(ITEMSIZES)}, got {dtype!r}")
     return name
@@ -263,11 +254,6 @@ def geometry_of(shape: tuple[int, ...], layout: str) -> tuple[int, int, int]:
         raise ValueError(f"layout 'nc' is of 2 axes, got {len(shape)}: {shape}")
     inner = math.prod(shape[2:])
     return (shape[0] * inner, shape[1], 1) if layout == "nhwc" else (shape[0], shape[1], inner)
-
-
-@dataclass(frozen=True, slots=True)
-class _Typed:
-    dtype: Any
 
 
 def _strides(array: Any) -> tuple[int, ...] | None:
@@ -307,16 +293,11 @@ def _at_the_ends(tiling: Tiling, vector_bytes: int) -> str:
     return "" if vector_bytes == VECTOR_BYTES else f" ({VECTOR_BYTES} does not divide a row)"
 
 
-def in_bytes(count: int) -> str:
-    """Put a number of bytes into words."""
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= factor:
-            return f"{count / factor:.4g} {unit}"
-    return f"{count} bytes"
+def _in_words(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    """Put a value into words, in the first unit that it reaches, or the last."""
+    factor, unit = next((each for each in units if value >= each[0]), units[-1])
+    return f"{value / factor:.4g} {unit}"
 
 
-def _time(seconds: float) -> str:
-    for factor, unit in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if seconds >= factor:
-            return f"{seconds / factor:.4g} {unit}"
-    return f"{seconds * 1e9:.4g} ns"
+_in_bytes = partial(_in_words, units=((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")))
+_time = partial(_in_words, units=((1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")))
