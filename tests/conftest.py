@@ -98,6 +98,15 @@ def _keep_num_threads():
     gpu_bn.set_num_threads(threads)
 
 
+@pytest.fixture
+def forget_compilations():
+    """Forget what torch has compiled in a test: its limit of recompilations is of a process."""
+    yield
+    import torch
+
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     """Or else what a test draws depends on the tests that its process has run before."""

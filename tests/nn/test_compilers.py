@@ -20,12 +20,7 @@ from gpu_bn.nn.operators import (
     composition,
 )
 
-
-@pytest.fixture(autouse=True)
-def _forget_compilations():
-    """The limit of recompilations is of a process, not of a test."""
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("forget_compilations")
 
 
 @pytest.mark.parametrize("name", ["train", "infer", "backward"])

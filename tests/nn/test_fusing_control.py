@@ -1,11 +1,10 @@
 """Fused models whose forward branches, changes later, or is distributed, copied and compiled."""
 
 import copy
-import io
 
 import pytest
 import torch
-from support.fusing import Block, agree, calls_of_relu, fused_with, rows
+from support.fusing import Block, agree, calls_of_relu, fused_with, rows, saved_and_loaded
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -251,13 +250,6 @@ class Untraced(Block):
     def forward(self, x):
         x = x if int(x.shape[0]) > 0 else x + 1
         return self.act(self.norm(self.linear(x)))
-
-
-def saved_and_loaded(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize(

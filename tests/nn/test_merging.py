@@ -1,12 +1,12 @@
 """Merging activations and sums into layers, and reverting fused models."""
 
 import copy
-import io
 
 import pytest
 from support import rng
 
 torch = pytest.importorskip("torch")
+from support.fusing import saved_and_loaded
 from support.models_to_merge import image, norms
 from torch.testing import assert_close
 
@@ -238,13 +238,6 @@ def test_reverting_gives_a_model_what_its_fused_one_has():
     assert {tensor.dtype for tensor in (model.hidden, model.inputs.scale, model.factor)} == {torch.float64}
     assert_close(model(x), expected)
     assert_close(fused(x), expected)
-
-
-def saved_and_loaded(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize(

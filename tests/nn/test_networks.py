@@ -10,15 +10,10 @@ torch = pytest.importorskip("torch")
 
 from gpu_bn import nn
 
+pytestmark = pytest.mark.usefixtures("forget_compilations")
+
 NETWORKS = {"resnet": resnet, "mobilenet": mobilenet, "unet": unet}
 STEPS = 5
-
-
-@pytest.fixture(autouse=True)
-def _forget_compilations():
-    """The limit of recompilations is of a process, not of a test."""
-    yield
-    torch._dynamo.reset()
 
 
 def train(model, call, dtype, steps=STEPS):

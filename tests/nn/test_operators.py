@@ -19,12 +19,7 @@ from gpu_bn.nn.operators import (
     library,
 )
 
-
-@pytest.fixture(autouse=True)
-def _forget_compilations():
-    """The limit of recompilations is of a process, not of a test."""
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("forget_compilations")
 
 
 # ------------------------------------------------------------------------------------------------------ behaviour

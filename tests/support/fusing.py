@@ -1,6 +1,7 @@
 """Compare fused models with the plain ones."""
 
 import copy
+import io
 
 import torch
 from torch.testing import assert_close
@@ -47,6 +48,14 @@ class Block(torch.nn.Module):
 
     def forward(self, x):
         return self.act(self.norm(self.linear(x)))
+
+
+def saved_and_loaded(model):
+    """Return a model from a file that it was saved to."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def calls_of_relu(model, x):

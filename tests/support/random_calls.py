@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from gpu_bn.plan import TIERS
-from gpu_bn.testing import Case, Problem, build
+from gpu_bn.testing import Case, Problem, build, check
 from gpu_bn.testing.cases import AFFINE, DTYPES, LAYOUTS, MASKS, MODES
 
 SIZES = (1, 1, 2, 3, 5, 7, 8, 13, 16, 31, 49, 64, 97, 130)
@@ -95,3 +97,16 @@ def family(seed: int, count: int) -> Iterator[Call]:
         layout = LAYOUTS[rng.integers(len(LAYOUTS))] if at == count - 1 else case.layout
         small = replace(case, shape=shape, layout=layout, mean=mean, std=std)
         yield replace(call, case=small, change=CHANGES[rng.integers(len(CHANGES))])
+
+
+@contextmanager
+def refused_alike(seed: int, call: Call) -> Iterator[None]:
+    """Let a backend refuse a call that NumPy's refuses in the same words; other errors name the seed."""
+    try:
+        yield
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            check(call.problem(), "numpy")
+    except BaseException as error:
+        error.add_note(f"seed {seed}: {call}")
+        raise

@@ -1,7 +1,5 @@
 """Random calls at the edges of what the Triton backend takes, against the oracle: those of CuPy's tests."""
 
-import re
-
 import pytest
 
 from gpu_bn.testing import check
@@ -10,7 +8,7 @@ pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pi
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from emulator import Checks, Device
-from support.random_calls import draw, family, marked
+from support.random_calls import draw, family, marked, refused_alike
 from support.triton_backends import EmulatedBackend
 
 pytestmark = pytest.mark.compile
@@ -26,12 +24,6 @@ def test_random_calls(seed, compile_triton):
     backend = EmulatedBackend(Device(checks=Checks(races=seed % 4 == 0)), compile_triton, arch)
     for call in family(seed, LIKE_IT):
         backend.steps.clear()
-        try:
+        with refused_alike(seed, call):
             assert check(call.problem(), backend)
             assert backend.steps
-        except ValueError as error:  # what is refused, NumPy's backend refuses too, in the same words
-            with pytest.raises(ValueError, match=re.escape(str(error))):
-                check(call.problem(), "numpy")
-        except BaseException as error:
-            error.add_note(f"seed {seed}: {call}")
-            raise
