@@ -165,7 +165,7 @@ def positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
     with on_device_of(mask):
         if mask.ndim < len(shape):
             mask = mask[(slice(None),) * axis + (None,)]
-        # Of a tensor, a comparison with a number would first copy it to eight bytes an element.
+        # Comparing a torch tensor with a number would first copy it to eight bytes an element.
         valid = mask.logical_not().logical_not() if hasattr(mask, "logical_not") else mask != 0
         wanted = (*shape[:axis], 1, *shape[axis + 1 :])
         if hasattr(valid, "expand"):  # a tensor's broadcast is a method, an array's would need its library

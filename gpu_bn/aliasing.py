@@ -88,7 +88,7 @@ def _bounds_are_distinct(targets: list[Array], others: list[Array]) -> bool:
             bounds.append((start, start + array.nbytes))
         elif len(bounds) < len(targets):  # they might overlap themselves
             return False
-        elif hasattr(array, "data_ptr"):  # whose strides are not negative
+        elif hasattr(array, "data_ptr"):  # torch's strides are not negative
             last = sum((size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True))
             bounds.append((start, start + (last + 1) * array.element_size()))
         else:

@@ -255,7 +255,7 @@ class _Planner:
         capacity = self.device.sms * self._co_resident
         room = min(self.on_chip.share(self._co_resident), self.on_chip.per_block)
         most = min(self.thresholds.max_cooperative, capacity, self.tiling.positions)
-        vectors = max(1, room * self._vectors(1) // self._held(1))  # of a thread: whole ones
+        vectors = max(1, room * self._vectors(1) // self._held(1))  # whole vectors of a thread
         wanted = max(2, -(-self.tiling.positions // (vectors * self._rows)))
         if wanted > most or self._held(wanted) > room:
             return f"a strip needs {wanted} blocks or more, {most} may share one"

@@ -236,7 +236,7 @@ def _rows_for(name: str, array: Any) -> tuple[Row, ...]:
         raise TypeError(f"{name} should be an array ({kinds}), got {kind.__module__}.{kind.__qualname__}")
     if "" in by_device:
         return by_device[""]
-    device = "cpu" if array.is_cpu else array.device.type  # whose text takes longer
+    device = "cpu" if array.is_cpu else array.device.type  # the device's text takes longer to make
     if device not in by_device:
         raise TypeError(f"{name} should be on one of {', '.join(by_device)}, got {device}")
     return by_device[device]

@@ -93,7 +93,8 @@ def block_sizes(
     Along the axes ``kept``, which are not summed over, it is of at most ``channels``, or more for few positions.
     """
     steps = [max(size, 1) for size in shape]
-    positions = max(8, math.prod(steps) // math.prod(steps[axis] for axis in kept))  # or vectors would be as large
+    # With fewer positions, vectors would be as large as the block.
+    positions = max(8, math.prod(steps) // math.prod(steps[axis] for axis in kept))
     for axes, most in ((kept, max(elements // positions, channels)), (order, elements)):
         for axis in (axis for axis in order if axis in axes):
             others = math.prod(steps[other] for other in axes if other != axis)
@@ -129,7 +130,7 @@ def made_for(
             for half in both:
                 yield from made_for(half, axes, make)
             return
-        made = make(block)  # of one channel, for which there may be memory now
+        made = make(block)  # one channel: there may be memory for it now
     yield block, made
 
 

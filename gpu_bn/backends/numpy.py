@@ -192,7 +192,7 @@ class Blocks:
 
     def sum(self, block: Array) -> Any:
         """Return the sums of each ghost batch and channel."""
-        if self.x.dtype.itemsize == FLOAT64.itemsize:  # axis by axis: of all at once, terms would follow each other
+        if self.x.dtype.itemsize == FLOAT64.itemsize:  # axis by axis: NumPy adds terms of several in one chain
             for axis in sorted(self.summed, key=block.shape.__getitem__, reverse=True):
                 if block.shape[axis] > RUN:
                     block = np.add.reduceat(block, range(0, block.shape[axis], RUN), axis)

@@ -113,7 +113,7 @@ class _Exported:
         return self.capsule
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0  # a CPU
+        return 1, 0  # kDLCPU, device 0
 
 
 def _seen(tensor: Tensor) -> Array:
@@ -124,13 +124,13 @@ def _seen(tensor: Tensor) -> Array:
     if _dispatch_keys(tensor).raw_repr() in _ORDINARY:
         array: Array = np.from_dlpack(_Exported(_export(tensor)))
     else:
-        array = tensor.detach().numpy()  # which refuses what it cannot show
+        array = tensor.detach().numpy()  # raises for what has no such memory
     return array
 
 
 def as_tensor(array: Array) -> Tensor:
     """Return an array as a tensor in the same memory."""
-    if array.dtype.kind == "V":  # bfloat16's
+    if array.dtype.kind == "V":  # bfloat16
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 

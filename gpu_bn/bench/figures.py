@@ -124,7 +124,7 @@ def ratios(results: Sequence[Result], path: Path, caption: str = "") -> Path:
     for panel, backend in zip(panels, backends, strict=True):
         for index, peer in enumerate(peers):
             found = [r for r in results if r.by == backend and peer in r.ratios[r.regime]]
-            # of marks that share a row, those of each peer have a line of their own
+            # marks share a row: within it, each peer's have a line of their own
             offset = 0.0 if row_is_case else 0.75 * ((index + 0.5) / len(peers) - 0.5)
             panel.plot(
                 [r.ratios[r.regime][peer] for r in found], [rows.index(row_of(r)) + offset for r in found],

@@ -51,7 +51,7 @@ def machine(gpu: Gpu | None, copy_bandwidth: float) -> dict[str, Any]:
             facts["threads"]["torch"] = torch.get_num_threads()
             cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
             facts |= {"cuda": torch.version.cuda, "cudnn": None if cudnn is None else int(cudnn)}
-        except Exception as error:  # a library of its own may be missing
+        except Exception as error:  # a library that torch loads may be missing
             facts |= {"cuda": None, "cudnn": None, "torch": in_words(error)}
     if gpu is not None:
         of_device = ("name", "arch", "sms", "l2_bytes", "shared_per_block")

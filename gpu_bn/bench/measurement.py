@@ -177,7 +177,7 @@ class Tensors:
     def _on_host(self, adapter: str, output: Any) -> Any:
         output = output.detach() if hasattr(output, "detach") else output
         axis, dtype = int(output.ndim > 1), output.dtype
-        bits = str(dtype) == "bfloat16"  # NumPy's and CuPy's; CuPy cannot select channels of it
+        bits = str(dtype) == "bfloat16"  # CuPy cannot select channels of NumPy's and its own
         output = output.view(np.int16) if bits else output
         some = ADAPTERS[adapter].to_numpy(output[(slice(None),) * axis + (self.channels.tolist(),)])
         return some.view(dtype) if bits else some
@@ -186,7 +186,7 @@ class Tensors:
 def _compare_peer(name: str, got: Any, exact: Any, allowed: float) -> float:
     assert got.shape == exact.shape, f"{name} has shape {got.shape}, expected {exact.shape}"
     error = float(np.sqrt(np.mean((got.astype(np.float64) - exact) ** 2) / max(np.mean(exact**2), 1e-300)))
-    assert error <= allowed, f"{name} is off by {error:.2g} of its root mean square"  # also if it is NaN
+    assert error <= allowed, f"{name} is off by {error:.2g} of its root mean square"  # NaN fails too
     return error / allowed
 
 
@@ -223,7 +223,7 @@ def _checked_call(implementation: Implementation, tensors: Tensors, result: Resu
     launches: Sequence[Any] = ()
 
     def on_plan(plan: LaunchPlan, found: Sequence[Any]) -> None:
-        nonlocal launches  # of a backward call, the forward call before it is planned first
+        nonlocal launches  # the last plan counts: a backward call's forward call is planned before it
         result.plan, launches = plan, found
 
     def within_setting() -> Any:
@@ -242,6 +242,6 @@ def _checked_call(implementation: Implementation, tensors: Tensors, result: Resu
         result.not_served = in_words(reason)
     except AssertionError as error:
         result.refused = f"wrong: {in_words(error).removeprefix('AssertionError: ')}"
-    except Exception as error:  # of any library: the others are timed all the same
+    except Exception as error:  # any library may raise; the others are timed all the same
         result.refused = in_words(error)
     return None

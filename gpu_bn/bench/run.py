@@ -102,7 +102,7 @@ class Session:
         session = Session(kind, gpu, why_not, timer, seconds, threads)
         try:
             session.copy_bandwidth = session.copy()
-        except Exception as error:  # of a driver, or because another process has taken the memory
+        except Exception as error:  # a driver's error, or another process has taken the memory
             what = gpu.device.name if gpu else "the CPU"
             raise CommandError(f"nothing can be copied on {what}: {in_words(error)}") from error
         return session
@@ -121,7 +121,7 @@ class Session:
     ) -> None:
         """Check and time cases with each number of threads, up to one that breaks the GPU; add to ``results``."""
         what = f"Timing {len(cases)} cases on the {'CPU' if self.gpu is None else 'GPU'}"
-        least = len(cases) * len(self.threads) * (3 * self.seconds * len(timer.regimes) + 0.5)  # 0.5 s is the check
+        least = len(cases) * len(self.threads) * (3 * self.seconds * len(timer.regimes) + 0.5)  # 0.5 s for the check
         with progress(what, len(cases), least) as advance:
             for _, group in groupby(cases, lambda case: case.tensor):
                 members = list(group)
@@ -202,7 +202,7 @@ def bench(options: Namespace) -> bool:
         interrupted = interrupt
     report.failed += [session.lost] if session.lost else []
     if session.gpu is not None:
-        facts["gpu"]["after"] = smi(session.gpu.smi_id)  # it shows a GPU that slowed down
+        facts["gpu"]["after"] = smi(session.gpu.smi_id)  # lower clocks than before show a GPU that slowed down
     if not session.lost and not interrupted:
         report.warnings += [*slower_with_threads(report.results), *session.compare_copies(facts)]
     report.write(options.out / "report.json")  # before printing, which may fail
@@ -257,7 +257,7 @@ def further_parts(
         try:
             if not why_not and not session.lost:
                 part()
-        except Exception as error:  # of any library: what was measured before is worth more than a traceback
+        except Exception as error:  # any library may raise; what was measured before is worth more than a traceback
             why_not = in_words(error)
         if why_not or session.lost:
             report.left_out.append(f"{name}: {why_not or session.lost}")
@@ -277,7 +277,7 @@ def write_pictures(options: Namespace, session: Session, report: Report) -> None
                 ceilings["a copy, in the cache"] = cpu_copy_bandwidth(CPU_CACHED_BYTES)
             results = [*report.summed_up, *report.forced]
             written += figures.draw(results, ceilings, options.out, report.caption)
-        except Exception as error:  # of matplotlib
+        except Exception as error:  # matplotlib raises errors of many types
             print(f"No pictures: {in_words(error)}")
     if options.page is not None:
         options.page.write_text(report.page())

@@ -99,7 +99,7 @@ def take_samples(
             try:
                 if name not in errors:
                     step(name)
-            except Exception as error:  # of any library, such as out of memory: the others are timed all the same
+            except Exception as error:  # any library may raise, as out of memory; the others are timed all the same
                 errors[name] = in_words(error)
 
     each(names, lambda name: [calls[name]() for _ in range(WARM_UP if seconds else 0)])
@@ -258,7 +258,7 @@ def find_gpu() -> tuple[Gpu | None, str]:
             reasons.append(f"{library} sees no CUDA device")
         except ModuleNotFoundError:
             reasons.append(f"{library} is not installed")
-        except Exception as error:  # of a driver, a build without kernels for the GPU, a compiler that is missing
+        except Exception as error:  # the driver, a build without kernels for the GPU, or no compiler
             reasons.append(f"{library}: {in_words(error)}")
     return None, ", ".join(reasons)
 
@@ -298,8 +298,8 @@ class GpuTimer:
             self.gpu.synchronize()
             if not late:
                 break
-            if self.cycles >= self.most_cycles:  # a call that waits for the device is always late:
-                self.cycles = FIRST_CYCLES  # the others need not wait so long
+            if self.cycles >= self.most_cycles:  # a call that waits for the device is always late
+                self.cycles = FIRST_CYCLES  # other calls need no such wait
                 break
             self.cycles *= 2
         return max(self.gpu.elapsed(start, end), SHORTEST)

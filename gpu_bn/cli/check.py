@@ -190,7 +190,7 @@ def answers(backend: str) -> bool:
             torch = import_module("torch")
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-    except Exception:  # each library has its own
+    except Exception:  # each library raises types of its own
         return False
     return True
 

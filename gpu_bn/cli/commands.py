@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except OSError as error:  # of a pipe whose reader has read enough, or a full disk; what is left would fail at exit
+    except OSError as error:  # a closed pipe or a full disk; writing the rest at exit would fail again
         if not isinstance(error, BrokenPipeError):
             print(
                 f"{name}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr
@@ -269,7 +269,7 @@ def run_bench(options: argparse.Namespace) -> int:
     from gpu_bn.bench.run import bench
 
     values.check_folder(options.out, "report")
-    if options.page is not None and options.page.parent != options.out:  # which is made if it is not there
+    if options.page is not None and options.page.parent != options.out:  # that folder is made if need be
         values.check_file(options.page, "page")
     options.peers = [] if options.peers == ["none"] else options.peers
     try:

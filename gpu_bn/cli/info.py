@@ -128,7 +128,7 @@ def unavailable(backend: str) -> str:
         registry.load(backend)
     except registry.BackendUnavailableError as error:
         return str(error).removeprefix(f"backend {backend!r} cannot be used: ")
-    except OSError as error:  # a library that the package loads
+    except OSError as error:  # a library that the package loads is missing
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -41,7 +41,7 @@ def warm_up(dtypes: Sequence[str], names: Sequence[str]) -> str:
         for shape, dtype, activation in cases:
             _call(np.linspace(-1, 1, int(np.prod(shape))).reshape(shape).astype(dtype), activation)
             tick(1)
-        if find_spec("torch") is not None:  # tensors reach kernels by functions of their own
+        if find_spec("torch") is not None:  # torch's tensors reach kernels by functions of their own
             import_module("gpu_bn.backends.cpu.doors").compile_for(SHAPES, known[0].name)
     made, seconds = _kept(folder) - before, time.perf_counter() - start
     where = f"are kept in {folder}" if _kept(folder) else "are not kept: no folder can be written to"

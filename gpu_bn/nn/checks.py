@@ -82,7 +82,7 @@ def check(call: Call, options: Options) -> None:
         momentum = 0.0 if options.momentum is None else options.momentum
         mean, var = (None if one is None else one.clone() for one in (call.running_mean, call.running_var))
         tensors = (call.x, mean, var, call.weight, call.bias)
-        F.batch_norm(*tensors, options.training, momentum, options.eps)  # says what is wrong, or nothing
+        F.batch_norm(*tensors, options.training, momentum, options.eps)  # raises torch's error, if it finds one
         raise TypeError(
             f"gpu_bn.nn expects arguments of {', '.join(map(str, FLOATS))} on one device, got {', '.join(unknown)}"
         )
@@ -191,7 +191,7 @@ def check_tensors(call: Call) -> None:
     """Raise what torch raises for an argument that is no tensor, nor stands for one; only the input must be given."""
     for name, value in named(call).items():
         fits = isinstance(value, Tensor) or (value is None and name != "input") or is_tensor_like(value)
-        if not fits and name != "mask":  # which torch does not have
+        if not fits and name != "mask":  # torch has no mask
             kind = type(value)
             got = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
             raise TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {got}")
@@ -203,7 +203,7 @@ def check_memory(call: Call) -> None:
     aliasing.check_written({name: read.pop(name) for name in library.TRACKED if name in read}, read)
     for written in (call.running_mean, call.running_var, call.counter):
         if written is not None and written.is_inference():
-            written.add_(0)  # outside inference mode torch refuses, when it has already added
+            written.add_(0)  # adds 0; outside inference mode torch then raises its error
 
 
 def named(call: Call) -> dict[str, Any]:

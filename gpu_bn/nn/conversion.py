@@ -212,7 +212,7 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
     if missing := [name for name in names if name not in layers]:
         raise ValueError(f"{', '.join(missing)} should give a tensor of rank 2 to 5 for these inputs")
     places = [name.rpartition(".") for name in layers]
-    parents = [model.get_submodule(parent) for parent, _, _ in places]  # before a name may lead somewhere else
+    parents = [model.get_submodule(parent) for parent, _, _ in places]  # before any name leads somewhere else
     for (name, layer), parent, (_, _, child) in zip(layers.items(), parents, places, strict=True):
         setattr(parent, child, torch.nn.Sequential(known[name], layer.train(known[name].training)))
     return model
@@ -223,7 +223,7 @@ def _set_frozen(model: Model, frozen: bool, parameters: bool) -> Model:
         if isinstance(module, Fused):
             module.frozen = frozen
             for parameter in module.parameters(recurse=False) if parameters else ():
-                parameter.requires_grad = not frozen  # the method refuses a lazy layer's
+                parameter.requires_grad = not frozen  # requires_grad_() refuses a lazy layer's parameters
     return model
 
 
@@ -235,13 +235,13 @@ def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | Non
     for option in ("virtual_batch_size", "renorm"):
         if getattr(module, option, None) is not None:
             raise ValueError(f"layer {name!r} has {option}, which torch's layer would lose")
-    has_its_own = came_from is not None and module._modules.get("act") is not None  # which does it again
+    has_its_own = came_from is not None and module._modules.get("act") is not None  # and applies the activation
     if module.activation != IDENTITY and not has_its_own:
         raise ValueError(f"layer {name!r} has the activation {module.activation!r}, which torch's layer would lose")
     if came_from is None:
         return getattr(torch.nn, class_of(module).__name__, None)
     if issubclass(came_from, _LazyNormBase) and not isinstance(module, _LazyNormBase):
-        return came_from.cls_to_become  # it has had its first input
+        return came_from.cls_to_become  # the layer has had its first input
     return came_from
 
 
@@ -256,7 +256,7 @@ def _become(module: torch.nn.Module, cls: type[torch.nn.Module], activation: Act
 
 
 def set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
-    if parametrize.is_parametrized(module):  # its class is one of its own, with a property for each parameter
+    if parametrize.is_parametrized(module):  # parametrize made a class for it, with a property for each parameter
         body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), body)
     module.__class__ = cls

@@ -256,7 +256,7 @@ def _leave_the_rest(layer: Any, norm: Any) -> None:
     """Let a folded normalisation do the rest of its work."""
     _, activation = known_norm(norm) or (None, IDENTITY)
     ours = is_ours(norm) and "_converted_from" not in vars(norm)
-    numbers = {name: value for name, value in vars(norm).items() if name in HELD}  # which code may look at
+    numbers = {name: value for name, value in vars(norm).items() if name in HELD}  # code elsewhere may read them
     for name in [name for name in vars(norm) if name not in INTERNAL]:
         del vars(norm)[name]
     vars(norm).update({name: False if isinstance(value, bool) else value for name, value in numbers.items()})

@@ -66,7 +66,7 @@ class Fused(Activated, _BatchNorm):
             buffers, parameters = self._buffers, self._parameters
             mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
             weight, bias = parameters["weight"], parameters["bias"]
-        except KeyError:  # another kind of attribute, as of torch.nn.utils.parametrize
+        except KeyError:  # something replaced a parameter, as torch.nn.utils.parametrize does
             mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
             counter = self.num_batches_tracked if training and tracked else None
         running_mean, running_var = (mean, var) if tracked else self._untracked()

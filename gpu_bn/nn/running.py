@@ -94,7 +94,7 @@ def moved_statistics(tracked: Tracked, momentum: Any, batch: Pool) -> list[tuple
 def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write new values, all or none: in one call, which nothing interrupts."""
     targets, values = [old for old, _ in pairs], [new for _, new in pairs]
-    if _transformed(targets):  # vmap has no such call
+    if _transformed(targets):  # vmap does not know the call
         with nullcontext() if torch.compiler.is_compiling() else deferred():
             for target, value in zip(targets, values, strict=True):
                 target.copy_(value)
@@ -104,6 +104,6 @@ def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 def _transformed(tensors: Sequence[Tensor]) -> bool:
     """Tell whether a transform of ``torch.func`` was given some of the tensors, and has wrapped them."""
-    if torch.compiler.is_compiling():  # which cannot look at wrappers; it refuses statistics that were not given
+    if torch.compiler.is_compiling():  # compilers cannot look at wrappers
         return bool(torch._C._are_functorch_transforms_active())
     return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))

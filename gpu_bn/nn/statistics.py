@@ -84,7 +84,7 @@ def update_population_stats(
         raise ValueError("no layer with running statistics saw any data (was the loader empty, the model compiled?)")
     found = [(_buffers(layer), pool) for layer, pool in pools.items() if bool(pool.count > 0)]
     values = [value for _, pool in found for value in (pool.mean, pool.var)]
-    torch._foreach_copy_([buffer for buffers, _ in found for buffer in buffers], values)  # all layers', or none
+    torch._foreach_copy_([buffer for buffers, _ in found for buffer in buffers], values)  # all layers' or none
 
 
 @contextmanager

@@ -163,11 +163,11 @@ def _mask(case: Case, axis: int, rng: np.random.Generator) -> Array:
             lengths = rng.integers(0, case.shape[-1] + 1, (case.shape[0], *[1] * (len(case.shape) - 2)))
             lengths[0] = case.shape[-1]
             return np.arange(case.shape[-1]) < lengths
-        case "samples":  # extents of 1
+        case "samples":  # one number a sample, with extents of 1
             mask = rng.random((case.shape[0], *[1] * (len(case.shape) - 1))) < 0.6
             mask[:2] = True
             return mask
-        case "first_empty":  # of ghost batches
+        case "first_empty":  # the first ghost batch has no positions
             mask = rng.random(one_channel) < 0.6
             mask[: case.virtual_batch_size or case.shape[0]] = False
             return mask

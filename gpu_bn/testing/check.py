@@ -49,7 +49,7 @@ def _to_triton(array: Array) -> Array:
     """A tensor with the array's values and strides, on the GPU if there is one; negative strides have to be copied."""
     import torch
 
-    once = array[tuple(slice(None) if stride else slice(1) for stride in array.strides)]  # without what is repeated
+    once = array[tuple(slice(None) if stride else slice(1) for stride in array.strides)]  # one of each repeated element
     if any(stride < 0 for stride in once.strides) or not once.flags.writeable:
         once = once.copy(order="K")
     bits = once.view(np.int16) if str(array.dtype) == "bfloat16" else once

@@ -100,7 +100,7 @@ class SavedRows(Saved):
     def __getattr__(self, name: str) -> Any:
         """Compute a field that has not been set."""
         if name == "rows":
-            return None  # of a copy, which has the vectors instead
+            return None  # a copy has the vectors instead
         channels = self.x.shape[self.spec.axis]
         if name == "moments":
             value: Any = Moments(self.count, self.rows[0], self.rows[1])
@@ -296,7 +296,7 @@ class CupyBackend(SharedStatistics):
             counters=self.counters, x=saved.x, residual=saved.residual, valid=saved.valid, counts=counts,
             weight=weight, bias=bias, mean=mean, var=var, eps=np.float64(spec.eps),
             parameter=np.float64(spec.activation.parameter),
-            count=np.float64(count if counts is None else 0),  # where there are counts, kernels look there
+            count=np.float64(count if counts is None else 0),  # kernels take counts where there are some
             **tensors,
         )  # fmt: skip
         signature = Signature(

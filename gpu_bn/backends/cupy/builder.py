@@ -212,7 +212,7 @@ class TensorBuilder(Builder):
     def write(self, given: Register, signature: TensorSignature) -> Register:
         """Return a tensor that kernels can write: the one given, or one that :meth:`result` copies to it."""
         self.check_device(given, signature[2])
-        self._writes_given = True  # perhaps in the place of a tensor that is read
+        self._writes_given = True  # it may be a tensor that is read too
         if self._is_usable(signature):
             return given
         new = self.allocate(self.layout.shape, self.dtype, self.layout.order)

@@ -96,7 +96,7 @@ def _normalize(place: float, group: Group, num_features: int | None, given: Call
     error, compiling = None, torch.compiler.is_compiling()
     try:
         checked = check(num_features, given, options)
-    except Exception as raised:  # of any type, on this process alone
+    except Exception as raised:  # whatever failed, on this process alone
         error, checked = raised, wire.told(raised)
     if isinstance(checked, str):
         length = 2 + 2 * num_features if isinstance(num_features, int) else 1

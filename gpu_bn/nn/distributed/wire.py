@@ -53,7 +53,7 @@ def packed(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
     """Make the packets of an (L,) vector, (P, HEADER + ROOM)."""
     if vector.is_cuda and not torch.cuda.is_current_stream_capturing():
         look_at_arrivals()
-    FAULTS.pop(group, None)  # which an exchange that ended early has left
+    FAULTS.pop(group, None)  # an exchange that ended early may have left one
     count = packets_of(len(vector))
     packets = vector.new_zeros((count, HEADER + ROOM))
     heads = [[0.0, _next_call(group), float(at), *signature] for at in range(count)]
@@ -155,7 +155,7 @@ def differing(heads: Tensor) -> Tensor:
     """Tell for each column of (W, n) headers whether its known values differ."""
     known = heads != UNKNOWN
     least, most = (torch.where(known, heads, other) for other in (torch.inf, -torch.inf))
-    return ~(most.amax(0) <= least.amin(0))  # also of NaN
+    return ~(most.amax(0) <= least.amin(0))  # NaN differs too
 
 
 def require_alike(packets: Tensor, group: str) -> None:

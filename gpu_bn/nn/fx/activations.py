@@ -95,6 +95,6 @@ def activation_of(module: Any) -> Activation | None:
     if name in PARAMETRIC:
         parameter, make = PARAMETRIC[name]
         return make(getattr(module, parameter))
-    if name == "transformers.activations.GELUActivation":  # another with use_gelu_python
+    if name == "transformers.activations.GELUActivation":  # with use_gelu_python it calls another function
         return Activation("gelu") if module.act is F.gelu else None
     return Activation(NAMES[name]) if name in NAMES else None

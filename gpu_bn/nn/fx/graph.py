@@ -46,7 +46,7 @@ def fuse_activations(model: torch.nn.Module, report: Report) -> None:
     for training in (True, False):
         with in_mode(model.modules(), training):
             fusion = _Fusion(model)
-            for module in reversed(list(names)):  # what is in a module comes before it
+            for module in reversed(list(names)):  # inner modules first
                 if module not in fusion.holders or is_patched(module):
                     continue
                 plan: Plan | None = None
@@ -142,7 +142,7 @@ def is_ours(module: Any) -> bool:
 def _merge(module: torch.nn.Module, graph: Graph) -> list[Merge]:
     """Merge in a module's graph."""
     merges = []
-    for node in reversed(list(graph.nodes)):  # of a sum's two layers the later one takes the other's output
+    for node in reversed(list(graph.nodes)):  # from the end: of a sum's two layers the later takes the other's output
         if is_ours(module_of(module, node)) and len(node.args) == 1 and not node.kwargs:
             merges += _merge_node(module, graph, node)
     graph.lint()
@@ -252,7 +252,7 @@ def _undo_call(graph: Graph, node: Node) -> None:
     if given.keys() <= {"input"} or given.get("mask") is not None:
         return
     chosen = given.get("activation")
-    if isinstance(chosen, Node) and chosen.target is Activation:  # one with a parameter is a node of its own
+    if isinstance(chosen, Node) and chosen.target is Activation:  # an activation with a parameter is a node of its own
         chosen = Activation(*chosen.args, **chosen.kwargs)  # type: ignore[arg-type]
     activation = Activation.of(chosen)
     with graph.inserting_before(node):

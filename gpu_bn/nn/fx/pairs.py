@@ -41,7 +41,7 @@ def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
         if module in seen:
             continue
         seen.add(module)
-        if is_leaf(module):  # a list of modules is one
+        if is_leaf(module):  # a list of modules is a leaf too
             left += module.children()
             continue
         inspected: set[torch.nn.Module] = set()
@@ -115,7 +115,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.read: Counter[int] = Counter()
         self.made: dict[int, Any] = {}
-        self.outputs: dict[Any, list[Tensor]] = {}  # which are kept, so that no other tensor gets their ids
+        self.outputs: dict[Any, list[Tensor]] = {}  # kept, so that no other tensor gets their ids
         self.inputs: dict[Any, list[Any]] = {}
         self.inside = 0
         self.layers = [module for module in model.modules() if is_leaf(module) and not is_layer(module)]
@@ -164,7 +164,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def reads(self, tensor: Tensor) -> None:
-        if id(tensor) in self.made or id(tensor) in self.tensors:  # another may have had its id before it was made
+        if id(tensor) in self.made or id(tensor) in self.tensors:  # an earlier one may have had a later one's id
             self.read[id(tensor)] += 1
 
     def pairs(self) -> tuple[Pairs, Reasons]:

@@ -58,7 +58,7 @@ def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, An
             warnings.simplefilter("ignore")
             graph = tracer.trace(module)
     except Exception as error:
-        clear_frames(error.__traceback__)  # which may hold a checkpoint's generator, whose hooks stay until it goes
+        clear_frames(error.__traceback__)  # a frame may hold a checkpoint's generator, whose hooks stay until it goes
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise Refused(f"it cannot be traced: {lines[0][:200]}") from error
     finally:
@@ -74,7 +74,7 @@ def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, An
 
 
 class _Tracer(torch.fx.Tracer):
-    proxy_buffer_attributes = True  # else what is computed of a buffer would stay what it is now
+    proxy_buffer_attributes = True  # else the graph would keep today's result of a buffer
 
     def __init__(self, names: tuple[str, ...], enters: Callable[[torch.nn.Module, Any, Any], bool]) -> None:
         super().__init__()

@@ -174,7 +174,7 @@ def _train(
     spec = options(True, momentum_of_batch, eps, activation, parameter, groups, renorm)
     call = Call(x, weight, bias, residual, running_mean, running_var, num_batches_tracked, valid)
     y, saved = forward(registry.serving(x), call, spec)
-    return _results(x, y, replace(saved, valid=valid))  # also a mask that leaves nothing out, which saved has not
+    return _results(x, y, replace(saved, valid=valid))  # saved has no mask that leaves nothing out
 
 
 def completed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

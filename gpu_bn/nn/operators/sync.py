@@ -138,7 +138,7 @@ def _reduce_packets(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Ten
     """Make the packets of the sums, or packets that tell the other processes of an error; the sums; dz."""
     *rest, group, signature = arguments
     try:
-        registry.serving(x).empty_like(x)  # dx's memory, as of the output
+        registry.serving(x).empty_like(x)  # as in _report_packets: memory for dx
         sums, dz = _reduce(dy, x, *rest)
         return wire.packed(sums.flatten(), group, signature), sums, dz
     except Exception as error:

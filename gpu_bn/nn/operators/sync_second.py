@@ -41,7 +41,7 @@ def composed_gradients(
     """Compute the gradients by torch's own operations, which can be differentiated again."""
     eps, name, parameter = ctx.options
     if name == "identity" and need[3]:
-        residual = torch.zeros_like(x, requires_grad=True)  # of which only the gradient matters
+        residual = torch.zeros_like(x, requires_grad=True)  # only its gradient matters
     valid = x.new_ones(1, dtype=torch.bool) if valid is None else valid
     axes, shape = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
     wide = torch.where(valid, x.to(torch.float64), 0)
