@@ -23,7 +23,7 @@ from gpu_bn.bench.training import LAYERS, Make, check, resnet18
 
 
 def mobilenet() -> nn.Module:
-    """MobileNetV3-large, without dropout: all variants should compute the same."""
+    """Make a MobileNetV3-large without dropout: all variants should compute the same."""
     return import_module("torchvision.models").mobilenet_v3_large(dropout=0.0)
 
 

@@ -28,13 +28,13 @@ WARM = 5
 
 
 def written() -> torch.Tensor:
-    """Bytes and calls of this process's writes so far."""
+    """Return the bytes and calls of this process's writes so far."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return torch.tensor([int(lines["wchar"]), int(lines["syscw"])], dtype=torch.float64)
 
 
 def measure(layer: torch.nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Seconds, bytes and messages of a step."""
+    """Measure seconds, bytes and messages of a step."""
     dy, times = torch.randn_like(x), []
     for step in range(WARM + steps):
         if step == WARM:
@@ -48,7 +48,7 @@ def measure(layer: torch.nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor
 
 
 def run(rank: int, world: int, shape: list[int], steps: int, folder: str) -> None:
-    """One process."""
+    """Measure both layers in one process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     x = torch.randn(shape, requires_grad=True)
@@ -61,7 +61,7 @@ def run(rank: int, world: int, shape: list[int], steps: int, folder: str) -> Non
 
 
 def row(world: int, shape: list[int], steps: int) -> list[str]:
-    """A line of the table: a group of ``world`` processes."""
+    """Return a line of the table, for a group of ``world`` processes."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(run, (world, shape, steps, folder), world)
         (plain, *noise), (shared, *wrote) = torch.load(f"{folder}/result").tolist()

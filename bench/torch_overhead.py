@@ -56,7 +56,7 @@ class Nothing:
 
 
 def calls(prefix: str, norm: Norm, others: Iterable[torch.Tensor], shape: Shape = SHAPE) -> Calls:
-    """The calls that are timed of ``norm(x, training)``, which is differentiated by x and ``others``."""
+    """Return the timed calls of ``norm(x, training)``, which is differentiated by x and ``others``."""
     x, dy = torch.randn(shape), torch.randn(shape)
     leaf = x.clone().requires_grad_()
     leaves = (leaf, *others)
@@ -69,14 +69,14 @@ def calls(prefix: str, norm: Norm, others: Iterable[torch.Tensor], shape: Shape 
 
 
 def function_calls(function: Callable[..., torch.Tensor]) -> Calls:
-    """The calls of a function."""
+    """Return the timed calls of a function."""
     mean, var = torch.zeros(3), torch.ones(3)
     weight, bias = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     return calls("", lambda x, training: function(x, mean, var, weight, bias, training), (weight, bias))
 
 
 def layer_calls(layer: torch.nn.Module, *residual: torch.Tensor, prefix: str = "", shape: Shape = SHAPE) -> Calls:
-    """The calls of a layer."""
+    """Return the timed calls of a layer."""
     kinds = copy.deepcopy(layer).eval(), layer
     others = (*layer.parameters(), *residual)
     return calls(f"{prefix}layer, ", lambda x, training: kinds[training](x, *residual), others, shape)

@@ -67,7 +67,7 @@ def _copy(array: Array | None) -> Any:
 def counted(counter: Array, call: Callable[[], Any]) -> Any:
     """Make a call whose kernels write the statistics last, and increment a counter on a GPU: both, or neither.
 
-    Ctrl-C waits until both are done. The counter is first, for it may refuse; a call that raises takes it back.
+    Ctrl-C waits until both are done. The counter is first, because it may refuse; a call that raises takes it back.
     """
     with deferred():
         counter += 1

@@ -88,7 +88,7 @@ def fold(
             (in, out / groups, ...). Any array library: NumPy, CuPy, torch.
         bias: (out,), or ``None``.
         norm: a layer with running statistics over the ``out`` channels.
-        transposed: whether ``weight`` is of a transposed convolution.
+        transposed: whether ``weight`` belongs to a transposed convolution.
         groups: of the transposed convolution.
 
     Returns:

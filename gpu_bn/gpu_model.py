@@ -111,8 +111,8 @@ class Thresholds:
         handover: seconds until the last block of a strip knows that it is, in two launches: a fence and an atomic
             operation.
         merge_round: seconds in which that block's threads read a round of partial sums from L2: a latency for eight.
-        narrow_split_bytes, narrow_gain: what a strip may be narrowed to in two launches, two sectors, and the share of
-            the time that this must save: fewer partial sums for a last block, shorter reads for all.
+        narrow_split_bytes, narrow_gain: what a strip may be narrowed to in two launches (two sectors), and the share of
+            the time that this must save. The last block then has fewer partial sums, but all blocks read less at once.
         latency: seconds from a load to its data, of a GPU under load. With bytes under way it bounds the bandwidth.
         loads: vectors that a thread of a streaming kernel has under way at a time, by its machine code
             (``docs/machine_code.md``).
@@ -191,8 +191,8 @@ def streaming(
 ) -> tuple[float, float]:
     """Return the seconds of a launch: those of a copy, and those lost beyond.
 
-    ``grid`` blocks, of which an SM holds ``resident``, move the bytes in waves; each has asked for ``under_way`` bytes
-    at a time. A wave has the bandwidth of a copy, or less if its bytes under way take a latency.
+    ``grid`` blocks move the bytes in waves; an SM holds ``resident`` blocks, and each has asked for ``under_way`` bytes
+    at a time. A wave has the bandwidth of a copy, or less if its bytes under way are too few to hide the latency.
     """
     slots = resident * device.sms
     full, last = divmod(grid, slots)

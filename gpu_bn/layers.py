@@ -145,7 +145,7 @@ class BatchNorm:
     __call__ = forward
 
     def forward_saving(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> tuple[Array, Saved]:
-        """:meth:`forward`, returning what :meth:`backward` needs: in evaluation, or for several calls before theirs."""
+        """Call :meth:`forward`, and return what :meth:`backward` needs too: in evaluation, or after several calls."""
         if registry.differentiable(x, None) is not None:
             raise TypeError(f"gpu_bn.{self!r} takes NumPy and CuPy arrays; for torch tensors there is gpu_bn.nn")
         batch_stats = self.training or self.running_mean is None

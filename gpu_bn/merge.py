@@ -5,7 +5,7 @@ channel, a count ``n``, a mean, and ``m2``, the sum of squared deviations from t
 
     N = sum(n)        mean = sum(n * mean_i) / N        m2 = sum(m2_i + n_i * (mean_i - mean)**2)
 
-No square of a mean is ever subtracted from a mean square, so that nothing cancels.
+No square of a mean is ever subtracted from a mean square, so nothing cancels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Array = Any
 class Pool(NamedTuple):
     """What is known of each channel over some positions, in float64.
 
-    A count in float64 is an exact integer up to 2**53. With a leading axis, all three are of several parts.
+    A count in float64 is an exact integer up to 2**53. With a leading axis, all three hold several parts.
 
     Attributes:
         count: (1,), or (C,) where channels differ in it.
@@ -42,7 +42,7 @@ class Pool(NamedTuple):
 
 
 def merge(parts: Pool) -> Pool:
-    """Merge parts along the leading axis of the arrays, which are of any one library; nothing is read from a device.
+    """Merge parts along the leading axis of one library's arrays; nothing is read from a device.
 
     The order of additions depends on shapes alone, so that whoever holds the same parts gets the same bits. Empty
     parts change nothing.

@@ -162,7 +162,7 @@ def differentiable(array: Any, backend: str | Backend | None) -> ModuleType | No
 
 @cache
 def load(name: str, library: str | None = None) -> Backend:
-    """The backend of a name, for an array library; ``None`` is the first that it serves.
+    """Return the backend of a name, for an array library; ``None`` is the first that it serves.
 
     Raises:
         ValueError: an unknown name.
@@ -185,7 +185,7 @@ def load(name: str, library: str | None = None) -> Backend:
 
 
 def install(row: Row, missing: str = "") -> str:
-    """The command that installs what a backend needs: the package that is missing, or all."""
+    """Return the command that installs what a backend needs: the package that is missing, or all."""
     extra = missing if missing in row.packages else row.packages[-1]
     return f"pip install -e '.[{EXTRAS.get(extra, extra)}]'"
 
@@ -201,7 +201,7 @@ def _rows(name: str) -> list[Row]:
 
 @cache
 def _first(rows: tuple[Row, ...]) -> Row:
-    """The row that serves a kind of array unless another is asked for."""
+    """Return the row that serves a kind of array unless another is asked for."""
     return next((row for row in rows if not why_not(row)), rows[0])
 
 
@@ -228,7 +228,7 @@ def _is_there(package: str) -> bool:
 
 
 def _rows_for(name: str, array: Any) -> tuple[Row, ...]:
-    """The rows for an array's type and device: the one place where a device decides."""
+    """Return the rows for an array's type and device: the one place where a device decides."""
     kind: Any = type(array)
     by_device = _rows_by_device(kind)
     if not by_device:
@@ -252,7 +252,7 @@ _FOUND: dict[Any, dict[str, tuple[Row, ...]]] = {}
 
 
 def _rows_by_device(kind: Any) -> dict[str, tuple[Row, ...]]:
-    """The rows that serve a type; remembered of the libraries' own, for others may go away."""
+    """Return the rows that serve a type. Those of the libraries' own types are remembered; other types may go away."""
     rows = _FOUND.get(kind)
     if rows is None:
         rows = _find_rows(kind)
@@ -262,7 +262,7 @@ def _rows_by_device(kind: Any) -> dict[str, tuple[Row, ...]]:
 
 
 def _find_rows(kind: Any) -> dict[str, tuple[Row, ...]]:
-    """The rows whose array type is the nearest of a type's bases, unless another base changes what an array means."""
+    """Find the rows whose array type is the nearest of a type's bases. Another base may change what an array means."""
     names = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
     if NOT_PLAIN.intersection(names):
         return {}

@@ -186,7 +186,7 @@ def check_axis(shape: tuple[int, ...], channel_axis: int) -> int:
 
 
 def check_running(running_mean: Array | None, running_var: Array | None, training: bool) -> None:
-    """Running statistics come as a pair; evaluation needs them and training writes them."""
+    """Check that running statistics come as a pair; evaluation needs them and training writes them."""
     if not training:
         for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
             if vector is None:
@@ -244,7 +244,7 @@ def check_writeable(name: str, array: Array) -> None:
 
 
 def dtype_name(array: Array) -> str:
-    """The dtype's bare name in any array library (``float32``, not ``torch.float32``)."""
+    """Return the dtype's bare name in any array library (``float32``, not ``torch.float32``)."""
     return _dtype_name(array.dtype)
 
 
@@ -254,7 +254,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def on_device_of(array: Any) -> AbstractContextManager[Any]:
-    """A context in which CuPy's own kernels run where an array is; for other libraries, which need none, nothing."""
+    """Return a context in which CuPy's own kernels run where an array is; other libraries need none."""
     return array.device if is_cupy(array) else _NOWHERE
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 VECTOR_BYTES = 16
 STRIP_BYTES = 128
 RAGGED_BYTES, RAGGED_FILL = 4, 0.75
-"""Rows are ragged in place of accesses of single elements, of so many bytes or fewer, where at least this share of the
-elements in a row's vectors are its own. By the machine code an element then takes as many instructions as alone, in
-Triton's kernels fewer, and four to eight times the bytes are under way. Vectors of two elements or four take fewer
-instructions than ragged rows.
+"""Where a row is no whole number of vectors, it is ragged, or its elements are accessed one by one. It is ragged if a
+single access would have at most so many bytes, and if at least this share of the elements in the row's vectors are its
+own. By the machine code an element of a ragged row takes as many instructions as one by one, in Triton's kernels fewer,
+and four to eight times the bytes are under way. Vectors of two or four elements, where they fit, take still fewer.
 """
 
 
@@ -97,7 +97,7 @@ class Tiling:
 
     @property
     def inner(self) -> int:
-        """Vectors in a row; of ragged rows, those that one may span."""
+        """Vectors in a row; the most that a ragged row may span."""
         if self.ragged:
             return _spanned(self.s, self.vector)
         return (self.c if self.columns else self.s) // self.vector

@@ -90,7 +90,7 @@ def block_sizes(
 ) -> tuple[int, ...]:
     """Return a block's size along each axis: at most ``elements`` in all, the axes of ``order`` cut from the first on.
 
-    Along the axes ``kept``, which are not summed over, it is of at most ``channels``, or more for few positions.
+    Along the axes ``kept``, which are not summed over, it has at most ``channels``, or more where positions are few.
     """
     steps = [max(size, 1) for size in shape]
     # With fewer positions, vectors would be as large as the block.

@@ -27,7 +27,7 @@ FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 TINY, HUGE = 1e-15, 1e15
 """Means and deviations beyond are computed in float64: their squares may have left float32's range."""
 FAR = 2.0
-"""Standard deviations: from here on a mean is subtracted first, for what cancels would cost more than 3 bits."""
+"""Standard deviations: from here on a mean is subtracted first. Otherwise cancellation would cost more than 3 bits."""
 SCRATCH_SHARE, SCRATCH_BYTES, MAX_BLOCK, MIN_CHANNELS = 0.03, 512 << 10, 32 << 10, 2 << 10
 """A block's temporaries take this share of the tensor or these bytes. It fits the cache; its rows are not short."""
 RUN = 64
@@ -145,7 +145,7 @@ class NumpyBackend:
 
 
 class Blocks:
-    """A tensor cut into blocks, of which ``arrays`` are needed at a time. Its axes are (ghost batch, sample, ...)."""
+    """A tensor cut into blocks, with ``arrays`` of their size at a time. Its axes are (ghost batch, sample, ...)."""
 
     def __init__(self, x: Array, axis: int, groups: int, valid: Array | None, arrays: int) -> None:
         self.shape = (groups, x.shape[0] // groups, *x.shape[1:])

@@ -49,8 +49,8 @@ class Moments:
 class Saved:
     """What a forward call keeps for its backward call.
 
-    ``x`` and ``residual`` are the caller's arrays, not copies: they must not be written to in between. All else is
-    of C elements and a copy, so that later changes of the parameters or of the running statistics do no harm.
+    ``x`` and ``residual`` are the caller's arrays, not copies: they must not be written to in between. All else
+    has C elements and is a copy, so later changes of the parameters or of the running statistics do no harm.
     ``z`` is not kept; it is computed again, with the same roundings.
 
     Attributes:

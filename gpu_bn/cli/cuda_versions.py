@@ -15,7 +15,7 @@ from pathlib import Path
 Version = tuple[int, int]
 DRIVER = "libcuda.so.1"
 OLDEST_DRIVERS = {12: 525, 13: 580}
-"""The driver with which each CUDA begins."""
+"""The oldest driver of each CUDA."""
 CUPY = ("cupy-cuda12x", "cupy-cuda13x")
 """Two packages of one module: never both."""
 ASK_CUPY = """
@@ -31,10 +31,10 @@ class CudaVersions:
 
     Attributes:
         driver: the newest CUDA that the driver runs.
-        torch: that torch was built with.
+        torch: the CUDA that torch was built with.
         cupy: CuPy's runtime; ``nvrtc`` the compiler that it loads.
-        packages: of CuPy, those that are installed.
-        why_not: CuPy's, if it is installed and does not tell.
+        packages: CuPy's packages that are installed.
+        why_not: why CuPy does not tell, if it is installed.
     """
 
     driver: Version | None = None

@@ -26,7 +26,7 @@ SIZE, DPI = (9.2, 8.2), 130
 SETTLED = 3
 """Records after which the percentiles' axis begins: the first steps of the network without BN go beyond it."""
 LEAST_ERROR = 0.1
-"""Per cent, below the share of one test image: what the logarithmic axis shows of no error at all."""
+"""Per cent: the logarithmic axis shows no error at all as this. One test image is more."""
 
 
 def draw(runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capacity], rate: float, path: Path) -> None:

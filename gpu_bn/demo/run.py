@@ -90,7 +90,7 @@ def run(options: Options, backend: str) -> Results:
 
 
 def check(net: Network, data: Digits, backend: str, results: Results) -> None:
-    """Check what BN does to a trained network without it; the identity once, for it is about BN alone."""
+    """Check what BN does to a trained network without it; the identity once, as it does not depend on the network."""
     if not results.identities:
         raw = next(net.watch(data.train_x)).raw
         results.identities.extend(check_identity(raw, dtype, backend) for dtype in (np.float32, np.float64))

@@ -32,7 +32,7 @@ def _same(array: Array) -> Array:
 
 
 def _to_torch(array: Array) -> Array:
-    """A tensor in the array's memory; what torch cannot have (negative or odd strides, read-only) is copied."""
+    """Return a tensor in the array's memory; copy what torch cannot have (negative or odd strides, read-only)."""
     odd = any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.flags.aligned
     return _torch_cpu().as_tensor(array.copy("K") if odd or not array.flags.writeable else array)
 
@@ -46,7 +46,7 @@ def _torch_cpu() -> Any:
 
 
 def _to_triton(array: Array) -> Array:
-    """A tensor with the array's values and strides, on the GPU if there is one; negative strides have to be copied."""
+    """Return a tensor with the array's values and strides, on the GPU if there is one; copy negative strides."""
     import torch
 
     once = array[tuple(slice(None) if stride else slice(1) for stride in array.strides)]  # one of each repeated element

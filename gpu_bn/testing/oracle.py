@@ -206,7 +206,7 @@ def _running(problem: Problem, mean: Array, var: Array, count: int) -> tuple[Arr
 
 
 def _renormalisation(problem: Problem, mean: Array, rstd: Array) -> tuple[Array, Array]:
-    """Ioffe 2017, Alg. 1, with sd = sqrt(var + eps); 1 and 0 are plain batch normalisation."""
+    """Return r and d of Ioffe 2017, Alg. 1, with sd = sqrt(var + eps); 1 and 0 are plain batch normalisation."""
     if problem.renorm is None:
         return np.ones_like(mean), np.zeros_like(mean)
     r_max, d_max = map(WIDE, problem.renorm)

@@ -132,7 +132,7 @@ def _tensors(value: Any) -> Any:
 
 
 def _replaced(value: Any, kind: type | tuple[type, ...], convert: Any) -> Any:
-    """Return a value with ``convert`` applied to what is of a kind in it, its sequences and its dataclasses."""
+    """Apply ``convert`` to all of one kind in a value, in its sequences and in its dataclasses."""
     if isinstance(value, kind):
         return convert(value)
     if isinstance(value, tuple | list):
