@@ -1,7 +1,6 @@
 """Batch normalisation, forward and backward, for arrays on the CPU and the GPU.
 
-Importing this package imports none of its parts, and none of NumPy, CuPy, torch and Triton but when they are needed;
-the public names below are loaded on first use.
+Importing this package imports none of its parts and no array library. The public names below are loaded on first use.
 """
 
 from __future__ import annotations

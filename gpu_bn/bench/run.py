@@ -193,23 +193,21 @@ def bench(options: Namespace) -> bool:
     report = Report(options.line, facts, left_out=left_out, modelled=modelled)
     if session.gpu is None and options.device == "auto":
         report.left_out.append(f"No GPU was timed: {session.why_not}.")
-    interrupted: KeyboardInterrupt | None = None
     try:
         session.run_cases(cases, chosen, session.timer, report.results)
         further_parts(options, session, report, cases, [each for each in chosen if each.ours])
-    except KeyboardInterrupt as interrupt:  # what was measured on a rented GPU is worth keeping
+        if not session.lost:
+            report.warnings += [*slower_with_threads(report.results), *session.compare_copies(facts)]
+    except KeyboardInterrupt:
         report.failed.append("interrupted: the report is of what was measured until then")
-        interrupted = interrupt
-    report.failed += [session.lost] if session.lost else []
-    if session.gpu is not None:
-        facts["gpu"]["after"] = smi(session.gpu.smi_id)  # lower clocks than before show a GPU that slowed down
-    if not session.lost and not interrupted:
-        report.warnings += [*slower_with_threads(report.results), *session.compare_copies(facts)]
-    report.write(options.out / "report.json")  # before printing, which may fail
-    report.show()
-    write_pictures(options, session, report)
-    if interrupted:
-        raise interrupted
+        raise
+    finally:  # what was measured on a rented GPU is worth keeping
+        report.failed += [session.lost] if session.lost else []
+        if session.gpu is not None:
+            facts["gpu"]["after"] = smi(session.gpu.smi_id)  # lower clocks than before show a GPU that slowed down
+        report.write(options.out / "report.json")  # before printing, which may fail
+        report.show()
+        write_pictures(options, session, report)
     wrong = any(result.ours and result.refused for result in [*report.results, *report.forced])
     return not (wrong or report.failed)
 

@@ -93,9 +93,9 @@ class TrainingResult:
     refused: str
 
 
-def train(kind: str, seconds: float, eager: bool, sizes: tuple[int, int] | None = None) -> list[TrainingResult]:
+def train(kind: str, seconds: float, eager: bool) -> list[TrainingResult]:
     """Check and time all variants; ``kind`` is cpu or cuda."""
-    number, side = sizes or SIZES[kind]
+    number, side = SIZES[kind]
     torch.manual_seed(0)
     model, images = resnet18().to(kind), torch.randn(number, 3, side, side, device=kind)
     if kind == "cuda":

@@ -2,7 +2,7 @@
 
 Everything is computed in ``numpy.longdouble`` (80 bits on x86, never less than float64), by the definition: the mean,
 then the mean of the squared deviations from it. That is right for means 1e6 times the standard deviation and for
-values near 1e18. It is slow and uses much memory, as a truth may.
+values near 1e18. It is slow and uses much memory.
 """
 
 from __future__ import annotations
