@@ -17,19 +17,9 @@ from gpu_bn.cli.console import Table
 from gpu_bn.cli.cuda_versions import DRIVER, cuda_versions, installed
 
 PACKAGES = (
-    "numba",
-    "torch",
-    "triton",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-    "cupy",
-    "ml_dtypes",
-    "scikit-learn",
-    "matplotlib",
+    "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "cupy", "ml_dtypes", "scikit-learn", "matplotlib",
     "rich",
-)
-
-
+)  # fmt: skip
 COLUMNS = ("name", "serves", "available")
 """What is said of each backend."""
 

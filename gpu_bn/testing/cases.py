@@ -17,18 +17,9 @@ Array = Any
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 LAYOUTS = (
-    "contiguous",
-    "channels_last",
-    "fortran",
-    "negative_stride",
-    "sliced",
-    "sliced_channels",
-    "broadcast",
-    "read_only",
-    "misaligned",
-    "permuted",
-    "overlapping",
-)
+    "contiguous", "channels_last", "fortran", "negative_stride", "sliced", "sliced_channels", "broadcast", "read_only",
+    "misaligned", "permuted", "overlapping",
+)  # fmt: skip
 SHARING = ("broadcast", "overlapping")
 """Layouts in which several elements are one number in memory."""
 MODES = ("train", "train_no_stats", "eval")
@@ -239,30 +230,15 @@ def _can_run(case: Case) -> bool:
 SMALL_SHAPES = ((16, 7), (2, 3), (5, 1), (4, 6, 9), (3, 5, 4, 7), (2, 1, 1, 1), (1, 3, 2, 1), (2, 3, 2, 3, 4))
 """Every rank; two values a channel; axes of size 1."""
 LARGE_SHAPES = (
-    (600, 33),
-    (30, 17, 31),
-    (2100, 3, 5),
-    (3, 7, 1111),
-    (16, 8, 12, 12),
-    (2, 13, 61, 67),
-    (1, 2, 3000, 3),
-    (3, 5, 6, 10, 11),
-    (2, 9000),
-)
+    (600, 33), (30, 17, 31), (2100, 3, 5), (3, 7, 1111), (16, 8, 12, 12), (2, 13, 61, 67), (1, 2, 3000, 3),
+    (3, 5, 6, 10, 11), (2, 9000),
+)  # fmt: skip
 """Sizes that no block divides; batches above 2,048; few channels and many; long and short inner axes."""
 
 AXES = (
-    ((6, 5), 0),
-    ((6, 5), -1),
-    ((4, 5, 6), 2),
-    ((4, 5, 6), -3),
-    ((9, 3, 41), 0),
-    ((3, 4, 5, 6), -1),
-    ((12, 10, 11, 8), 3),
-    ((12, 10, 11, 8), 2),
-    ((9, 3, 41, 11), 0),
-    ((2, 3, 4, 3, 2), -2),
-)
+    ((6, 5), 0), ((6, 5), -1), ((4, 5, 6), 2), ((4, 5, 6), -3), ((9, 3, 41), 0), ((3, 4, 5, 6), -1),
+    ((12, 10, 11, 8), 3), ((12, 10, 11, 8), 2), ((9, 3, 41, 11), 0), ((2, 3, 4, 3, 2), -2),
+)  # fmt: skip
 """Shapes with the channels along other axes than the second."""
 
 

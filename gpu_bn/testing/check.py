@@ -37,10 +37,6 @@ def _to_torch(array: Array) -> Array:
     return _torch_cpu().as_tensor(array.copy("K") if odd or not array.flags.writeable else array)
 
 
-def _from_torch(tensor: Array) -> Array:
-    return _torch_cpu().as_array(tensor)
-
-
 def _torch_cpu() -> Any:
     return import_module("gpu_bn.backends.torch_cpu")
 
@@ -70,10 +66,6 @@ def _from_triton(tensor: Array) -> Array:
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-def _to_cupy(array: Array) -> Array:
-    return import_module("gpu_bn.backends.cupy.backend").from_host(array)
-
-
 def _from_cupy(array: Array) -> Array:
     """Copy to NumPy in the array's memory order, which CuPy's own ``get`` does not keep."""
     order = memory_order(array.shape, array.strides)
@@ -83,8 +75,8 @@ def _from_cupy(array: Array) -> Array:
 ADAPTERS: dict[str, Adapter] = {
     "numpy": Adapter(_same, _same),
     "cpu": Adapter(_same, _same),
-    "cupy": Adapter(_to_cupy, _from_cupy),
-    "torch": Adapter(_to_torch, _from_torch),
+    "cupy": Adapter(lambda array: import_module("gpu_bn.backends.cupy.backend").from_host(array), _from_cupy),
+    "torch": Adapter(_to_torch, lambda tensor: _torch_cpu().as_array(tensor)),
     "triton": Adapter(_to_triton, _from_triton),
 }
 """Adapters by the backend's name. ``to_backend`` keeps shape, dtype and, where the library has them, strides."""
