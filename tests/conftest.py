@@ -87,7 +87,7 @@ def pytest_sessionfinish():
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """The name of each backend in turn."""
+    """Return the name of each backend in turn."""
     return request.param
 
 
@@ -109,6 +109,6 @@ def forget_compilations():
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
-    """Or else what a test draws depends on the tests that its process has run before."""
+    """Seed torch, or else what a test draws depends on the tests that its process has run before."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)

@@ -78,7 +78,7 @@ class Row(NamedTuple):
         return self.blocks * THREADS * 16 * self.figures.in_flight
 
     def over(self) -> Iterator[str]:
-        """Where this is over its budget."""
+        """Say where this is over its budget."""
         budget, found = BUDGETS[self.kind], self.figures
         for what in ("instructions", "double", "double_rolled"):
             if getattr(found, what) > getattr(budget, what):
@@ -95,7 +95,7 @@ class Row(NamedTuple):
 
     @staticmethod
     def parse(line: str) -> Row:
-        """From the record."""
+        """Read a row from the record."""
         head, name, made_of, figures = line.split(" | ")
         arch, layout = head.split()
         numbers = [float(text) if "." in text else text == "True" if text[0] in "TF" else int(text)
@@ -104,13 +104,13 @@ class Row(NamedTuple):
 
 
 def group(arch: int, layout: str) -> Group:
-    """float16 in full vectors, and ReLU."""
+    """Return the group with float16 in full vectors, and ReLU."""
     kind = cuda_sources.RAGGED if layout == "ragged" else cuda_sources.WHOLE
     return Group(arch, "relu", "float16", 8, layout == "columns", kind)
 
 
 def names(arch: int, layout: str) -> list[str]:
-    """The kernels of an architecture and a layout that stand for all; in ragged rows there are no sign bits."""
+    """Return the kernels of an architecture and a layout that stand for all; in ragged rows there are no sign bits."""
     tiling = Tiling(layout == "columns", 1, 1, 1, 8, 1, 1, 1, layout == "ragged")
     streaming = [(name, *(flag and not (at and tiling.ragged) if isinstance(flag, bool) else flag
                           for at, flag in enumerate(flags))) for name, *flags in STREAMING]  # fmt: skip
@@ -121,7 +121,7 @@ def names(arch: int, layout: str) -> list[str]:
 
 
 def rows(arch: int, layout: str, source: str | None = None, only: Iterable[str] | None = None) -> list[Row]:
-    """Compiled without comments and read, one at a time: the assembler's names do not say which kernel is which."""
+    """Compile without comments and read, one at a time: the assembler's names do not say which kernel is which."""
     found, source = [], source or cuda_sources.source("relu")
     for name in names(arch, layout) if only is None else only:
         cubin = cuda_cubin(re.sub("//.*", "", source), arch, cuda_sources.OPTIONS, expressions=[name])
@@ -132,13 +132,13 @@ def rows(arch: int, layout: str, source: str | None = None, only: Iterable[str] 
 
 
 def recorded() -> list[Row]:
-    """What the record has."""
+    """Return what the record has."""
     lines = RECORD.read_text().splitlines() if RECORD.exists() else []
     return [Row.parse(line) for line in lines if line.startswith("sm_")]
 
 
 def stale(row: Row) -> bool:
-    """Whether a row was made of other sources."""
+    """Tell whether a row was made of other sources."""
     return row.made_of != stamp(group(row.arch, row.layout), row.name)
 
 
@@ -198,7 +198,7 @@ block of a strip, which adds up partial sums.
 
 
 def page() -> str:
-    """The page, of the record and of the planner."""
+    """Make the page of the record and of the planner."""
     by_kind: dict[tuple[str, str], list[Row]] = {}
     for row in recorded():
         by_kind.setdefault(row.kind, []).append(row)
@@ -221,7 +221,7 @@ def page() -> str:
 
 
 def limiters(planned: Callable[[Work, Device], LaunchPlan]) -> str:
-    """The table of what limits each shape by a backend's plans."""
+    """Make the table of what limits each shape by a backend's plans."""
     lines = [_line(["call", "", *(device.name for device in DEVICES.values())]), _line(["---"] * (len(DEVICES) + 2))]
     for name, works in calls():
         for direction, work in zip(("forward", "backward"), works, strict=True):

@@ -77,8 +77,9 @@ def is_norm(module: torch.nn.Module) -> bool:
 
 
 def possible(model: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[set[str], list[set[str]], set[str]]:
-    """The normalisations that are called, those before each activation of ours (two, if it is of their sum), and those
-    that could be folded.
+    """Return the normalisations that are called, those before each activation of ours, and those that could be folded.
+
+    Two come before an activation of their sum.
     """
     labels = {module: name for name, module in model.named_modules()}
     recording = Recording(model)

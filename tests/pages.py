@@ -46,26 +46,26 @@ PART = re.compile(r"(<!-- ([a-z][^\n]*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 
 # ------------------------------------------------------------------------------------------------------ parts
 def kernels(family: str, line: str) -> str:
-    """How many kernels the record of compiled variants has: all that are covered, or those renewed."""
+    """Return how many kernels the record of compiled variants has: all that are covered, or those renewed."""
     record = (DATA / f"gates_{family}.txt").read_text()
     (count,) = re.findall(rf"^{line} \d+ of \d+ groups.*, (\d+) kernels$", record, re.M)
     return f"{int(count):,}"
 
 
 def every_case() -> list[Case]:
-    """The cases of ``gpu-bn check``, also those that a package is missing for here."""
+    """Return the cases of ``gpu-bn check``, also those that a package is missing for here."""
     return [*cases(), *extended_cases(), *unavailable_cases()]
 
 
 def planted_cuda() -> str:
-    """How many faults are planted into the CUDA kernels."""
+    """Return how many faults are planted into the CUDA kernels."""
     masked, offsets = len(cuda_masked_faults.FAULTS), len(cuda_faults.GEOMETRIES)
     whole = len(cuda_faults.PLANTED) + masked + len(gpu_sync_faults.CUDA)
     return f"{whole}, of which {masked} with masks and ghost batches, and {offsets} cut offsets"
 
 
 def code(place: str) -> str:
-    """The source of one function, given as ``code FILE FUNCTION``."""
+    """Return the source of one function, given as ``code FILE FUNCTION``."""
     file, name = place.split()
     source = (ROOT / file).read_text()
     (node,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == name)
@@ -76,7 +76,7 @@ def code(place: str) -> str:
 
 
 def cpu_record() -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
-    """What was measured where; by number of threads, by case and backend, by operation: our time over torch's."""
+    """Return where was measured, and our time over torch's by number of threads, by case and backend, by operation."""
     record = json.loads(CPU.read_text())
     ratios = {
         threads: {row: {name: cell[0] for name, cell in cells.items()} for row, cells in rows.items()}
@@ -86,7 +86,7 @@ def cpu_record() -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
 
 
 def cpu_table(rows: dict[str, dict[str, float]]) -> str:
-    """Markdown, two decimals; small ratios are not rounded to 0."""
+    """Make Markdown with two decimals; small ratios are not rounded to 0."""
     names = list(next(iter(rows.values())))
     lines = [["float32 unless said", *names], ["---"] * (len(names) + 1)]
     lines += [
@@ -97,7 +97,7 @@ def cpu_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def cpu_all() -> str:
-    """All cases, a table for each number of threads."""
+    """Make a table of all cases for each number of threads."""
     environment, ratios = cpu_record()
     parts = [f"Measured with {environment}."]
     for threads, rows in ratios.items():
@@ -107,7 +107,7 @@ def cpu_all() -> str:
 
 
 def cpu_short() -> str:
-    """README's table: some cases on one thread, of the backends that were measured."""
+    """Make README's table: some cases on one thread, of the backends that were measured."""
     environment, ratios = cpu_record()
     threads = min(ratios, key=int)
     names = [f"{case}, {backend}" for case in README_CASES for backend in ("cpu", "numpy")]
@@ -116,7 +116,7 @@ def cpu_short() -> str:
 
 
 def container(target: str) -> str:
-    """What mattered when an image was built and run last."""
+    """Return what mattered when an image was built and run last."""
     return f"\n```text\n{(DATA / f'container_{target}.txt').read_text()}```\n"
 
 
@@ -142,19 +142,19 @@ PARTS: dict[str, Callable[[], str]] = {
 
 # ------------------------------------------------------------------------------------------------------ pages
 def part(name: str) -> str:
-    """One generated part."""
+    """Make one generated part."""
     if name.startswith("code "):
         return code(name.removeprefix("code "))
     return PARTS[name]()
 
 
 def renewed(text: str) -> str:
-    """A page with its parts made anew."""
+    """Return a page with its parts made anew."""
     return PART.sub(lambda found: f"{found[1]}{part(found[2])}{found[4]}", text)
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Each page that has a generated part, and what it should be."""
+    """Return each page that has a generated part, and what it should be."""
     yield cuda_budget.PAGE, cuda_budget.page()
     yield triton_budget.PAGE, triton_budget.page()
     yield ROOT / "docs" / "models.md", model_proof.table((DATA / "models.jsonl").read_text().splitlines())
@@ -170,7 +170,7 @@ def pages() -> Iterator[tuple[Path, str]]:
 
 
 def stale() -> list[str]:
-    """The pages and pictures that are not what the code and the records say."""
+    """Return the pages and pictures that are not what the code and the records say."""
     found = [path for path, text in pages() if path.read_text() != text]
     if not CPU_PICTURE.exists() or digest().encode() not in CPU_PICTURE.read_bytes():
         found.append(CPU_PICTURE)
@@ -178,12 +178,12 @@ def stale() -> list[str]:
 
 
 def digest() -> str:
-    """What a picture says that it was drawn of."""
+    """Return what a picture says that it was drawn of."""
     return hashlib.sha256(CPU.read_bytes()).hexdigest()
 
 
 def draw() -> None:
-    """The picture of the measured ratios: a panel a number of threads, a row a case, a mark an operation."""
+    """Draw the measured ratios: a panel a number of threads, a row a case, a mark an operation."""
     from matplotlib.figure import Figure
 
     environment, ratios = cpu_record()
@@ -210,7 +210,7 @@ def draw() -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something is stale")
     if parser.parse_args().check:

@@ -41,7 +41,7 @@ SHAPES = {
 
 
 def calls() -> Iterator[tuple[str, tuple[Work, Work]]]:
-    """Each call's name, and what its two directions have to do."""
+    """Return each call's name, and what its two directions have to do."""
     for network, shapes in SHAPES.items():
         for shape in shapes:
             for layout in ("nc",) if len(shape) == 2 else ("nchw", "nhwc"):
@@ -52,7 +52,7 @@ def calls() -> Iterator[tuple[str, tuple[Work, Work]]]:
 
 
 def choice(work: Work, device: Device) -> str:
-    """A plan in one line."""
+    """Put a plan into one line."""
     found = plan(work, device)
     tiling = found.tiling
     return (
@@ -62,7 +62,7 @@ def choice(work: Work, device: Device) -> str:
 
 
 def text() -> str:
-    """The whole snapshot."""
+    """Return the whole snapshot."""
     lines = list(HEADER)
     for name, directions in calls():
         lines += ["", name]

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def family_of(name: str) -> Family:
-    """Imported by need: Triton may be absent."""
+    """Return a family, which is imported by need: Triton may be absent."""
     if name == "cuda":
         from support.cuda_variants import FAMILY
     else:
@@ -72,15 +72,15 @@ class Rows:
                     self.known[row["arch"], name, row["of"][name]] = found
 
     def of(self, group: Group, name: str) -> Kernel:
-        """A variant of a group, as it is now."""
+        """Return a variant of a group, as it is now."""
         return group.arch, name, self.family.stamp(group, name)
 
     def missing(self, group: Group) -> list[str]:
-        """The variants of a group of which nothing is known."""
+        """Return the variants of a group of which nothing is known."""
         return [name for name in self.family.variants(group) if self.of(group, name) not in self.known]
 
     def kernels(self, group: Group) -> dict[str, Resources] | None:
-        """All variants of a group, if they are known."""
+        """Return all variants of a group, if they are known."""
         kernels = {name: self.known.get(self.of(group, name)) for name in self.family.variants(group)}
         found = {name: kernel for name, kernel in kernels.items() if kernel is not None}
         return found if len(found) == len(kernels) else None
@@ -97,7 +97,7 @@ def group_of(row: dict[str, Any]) -> Group:
 
 
 def marked(family: Family, group: Group, kernels: dict[str, Any], seconds: float) -> str:
-    """A row's line."""
+    """Return a row's line."""
     of = {name: family.stamp(group, name) for name in kernels}
     made = {"by": family.compiler(), "seconds": round(seconds, 2), "of": of, "kernels": kernels}
     return json.dumps({**dict(zip(KEYS, group, strict=True)), **made}) + "\n"
@@ -131,7 +131,7 @@ def _start(rows: Rows) -> None:
 
 
 def _compile(groups: list[Group]) -> tuple[list[str], list[str]]:
-    """The rows of what was not known of some groups, and which kernels are outside the gates."""
+    """Compile what was not known of some groups; return the rows, and which kernels are outside the gates."""
     family, lines, outside = _rows.family, [], []
     for group in groups:
         if missing := _rows.missing(group):
@@ -156,7 +156,7 @@ def write(family: Family, work: Path) -> None:
 
 
 def standing(family: Family) -> Record:
-    """The record; an empty one, if it is another compiler's or something in it was outside the gates."""
+    """Return the record; an empty one, if it is another compiler's or something in it was outside the gates."""
     record = Record.read(family)
     same = record.compiler == family.compiler() and not record.outside
     return record if same else Record(family.compiler())

@@ -49,7 +49,7 @@ class Budget(NamedTuple):
     blocks: int
 
     def over(self, found: Found) -> list[str]:
-        """Why figures are outside of it."""
+        """Say why figures are outside of it."""
         least = {"instructions": float(self.instructions > 0), "in_flight": self.in_flight, "blocks": self.blocks}
         most = {"instructions": self.instructions, "double": self.double, "local_bytes": 0}
         numbers = found._asdict()
@@ -110,7 +110,7 @@ BUDGETS = {
 
 
 def launches(call: str, arch: int) -> dict[str, Any]:
-    """The launches of a call on an architecture, by kernel: the step and what it is compiled from."""
+    """Return the launches of a call on an architecture, by kernel: the step and what it is compiled from."""
     from gpu_bn.gpu_model import FAST_DOUBLES
 
     return _launches(call, arch not in FAST_DOUBLES)
@@ -137,7 +137,7 @@ def _label(kernel: str, special: Any) -> str:
 
 
 def architectures(kernel: str) -> list[int]:
-    """Those that a kernel is launched on."""
+    """Return the architectures that a kernel is launched on."""
     from emulator.compile import ARCHITECTURES
 
     from gpu_bn.gpu_model import FAST_DOUBLES
@@ -150,7 +150,7 @@ def architectures(kernel: str) -> list[int]:
 
 
 def measured(arch: int, step: Any, special: Any) -> Found:
-    """The figures of a launch."""
+    """Measure a launch."""
     from emulator.compile import triton_cubin
     from support.triton_variants import compiled_with
 
@@ -167,12 +167,12 @@ def measured(arch: int, step: Any, special: Any) -> Found:
 
 
 def stamp() -> str:
-    """A digest of the kernels' sources."""
+    """Return a digest of the kernels' sources."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.glob("*.py")))).hexdigest()[:12]
 
 
 def recorded_rows() -> dict[tuple[str, str, int], Found]:
-    """What the record has, by call, kernel and architecture."""
+    """Return what the record has, by call, kernel and architecture."""
     found = {}
     for line in RECORD.read_text().splitlines()[1:]:
         call, kernel, arch, *numbers = line.split("\t")
@@ -182,7 +182,7 @@ def recorded_rows() -> dict[tuple[str, str, int], Found]:
 
 
 def recorded_of() -> str:
-    """The digest of the sources that the record was made of."""
+    """Return the digest of the sources that the record was made of."""
     return RECORD.read_text().splitlines()[0].split()[-1]
 
 
@@ -216,7 +216,7 @@ As on the other page, of the plans of this backend: no program waits for another
 
 
 def page() -> str:
-    """The page, of the record and of the planner."""
+    """Make the page of the record and of the planner."""
     from gpu_bn.backends.triton.programs import training_plan
 
     rows: dict[tuple[str, str], list[Found]] = {}

@@ -55,7 +55,7 @@ WHAT = {
 
 # ----------------------------------------------------------------------------------------------------- compiling
 def covering() -> Iterator[tuple[int, Any, Any]]:
-    """Launches that cover the kinds of calls: of each kind and dtype one of each kernel."""
+    """Return launches that cover the kinds of calls: of each kind and dtype one of each kernel."""
     from support.gates import ARCHITECTURES, ITEMSIZE, Group
     from support.triton_variants import ACTIVATIONS, variants
 
@@ -80,7 +80,7 @@ def covering() -> Iterator[tuple[int, Any, Any]]:
 
 
 def shared_statistics() -> list[Any]:
-    """The launches of statistics that three processes share."""
+    """Return the launches of statistics that three processes share."""
     import torch
     from support.triton_backends import RecordingBackend
 
@@ -136,7 +136,7 @@ def compile_all() -> int:
 
 # -------------------------------------------------------------------------------------------------- environments
 def environment(work: Path, torch: str, triton: str) -> Path:
-    """The Python of an environment with these versions, made where it is not there yet; ``torch`` may be empty."""
+    """Return the Python of an environment with these versions; make it if need be. ``torch`` may be empty."""
     home = work / f"torch{torch}-triton{triton}"
     python = home / "bin" / "python"
     done = home / "made"
@@ -167,7 +167,7 @@ def outcome(python: Path, what: str) -> dict[str, Any]:
 
 
 def row(python: Path, parts: list[str]) -> dict[str, Any]:
-    """What came of a pair of versions."""
+    """Return what came of a pair of versions."""
     said = "import platform, torch, triton, numpy as n; print(platform.python_version(), torch.__version__, "
     said += "triton.__version__, n.__version__)"
     versions = subprocess.run([python, "-c", said], capture_output=True, text=True, check=True).stdout.split()
@@ -178,7 +178,7 @@ def row(python: Path, parts: list[str]) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------------- page
 def table(record: dict[str, Any]) -> str:
-    """The table in docs/install.md; ``tests/pages.py`` writes it."""
+    """Make the table in docs/install.md; ``tests/pages.py`` writes it."""
     names = ("torch", "Triton", "kernels compiled", "cases on the emulator", "tests of layers", "Python", "date")
     lines = [names, ("---",) * len(names)]
     for found in record["rows"]:
@@ -210,7 +210,7 @@ def _cell(found: dict[str, Any] | None) -> str:
 
 
 def main() -> int:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="*", metavar="[TORCH=]TRITON")
     parser.add_argument("--work", type=Path)
