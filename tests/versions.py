@@ -142,9 +142,10 @@ def environment(work: Path, torch: str, triton: str) -> Path:
     done = home / "made"
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
-        wanted = [f"triton=={triton}"] + [f"torch=={torch}.*"] * bool(torch)
-        options = [] if torch else ["--no-deps"]
-        subprocess.run([python, "-m", "pip", "install", "-q", *options, *wanted], check=True)
+        install = python, "-m", "pip", "install", "-q"
+        if torch:
+            subprocess.run([*install, f"torch=={torch}.*"], check=True)
+        subprocess.run([*install, "--no-deps", f"triton=={triton}"], check=True)  # torch may ask for another one
         site = home / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
         behind = [path for path in sys.path if path.endswith("site-packages")]
         (site / "behind.pth").write_text("\n".join(behind) + "\n")

@@ -76,6 +76,44 @@ def gather(sums, channels, length, columns, width, chunks, found):
 
 
 @cold
+def merge(sums, squares, shifts, channels, length, columns, width, chunks, count, values, mean, var):
+    """The channels' moments from their columns' sums; return how many variances are -1, because they are not exact."""
+    gather(sums, channels, length, columns, 2 * width, chunks, mean)
+    gather(squares, channels, length, columns, 2 * width, chunks, var)
+    if length == 1:
+        read_parameters(0, channels, shifts, values)
+    else:
+        for at in range(channels):
+            put_number(values, at, parameter(shifts, at * length))
+    put_moments(0, channels, values, count, mean, var)
+    doubtful = 0
+    for at in range(channels):
+        doubtful += 1 if number(var, at) == -1.0 else 0
+    return doubtful
+
+
+@cold
+def sum_again(
+    again, x, x_step, size, rows, rest, channels, length, columns, width, scratch, sums, squares, values, count, mean,
+    var,
+):  # fmt: skip
+    """Those variances that are -1 once more, and their means, in float64 around the means."""
+    spread(mean, 1, channels, length, columns, width, scratch + 1)
+    clear(sums, 2 * width)
+    call_kernel(again, (x, x_step, 0, rows, columns, scratch, sums, squares))
+    if rest:
+        call_kernel(again, (x + rows * columns * size, 0, 0, 1, rest, scratch, sums, squares))
+    gather(sums, channels, length, columns, width, 1, values)
+    gather(squares, channels, length, columns, width, 1, values + 8 * channels)
+    for at in range(channels):
+        if number(var, at) == -1.0:
+            m = number(values, at) / count
+            v = number(values, channels + at) / count - m * m
+            put_number(mean, at, number(mean, at) + m)
+            put_number(var, at, 0.0 if v < 0.0 else v)
+
+
+@cold
 def write_chunks(writer, tensors, steps, size, rows, columns, rest, scratch, width, chunks, p, past, counter):
     """Write chunk after chunk; the shorter row comes with the last."""
     while True:
@@ -128,33 +166,28 @@ def forward(
     if phases & FINISH:
         doubtful = 0
         if batch_stats:
-            gather(sums, channels, length, columns, 2 * width, chunks * each, mean)
-            gather(squares, channels, length, columns, 2 * width, chunks * each, var)
-            if length == 1:
-                read_parameters(0, channels, scratch + double, values)
-            else:
-                for at in range(channels):
-                    put_number(values, at, parameter(scratch + double, at * length))
-            put_moments(0, channels, values, count, mean, var)
-            for at in range(channels):
-                doubtful += 1 if number(var, at) == -1.0 else 0
+            doubtful = merge(
+                sums,
+                squares,
+                scratch + double,
+                channels,
+                length,
+                columns,
+                width,
+                chunks * each,
+                count,
+                values,
+                mean,
+                var,
+            )
         else:
             read_parameters(0, channels, running_mean, mean)
             read_parameters(0, channels, running_var, var)
-        if doubtful:  # those variances that are -1 once more, in float64 around the means
-            spread(mean, 1, channels, length, columns, width, scratch + 1)
-            clear(sums, 2 * width)
-            call_kernel(again, (x, x_step, 0, rows, columns, scratch, sums, squares))
-            if rest:
-                call_kernel(again, (x + rows * columns * size, 0, 0, 1, rest, scratch, sums, squares))
-            gather(sums, channels, length, columns, width, 1, values)
-            gather(squares, channels, length, columns, width, 1, values + 8 * channels)
-            for at in range(channels):
-                if number(var, at) == -1.0:
-                    m = number(values, at) / count
-                    v = number(values, channels + at) / count - m * m
-                    put_number(mean, at, number(mean, at) + m)
-                    put_number(var, at, 0.0 if v < 0.0 else v)
+        if doubtful:
+            sum_again(
+                again, x, x_step, size, rows, rest, channels, length, columns, width, scratch, sums, squares, values,
+                count, mean, var,
+            )  # fmt: skip
         scale, shifted = values + 8 * channels, values + 16 * channels
         put_affine(0, channels, mean, var, eps, weight, bias, double, values, scale, shifted)
         spread(values, 3, channels, length, columns, width, scratch + double)
