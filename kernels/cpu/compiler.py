@@ -34,7 +34,7 @@ import gpu_bn
 from gpu_bn.kernels.cpu.expressions import FLOAT, INT
 from gpu_bn.kernels.cpu.translate import Unit
 
-__all__ = ["cache_folder", "cold", "inlined", "kernel", "supports_float16"]
+__all__ = ["cache_folder", "cold", "inlined", "kernel", "stores_by_mask", "supports_float16"]
 
 ENVIRONMENT = "GPU_BN_CACHE_DIR"
 DIGEST = hashlib.sha256().digest_size
@@ -132,12 +132,24 @@ def _functions(text: str, name: str) -> dict[int, tuple[ast.FunctionDef, CodeTyp
 @cache
 def supports_float16() -> bool:
     """Whether float16 kernels may be compiled: where the CPU cannot convert, LLVM ends the process."""
+    convert = "define half @f(half %x) {\n%y = fpext half %x to float\n%z = fmul float %y, %y\n"
+    text = _assembly(f"{convert}%w = fptrunc float %z to half\nret half %w\n}}")
+    return not any(name in text for name in ("extendhfsf2", "truncsfhf2", "gnu_h2f", "gnu_f2h"))
+
+
+def stores_by_mask() -> bool:
+    """Whether the CPU has AVX-512's masks, by which vectors are stored in one instruction."""
+    store = "void @llvm.masked.store.v16f32.p0(<16 x float> %x, ptr %at, i32 4, <16 x i1> %m)"
+    declared = "declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, i32, <16 x i1>)"
+    code = f"define void @f(<16 x float> %x, ptr %at, <16 x i1> %m) {{\ncall {store}\nret void\n}}\n{declared}"
+    return "{%k" in _assembly(code)
+
+
+def _assembly(code: str) -> str:
+    """What LLVM makes of some code for this CPU."""
     triple, cpu, features = codegen().magic_tuple()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
-    convert = "define half @f(half %x) {\n%y = fpext half %x to float\n%z = fmul float %y, %y\n"
-    module = llvm.parse_assembly(f"{convert}%w = fptrunc float %z to half\nret half %w\n}}")
-    text: str = machine.emit_assembly(module)
-    return not any(name in text for name in ("extendhfsf2", "truncsfhf2", "gnu_h2f", "gnu_f2h"))
+    return machine.emit_assembly(llvm.parse_assembly(code))  # type: ignore[no-any-return]
 
 
 # --------------------------------------------------------------------------------------------------------- the cache
