@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from gpu_bn import spec
-from gpu_bn.activations import ROWS, Activation
+from gpu_bn.activations import Activation, chosen
 from gpu_bn.call import Call, Options
 from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
@@ -175,9 +175,10 @@ def layer(
     if ranks and input.dim() not in ranks:
         expected = " or ".join(f"{rank}D" for rank in ranks)
         raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-    given = Call(input, weight, bias, residual, running_mean, running_var, num_batches_tracked, mask)
-    default = ROWS[activation].default
-    chosen = default if default.parameter == parameter else Activation(activation, parameter)
-    options = Options(training, momentum, eps, chosen, 1, virtual_batch_size, renorm)
-    y = plain_calls.forward(given, options)
-    return functional.general(given, options) if y is None else y
+    given = input, weight, bias, residual, running_mean, running_var, num_batches_tracked
+    if mask is None and virtual_batch_size is None and renorm is None:
+        y = plain_calls.forward(given, training, momentum, eps, activation, parameter)
+        if y is not None:
+            return y
+    options = Options(training, momentum, eps, chosen(activation, parameter), 1, virtual_batch_size, renorm)
+    return functional.general(Call(*given, mask), options)

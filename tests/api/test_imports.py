@@ -141,6 +141,7 @@ def test_frameworks_are_imported_where_they_belong(path):
     owners = {
         "torch": (
             *(
+                "backends/alike",
                 "backends/cpu/doors",
                 "backends/cpu/tensors",
                 "backends/cpu/team",

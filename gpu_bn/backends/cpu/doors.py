@@ -34,19 +34,21 @@ DOORS: Any = compiled.forward, compiled.backward
 
 
 class Door(NamedTuple):
-    """What calls alike have in common."""
+    """What calls alike have in common; callers take the first four together, for attributes cost more."""
 
     function: Callable[..., int] | None
-    """``None`` where it depends on the number of threads."""
+    """``None`` where it depends on the number of threads: see :func:`usable`."""
     record: int
     """The address of ``words``."""
-    words: Any
-    nbytes: int
+    threads: int
     huge: bool
     """Whether new outputs ask for huge pages."""
+    words: Any
+    nbytes: int
     kind: tuple[Any, ...]
     """What tells the function from others: its direction, and the kernel's arguments known in advance."""
-    threads: int = 1
+    for_threads: dict[Any, Door | None]
+    """The door with its function, by the numbers of threads allowed."""
 
 
 _doors: dict[Any, Door | None] = {}
@@ -57,7 +59,7 @@ def forward(x: Tensor, residual: Tensor | None, trains: bool, activation: str) -
     """The door of forward calls like this one."""
     key = x.dtype, x.shape, x.stride(), None if residual is None else residual.stride(), trains, activation
     try:
-        return _usable(_doors[key])
+        return _doors[key]
     except KeyError:
         if not _fits(x, residual):
             return None
@@ -75,7 +77,7 @@ def backward(
         trains, activation,
     )  # fmt: skip
     try:
-        return _usable(_doors[key])
+        return _doors[key]
     except KeyError:
         if not (_fits(x, residual) and _fits(x, dy)):
             return None
@@ -104,14 +106,18 @@ def advise(one: Tensor) -> None:
     pages.advise(one.data_ptr(), one.nbytes)
 
 
-def _usable(door: Door | None) -> Door | None:
+def usable(door: Door) -> Door | None:
     """A door, for as many threads as are to do the work; ``None`` if these are not torch's."""
-    if door is None or door.function is not None:
+    if door.function is not None:
         return door
-    count = min(threads.threads_for(door.nbytes, SHARE), torch.get_num_threads()) if team.address() else 1
-    if count == 1 and threads.threads_for(door.nbytes) > 1:
-        return None
-    return door._replace(function=_builtin(count > 1, *door.kind), threads=count)
+    most = threads.get_num_threads(), torch.get_num_threads() if team.address() else 1
+    try:
+        return door.for_threads[most]
+    except KeyError:
+        count = min(threads.threads_for(door.nbytes, SHARE), most[1])
+        alone = count == 1 and threads.threads_for(door.nbytes) > 1
+        found = None if alone else door._replace(function=_builtin(count > 1, *door.kind), threads=count)
+        return door.for_threads.setdefault(most, found)
 
 
 def _remember(key: Any, prepared: launch.Prepared | None, forward: bool, trains: bool, tensors: Any) -> Door | None:
@@ -135,11 +141,11 @@ def _remember(key: Any, prepared: launch.Prepared | None, forward: bool, trains:
         )  # fmt: skip
         words = array("q", (*fields, *prepared.head, *prepared.shape, *prepared.cut, *x.shape))
         function = _builtin(False, *kind) if prepared.nbytes < 2 * SHARE else None
-        door = Door(function, words.buffer_info()[0], words, prepared.nbytes, prepared.huge, kind)
+        door = Door(function, words.buffer_info()[0], 1, prepared.huge, words, prepared.nbytes, kind, {})
     if len(_doors) >= launch.PREPARED:
         _doors.clear()
     _doors[key] = door
-    return _usable(door)
+    return door
 
 
 def _extent(one: Tensor) -> int:

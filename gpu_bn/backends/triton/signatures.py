@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import reduce
 from itertools import compress
 from operator import add, attrgetter, itemgetter, le, or_
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gpu_bn.backends.alike import Choice, Guard, blank, chooser, guard_of
 from gpu_bn.backends.protocol import Saved
 from gpu_bn.backends.triton.arguments import backward_call, mask_size, work_of
 from gpu_bn.backends.triton.launch import Launches
@@ -29,12 +30,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 GIVEN = ("x", "weight", "bias", "residual", "mean", "var", "counter")
 """The tensors of a call, in its order."""
 GRADIENTS: tuple[str, ...] = ("dx", "dweight", "dbias", "dresidual")
-Guard = Callable[..., bool]
-"""Tells whether tensors have the types, states, dtypes, devices, shapes and strides of others."""
-Choice = Callable[[Any], tuple[Any, ...]]
-"""Chooses some of a tuple."""
 _form = attrgetter("dtype", "shape", "device", "layout")
-_guards: Any = torch._C._dynamo.guards.TensorGuards
 
 
 @dataclass(slots=True, eq=False)
@@ -115,12 +111,11 @@ class Backward:
 def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> Forward | None:
     """Prepare calls like this one, or note that they go another way; ``None`` if their tensors have no strides."""
     names = [name for name, one in zip(GIVEN, call, strict=False) if one is not None]
-    choose = _chooser(GIVEN, names)
+    choose = chooser(GIVEN, names)
     given = choose(call)
     if any(one.layout is not torch.strided for one in given):
         return None
-    guard = _guards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    way = Forward(guard, choose, names, [one.nbytes for one in given])
+    way = Forward(guard_of(given), choose, names, [one.nbytes for one in given])
     x, training, activation = call.x, options.training, options.activation
     if not _is_plain(call, given) or (training and x.numel() == x.shape[1]):
         return way
@@ -134,9 +129,9 @@ def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> F
     spec = BatchNormSpec(1, training, options.momentum, options.eps, activation)
     key = "plain", training, activation.name, bits > 0, *names, *map(_form, given), *[one.stride() for one in given]
     steps = engine.prepare(key, lambda: engine.builder.forward(work, spec, x, False))
-    new = {"kept": _blank((4, channels), torch.float64, x.device)}
+    new = {"kept": blank((4, channels), torch.float64, x.device)}
     if bits:
-        new["mask"] = _blank((bits,), torch.uint8, x.device)
+        new["mask"] = blank((bits,), torch.uint8, x.device)
     new |= _scratch(steps, x)
 
     def run(launch: Any, at: Any) -> None:
@@ -151,12 +146,12 @@ def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> F
     way.blanks, way.grows = tuple(new.values()), grows
     unread = {"bias", "residual"} if activation.is_identity else {"residual" if bits else ""}
     saved = [name for name in (*GIVEN[:4], "mask") if name in {*names, *new} - unread]
-    way.saves, way.saved = _chooser((*GIVEN[:4], "y", *new), saved), ("dy", *saved)
+    way.saves, way.saved = chooser((*GIVEN[:4], "y", *new), saved), ("dy", *saved)
     way.training, way.activation = training, activation.name
     way.written = next((place for place, name in enumerate(names) if name in GIVEN[4:]), 0) if training else 0
     way.row, way.form = 8 * channels, (x.dtype, x.device, list(x.shape), list(x.stride()))
     for name, one in (("dweight", call.weight), ("dbias", call.bias)):
-        way.parameters[name] = _blank((channels,), x.dtype if one is None else one.dtype, x.device)
+        way.parameters[name] = blank((channels,), x.dtype if one is None else one.dtype, x.device)
     return way
 
 
@@ -165,7 +160,7 @@ def prepare_backward(
 ) -> Backward | None:
     """Prepare calls like this one; ``None`` if it is not plain, whatever came before."""
     names = [name for name in ("x", "dy", "residual", "mask") if name in forward.saved]
-    choose = _chooser(forward.saved, names)
+    choose = chooser(forward.saved, names)
     given = choose(tensors)
     guard = _guard_of_plain(given, forward.form)
     if not guard(*given) or reduce(or_, [one.data_ptr() for one in given]) % VECTOR_BYTES:
@@ -196,12 +191,6 @@ def prepare_backward(
     return Backward(guard, choose, launches, likes, (*blanks, *scratch.values()), results)
 
 
-def _chooser(names: Sequence[str], wanted: Sequence[str]) -> Choice:
-    """Return what chooses the wanted of named things."""
-    places = [names.index(name) for name in wanted]
-    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
-
-
 def _guard_of_plain(tensors: Sequence[Tensor], form: Any) -> Guard:
     """Return what tells whether tensors are ordinary ones of a form; masks have another."""
     dtype, device, shape, strides = form
@@ -212,8 +201,7 @@ def _guard_of_plain(tensors: Sequence[Tensor], form: Any) -> Guard:
         models.append(Parameter(model, one.requires_grad) if type(one) is Parameter else model)
         shapes.append([one.numel()] if masks else shape)
         all_strides.append([1] if masks else strides)
-    guards = _guards(*models, dynamic_dims_sizes=shapes, dynamic_dims_strides=all_strides)
-    return guards.check  # type: ignore[no-any-return]
+    return guard_of(models, shapes, all_strides)
 
 
 def _is_plain(call: Call, given: Sequence[Tensor]) -> bool:
@@ -231,16 +219,6 @@ def _is_plain(call: Call, given: Sequence[Tensor]) -> bool:
     )
 
 
-@cache
-def _memory(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(1, dtype=dtype, device=device)
-
-
-def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What ``empty_like`` makes a contiguous tensor of, in a third of the time that options take; one number."""
-    return _memory(dtype, device).expand(shape)
-
-
 def _scratch(steps: ForwardSteps | BackwardSteps, x: Tensor) -> dict[str, Tensor]:
     """Return what is like the partial results of a call's launches, and the table of merged ones."""
-    return {name: _blank(shape, dtype, x.device) for name, (shape, dtype) in scratch_of(steps, x).items()}
+    return {name: blank(shape, dtype, x.device) for name, (shape, dtype) in scratch_of(steps, x).items()}

@@ -14,38 +14,54 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from gpu_bn import registry
-from gpu_bn.backends.protocol import Moments, Saved
+from gpu_bn.activations import chosen
 from gpu_bn.call import Call, Options
-from gpu_bn.nn.operators import library
-from gpu_bn.nn.operators.autograd import PLAIN, gradients_of, needs_operator, plain_parts, watched
+from gpu_bn.nn.operators import cpu_calls
+from gpu_bn.nn.operators.autograd import (
+    PLAIN,
+    _is_compiling,
+    _modes,
+    _transforms_active,
+    gradients_of,
+    plain_parts,
+    tracing_state,
+    watched,
+)
 from gpu_bn.nn.running import updates
 
-_increment_version, _grad_enabled = torch._C._increment_version, torch.is_grad_enabled
-_float64, _strided = torch.float64, torch.strided
+_grad_enabled = torch.is_grad_enabled
 
 
-def forward(call: Call, options: Options) -> Tensor | None:
-    """Return ``y``, or ``None`` if the call is of another kind; the counter is given only in training."""
-    x, momentum = call[0], options[1]
+def forward(
+    given: tuple[Any, ...], training: bool, momentum: Any, eps: Any, activation: str, parameter: float
+) -> Tensor | None:
+    """Return ``y``, or ``None`` if the call is of another kind.
+
+    ``given`` are the input, weight, bias, residual, running mean and variance, and in training the counter.
+    """
     if (
-        watched()
+        _is_compiling()
+        or _modes() > 0
         or forward_ad._current_level >= 0
-        or updates.off
-        or type(x) not in PLAIN
-        or not (x.is_cuda or x.is_cpu)
-        or not (call.valid is None and options.virtual_batch_size is None and options.renorm is None)
+        or (training and updates.off)
+        or type(given[0]) not in PLAIN
         or not (momentum is None or (type(momentum) is float and -inf < momentum < inf))
     ):
         return None
-    engine = registry.serving(x)
-    ways = vars(engine)  # not by delegation: a wrapper may have calls of its own
-    if "plain" in ways:
-        return _by_triton(ways["plain"], call, options)
-    return _by_cpu(engine, call, options) if "doors" in ways else None
+    if given[0].is_cpu:
+        y = cpu_calls.forward(given, training, momentum, eps, activation, parameter)
+        if y is not None:
+            return y
+    return _by_triton(Call(*given), Options(training, momentum, eps, chosen(activation, parameter)))
 
 
-def _by_triton(plain: Any, call: Call, options: Options) -> Tensor | None:
-    eps = options[2]
+def _by_triton(call: Call, options: Options) -> Tensor | None:
+    x, eps = call[0], options[2]
+    if tracing_state() is not None or _transforms_active() or not (x.is_cuda or x.is_cpu):
+        return None
+    plain: Any = vars(registry.serving(x)).get("plain")  # not by delegation: a wrapper may have calls of its own
+    if plain is None:
+        return None
     if options[1] is None or type(eps) is not float or not 0.0 < eps < inf:
         return None
     try:
@@ -90,121 +106,4 @@ class _MadeByTriton(Function):
 
 
 _apply_triton = super(Function, _MadeByTriton).apply
-
-
-def _by_cpu(engine: Any, call: Call, options: Options) -> Tensor | None:
-    x, weight, bias, residual, running_mean, running_var, counter, _, _ = call
-    training, momentum, eps, activation, *_ = options
-    doors, parts = engine.doors, plain_parts(call, options)
-    if parts is None or x.layout is not _strided:
-        return None
-    _, tracked, grows = parts
-    if momentum is None:
-        if counter is not None and not counter.is_cpu:
-            return None
-        momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
-    door = doors.forward(x, residual, training, activation.name)
-    if door is None:
-        return None
-    y = torch.empty_like(x)
-    if door.huge:
-        doors.advise(y)
-    statistics = torch.empty(2 * x.shape[1], dtype=_float64) if grows else None
-    if door.function(
-        door.record, x, residual, y, weight, bias, running_mean, running_var, counter, statistics, momentum, eps,
-        activation.parameter, doors.scratch_address(), door.threads,
-    ):  # fmt: skip
-        return None
-    if tracked:
-        _increment_version(tracked)
-    if grows:
-        made = (engine, statistics, training, eps, activation.name, activation.parameter)
-        return _apply_cpu(x, weight, bias, residual, (y,), made)  # type: ignore[no-any-return]
-    return y
-
-
-class _MadeByCpu(Function):
-    """Tells autograd of a call that the compiled backend has made."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        made: tuple[Tensor],
-        rest: tuple[Any, ...],
-    ) -> Tensor:
-        engine, activation = rest[0], rest[4]
-        of_y = residual is not None and engine.keeps_output(activation, x.dtype)
-        if activation == "identity":  # whose gradient reads neither
-            ctx.to_save = x, weight, None, None
-        else:
-            ctx.to_save = x, weight, bias, made[0] if of_y else residual
-        ctx.rest = *rest, x.dtype if bias is None else bias.dtype, residual is not None, of_y
-        ctx.materialize_grads = False
-        return made[0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 6
-        x, weight, bias, residual = ctx.saved_tensors  # or y in the residual's place
-        engine, statistics, training, eps, activation, parameter, bias_dtype, _, of_y = ctx.rest
-        identity, need = activation == "identity", ctx.needs_input_grad
-        if needs_operator(dy, x):
-            return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
-        adds = need[3] and not identity
-        sums = need[1] or need[2] or (need[0] and training)
-        dx = dresidual = dweight = dbias = None
-        if sums or adds or need[0]:
-            doors = engine.doors
-            kernel = activation + doors.OF_Y if of_y else activation
-            door = doors.backward(x, residual, dy, need[0], adds, sums, training, kernel)
-            if door is None:
-                return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
-            if need[0]:
-                dx = torch.empty_like(x)
-                if door.huge:
-                    doors.advise(dx)
-            if need[1]:
-                dweight = torch.empty_like(weight)
-            if need[2]:
-                dbias = torch.empty(x.shape[1], dtype=bias_dtype)
-            if adds:
-                dresidual = torch.empty_like(x)
-                if door.huge:
-                    doors.advise(dresidual)
-            if door.function(
-                door.record, x, residual, dy, dx, dresidual, weight, bias, dweight, dbias, statistics, eps, parameter,
-                doors.scratch_address(), door.threads,
-            ):  # fmt: skip
-                return _gradients_by_backend(ctx, dy, x, weight, bias, residual)
-        return dx, dweight, dbias, dy if need[3] and identity else dresidual, None, None
-
-
-_apply_cpu = super(Function, _MadeByCpu).apply
-for _made in (_MadeByTriton, _MadeByCpu):  # without a search for other ways to write a derivative
-    _made._backward_cls.apply = _made.backward  # type: ignore[attr-defined]
-
-
-def _gradients_by_backend(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients by a backend's own call, or by the operator."""
-    engine, statistics, training, eps, activation, parameter, bias_dtype, has_residual, of_y = ctx.rest
-    channels = x.shape[1]
-    saved = Saved(
-        x=x,
-        residual=None if of_y else residual,
-        moments=Moments(x.numel() // channels, statistics[:channels], statistics[channels:]),
-        weight=weight,
-        bias=bias,
-        weight_dtype=None if weight is None else weight.dtype,
-        bias_dtype=bias_dtype,
-        has_residual=has_residual,
-        spec=library.options(training, 0.0, eps, activation, parameter),
-        mask=residual if of_y else None,
-    )
-    return *gradients_of(engine, dy, saved, weight, bias, ctx.needs_input_grad), None, None
+_MadeByTriton._backward_cls.apply = _MadeByTriton.backward  # type: ignore[attr-defined]

@@ -9,9 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
 from gpu_bn import nn
-from gpu_bn.activations import IDENTITY
 from gpu_bn.backends.cpu import doors
-from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import plain_calls
 
 if not doors._look():
@@ -101,7 +99,7 @@ def test_what_they_leave_alone_is_as_it_was(name):
     names = ("x", "weight", "bias", "residual", "mean", "var", "counter")
 
     def made(given):
-        return plain_calls.forward(Call(*[given[name] for name in names]), Options(True, 0.5, 1e-5, IDENTITY))
+        return plain_calls.forward(tuple([given[name] for name in names]), True, 0.5, 1e-5, "identity", 0.0)
 
     assert made(given) is not None
     assert given["counter"] == 1
