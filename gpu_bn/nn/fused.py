@@ -59,7 +59,10 @@ class Fused(Activated, _BatchNorm):
             return self._call_children(input, residual, mask)  # type: ignore[no-any-return]
         if self.own_check:
             self._check_input_dim(input)
-        activation = self.activation if activation is None else Activation.of(activation)
+        if activation is None:
+            activation = self.activation
+        elif type(activation) is not Activation:
+            activation = Activation.of(activation)
         training = self.training and not self.frozen
         tracked = not training or self.track_running_stats
         try:  # faster than attributes, which Python looks for elsewhere first

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph
 from torch.nn.modules import module as torch_module
 
-from gpu_bn.activations import Activation
+from gpu_bn.activations import chosen
 from gpu_bn.nn.activated import Activated, has_hooks
 from gpu_bn.nn.fx.activations import activate
 
@@ -30,18 +30,18 @@ def normalise(
     norm: Any, x: Tensor, residual: Any, activation: str, parameter: float, in_place: bool, reversed_sum: bool
 ) -> Tensor:
     """Compute ``activation(norm(x) + residual)``, in one call of the layer if possible; a step of a fused forward."""
-    chosen = Activation(activation, parameter)
-    ours = isinstance(norm, Activated) and norm.activation.is_identity
+    act = chosen(activation, parameter)
+    ours = isinstance(norm, Activated) and norm.activation.name == "identity"
     fits = residual is None or (  # a layer neither broadcasts nor widens a dtype, as a sum does
         isinstance(residual, Tensor)
         and (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
     )
     if ours and fits:
-        return norm(x, residual, chosen)  # type: ignore[no-any-return]
+        return norm(x, residual, act)  # type: ignore[no-any-return]
     z = norm(x)
     if residual is not None:
         z = z.add_(residual) if in_place else residual + z if reversed_sum else z + residual
-    return activate(z, chosen)
+    return activate(z, act)
 
 
 class Differs(Exception):
@@ -108,11 +108,11 @@ class Plan:
         vars(self).update(state)
         self.function = self._compiled()
 
-    def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Any] | None:
+    def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
         """Return the inputs in the graph's order, if a call gives nothing else."""
-        given = list(arguments)
+        given = arguments
         if options:
-            given += [options.get(name) for name in self.names[len(arguments) :]]
+            given += tuple([options.get(name) for name in self.names[len(arguments) :]])
             for name, value in options.items():
                 if name in self.names[: len(arguments)]:
                     return None
@@ -136,7 +136,9 @@ class Plan:
                 found = now.get(name, now)
                 if found is not value and not (type(value) in SIMPLE and type(found) in SIMPLE and found == value):
                     return False
-        return not any(is_watched(module) for module, _, _ in self.fixed[1:])
+            if module is not self.fixed[0][0] and is_watched(module):
+                return False
+        return True
 
 
 class TextPlan(Plan):
@@ -157,8 +159,8 @@ class TextPlan(Plan):
         function = made["make"](normalise)
         return lambda module, arguments, options: function(module, *arguments, **options)
 
-    def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
-        return [arguments, options]
+    def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+        return arguments, options
 
 
 class Forward:
