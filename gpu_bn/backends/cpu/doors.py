@@ -128,7 +128,7 @@ def _remember(key: Any, prepared: launch.Prepared | None, forward: bool, trains:
     if (
         look
         and prepared is not None
-        and prepared.scratch + 16 * prepared.channels <= launch.KEPT
+        and prepared.scratch + 16 * prepared.channels <= plans.KEPT
         and (prepared.positions > 1 or not trains)
     ):
         rank, (code, bits) = x.dim(), KINDS[x.dtype]

@@ -29,8 +29,6 @@ Phases = tuple[tuple[int, bool], ...]
 IN_TURN: Phases = ((START, False), (SUM, True), (FINISH, False), (WRITE, True), (END, False))
 """The phases of a call, and which of them threads share."""
 FUSED: Phases = ((START, False), (SUM, True), (END, False))
-KEPT = 1 << 19
-"""Bytes of scratch memory that each thread keeps for its next call."""
 PREPARED = 512
 
 
@@ -278,7 +276,7 @@ def _prepared_call(
 def _room(prepared: Prepared) -> tuple[int, int, Any]:
     """On how many threads a call runs, where its scratch memory is, and what keeps that."""
     count = threads.threads_for(prepared.nbytes)
-    if count == 1 and prepared.scratch <= KEPT:
+    if count == 1 and prepared.scratch <= plans.KEPT:
         return 1, scratch_address(), None
     scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # counters first
     return count, -(-scratch.__array_interface__["data"][0] // LINE) * LINE, scratch
@@ -303,6 +301,6 @@ def scratch_address() -> int:
         return _local.address  # type: ignore[no-any-return]
     except AttributeError:
         pass
-    _local.scratch = np.empty(KEPT + 3 * LINE, np.uint8)
+    _local.scratch = np.empty(plans.KEPT + 3 * LINE, np.uint8)
     _local.address = -(-_local.scratch.__array_interface__["data"][0] // LINE) * LINE
     return int(_local.address)

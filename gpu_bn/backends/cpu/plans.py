@@ -17,6 +17,11 @@ from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64, SIZES, WIDE
 
 SHORT = 16
 """Adjacent elements of a channel below which channels are columns of rows."""
+MEDIUM, ENOUGH = 36, 16
+"""Up to so many they are too, of as many runs or more (of float64 twice, to evaluate half as many), if the scratch
+memory is then at most ``KEPT``: a vector or two take less time than what each run of a channel takes besides."""
+KEPT = 1 << 19
+"""Bytes of scratch memory that each thread keeps for its next call."""
 TINY = 2048
 """Elements up to which they are not: one pass over few elements costs less than sums of columns."""
 GROUP = 128 << 10
@@ -103,8 +108,11 @@ def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
     """How to cut a tensor; ``dense`` if all tensors of the call are."""
     runs, count_channels, length = seen[:3]
     size, total = SIZES[code], runs * count_channels * length
-    if length < SHORT and total > TINY:
-        return _rows_plan(runs, count_channels, length, size, dense)
+    if length <= MEDIUM and total > TINY:
+        plan = _rows_plan(runs, count_channels, length, size, dense)
+        enough = ENOUGH // (2 if evaluates else 1) * (2 if code == FLOAT64 else 1)
+        if length < SHORT or (runs >= enough and plan.scratch + 16 * count_channels <= KEPT):
+            return plan
     group = max(1, max(GROUP, second_cache() // 8) // (size * runs * length))
     if evaluates or not (count_channels < FEW_CHANNELS and total >= LARGE):
         part_length = min(length, PART)

@@ -1,5 +1,7 @@
 """How tensors are cut for the processor's caches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support import rng, same_bits
@@ -8,7 +10,9 @@ pytest.importorskip("numba")
 
 import gpu_bn
 from gpu_bn.backends.cpu import launch, plans
-from gpu_bn.kernels.cpu.vector import FLOAT32
+from gpu_bn.kernels.cpu.vector import BFLOAT16, FLOAT32, FLOAT64
+from gpu_bn.spec import FLOAT_DTYPES
+from gpu_bn.testing import Case, check
 
 
 def described(folder, *caches):
@@ -57,3 +61,45 @@ def test_no_bit_depends_on_the_second_level_cache(nbytes, monkeypatch):
     group = plans.plan(plans.Geometry(32, 64, 49, (), 0), FLOAT32, True, False).group
     assert group == max(128 << 10, nbytes // 8) // (4 * 32 * 49)
     assert all(map(same_bits, results(), expected))
+
+
+@pytest.mark.parametrize(
+    ("runs", "channels", "length", "code", "evaluates", "by_rows"),
+    [
+        (8, 200, 15, FLOAT32, False, True),
+        (16, 200, 16, FLOAT32, False, True),
+        (16, 200, 36, BFLOAT16, False, True),
+        (16, 200, 37, FLOAT32, False, False),
+        (15, 200, 16, FLOAT32, False, False),
+        (8, 200, 16, FLOAT32, True, True),
+        (7, 200, 16, FLOAT32, True, False),
+        (31, 200, 16, FLOAT64, False, False),
+        (32, 100, 16, FLOAT64, False, True),
+        (32, 2000, 16, FLOAT32, False, False),  # whose scratch memory would be new in each call
+        (16, 2, 16, FLOAT32, False, False),  # tiny
+    ],
+)
+def test_channels_of_a_few_elements_are_columns_where_there_are_many_runs(
+    runs, channels, length, code, evaluates, by_rows
+):
+    seen = plans.Geometry(runs, channels, length, (), 0)
+    assert plans.plan(seen, code, True, evaluates).by_rows == by_rows
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((32, 5, 4, 4), activation="relu", residual=True),
+        Case((40, 3, 5, 5), mean=1e4, std=1.0),
+        Case((33, 4, 6, 6), activation="silu", layout="sliced"),
+    ],
+    ids=str,
+)
+def test_such_channels_are_computed_right(case, mode, dtype):
+    runs, channels, *rest = case.shape
+    case = replace(case, mode=mode, dtype=dtype)
+    seen = plans.Geometry(runs, channels, int(np.prod(rest)), (), 0)
+    assert plans.plan(seen, FLOAT_DTYPES.index(dtype), True, mode == "eval").by_rows
+    check(case, "cpu")
