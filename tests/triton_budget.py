@@ -76,19 +76,23 @@ class Found(NamedTuple):
 
 BUDGETS = {
     ("rows", "bn_stats_kernel"): Budget(60, 22, 4, 4),
-    ("rows", "bn_merge_moments_kernel"): Budget(0, 50, 0, 8),
+    ("rows", "bn_stats_kernel, before a merge"): Budget(60, 0, 4, 4),
+    ("rows", "bn_merge_moments_kernel"): Budget(0, 70, 0, 32),
     ("rows", "bn_normalize_kernel"): Budget(68, 63, 2, 8),
     ("rows", "bn_normalize_kernel, after a merge"): Budget(76, 12, 2, 4),
-    ("rows", "bn_backward_reduce_kernel"): Budget(48, 28, 2, 3),
-    ("rows", "bn_merge_sums_kernel"): Budget(0, 43, 0, 8),
+    ("rows", "bn_backward_reduce_kernel"): Budget(48, 28, 2, 4),
+    ("rows", "bn_backward_reduce_kernel, before a merge"): Budget(48, 26, 2, 3),
+    ("rows", "bn_merge_sums_kernel"): Budget(0, 49, 0, 32),
     ("rows", "bn_backward_input_kernel"): Budget(57, 43, 2, 6),
     ("rows", "bn_backward_input_kernel, after a merge"): Budget(61, 0, 4, 4),
     ("columns", "bn_stats_kernel"): Budget(54, 39, 4, 2),
-    ("columns", "bn_merge_moments_kernel"): Budget(0, 70, 0, 8),
+    ("columns", "bn_stats_kernel, before a merge"): Budget(53, 0, 4, 2),
+    ("columns", "bn_merge_moments_kernel"): Budget(0, 108, 0, 25),
     ("columns", "bn_normalize_kernel"): Budget(60, 85, 2, 4),
     ("columns", "bn_normalize_kernel, after a merge"): Budget(68, 12, 1, 4),
     ("columns", "bn_backward_reduce_kernel"): Budget(45, 33, 3, 2),
-    ("columns", "bn_merge_sums_kernel"): Budget(0, 55, 0, 8),
+    ("columns", "bn_backward_reduce_kernel, before a merge"): Budget(45, 31, 4, 2),
+    ("columns", "bn_merge_sums_kernel"): Budget(0, 70, 0, 32),
     ("columns", "bn_backward_input_kernel"): Budget(53, 57, 2, 3),
     ("columns", "bn_backward_input_kernel, after a merge"): Budget(57, 0, 2, 3),
     ("held rows", "bn_forward_kernel"): Budget(227, 68, 4, 2),
@@ -96,11 +100,13 @@ BUDGETS = {
     ("held columns", "bn_forward_kernel"): Budget(525, 78, 4, 2),
     ("held columns", "bn_backward_kernel"): Budget(128, 44, 8, 2),
     ("ragged rows", "bn_stats_kernel"): Budget(84, 23, 4, 3),
-    ("ragged rows", "bn_merge_moments_kernel"): Budget(0, 93, 0, 8),
+    ("ragged rows", "bn_stats_kernel, before a merge"): Budget(84, 0, 4, 4),
+    ("ragged rows", "bn_merge_moments_kernel"): Budget(0, 57, 0, 32),
     ("ragged rows", "bn_normalize_kernel"): Budget(111, 106, 2, 8),
     ("ragged rows", "bn_normalize_kernel, after a merge"): Budget(112, 12, 2, 4),
     ("ragged rows", "bn_backward_reduce_kernel"): Budget(65, 28, 2, 3),
-    ("ragged rows", "bn_merge_sums_kernel"): Budget(0, 55, 0, 8),
+    ("ragged rows", "bn_backward_reduce_kernel, before a merge"): Budget(64, 26, 2, 3),
+    ("ragged rows", "bn_merge_sums_kernel"): Budget(0, 43, 0, 32),
     ("ragged rows", "bn_backward_input_kernel"): Budget(83, 55, 2, 6),
     ("ragged rows", "bn_backward_input_kernel, after a merge"): Budget(83, 0, 4, 4),
     ("held ragged rows", "bn_forward_kernel"): Budget(425, 66, 2, 2),
@@ -127,13 +133,16 @@ def _launches(call: str, slow: bool) -> dict[str, Any]:
     return {_label(step.kernel.__name__, special): (step, special) for step, special in found}
 
 
-MERGED = ", after a merge"
-"""Of the last launch of three."""
+BEFORE, AFTER = ", before a merge", ", after a merge"
+"""Of the first and of the last launch of three."""
 
 
 def _label(kernel: str, special: Any) -> str:
-    reads_table = "merge" not in kernel and special.signature.get("table", "constexpr") != "constexpr"
-    return kernel + MERGED if reads_table else kernel
+    if "merge" in kernel:
+        return kernel
+    if special.signature.get("table", "constexpr") != "constexpr":
+        return kernel + AFTER
+    return kernel + BEFORE if special.signature.get("partials") == "*fp32" else kernel
 
 
 def architectures(kernel: str) -> list[int]:
@@ -142,11 +151,9 @@ def architectures(kernel: str) -> list[int]:
 
     from gpu_bn.gpu_model import FAST_DOUBLES
 
-    if "merge" in kernel:
-        return [arch for arch in ARCHITECTURES if arch not in FAST_DOUBLES]
-    if kernel in ("bn_normalize_kernel", "bn_backward_input_kernel"):
-        return [arch for arch in ARCHITECTURES if arch in FAST_DOUBLES]
-    return list(ARCHITECTURES)
+    if kernel in ("bn_forward_kernel", "bn_backward_kernel"):
+        return list(ARCHITECTURES)
+    return [arch for arch in ARCHITECTURES if (arch in FAST_DOUBLES) != ("merge" in kernel)]
 
 
 def measured(arch: int, step: Any, special: Any) -> Found:
@@ -198,9 +205,10 @@ their instructions are those of their whole text, and their double precision tha
 end within vectors, as those of 7 x 7 images.
 
 On sm_80, 90 and 100, which are fast at double precision, each program of the last launch merges what the blocks have
-found. Elsewhere a small launch does so once, and leaves float32 numbers. So the last launch has next to no double
-precision: of 8 warps in each of 4 programs an SM, 60 such instructions take 12 us of an RTX 4090 by count (a warp's
-takes 16 cycles of an SM). What it has left moves the running statistics, in one program of a strip.
+found. Elsewhere a small launch does so once, one warp for a few channels: of 8 warps in each of 4 programs an SM, 60
+such instructions take 12 us of an RTX 4090 by count (a warp's takes 16 cycles of an SM). Blocks leave it float32 sums
+unless those are long, and it leaves float32 numbers. So statistics have no double precision. What the last launch has
+left moves the running statistics, in one program of a strip; in backward sums it makes z's scale and shift.
 
 | call | kernel | instructions | double | vectors under way | KiB an SM | blocks | registers |
 | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -148,11 +148,10 @@ def write_sums(dweight, dbias, sum_dz, sum_dz_xhat, channel):
 @triton.jit
 def bn_merge_sums_kernel(
     partials, mean, var, weight, bias, dweight, dbias, table, eps, inverse_count, counts, channels, blocks,
-    CHUNK: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr,
-    GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The parameters' gradients from the blocks' sums; for dx what it is computed with, to table[5, statistics]."""
-    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, GROUPS=GROUPS)
+    """Gradients of LANES channels' parameters from the blocks' sums; what dx is made of, to table[5, statistics]."""
+    L: tl.constexpr = Layout(LANES, 1, True, GROUPS=GROUPS)
     number, group = group_of(tl.program_id(0), L)
     channel = channels_of(number, channels, L)
     statistic = statistics_of(channel, group, L)

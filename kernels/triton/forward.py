@@ -46,6 +46,7 @@ from gpu_bn.kernels.triton.statistics import (
     streamed_sums,
     usable_shift,
 )
+from gpu_bn.kernels.triton.sums import leave_sums, moments_of_sums
 
 
 class Outputs(NamedTuple):
@@ -86,7 +87,7 @@ def bn_stats_kernel(
 ):  # fmt: skip
     """Mean and variance of each block's share of a strip, to partials[2, blocks, groups * channels].
 
-    With a mask and of ragged rows also the count, to a third plane.
+    With a mask and of ragged rows also the count, to a third plane. Partials of float32 get the sums instead.
     """
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, RANGE, length is not None)
     number, group = group_of(tl.program_id(0), L)
@@ -98,23 +99,37 @@ def bn_stats_kernel(
     own = share_of(block, share, strip, L)
     statistic = statistics_of(channels_of(number, channels, L), group, L)
     base = first_base(first_shift(x, own, strip, SAMPLES, L))
-    count = elements_in(own, strip, L)
-    inverse = reciprocal_from(count, 1.0) if L.RAGGED else reciprocal(count)
     pending = statistic.known & (base.factor > 0.0)
+    found = Partials(partials, blocks)
+    if partials.dtype.element_ty == tl.float32:
+        leave_sums(x, found, block, base, pending, own, strip, statistic, AT_ONCE, L)
+    else:
+        leave_moments(x, found, block, base, pending, own, strip, statistic, CHAIN, AT_ONCE, L)
+
+
+@triton.jit
+def leave_moments(
+    x, partials, block, base, pending, share, strip, statistic, CHAIN: tl.constexpr, AT_ONCE: tl.constexpr,
+    L: tl.constexpr,
+):  # fmt: skip
+    """Write what each sweep finds of the pending channels: mean and variance, and the count where that may differ."""
+    count = elements_in(share, strip, L)
+    inverse = reciprocal_from(count, 1.0) if L.RAGGED else reciprocal(count)
+    results, blocks = partials.results, partials.blocks
     channels, place = statistic.count, statistic.place
     sweep = 0
-    again = own.first < own.last
+    again = share.first < share.last
     while again:
-        sums = streamed_sums(x, base, own, strip, CHAIN, AT_ONCE, L)
-        if valid is not None:
+        sums = streamed_sums(x, base, share, strip, CHAIN, AT_ONCE, L)
+        if strip.valid is not None:
             count = sums.count
             inverse = reciprocal_from(count, 1.0)
         summed = pending
         mean, var, base, pending = assessed(sums.total, sums.squares, count, inverse, base, pending, L)
-        tl.store(partials + block * channels + place, mean, mask=summed)
-        tl.store(partials + (blocks + block) * channels + place, var, mask=summed)
-        if valid is not None or L.RAGGED:
-            tl.store(partials + (2 * blocks + block) * channels + place, count, mask=summed)
+        tl.store(results + block * channels + place, mean, mask=summed)
+        tl.store(results + (blocks + block) * channels + place, var, mask=summed)
+        if strip.valid is not None or L.RAGGED:
+            tl.store(results + (2 * blocks + block) * channels + place, count, mask=summed)
         sweep += 1
         again = any_channel(pending, L) & (sweep < MOST_SWEEPS)
 
@@ -130,19 +145,21 @@ def first_base(shift):
 @triton.jit
 def bn_merge_moments_kernel(
     partials, saved, counts, table, weight, bias, eps, channels, positions, share, blocks,
-    CHUNK: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr,
-    GROUPS: tl.constexpr, RAGGED: tl.constexpr,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of each channel from those of its blocks, to saved[2, groups * channels] and, masked, counts.
+    """The statistics of LANES channels from those of their blocks, to saved[2, groups * channels] and, masked, counts.
 
     For outputs also weight and bias, and what an element is computed with, to table[3, groups * channels].
     """
-    L: tl.constexpr = Layout(LANES, VEC, COLUMNS, GROUPS=GROUPS)
+    L: tl.constexpr = Layout(LANES, 1, True, GROUPS=GROUPS)
     number, group = group_of(tl.program_id(0), L)
     channel = channels_of(number, channels, L)
     statistic = statistics_of(channel, group, L)
     found = Partials(partials, blocks, share, positions)
-    mean, var, count = merged_moments(found, statistic, CHUNK, RAGGED or counts is not None, L)
+    if partials.dtype.element_ty == tl.float32:
+        mean, var, count = moments_of_sums(found, statistic, CHUNK, RAGGED or counts is not None, counts is not None, L)
+    else:
+        mean, var, count = merged_moments(found, statistic, CHUNK, RAGGED or counts is not None, L)
     keep_count(counts, count, number, group, L)
     if table is None:
         tl.store(saved + statistic.place, mean, mask=statistic.known)

@@ -164,6 +164,12 @@ TRITON = (
     (89, "split", Case((20, 48, 6, 6), "float16", "channels_last", activation="silu", affine="bias")),
     (89, "split", Case((6, 3, 520), "bfloat16", mask="random", virtual_batch_size=3, activation="relu")),
     (89, "split", Case((12, 24), "float64", mode="train_no_stats", param_dtype="float32", residual=True)),
+    (89, "split", Case((12, 8, 10, 11), mean=1e18, std=1e18, activation="relu")),
+    (89, "split", Case((4, 6, 5, 7), mean=1e-20, std=1e-20, eps=1e-50, activation="relu")),
+    (89, "split", Case((12, 8, 10, 11), mask="first_empty", virtual_batch_size=4, residual=True)),
+    (89, "split", Case((600, 33), mask="random", mean=1e4, std=1.0, activation="relu")),
+    (89, "split", Case((8, 3, 1111), "bfloat16", mean=1e4, std=1e3, activation="relu", residual=True)),
+    (89, "split", HUGE),
 )
 """Architecture, tier and case: each kernel in each mapping, dtype and kind of activation, and the hard numbers."""
 SLOW_DOUBLES = 89

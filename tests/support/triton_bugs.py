@@ -18,6 +18,8 @@ FROZEN = Case((4, 6, 5, 7), mode="eval", mean=1e4, std=1.0, param_dtype="float64
 KINKS = Case((4, 6, 5), activation="relu6", affine="kinks")
 MASKED = Case((5, 3, 36), mask="random", activation="relu")
 RAGGED = Case((8, 3, 27), activation="relu")
+HUGE = Case((3, 2, 2052), mean=1e18, std=1e18)
+TINY = Case((3, 2, 111), mean=1e-22, std=1e-22, eps=1e-50)
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Bug:
     arch: int = 80
 
 
-ACCESSES, STATISTICS, FORWARD, BACKWARD, ACTIVATIONS = (
-    f"{name}.py" for name in ("accesses", "statistics", "forward", "backward", "activations")
+ACCESSES, STATISTICS, SUMS, FORWARD, BACKWARD, ACTIVATIONS = (
+    f"{name}.py" for name in ("accesses", "statistics", "sums", "forward", "backward", "activations")
 )
 BUGS = [
     Bug(
@@ -107,7 +109,7 @@ BUGS = [
         "overflow = whole &",
         "overflow = (whole == 0) & whole &",
         "y[",
-        Case((3, 2, 2052), mean=1e18, std=1e18),
+        HUGE,
     ),
     Bug(
         "underflow not noticed",
@@ -115,7 +117,7 @@ BUGS = [
         "underflow = whole &",
         "underflow = (whole == 0) & whole &",
         "y[",
-        Case((3, 2, 111), mean=1e-22, std=1e-22, eps=1e-50),
+        TINY,
     ),
     Bug(
         "mean rounded to float32",
@@ -196,9 +198,74 @@ BUGS = [
     Bug(
         "a merge of one block fewer",
         STATISTICS,
-        "present = i < partials.blocks\n",
-        "present = i < partials.blocks - 1\n",
+        "present = (i < partials.blocks)[:, None]",
+        "present = (i < partials.blocks - 1)[:, None]",
         "y[",
+        arch=89,
+    ),
+    Bug(
+        "a block's factor lost",
+        SUMS,
+        "tl.where(factor == SCALE_DOWN, one * 2.0**80,",
+        "tl.where(factor == SCALE_DOWN, one,",
+        "y[",
+        HUGE,
+        arch=89,
+    ),
+    Bug(
+        "overflow of a block's sums not noticed",
+        SUMS,
+        "overflow = whole &",
+        "overflow = (whole == 0) & whole &",
+        "y[",
+        HUGE,
+        arch=89,
+    ),
+    Bug(
+        "underflow of a block's sums not noticed",
+        SUMS,
+        "underflow = whole &",
+        "underflow = (whole == 0) & whole &",
+        "y[",
+        TINY,
+        arch=89,
+    ),
+    Bug(
+        "sums of numbers far from their shift",
+        SUMS,
+        "moved = pending & (apart * apart > TRUSTED_SHIFT * spread)",
+        "moved = pending & (apart != apart)",
+        "y[",
+        LARGE_MEAN,
+        more=(
+            ("no_sums(L), base,", "no_sums(L), Base(base.shift * 0.0, base.factor),"),
+            ("statistic), base.shift,", "statistic), base.shift * 0.0,"),
+        ),
+        arch=89,
+    ),
+    Bug(
+        "squares read for sums",
+        SUMS,
+        "total = block_results(partials, TOTALS,",
+        "total = block_results(partials, SQUARE_SUMS,",
+        "y[",
+        arch=89,
+    ),
+    Bug(
+        "shifts of blocks forgotten",
+        SUMS,
+        "tl.fma(apart, total + together, squares)",
+        "squares",
+        "y[",
+        arch=89,
+    ),
+    Bug(
+        "blocks counted without their mask",
+        SUMS,
+        "if strip.valid is not None:\n        return (tl.sum",
+        "if L.GROUPS == 0:\n        return (tl.sum",
+        "y[",
+        MASKED,
         arch=89,
     ),
     Bug(

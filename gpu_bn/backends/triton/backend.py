@@ -31,13 +31,13 @@ from gpu_bn.backends.triton.arguments import (
 )
 from gpu_bn.backends.triton.launch import ClusterError, Launch, Recent, Step, interpreting, launch
 from gpu_bn.backends.triton.plain import PlainCalls
-from gpu_bn.backends.triton.programs import ELSEWHERE, planes
-from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, StepBuilder, scratch_of
+from gpu_bn.backends.triton.programs import ELSEWHERE
+from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, StepBuilder, partials_of, scratch_of
 from gpu_bn.backends.triton.strides import aligned, dense, is_dense, view_of
 from gpu_bn.backends.triton.sync import SharedStatistics
 from gpu_bn.call import Call
 from gpu_bn.kernels.triton.activations import functions
-from gpu_bn.plan import VECTOR_BYTES, Device, LaunchPlan
+from gpu_bn.plan import VECTOR_BYTES, Device
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
@@ -141,12 +141,12 @@ class TritonBackend(SharedStatistics):
         alignment = alignment_of(x, valid_bytes)
         key = ("stats", view, x.dtype, alignment, x.device, valid is None, groups)
 
-        def make() -> tuple[LaunchPlan, Step, Step]:
+        def make() -> tuple[Step, Step]:
             work = work_of(layout, x, alignment, ragged=valid is None and groups == 1)
             return self.builder.stats_and_merge(work, x, groups)
 
-        plan, first, merge = self.prepare(key, make)
-        partials = self.partials(plan, x, groups, valid is not None)
+        first, merge = self.prepare(key, make)
+        partials = self._partials(first, x, valid is not None)
         saved = self.new((2, groups * layout.c), None, torch.float64, x.device)
         counts = None if valid is None else self.new((groups,), None, torch.float64, x.device)
         self.launch(first, (x, valid_bytes, partials))
@@ -198,9 +198,9 @@ class TritonBackend(SharedStatistics):
         call = backward_call(dy, saved, frozenset())
         outputs = (dz is not None, False)
         key = "reduce", call.key, dz is None
-        plan, reduce, merge = self.prepare(key, lambda: self.builder.reduce_and_merge(call, outputs, dz is None))
+        _, reduce, merge = self.prepare(key, lambda: self.builder.reduce_and_merge(call, outputs, dz is None))
         target = None if dz is None else self._target(dz, call)
-        partials = self.partials(plan, call.x, call.groups)
+        partials = self._partials(reduce, call.x)
         sums = self.new((2, call.groups * call.view.layout.c), None, torch.float64, call.x.device)
         self.launch(reduce, (*call.tensors, target, None, *call.vectors, partials, *call.numbers))
         written = (None, None, sums[1], sums[0], None)
@@ -368,5 +368,6 @@ class TritonBackend(SharedStatistics):
         made = {name: self.new(shape, None, dtype, x.device) for name, (shape, dtype) in forms}
         return made.get("partials"), made.get("table")
 
-    def partials(self, plan: LaunchPlan, x: Array, groups: int = 1, counted: bool = False) -> Array:
-        return self.new((planes(plan, counted), plan.blocks, groups * plan.tiling.c), None, torch.float64, x.device)
+    def _partials(self, first: Step, x: Array, counted: bool = False) -> Array:
+        shape, dtype = partials_of(first, counted)
+        return self.new(shape, None, dtype, x.device)

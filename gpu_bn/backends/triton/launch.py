@@ -76,6 +76,7 @@ class Step:
         wide: whether whole numbers are of 64 bits.
         aligned: the parameters that are multiples of 16 bytes.
         device: the number of the CUDA device, -1 without one.
+        leaves: the shape and the dtype of what its blocks leave for a later launch, if they do.
         run: launches the compiled kernel, once it is there; addresses serve for tensors.
         registers: of a thread, once the kernel is compiled.
     """
@@ -89,6 +90,7 @@ class Step:
     wide: bool = False
     aligned: frozenset[str] = frozenset()
     device: int = -1
+    leaves: tuple[tuple[int, int, int], torch.dtype] | None = None
     run: Callable[..., None] | None = field(default=None, repr=False)
     registers: int | None = None
 

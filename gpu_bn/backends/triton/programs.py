@@ -39,6 +39,8 @@ the fewer of them the better, as long as registers suffice."""
 MOST_BLOCKS = {False: 1024, True: 64}
 """Blocks that a strip is cut into: each program of the second launch reads the results of all."""
 MOST_WARPS = 8
+WARP = 32
+"""Threads."""
 
 
 class Room(NamedTuple):
@@ -152,7 +154,7 @@ class Geometry(NamedTuple):
     @staticmethod
     def of(plan: LaunchPlan, groups: int = 1) -> Geometry:
         tiling = plan.tiling
-        elements, results = tiling.n * tiling.c * tiling.s, 4 * plan.blocks * tiling.c
+        elements, results = tiling.n * tiling.c * tiling.s, 5 * plan.blocks * tiling.c
         wide = groups * max(elements, results) >= (1 << 31) - AHEAD
         for what, number in (("channels", tiling.c), ("programs", groups * tiling.strips)):  # which have 32 bits
             if number >= (1 << 31) - AHEAD:
@@ -184,14 +186,20 @@ def _fewer_blocks(plan: LaunchPlan) -> LaunchPlan:
     return replace(plan, share=share, blocks=-(-plan.tiling.positions // share))
 
 
-def planes(plan: LaunchPlan, counted: bool = False) -> int:
-    """Numbers that a block leaves for each channel; the third is how many elements it had, where that may differ."""
-    return 3 if counted or plan.tiling.ragged else 2
-
-
 def chunk(plan: LaunchPlan, warps: int) -> int:
     """Return how many blocks have their results merged at a time."""
     return min(_power_of_two(plan.blocks), max(1, MERGED_AT_ONCE * 32 * warps // _width(plan)))
+
+
+def merging(plan: LaunchPlan) -> tuple[int, int, int]:
+    """Return what a program of one warp merges: results of so many blocks at a time, of channels side by side.
+
+    So no two warps do the same in double precision, and each thread reads few results. The third number is how many
+    elements of a channel a position has.
+    """
+    most = MERGED_AT_ONCE * WARP
+    blocks = min(_power_of_two(plan.blocks), most)
+    return blocks, min(WARP, most // blocks), 1 if plan.tiling.columns else plan.tiling.vector
 
 
 def chain(plan: LaunchPlan, positions: int) -> int:

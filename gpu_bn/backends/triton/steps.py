@@ -23,8 +23,8 @@ from gpu_bn.backends.triton.programs import (
     chunk,
     device_of,
     held_block,
+    merging,
     one_pass_plan,
-    planes,
     streamed_block,
     strip,
     training_plan,
@@ -38,8 +38,6 @@ from gpu_bn.spec import BatchNormSpec
 Array = Any
 Arrays = tuple[Array | None, ...]
 Pair = tuple[Array | None, Array | None]
-WARPS = 4
-"""Warps of programs that only merge."""
 TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})
 
 
@@ -61,9 +59,9 @@ class ForwardSteps:
         return [step for step in (self.stats, self.merge, self.last) if step is not None]
 
     @property
-    def has_partials(self) -> bool:
-        """Whether blocks leave partial results."""
-        return self.stats is not None
+    def first(self) -> Step | None:
+        """The launch whose blocks leave partial results."""
+        return self.stats
 
     @property
     def rows(self) -> int:
@@ -112,9 +110,9 @@ class BackwardSteps:
         return [step for step in (self.whole, self.reduce, self.merge, self.last) if step is not None]
 
     @property
-    def has_partials(self) -> bool:
-        """Whether blocks leave partial sums."""
-        return self.reduce is not None
+    def first(self) -> Step | None:
+        """The launch whose blocks leave partial sums."""
+        return self.reduce
 
     @property
     def rows(self) -> int:
@@ -159,7 +157,7 @@ class Programs(NamedTuple):
     """
 
     alignment: int = 1
-    warps: int = WARPS
+    warps: int = 1
     blocks: int = 1
     most_registers: int | None = None
 
@@ -217,14 +215,19 @@ class StepBuilder:
     def stats(self, plan: LaunchPlan, x: Array, alignment: int, groups: int) -> Step:
         """Make the first of two launches: statistics of each block's part of a channel."""
         geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x, SUMMED)
-        tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], chain(plan, positions),
+        links = chain(plan, positions)
+        tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], links,
                 at_once(plan, x), positions, *strip(plan), self._is_wide(geometry), compute_dtype(x),
                 may_overflow(x), groups)  # fmt: skip
         grid = (groups * plan.tiling.strips, plan.blocks)
-        return self._step(
+        step = self._step(
             forward_kernels.bn_stats_kernel, plan, x, grid, tail,
             Programs(alignment, warps, most_registers=SUMS_REGISTERS[geometry.columns]), groups,
         )  # fmt: skip
+        dtype = self._dtype_left(x, links)
+        found = 4 if dtype == torch.float32 else 2
+        step.leaves = (found + plan.tiling.ragged, plan.blocks, groups * plan.tiling.c), dtype
+        return step
 
     def normalize(
         self, plan: LaunchPlan, x: Array, alignment: int, constants: tuple[Any, Any], groups: int = 1
@@ -254,10 +257,10 @@ class StepBuilder:
         plan, reduce, merge = self.reduce_and_merge(call, (wants_dz, wants_dx))
         return BackwardSteps(plan, reduce, None, merge)
 
-    def stats_and_merge(self, work: Work, x: Array, groups: int) -> tuple[LaunchPlan, Step, Step]:
-        """The plan of the statistics alone, and its two launches."""
+    def stats_and_merge(self, work: Work, x: Array, groups: int) -> tuple[Step, Step]:
+        """The two launches of the statistics alone."""
         plan = self.plan_once(work, x)
-        return plan, self.stats(plan, x, work.alignment, groups), self._merge_moments(plan, x, groups)
+        return self.stats(plan, x, work.alignment, groups), self._merge_moments(plan, x, groups)
 
     def reduce_and_merge(
         self, call: BackwardCall, outputs: tuple[bool, bool], apart: bool = True
@@ -277,15 +280,25 @@ class StepBuilder:
         """
         return self._device_of(x).slow_doubles
 
+    def _dtype_left(self, x: Array, links: int) -> torch.dtype:
+        """Return the dtype that blocks leave their results in: float32 where their sums are, and doubles are slow.
+
+        What the launch that merges does with them takes no longer; these leave no more bytes.
+        """
+        floats = self.merges_apart(x) and links == 0 and x.dtype != torch.float64
+        return torch.float32 if floats else torch.float64
+
     def _merge_moments(self, plan: LaunchPlan, x: Array, groups: int) -> Step:
-        tail = (plan.tiling.c, plan.tiling.positions, plan.share, plan.blocks, chunk(plan, WARPS), *strip(plan),
+        at_once, channels, elements = merging(plan)
+        tail = (plan.tiling.c, elements * plan.tiling.positions, elements * plan.share, plan.blocks, at_once, channels,
                 compute_dtype(x), groups, plan.tiling.ragged)  # fmt: skip
-        grid = (groups * plan.tiling.strips, 1)
+        grid = (groups * -(-plan.tiling.c // channels), 1)
         return self._step(forward_kernels.bn_merge_moments_kernel, plan, x, grid, tail, groups=groups)
 
     def _merge_sums(self, plan: LaunchPlan, call: BackwardCall) -> Step:
-        tail = (plan.tiling.c, plan.blocks, chunk(plan, WARPS), *strip(plan), compute_dtype(call.x), call.groups)
-        grid = (call.groups * plan.tiling.strips, 1)
+        at_once, channels, _ = merging(plan)
+        tail = (plan.tiling.c, plan.blocks, at_once, channels, compute_dtype(call.x), call.groups)
+        grid = (call.groups * -(-plan.tiling.c // channels), 1)
         return self._step(backward_kernels.bn_merge_sums_kernel, plan, call.x, grid, tail, groups=call.groups)
 
     def _reduce(self, plan: LaunchPlan, call: BackwardCall, writes_both: bool = False) -> Step:
@@ -295,11 +308,14 @@ class StepBuilder:
         if writes_both and columns and not masked_groups:
             shapes = SHORT
         geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x, shapes)
-        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chain(plan, positions), positions,
+        links = chain(plan, positions)
+        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, links, positions,
                 *strip(plan), self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)
         kernel = backward_kernels.bn_backward_reduce_kernel
-        return self._step(kernel, plan, call.x, grid, tail, Programs(call.alignment, warps), call.groups)
+        step = self._step(kernel, plan, call.x, grid, tail, Programs(call.alignment, warps), call.groups)
+        step.leaves = (2, plan.blocks, call.groups * plan.tiling.c), self._dtype_left(call.x, links)
+        return step
 
     def input(self, plan: LaunchPlan, call: BackwardCall) -> Step:
         """Make the launch that writes dx of sums, or of none where statistics are frozen."""
@@ -356,16 +372,23 @@ def compute_dtype(x: Array) -> Any:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+def partials_of(first: Step, counted: bool = False) -> tuple[tuple[int, int, int], torch.dtype]:
+    """Return the shape and the dtype of what a step's blocks leave; with a mask they leave counts too."""
+    assert first.leaves is not None
+    (planes, blocks, statistics), dtype = first.leaves
+    return (planes + counted, blocks, statistics), dtype
+
+
 def scratch_of(
     steps: ForwardSteps | BackwardSteps, x: Array, groups: int = 1, counted: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return what a call's launches leave each other: the shapes and dtypes of partial and of merged results."""
-    channels = groups * steps.plan.tiling.c
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if steps.has_partials:
-        found["partials"] = (planes(steps.plan, counted), steps.plan.blocks, channels), torch.float64
+    if steps.first is not None:
+        found["partials"] = partials_of(steps.first, counted)
     if steps.rows:
-        found["table"] = (steps.rows, channels), torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        found["table"] = (steps.rows, groups * steps.plan.tiling.c), dtype
     return found
 
 

@@ -22,13 +22,15 @@ COMPILES = [
     pytest.mark.compile,
     pytest.mark.skipif(tool("nvdisasm") is None, reason="no disassembler"),
 ]
+SLOW_DOUBLES = {("rows", "bn_stats_kernel, before a merge"), ("columns", "bn_merge_moments_kernel")}
+"""What every run compiles for sm_89."""
 MARKS = {90: [], 75: [pytest.mark.slow], 120: [pytest.mark.slow]}
 
 
 def compiled(call, kernel, arch):
     """One architecture for kernels in rows in every run, and two in the long run; all others in the exhaustive one."""
     marks = MARKS.get(arch, [pytest.mark.exhaustive]) if call == "rows" else [pytest.mark.exhaustive]
-    if call == "columns" and kernel == "bn_backward_input_kernel" and arch == 89:
+    if arch == 89 and (call, kernel) in SLOW_DOUBLES:
         marks = []
     return pytest.param(call, kernel, arch, marks=[*COMPILES, *marks])
 

@@ -270,12 +270,13 @@ def test_activations_far_from_zero(activation, make_backend):
 
 # --------------------------------------------------------------------------------------------------------- statistics
 @pytest.mark.parametrize(("dtype", "scale"), [("float32", 1), ("float32", 1e20), ("float16", 1)])
-@pytest.mark.one_in(2)
-def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(dtype, scale, compile_triton):
+@pytest.mark.parametrize("arch", [80, 89])
+@pytest.mark.one_in(3)
+def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(dtype, scale, arch, compile_triton):
     """All is about 10,000 but for the vectors that the first shift is taken from."""
     problem = build(Case((4, 1, 65536), dtype, mode="train_no_stats"))
     x = np.full((1 << 16, 4) if dtype == "float32" else (1 << 15, 8), 10_001, dtype)
     x[:: len(x) // 128] = 0
     problem = replace(problem, x=x.reshape(problem.x.shape) * np.asarray(scale, dtype))
-    device, planned = Device(checks=Checks(races=False)), replace(DEVICES["a100"], sms=1)
+    device, planned = Device(checks=Checks(races=False)), replace(DEVICES["a100"], sms=1, arch=arch)
     check(problem, EmulatedBackend(device, compile_triton, 80, planned, tier="split"))

@@ -210,7 +210,8 @@ APART = {
 def test_a_launch_that_merges_gives_what_programs_that_do_give(kind, compile_triton):
     """Where double precision is slow, one program of a strip merges what blocks have found, and not all of the next.
 
-    Sums in float64 may be of another order; after it everything is rounded alike.
+    Sums in float64 may be of another order, and a mean off by a rounding of its channel's standard deviation; after it
+    everything is rounded alike. The results of float64 are themselves such sums.
     """
     mapping, dtype, options = APART[kind]
     shape, channels_last = SHAPES[mapping]
@@ -228,12 +229,14 @@ def test_a_launch_that_merges_gives_what_programs_that_do_give(kind, compile_tri
             x, *given, training=True, activation="relu", residual=residual, backend=backend, **options
         )
         grads = gpu_bn.batch_norm_backward(dy, saved, need=need, backend=backend)
-        results.append([t for t in (y, saved.mean, saved.moments.var, *given, *grads) if t is not None])
+        results.append([t for t in (saved.mean, saved.moments.var, y, *given, *grads) if t is not None])
         merges = [step.kernel.__name__ for step in backend.steps if "merge" in step.kernel.__name__]
         if "virtual_batch_size" not in options:
             assert merges == (["bn_merge_moments_kernel", "bn_merge_sums_kernel"] if arch == 89 else [])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(a.dtype).eps, atol=0)
+    deviation = results[0][1].min().sqrt().item()
+    for number, (a, b) in enumerate(zip(*results, strict=True)):
+        rounding, size = 4 * torch.finfo(a.dtype).eps, b.abs().max().item() if dtype == torch.float64 else 0
+        torch.testing.assert_close(a, b, rtol=rounding, atol=rounding * (size if number else deviation))
 
 
 @pytest.mark.parametrize("mapping", SHAPES)
@@ -405,10 +408,11 @@ def test_the_phases_one_by_one(case, compile_triton, device):
     ],
     ids=str,
 )
-def test_long_shares_are_summed_in_chains(case, compile_triton, device, monkeypatch):
+@pytest.mark.parametrize("arch", [80, pytest.param(89, marks=pytest.mark.slow)])
+def test_long_shares_are_summed_in_chains(case, arch, compile_triton, device, monkeypatch):
     """With short chains, for only tensors of 100 million numbers have shares of more than one long one."""
     monkeypatch.setattr(programs, "CHAIN", 2)
-    backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=1), tier="split")
+    backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=1, arch=arch), tier="split")
     check(case, backend)
     for step in backend.steps:
         names = [parameter.name for parameter in step.kernel.params]
@@ -423,14 +427,16 @@ def test_gradients_where_they_jump(activation, compile_triton, device):
     check(case, EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4)))
 
 
-def test_nan_stays_in_its_channel(compile_triton):
+@pytest.mark.parametrize("arch", [80, 89])
+def test_nan_stays_in_its_channel(arch, compile_triton):
     problem = build(Case((40, 24), activation="relu", residual=True))
     results = []
     for poison in (None, np.nan, np.inf):
         x = problem.x.copy()
         if poison is not None:
             x[3, 5] = poison
-        backend = EmulatedBackend(Device(), compile_triton, 80, replace(DEVICES["a100"], sms=4), tier="split")
+        planned = replace(DEVICES["a100"], sms=4, arch=arch)
+        backend = EmulatedBackend(Device(), compile_triton, 80, planned, tier="split")
         tensor, dy = (ADAPTERS["triton"].to_backend(array) for array in (x, problem.dy))
         y, saved = gpu_bn.batch_norm_forward(tensor, None, None, training=True, activation="relu", backend=backend)
         dx = gpu_bn.batch_norm_backward(dy, saved, backend=backend).dx

@@ -46,7 +46,7 @@ def nothing_loaded(monkeypatch):
 
 @pytest.fixture
 def step():
-    tail = (5, 7, 2, 4, 4, 1, 1, False, triton.language.float32, 1, False)
+    tail = (5, 7, 2, 4, 4, 1, triton.language.float32, 1, False)
     return Step(bn_merge_moments_kernel, (3, 1), tail, num_warps=2, device=1)
 
 
@@ -102,8 +102,6 @@ def test_a_step_is_compiled_once_and_launched_on_its_device_and_the_current_stre
         "bias": None,
         "CHUNK": 4,
         "LANES": 1,
-        "VEC": 1,
-        "COLUMNS": False,
         "COMPUTE": triton.language.float32,
         "GROUPS": 1,
         "RAGGED": False,

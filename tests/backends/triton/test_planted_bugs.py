@@ -74,12 +74,13 @@ def test_the_proof_notices(bug, tmp_path, monkeypatch, compile_triton, caught_fa
 
 
 @pytest.mark.parametrize(
-    ("case", "tier"),
+    ("case", "tier", "arch"),
     [
         pytest.param(*one, marks=[pytest.mark.slow] if index % 3 else [])
-        for index, one in enumerate(sorted({(bug.case, bug.tier) for bug in BUGS}, key=str))
+        for index, one in enumerate(sorted({(bug.case, bug.tier, bug.arch) for bug in BUGS}, key=str))
     ],
     ids=str,
 )
-def test_without_a_bug_the_same_cases_pass(case, tier, compile_triton):
-    assert check(case, EmulatedBackend(Device(), compile_triton, 80, DEVICES["a100"], tier=tier))
+def test_without_a_bug_the_same_cases_pass(case, tier, arch, compile_triton):
+    planned = replace(DEVICES["a100"], arch=arch)
+    assert check(case, EmulatedBackend(Device(), compile_triton, 80, planned, tier=tier))
