@@ -23,8 +23,9 @@ from gpu_bn.spec import BatchNormSpec
 
 VARIANTS = 16
 """Signatures that are remembered of one shape, dtype and options."""
-Made = tuple[Forward, Tensor, float, float]
-"""What is kept of a forward call: its signature, (4, C) of mean, variance, weight and bias, eps, the parameter."""
+Made = tuple["PlainCalls", Forward, Tensor, float, float]
+"""Who has made a forward call, and what is kept: its signature, (4, C) of mean, variance, weight and bias, eps, the
+parameter."""
 Optionals = tuple[Tensor | None, ...]
 _address = Tensor.data_ptr
 _grad_enabled, _increment_version = torch.is_grad_enabled, torch._C._increment_version
@@ -43,12 +44,13 @@ class PlainCalls:
         self.known = Recent(most)
 
     def forward(
-        self, call: Call, options: Options, parts: Callable[[Call, Options], Any]
-    ) -> tuple[tuple[Tensor, ...], Made | None] | None:
-        """Return the output, what is kept, perhaps a mask; and what a backward call needs, if one may follow.
+        self, call: Call, options: Options, parts: Callable[[Call, Options], Any], tell: Callable[..., Tensor]
+    ) -> Tensor | None:
+        """Return the output.
 
         ``parts`` looks at a signature that is new: it returns ``None`` if that is not plain, or else three things, of
-        which the last tells whether something is differentiated.
+        which the last tells whether something is differentiated. If so, ``tell`` tells autograd and returns the output.
+        It is given x, weight, bias, residual; and what a backward call needs, the output, the tensors to save.
         """
         x, weight, bias, residual, mean, var, counter, _, _ = call
         training, momentum, eps, activation, _, _, _ = options
@@ -72,23 +74,26 @@ class PlainCalls:
         if where not in way.served and not way.serves(where):
             return None
         parameter, launches = activation.parameter, way.launches
-        new = tuple(map(self.engine.like, given[:1] + way.blanks))
+        new: list[Tensor] = [*map(self.engine.like, way.models)]
         if launches.compiled:
-            values = (*where, *map(_address, new), momentum, eps, parameter, *launches.constants)
+            values = [*where, *map(_address, new), momentum, eps, parameter, *launches.constants]
             for step, arguments in launches.steps:
                 step.run(*arguments(values))
         elif not self._first(launches, (*given, *new, momentum, eps, parameter)):
             return None
         if way.written:
             _increment_version(given[way.written :])
-        return new, (way, new[1], eps, parameter) if way.grows else None
+        if not way.grows:
+            return new[0]
+        to_save = way.saves((x, weight, bias, residual, *new))
+        return tell(x, weight, bias, residual, ((self, way, new[1], eps, parameter), new[0], to_save))
 
     def backward(self, made: Made, tensors: tuple[Tensor, ...], need: Sequence[bool]) -> Optionals | None:
         """Return the gradients that are needed of x, weight, bias, residual and one more argument, which has none.
 
         ``tensors``: dy, and those that the signature saves.
         """
-        forward, kept, eps, parameter = made
+        _, forward, kept, eps, parameter = made
         way: Backward | None
         for way in forward.backward.get(need, ()):
             given = way.given(tensors)
@@ -104,16 +109,16 @@ class PlainCalls:
         if (where[0] | where[1] | where[-1]) % VECTOR_BYTES:
             return None
         launches = way.launches
-        new = tuple(map(self.engine.like, given[:1] * way.likes + way.blanks))
+        new = [*map(self.engine.like, way.models)]
         if launches.compiled:
             start, row = kept.data_ptr(), forward.row
             rows = range(start, start + 4 * row, row)
-            values = (*where, *rows, *map(_address, new), eps, parameter, *launches.constants)
+            values = [*where, *rows, *map(_address, new), eps, parameter, *launches.constants]
             for step, arguments in launches.steps:
                 step.run(*arguments(values))
         elif not self._first(launches, (*given, *kept.unbind(), *new, eps, parameter)):
             return None
-        return way.results((*new, given[1], None))
+        return way.results([*new, given[1], None])
 
     def _first(self, launches: Launches, values: tuple[Any, ...]) -> bool:
         """Launch steps that may have to be compiled; ``False`` if they are to be planned again."""
@@ -127,7 +132,7 @@ class PlainCalls:
     @staticmethod
     def saved(made: Made, tensors: tuple[Tensor, ...]) -> Saved:
         """Return what was kept, for a backward call that is not plain; ``tensors`` are its own."""
-        forward, kept, eps, parameter = made
+        _, forward, kept, eps, parameter = made
         mean, var, weight, bias = kept.unbind()
         has_weight, has_bias, has_residual = (name in forward.names for name in ("weight", "bias", "residual"))
         named = dict(zip(forward.saved, tensors, strict=True))

@@ -44,7 +44,7 @@ class Forward:
         served: sets of their addresses that kernels can read and write.
         written: the place of the first that is written; 0 if none is.
         launches: take the given and the new tensors, the momentum, eps and the activation's parameter.
-        blanks: what is like the new tensors but the output: what is kept, the mask, partial results.
+        models: what is like the new tensors: the output, what is kept, the mask, partial results.
         grows: whether a backward call may follow.
         saves: chooses what that needs of x, weight, bias, residual and the new tensors.
         saved: the names of dy and of these.
@@ -62,7 +62,7 @@ class Forward:
     served: set[tuple[int, ...]] = field(default_factory=set)
     written: int = 0
     launches: Any = None
-    blanks: tuple[Tensor, ...] = ()
+    models: tuple[Tensor, ...] = ()
     grows: bool = False
     saves: Any = None
     saved: tuple[str, ...] = ()
@@ -95,16 +95,14 @@ class Backward:
     Attributes:
         guard, given: as of a forward call; of x, dy, residual and mask.
         launches: take these, the rows that were kept, the new tensors, eps and the activation's parameter.
-        likes: how many of the new tensors are like the input; they are the first.
-        blanks: what the others are like.
+        models: what is like the new tensors: gradients, partial results.
         results: puts the gradients in their places, of the new tensors, dy and ``None``.
     """
 
     guard: Guard
     given: Choice
     launches: Launches
-    likes: int
-    blanks: tuple[Tensor, ...]
+    models: tuple[Tensor, ...]
     results: Choice
 
 
@@ -129,7 +127,9 @@ def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> F
     spec = BatchNormSpec(1, training, options.momentum, options.eps, activation)
     key = "plain", training, activation.name, bits > 0, *names, *map(_form, given), *[one.stride() for one in given]
     steps = engine.prepare(key, lambda: engine.builder.forward(work, spec, x, False))
-    new = {"kept": blank((4, channels), torch.float64, x.device)}
+    like_y = torch.empty_like(x)
+    like_y.untyped_storage().resize_(0)  # its form is read only
+    new = {"y": like_y, "kept": blank((4, channels), torch.float64, x.device)}
     if bits:
         new["mask"] = blank((bits,), torch.uint8, x.device)
     new |= _scratch(steps, x)
@@ -142,11 +142,11 @@ def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> F
         scratch = at("partials"), at("table")
         steps.run(launch, [*map(at, tensors)], [*map(at, vectors)], scratch, frozen, tracked, rest)
 
-    way.launches = Launches([*names, "y", *new, "momentum", "eps", "parameter"], run)
-    way.blanks, way.grows = tuple(new.values()), grows
+    way.launches = Launches([*names, *new, "momentum", "eps", "parameter"], run)
+    way.models, way.grows = tuple(new.values()), grows
     unread = {"bias", "residual"} if activation.is_identity else {"residual" if bits else ""}
     saved = [name for name in (*GIVEN[:4], "mask") if name in {*names, *new} - unread]
-    way.saves, way.saved = chooser((*GIVEN[:4], "y", *new), saved), ("dy", *saved)
+    way.saves, way.saved = chooser((*GIVEN[:4], *new), saved), ("dy", *saved)
     way.training, way.activation = training, activation.name
     way.written = next((place for place, name in enumerate(names) if name in GIVEN[4:]), 0) if training else 0
     way.row, way.form = 8 * channels, (x.dtype, x.device, list(x.shape), list(x.stride()))
@@ -169,12 +169,12 @@ def prepare_backward(
     passes = forward.activation == "identity" and "dresidual" in needed  # this gradient is dy itself
     wanted = frozenset(needed) - {"dresidual" if passes else ""}
     new = [name for name in (GRADIENTS[0], GRADIENTS[3], *GRADIENTS[1:3]) if name in wanted]
-    blanks = tuple(forward.parameters[name] for name in new if name in forward.parameters)
-    likes, values = len(new) - len(blanks), [*names, "mean", "var", "kept weight", "kept bias", *new]
+    models = tuple(forward.parameters[name] if name in forward.parameters else forward.models[0] for name in new)
+    values = [*names, "mean", "var", "kept weight", "kept bias", *new]
     places = [new.index(name) if name in wanted else -1 for name in GRADIENTS]
     results = itemgetter(*places[:3], -2 if passes else places[3], -1)
     if not wanted:
-        return Backward(guard, choose, Launches(values, lambda *_: None), likes, blanks, results)
+        return Backward(guard, choose, Launches(values, lambda *_: None), models, results)
     call = backward_call(given[1], saved(), wanted)
     steps = engine.prepare(("plain", call.key), lambda: engine.builder.backward(call, wanted, forward.training))
     scratch = _scratch(steps, given[0])
@@ -188,7 +188,7 @@ def prepare_backward(
         steps.run(launch, read, vectors, pair, outputs, numbers, divisor)
 
     launches = Launches([*values, *scratch, "eps", "parameter"], run)
-    return Backward(guard, choose, launches, likes, (*blanks, *scratch.values()), results)
+    return Backward(guard, choose, launches, (*models, *scratch.values()), results)
 
 
 def _guard_of_plain(tensors: Sequence[Tensor], form: Any) -> Guard:

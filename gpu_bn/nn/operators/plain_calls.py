@@ -65,42 +65,32 @@ def _by_triton(call: Call, options: Options) -> Tensor | None:
     if options[1] is None or type(eps) is not float or not 0.0 < eps < inf:
         return None
     try:
-        found = plain.forward(call, options, plain_parts)
+        return plain.forward(call, options, plain_parts, _apply_triton)  # type: ignore[no-any-return]
     except NotImplementedError:  # a tensor that torch.func has left behind has no address
         return None
-    if found is None:
-        return None
-    new, made = found
-    if made is None:
-        return new[0]  # type: ignore[no-any-return]
-    x, weight, bias, residual, *_ = call
-    return _apply_triton(x, weight, bias, residual, (plain, made, new))  # type: ignore[no-any-return]
 
 
 class _MadeByTriton(Function):
     """Tells autograd of a call that the Triton backend has made."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, found: Any
-    ) -> Tensor:
-        plain, made, new = found
-        ctx.to_save = made[0].saves((x, weight, bias, residual, *new))
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        ctx.made, y, ctx.to_save = given[-1]
         ctx.materialize_grads = False
-        ctx.rest = plain, made
-        return new[0]  # type: ignore[no-any-return]
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 5
-        plain, made = ctx.rest
+        made = ctx.made
+        plain = made[0]
         need, tensors = ctx.needs_input_grad, (dy, *ctx.saved_tensors)
         if not (_grad_enabled() or watched()):
             found = plain.backward(made, tensors, need)
             if found is not None:
                 return found  # type: ignore[no-any-return]
-        named = dict(zip(made[0].saved, tensors, strict=True))
+        named = dict(zip(made[1].saved, tensors, strict=True))
         saved = plain.saved(made, tensors)
         return *gradients_of(plain.engine, dy, saved, named.get("weight"), named.get("bias"), need), None
 
