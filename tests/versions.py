@@ -39,6 +39,7 @@ WHAT = {
         "-q",
         "tests/conformance/test_conformance.py",
         "tests/backends/triton/test_emulator.py",
+        "tests/backends/triton/test_backend.py",
         "tests/backends/test_gpu_sync.py",
         "-k",
         SLICE,

@@ -25,16 +25,18 @@ from gpu_bn.kernels.triton.accesses import (
     store_tile,
     tile_at,
 )
-from gpu_bn.kernels.triton.statistics import (
+from gpu_bn.kernels.triton.per_channel import (
     Partials,
-    affine_of,
     channel_sum,
+    reciprocal_from,
+)
+from gpu_bn.kernels.triton.statistics import (
+    affine_of,
     keep_affine,
     load_affine,
     load_row,
     merged_sums,
     pre_activation,
-    reciprocal_from,
 )
 
 

@@ -26,23 +26,25 @@ from gpu_bn.kernels.triton.accesses import (
     tile_at,
     wide,
 )
-from gpu_bn.kernels.triton.statistics import (
-    MOST_SWEEPS,
+from gpu_bn.kernels.triton.per_channel import (
     Base,
     Partials,
-    affine_of,
     any_channel,
-    assessed,
     channel_sum,
     elements_in,
+    reciprocal,
+    reciprocal_from,
+)
+from gpu_bn.kernels.triton.statistics import (
+    MOST_SWEEPS,
+    affine_of,
+    assessed,
     first_shift,
     held_sums,
     keep_affine,
     load_affine,
     merged_moments,
     pre_activation,
-    reciprocal,
-    reciprocal_from,
     streamed_sums,
     usable_shift,
 )

@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 
 from gpu_bn.kernels.triton.accesses import elements_before
-from gpu_bn.kernels.triton.statistics import (
-    MOST_SWEEPS,
+from gpu_bn.kernels.triton.per_channel import (
     SCALE_DOWN,
     SCALE_UP,
     TINY_SHIFT,
@@ -17,16 +16,19 @@ from gpu_bn.kernels.triton.statistics import (
     UNDERFLOW,
     Base,
     Sums,
-    add_share,
     any_channel,
+    elements_of,
+    reciprocal,
+    reciprocal_from,
+)
+from gpu_bn.kernels.triton.statistics import (
+    MOST_SWEEPS,
+    add_share,
     block_counts,
     block_results,
-    elements_of,
     nan_for_infinity,
     no_results,
     no_sums,
-    reciprocal,
-    reciprocal_from,
 )
 
 TOTALS = tl.constexpr(0)

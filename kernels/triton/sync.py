@@ -13,7 +13,7 @@ from gpu_bn.kernels.triton.accesses import (
     store_as,
     wide,
 )
-from gpu_bn.kernels.triton.statistics import (
+from gpu_bn.kernels.triton.per_channel import (
     reciprocal,
     reciprocal_from,
 )

@@ -124,3 +124,13 @@ class RecordingBackend(TritonBackend):
 
     def note(self, step: Step, args: tuple[Any, ...]) -> None:
         self.launches.append((step, Specialisation.of(step, args)))
+
+
+def tensors(shape, dtype=torch.float32, channels_last=False, seed=0):
+    """Return x, dy, a residual and four vectors of channels, random."""
+    generator = torch.Generator().manual_seed(seed)
+    x, dy, residual = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    if channels_last:
+        x, dy, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy, residual))
+    vectors = [torch.rand(shape[1], generator=generator) + 0.5 for _ in range(4)]
+    return x, dy, residual, vectors

@@ -41,8 +41,8 @@ class Bug:
     arch: int = 80
 
 
-ACCESSES, STATISTICS, SUMS, FORWARD, BACKWARD, ACTIVATIONS = (
-    f"{name}.py" for name in ("accesses", "statistics", "sums", "forward", "backward", "activations")
+ACCESSES, PER_CHANNEL, STATISTICS, SUMS, FORWARD, BACKWARD, ACTIVATIONS = (
+    f"{name}.py" for name in ("accesses", "per_channel", "statistics", "sums", "forward", "backward", "activations")
 )
 BUGS = [
     Bug(
@@ -355,7 +355,7 @@ BUGS = [
     ),
     Bug(
         "elements of ragged rows not counted",
-        STATISTICS,
+        PER_CHANNEL,
         "return (elements_before(share.last, strip, L) - elements_before(share.first, strip, L)).to(tl.float64)",
         "return tl.cast(share.last - share.first, tl.float64) * L.VEC",
         "y[",
