@@ -180,6 +180,8 @@ TRITON_EXTENDED = (
          residual=True),
     Case((12, 8, 10, 11), "bfloat16", "channels_last", mask="random", virtual_batch_size=4, activation="relu",
          residual=True),
+    Case((12, 8, 10, 11), "float32", "channels_last", mask="random", virtual_batch_size=4, activation="relu",
+         residual=True),
     Case((6, 5, 32), "float16", mask="lengths", activation="relu", residual=True),
     Case((12, 8, 10, 11), mask="first_empty", virtual_batch_size=4, residual=True),
     Case((12, 8, 10, 11), mask="random", mean=1e4, std=1.0, activation="relu"),
