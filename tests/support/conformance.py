@@ -208,12 +208,11 @@ def triton_target(arch: int, tier: str | None) -> Target:
         return EmulatedBackend(request.getfixturevalue("device"), compile_triton, arch, tier=tier)
 
     def launches(backend: Any, case: Case) -> None:
-        from support.triton_variants import most_spilled
+        from support.triton_variants import MOST_SPILLED
 
         most = 4 if case.virtual_batch_size is case.mask is None else 5
         assert len(backend.steps) <= most + 2 * (arch == SLOW_DOUBLES) or case.renorm
-        for step, compiled in zip(backend.steps, backend.compiled, strict=True):
-            assert compiled.spill_bytes <= most_spilled(step.kernel.__name__)
+        assert all(compiled.spill_bytes <= MOST_SPILLED for compiled in backend.compiled)
         if tier == "cluster":
             assert max(step.num_ctas for step in backend.steps) > 1
 

@@ -57,7 +57,7 @@ EXCEEDED = {
 MOST_REGISTERS = 255
 MOST_SHARED = 16 << 10
 MOST_SPILLED = 52
-"""Bytes, of a kernel that holds a channel: more registers would cost a block an SM."""
+"""Bytes. The compiler spills a few to stay at a round number of registers: more of them would cost a block an SM."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 HEAVY = ("relu", "gelu", "gelu_tanh")
 """One bit decides the gradient; the longest expressions."""
@@ -96,7 +96,7 @@ def groups(arch: int) -> Iterator[Group]:
 
 def importance(group: Group) -> int:
     """Rank a group: those come first that need most registers, because they hold a channel in full vectors."""
-    if _holds(group.kind):
+    if holds(group.kind):
         return (0 if group.activation in HEAVY else 2) if group.full else 4
     return (1 if group.kind.endswith("split") else 3) if group.full else 4
 
@@ -109,7 +109,7 @@ def _is_ragged(kind: str) -> bool:
     return kind.startswith("ragged")
 
 
-def _holds(kind: str) -> bool:
+def holds(kind: str) -> bool:
     """Tell whether kernels for calls of a kind hold a channel."""
     return kind.removeprefix("ragged ") in ("held", "cluster", "sizes")
 
@@ -133,7 +133,7 @@ def _variants(group: Group) -> dict[str, Launch]:
     launches: list[Launch] = []
     for residual in (False, True) if _has_narrow(kind) else (True,):
         options = {"activation": group.activation, "residual": residual}
-        if _holds(kind):
+        if holds(kind):
             launches += _held(group.arch, x, kind, **options)
         else:
             launches += _streamed(group.arch, x, **options, **STREAMED.get(group.kind, {}))
@@ -304,11 +304,6 @@ def built(arch: int, step: Step, special: Specialisation, cached: bool = True) -
     return _BUILT[key]
 
 
-def most_spilled(kernel: str) -> int:
-    """Return the bytes that a kernel may spill: of those that hold a channel, some."""
-    return MOST_SPILLED if kernel in ("bn_forward_kernel", "bn_backward_kernel") else 0
-
-
 def limits(group: Group, name: str) -> Limits:
     """Ask for one block an SM at least, usually more, and full vectors of all tensors, if each thread has one."""
     kernel = name.partition("<")[0]
@@ -328,8 +323,7 @@ def limits(group: Group, name: str) -> Limits:
     vectors = int(numbers.get("POSITIONS", 0)) * int(numbers["LANES"])
     warps, blocks = re.findall(r"(\d+) warps, (\d+) blocks", name)[0]
     enough = vectors >= 32 * int(warps) * int(blocks)
-    spilled = most_spilled(kernel)
-    return Limits(registers, MOST_SHARED, reads=enough and not merges, writes=enough and writes, spilled=spilled)
+    return Limits(registers, MOST_SHARED, enough and not merges, enough and writes, MOST_SPILLED)
 
 
 def compiler() -> str:

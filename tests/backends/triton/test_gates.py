@@ -9,13 +9,25 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from support.gates import Group
+from support.gates import Group, Record
 
 torch = pytest.importorskip("torch", reason="the Triton backend serves torch tensors: pip install torch")
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from emulator.compile import triton_cubin
+from support.machine_code import disassemble
 from support.triton_backends import RecordingBackend
-from support.triton_variants import DTYPES, FAMILY, Tensors, built, kernel_name, recorded
+from support.triton_variants import (
+    DTYPES,
+    FAMILY,
+    Tensors,
+    built,
+    compiled_with,
+    holds,
+    kernel_name,
+    recorded,
+    variants,
+)
 
 import gpu_bn
 from gpu_bn.activations import ROWS
@@ -56,6 +68,26 @@ def _marked(groups):
 @pytest.mark.parametrize("group", list(_marked(_covering())))
 def test_gates(group):
     FAMILY.check(group)
+
+
+def _spilling():
+    """Groups of kernels that go through tensors in a loop, and spill."""
+    cells = Record.read(FAMILY).cells
+    return [group for group, cell in cells.items() if cell.spilled and not holds(group.kind)]
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_triton")
+@pytest.mark.parametrize("group", list(_marked(_spilling())))
+def test_what_is_spilled_stays_out_of_loops(group):
+    """But for one number: a loop through tensors has hundreds of instructions a turn."""
+    for step, special in variants(group).values():
+        if "merge" not in step.kernel.__name__ and built(group.arch, step, special).spilled:
+            [machine] = disassemble(triton_cubin(step.kernel, group.arch, **compiled_with(special))).values()
+            loops = machine.hot(group.width)
+            assert loops
+            for loop in loops:
+                assert sum(ins.base in ("LDL", "STL") for ins in loop.code) <= 1 < len(loop.code) / 100
 
 
 def marked(index):
