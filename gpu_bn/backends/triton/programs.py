@@ -83,8 +83,8 @@ STREAMED = {2: Shape(4096, 16), 4: Shape(4096, 16), 8: Shape(2048, 8)}
 CROWDED = STREAMED | {8: Shape(1024, 4)}
 """Of a backward one in channels-last, or with a mask and ghost batches."""
 SHORT = CROWDED | {2: Shape(2048, 8), 4: Shape(2048, 8)}
-"""Of one that writes two gradients in channels-last, with sums (sm_100, 120) or offsets of 64 bits (sm_75): with GELU
-more would spill."""
+"""Of one that writes two gradients in channels-last, with sums (sm_100, 120) or offsets of 64 bits (sm_75), and of sums
+of ragged rows with offsets of 64 bits (sm_80): with GELU more would spill."""
 SUMMED = {size: Shape(shape.elements // 2, shape.per_thread // 2) for size, shape in STREAMED.items()}
 """Of one that sums up statistics: half as many, for fewer sums in registers. And of some of those that hold a strip."""
 AT_ONCE = 4

@@ -303,11 +303,12 @@ class StepBuilder:
 
     def _reduce(self, plan: LaunchPlan, call: BackwardCall, writes_both: bool = False) -> Step:
         masked_groups = call.groups > 1 and call.tensors[-1] is not None
-        columns = plan.tiling.columns
+        columns, geometry = plan.tiling.columns, Geometry.of(plan, call.groups)
+        far = plan.tiling.ragged and self._is_wide(geometry)  # where two numbers say how an element lies in its row
         shapes = CROWDED if columns or masked_groups else STREAMED
-        if writes_both and columns and not masked_groups:
+        if far or (writes_both and columns and not masked_groups):
             shapes = SHORT
-        geometry, (positions, warps) = Geometry.of(plan, call.groups), streamed_block(plan, call.x, shapes)
+        positions, warps = streamed_block(plan, call.x, shapes)
         links = chain(plan, positions)
         tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, links, positions,
                 *strip(plan), self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip

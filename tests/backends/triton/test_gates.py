@@ -6,6 +6,7 @@ A covering set is compiled here, and samples of what ``support/triton_variants.p
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -175,5 +176,5 @@ def test_the_plans_are_ones_that_the_kernels_can_follow(name):
             assert step.num_ctas == 1 or DEVICES[name].arch >= 90
             assert step.grid[1] <= 65535
             sizes = special.constants
-            elements = sizes.get("POSITIONS", 1) * sizes["LANES"] * sizes["VEC"]  # a merge has no positions
+            elements = math.prod(sizes.get(name, 1) for name in ("POSITIONS", "LANES", "VEC"))  # a merge has fewer
             assert elements * sizes.get("TILES", 1) <= step.num_ctas * 32768
