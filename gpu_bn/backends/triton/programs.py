@@ -90,8 +90,8 @@ SUMMED = {size: Shape(shape.elements // 2, shape.per_thread // 2) for size, shap
 AT_ONCE = 4
 """Vectors that each of its threads loads before it uses one, at least."""
 SUMS_REGISTERS = {False: 80, True: 128}
-"""Registers that a thread of it may have; the second number is for channels-last. Told no number, the assembler saves
-registers by loading one vector after the other."""
+"""Registers that a thread of it may have; the second number is for channels-last, and for ragged rows with offsets of
+64 bits. Told no number, the assembler saves registers by loading one vector after the other."""
 HELD = {2: Shape(4096, 8), 4: Shape(4096, 8), 8: Shape(2048, 8)}
 """Of one that holds it."""
 WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)

@@ -216,17 +216,17 @@ class StepBuilder:
         """Make the first of two launches: statistics of each block's part of a channel."""
         geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x, SUMMED)
         links = chain(plan, positions)
+        most = SUMS_REGISTERS[geometry.columns or self._is_far(plan, geometry)]
         tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], links,
                 at_once(plan, x), positions, *strip(plan), self._is_wide(geometry), compute_dtype(x),
                 may_overflow(x), groups)  # fmt: skip
-        grid = (groups * plan.tiling.strips, plan.blocks)
         step = self._step(
-            forward_kernels.bn_stats_kernel, plan, x, grid, tail,
-            Programs(alignment, warps, most_registers=SUMS_REGISTERS[geometry.columns]), groups,
+            forward_kernels.bn_stats_kernel, plan, x, (groups * plan.tiling.strips, plan.blocks), tail,
+            Programs(alignment, warps, most_registers=most), groups,
         )  # fmt: skip
         dtype = self._dtype_left(x, links)
-        found = 4 if dtype == torch.float32 else 2
-        step.leaves = (found + plan.tiling.ragged, plan.blocks, groups * plan.tiling.c), dtype
+        planes = (4 if dtype == torch.float32 else 2) + plan.tiling.ragged
+        step.leaves = (planes, plan.blocks, groups * plan.tiling.c), dtype
         return step
 
     def normalize(
@@ -304,9 +304,8 @@ class StepBuilder:
     def _reduce(self, plan: LaunchPlan, call: BackwardCall, writes_both: bool = False) -> Step:
         masked_groups = call.groups > 1 and call.tensors[-1] is not None
         columns, geometry = plan.tiling.columns, Geometry.of(plan, call.groups)
-        far = plan.tiling.ragged and self._is_wide(geometry)  # where two numbers say how an element lies in its row
         shapes = CROWDED if columns or masked_groups else STREAMED
-        if far or (writes_both and columns and not masked_groups):
+        if self._is_far(plan, geometry) or (writes_both and columns and not masked_groups):
             shapes = SHORT
         positions, warps = streamed_block(plan, call.x, shapes)
         links = chain(plan, positions)
@@ -360,6 +359,10 @@ class StepBuilder:
     def _is_wide(self, geometry: Geometry) -> bool:
         return geometry.wide or self._wide
 
+    def _is_far(self, plan: LaunchPlan, geometry: Geometry) -> bool:
+        """Tell whether ragged rows have offsets of 64 bits, which take registers."""
+        return plan.tiling.ragged and self._is_wide(geometry)
+
     def _device_of(self, x: Array) -> Device:
         found = self._devices.get(x.device)
         if found is None:
@@ -388,8 +391,7 @@ def scratch_of(
     if steps.first is not None:
         found["partials"] = partials_of(steps.first, counted)
     if steps.rows:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        found["table"] = (steps.rows, groups * steps.plan.tiling.c), dtype
+        found["table"] = (steps.rows, groups * steps.plan.tiling.c), torch.promote_types(x.dtype, torch.float32)
     return found
 
 
