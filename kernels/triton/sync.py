@@ -30,21 +30,23 @@ def headers_that_differ(
     packets, processes, parts, HEADER: tl.constexpr, ROOM: tl.constexpr, UNKNOWN: tl.constexpr, CHUNK: tl.constexpr,
     FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """How many fields of headers differ from the first process's, or say that a process has made a mistake."""
+    """How many fields of headers have two known values or NaN, or say that a process has made a mistake."""
     field = tl.arange(0, FIELDS)
-    found = tl.zeros((CHUNK, FIELDS), tl.int32)
+    found = tl.zeros((FIELDS,), tl.int32)
     for part in range(parts):
-        heads = packets + part * processes * (HEADER + ROOM)
-        first = tl.load(heads + field, mask=field < HEADER, other=0.0)[None, :]
+        least = tl.full((FIELDS,), float("inf"), tl.float64)
+        most = -least
         for start in range(0, processes, CHUNK):
             process = start + tl.arange(0, CHUNK)
-            known = (process < processes)[:, None] & (field < HEADER)[None, :]
-            places = heads + process[:, None] * (HEADER + ROOM) + field[None, :]
-            head = tl.load(places, mask=known, other=0.0)
-            different = (head != first) & (head != UNKNOWN) & (first != UNKNOWN)
-            mistake = (field == 0)[None, :] & (head != 0.0)
-            found += (known & (different | mistake)).to(tl.int32)
-    return tl.sum(tl.sum(found, 1), 0)
+            there = (process < processes)[:, None] & (field < HEADER)[None, :]
+            places = packets + (part * processes + process[:, None]) * (HEADER + ROOM) + field[None, :]
+            head = tl.load(places, mask=there, other=UNKNOWN)
+            least = tl.minimum(least, tl.min(tl.where(head == UNKNOWN, float("inf"), head), 0))
+            most = tl.maximum(most, tl.max(tl.where(head == UNKNOWN, float("-inf"), head), 0))
+            wrong = there & ((head != head) | ((field == 0)[None, :] & (head != 0.0)))
+            found += tl.sum(wrong.to(tl.int32), 0)
+        found += (least < most).to(tl.int32)
+    return tl.sum(found, 0)
 
 
 @triton.jit
@@ -92,30 +94,6 @@ def bn_sync_merge_kernel(
 
 
 @triton.jit
-def known_headers_differ(
-    packets, processes, parts, HEADER: tl.constexpr, ROOM: tl.constexpr, UNKNOWN: tl.constexpr, CHUNK: tl.constexpr,
-    FIELDS: tl.constexpr,
-):  # fmt: skip
-    """How many fields of headers have two known values or NaN, or say that a process has made a mistake."""
-    field = tl.arange(0, FIELDS)
-    found = tl.zeros((FIELDS,), tl.int32)
-    for part in range(parts):
-        least = tl.full((FIELDS,), float("inf"), tl.float64)
-        most = -least
-        for start in range(0, processes, CHUNK):
-            process = start + tl.arange(0, CHUNK)
-            there = (process < processes)[:, None] & (field < HEADER)[None, :]
-            places = packets + (part * processes + process[:, None]) * (HEADER + ROOM) + field[None, :]
-            head = tl.load(places, mask=there, other=UNKNOWN)
-            least = tl.minimum(least, tl.min(tl.where(head == UNKNOWN, float("inf"), head), 0))
-            most = tl.maximum(most, tl.max(tl.where(head == UNKNOWN, float("-inf"), head), 0))
-            wrong = there & ((head != head) | ((field == 0)[None, :] & (head != 0.0)))
-            found += tl.sum(wrong.to(tl.int32), 0)
-        found += (least < most).to(tl.int32)
-    return tl.sum(found, 0)
-
-
-@triton.jit
 def bn_sync_sum_kernel(
     packets, sums, length, processes, parts,
     HEADER: tl.constexpr, ROOM: tl.constexpr, UNKNOWN: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
@@ -129,7 +107,7 @@ def bn_sync_sum_kernel(
         present = (process < processes)[:, None] & (at < length)[None, :]
         place = places_of(packets, process[:, None], at[None, :], processes, HEADER, ROOM)
         total += tl.sum(tl.load(place, mask=present, other=0.0), 0)
-    wrong = known_headers_differ(packets, processes, parts, HEADER, ROOM, UNKNOWN, CHUNK, FIELDS)
+    wrong = headers_that_differ(packets, processes, parts, HEADER, ROOM, UNKNOWN, CHUNK, FIELDS)
     tl.store(sums + at, total + tl.where(wrong > 0, float("nan"), 0.0), mask=at < length)
 
 

@@ -150,7 +150,6 @@ def test_a_mistake_or_another_call_makes_statistics_nan(at, value, launches):
     assert launches() == ["bn_sync_merge_kernel", "bn_sync_sum_kernel"]
 
 
-@ON_CUPY
 def test_headers_differ_wherever_two_that_are_known_differ(launches):
     packets = packets_of(reports_of((5, 3, 2), 40))
     packets[0][:, 9] = torch.tensor([wire.UNKNOWN, 1.0, 2.0])
