@@ -80,15 +80,15 @@ def _spilling():
 @pytest.mark.compile
 @pytest.mark.usefixtures("compile_triton")
 @pytest.mark.parametrize("group", list(_marked(_spilling())))
-def test_what_is_spilled_stays_out_of_loops(group):
-    """But for one number: a loop through tensors has hundreds of instructions a turn."""
+def test_what_is_spilled_hardly_slows_loops(group):
+    """Of a loop's instructions one in 150 moves what was spilled, at most."""
     for step, special in variants(group).values():
         if "merge" not in step.kernel.__name__ and built(group.arch, step, special).spilled:
             [machine] = disassemble(triton_cubin(step.kernel, group.arch, **compiled_with(special))).values()
             loops = machine.hot(group.width)
             assert loops
             for loop in loops:
-                assert sum(ins.base in ("LDL", "STL") for ins in loop.code) <= 1 < len(loop.code) / 100
+                assert 150 * sum(ins.base in ("LDL", "STL") for ins in loop.code) <= len(loop.code)
 
 
 def marked(index):
