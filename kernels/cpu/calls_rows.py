@@ -167,19 +167,9 @@ def forward(
         doubtful = 0
         if batch_stats:
             doubtful = merge(
-                sums,
-                squares,
-                scratch + double,
-                channels,
-                length,
-                columns,
-                width,
-                chunks * each,
-                count,
-                values,
-                mean,
+                sums, squares, scratch + double, channels, length, columns, width, chunks * each, count, values, mean,
                 var,
-            )
+            )  # fmt: skip
         else:
             read_parameters(0, channels, running_mean, mean)
             read_parameters(0, channels, running_var, var)

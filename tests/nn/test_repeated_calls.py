@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
+from support.tensors import data
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,10 +18,6 @@ from gpu_bn.nn.operators import autograd, cpu_calls
 
 if not doors._look():
     pytest.skip("this torch has no DLPack exchange interface", allow_module_level=True)
-
-
-def data(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,11 @@ def tensor(*shape, dtype=torch.float64, seed=0, grad=True):
     return torch.from_numpy(rng(seed).standard_normal(shape)).to(dtype).requires_grad_(grad)
 
 
+def data(*shape, seed=0, dtype=torch.float32):
+    """Make a tensor by torch's own generator, without a gradient."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
 def inputs(shape=(3, 2, 4), dtype=torch.float64, grad=True):
     """Make x, weight, bias and residual."""
     channels = shape[1]

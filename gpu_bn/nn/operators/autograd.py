@@ -30,10 +30,10 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
 _is_inference, _is_neg = Tensor.is_inference, Tensor.is_neg
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched=True; an ordinary tensor to all else
-_is_compiling = torch.compiler.is_compiling
-_modes = torch._C._len_torch_dispatch_stack
+is_compiling = torch.compiler.is_compiling
+dispatch_modes = torch._C._len_torch_dispatch_stack
 tracing_state = torch._C._get_tracing_state
-_transforms_active = torch._C._are_functorch_transforms_active
+transforms_active = torch._C._are_functorch_transforms_active
 
 PLAIN = frozenset((Tensor, Parameter))
 """The types of ordinary tensors."""
@@ -332,7 +332,7 @@ def _plain(arguments: tuple[Any, ...]) -> bool:
 
 def watched() -> bool:
     """Whether a compiler, a tracer, a mode or a transform wants to see the operator."""
-    return _is_compiling() or _modes() > 0 or tracing_state() is not None or _transforms_active()
+    return is_compiling() or dispatch_modes() > 0 or tracing_state() is not None or transforms_active()
 
 
 def plain_parts(call: Call, options: Options) -> tuple[list[Tensor], list[Tensor], bool] | None:

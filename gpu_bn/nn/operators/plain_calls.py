@@ -19,12 +19,12 @@ from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import cpu_calls
 from gpu_bn.nn.operators.autograd import (
     PLAIN,
-    _is_compiling,
-    _modes,
-    _transforms_active,
+    dispatch_modes,
     gradients_of,
+    is_compiling,
     plain_parts,
     tracing_state,
+    transforms_active,
     watched,
 )
 from gpu_bn.nn.running import updates
@@ -40,8 +40,8 @@ def forward(
     ``given`` are the input, weight, bias, residual, running mean and variance, and in training the counter.
     """
     if (
-        _is_compiling()
-        or _modes() > 0
+        is_compiling()
+        or dispatch_modes() > 0
         or forward_ad._current_level >= 0
         or (training and updates.off)
         or type(given[0]) not in PLAIN
@@ -57,7 +57,7 @@ def forward(
 
 def _by_triton(call: Call, options: Options) -> Tensor | None:
     x, eps = call[0], options[2]
-    if tracing_state() is not None or _transforms_active() or not (x.is_cuda or x.is_cpu):
+    if tracing_state() is not None or transforms_active() or not (x.is_cuda or x.is_cpu):
         return None
     plain: Any = vars(registry.serving(x)).get("plain")  # not by delegation: a wrapper may have calls of its own
     if plain is None:

@@ -8,16 +8,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
+from support.tensors import data
+
 from gpu_bn import nn
 from gpu_bn.backends.cpu import doors
 from gpu_bn.nn.operators import plain_calls
 
 if not doors._look():
     pytest.skip("this torch has no DLPack exchange interface", allow_module_level=True)
-
-
-def data(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def layouts(x):

@@ -26,7 +26,6 @@ from gpu_bn.kernels.cpu import calls_channels, calls_rows, channels, compiler, r
 from gpu_bn.kernels.cpu.compiler import cold
 from gpu_bn.kernels.cpu.vector import FLOAT16, FLOAT32
 
-ARM = "aarch64-unknown-linux-gnu"
 RELU, SILU = (list(ROWS).index(name) for name in ("relu", "silu"))
 
 
