@@ -62,14 +62,12 @@ def our_norm(operation: Operation, problem: Problem) -> Callable[..., torch.Tens
     return norm
 
 
-def by_torch(name: str, norm: Callable[..., Any], ours: bool = False) -> Implementation:
-    """Return what calls a function of torch's tensors."""
-    return Implementation(name, "cpu", "torch", torch_call(norm), ours=ours)
-
-
-BACKENDS = {"cpu": by_torch("cpu", our_norm, ours=True), "numpy": by_name("gpu_bn numpy")}
+BACKENDS = {
+    "cpu": Implementation("cpu", "cpu", "torch", torch_call(our_norm), ours=True),
+    "numpy": by_name("gpu_bn numpy"),
+}
 PEERS = {
-    name: by_torch(name, partial(norm, inplace=False))
+    name: Implementation(name, "cpu", "torch", torch_call(partial(norm, inplace=False)))
     for name, norm in (("torch", torch_norm), ("torch.compile", compiled_norm))
 }
 

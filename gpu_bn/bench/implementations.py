@@ -226,12 +226,12 @@ def not_cudnn(case: Case) -> str:
 
 def cudnn(operation: Operation, problem: Problem) -> TimedCall:
     """Build a graph of cuDNN's Python frontend: batch norm, sum, ReLU with a mask; or the gradients of that."""
-    graph = _Graph(problem)
+    graph = _Graph(problem.x.device)
     y, *saved = _add_forward(graph, operation, problem)
     if operation.direction == "forward":
         return lambda: graph.run(y)
     graph.run()
-    backward = _Graph(problem)
+    backward = _Graph(problem.x.device)
     outputs = _add_backward(backward, operation, problem, *saved)
     return lambda: backward.run(*outputs)
 
@@ -239,21 +239,13 @@ def cudnn(operation: Operation, problem: Problem) -> TimedCall:
 class _Graph:
     """A cuDNN graph, its tensors, and their memory."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, device: Any) -> None:
         self.torch: Any = import_module("torch")
         self.cudnn: Any = import_module("cudnn")
-        types, torch = self.cudnn.data_type, self.torch
-        self.types = {
-            torch.float16: types.HALF, torch.bfloat16: types.BFLOAT16, torch.float32: types.FLOAT,
-            torch.bool: types.BOOLEAN,
-        }  # fmt: skip
-        self.handle, compute = _cudnn_handle(self.cudnn), types.FLOAT
-        self.cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
-        self.nodes = self.cudnn.pygraph(
-            io_data_type=self.types[problem.x.dtype], intermediate_data_type=compute, compute_data_type=compute,
-            handle=self.handle,
-        )  # fmt: skip
-        self.device, self.memory, self.workspace = problem.x.device, dict[Any, Array](), None
+        self.handle, kind = _cudnn_handle(self.cudnn), self.cudnn.data_type.FLOAT
+        self.cudnn.set_stream(handle=self.handle, stream=self.torch.cuda.current_stream().cuda_stream)
+        self.nodes = self.cudnn.pygraph(intermediate_data_type=kind, compute_data_type=kind, handle=self.handle)
+        self.device, self.memory, self.workspace = device, dict[Any, Array](), None
 
     def input(self, tensor: Array) -> Any:
         node = self.nodes.tensor_like(tensor)
@@ -261,19 +253,14 @@ class _Graph:
         return node
 
     def output(self, node: Any, tensor: Array) -> Array:
-        node.set_output(True).set_data_type(self.types[tensor.dtype])
+        node.set_output(True).set_data_type(tensor.dtype)
         self.memory[node] = tensor
         return tensor
 
     def run(self, *results: Array) -> tuple[Array, ...]:
         """Run the graph, which is compiled before the first run, and return what it has written to."""
         if self.workspace is None:
-            modes = self.cudnn.heur_mode
-            self.nodes.validate()
-            self.nodes.build_operation_graph()
-            self.nodes.create_execution_plans([modes.A, modes.FALLBACK])
-            self.nodes.check_support()
-            self.nodes.build_plans()
+            self.nodes.build([self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK])
             size = self.nodes.get_workspace_size()
             self.workspace = self.torch.empty(size, device=self.device, dtype=self.torch.uint8)
         self.nodes.execute(self.memory, self.workspace, handle=self.handle)
@@ -314,7 +301,7 @@ def _add_backward(
     weight, dz, residuals = parameter.view(1, -1, 1, 1), given(p.dy), []
     if operation.relu:
         dz = graph.nodes.scale(name="drelu", input=dz, scale=given(mask))
-        dz.set_data_type(graph.types[p.x.dtype])
+        dz.set_data_type(p.x.dtype)
         residuals = [] if p.residual is None else [graph.output(dz, empty(p.x))]
     dx, *vectors = graph.nodes.batchnorm_backward(
         name="dbn", grad=dz, input=given(p.x), scale=given(weight), mean=given(mean), inv_variance=given(rstd)

@@ -75,14 +75,14 @@ class Result:
         return next(iter(self.timings), "")
 
     @property
-    def best(self) -> Timing | None:
-        """The timing in that regime."""
-        return self.timings.get(self.regime)
+    def median(self) -> float | None:
+        """The median in that regime, in seconds; ``None`` if nothing was timed."""
+        return self.timings[self.regime].median if self.timings else None
 
     @property
     def bandwidth(self) -> float:
         """The floor's bytes per second; 0 if nothing was timed."""
-        return 0.0 if self.best is None else self.floor_bytes / self.best.median
+        return self.floor_bytes / self.median if self.median else 0.0
 
     def as_json(self) -> dict[str, Any]:
         """Return what the report keeps: the case's fields and the plan's, in place of case and plan."""
@@ -114,11 +114,10 @@ def data(case: Case) -> Problem:
         "running_mean": rng.normal(0.5, 0.1, channels), "running_var": rng.uniform(1, 4, channels),
         "weight": rng.uniform(0.5, 2, channels), "bias": rng.standard_normal(channels),
     }  # fmt: skip
-    for name, vector in vectors.items():
-        vectors[name] = vector.astype(np.float64 if case.dtype == "float64" else np.float32)
+    kind = np.float64 if case.dtype == "float64" else np.float32
     return Problem(
         x=tensor(0), dy=tensor(1), residual=tensor(2), training=True, momentum=0.1, eps=1e-5,
-        activation=("identity", 0.0), channel_axis=1, **vectors,
+        activation=("identity", 0.0), channel_axis=1, **{name: each.astype(kind) for name, each in vectors.items()},
     )  # fmt: skip
 
 

@@ -22,14 +22,12 @@ from gpu_bn.plan import DEVICES, THRESHOLDS, TIERS, Device, NoPlanError, Work, p
 
 RESIDENT_POSITIONS = 100_000
 """About the most positions of a channel with which cuDNN and apex keep NHWC tensors of float16 on chip."""
-FUSED = ("", "+relu", "+add+relu")
-"""What may be fused with an operation, in the order of the columns of :data:`TRAFFIC`."""
 Moved = tuple[int, int]
 """Passes over a tensor, and over a bit mask."""
 
 
 class Traffic(NamedTuple):
-    """What a library moves, by what is fused with the operation."""
+    """What a library moves: with nothing fused, with ReLU, and with a sum and ReLU."""
 
     name: str
     forward: tuple[Moved, Moved, Moved]
@@ -41,7 +39,7 @@ class Traffic(NamedTuple):
         if not operation.training:
             return None
         table = self.forward if operation.direction == "forward" else self.backward
-        tensors, masks = table[FUSED.index(str(operation).removeprefix(operation.direction))]
+        tensors, masks = table[operation.relu + operation.residual]
         return tensors * case.bytes + masks * (math.prod(case.shape) // 8)
 
 
@@ -53,6 +51,8 @@ TRAFFIC = {
 }
 """Counted by hand, not measured: PyTorch 2.14's and apex's in their sources, cuDNN's by descriptions of its kernels.
 Caches are not counted. Backward by separate operations is an estimate."""
+OTHERS = {"PyTorch native": "torch_seconds", "cuDNN": "cudnn_seconds"}
+"""Those whose times are modelled too, and the field of :class:`Modelled` that has them."""
 NOTE = (
     "A model, nothing here was measured: launches of 2.5 us, and bytes that reach the memory over 88 % of the data "
     "sheet's bandwidth. Ours by the plan, also what idle SMs and the exchange of sums cost (gpu_bn/gpu_model.py). Of "
@@ -139,12 +139,10 @@ def model_tables(rows: Sequence[Modelled]) -> list[Table]:
         lines.append(tensor)
         for operation, group in groupby(of_tensor, lambda row: row.case.operation):
             every = list(group)
-            times = {
-                "gpu_bn": [f"{microseconds(row.seconds)} {row.tier}" for row in every],
-                "PyTorch native": [microseconds(row.torch_seconds) for row in every if row.torch_seconds is not None],
-                "cuDNN": [microseconds(row.cudnn_seconds) for row in every if row.cudnn_seconds is not None],
-            }
-            lines += [[f"  {operation}", by, *cells] for by, cells in times.items() if cells]
+            lines.append([f"  {operation}", "gpu_bn", *(f"{microseconds(row.seconds)} {row.tier}" for row in every)])
+            for by, field in OTHERS.items():
+                seconds = [getattr(row, field) for row in every]
+                lines += [] if None in seconds else [[f"  {operation}", by, *map(microseconds, seconds)]]
     header = ["operation", "by", *(f"{device} (us)" for device in devices)]
     table = Table("Model: times on GPUs that are not here", header, lines, NOTE, keys=2)
     shown = devices[min(3, len(devices) - 1)]
@@ -156,14 +154,14 @@ def _tiers_table(rows: Sequence[Modelled]) -> Table:
     lines = []
     for row in rows:
         moved = [*(row.tiers.get(tier) for tier in TIERS), row.torch_bytes, row.cudnn_bytes]
-        cells = ["-" if nbytes is None else f"{nbytes / row.floor_bytes:.2f}" for nbytes in moved]
+        cells = [f"{nbytes / row.floor_bytes:.2f}" if nbytes else "-" for nbytes in moved]
         cells[TIERS.index(row.tier)] += "*"
         lines.append([str(row.case), megabytes(row.floor_bytes), *cells])
     caption = (
         "As multiples of the floor (every tensor read and written once). By tier, what reaches the memory by the plan; "
         "* is chosen. Of the others, what their kernels ask for, whether or not the cache has it."
     )
-    header = ["case", "floor (MB)", *TIERS, "PyTorch native", "cuDNN"]
+    header = ["case", "floor (MB)", *TIERS, *OTHERS]
     return Table(f"Model: bytes by tier on {rows[0].device}", header, lines, caption)
 
 

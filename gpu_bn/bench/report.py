@@ -142,13 +142,13 @@ def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Tab
     threads = any(result.threads is not None for result in results)
     regime, *regimes = ours[0].timings
     peers = dict.fromkeys(peer for result in ours for peer in result.ratios[regime])
-    medians = {(str(r.case), r.by, r.threads): r.best.median for r in results if r.best}
+    medians = {(r.case, r.by, r.threads): r.median for r in results if r.median}
     unit, factor = ("ms", 1e3) if max(medians.values()) >= 1e-3 else ("us", 1e6)
     waiting = slower(results)
 
     def time_of(result: Result, by: str) -> str:
-        key = (str(result.case), by, result.threads)
-        return three_digits(factor * medians[key]) + SLOWER_MARK * (key in waiting)
+        key = (result.case, by, result.threads)
+        return three_digits(medians[key], factor) + SLOWER_MARK * (key in waiting)
 
     def columns(result: Result) -> Iterator[tuple[str, str]]:
         yield "operation", f"  {result.case.operation}"
@@ -162,15 +162,14 @@ def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Tab
         yield f"{regime} ({unit})", time_of(result, result.by)
         for other in regimes:
             timing = result.timings.get(other)
-            yield f"{other} ({unit})", three_digits(factor * timing.median) if timing else "-"
-        spread = result.timings[regime].spread
-        yield "IQR", "-" if spread is None else three_digits(factor * spread)
+            yield f"{other} ({unit})", three_digits(timing.median if timing else None, factor)
+        yield "IQR", three_digits(result.timings[regime].spread, factor)
         yield "GB/s", three_digits(result.bandwidth / 1e9)
         yield "of copy", f"{result.bandwidth / copy_bandwidth:.0%}"
         for peer in peers:
             ratio = result.ratios[regime].get(peer)
             yield f"{peer} ({unit})", "-" if ratio is None else time_of(result, peer)
-            yield "ratio", "-" if ratio is None else "<0.01" if ratio < 0.01 else three_digits(ratio)
+            yield "ratio", "<0.01" if ratio is not None and ratio < 0.01 else three_digits(ratio)
 
     rows = by_tensor(ours, lambda result: [cell for _, cell in columns(result)])
     header = [name for name, _ in columns(ours[0])]
@@ -191,14 +190,14 @@ def measured_caption(first: Result, copy_bandwidth: float) -> str:
     )
 
 
-def slower(results: Sequence[Result]) -> dict[tuple[str, str, int | None], float]:
+def slower(results: Sequence[Result]) -> dict[tuple[Case, str, int | None], float]:
     """Find what takes longer with more threads than with one: by case, name and threads, how many times as long."""
-    alone = {(str(r.case), r.by): r.best.median for r in results if r.threads == 1 and r.best}
+    alone = {(r.case, r.by): r.median for r in results if r.threads == 1}
     found = {}
     for r in results:
-        one = alone.get((str(r.case), r.by))
-        if r.best and one and (r.threads or 1) > 1 and r.best.median > SLOWER * one:
-            found[str(r.case), r.by, r.threads] = r.best.median / one
+        one = alone.get((r.case, r.by))
+        if r.median and one and r.median > SLOWER * one:
+            found[r.case, r.by, r.threads] = r.median / one
     return found
 
 
@@ -236,8 +235,8 @@ def layers_table(results: Sequence[Result]) -> list[Table]:
     """Return the table of all layers of a network together, for networks whose every shape was timed; or nothing."""
     medians: dict[tuple[str, str], dict[Shape, float]] = {}
     for result in results:
-        if result.best is not None:
-            medians.setdefault((result.case.kind, result.by), {})[result.case.shape] = result.best.median
+        if result.median:
+            medians.setdefault((result.case.kind, result.by), {})[result.case.shape] = result.median
     rows = []
     for network, layers in NETWORKS.items():
         number = sum(count for count, _ in layers)

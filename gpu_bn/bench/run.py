@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
-from gpu_bn import get_num_threads, set_num_threads
+from gpu_bn import get_num_threads
 from gpu_bn.bench import timing
 from gpu_bn.bench.cases import Case, select
 from gpu_bn.bench.implementations import Implementation, choose
@@ -159,20 +159,12 @@ class Session:
 @contextmanager
 def use_threads(threads: int | None) -> Iterator[None]:
     """Give our CPU backends and torch so many threads; ``None`` leaves them as they are."""
-    if threads is None:
+    modules = ["gpu_bn", "torch"] if find_spec("torch") is not None else ["gpu_bn"]
+    with ExitStack() as restore:
+        for module in map(importlib.import_module, modules if threads else []):
+            restore.callback(module.set_num_threads, module.get_num_threads())
+            module.set_num_threads(threads)
         yield
-        return
-    torch: Any = importlib.import_module("torch") if find_spec("torch") is not None else None
-    before, torch_before = get_num_threads(), torch and torch.get_num_threads()
-    try:
-        set_num_threads(threads)
-        if torch:
-            torch.set_num_threads(threads)
-        yield
-    finally:
-        set_num_threads(before)
-        if torch:
-            torch.set_num_threads(torch_before)
 
 
 def bench(options: Namespace) -> bool:

@@ -57,17 +57,17 @@ def tier_times(forced: Sequence[Result], free: Sequence[Result] = ()) -> list[Ti
 
     A backend that takes a tier by itself may launch it in another shape than when it is forced; the faster counts.
     """
-    found: dict[tuple[str, str], TierTimes] = {}
+    found: dict[tuple[Case, str], TierTimes] = {}
     for result in forced:
         backend, _, tier = result.by.rpartition(" ")
-        if result.best is not None and result.tier == tier:
-            row = found.setdefault((str(result.case), backend), TierTimes(result.case, backend, {}))
-            row.seconds[tier] = result.best.median
+        if result.median and result.tier == tier:
+            row = found.setdefault((result.case, backend), TierTimes(result.case, backend, {}))
+            row.seconds[tier] = result.median
     for result in free:
-        key, best, tier = (str(result.case), result.by), result.best, result.tier
-        if key in found and best is not None and tier in TIERS:
+        key, median, tier = (result.case, result.by), result.median, result.tier
+        if key in found and median and tier in TIERS:
             times = found[key].seconds
-            times[tier] = min(best.median, times.get(tier, best.median))
+            times[tier] = min(median, times.get(tier, median))
             found[key] = replace(found[key], chosen=tier)
     return list(found.values())
 
@@ -138,7 +138,7 @@ def times_table(times: Sequence[TierTimes]) -> Table:
     """Return the table of each tier's time."""
 
     def cells(row: TierTimes) -> list[str]:
-        seconds = [microseconds(row.seconds[tier]) if tier in row.seconds else "-" for tier in TIERS]
+        seconds = [microseconds(row.seconds.get(tier)) for tier in TIERS]
         slowdown = f"{row.slowdown(row.chosen):.2f}" if row.chosen else "-"
         return [f"  {row.case.operation}", row.by, *seconds, row.fastest, row.chosen or "-", slowdown]
 

@@ -15,6 +15,7 @@ import time
 import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,18 +153,19 @@ class Gpu:
     Attributes:
         device: as the planner knows it, without a bandwidth: that is measured.
         smi_id: nvidia-smi's name of it, whichever GPUs this process sees; empty if the library does not know it.
-        cache: an array of twice the size of the L2 cache.
+        ones: makes an array of so many float32 numbers on the device.
+        copy_to: copies the second array to the first.
         event: makes an event; ``done`` says whether the device has reached it, ``elapsed`` the seconds between two.
         wait: keeps the device busy for so many cycles.
         free: gives memory that is not used back to the driver: torch and CuPy keep it from each other.
-        copy: returns a call that copies so many bytes on the device.
         profiler: returns what starts the profiler, and what stops it.
     """
 
     library: str
     device: Device
     smi_id: str
-    cache: Any
+    ones: Callable[[int], Any]
+    copy_to: Callable[[Any, Any], Any]
     event: Callable[[], Any]
     done: Callable[[Any], Any]
     elapsed: Callable[[Any, Any], float]
@@ -171,8 +173,10 @@ class Gpu:
     synchronize: Callable[[], Any]
     free_bytes: Callable[[], int]
     free: Callable[[], Any]
-    copy: Callable[[int], TimedCall]
     profiler: Callable[[], tuple[TimedCall, TimedCall]]
+
+    def __post_init__(self) -> None:
+        self.cache = self.ones(2 * self.device.l2_bytes // 4)
 
     def record(self) -> Any:
         """Put an event into the queue and return it."""
@@ -187,7 +191,8 @@ class Gpu:
     def copy_bandwidth(self) -> float:
         """Measure a copy on the device: bytes per second, read and written."""
         size = min(COPIED_BYTES, self.free_bytes() // 8)
-        copy, timer = self.copy(size), GpuTimer(self)
+        target, source = self.ones(size // 4), self.ones(size // 4)
+        copy, timer = partial(self.copy_to, target, source), GpuTimer(self)
         copy()
         return 2 * size / statistics.median(timer.time(copy, "cold") for _ in range(21))
 
@@ -207,17 +212,12 @@ def by_torch(torch: Any) -> Gpu:
         if "cupy" in sys.modules:
             sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
 
-    def copy(size: int) -> TimedCall:
-        source = torch.ones(size, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-
     return Gpu(
         "torch", device, f"GPU-{found.uuid}" if hasattr(found, "uuid") else "",
-        cache=torch.ones(2 * device.l2_bytes // 4, device="cuda"),
+        ones=lambda count: torch.ones(count, device="cuda"), copy_to=lambda target, source: target.copy_(source),
         event=lambda: cuda.Event(enable_timing=True), done=lambda event: event.query(),
         elapsed=lambda start, end: start.elapsed_time(end) / 1e3,
-        wait=cuda._sleep, synchronize=cuda.synchronize, free_bytes=lambda: cuda.mem_get_info()[0], free=free, copy=copy,
+        wait=cuda._sleep, synchronize=cuda.synchronize, free_bytes=lambda: cuda.mem_get_info()[0], free=free,
         profiler=lambda: (cuda.cudart().cudaProfilerStart, cuda.cudart().cudaProfilerStop),
     )  # fmt: skip
 
@@ -231,18 +231,13 @@ def by_cupy(cupy: Any) -> Gpu:
         found["sharedMemPerMultiprocessor"], found["sharedMemPerBlockOptin"], found["l2CacheSize"], 0.0,
     )  # fmt: skip
 
-    def copy(size: int) -> TimedCall:
-        source = cupy.ones(size, "uint8")
-        target = cupy.empty_like(source)
-        return lambda: cupy.copyto(target, source)
-
     return Gpu(
         "cupy", device, runtime.deviceGetPCIBusId(runtime.getDevice()),
-        cache=cupy.ones(2 * device.l2_bytes // 4, "float32"),
+        ones=lambda count: cupy.ones(count, "float32"), copy_to=cupy.copyto,
         event=cupy.cuda.Event, done=lambda event: event.done,
         elapsed=lambda start, end: cupy.cuda.get_elapsed_time(start, end) / 1e3,
         wait=lambda cycles: spin((1,), (1,), (np.int64(cycles),)), synchronize=runtime.deviceSynchronize,
-        free_bytes=lambda: runtime.memGetInfo()[0], free=cupy.get_default_memory_pool().free_all_blocks, copy=copy,
+        free_bytes=lambda: runtime.memGetInfo()[0], free=cupy.get_default_memory_pool().free_all_blocks,
         profiler=lambda: (runtime.profilerStart, runtime.profilerStop),
     )  # fmt: skip
 

@@ -170,14 +170,11 @@ def training_table(rows: list[TrainingResult], kind: str) -> Table:
     """Return the table of the variants' times and memory."""
     (number, side), base, lines = SIZES[kind], rows[0].timing, []
     for row in rows:
-        timing, spread = row.timing, row.timing.spread if row.timing else None
-        lines.append([
-            row.name,
-            milliseconds(timing.median) if timing else f"not timed: {row.refused}",
-            "-" if spread is None else milliseconds(spread),
-            f"{timing.median / base.median:.2f}" if timing and base else "-",
-            "-" if row.peak_bytes is None else megabytes(row.peak_bytes),
-        ])  # fmt: skip
+        times = [f"not timed: {row.refused}", "-", "-"]
+        if row.timing:
+            ratio = f"{row.timing.median / base.median:.2f}" if base else "-"
+            times = [milliseconds(row.timing.median), milliseconds(row.timing.spread), ratio]
+        lines.append([row.name, *times, megabytes(row.peak_bytes)])
     how = "float16 by autocast, channels-last" if kind == "cuda" else "float32"
     agrees = f"agrees with that of torch's layers in float32{', as far as autocast lets it' * (kind == 'cuda')}"
     caption = (

@@ -51,7 +51,7 @@ class Verdict:
 
 def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> tuple[Table, list[Verdict]]:
     """Compare predictions with results of a GPU with a cache of ``l2_bytes``; return the table, and what JSON keeps."""
-    planned = [result for result in results if result.plan is not None and result.best is not None]
+    planned = [result for result in results if result.plan and result.median]
     reason, verdicts = "", []
     for index, result in enumerate(planned):
         counted = None if reason or index >= COUNTED else count(result)
@@ -68,9 +68,9 @@ def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes
 
     At the end of a call the cache may hold what has not been written yet: so much less may be counted.
     """
-    assert result.plan is not None
-    assert result.best is not None
-    plan, measured, refuted = result.plan, result.best.median, []
+    plan, measured, refuted = result.plan, result.median, []
+    assert plan is not None
+    assert measured is not None
     predicted = plan.dram_bytes / copy_bandwidth
     written = sum(plan.written_bytes)
     expected = {"read": plan.dram_bytes - written, "written": written}
@@ -118,8 +118,8 @@ def verdicts_table(verdicts: Sequence[Verdict], note: str) -> Table:
 
     def cells(found: Verdict) -> list[str]:
         times = microseconds(found.predicted_seconds), microseconds(found.measured_seconds)
-        pairs = ((found.predicted_bytes[what], (found.counted_bytes or {}).get(what)) for what in METRICS)
-        moved = [megabytes(one) if one is not None else "-" for pair in pairs for one in pair]
+        both = found.predicted_bytes, found.counted_bytes or {}
+        moved = [megabytes(each.get(what)) for what in METRICS for each in both]
         judged = f"REFUTED, {found.refuted}" if found.refuted else "holds"
         return [f"  {found.case.operation}", found.by, found.tier, *times, *moved, judged]
 

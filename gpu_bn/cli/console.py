@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -73,25 +74,19 @@ class Table(NamedTuple):
         return [line(self.header), line(["-" * width for width in widths]), *rows]
 
 
-def three_digits(number: float) -> str:
-    """Return a number with three digits, or with all of a larger whole number."""
+def three_digits(number: float | None, factor: float = 1.0) -> str:
+    """Return a number times a factor with three digits, or with all of a larger whole number; ``-`` for ``None``."""
+    if number is None:
+        return "-"
+    number *= factor
     digits = 3 - math.ceil(math.log10(number) + 1e-9) if number > 0 else 0
     return f"{number:.{min(max(digits, 0), 9)}f}"
 
 
-def milliseconds(seconds: float) -> str:
-    """Return a time for a column in ms."""
-    return three_digits(1e3 * seconds)
-
-
-def microseconds(seconds: float) -> str:
-    """Return a time for a column in us."""
-    return three_digits(1e6 * seconds)
-
-
-def megabytes(count: float) -> str:
-    """Return a number of bytes for a column in MB."""
-    return three_digits(count / 1e6)
+milliseconds, microseconds = partial(three_digits, factor=1e3), partial(three_digits, factor=1e6)
+"""Write seconds for a column in ms and in us."""
+megabytes = partial(three_digits, factor=1e-6)
+"""Writes a number of bytes for a column in MB."""
 
 
 def paragraph(text: str, width: int | None = None) -> list[str]:

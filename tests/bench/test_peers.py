@@ -127,7 +127,8 @@ class FakeGraph:
     def scale(self, name, input, scale):
         return Node(lambda: input.compute() * scale.compute())
 
-    def build_plans(self):
+    def build(self, modes):
+        assert modes
         self.ready = True
 
     def get_workspace_size(self):
@@ -141,17 +142,12 @@ class FakeGraph:
         for tensor, result in results:
             tensor.copy_(result)
 
-    def nothing(self, *_):
-        pass
-
-    validate = build_operation_graph = create_execution_plans = check_support = nothing
-
 
 @pytest.fixture
 def fake_cudnn(torch, monkeypatch):
     """cuDNN's frontend."""
     module = types.ModuleType("cudnn")
-    module.data_type = types.SimpleNamespace(HALF="half", BFLOAT16="bf16", FLOAT="float", BOOLEAN="bool")
+    module.data_type = types.SimpleNamespace(FLOAT="float")
     module.heur_mode = types.SimpleNamespace(A="a", FALLBACK="fallback")
     module.create_handle = lambda: "handle"
     module.set_stream = lambda handle, stream: None

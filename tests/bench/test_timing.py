@@ -126,7 +126,7 @@ def fake_torch(clock):
         assert enable_timing
         return Event(clock)
 
-    def ones(size, device, **_):
+    def ones(size, device):
         assert device == "cuda"
         return Tensor(clock, size)
 
@@ -135,7 +135,7 @@ def fake_torch(clock):
         get_device_properties=lambda _: types.SimpleNamespace(**PROPERTIES), synchronize=clock.synchronize,
         mem_get_info=lambda: (8 << 10, 16 << 10), empty_cache=lambda: clock.done_things.append("free"),
     )  # fmt: skip
-    return types.SimpleNamespace(cuda=cuda, ones=ones, empty_like=lambda t: Tensor(clock, t.size), uint8="uint8")
+    return types.SimpleNamespace(cuda=cuda, ones=ones)
 
 
 def fake_cupy(clock):
@@ -154,7 +154,7 @@ def fake_cupy(clock):
     )  # fmt: skip
     pool = types.SimpleNamespace(free_all_blocks=lambda: clock.done_things.append("free"))
     return types.SimpleNamespace(
-        cuda=cuda, ones=lambda size, _: Tensor(clock, size), empty_like=lambda t: Tensor(clock, t.size),
+        cuda=cuda, ones=lambda size, _: Tensor(clock, size),
         copyto=lambda *_: clock.call(), RawKernel=lambda *_: lambda *launch: clock.wait(int(launch[2][0])),
         get_default_memory_pool=lambda: pool,
     )  # fmt: skip
