@@ -6,7 +6,6 @@ them; the oracle computes these alone, because channels are independent.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +20,7 @@ from gpu_bn.bench.timing import TimedCall, Timer, Timing, in_words, take_samples
 from gpu_bn.plan import LaunchPlan, NoPlanError
 from gpu_bn.spec import VECTORS
 from gpu_bn.testing import ADAPTERS, Problem, Truth, compare, oracle, tolerance
+from gpu_bn.testing.cases import numpy_dtype
 
 TENSORS = ("x", "dy", "residual")
 PERIOD = 4_194_301
@@ -97,8 +97,7 @@ def data(case: Case) -> Problem:
     Values repeat after :data:`PERIOD`, so that channels differ and a large tensor costs no time.
     """
     rng = np.random.default_rng(0)
-    dtype = np.dtype(importlib.import_module("ml_dtypes").bfloat16 if case.dtype == "bfloat16" else case.dtype)
-    size, channels = int(np.prod(case.shape)), case.shape[1]
+    dtype, size, channels = numpy_dtype(case.dtype), int(np.prod(case.shape)), case.shape[1]
     noise = rng.normal(0.5, 1.5, (3, min(size, PERIOD)))
 
     def tensor(row: int) -> Any:

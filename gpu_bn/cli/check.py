@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
@@ -149,21 +149,14 @@ def run_all(
     _BROKEN.clear()
     count = min(cores(), MOST_WORKERS) if workers is None else workers
     one = partial(run_unless_broken, backend=backend)
+    executor: Executor = ThreadPoolExecutor(count if backend in THREADS else 1)
     if backend in PROCESSES and count > 1:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, mp_context=spawn) as pool:
-            return collected(pool.map(one, cases), tick)
-    with ThreadPoolExecutor(count if backend in THREADS else 1) as pool:
-        return collected(pool.map(one, cases), tick)
-
-
-def collected(outcomes: Iterator[Outcome | None], tick: Callable[[int], None]) -> list[Outcome]:
-    """Collect the outcomes as they come; ``None`` stands for a case that was not run."""
+        executor = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
     found = []
-    for outcome in outcomes:
-        tick(1)
-        if outcome is not None:
-            found.append(outcome)
+    with executor as pool:
+        for outcome in pool.map(one, cases):
+            tick(1)
+            found += [] if outcome is None else [outcome]
     return found
 
 

@@ -36,17 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     name = "gpu-bn"
-    commands = {
-        "info": run_info, "check": run_check, "explain": run_explain, "warm-up": run_warm_up,
-        "bench": run_bench, "demo": run_demo,
-    }  # fmt: skip
     try:
         options = _parsed(arguments)
         options.line = shlex.join(["gpu-bn", *arguments])
         name = f"gpu-bn {options.command}"
         _check_stdout()
         values.check_environment()
-        code = commands[options.command](options)
+        code: int = options.run(options)
         sys.stdout.flush()
         return code
     except (CommandError, registry.BackendUnavailableError) as error:
@@ -92,21 +88,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_info(commands: Commands) -> None:
-    info = _add(
-        commands,
-        "info",
-        "Print versions, devices, backends and why one is unavailable, and which versions of CUDA do not fit.",
-    )
+    info = _add(commands, "info", run_info)
     _value(info, "--json", Path, "PATH", "write it as JSON too")
 
 
 def _add_check(commands: Commands) -> None:
-    check = _add(
-        commands,
-        "check",
-        "Run the conformance cases, forward and backward against a float64 oracle, on this machine's backends. "
-        "Exit code 1 if one fails.",
-    )
+    check = _add(commands, "check", run_check)
     check.add_argument("--backend", choices=registry.NAMES, help="only this one (default: all that are available)")
     check.add_argument("--quick", action="store_true", help="fewer cases, that still cover every option and dtype")
     _value(check, "--processes", values.positive, "N", "that compile for a GPU (default: one a core, up to 16)")
@@ -114,12 +101,7 @@ def _add_check(commands: Commands) -> None:
 
 
 def _add_explain(commands: Commands) -> None:
-    explain = _add(
-        commands,
-        "explain",
-        "Print how the CUDA kernels would serve a training call, forward and backward, and why. No GPU is needed: "
-        "times are a model.",
-    )
+    explain = _add(commands, "explain", run_explain)
     shape, dtype = "channels second, such as 32x64x56x56", "f16, bf16, f32 or f64; float16 and so on too (default: f32)"
     layout = "how the axes lie in memory: nchw, nhwc or nc (default: nchw)"
     device = f"one of {', '.join(DEVICES)}, or all for a table of them (default: h100)"
@@ -132,25 +114,14 @@ def _add_explain(commands: Commands) -> None:
 
 
 def _add_warm_up(commands: Commands) -> None:
-    warm = _add(
-        commands,
-        "warm-up",
-        "Compile the kernels of common calls on a CPU into the cache, for images and CI. It is in $GPU_BN_CACHE_DIR, "
-        "else in the user's cache folder; NAMES are separated by commas.",
-    )
+    warm = _add(commands, "warm-up", run_warm_up)
     dtypes = values.several(values.dtype)
     _value(warm, "--dtype", dtypes, "NAMES", "of f16,bf16,f32,f64 (default: f32)", default=["f32"])
     _value(warm, "--activation", values.words, "NAMES", "such as relu,silu (default: identity,relu)")
 
 
 def _add_bench(commands: Commands) -> None:
-    bench = _add(
-        commands,
-        "bench",
-        "Time batch norm against other libraries on this machine's GPU or CPU; print tables, write report.json "
-        "and two pictures. Each result is compared with a float64 oracle before it is timed. Without a GPU, print "
-        "what a model expects of five of them. Exit code 1 if ours are wrong. NAMES are separated by commas.",
-    )
+    bench = _add(commands, "bench", run_bench)
     shapes = f"of {','.join(NETWORKS)}, and shapes such as 32x64x56x56"
     operations = "of forward,backward,eval, each also as in eval+relu and eval+add+relu"
     _value(bench, "--shapes", values.shapes, "NAMES", shapes)
@@ -176,13 +147,7 @@ def _add_bench(commands: Commands) -> None:
 
 
 def _add_demo(commands: Commands) -> None:
-    demo = _add(
-        commands,
-        "demo",
-        "Train a network of two hidden layers on scikit-learn's digits without BN, with BN of fixed weight = 1 and "
-        "bias = 0, and with BN's learned pair; print how loss, accuracy and the drift of what the second layer sees "
-        "compare; check that BN can be the identity; draw a figure. Needs pip install -e '.[demo]'.",
-    )
+    demo = _add(commands, "demo", run_demo)
     rate = "learning rate (default: 3, which of 0.1, 0.3, 1, 3 and 10 is the best for the network without BN)"
     _value(demo, "--seeds", values.positive, "N", "runs of each network (default: 5)", default=5)
     _value(demo, "--steps", values.positive, "N", "training steps, in twenties (default: 800)", default=800)
@@ -192,11 +157,10 @@ def _add_demo(commands: Commands) -> None:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    """Run ``gpu-bn info``."""
+    """Print versions, devices, backends and why one is unavailable, and which versions of CUDA do not fit."""
     from gpu_bn.cli.info import as_json, facts, text
 
-    if options.json is not None:
-        values.check_file(options.json, "facts")
+    values.check_file(options.json, "facts")
     found = facts()
     print(text(found))
     if options.json is not None:
@@ -205,16 +169,19 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """Run ``gpu-bn check``."""
+    """Run the conformance cases, forward and backward against a float64 oracle, on this machine's backends. Exit code
+    1 if one fails.
+    """
     from gpu_bn.cli.check import conformance
 
-    if options.json is not None:
-        values.check_file(options.json, "results")
+    values.check_file(options.json, "results")
     return 0 if conformance(options.backend, options.quick, options.processes, options.json) else 1
 
 
 def run_explain(options: argparse.Namespace) -> int:
-    """Run ``gpu-bn explain``."""
+    """Print how the CUDA kernels would serve a training call, forward and backward, and why. No GPU is needed: times
+    are a model.
+    """
 
     def of(device: str) -> Explanation:
         return explain(
@@ -249,7 +216,9 @@ def _row(explanation: Explanation, name: str) -> list[str]:
 
 
 def run_warm_up(options: argparse.Namespace) -> int:
-    """Run ``gpu-bn warm-up``."""
+    """Compile the kernels of common calls on a CPU into the cache, for images and CI. It is in $GPU_BN_CACHE_DIR, else
+    in the user's cache folder; NAMES are separated by commas.
+    """
     from gpu_bn.cli.warm_up import ACTIVATIONS, warm_up
 
     dtypes: dict[str, Any] = dict(DTYPES)
@@ -265,7 +234,10 @@ def run_warm_up(options: argparse.Namespace) -> int:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """Run ``gpu-bn bench``."""
+    """Time batch norm against other libraries on this machine's GPU or CPU; print tables, write report.json and two
+    pictures. Each result is compared with a float64 oracle before it is timed. Without a GPU, print what a model
+    expects of five of them. Exit code 1 if ours are wrong. NAMES are separated by commas.
+    """
     from gpu_bn.bench.run import bench
 
     values.check_folder(options.out, "report")
@@ -279,22 +251,29 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    """Run ``gpu-bn demo``."""
+    """Train a network of two hidden layers on scikit-learn's digits without BN, with BN of fixed weight = 1 and bias =
+    0, and with BN's learned pair; print how loss, accuracy and the drift of what the second layer sees compare; check
+    that BN can be the identity; draw a figure. Needs pip install -e '.[demo]'.
+    """
     missing = [package for module, package in DEMO_NEEDS.items() if find_spec(module) is None]
     if missing:
         raise CommandError(f"{', '.join(missing)} not installed; pip install -e '.[demo]' installs what it needs")
     values.check_picture(options.out)
-    from gpu_bn.demo.run import Options, demo
+    from gpu_bn.demo.run import demo
     from gpu_bn.demo.training import EVERY
 
     if options.steps % EVERY:
         raise UsageError(f"--steps should be a multiple of {EVERY}, got {options.steps}")
-    demo(Options(options.seeds, options.steps, options.rate, options.out, options.backend))
+    demo(options)
     return 0
 
 
-def _add(commands: Commands, name: str, text: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=text.split(". ")[0].rstrip("."), description=text)
+def _add(commands: Commands, name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    """Add a command; the docstring of what runs it is its help."""
+    text = " ".join((run.__doc__ or "").split())
+    command = commands.add_parser(name, help=text.split(". ")[0].rstrip("."), description=text)
+    command.set_defaults(run=run)
+    return command
 
 
 def _value(

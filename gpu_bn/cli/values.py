@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,18 +37,8 @@ def shape(text: str) -> tuple[int, ...]:
 
 def shapes(text: str) -> list[str]:
     """Parse names and shapes between commas; numbers side by side are one shape: ``few,32,64,56,56,4x8``."""
-    found: list[str] = []
-    numbers: list[str] = []
-    for word in [*words("".join(text.lower().split())), ""]:
-        if word.isdigit():
-            numbers.append(word)
-            continue
-        if numbers:
-            found.append("x".join(numbers))
-        numbers = []
-        if word:
-            found.append(word)
-    return found
+    found = re.findall(r"\d+(?:,\d+)*(?![^,])|[^,]+", "".join(text.lower().split()))
+    return [word.replace(",", "x") for word in found]
 
 
 def one_of(what: str, names: Iterable[str], also: Mapping[str, str] | None = None) -> Callable[[str], str]:
@@ -89,24 +80,23 @@ def positive(text: str) -> int:
     return value
 
 
-def above_zero(text: str) -> float:
-    """Parse a number above 0."""
-    return _number(text, "a number above 0", lambda value: value > 0)
+def number(expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    """Return a parser of a finite number that fits; ``expected`` says which do."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and fits(value)):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
 
 
-def not_negative(text: str) -> float:
-    """Parse a number from 0."""
-    return _number(text, "a number from 0", lambda value: value >= 0)
-
-
-def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and fits(value)):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-    return value
+above_zero = number("a number above 0", lambda value: value > 0)
+not_negative = number("a number from 0", lambda value: value >= 0)
 
 
 def check_environment() -> None:
@@ -122,12 +112,14 @@ def check_environment() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- outputs
-def check_file(path: Path, what: str) -> None:
-    """Check that a file can be written.
+def check_file(path: Path | None, what: str) -> None:
+    """Check that a file can be written; ``None`` is none.
 
     Raises:
         UsageError: its folder is not there, or it is a folder, or writing is not allowed.
     """
+    if path is None:
+        return
     if path.is_dir():
         raise UsageError(f"{path} is a folder, expected the name of a file for the {what}")
     if not path.parent.is_dir():

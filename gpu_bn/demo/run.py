@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from importlib import import_module
-from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
@@ -24,24 +24,6 @@ BACKENDS = ("cupy", "numpy")
 """The backends whose arrays the demo's own layers can use, the preferred one first."""
 
 
-class Options(NamedTuple):
-    """What the user asks for.
-
-    Attributes:
-        seeds: how many, from 0.
-        steps: of gradient descent in each run.
-        rate: the learning rate.
-        out: the figure's path.
-        backend: one of :data:`BACKENDS`, or ``None`` for the first that is available.
-    """
-
-    seeds: int
-    steps: int
-    rate: float
-    out: Path
-    backend: str | None = None
-
-
 class Results(NamedTuple):
     """All that the tables and the figure show."""
 
@@ -50,8 +32,8 @@ class Results(NamedTuple):
     capacities: list[Capacity]
 
 
-def demo(options: Options) -> None:
-    """Train all networks, print the tables and write the figure.
+def demo(options: Namespace) -> None:
+    """Train all networks, print the tables and write the figure; the options are those of the command.
 
     Raises:
         BackendUnavailableError: the backend asked for is not available.
@@ -74,7 +56,7 @@ def demo(options: Options) -> None:
     print(f"\nFigure: {options.out}   ({perf_counter() - start:.0f} s)")
 
 
-def run(options: Options, backend: str) -> Results:
+def run(options: Namespace, backend: str) -> Results:
     """Train every variant with every seed, and check the networks without BN."""
     xp = import_module(backend)
     results = Results({variant: [] for variant in VARIANTS}, [], [])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -82,7 +84,7 @@ class Case:
 
 def cases() -> list[Case]:
     """Return the conformance cases that can run here: a few hundred, small, every kind of input."""
-    return [case for case in _all_cases() if _can_run(case)]
+    return [case for case in dict.fromkeys(_generate()) if _can_run(case)]
 
 
 def extended_cases() -> list[Case]:
@@ -92,7 +94,7 @@ def extended_cases() -> list[Case]:
 
 def unavailable_cases() -> list[Case]:
     """Return the conformance cases left out of these: bfloat16 needs the package ``ml_dtypes``."""
-    return [case for case in (*_all_cases(), *_generate_extended()) if not _can_run(case)]
+    return [case for case in dict.fromkeys((*_generate(), *_generate_extended())) if not _can_run(case)]
 
 
 def build(case: Case) -> Problem:
@@ -102,8 +104,8 @@ def build(case: Case) -> Problem:
     channels = case.shape[axis]
     per_channel = [1] * len(case.shape)
     per_channel[axis] = channels
-    dtype = _dtype(case.dtype)
-    param_dtype = _dtype(case.param_dtype or ("float64" if case.dtype == "float64" else "float32"))
+    dtype = numpy_dtype(case.dtype)
+    param_dtype = numpy_dtype(case.param_dtype or ("float64" if case.dtype == "float64" else "float32"))
 
     noise = rng.standard_normal(case.shape)
     means = case.mean * rng.uniform(-1, 1, channels)
@@ -208,23 +210,13 @@ def arrange(array: Array, layout: str, axis: int) -> Array:
     raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
 
 
-def _dtype(name: str) -> np.dtype[Any]:
-    if name == "bfloat16":
-        import ml_dtypes
-
-        name = ml_dtypes.bfloat16
-    dtype: np.dtype[Any] = np.dtype(name)
-    return dtype
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype of a name; that of bfloat16 is from the package ``ml_dtypes``."""
+    return np.dtype(import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
 
 
 def _can_run(case: Case) -> bool:
-    if "bfloat16" not in (case.dtype, case.param_dtype):
-        return True
-    try:
-        import ml_dtypes  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return "bfloat16" not in (case.dtype, case.param_dtype) or find_spec("ml_dtypes") is not None
 
 
 SMALL_SHAPES = ((16, 7), (2, 3), (5, 1), (4, 6, 9), (3, 5, 4, 7), (2, 1, 1, 1), (1, 3, 2, 1), (2, 3, 2, 3, 4))
@@ -240,10 +232,6 @@ AXES = (
     ((12, 10, 11, 8), 3), ((12, 10, 11, 8), 2), ((9, 3, 41, 11), 0), ((2, 3, 4, 3, 2), -2),
 )  # fmt: skip
 """Shapes with the channels along other axes than the second."""
-
-
-def _all_cases() -> list[Case]:
-    return list(dict.fromkeys(_generate()))
 
 
 def _generate() -> Iterator[Case]:

@@ -27,10 +27,6 @@ class Adapter(NamedTuple):
     to_numpy: Callable[[Array], Array]
 
 
-def _same(array: Array) -> Array:
-    return array
-
-
 def _to_torch(array: Array) -> Array:
     """Return a tensor in the array's memory; copy what torch cannot have (negative or odd strides, read-only)."""
     odd = any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.flags.aligned
@@ -73,8 +69,8 @@ def _from_cupy(array: Array) -> Array:
 
 
 ADAPTERS: dict[str, Adapter] = {
-    "numpy": Adapter(_same, _same),
-    "cpu": Adapter(_same, _same),
+    "numpy": Adapter(lambda array: array, lambda array: array),
+    "cpu": Adapter(lambda array: array, lambda array: array),
     "cupy": Adapter(lambda array: import_module("gpu_bn.backends.cupy.backend").from_host(array), _from_cupy),
     "torch": Adapter(_to_torch, lambda tensor: _torch_cpu().as_array(tensor)),
     "triton": Adapter(_to_triton, _from_triton),

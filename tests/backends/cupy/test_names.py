@@ -18,7 +18,7 @@ import gpu_bn
 from gpu_bn import algorithm, registry
 from gpu_bn.activations import ROWS
 from gpu_bn.plan import DEVICES, TIERS, NoPlanError
-from gpu_bn.testing.cases import DTYPES, _dtype
+from gpu_bn.testing.cases import DTYPES, numpy_dtype
 
 PLANNED = {
     "one SM": replace(DEVICES["b200"], sms=1),
@@ -87,7 +87,7 @@ def call(rng, gpu, monkeypatch):
     """One call forward and backward; nothing if a tier is forced on what it cannot serve."""
     channels, positions, *batch = rng.choice(SHAPES)
     shape = (*batch, channels, positions) if batch else (positions, channels)
-    dtype, columns = _dtype(rng.choice(DTYPES)), rng.random() < 0.5
+    dtype, columns = numpy_dtype(rng.choice(DTYPES)), rng.random() < 0.5
     x, dy, residual = (tensor(rng, shape, dtype, columns) for _ in range(3))
     vectors = [memory(channels, np.float32) for _ in range(4)]
     options = {"training": rng.random() < 0.8, "activation": rng.choice([*ROWS, "relu", "relu", "gelu"])}
