@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from gpu_bn.activations import chosen
 from gpu_bn.nn.activated import Activated, has_hooks
 from gpu_bn.nn.fx.activations import activate
+from gpu_bn.nn.operators.autograd import is_compiling
 
 INTERNAL = frozenset(vars(torch.nn.Module()))
 """The attributes that every module has."""
 SIMPLE = (bool, int, float, str)
+_version_of: Any = torch._C._dynamo.guards.dict_version
+"""The number of a dict's state, which no other state of it has had: torch's, made for compiled code."""
 
 
 def normalise(
@@ -74,6 +78,12 @@ class Merge(NamedTuple):
 class Plan:
     """The steps of a module in one mode, and what must not have changed since they were recorded."""
 
+    seen: tuple[int, list[dict[str, Any]], list[int]] | None = None
+    """When all conditions last held: hooks in this process so far, the modules' dicts, their versions.
+
+    While these are the same, the conditions hold. To look at each of them takes longer than an activation.
+    """
+
     def __init__(self, steps: Steps, merges: list[Merge]) -> None:
         code = steps.graph.python_code("self")
         self.source: str | None = code.src
@@ -97,7 +107,7 @@ class Plan:
         return scope["forward"]  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name != "function"}
+        state = {name: value for name, value in vars(self).items() if name not in ("function", "seen")}
         try:
             pickle.dumps((self.globals, self.defaults))
         except Exception:  # a function that cannot be saved: the loaded module runs its own forward
@@ -110,19 +120,34 @@ class Plan:
 
     def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
         """Return the inputs in the graph's order, if a call gives nothing else."""
-        given = arguments
+        names, given = self.names, arguments
         if options:
-            given += tuple([options.get(name) for name in self.names[len(arguments) :]])
+            given += tuple([options.get(name) for name in names[len(arguments) :]])
             for name, value in options.items():
-                if name in self.names[: len(arguments)]:
+                if name in names[: len(arguments)] or (name not in names and self.defaults.get(name, self) is not value):
                     return None
-                if name not in self.names and self.defaults.get(name, self) is not value:
-                    return None
-        fits = len(given) == len(self.names) and all(isinstance(value, Tensor) for value in given)
-        return given if fits else None
+        if len(given) != len(names):
+            return None
+        for value in given:  # a generator would take twice as long
+            if not isinstance(value, Tensor):
+                return None
+        return given
 
     def holds(self, training: bool) -> bool:
         """Tell whether nothing has changed: no hooks, no other modes, attributes or modules."""
+        if is_compiling():
+            return self._agrees(training)
+        handles, seen = RemovableHandle.next_id, self.seen
+        if seen is not None and seen[0] == handles and [*map(_version_of, seen[1])] == seen[2]:
+            return True
+        modules = *self.merged, *[module for module, _, _ in self.fixed]
+        dicts = [*map(vars, modules), *[module._modules for module in modules]]
+        versions = [*map(_version_of, dicts)]
+        agrees = self._agrees(training)
+        self.seen = (handles, dicts, versions) if agrees else None
+        return agrees
+
+    def _agrees(self, training: bool) -> bool:
         if torch_module._has_any_global_hook():
             return False
         for module in self.merged:
