@@ -12,14 +12,18 @@ from torch import Tensor
 
 Guard = Callable[..., bool]
 """Tells whether tensors have the types, states, dtypes, devices, shapes and strides of others."""
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""A tensor's shape, strides and dtype."""
 Choice = Callable[[Any], tuple[Any, ...]]
 """Chooses some of a tuple."""
-_guards: Any = torch._C._dynamo.guards.TensorGuards
+_for_compilers: Any = torch._C._dynamo.guards
+new_on_cpu: Callable[..., Tensor] = _for_compilers._empty_strided_cpu
+"""Make a tensor of a layout: torch's, made for compiled code, in half the time of ``empty_like``."""
 
 
 def guard_of(tensors: Sequence[Tensor], shapes: Any = None, strides: Any = None) -> Guard:
     """Return what tells whether tensors are like these, with other shapes and strides if they are given."""
-    guards = _guards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+    guards = _for_compilers.TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
     return guards.check  # type: ignore[no-any-return]
 
 
@@ -27,6 +31,12 @@ def chooser(names: Sequence[str], wanted: Sequence[str]) -> Choice:
     """Return what chooses the wanted of named things."""
     places = [names.index(name) for name in wanted]
     return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """Return the layout of what ``empty_like`` makes of a tensor."""
+    like = torch.empty_like(tensor)
+    return tuple(like.shape), like.stride(), like.dtype
 
 
 @cache

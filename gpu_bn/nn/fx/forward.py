@@ -124,7 +124,9 @@ class Plan:
         if options:
             given += tuple([options.get(name) for name in names[len(arguments) :]])
             for name, value in options.items():
-                if name in names[: len(arguments)] or (name not in names and self.defaults.get(name, self) is not value):
+                if name in names[: len(arguments)] or (
+                    name not in names and self.defaults.get(name, self) is not value
+                ):
                     return None
         if len(given) != len(names):
             return None

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gpu_bn import registry
-from gpu_bn.backends.alike import Choice, Guard, blank, chooser, guard_of
+from gpu_bn.backends.alike import Choice, Guard, Layout, chooser, guard_of, layout_of, new_on_cpu
 from gpu_bn.backends.protocol import Moments, Saved
 from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import library
@@ -25,7 +25,7 @@ MOST, VARIANTS = 512, 8
 """Shapes, with their options, that are remembered, and signatures of each."""
 GIVEN = ("x", "weight", "bias", "residual", "mean", "var", "counter")
 """The tensors of a call, in its order."""
-_increment_version, _grad_enabled, _empty_like = torch._C._increment_version, torch.is_grad_enabled, torch.empty_like
+_increment_version, _grad_enabled = torch._C._increment_version, torch.is_grad_enabled
 
 
 @dataclass(slots=True, eq=False)
@@ -38,8 +38,8 @@ class Forward:
         written: the place of the first tensor that is written; 0 if none is.
         training, activation: options.
         of_y: whether y is kept in place of the residual.
-        statistics: what is like those that are kept; ``None`` if no backward call can follow.
-        dbias: what is like the gradient of the bias.
+        y, dweight, dbias: the layouts of the output and of gradients.
+        statistics: the layout of those that are kept; ``None`` if no backward call can follow.
         backward: the backward calls that have followed, by what was needed: their guards and compiled functions.
     """
 
@@ -52,8 +52,10 @@ class Forward:
     training: bool
     activation: str
     of_y: bool
-    statistics: Tensor | None
-    dbias: Tensor
+    y: Layout
+    statistics: Layout | None
+    dweight: Layout
+    dbias: Layout
     backward: dict[Any, tuple[tuple[Guard, Any], ...]] = field(default_factory=dict)
 
 
@@ -92,10 +94,10 @@ def forward(
         if door is None:
             return None
         function, record, threads, huge = door[:4]
-    y = _empty_like(x)
+    y = new_on_cpu(*way.y)
     if huge:
         doors.advise(y)
-    statistics = None if way.statistics is None else _empty_like(way.statistics)
+    statistics = None if way.statistics is None else new_on_cpu(*way.statistics)
     if function(
         record, x, residual, y, weight, bias, mean, var, counter, statistics, momentum, eps, parameter,
         doors.scratch_address(), threads,
@@ -112,7 +114,7 @@ def _prepare(
     key: Any, given: tuple[Any, ...], training: bool, momentum: float | None, eps: float, activation: str
 ) -> Forward | None:
     """Remember what calls like this one have in common; ``None`` if they go another way."""
-    x, _, bias, residual, *_ = given
+    x, weight, bias, residual, *_ = given
     engine: Any = registry.serving(x)
     parts = None if watched() else plain_parts(Call(*given), Options(training, momentum, eps))
     if "doors" not in vars(engine) or parts is None or x.layout is not torch.strided:
@@ -124,11 +126,12 @@ def _prepare(
     choose = chooser(GIVEN, names)
     written = next((place for place, name in enumerate(names) if name in GIVEN[4:]), 0) if training else 0
     of_y = residual is not None and engine.keeps_output(activation, x.dtype)
-    channels = x.shape[1]
-    statistics = blank((2 * channels,), torch.float64, x.device) if parts[-1] else None
-    dbias = blank((channels,), x.dtype if bias is None else bias.dtype, x.device)
-    guard = guard_of(choose(given))
-    way = Forward(guard, choose, engine, engine.doors, door, written, training, activation, of_y, statistics, dbias)
+    statistics = ((2 * x.shape[1],), (1,), torch.float64) if parts[-1] else None
+    dweight, dbias = (((x.shape[1],), (1,), x.dtype if one is None else one.dtype) for one in (weight, bias))
+    way = Forward(
+        guard_of(choose(given)), choose, engine, engine.doors, door, written, training, activation, of_y, layout_of(x),
+        statistics, dweight, dbias,
+    )  # fmt: skip
     if len(_known) >= MOST:
         _known.clear()
     _known[key] = (way, *_known.get(key, ())[: VARIANTS - 1])
@@ -176,10 +179,10 @@ class _Made(Function):
         if door is None:
             return _gradients_by_backend(ctx, dy, *saved)
         function, record, threads, huge = door[:4]
-        dx = _empty_like(x) if need[0] else None
-        dweight = _empty_like(weight) if need[1] else None
-        dbias = _empty_like(way.dbias) if need[2] else None
-        dresidual = _empty_like(x) if need[3] and not passes else None
+        dx = new_on_cpu(*way.y) if need[0] else None
+        dweight = new_on_cpu(*way.dweight) if need[1] else None
+        dbias = new_on_cpu(*way.dbias) if need[2] else None
+        dresidual = new_on_cpu(*way.y) if need[3] and not passes else None
         if huge:
             for one in (dx, dresidual):
                 if one is not None:
@@ -224,7 +227,7 @@ def _gradients_by_backend(
         weight=weight,
         bias=bias,
         weight_dtype=None if weight is None else weight.dtype,
-        bias_dtype=way.dbias.dtype,
+        bias_dtype=way.dbias[2],
         has_residual=has_residual,
         spec=library.options(way.training, 0.0, eps, way.activation, parameter),
         mask=residual if way.of_y else None,
