@@ -55,9 +55,8 @@ class EmulatedBackend(TritonBackend):
         flat = torch.from_numpy(owner[:size]).view(dtype)
         return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
 
-    def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        strides = torch.empty_like(tensor, device="meta").stride()
-        return self.new(tensor.shape, strides, tensor.dtype, tensor.device)
+    def allocator(self, device: torch.device) -> Callable[..., torch.Tensor]:
+        return lambda *layout: self.new(*layout, device)
 
     def launch_on_emulator(self, step: Step, args: tuple[Any, ...]) -> None:
         compiled = self.compile(step, args)

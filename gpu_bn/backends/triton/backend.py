@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from gpu_bn.backends.alike import allocator
 from gpu_bn.backends.layout import check_out
 from gpu_bn.backends.protocol import Grads, Moments, OnPlan, Saved, Sums
 from gpu_bn.backends.triton.arguments import (
@@ -342,8 +343,8 @@ class TritonBackend(SharedStatistics):
                 self._on_plan(found.plan, found.launches)
         return found
 
-    like = staticmethod(torch.empty_like)
-    """Memory like a dense tensor's, not initialised."""
+    allocator = staticmethod(allocator)
+    """What makes new tensors, not initialised."""
 
     def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> Array:
         """Allocate memory that is not initialised, contiguous unless ``strides`` are given."""

@@ -8,6 +8,7 @@ call. Where something has to be copied, converted or refused, nothing is done he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class PlainCalls:
         if where not in way.served and not way.serves(where):
             return None
         parameter, launches = activation.parameter, way.launches
-        new: list[Tensor] = [*map(self.engine.like, way.models)]
+        new: list[Tensor] = [*starmap(way.new, way.layouts)]
         if launches.compiled:
             values = [*where, *map(_address, new), momentum, eps, parameter, *launches.constants]
             for step, arguments in launches.steps:
@@ -109,7 +110,7 @@ class PlainCalls:
         if (where[0] | where[1] | where[-1]) % VECTOR_BYTES:
             return None
         launches = way.launches
-        new = [*map(self.engine.like, way.models)]
+        new = [*starmap(way.new, way.layouts)]
         if launches.compiled:
             start, row = kept.data_ptr(), forward.row
             rows = range(start, start + 4 * row, row)
@@ -143,8 +144,8 @@ class PlainCalls:
             Moments(x.numel() // x.shape[1], mean, var),
             weight if has_weight else None,
             bias if has_bias else None,
-            forward.parameters["dweight"].dtype if has_weight else None,
-            forward.parameters["dbias"].dtype,
+            forward.parameters["dweight"][2] if has_weight else None,
+            forward.parameters["dbias"][2],
             has_residual,
             BatchNormSpec(1, forward.training, 0.0, eps, Activation(forward.activation, parameter)),
             named.get("mask"),

@@ -1,4 +1,4 @@
-"""Prepare plain calls: the guards of their signatures, their launches, and what new tensors are like."""
+"""Prepare plain calls: the guards of their signatures, their launches, and the layouts of new tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gpu_bn.backends.alike import Choice, Guard, blank, chooser, guard_of
+from gpu_bn.backends.alike import Choice, Guard, Layout, chooser, contiguous, guard_of, layout_of
 from gpu_bn.backends.protocol import Saved
 from gpu_bn.backends.triton.arguments import backward_call, mask_size, work_of
 from gpu_bn.backends.triton.launch import Launches
@@ -44,14 +44,14 @@ class Forward:
         served: sets of their addresses that kernels can read and write.
         written: the place of the first that is written; 0 if none is.
         launches: take the given and the new tensors, the momentum, eps and the activation's parameter.
-        models: what is like the new tensors: the output, what is kept, the mask, partial results.
+        new, layouts: makes the new tensors, of these: the output, what is kept, the mask, partial results.
         grows: whether a backward call may follow.
         saves: chooses what that needs of x, weight, bias, residual and the new tensors.
         saved: the names of dy and of these.
         training, activation: options.
         row: bytes of a row of what is kept.
         form: dtype, device, shape and strides of the input.
-        parameters: what is like the gradients of weight and bias.
+        parameters: the layouts of the gradients of weight and bias.
         backward: the backward calls that have followed, by what was needed.
     """
 
@@ -62,7 +62,8 @@ class Forward:
     served: set[tuple[int, ...]] = field(default_factory=set)
     written: int = 0
     launches: Any = None
-    models: tuple[Tensor, ...] = ()
+    new: Any = None
+    layouts: tuple[Layout, ...] = ()
     grows: bool = False
     saves: Any = None
     saved: tuple[str, ...] = ()
@@ -70,7 +71,7 @@ class Forward:
     activation: str = ""
     row: int = 0
     form: Any = None
-    parameters: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Layout] = field(default_factory=dict)
     backward: dict[Sequence[bool], tuple[Backward, ...]] = field(default_factory=dict)
 
     def serves(self, where: tuple[int, ...]) -> bool:
@@ -95,14 +96,15 @@ class Backward:
     Attributes:
         guard, given: as of a forward call; of x, dy, residual and mask.
         launches: take these, the rows that were kept, the new tensors, eps and the activation's parameter.
-        models: what is like the new tensors: gradients, partial results.
+        new, layouts: as of a forward call; of gradients, partial results.
         results: puts the gradients in their places, of the new tensors, dy and ``None``.
     """
 
     guard: Guard
     given: Choice
     launches: Launches
-    models: tuple[Tensor, ...]
+    new: Any
+    layouts: tuple[Layout, ...]
     results: Choice
 
 
@@ -118,7 +120,8 @@ def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> F
     if not _is_plain(call, given) or (training and x.numel() == x.shape[1]):
         return way
     view, channels = view_of(x, 1), x.shape[1]
-    if not (view.dense and torch.empty_like(x).stride() == x.stride()):
+    y = layout_of(x)
+    if not (view.dense and y[1] == x.stride()):
         return way
     reads, bits = 1 + (call.residual is not None), 0
     if reads > 1 and (grows or training):
@@ -127,11 +130,9 @@ def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> F
     spec = BatchNormSpec(1, training, options.momentum, options.eps, activation)
     key = "plain", training, activation.name, bits > 0, *names, *map(_form, given), *[one.stride() for one in given]
     steps = engine.prepare(key, lambda: engine.builder.forward(work, spec, x, False))
-    like_y = torch.empty_like(x)
-    like_y.untyped_storage().resize_(0)  # its form is read only
-    new = {"y": like_y, "kept": blank((4, channels), torch.float64, x.device)}
+    new = {"y": y, "kept": contiguous((4, channels), torch.float64)}
     if bits:
-        new["mask"] = blank((bits,), torch.uint8, x.device)
+        new["mask"] = contiguous((bits,), torch.uint8)
     new |= _scratch(steps, x)
 
     def run(launch: Any, at: Any) -> None:
@@ -143,7 +144,7 @@ def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> F
         steps.run(launch, [*map(at, tensors)], [*map(at, vectors)], scratch, frozen, tracked, rest)
 
     way.launches = Launches([*names, *new, "momentum", "eps", "parameter"], run)
-    way.models, way.grows = tuple(new.values()), grows
+    way.new, way.layouts, way.grows = engine.allocator(x.device), tuple(new.values()), grows
     unread = {"bias", "residual"} if activation.is_identity else {"residual" if bits else ""}
     saved = [name for name in (*GIVEN[:4], "mask") if name in {*names, *new} - unread]
     way.saves, way.saved = chooser((*GIVEN[:4], *new), saved), ("dy", *saved)
@@ -151,7 +152,7 @@ def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> F
     way.written = next((place for place, name in enumerate(names) if name in GIVEN[4:]), 0) if training else 0
     way.row, way.form = 8 * channels, (x.dtype, x.device, list(x.shape), list(x.stride()))
     for name, one in (("dweight", call.weight), ("dbias", call.bias)):
-        way.parameters[name] = blank((channels,), x.dtype if one is None else one.dtype, x.device)
+        way.parameters[name] = contiguous((channels,), x.dtype if one is None else one.dtype)
     return way
 
 
@@ -169,12 +170,12 @@ def prepare_backward(
     passes = forward.activation == "identity" and "dresidual" in needed  # this gradient is dy itself
     wanted = frozenset(needed) - {"dresidual" if passes else ""}
     new = [name for name in (GRADIENTS[0], GRADIENTS[3], *GRADIENTS[1:3]) if name in wanted]
-    models = tuple(forward.parameters[name] if name in forward.parameters else forward.models[0] for name in new)
+    layouts = tuple(forward.parameters.get(name, forward.layouts[0]) for name in new)
     values = [*names, "mean", "var", "kept weight", "kept bias", *new]
     places = [new.index(name) if name in wanted else -1 for name in GRADIENTS]
     results = itemgetter(*places[:3], -2 if passes else places[3], -1)
     if not wanted:
-        return Backward(guard, choose, Launches(values, lambda *_: None), models, results)
+        return Backward(guard, choose, Launches(values, lambda *_: None), forward.new, layouts, results)
     call = backward_call(given[1], saved(), wanted)
     steps = engine.prepare(("plain", call.key), lambda: engine.builder.backward(call, wanted, forward.training))
     scratch = _scratch(steps, given[0])
@@ -188,7 +189,7 @@ def prepare_backward(
         steps.run(launch, read, vectors, pair, outputs, numbers, divisor)
 
     launches = Launches([*values, *scratch, "eps", "parameter"], run)
-    return Backward(guard, choose, launches, (*models, *scratch.values()), results)
+    return Backward(guard, choose, launches, forward.new, (*layouts, *scratch.values()), results)
 
 
 def _guard_of_plain(tensors: Sequence[Tensor], form: Any) -> Guard:
@@ -219,6 +220,6 @@ def _is_plain(call: Call, given: Sequence[Tensor]) -> bool:
     )
 
 
-def _scratch(steps: ForwardSteps | BackwardSteps, x: Tensor) -> dict[str, Tensor]:
-    """Return what is like the partial results of a call's launches, and the table of merged ones."""
-    return {name: blank(shape, dtype, x.device) for name, (shape, dtype) in scratch_of(steps, x).items()}
+def _scratch(steps: ForwardSteps | BackwardSteps, x: Tensor) -> dict[str, Layout]:
+    """Return the layouts of the partial results of a call's launches, and of the table of merged ones."""
+    return {name: contiguous(*form) for name, form in scratch_of(steps, x).items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gpu_bn import registry
-from gpu_bn.backends.alike import Choice, Guard, Layout, chooser, guard_of, layout_of, new_on_cpu
+from gpu_bn.backends.alike import Choice, Guard, Layout, chooser, contiguous, guard_of, layout_of, new_on_cpu
 from gpu_bn.backends.protocol import Moments, Saved
 from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import library
@@ -126,8 +126,9 @@ def _prepare(
     choose = chooser(GIVEN, names)
     written = next((place for place, name in enumerate(names) if name in GIVEN[4:]), 0) if training else 0
     of_y = residual is not None and engine.keeps_output(activation, x.dtype)
-    statistics = ((2 * x.shape[1],), (1,), torch.float64) if parts[-1] else None
-    dweight, dbias = (((x.shape[1],), (1,), x.dtype if one is None else one.dtype) for one in (weight, bias))
+    channels = x.shape[1]
+    statistics = contiguous((2 * channels,), torch.float64) if parts[-1] else None
+    dweight, dbias = (contiguous((channels,), x.dtype if one is None else one.dtype) for one in (weight, bias))
     way = Forward(
         guard_of(choose(given)), choose, engine, engine.doors, door, written, training, activation, of_y, layout_of(x),
         statistics, dweight, dbias,

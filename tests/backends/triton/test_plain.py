@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_bn
 from gpu_bn import nn, registry
+from gpu_bn.backends import alike
 from gpu_bn.backends.triton import plain as plain_calls
 from gpu_bn.backends.triton.backend import TritonBackend
 from gpu_bn.backends.triton.launch import ClusterError
@@ -383,3 +384,16 @@ def test_plain_calls_compute_what_torch_does(tier, kind, device, compile_triton,
     assert_close(*found, rtol=1e-4, atol=1e-5)
     assert len(backend.plain.known) == 2
     assert kind is EmulatedBackend or backend.by_address == {"cta": 3, "split": 5}[tier]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_new_tensors_of_a_gpu_are_of_its_device(devices, monkeypatch):
+    """torch's fast function makes them on the current GPU: it serves where there is no other."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(alike._for_compilers, "_empty_strided_cuda", lambda *layout: calls.append(layout))
+    monkeypatch.setattr(torch, "empty_strided", lambda *layout, **options: calls.append((*layout, options)))
+    device, layout = torch.device("cuda", devices - 1), alike.contiguous((2, 3), torch.float16)
+    assert layout == ((2, 3), (3, 1), torch.float16)
+    alike.allocator(device)(*layout)
+    assert calls == [layout if devices == 1 else ((2, 3), (3, 1), {"dtype": torch.float16, "device": device})]
