@@ -1,4 +1,4 @@
-"""Fused models whose forward branches, changes later, or is distributed, copied and compiled."""
+"""Fused models whose forward branches, or is distributed, copied and compiled."""
 
 import copy
 
@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from gpu_bn import nn
-from gpu_bn.nn.fx.forward import Plan
 
 
 class Kinds(Block):
@@ -51,90 +50,6 @@ def test_branches_on_the_results_of_modules():
     plain = OnResult()
     fused, report = fused_with(plain, "inner.norm")
     assert "kind of a value" in report.left["norm"]
-    agree(fused, plain, rows())
-
-
-CALLED = pytest.mark.parametrize("called", [False, True])
-
-
-def fused_and_called(plain, called):
-    """Return a model fused, both after some calls if that is asked for: a repeated call looks at less."""
-    fused, _ = fused_with(plain, "norm")
-    for model in (fused, plain) * 2 * called:
-        model(rows())
-    return fused
-
-
-@CALLED
-@pytest.mark.parametrize("name", ["norm", "act", "linear"])
-def test_hooks_that_come_later_are_called(name, called):
-    plain = Block()
-    fused = fused_and_called(plain, called)
-    for model in (fused, plain):
-        getattr(model, name).register_forward_hook(lambda _module, _inputs, y: 2 * y - 0.1)
-    agree(fused, plain, rows())
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: setattr(model, "act", torch.nn.Tanh()),
-        lambda model: setattr(model, "norm", torch.nn.Identity()),
-        lambda model: setattr(model.act, "forward", torch.tanh),
-        lambda model: setattr(model.norm, "forward", torch.tanh),
-        lambda model: model.act.__dict__.update(forward=torch.tanh),
-        lambda model: model._modules.update(act=torch.nn.Tanh()),
-        lambda model: model.act.eval(),
-        lambda model: model.norm.eval(),
-        lambda model: torch.nn.utils.parametrizations.weight_norm(model.linear),
-        lambda model: model.float().double(),
-    ],
-)
-@CALLED
-def test_changes_that_come_later_count(change, called):
-    x = rows()
-    for mode in (True, False):
-        plain = Block().train(mode)
-        fused = fused_and_called(plain, called)
-        for model in (fused, plain):
-            change(model)
-        assert_close(fused(x), plain(x))
-
-
-def test_a_repeated_call_does_not_look_at_each_condition(monkeypatch):
-    looks = []
-    agrees = Plan._agrees
-    monkeypatch.setattr(Plan, "_agrees", lambda *arguments: looks.append(1) or agrees(*arguments))
-    fused, _ = fused_with(Block(), "norm")
-    looks.clear()
-    for model, calls in ((fused, 1), (copy.deepcopy(fused), 1), (saved_and_loaded(fused), 1), (fused, 0)):
-        for _ in range(3):
-            model(rows())
-        assert len(looks) == calls, calls
-        looks.clear()
-    handle = fused.linear.register_forward_hook(lambda *_: None)
-    fused(rows())
-    handle.remove()
-    for _ in range(3):
-        fused(rows())
-    assert len(looks) == 1
-
-
-class Switched(Block):
-    def __init__(self):
-        super().__init__()
-        self.twice = False
-
-    def forward(self, x):
-        y = self.act(self.norm(self.linear(x)))
-        return 2 * y if self.twice else y
-
-
-@CALLED
-def test_attributes_that_change_later_count(called):
-    plain = Switched()
-    fused = fused_and_called(plain, called)
-    fused.twice = plain.twice = True
     agree(fused, plain, rows())
 
 
