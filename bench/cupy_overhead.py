@@ -1,9 +1,9 @@
 """What a call of the CuPy backend costs in Python: ``python bench/cupy_overhead.py``. No GPU is needed.
 
-Counted is all that gpu_bn does in a later call of a shape: checks, dispatch, looking up what has been prepared,
-gathering arguments, keeping what the backward call needs. What CuPy does is not counted: its stand-in launches nothing,
-and has one array of each shape, which it hands out whenever one is allocated. The table says how often a call asks for
-either, and for views; CuPy takes some microseconds each time.
+A time is that of all that gpu_bn does in a later call of a shape: checks, dispatch, looking up what has been prepared,
+gathering arguments, keeping what the backward call needs. It is without CuPy's own time: the stand-in for CuPy launches
+nothing, and has one array of each shape, which it hands out whenever one is allocated. The table says how often a call
+allocates, launches and makes a view; CuPy takes some microseconds for each.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ its kernel. The first table has our times with the backend as it is, and with on
 leaves the cost of checks, dispatch and autograd.
 
 The second table is of the Triton backend, whose compiled kernels do nothing; its tensors are on the CPU, where torch
-allocates faster than on a GPU. Counted is all that gpu_bn and autograd do in a later call of a shape: checks, finding
-what has been prepared, allocating outputs, gathering arguments. It says how often a call launches a kernel of ours, and
-how often it calls an operation of torch's that would launch one.
+allocates faster than on a GPU. A time is that of all that gpu_bn and autograd do in a later call of a shape: checks,
+finding what has been prepared, allocating outputs, gathering arguments. The last column says how often a call launches
+a kernel of ours, and how often it calls an operation of torch's that would launch one.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _installed(module: str) -> bool:
 
 
 def ours(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
-    """Return what builds calls of a backend; ``make_backend`` makes one that forces a tier."""
+    """Return a builder of a backend's calls; ``make_backend`` makes the backend, for a tier that is forced."""
 
     def build(operation: Operation, p: Problem, tier: str | None = None, on_plan: OnPlan | None = None) -> TimedCall:
         backend = make_backend(tier, on_plan)
@@ -89,12 +89,12 @@ def ours(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
     return build
 
 
-def on_gpu(name: str, kind: str) -> Build:
-    """Return what builds calls of one of our backends for GPUs; ``kind`` is its class."""
+def on_gpu(name: str) -> Build:
+    """Return a builder of calls of one of our backends for GPUs."""
 
     def make_backend(tier: str | None, on_plan: OnPlan | None) -> Any:
-        registry.load(name)  # raises if something is missing, and says what
-        return getattr(import_module(f"gpu_bn.backends.{name}.backend"), kind)(tier=tier, on_plan=on_plan)
+        kind: Any = type(registry.load(name))
+        return kind(tier=tier, on_plan=on_plan)
 
     return ours(make_backend)
 
@@ -162,7 +162,7 @@ def compiled_norm(operation: Operation, problem: Problem, inplace: bool = True) 
 
 
 def torch_call(make: Callable[[Operation, Problem], Function]) -> Build:
-    """Return what builds calls of a function of torch's tensors: ``make(operation, problem)``."""
+    """Return a builder of calls of a function of torch's tensors, which ``make(operation, problem)`` returns."""
 
     def build(operation: Operation, p: Problem, **_: Any) -> TimedCall:
         tensors = [tensor for tensor in (p.x, p.weight, p.bias, p.residual) if tensor is not None]
@@ -207,12 +207,9 @@ def apex(operation: Operation, p: Problem) -> TimedCall:
         getattr(layer, name).data.copy_(getattr(p, name))
     layer.eps, layer.momentum = p.eps, p.momentum
     given = [tensor for tensor in (p.dy, p.x, p.residual) if tensor is not None]
-    dy, x, *residual = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in given)
-
-    def norm(x: Array, _weight: Array, _bias: Array, *residual: Array) -> Array:
-        return layer(x, *residual)
-
-    call = _differentiated(operation, norm, [x, layer.weight, layer.bias, *residual], dy)
+    dy, *tensors = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in given)
+    tensors[1:1] = layer.weight, layer.bias  # which the layer has, and autograd differentiates by
+    call = _differentiated(operation, lambda x, _weight, _bias, *residual: layer(x, *residual), tensors, dy)
     return lambda: tuple(array.permute(0, 3, 1, 2) if array.ndim == 4 else array for array in call())
 
 
@@ -317,10 +314,8 @@ IMPLEMENTATIONS = [
     Implementation("torch CPU", "cpu", "torch", eager, ("torch",)),
     Implementation("textbook NumPy", "cpu", "numpy", textbook),
     Implementation("torch.compile CPU", "cpu", "torch", compiled, ("torch",), default=False),
-    Implementation(
-        "gpu_bn triton", "cuda", "triton", on_gpu("triton", "TritonBackend"), ("torch", "triton"), ours=True
-    ),
-    Implementation("gpu_bn cupy", "cuda", "cupy", on_gpu("cupy", "CupyBackend"), ("cupy",), ours=True),
+    Implementation("gpu_bn triton", "cuda", "triton", on_gpu("triton"), ("torch", "triton"), ours=True),
+    Implementation("gpu_bn cupy", "cuda", "cupy", on_gpu("cupy"), ("cupy",), ours=True),
     Implementation("torch cuDNN", "cuda", "triton", eager, ("torch",)),
     Implementation("torch native", "cuda", "triton", eager, ("torch",), setting=without_cudnn),
     Implementation("torch.compile", "cuda", "triton", compiled, ("torch", "triton")),

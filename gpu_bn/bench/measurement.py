@@ -175,7 +175,7 @@ class Tensors:
     def _on_host(self, adapter: str, output: Any) -> Any:
         output = output.detach() if hasattr(output, "detach") else output
         axis, dtype = int(output.ndim > 1), output.dtype
-        bits = str(dtype) == "bfloat16"  # CuPy cannot select channels of NumPy's and its own
+        bits = str(dtype) == "bfloat16"  # of NumPy's type for them, CuPy has no kernels that select channels
         output = output.view(np.int16) if bits else output
         some = ADAPTERS[adapter].to_numpy(output[(slice(None),) * axis + (self.channels.tolist(),)])
         return some.view(dtype) if bits else some

@@ -216,8 +216,8 @@ def slower_with_threads(results: Sequence[Result]) -> list[str]:
 
 
 def refusals(results: Iterable[Result]) -> str:
-    """Return a line for each result of ours that is wrong or failed, and one for all others with the same reason:
-    what a peer was refused for, and what we do not serve.
+    """Say what was not timed: a line for each result of ours that is wrong or failed, and one for all others with the
+    same reason, which are the peers' and what we do not serve.
     """
     lines, alike = [], dict[tuple[str, str], list[Result]]()
     for r in results:

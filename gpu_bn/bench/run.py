@@ -22,7 +22,7 @@ from gpu_bn.bench.report import Report, slower_with_threads
 from gpu_bn.bench.tiers import crossovers
 from gpu_bn.bench.timing import CpuTimer, Gpu, GpuTimer, Timer, in_words
 from gpu_bn.bench.verify import verify
-from gpu_bn.cli.console import progress, three_digits
+from gpu_bn.cli.console import Table, progress, three_digits
 from gpu_bn.cli.info import cores
 from gpu_bn.cli.values import CommandError
 from gpu_bn.plan import THRESHOLDS, TIERS
@@ -211,7 +211,7 @@ def further_parts(
     """Run the parts that were asked for, on the ``cases`` that were timed. One that fails is left out."""
     no_gpu = f"needs a GPU: {session.why_not}" if session.gpu is None else ""
 
-    def time_tiers() -> None:
+    def time_tiers() -> tuple[list[Table | str], Any]:
         assert isinstance(session.timer, GpuTimer)
         forced = [implementation.forced(tier) for implementation in ours for tier in TIERS]
         timer = replace(session.timer, regimes=("cold",))
@@ -219,38 +219,35 @@ def further_parts(
         session.run_cases(training, forced, timer, report.forced)
         # With this bandwidth the planner's copy takes the measured time.
         device = replace(session.timer.gpu.device, bandwidth=session.copy_bandwidth / THRESHOLDS.copy_share)
-        texts, report.extra["crossovers"] = crossovers(report.results, report.forced, device)
-        report.texts += texts
+        return crossovers(report.results, report.forced, device)
 
-    def verify_model() -> None:
+    def verify_model() -> tuple[list[Table | str], Any]:
         assert session.gpu is not None
-        l2_bytes = session.gpu.device.l2_bytes
-        text, report.extra["verification"] = verify(report.results, session.copy_bandwidth, l2_bytes)
-        report.texts.append(text)
+        return verify(report.results, session.copy_bandwidth, session.gpu.device.l2_bytes)
 
-    def time_training() -> None:
+    def time_training() -> tuple[list[Table | str], Any]:
         from gpu_bn.bench.training import failures, train, training_table
 
         with use_threads(options.threads):
             rows = train(session.kind, session.seconds, options.eager)
         report.failed += failures(rows)
-        report.extra["training"] = rows
-        report.texts.append(training_table(rows, session.kind))
+        return [training_table(rows, session.kind)], rows
 
-    for asked, name, why_not, part in (
-        (options.tiers, "--tiers", no_gpu, time_tiers),
-        (options.verify_model, "--verify-model", no_gpu, verify_model),
-        (options.train, "--train", session.no_torch, time_training),
+    for asked, flag, why_not, name, part in (
+        (options.tiers, "--tiers", no_gpu, "crossovers", time_tiers),
+        (options.verify_model, "--verify-model", no_gpu, "verification", verify_model),
+        (options.train, "--train", session.no_torch, "training", time_training),
     ):
         if not asked:
             continue
         try:
             if not why_not and not session.lost:
-                part()
+                texts, report.extra[name] = part()
+                report.texts += texts
         except Exception as error:  # any library may raise; what was measured before is worth more than a traceback
             why_not = in_words(error)
         if why_not or session.lost:
-            report.left_out.append(f"{name}: {why_not or session.lost}")
+            report.left_out.append(f"{flag}: {why_not or session.lost}")
 
 
 def write_pictures(options: Namespace, session: Session, report: Report) -> None:

@@ -88,7 +88,7 @@ def crossovers(
 
 # --------------------------------------------------------------------------------------------------- thresholds
 def fit(times: Sequence[TierTimes], device: Device) -> tuple[Thresholds, dict[str, list[float]]]:
-    """Fit thresholds: from the present ones, make the one change that gains most, as long as one gains.
+    """Fit thresholds: start from the present ones and make the change that gains most, until none gains.
 
     Return the best; and of each threshold for which some value is worse, the other values that are as good.
     """

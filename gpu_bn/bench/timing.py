@@ -120,10 +120,10 @@ def in_words(error: BaseException) -> str:
 
 @dataclass
 class CpuTimer:
-    """Makes calls in a row for about ``batch`` seconds, after one that is not timed; 0 is a single call.
+    """Make calls in a row for about ``batch`` seconds, after one that is not timed; 0 is a single call.
 
-    Before that it waits for ``pause`` seconds, because OpenMP's threads go on spinning for some milliseconds after
-    their work and would compete with the next call. It does not sleep: a core that wakes up is slow at first.
+    Before that, wait for ``pause`` seconds, because OpenMP's threads go on spinning for some milliseconds after
+    their work and would compete with the next call. The wait is no sleep: a core that wakes up is slow at first.
     ``clock`` may be that of the process, where waiting for other processes should not count.
     """
 
@@ -260,7 +260,7 @@ def find_gpu() -> tuple[Gpu | None, str]:
 
 @dataclass
 class GpuTimer:
-    """Times a call by device events around it; ``wall`` is the mean of a ``row`` of calls.
+    """Time a call by device events around it; ``wall`` is the mean of a ``row`` of calls.
 
     An idle device would wait for the CPU between the call's launches, and that time is not the kernels'. So the device
     is kept busy while the CPU queues the call. If it has passed the first event when the CPU is ready, the wait was too

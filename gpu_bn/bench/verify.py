@@ -49,7 +49,7 @@ class Verdict:
     refuted: str
 
 
-def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> tuple[Table, list[Verdict]]:
+def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> tuple[list[Table | str], list[Verdict]]:
     """Compare predictions with results of a GPU with a cache of ``l2_bytes``; return the table, and what JSON keeps."""
     planned = [result for result in results if result.plan and result.median]
     reason, verdicts = "", []
@@ -60,7 +60,7 @@ def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> t
         verdicts.append(verdict(result, copy_bandwidth, l2_bytes, counted))
     limits = f"the first {COUNTED} cases" if len(planned) > COUNTED else "all cases"
     note = reason or f"DRAM bytes were counted by ncu, of {limits}."
-    return verdicts_table(verdicts, note), verdicts
+    return [verdicts_table(verdicts, note)], verdicts
 
 
 def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes | None) -> Verdict:

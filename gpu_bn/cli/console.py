@@ -123,7 +123,7 @@ def progress(what: str, total: int, least: float = 0.0) -> Iterator[Callable[[in
 
 
 class _Lines:
-    """Prints how far a command has come, in lines some seconds apart."""
+    """Print how far a command has come, in lines some seconds apart."""
 
     def __init__(self, what: str, total: int) -> None:
         self.total, self.done, self.start = total, 0, time.monotonic()

@@ -27,7 +27,7 @@ print(json.dumps([cupy.cuda.runtime.runtimeGetVersion(), list(nvrtc.getVersion()
 
 @dataclass(frozen=True)
 class CudaVersions:
-    """What was found; ``None`` is not there, or has no CUDA.
+    """The versions that were found; ``None`` for what is not installed, or has no CUDA.
 
     Attributes:
         driver: the newest CUDA that the driver runs.

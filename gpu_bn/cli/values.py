@@ -113,7 +113,7 @@ def check_environment() -> None:
 
 # ------------------------------------------------------------------------------------------------------- outputs
 def check_file(path: Path | None, what: str) -> None:
-    """Check that a file can be written; ``None`` is none.
+    """Check that a file can be written, if there is one.
 
     Raises:
         UsageError: its folder is not there, or it is a folder, or writing is not allowed.

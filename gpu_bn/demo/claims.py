@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,37 +44,24 @@ class Claim(NamedTuple):
 def claims(runs: Runs) -> list[Claim]:
     """Return the claims that the runs are asked about."""
 
-    def final(variant: str, what: str) -> list[float]:
-        return [getattr(history, what)[-1] for history in runs[variant]]
-
-    def steps(variant: str) -> list[float]:
-        return [history.steps_to(TARGET) for history in runs[variant]]
-
-    def drift(variant: str, kind: str, moment: int) -> list[float]:
-        return [history.drift(kind)[moment] for history in runs[variant]]
-
-    def errors(variant: str) -> list[float]:
-        return [100 - accuracy for accuracy in final(variant, "accuracy")]
+    def claim(
+        text: str, number: Callable[[History], float], digits: int = 0, lower: str = "learned", higher: str = "none"
+    ) -> Claim:
+        low, high = ([number(run) for run in runs[variant]] for variant in (lower, higher))
+        return Claim(text, low, high, digits)
 
     reach = f"takes fewer steps to {TARGET:.0f} % test accuracy than no BN"
-    less = "of what h1 passes on drifts less with the learned pair than without BN"
-    loss = "the learned pair ends with a lower training loss than"
+    less = "drifts less with the learned pair than without BN"
+    ends = "the learned pair ends with"
     return [
-        Claim(f"BN with the learned pair {reach}", steps("learned"), steps("none")),
-        Claim(f"BN with the fixed pair {reach}", steps("fixed"), steps("none")),
-        Claim(f"{loss} no BN", final("learned", "loss"), final("none", "loss"), 4),
-        Claim(f"{loss} the fixed pair", final("learned", "loss"), final("fixed", "loss"), 4),
-        Claim(
-            "the learned pair ends with fewer test errors in per cent than no BN", errors("learned"), errors("none"), 1
-        ),
-        Claim(f"the mean {less}", drift("learned", "output", 0), drift("none", "output", 0), 4),
-        Claim(f"the SD {less}", drift("learned", "output", 1), drift("none", "output", 1), 4),
-        Claim(
-            "even before BN, the mean of h1's pre-activations drifts less with the learned pair than without BN",
-            drift("learned", "raw", 0),
-            drift("none", "raw", 0),
-            4,
-        ),
+        claim(f"BN with the learned pair {reach}", lambda run: run.steps_to(TARGET)),
+        claim(f"BN with the fixed pair {reach}", lambda run: run.steps_to(TARGET), lower="fixed"),
+        claim(f"{ends} a lower training loss than no BN", lambda run: run.loss[-1], 4),
+        claim(f"{ends} a lower training loss than the fixed pair", lambda run: run.loss[-1], 4, higher="fixed"),
+        claim(f"{ends} fewer test errors in per cent than no BN", lambda run: 100 - run.accuracy[-1], 1),
+        claim(f"the mean of what h1 passes on {less}", lambda run: run.drift("output")[0], 4),
+        claim(f"the SD of what h1 passes on {less}", lambda run: run.drift("output")[1], 4),
+        claim(f"even before BN, the mean of h1's pre-activations {less}", lambda run: run.drift("raw")[0], 4),
     ]
 
 

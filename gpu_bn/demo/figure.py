@@ -93,7 +93,7 @@ def bands(axes: Axes, history: History, variant: str, unit: int) -> None:
 
 
 def typical_unit(bands: np.ndarray[Any, Any]) -> int:
-    """Choose the unit whose median wanders the median way of all units; ``bands`` are (T, 3, units)."""
+    """Choose the unit whose median moves as far as that of the median unit; ``bands`` are (T, 3, units)."""
     way = np.abs(np.diff(bands[:, 1], axis=0)).sum(0)
     return int(np.argsort(way)[len(way) // 2])
 

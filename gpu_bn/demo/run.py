@@ -20,9 +20,6 @@ from gpu_bn.demo.figure import draw
 from gpu_bn.demo.network import VARIANTS, Network
 from gpu_bn.demo.training import BATCH, History, train
 
-BACKENDS = ("cupy", "numpy")
-"""The backends whose arrays the demo's own layers can use, the preferred one first."""
-
 
 class Results(NamedTuple):
     """All that the tables and the figure show."""
@@ -80,13 +77,11 @@ def check(net: Network, data: Digits, backend: str, results: Results) -> None:
 
 
 def choose_backend(name: str | None) -> str:
-    """Choose the backend: the one asked for, or the first that is available."""
-    for candidate in BACKENDS if name is None else (name,):
-        try:
-            registry.load(candidate)
-        except registry.BackendUnavailableError:
-            if candidate == name:
-                raise
-        else:
-            return candidate
-    raise registry.BackendUnavailableError(f"none of {', '.join(BACKENDS)} is available")
+    """Return the backend asked for, which has to be available, or else ``cupy`` if it is, and ``numpy``."""
+    try:
+        registry.load(name or "cupy")
+    except registry.BackendUnavailableError:
+        if name is not None:
+            raise
+        return "numpy"
+    return name or "cupy"

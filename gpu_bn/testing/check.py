@@ -172,7 +172,7 @@ def run(problem: Problem, backend: Backend | str = "numpy", title: str = "proble
 
 
 def _assert_like(title: str, array: Array, x: Array) -> None:
-    """Shape, dtype and memory format; a broadcast input has no memory format of its own."""
+    """Require the input's shape, dtype and memory format; a broadcast input has no memory format of its own."""
     assert array.shape == x.shape, f"{title} has shape {array.shape}, expected {x.shape}"
     assert array.dtype == x.dtype, f"{title} has dtype {array.dtype}, expected {x.dtype}"
     if x.size and all(stride or size == 1 for stride, size in zip(x.strides, x.shape, strict=True)):

@@ -72,7 +72,7 @@ def test_bytes_are_counted_by_ncu(ncu):
     assert verify.count(result) == {"read": 6_423_528, "written": 6_423_552}
     assert commands[0][0] == "ncu"
     assert commands[0][-5:] == ["32x256x14x14", "f32", "nchw", "forward", "gpu_bn cupy"]
-    found, kept = verify.verify([result], COPY, L2)
+    (found,), kept = verify.verify([result], COPY, L2)
     text = " ".join(str(found).split())
     assert kept[0].counted_bytes == {"read": 6_423_528, "written": 6_423_552}
     assert kept[0].predicted_bytes == {"read": 6_422_528, "written": 6_422_528}
@@ -92,7 +92,7 @@ def test_bytes_are_counted_by_ncu(ncu):
 )
 def test_what_may_not_be_counted_is_said_and_not_tried_again(output, says, ncu):
     commands = ncu(*output)
-    text, kept = verify.verify([timed("gpu_bn cupy", 1.0)] * 3, COPY, L2)
+    (text,), kept = verify.verify([timed("gpu_bn cupy", 1.0)] * 3, COPY, L2)
     assert says in " ".join(str(text).split())
     assert len(commands) == 1
     assert [row.counted_bytes for row in kept] == [None] * 3
