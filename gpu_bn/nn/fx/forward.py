@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from inspect import signature
+from operator import is_, itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,8 +27,6 @@ from gpu_bn.nn.operators.autograd import is_compiling
 INTERNAL = frozenset(vars(torch.nn.Module()))
 """The attributes that every module has."""
 SIMPLE = (bool, int, float, str)
-_version_of: Any = torch._C._dynamo.guards.dict_version
-"""The number of a dict's state, which no other state of it has had: torch's, made for compiled code."""
 
 
 def normalise(
@@ -75,14 +74,41 @@ class Merge(NamedTuple):
     parts: list[torch.nn.Module]
 
 
+class Seen:
+    """A state of some modules: while it lasts, what held in it still does, and to look for it takes less time.
+
+    Args:
+        merged: layers, which hooks, a ``forward`` of their own or modules in them would change.
+        fixed: other modules, of which modes and attributes matter too, with these.
+    """
+
+    def __init__(self, merged: list[Any], fixed: list[tuple[Any, tuple[tuple[str, Any], ...], Any]]) -> None:
+        modules = [module for module, _, _ in fixed]
+        self.hooks = RemovableHandle.next_id  # the hooks of this process so far
+        self.dicts = [*map(vars, (*merged, *modules)), *[module._modules for module in (*merged, *modules)]]
+        self.lengths = [*map(len, self.dicts)]
+        self.values: list[tuple[Callable[[Any], Any], Any, tuple[Any, ...]]] = []
+        for module, attributes, _ in fixed:
+            read = itemgetter("training", "_modules", *dict(attributes))
+            self.values.append((read, vars(module), read(vars(module))))
+            if module._modules:
+                self.values.append((dict.values, module._modules, (*module._modules.values(),)))
+
+    def lasts(self) -> bool:
+        """Tell whether the state is the same."""
+        if RemovableHandle.next_id != self.hooks or [*map(len, self.dicts)] != self.lengths:
+            return False
+        for read, of, before in self.values:  # noqa: SIM110 (a generator takes longer)
+            if not all(map(is_, read(of), before)):
+                return False
+        return True
+
+
 class Plan:
     """The steps of a module in one mode, and what must not have changed since they were recorded."""
 
-    seen: tuple[int, list[dict[str, Any]], list[int]] | None = None
-    """When all conditions last held: hooks in this process so far, the modules' dicts, their versions.
-
-    While these are the same, the conditions hold. To look at each of them takes longer than an activation.
-    """
+    seen: Seen | None = None
+    """What was there when all conditions last held."""
 
     def __init__(self, steps: Steps, merges: list[Merge]) -> None:
         code = steps.graph.python_code("self")
@@ -139,14 +165,10 @@ class Plan:
         """Tell whether nothing has changed: no hooks, no other modes, attributes or modules."""
         if is_compiling():
             return self._agrees(training)
-        handles, seen = RemovableHandle.next_id, self.seen
-        if seen is not None and seen[0] == handles and [*map(_version_of, seen[1])] == seen[2]:
+        if self.seen is not None and self.seen.lasts():
             return True
-        modules = *self.merged, *[module for module, _, _ in self.fixed]
-        dicts = [*map(vars, modules), *[module._modules for module in modules]]
-        versions = [*map(_version_of, dicts)]
         agrees = self._agrees(training)
-        self.seen = (handles, dicts, versions) if agrees else None
+        self.seen = Seen(self.merged, self.fixed) if agrees else None
         return agrees
 
     def _agrees(self, training: bool) -> bool:
