@@ -7,7 +7,7 @@ import torch
 from support.fusing import Block, agree, fused_with, rows, saved_and_loaded
 from torch.testing import assert_close
 
-from gpu_bn.nn.fx.forward import Plan
+from gpu_bn.nn.fx.forward import Forward, Plan
 
 CALLED = pytest.mark.parametrize("called", [False, True])
 
@@ -54,6 +54,37 @@ def test_changes_that_come_later_count(change, called):
         for model in (fused, plain):
             change(model)
         assert_close(fused(x), plain(x))
+
+
+def test_a_repeated_call_sees_that_another_attribute_has_come_for_one():
+    plain = Switched()
+    fused = fused_and_called(plain, True)
+    for model in (fused, plain):
+        del model.twice
+        model.other = True
+        with pytest.raises(AttributeError, match="twice"):
+            model(rows())
+
+
+class Outer(Block):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU()).double()
+
+    def forward(self, x):
+        return self.act(self.norm(self.body(x)))
+
+
+@CALLED
+def test_a_forward_that_replaces_a_fused_one_is_called(called):
+    plain = Outer()
+    fused, _ = fused_with(plain, "norm", "body.1")
+    assert isinstance(vars(fused.body)["forward"], Forward)
+    for model in (fused, plain) * 2 * called:
+        model(rows())
+    for model in (fused, plain):
+        model.body.forward = torch.tanh
+    agree(fused, plain, rows())
 
 
 def test_a_repeated_call_does_not_look_at_each_condition(monkeypatch):

@@ -89,8 +89,10 @@ class Seen:
         self.lengths = [*map(len, self.dicts)]
         self.values: list[tuple[Callable[[Any], Any], Any, tuple[Any, ...]]] = []
         for module, attributes, _ in fixed:
-            read = itemgetter("training", "_modules", *dict(attributes))
-            self.values.append((read, vars(module), read(vars(module))))
+            own = vars(module)
+            names = [*dict(attributes), *(["forward"] if "forward" in own else [])]
+            read = itemgetter("training", "_modules", *names)
+            self.values.append((read, own, read(own)))
             if module._modules:
                 self.values.append((dict.values, module._modules, (*module._modules.values(),)))
 
@@ -98,9 +100,12 @@ class Seen:
         """Tell whether the state is the same."""
         if RemovableHandle.next_id != self.hooks or [*map(len, self.dicts)] != self.lengths:
             return False
-        for read, of, before in self.values:  # noqa: SIM110 (a generator takes longer)
-            if not all(map(is_, read(of), before)):
-                return False
+        try:
+            for read, of, before in self.values:
+                if not all(map(is_, read(of), before)):
+                    return False
+        except KeyError:  # an attribute is gone, and there is another
+            return False
         return True
 
 
