@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -257,7 +256,7 @@ def forward(call: Call, options: Options, backend: Backend | str | None, in_plac
         known = _FORWARDS.get(key)
     except (AttributeError, TypeError):  # not an array, or nothing to look up: the checks say what is wrong
         key = known = None
-    if known is None or (type(momentum) is float and not math.isfinite(momentum)):
+    if known is None:
         engine, checked = _checked(key, call, options, backend)
     else:
         engine = registry.loaded(backend, known.row)
@@ -266,6 +265,7 @@ def forward(call: Call, options: Options, backend: Backend | str | None, in_plac
                 spec.check_writeable(name, getattr(call, name))
         checked = known.checked
         if momentum is not checked.momentum:
+            spec.check_momentum(momentum)
             checked = spec.specify(options, checked.axis, checked.groups, checked.renorm)
     if call.valid is not None:
         call = with_positions(call, checked)

@@ -103,11 +103,11 @@ def check_forward(call: Call, given: Options) -> BatchNormSpec:
 
 def specify(given: Options, axis: int, groups: int, renorm: tuple[float, float] | None) -> BatchNormSpec:
     """Make the checked options of a call whose arguments fit, or fit but for the name of the activation."""
-    momentum = given.momentum
+    momentum, training = given.momentum, bool(given.training)
     if type(momentum) is not float and isinstance(momentum, Real):
         momentum = float(momentum)
     activation = Activation.of(given.activation)
-    return BatchNormSpec(axis, given.training, momentum, float(given.eps), activation, groups, renorm)
+    return BatchNormSpec(axis, training, momentum, float(given.eps), activation, groups, renorm)
 
 
 def check_mask(mask: Array, shape: tuple[int, ...], axis: int) -> None:
@@ -142,7 +142,7 @@ def check_renorm(renorm: tuple[float, float], tracked: bool, groups: int = 1) ->
     """Check ``(r_max, d_max)`` for a call that has, or has not, running statistics to train."""
     if not isinstance(renorm, tuple) or len(renorm) != 2 or not all(isinstance(most, Real) for most in renorm):
         raise TypeError(f"renorm should be two numbers (r_max, d_max), got {renorm!r}")
-    r_max, d_max = map(float, renorm)
+    r_max, d_max = map(_float, renorm)
     if not (r_max >= 1 and d_max >= 0):
         raise ValueError(f"renorm should have r_max >= 1 and d_max >= 0, got {renorm}")
     if not tracked:
@@ -153,19 +153,32 @@ def check_renorm(renorm: tuple[float, float], tracked: bool, groups: int = 1) ->
 
 
 def check_options(training: bool, momentum: float | Array, eps: float) -> None:
-    """Check ``momentum``, a finite number or 0-d array, and ``eps``, finite, positive in training, never negative."""
-    if not isinstance(momentum, Real) and not _is_real_scalar(momentum):
-        raise TypeError(f"momentum should be a number, got {type(momentum).__name__}")
-    if isinstance(momentum, Real) and not math.isfinite(momentum):
-        raise ValueError(f"momentum should be finite, got {momentum}")
+    """Check ``momentum``, and ``eps``, a finite number, positive in training, never negative."""
+    check_momentum(momentum)
     if not isinstance(eps, Real):
         raise TypeError(f"eps should be a number, got {type(eps).__name__}")
-    if math.isinf(eps):
+    if math.isinf(_float(eps)):
         raise ValueError(f"batch_norm eps must be finite, but got {eps}")
     if training and not eps > 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+
+
+def check_momentum(momentum: float | Array) -> None:
+    """Check that ``momentum`` is a finite number or a 0-d array."""
+    if not isinstance(momentum, Real) and not _is_real_scalar(momentum):
+        raise TypeError(f"momentum should be a number, got {type(momentum).__name__}")
+    if isinstance(momentum, Real) and not math.isfinite(_float(momentum)):
+        raise ValueError(f"momentum should be finite, got {momentum}")
+
+
+def _float(number: Any) -> float:
+    """Return a number as a float, which is infinite where a float cannot hold it."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def _is_real_scalar(value: Any) -> bool:

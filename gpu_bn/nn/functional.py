@@ -86,6 +86,7 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015; :mod:`gpu_bn.spec` has the equations.
     """
     activation = IDENTITY if activation is None else Activation.of(activation)
+    training = bool(training)
     counter = num_batches_tracked if training else None
     given = Call(input, weight, bias, residual, running_mean, running_var, counter, mask)
     return normalize(given, Options(training, momentum, eps, activation, 1, virtual_batch_size, renorm))
@@ -189,7 +190,8 @@ def front_door(call: Call, options: Options, backend: str | None) -> Tensor:
     if mask is not None and mask.dim() == x.dim():
         mask = mask.movedim(checked.axis, 1)
     moved = call._replace(x=x.movedim(checked.axis, 1), residual=residual, valid=mask)
-    return normalize(moved, options._replace(activation=checked.activation)).movedim(1, checked.axis)
+    options = options._replace(training=checked.batch_stats, activation=checked.activation)
+    return normalize(moved, options).movedim(1, checked.axis)
 
 
 def count_writes(call: Call, batch_stats: bool) -> None:

@@ -72,6 +72,30 @@ def test_what_is_equal_may_yet_be_wrong(right, wrong, text):
     assert all(map(same_bits, pair, before))
 
 
+@pytest.mark.parametrize("training", ["yes", 2, (), None], ids=repr)
+def test_a_call_means_by_training_whether_it_is_true(training, backend):
+    """So that what is remembered of such a call fits those that say ``True`` or ``False``."""
+    results = []
+    for one in (training, bool(training)):
+        pair = running_pair(3)
+        y, saved = gpu_bn.batch_norm_forward(data((4, 3)), *pair, training=one, backend=backend)
+        results.append((y, *pair, gpu_bn.batch_norm_backward(data((4, 3), 1), saved, backend=backend).dx))
+    assert all(map(same_bits, *results))
+    assert len(functional._FORWARDS) == 1
+
+
+def test_a_momentum_that_is_no_number_is_noticed_of_any_class():
+    class Momentum(float):
+        pass
+
+    pair = running_pair(3)
+    gpu_bn.batch_norm(data((4, 3)), *pair, training=True, momentum=Momentum(0.5))
+    before = [vector.copy() for vector in pair]
+    with pytest.raises(ValueError, match="momentum should be finite, got nan"):
+        gpu_bn.batch_norm(data((4, 3)), *pair, training=True, momentum=Momentum("nan"))
+    assert all(map(same_bits, pair, before))
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_running_statistics_may_become_read_only(frozen):
     pair = running_pair(3)

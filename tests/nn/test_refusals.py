@@ -156,6 +156,16 @@ def test_asking_torch_what_is_wrong_changes_nothing(name, kind, affine):
     assert (arguments["running_var"] == 1).all()
 
 
+@pytest.mark.parametrize("training", ["yes", 2, (), None], ids=repr)
+@pytest.mark.parametrize("function", [nn.batch_norm, gpu_bn.batch_norm])
+def test_training_means_whether_it_is_true_and_spoils_no_later_call(training, function):
+    results = []
+    for one in (training, bool(training)):
+        mean, var = torch.zeros(3), torch.ones(3)
+        results.append((function(X[:, :, :2], mean, var, training=one), mean, var))
+    assert_close(*results, rtol=0, atol=0)
+
+
 def test_what_torch_takes_and_is_refused_here_is_named():
     with pytest.raises(TypeError, match=r"expects arguments of .*, got bias of torch.int32 on cpu"):
         nn.batch_norm(X[:0], bias=torch.zeros(3, dtype=torch.int32), training=True)
