@@ -176,6 +176,7 @@ def positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
         return valid if valid.flags.c_contiguous else valid.copy()
 
 
+@np.errstate(all="ignore")
 def _total(sums: Array, saved: Saved) -> Array:
     """Add up the sums of all ghost batches, (C,)."""
     groups = saved.spec.groups
@@ -188,6 +189,7 @@ def renormalized(saved: Saved, r: Array, d: Array) -> Saved:
     return replace(saved, weight=weight, bias=bias if saved.bias is None else bias + saved.bias, renorm=(r, d))
 
 
+@np.errstate(all="ignore")
 def _renormalized(backend: Backend, saved: Saved, running_mean: Array, running_var: Array) -> Saved:
     """Renormalise a batch by the running statistics as they are before the call."""
     assert saved.spec.renorm is not None
@@ -198,6 +200,7 @@ def _renormalized(backend: Backend, saved: Saved, running_mean: Array, running_v
     return renormalized(saved, r, d)
 
 
+@np.errstate(all="ignore")
 def _renormalized_backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
     """Return the gradients by the original weight and bias; ``r`` and ``d`` are constants."""
     assert saved.renorm is not None

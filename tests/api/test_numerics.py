@@ -41,6 +41,29 @@ def test_beyond_the_contract_the_variance_is_still_right(shape, backend):
     assert relative_error(results["y"], truth.y) <= 1e-2
 
 
+EXTREMES = {"one is 1e308": 1e308, "one is infinite": np.inf, "all are tiny": 5e-324, "a variance is negative": -1.0}
+
+
+@pytest.mark.parametrize("extreme", EXTREMES.values(), ids=EXTREMES)
+@pytest.mark.parametrize("options", [{}, {"mask": True}, {"virtual_batch_size": 2}, {"renorm": (3.0, 5.0)}], ids=str)
+def test_numpys_error_state_is_not_asked(extreme, options, backend):
+    x, running = rng(5).standard_normal((6, 4, 5)), running_pair(4)
+    if extreme == -1.0:
+        running[1][1] = extreme
+    else:
+        x[:, 1] = extreme if extreme < 1 else x[:, 1]
+        x[0, 1, 2] = extreme
+    if "mask" in options:
+        options = {"mask": rng(6).random((6, 5)) > 0.3}
+    found = []
+    for state in ("ignore", "raise"):
+        pair = [vector.copy() for vector in running]
+        with np.errstate(all=state):
+            y, saved = gpu_bn.batch_norm_forward(x[::-1], *pair, *running, training=True, backend=backend, **options)
+            found.append((y, *pair, *gpu_bn.batch_norm_backward(x, saved, backend=backend)[:3]))
+    assert all(map(same_bits, *found))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("ratio", [0, 2.1, 1e4, 1e6])
 def test_float64_is_right_to_roundings(shape, ratio, backend):

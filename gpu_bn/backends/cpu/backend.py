@@ -9,6 +9,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from gpu_bn.activations import IDENTITY
 from gpu_bn.backends.cpu import launch, pieces
 from gpu_bn.backends.cpu.arrays import Arrays, NumpyArrays
@@ -113,6 +115,7 @@ class CpuBackend:
             moments = Moments(count, zeros[0], zeros[1])
         return moments if valid is None else replace(moments, count=self.arrays.number(float(moments.count)))
 
+    @np.errstate(all="ignore")
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
         momentum = float(momentum)
         mean, var = self.vector(running_mean), self.vector(running_var)
