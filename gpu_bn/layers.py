@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_bn import registry, spec
+from gpu_bn import aliasing, registry, spec
 from gpu_bn.activations import Activation
 from gpu_bn.algorithm import commit
 from gpu_bn.backends.protocol import Backend, Saved
@@ -214,21 +214,26 @@ class BatchNorm:
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the variance to 1, the count of batches to 0."""
-        with spec.on_device_of(self.running_mean):
-            if self.running_mean is not None and self.running_var is not None:
-                self.running_mean[...] = 0
-                self.running_var[...] = 1
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked[...] = 0
+        self._write(running_mean=0, running_var=1, num_batches_tracked=0)
 
     def reset_parameters(self) -> None:
         """Reset the running statistics; weight 1, bias 0."""
-        self.reset_running_stats()
-        with spec.on_device_of(self.weight):
-            if self.weight is not None:
-                self.weight[...] = 1
-            if self.bias is not None:
-                self.bias[...] = 0
+        self._write(running_mean=0, running_var=1, num_batches_tracked=0, weight=1, bias=0)
+
+    def _write(self, **values: Any) -> None:
+        """Write numbers or arrays to those parameters and buffers that there are: to all, or to none.
+
+        Raises:
+            ValueError: one is read-only, or shares memory with another.
+        """
+        targets = {name: array for name in values if (array := getattr(self, name)) is not None}
+        with spec.on_device_of(next(iter(targets.values()), None)):
+            for name, array in targets.items():
+                spec.check_writeable(name, array)
+                if not isinstance(values[name], int):
+                    values[name] = values[name].astype(array.dtype)
+            aliasing.check_written(targets, {})
+            commit(list(targets.values()), [values[name] for name in targets])
 
     def init_identity_(self, x: Array) -> BatchNorm:
         """Make the layer the identity (then its activation) on a batch, in training and in evaluation mode.
@@ -238,18 +243,15 @@ class BatchNorm:
         2015, section 3).
 
         Raises:
-            ValueError: the layer has no weight or no bias.
+            ValueError: the layer has no weight or no bias, or what would be written is read-only or shares memory.
         """
         if self.weight is None or self.bias is None:
             raise ValueError(f"an identity needs weight and bias, got {self!r}")
-        spec.check_vector("weight", self.weight, x.shape[spec.check_axis(x.shape, self.channel_axis)])
         moments = batch_moments(x, self.eps, channel_axis=self.channel_axis, backend=self.backend)
+        spec.check_vector("weight", self.weight, len(moments.mean))
         with spec.on_device_of(self.weight):
-            self.weight[...] = (moments.var + self.eps) ** 0.5
-            self.bias[...] = moments.mean
-            if self.running_mean is not None and self.running_var is not None:
-                self.running_mean[...] = moments.mean
-                self.running_var[...] = moments.var
+            sd = (moments.var + self.eps) ** 0.5
+        self._write(weight=sd, bias=moments.mean, running_mean=moments.mean, running_var=moments.var)
         return self
 
     def state_dict(self) -> dict[str, Array]:
@@ -275,9 +277,7 @@ class BatchNorm:
         for name, value in values.items():
             if value.shape != own[name].shape:
                 raise ValueError(f"state of {self!r}: {name} should have shape {own[name].shape}, got {value.shape}")
-            spec.check_writeable(name, own[name])
-        with spec.on_device_of(next(iter(own.values()), None)):
-            commit([own[name] for name in values], list(values.values()))
+        self._write(**values)
 
     def __repr__(self) -> str:
         text = (
@@ -293,7 +293,7 @@ class BatchNorm:
 
 
 def _like(name: str, own: Array, value: Any) -> Array:
-    """Return an array of ``own``'s library and dtype."""
+    """Return an array of ``own``'s library."""
     if isinstance(value, np.ma.MaskedArray):
         raise ValueError(f"{name} should be an array without a mask, got {type(value).__name__}")
     try:
@@ -306,7 +306,6 @@ def _like(name: str, own: Array, value: Any) -> Array:
         within = (value >= 0) & (value < 2.0**63)
         if name == "num_batches_tracked" and not (bool(within.all()) and bool((value == value // 1).all())):
             raise ValueError(f"{name} should be a whole number, 0 or more, got {value}")
-        value = value.astype(own.dtype)
     if spec.is_cupy(value) or not spec.is_cupy(own):
         return value
     with spec.on_device_of(own):  # CuPy's arrays do not take NumPy's

@@ -244,6 +244,8 @@ def check_overlap(name: str, same: bool, in_place: bool) -> None:
 
 def check_counter(counter: Array) -> None:
     """Check that a counter of batches can count."""
+    if not hasattr(counter, "dtype"):
+        raise TypeError(f"num_batches_tracked should be an array, got {type(counter).__name__}")
     if not dtype_name(counter).startswith(("int", "uint", "float")):
         raise TypeError(f"num_batches_tracked should be an integer, got {dtype_name(counter)}")
     check_writeable("num_batches_tracked", counter)

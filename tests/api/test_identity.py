@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support import make_problem, rng
+from support import make_problem, read_only, rng
 
 import gpu_bn
 from gpu_bn.testing import oracle
@@ -86,6 +86,32 @@ def test_a_refused_batch_changes_nothing(x):
     with pytest.raises(ValueError, match=r"should contain 5 elements|more than 1 value per channel"):
         layer.init_identity_(x)
     assert all(np.array_equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["read-only", "shared"])
+@pytest.mark.parametrize("name", ["bias", "running_mean", "running_var"])
+def test_a_layer_that_may_not_be_written_stays_as_it_is(name, shared):
+    layer = gpu_bn.BatchNorm(3)
+    setattr(layer, name, layer.weight if shared else read_only(getattr(layer, name)))
+    before = layer.state_dict()
+    with pytest.raises(
+        ValueError, match=f"weight is .* share memory with {name}" if shared else f"{name} is .* read-only"
+    ):
+        layer.init_identity_(rng(6).standard_normal((8, 3)))
+    assert all(np.array_equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_numbers_that_float16_cannot_hold_change_all_or_nothing():
+    layer, x = gpu_bn.BatchNorm(3, dtype=np.float16), 1e6 * rng(7).standard_normal((8, 3))
+    before = layer.state_dict()
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError):
+        layer.init_identity_(x)
+    assert all(np.array_equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_no_array_is_refused_as_in_a_call():
+    with pytest.raises(TypeError, match=r"input should be an array .*, got builtins.list"):
+        gpu_bn.BatchNorm(3).init_identity_([[1.0, 2.0, 3.0]])
 
 
 def test_eps_zero_is_refused_as_in_training():

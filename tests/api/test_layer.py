@@ -123,6 +123,17 @@ def test_tensors_in_half_precision_and_parameters_may_be_loaded():
     assert layer.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("reset", ["reset_running_stats", "reset_parameters"])
+def test_a_reset_changes_all_or_nothing(reset):
+    layer = gpu_bn.BatchNorm(3)
+    layer(data())
+    before = layer.state_dict()
+    read_only(layer.running_var)
+    with pytest.raises(ValueError, match="running_var is written to, but the array given is read-only"):
+        getattr(layer, reset)()
+    assert same_bits(layer.state_dict(), before)
+
+
 def test_a_layer_that_stops_tracking_does_not_count():
     layer = gpu_bn.BatchNorm(3)
     layer.track_running_stats = False
@@ -130,7 +141,7 @@ def test_a_layer_that_stops_tracking_does_not_count():
     assert layer.num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("counter", [np.array(False), read_only(np.array(0))], ids=["bool", "read-only"])
+@pytest.mark.parametrize("counter", [np.array(False), read_only(np.array(0)), 0], ids=["bool", "read-only", "int"])
 def test_a_counter_that_cannot_count_is_refused_first(counter):
     layer = gpu_bn.BatchNorm(3)
     layer.num_batches_tracked = counter
