@@ -49,6 +49,7 @@ def is_ordinary(call: Call, options: Options) -> bool:
             or vector.shape != channels
             or vector.dtype not in FLOATS
             or vector.device != device
+            or vector.layout is not torch.strided
             or vector.is_neg()
         ):
             return False
@@ -67,7 +68,11 @@ def is_ordinary(call: Call, options: Options) -> bool:
     ):
         return False
     return residual is None or (
-        is_plain(residual) and residual.shape == shape and residual.dtype is dtype and residual.device == device
+        is_plain(residual)
+        and residual.layout is torch.strided
+        and residual.shape == shape
+        and residual.dtype is dtype
+        and residual.device == device
     )
 
 
@@ -130,7 +135,7 @@ def _unknown_numbers(options: Options) -> list[str]:
 
 
 def _check_vectors(call: Call, training: bool) -> list[str]:
-    """Check what has a value per channel; list those of other dtypes or devices, whose errors are torch's own."""
+    """Check what has a value per channel; list those of other kinds, whose errors are torch's own."""
     unknown, channels = [], call.x.shape[1]
     mean, var = call.running_mean, call.running_var
     for name, vector in zip(VECTORS, (mean, var, call.weight, call.bias), strict=True):
@@ -142,8 +147,8 @@ def _check_vectors(call: Call, training: bool) -> list[str]:
             raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
         if vector.dim() != 1:
             raise RuntimeError(f"TensorAccessor expected 1 dims but tensor has {vector.dim()}")
-        if vector.dtype not in FLOATS or vector.device != call.x.device:
-            unknown.append(f"{name} of {vector.dtype} on {vector.device}")
+        if vector.dtype not in FLOATS or vector.device != call.x.device or vector.layout is not torch.strided:
+            unknown.append(f"{name} of {vector.dtype} and layout {vector.layout} on {vector.device}")
     if (mean is None) != (var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if training and mean is not None and var is not None and _share(mean, var):
@@ -158,6 +163,12 @@ def _check_residual(x: Tensor, residual: Tensor) -> None:
         raise TypeError(f"residual should have the input's dtype {x.dtype}, got {residual.dtype}")
     if residual.device != x.device:
         raise RuntimeError(f"residual should be on the input's device {x.device}, got {residual.device}")
+    _check_layout("residual", residual)
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} should be a tensor of layout torch.strided, got {tensor.layout}")
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
@@ -182,6 +193,7 @@ def check_extensions(call: Call, options: Options) -> int:
         spec.check_mask(mask, shape, 1)
         if mask.device != input.device:
             raise RuntimeError(f"mask should be on the input's device {input.device}, got {mask.device}")
+        _check_layout("mask", mask)
     if renorm is not None:
         spec.check_renorm(renorm, training and call.running_mean is not None, groups)
     return groups

@@ -139,6 +139,7 @@ ODD = {
     "bool": lambda: torch.ones(3, dtype=torch.bool),
     "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
     "meta": lambda: torch.ones(3, device="meta"),
+    "sparse": lambda: torch.ones(3).to_sparse(),
 }
 
 
@@ -156,6 +157,36 @@ def test_asking_torch_what_is_wrong_changes_nothing(name, kind, affine):
     assert (arguments["running_var"] == 1).all()
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_a_sparse_vector_is_refused_as_by_torch(name):
+    texts = []
+    for function in (nn.batch_norm, torch.nn.functional.batch_norm):
+        with pytest.raises(NotImplementedError) as caught:
+            function(X, **{"running_mean": torch.zeros(3), "running_var": torch.ones(3), name: ODD["sparse"]()})
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("convert", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+@pytest.mark.parametrize("name", ["x", "residual", "mask", "out"])
+def test_a_tensor_whose_memory_is_not_its_elements_is_named(name, convert):
+    x, mean, var = data((4, 3)), torch.zeros(3), torch.ones(3)
+    dense = x[:, :1] > 0 if name == "mask" and convert != "to_mkldnn" else x
+    wrong = {name: getattr(dense, convert)()}
+    arguments = {"x": x, "running_mean": mean, "running_var": var, "training": True} | wrong
+    named = f"{'input' if name == 'x' else name} should be a tensor of layout torch.strided, got {wrong[name].layout}"
+    for function in (gpu_bn.batch_norm, gpu_bn.batch_norm_forward):
+        for backend in ("cpu", "numpy"):
+            with pytest.raises(TypeError, match=named):
+                function(**arguments, backend=backend)
+    if name == "residual" or (name == "mask" and dense is not x):
+        with pytest.raises(TypeError, match=named):
+            nn.batch_norm(x, mean, var, training=True, **wrong)
+    assert not mean.any()
+    assert (var == 1).all()
+
+
 @pytest.mark.parametrize("training", ["yes", 2, (), None], ids=repr)
 @pytest.mark.parametrize("function", [nn.batch_norm, gpu_bn.batch_norm])
 def test_training_means_whether_it_is_true_and_spoils_no_later_call(training, function):
@@ -167,7 +198,7 @@ def test_training_means_whether_it_is_true_and_spoils_no_later_call(training, fu
 
 
 def test_what_torch_takes_and_is_refused_here_is_named():
-    with pytest.raises(TypeError, match=r"expects arguments of .*, got bias of torch.int32 on cpu"):
+    with pytest.raises(TypeError, match=r"expects arguments of .*, got bias of torch.int32 and .* on cpu"):
         nn.batch_norm(X[:0], bias=torch.zeros(3, dtype=torch.int32), training=True)
 
 
