@@ -156,7 +156,7 @@ def _assembly(code: str) -> str:
 def cache_folder() -> Path | None:
     """Where compiled kernels of these sources are kept; ``None`` if no place is named and there is no home."""
     if named := os.environ.get(ENVIRONMENT):
-        return Path(named).absolute() / STAMP
+        return Path(os.path.expanduser(named)).absolute() / STAMP  # noqa: PTH111 (it may fail)
     base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 (it may fail)
     return base / "gpu_bn" / STAMP if base.is_absolute() else None
 

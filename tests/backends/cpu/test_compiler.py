@@ -237,6 +237,8 @@ def test_the_cache_is_in_the_users_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert compiler.cache_folder().parent == tmp_path / ".cache" / "gpu_bn"
+    monkeypatch.setenv("GPU_BN_CACHE_DIR", "~/kernels")  # which a shell would have replaced
+    assert compiler.cache_folder().parent == tmp_path / "kernels"
 
 
 def test_another_cpu_has_code_of_its_own(tree):
