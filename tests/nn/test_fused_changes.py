@@ -67,18 +67,21 @@ def test_a_repeated_call_sees_that_another_attribute_has_come_for_one():
 
 
 class Outer(Block):
+    """Its activation follows the last layer of a module that is fused too."""
+
     def __init__(self):
         super().__init__()
-        self.body = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU()).double()
+        inner, norm = Block(), torch.nn.BatchNorm1d(4).double()
+        self.body = torch.nn.Sequential(inner.linear, inner.norm, inner.act, norm)
 
     def forward(self, x):
-        return self.act(self.norm(self.body(x)))
+        return self.act(self.body(self.norm(x)))
 
 
 @CALLED
 def test_a_forward_that_replaces_a_fused_one_is_called(called):
     plain = Outer()
-    fused, _ = fused_with(plain, "norm", "body.1")
+    fused, _ = fused_with(plain, "body.1", "body.3")
     assert isinstance(vars(fused.body)["forward"], Forward)
     for model in (fused, plain) * 2 * called:
         model(rows())
