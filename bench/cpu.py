@@ -14,12 +14,13 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,11 @@ def case_of(name: str) -> Case:
     return Case(tuple(map(int, size.split("x"))), dtype, "nhwc" if "channels-last" in kinds else "nchw")
 
 
-def measured_rows(arguments: argparse.Namespace) -> Iterator[tuple[str, Row]]:
-    """Yield the row of each case, backend and peer, measured in this process. A wrong result ends it."""
-    gpu_bn.set_num_threads(arguments.threads)
-    torch.set_num_threads(arguments.threads)
-    timer = CpuTimer(batch=0.01)
+def measure_rows(arguments: argparse.Namespace, threads: int) -> dict[str, Row]:
+    """Return the row of each case, backend and peer, measured in this process. A wrong result ends it."""
+    gpu_bn.set_num_threads(threads)
+    torch.set_num_threads(threads)
+    timer, rows = CpuTimer(batch=0.01), {}
     peers = PEERS if arguments.compile else ["torch"]
     columns = [column for column in COLUMNS if arguments.operation in column]
     for name in CASES:
@@ -103,16 +104,16 @@ def measured_rows(arguments: argparse.Namespace) -> Iterator[tuple[str, Row]]:
                     assert not why_not, f"{result.case} by {result.by}: {why_not}"
                 ours, theirs = (1e6 * result.timings["wall"].median for result in found)
                 row[column] = found[0].ratios["wall"][peer], ours, theirs
-            yield f"{name}, {backend} / {peer}", row
+            rows[f"{name}, {backend} / {peer}"] = row
         print(".", end="", flush=True, file=sys.stderr)
+    return rows
 
 
-def measure_apart(threads: int) -> dict[str, Row]:
-    """Measure in a process with this one's options and so many threads, each on a core of its own."""
-    command = [sys.executable, *sys.argv, "--apart", f"--threads={threads}"]
-    pinned = {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "close" if threads > 1 else "false"}
-    done = subprocess.run(command, env=os.environ | pinned, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout)
+def measure_apart(arguments: argparse.Namespace, threads: int) -> dict[str, Row]:
+    """Measure in a process of its own, with so many threads, each on a core of its own."""
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "close" if threads > 1 else "false"}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(measure_rows, arguments, threads).result()
 
 
 def environment() -> str:
@@ -152,15 +153,10 @@ def main() -> None:
     parser.add_argument("--backend", default=",".join(BACKENDS), help="of cpu,numpy")
     parser.add_argument("--compile", action="store_true", help="against torch.compile too, which takes minutes")
     parser.add_argument("--json", type=Path, help="write all figures there, beside those of other cases")
-    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.apart:
-        arguments.threads = int(arguments.threads)
-        print(json.dumps(dict(measured_rows(arguments))))
-        return
     found = {}
     for threads in arguments.threads.split(","):
-        found[threads] = measure_apart(int(threads))
+        found[threads] = measure_apart(arguments, int(threads))
         print(f"\n{environment()}, {threads} thread{'s' * (threads != '1')} each\n\n{table(found[threads])}")
     if arguments.json:
         write(arguments.json, found)

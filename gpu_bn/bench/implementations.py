@@ -9,9 +9,8 @@ call of it is built.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, cast
@@ -39,9 +38,7 @@ class Implementation:
         modules: the modules it needs; it is left out if one is not installed. One may be ``this or that``.
         ours: whether it has to meet the oracle's tolerances, and its failure is the command's.
         refuses: returns why it does not serve a case; empty if it does.
-        setting: a context in which its call is made and timed.
         default: whether it is timed unless asked for by name.
-        tier: the tier that ours is forced to take.
     """
 
     name: str
@@ -51,13 +48,11 @@ class Implementation:
     modules: tuple[str, ...] = ()
     ours: bool = False
     refuses: Callable[[Case], str] = lambda _: ""
-    setting: Callable[[], Any] = nullcontext
     default: bool = True
-    tier: str | None = None
 
     def forced(self, tier: str) -> Implementation:
         """Return the same, forced to take a tier; the name says it."""
-        return replace(self, name=f"{self.name} {tier}", tier=tier)
+        return replace(self, name=f"{self.name} {tier}", build=partial(self.build, tier=tier))
 
     @property
     def missing(self) -> str:
@@ -186,9 +181,14 @@ def _differentiated(operation: Operation, norm: Function, tensors: list[Array], 
     return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
 
-def without_cudnn() -> Any:
-    """Make torch use its own kernels only."""
-    return import_module("torch").backends.cudnn.flags(enabled=False)
+def without_cudnn(build: Build) -> Build:
+    """Return a builder of the same calls by torch's own kernels only."""
+
+    def built(operation: Operation, problem: Problem) -> TimedCall:
+        off: Any = import_module("torch").backends.cudnn.flags(enabled=False)
+        return cast(TimedCall, off(off(build)(operation, problem)))
+
+    return built
 
 
 # --------------------------------------------------------------------------------------------------------- apex
@@ -317,7 +317,7 @@ IMPLEMENTATIONS = [
     Implementation("gpu_bn triton", "cuda", "triton", on_gpu("triton"), ("torch", "triton"), ours=True),
     Implementation("gpu_bn cupy", "cuda", "cupy", on_gpu("cupy"), ("cupy",), ours=True),
     Implementation("torch cuDNN", "cuda", "triton", eager, ("torch",)),
-    Implementation("torch native", "cuda", "triton", eager, ("torch",), setting=without_cudnn),
+    Implementation("torch native", "cuda", "triton", without_cudnn(eager), ("torch",)),
     Implementation("torch.compile", "cuda", "triton", compiled, ("torch", "triton")),
     Implementation("apex", "cuda", "triton", apex, ("torch", "apex.contrib.groupbn.bnp or bnp"), refuses=not_apex),
     Implementation("cuDNN frontend", "cuda", "triton", cudnn, ("torch", "cudnn"), refuses=not_cudnn),

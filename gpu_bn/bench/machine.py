@@ -8,7 +8,7 @@ import shutil
 import statistics
 import subprocess
 import time
-import timeit
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,13 @@ from typing import Any
 import numpy as np
 
 from gpu_bn import __version__, get_num_threads
-from gpu_bn.bench.timing import Gpu, in_words
+from gpu_bn.bench.timing import CpuTimer, Gpu, in_words
 from gpu_bn.cli.cuda_versions import installed
 from gpu_bn.cli.info import blas
 
 PACKAGES = (
     "numpy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend", "apex", "ml_dtypes",
 )  # fmt: skip
-COPIED_AT_LEAST = 32 << 20
-"""Bytes that a sample of :func:`cpu_copy_bandwidth` copies."""
 SMI = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
 """What nvidia-smi is asked for, in MHz, W and degrees Celsius."""
 
@@ -108,12 +106,6 @@ def processor() -> str:
 
 
 def cpu_copy_bandwidth(size: int) -> float:
-    """Measure NumPy's copy of ``size`` bytes: bytes per second, read and written; the median of seven samples.
-
-    A small copy is repeated within a sample: a single one would measure the cost of a call.
-    """
-    source = np.ones(size, np.uint8)
-    target = np.ones_like(source)
-    copies = max(1, COPIED_AT_LEAST // size)
-    taken = timeit.repeat(lambda: np.copyto(target, source), repeat=7, number=copies)
-    return 2 * size * copies / statistics.median(taken)
+    """Measure NumPy's copy of ``size`` bytes: bytes per second, read and written; the median of seven samples."""
+    copy, timer = partial(np.copyto, np.ones(size, np.uint8), np.ones(size, np.uint8)), CpuTimer(pause=0)
+    return 2 * size / statistics.median(timer.time(copy) for _ in range(7))

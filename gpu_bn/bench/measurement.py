@@ -224,18 +224,12 @@ def _checked_call(implementation: Implementation, tensors: Tensors, result: Resu
         nonlocal launches  # the last plan counts: a backward call's forward call is planned before it
         result.plan, launches = plan, found
 
-    def within_setting() -> Any:
-        with implementation.setting():
-            return call()
-
     try:
-        with implementation.setting():
-            problem = tensors.of(implementation.adapter, operation)
-            options = {"tier": implementation.tier, "on_plan": on_plan} if implementation.ours else {}
-            call = implementation.build(operation, problem, **options)
-            result.error = tensors.check(implementation, operation, call())
-            result.registers = max((one.registers for one in launches if one.registers is not None), default=None)
-        return within_setting
+        problem = tensors.of(implementation.adapter, operation)
+        call = implementation.build(operation, problem, **({"on_plan": on_plan} if implementation.ours else {}))
+        result.error = tensors.check(implementation, operation, call())
+        result.registers = max((one.registers for one in launches if one.registers is not None), default=None)
+        return call
     except (BackendUnavailableError, NoPlanError) as reason:
         result.not_served = in_words(reason)
     except AssertionError as error:

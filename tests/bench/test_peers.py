@@ -183,9 +183,16 @@ def test_a_peer_that_rounds_its_sum_before_relu_is_right(torch):
 
 
 def test_without_cudnn(torch):
-    before = torch.backends.cudnn.enabled
-    with implementations.without_cudnn():
-        assert not torch.backends.cudnn.enabled
+    before, seen = torch.backends.cudnn.enabled, []
+
+    def build(*_):
+        seen.append(torch.backends.cudnn.enabled)
+        return lambda: seen.append(torch.backends.cudnn.enabled)
+
+    call = implementations.without_cudnn(build)(cases.OPERATIONS["forward"], None)
+    assert torch.backends.cudnn.enabled == before
+    call(), call()
+    assert seen == [False] * 3
     assert torch.backends.cudnn.enabled == before
 
 
