@@ -52,16 +52,14 @@ class Table(NamedTuple):
 
     def _parts(self, width: int | None) -> list[list[int]]:
         """Choose the columns of each part: the keys, and as many others as have room; one at least."""
-        widths, keys = self._widths, list(range(self.keys))
-        taken = sum(len(GAP) + widths[column] for column in keys)
-        parts, room = [list(keys)], (sys.maxsize if width is None else width) - taken
-        left = room
-        for column in range(self.keys, len(widths)):
-            needed = len(GAP) + widths[column]
-            if needed > left and len(parts[-1]) > self.keys:
+        needed, keys = [len(GAP) + width for width in self._widths], list(range(self.keys))
+        room = (sys.maxsize if width is None else width) - sum(needed[: self.keys])
+        parts, left = [list(keys)], room
+        for column in range(self.keys, len(needed)):
+            if needed[column] > left and parts[-1] != keys:
                 parts, left = [*parts, list(keys)], room
             parts[-1].append(column)
-            left -= needed
+            left -= needed[column]
         return parts
 
     def _part(self, columns: Sequence[int]) -> list[str]:

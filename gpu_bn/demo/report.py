@@ -21,12 +21,11 @@ def training_table(runs: Runs) -> Table:
     """Return the table of loss and test accuracy over the steps."""
     steps = runs["none"][0].steps
     shown = sorted({*np.geomspace(1, len(steps) - 1, ROWS - 1).astype(int).tolist(), 0}) if len(steps) > 1 else [0]
-    rows = [
-        [str(steps[i])]
-        + [spread([history.loss[i] for history in runs[variant]], 3) for variant in VARIANTS]
-        + [spread([history.accuracy[i] for history in runs[variant]], 1) for variant in VARIANTS]
-        for i in shown
-    ]
+    rows = []
+    for i in shown:
+        losses = [spread([history.loss[i] for history in runs[variant]], 3) for variant in VARIANTS]
+        accuracies = [spread([history.accuracy[i] for history in runs[variant]], 1) for variant in VARIANTS]
+        rows.append([str(steps[i]), *losses, *accuracies])
     header = ["step", *(f"loss: {v}" for v in VARIANTS), *(f"acc.: {v}" for v in VARIANTS)]
     caption = (
         "Loss: cross-entropy of the training images in nats; acc.: accuracy on the test images in per cent; both in "

@@ -8,7 +8,7 @@ values near 1e18. It is slow and uses much memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -219,63 +219,13 @@ def _renormalisation(problem: Problem, mean: Array, rstd: Array) -> tuple[Array,
 def value(name: str, parameter: float, z: Array) -> Array:
     """Compute ``activation(z)``."""
     with np.errstate(all="ignore"):
-        match name:
-            case "identity":
-                return z
-            case "relu":
-                return np.where(z < 0, 0, z)
-            case "relu6":
-                return np.clip(z, 0, 6)
-            case "leaky_relu":
-                return np.where(z > 0, z, WIDE(parameter) * z)
-            case "elu":
-                return np.where(z > 0, z, WIDE(parameter) * np.expm1(z))
-            case "silu":
-                return z * _logistic(z)
-            case "gelu":
-                return z * _normal(z)
-            case "gelu_tanh":
-                return z / 2 * (1 + np.tanh(_gelu_argument(z)))
-            case "hardswish":
-                return z * np.clip(z + 3, 0, 6) / 6
-            case "sigmoid":
-                return _logistic(z)
-            case "tanh":
-                return np.tanh(z)
-    raise ValueError(f"the oracle knows no activation {name!r}")
+        return ACTIVATIONS[name][0](z, WIDE(parameter))
 
 
 def derivative(name: str, parameter: float, z: Array) -> Array:
     """Compute ``activation'(z)``; at a kink, the side that torch takes."""
     with np.errstate(all="ignore"):
-        match name:
-            case "identity":
-                return np.ones_like(z)
-            case "relu":
-                return (z > 0).astype(WIDE)
-            case "relu6":
-                return ((z > 0) & (z < 6)).astype(WIDE)
-            case "leaky_relu":
-                return np.where(z > 0, WIDE(1), WIDE(parameter))
-            case "elu":
-                return np.where(z > 0, 1, WIDE(parameter) * np.exp(z))
-            case "silu":
-                gate = _logistic(z)
-                return gate + z * gate * (1 - gate)
-            case "gelu":
-                return _normal(z) + z * np.exp(-z * z / 2) / np.sqrt(2 * WIDE(np.pi))
-            case "gelu_tanh":
-                tanh = np.tanh(_gelu_argument(z))
-                inner = np.sqrt(2 / WIDE(np.pi)) * (1 + 3 * WIDE("0.044715") * z * z)
-                return (1 + tanh) / 2 + z / 2 * (1 - tanh * tanh) * inner
-            case "hardswish":
-                return np.where(z <= -3, 0, np.where(z >= 3, 1, (2 * z + 3) / 6))
-            case "sigmoid":
-                gate = _logistic(z)
-                return gate * (1 - gate)
-            case "tanh":
-                return 1 - np.tanh(z) ** 2
-    raise ValueError(f"the oracle knows no activation {name!r}")
+        return ACTIVATIONS[name][1](z, WIDE(parameter))
 
 
 def _logistic(z: Array) -> Array:
@@ -290,3 +240,31 @@ def _normal(z: Array) -> Array:
 
 def _gelu_argument(z: Array) -> Array:
     return np.sqrt(2 / WIDE(np.pi)) * (z + WIDE("0.044715") * z**3)
+
+
+def _gelu_tanh_derivative(z: Array, _: Array) -> Array:
+    tanh = np.tanh(_gelu_argument(z))
+    inner = np.sqrt(2 / WIDE(np.pi)) * (1 + 3 * WIDE("0.044715") * z * z)
+    return (1 + tanh) / 2 + z / 2 * (1 - tanh * tanh) * inner
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]] = {
+    "identity": (lambda z, _: z, lambda z, _: np.ones_like(z)),
+    "relu": (lambda z, _: np.where(z < 0, 0, z), lambda z, _: (z > 0).astype(WIDE)),
+    "relu6": (lambda z, _: np.clip(z, 0, 6), lambda z, _: ((z > 0) & (z < 6)).astype(WIDE)),
+    "leaky_relu": (lambda z, a: np.where(z > 0, z, a * z), lambda z, a: np.where(z > 0, WIDE(1), a)),
+    "elu": (lambda z, a: np.where(z > 0, z, a * np.expm1(z)), lambda z, a: np.where(z > 0, 1, a * np.exp(z))),
+    "silu": (lambda z, _: z * _logistic(z), lambda z, _: (gate := _logistic(z)) + z * gate * (1 - gate)),
+    "gelu": (
+        lambda z, _: z * _normal(z),
+        lambda z, _: _normal(z) + z * np.exp(-z * z / 2) / np.sqrt(2 * WIDE(np.pi)),
+    ),
+    "gelu_tanh": (lambda z, _: z / 2 * (1 + np.tanh(_gelu_argument(z))), _gelu_tanh_derivative),
+    "hardswish": (
+        lambda z, _: z * np.clip(z + 3, 0, 6) / 6,
+        lambda z, _: np.where(z <= -3, 0, np.where(z >= 3, 1, (2 * z + 3) / 6)),
+    ),
+    "sigmoid": (lambda z, _: _logistic(z), lambda z, _: (gate := _logistic(z)) * (1 - gate)),
+    "tanh": (lambda z, _: np.tanh(z), lambda z, _: 1 - np.tanh(z) ** 2),
+}
+"""The value and the derivative of each activation, of ``z`` and of the parameter ``a`` in ``WIDE``."""
