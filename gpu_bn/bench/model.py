@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -60,7 +59,6 @@ NOTE = (
 )
 
 
-@dataclass(frozen=True)
 class Modelled:
     """One case on one device, as the report keeps it.
 
@@ -69,43 +67,29 @@ class Modelled:
     for; ``None`` if it is not known.
     """
 
-    case: Case
-    device: str
-    tier: str
-    launches: int
-    floor_bytes: int
-    moved_bytes: int
-    tiers: dict[str, int]
-    seconds: float
-    torch_bytes: int | None
-    cudnn_bytes: int | None
-    torch_seconds: float | None
-    cudnn_seconds: float | None
+    def __init__(self, case: Case, device: Device) -> None:
+        work, operation = work_of(case), case.operation
+        found = plan(work, device) if operation.training else plan_once(work, device)
+        self.case, self.device = case, device.name
+        self.tier = found.tier if operation.training else "one pass"
+        self.launches, self.floor_bytes, self.moved_bytes = found.launches, work.floor_bytes, found.dram_bytes
+        self.tiers = {} if operation.training else {self.tier: found.dram_bytes}
+        for tier in TIERS if operation.training else ():
+            with suppress(NoPlanError):
+                self.tiers[tier] = plan(work, device, tier).dram_bytes
+        self.seconds = found.seconds
+        resident = case.dtype == "float16" and math.prod(case.shape) // case.shape[1] <= RESIDENT_POSITIONS
+        cudnn = TRAFFIC["cudnn resident" if resident else "cudnn"]
+        self.torch_bytes = TRAFFIC["torch"].bytes(case)
+        self.cudnn_bytes = cudnn.bytes(case) if case.layout == "nhwc" and case.dtype != "float64" else None
+        launches = 1 + operation.training + operation.relu + operation.residual  # statistics, then outputs
+        self.torch_seconds = seconds_of(self.torch_bytes, work.floor_bytes, device, launches)
+        self.cudnn_seconds = seconds_of(self.cudnn_bytes, work.floor_bytes, device)
 
 
-def model(cases: Iterable[Case], devices: Sequence[Device] = tuple(DEVICES.values())) -> list[Modelled]:
+def model(cases: Iterable[Case]) -> list[Modelled]:
     """Model all cases on all devices."""
-    return [modelled(case, device) for case in cases for device in devices]
-
-
-def modelled(case: Case, device: Device) -> Modelled:
-    """Model a case on a device."""
-    work, operation, tiers = work_of(case), case.operation, dict[str, int]()
-    for tier in TIERS if operation.training else ():
-        with suppress(NoPlanError):
-            tiers[tier] = plan(work, device, tier).dram_bytes
-    found = plan(work, device) if operation.training else plan_once(work, device)
-    resident = case.dtype == "float16" and math.prod(case.shape) // case.shape[1] <= RESIDENT_POSITIONS
-    cudnn = TRAFFIC["cudnn resident" if resident else "cudnn"]
-    torch_bytes = TRAFFIC["torch"].bytes(case)
-    cudnn_bytes = cudnn.bytes(case) if case.layout == "nhwc" and case.dtype != "float64" else None
-    torch_launches = 1 + operation.training + operation.relu + operation.residual  # statistics, then outputs
-    return Modelled(
-        case, device.name, found.tier if operation.training else "one pass", found.launches, work.floor_bytes,
-        found.dram_bytes, tiers or {"one pass": found.dram_bytes}, found.seconds, torch_bytes, cudnn_bytes,
-        seconds_of(torch_bytes, work.floor_bytes, device, torch_launches),
-        seconds_of(cudnn_bytes, work.floor_bytes, device),
-    )  # fmt: skip
+    return [Modelled(case, device) for case in cases for device in DEVICES.values()]
 
 
 def seconds_of(asked: int | None, floor_bytes: int, device: Device, launches: int = 1) -> float | None:

@@ -6,7 +6,7 @@ import importlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
@@ -20,7 +20,7 @@ from gpu_bn.bench.measurement import Result, Tensors, measure
 from gpu_bn.bench.model import model
 from gpu_bn.bench.report import Report, slower_with_threads
 from gpu_bn.bench.tiers import crossovers
-from gpu_bn.bench.timing import CpuTimer, Gpu, GpuTimer, Timer, in_words
+from gpu_bn.bench.timing import CpuTimer, GpuTimer, Timer, in_words
 from gpu_bn.bench.verify import verify
 from gpu_bn.cli.console import Table, progress, three_digits
 from gpu_bn.cli.info import cores
@@ -67,11 +67,11 @@ def check(options: Namespace, cases: list[Case]) -> None:
         raise CommandError("--train needs torch: pip install -e '.[bench]'")
 
 
-@dataclass
 class Session:
-    """A device of a kind, a key of :data:`DEFAULTS`, and how calls are timed on it.
+    """A device, and how calls are timed on it.
 
     Attributes:
+        kind: the device's, a key of :data:`DEFAULTS`.
         why_not: why there is no GPU.
         seconds: of samples for each call and regime.
         threads: the numbers of threads that each case is timed with; ``None`` is what the libraries choose.
@@ -79,33 +79,21 @@ class Session:
         lost: since when and why the GPU does not answer any more; empty while it does.
     """
 
-    kind: str
-    gpu: Gpu | None
-    why_not: str
-    timer: Timer
-    seconds: float
-    threads: list[int | None]
-    copy_bandwidth: float = 0.0
-    lost: str = ""
-
-    @staticmethod
-    def start(options: Namespace) -> Session:
+    def __init__(self, options: Namespace) -> None:
         """Find the device and measure a copy on it; raise ``CommandError`` if the GPU is missing or cannot be used."""
-        gpu, why_not = (None, "the CPU was asked for") if options.device == "cpu" else timing.find_gpu()
+        gpu, self.why_not = (None, "the CPU was asked for") if options.device == "cpu" else timing.find_gpu()
         if gpu is None and options.device == "cuda":
-            raise CommandError(f"--device cuda needs a GPU: {why_not}")
-        kind = "cpu" if gpu is None else "cuda"
-        seconds = SECONDS[kind] if options.seconds is None else options.seconds
-        timer = GpuTimer(gpu) if gpu else CpuTimer() if seconds else CpuTimer(batch=0, pause=0)
-        both = gpu is None and seconds and not options.threads
-        threads = [*sorted({1, get_num_threads()})] if both else [options.threads]
-        session = Session(kind, gpu, why_not, timer, seconds, threads)
+            raise CommandError(f"--device cuda needs a GPU: {self.why_not}")
+        self.gpu, self.kind, self.lost = gpu, "cuda" if gpu else "cpu", ""
+        self.seconds: float = SECONDS[self.kind] if options.seconds is None else options.seconds
+        self.timer: Timer = GpuTimer(gpu) if gpu else CpuTimer() if self.seconds else CpuTimer(batch=0, pause=0)
+        both = gpu is None and self.seconds and not options.threads
+        self.threads: list[int | None] = [*sorted({1, get_num_threads()})] if both else [options.threads]
         try:
-            session.copy_bandwidth = session.copy()
+            self.copy_bandwidth = self.copy()
         except Exception as error:  # a driver's error, or another process has taken the memory
             what = gpu.device.name if gpu else "the CPU"
             raise CommandError(f"nothing can be copied on {what}: {in_words(error)}") from error
-        return session
 
     @property
     def no_torch(self) -> str:
@@ -146,12 +134,12 @@ class Session:
         """Measure the copy again, and return a warning if it differs from that at the start."""
         if not self.seconds:
             return []
-        facts["copy_bandwidth_after"] = after = self.copy()
-        if 1 / MOST_MOVED <= after / self.copy_bandwidth <= MOST_MOVED:
+        facts["copy_bandwidth_after"] = now = self.copy()
+        if 1 / MOST_MOVED <= now / self.copy_bandwidth <= MOST_MOVED:
             return []
-        before, after_ = (three_digits(bandwidth / 1e9) for bandwidth in (self.copy_bandwidth, after))
+        before, after = (three_digits(bandwidth / 1e9) for bandwidth in (self.copy_bandwidth, now))
         return [
-            f"UNSTEADY: a copy had {before} GB/s before and {after_} GB/s after the cases: the machine was busy with "
+            f"UNSTEADY: a copy had {before} GB/s before and {after} GB/s after the cases: the machine was busy with "
             "something else, and no time here should be trusted."
         ]
 
@@ -175,7 +163,7 @@ def bench(options: Namespace) -> bool:
         ValueError: the options make no sense.
         KeyboardInterrupt: it was interrupted; the report has what was measured until then.
     """
-    session = Session.start(options)
+    session = Session(options)
     chosen, left_out = choose(session.kind, options.peers, torch_sees_it=not session.no_torch)
     cases = cases_of(session.kind, options)
     modelled = [] if session.gpu else model(cases_of("model", options))

@@ -152,7 +152,7 @@ class Gpu:
 
     Attributes:
         device: as the planner knows it, without a bandwidth: that is measured.
-        smi_id: nvidia-smi's name of it, whichever GPUs this process sees; empty if the library does not know it.
+        smi_id: nvidia-smi's name of it, whichever GPUs this process sees.
         ones: makes an array of so many float32 numbers on the device.
         copy_to: copies the second array to the first.
         event: makes an event; ``done`` says whether the device has reached it, ``elapsed`` the seconds between two.
@@ -201,10 +201,9 @@ def by_torch(torch: Any) -> Gpu:
     """Return the GPU by torch."""
     cuda = torch.cuda
     found = cuda.get_device_properties(cuda.current_device())
-    block = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
     device = Device(
         found.name, 10 * found.major + found.minor, found.multi_processor_count,
-        found.shared_memory_per_multiprocessor, block, found.L2_cache_size, 0.0,
+        found.shared_memory_per_multiprocessor, found.shared_memory_per_block_optin, found.L2_cache_size, 0.0,
     )  # fmt: skip
 
     def free() -> None:
@@ -213,7 +212,7 @@ def by_torch(torch: Any) -> Gpu:
             sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
 
     return Gpu(
-        "torch", device, f"GPU-{found.uuid}" if hasattr(found, "uuid") else "",
+        "torch", device, f"GPU-{found.uuid}",
         ones=lambda count: torch.ones(count, device="cuda"), copy_to=lambda target, source: target.copy_(source),
         event=lambda: cuda.Event(enable_timing=True), done=lambda event: event.query(),
         elapsed=lambda start, end: start.elapsed_time(end) / 1e3,

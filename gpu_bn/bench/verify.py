@@ -11,10 +11,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from gpu_bn.bench import timing
-from gpu_bn.bench.cases import Case, by_tensor, select
+from gpu_bn.bench.cases import by_tensor, select
 from gpu_bn.bench.implementations import by_name
 from gpu_bn.bench.measurement import Result, Tensors
 from gpu_bn.cli.console import Table, megabytes, microseconds
@@ -32,21 +31,33 @@ Bytes = dict[str, int]
 """Bytes ``read`` from the memory and ``written`` to it."""
 
 
-@dataclass(frozen=True)
 class Verdict:
-    """A prediction, as the report keeps it: by the plan's bytes over a copy's bandwidth.
+    """A prediction and whether it holds, as the report keeps it: the plan's bytes, over the bandwidth of a copy.
 
     ``counted_bytes`` are the GPU's, ``None`` if nothing was counted; ``refuted`` says how it fails, empty if it holds.
     """
 
-    case: Case
-    by: str
-    tier: str
-    measured_seconds: float
-    predicted_seconds: float
-    predicted_bytes: Bytes
-    counted_bytes: Bytes | None
-    refuted: str
+    def __init__(self, result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes | None) -> None:
+        plan, measured = result.plan, result.median
+        assert plan is not None
+        assert measured is not None
+        self.case, self.by, self.tier, self.measured_seconds = result.case, result.by, result.tier, measured
+        self.predicted_seconds = plan.dram_bytes / copy_bandwidth
+        written = sum(plan.written_bytes)
+        self.predicted_bytes = {"read": plan.dram_bytes - written, "written": written}
+        self.counted_bytes = counted
+        times, failures = measured / self.predicted_seconds, []
+        if measured > SLOWER * self.predicted_seconds + plan.launches * LAUNCH_SECONDS:
+            failures.append(f"time: {times:.2f} times as long")
+        if times < FASTER:
+            failures.append(f"time: {times:.2f} times as long: fewer bytes, or faster than a copy")
+        for what, found in (counted or {}).items():
+            # At the end of a call the cache may hold what has not been written yet: so much less may be counted.
+            wanted, held = self.predicted_bytes[what], l2_bytes if what == "written" else 0
+            margin = BYTES_SHARE * wanted + BYTES_MORE
+            if not wanted - held - margin <= found <= wanted + margin:
+                failures.append(f"bytes: {found / max(wanted, 1):.2f} times as many {what}")
+        self.refuted = "; ".join(failures)
 
 
 def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> tuple[list[Table | str], list[Verdict]]:
@@ -57,34 +68,10 @@ def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> t
         counted = None if reason or index >= COUNTED else count(result)
         if isinstance(counted, str):
             reason, counted = f"DRAM bytes were not counted: {counted}", None
-        verdicts.append(verdict(result, copy_bandwidth, l2_bytes, counted))
+        verdicts.append(Verdict(result, copy_bandwidth, l2_bytes, counted))
     limits = f"the first {COUNTED} cases" if len(planned) > COUNTED else "all cases"
     note = reason or f"DRAM bytes were counted by ncu, of {limits}."
     return [verdicts_table(verdicts, note)], verdicts
-
-
-def verdict(result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes | None) -> Verdict:
-    """Judge a prediction.
-
-    At the end of a call the cache may hold what has not been written yet: so much less may be counted.
-    """
-    plan, measured, refuted = result.plan, result.median, []
-    assert plan is not None
-    assert measured is not None
-    predicted = plan.dram_bytes / copy_bandwidth
-    written = sum(plan.written_bytes)
-    expected = {"read": plan.dram_bytes - written, "written": written}
-    times = measured / predicted
-    if measured > SLOWER * predicted + plan.launches * LAUNCH_SECONDS:
-        refuted.append(f"time: {times:.2f} times as long")
-    if times < FASTER:
-        refuted.append(f"time: {times:.2f} times as long: fewer bytes, or faster than a copy")
-    for what, found in counted.items() if counted else ():
-        wanted, held = expected[what], l2_bytes if what == "written" else 0
-        margin = BYTES_SHARE * wanted + BYTES_MORE
-        if not wanted - held - margin <= found <= wanted + margin:
-            refuted.append(f"bytes: {found / max(wanted, 1):.2f} times as many {what}")
-    return Verdict(result.case, result.by, result.tier, measured, predicted, expected, counted, "; ".join(refuted))
 
 
 def count(result: Result) -> Bytes | str:

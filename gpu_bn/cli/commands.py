@@ -158,13 +158,13 @@ def _add_demo(commands: Commands) -> None:
 
 def run_info(options: argparse.Namespace) -> int:
     """Print versions, devices, backends and why one is unavailable, and which versions of CUDA do not fit."""
-    from gpu_bn.cli.info import as_json, facts, text
+    from gpu_bn.cli.info import Facts
 
     values.check_file(options.json, "facts")
-    found = facts()
-    print(text(found))
+    found = Facts()
+    print(found)
     if options.json is not None:
-        options.json.write_text(as_json(found))
+        options.json.write_text(found.as_json())
     return 0
 
 

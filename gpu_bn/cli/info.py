@@ -31,41 +31,32 @@ class Devices(NamedTuple):
     why_not: str = ""
 
 
-class Facts(NamedTuple):
-    """Facts by name, and a row for each backend."""
+class Facts:
+    """The versions, the processor, the GPUs and the backends of this machine."""
 
-    lines: list[tuple[str, str]]
-    backends: list[list[str]]
+    def __init__(self) -> None:
+        gpus, cuda = devices(), cuda_versions()
+        self.lines = [
+            ("gpu-bn", __version__),
+            ("Python", f"{platform.python_version()} on {platform.platform()}"),
+            ("NumPy", f"{np.__version__}, BLAS: {blas()}"),
+            ("packages", ", ".join(packages()) or "none of " + ", ".join(PACKAGES)),
+            ("processor", f"{platform.machine()}, {os.cpu_count()} cores, {cores()} for this process"),
+            ("threads", f"{get_num_threads()} for a call on the CPU (GPU_BN_NUM_THREADS sets it)"),
+            ("GPUs", "; ".join(gpus.names) or f"none: {gpus.why_not}"),
+            *((f"CUDA {name}", said) for name, said in cuda.said.items()),
+            *(("does not fit", problem) for problem in cuda.problems()),
+        ]
+        self.backends = [[row.name, str(row), available(row, gpus)] for row in registry.ROWS]
 
+    def __str__(self) -> str:
+        lines = [f"{name:12} {value}" for name, value in self.lines]
+        return "\n".join([*lines, "", str(Table("Backends", COLUMNS, self.backends))]).rstrip()
 
-def text(found: Facts) -> str:
-    """Return the facts as lines of text."""
-    lines = [f"{name:12} {value}" for name, value in found.lines]
-    return "\n".join([*lines, "", str(Table("Backends", COLUMNS, found.backends))]).rstrip()
-
-
-def as_json(found: Facts) -> str:
-    """Return the facts as JSON."""
-    backends = [dict(zip(COLUMNS, row, strict=True)) for row in found.backends]
-    return json.dumps({"facts": [list(line) for line in found.lines], "backends": backends}, indent=1) + "\n"
-
-
-def facts() -> Facts:
-    """Look for versions, processor, GPUs and backends."""
-    gpus = devices()
-    lines = [
-        ("gpu-bn", __version__),
-        ("Python", f"{platform.python_version()} on {platform.platform()}"),
-        ("NumPy", f"{np.__version__}, BLAS: {blas()}"),
-        ("packages", ", ".join(packages()) or "none of " + ", ".join(PACKAGES)),
-        ("processor", f"{platform.machine()}, {os.cpu_count()} cores, {cores()} for this process"),
-        ("threads", f"{get_num_threads()} for a call on the CPU (GPU_BN_NUM_THREADS sets it)"),
-        ("GPUs", "; ".join(gpus.names) or f"none: {gpus.why_not}"),
-    ]
-    cuda = cuda_versions()
-    lines += [(f"CUDA {name}", said) for name, said in cuda.said.items()]
-    lines += [("does not fit", problem) for problem in cuda.problems()]
-    return Facts(lines, [[row.name, str(row), available(row, gpus)] for row in registry.ROWS])
+    def as_json(self) -> str:
+        """Return the facts as JSON."""
+        backends = [dict(zip(COLUMNS, row, strict=True)) for row in self.backends]
+        return json.dumps({"facts": self.lines, "backends": backends}, indent=1) + "\n"
 
 
 def facts_of_cuda() -> list[str]:

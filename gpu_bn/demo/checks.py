@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,24 +13,29 @@ from gpu_bn.demo.training import host
 Array = Any
 
 
-class Identity(NamedTuple):
-    """How far ``BN(x)`` is from ``x``.
+class Identity:
+    """How far ``BN(x)`` is from ``x`` (N, C) in a dtype, by the statistics of ``x`` itself.
 
     Attributes:
-        dtype: of ``x``.
+        dtype: its name.
         standardised: max ``|BN(x) - x|`` with weight = 1 and bias = 0, in the units of ``x``.
         restored: the same with weight = SD and bias = mean.
         ulps: ``restored`` in units in the last place of max ``|x|``.
     """
 
-    dtype: str
-    standardised: float
-    restored: float
-    ulps: float
+    def __init__(self, x: Array, dtype: Any, backend: str) -> None:
+        x = x.astype(dtype)
+        weight, bias = identity_affine(x, backend=backend)
+        self.dtype = np.dtype(dtype).name
+        self.standardised = float(abs(batch_norm(x, training=True, backend=backend) - x).max())
+        self.restored = float(abs(batch_norm(x, None, None, weight, bias, True, backend=backend) - x).max())
+        self.ulps = self.restored / float(np.spacing(host(abs(x).max())))
 
 
-class Capacity(NamedTuple):
-    """A trained network against the same with identity-initialised BN, in evaluation mode on the test images.
+class Capacity:
+    """A network trained without BN against the same with BN inserted, in evaluation mode on test images (N, pixels).
+
+    BN is the identity by the network's activations on the training images.
 
     Attributes:
         scores, probabilities: largest absolute difference.
@@ -38,33 +43,10 @@ class Capacity(NamedTuple):
         agree, images: images with the same predicted label, and all.
     """
 
-    scores: float
-    probabilities: float
-    largest: float
-    agree: int
-    images: int
-
-
-def check_identity(x: Array, dtype: Any, backend: str) -> Identity:
-    """Compare ``BN(x)`` with ``x`` (N, C) in a dtype, by the statistics of ``x`` itself."""
-    x = x.astype(dtype)
-    weight, bias = identity_affine(x, backend=backend)
-    plain = batch_norm(x, training=True, backend=backend)
-    restored = batch_norm(x, None, None, weight, bias, True, backend=backend)
-    error = float(abs(restored - x).max())
-    ulp = float(np.spacing(host(abs(x).max())))
-    return Identity(np.dtype(dtype).name, float(abs(plain - x).max()), error, error / ulp)
-
-
-def check_capacity(trained: Network, train_x: Array, test_x: Array, backend: str) -> Capacity:
-    """Insert BN into a network trained without it, by its activations on the training images (N, pixels)."""
-    with_norms = trained.with_identity_norms(train_x, backend).train(False)
-    before, after = trained.forward(test_x), with_norms.forward(test_x)
-    same = before.argmax(1) == after.argmax(1)
-    return Capacity(
-        scores=float(abs(after - before).max()),
-        probabilities=float(abs(softmax(trained.xp, after) - softmax(trained.xp, before)).max()),
-        largest=float(abs(before).max()),
-        agree=int(same.sum()),
-        images=len(test_x),
-    )
+    def __init__(self, trained: Network, train_x: Array, test_x: Array, backend: str) -> None:
+        with_norms = trained.with_identity_norms(train_x, backend).train(False)
+        before, after = trained.forward(test_x), with_norms.forward(test_x)
+        self.scores = float(abs(after - before).max())
+        self.probabilities = float(abs(softmax(trained.xp, after) - softmax(trained.xp, before)).max())
+        self.largest = float(abs(before).max())
+        self.agree, self.images = int((before.argmax(1) == after.argmax(1)).sum()), len(test_x)

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from gpu_bn import registry
 from gpu_bn.cli.console import paragraph, progress
 from gpu_bn.demo import report
-from gpu_bn.demo.checks import Capacity, Identity, check_capacity, check_identity
+from gpu_bn.demo.checks import Capacity, Identity
 from gpu_bn.demo.claims import claims
 from gpu_bn.demo.data import Digits, digits
 from gpu_bn.demo.figure import draw
@@ -72,8 +72,8 @@ def check(net: Network, data: Digits, backend: str, results: Results) -> None:
     """Check what BN does to a trained network without it; the identity once, as it does not depend on the network."""
     if not results.identities:
         raw = next(net.watch(data.train_x)).raw
-        results.identities.extend(check_identity(raw, dtype, backend) for dtype in (np.float32, np.float64))
-    results.capacities.append(check_capacity(net, data.train_x, data.test_x, backend))
+        results.identities.extend(Identity(raw, dtype, backend) for dtype in (np.float32, np.float64))
+    results.capacities.append(Capacity(net, data.train_x, data.test_x, backend))
 
 
 def choose_backend(name: str | None) -> str:

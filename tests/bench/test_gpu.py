@@ -146,7 +146,7 @@ def test_the_models_bytes_are_those_that_the_emulator_counts(tier, operation, ma
     tensors.check(CUPY, case.operation, call())
     reports = gpu.device.reports[before:]
     counted = sum(r.dram_read_bytes + r.dram_write_bytes for r in reports) + gpu.device.l2.flush()
-    expected = model.modelled(case, EMULATED).tiers[tier]
+    expected = model.Modelled(case, EMULATED).tiers[tier]
     assert abs(counted - expected) <= (4 << 10)  # of 128 KiB and more: vectors, partial sums, part of a cache
 
 

@@ -17,7 +17,7 @@ def verdict_of(factor, tier="cta", counted=None):
     result = timed("gpu_bn cupy", 0.0, tier)
     seconds = factor * result.plan.dram_bytes / COPY
     result.timings["cold"] = timing.Timing(seconds, seconds, seconds, 1)
-    return verify.verdict(result, COPY, L2, counted)
+    return verify.Verdict(result, COPY, L2, counted)
 
 
 def test_a_prediction_holds_or_is_refuted():
@@ -123,9 +123,9 @@ def test_what_others_move(operation, torch, cudnn):
     case = cases.Case((32, 64, 56, 56), "float16", "nhwc", cases.OPERATIONS[operation])
     assert model.TRAFFIC["torch"].bytes(case) == torch * case.bytes
     assert model.TRAFFIC["cudnn resident"].bytes(case) == cudnn * case.bytes
-    small = model.modelled(replace(case, shape=(32, 256, 14, 14)), plan.DEVICES["h100"])
+    small = model.Modelled(replace(case, shape=(32, 256, 14, 14)), plan.DEVICES["h100"])
     assert small.cudnn_bytes == cudnn * small.case.bytes
-    nchw = model.modelled(replace(case, layout="nchw"), plan.DEVICES["h100"])
+    nchw = model.Modelled(replace(case, layout="nchw"), plan.DEVICES["h100"])
     assert nchw.cudnn_bytes is None
 
 
@@ -133,7 +133,7 @@ def test_the_model_is_the_plans():
     for operation in ("forward+add+relu", "backward"):
         case = cases.Case((32, 256, 14, 14), "float16", "nhwc", cases.OPERATIONS[operation])
         for device in plan.DEVICES.values():
-            found = model.modelled(case, device)
+            found = model.Modelled(case, device)
             planned = plan.plan(model.work_of(case), device)
             assert (found.tier, found.seconds, found.launches) == (planned.tier, planned.seconds, planned.launches)
             assert found.tiers[found.tier] == found.moved_bytes == planned.dram_bytes >= found.floor_bytes
@@ -144,13 +144,13 @@ def test_the_model_is_the_plans():
 def test_the_cache_serves_others_as_it_serves_us():
     case = cases.Case((32, 64, 56, 56), "float16", operation=cases.OPERATIONS["forward"])
     device = plan.DEVICES["a100"]
-    found = model.modelled(case, device)
+    found = model.Modelled(case, device)
     launch = plan.THRESHOLDS.launch
     floor_seconds = launch + found.floor_bytes / (plan.THRESHOLDS.copy_share * device.bandwidth)
     seconds = model.seconds_of(found.torch_bytes, found.floor_bytes, device)
     assert seconds == pytest.approx(floor_seconds)  # the second read hits
     assert found.torch_seconds == pytest.approx(floor_seconds + launch)  # statistics, then the output
-    large = model.modelled(replace(case, shape=(256, 64, 56, 56)), device)
+    large = model.Modelled(replace(case, shape=(256, 64, 56, 56)), device)
     floor_seconds = plan.plan(model.work_of(large.case), device).floor_seconds
     assert model.seconds_of(large.torch_bytes, large.floor_bytes, device) > 1.3 * floor_seconds
     assert model.seconds_of(None, large.floor_bytes, device) is None
@@ -158,7 +158,7 @@ def test_the_cache_serves_others_as_it_serves_us():
 
 def test_evaluation_is_one_pass_and_nothing_is_known_of_others():
     case = cases.Case((32, 64, 56, 56), operation=cases.OPERATIONS["eval"])
-    found = model.modelled(case, plan.DEVICES["t4"])
+    found = model.Modelled(case, plan.DEVICES["t4"])
     assert found.tier == "one pass"
     assert found.tiers == {"one pass": found.floor_bytes}
     assert found.torch_bytes is found.cudnn_bytes is None

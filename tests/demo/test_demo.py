@@ -11,7 +11,7 @@ for _module in ("sklearn", "matplotlib", "threadpoolctl"):
 
 from gpu_bn.cli import main
 from gpu_bn.demo import report
-from gpu_bn.demo.checks import check_capacity, check_identity
+from gpu_bn.demo.checks import Capacity, Identity
 from gpu_bn.demo.claims import Claim, claims, spread
 from gpu_bn.demo.data import digits
 from gpu_bn.demo.figure import typical_unit
@@ -100,7 +100,7 @@ def test_softmax_and_cross_entropy_do_not_overflow():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_identity_check(dtype):
     x = 3 + 2 * np.random.default_rng(0).standard_normal((500, 7))
-    found = check_identity(x, dtype, "numpy")
+    found = Identity(x, dtype, "numpy")
     assert found.dtype == np.dtype(dtype).name
     assert found.standardised > 1
     assert found.ulps <= 4
@@ -109,7 +109,7 @@ def test_identity_check(dtype):
 
 def test_a_trained_network_is_the_same_with_identity_norms():
     net, data, _ = trained_without_bn()
-    found = check_capacity(net, data.train_x, data.test_x, "numpy")
+    found = Capacity(net, data.train_x, data.test_x, "numpy")
     assert found.agree == found.images == len(data.test_x)
     assert found.scores <= 1e-5 * max(found.largest, 1)
     assert found.probabilities <= 1e-5
