@@ -27,8 +27,8 @@ from typing import Any
 HERE = Path(__file__).parent
 DATA = HERE / "data" / "versions.json"
 LAYERS = (
-    "modules", "direct", "convert", "operators", "graph", "folding", "masks", "statistics", "fusing", "fusing_control",
-    "merging", "refusals",
+    "modules", "direct", "convert", "operators", "graph", "folding", "masks", "statistics", "fusing", "fused_changes",
+    "fusing_control", "merging", "refusals",
 )  # fmt: skip
 SLICE = "(test_case and triton and not reference or launches or masked or merge_to) and not cupy"
 WHAT = {
