@@ -22,7 +22,6 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -53,14 +52,10 @@ Row = dict[str, tuple[float, float, float]]
 def our_norm(operation: Operation, problem: Problem) -> Callable[..., torch.Tensor]:
     """Return our function for torch's tensors, which ``backend="cpu"`` serves."""
     p, activation = problem, "relu" if operation.relu else None
-
-    def norm(x: Any, weight: Any, bias: Any, residual: Any = None) -> torch.Tensor:
-        return nn.batch_norm(
-            x, p.running_mean, p.running_var, weight, bias, operation.training, p.momentum, p.eps,
-            residual=residual, activation=activation,
-        )  # fmt: skip
-
-    return norm
+    return lambda x, weight, bias, residual=None: nn.batch_norm(
+        x, p.running_mean, p.running_var, weight, bias, operation.training, p.momentum, p.eps,
+        residual=residual, activation=activation,
+    )  # fmt: skip
 
 
 BACKENDS = {

@@ -88,11 +88,6 @@ def in_pairs(ours: TimedCall, theirs: TimedCall, pairs: int) -> Samples:
     return take_samples({"ours": ours, "theirs": theirs}, TIMER, "wall", 1, (pairs, pairs))
 
 
-def microseconds(samples: Samples, name: str) -> float:
-    """Return the median of a call's times."""
-    return 1e6 * samples.median(name)
-
-
 def time_on_cpu(pairs: int) -> None:
     """Print the table of the backend for CPUs."""
     theirs = function_calls(F.batch_norm) | layer_calls(torch.nn.BatchNorm2d(3))
@@ -104,8 +99,8 @@ def time_on_cpu(pairs: int) -> None:
         registry.serving = lambda _: nothing  # type: ignore[assignment,return-value]
         empty = in_pairs(call, theirs[name], pairs)
         registry.serving = serving
-        cells = (f"{microseconds(each, 'ours'):8.1f} ({each.ratio('ours', 'theirs'):4.1f}x)" for each in (whole, empty))
-        print(f"{name:28}{'    '.join(cells)}{microseconds(whole, 'theirs'):10.1f}")
+        cells = (f"{1e6 * each.median('ours'):8.1f} ({each.ratio('ours', 'theirs'):4.1f}x)" for each in (whole, empty))
+        print(f"{name:28}{'    '.join(cells)}{1e6 * whole.median('theirs'):10.1f}")
 
 
 def time_triton(pairs: int) -> None:
@@ -130,9 +125,9 @@ def time_triton(pairs: int) -> None:
         found = in_pairs(call, theirs.get(name, call), pairs)
         launches.clear()
         others = operations(call)
-        its = f"{microseconds(found, 'theirs'):.1f}" if name in theirs else "-"
+        its = f"{1e6 * found.median('theirs'):.1f}" if name in theirs else "-"
         listed = ", ".join(f"{count} {operation}" for operation, count in others.items())
-        line = f"{name:44}{microseconds(found, 'ours'):8.1f}{its:>8}  {len(launches)} + {others.total()} {listed}"
+        line = f"{name:44}{1e6 * found.median('ours'):8.1f}{its:>8}  {len(launches)} + {others.total()} {listed}"
         print(line.rstrip())
 
 

@@ -12,17 +12,13 @@ from typing import Any
 from gpu_bn.explanation import DTYPES, ITEMSIZES
 
 Shape = tuple[int, ...]
-Layers = tuple[tuple[int, Shape], ...]
+Layers = dict[Shape, int]
 """How many layers of a network have inputs of each shape; channels are the second axis."""
 
 
 def _images(n: int, layers: Iterable[tuple[int, int, int]], rank: int = 2) -> Layers:
     """Return layers of ``(count, channels, side)`` for ``n`` images of ``rank`` axes."""
-    return tuple((count, (n, channels, *[side] * rank)) for count, channels, side in layers)
-
-
-def _once(*shapes: Shape) -> Layers:
-    return tuple((1, shape) for shape in shapes)
+    return {(n, channels, *[side] * rank): count for count, channels, side in layers}
 
 
 RESNET_50 = (
@@ -38,14 +34,14 @@ MOBILENET_V2 = (
 """All 52 layers, of 224 x 224 images."""
 
 NETWORKS: dict[str, Layers] = {
-    "few": _once((32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7), (256, 1024), (2, 3, 4, 4)),
+    "few": dict.fromkeys([(32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7), (256, 1024), (2, 3, 4, 4)], 1),
     "resnet50-32": _images(32, RESNET_50),
     "resnet50-256": _images(256, RESNET_50),
     "mobilenetv2": _images(32, MOBILENET_V2),
     "unet2d": _images(8, ((4, 64, 256), (4, 128, 128), (4, 256, 64), (4, 512, 32), (2, 1024, 16))),
     "unet3d": _images(2, ((4, 32, 64), (4, 64, 32), (4, 128, 16), (2, 256, 8)), rank=3),
-    "mlp": _once((256, 1024), (1024, 4096), (8192, 512), (65536, 256)),
-    "tiny": _once((4, 8), (2, 3, 4, 4), (8, 16, 8, 8), (16, 64, 4, 4)),
+    "mlp": dict.fromkeys([(256, 1024), (1024, 4096), (8192, 512), (65536, 256)], 1),
+    "tiny": dict.fromkeys([(4, 8), (2, 3, 4, 4), (8, 16, 8, 8), (16, 64, 4, 4)], 1),
 }
 """Networks by name; ``few`` chooses some layers of the others for a first look."""
 
@@ -125,13 +121,12 @@ def shapes_of(names: Iterable[str]) -> list[Shape]:
     Raises:
         ValueError: a name is neither a network nor a shape.
     """
-    found: list[Shape] = []
+    found: Layers = {}
     for name in names:
         if name not in NETWORKS and not re.fullmatch(r"0*[1-9][0-9]*(x0*[1-9][0-9]*){1,4}", name):
             raise ValueError(f"unknown shape {name!r}, expected such as 32x64x56x56, or one of {', '.join(NETWORKS)}")
-        layers = NETWORKS[name] if name in NETWORKS else _once(tuple(map(int, name.split("x"))))
-        found += [shape for _, shape in layers]
-    return list(dict.fromkeys(found))
+        found |= NETWORKS[name] if name in NETWORKS else {tuple(map(int, name.split("x"))): 1}
+    return list(found)
 
 
 def select(

@@ -239,10 +239,10 @@ def layers_table(results: Sequence[Result]) -> list[Table]:
             medians.setdefault((result.case.kind, result.by), {})[result.case.shape] = result.median
     rows = []
     for network, layers in NETWORKS.items():
-        number = sum(count for count, _ in layers)
+        number = sum(layers.values())
         for (kind, by), times in medians.items():
-            if number > len(layers) and all(shape in times for _, shape in layers):
-                total = sum(count * times[shape] for count, shape in layers)
+            if number > len(layers) and layers.keys() <= times.keys():
+                total = sum(count * times[shape] for shape, count in layers.items())
                 rows.append([network, str(number), kind, by, milliseconds(total)])
     header = ["network", "layers", "operation", "by", "all layers (ms)"]
     return [Table("All layers of a network together", header, rows, "Sums of medians.", keys=4)] if rows else []

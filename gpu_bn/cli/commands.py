@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -220,14 +219,13 @@ def run_warm_up(options: argparse.Namespace) -> int:
     in the user's cache folder; NAMES are separated by commas.
     """
     from gpu_bn.cli.warm_up import ACTIVATIONS, warm_up
+    from gpu_bn.testing.cases import numpy_dtype
 
-    dtypes: dict[str, Any] = dict(DTYPES)
-    if "bf16" in options.dtype:
-        if find_spec("ml_dtypes") is None:
-            raise CommandError("bf16 needs the package ml_dtypes: pip install ml_dtypes")
-        dtypes["bf16"] = import_module("ml_dtypes").bfloat16
+    if "bf16" in options.dtype and find_spec("ml_dtypes") is None:
+        raise CommandError("bf16 needs the package ml_dtypes: pip install ml_dtypes")
     try:
-        print(warm_up([dtypes[name] for name in options.dtype], options.activation or ACTIVATIONS))
+        dtypes = [numpy_dtype(DTYPES[name]) for name in options.dtype]
+        print(warm_up(dtypes, options.activation or ACTIVATIONS))
     except ValueError as error:
         raise UsageError(str(error)) from None
     return 0

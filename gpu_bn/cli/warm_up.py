@@ -19,11 +19,11 @@ SHAPES = (4, 8, 16, 16), (64, 64)
 ACTIVATIONS = "identity", "relu"
 
 
-def warm_up(dtypes: Sequence[str], names: Sequence[str]) -> str:
+def warm_up(dtypes: Sequence[np.dtype[Any]], names: Sequence[str]) -> str:
     """Call forward, backward and evaluation, with and without a residual; return a line about it.
 
     Args:
-        dtypes: names of NumPy's types.
+        dtypes: of the tensors.
         names: of activations.
 
     Raises:

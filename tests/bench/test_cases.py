@@ -14,18 +14,17 @@ from gpu_bn.explanation import DTYPES
 )
 def test_a_network_has_all_its_layers(network, layers, channels):
     rows = cases.NETWORKS[network]
-    assert sum(count for count, _ in rows) == layers
-    assert sum(count * shape[1] for count, shape in rows) == channels  # half of the parameters that BN layers have
-    assert len({shape for _, shape in rows}) == len(rows)
+    assert sum(rows.values()) == layers
+    assert sum(count * shape[1] for shape, count in rows.items()) == channels  # half of BN layers' parameters
 
 
 def test_there_is_every_kind_of_shape():
     assert {"resnet50-32", "resnet50-256", "mobilenetv2", "unet2d", "unet3d", "mlp", "tiny", "few"} == set(
         cases.NETWORKS
     )
-    assert {len(shape) for _, shape in cases.NETWORKS["unet3d"]} == {5}
-    assert {len(shape) for _, shape in cases.NETWORKS["mlp"]} == {2}
-    assert {shape[0] for _, shape in cases.NETWORKS["resnet50-256"]} == {256}
+    assert {len(shape) for shape in cases.NETWORKS["unet3d"]} == {5}
+    assert {len(shape) for shape in cases.NETWORKS["mlp"]} == {2}
+    assert {shape[0] for shape in cases.NETWORKS["resnet50-256"]} == {256}
 
 
 def test_the_help_names_networks_dtypes_and_operations(capsys):
