@@ -97,7 +97,7 @@ def fold(
     Raises:
         TypeError: ``norm`` holds arrays of another library than ``weight``.
         ValueError: ``norm`` has no running statistics, or another number of channels than ``weight`` has outputs;
-            ``weight`` has fewer than two axes.
+            ``bias`` is not (out,), or ``weight`` has fewer than two axes.
 
     Examples:
         >>> import numpy as np, gpu_bn
@@ -111,7 +111,7 @@ def fold(
     """
     with spec.on_device_of(weight):
         scale, shift = _scale_and_shift(norm, weight)
-        by_output = _by_output(scale, weight, transposed, groups)
+        by_output = _by_output(scale, weight, bias, transposed, groups)
         folded = _wide(weight) * by_output
         offset = shift if bias is None else _wide(bias) * scale + shift
         return _like(folded, weight), _like(offset, weight)
@@ -148,7 +148,7 @@ def unfold(
         scale, shift = _scale_and_shift(norm, weight)
         if bool((scale == 0).any()):
             raise ValueError("norm has channels of weight 0: folding them cannot be undone")
-        by_output = _by_output(scale, weight, transposed, groups)
+        by_output = _by_output(scale, weight, bias, transposed, groups)
         offset = -shift if bias is None else _wide(bias) - shift
         return _like(_wide(weight) / by_output, weight), _like(offset / scale, weight)
 
@@ -168,8 +168,8 @@ def _scale_and_shift(norm: Norm, weight: Array) -> tuple[Array, Array]:
     return scale, shift if norm.bias is None else shift + _wide(norm.bias)
 
 
-def _by_output(vector: Array, weight: Array, transposed: bool, groups: int) -> Array:
-    """Shape a vector over the outputs to broadcast against the weight."""
+def _by_output(vector: Array, weight: Array, bias: Array | None, transposed: bool, groups: int) -> Array:
+    """Shape a vector over the outputs to broadcast against the weight, and check that the bias is one, too."""
     if len(weight.shape) < 2:
         expected = "(out, in, ...), or (in, out, ...) if transposed"
         raise ValueError(f"weight should have shape {expected}, got {tuple(weight.shape)}")
@@ -177,6 +177,8 @@ def _by_output(vector: Array, weight: Array, transposed: bool, groups: int) -> A
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
     if outputs != channels:
         raise ValueError(f"norm should have as many channels as the weight has outputs, {outputs}, got {channels}")
+    if bias is not None:
+        spec.check_vector("bias", bias, channels)
     kernel = (1,) * (len(weight.shape) - 2)
     if not transposed:
         return vector.reshape((channels, 1, *kernel))

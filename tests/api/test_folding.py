@@ -143,6 +143,21 @@ def test_a_weight_of_fewer_axes_is_refused(transposed, shape):
         gpu_bn.unfold(np.ones(shape), np.ones(6), gpu_bn.BatchNorm(6), transposed=transposed)
 
 
+@pytest.mark.parametrize("function", [gpu_bn.fold, gpu_bn.unfold])
+@pytest.mark.parametrize(
+    ("bias", "error", "text"),
+    [
+        (np.ones(1), ValueError, "bias should contain 6 elements not 1"),
+        (np.ones((6, 1)), ValueError, r"bias should have shape \(6,\), got \(6, 1\)"),
+        (np.ones(6, np.int64), TypeError, "bias should be one of .*, got int64"),
+    ],
+    ids=["one", "column", "integers"],
+)
+def test_a_bias_of_another_kind_is_refused(function, bias, error, text):
+    with pytest.raises(error, match=text):
+        function(np.ones((6, 5)), bias, gpu_bn.BatchNorm(6))
+
+
 def test_no_bias_unfolds_as_zeros():
     norm = gpu_bn.BatchNorm(6, dtype=np.float64)
     norm(rng(0).standard_normal((8, 6)))
