@@ -54,6 +54,8 @@ class Row:
 
 EXTRAS = {"numba": "cpu", "triton": "torch"}
 """What installs a package, where that is not called like it."""
+BROKEN = (ImportError, OSError, RuntimeError, SystemError, AttributeError, ValueError)
+"""What an import raises where an installation, or a setting of a library's, is broken."""
 _TENSOR = {"library": "torch", "array": "torch.Tensor", "differentiable": "gpu_bn.nn.functional"}
 ROWS = (
     Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu.backend", packages=("numba",)),
@@ -186,8 +188,8 @@ def load(name: str, library: str | None = None) -> Backend:
         raise BackendUnavailableError(
             f"backend {name!r} cannot be used: {error}; install it with {install(row, missing)} in a clone"
         ) from error
-    except RuntimeError as error:
-        raise BackendUnavailableError(f"backend {name!r} cannot be used: {error}") from None
+    except BROKEN as error:
+        raise BackendUnavailableError(f"backend {name!r} cannot be used: {error}") from error
     return backend
 
 
@@ -224,7 +226,7 @@ def why_not(row: Row) -> str:
     if "numba" in row.packages:
         try:
             import_module("numba")
-        except ImportError as error:
+        except BROKEN as error:
             return f"Numba cannot be imported: {error}"
     return ""
 

@@ -67,14 +67,16 @@ except gpu_bn.BackendUnavailableError as error: print(error)"""
     assert done.stdout.endswith("; install it with pip install -e '.[cpu]' in a clone\n")
 
 
-def test_a_numba_that_refuses_this_numpy_is_as_good_as_none(monkeypatch, missing):
+@pytest.mark.parametrize("error", [ImportError, OSError, SystemError, AttributeError, ValueError])
+def test_a_numba_that_cannot_be_imported_is_as_good_as_none(monkeypatch, missing, error):
+    """As one that refuses this NumPy, or whose llvmlite lacks a library; or with NUMBA_NUM_THREADS=0."""
     pytest.importorskip("numba")
     missing()
     true = registry.import_module
 
     def refuse(name):
         if name.startswith(("numba", "gpu_bn.backends.cpu.backend")):
-            raise ImportError("Numba needs NumPy 2.4 or less. Got NumPy 2.9.", name="numba")
+            raise error("Numba needs NumPy 2.4 or less. Got NumPy 2.9.")
         return true(name)
 
     monkeypatch.setattr(registry, "import_module", refuse)
