@@ -47,7 +47,7 @@ def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
         inspected: set[torch.nn.Module] = set()
         try:
             with readers_told(list(filter(is_layer, module.modules())), inspected.add):
-                graph = steps_of(module, partial(_enters, inspected)).graph
+                graph = steps_of(module, partial(_enters, inspected), run=False).graph
         except Refused as error:
             reasons.update((child, f"{type(module).__name__}: {error}") for child in module.children())
             left += module.children()

@@ -25,13 +25,18 @@ import numpy as np
 import torch
 from torch.fx import Node, Proxy
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.utils._python_dispatch import _disable_current_modes
 
+from gpu_bn.nn.fx.aliases import may_overwrite
 from gpu_bn.nn.fx.forward import Steps, expect
 from gpu_bn.nn.fx.inspection import callers, is_models, module_name
+from gpu_bn.nn.fx.reads import MOST, Unchanged, all_codes, class_attribute_read, modules_read
 
 REQUIRED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 DEVICES = ("cpu", "cuda")
+RANDOM = ("drop", "rand", "normal", "bernoulli", "poisson", "binomial", "multinomial", "rrelu", "attention")
+"""Parts of the names of functions that draw random numbers."""
 CONTAINERS = (tuple, list, dict, torch.Size, immutable_list, immutable_dict)
 """The containers that a graph can make; it also keeps named tuples."""
 
@@ -40,8 +45,12 @@ class Refused(Exception):
     """A module whose steps cannot be recorded; the text says why."""
 
 
-def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, Any], bool]) -> Steps:
+def steps_of(
+    module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, Any], bool], *, run: bool = True
+) -> Steps:
     """Record a module's own ``forward``, and those of the modules in it that ``enters`` accepts with their arguments.
+
+    If the steps will ``run``, they must notice that what they rest on has changed; others are only looked at.
 
     Raises:
         Refused: it cannot be recorded; the module is as it was.
@@ -51,12 +60,13 @@ def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, An
     if any(each.kind is Parameter.KEYWORD_ONLY and each.default is Parameter.empty for each in parameters):
         raise Refused("it has arguments that are given by name only")
     defaults = {each.name: each.default for each in parameters if each.name not in names and each.kind not in VARIADIC}
-    tracer = _Tracer(names, enters)
+    tracer = _Tracer(names, enters, run)
     before, randomness, changed = _held(module), _random_state(), ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = tracer.trace(module)
+            watched = tracer.watched() if run else [module, *tracer.entered]
     except Exception as error:
         clear_frames(error.__traceback__)  # a frame may hold a checkpoint's generator, whose hooks stay until it goes
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -65,21 +75,22 @@ def steps_of(module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, An
         if randomness != _random_state():
             changed = "draws random numbers"
             random.setstate(randomness[1])
-            torch.set_rng_state(torch.tensor(list(randomness[0]), dtype=torch.uint8))
+            torch.set_rng_state(torch.tensor(list(randomness[0]), dtype=torch.uint8, device="cpu"))
         if _restore(before):
             changed = "changes its attributes"
     if changed:
         raise Refused(f"it {changed}")
-    return Steps(graph, names, defaults, [module, *tracer.entered])
+    return Steps(graph, names, defaults, watched)
 
 
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True  # else the graph would keep today's result of a buffer
 
-    def __init__(self, names: tuple[str, ...], enters: Callable[[torch.nn.Module, Any, Any], bool]) -> None:
+    def __init__(self, names: tuple[str, ...], enters: Callable[[torch.nn.Module, Any, Any], bool], run: bool) -> None:
         super().__init__()
-        self.names, self.enters = names, enters
+        self.names, self.enters, self.run = names, enters, run
         self.entered: dict[torch.nn.Module, None] = {}
+        self.codes: dict[Any, dict[str, Any]] = {}
         self.context = _context()
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
@@ -92,7 +103,26 @@ class _Tracer(torch.fx.Tracer):
     def create_node(self, kind: str, target: Any, *rest: Any, **options: Any) -> Node:
         if _context() != self.context or _is_within_a_block():
             raise Refused("a part of it runs under no_grad, autocast, checkpoint, or another with or try")
+        self.codes.update(
+            (frame.f_code, frame.f_globals) for frame in callers(_Tracer.trace.__code__) if is_models(frame)
+        )
         return super().create_node(kind, target, *rest, **options)
+
+    def watched(self) -> list[torch.nn.Module]:
+        """Return the modules that must not change, and let the graph make sure of what else the steps rest on."""
+        entered = [self.root, *self.entered]
+        codes = all_codes(self.codes, entered)
+        modules = [*entered, *modules_read(self.root, self.graph, entered, codes)]
+        if name := class_attribute_read(modules, codes):
+            raise Refused(f"what it does may depend on {name!r} of its class")
+        unchanged = Unchanged(modules, codes)
+        if len(unchanged) > MOST:
+            raise Refused("it reads containers of many values")
+        if unchanged.held:
+            first = next(node for node in self.graph.nodes if node.op != "placeholder")
+            with self.graph.inserting_before(first):
+                self.graph.call_function(unchanged)
+        return modules
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor) and not isinstance(a, Proxy):
@@ -112,6 +142,8 @@ class _Tracer(torch.fx.Tracer):
             raise Refused("what it does depends on a value")
         if any(each.op == "call_module" for each in self.graph.nodes):
             raise Refused("what it does depends on a value, after modules were called")
+        if self.run and any(may_overwrite(self.root, each) or _is_random(each) for each in self.graph.nodes):
+            raise Refused("what it does depends on a value, after something was overwritten or drawn")
         self.create_node("call_function", expect, (node, node.target is operator.eq), {})
         return node.target is operator.eq
 
@@ -168,6 +200,12 @@ def _context() -> tuple[Any, ...]:
     )
 
 
+def _is_random(node: Node) -> bool:
+    """Tell whether a function or method may draw random numbers."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return any(part in name for part in RANDOM)
+
+
 def _is_within_a_block() -> bool:
     """Tell whether a model's code calls from within ``with`` or ``try``, or through a checkpoint."""
     for frame in callers(_Tracer.trace.__code__):
@@ -193,7 +231,8 @@ def _lines_of_blocks(text: str) -> set[int]:
 
 
 def _random_state() -> tuple[bytes, Any, bytes]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state()).encode()  # noqa: NPY002
+    with _disable_current_modes():  # the state is a tensor, which a mode of fakes refuses
+        return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state()).encode()  # noqa: NPY002
 
 
 def _held(model: torch.nn.Module) -> list[tuple[Any, Any]]:

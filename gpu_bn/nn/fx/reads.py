@@ -1,0 +1,152 @@
+"""What a module's code reads beside its inputs.
+
+A graph keeps the values of the day that it was made, and must not run once they have changed.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterable, Iterator, Set
+from functools import cached_property, lru_cache
+from inspect import getattr_static
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch.fx import Graph
+
+from gpu_bn.nn.fx.forward import INTERNAL, SIMPLE, Differs
+
+MOST = 100
+"""Values in containers and objects that are compared in each call; a module that reads more is refused."""
+CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict)
+WHOLE = (torch.nn.Module, torch.Tensor, type, ModuleType, FunctionType)
+"""What has attributes that are not looked at: a plan looks at modules itself."""
+
+
+def modules_read(root: torch.nn.Module, graph: Graph, entered: Iterable[Any], codes: Iterable[CodeType]) -> list[Any]:
+    """Find the modules that code looks at without calling them, and the containers of those that it calls."""
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    outer = {path for target in targets for path in _prefixes(target)}
+    names = {name for code in codes for name in _attributes_read(code)[1]}
+    inner, known = tuple(f"{path}." for path in called), set(entered)
+    found = []
+    for path, module in root.named_modules():
+        if module in known or path.startswith(inner):
+            continue
+        read = not names.isdisjoint(vars(module).keys() - INTERNAL | {"training"})
+        if read or path in outer or isinstance(module, CONTAINERS):
+            found.append(module)
+    return found
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    while path := path.rpartition(".")[0]:
+        yield path
+
+
+def all_codes(codes: dict[CodeType, dict[str, Any]], entered: Iterable[torch.nn.Module]) -> Set[CodeType]:
+    """Return code that has run, and that of the methods, properties and functions which it names, with its globals."""
+    left, kinds = list(codes.items()), {type(module) for module in entered}
+    found = set(codes)
+    while left:
+        code, scope = left.pop()
+        for name in set().union(*_attributes_read(code), code.co_names):
+            for value in (scope.get(name), *(getattr_static(kind, name, None) for kind in kinds)):
+                function = getattr(value, "fget", None) or getattr(value, "func", None)
+                function = function if isinstance(value, (property, cached_property)) else value
+                function = getattr(function, "__func__", function)
+                if not isinstance(function, FunctionType) or function.__module__.startswith(("torch.", "gpu_bn.")):
+                    continue
+                if function.__code__ not in found:
+                    found.add(function.__code__)
+                    left.append((function.__code__, function.__globals__))
+    return found
+
+
+def class_attribute_read(modules: Iterable[torch.nn.Module], codes: Iterable[CodeType]) -> str:
+    """Return the name of an attribute that code reads of a module's class: an instance may get its own later."""
+    names = {name for code in codes for read in _attributes_read(code) for name in read}
+    for module in modules:
+        for kind in type(module).__mro__:
+            if kind.__module__.startswith(("torch.", "builtins", "typing")):
+                continue
+            if found := names & _values_of(kind) - vars(module).keys():
+                return min(found)
+    return ""
+
+
+def _values_of(kind: type) -> set[str]:
+    """Return the attributes of a class that are values, and no methods."""
+    plain = (type(None), *SIMPLE, tuple, list, dict, set)
+    return {name for name, value in vars(kind).items() if type(value) in plain and not name.startswith("__")}
+
+
+class Unchanged:
+    """Make sure that containers and objects hold what they held; a step of a fused ``forward``, before all others."""
+
+    __name__ = "unchanged"
+
+    def __init__(self, modules: Iterable[torch.nn.Module], codes: Iterable[CodeType]) -> None:
+        self.held: list[tuple[Any, Any]] = []
+        self.names = {name for code in codes for read in _attributes_read(code) for name in read}
+        for module in modules:
+            for name in self.names & vars(module).keys() - INTERNAL:
+                self._look_at(vars(module)[name], set())
+
+    def _look_at(self, value: Any, seen: set[int]) -> None:
+        if id(value) in seen or isinstance(value, (*SIMPLE, *WHOLE)):
+            return
+        seen.add(id(value))
+        names: Set[str] = set()
+        if isinstance(getattr(value, "__dict__", None), dict):
+            names = self.names & (vars(value).keys() | set().union(*map(_values_of, type(value).__mro__)))
+        items = _items(value, names)
+        if isinstance(value, (dict, list, set)) or (items and not isinstance(value, (tuple, frozenset))):
+            self.held.append((value, items))
+        for each in items.values():
+            self._look_at(each, seen)
+
+    def __len__(self) -> int:
+        return sum(len(items) for _, items in self.held)
+
+    def __call__(self) -> None:
+        for owner, items in self.held:
+            now = _items(owner, items)
+            if now.keys() != items.keys():
+                raise Differs
+            for name, value in items.items():
+                found = now[name]
+                if found is not value and not (type(value) in SIMPLE and type(found) in SIMPLE and found == value):
+                    raise Differs
+
+
+def _items(owner: Any, names: Iterable[Any]) -> dict[Any, Any]:
+    """Return what a container holds, or the attributes of an object that have these names."""
+    if isinstance(owner, dict):
+        return dict(owner)
+    if isinstance(owner, (list, tuple)):
+        return dict(enumerate(owner))
+    if isinstance(owner, (set, frozenset)):
+        return dict.fromkeys(owner)
+    return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+
+
+@lru_cache(1024)
+def _attributes_read(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the attributes that a function reads: those of its first argument, and those of other values."""
+    own: set[str] = set()
+    others = {value for value in code.co_consts if isinstance(value, str)}  # for getattr
+    before: Any = None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            loaded = before.argval[-1] if isinstance(before.argval, tuple) else before.argval
+            of_first = before.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and code.co_varnames[:1] == (loaded,)
+            (own if of_first else others).add(step.argval)
+        before = step
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            for read, inner in zip((own, others), _attributes_read(value), strict=True):
+                read |= inner
+    return frozenset(own), frozenset(others)
