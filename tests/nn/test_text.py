@@ -117,8 +117,52 @@ class OfItsClass(Untraceable):
         return self.act(self.norm(super().padded(x)))
 
 
-MERGED = [Guarded, Nested, Functional, Several]
-LEFT = [ReadTwice, Between, Within, Mangled, Decorated, OfItsClass]
+class Named(Untraceable):
+    def forward(self, x, normalise=True):
+        return self.act(self.norm(self.padded(x))) if normalise else x
+
+
+class Defaults(Untraceable):
+    scale = 0.5
+
+    def forward(self, x, scale=scale, *, shift=-scale):
+        return self.act(self.norm(self.padded(x))) * scale + shift
+
+
+relu = torch.relu
+
+
+class Shadowed(Untraceable):
+    def forward(self, x):
+        x = self.padded(x)
+        return sum(relu(self.norm(x)) for relu in [torch.tanh])
+
+
+class Captured(Untraceable):
+    def forward(self, x):
+        relu = torch.tanh
+        x = self.padded(x)
+        return (lambda: relu(self.norm(x)))()
+
+
+class OtherSelf(Untraceable):
+    def forward(self, x):
+        x, other = self.padded(x), copy.copy(self)
+        other._modules = {**self._modules, "act": torch.nn.Tanh()}
+        return (lambda self: self.act(self.norm(x)))(other)
+
+
+class MangledWithin(Untraceable):
+    def forward(self, x):
+        x = self.padded(x)
+        return (lambda: self.act(self.norm(x)) * self.__scale)()
+
+    __scale = 2
+
+
+MERGED = [Guarded, Nested, Functional, Several, Named]
+LEFT = [ReadTwice, Between, Within, Mangled, Decorated, OfItsClass, Defaults, Shadowed, Captured, OtherSelf,
+        MangledWithin]  # fmt: skip
 
 
 def images(count=4):

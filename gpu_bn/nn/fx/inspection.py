@@ -41,7 +41,7 @@ def is_inspected(norm: torch.nn.Module, root: CodeType) -> bool:
     """Tell whether a function that led to a normalisation's call, since ``root`` ran, names its class or attributes."""
     kinds = [kind for kind in type(norm).__mro__ if not issubclass(torch.nn.Identity, kind)]
     for frame in filter(is_models, callers(root)):
-        names, own = _names(frame.f_code), frame.f_locals.get("self")
+        names, own = names_in(frame.f_code), frame.f_locals.get("self")
         read = any(name in names and not hasattr(own, name) for name in HELD)
         if read or any(kind.__name__ in names for kind in kinds):
             return True
@@ -78,7 +78,7 @@ class _Told(dict[str, Any]):
 
 
 @lru_cache(1024)
-def _names(code: CodeType) -> frozenset[str]:
+def names_in(code: CodeType) -> frozenset[str]:
     """Return the global names, attributes and texts in a function, and in the functions in it."""
     names, left = set(code.co_names), list(code.co_consts)
     while left:
@@ -86,7 +86,7 @@ def _names(code: CodeType) -> frozenset[str]:
         if isinstance(value, tuple):
             left += value
         elif isinstance(value, CodeType):
-            names |= _names(value)
+            names |= names_in(value)
         elif isinstance(value, str):
             names.add(value)
     return frozenset(names)

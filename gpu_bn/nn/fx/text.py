@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import linecache
+from collections import Counter
 from functools import lru_cache
 from types import CodeType
 from typing import Any
@@ -17,17 +18,21 @@ import torch
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn.fx.activations import activation_of, activation_of_call
-from gpu_bn.nn.fx.forward import Merge, Plan, TextPlan, is_watched
+from gpu_bn.nn.fx.forward import SIMPLE, Merge, Plan, TextPlan, is_watched
+from gpu_bn.nn.fx.inspection import names_in
+
+NORMALISE = "normalise_of_gpu_bn"
+"""The name of the merged call, which no model has."""
 
 
 def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[Plan | None, list[Merge]]:
     """Return a plan of a module's own text, and what each layer also does in it, if anything can be merged."""
     forward = type(module).forward
     function = _text_of(forward)
-    if function is None:
+    if function is None or not _has_defaults(function, forward):
         return None, []
     merger = _Merger(module, layers, forward.__globals__)
-    factory: Any = ast.parse(f"def make(normalise): return {function.name}").body[0]
+    factory: Any = ast.parse(f"def make({NORMALISE}): return {function.name}").body[0]
     factory.body.insert(0, merger.visit(function))
     if not merger.merges:
         return None, []
@@ -38,7 +43,7 @@ def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[Pl
 def _text_of(forward: Any) -> Any:
     """Parse a method's text, if it has no decorator and no cells, and its file is still the one that was compiled."""
     code = getattr(forward, "__code__", None)
-    if code is None or code.co_freevars or any(_is_mangled(name) for name in code.co_names):
+    if code is None or code.co_freevars or any(map(_is_mangled, names_in(code))):
         return None
     linecache.checkcache(code.co_filename)
     try:
@@ -49,6 +54,32 @@ def _text_of(forward: Any) -> Any:
         return None
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == code.co_name)
     return copy.deepcopy(next((node for node in functions if node.lineno == code.co_firstlineno), None))
+
+
+def _has_defaults(function: ast.FunctionDef, forward: Any) -> bool:
+    """Tell whether the defaults in a function's text, evaluated in its file, are those that it has."""
+    given = function.args
+    named = forward.__kwdefaults__ or {}
+    pairs = list(zip(given.defaults, forward.__defaults__ or (), strict=True))
+    pairs += [(node, named.get(arg.arg)) for arg, node in zip(given.kwonlyargs, given.kw_defaults, strict=True) if node]
+    try:
+        found = [(eval(ast.unparse(node), forward.__globals__), value) for node, value in pairs]
+    except Exception:  # a name of the class around it
+        return False
+    return all(one is value or (type(one) in SIMPLE and repr(one) == repr(value)) for one, value in found)
+
+
+def _names_bound(function: ast.FunctionDef) -> Counter[str]:
+    """Count how often a function, and functions in it, bind each name."""
+    bound: Counter[str] = Counter()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            bound[node.id] += 1
+        elif isinstance(node, ast.alias):
+            bound[(node.asname or node.name).partition(".")[0]] += 1
+        elif not isinstance(node, ast.keyword):  # parameters, functions and classes, exceptions, patterns
+            bound.update(str(getattr(node, field, None)) for field in ("arg", "name", "rest"))
+    return bound
 
 
 @lru_cache(16)
@@ -77,15 +108,15 @@ class _Merger(ast.NodeTransformer):
     def __init__(self, module: torch.nn.Module, layers: set[torch.nn.Module], scope: dict[str, Any]) -> None:
         self.module, self.layers, self.scope = module, layers, scope
         self.owner = ""
+        self.bound: Counter[str] = Counter()
         self.merges: list[Merge] = []
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         if self.owner:  # a function within the function has its own names
             return node
         self.owner = node.args.args[0].arg
-        names = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
-        set_anew = any(each.id == self.owner and not isinstance(each.ctx, ast.Load) for each in names)
-        return node if set_anew or any(each.id == "normalise" for each in names) else self.generic_visit(node)
+        self.bound = _names_bound(node)
+        return node if self.bound[self.owner] > 1 else self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> Any:
         self.generic_visit(node)
@@ -138,7 +169,7 @@ class _Merger(ast.NodeTransformer):
         self.merges.append(Merge(norm, repr(chosen), [] if act is None else [act]))
         options: list[Any] = [None, chosen.name, chosen.parameter, False, False]
         arguments = [inner.func, inner.args[0], *map(ast.Constant, options)]
-        return ast.copy_location(ast.Call(ast.Name("normalise", ast.Load()), arguments, []), call)
+        return ast.copy_location(ast.Call(ast.Name(NORMALISE, ast.Load()), arguments, []), call)
 
     def _is_own(self, node: Any) -> bool:
         return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.owner
@@ -161,7 +192,7 @@ class _Merger(ast.NodeTransformer):
         while isinstance(node, ast.Attribute):
             names.insert(0, node.attr)
             node = node.value
-        if not isinstance(node, ast.Name) or node.id in type(self.module).forward.__code__.co_varnames:
+        if not isinstance(node, ast.Name) or self.bound[node.id]:
             return None
         value = self.scope.get(node.id)
         for name in names:
