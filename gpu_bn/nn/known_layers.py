@@ -78,8 +78,9 @@ def frozen_eps(module: torch.nn.Module) -> float | None:
         return None
     channels = len(module._buffers["weight"])  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
-    weight, bias, mean, var = held = 0.1 + torch.rand(4, channels, dtype=torch.float64, generator=generator)
-    x = 1 + torch.rand(2, channels, 1, 2, dtype=torch.float64, generator=generator)
+    made: Any = {"dtype": torch.float64, "device": "cpu", "generator": generator}
+    weight, bias, mean, var = held = 0.1 + torch.rand(4, channels, **made)
+    x = 1 + torch.rand(2, channels, 1, 2, **made)
     try:
         trial = copy.deepcopy(module).cpu().double()
         trial._buffers.update(zip(FROZEN, held, strict=True))

@@ -35,7 +35,10 @@ _ALIGNMENTS = {getattr(torch, name): getattr(torch, name).itemsize - 1 for name 
 
 
 class TorchTensors:
-    """See :class:`gpu_bn.backends.cpu.arrays.Arrays`."""
+    """See :class:`gpu_bn.backends.cpu.arrays.Arrays`.
+
+    New tensors name their device: kernels write to their addresses, and ``torch.device("cuda")`` sets another default.
+    """
 
     float64 = torch.float64
     code: Any = {getattr(torch, name): code for code, name in enumerate(FLOAT_DTYPES)}.__getitem__
@@ -61,15 +64,16 @@ class TorchTensors:
 
     @staticmethod
     def double(length: int) -> Tensor:
-        return torch.empty(length, dtype=torch.float64)
+        return torch.empty(length, dtype=torch.float64, device="cpu")
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: torch.dtype | str) -> Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
     @staticmethod
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
 
     @staticmethod
     def strides(array: Tensor) -> tuple[int, ...] | None:
@@ -78,7 +82,7 @@ class TorchTensors:
 
     @staticmethod
     def dense(x: Tensor, order: tuple[int, ...]) -> Tensor:
-        return torch.empty_permuted(x.shape, order, dtype=x.dtype)
+        return torch.empty_permuted(x.shape, order, dtype=x.dtype, device="cpu")
 
     @staticmethod
     @torch.no_grad()
@@ -87,7 +91,7 @@ class TorchTensors:
 
     @staticmethod
     def number(value: float) -> Tensor:
-        return torch.tensor([value], dtype=torch.float64)
+        return torch.tensor([value], dtype=torch.float64, device="cpu")
 
     @staticmethod
     def concatenate(arrays: Sequence[Tensor]) -> Tensor:

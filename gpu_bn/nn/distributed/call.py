@@ -128,7 +128,7 @@ def _merge_and_normalize(checked: Checked, group: Group, header: list[float], fo
 def _on_the_device(given: Call) -> Tensor:
     """Pick a tensor of a call that is where the exchanged tensors have to be; the arguments may be no tensors."""
     present = [tensor for tensor in given if isinstance(tensor, Tensor) and tensor.device.type != "meta"]
-    return (present[0] if present else torch.empty(0)).detach()
+    return (present[0] if present else torch.empty(0, device="cpu")).detach()
 
 
 def _report_mistake(text: str, error: Exception | None, group: Group, length: int, like: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def write_heads(packets: Tensor, heads: list[list[float]], by_arguments: bool) -
         cells = [cell for packet in packets for cell in packet[:HEADER].unbind()]
         torch._foreach_add_(cells, [number for head in heads for number in head])
     else:
-        packets[:, :HEADER] = torch.tensor(heads, dtype=torch.float64)
+        packets[:, :HEADER] = torch.tensor(heads, dtype=torch.float64, device="cpu")
 
 
 def _mistake(like: Tensor, group: str, text: str) -> Tensor:
@@ -83,7 +83,7 @@ def _mistake(like: Tensor, group: str, text: str) -> Tensor:
     head = [1.0, _next_call(group), *[0.0] * (HEADER - 2)]
     if group:
         CALLS[group] += 1
-    packet = torch.tensor(head + letters + [0] * (ROOM - len(letters)), dtype=torch.float64)
+    packet = torch.tensor(head + letters + [0] * (ROOM - len(letters)), dtype=torch.float64, device="cpu")
     return packet.to(like.device)
 
 
@@ -206,7 +206,7 @@ def look_at_arrivals() -> None:
 
 
 def _send(packets: Tensor, group: str) -> tuple[Callable[[], bool], Tensor, str]:
-    host = torch.empty(packets.shape, dtype=packets.dtype, pin_memory=True)
+    host = torch.empty(packets.shape, dtype=packets.dtype, device="cpu", pin_memory=True)
     host.copy_(packets, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(packets.device))

@@ -322,7 +322,7 @@ def require_savable(tensors: tuple[Tensor | None, ...]) -> None:
     for tensor in tensors:
         if tensor is not None and tensor.is_inference():
             with torch.enable_grad():
-                tensor * torch.ones((), requires_grad=True)  # which would save it
+                tensor * torch.ones((), device=tensor.device, requires_grad=True)  # which would save it
 
 
 def _plain(arguments: tuple[Any, ...]) -> bool:

@@ -1,0 +1,80 @@
+"""Default devices, modes and distributed tensors around calls and conversions."""
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from support import rng
+from support.networks import FrozenBatchNorm2d
+from torch._subclasses import FakeTensorMode
+from torch.testing import assert_close
+
+import gpu_bn
+from gpu_bn import nn
+
+
+def images(dtype=torch.float32):
+    return torch.from_numpy(rng(0).standard_normal((6, 4, 5, 7))).to(dtype)
+
+
+def running():
+    return torch.zeros(4, device="cpu"), torch.ones(4, device="cpu")
+
+
+def mask():
+    return torch.arange(6, device="cpu").view(6, 1, 1, 1) > 1
+
+
+CALLS = {
+    "front door": lambda x: gpu_bn.batch_norm(x, training=True),
+    "numpy": lambda x: gpu_bn.batch_norm(x, training=True, backend="numpy"),
+    "mask": lambda x: gpu_bn.batch_norm(x, training=True, mask=mask()),
+    "ghost batches": lambda x: nn.batch_norm(x, training=True, virtual_batch_size=2),
+    "both": lambda x: nn.batch_norm(x, training=True, virtual_batch_size=3, mask=mask()),
+    "renorm": lambda x: nn.batch_norm(x, *running(), training=True, renorm=(1.5, 0.5)),
+    "momentum": lambda x: nn.batch_norm(x, *running(), training=True, momentum=torch.tensor(0.5, device="cpu")),
+    "residual": lambda x: nn.batch_norm(x, training=True, residual=2 * x, activation="relu"),
+    "evaluation": lambda x: nn.batch_norm(x, *running(), activation="gelu"),
+    "sync": lambda x: nn.sync_batch_norm(x),
+    "identity": lambda x: nn.BatchNorm2d(4, device="cpu").init_identity_(x)(x),
+    "vmap": lambda x: torch.vmap(lambda one: nn.batch_norm(one, training=True))(torch.stack([x, x])),
+}  # fmt: skip
+VIEWS = [lambda x: x, lambda x: x.flip(0), lambda x: x[..., ::2], lambda x: x.transpose(2, 3), torch.Tensor.half]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_another_default_device_changes_nothing(name):
+    for view in VIEWS:
+        results = []
+        for device in ("cpu", "meta"):
+            x = view(images()).detach().requires_grad_(name != "front door")
+            with torch.device(device):
+                y = CALLS[name](x)
+                if y.requires_grad:
+                    y.backward(y.detach())
+            results.append((y.detach(), x.grad))
+        assert_close(*results, rtol=0, atol=0)
+
+
+def test_models_are_converted_whatever_the_default_device():
+    plain = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), FrozenBatchNorm2d(4)
+    )
+    with torch.device("meta"):
+        ours = nn.convert(copy.deepcopy(plain), fuse=True, report=(report := nn.Report()))
+        nn.update_population_stats(copy.deepcopy(ours), [images()])
+        nn.insert_identity_(copy.deepcopy(ours), ["0"], images())
+        folded = nn.fold(ours, images())
+    assert report.converted == ["1", "3"]
+    assert_close(folded(images()), plain.eval()(images()))
+    assert_close(ours(images()), plain.train()(images()))
+
+
+def test_models_of_fake_tensors_are_converted():
+    with FakeTensorMode():
+        model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        nn.convert(model, fuse=True, report=(report := nn.Report()))
+        assert model(torch.empty(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+    assert report.merged == {"1": "relu"}
