@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gpu_bn import algorithm, registry, spec
 from gpu_bn import functional as front
@@ -149,6 +150,8 @@ def _recorded(call: Call, options: Options) -> Tensor:
     training, compiling = options.training, torch.compiler.is_compiling()
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return composition.wide_batch_norm(call, options)
+    if any(isinstance(one, Tensor) and is_traceable_wrapper_subclass(one) for one in call[:7]):
+        return composition.torch_batch_norm(call, options)  # a DTensor knows how to share out torch's operators only
     if exporting() and not (training and compiling and not isinstance(options.momentum, float)):
         return composition.torch_batch_norm(call, options)
     if not training and compiling:
