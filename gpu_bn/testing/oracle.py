@@ -88,6 +88,8 @@ def channel_sum(tensor: Array, problem: Problem) -> Array:
 
 def oracle(problem: Problem) -> Truth:
     """Solve a problem, forward and backward."""
+    if problem.activation[0] not in ACTIVATIONS:
+        raise ValueError(f"the oracle knows no activation {problem.activation[0]!r}")
     with np.errstate(all="ignore"):
         parts = [truth for _, truth in ghost_batches(problem)]
     return parts[0] if len(parts) == 1 else _joined(parts)

@@ -23,6 +23,11 @@ def test_derivative_is_the_slope_of_the_value(name, parameter):
     assert np.abs(slope - derivative(name, parameter, z)).max() < 1e-8
 
 
+def test_an_activation_that_the_oracle_lacks_is_named():
+    with pytest.raises(ValueError, match="the oracle knows no activation 'mish'"):
+        oracle(replace(build(Case((3, 2))), activation=("mish", 0.0)))
+
+
 @pytest.mark.parametrize("mode", ["train", "eval", "train_no_stats"])
 @pytest.mark.parametrize("activation", ["identity", "silu", "leaky_relu"])
 def test_gradients_are_the_slopes_of_the_transform(mode, activation):
