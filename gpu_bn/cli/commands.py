@@ -195,23 +195,22 @@ def run_explain(options: argparse.Namespace) -> int:
     if options.device != "all":
         print(found[0])
         return 0
-    sizes, times = ["grid", "vector", "shared", "moved/floor"], ["time (us)", "floor (us)"]
-    header = ["device", "pass", "tier", "launches", *sizes, *times]
-    rows = [_row(one, direction) for one in found for direction in ("forward", "backward")]
-    print(Table(found[0].call, header, rows, MODEL, keys=2).text(terminal_width()), end="")
+    rows = [_columns(one, direction) for one in found for direction in ("forward", "backward")]
+    table = Table(found[0].call, list(rows[0]), [list(row.values()) for row in rows], MODEL, keys=2)
+    print(table.text(terminal_width()), end="")
     return 0
 
 
-def _row(explanation: Explanation, name: str) -> list[str]:
-    """Return one direction's cells in a table of devices."""
+def _columns(explanation: Explanation, name: str) -> dict[str, str]:
+    """Return one direction's cells in a table of devices, by the names of the columns."""
     direction: Direction = getattr(explanation, name)
     plan = direction.plan
-    return [
-        explanation.device.name, name, direction.tier, str(plan.launches), f"{plan.grid} x {THREADS}",
-        f"{plan.tiling.vector * direction.work.itemsize} bytes", f"{plan.shared_bytes}",
-        f"{direction.moved_bytes / direction.floor_bytes:.2f}", microseconds(plan.seconds),
-        microseconds(plan.floor_seconds),
-    ]  # fmt: skip
+    return {
+        "device": explanation.device.name, "pass": name, "tier": direction.tier, "launches": str(plan.launches),
+        "grid": f"{plan.grid} x {THREADS}", "vector": f"{plan.tiling.vector * direction.work.itemsize} bytes",
+        "shared": str(plan.shared_bytes), "moved/floor": f"{direction.moved_bytes / direction.floor_bytes:.2f}",
+        "time (us)": microseconds(plan.seconds), "floor (us)": microseconds(plan.floor_seconds),
+    }  # fmt: skip
 
 
 def run_warm_up(options: argparse.Namespace) -> int:
