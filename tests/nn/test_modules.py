@@ -55,6 +55,15 @@ def test_training_and_evaluation_as_torch(kind, options):
     assert states[0]._metadata == states[1]._metadata
 
 
+@pytest.mark.parametrize("extension", [{}, {"mask": torch.ones(1, 1, dtype=torch.bool)}], ids=["plain", "mask"])
+def test_a_count_that_is_the_mean_of_several_layers_need_not_be_whole(extension):
+    x, layers = data((6, 3)), (nn.BatchNorm1d(3, momentum=None), torch.nn.BatchNorm1d(3, momentum=None))
+    for layer, options in zip(layers, (extension, {}), strict=True):
+        layer.num_batches_tracked = torch.tensor(2.5)
+        layer(x, **options)
+    assert_close(layers[0].state_dict(), layers[1].state_dict())
+
+
 @pytest.mark.parametrize("kind", list(LAZY))
 @pytest.mark.parametrize("options", OPTIONS[:5], ids=str)
 def test_lazy_layers_become_ours(kind, options):

@@ -126,7 +126,7 @@ def batch_weight(
     if num_batches_tracked is None:
         return 0.0
     if num_batches_tracked.is_cpu:
-        return 1.0 / (int(num_batches_tracked) + 1)
+        return 1.0 / (num_batches_tracked.item() + 1)
     return (num_batches_tracked + 1).double().reciprocal()
 
 
