@@ -21,6 +21,7 @@ from gpu_bn.nn.fx.inspection import HELD
 from gpu_bn.nn.fx.pairs import observed_pairs, traced_pairs
 from gpu_bn.nn.fx.trace import in_mode
 from gpu_bn.nn.known_layers import frozen_eps, known_norm
+from gpu_bn.nn.operators.autograd import PLAIN
 from gpu_bn.nn.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -245,6 +246,9 @@ def _unfit(layer: Any, norm: Any) -> str:
         return f"{type(layer).__name__} before it is not torch's own, or has hooks or parametrisations"
     if norm.running_mean is None or norm.training:
         return "it uses each batch's statistics"
+    held = (layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if not PLAIN.issuperset(type(one) for one in held if one is not None):
+        return "its tensors, or those of the layer before it, are quantised, distributed or of another subclass"
     ranks = getattr(known[0], "ranks", (4,))
     outputs = layer.out_features if type(layer) is nn.Linear else layer.out_channels
     if len(norm.running_mean) != outputs or (ranks and layer.weight.dim() not in ranks):
