@@ -1,6 +1,7 @@
 """Default devices, modes and distributed tensors around calls and conversions."""
 
 import copy
+import sys
 
 import pytest
 
@@ -97,3 +98,32 @@ def test_distributed_tensors(training, tmp_path):
         assert_close(*results)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_weights_that_are_no_plain_tensors_are_not_folded_into(observed):
+    two = pytest.importorskip("torch.testing._internal.two_tensor")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).eval()
+    weight, x = model[0].weight.detach(), torch.from_numpy(rng(0).standard_normal((4, 3))).float()
+    model[0].weight = torch.nn.Parameter(two.TwoTensor(weight, weight.clone()))
+    folded = nn.fold(model, *[x] * observed, report=(report := nn.Report()))
+    assert "subclass" in report.left["1"]
+    assert_close(folded(x).a, model(x).a)
+
+
+class InACycle(torch.nn.Module):
+    """Whose frame refers to itself: only the garbage collector frees its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(4, 4, 3), torch.nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        frame = sys._getframe()
+        y = self.conv(x)
+        return self.norm(y) if frame else None
+
+
+def test_tensors_in_garbage_are_not_taken_for_read():
+    nn.fold(InACycle(), images(), report=(report := nn.Report()))
+    assert report.folded == {"norm": "conv"}

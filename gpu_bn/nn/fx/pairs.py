@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -171,6 +172,8 @@ class _Watch(TorchFunctionMode):
         """Find the layers all of whose outputs go into one normalisation, which reads nothing else."""
         found: Pairs = []
         reasons: Reasons = {}
+        if any(map(_is_held, self.outputs.values())):
+            gc.collect()  # frames of the call, which hold tensors, may be in cycles of references
         reads = Counter(source for inputs in self.inputs.values() for source in inputs)
         held = Counter(id(tensor) for module in (*self.layers, *self.norms) for tensor in _tensors_of(module))
         for norm, inputs in self.inputs.items():
@@ -184,7 +187,7 @@ class _Watch(TorchFunctionMode):
                 sorted(made) == sorted(inputs)
                 and all(reads[source] == 1 and self.read[source] == 0 for source in made)
                 and not any(self.read[id(tensor)] or held[id(tensor)] > 1 for tensor in tensors)
-                and not any(sys.getrefcount(tensor) > 3 for tensor in self.outputs[layer])  # nothing else holds one
+                and not _is_held(self.outputs[layer])
             )
             weight = getattr(layer, "weight", None)
             if norm in self.inspected:
@@ -195,6 +198,11 @@ class _Watch(TorchFunctionMode):
                 reasons[norm] = OTHERS if not alone else "the outputs before it have other axes"
         reasons.update((norm, "the model did not call it") for norm in self.norms if norm not in self.inputs)
         return found, reasons
+
+
+def _is_held(outputs: list[Tensor]) -> bool:
+    """Tell whether something else than a list holds one of its tensors."""
+    return any(sys.getrefcount(tensor) > 3 for tensor in outputs)
 
 
 class _DispatchWatch(TorchDispatchMode):
