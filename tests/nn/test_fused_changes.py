@@ -1,10 +1,11 @@
 """What changes in a fused model later counts, and a call looks for it in little time."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
-from support.fusing import Block, agree, fused_with, rows, saved_and_loaded
+from support.fusing import Block, agree, calls_of_relu, fused_with, rows, saved_and_loaded
 from torch.testing import assert_close
 
 from gpu_bn.nn.fx.forward import Forward, Plan
@@ -125,3 +126,15 @@ def test_attributes_that_change_later_count(called):
     fused = fused_and_called(plain, called)
     fused.twice = plain.twice = True
     agree(fused, plain, rows())
+
+
+def test_a_library_that_binds_the_forward_again_gets_the_modules_own():
+    """accelerate does so, to cast inputs and outputs, and takes its wrapper off again."""
+    plain = Block()
+    fused, _ = fused_with(plain, "norm")
+    forward = fused.forward
+    fused.forward = MethodType(forward.__func__, fused)
+    agree(fused, plain, rows())
+    fused.forward = forward
+    agree(fused, plain, rows())
+    assert calls_of_relu(fused, rows()) == 0

@@ -229,6 +229,11 @@ class Forward:
         return type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
 
     @property
+    def __func__(self) -> Callable[..., Any]:
+        """Return the module's own ``forward`` as a function: who binds it again may bind it to a copy."""
+        return type(self.module).forward
+
+    @property
     def __signature__(self) -> Any:
         return signature(self.own)
 
