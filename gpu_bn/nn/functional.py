@@ -89,22 +89,27 @@ def batch_norm(
     activation = IDENTITY if activation is None else Activation.of(activation)
     training = bool(training)
     counter = num_batches_tracked if training else None
-    given = Call(input, weight, bias, residual, running_mean, running_var, counter, mask)
-    return normalize(given, Options(training, momentum, eps, activation, 1, virtual_batch_size, renorm))
+    given = input, weight, bias, residual, running_mean, running_var, counter
+    if mask is None and virtual_batch_size is None and renorm is None:
+        y = plain_calls.forward(given, training, momentum, eps, activation.name, activation.parameter)
+        if y is not None:
+            return y
+    options = Options(training, momentum, eps, activation, 1, virtual_batch_size, renorm)
+    return general(Call(*given, mask), options)
 
 
 def normalize(call: Call, options: Options) -> Tensor:
-    """Do what :func:`batch_norm` does, with an ``Activation``, and a counter in training only."""
+    """Do what :func:`batch_norm` does, with the arguments in two tuples."""
     training, momentum, eps, activation, _, groups, renorm = options
-    if call.valid is None and groups is None and renorm is None:
-        y = plain_calls.forward(call[:7], training, momentum, eps, activation.name, activation.parameter)
-        if y is not None:
-            return y
-    return general(call, options)
+    return batch_norm(
+        call.x, call.running_mean, call.running_var, call.weight, call.bias, training, momentum, eps,
+        residual=call.residual, activation=activation, num_batches_tracked=call.counter, mask=call.valid,
+        virtual_batch_size=groups, renorm=renorm,
+    )  # fmt: skip
 
 
 def general(call: Call, options: Options) -> Tensor:
-    """Do what :func:`normalize` does, also where a call is not plain."""
+    """Do what :func:`batch_norm` does, with an ``Activation``, and a counter in training only; no call is too odd."""
     extended = call.valid is not None or options.virtual_batch_size is not None or options.renorm is not None
     if extended or not is_ordinary(call, options):
         return _checked(call, options)
