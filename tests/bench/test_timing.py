@@ -1,5 +1,6 @@
 """How ``gpu-bn bench`` finds a GPU, what it says of it, and how calls are timed. No time is asserted."""
 
+import itertools
 import subprocess
 import sys
 import types
@@ -27,9 +28,16 @@ def test_samples_of_several_calls_are_taken_in_turn():
     timer, calls = Ticking(), {"a": lambda: 2.0, "b": lambda: 4.0}
     found = timing.take_samples(calls, timer, "wall", seconds=1e-9)
     assert len(found.seconds["a"]) == timing.LEAST_ROUNDS
-    assert timer.order[:4] == [calls["b"], calls["a"], calls["a"], calls["b"]]
+    assert timer.order[:4] == [calls["a"], calls["b"], calls["b"], calls["a"]]
     assert found.ratio("a", "b") == 0.5
     assert timing.take_samples(calls, timer, "wall", seconds=0).seconds == {"a": [2.0], "b": [4.0]}
+
+
+def test_of_three_calls_none_follows_itself():
+    timer, calls = Ticking(), {name: lambda: 1.0 for name in "abc"}
+    timing.take_samples(calls, timer, "wall", 1e-9, (6, 6))
+    assert len(timer.order) == 18
+    assert all(one is not other for one, other in itertools.pairwise(timer.order))
 
 
 def test_a_call_that_fails_while_it_is_timed_leaves_the_others():
