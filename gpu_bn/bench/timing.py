@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 import timeit
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -106,11 +107,12 @@ def take_samples(
     each(names, lambda name: [calls[name]() for _ in range(WARM_UP if seconds else 0)])
     end = time.perf_counter() + seconds * len(calls)
     least, most = rounds if seconds else (1, 1)
+    order = deque(names)
     for turn in range(most):
         if turn >= least and time.perf_counter() > end:
             break
-        first = turn % len(names)  # so that none of three follows itself, in caches of its own, more often than others
-        each(names[first:] + names[:first], lambda name: samples[name].append(timer.time(calls[name], regime)))
+        each([*order], lambda name: samples[name].append(timer.time(calls[name], regime)))
+        order.rotate(-1)  # so that none of three follows itself, in caches of its own, more often than others
     return Samples({name: found for name, found in samples.items() if name not in errors}, errors)
 
 
