@@ -42,7 +42,7 @@ class Moments:
         for group in range(groups):
             count = self.count if isinstance(self.count, int) else self.count[group : group + 1]
             at = slice(group * channels, (group + 1) * channels)
-            yield replace(self, count=count, mean=self.mean[at], var=self.var[at])
+            yield Moments(count, self.mean[at], self.var[at], self.wide)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,10 @@ class Saved:
 
     def parts(self) -> Iterator[tuple[slice, Saved]]:
         """Return where each ghost batch lies along axis 0, and what a call of its own would have kept."""
-        size = self.x.shape[0] // self.spec.groups
+        size, spec = self.x.shape[0] // self.spec.groups, replace(self.spec, groups=1)
         for group, moments in enumerate(self.moments.parts(self.spec.groups)):
             at = slice(group * size, (group + 1) * size)
             residual, valid = (None if array is None else array[at] for array in (self.residual, self.valid))
-            spec = replace(self.spec, groups=1)
             yield at, replace(self, x=self.x[at], residual=residual, moments=moments, spec=spec, valid=valid)
 
     @property
