@@ -36,7 +36,11 @@ hypothesis.settings.register_profile(
     max_examples=40,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
-hypothesis.settings.load_profile("suite")
+
+
+def pytest_collectstart() -> None:
+    """Choose the profile again before each file: torch's own test code, which some import, chooses another."""
+    hypothesis.settings.load_profile("suite")
 
 
 TIMEOUT = 300
