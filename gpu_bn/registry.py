@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+from gpu_bn import spec
 from gpu_bn.backends.protocol import Backend, BackendUnavailableError
 
 __all__ = [
@@ -105,7 +106,10 @@ def row_of(backend: str | Backend | None, **arrays: Any) -> Row | None:
     required = next(iter(arrays))
     kinds = {name: _rows_for(name, array) for name, array in arrays.items() if array is not None or name == required}
     rows = kinds[required]
-    places = [_place(name, arrays[name]) if rows[0].device else None for name, rows in kinds.items()]
+    for name, each in kinds.items():
+        if each[0].device:  # torch's
+            spec.check_strided(name, arrays[name])
+    places = [arrays[name].device if rows[0].device else None for name, rows in kinds.items()]
     if any(other != rows for other in kinds.values()) or any(place != places[0] for place in places):
         found = ", ".join(
             f"{name} is a {rows[0].array}" + ("" if place is None else f" on {place}")
@@ -124,13 +128,6 @@ def row_of(backend: str | Backend | None, **arrays: Any) -> Row | None:
             return row
     served = " or ".join(map(str, named))
     raise ValueError(f"backend {backend!r} serves arrays of type {served}, got {rows[0]}")
-
-
-def _place(name: str, tensor: Any) -> Any:
-    """Return where a tensor is, whose memory must be that of its elements."""
-    if tensor.layout is not sys.modules["torch"].strided:
-        raise TypeError(f"{name} should be a tensor of layout torch.strided, got {tensor.layout}")
-    return tensor.device
 
 
 def _interpreted(row: Row, given: Row) -> bool:

@@ -242,6 +242,12 @@ def check_overlap(name: str, same: bool, in_place: bool) -> None:
         raise ValueError(f"out should be the {name} itself or share no memory with it, but it overlaps")
 
 
+def check_strided(name: str, tensor: Array) -> None:
+    """Check that a torch tensor's memory is that of its elements: it is not sparse, nor oneDNN's."""
+    if tensor.layout is not sys.modules["torch"].strided:
+        raise TypeError(f"{name} should be a tensor of layout torch.strided, got {tensor.layout}")
+
+
 def check_counter(counter: Array) -> None:
     """Check that a counter of batches can count."""
     if not hasattr(counter, "dtype"):

@@ -1,4 +1,4 @@
-"""What torch's tensors of calls alike have in common: guards, which torch has for compiled code, and likenesses."""
+"""What torch's tensors of calls alike have in common: guards, which torch has for compiled code, and layouts."""
 
 from __future__ import annotations
 

@@ -163,12 +163,7 @@ def _check_residual(x: Tensor, residual: Tensor) -> None:
         raise TypeError(f"residual should have the input's dtype {x.dtype}, got {residual.dtype}")
     if residual.device != x.device:
         raise RuntimeError(f"residual should be on the input's device {x.device}, got {residual.device}")
-    _check_layout("residual", residual)
-
-
-def _check_layout(name: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} should be a tensor of layout torch.strided, got {tensor.layout}")
+    spec.check_strided("residual", residual)
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
@@ -193,7 +188,7 @@ def check_extensions(call: Call, options: Options) -> int:
         spec.check_mask(mask, shape, 1)
         if mask.device != input.device:
             raise RuntimeError(f"mask should be on the input's device {input.device}, got {mask.device}")
-        _check_layout("mask", mask)
+        spec.check_strided("mask", mask)
     if renorm is not None:
         spec.check_renorm(renorm, training and call.running_mean is not None, groups)
     return groups

@@ -88,13 +88,13 @@ class Seen:
         self.dicts = [*map(vars, (*merged, *modules)), *[module._modules for module in (*merged, *modules)]]
         self.lengths = [*map(len, self.dicts)]
         self.values: list[tuple[Callable[[Any], Any], Any, tuple[Any, ...]]] = []
-        for module, attributes, _ in fixed:
+        for module, attributes, children in fixed:
             own = vars(module)
             names = [*dict(attributes), *(["forward"] if "forward" in own else [])]
             read = itemgetter("training", "_modules", *names)
             self.values.append((read, own, read(own)))
-            if module._modules:
-                self.values.append((dict.values, module._modules, (*module._modules.values(),)))
+            if children:
+                self.values.append((dict.values, module._modules, children))
 
     def lasts(self) -> bool:
         """Tell whether the state is the same."""
@@ -187,8 +187,7 @@ class Plan:
             if now["training"] is not training or tuple(now["_modules"].values()) != children:
                 return False
             for name, value in attributes:
-                found = now.get(name, now)
-                if found is not value and not (type(value) in SIMPLE and type(found) in SIMPLE and found == value):
+                if not is_same(now.get(name, now), value):
                     return False
             if module is not self.fixed[0][0] and is_watched(module):
                 return False
@@ -253,6 +252,11 @@ class Forward:
                 except Differs:
                     pass
         return type(module).forward(module, *arguments, **options)
+
+
+def is_same(found: Any, value: Any) -> bool:
+    """Tell whether a value is the one that was recorded; simple ones only have to be equal."""
+    return found is value or (type(value) in SIMPLE and type(found) in SIMPLE and found == value)
 
 
 def is_patched(module: torch.nn.Module) -> bool:

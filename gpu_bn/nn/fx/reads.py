@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
-from gpu_bn.nn.fx.forward import INTERNAL, SIMPLE, Differs
+from gpu_bn.nn.fx.forward import INTERNAL, SIMPLE, Differs, is_same
 
 MOST = 100
 """Values in containers and objects that are compared in each call; a module that reads more is refused."""
@@ -67,7 +67,7 @@ def all_codes(codes: dict[CodeType, dict[str, Any]], entered: Iterable[torch.nn.
 
 def class_attribute_read(modules: Iterable[torch.nn.Module], codes: Iterable[CodeType]) -> str:
     """Return the name of an attribute that code reads of a module's class: an instance may get its own later."""
-    names = {name for code in codes for read in _attributes_read(code) for name in read}
+    names = _names_read(codes)
     for module in modules:
         for kind in type(module).__mro__:
             if kind.__module__.startswith(("torch.", "builtins", "typing")):
@@ -90,7 +90,7 @@ class Unchanged:
 
     def __init__(self, modules: Iterable[torch.nn.Module], codes: Iterable[CodeType]) -> None:
         self.held: list[tuple[Any, Any]] = []
-        self.names = {name for code in codes for read in _attributes_read(code) for name in read}
+        self.names = _names_read(codes)
         for module in modules:
             for name in self.names & vars(module).keys() - INTERNAL:
                 self._look_at(vars(module)[name], set())
@@ -116,10 +116,8 @@ class Unchanged:
             now = _items(owner, items)
             if now.keys() != items.keys():
                 raise Differs
-            for name, value in items.items():
-                found = now[name]
-                if found is not value and not (type(value) in SIMPLE and type(found) in SIMPLE and found == value):
-                    raise Differs
+            if not all(is_same(now[name], value) for name, value in items.items()):
+                raise Differs
 
 
 def _items(owner: Any, names: Iterable[Any]) -> dict[Any, Any]:
@@ -131,6 +129,11 @@ def _items(owner: Any, names: Iterable[Any]) -> dict[Any, Any]:
     if isinstance(owner, (set, frozenset)):
         return dict.fromkeys(owner)
     return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+
+
+def _names_read(codes: Iterable[CodeType]) -> set[str]:
+    """Return the names of all attributes that functions read."""
+    return {name for code in codes for read in _attributes_read(code) for name in read}
 
 
 @lru_cache(1024)
