@@ -124,7 +124,7 @@ def _forward(
 def save(backend: Backend, call: Call, spec: BatchNormSpec, moments: Moments) -> Saved:
     """Collect what the backward call of a call with these statistics needs."""
     weight, bias = (None if one is None else backend.vector(one) for one in (call.weight, call.bias))
-    return Saved.of_call(call, spec, moments, weight, bias)
+    return Saved.from_call(call, spec, moments, weight, bias)
 
 
 def backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:

@@ -181,7 +181,7 @@ def explain(
     if strides is not None:
         from gpu_bn.backends.layout import Layout
 
-        seen = Layout.of_strides(shape, strides, 1)
+        seen = Layout.from_strides(shape, strides, 1)
         n, c, s = seen.n, seen.c, seen.s
         layout = "nhwc" if s == 1 and math.prod(shape[2:]) > 1 else "nchw"
     forward, backward = works(n, c, s, ITEMSIZES[name], row, residual, training)

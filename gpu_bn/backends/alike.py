@@ -1,4 +1,4 @@
-"""What torch's tensors of calls alike have in common: guards, which torch has for compiled code, and layouts."""
+"""Guards that tell whether torch tensors are like those of an earlier call, and the layouts of new tensors."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ import torch
 from torch import Tensor
 
 Guard = Callable[..., bool]
-"""Tells whether tensors have the types, states, dtypes, devices, shapes and strides of others."""
+"""A function of tensors: whether each has the type, dtype, device, shape and strides that the guard was made for."""
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
-"""A tensor's shape, strides and dtype."""
-Choice = Callable[[Any], tuple[Any, ...]]
-"""Chooses some of a tuple."""
-_for_compilers: Any = torch._C._dynamo.guards
-new_on_cpu: Callable[..., Tensor] = _for_compilers._empty_strided_cpu
-"""Make a tensor of a layout: torch's, made for compiled code, in half the time of ``empty_like``."""
+"""The shape, strides and dtype of a tensor."""
+Selector = Callable[[Any], tuple[Any, ...]]
+"""A function that returns a tuple of some items of a sequence."""
+_guards: Any = torch._C._dynamo.guards
+empty_on_cpu: Callable[..., Tensor] = _guards._empty_strided_cpu
+"""Return a new CPU tensor with a given layout, in half the time of ``empty_like``; compiled torch code uses it."""
 
 
-def guard_of(tensors: Sequence[Tensor], shapes: Any = None, strides: Any = None) -> Guard:
-    """Return what tells whether tensors are like these, with other shapes and strides if they are given."""
-    guards = _for_compilers.TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+def make_guard(tensors: Sequence[Tensor], shapes: Any = None, strides: Any = None) -> Guard:
+    """Return a guard for tensors like these; ``shapes`` and ``strides`` replace theirs if given."""
+    guards = _guards.TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
     return guards.check  # type: ignore[no-any-return]
 
 
-def chooser(names: Sequence[str], wanted: Sequence[str]) -> Choice:
-    """Return what chooses the wanted of named things."""
-    places = [names.index(name) for name in wanted]
-    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+def make_selector(names: Sequence[str], wanted: Sequence[str]) -> Selector:
+    """Return a selector of the items called ``wanted`` from a sequence whose items are called ``names``."""
+    indices = [names.index(name) for name in wanted]
+    return itemgetter(*indices) if len(indices) > 1 else itemgetter(slice(indices[0], indices[0] + 1))
 
 
-def layout_of(tensor: Tensor) -> Layout:
-    """Return the layout of what ``empty_like`` makes of a tensor."""
-    like = torch.empty_like(tensor)
-    return tuple(like.shape), like.stride(), like.dtype
+def empty_like_layout(tensor: Tensor) -> Layout:
+    """Return the layout of ``torch.empty_like(tensor)``."""
+    new = torch.empty_like(tensor)
+    return tuple(new.shape), new.stride(), new.dtype
 
 
-def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
-    """Return the layout of a contiguous tensor."""
+def contiguous_layout(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    """Return the layout of a contiguous_layout tensor."""
     return shape, tuple([prod(shape[axis + 1 :]) for axis in range(len(shape))]), dtype
 
 
 def allocator(device: torch.device) -> Callable[..., Tensor]:
-    """Return what makes tensors of a layout on a device; torch's fast ones take the current GPU."""
+    """Return a function that allocates tensors on a device; torch's fast one for GPUs serves the current GPU only."""
     if device.type == "cpu":
-        return new_on_cpu
+        return empty_on_cpu
     if device.type == "cuda" and torch.cuda.device_count() == 1:
-        return _for_compilers._empty_strided_cuda  # type: ignore[no-any-return]
+        return _guards._empty_strided_cuda  # type: ignore[no-any-return]
     return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)

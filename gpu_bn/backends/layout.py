@@ -1,6 +1,6 @@
-"""How a tensor of any rank, channel axis and strides is seen as (N, C, S): outer axes, channels, inner axes.
+"""Layouts: a tensor of any rank, channel axis and strides as (N, C, S): outer axes, channels, inner axes.
 
-And whether two tensors overlap, and how one is cut into blocks.
+Also the check that an output overlaps no input, and the division of a tensor into blocks.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.aliasing import extent as extent
 from gpu_bn.aliasing import overlap, view
 from gpu_bn.spec import check_overlap
 
 Array = NDArray[Any]
-Made = TypeVar("Made")
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A tensor's axes in the order in which they lie in memory, and its (N, C, S) shape in that order.
+    """The axes of a tensor in memory order, and its (N, C, S) shape in that order.
 
-    Channels-last tensors have S = 1. The order is the input's; outputs are made in the same one.
+    Channels-last tensors have S = 1. Outputs have the memory order of the input.
     """
 
     shape: tuple[int, ...]
@@ -36,32 +35,32 @@ class Layout:
     s: int
 
     @staticmethod
-    def of(x: Array, axis: int) -> Layout:
+    def from_array(x: Array, axis: int) -> Layout:
         """Return the layout of an array with its channels along ``axis``."""
         if x.flags.c_contiguous:
             return _layout(x.shape, tuple(range(x.ndim)), axis)
-        return Layout.of_strides(x.shape, x.strides, axis)
+        return Layout.from_strides(x.shape, x.strides, axis)
 
     @staticmethod
-    def of_strides(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Layout:
-        """Return the layout of any library's array, from its shape and its strides in any unit."""
+    def from_strides(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Layout:
+        """Return the layout of an array of any library from its shape and its strides, in any unit."""
         return _layout(shape, memory_order(shape, strides), axis)
 
     @property
     def count(self) -> int:
-        """Positions a channel."""
+        """The number of positions of a channel."""
         return self.n * self.s
 
     def empty(self, dtype: Any) -> Array:
-        """Return a new array of this layout."""
+        """Return a new array with this layout."""
         dense = np.empty([self.shape[axis] for axis in self.order], dtype)
         return dense.transpose(np.argsort(self.order)) if self.order != tuple(range(len(self.order))) else dense
 
 
 def check_out(out: Any, x: Any, residual: Any, in_place: bool) -> None:
-    """Do the work of :meth:`Backend.check_out <gpu_bn.backends.protocol.Backend.check_out>`, for any library's arrays.
+    """Implement :meth:`Backend.check_out <gpu_bn.backends.protocol.Backend.check_out>` for arrays of any library.
 
-    No two devices of a process have addresses in common.
+    Addresses are compared without regard to devices, for no two devices of a process share an address.
     """
     target = view(out)
     for name, array in (("input", x), ("residual", residual)):
@@ -73,12 +72,12 @@ def check_out(out: Any, x: Any, residual: Any, in_place: bool) -> None:
 @lru_cache(1024)
 def _layout(shape: tuple[int, ...], order: tuple[int, ...], axis: int) -> Layout:
     ordered = [shape[a] for a in order]
-    at = order.index(axis)
-    return Layout(shape, order, math.prod(ordered[:at]), shape[axis], math.prod(ordered[at + 1 :]))
+    place = order.index(axis)
+    return Layout(shape, order, math.prod(ordered[:place]), shape[axis], math.prod(ordered[place + 1 :]))
 
 
 def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the axes from the largest stride to the smallest; a broadcast array has no order of its own."""
+    """Return the axes from the largest stride to the smallest, or in order for a broadcast array (stride 0)."""
     if any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
         return tuple(range(len(shape)))
     return tuple(sorted(range(len(shape)), key=lambda axis: -abs(strides[axis])))
@@ -88,59 +87,60 @@ def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int,
 def block_sizes(
     shape: tuple[int, ...], order: tuple[int, ...], kept: tuple[int, ...], elements: int, channels: int
 ) -> tuple[int, ...]:
-    """Return a block's size along each axis: at most ``elements`` in all, the axes of ``order`` cut from the first on.
+    """Return the size of a block along each axis: at most ``elements`` in all, with the axes cut in ``order``.
 
-    Along the axes ``kept``, which are not summed over, it has at most ``channels``, or more where positions are few.
+    Along the axes ``kept``, which are not summed over, a block has at most ``channels`` elements, or more where
+    channels have few positions.
     """
-    steps = [max(size, 1) for size in shape]
-    # With fewer positions, vectors would be as large as the block.
-    positions = max(8, math.prod(steps) // math.prod(steps[axis] for axis in kept))
-    for axes, most in ((kept, max(elements // positions, channels)), (order, elements)):
+    sizes = [max(size, 1) for size in shape]
+    # At least 8, so that per-channel vectors are much smaller than the block.
+    positions = max(8, math.prod(sizes) // math.prod(sizes[axis] for axis in kept))
+    for axes, limit in ((kept, max(elements // positions, channels)), (order, elements)):
         for axis in (axis for axis in order if axis in axes):
-            others = math.prod(steps[other] for other in axes if other != axis)
-            pieces = -(-steps[axis] // max(1, most // others))
-            steps[axis] = -(-steps[axis] // pieces)
-    return tuple(steps)
+            others = math.prod(sizes[other] for other in axes if other != axis)
+            blocks = -(-sizes[axis] // max(1, limit // others))
+            sizes[axis] = -(-sizes[axis] // blocks)
+    return tuple(sizes)
 
 
-def each(
+def for_each_block(
     blocks: Iterable[tuple[slice, ...]], axes: tuple[int, ...], work: Callable[..., None], *arguments: Any
 ) -> None:
-    """Do some work on each block; where memory does not suffice for a whole one, on its halves along some axes.
+    """Call ``work(block, *arguments)`` for each block; where memory runs out, for its halves along one of the axes.
 
-    The work writes last, in one call, so that it can be done again: while ``out`` is written there is no way back.
+    The work is repeated on the halves, so it must allocate first and write its result last, in one call.
     """
     for block in blocks:
         try:
             work(block, *arguments)
         except MemoryError:
-            if not (both := halves(block, axes)):
+            if not (halves := halve(block, axes)):
                 raise
-            each(both, axes, work, *arguments)
+            for_each_block(halves, axes, work, *arguments)
 
 
-def made_for(
-    block: tuple[slice, ...], axes: tuple[int, ...], make: Callable[[tuple[slice, ...]], Made]
-) -> Iterator[tuple[tuple[slice, ...], Made]]:
-    """Yield a block with what is made for it; where memory does not suffice, each of its halves along some axes."""
+def prepared_blocks(
+    block: tuple[slice, ...], axes: tuple[int, ...], prepare: Callable[[tuple[slice, ...]], Prepared]
+) -> Iterator[tuple[tuple[slice, ...], Prepared]]:
+    """Yield ``(block, prepare(block))``; where memory runs out, the same for its halves along one of the axes."""
     try:
-        made = make(block)
+        prepared = prepare(block)
     except MemoryError:
-        if both := halves(block, axes):
-            for half in both:
-                yield from made_for(half, axes, make)
+        if halves := halve(block, axes):
+            for half in halves:
+                yield from prepared_blocks(half, axes, prepare)
             return
-        made = make(block)  # one channel: there may be memory for it now
-    yield block, made
+        prepared = prepare(block)  # one channel cannot be halved; try once more, for memory may be free now
+    yield block, prepared
 
 
-def at(vector: Any, block: tuple[slice, ...]) -> Any:
-    """Return a view of some channels of per-channel values, or of a block of a mask."""
+def select(vector: Any, block: tuple[slice, ...]) -> Any:
+    """Return a view of the block of per-channel values or of a mask; axes of size 1 are broadcast, not cut."""
     return vector[tuple([part if size > 1 else slice(None) for part, size in zip(block, vector.shape, strict=True)])]
 
 
-def halves(block: tuple[slice, ...], axes: tuple[int, ...]) -> list[tuple[slice, ...]]:
-    """Cut a block in two along the longest of some axes; return nothing if it is too small."""
+def halve(block: tuple[slice, ...], axes: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """Return the halves of a block along the longest of the axes; an empty list if that axis has one element."""
     sizes = {axis: block[axis].stop - block[axis].start for axis in axes}
     axis = max(axes, key=sizes.__getitem__)
     if sizes[axis] < 2:

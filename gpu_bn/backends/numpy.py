@@ -1,11 +1,12 @@
-"""NumPy: the equations of :mod:`gpu_bn.spec` as expressions, one block of the tensor after the other.
+"""The NumPy backend: the equations of :mod:`gpu_bn.spec` as NumPy expressions, computed block by block.
 
-Nothing is reshaped but axis 0, which is split into (ghost batches, samples): a view for any strides, so that no result
-is ever written to a copy. Arrays keep their axes, and per-channel values have the size 1 along all that are summed
-over; NumPy's broadcasting and its order of iteration do the rest.
+Only axis 0 is reshaped, into (ghost batches, samples). That is a view for any strides, so no result is written to a
+copy. The other axes stay as they are. Per-channel values have size 1 along the axes that are summed over, and are
+broadcast.
 
-Per-channel values and sums are float64. So are tensors that are float64 or leave float32's range; other tensors are
-computed in float32, from ``x - mean`` where the mean is far from 0, so that nothing cancels.
+Per-channel values and sums are float64. Tensors are computed in float64 if they are float64 or if their values leave
+the range of float32, else in float32. Where the mean is far from 0, ``x - mean`` is computed first to avoid
+cancellation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.backends.layout import Layout, at, block_sizes, check_out, each, made_for, memory_order
+from gpu_bn.backends.layout import (
+    Layout,
+    block_sizes,
+    check_out,
+    for_each_block,
+    memory_order,
+    prepared_blocks,
+    select,
+)
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 
 Array = NDArray[Any]
@@ -25,13 +34,13 @@ Block = tuple[slice, ...]
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 TINY, HUGE = 1e-15, 1e15
-"""Means and deviations beyond are computed in float64: their squares may have left float32's range."""
+"""Standard deviations outside these bounds, and larger means, need float64: their squares may overflow float32."""
 FAR = 2.0
-"""Standard deviations: from here on a mean is subtracted first. Otherwise cancellation would cost more than 3 bits."""
+"""A mean is subtracted first if it exceeds this many standard deviations: cancellation would cost more than 3 bits."""
 SCRATCH_SHARE, SCRATCH_BYTES, MAX_BLOCK, MIN_CHANNELS = 0.03, 512 << 10, 32 << 10, 2 << 10
-"""A block's temporaries take this share of the tensor or these bytes. It fits the cache; its rows are not short."""
+"""Bounds of a block: the bytes of its temporaries, as a share of the tensor and at least; elements; channels."""
 RUN = 64
-"""Float64 numbers added up one after the other, if there is a choice: rounding errors grow with them."""
+"""Float64 numbers that are added up in one chain: a longer chain has a larger rounding error."""
 
 
 def backend() -> NumpyBackend:
@@ -52,7 +61,7 @@ class NumpyBackend:
             return vector.astype(dtype)
 
     def empty_like(self, x: Array) -> Array:
-        return Layout.of(x, 0).empty(x.dtype)
+        return Layout.from_array(x, 0).empty(x.dtype)
 
     def copy(self, array: Array, like: Array) -> Array:
         np.copyto(y := self.empty_like(like), array)
@@ -63,7 +72,7 @@ class NumpyBackend:
 
     @np.errstate(all="ignore")
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
-        """Sum ``x - centre`` and its square; the centre is 0 at first, then the mean where that is far from 0."""
+        """Sum ``x - centre`` and its square; ``centre`` is first 0, then the mean where that is far from 0."""
         blocks = Blocks(x, axis, groups, valid, 4)
         count: Any = x.size // max(groups * x.shape[axis], 1)
         if valid is not None:
@@ -72,18 +81,18 @@ class NumpyBackend:
         for channels in blocks.parts(blocks.kept):
             n, centre, far = np.maximum(blocks.per_group(count, channels), 1), np.zeros(1), np.ones(1)
             for _ in range(3):
-                off = square = np.zeros(1)
+                offset = square = np.zeros(1)
                 for block in blocks.parts(blocks.summed, channels):
                     deviation = blocks.centred(block, centre)
-                    off = off + blocks.sum(deviation)
+                    offset = offset + blocks.sum(deviation)
                     square = square + blocks.sum(np.square(deviation))
-                off, square = off / n, square / n
-                found = np.maximum(square - off * off, 0)
-                if not (far := off * off > FAR**2 * found).any():
+                offset, square = offset / n, square / n
+                variance = np.maximum(square - offset * offset, 0)
+                if not (far := offset * offset > FAR**2 * variance).any():
                     break
-                centre = np.where(far, centre + off, centre)
-            at(mean, channels)[...] = np.where(far, centre, centre + off)
-            at(var, channels)[...] = np.where(found < np.inf, found, np.nan)  # an overflow is no result
+                centre = np.where(far, centre + offset, centre)
+            select(mean, channels)[...] = np.where(far, centre, centre + offset)
+            select(var, channels)[...] = np.where(variance < np.inf, variance, np.nan)  # NaN after an overflow
         return Moments(count, mean.ravel(), var.ravel())
 
     @np.errstate(all="ignore")
@@ -102,8 +111,8 @@ class NumpyBackend:
         call = Normalization(saved, residual, saved.spec.activation.row.value_needs)
         out = call.split(out)
         for whole in call.parts(call.kept):
-            for channels, (centre, scale, shift, *_) in made_for(whole, call.kept, call.vectors):
-                each(call.parts(call.summed, channels), call.summed, call.write, out, centre, scale, shift)
+            for channels, (centre, scale, shift, *_) in prepared_blocks(whole, call.kept, call.vectors):
+                for_each_block(call.parts(call.summed, channels), call.summed, call.write, out, centre, scale, shift)
 
     @np.errstate(all="ignore")
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
@@ -111,7 +120,7 @@ class NumpyBackend:
         dy, dz, dbias, dweight = call.split(dy), call.split(dz), call.zeros(), call.zeros()
         for channels in call.parts(call.kept):
             centre, scale, shift, sd, rest = call.vectors(channels)
-            sums, products = at(dbias, channels), at(dweight, channels)
+            sums, products = select(dbias, channels), select(dweight, channels)
             for block in call.parts(call.summed, channels):
                 centred = call.centred(block, centre)
                 gradient = call.dz(block, centred, scale, shift, dy)
@@ -132,8 +141,8 @@ class NumpyBackend:
             centre, scale, shift, sd, rest = call.vectors(channels)
             if sums is not None:
                 n = call.per_group(saved.positions, channels)
-                slope = at(dweight, channels) / (n * sd)
-                offset = (at(dbias, channels) / n - rest * slope).astype(scale.dtype)
+                slope = select(dweight, channels) / (n * sd)
+                offset = (select(dbias, channels) / n - rest * slope).astype(scale.dtype)
                 slope = slope.astype(scale.dtype)
             for block in call.parts(call.summed, channels):
                 centred = call.centred(block, centre)
@@ -145,7 +154,10 @@ class NumpyBackend:
 
 
 class Blocks:
-    """A tensor cut into blocks, with ``arrays`` of their size at a time. Its axes are (ghost batch, sample, ...)."""
+    """A tensor with the axes (ghost batch, sample, ...), cut into blocks.
+
+    ``arrays`` is the number of temporaries of a block's size that exist at a time.
+    """
 
     def __init__(self, x: Array, axis: int, groups: int, valid: Array | None, arrays: int) -> None:
         self.shape = (groups, x.shape[0] // groups, *x.shape[1:])
@@ -158,25 +170,25 @@ class Blocks:
         self.x, self.valid = self.split(x), self.split(valid)
 
     def split(self, tensor: Any) -> Any:
-        """Return a tensor with axis 0 split in two; never a copy."""
+        """Return a view of a tensor with axis 0 split into (ghost batches, samples)."""
         return None if tensor is None else tensor.reshape((*self.shape[:2], *tensor.shape[1:]), copy=False)
 
     def per_channel(self, vector: Any) -> Any:
-        """Shape a vector of channels, or of ghost batches and channels, to broadcast against tensors."""
+        """Reshape a vector of length C or groups * C to broadcast against tensors."""
         channels = self.shape[self.kept[1]]
         shape = [channels if axis == self.kept[1] else 1 for axis in range(1, len(self.shape))]
         return None if vector is None else vector.reshape(len(vector) // channels, *shape)
 
     def per_group(self, count: Any, channels: Block) -> Any:
-        """Shape a number, or one for each ghost batch, to broadcast against some channels."""
-        return count if isinstance(count, int) else at(count.reshape(-1, *[1] * (len(self.shape) - 1)), channels)
+        """Return a count, or an array of one for each ghost batch, so that it broadcasts against the channels."""
+        return count if isinstance(count, int) else select(count.reshape(-1, *[1] * (len(self.shape) - 1)), channels)
 
     def zeros(self) -> Array:
-        """Return a zero for each ghost batch and channel."""
+        """Return zeros, one for each ghost batch and channel."""
         return np.zeros([size if axis in self.kept else 1 for axis, size in enumerate(self.shape)])
 
     def parts(self, axes: tuple[int, ...], within: Block | None = None) -> Iterator[Block]:
-        """Return the parts that cuts along some axes make of the tensor, or of a part of it."""
+        """Yield the parts of the tensor, or of the block ``within``, that result from cuts along the axes."""
         cut = [axis for axis in axes if self.steps[axis] < self.shape[axis]]
         for starts in product(*[range(0, self.shape[axis], self.steps[axis]) for axis in cut]):
             part = list(within or [slice(0, size) for size in self.shape])
@@ -185,14 +197,14 @@ class Blocks:
             yield tuple(part)
 
     def clear(self, values: Array, block: Block) -> Array:
-        """Put 0 where positions do not count."""
+        """Set the values at positions that the mask leaves out to 0, in place."""
         if self.valid is not None:
-            np.copyto(values, 0, where=~at(self.valid, block))
+            np.copyto(values, 0, where=~select(self.valid, block))
         return values
 
     def sum(self, block: Array) -> Any:
-        """Return the sums of each ghost batch and channel."""
-        if self.x.dtype.itemsize == FLOAT64.itemsize:  # axis by axis: NumPy adds terms of several in one chain
+        """Return the sum of a block for each ghost batch and channel."""
+        if self.x.dtype.itemsize == FLOAT64.itemsize:  # axis by axis: NumPy would add up several axes in one chain
             for axis in sorted(self.summed, key=block.shape.__getitem__, reverse=True):
                 if block.shape[axis] > RUN:
                     block = np.add.reduceat(block, range(0, block.shape[axis], RUN), axis)
@@ -201,7 +213,7 @@ class Blocks:
         return np.add.reduce(block, self.summed, FLOAT64, keepdims=True)
 
     def centred(self, block: Block, centre: Array) -> Array:
-        """Return ``x - centre``, 0 where positions do not count; it may be ``x`` itself, so it is not to be written."""
+        """Return ``x - centre``, 0 where the mask leaves positions out. It may be ``x`` itself: do not write to it."""
         x = self.x[block]
         if centre.any():
             return self.clear(np.subtract(x, centre), block)
@@ -209,7 +221,7 @@ class Blocks:
 
 
 class Normalization(Blocks):
-    """The tensors and per-channel values of a call; ``needs`` is how many temporaries there are beside ``z``."""
+    """The tensors and per-channel values of a call; ``needs`` is the number of temporaries besides ``z``."""
 
     def __init__(self, saved: Saved, residual: Array | None, needs: int) -> None:
         super().__init__(saved.x, saved.spec.axis, saved.spec.groups, saved.valid, 1 + needs)
@@ -218,13 +230,13 @@ class Normalization(Blocks):
         self.mean, self.var, self.weight, self.bias = map(self.per_channel, vectors)
 
     def vectors(self, channels: Block) -> tuple[Array, Array, Array, Array, Array]:
-        """Return centre, scale, shift of ``z = (x - centre) * scale + shift``; sqrt(var + eps), ``mean - centre``."""
-        mean, sd = at(self.mean, channels), np.sqrt(at(self.var, channels) + self.eps)
-        scale = (1.0 if self.weight is None else at(self.weight, channels)) / sd
+        """Return centre, scale and shift of ``z = (x - centre) * scale + shift``, deviation, ``mean - centre``."""
+        mean, sd = select(self.mean, channels), np.sqrt(select(self.var, channels) + self.eps)
+        scale = (1.0 if self.weight is None else select(self.weight, channels)) / sd
         extreme = (sd < TINY) | (sd > HUGE) | ((np.abs(mean) > HUGE) & (np.abs(mean) < np.inf))
         dtype = FLOAT64 if self.x.dtype.itemsize == FLOAT64.itemsize or extreme.any() else FLOAT32
         centre = np.where(np.abs(mean) > FAR * sd, mean, 0.0).astype(dtype)
-        shift = (0.0 if self.bias is None else at(self.bias, channels)) - (mean - centre) * scale
+        shift = (0.0 if self.bias is None else select(self.bias, channels)) - (mean - centre) * scale
         return centre, scale.astype(dtype), shift.astype(dtype), sd, mean - centre
 
     def z(self, block: Block, centred: Array, scale: Array, shift: Array) -> Any:
@@ -241,7 +253,7 @@ class Normalization(Blocks):
         out[block] = self.clear(z, block)
 
     def dz(self, block: Block, centred: Array, scale: Array, shift: Array, dy: Array) -> Array:
-        """Compute ``dy * activation'(z)``, 0 where positions do not count; it may be ``dy`` itself."""
+        """Compute ``dy * activation'(z)``, 0 where the mask leaves positions out. It may be ``dy`` itself."""
         gradient = dy[block]
         if not self.activation.is_identity:
             self.activation.gradient(z := self.z(block, centred, scale, shift), gradient.astype(z.dtype, copy=False), z)

@@ -1,4 +1,4 @@
-"""What a backend is: the four phases of batch normalisation, and the per-channel values that pass between them."""
+"""The interface of a backend: the four phases of batch normalisation, and the values that pass between them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from gpu_bn.spec import BatchNormSpec
 
 Array = Any
 OnPlan = Callable[[LaunchPlan, Sequence[Any]], None]
-"""Gets the plan of a call and its launches; these have the ``registers`` of a thread after the first run, if known."""
+"""A function that receives a call's plan and its launches.
+
+After the first run a launch has the attribute ``registers``: how many a thread uses, if that is known.
+"""
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend that was asked for cannot serve the call; the message says why."""
+    """Raised when the requested backend cannot serve the call; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What is known of each channel's distribution.
+    """Mean and variance of each channel.
 
     Attributes:
-        count: how many positions each channel has, of a ghost batch if there are several; where that is known on the
-            device only (with a mask, or over ranks) an array of the backend's library, (groups,) float64.
+        count: the number of positions of each channel, in one ghost batch if there are several. Where only the device
+            knows it (with a mask, or over ranks) it is an array of the backend's library, (groups,) float64.
         mean: (groups * C,), ordered (ghost batch, channel), in the backend's accumulation dtype.
-        var: like ``mean``, biased.
-        wide: whether squares of the input leave the range of its dtype, so that a wider one is needed throughout.
+        var: like ``mean``; the biased variance.
+        wide: whether squares of the input leave the range of its dtype, so that all phases need a wider one.
     """
 
     count: Any
@@ -37,7 +40,7 @@ class Moments:
     wide: bool = False
 
     def parts(self, groups: int) -> Iterator[Moments]:
-        """Return those of each ghost batch."""
+        """Yield the moments of each ghost batch."""
         channels = self.mean.shape[0] // groups
         for group in range(groups):
             count = self.count if isinstance(self.count, int) else self.count[group : group + 1]
@@ -49,8 +52,8 @@ class Moments:
 class Saved:
     """What a forward call keeps for its backward call.
 
-    ``x`` and ``residual`` are the caller's arrays, not copies: they must not be written to in between. All else
-    has C elements and is a copy, so later changes of the parameters or of the running statistics do no harm.
+    ``x`` and ``residual`` are the caller's arrays, not copies: they must not be written to in between. The
+    per-channel vectors are copies, so later changes of the parameters or of the running statistics do no harm.
     ``z`` is not kept; it is computed again, with the same roundings.
 
     Attributes:
@@ -58,14 +61,13 @@ class Saved:
         residual: the residual, if an activation needs it for its gradient.
         moments: the statistics used, of the batch or the running ones.
         weight, bias: (C,) in the accumulation dtype, or ``None``.
-        weight_dtype, bias_dtype: what the parameters came in and their gradients go out in.
+        weight_dtype, bias_dtype: the dtypes of the parameters and of their gradients.
         has_residual: whether the forward call had a residual.
         spec: the call's options.
-        mask: what decides the activation's gradient, kept in place of the residual: one bit an element, whose layout
-            the backend knows that made it, or ``y`` itself (autograd on a CPU). A ``count`` of the statistics above the
-            input's own is that of all ranks.
-        valid: bool, dense, of x's shape but one channel: which positions count; ``None`` for all.
-        renorm: (C,) each: batch renormalisation's ``r`` and ``d``, which ``weight`` and ``bias`` include.
+        mask: kept instead of the residual to decide the activation's gradient: one sign bit for each element, in a
+            layout that only the backend which made it knows, or ``y`` itself (autograd on a CPU).
+        valid: which positions count, a contiguous bool array of x's shape with one channel; ``None`` for all.
+        renorm: ``r`` and ``d`` of batch renormalisation, (C,) each; ``weight`` and ``bias`` include them.
     """
 
     x: Array
@@ -82,8 +84,8 @@ class Saved:
     renorm: tuple[Array, Array] | None = None
 
     @staticmethod
-    def of_call(call: Call, spec: BatchNormSpec, moments: Moments, weight: Array | None, bias: Array | None) -> Saved:
-        """Collect what the backward call of a call needs that used these statistics, weight and bias."""
+    def from_call(call: Call, spec: BatchNormSpec, moments: Moments, weight: Array | None, bias: Array | None) -> Saved:
+        """Collect what the backward call needs, given the statistics, weight and bias that the forward call used."""
         residual = None if spec.activation.is_identity else call.residual
         weight_dtype, bias_dtype = (None if one is None else one.dtype for one in (call.weight, call.bias))
         rest = (weight_dtype, bias_dtype, call.residual is not None, spec, None, call.valid)
@@ -91,12 +93,12 @@ class Saved:
 
     @property
     def positions(self) -> Any:
-        """How many positions the backward sums are divided by: the count, but at least 1."""
+        """The number of positions that divides the backward sums: the count, but at least 1."""
         count = self.moments.count
         return count if isinstance(count, int) else count.clip(1.0, None)
 
     def parts(self) -> Iterator[tuple[slice, Saved]]:
-        """Return where each ghost batch lies along axis 0, and what a call of its own would have kept."""
+        """Yield each ghost batch's slice of axis 0 and what a separate call on it would have kept."""
         size, spec = self.x.shape[0] // self.spec.groups, replace(self.spec, groups=1)
         for group, moments in enumerate(self.moments.parts(self.spec.groups)):
             at = slice(group * size, (group + 1) * size)
@@ -105,17 +107,17 @@ class Saved:
 
     @property
     def mean(self) -> Array:
-        """(groups * C,) the mean used, in the accumulation dtype."""
+        """The mean used, (groups * C,) in the accumulation dtype."""
         return self.moments.mean
 
     @property
     def rstd(self) -> Array:
-        """(groups * C,) 1 / sqrt(var + eps), in the accumulation dtype."""
+        """1 / sqrt(var + eps), (groups * C,) in the accumulation dtype."""
         return 1.0 / (self.moments.var + self.spec.eps) ** 0.5
 
 
 class Grads(NamedTuple):
-    """Hold the gradients of one call; those not asked for, or of arguments that were not given, are ``None``.
+    """The gradients of one call; ``None`` for those not requested and for arguments that were not given.
 
     Attributes:
         dx: like the input.
@@ -138,10 +140,10 @@ class Sums(NamedTuple):
 
 
 class Backend(Protocol):
-    """The phases. Arrays are the backend's own library's; arguments have been checked by :mod:`gpu_bn.spec`.
+    """The phases of a call. All arrays belong to the backend's library; :mod:`gpu_bn.spec` has checked the arguments.
 
-    A backend may also fuse the phases of a call: :class:`FusedBackend`. ``valid`` is as in :class:`Saved`;
-    ``groups`` is the number of ghost batches, equal parts of axis 0 with statistics and sums of their own.
+    A backend may also fuse the phases of a call: see :class:`FusedBackend`. ``valid`` is described at :class:`Saved`.
+    ``groups`` is the number of ghost batches: equal parts of axis 0, each with separate statistics and sums.
     """
 
     name: str
@@ -156,38 +158,38 @@ class Backend(Protocol):
         """Return an array of ``x``'s shape, dtype and memory format."""
 
     def copy(self, array: Array, like: Array) -> Array:
-        """Copy an array, in the memory format of another of its shape and dtype."""
+        """Return a copy of an array with the memory format of ``like``, which has its shape and dtype."""
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
         """Raise ``ValueError`` if writing ``out`` overwrites input not yet read or, unless ``in_place``, any input."""
 
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
-        """Return mean and biased variance of each channel; zeros where there is nothing."""
+        """Return the mean and biased variance of each channel; zeros where no position counts."""
 
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
-        """Move the running statistics towards ``moments``, in place; the variance with Bessel's correction.
+        """Update the running statistics from ``moments``, in place; the variance with Bessel's correction.
 
-        Ghost batches one after the other; those with no positions leave the statistics as they are.
+        Ghost batches update them one after the other; one without positions leaves them as they are.
         """
 
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
-        """Write ``y`` to ``out``; 0 where a position is not valid, as all outputs are."""
+        """Write ``y`` to ``out``. Like all outputs, it is 0 at positions that are not valid."""
 
     def backward_reduce(self, dy: Array, saved: Saved, dz: Array | None) -> Sums:
-        """Sum ``dz`` and ``dz * xhat`` over each channel, and write ``dz`` to the array given, if any."""
+        """Return the sums of ``dz`` and ``dz * xhat`` over each channel; write ``dz`` too if it is an array."""
 
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         """Write ``dx`` to ``out``; ``sums`` is ``None`` for frozen statistics."""
 
 
 class FusedBackend(Protocol):
-    """A backend that does all phases of a call in as few launches as it can. Neither method sees empty inputs."""
+    """A backend that does all phases of a call in as few launches as it can. Its methods never get empty inputs."""
 
     def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True) -> tuple[Array, Saved]:
         """Return ``y`` and what the backward call needs; write the running statistics last.
 
-        ``y`` is ``call.out`` if that is given. ``call.counter`` is the caller's to increment. ``keep`` says whether a
-        backward call may follow: without one, an evaluation keeps nothing that costs memory.
+        ``y`` is ``call.out`` if that is given. The caller increments ``call.counter``. ``keep`` tells whether a
+        backward call may follow; if not, an evaluation keeps nothing that costs memory.
         """
 
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:

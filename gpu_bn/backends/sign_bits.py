@@ -1,4 +1,4 @@
-"""When a GPU keeps one bit an element in place of a residual, and how many bytes these are."""
+"""Sign bits: the size of the mask that a GPU keeps for the backward call instead of a residual."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from gpu_bn.plan import VECTOR_BYTES
 
 
 def mask_bytes(sizes: Sequence[int], at: int, itemsize: int, activation: str, groups: int = 1) -> int:
-    """Return the length of the mask that a call with a residual keeps in its place; 0 if it keeps the residual.
+    """Return the bytes of the mask that a call keeps instead of its residual; 0 if it keeps the residual.
 
-    A byte serves each vector of 16 bytes, so that rows (channels-last: the channels) have to be whole vectors. The
-    answer depends on shape, memory format, dtype and activation alone, never on an address: compilers ask in advance.
+    Each vector of 16 bytes takes one byte of the mask, so rows (channels-last: the channels) must be whole vectors. The
+    result depends on shape, memory format, dtype and activation only, never on an address: compilers ask in advance.
 
     Args:
-        sizes: the tensor's shape, its axes in the order in which they lie in memory.
-        at: which of them is the channels'.
-        itemsize: bytes an element.
-        activation: its name.
-        groups: the number of ghost batches, which axis 0 is cut into.
+        sizes: the shape of the tensor, with its axes in memory order.
+        at: the index of the channel axis in ``sizes``.
+        itemsize: bytes of an element.
+        activation: the name of the activation.
+        groups: the number of ghost batches that axis 0 is cut into.
     """
     n, c, s = math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :])
     row = n * s // groups if c == 1 else c if s == 1 else s

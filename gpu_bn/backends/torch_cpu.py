@@ -1,7 +1,7 @@
 """torch tensors on the CPU, served by the NumPy backend without a copy.
 
-NumPy works on views of the tensors; what it allocates is allocated by torch, in the memory format that
-``torch.empty_like`` gives. Only a tensor whose elements overlap in memory (an expanded one) is copied first.
+NumPy works on views of the tensors. Outputs are allocated by ``torch.empty_like`` and have its memory format. Only a
+tensor whose elements overlap in memory (an expanded one) is copied first.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def as_array(tensor: Tensor) -> Array:
     """Return a tensor as an array in the same memory.
 
     Raises:
-        ImportError: a bfloat16 tensor, and the package ml_dtypes, which gives NumPy that type, is not installed.
+        ImportError: the tensor is bfloat16 and the package ml_dtypes, which gives NumPy that dtype, is not installed.
     """
     if tensor.dtype is torch.bfloat16:
-        return _seen(tensor.detach().view(torch.uint16)).view(_bfloat16())
-    return _seen(tensor)
+        return _shared_array(tensor.detach().view(torch.uint16)).view(_bfloat16())
+    return _shared_array(tensor)
 
 
 _export: Any = getattr(torch._C, "_to_dlpack_versioned", None)
@@ -91,7 +91,7 @@ _dispatch_keys = torch._C._dispatch_keys
 
 
 def _ordinary() -> frozenset[int]:
-    """Return the dispatch keys of tensors that are what their memory holds: not negated, nor wrapped by a transform."""
+    """Return the dispatch keys of tensors that are neither negated nor wrapped: their memory holds their values."""
     key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
     inference = keys(key.CPU) | keys(key.AutocastCPU)
     usual = inference | keys(key.ADInplaceOrView) | keys(key.AutogradCPU)
@@ -102,7 +102,7 @@ _ORDINARY = frozenset[int]() if _export is None else _ordinary()
 
 
 class _Exported:
-    """What NumPy asks for a DLPack capsule."""
+    """An object that gives a DLPack capsule to ``np.from_dlpack``."""
 
     __slots__ = ("capsule",)
 
@@ -116,15 +116,16 @@ class _Exported:
         return 1, 0  # kDLCPU, device 0
 
 
-def _seen(tensor: Tensor) -> Array:
-    """Return a tensor's memory as an array, by DLPack: ``numpy()`` would keep its storage from ever being resized.
+def _shared_array(tensor: Tensor) -> Array:
+    """Return an array in the memory of a tensor, by DLPack.
 
-    FullyShardedDataParallel resizes the storages of parameters.
+    After ``tensor.numpy()`` the storage can no longer be resized, but FullyShardedDataParallel resizes the storages of
+    parameters.
     """
     if _dispatch_keys(tensor).raw_repr() in _ORDINARY:
         array: Array = np.from_dlpack(_Exported(_export(tensor)))
     else:
-        array = tensor.detach().numpy()  # raises for what has no such memory
+        array = tensor.detach().numpy()  # raises where the memory does not hold the values
     return array
 
 
@@ -150,7 +151,7 @@ def _optional(tensor: Tensor | None) -> Array | None:
 
 
 def _ordered(x: Tensor) -> Array:
-    """Return a tensor as an array whose axes torch and NumPy order alike: a copy if they overlap in memory."""
+    """Return a tensor as an array; a copy if its elements may overlap, for torch and NumPy then order axes unlike."""
     if not x.is_contiguous():
         strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
         if 0 in strides or len(set(strides)) < len(strides):

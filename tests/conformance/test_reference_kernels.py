@@ -18,7 +18,7 @@ def test_every_cuda_kernel_takes_part(request):
     used = set()
     for case in trained_cases():
         x = build(case).x
-        layout = Layout.of(x, case.channel_axis % x.ndim)
+        layout = Layout.from_array(x, case.channel_axis % x.ndim)
         used |= {backend.choose(layout.n, layout.s, x.dtype, stage)[0] for stage in (False, True)}
     assert used == set(backend.kernels)
 

@@ -134,7 +134,7 @@ def truth_of(problem: Problem, valid: np.ndarray | None, groups: int) -> dict[st
 
 
 def work_of(shape: tuple[int, ...], itemsize: int, **options) -> Work:
-    layout = Layout.of(np.empty(shape, np.uint8), 1)
+    layout = Layout.from_array(np.empty(shape, np.uint8), 1)
     return Work(layout.n, layout.c, layout.s, itemsize, **options)
 
 

@@ -72,14 +72,14 @@ class ReferenceBackend(NumpyBackend):
         raise NotImplementedError
 
     def stats(self, x: Array, axis: int) -> Moments:
-        layout = Layout.of(x, axis)
+        layout = Layout.from_array(x, axis)
         mean, var = self.launch(_ordered(layout, x), None, None, None, 0.0)
         return Moments(layout.count, mean, var)
 
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
         if not (saved.spec.batch_stats and saved.spec.activation.is_identity and residual is None):
             raise NotImplementedError("the reference kernels do training, without activation and residual")
-        layout = Layout.of(saved.x, saved.spec.axis)
+        layout = Layout.from_array(saved.x, saved.spec.axis)
         x = _ordered(layout, saved.x)
         y = self.device.empty(x.shape, x.dtype)
         weight, bias = (None if v is None else v.astype(np.float32) for v in (saved.weight, saved.bias))

@@ -134,7 +134,7 @@ class NumpyArrays:
     def empty_like(self, x: NDArray[Any]) -> NDArray[Any]:
         if x.flags.c_contiguous:
             return self.empty(x.shape, x.dtype)
-        return self._ordered(x.shape, Layout.of(x, 0).order, x.dtype)
+        return self._ordered(x.shape, Layout.from_array(x, 0).order, x.dtype)
 
     def dense(self, x: NDArray[Any], order: tuple[int, ...]) -> NDArray[Any]:
         return self._ordered(x.shape, order, x.dtype.newbyteorder("="))

@@ -48,7 +48,7 @@ class CpuBackend:
             weight, bias = (None if one is None else self.vector(one) for one in (weight, bias))
         running = (call.running_mean, call.running_var)
         moments = self._forward(Call(call.x, weight, bias, call.residual, *running, out=y), spec, in_place)
-        return y, Saved.of_call(call, spec, moments, weight, bias)
+        return y, Saved.from_call(call, spec, moments, weight, bias)
 
     def forward_at_once(self, call: Call, spec: BatchNormSpec) -> tuple[Array, Saved] | None:
         """:meth:`forward` of torch's tensors, where one call into C, the last, writes the statistics and the counter.
@@ -57,7 +57,7 @@ class CpuBackend:
         """
         y = self.arrays.empty_like(call.x)
         found = launch.forward(self.arrays, call._replace(out=y), spec, at_once=True, fresh=True)
-        return found and (y, Saved.of_call(call, spec, Moments(found[2], found[0], found[1]), call.weight, call.bias))
+        return found and (y, Saved.from_call(call, spec, Moments(found[2], found[0], found[1]), call.weight, call.bias))
 
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
         arrays, channels, identity = self.arrays, saved.x.shape[saved.spec.axis], saved.spec.activation.is_identity

@@ -16,7 +16,7 @@ import numpy as np
 
 from gpu_bn.backends.cpu import plans
 from gpu_bn.backends.cpu.arrays import Arrays
-from gpu_bn.backends.layout import block_sizes, each
+from gpu_bn.backends.layout import block_sizes, for_each_block
 from gpu_bn.backends.protocol import Grads, Moments, Saved, Sums
 from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
@@ -109,7 +109,7 @@ def write(backend: CpuBackend, cut: Pieces, call: Call, spec: BatchNormSpec) -> 
             raise MemoryError("no memory for a piece of the output")
         cut.put(call.out, at, part)
 
-    each(cut, tuple([at for at in cut.order if at != spec.axis]), work)
+    for_each_block(cut, tuple([at for at in cut.order if at != spec.axis]), work)
 
 
 def backward(backend: CpuBackend, dy: Array, saved: Saved, grads: Grads, sums: bool, given: Sums | None) -> Sums:

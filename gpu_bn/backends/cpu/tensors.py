@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_bn.aliasing import extent
 from gpu_bn.backends.cpu.backend import CpuBackend
-from gpu_bn.backends.layout import check_out, extent
+from gpu_bn.backends.layout import check_out
 from gpu_bn.spec import FLOAT_DTYPES
 
 

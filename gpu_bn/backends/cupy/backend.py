@@ -156,7 +156,7 @@ class CupyBackend(SharedStatistics):
 
     @_on_its_device
     def empty_like(self, x: Array) -> Array:
-        layout = Layout.of(x, 0)
+        layout = Layout.from_array(x, 0)
         return empty(*in_memory(layout.shape, layout.order), dtype=x.dtype)
 
     @_on_its_device

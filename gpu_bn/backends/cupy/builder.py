@@ -163,7 +163,7 @@ class TensorBuilder(Builder):
         (device, shape, self.dtype, strides, misaligned), axis = signature.x, signature.axis
         self.input_layout = self.layout = _layout(shape, strides, self.dtype.itemsize, axis)
         if signature.groups > 1 and not _is_outermost(0, self.layout):  # a group is one piece of memory
-            self.layout = Layout.of_strides(shape, tuple(range(len(shape), 0, -1)), axis)
+            self.layout = Layout.from_strides(shape, tuple(range(len(shape), 0, -1)), axis)
         super().__init__(device, self.layout.c)
         self.tier, self.activation, self.groups = signature.tier, signature.activation, signature.groups
         self.masked, self.counted = signature.valid is not None, signature.counted
@@ -320,7 +320,7 @@ def check_device(expected: int, name: str, device: int) -> None:
 def _layout(shape: Shape, strides: Shape, itemsize: int, axis: int) -> Layout:
     if _is_contiguous(shape, strides, itemsize, range(len(shape))):  # whatever the strides of axes of one element say
         strides = tuple(range(len(shape), 0, -1))
-    return Layout.of_strides(shape, strides, axis)
+    return Layout.from_strides(shape, strides, axis)
 
 
 def _is_contiguous(shape: Shape, strides: Shape, itemsize: int, order: Sequence[int]) -> bool:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gpu_bn.backends.alike import Choice, Guard, Layout, chooser, contiguous, guard_of, layout_of
+from gpu_bn.backends.alike import (
+    Guard,
+    Layout,
+    Selector,
+    contiguous_layout,
+    empty_like_layout,
+    make_guard,
+    make_selector,
+)
 from gpu_bn.backends.protocol import Saved
 from gpu_bn.backends.triton.arguments import backward_call, mask_size, work_of
 from gpu_bn.backends.triton.launch import Launches
@@ -56,7 +64,7 @@ class Forward:
     """
 
     guard: Guard
-    given: Choice
+    given: Selector
     names: list[str]
     sizes: list[int]
     served: set[tuple[int, ...]] = field(default_factory=set)
@@ -101,26 +109,26 @@ class Backward:
     """
 
     guard: Guard
-    given: Choice
+    given: Selector
     launches: Launches
     new: Any
     layouts: tuple[Layout, ...]
-    results: Choice
+    results: Selector
 
 
 def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> Forward | None:
     """Prepare calls like this one, or note that they go another way; ``None`` if their tensors have no strides."""
     names = [name for name, one in zip(GIVEN, call, strict=False) if one is not None]
-    choose = chooser(GIVEN, names)
+    choose = make_selector(GIVEN, names)
     given = choose(call)
     if any(one.layout is not torch.strided for one in given):
         return None
-    way = Forward(guard_of(given), choose, names, [one.nbytes for one in given])
+    way = Forward(make_guard(given), choose, names, [one.nbytes for one in given])
     x, training, activation = call.x, options.training, options.activation
     if not _is_plain(call, given) or (training and x.numel() == x.shape[1]):
         return way
     view, channels = view_of(x, 1), x.shape[1]
-    y = layout_of(x)
+    y = empty_like_layout(x)
     if not (view.dense and y[1] == x.stride()):
         return way
     reads, bits = 1 + (call.residual is not None), 0
@@ -130,9 +138,9 @@ def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> F
     spec = BatchNormSpec(1, training, options.momentum, options.eps, activation)
     key = "plain", training, activation.name, bits > 0, *names, *map(_form, given), *[one.stride() for one in given]
     steps = engine.prepare(key, lambda: engine.builder.forward(work, spec, x, False))
-    new = {"y": y, "kept": contiguous((4, channels), torch.float64)}
+    new = {"y": y, "kept": contiguous_layout((4, channels), torch.float64)}
     if bits:
-        new["mask"] = contiguous((bits,), torch.uint8)
+        new["mask"] = contiguous_layout((bits,), torch.uint8)
     new |= _scratch(steps, x)
 
     def run(launch: Any, at: Any) -> None:
@@ -147,12 +155,12 @@ def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> F
     way.new, way.layouts, way.grows = engine.allocator(x.device), tuple(new.values()), grows
     unread = {"bias", "residual"} if activation.is_identity else {"residual" if bits else ""}
     saved = [name for name in (*GIVEN[:4], "mask") if name in {*names, *new} - unread]
-    way.saves, way.saved = chooser((*GIVEN[:4], *new), saved), ("dy", *saved)
+    way.saves, way.saved = make_selector((*GIVEN[:4], *new), saved), ("dy", *saved)
     way.training, way.activation = training, activation.name
     way.written = next((place for place, name in enumerate(names) if name in GIVEN[4:]), 0) if training else 0
     way.row, way.form = 8 * channels, (x.dtype, x.device, list(x.shape), list(x.stride()))
     for name, one in (("dweight", call.weight), ("dbias", call.bias)):
-        way.parameters[name] = contiguous((channels,), x.dtype if one is None else one.dtype)
+        way.parameters[name] = contiguous_layout((channels,), x.dtype if one is None else one.dtype)
     return way
 
 
@@ -161,7 +169,7 @@ def prepare_backward(
 ) -> Backward | None:
     """Prepare calls like this one; ``None`` if it is not plain, whatever came before."""
     names = [name for name in ("x", "dy", "residual", "mask") if name in forward.saved]
-    choose = chooser(forward.saved, names)
+    choose = make_selector(forward.saved, names)
     given = choose(tensors)
     guard = _guard_of_plain(given, forward.form)
     if not guard(*given) or reduce(or_, [one.data_ptr() for one in given]) % VECTOR_BYTES:
@@ -202,7 +210,7 @@ def _guard_of_plain(tensors: Sequence[Tensor], form: Any) -> Guard:
         models.append(Parameter(model, one.requires_grad) if type(one) is Parameter else model)
         shapes.append([one.numel()] if masks else shape)
         all_strides.append([1] if masks else strides)
-    return guard_of(models, shapes, all_strides)
+    return make_guard(models, shapes, all_strides)
 
 
 def _is_plain(call: Call, given: Sequence[Tensor]) -> bool:
@@ -222,4 +230,4 @@ def _is_plain(call: Call, given: Sequence[Tensor]) -> bool:
 
 def _scratch(steps: ForwardSteps | BackwardSteps, x: Tensor) -> dict[str, Layout]:
     """Return the layouts of the partial results of a call's launches, and of the table of merged ones."""
-    return {name: contiguous(*form) for name, form in scratch_of(steps, x).items()}
+    return {name: contiguous_layout(*form) for name, form in scratch_of(steps, x).items()}

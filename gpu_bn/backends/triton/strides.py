@@ -49,7 +49,7 @@ def _view(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> View:
     shape = tuple(shape)
     contiguous = tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
     plain = all(a == b or size == 1 for a, b, size in zip(strides, contiguous, shape, strict=True))
-    layout = Layout.of_strides(shape, tuple(max(s, 1) for s in contiguous) if plain else strides, axis)
+    layout = Layout.from_strides(shape, tuple(max(s, 1) for s in contiguous) if plain else strides, axis)
     sizes = [shape[at] for at in layout.order]
     inverse = tuple(int(at) for at in np.argsort(layout.order))
     ordered = [math.prod(sizes[at + 1 :]) for at in range(len(sizes))]

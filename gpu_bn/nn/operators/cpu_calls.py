@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gpu_bn import registry
-from gpu_bn.backends.alike import Choice, Guard, Layout, chooser, contiguous, guard_of, layout_of, new_on_cpu
+from gpu_bn.backends.alike import (
+    Guard,
+    Layout,
+    Selector,
+    contiguous_layout,
+    empty_like_layout,
+    empty_on_cpu,
+    make_guard,
+    make_selector,
+)
 from gpu_bn.backends.protocol import Moments, Saved
 from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import library
@@ -44,7 +53,7 @@ class Forward:
     """
 
     guard: Guard
-    given: Choice
+    given: Selector
     engine: Any
     doors: Any
     door: Any
@@ -94,10 +103,10 @@ def forward(
         if door is None:
             return None
         function, record, threads, huge = door[:4]
-    y = new_on_cpu(*way.y)
+    y = empty_on_cpu(*way.y)
     if huge:
         doors.advise(y)
-    statistics = None if way.statistics is None else new_on_cpu(*way.statistics)
+    statistics = None if way.statistics is None else empty_on_cpu(*way.statistics)
     if function(
         record, x, residual, y, weight, bias, mean, var, counter, statistics, momentum, eps, parameter,
         doors.scratch_address(), threads,
@@ -123,15 +132,15 @@ def _prepare(
     if door is None:
         return None
     names = [name for name, one in zip(GIVEN, given, strict=True) if one is not None]
-    choose = chooser(GIVEN, names)
+    choose = make_selector(GIVEN, names)
     written = next((place for place, name in enumerate(names) if name in GIVEN[4:]), 0) if training else 0
     of_y = residual is not None and engine.keeps_output(activation, x.dtype)
     channels = x.shape[1]
-    statistics = contiguous((2 * channels,), torch.float64) if parts[-1] else None
-    dweight, dbias = (contiguous((channels,), x.dtype if one is None else one.dtype) for one in (weight, bias))
+    statistics = contiguous_layout((2 * channels,), torch.float64) if parts[-1] else None
+    dweight, dbias = (contiguous_layout((channels,), x.dtype if one is None else one.dtype) for one in (weight, bias))
     way = Forward(
-        guard_of(choose(given)), choose, engine, engine.doors, door, written, training, activation, of_y, layout_of(x),
-        statistics, dweight, dbias,
+        make_guard(choose(given)), choose, engine, engine.doors, door, written, training, activation, of_y,
+        empty_like_layout(x), statistics, dweight, dbias,
     )  # fmt: skip
     if len(_known) >= MOST:
         _known.clear()
@@ -180,10 +189,10 @@ class _Made(Function):
         if door is None:
             return _gradients_by_backend(ctx, dy, *saved)
         function, record, threads, huge = door[:4]
-        dx = new_on_cpu(*way.y) if need[0] else None
-        dweight = new_on_cpu(*way.dweight) if need[1] else None
-        dbias = new_on_cpu(*way.dbias) if need[2] else None
-        dresidual = new_on_cpu(*way.y) if need[3] and not passes else None
+        dx = empty_on_cpu(*way.y) if need[0] else None
+        dweight = empty_on_cpu(*way.dweight) if need[1] else None
+        dbias = empty_on_cpu(*way.dbias) if need[2] else None
+        dresidual = empty_on_cpu(*way.y) if need[3] and not passes else None
         if huge:
             for one in (dx, dresidual):
                 if one is not None:
@@ -211,7 +220,7 @@ def _prepare_backward(way: Forward, given: tuple[Tensor, ...], need: tuple[bool,
     kernel = way.activation + way.doors.OF_Y if way.of_y else way.activation
     door = way.doors.backward(x, residual, dy, need[0], adds, sums, way.training, kernel)
     if door is not None:
-        way.backward[need] = ((guard_of(given), door), *way.backward.get(need, ())[: VARIANTS - 1])
+        way.backward[need] = ((make_guard(given), door), *way.backward.get(need, ())[: VARIANTS - 1])
     return door
 
 
