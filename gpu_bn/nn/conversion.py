@@ -18,7 +18,7 @@ from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import modules
 from gpu_bn.nn.activated import joined, store_guarded
 from gpu_bn.nn.fused import Fused
-from gpu_bn.nn.fx.forward import own_forwards
+from gpu_bn.nn.fx.forward import restore_forwards
 from gpu_bn.nn.fx.graph import fuse_activations, is_ours, undo
 from gpu_bn.nn.fx.trace import in_mode
 from gpu_bn.nn.known_layers import CLASSES, class_of, frozen_eps, is_own, rule
@@ -58,7 +58,7 @@ def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -
     """
     report = Report() if report is None else report
     names = {module: name for name, module in model.named_modules()}
-    own_forwards(model)
+    restore_forwards(model)
     for module, name in names.items():
         if (known := rule(module)) is not None:
             _become(module, *known)

@@ -17,7 +17,7 @@ from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn.fx import activations
 from gpu_bn.nn.fx.forward import INTERNAL, is_watched
 from gpu_bn.nn.fx.graph import is_layer, is_ours, undo
-from gpu_bn.nn.fx.inspection import HELD
+from gpu_bn.nn.fx.inspection import NORM_ATTRIBUTES
 from gpu_bn.nn.fx.pairs import observed_pairs, traced_pairs
 from gpu_bn.nn.fx.trace import in_mode
 from gpu_bn.nn.known_layers import frozen_eps, known_norm
@@ -260,7 +260,7 @@ def _leave_the_rest(layer: Any, norm: Any) -> None:
     """Let a folded normalisation do the rest of its work."""
     _, activation = known_norm(norm) or (None, IDENTITY)
     ours = is_ours(norm) and "_converted_from" not in vars(norm)
-    numbers = {name: value for name, value in vars(norm).items() if name in HELD}  # code elsewhere may read them
+    numbers = {name: value for name, value in vars(norm).items() if name in NORM_ATTRIBUTES}  # other code may read them
     for name in [name for name in vars(norm) if name not in INTERNAL]:
         del vars(norm)[name]
     vars(norm).update({name: False if isinstance(value, bool) else value for name, value in numbers.items()})

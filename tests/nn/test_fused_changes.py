@@ -93,8 +93,8 @@ def test_a_forward_that_replaces_a_fused_one_is_called(called):
 
 def test_a_repeated_call_does_not_look_at_each_condition(monkeypatch):
     looks = []
-    agrees = Plan._agrees
-    monkeypatch.setattr(Plan, "_agrees", lambda *arguments: looks.append(1) or agrees(*arguments))
+    agrees = Plan._conditions_hold
+    monkeypatch.setattr(Plan, "_conditions_hold", lambda *arguments: looks.append(1) or agrees(*arguments))
     fused, _ = fused_with(Block(), "norm")
     looks.clear()
     for model, calls in ((fused, 1), (copy.deepcopy(fused), 1), (saved_and_loaded(fused), 1), (fused, 0)):

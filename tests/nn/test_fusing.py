@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from gpu_bn import nn
-from gpu_bn.nn.fx.trace import Refused, steps_of
+from gpu_bn.nn.fx.trace import Refused, record_steps
 
 
 def test_a_fused_model_is_the_model():
@@ -143,7 +143,7 @@ def test_checkpoints_are_kept(reentrant):
 def test_a_checkpoint_that_is_not_recorded_leaves_no_hooks():
     """Also while its exception is kept."""
     with pytest.raises(Refused) as refused:
-        steps_of(Checkpointed(False), lambda *_: True)
+        record_steps(Checkpointed(False), lambda *_: True)
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     assert refused.value.__cause__ is not None
 

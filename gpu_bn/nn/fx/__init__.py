@@ -1,1 +1,1 @@
-"""Trace or read models, so that a layer does the activation after it."""
+"""Find what can be merged or folded in a model, by tracing it or by reading its source text."""

@@ -1,4 +1,4 @@
-"""The activations as torch has them: functions, layers, and calls in a graph."""
+"""Map between activations and torch: its functions, its layers, and the calls in a graph."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], dict[str, str]]] = {
     "sigmoid": (torch.sigmoid, {}),
     "tanh": (torch.tanh, {}),
 }
-"""The rows of :data:`gpu_bn.activations.ROWS` but the identity, as torch has them."""
+"""The torch function of each activation in :data:`gpu_bn.activations.ROWS` except the identity, and its options."""
 
 
-def function(activation: Activation) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    """Return torch's function for an activation, and its options."""
+def torch_function(activation: Activation) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """Return the torch function that computes an activation, and its keyword arguments."""
     call, options = FUNCTIONS[activation.name]
     name = activation.row.parameter
     return call, {**options, name: activation.parameter} if name else {**options}
 
 
 def activate(z: Tensor, activation: Activation) -> Tensor:
-    """Apply an activation."""
+    """Apply an activation to a tensor, by torch's own functions."""
     if activation.is_identity:
         return z
-    call, options = function(activation)
+    call, options = torch_function(activation)
     return call(z, **options)
 
 
@@ -62,7 +62,7 @@ NAMES: dict[Any, str] = {
     "transformers.activations.GELUTanh": "gelu_tanh",
     "monai.networks.blocks.activation.MemoryEfficientSwish": "silu",
 }
-"""What has no parameter: functions, methods of tensors by name, and layers of any library by qualified name."""
+"""The activations without a parameter: functions, names of tensor methods, and qualified names of layers."""
 
 
 def _gelu(approximate: str = "none") -> Activation:
@@ -74,23 +74,30 @@ PARAMETRIC: dict[Any, tuple[str, Callable[..., Activation]]] = {
     **dict.fromkeys((F.elu, F.elu_, f"{_TORCH}.ELU"), ("alpha", elu)),
     **dict.fromkeys((F.gelu, f"{_TORCH}.GELU"), ("approximate", _gelu)),
 }
-"""Functions and layers with a parameter: its name, and the activation for a value."""
+"""Functions and layers with a parameter: the parameter's name, and a function from its value to the activation."""
 
 
 def activation_of_call(target: Any, rest: Sequence[Any], options: dict[str, Any]) -> Activation | None:
-    """Return the activation that a function or method is, if it is one of ours and otherwise given constants."""
+    """Return the activation that a call computes; ``None`` for another function or an argument that is not constant.
+
+    Args:
+        target: the function, or the name of the tensor's method.
+        rest: the positional arguments after the input.
+        options: the keyword arguments.
+    """
     name, make = PARAMETRIC.get(target, ("inplace", None))
-    given = dict(zip((name, "inplace"), rest, strict=False)) | options
-    given.pop("inplace", None)
-    if len(rest) > (2 if make else 1) or not given.keys() <= {name}:
+    arguments = dict(zip((name, "inplace"), rest, strict=False)) | options
+    arguments.pop("inplace", None)
+    if len(rest) > (2 if make else 1) or not arguments.keys() <= {name}:
         return None
     if make is None:
         return Activation(NAMES[target]) if target in NAMES else None
-    return make(*given.values()) if all(isinstance(value, (int, float, str)) for value in given.values()) else None
+    constant = all(isinstance(value, (int, float, str)) for value in arguments.values())
+    return make(*arguments.values()) if constant else None
 
 
 def activation_of(module: Any) -> Activation | None:
-    """Return the activation that a module is, if it is one of ours; a subclass may compute something else."""
+    """Return the activation that a module computes, or ``None``. A subclass is unknown: it may compute another."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if name in PARAMETRIC:
         parameter, make = PARAMETRIC[name]

@@ -1,7 +1,7 @@
-"""The ``forward`` of a fused module: its own steps, where our layers do the merged sums and activations.
+"""The ``forward`` of a fused module. It runs the module's steps, but layers also do the merged sums and activations.
 
-Nothing else about the module and its layers changes. The module's own ``forward`` runs, which is always right, if
-something has changed since the module was traced, or if the call has other arguments.
+Nothing else about the module and its layers changes. If something has changed since the module was traced, or if a
+call has other arguments, the original ``forward`` of the module runs instead, which is always right.
 """
 
 from __future__ import annotations
@@ -27,15 +27,20 @@ from gpu_bn.nn.operators.autograd import is_compiling
 INTERNAL = frozenset(vars(torch.nn.Module()))
 """The attributes that every module has."""
 SIMPLE = (bool, int, float, str)
+"""The types whose values are compared by ``==``; all others are compared by ``is``."""
 
 
 def normalise(
     norm: Any, x: Tensor, residual: Any, activation: str, parameter: float, in_place: bool, reversed_sum: bool
 ) -> Tensor:
-    """Compute ``activation(norm(x) + residual)``, in one call of the layer if possible; a step of a fused forward."""
+    """Compute ``activation(norm(x) + residual)``, in one call of the layer if possible.
+
+    Traced graphs call this function. ``reversed_sum`` computes ``residual + norm(x)``, and ``in_place`` adds into the
+    output of the layer, as the module's code did.
+    """
     act = chosen(activation, parameter)
     ours = isinstance(norm, Activated) and norm.activation.name == "identity"
-    fits = residual is None or (  # a layer neither broadcasts nor widens a dtype, as a sum does
+    fits = residual is None or (  # unlike a sum, a layer neither broadcasts nor promotes dtypes
         isinstance(residual, Tensor)
         and (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
     )
@@ -47,18 +52,21 @@ def normalise(
     return activate(z, act)
 
 
-class Differs(Exception):
-    """A condition does not hold that the graph relies on."""
+class ConditionError(Exception):
+    """Raised within a fused ``forward`` if a condition that its graph relies on does not hold."""
 
 
 def expect(condition: Any, value: bool) -> None:
-    """Make sure of a condition that a graph relies on; a step of a fused ``forward``, before all layers."""
+    """Raise :class:`ConditionError` if a condition differs from ``value``. Graphs call it before all layers."""
     if bool(condition) is not value:
-        raise Differs
+        raise ConditionError
 
 
 class Steps(NamedTuple):
-    """A module's graph, the names of its inputs, the defaults of its other parameters, the modules it goes into."""
+    """The recorded steps of a module: a graph, the names of its inputs, and the defaults of the other parameters.
+
+    ``entered`` lists the modules whose own steps are in the graph, and others that must not change either.
+    """
 
     graph: Graph
     names: tuple[str, ...]
@@ -67,24 +75,24 @@ class Steps(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """A layer of ours, what it also does, and the activations and identities whose work that was."""
+    """A merge of ``what``, such as ``"sum, relu"``, into the layer ``norm``; ``parts`` are no longer called."""
 
     norm: Any
     what: str
     parts: list[torch.nn.Module]
 
 
-class Seen:
-    """A state of some modules: while it lasts, what held in it still does, and to look for it takes less time.
+class Snapshot:
+    """The state of some modules. To compare it takes less time than to check all conditions of a plan.
 
     Args:
-        merged: layers, which hooks, a ``forward`` of their own or modules in them would change.
-        fixed: other modules, of which modes and attributes matter too, with these.
+        merged: the layers. Hooks, a replaced ``forward`` or modules in them would change what they compute.
+        fixed: the other modules, each with its attributes and its children. Their modes matter as well.
     """
 
     def __init__(self, merged: list[Any], fixed: list[tuple[Any, tuple[tuple[str, Any], ...], Any]]) -> None:
         modules = [module for module, _, _ in fixed]
-        self.hooks = RemovableHandle.next_id  # the hooks of this process so far
+        self.hooks = RemovableHandle.next_id  # it grows with each hook that this process registers
         self.dicts = [*map(vars, (*merged, *modules)), *[module._modules for module in (*merged, *modules)]]
         self.lengths = [*map(len, self.dicts)]
         self.values: list[tuple[Callable[[Any], Any], Any, tuple[Any, ...]]] = []
@@ -96,24 +104,24 @@ class Seen:
             if children:
                 self.values.append((dict.values, module._modules, children))
 
-    def lasts(self) -> bool:
-        """Tell whether the state is the same."""
+    def is_current(self) -> bool:
+        """Tell whether the modules are still in this state."""
         if RemovableHandle.next_id != self.hooks or [*map(len, self.dicts)] != self.lengths:
             return False
         try:
-            for read, of, before in self.values:
-                if not all(map(is_, read(of), before)):
+            for read, owner, before in self.values:
+                if not all(map(is_, read(owner), before)):
                     return False
-        except KeyError:  # an attribute is gone, and there is another
+        except KeyError:  # another attribute has replaced one
             return False
         return True
 
 
 class Plan:
-    """The steps of a module in one mode, and what must not have changed since they were recorded."""
+    """The compiled steps of a module in one mode, and the conditions under which they are still right."""
 
-    seen: Seen | None = None
-    """What was there when all conditions last held."""
+    snapshot: Snapshot | None = None
+    """The state in which all conditions last held."""
 
     def __init__(self, steps: Steps, merges: list[Merge]) -> None:
         code = steps.graph.python_code("self")
@@ -124,7 +132,7 @@ class Plan:
         self.function = self._compiled()
 
     def _watch(self, merges: list[Merge], entered: list[torch.nn.Module]) -> None:
-        """Remember what the steps were recorded from. Layers check themselves: only hooks on them matter."""
+        """Remember the modules that the steps depend on; of layers only hooks matter, as they read their attributes."""
         parts = dict.fromkeys(part for norm, _, others in merges for part in (norm, *others))
         self.merged: list[Any] = [part for part in parts if isinstance(part, Activated)]
         fixed = [*entered, *(part for part in parts if not isinstance(part, Activated))]
@@ -138,10 +146,10 @@ class Plan:
         return scope["forward"]  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name not in ("function", "seen")}
+        state = {name: value for name, value in vars(self).items() if name not in ("function", "snapshot")}
         try:
             pickle.dumps((self.globals, self.defaults))
-        except Exception:  # a function that cannot be saved: the loaded module runs its own forward
+        except Exception:  # a function that cannot be pickled: the loaded module runs its original forward
             state.update(source=None, globals={}, defaults={})
         return state
 
@@ -150,33 +158,33 @@ class Plan:
         self.function = self._compiled()
 
     def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
-        """Return the inputs in the graph's order, if a call gives nothing else."""
-        names, given = self.names, arguments
+        """Return the tensors of a call in the order of the graph's inputs; ``None`` if the call has other arguments."""
+        names, inputs = self.names, arguments
         if options:
-            given += tuple([options.get(name) for name in names[len(arguments) :]])
+            inputs += tuple([options.get(name) for name in names[len(arguments) :]])
             for name, value in options.items():
                 if name in names[: len(arguments)] or (
                     name not in names and self.defaults.get(name, self) is not value
                 ):
                     return None
-        if len(given) != len(names):
+        if len(inputs) != len(names):
             return None
-        for value in given:  # a generator would take twice as long
+        for value in inputs:  # a generator would take twice as long
             if not isinstance(value, Tensor):
                 return None
-        return given
+        return inputs
 
-    def holds(self, training: bool) -> bool:
-        """Tell whether nothing has changed: no hooks, no other modes, attributes or modules."""
+    def is_valid(self, training: bool) -> bool:
+        """Tell whether nothing has changed: no hooks, modes, attributes or modules."""
         if is_compiling():
-            return self._agrees(training)
-        if self.seen is not None and self.seen.lasts():
+            return self._conditions_hold(training)
+        if self.snapshot is not None and self.snapshot.is_current():
             return True
-        agrees = self._agrees(training)
-        self.seen = Seen(self.merged, self.fixed) if agrees else None
-        return agrees
+        valid = self._conditions_hold(training)
+        self.snapshot = Snapshot(self.merged, self.fixed) if valid else None
+        return valid
 
-    def _agrees(self, training: bool) -> bool:
+    def _conditions_hold(self, training: bool) -> bool:
         if torch_module._has_any_global_hook():
             return False
         for module in self.merged:
@@ -195,7 +203,7 @@ class Plan:
 
 
 class TextPlan(Plan):
-    """A module's own text with merged calls, for both modes and any arguments; only its children must not change."""
+    """A module's source text with merged calls, for both modes and any arguments. Only the children must not change."""
 
     def __init__(self, module: torch.nn.Module, source: str, merges: list[Merge]) -> None:
         self.source, self.kind = source, type(module)
@@ -207,9 +215,9 @@ class TextPlan(Plan):
     def _compiled(self) -> Callable[..., Any] | None:
         if self.source is None:
             return None
-        made: dict[str, Any] = {}
-        exec(self.source, self.kind.forward.__globals__, made)
-        function = made["make"](normalise)
+        scope: dict[str, Any] = {}
+        exec(self.source, self.kind.forward.__globals__, scope)
+        function = scope["make"](normalise)
         return lambda module, arguments, options: function(module, *arguments, **options)
 
     def inputs(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
@@ -224,12 +232,12 @@ class Forward:
 
     @property
     def own(self) -> Callable[..., Any]:
-        """Return the module's own ``forward``."""
+        """The module's original ``forward``."""
         return type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        """Return the module's own ``forward`` as a function: who binds it again may bind it to a copy."""
+        """The module's original ``forward`` as a function, for code that binds it to another module, such as a copy."""
         return type(self.module).forward
 
     @property
@@ -246,26 +254,26 @@ class Forward:
         plan = self.plans.get(training)
         if plan is not None:
             inputs = plan.inputs(arguments, options)
-            if inputs is not None and plan.holds(training) and plan.function is not None:
+            if inputs is not None and plan.is_valid(training) and plan.function is not None:
                 try:
                     return plan.function(module, *inputs)
-                except Differs:
+                except ConditionError:
                     pass
         return type(module).forward(module, *arguments, **options)
 
 
-def is_same(found: Any, value: Any) -> bool:
-    """Tell whether a value is the one that was recorded; simple ones only have to be equal."""
-    return found is value or (type(value) in SIMPLE and type(found) in SIMPLE and found == value)
+def is_same(value: Any, recorded: Any) -> bool:
+    """Tell whether a value is the recorded object, or equals it if both have one of the :data:`SIMPLE` types."""
+    return value is recorded or (type(recorded) in SIMPLE and type(value) in SIMPLE and value == recorded)
 
 
 def is_patched(module: torch.nn.Module) -> bool:
-    """Tell whether a module has a ``forward`` of its own, other than a fused one."""
+    """Tell whether a module has a ``forward`` as an instance attribute, other than a fused one."""
     return not isinstance(vars(module).get("forward"), Forward | None)
 
 
 def is_watched(module: torch.nn.Module) -> bool:
-    """Tell whether hooks, or a ``forward`` of its own, see or change what goes into a module and comes out of it."""
+    """Tell whether hooks or a patched ``forward`` may see or change the inputs and outputs of a module."""
     return is_patched(module) or has_hooks(module)
 
 
@@ -273,8 +281,8 @@ def _attributes(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in vars(module).items() if name not in INTERNAL and name != "forward")
 
 
-def own_forwards(model: torch.nn.Module) -> None:
-    """Give the modules of a model their own ``forward`` back."""
+def restore_forwards(model: torch.nn.Module) -> None:
+    """Remove the fused ``forward`` of each module in a model, so that the original one runs again."""
     for module in model.modules():
         if isinstance(vars(module).get("forward"), Forward):
             del vars(module)["forward"]

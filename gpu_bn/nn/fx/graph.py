@@ -1,8 +1,9 @@
-"""Merge activations and sums into our layers, module by module.
+"""Merge activations and sums into the layers of gpu_bn, module by module.
 
 A module that calls a layer and then an activation gets a ``forward`` in which the layer does both
-(:mod:`gpu_bn.nn.fx.forward`); nothing else about it changes. Its graph calls the modules in it as they are. It goes
-into a module only if an activation follows that module's last layer, or if the module is given more than tensors.
+(:mod:`gpu_bn.nn.fx.forward`); nothing else about it changes. Its graph calls the modules in it as they are. The steps
+of such a module become part of the graph only if it ends with a layer, begins with the activation of the layer before
+it, or is called with more than tensors.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_bn.activations import Activation
 from gpu_bn.nn.activated import Activated
-from gpu_bn.nn.fx import activations
-from gpu_bn.nn.fx.activations import activation_of, activation_of_call
+from gpu_bn.nn.fx.activations import activation_of, activation_of_call, torch_function
 from gpu_bn.nn.fx.aliases import aliases, is_opaque, may_overwrite, module_of
-from gpu_bn.nn.fx.forward import Forward, Merge, Plan, Steps, is_patched, is_watched, normalise, own_forwards
+from gpu_bn.nn.fx.forward import Forward, Merge, Plan, Steps, is_patched, is_watched, normalise, restore_forwards
 from gpu_bn.nn.fx.text import text_plan
-from gpu_bn.nn.fx.trace import Refused, in_mode, steps_of
+from gpu_bn.nn.fx.trace import Refused, in_mode, record_steps
 from gpu_bn.nn.known_layers import counterpart, looks_frozen
 from gpu_bn.nn.report import Report
 
@@ -32,17 +32,17 @@ LEAVES = ("torch.nn.", "torch.ao.nn.")
 
 
 def is_layer(module: torch.nn.Module) -> bool:
-    """Tell whether a module is a batch normalisation, which graphs call as a whole."""
+    """Tell whether a module is a batch normalisation of any library. Graphs call these as a whole."""
     known = isinstance(module, (_BatchNorm, Activated)) or counterpart(type(module)) is not None
     return known or looks_frozen(module)
 
 
 def fuse_activations(model: torch.nn.Module, report: Report) -> None:
-    """Let our layers do the activations that follow them anywhere in a model, and the sums between the two."""
+    """Merge activations into the layers that they follow anywhere in a model, and the sums between the two."""
     names = {module: name for name, module in model.named_modules()}
     plans: dict[torch.nn.Module, dict[bool, Plan]] = {}
     reasons: dict[torch.nn.Module, str] = {}
-    done: dict[torch.nn.Module, set[str]] = {}
+    merged: dict[torch.nn.Module, set[str]] = {}
     for training in (True, False):
         with in_mode(model.modules(), training):
             fusion = _Fusion(model)
@@ -59,18 +59,18 @@ def fuse_activations(model: torch.nn.Module, report: Report) -> None:
                 if plan is not None:
                     plans.setdefault(module, {})[training] = plan
                 for norm, what, _ in merges:
-                    done.setdefault(norm, set()).add(what)
+                    merged.setdefault(norm, set()).add(what)
     for module, by_mode in plans.items():
         module.__dict__["forward"] = Forward(module, by_mode)
     for norm, name in names.items():
-        if norm in done:
-            report.merged[name] = norm.__dict__["_merged"] = " or ".join(sorted(done[norm]))
+        if norm in merged:
+            report.merged[name] = norm.__dict__["_merged"] = " or ".join(sorted(merged[norm]))
         elif isinstance(norm, Activated) and norm.activation.is_identity:
             report.left[name] = _reason(model, norm, name, reasons)
 
 
 def _reason(model: torch.nn.Module, norm: torch.nn.Module, name: str, reasons: dict[torch.nn.Module, str]) -> str:
-    """Say why a layer has nothing merged: the innermost module around it was refused, or something else follows it."""
+    """Return why nothing was merged into a layer, for the report."""
     if is_watched(norm):
         return "it has hooks or a forward of its own"
     parent = name
@@ -81,7 +81,7 @@ def _reason(model: torch.nn.Module, norm: torch.nn.Module, name: str, reasons: d
             return reasons[module]
         if type(module) not in CONTAINERS:
             break
-    return "no activation that is known follows it alone"
+    return "no known activation alone reads its output"
 
 
 class _Fusion:
@@ -91,32 +91,29 @@ class _Fusion:
         self.holders = {
             module for module in model.modules() if not is_leaf(module) and any(map(is_ours, module.modules()))
         }
-        self.known: dict[torch.nn.Module, Steps | Refused] = {}
+        self.recorded: dict[torch.nn.Module, Steps | Refused] = {}
 
     def steps(self, module: torch.nn.Module) -> Steps | Refused:
-        """Return the recorded steps of a module, or why there are none."""
-        if module not in self.known:
+        """Return the recorded steps of a module, or the reason why they cannot be recorded."""
+        if module not in self.recorded:
             try:
-                self.known[module] = steps_of(module, self.enters)
+                self.recorded[module] = record_steps(module, self.enters)
             except Refused as error:
-                self.known[module] = error
-        return self.known[module]
+                self.recorded[module] = error
+        return self.recorded[module]
 
     def enters(self, module: torch.nn.Module, arguments: Any, options: Any) -> bool:
-        """Tell whether a graph goes into a module that it calls.
-
-        It does if the module ends with a layer, or begins with the activation of a layer before it, or is given more
-        than tensors.
-        """
+        """Tell whether the own steps of a called module become part of the graph; see the head of this file."""
         if is_watched(module):
             return False
-        given = (*arguments, *options.values())
+        inputs = (*arguments, *options.values())
         if module not in self.holders:
             begins = type(module) is torch.nn.Sequential and len(module) > 0 and activation_of(module[0]) is not None
-            return begins and any(is_ours(module_of(value.tracer.root, value.node)) for value in given)
-        return not all(isinstance(value, torch.fx.Proxy) for value in given) or self.ends_with_layer(module)
+            return begins and any(is_ours(module_of(value.tracer.root, value.node)) for value in inputs)
+        return not all(isinstance(value, torch.fx.Proxy) for value in inputs) or self.ends_with_layer(module)
 
     def ends_with_layer(self, module: torch.nn.Module) -> bool:
+        """Tell whether a module returns the output of a layer, directly or through identities."""
         if is_ours(module):
             return True
         if module not in self.holders or is_watched(module) or isinstance(steps := self.steps(module), Refused):
@@ -129,20 +126,20 @@ class _Fusion:
 
 
 def is_leaf(module: torch.nn.Module) -> bool:
-    """Tell whether graphs call a module as a whole: scripted ones, normalisations, and torch's but for containers."""
-    torchs = type(module).__module__.startswith(LEAVES) and type(module) is not torch.nn.Sequential
-    return torchs or is_layer(module) or isinstance(module, torch.jit.ScriptModule)
+    """Tell whether graphs call a module as a whole: normalisations, scripted modules, and torch's except Sequential."""
+    from_torch = type(module).__module__.startswith(LEAVES) and type(module) is not torch.nn.Sequential
+    return from_torch or is_layer(module) or isinstance(module, torch.jit.ScriptModule)
 
 
 def is_ours(module: Any) -> bool:
-    """Tell whether a module is a layer of ours."""
+    """Tell whether a module is a layer of gpu_bn."""
     return isinstance(module, Activated)
 
 
 def _merge(module: torch.nn.Module, graph: Graph) -> list[Merge]:
-    """Merge in a module's graph."""
+    """Merge what can be merged in a module's graph, and list it."""
     merges = []
-    for node in reversed(list(graph.nodes)):  # from the end: of a sum's two layers the later takes the other's output
+    for node in reversed(list(graph.nodes)):  # of two layers whose outputs are added, the later takes the sum
         if is_ours(module_of(module, node)) and len(node.args) == 1 and not node.kwargs:
             merges += _merge_node(module, graph, node)
     graph.lint()
@@ -150,7 +147,10 @@ def _merge(module: torch.nn.Module, graph: Graph) -> list[Merge]:
 
 
 def _merge_node(root: torch.nn.Module, graph: Graph, node: Node) -> list[Merge]:
-    """Merge a layer's node with what follows it, at the place where its last input is read: its own, or the sum's."""
+    """Merge a layer's node with the activation after it, or with a sum and the activation after that.
+
+    The merged call stands where the layer was called, or with a sum where the sum was.
+    """
     norm: Any = module_of(root, node)
     if not norm.activation.is_identity or is_watched(norm):
         return []
@@ -173,13 +173,13 @@ def _merge_node(root: torch.nn.Module, graph: Graph, node: Node) -> list[Merge]:
         merged = graph.call_function(normalise, (layer, node.args[0], residual, *options))
     following.replace_all_uses_with(merged)
     parts = [called for each in (*chain[1:], following) if (called := module_of(root, each)) is not None]
-    for done in (following, *reversed(chain)):
-        graph.erase_node(done)
+    for unused in (following, *reversed(chain)):
+        graph.erase_node(unused)
     return [Merge(norm, f"{'sum, ' * (residual is not None)}{activation!r}", parts)]
 
 
 def _following(root: torch.nn.Module, chain: list[Node]) -> Node | None:
-    """Return the only user of a chain's end; identities on the way join the chain."""
+    """Return the only user of a chain's last node, or ``None``. Identities are skipped and appended to the chain."""
     while len(chain[-1].users) == 1:
         (user,) = chain[-1].users
         module = module_of(root, user)
@@ -190,7 +190,10 @@ def _following(root: torch.nn.Module, chain: list[Node]) -> Node | None:
 
 
 def _other_term(node: Node, term: Node) -> Node | None:
-    """Return what a plain addition adds to a term; an addition in place may overwrite only that term."""
+    """Return the other term of a sum, or ``None`` if the node is no plain sum of two nodes.
+
+    A sum in place counts only if it overwrites ``term``.
+    """
     if node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
         return None
     if node.target in IN_PLACE and node.args[0] is not term:
@@ -200,9 +203,10 @@ def _other_term(node: Node, term: Node) -> Node | None:
 
 
 def _may_merge(root: torch.nn.Module, call: Node, residual: Node, addition: Node) -> bool:
-    """Tell whether a layer's call can wait for the residual, and keep it.
+    """Tell whether a layer's call can be moved to the sum with a residual, which the layer then saves for its gradient.
 
-    It can if nothing overwrites a tensor or calls the layer before the sum, and nothing overwrites the residual at all.
+    It can if no tensor is overwritten and the layer is not called again before the sum, and if the residual is never
+    overwritten.
     """
     layer: Any = module_of(root, call)
     inputs = aliases(root, call.all_input_nodes[0])
@@ -223,6 +227,7 @@ def _may_merge(root: torch.nn.Module, call: Node, residual: Node, addition: Node
 
 
 def _activation(root: torch.nn.Module, node: Node) -> Activation | None:
+    """Return the activation that a node computes, or ``None``."""
     module = module_of(root, node)
     if module is not None:
         return None if is_watched(module) else activation_of(module)
@@ -232,8 +237,8 @@ def _activation(root: torch.nn.Module, node: Node) -> Activation | None:
 
 
 def undo(model: torch.nn.Module) -> None:
-    """Let torch's functions do the activations and sums that calls of our layers do in a model."""
-    own_forwards(model)
+    """Undo all merges in a model: torch's functions compute the activations and sums again."""
+    restore_forwards(model)
     for traced in model.modules():
         if isinstance(traced, GraphModule):
             for node in list(traced.graph.nodes):
@@ -247,20 +252,20 @@ def undo(model: torch.nn.Module) -> None:
 
 def _undo_call(graph: Graph, node: Node) -> None:
     """Take the sum and the activation out of a layer's call in a graph."""
-    given: dict[str, Any] = dict(zip(("input", "residual", "activation", "mask"), node.args, strict=False))
-    given.update(node.kwargs)
-    if given.keys() <= {"input"} or given.get("mask") is not None:
+    arguments: dict[str, Any] = dict(zip(("input", "residual", "activation", "mask"), node.args, strict=False))
+    arguments.update(node.kwargs)
+    if arguments.keys() <= {"input"} or arguments.get("mask") is not None:
         return
-    chosen = given.get("activation")
+    chosen = arguments.get("activation")
     if isinstance(chosen, Node) and chosen.target is Activation:  # an activation with a parameter is a node of its own
         chosen = Activation(*chosen.args, **chosen.kwargs)  # type: ignore[arg-type]
     activation = Activation.of(chosen)
     with graph.inserting_before(node):
-        value = graph.call_module(str(node.target), (given["input"],))
-        if given.get("residual") is not None:
-            value = graph.call_function(torch.add, (value, given["residual"]))
+        value = graph.call_module(str(node.target), (arguments["input"],))
+        if arguments.get("residual") is not None:
+            value = graph.call_function(torch.add, (value, arguments["residual"]))
         if not activation.is_identity:
-            call, options = activations.function(activation)
+            call, options = torch_function(activation)
             value = graph.call_function(call, (value,), options)
     node.replace_all_uses_with(value)
     graph.erase_node(node)

@@ -1,4 +1,7 @@
-"""Find the normalisations that alone read the outputs of a layer: in the graphs of a model, or in a call of it."""
+"""Find the pairs of a layer and the normalisation that alone reads its outputs: in the graphs or in a call of a model.
+
+A pair can be folded if nothing else reads the outputs, parameters or buffers of the two.
+"""
 
 from __future__ import annotations
 
@@ -21,41 +24,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu_bn.nn.fx.aliases import module_of
 from gpu_bn.nn.fx.forward import is_watched
 from gpu_bn.nn.fx.graph import is_layer, is_leaf
-from gpu_bn.nn.fx.inspection import is_inspected, readers_told
-from gpu_bn.nn.fx.trace import Refused, steps_of
+from gpu_bn.nn.fx.inspection import is_inspected, report_reads
+from gpu_bn.nn.fx.trace import Refused, record_steps
 
 Pairs = list[tuple[Any, Any]]
+"""Layers, each with its normalisation."""
 Reasons = dict[torch.nn.Module, str]
+"""Normalisations, each with the reason why it is in no pair."""
 OTHERS = "others read the outputs or parameters of the layer before it, or call one of the two"
 INSPECTED = "the model's code asks for its class or attributes"
 
 
 def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
-    """Find the pairs in the graph of a model, or else in those of the modules in it; and why others are none."""
+    """Find the pairs in the graph of a model. Where a module cannot be traced, those in its children are searched."""
     pairs: Pairs = []
     reasons: Reasons = {}
     names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    held = Counter(id(tensor) for module in model.modules() for tensor in _tensors_of(module))
-    left, seen = [model], set()
-    while left:
-        module = left.pop()
-        if module in seen:
+    owners = Counter(id(tensor) for module in model.modules() for tensor in _tensors_of(module))
+    pending, visited = [model], set()
+    while pending:
+        module = pending.pop()
+        if module in visited:
             continue
-        seen.add(module)
-        if is_leaf(module):  # a list of modules is a leaf too
-            left += module.children()
+        visited.add(module)
+        if is_leaf(module):  # a ModuleList is a leaf too
+            pending += module.children()
             continue
         inspected: set[torch.nn.Module] = set()
         try:
-            with readers_told(list(filter(is_layer, module.modules())), inspected.add):
-                graph = steps_of(module, partial(_enters, inspected), run=False).graph
+            with report_reads(list(filter(is_layer, module.modules())), inspected.add):
+                graph = record_steps(module, partial(_enters, inspected), run=False).graph
         except Refused as error:
             reasons.update((child, f"{type(module).__name__}: {error}") for child in module.children())
-            left += module.children()
+            pending += module.children()
             continue
         for layer, norm, alone in _pairs_in(module, graph):
             once = module is model or names[layer] == names[norm] == 1
-            tied = any(held[id(tensor)] > 1 for each in (layer, norm) for tensor in _tensors_of(each))
+            tied = any(owners[id(tensor)] > 1 for each in (layer, norm) for tensor in _tensors_of(each))
             if norm in inspected or not alone or not once or tied:
                 reasons[norm] = INSPECTED if norm in inspected else OTHERS
             else:
@@ -64,7 +69,7 @@ def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
 
 
 def _pairs_in(root: torch.nn.Module, graph: Graph) -> Iterator[tuple[Any, Any, bool]]:
-    """Yield each layer and the normalisation that reads it in a graph, and whether nothing else there uses the two."""
+    """Yield each layer, the normalisation that reads it in a graph, and whether nothing else there uses the two."""
     calls = Counter(module_of(root, node) for node in graph.nodes)
     read = Counter(id(attrgetter(str(node.target))(root)) for node in graph.nodes if node.op == "get_attr")
     for node in graph.nodes:
@@ -79,46 +84,54 @@ def _pairs_in(root: torch.nn.Module, graph: Graph) -> Iterator[tuple[Any, Any, b
 
 
 def _tensors_of(module: torch.nn.Module) -> list[Tensor]:
-    """List a module's own parameters and buffers."""
-    held = (*module._parameters.values(), *module._buffers.values())
-    return [tensor for tensor in held if tensor is not None]
+    """Return the parameters and buffers of a module without those of its children."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 VARIANTS = (conv._ConvNd, pooling._AvgPoolNd, pooling._MaxPoolNd)
-"""The classes whose subclasses in other libraries compute their padding of shapes, which cannot be traced."""
+"""Classes whose subclasses in other libraries compute a padding from the shape of the input: they cannot be traced."""
 
 
 def _enters(inspected: set[torch.nn.Module], called: torch.nn.Module, *_: Any) -> bool:
-    """Tell whether a graph goes into a module."""
-    if is_layer(called) and is_inspected(called, steps_of.__code__):
+    """Tell whether the own steps of a called module become part of the graph. Add inspected normalisations to a set."""
+    if is_layer(called) and is_inspected(called, record_steps.__code__):
         inspected.add(called)
     return not (is_leaf(called) or is_watched(called) or (isinstance(called, VARIANTS) and not called._modules))
 
 
 def observed_pairs(model: torch.nn.Module, inputs: Iterable[Any], options: dict[str, Any]) -> tuple[Pairs, Reasons]:
-    """Find the pairs in a call of a model; and why others are none."""
+    """Call a model and find the pairs in this call."""
     watch = _Watch(model)
     try:
-        with readers_told(watch.norms, watch.inspect), torch.no_grad(), watch, _DispatchWatch(watch):
+        with report_reads(watch.norms, watch.inspect), torch.no_grad(), watch, _DispatchWatch(watch):
             result = model(*inputs, **options)
     finally:
         watch.end()
     for tensor in _tensors(result):
-        watch.reads(tensor)
+        watch.count_read(tensor)
     del result
     return watch.pairs()
 
 
 class _Watch(TorchFunctionMode):
-    """Watches which layer makes a tensor, who reads it, and who reads parameters and buffers."""
+    """Record during a call which layer returns a tensor, which functions read it, and who reads parameters and buffers.
+
+    Attributes:
+        reads: how often each tensor is read outside layers, by the id of the tensor.
+        producers: the layer that returned each tensor, by the id of the tensor.
+        outputs: the outputs of each layer. They are kept, or another tensor could get the id of one.
+        inputs: the ids of each normalisation's inputs, ``None`` for an input that no layer returned or with a mask.
+        depth: the number of layers that are running, one within the other.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.read: Counter[int] = Counter()
-        self.made: dict[int, Any] = {}
-        self.outputs: dict[Any, list[Tensor]] = {}  # kept, so that no other tensor gets their ids
+        self.reads: Counter[int] = Counter()
+        self.producers: dict[int, Any] = {}
+        self.outputs: dict[Any, list[Tensor]] = {}
         self.inputs: dict[Any, list[Any]] = {}
-        self.inside = 0
+        self.depth = 0
         self.layers = [module for module in model.modules() if is_leaf(module) and not is_layer(module)]
         self.norms = [module for module in model.modules() if is_layer(module)]
         self.tensors = {id(tensor) for module in model.modules() for tensor in _tensors_of(module)}
@@ -130,64 +143,70 @@ class _Watch(TorchFunctionMode):
                 self.handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
 
     def end(self) -> None:
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
     def _enter(self, module: Any, arguments: Any, options: Any) -> None:
-        if self.inside == 0:
+        if self.depth == 0:
             others = [*arguments, *options.values()]
             if is_layer(module):
                 if is_inspected(module, observed_pairs.__code__):
                     self.inspect(module)
                 x = arguments[0] if arguments else options.get("input")
                 plain = len(arguments) < 4 and options.get("mask") is None
-                self.inputs.setdefault(module, []).append(id(x) if plain and id(x) in self.made else None)
+                self.inputs.setdefault(module, []).append(id(x) if plain and id(x) in self.producers else None)
                 others = [*arguments[1:], *(value for name, value in options.items() if name != "input")]
             for tensor in _tensors(others):
-                self.reads(tensor)
-        self.inside += 1
+                self.count_read(tensor)
+        self.depth += 1
 
     def inspect(self, norm: torch.nn.Module) -> None:
-        if self.inside == 0:
+        """Note that the model's code inspects a normalisation."""
+        if self.depth == 0:
             self.inspected.add(norm)
 
     def _leave(self, module: Any, _arguments: Any, _options: Any, result: Any) -> None:
-        self.inside -= 1
-        if self.inside == 0 and isinstance(result, Tensor) and not is_layer(module):
-            self.made[id(result)] = module
+        self.depth -= 1
+        if self.depth == 0 and isinstance(result, Tensor) and not is_layer(module):
+            self.producers[id(result)] = module
             self.outputs.setdefault(module, []).append(result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        if self.inside == 0 and not _is_metadata(func):
+        if self.depth == 0 and not _is_metadata(func):
             for tensor in _tensors((args, kwargs)):
-                self.reads(tensor)
+                self.count_read(tensor)
         return func(*args, **(kwargs or {}))
 
-    def reads(self, tensor: Tensor) -> None:
-        if id(tensor) in self.made or id(tensor) in self.tensors:  # an earlier one may have had a later one's id
-            self.read[id(tensor)] += 1
+    def count_read(self, tensor: Tensor) -> None:
+        """Count a read of a tensor if it is a layer's output, a parameter or a buffer.
+
+        Other tensors are freed, and a later output may get the id of one.
+        """
+        if id(tensor) in self.producers or id(tensor) in self.tensors:
+            self.reads[id(tensor)] += 1
 
     def pairs(self) -> tuple[Pairs, Reasons]:
         """Find the layers all of whose outputs go into one normalisation, which reads nothing else."""
         found: Pairs = []
         reasons: Reasons = {}
-        if any(map(_is_held, self.outputs.values())):
+        if any(map(_is_referenced, self.outputs.values())):
             gc.collect()  # frames of the call, which hold tensors, may be in cycles of references
-        reads = Counter(source for inputs in self.inputs.values() for source in inputs)
-        held = Counter(id(tensor) for module in (*self.layers, *self.norms) for tensor in _tensors_of(module))
+        norm_reads = Counter(source for inputs in self.inputs.values() for source in inputs)
+        owners = Counter(id(tensor) for module in (*self.layers, *self.norms) for tensor in _tensors_of(module))
         for norm, inputs in self.inputs.items():
-            layers = {self.made.get(source) for source in inputs}
+            layers = {self.producers.get(source) for source in inputs}
             layer = layers.pop() if len(layers) == 1 else None
             if layer is None:
                 continue
-            made = [id(tensor) for tensor in self.outputs[layer]]
+            outputs = [id(tensor) for tensor in self.outputs[layer]]
             tensors = [tensor for each in (layer, norm) for tensor in _tensors_of(each)]
             alone = (
-                sorted(made) == sorted(inputs)
-                and all(reads[source] == 1 and self.read[source] == 0 for source in made)
-                and not any(self.read[id(tensor)] or held[id(tensor)] > 1 for tensor in tensors)
-                and not _is_held(self.outputs[layer])
+                sorted(outputs) == sorted(inputs)
+                and all(norm_reads[output] == 1 and self.reads[output] == 0 for output in outputs)
+                and not any(self.reads[id(tensor)] or owners[id(tensor)] > 1 for tensor in tensors)
+                and not _is_referenced(self.outputs[layer])
             )
             weight = getattr(layer, "weight", None)
             if norm in self.inspected:
@@ -200,13 +219,13 @@ class _Watch(TorchFunctionMode):
         return found, reasons
 
 
-def _is_held(outputs: list[Tensor]) -> bool:
-    """Tell whether something else than a list holds one of its tensors."""
+def _is_referenced(outputs: list[Tensor]) -> bool:
+    """Tell whether anything but a list refers to one of its tensors."""
     return any(sys.getrefcount(tensor) > 3 for tensor in outputs)
 
 
 class _DispatchWatch(TorchDispatchMode):
-    """Watches who reads a tensor in scripted code, which calls no Python functions."""
+    """Count the reads of tensors in scripted code, which calls no Python functions."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
@@ -214,9 +233,9 @@ class _DispatchWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        if self.watch.inside == 0:
+        if self.watch.depth == 0:
             for tensor in _tensors((args, kwargs)):
-                self.watch.reads(tensor)
+                self.watch.count_read(tensor)
         return func(*args, **(kwargs or {}))
 
 
@@ -228,10 +247,11 @@ METADATA = frozenset({
     "size", "dim", "numel", "stride", "is_contiguous", "ndimension", "nelement", "is_floating_point", "element_size",
     "__get__", "__len__", "storage_offset", "is_complex", "is_signed", "get_device", "__repr__", "type",
 })  # fmt: skip
+"""The names of functions and methods that read no values of a tensor."""
 
 
 def _is_metadata(func: Any) -> bool:
-    """Tell whether a function reads no values of a tensor: only an attribute, or its shape."""
+    """Tell whether a function reads an attribute or the shape of a tensor, but not its values."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") not in ("data", "T", "mT", "H", "grad", "real")

@@ -1,6 +1,6 @@
-"""What a module's code reads beside its inputs.
+"""Find the values that a module's code reads beside its inputs.
 
-A graph keeps the values of the day that it was made, and must not run once they have changed.
+A graph holds these values as they were when it was recorded. It must not run after they have changed.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
-from gpu_bn.nn.fx.forward import INTERNAL, SIMPLE, Differs, is_same
+from gpu_bn.nn.fx.forward import INTERNAL, SIMPLE, ConditionError, is_same
 
-MOST = 100
-"""Values in containers and objects that are compared in each call; a module that reads more is refused."""
+MAX_VALUES = 100
+"""The most values in containers and objects that are compared in each call. A module that reads more is refused."""
 CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict)
-WHOLE = (torch.nn.Module, torch.Tensor, type, ModuleType, FunctionType)
-"""What has attributes that are not looked at: a plan looks at modules itself."""
+OPAQUE = (torch.nn.Module, torch.Tensor, type, ModuleType, FunctionType)
+"""The types whose attributes are not compared here. A plan compares those of modules itself."""
 
 
 def modules_read(root: torch.nn.Module, graph: Graph, entered: Iterable[Any], codes: Iterable[CodeType]) -> list[Any]:
-    """Find the modules that code looks at without calling them, and the containers of those that it calls."""
+    """Find the modules whose attributes code reads, and the modules that contain those which the graph calls.
+
+    Entered modules and the parts of called ones are left out.
+    """
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     outer = {path for target in targets for path in _prefixes(target)}
     names = {name for code in codes for name in _attributes_read(code)[1]}
-    inner, known = tuple(f"{path}." for path in called), set(entered)
+    inner, excluded = tuple(f"{path}." for path in called), set(entered)
     found = []
     for path, module in root.named_modules():
-        if module in known or path.startswith(inner):
+        if module in excluded or path.startswith(inner):
             continue
         read = not names.isdisjoint(vars(module).keys() - INTERNAL | {"training"})
         if read or path in outer or isinstance(module, CONTAINERS):
@@ -42,16 +45,22 @@ def modules_read(root: torch.nn.Module, graph: Graph, entered: Iterable[Any], co
 
 
 def _prefixes(path: str) -> Iterator[str]:
+    """Yield the paths of the modules around a module, from the innermost."""
     while path := path.rpartition(".")[0]:
         yield path
 
 
-def all_codes(codes: dict[CodeType, dict[str, Any]], entered: Iterable[torch.nn.Module]) -> Set[CodeType]:
-    """Return code that has run, and that of the methods, properties and functions which it names, with its globals."""
-    left, kinds = list(codes.items()), {type(module) for module in entered}
+def reachable_code(codes: dict[CodeType, dict[str, Any]], entered: Iterable[torch.nn.Module]) -> Set[CodeType]:
+    """Return some code and that of all methods, properties and functions which it names directly or indirectly.
+
+    Args:
+        codes: code that has run, each with its globals, in which names of functions are looked up.
+        entered: the modules in whose classes names of methods are looked up.
+    """
+    pending, kinds = list(codes.items()), {type(module) for module in entered}
     found = set(codes)
-    while left:
-        code, scope = left.pop()
+    while pending:
+        code, scope = pending.pop()
         for name in set().union(*_attributes_read(code), code.co_names):
             for value in (scope.get(name), *(getattr_static(kind, name, None) for kind in kinds)):
                 function = getattr(value, "fget", None) or getattr(value, "func", None)
@@ -61,12 +70,15 @@ def all_codes(codes: dict[CodeType, dict[str, Any]], entered: Iterable[torch.nn.
                     continue
                 if function.__code__ not in found:
                     found.add(function.__code__)
-                    left.append((function.__code__, function.__globals__))
+                    pending.append((function.__code__, function.__globals__))
     return found
 
 
 def class_attribute_read(modules: Iterable[torch.nn.Module], codes: Iterable[CodeType]) -> str:
-    """Return the name of an attribute that code reads of a module's class: an instance may get its own later."""
+    """Return the name of a class attribute of a module that code reads; empty if there is none.
+
+    An instance may get an attribute of the same name later, which the graph would not notice.
+    """
     names = _names_read(codes)
     for module in modules:
         for kind in type(module).__mro__:
@@ -78,13 +90,16 @@ def class_attribute_read(modules: Iterable[torch.nn.Module], codes: Iterable[Cod
 
 
 def _values_of(kind: type) -> set[str]:
-    """Return the attributes of a class that are values, and no methods."""
+    """Return the names of a class's attributes that are plain values or containers."""
     plain = (type(None), *SIMPLE, tuple, list, dict, set)
     return {name for name, value in vars(kind).items() if type(value) in plain and not name.startswith("__")}
 
 
 class Unchanged:
-    """Make sure that containers and objects hold what they held; a step of a fused ``forward``, before all others."""
+    """Check that containers and objects hold the same values as when this was created.
+
+    Graphs call it before all other steps.
+    """
 
     __name__ = "unchanged"
 
@@ -93,12 +108,13 @@ class Unchanged:
         self.names = _names_read(codes)
         for module in modules:
             for name in self.names & vars(module).keys() - INTERNAL:
-                self._look_at(vars(module)[name], set())
+                self._record(vars(module)[name], set())
 
-    def _look_at(self, value: Any, seen: set[int]) -> None:
-        if id(value) in seen or isinstance(value, (*SIMPLE, *WHOLE)):
+    def _record(self, value: Any, visited: set[int]) -> None:
+        """Remember the items of a value and of the values in it."""
+        if id(value) in visited or isinstance(value, (*SIMPLE, *OPAQUE)):
             return
-        seen.add(id(value))
+        visited.add(id(value))
         names: Set[str] = set()
         if isinstance(getattr(value, "__dict__", None), dict):
             names = self.names & (vars(value).keys() | set().union(*map(_values_of, type(value).__mro__)))
@@ -106,22 +122,23 @@ class Unchanged:
         if isinstance(value, (dict, list, set)) or (items and not isinstance(value, (tuple, frozenset))):
             self.held.append((value, items))
         for each in items.values():
-            self._look_at(each, seen)
+            self._record(each, visited)
 
     def __len__(self) -> int:
+        """Return the number of values that are compared."""
         return sum(len(items) for _, items in self.held)
 
     def __call__(self) -> None:
         for owner, items in self.held:
             now = _items(owner, items)
             if now.keys() != items.keys():
-                raise Differs
+                raise ConditionError
             if not all(is_same(now[name], value) for name, value in items.items()):
-                raise Differs
+                raise ConditionError
 
 
 def _items(owner: Any, names: Iterable[Any]) -> dict[Any, Any]:
-    """Return what a container holds, or the attributes of an object that have these names."""
+    """Return the items of a container by key, index or value, or the named attributes of another object."""
     if isinstance(owner, dict):
         return dict(owner)
     if isinstance(owner, (list, tuple)):
@@ -132,15 +149,18 @@ def _items(owner: Any, names: Iterable[Any]) -> dict[Any, Any]:
 
 
 def _names_read(codes: Iterable[CodeType]) -> set[str]:
-    """Return the names of all attributes that functions read."""
+    """Return the names of all attributes that some code reads."""
     return {name for code in codes for read in _attributes_read(code) for name in read}
 
 
 @lru_cache(1024)
 def _attributes_read(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the attributes that a function reads: those of its first argument, and those of other values."""
+    """Return the names of attributes that a function reads of its first argument, and of other values.
+
+    All its string constants count as the latter: it may call ``getattr`` with them.
+    """
     own: set[str] = set()
-    others = {value for value in code.co_consts if isinstance(value, str)}  # for getattr
+    others = {value for value in code.co_consts if isinstance(value, str)}
     before: Any = None
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):

@@ -1,4 +1,4 @@
-"""Merge by the text of a ``forward`` that cannot be traced.
+"""Merge activations in the source text of a ``forward`` that cannot be traced.
 
 In ``self.act(self.norm(x))``, and in ``v = self.norm(x)`` with ``v = self.act(v)`` as the next statement, only the
 activation reads the layer's output, whatever the rest of the text does.
@@ -22,13 +22,18 @@ from gpu_bn.nn.fx.forward import SIMPLE, Merge, Plan, TextPlan, is_watched
 from gpu_bn.nn.fx.inspection import names_in
 
 NORMALISE = "normalise_of_gpu_bn"
-"""The name of the merged call, which no model has."""
+"""The name of the merged call, which no model uses for anything else."""
 
 
 def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[Plan | None, list[Merge]]:
-    """Return a plan of a module's own text, and what each layer also does in it, if anything can be merged."""
+    """Merge in the text of a module's ``forward``. Return its plan and merges; ``None`` and ``[]`` if there are none.
+
+    Args:
+        module: the module.
+        layers: the children into which activations may be merged.
+    """
     forward = type(module).forward
-    function = _text_of(forward)
+    function = _parse(forward)
     if function is None or not _has_defaults(function, forward):
         return None, []
     merger = _Merger(module, layers, forward.__globals__)
@@ -40,14 +45,14 @@ def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[Pl
     return TextPlan(module, source, merger.merges), merger.merges
 
 
-def _text_of(forward: Any) -> Any:
-    """Parse a method's text, if it has no decorator and no cells, and its file is still the one that was compiled."""
+def _parse(forward: Any) -> Any:
+    """Parse the text of a method. Return ``None`` if it is decorated, has free variables, or has changed."""
     code = getattr(forward, "__code__", None)
     if code is None or code.co_freevars or any(map(_is_mangled, names_in(code))):
         return None
     linecache.checkcache(code.co_filename)
     try:
-        tree, codes = _compiled("".join(linecache.getlines(code.co_filename, forward.__globals__)))
+        tree, codes = _parse_file("".join(linecache.getlines(code.co_filename, forward.__globals__)))
     except (SyntaxError, ValueError):
         return None
     if code not in codes or not code.co_argcount:
@@ -57,20 +62,21 @@ def _text_of(forward: Any) -> Any:
 
 
 def _has_defaults(function: ast.FunctionDef, forward: Any) -> bool:
-    """Tell whether the defaults in a function's text, evaluated in its file, are those that it has."""
-    given = function.args
+    """Tell whether the defaults in a function's text, evaluated with its globals, equal those of the function."""
+    parameters = function.args
     named = forward.__kwdefaults__ or {}
-    pairs = list(zip(given.defaults, forward.__defaults__ or (), strict=True))
-    pairs += [(node, named.get(arg.arg)) for arg, node in zip(given.kwonlyargs, given.kw_defaults, strict=True) if node]
+    pairs = list(zip(parameters.defaults, forward.__defaults__ or (), strict=True))
+    keyword_only = zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)
+    pairs += [(node, named.get(arg.arg)) for arg, node in keyword_only if node]
     try:
-        found = [(eval(ast.unparse(node), forward.__globals__), value) for node, value in pairs]
-    except Exception:  # a name of the class around it
+        values = [(eval(ast.unparse(node), forward.__globals__), value) for node, value in pairs]
+    except Exception:  # a default may be a name of the class around it
         return False
-    return all(one is value or (type(one) in SIMPLE and repr(one) == repr(value)) for one, value in found)
+    return all(text is value or (type(text) in SIMPLE and repr(text) == repr(value)) for text, value in values)
 
 
-def _names_bound(function: ast.FunctionDef) -> Counter[str]:
-    """Count how often a function, and functions in it, bind each name."""
+def _count_bindings(function: ast.FunctionDef) -> Counter[str]:
+    """Count how often a function and the functions within it bind each name."""
     bound: Counter[str] = Counter()
     for node in ast.walk(function):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -83,26 +89,26 @@ def _names_bound(function: ast.FunctionDef) -> Counter[str]:
 
 
 @lru_cache(16)
-def _compiled(text: str) -> tuple[ast.Module, set[CodeType]]:
-    """Return a file's tree, and the code of all functions in it."""
+def _parse_file(text: str) -> tuple[ast.Module, set[CodeType]]:
+    """Return the syntax tree of a file, and the code of all functions in it."""
     tree = ast.parse(text)
-    left, codes = [compile(tree, "", "exec", dont_inherit=True)], set()
-    while left:
-        inner = [each for each in left.pop().co_consts if isinstance(each, CodeType)]
-        left += inner
+    pending, codes = [compile(tree, "", "exec", dont_inherit=True)], set()
+    while pending:
+        inner = [each for each in pending.pop().co_consts if isinstance(each, CodeType)]
+        pending += inner
         codes.update(inner)
     return tree, codes
 
 
 def _is_mangled(name: str) -> bool:
-    """Tell whether a name may be one that Python has mangled in a class."""
+    """Tell whether Python may have mangled a private name of a class to this name."""
     return name.startswith("_") and "__" in name[1:] and not name.endswith("__")
 
 
 class _Merger(ast.NodeTransformer):
-    """Rewrite a text so that one call does a layer and its activation; ``merges`` lists which.
+    """Rewrite a ``forward`` so that one call computes a layer and its activation. ``merges`` lists the merges.
 
-    Only a module's own children count: its plan makes sure in each call that they are the same.
+    Only layers and activations that are children of the module are merged: its plan checks the children in each call.
     """
 
     def __init__(self, module: torch.nn.Module, layers: set[torch.nn.Module], scope: dict[str, Any]) -> None:
@@ -115,12 +121,12 @@ class _Merger(ast.NodeTransformer):
         if self.owner:  # a function within the function has its own names
             return node
         self.owner = node.args.args[0].arg
-        self.bound = _names_bound(node)
+        self.bound = _count_bindings(node)
         return node if self.bound[self.owner] > 1 else self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> Any:
         self.generic_visit(node)
-        return self._merged(node, node.args[0]) if node.args else node
+        return self._merge(node, node.args[0]) if node.args else node
 
     def generic_visit(self, node: Any) -> Any:
         super().generic_visit(node)
@@ -129,23 +135,23 @@ class _Merger(ast.NodeTransformer):
                 setattr(node, name, self._statements(getattr(node, name)) or [ast.Pass()] * (name == "body"))
         return node
 
-    def _statements(self, given: list[Any]) -> list[Any]:
-        """Return statements without known conditions; two that set one variable may have become one."""
-        found: list[Any] = []
-        for node in (each for one in given for each in self._chosen(one)):
-            before: Any = found[-1] if found else None
-            name = _name_set(node)
-            call: Any = node.value if name and name == _name_set(before) else None
+    def _statements(self, body: list[Any]) -> list[Any]:
+        """Return a body without known conditions, and with two assignments to one variable merged where possible."""
+        statements: list[Any] = []
+        for node in (each for statement in body for each in self._unconditional(statement)):
+            before: Any = statements[-1] if statements else None
+            name = _assigned_name(node)
+            call: Any = node.value if name and name == _assigned_name(before) else None
             if isinstance(call, ast.Call) and call.args and getattr(call.args[0], "id", None) == name:
-                merged = self._merged(call, before.value)
+                merged = self._merge(call, before.value)
                 if merged is not call:
-                    found[-1] = ast.copy_location(ast.Assign(before.targets, merged), before)
+                    statements[-1] = ast.copy_location(ast.Assign(before.targets, merged), before)
                     continue
-            found.append(node)
-        return found
+            statements.append(node)
+        return statements
 
-    def _chosen(self, node: Any) -> list[Any]:
-        """Return the statements of a branch that depends only on whether a child exists."""
+    def _unconditional(self, node: Any) -> list[Any]:
+        """Return the body of ``if self.child is not None`` if the child exists; for other statements, the statement."""
         test = getattr(node, "test", None)
         if not (isinstance(node, ast.If) and isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot)):
             return [node]
@@ -155,19 +161,19 @@ class _Merger(ast.NodeTransformer):
             return list(node.body)
         return [node]
 
-    def _merged(self, call: ast.Call, inner: Any) -> Any:
-        """Return ``activation(norm(x))`` as one call, or the activation's call as it is."""
-        alone = isinstance(inner, ast.Call) and len(inner.args) == 1 and not inner.keywords
-        if not alone or isinstance(inner.args[0], ast.Starred):
+    def _merge(self, call: ast.Call, inner: Any) -> Any:
+        """Return ``activation(norm(x))`` as one call, or ``call`` unchanged; ``inner`` is ``norm(x)``."""
+        plain_inner = isinstance(inner, ast.Call) and len(inner.args) == 1 and not inner.keywords
+        if not plain_inner or isinstance(inner.args[0], ast.Starred):
             return call
         norm, act = self._child(inner.func), self._child(call.func)
         plain = len(call.args) == 1 and not call.keywords
-        chosen = self._function(call) if act is None else activation_of(act) if plain else None
+        activation = self._activation(call) if act is None else activation_of(act) if plain else None
         watched = norm is None or is_watched(norm) or (act is not None and is_watched(act))
-        if norm not in self.layers or watched or chosen is None or chosen.is_identity:
+        if norm not in self.layers or watched or activation is None or activation.is_identity:
             return call
-        self.merges.append(Merge(norm, repr(chosen), [] if act is None else [act]))
-        options: list[Any] = [None, chosen.name, chosen.parameter, False, False]
+        self.merges.append(Merge(norm, repr(activation), [] if act is None else [act]))
+        options: list[Any] = [None, activation.name, activation.parameter, False, False]
         arguments = [inner.func, inner.args[0], *map(ast.Constant, options)]
         return ast.copy_location(ast.Call(ast.Name(NORMALISE, ast.Load()), arguments, []), call)
 
@@ -177,17 +183,17 @@ class _Merger(ast.NodeTransformer):
     def _child(self, node: Any) -> torch.nn.Module | None:
         return self.module._modules.get(node.attr) if self._is_own(node) else None
 
-    def _function(self, call: ast.Call) -> Activation | None:
-        """Return the activation that a call of a function with constants is."""
+    def _activation(self, call: ast.Call) -> Activation | None:
+        """Return the activation that a function call computes; ``None`` if it is another or has variable options."""
         try:
             rest = [ast.literal_eval(each) for each in call.args[1:]]
             options = {each.arg or "": ast.literal_eval(each.value) for each in call.keywords if each.arg != "inplace"}
         except (ValueError, TypeError, SyntaxError):
             return None
-        return activation_of_call(self._global(call.func), rest, options)
+        return activation_of_call(self._look_up(call.func), rest, options)
 
-    def _global(self, node: Any) -> Any:
-        """Look up the function that a dotted name means in the text's file."""
+    def _look_up(self, node: Any) -> Any:
+        """Return the function that a dotted name refers to in the globals; ``None`` if it refers to none."""
         names: list[str] = []
         while isinstance(node, ast.Attribute):
             names.insert(0, node.attr)
@@ -200,7 +206,7 @@ class _Merger(ast.NodeTransformer):
         return value if callable(value) else None
 
 
-def _name_set(node: Any) -> str | None:
-    """Return the name of the only variable that a statement sets, if it is such an assignment."""
+def _assigned_name(node: Any) -> str | None:
+    """Return the variable that a statement assigns to, if it is an assignment to just one."""
     single = isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
     return node.targets[0].id if single else None

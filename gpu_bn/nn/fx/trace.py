@@ -1,7 +1,7 @@
-"""Record the steps of one module in one mode by ``torch.fx``, or say why they cannot be recorded.
+"""Record the steps of one module in one mode by ``torch.fx``, or give the reason why they cannot be recorded.
 
-A module is refused if its graph would lose something: if it depends on more than its input tensors, runs a part in a
-context of its own, draws random numbers, or changes its attributes.
+A module is refused if a graph could not reproduce it: if it depends on more than its input tensors, runs a part of
+its code in a context such as ``no_grad``, draws random numbers, or changes its attributes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gpu_bn.nn.fx.aliases import may_overwrite
 from gpu_bn.nn.fx.forward import Steps, expect
-from gpu_bn.nn.fx.inspection import callers, is_models, module_name
-from gpu_bn.nn.fx.reads import MOST, Unchanged, all_codes, class_attribute_read, modules_read
+from gpu_bn.nn.fx.inspection import callers, module_name, runs_model_code
+from gpu_bn.nn.fx.reads import MAX_VALUES, Unchanged, class_attribute_read, modules_read, reachable_code
 
 REQUIRED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
@@ -38,22 +38,26 @@ DEVICES = ("cpu", "cuda")
 RANDOM = ("drop", "rand", "normal", "bernoulli", "poisson", "binomial", "multinomial", "rrelu", "attention")
 """Parts of the names of functions that draw random numbers."""
 CONTAINERS = (tuple, list, dict, torch.Size, immutable_list, immutable_dict)
-"""The containers that a graph can make; it also keeps named tuples."""
+"""The types of containers that a graph can build. It can build named tuples as well."""
 
 
 class Refused(Exception):
-    """A module whose steps cannot be recorded; the text says why."""
+    """Raised if the steps of a module cannot be recorded. The message gives the reason."""
 
 
-def steps_of(
+def record_steps(
     module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, Any], bool], *, run: bool = True
 ) -> Steps:
-    """Record a module's own ``forward``, and those of the modules in it that ``enters`` accepts with their arguments.
+    """Record the original ``forward`` of a module.
 
-    If the steps will ``run``, they must notice that what they rest on has changed; others are only looked at.
+    Args:
+        module: the module. It is left as it was, even if its steps are refused.
+        enters: called with each called module, its arguments and its options. If it returns ``True``, the steps of that
+            module are recorded too; otherwise the graph calls it as a whole.
+        run: whether the steps will be run. Then they also check that the values they depend on have not changed.
 
     Raises:
-        Refused: it cannot be recorded; the module is as it was.
+        Refused: the steps cannot be recorded.
     """
     parameters = list(signature(type(module).forward).parameters.values())[1:]
     names = tuple(each.name for each in parameters if each.kind in REQUIRED and each.default is Parameter.empty)
@@ -61,14 +65,14 @@ def steps_of(
         raise Refused("it has arguments that are given by name only")
     defaults = {each.name: each.default for each in parameters if each.name not in names and each.kind not in VARIADIC}
     tracer = _Tracer(names, enters, run)
-    before, randomness, changed = _held(module), _random_state(), ""
+    before, randomness, changed = _copy_attributes(module), _random_state(), ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = tracer.trace(module)
             watched = tracer.watched() if run else [module, *tracer.entered]
     except Exception as error:
-        clear_frames(error.__traceback__)  # a frame may hold a checkpoint's generator, whose hooks stay until it goes
+        clear_frames(error.__traceback__)  # a frame may refer to a checkpoint's generator, whose hooks live as long
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise Refused(f"it cannot be traced: {lines[0][:200]}") from error
     finally:
@@ -84,7 +88,15 @@ def steps_of(
 
 
 class _Tracer(torch.fx.Tracer):
-    proxy_buffer_attributes = True  # else the graph would keep today's result of a buffer
+    """A tracer that refuses a module whose steps a graph cannot reproduce.
+
+    Attributes:
+        entered: the modules whose steps are part of the graph; a dict, to keep their order.
+        codes: the code of the model that has run, with its globals.
+        context: the state of torch, such as autocast, which must be the same for all steps.
+    """
+
+    proxy_buffer_attributes = True  # otherwise the graph would contain the present values of buffers
 
     def __init__(self, names: tuple[str, ...], enters: Callable[[torch.nn.Module, Any, Any], bool], run: bool) -> None:
         super().__init__()
@@ -98,25 +110,25 @@ class _Tracer(torch.fx.Tracer):
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.names)]
 
     def proxy(self, node: Node) -> Proxy:
-        return _Value(node, self)
+        return _ValueProxy(node, self)
 
     def create_node(self, kind: str, target: Any, *rest: Any, **options: Any) -> Node:
-        if _context() != self.context or _is_within_a_block():
+        if _context() != self.context or _is_inside_block():
             raise Refused("a part of it runs under no_grad, autocast, checkpoint, or another with or try")
         self.codes.update(
-            (frame.f_code, frame.f_globals) for frame in callers(_Tracer.trace.__code__) if is_models(frame)
+            (frame.f_code, frame.f_globals) for frame in callers(_Tracer.trace.__code__) if runs_model_code(frame)
         )
         return super().create_node(kind, target, *rest, **options)
 
     def watched(self) -> list[torch.nn.Module]:
-        """Return the modules that must not change, and let the graph make sure of what else the steps rest on."""
+        """Return the modules that must not change. Add a step that checks other values that the graph depends on."""
         entered = [self.root, *self.entered]
-        codes = all_codes(self.codes, entered)
+        codes = reachable_code(self.codes, entered)
         modules = [*entered, *modules_read(self.root, self.graph, entered, codes)]
         if name := class_attribute_read(modules, codes):
             raise Refused(f"what it does may depend on {name!r} of its class")
         unchanged = Unchanged(modules, codes)
-        if len(unchanged) > MOST:
+        if len(unchanged) > MAX_VALUES:
             raise Refused("it reads containers of many values")
         if unchanged.held:
             first = next(node for node in self.graph.nodes if node.op != "placeholder")
@@ -136,7 +148,7 @@ class _Tracer(torch.fx.Tracer):
         return super().create_arg(a)
 
     def to_bool(self, obj: Proxy) -> bool:
-        """Assume that two values are equal (models check numbers of channels so), and let the graph make sure of it."""
+        """Assume that two values are equal, and add a step that checks it. Models compare numbers of channels so."""
         node = obj.node
         if node.op != "call_function" or node.target not in (operator.eq, operator.ne):
             raise Refused("what it does depends on a value")
@@ -154,12 +166,15 @@ class _Tracer(torch.fx.Tracer):
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
 
-class _Value(Proxy):
-    """A stand-in for a value. It says so if the value is known to be a tensor; nothing may depend on other values."""
+class _ValueProxy(Proxy):
+    """A proxy that passes for a tensor in ``isinstance(value, Tensor)`` if its value is known to be one.
+
+    For other values ``isinstance`` raises :class:`Refused`.
+    """
 
     def _class(self) -> Any:
-        if not _asked_by_isinstance(sys._getframe(1)):
-            return _Value
+        if not _is_isinstance_call(sys._getframe(1)):
+            return _ValueProxy
         if not _is_tensor(self):
             raise Refused("what it does depends on the kind of a value")
         return torch.Tensor
@@ -167,17 +182,20 @@ class _Value(Proxy):
     __class__ = property(_class)
 
 
-def _asked_by_isinstance(frame: Any) -> bool:
-    """Tell whether a model's own ``isinstance`` asks: C++ would take a stand-in that says so for a real tensor."""
+def _is_isinstance_call(frame: Any) -> bool:
+    """Tell whether a frame is at ``isinstance(...)`` in a model's code.
+
+    Only there may a proxy pass for a tensor: the C++ code of torch would use it as one.
+    """
     line, _, column, _ = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-    if not is_models(frame) or line is None or column is None:
+    if not runs_model_code(frame) or line is None or column is None:
         return False
     text = linecache.getline(frame.f_code.co_filename, line).encode()
     return text[column:].startswith(b"isinstance(")
 
 
 def _is_tensor(value: Any) -> bool:
-    """Tell whether a value is an input, or comes from a function of torch or from a module that gives one tensor."""
+    """Tell whether a value is an input, or the result of a torch function or of a module that returns one tensor."""
     node = value.node
     if node.op != "call_module":
         from_torch = str(getattr(node.target, "__module__", "")).startswith("torch")
@@ -189,7 +207,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _context() -> tuple[Any, ...]:
-    """Return the state, beside their arguments, that operations depend on."""
+    """Return the global state of torch that operations depend on."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return (
         torch.is_grad_enabled(),
@@ -206,20 +224,20 @@ def _is_random(node: Node) -> bool:
     return any(part in name for part in RANDOM)
 
 
-def _is_within_a_block() -> bool:
-    """Tell whether a model's code calls from within ``with`` or ``try``, or through a checkpoint."""
+def _is_inside_block() -> bool:
+    """Tell whether a model's code is running inside ``with`` or ``try``, or in a checkpoint."""
     for frame in callers(_Tracer.trace.__code__):
         if module_name(frame) == "torch.utils.checkpoint":
             return True
-        text = linecache.getlines(frame.f_code.co_filename) if is_models(frame) else ""
-        if text and frame.f_lineno in _lines_of_blocks("".join(text)):
+        text = linecache.getlines(frame.f_code.co_filename) if runs_model_code(frame) else ""
+        if text and frame.f_lineno in _block_lines("".join(text)):
             return True
     return False
 
 
 @lru_cache(16)
-def _lines_of_blocks(text: str) -> set[int]:
-    """Return the lines of a file within ``with``, or within ``try`` with handlers."""
+def _block_lines(text: str) -> set[int]:
+    """Return the numbers of the lines of a file that are inside ``with``, or inside ``try`` with handlers."""
     try:
         nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError):
@@ -231,27 +249,29 @@ def _lines_of_blocks(text: str) -> set[int]:
 
 
 def _random_state() -> tuple[bytes, Any, bytes]:
-    with _disable_current_modes():  # the state is a tensor, which a mode of fakes refuses
+    """Return the states of the random number generators of torch, Python and NumPy."""
+    with _disable_current_modes():  # the state is a tensor, whose values a mode for fake tensors refuses to read
         return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state()).encode()  # noqa: NPY002
 
 
-def _held(model: torch.nn.Module) -> list[tuple[Any, Any]]:
-    """Return the attributes of a model's modules and the containers among them, each with a copy."""
+def _copy_attributes(model: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """Return the attribute dicts of a model's modules, and the containers in them, each with a copy."""
     attributes = [vars(module) for module in model.modules()]
-    containers = [value for held in attributes for value in held.values() if isinstance(value, (list, dict, set))]
-    return [(one, one.copy()) for one in (*attributes, *containers)]
+    containers = [value for each in attributes for value in each.values() if isinstance(value, (list, dict, set))]
+    return [(container, container.copy()) for container in (*attributes, *containers)]
 
 
-def _restore(held: list[tuple[Any, Any]]) -> bool:
-    """Put back what attributes and containers held; tell whether anything had changed."""
-    changed = [(one, copy) for one, copy in held if len(one) != len(copy) or not _same_items(one, copy)]
-    for one, copy in changed:
-        one.clear()
-        one.extend(copy) if isinstance(one, list) else one.update(copy)
+def _restore(copies: list[tuple[Any, Any]]) -> bool:
+    """Restore containers that differ from their copies. Tell whether there was one."""
+    changed = [(value, copy) for value, copy in copies if len(value) != len(copy) or not _same_items(value, copy)]
+    for value, copy in changed:
+        value.clear()
+        value.extend(copy) if isinstance(value, list) else value.update(copy)
     return bool(changed)
 
 
 def _same_items(value: Any, copy: Any) -> bool:
+    """Tell whether two containers of the same length hold the same objects in the same order."""
     if isinstance(value, dict):
         return list(value) == list(copy) and all(value[name] is copy[name] for name in copy)
     return all(a is b for a, b in zip(value, copy, strict=True))
@@ -259,7 +279,7 @@ def _same_items(value: Any, copy: Any) -> bool:
 
 @contextmanager
 def in_mode(modules: Iterable[torch.nn.Module], training: bool) -> Iterator[None]:
-    """Set modules to one mode for a while, without ``train``, which a model may override."""
+    """Set modules to one mode within this context, without ``train``, which a model may override."""
     modes = [(module, module.training) for module in modules]
     try:
         for module, _ in modes:
