@@ -1,7 +1,7 @@
-"""Expressions of the part of Python that kernels are written in, as LLVM's code: numbers, tuples, truth, calls.
+"""Translate the expressions that kernels may use to LLVM IR: numbers, tuples, conditions and calls.
 
-What is known while code is generated is a value of Python's: a constant, a tuple, ``None``, a function. Anything else
-is a :class:`Value`.
+Whatever is known while code is generated is a plain Python value: a constant, a tuple, ``None`` or a function.
+Everything else is a :class:`Value`.
 """
 
 import ast
@@ -14,36 +14,36 @@ from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import default_manager
 
-INT, FLOAT, TRUTH = types.int64, types.float64, types.boolean
-WORD, DOUBLE, BIT, VOID = ir.IntType(64), ir.DoubleType(), ir.IntType(1), ir.VoidType()
-KNOWN = {
+INT, FLOAT, BOOL = types.int64, types.float64, types.boolean
+INT64, DOUBLE, BIT, VOID = ir.IntType(64), ir.DoubleType(), ir.IntType(1), ir.VoidType()
+PYTHON_OPERATORS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.BitAnd: operator.and_, ast.BitOr: operator.or_,
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
 }  # fmt: skip
-FLOATS = {ast.Add: "fadd", ast.Sub: "fsub", ast.Mult: "fmul", ast.Div: "fdiv"}
-WHOLES = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul"}
-BITS = {ast.BitAnd: "and_", ast.BitOr: "or_"}
-RELATIONS = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+FLOAT_INSTRUCTIONS = {ast.Add: "fadd", ast.Sub: "fsub", ast.Mult: "fmul", ast.Div: "fdiv"}
+INT_INSTRUCTIONS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul"}
+BIT_INSTRUCTIONS = {ast.BitAnd: "and_", ast.BitOr: "or_"}
+COMPARISONS = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 
 
 class Value:
-    """A number, a vector or a pointer, of one of Numba's types, in code that is being generated."""
+    """A number, vector or pointer that the generated code computes: its Numba type and its LLVM value."""
 
-    def __init__(self, t, code):
-        self.t, self.code = t, code
+    def __init__(self, t, llvm):
+        self.type, self.llvm = t, llvm
 
 
 class Slot:
-    """Where a variable is that is assigned more than once."""
+    """The stack memory of a variable that is assigned more than once."""
 
     def __init__(self, t, pointer):
-        self.t, self.pointer = t, pointer
+        self.type, self.pointer = t, pointer
 
 
 class Context:
-    """What intrinsics ask of a compiler."""
+    """The methods of Numba's typing context that intrinsics call."""
 
     @staticmethod
     def get_value_type(t):
@@ -53,69 +53,69 @@ class Context:
     def get_dummy_value():
         return ir.Constant(ir.IntType(8).as_pointer(), None)
 
-    def make_tuple(self, builder, t, codes):
-        return packed(builder, self.get_value_type(t), codes)
+    def make_tuple(self, builder, t, values):
+        return pack(builder, self.get_value_type(t), values)
 
     @staticmethod
-    def cast(builder, code, t, wanted):
+    def cast(builder, value, t, wanted):
         if t == wanted or isinstance(t, types.Literal):
-            return code
-        if wanted == FLOAT and t in (INT, TRUTH):
-            return builder.sitofp(code, DOUBLE) if t == INT else builder.uitofp(code, DOUBLE)
-        if wanted == INT and t in (FLOAT, TRUTH):
-            return builder.fptosi(code, WORD) if t == FLOAT else builder.zext(code, WORD)
-        raise TypeError(f"{t} where {wanted} is expected")
+            return value
+        if wanted == FLOAT and t in (INT, BOOL):
+            return builder.sitofp(value, DOUBLE) if t == INT else builder.uitofp(value, DOUBLE)
+        if wanted == INT and t in (FLOAT, BOOL):
+            return builder.fptosi(value, INT64) if t == FLOAT else builder.zext(value, INT64)
+        raise TypeError(f"expected {wanted}, got {t}")
 
 
 CONTEXT = Context()
 
 
-def packed(builder, t, codes):
-    """Some values as one of LLVM's."""
-    made = ir.Constant(t, ir.Undefined)
-    for at, code in enumerate(codes):
-        made = builder.insert_value(made, code, at)
-    return made
+def pack(builder, t, values):
+    """Return LLVM values as one LLVM struct or array of type ``t``."""
+    packed = ir.Constant(t, ir.Undefined)
+    for at, value in enumerate(values):
+        packed = builder.insert_value(packed, value, at)
+    return packed
 
 
-def as_value(one):
-    """A number that may be known, as a value."""
-    if isinstance(one, Value):
-        return one
-    if isinstance(one, bool):
-        return Value(TRUTH, BIT(int(one)))
-    if isinstance(one, int):
-        return Value(INT, WORD(one))
-    if isinstance(one, float):
-        return Value(FLOAT, DOUBLE(one))
-    raise TypeError(f"{one!r} is no number")
+def as_value(number):
+    """Return a number as a :class:`Value`, whether it is one already or a Python constant."""
+    if isinstance(number, Value):
+        return number
+    if isinstance(number, bool):
+        return Value(BOOL, BIT(int(number)))
+    if isinstance(number, int):
+        return Value(INT, INT64(number))
+    if isinstance(number, float):
+        return Value(FLOAT, DOUBLE(number))
+    raise TypeError(f"expected a number, got {number!r}")
 
 
-def as_truth(found):
-    """A truth that may be known, else is LLVM's, as a value."""
-    return found if isinstance(found, bool) else Value(TRUTH, found)
+def as_bool(condition):
+    """Return a condition, which is a Python bool or an LLVM bit, as a Python bool or a :class:`Value`."""
+    return condition if isinstance(condition, bool) else Value(BOOL, condition)
 
 
-def kind(one, literal=False):
-    """Numba's type of a value; ``literal``: of a number that is known, one that says which."""
-    if isinstance(one, tuple):
-        return types.BaseTuple.from_types(list(map(kind, one)))
-    if one is None:
+def type_of(value, literal=False):
+    """Return the Numba type of a value; ``literal``: of a Python int, the literal type that holds its value."""
+    if isinstance(value, tuple):
+        return types.BaseTuple.from_types(list(map(type_of, value)))
+    if value is None:
         return types.none
-    if literal and isinstance(one, int) and not isinstance(one, bool):
-        return types.literal(one)
-    return as_value(one).t
+    if literal and isinstance(value, int) and not isinstance(value, bool):
+        return types.literal(value)
+    return as_value(value).type
 
 
 @cache
 def scope(function):
-    """The names that a function sees and are not its own."""
+    """Return the builtins, globals and closure variables that a function sees, by name."""
     closed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return vars(builtins) | function.__globals__ | {name: cell.cell_contents for name, cell in closed}
 
 
 class Expressions:
-    """Translates expressions, where a builder stands; ``names`` are the variables."""
+    """Translate expressions at the position of a builder; ``names`` has the local variables."""
 
     def __init__(self, unit, builder, kernel):
         self.unit, self.builder, self.kernel = unit, builder, kernel
@@ -124,222 +124,229 @@ class Expressions:
     def error(self, node, text):
         return TypeError(f"{self.kernel.py_func.__code__.co_filename}, line {node.lineno}: {text}")
 
-    def of(self, node):
-        """The value of an expression."""
-        translate = getattr(self, f"of_{type(node).__name__}", None)
+    def evaluate(self, node):
+        """Return the value of an expression."""
+        translate = getattr(self, f"evaluate_{type(node).__name__}", None)
         if translate is None:
-            raise self.error(node, f"kernels know no {type(node).__name__}")
+            raise self.error(node, f"kernels do not support {type(node).__name__}")
         return translate(node)
 
     # ---------------------------------------------------------------------------------------------- variables, tuples
-    def of_Constant(self, node):
+    def evaluate_Constant(self, node):
         return node.value
 
-    def of_Name(self, node):
+    def evaluate_Name(self, node):
         if node.id in self.names:
             return self.load(self.names[node.id])
         if node.id in self.scope:
             return self.scope[node.id]
         raise self.error(node, f"{node.id} is not defined")
 
-    def of_Tuple(self, node):
-        return tuple(map(self.of, node.elts))
+    def evaluate_Tuple(self, node):
+        return tuple(map(self.evaluate, node.elts))
 
-    def of_Subscript(self, node):
-        return self.of(node.value)[self.of(node.slice)]
+    def evaluate_Subscript(self, node):
+        return self.evaluate(node.value)[self.evaluate(node.slice)]
 
-    def store(self, old, value):
-        """Put a value where the old one is, if that has its type, and return where it is."""
+    def store(self, slot, value):
+        """Store a value, and return its slots: those given, or new ones where the type differs."""
         if isinstance(value, tuple):
-            olds = old if isinstance(old, tuple) and len(old) == len(value) else (None,) * len(value)
-            return tuple([self.store(*pair) for pair in zip(olds, value, strict=True)])
+            slots = slot if isinstance(slot, tuple) and len(slot) == len(value) else (None,) * len(value)
+            return tuple([self.store(*pair) for pair in zip(slots, value, strict=True)])
         if value is None:
             return None
         value = as_value(value)
-        if isinstance(old, Slot) and old.t == FLOAT and value.t == INT:
+        if isinstance(slot, Slot) and slot.type == FLOAT and value.type == INT:
             value = self.convert(value, FLOAT)
-        if not (isinstance(old, Slot) and old.t == value.t):
-            old = Slot(value.t, cgutils.alloca_once(self.builder, CONTEXT.get_value_type(value.t)))
-        self.builder.store(value.code, old.pointer)
-        return old
+        if not (isinstance(slot, Slot) and slot.type == value.type):
+            slot = Slot(value.type, cgutils.alloca_once(self.builder, CONTEXT.get_value_type(value.type)))
+        self.builder.store(value.llvm, slot.pointer)
+        return slot
 
     def load(self, bound):
+        """Return what a name is bound to, with slots replaced by the values in them."""
         if isinstance(bound, tuple):
             return tuple(map(self.load, bound))
-        return Value(bound.t, self.builder.load(bound.pointer)) if isinstance(bound, Slot) else bound
+        return Value(bound.type, self.builder.load(bound.pointer)) if isinstance(bound, Slot) else bound
 
     # -------------------------------------------------------------------------------------------------------- numbers
-    def convert(self, one, t):
-        value = as_value(one)
-        return Value(t, CONTEXT.cast(self.builder, value.code, value.t, t))
+    def convert(self, number, t):
+        value = as_value(number)
+        return Value(t, CONTEXT.cast(self.builder, value.llvm, value.type, t))
 
-    def alike(self, a, b):
-        """Two numbers, of one type."""
+    def promote(self, a, b):
+        """Convert two numbers to their common type: float64 if one of them has it, else int64."""
         a, b = as_value(a), as_value(b)
-        t = FLOAT if FLOAT in (a.t, b.t) else INT
+        t = FLOAT if FLOAT in (a.type, b.type) else INT
         return self.convert(a, t), self.convert(b, t)
 
-    def of_BinOp(self, node):
-        return self.binary(node, self.of(node.left), self.of(node.right))
+    def evaluate_BinOp(self, node):
+        return self.binary(node, self.evaluate(node.left), self.evaluate(node.right))
 
     def binary(self, node, a, b):
+        """Return the result of the operator of ``node`` on two values."""
         builder, op = self.builder, type(node.op)
-        if not (isinstance(a, Value) or isinstance(b, Value)) and op in KNOWN:
-            return KNOWN[op](a, b)
-        a, b = self.alike(a, b)
+        if not (isinstance(a, Value) or isinstance(b, Value)) and op in PYTHON_OPERATORS:
+            return PYTHON_OPERATORS[op](a, b)
+        a, b = self.promote(a, b)
         if op is ast.Div:
             a, b = self.convert(a, FLOAT), self.convert(b, FLOAT)
-        if a.t == FLOAT and op in FLOATS:
-            return Value(FLOAT, getattr(builder, FLOATS[op])(a.code, b.code))
-        if a.t == INT and op in WHOLES:
-            return Value(INT, getattr(builder, WHOLES[op])(a.code, b.code, flags=("nsw",)))
-        if a.t == INT and op in BITS:
-            return Value(INT, getattr(builder, BITS[op])(a.code, b.code))
-        if a.t == FLOAT or op not in (ast.FloorDiv, ast.Mod):
-            raise self.error(node, f"kernels know no {op.__name__} of {a.t}")
-        rest = builder.srem(a.code, b.code)  # of the sign of a; that of Python's has b's
-        differs = builder.icmp_signed("<", builder.xor(rest, b.code), WORD(0))
-        below = builder.and_(builder.icmp_signed("!=", rest, WORD(0)), differs)
+        if a.type == FLOAT and op in FLOAT_INSTRUCTIONS:
+            return Value(FLOAT, getattr(builder, FLOAT_INSTRUCTIONS[op])(a.llvm, b.llvm))
+        if a.type == INT and op in INT_INSTRUCTIONS:
+            return Value(INT, getattr(builder, INT_INSTRUCTIONS[op])(a.llvm, b.llvm, flags=("nsw",)))
+        if a.type == INT and op in BIT_INSTRUCTIONS:
+            return Value(INT, getattr(builder, BIT_INSTRUCTIONS[op])(a.llvm, b.llvm))
+        if a.type == FLOAT or op not in (ast.FloorDiv, ast.Mod):
+            raise self.error(node, f"kernels do not support {op.__name__} of {a.type}")
+        rest = builder.srem(a.llvm, b.llvm)  # has the sign of a; in Python it has the sign of b
+        differs = builder.icmp_signed("<", builder.xor(rest, b.llvm), INT64(0))
+        below = builder.and_(builder.icmp_signed("!=", rest, INT64(0)), differs)
         if op is ast.Mod:
-            return Value(INT, builder.add(rest, builder.select(below, b.code, WORD(0))))
-        return Value(INT, builder.sub(builder.sdiv(a.code, b.code), builder.zext(below, WORD)))
+            return Value(INT, builder.add(rest, builder.select(below, b.llvm, INT64(0))))
+        return Value(INT, builder.sub(builder.sdiv(a.llvm, b.llvm), builder.zext(below, INT64)))
 
-    def of_UnaryOp(self, node):
+    def evaluate_UnaryOp(self, node):
         if isinstance(node.op, ast.Not):
-            return as_truth(self.truth(node))
+            return as_bool(self.condition(node))
         if not isinstance(node.op, ast.USub):
-            raise self.error(node, f"kernels know no {type(node.op).__name__}")
-        return self.negative(self.of(node.operand))
+            raise self.error(node, f"kernels do not support {type(node.op).__name__}")
+        return self.negate(self.evaluate(node.operand))
 
-    def negative(self, one):
-        if not isinstance(one, Value):
-            return -one
-        minus = self.builder.fneg(one.code) if one.t == FLOAT else self.builder.sub(WORD(0), one.code, flags=("nsw",))
-        return Value(one.t, minus)
+    def negate(self, number):
+        if not isinstance(number, Value):
+            return -number
+        if number.type == FLOAT:
+            return Value(FLOAT, self.builder.fneg(number.llvm))
+        return Value(number.type, self.builder.sub(INT64(0), number.llvm, flags=("nsw",)))
 
-    # ---------------------------------------------------------------------------------------------------------- truth
-    def of_Compare(self, node):
+    # ----------------------------------------------------------------------------------------------------- conditions
+    # A condition is a Python bool if it is known while code is generated, else an LLVM bit.
+    def evaluate_Compare(self, node):
         if len(node.ops) > 1:
-            raise self.error(node, "one comparison after the other")
-        return as_truth(self.compare(type(node.ops[0]), self.of(node.left), self.of(node.comparators[0])))
+            raise self.error(node, "kernels do not support chained comparisons")
+        return as_bool(self.compare(type(node.ops[0]), self.evaluate(node.left), self.evaluate(node.comparators[0])))
 
     def compare(self, relation, a, b):
+        """Return the condition that two values are in a relation, such as ``ast.Lt``."""
         if not (isinstance(a, Value) or isinstance(b, Value)) or relation in (ast.Is, ast.IsNot):
-            return KNOWN[relation](a, b)
-        a, b = self.alike(a, b)
-        if a.t == FLOAT:
+            return PYTHON_OPERATORS[relation](a, b)
+        a, b = self.promote(a, b)
+        if a.type == FLOAT:
             instruction = self.builder.fcmp_unordered if relation is ast.NotEq else self.builder.fcmp_ordered
-            return instruction(RELATIONS[relation], a.code, b.code)
-        return self.builder.icmp_signed(RELATIONS[relation], a.code, b.code)
+            return instruction(COMPARISONS[relation], a.llvm, b.llvm)
+        return self.builder.icmp_signed(COMPARISONS[relation], a.llvm, b.llvm)
 
-    def of_BoolOp(self, node):
-        return as_truth(self.truth(node, True))
+    def evaluate_BoolOp(self, node):
+        return as_bool(self.condition(node, True))
 
-    def truth(self, node, whole=False):
-        """Whether an expression counts as true; ``whole``: what is so judged must be a truth value itself."""
+    def condition(self, node, strict=False):
+        """Return the condition that an expression is true; ``strict``: refuse operands of ``and``, ``or`` but bools."""
         if isinstance(node, ast.BoolOp):
-            return self.either(node.op, node.values, whole)
+            return self.short_circuit(node.op, node.values, strict)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            found = self.truth(node.operand)
-            return not found if isinstance(found, bool) else self.builder.not_(found)
-        found = self.of(node)
-        if whole and (found.t if isinstance(found, Value) else type(found)) not in (TRUTH, bool):
-            raise self.error(node, "no truth value")
-        if not isinstance(found, Value):
-            return bool(found)
-        return found.code if found.t == TRUTH else self.compare(ast.NotEq, found, 0)
+            condition = self.condition(node.operand)
+            return not condition if isinstance(condition, bool) else self.builder.not_(condition)
+        value = self.evaluate(node)
+        if strict and (value.type if isinstance(value, Value) else type(value)) not in (BOOL, bool):
+            raise self.error(node, "expected a bool as the operand of `and` or `or`")
+        if not isinstance(value, Value):
+            return bool(value)
+        return value.llvm if value.type == BOOL else self.compare(ast.NotEq, value, 0)
 
-    def either(self, op, operands, whole):
-        """The truth of ``and`` or ``or``; what need not be looked at is not."""
+    def short_circuit(self, op, operands, strict):
+        """Return the condition of ``and`` or ``or``, which evaluates no operand after the one that decides."""
         both = isinstance(op, ast.And)
-        first = self.truth(operands[0], whole)
+        first = self.condition(operands[0], strict)
         if len(operands) == 1 or first is (not both):
             return first
         if isinstance(first, bool):
-            return self.either(op, operands[1:], whole)
-        place = self.store(None, as_truth(first))
+            return self.short_circuit(op, operands[1:], strict)
+        slot = self.store(None, as_bool(first))
         with self.builder.if_then(first if both else self.builder.not_(first)):
-            self.store(place, as_truth(self.either(op, operands[1:], whole)))
-        return self.load(place).code
+            self.store(slot, as_bool(self.short_circuit(op, operands[1:], strict)))
+        return self.load(slot).llvm
 
-    def of_IfExp(self, node):
-        test = self.truth(node.test)
+    def evaluate_IfExp(self, node):
+        test = self.condition(node.test)
         if isinstance(test, bool):
-            return self.of(node.body if test else node.orelse)
+            return self.evaluate(node.body if test else node.orelse)
         first = last = None
         with self.builder.if_else(test) as branches:
             for branch, side in zip(branches, (node.body, node.orelse), strict=True):
                 with branch:
-                    first, last = last, self.store(last, self.of(side))
+                    first, last = last, self.store(last, self.evaluate(side))
         if first != last:
-            raise self.error(node, "two types of values")
+            raise self.error(node, "the two values of a conditional expression have different types")
         return self.load(last)
 
     # ---------------------------------------------------------------------------------------------------------- calls
-    def of_Call(self, node):
-        function, arguments = self.of(node.func), tuple(map(self.of, node.args))
+    def evaluate_Call(self, node):
+        function, arguments = self.evaluate(node.func), tuple(map(self.evaluate, node.args))
         if node.keywords:
-            raise self.error(node, "arguments have no names")
+            raise self.error(node, "kernels do not support keyword arguments")
         if hasattr(function, "_defn"):
-            return self.intrinsic(function, arguments)
+            return self.call_intrinsic(function, arguments)
         if isinstance(function, types.ExternalFunction):
-            return self.external(function, arguments)
+            return self.call_external(function, arguments)
         if hasattr(function, "tree"):
             return self.unit.call(self.builder, function, arguments)
-        translate = getattr(self, f"call_{getattr(function, '__name__', '')}", None)
+        translate = getattr(self, f"builtin_{getattr(function, '__name__', '')}", None)
         if translate is None:
             raise self.error(node, f"kernels cannot call {function!r}")
         return translate(*arguments)
 
-    def intrinsic(self, function, arguments):
-        sig, generate = function._defn(None, *[kind(one, function._prefer_literal) for one in arguments])
-        given = [self.lowered(*pair) for pair in zip(arguments, sig.args, strict=True)]
-        return self.raised(sig.return_type, generate(CONTEXT, self.builder, sig, given))
+    def call_intrinsic(self, function, arguments):
+        sig, generate = function._defn(None, *[type_of(one, function._prefer_literal) for one in arguments])
+        given = [self.to_llvm(*pair) for pair in zip(arguments, sig.args, strict=True)]
+        return self.from_llvm(sig.return_type, generate(CONTEXT, self.builder, sig, given))
 
-    def external(self, function, arguments):
+    def call_external(self, function, arguments):
+        """Call a C function, an ``ExternalFunction`` of Numba."""
         sig = function.sig
         result = VOID if sig.return_type == types.void else CONTEXT.get_value_type(sig.return_type)
         t = ir.FunctionType(result, [CONTEXT.get_value_type(one) for one in sig.args])
         callee = cgutils.get_or_insert_function(self.unit.module, t, function.symbol)
-        given = [self.convert(*pair).code for pair in zip(arguments, sig.args, strict=True)]
-        return self.raised(sig.return_type, self.builder.call(callee, given))
+        given = [self.convert(*pair).llvm for pair in zip(arguments, sig.args, strict=True)]
+        return self.from_llvm(sig.return_type, self.builder.call(callee, given))
 
-    def lowered(self, one, t):
-        """An argument as LLVM's value of one of Numba's types."""
+    def to_llvm(self, value, t):
+        """Return a value as the LLVM value of a Numba type: a struct of a tuple, a null pointer of ``None``."""
         if isinstance(t, types.BaseTuple):
-            each = [self.lowered(*pair) for pair in zip(one, t, strict=True)]
-            return packed(self.builder, CONTEXT.get_value_type(t), each)
-        if one is None:
+            each = [self.to_llvm(*pair) for pair in zip(value, t, strict=True)]
+            return pack(self.builder, CONTEXT.get_value_type(t), each)
+        if value is None:
             return CONTEXT.get_dummy_value()
-        return as_value(one).code if isinstance(t, types.Literal) else self.convert(one, t).code
+        return as_value(value).llvm if isinstance(t, types.Literal) else self.convert(value, t).llvm
 
-    def raised(self, t, code):
-        """The contrary."""
+    def from_llvm(self, t, llvm):
+        """Return the value of Numba type ``t`` that an LLVM value stands for."""
         if isinstance(t, types.BaseTuple):
-            return tuple([self.raised(one, self.builder.extract_value(code, at)) for at, one in enumerate(t)])
-        return None if isinstance(t, types.NoneType) else Value(t, code)
+            return tuple([self.from_llvm(one, self.builder.extract_value(llvm, at)) for at, one in enumerate(t)])
+        return None if isinstance(t, types.NoneType) else Value(t, llvm)
 
-    def call_float(self, one):
-        return self.convert(one, FLOAT)
+    def builtin_float(self, number):
+        return self.convert(number, FLOAT)
 
-    def call_int(self, one):
-        return self.convert(one, INT)
+    def builtin_int(self, number):
+        return self.convert(number, INT)
 
-    def call_abs(self, one):
-        return self.choose(self.compare(ast.Lt, one, 0), self.negative(one), one)
+    def builtin_abs(self, number):
+        return self.select(self.compare(ast.Lt, number, 0), self.negate(number), number)
 
-    def call_min(self, first, *others):
-        for one in others:
-            first = self.choose(self.compare(ast.Lt, one, first), one, first)
+    def builtin_min(self, first, *others):
+        for other in others:
+            first = self.select(self.compare(ast.Lt, other, first), other, first)
         return first
 
-    def call_max(self, first, *others):
-        for one in others:
-            first = self.choose(self.compare(ast.Gt, one, first), one, first)
+    def builtin_max(self, first, *others):
+        for other in others:
+            first = self.select(self.compare(ast.Gt, other, first), other, first)
         return first
 
-    def choose(self, test, a, b):
-        if isinstance(test, bool):
-            return a if test else b
-        a, b = self.alike(a, b)
-        return Value(a.t, self.builder.select(test, a.code, b.code))
+    def select(self, condition, a, b):
+        """Return ``a`` where the condition holds, else ``b``, without a branch."""
+        if isinstance(condition, bool):
+            return a if condition else b
+        a, b = self.promote(a, b)
+        return Value(a.type, self.builder.select(condition, a.llvm, b.llvm))
