@@ -1,16 +1,16 @@
-"""Where elements are, and how they are loaded and stored.
+"""Addresses of elements, and the loads and stores of tiles and of per-channel vectors.
 
-A program works on a *strip*: one channel (rows), or LANES * VEC adjacent ones (COLUMNS, channels-last). Per-channel
-values are scalars in the first case and vectors in the second. A *position* is one step along a strip: a vector of VEC
-elements in rows, LANES of them in columns; a *tile* is a block of elements [POSITIONS, LANES * VEC]. Vectors are
-counted over the whole tensor, so that an element's offset is known to be a multiple of VEC whatever the sizes are.
+A program works on a *strip*: one channel (rows), or LANES * VEC adjacent channels (COLUMNS, channels-last). Per-channel
+values are scalars in rows and vectors in columns. A *position* is one step along a strip: one vector of VEC elements in
+rows, LANES vectors in columns. A *tile* is a block of elements of shape [POSITIONS, LANES * VEC]. Vectors are numbered
+over the whole tensor, so that the compiler knows, for any shape, that a vector's offset is a multiple of VEC.
 
-*Ragged* rows begin and end within vectors of the tensor. A row's positions are the vectors that any row can span at
-most; a vector at its end is loaded whole, and of it only the row's own elements count and are stored.
+*Ragged* rows begin and end inside vectors of the tensor. Each row has as many positions as the most vectors that a row
+can span. The vectors at its ends are loaded whole, but only the elements of the row count and are stored.
 
-Functions take what belongs together as named tuples. A kernel makes them of its own parameters: a :class:`Layout` of
-its constants, a :class:`Strip` of its numbers. An assignment makes numbers of constants, also of those in a tuple,
-unless it is annotated ``tl.constexpr``; so these have a tuple of their own.
+Values that belong together are passed as named tuples. A kernel builds them from its parameters: a :class:`Layout` from
+the constants, a :class:`Strip` from the run-time numbers. The constants have a separate tuple because an assignment
+turns them into run-time numbers, even inside a tuple, unless it is annotated ``tl.constexpr``.
 """
 
 from typing import Any, NamedTuple
@@ -20,65 +20,65 @@ import triton.language as tl
 
 
 class Layout(NamedTuple):
-    """What is constant to a kernel."""
+    """Compile-time constants of a kernel."""
 
     LANES: Any  # vectors side by side across a strip; 1 in rows
-    VEC: Any  # elements of a vector
-    COLUMNS: Any  # whether a strip is adjacent channels of a channels-last tensor, or else one channel's rows
-    WIDE: Any = False  # whether offsets take 64 bits
-    GROUPS: Any = 1  # ghost batches
-    POSITIONS: Any = None  # of a tile
-    COMPUTE: Any = None  # the dtype that elements are computed in
-    RANGE: Any = False  # whether squares of the tensor's dtype may leave float32's range
-    RAGGED: Any = False  # whether rows begin and end within vectors
+    VEC: Any  # elements in a vector
+    COLUMNS: Any  # True: a strip is adjacent channels of a channels-last tensor; False: it is the rows of one channel
+    WIDE: Any = False  # whether offsets need 64 bits
+    GROUPS: Any = 1  # number of ghost batches
+    POSITIONS: Any = None  # positions in a tile
+    COMPUTE: Any = None  # dtype of the arithmetic on elements
+    RANGE: Any = False  # whether squares of elements may leave the range of float32
+    RAGGED: Any = False  # whether rows begin and end inside vectors
 
 
 class Strip(NamedTuple):
-    """A program's strip of channels, and where it lies in the tensors."""
+    """A program's strip of channels, and its place in the tensors."""
 
-    number: Any  # of the strip in its ghost batch
-    group: Any  # the ghost batch's number
-    start: Any  # the number of the ghost batch's first vector
-    valid: Any  # its mask, a byte for each element of a channel; None: all count
-    channels: Any  # of the tensor
-    row: Any  # vectors in a row: of a channel, or in columns of all channels; those that a ragged row may span
-    jump: Any  # from a channel's row to its next: vectors, from end to start; of ragged rows elements, start to start
+    number: Any  # number of the strip in its ghost batch
+    group: Any  # number of the ghost batch
+    start: Any  # number of the ghost batch's first vector
+    valid: Any  # the ghost batch's mask, a byte for each element of a channel; None: all elements count
+    channels: Any  # channels of the tensor
+    row: Any  # vectors in a row: of one channel, or in columns of all channels; the most that a ragged row can span
+    jump: Any  # vectors from the end of a channel's row to its next row; in ragged rows, elements from start to start
     magic: Any  # position // row is (position * magic) >> power
     power: Any
-    length: Any  # elements in a ragged row; None: rows are of whole vectors
-    positions: Any  # of the strip
+    length: Any  # elements in a ragged row; None: rows consist of whole vectors
+    positions: Any  # positions in the strip
 
 
 class Share(NamedTuple):
-    """Positions of a strip: a program's, or some of those."""
+    """A range of positions of a strip: those of a program, or a part of them."""
 
     first: Any
-    last: Any  # one after them
+    last: Any  # one after the last position
 
 
 class Tile(NamedTuple):
     """A block of a strip's elements."""
 
     position: Any  # [POSITIONS]
-    present: Any  # [POSITIONS]: which positions there are
+    present: Any  # [POSITIONS]: whether the position exists
     vector: Any  # [POSITIONS]: the number of each position's (first) vector
-    offsets: Any  # [POSITIONS, LANES * VEC]: of the elements in the tensor
-    loaded: Any  # [POSITIONS, 1] or [POSITIONS, LANES * VEC]: which elements there are, all or none of a vector
-    known: Any  # those of the strip: in ragged rows, not its neighbours'
-    whole: Any  # the known ones in vectors that are the strip's alone
-    counted: Any  # the known ones that a mask leaves
+    offsets: Any  # [POSITIONS, LANES * VEC]: offsets of the elements in the tensor
+    loaded: Any  # [POSITIONS, 1] or [POSITIONS, LANES * VEC]: whether the element exists, the same for a whole vector
+    known: Any  # whether the element belongs to the strip; false for the neighbours' elements in ragged rows
+    whole: Any  # whether it is known and its vector belongs to the strip alone
+    counted: Any  # whether it is known and the mask keeps it
 
 
 class Channels(NamedTuple):
-    """A strip's channels, or its statistics, among those of a per-channel vector."""
+    """Places of a strip's channels, or of their statistics, in a per-channel vector."""
 
     place: Any  # a scalar, or in columns [LANES * VEC]
-    known: Any  # which of them there are
-    count: Any  # the vector's length
+    known: Any  # whether the channel exists
+    count: Any  # length of the vector
 
 
 class PerChannel(NamedTuple):
-    """What an element is normalised with, in float64."""
+    """Statistics and parameters of channels, in float64."""
 
     mean: Any
     var: Any
@@ -88,7 +88,7 @@ class PerChannel(NamedTuple):
 
 @triton.jit
 def share_of(block, share, strip, L: tl.constexpr):
-    """A program's share of a strip."""
+    """Return a program's share of a strip."""
     if L.WIDE:
         first = tl.cast(block, tl.int64) * share
     else:
@@ -98,7 +98,7 @@ def share_of(block, share, strip, L: tl.constexpr):
 
 @triton.jit
 def group_of(program, L: tl.constexpr):
-    """A program's strip and ghost batch, of GROUPS that the strips of a launch are shared by."""
+    """Return a program's strip and ghost batch: the strips of the first ghost batch come first, then the next."""
     if L.GROUPS == 1:
         return program, 0
     else:
@@ -108,7 +108,7 @@ def group_of(program, L: tl.constexpr):
 
 @triton.jit
 def start_of(group, channels, row, positions, L: tl.constexpr):
-    """The number of a ghost batch's first vector."""
+    """Return the number of a ghost batch's first vector."""
     if L.GROUPS == 1:
         return 0
     else:
@@ -119,7 +119,7 @@ def start_of(group, channels, row, positions, L: tl.constexpr):
 
 @triton.jit
 def mask_of(valid, group, positions, L: tl.constexpr):
-    """Where the mask of a ghost batch starts: it has a byte for each element of a channel."""
+    """Return a pointer to the mask of a ghost batch, which has one byte for each element of a channel."""
     if L.WIDE:
         group = tl.cast(group, tl.int64)
     return valid + group * positions * (1 if L.COLUMNS else L.VEC)
@@ -127,7 +127,7 @@ def mask_of(valid, group, positions, L: tl.constexpr):
 
 @triton.jit
 def tile_at(position, last, strip, L: tl.constexpr):
-    """The tile of some positions, of those before ``last``."""
+    """Return the tile at some positions; only those before ``last`` exist."""
     if L.RAGGED:
         vector, place = vectors_of_ragged_rows(position, strip, L)
         length = tl.cast(strip.length, tl.int32)
@@ -145,7 +145,7 @@ def tile_at(position, last, strip, L: tl.constexpr):
 
 @triton.jit
 def masked(tile, strip, L: tl.constexpr):
-    """A tile of whose elements only the valid ones count."""
+    """Return a tile in which only those elements count that the mask keeps."""
     valid = valid_positions(tile.position, tile.present, strip, L)
     counted = tile.known & (valid[:, None] if L.COLUMNS else valid)
     return Tile(tile.position, tile.present, tile.vector, tile.offsets, tile.loaded, tile.known, tile.whole, counted)
@@ -153,7 +153,7 @@ def masked(tile, strip, L: tl.constexpr):
 
 @triton.jit
 def vectors_at(position, strip, L: tl.constexpr):
-    """The number of each position's (first) vector."""
+    """Return the number of each position's (first) vector."""
     number = strip.number
     if L.WIDE:
         number = tl.cast(number, tl.int64)
@@ -166,7 +166,7 @@ def vectors_at(position, strip, L: tl.constexpr):
 
 @triton.jit
 def row_of(position, strip, L: tl.constexpr):
-    """The number of a position's row, among those of a channel."""
+    """Return the number of a position's row among the rows of its channel."""
     if L.WIDE:
         return position // strip.row
     else:
@@ -175,9 +175,10 @@ def row_of(position, strip, L: tl.constexpr):
 
 @triton.jit
 def vectors_of_ragged_rows(position, strip, L: tl.constexpr):
-    """The number of each position's vector, and the place in the row of its first element, below 0 before the row.
+    """Return the number of each position's vector, and the place of its first element in the row.
 
-    A position beyond the last vector that its row spans has a place beyond the row.
+    The place is negative if the vector begins before the row. If the row does not reach the vector, it is at least the
+    row's length.
     """
     outer = row_of(position, strip, L)
     rest = (position - outer * strip.row).to(tl.int32)
@@ -191,14 +192,14 @@ def vectors_of_ragged_rows(position, strip, L: tl.constexpr):
 
 @triton.jit
 def own_elements(place, length, L: tl.constexpr):
-    """[POSITIONS, VEC]: which elements of vectors at some places of a row belong to it."""
+    """Tell which elements [POSITIONS, VEC] belong to a row, from the place of each vector's first element in it."""
     places = place[:, None] + tl.arange(0, L.VEC)[None, :]
     return places.to(tl.uint32) < length.to(tl.uint32)
 
 
 @triton.jit
 def known_elements(position, last, strip, L: tl.constexpr):
-    """[POSITIONS, 1] or [POSITIONS, LANES * VEC]: which elements there are, all or none of a vector."""
+    """Tell which elements exist: [POSITIONS, 1] or, in columns, [POSITIONS, LANES * VEC]; vectors exist whole."""
     known = (position < last)[:, None]
     if L.COLUMNS:
         known = known & (strip.number * L.LANES + tl.arange(0, L.LANES * L.VEC) // L.VEC < strip.row)[None, :]
@@ -207,7 +208,7 @@ def known_elements(position, last, strip, L: tl.constexpr):
 
 @triton.jit
 def elements_before(position, strip, L: tl.constexpr):
-    """How many elements a channel has before a position, in ragged rows."""
+    """Return the number of elements that a channel has before a position, in ragged rows."""
     _, place = vectors_of_ragged_rows(position, strip, L)
     outer = row_of(position, strip, L)
     return outer * strip.length + tl.minimum(tl.maximum(place, 0), strip.length)
@@ -215,7 +216,7 @@ def elements_before(position, strip, L: tl.constexpr):
 
 @triton.jit
 def known_vectors(tile, strip, L: tl.constexpr):
-    """[POSITIONS, LANES]: which vectors there are."""
+    """Tell which vectors of a tile exist: [POSITIONS, LANES]."""
     known = tile.present[:, None]
     if L.COLUMNS:
         known = known & (strip.number * L.LANES + tl.arange(0, L.LANES) < strip.row)[None, :]
@@ -224,7 +225,7 @@ def known_vectors(tile, strip, L: tl.constexpr):
 
 @triton.jit
 def valid_positions(position, present, strip, L: tl.constexpr):
-    """[POSITIONS, VEC] or, in columns, [POSITIONS]: what a mask leaves of a channel."""
+    """Tell which elements of a channel the mask keeps: [POSITIONS, VEC] or, in columns, [POSITIONS]."""
     if L.COLUMNS:
         return tl.load(strip.valid + position, mask=present, other=0) != 0
     else:
@@ -234,7 +235,7 @@ def valid_positions(position, present, strip, L: tl.constexpr):
 
 @triton.jit
 def channels_of(number, channels, L: tl.constexpr):
-    """The channels of a strip, of a tensor with so many."""
+    """Return the channels of strip ``number`` in a tensor of ``channels`` channels."""
     if L.COLUMNS:
         place = number * L.LANES * L.VEC + tl.arange(0, L.LANES * L.VEC)
         return Channels(place, place < channels, channels)
@@ -244,13 +245,13 @@ def channels_of(number, channels, L: tl.constexpr):
 
 @triton.jit
 def statistics_of(channels, group, L: tl.constexpr):
-    """The statistics of a strip's channels in a ghost batch, among those of all ghost batches."""
+    """Return the places of a ghost batch's statistics in a vector of [groups * channels] values."""
     return Channels(channels.place + group * channels.count, channels.known, channels.count * L.GROUPS)
 
 
 @triton.jit
 def wide(value):
-    """A parameter or a statistic in float64."""
+    """Convert a parameter or a statistic to float64."""
     if value.dtype == tl.bfloat16:
         return value.to(tl.float32).to(tl.float64)
     else:
@@ -259,7 +260,7 @@ def wide(value):
 
 @triton.jit
 def load_wide(pointer, channels, default):
-    """A per-channel vector in float64; ``default`` where there is none."""
+    """Load a per-channel vector as float64, or return ``default`` if the pointer is None; 0 beyond the last channel."""
     if pointer is None:
         return tl.where(channels.known, default, 0.0).to(tl.float64)
     else:
@@ -268,10 +269,11 @@ def load_wide(pointer, channels, default):
 
 @triton.jit
 def load_once(pointer, channels, L: tl.constexpr):
-    """A per-channel vector in float64, of which a thread has few channels; 0 where there is none.
+    """Load a per-channel vector as float64, few channels in each thread; 0 beyond the last channel.
 
-    Of what hangs on loads alone Triton has each thread make its own copy, for all channels of its vectors, and of all
-    that follows in double precision too. So it comes here as a sum over threads, of one number and zeros.
+    Triton repeats a plain load in each thread for all channels of its vectors, and with it all double precision that
+    depends on loads alone. It does not repeat a sum over threads. So the value is loaded in one row and summed with the
+    zeros of 15 others.
     """
     if L.COLUMNS:
         row = tl.arange(0, 16)
@@ -284,7 +286,7 @@ def load_once(pointer, channels, L: tl.constexpr):
 
 @triton.jit
 def after(sums, values):
-    """Per-channel values as they are, which now hang on sums over threads: see :func:`load_once`."""
+    """Return per-channel values unchanged, but make them depend on sums over threads: see :func:`load_once`."""
     always = (sums == sums) | (sums != sums)
     mean, var = tl.where(always, values.mean, 0.0), tl.where(always, values.var, 0.0)
     return PerChannel(mean, var, tl.where(always, values.weight, 0.0), tl.where(always, values.bias, 0.0))
@@ -292,10 +294,10 @@ def after(sums, values):
 
 @triton.jit
 def one_each(sums, L: tl.constexpr):
-    """Per-channel sums over threads, dealt out again: to each thread one channel's.
+    """Redistribute per-channel sums so that each thread has one channel.
 
-    A sum lies where the elements lay, for which a thread has all channels of its vectors; it would compute for all of
-    them what follows in double precision. What is gathered lies as its indices do.
+    A sum has the layout of the elements, where a thread has all channels of its vectors: it would repeat the double
+    precision that follows for each of them. The result of a gather has the layout of its indices instead.
     """
     if L.COLUMNS:
         return tl.gather(sums, tl.arange(0, sums.shape[0]), 0)
@@ -305,7 +307,7 @@ def one_each(sums, L: tl.constexpr):
 
 @triton.jit
 def store_as(pointer, value, mask):
-    """Store float64 or COMPUTE values in the pointer's dtype."""
+    """Store float64 or COMPUTE values in the dtype of the pointer."""
     if pointer.dtype.element_ty == tl.bfloat16:
         tl.store(pointer, value.to(tl.float32).to(tl.bfloat16), mask=mask)
     else:
@@ -314,7 +316,7 @@ def store_as(pointer, value, mask):
 
 @triton.jit
 def store_tile(pointer, value, tile, L: tl.constexpr):
-    """Store a tile's elements; of vectors that neighbours have a part in, one by one."""
+    """Store the elements of a tile; in vectors shared with neighbouring rows, one by one."""
     store_as(pointer + tile.offsets, value, tile.whole)
     if L.RAGGED:
         store_as(pointer + tile.offsets, value, tile.known & (tile.whole == 0))
@@ -322,7 +324,7 @@ def store_tile(pointer, value, tile, L: tl.constexpr):
 
 @triton.jit
 def load_bits(mask, tile, strip, L: tl.constexpr):
-    """[POSITIONS, LANES * VEC]: which elements keep ``dy``, from one byte for each vector."""
+    """Load the sign bits, one byte for each vector, and tell which elements [POSITIONS, LANES * VEC] keep ``dy``."""
     places = mask + tile.vector[:, None] + tl.arange(0, L.LANES)[None, :]
     byte = tl.load(places, mask=known_vectors(tile, strip, L), other=0).to(tl.int32)
     bits = (byte[:, :, None] >> tl.arange(0, L.VEC)[None, None, :]) & 1
@@ -331,7 +333,7 @@ def load_bits(mask, tile, strip, L: tl.constexpr):
 
 @triton.jit
 def store_bits(mask, keep, tile, strip, L: tl.constexpr):
-    """Store one byte for each vector: bit j says whether its element j keeps ``dy``."""
+    """Store the sign bits, one byte for each vector: bit j says whether element j keeps ``dy``."""
     bits = tl.reshape(keep.to(tl.int32), (L.POSITIONS, L.LANES, L.VEC)) << tl.arange(0, L.VEC)[None, None, :]
     places = mask + tile.vector[:, None] + tl.arange(0, L.LANES)[None, :]
     tl.store(places, tl.sum(bits, 2).to(tl.uint8), mask=known_vectors(tile, strip, L))

@@ -14,13 +14,13 @@ from gpu_bn.kernels.triton import math as triton_math
 
 
 class Functions(NamedTuple):
-    """One activation.
+    """Triton functions of one activation.
 
     Attributes:
         value: ``value(z, p)``.
         gradient: ``gradient(z, dy, p)``.
-        drop: ``drop(z)``, the bit that decides the gradient, or ``None`` if one does not.
-        masked_gradient: ``masked_gradient(keep, dy, p)`` from its opposite, or ``None``.
+        drop: ``drop(z)``, the bit that decides the gradient, or ``None`` if one bit does not decide it.
+        masked_gradient: ``masked_gradient(keep, dy, p)``, the gradient from ``keep = not drop(z)``, or ``None``.
     """
 
     value: Any
@@ -31,11 +31,11 @@ class Functions(NamedTuple):
 
 @cache
 def functions(name: str) -> Functions:
-    """An activation's functions; the same ones each time, so that kernels are compiled once."""
+    """Return an activation's functions, always the same objects, so that kernels are compiled once."""
     code = ROWS[name].device
     gradient = code.gradient or f"where({code.drop}, {code.dropped}, dy)"
     masked = f"where(keep, dy, {code.dropped})"
-    if code.slope:  # one product of a choice: of a choice of products Triton 3.9 crashes (sm_75, 86, 89, 90)
+    if code.slope:  # dy * where(...): where(..., dy * ..., dy) crashes Triton 3.9 (sm_75, 86, 89, 90)
         gradient, masked = f"dy * where({code.drop}, {code.slope}, 1)", f"dy * where(keep, 1, {code.slope})"
     bodies = {"value(z, p)": code.value, "gradient(z, dy, p)": gradient}
     if code.drop:
@@ -47,11 +47,14 @@ def functions(name: str) -> Functions:
 
 
 def _define(name: str, source: str) -> dict[str, Any]:
-    """Run a source text; ``linecache`` keeps it, because Triton reads a function's text from where it was defined."""
+    """Run a source text and return its names.
+
+    ``linecache`` keeps the text, because Triton reads a function's source from the file that defines it.
+    """
     file = f"<gpu_bn activation {name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    names: dict[str, Any] = {"__name__": f"{__name__}.{name}", "tl": tl}  # Triton looks for its language in there
+    names: dict[str, Any] = {"__name__": f"{__name__}.{name}", "tl": tl}  # Triton looks up tl here
     for function in ("where", "abs", "exp", "expm1", "tanh", "sigmoid", "sigmoid_slope", "normal_cdf"):
         names[function] = getattr(triton_math, function)
-    exec(compile(source, file, "exec"), names)  # the text is made of this package's own table
+    exec(compile(source, file, "exec"), names)  # the text comes from this package's own table
     return names

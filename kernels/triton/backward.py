@@ -1,4 +1,4 @@
-"""The backward pass: sums and the gradient of x in two launches, or three, or in one that holds a channel."""
+"""The backward pass: sums and the gradient of x in two or three launches, or in one that holds a strip in registers."""
 
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ from gpu_bn.kernels.triton.statistics import (
 
 
 class Tensors(NamedTuple):
-    """Tensors of a backward call; what is not given or not asked for is None."""
+    """Tensors of a backward call; None if not given or not asked for."""
 
     x: Any
     dy: Any
@@ -55,7 +55,7 @@ class Tensors(NamedTuple):
 def gradient_of(
     value, dy, tensors, tile, strip, affine, parameter, GRADIENT: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
-    """dz of one tile, from the forward pass's bits or from z computed again; 0 of elements that do not count."""
+    """Return dz of one tile, from the sign bits or from z computed again; 0 for elements that do not count."""
     if tensors.mask is not None:
         keep = load_bits(tensors.mask, tile, strip, L)
         dz = GRADIENT(keep, dy, parameter.to(L.COMPUTE))
@@ -69,7 +69,7 @@ def gradient_of(
 
 @triton.jit
 def reduce_tiles(tensors, sums, share, strip, affine, parameter, GRADIENT: tl.constexpr, L: tl.constexpr):
-    """Add dz and dz * (x - centre) to each thread's sums, tile by tile, and write what is asked for."""
+    """Add dz and dz * (x - centre) to each thread's sums, tile by tile, and write dz and dx if they are asked for."""
     sum_dz, sum_product = sums
     for begin in range(share.first, share.last, L.POSITIONS):
         tile = tile_at(begin + tl.arange(0, L.POSITIONS), share.last, strip, L)
@@ -78,7 +78,7 @@ def reduce_tiles(tensors, sums, share, strip, affine, parameter, GRADIENT: tl.co
         if strip.valid is not None:
             tile = masked(tile, strip, L)
         if strip.valid is not None or L.RAGGED:
-            value = tl.where(tile.counted, value, 0.0)  # what does not count may be infinite
+            value = tl.where(tile.counted, value, 0.0)  # elements that do not count may be infinite
         gradient = gradient_of(value, given, tensors, tile, strip, affine, parameter, GRADIENT, L)
         if tensors.dz is not None:
             store_tile(tensors.dz, gradient, tile, L)
@@ -89,8 +89,8 @@ def reduce_tiles(tensors, sums, share, strip, affine, parameter, GRADIENT: tl.co
     return sum_dz, sum_product
 
 
-# For a block's share, with z as in the forward pass:
-#     dz = dy * activation'(z)        sums of dz and of dz * (x - mean)
+# For the elements of a channel in a block's share, with z as in the forward pass:
+#     dz = dy * activation'(z)        sum(dz)        sum(dz * (x - centre))
 @triton.jit
 def bn_backward_reduce_kernel(
     x, dy, residual, mask, valid, dz, dx, mean, var, weight, bias, partials, eps, parameter,
@@ -98,9 +98,9 @@ def bn_backward_reduce_kernel(
     GRADIENT: tl.constexpr, CHAIN: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz and of dz * (x - centre) over each block's share, to partials[2, blocks, groups * channels].
+    """Write the two sums of each block's share to partials[2, blocks, groups * channels].
 
-    Also writes dz, and with frozen statistics dx, where they are asked for.
+    Also write dz, and with frozen statistics dx = dz * weight / sqrt(var + eps), if they are asked for.
     """
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, False, length is not None)
     number, group = group_of(tl.program_id(0), L)
@@ -139,7 +139,7 @@ def bn_backward_reduce_kernel(
 
 @triton.jit
 def write_sums(dweight, dbias, sum_dz, sum_dz_xhat, channel):
-    """The parameters' gradients, in the parameters' dtypes."""
+    """Write the gradients of weight and bias, in the dtypes of the pointers."""
     if dweight is not None:
         store_as(dweight + channel.place, sum_dz_xhat, channel.known)
     if dbias is not None:
@@ -152,7 +152,10 @@ def bn_merge_sums_kernel(
     partials, mean, var, weight, bias, dweight, dbias, table, eps, inverse_count, counts, channels, blocks,
     CHUNK: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of LANES channels' parameters from the blocks' sums; what dx is made of, to table[5, statistics]."""
+    """Write the parameters' gradients of LANES channels from the blocks' sums, and the coefficients of dx.
+
+    The coefficients are centre, scale, shift, slope and offset, in table[5, groups * channels].
+    """
     L: tl.constexpr = Layout(LANES, 1, True, GROUPS=GROUPS)
     number, group = group_of(tl.program_id(0), L)
     channel = channels_of(number, channels, L)
@@ -173,7 +176,7 @@ def bn_merge_sums_kernel(
 
 @triton.jit
 def inverse_of(inverse_count, counts, group):
-    """1 / count of a ghost batch: a number, or of the counts where they are."""
+    """Return 1 / count of a ghost batch, from ``counts`` if they are given, or else ``inverse_count``."""
     if counts is None:
         return inverse_count
     else:
@@ -182,7 +185,7 @@ def inverse_of(inverse_count, counts, group):
 
 @triton.jit
 def input_coefficients(sum_dz, sum_dz_xhat, affine, inverse_count, COMPUTE: tl.constexpr):
-    """dx = ((x - centre) * slope + dz + offset) * scale."""
+    """Return slope and offset of dx = ((x - centre) * slope + dz + offset) * scale."""
     slope = -sum_dz_xhat * affine.rstd * inverse_count
     offset = -sum_dz * inverse_count - slope * affine.rest
     return slope.to(COMPUTE), offset.to(COMPUTE)
@@ -198,11 +201,11 @@ def bn_backward_input_kernel(
     GRADIENT: tl.constexpr, CHUNK: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """dx (and dz), from the end of the tensor to its start.
+    """Write dx (and dz), from the end of the tensor to its start, because the cache still holds the end.
 
-    The sums come from ``partials``, or else from ``sum_dz`` and ``sum_dz_xhat``; with frozen statistics there are none.
-    With a ``table``, a launch before this one has merged them. ``counts``, if given, has the counts of the ghost
-    batches, in place of ``inverse_count``.
+    The sums come from ``partials``, or else from ``sum_dz`` and ``sum_dz_xhat``; frozen statistics need none. With a
+    ``table``, an earlier launch has merged them. ``counts``, if given, are the counts of the ghost batches and replace
+    ``inverse_count``.
     """
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, False, length is not None)
     blocks = tl.num_programs(1)
@@ -272,7 +275,7 @@ def bn_backward_kernel(
     GRADIENT: tl.constexpr, TILES: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The whole backward pass of one strip; the program (or its cluster of blocks) holds its x and dz in registers."""
+    """Compute the backward pass of one strip; the program (or its cluster of blocks) holds x and dz in registers."""
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, 1, POSITIONS, COMPUTE, False, length is not None)
     strip = Strip(tl.program_id(0), 0, 0, None, channels, row, jump, magic, power, length, positions)
     channel = channels_of(strip.number, channels, L)

@@ -1,4 +1,4 @@
-"""The forward pass: statistics and outputs in two launches, or three, or in one that holds a channel."""
+"""The forward pass: statistics and outputs in two or three launches, or in one that holds a strip in registers."""
 
 from typing import Any, NamedTuple
 
@@ -52,33 +52,33 @@ from gpu_bn.kernels.triton.sums import leave_sums, moments_of_sums
 
 
 class Outputs(NamedTuple):
-    """The tensors beside x."""
+    """Tensors that outputs are computed from or written to."""
 
     residual: Any
     y: Any
-    mask: Any  # the sign bits
+    mask: Any  # the sign bits for the backward pass
 
 
 class Running(NamedTuple):
-    """Running statistics, and how they move."""
+    """Running statistics, and the numbers for their update."""
 
     mean: Any
     var: Any
-    counter: Any  # of batches
+    counter: Any  # number of batches
     momentum: Any
-    momentum_at: Any  # where the momentum is, if not given as a number
+    momentum_at: Any  # pointer to the momentum; None: it is given as a number
     bessel: Any  # n / (n - 1)
 
 
 class Old(NamedTuple):
-    """Running statistics from before this batch, and the number of batches with it."""
+    """Running statistics before this batch, and the number of batches including it."""
 
     batches: Any
     mean: Any
     var: Any
 
 
-# Ioffe & Szegedy 2015, Alg. 1, for a block's share of the n positions:
+# Ioffe & Szegedy 2015, Alg. 1, for the n elements of a channel in a block's share:
 #     mean = sum(x) / n        var = sum((x - mean)**2) / n
 @triton.jit
 def bn_stats_kernel(
@@ -87,9 +87,10 @@ def bn_stats_kernel(
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of each block's share of a strip, to partials[2, blocks, groups * channels].
+    """Write mean and variance of each block's share of a strip to partials[2, blocks, groups * channels].
 
-    With a mask and of ragged rows also the count, to a third plane. Partials of float32 get the sums instead.
+    With a mask and for ragged rows, also write the count, to a third plane. If ``partials`` has dtype float32, write
+    sums instead: see :func:`leave_sums`.
     """
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, RANGE, length is not None)
     number, group = group_of(tl.program_id(0), L)
@@ -114,7 +115,7 @@ def leave_moments(
     x, partials, block, base, pending, share, strip, statistic, CHAIN: tl.constexpr, AT_ONCE: tl.constexpr,
     L: tl.constexpr,
 ):  # fmt: skip
-    """Write what each sweep finds of the pending channels: mean and variance, and the count where that may differ."""
+    """Write the pending channels' mean and variance after each sweep; with a mask or ragged rows, also the count."""
     count = elements_in(share, strip, L)
     inverse = reciprocal_from(count, 1.0) if L.RAGGED else reciprocal(count)
     results, blocks = partials.results, partials.blocks
@@ -138,20 +139,20 @@ def leave_moments(
 
 @triton.jit
 def first_base(shift):
-    """What the first sweep takes deviations from."""
+    """Return the base for the first sweep, with a factor of 1."""
     return Base(shift, shift * 0.0 + 1.0)
 
 
-# Of blocks with n_i, mean_i and var_i:
+# For blocks with n_i elements, mean_i and var_i:
 #     mean = sum(n_i * mean_i) / n        var = sum(n_i * (var_i + (mean_i - mean)**2)) / n
 @triton.jit
 def bn_merge_moments_kernel(
     partials, saved, counts, table, weight, bias, eps, channels, positions, share, blocks,
     CHUNK: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of LANES channels from those of their blocks, to saved[2, groups * channels] and, masked, counts.
+    """Merge the statistics of LANES channels' blocks into saved[2, groups * channels]; with a mask, also write counts.
 
-    For outputs also weight and bias, and what an element is computed with, to table[3, groups * channels].
+    With a ``table``, also save weight and bias, and write centre, scale and shift to table[3, groups * channels].
     """
     L: tl.constexpr = Layout(LANES, 1, True, GROUPS=GROUPS)
     number, group = group_of(tl.program_id(0), L)
@@ -174,7 +175,7 @@ def bn_merge_moments_kernel(
 
 @triton.jit
 def keep_count(counts, count, number, group, L: tl.constexpr):
-    """The number of a ghost batch's valid positions, by the programs of its first strip."""
+    """Write the number of elements that each channel has in a ghost batch; only the programs of its first strip do."""
     if counts is not None:
         if number == 0:
             tl.store(counts + group, tl.max(count, 0) if L.COLUMNS else count)
@@ -182,14 +183,14 @@ def keep_count(counts, count, number, group, L: tl.constexpr):
 
 @triton.jit
 def load_old(running, channel):
-    """What running statistics there are before this batch."""
+    """Load the running statistics from before this batch."""
     batches = batches_of(running.counter)
     return Old(batches, load_wide(running.mean, channel, 0.0), load_wide(running.var, channel, 0.0))
 
 
 @triton.jit
 def batches_of(counter):
-    """The number of batches with this one, for the programs of one strip, which count it."""
+    """Return the number of batches including this one, in the programs of strip 0, which write it; 1 in others."""
     if counter is None:
         return 0
     else:
@@ -198,9 +199,9 @@ def batches_of(counter):
 
 @triton.jit
 def keep_saved(values, channel, group, saved, L: tl.constexpr):
-    """Write what the backward pass needs, to saved[4, channels].
+    """Write mean, variance, weight and bias to saved[4, channels], for the backward pass.
 
-    Of ghost batches, the first two parts of ``saved`` are as long as there are statistics.
+    With ghost batches, mean and variance have shape [groups, channels] each.
     """
     channels, place, known = channel.count, channel.place, channel.known
     tl.store(saved + group * channels + place, values.mean, mask=known)
@@ -210,12 +211,13 @@ def keep_saved(values, channel, group, saved, L: tl.constexpr):
     tl.store(saved + (2 * L.GROUPS + 1) * channels + place, values.bias, mask=first)
 
 
-#     running = (1 - momentum) * running + momentum * batch,  the variance by n / (n - 1)
+#     running_mean = (1 - momentum) * running_mean + momentum * mean
+#     running_var = (1 - momentum) * running_var + momentum * var * n / (n - 1)
 @triton.jit
 def keep_running(mean, var, channel, running, old):
-    """Write the running statistics, and the number of batches.
+    """Write the running statistics and the number of batches.
 
-    All threads have read the old ones, and a barrier has passed, before one writes the new ones.
+    All threads must have read the old ones and passed a barrier before one of them writes the new ones.
     """
     if running.counter is not None:
         tl.store(running.counter, old.batches, mask=tl.program_id(0) == 0)
@@ -232,7 +234,7 @@ def keep_running(mean, var, channel, running, old):
 
 @triton.jit
 def moved(old, new, momentum):
-    """A running statistic after the batch's has come."""
+    """Return a running statistic, updated by that of the batch."""
     return (1.0 - momentum) * old + momentum * new
 
 
@@ -240,7 +242,7 @@ def moved(old, new, momentum):
 def write_outputs(
     value, outputs, tile, strip, affine, parameter, VALUE: tl.constexpr, DROP: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
-    """y of one tile, 0 where a mask says so, and its bits for the backward pass."""
+    """Write y of one tile, 0 where the mask leaves an element out, and the sign bits for the backward pass."""
     added = None
     if outputs.residual is not None:
         added = tl.load(outputs.residual + tile.offsets, mask=tile.loaded, other=0.0).to(L.COMPUTE)
@@ -262,9 +264,10 @@ def bn_normalize_kernel(
     VALUE: tl.constexpr, DROP: tl.constexpr, CHUNK: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Outputs, from the end of the tensor to its start, with statistics from ``partials`` or else ``mean``, ``var``.
+    """Write the outputs, from the end of the tensor to its start, because the cache still holds the end.
 
-    With a ``table``, a launch before this one has merged the statistics and saved them.
+    Statistics come from ``partials``, or else from ``mean`` and ``var``. With a ``table``, an earlier launch has merged
+    and saved them.
     """
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, GROUPS, POSITIONS, COMPUTE, False, length is not None)
     blocks = tl.num_programs(1)
@@ -314,7 +317,7 @@ def bn_normalize_kernel(
 
 @triton.jit
 def move_running(mean, var, channel, running):
-    """Read the running statistics, and move them towards the batch's."""
+    """Load the running statistics, and move them towards those of the batch."""
     old = load_old(running, channel)
     tl.debug_barrier()
     keep_running(mean, var, channel, running, old)
@@ -329,7 +332,7 @@ def bn_forward_kernel(
     VALUE: tl.constexpr, DROP: tl.constexpr, TILES: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
-    """The whole forward pass of one strip, which the program (or its cluster of blocks) holds in registers."""
+    """Compute the forward pass of one strip, which the program (or its cluster of blocks) holds in registers."""
     L: tl.constexpr = Layout(LANES, VEC, COLUMNS, WIDE, 1, POSITIONS, COMPUTE, RANGE, length is not None)
     strip = Strip(tl.program_id(0), 0, 0, None, channels, row, jump, magic, power, length, positions)
     channel = channels_of(strip.number, channels, L)

@@ -1,4 +1,4 @@
-"""The functions that activations are written in, for float32 and float64 blocks.
+"""The functions that the expressions of activations call, for float32 and float64 blocks.
 
 Each keeps its relative accuracy in the tails, has the right limits at infinity and propagates NaN. They are written
 out because Triton's interpreter has no device library and ``tl.exp`` loses the low bits of large arguments.
@@ -28,7 +28,7 @@ def abs(z):
 
 @triton.jit
 def exp(z):
-    """e**z: the part of z * log2(e) that float32 cannot hold is made good to first order."""
+    """Return e**z; the part of z * log2(e) that float32 cannot hold is added to first order."""
     if z.dtype == tl.float64:
         return tl.exp(z)
     else:
@@ -41,7 +41,7 @@ def exp(z):
 
 @triton.jit
 def expm1(z):
-    """e**z - 1: its Taylor series within 1 of zero."""
+    """Return e**z - 1; where abs(z) < 1, by its Taylor series."""
     TERMS: tl.constexpr = 18 if z.dtype == tl.float64 else 11
     series = z * 0.0 + 1.0
     for i in tl.static_range(TERMS - 1):
@@ -64,6 +64,7 @@ def sigmoid(z):
 
 @triton.jit
 def sigmoid_slope(z):
+    """Return sigmoid(z) * (1 - sigmoid(z)), of which no part overflows."""
     tail = exp(-tl.abs(z))
     whole = 1.0 / (1.0 + tail)
     return tail * whole * whole
@@ -71,9 +72,9 @@ def sigmoid_slope(z):
 
 @triton.jit
 def normal_cdf(z):
-    """The standard normal distribution function, as :func:`gpu_bn.activation_values.normal_cdf` has it.
+    """Return the standard normal distribution function by the series of :func:`gpu_bn.activation_values.normal_cdf`.
 
-    z * z is exp's argument: what rounding takes from it comes back as a factor.
+    It contains exp(-z * z / 2). The rounding error of z * z goes into a second factor.
     """
     TERMS: tl.constexpr = 28 if z.dtype == tl.float64 else 14
     size = tl.abs(z)

@@ -1,4 +1,4 @@
-"""What kernels keep of a channel, and sums over a block in float64."""
+"""Per-channel values that kernels keep, and sums over a block in float64."""
 
 from typing import Any, NamedTuple
 
@@ -13,50 +13,50 @@ from gpu_bn.kernels.triton.accesses import (
 SCALE_DOWN = tl.constexpr(2.0**-80)
 SCALE_UP = tl.constexpr(2.0**80)
 UNDERFLOW = tl.constexpr(1e-30)
-"""Mean squares below this may have lost float32's small numbers."""
+"""A mean of squares below this may have lost terms to underflow in float32."""
 TINY_SHIFT = tl.constexpr(1e-6)
-"""The deviations from a larger shift are zero or have squares above UNDERFLOW."""
+"""Deviations from a shift larger than this are zero or have squares above UNDERFLOW."""
 TRUSTED_SHIFT = tl.constexpr(64.0)
-"""A shift serves within 8 standard deviations of the mean."""
+"""Largest (mean - shift)**2 / variance with accurate sums: the shift is within 8 standard deviations of the mean."""
 
 
 class Base(NamedTuple):
-    """What deviations are taken from: value * factor - shift."""
+    """Shift and factor of deviations: value * factor - shift."""
 
     shift: Any
-    factor: Any  # 1 unless squares left float32's range
+    factor: Any  # 1 unless squares left the range of float32
 
 
 class Sums(NamedTuple):
-    """Of deviations: each thread's own, or in float64 those of a channel."""
+    """Sums of deviations: those of each thread, or of a whole channel."""
 
-    count: Any  # with a mask, how many they are
+    count: Any  # number of elements that the mask keeps; float_sums also counts without a mask
     total: Any
     squares: Any
 
 
 class Partials(NamedTuple):
-    """What the blocks of a strip have found: planes of [blocks, statistics]."""
+    """Partial results of a strip's blocks, in planes of shape [blocks, statistics]."""
 
     results: Any
     blocks: Any
     share: Any = None  # positions of a block
-    positions: Any = None  # of all
+    positions: Any = None  # positions of all blocks
 
 
 class Affine(NamedTuple):
-    """z = (x - centre) * scale + shift, these in COMPUTE; the rest is in float64."""
+    """Coefficients of z = (x - centre) * scale + shift."""
 
-    centre: Any
-    scale: Any
-    shift: Any
-    rest: Any  # mean - centre
-    rstd: Any  # 1 / sqrt(var + eps)
+    centre: Any  # the mean, rounded to COMPUTE
+    scale: Any  # in COMPUTE
+    shift: Any  # in COMPUTE
+    rest: Any  # mean - centre, in float64
+    rstd: Any  # 1 / sqrt(var + eps), in float64
 
 
 @triton.jit
 def channel_sum(block, L: tl.constexpr):
-    """The sum of a block for each channel, in float64."""
+    """Return the sum of a block for each channel, in float64."""
     if L.COLUMNS:
         return one_each(tl.sum(block, 0), L).to(tl.float64)
     else:
@@ -65,13 +65,13 @@ def channel_sum(block, L: tl.constexpr):
 
 @triton.jit
 def elements_of(positions, L: tl.constexpr):
-    """The elements that a channel has in so many positions, in float64."""
+    """Return the number of elements that a channel has at ``positions`` positions, in float64."""
     return tl.cast(positions, tl.float64) * (1 if L.COLUMNS else L.VEC)
 
 
 @triton.jit
 def elements_in(share, strip, L: tl.constexpr):
-    """The elements that a channel has in a share, in float64."""
+    """Return the number of elements that a channel has in a share, in float64."""
     if L.RAGGED:
         return (elements_before(share.last, strip, L) - elements_before(share.first, strip, L)).to(tl.float64)
     else:
@@ -80,7 +80,7 @@ def elements_in(share, strip, L: tl.constexpr):
 
 @triton.jit
 def reciprocal(count):
-    """1 / count of a float64 count: two steps of Newton's method, where a division would be a call."""
+    """Return 1 / count of a float64 count by two steps of Newton's method; a division would be a function call."""
     guess = (1.0 / count.to(tl.float32)).to(tl.float64)
     guess = guess * tl.fma(-count, guess, 2.0)
     return guess * tl.fma(-count, guess, 2.0)
@@ -88,7 +88,7 @@ def reciprocal(count):
 
 @triton.jit
 def reciprocal_from(count, least: tl.constexpr):
-    """1 / count, of a count of at least ``least`` if that is not 0."""
+    """Return 1 / max(count, least); if ``least`` is 0, 1 / count."""
     if least == 0.0:
         return reciprocal(count)
     else:
@@ -97,6 +97,7 @@ def reciprocal_from(count, least: tl.constexpr):
 
 @triton.jit
 def any_channel(flag, L: tl.constexpr):
+    """Tell whether the flag of any channel of the strip is set."""
     if L.COLUMNS:
         return tl.max(flag.to(tl.int32), 0) > 0
     else:

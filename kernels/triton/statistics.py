@@ -1,6 +1,6 @@
-"""Sums over a channel, its mean and variance, and what they make of an element.
+"""Sums over a channel, its mean and variance, and the coefficients of z = (x - centre) * scale + shift.
 
-Elements are computed in COMPUTE, per-channel values in float64, all of them in one fixed order.
+Arithmetic on elements is in COMPUTE, on per-channel values in float64. Sums are added up in a fixed order.
 """
 
 import triton
@@ -31,9 +31,9 @@ from gpu_bn.kernels.triton.per_channel import (
 
 @triton.jit
 def usable_shift(mean, ELEMENT: tl.constexpr, L: tl.constexpr):
-    """A mean to take deviations from; 0 if it is not finite.
+    """Return the mean as a shift for deviations; 0 if it is not finite.
 
-    Of 16-bit elements it is one itself: then deviations have few digits, and they add up exactly.
+    For 16-bit elements it is rounded to their dtype, so that deviations have few digits and add up exactly.
     """
     if ELEMENT.primitive_bitwidth == 16:
         mean = mean.to(ELEMENT).to(L.COMPUTE)
@@ -42,7 +42,7 @@ def usable_shift(mean, ELEMENT: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def first_shift(x, share, strip, SAMPLES: tl.constexpr, L: tl.constexpr):
-    """The mean of samples spread over a program's share; 0 if it is not finite, or nothing of them is valid."""
+    """Return the mean of samples spread over a program's share; 0 if it is not finite or no sample is valid."""
     step = tl.maximum((share.last - share.first) // SAMPLES, 1)
     position = share.first + tl.arange(0, SAMPLES) * step
     tile = tile_at(position, share.last, strip, L)
@@ -61,7 +61,7 @@ def first_shift(x, share, strip, SAMPLES: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def deviations(value, base, L: tl.constexpr):
-    """value * factor - shift. Without RANGE, factor is 1."""
+    """Return value * factor - shift. Without RANGE, factor is 1."""
     if L.RANGE:
         return tl.fma(value, base.factor, -base.shift)
     else:
@@ -70,9 +70,9 @@ def deviations(value, base, L: tl.constexpr):
 
 @triton.jit
 def add_tiles(x, sums, base, share, strip, AT_ONCE: tl.constexpr, WHOLE: tl.constexpr, L: tl.constexpr):
-    """Add deviations and their squares to each thread's sums; with a mask, count what they are of.
+    """Add deviations and their squares to each thread's sums; with a mask, count the elements that it keeps.
 
-    AT_ONCE tiles are loaded before one is used. WHOLE: none of them goes beyond the share.
+    AT_ONCE tiles are loaded before the first one is used. WHOLE: no tile reaches beyond the share.
     """
     count, total, squares = sums
     for begin in range(share.first, share.last, AT_ONCE * L.POSITIONS):
@@ -98,8 +98,8 @@ def add_tiles(x, sums, base, share, strip, AT_ONCE: tl.constexpr, WHOLE: tl.cons
 
 @triton.jit
 def add_share(x, sums, base, share, strip, AT_ONCE: tl.constexpr, L: tl.constexpr):
-    """The same of a share: of its whole tiles, whose elements all count, and then of the last ones."""
-    TILES: tl.constexpr = AT_ONCE if strip.valid is None else (AT_ONCE + 1) // 2  # a mask takes registers too
+    """Add a share to each thread's sums: first the full tiles, in which all positions exist, then the rest."""
+    TILES: tl.constexpr = AT_ONCE if strip.valid is None else (AT_ONCE + 1) // 2  # a mask needs registers too
     rest = share.last - (share.last - share.first) % (TILES * L.POSITIONS)
     sums = add_tiles(x, sums, base, Share(share.first, rest), strip, TILES, True, L)
     return add_tiles(x, sums, base, Share(rest, share.last), strip, TILES, False, L)
@@ -107,7 +107,7 @@ def add_share(x, sums, base, share, strip, AT_ONCE: tl.constexpr, L: tl.constexp
 
 @triton.jit
 def no_sums(L: tl.constexpr):
-    """Sums of nothing, of each thread."""
+    """Return zeros for each thread's sums."""
     zeros = tl.zeros((L.POSITIONS, L.LANES * L.VEC), L.COMPUTE)
     if L.COLUMNS:
         return Sums(tl.zeros((L.POSITIONS,), tl.int32), zeros, zeros)
@@ -117,7 +117,7 @@ def no_sums(L: tl.constexpr):
 
 @triton.jit
 def count_of(block, L: tl.constexpr):
-    """The sum of :func:`valid_positions`, in float64: one number, the same for all channels."""
+    """Return the sum of :func:`valid_positions` in float64: one number, the same for all channels."""
     if L.COLUMNS:
         return tl.sum(block, 0).to(tl.float64)
     else:
@@ -126,7 +126,10 @@ def count_of(block, L: tl.constexpr):
 
 @triton.jit
 def streamed_sums(x, base, share, strip, CHAIN: tl.constexpr, AT_ONCE: tl.constexpr, L: tl.constexpr):
-    """A channel's sums over a share, in chains of CHAIN additions (0: it is short); the count only with a mask."""
+    """Return a channel's sums over a share in float64. The count is 0 without a mask.
+
+    Each thread makes at most CHAIN additions in a row in COMPUTE. CHAIN = 0: the share is short enough for one chain.
+    """
     none = no_sums(L)
     if CHAIN == 0:
         own = add_share(x, none, base, share, strip, AT_ONCE, L)
@@ -147,7 +150,7 @@ def streamed_sums(x, base, share, strip, CHAIN: tl.constexpr, AT_ONCE: tl.conste
 
 @triton.jit
 def held_sums(tiles, base, strip, TILES: tl.constexpr, L: tl.constexpr):
-    """A channel's sums, without a count, of TILES tiles in registers."""
+    """Return a channel's sums of deviations and of their squares, from TILES tiles in registers."""
     total = tl.zeros((L.POSITIONS, L.LANES * L.VEC), L.COMPUTE)
     squares = tl.zeros((L.POSITIONS, L.LANES * L.VEC), L.COMPUTE)
     for i in tl.static_range(TILES):
@@ -160,20 +163,20 @@ def held_sums(tiles, base, strip, TILES: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def nan_for_infinity(var):
-    """A variance; float64 squares that overflow must not look like a result."""
+    """Replace an infinite variance by NaN: squares that overflow must not look like a result."""
     return tl.where(var < float("inf"), var, float("nan"))
 
 
 MOST_SWEEPS = tl.constexpr(3)
-"""Up to three: one that loses the range, one with a bad shift, and the final one."""
+"""Most sweeps over a share: one whose squares leave the range, one with a bad shift, and the final one."""
 
 
 @triton.jit
 def assessed(total, squares, count, inverse, base, pending, L: tl.constexpr):
-    """Mean and variance of the pending channels, and how to sum again those that this sweep has not served.
+    """Return mean and variance, the base for another sweep, and which of the pending channels need one.
 
-    A shift too far from the mean is moved there. Where squares left float32's range (RANGE: whether the dtype lets
-    them) the channel gets a factor. What becomes of a channel depends on that channel alone.
+    A shift too far from the mean is moved to the mean. With RANGE, a channel whose squares left the range of float32
+    gets a factor. Each channel is decided independently of the others.
     """
     shift, factor = base
     apart = total * inverse
@@ -203,10 +206,10 @@ def assessed(total, squares, count, inverse, base, pending, L: tl.constexpr):
     return mean, var, Base(shift, factor), pending
 
 
-# A thread adds what it reads itself, and all threads do so together once, at the end: double precision is slow.
+# Each thread adds up the results that it loads. The threads' sums are added once, at the end: double precision is slow.
 @triton.jit
 def block_results(partials, plane, i, channels, L: tl.constexpr):
-    """[CHUNK] or, in columns, [CHUNK, LANES * VEC]: what the blocks ``i`` have found; 0 where there are none."""
+    """Load a plane of the results of blocks ``i``, 0 beyond the last: [CHUNK] or, in columns, [CHUNK, LANES * VEC]."""
     if L.COLUMNS:
         present = (i < partials.blocks)[:, None] & channels.known[None, :]
         place = i[:, None] * channels.count + channels.place[None, :]
@@ -218,7 +221,10 @@ def block_results(partials, plane, i, channels, L: tl.constexpr):
 
 @triton.jit
 def block_counts(partials, i, channels, COUNTED: tl.constexpr, L: tl.constexpr):
-    """The blocks' counts, in the shape of their results or one that broadcasts to it."""
+    """Return the counts of blocks ``i``, in a shape that broadcasts to that of :func:`block_results`.
+
+    COUNTED: load them from plane 2; otherwise they follow from the share.
+    """
     if COUNTED:
         return block_results(partials, 2, i, channels, L)
     else:
@@ -232,22 +238,23 @@ def block_counts(partials, i, channels, COUNTED: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def no_results(channels, CHUNK: tl.constexpr, L: tl.constexpr):
-    """Zeros in the shape of blocks' results."""
+    """Return zeros in the shape of :func:`block_results`."""
     if L.COLUMNS:
         return tl.zeros((CHUNK, channels.place.shape[0]), tl.float64)
     else:
         return tl.zeros((CHUNK,), tl.float64)
 
 
-# Of blocks with n_i, mean_i and var_i:
+# For blocks with n_i elements, mean_i and var_i:
 #     mean = sum(n_i * mean_i) / n        var = sum(n_i * (var_i + (mean_i - mean)**2)) / n
 @triton.jit
 def merged_moments(partials, channels, CHUNK: tl.constexpr, COUNTED: tl.constexpr, L: tl.constexpr):
-    """Mean and variance of a channel, and its count, from those of its blocks, in a fixed order.
+    """Return mean, variance and count of a channel from those of its blocks.
 
-    Deviations are taken from ``base``, so that only the last addition rounds at the means' size. That is the first
-    block's mean; its weight bounds what the difference below loses, to the number of blocks. COUNTED: the blocks'
-    counts come from ``partials`` too. As the first block's may be 0, ``base`` is the mean of all.
+    Means are taken relative to ``base``, so that only the last addition rounds at the size of the mean. ``base`` is the
+    first block's mean. That block has at least n / blocks elements, so that shift**2, which cancels below, is at most
+    ``blocks`` times the variance. COUNTED: the counts are in ``partials``. The first block's count may then be 0, and
+    ``base`` is the mean of all blocks.
     """
     base = load_wide(partials.results, channels, 0.0)
     zeros = no_results(channels, CHUNK, L)
@@ -274,7 +281,7 @@ def merged_moments(partials, channels, CHUNK: tl.constexpr, COUNTED: tl.constexp
         variances = block_results(partials, 1, i, channels, L)
         moved = tl.fma(n, apart, moved)
         squares = tl.fma(n, tl.fma(apart, apart, variances), squares)
-        tl.debug_barrier()  # not unrolled, so: there is one turn, or few
+        tl.debug_barrier()  # so that the compiler does not unroll the loop, which has one turn or few
     shift = tl.sum(moved, 0) * inverse
     var = tl.fma(-shift, shift, tl.sum(squares, 0) * inverse)
     return base + shift, nan_for_infinity(tl.where(var < 0.0, 0.0, var)), count
@@ -282,21 +289,21 @@ def merged_moments(partials, channels, CHUNK: tl.constexpr, COUNTED: tl.constexp
 
 @triton.jit
 def merged_sums(partials, channels, CHUNK: tl.constexpr, L: tl.constexpr):
-    """The sums of dz and of dz * (x - centre), from those of a channel's blocks, in a fixed order."""
+    """Return a channel's sums of dz and of dz * (x - centre) from those of its blocks."""
     sums_dz = no_results(channels, CHUNK, L)
     sums_product = sums_dz
     for start in range(0, partials.blocks, CHUNK):
         i = start + tl.arange(0, CHUNK)
         sums_dz += block_results(partials, 0, i, channels, L)
         sums_product += block_results(partials, 1, i, channels, L)
-        tl.debug_barrier()  # not unrolled, so: there is one turn, or few
+        tl.debug_barrier()  # so that the compiler does not unroll the loop, which has one turn or few
     return tl.sum(sums_dz, 0), tl.sum(sums_product, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ affine
 @triton.jit
 def affine_of(values, eps, COMPUTE: tl.constexpr):
-    """What turns x into z, from its statistics and parameters."""
+    """Return the coefficients of z = weight * (x - mean) / sqrt(var + eps) + bias = (x - centre) * scale + shift."""
     rstd = tl.rsqrt(values.var + eps)
     slope = values.weight * rstd
     centre = values.mean.to(COMPUTE)
@@ -306,7 +313,7 @@ def affine_of(values, eps, COMPUTE: tl.constexpr):
 
 @triton.jit
 def keep_affine(table, affine, statistic):
-    """Write what an element is computed with to the first three rows of a table of [rows, groups * channels]."""
+    """Write centre, scale and shift to the first three rows of a table of [rows, groups * channels]."""
     tl.store(table + statistic.place, affine.centre, mask=statistic.known)
     tl.store(table + statistic.count + statistic.place, affine.scale, mask=statistic.known)
     tl.store(table + 2 * statistic.count + statistic.place, affine.shift, mask=statistic.known)
@@ -314,20 +321,20 @@ def keep_affine(table, affine, statistic):
 
 @triton.jit
 def load_row(table, row: tl.constexpr, statistic):
-    """A row of a table, in COMPUTE."""
+    """Load a row of a table, in COMPUTE."""
     return tl.load(table + row * statistic.count + statistic.place, mask=statistic.known, other=0.0)
 
 
 @triton.jit
 def load_affine(table, statistic):
-    """What :func:`keep_affine` has written: nothing is left to compute in float64."""
+    """Load what :func:`keep_affine` has written. The float64 fields are 0, because nothing is computed from them."""
     centre, scale, shift = load_row(table, 0, statistic), load_row(table, 1, statistic), load_row(table, 2, statistic)
     return Affine(centre, scale, shift, 0.0, 0.0)
 
 
 @triton.jit
 def pre_activation(value, residual, affine):
-    """z, with the same roundings forward and backward."""
+    """Return z = (x - centre) * scale + shift + residual, with the same roundings forward and backward."""
     z = tl.fma(value - affine.centre, affine.scale, affine.shift)
     if residual is not None:
         z = z + residual

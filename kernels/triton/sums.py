@@ -1,7 +1,8 @@
-"""A block's sums as they are in float32, for a launch that makes moments of them, once for each strip.
+"""Partial results as float32 sums, from which a second launch computes mean and variance once for each strip.
 
-So blocks have nothing in double precision, where that is slow. Sums are of shares that are no longer than a chain of
-additions in float32 may be; so their counts are exact. The planes of what blocks leave are of [blocks, statistics].
+The blocks of the first launch then need no double precision, which is slow on most GPUs. A share is no longer than a
+chain of additions in float32 may be, so its count is exact. Each plane of partial results has shape
+[blocks, statistics].
 """
 
 import triton
@@ -36,12 +37,12 @@ SQUARE_SUMS = tl.constexpr(1)
 SHIFTS = tl.constexpr(2)
 FACTORS = tl.constexpr(3)
 COUNTS = tl.constexpr(4)
-"""The planes; the last with a mask and of ragged rows."""
+"""Planes of the partial results; COUNTS is used with a mask and for ragged rows."""
 
 
 @triton.jit
 def float_sum(block, L: tl.constexpr):
-    """The sum of a block for each channel."""
+    """Return the sum of a block for each channel, in the dtype of the block."""
     if L.COLUMNS:
         return tl.sum(block, 0)
     else:
@@ -50,7 +51,7 @@ def float_sum(block, L: tl.constexpr):
 
 @triton.jit
 def float_count(block, share, strip, L: tl.constexpr):
-    """The elements that a channel has in a share: with a mask the sum of ``block``."""
+    """Return the number of elements that a channel has in a share; with a mask, the sum of ``block``."""
     if strip.valid is not None:
         return (tl.sum(block, 0) if L.COLUMNS else tl.sum(tl.sum(block, 1), 0)).to(tl.float32)
     elif L.RAGGED:
@@ -61,16 +62,17 @@ def float_count(block, share, strip, L: tl.constexpr):
 
 @triton.jit
 def float_sums(x, base, share, strip, AT_ONCE: tl.constexpr, L: tl.constexpr):
-    """A channel's count, and its sums of deviations over a share."""
+    """Return a channel's count and its sums of deviations and of their squares over a share."""
     own = add_share(x, no_sums(L), base, share, strip, AT_ONCE, L)
     return Sums(float_count(own.count, share, strip, L), float_sum(own.total, L), float_sum(own.squares, L))
 
 
 @triton.jit
 def next_base(sums, base, pending, L: tl.constexpr):
-    """What the pending channels that a sweep has not served are summed with again, and which these are.
+    """Return the base for another sweep, and which of the pending channels need one.
 
-    As in ``assessed``, but in float32: finite squares, of which there are at least some, have means whose squares are.
+    The conditions are those of :func:`assessed`, in float32. ``apart * apart`` is finite where ``squares`` is, because
+    mean(d)**2 <= mean(d**2).
     """
     shift, factor = base
     inverse = 1.0 / tl.maximum(sums.count, 1.0)
@@ -96,7 +98,7 @@ def next_base(sums, base, pending, L: tl.constexpr):
 
 @triton.jit
 def place_of(partials, plane: tl.constexpr, block, channels):
-    """Where a block's results are."""
+    """Return the addresses of a block's results in a plane."""
     return partials.results + (plane * partials.blocks + block) * channels.count + channels.place
 
 
@@ -104,7 +106,10 @@ def place_of(partials, plane: tl.constexpr, block, channels):
 def leave_sums(
     x, partials, block, base, pending, share, strip, statistic, AT_ONCE: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
-    """Write what each sweep finds of the pending channels: sums, what they are of, the count where that may differ."""
+    """Write the pending channels' sums after each sweep, with shift and factor of their deviations.
+
+    With a mask and for ragged rows, write the count too.
+    """
     sweep = 0
     again = share.first < share.last
     while again:
@@ -122,14 +127,14 @@ def leave_sums(
 
 @triton.jit
 def unit_of(factor):
-    """1 / factor of a block's deviations, in float64; where there is no block, 1."""
+    """Return 1 / factor of a block's deviations, in float64; 1 beyond the last block, whose factor is loaded as 0."""
     one = tl.full((), 1.0, tl.float64)
     return tl.where(factor == SCALE_DOWN, one * 2.0**80, tl.where(factor == SCALE_UP, one * 2.0**-80, one))
 
 
 @triton.jit
 def counts_of(partials, i, channels, COUNTED: tl.constexpr, L: tl.constexpr):
-    """The counts of the blocks ``i``, in float64."""
+    """Return the counts of the blocks ``i``, in float64; COUNTED: load them from their plane."""
     if COUNTED:
         return block_results(partials, COUNTS, i, channels, L).to(tl.float64)
     else:
@@ -138,20 +143,20 @@ def counts_of(partials, i, channels, COUNTED: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def shifts_of(partials, i, channels, base, L: tl.constexpr):
-    """The shifts of the blocks ``i`` from ``base``, in float64, and the units of their deviations."""
+    """Return the shifts of the blocks ``i`` relative to ``base``, and the units of their deviations, in float64."""
     units = unit_of(block_results(partials, FACTORS, i, channels, L))
     return tl.fma(block_results(partials, SHIFTS, i, channels, L).to(tl.float64), units, -base), units
 
 
 @triton.jit
 def first_of(partials, plane: tl.constexpr, channels):
-    """What the first block has left."""
+    """Load the first block's results of a plane."""
     return tl.load(place_of(partials, plane, 0, channels), mask=channels.known, other=0.0)
 
 
 @triton.jit
 def mean_shift(partials, channels, CHUNK: tl.constexpr, L: tl.constexpr):
-    """The mean of the blocks' shifts, by their counts."""
+    """Return the mean of the blocks' shifts, weighted by their counts."""
     counts = no_results(channels, CHUNK, L)
     sums = counts
     for start in range(0, partials.blocks, CHUNK):
@@ -159,20 +164,20 @@ def mean_shift(partials, channels, CHUNK: tl.constexpr, L: tl.constexpr):
         n = counts_of(partials, i, channels, True, L)
         counts += n
         sums = tl.fma(n, shifts_of(partials, i, channels, 0.0 * n, L)[0], sums)
-        tl.debug_barrier()  # not unrolled, so: there is one turn, or few
+        tl.debug_barrier()  # so that the compiler does not unroll the loop, which has one turn or few
     return tl.sum(sums, 0) * reciprocal_from(tl.sum(counts, 0), 1.0)
 
 
-# Of blocks with n_i elements, whose deviations from shift_i have the sums t_i and q_i, and b_i = shift_i - base:
+# For blocks with n_i elements, t_i = sum(x - shift_i), q_i = sum((x - shift_i)**2) and b_i = shift_i - base:
 #     sum(x - base) = sum(t_i + n_i * b_i)        sum((x - base)**2) = sum(q_i + b_i * (t_i + (t_i + n_i * b_i)))
 @triton.jit
 def moments_of_sums(
     partials, channels, CHUNK: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
-    """Mean and variance of a channel, and its count, from the sums of its blocks, in a fixed order.
+    """Return mean, variance and count of a channel from the sums of its blocks.
 
-    ``base`` is the first block's shift; as it may be of nothing where there is a mask, it is the mean shift there.
-    A block's shift is within 8 standard deviations of its mean. See :func:`merged_moments` for what is lost.
+    ``base`` is the first block's shift. With a mask that block may have no element, and ``base`` is the mean shift.
+    A block's shift is within 8 standard deviations of its mean. See :func:`merged_moments` for the accuracy.
     """
     if MASKED:
         base = mean_shift(partials, channels, CHUNK, L)
@@ -191,7 +196,7 @@ def moments_of_sums(
         squares = tl.fma(own_squares, units, tl.fma(apart, total + together, squares))
         if COUNTED:
             counts += n
-        tl.debug_barrier()  # not unrolled, so: there is one turn, or few
+        tl.debug_barrier()  # so that the compiler does not unroll the loop, which has one turn or few
     count = tl.sum(counts, 0) if COUNTED else elements_of(partials.positions, L)
     inverse = reciprocal_from(count, 1.0) if COUNTED else reciprocal(count)
     shift = tl.sum(moved, 0) * inverse

@@ -1,7 +1,7 @@
-"""Statistics of several processes: reports merged, sums added, and running statistics moved, in one launch each.
+"""Statistics of several processes: merge their reports, add up their sums, update running statistics, one launch each.
 
-Packets are [parts, processes, HEADER + ROOM] float64 numbers: a header that all processes compare, then a part of the
-report ``[0, count, means, variances]`` or of the sums. A launch writes the same numbers on every process.
+Packets have shape [parts, processes, HEADER + ROOM] and dtype float64. Each has a header, which all processes compare,
+and a part of a process's report ``[0, count, means, variances]`` or of its sums. Every process writes the same results.
 """
 
 import triton
@@ -21,7 +21,7 @@ from gpu_bn.kernels.triton.per_channel import (
 
 @triton.jit
 def places_of(packets, process, at, processes, HEADER: tl.constexpr, ROOM: tl.constexpr):
-    """Where number ``at`` of each process's report is."""
+    """Return the addresses of number ``at`` of each process's report."""
     return packets + (at // ROOM * processes + process) * (HEADER + ROOM) + HEADER + at % ROOM
 
 
@@ -30,7 +30,7 @@ def headers_that_differ(
     packets, processes, parts, HEADER: tl.constexpr, ROOM: tl.constexpr, UNKNOWN: tl.constexpr, CHUNK: tl.constexpr,
     FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """How many fields of headers have two known values or NaN, or say that a process has made a mistake."""
+    """Return the number of faults in headers: a field has two known values or NaN, or field 0 reports a mistake."""
     field = tl.arange(0, FIELDS)
     found = tl.zeros((FIELDS,), tl.int32)
     for part in range(parts):
@@ -49,16 +49,15 @@ def headers_that_differ(
     return tl.sum(found, 0)
 
 
+# For processes with n_i elements, mean_i and var_i:
+#     N = sum(n_i)        mean = sum(mean_i * n_i / N)        var = sum(n_i * (var_i + (mean_i - mean)**2)) / N
 @triton.jit
 def bn_sync_merge_kernel(
     packets, count, mean, var, channels, processes, parts,
     HEADER: tl.constexpr, ROOM: tl.constexpr, UNKNOWN: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """N = sum(n); mean = sum(mean_i * n_i / N); var = sum(n_i * (var_i + (mean_i - mean)**2)) / N.
-
-    Mean and variance are NaN after a mistake.
-    """
+    """Merge the reports of all processes; mean and variance are NaN if the headers have a fault."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     known = channel < channels
     counts = tl.zeros((CHUNK,), tl.float64)
@@ -93,13 +92,14 @@ def bn_sync_merge_kernel(
         tl.store(count, total)
 
 
+#     sum(g) = sum(sum_i(g))        sum(g * xhat) = sum(sum_i(g * xhat))        over all processes i
 @triton.jit
 def bn_sync_sum_kernel(
     packets, sums, length, processes, parts,
     HEADER: tl.constexpr, ROOM: tl.constexpr, UNKNOWN: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sum(g) = sum(sum_i(g)); sum(g * xhat) = sum(sum_i(g * xhat)): of all processes i. NaN after a mistake."""
+    """Add up the sums of all processes; they are NaN if the headers have a fault."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, processes, CHUNK):
@@ -111,14 +111,17 @@ def bn_sync_sum_kernel(
     tl.store(sums + at, total + tl.where(wrong > 0, float("nan"), 0.0), mask=at < length)
 
 
+#     running_mean = (1 - momentum) * running_mean + momentum * mean
+#     running_var = (1 - momentum) * running_var + momentum * var * N / (N - 1)
 @triton.jit
 def bn_sync_update_kernel(
     running_mean, running_var, counter, count, mean, var, momentum, momentum_at, channels,
     CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """running = (1 - momentum) * running + momentum * batch, unless the batch is empty; the batch is counted.
+    """Update the running statistics, unless the batch is empty, and count the batch.
 
-    CUMULATIVE: the momentum is 1 / the number of batches. One program does all, so that it reads the counter first.
+    CUMULATIVE: the momentum is 1 / the number of batches. A single program does all the work, so that the counter is
+    read before it is written.
     """
     total = tl.load(count)
     bessel = total * reciprocal_from(total - 1.0, 1.0)
