@@ -1,7 +1,7 @@
-// The functions that the expressions of gpu_bn/activations.py call. gpu_bn/backends/cupy/sources.py writes the struct
-// Activation of a row's expressions, and puts it behind this file.
+// The functions that the expressions of gpu_bn/activations.py call. gpu_bn/backends/cupy/sources.py appends the struct
+// Activation, which it builds from the expressions of one activation.
 
-// A function would compute both values, and some kernels have no registers left for that.
+// A macro, because a function would compute both values, for which some kernels have no registers left.
 #define where(condition, then, otherwise) ((condition) ? (then) : (otherwise))
 
 // 1 / (1 + exp(-z))

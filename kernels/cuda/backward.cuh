@@ -1,5 +1,5 @@
 // The backward pass (Ioffe & Szegedy 2015, section 3, without the terms that cancel; gpu_bn/spec.py). g = dz is the
-// gradient of the activation's argument, xhat = (x - mean) * rstd:
+// gradient with respect to z, the activation's argument, and xhat = (x - mean) * rstd:
 //
 //   dbias = sum(g),  dweight = sum(g * xhat),  dresidual = g
 //   dx = weight * rstd * (g - dbias / n - xhat * dweight / n)             (batch statistics)
@@ -11,7 +11,7 @@
       const void *var, void *dweight, void *dbias, double *partials, u32 *counters, u32 dtypes, GEOMETRY_ARGS,      \
       double count, double eps, double parameter
 
-// All gradients in one launch; x and dy are read once and kept in shared memory.
+// Compute all gradients in one launch; x and dy are read once and kept in shared memory.
 //
 //   dbias = sum(g),  dweight = sum(g * xhat),  dresidual = g
 //   dx = weight * rstd * (g - dbias / n - xhat * dweight / n)
@@ -84,25 +84,25 @@ template <class L, class Exchange, int FROM> DEVICE void backward_on_chip(BACKWA
   backward_on_chip<L, EXCHANGE, FROM>(x, dy, residual, mask, dx, dresidual, weight, bias, mean, var, dweight, dbias, \
                                       partials, counters, dtypes, GEOMETRY_NAMES, count, eps, parameter)
 
-// As backward_on_chip; a block owns a strip, or co-resident blocks share one.
+// Run backward_on_chip where one block holds a strip, or co-resident blocks share it.
 template <class L, class Exchange, int FROM>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_kernel(BACKWARD_ARGS(L)) {
   BACKWARD_ON_CHIP(Exchange);
 }
 
-// As backward_on_chip; a cluster of blocks shares a strip.
+// Run backward_on_chip where the blocks of a cluster share a strip.
 template <class L, int BLOCKS, int FROM>
 __global__ void CLUSTER_OF(BLOCKS) __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_cluster_kernel(BACKWARD_ARGS(L)) {
   BACKWARD_ON_CHIP(Cluster<BLOCKS>);
 }
 
-// The sums: the first launch of two, or the only one with running statistics.
+// Compute the sums: the first launch of two, or the only one with running statistics.
 //
-//   dbias = sum(g),  dweight = sum(g * xhat),  dresidual = g              (dresidual if it is given)
-//   dx = weight * rstd * g                                                (running statistics: if dx is given)
+//   dbias = sum(g),  dweight = sum(g * xhat),  dresidual = g              (dresidual unless it is null)
+//   dx = weight * rstd * g                                                (running statistics: unless dx is null)
 //
-// all_sums: [2, statistics] double. For more than one group dweight and dbias are null, and bn_add_groups_kernel makes them
-// from the sums.
+// all_sums: [2, statistics] double. With more than one ghost batch dweight and dbias are null, and bn_add_groups_kernel
+// computes them from all_sums.
 template <class L, int FROM, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kernel(
     const typename L::V* x, const typename L::V* dy, const typename L::V* residual, const u8* mask, typename L::V* dx,
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   constexpr bool longest = Activation::LONG && __CUDA_ARCH__ >= 1000;
   constexpr bool crowded =  // two vectors at a time would spill
       L::COLUMNS ? L::MASKED || FROM == FROM_RESIDUAL || longest : L::BATCH == GROUPS && longest;
-  constexpr bool early =  // the sums go on before g is stored, or after: whichever spills nothing
+  constexpr bool early =  // whether to continue the sums before g is stored or after: the order that spills nothing
       __CUDA_ARCH__ < 1000 || (__CUDA_ARCH__ >= 1200 && L::COLUMNS && !L::MASKED);
   each<crowded ? 1 : 2, false>(
       tile, 0, tile.count, [&](u32 i, const Cursor& at) { return from.template load<false>(at.offset, selection.of(tile, i, at)); },
@@ -164,9 +164,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   }
 }
 
-// The gradients of the parameters from the sums of ghost batches, in order.
+// Compute the gradients of the parameters from the sums of ghost batches, added in order.
 //
-//   dbias = sum over groups of sum(g),  dweight = sum over groups of sum(g * xhat)
+//   dbias = sum over ghost batches of sum(g),  dweight = sum over ghost batches of sum(g * xhat)
 template <class Number>
 __global__ void __launch_bounds__(THREADS)
     bn_add_groups_kernel(const Number* all_sums, void* dweight, void* dbias, u32 dtypes, u32 channels, u32 groups) {
@@ -181,9 +181,10 @@ __global__ void __launch_bounds__(THREADS)
   Parameter(dbias, dtypes, 1).set(channel, dz);
 }
 
-// The input's gradient from the sums: the second launch of two. Runs backwards, to start with what is in the cache.
+// Compute the gradient of x from the sums: the second launch of two. It runs from the end of the tensor to its start,
+// because the cache still holds the end.
 //
-//   dx = weight * rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n),  dresidual = g    (dresidual if it is given)
+//   dx = weight * rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n),  dresidual = g    (dresidual unless it is null)
 //   dx = weight * rstd * g                                                              (running statistics: all_sums null)
 template <class L, int FROM, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_input_kernel(
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_input_kernel
   if (threadIdx.x < tile.strip_channels() && channel < channels) {
     const TwoSums total =
         all_sums ? TwoSums{all_sums[statistic], all_sums[g.statistics(L::GROUPED) + statistic]} : TwoSums{0., 0.};
-    if (L::GROUPED && selection.counts) count = fmax(selection.counts[tile.group], 1.);  // of nothing, all sums are zero
+    if (L::GROUPED && selection.counts) count = fmax(selection.counts[tile.group], 1.);  // an empty ghost batch has sums of 0
     set_gradient(shared, threadIdx.x, total, count);
   }
   __syncthreads();

@@ -1,8 +1,8 @@
-// How the blocks of a strip read each other's partials: first(rank, place) and second(rank, place).
+// Exchanges, by which the blocks of a strip read each other's partial results: first(rank, place) and second(rank, place).
 //
-// All threads of a block call `meet` when its own partials are in shared memory, and `leave` before the block ends.
+// All threads of a block call `meet` when its partial results are in shared memory, and `leave` before the block ends.
 
-// One block has the strip for itself.
+// One block holds the whole strip.
 struct Cta {
   template <class L> struct State {
     const Partials<L>* own;
@@ -14,7 +14,7 @@ struct Cta {
   };
 };
 
-// A cluster of blocks (sm_90): distributed shared memory.
+// The blocks of a cluster (sm_90 and later) read each other's distributed shared memory.
 template <int BLOCKS> struct Cluster {
   template <class L> struct State {
     const Partials<L>* own;
@@ -22,7 +22,7 @@ template <int BLOCKS> struct Cluster {
     __device__ __forceinline__ void meet(const Tile<L>&) { barrier(); }
     __device__ __forceinline__ double first(u32 rank, u32 place) const { return remote(rank, own->first + place); }
     __device__ __forceinline__ double second(u32 rank, u32 place) const { return remote(rank, own->second + place); }
-    // Nobody leaves while another may still read its shared memory.
+    // No block ends while another may still read its shared memory.
     __device__ __forceinline__ void leave() { barrier(); }
 
     DEVICE void barrier() {
@@ -42,6 +42,7 @@ template <int BLOCKS> struct Cluster {
   };
 };
 
+// Write a block's partial results to global memory, where other blocks can read them.
 template <class L> DEVICE void publish(const Partials<L>& own, const Tile<L>& tile, double* to) {
   __syncthreads();
   const u32 width = tile.strip_channels();
@@ -53,8 +54,9 @@ template <class L> DEVICE void publish(const Partials<L>& own, const Tile<L>& ti
   __syncthreads();
 }
 
-// Co-resident blocks, through L2. `groups` are the strips in flight. Two sets of partials take turns: a block that is ahead
-// cannot overwrite what others read, because it waits for all of them before it writes the same set again.
+// Co-resident blocks exchange through the L2 cache. `groups` is the number of strips in flight. Two sets of partial results
+// alternate: a block that is ahead cannot overwrite a set that others still read, because it waits for all of them before
+// it writes that set again.
 struct Cooperative {
   template <class L> struct State {
     const Geometry& g;
@@ -68,7 +70,7 @@ struct Cooperative {
     __device__ State(const Geometry& g, Partials<L>* own, double* partials, u32* counters)
         : g(g), own(own), partials(partials), arrived(counters), left(counters + g.groups) {}
 
-    // Both numbers are computed from the strip's, because some kernels have no register left to keep them in.
+    // round and group are computed from the strip's number, because some kernels have no registers left to keep them.
     __device__ __forceinline__ void meet(const Tile<L>& tile) {
       const u32 round = tile.strip / g.groups, group = tile.strip % g.groups;
       width = tile.strip_channels();
@@ -87,7 +89,7 @@ struct Cooperative {
     __device__ __forceinline__ double second(u32 rank, u32 place) const {
       return __ldcg(base + rank * 2 * width + width + place);
     }
-    // The last block of a group leaves the counters as it found them.
+    // The last block of a group resets the counters to 0.
     __device__ __forceinline__ void leave() {
       const u32 group = blockIdx.x / g.blocks;
       __syncthreads();
@@ -99,7 +101,8 @@ struct Cooperative {
   };
 };
 
-// Two launches: partials go to global memory, and the block that comes last reads them all. `last` is true for that block.
+// In the split tier, blocks write their partial results to global memory, and the last block to do so reads them all.
+// `last` returns true in that block.
 template <class L> struct Split {
   const double* base;
   u32 width;

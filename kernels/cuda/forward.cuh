@@ -3,8 +3,8 @@
 //   mean = sum(x) / n,  var = sum((x - mean)^2) / n,  rstd = 1 / sqrt(var + eps),  xhat = (x - mean) * rstd
 //   z = weight * xhat + bias + residual,  y = activation(z)
 //
-// The kernels compute z = (x - centre) * scale + shift + residual. centre is the mean in the tensor's precision, and shift
-// has the rest of the mean. The backward pass computes the same expression with the same roundings.
+// The kernels compute z = (x - centre) * scale + shift + residual. centre is the mean rounded to type A, and shift contains
+// the rest of the mean. The backward pass computes the same expression with the same roundings.
 
 template <class A, int N> struct Affine {
   A centre[N], scale[N], shift[N];
@@ -18,11 +18,11 @@ template <class A, int N> struct Affine {
   }
 };
 
-// The entries of a thread's own channels.
+// The coefficients of a thread's own channels.
 template <class L> struct OwnAffine : Affine<typename L::A, L::CHANNELS> {
   typedef typename L::A A;
   __device__ __forceinline__ OwnAffine(const Tile<L>& tile, const Affine<A, L::MAX_CHANNELS>& table) {
-    if (!tile.count) return;  // also a lane beyond the last channel, which has no entries
+    if (!tile.count) return;  // true also for a lane beyond the last channel, which has no entries
 #pragma unroll
     for (int j = 0; j < L::CHANNELS; ++j) {
       this->centre[j] = table.centre[tile.own() + j];
@@ -36,7 +36,7 @@ template <class L> struct OwnAffine : Affine<typename L::A, L::CHANNELS> {
   }
 };
 
-// Writes what follows from a channel's statistics: the copies for the backward pass, and the running statistics
+// Per-channel outputs: `save` writes the values for the backward pass, `track` updates the running statistics
 //
 //   running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 struct Channels {
@@ -95,7 +95,7 @@ template <class L> struct Pair<L, false> {
   Selected<L> selected;
 };
 
-// Writes y for [0, count) of the thread's vectors.
+// Write y for all of the thread's vectors.
 template <int UNROLL, bool REVERSED, class L, bool RESIDUAL, bool MASK, class Source>
 DEVICE void write_output(const Tile<L>& tile, const OwnAffine<L>& affine, Output<L, RESIDUAL, MASK> output, Source x,
                          const Selection<L>& selection = {}) {
@@ -123,7 +123,7 @@ extern __shared__ __align__(16) unsigned char staging[];
       const void *bias, void *running_mean, void *running_var, const double *momentum_at, double *saved, double *partials, \
       u32 *counters, u32 dtypes, GEOMETRY_ARGS, double momentum, double eps, double parameter
 
-// Statistics, running update and output in one launch: x is read once and kept in shared memory.
+// Compute statistics, running update and output in one launch; x is read once and kept in shared memory.
 //
 //   mean = sum(x) / n,  var = sum((x - mean)^2) / n                  (Ioffe & Szegedy 2015, algorithm 1)
 //   y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
@@ -181,24 +181,24 @@ template <class L, class Exchange, bool RESIDUAL, bool MASK> DEVICE void forward
       x, y, residual, mask, weight, bias, running_mean, running_var, momentum_at, saved, partials, counters, dtypes,    \
       GEOMETRY_NAMES, momentum, eps, parameter)
 
-// As forward_on_chip; a block owns a strip, or co-resident blocks share one.
+// Run forward_on_chip where one block holds a strip, or co-resident blocks share it.
 template <class L, class Exchange, bool RESIDUAL, bool MASK>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_forward_kernel(FORWARD_ARGS(L)) {
   FORWARD_ON_CHIP(Exchange);
 }
 
-// As forward_on_chip; a cluster of blocks shares a strip.
+// Run forward_on_chip where the blocks of a cluster share a strip.
 template <class L, int BLOCKS, bool RESIDUAL, bool MASK>
 __global__ void CLUSTER_OF(BLOCKS) __launch_bounds__(THREADS, RESIDENT(L)) bn_forward_cluster_kernel(FORWARD_ARGS(L)) {
   FORWARD_ON_CHIP(Cluster<BLOCKS>);
 }
 
-// The statistics and the running update: the first launch of two.
+// Compute the statistics and the running update: the first launch of two.
 //
 //   mean = sum(x) / n,  var = sum((x - mean)^2) / n
 //   running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 //
-// For more than one group the running statistics are null, because only bn_track_kernel meets the groups in order.
+// With more than one ghost batch the running statistics are null: bn_track_kernel updates them by one after the other.
 template <class L, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
     const typename L::V* x, const void* weight, const void* bias, void* running_mean, void* running_var,
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
   const double own = block_moments(
       tile, x, shared, shift,
       [&](Deviations<L>& deviations) {
-        each<L::MASKED && L::COLUMNS ? 2 : 4, false>(  // more would spill
+        each<L::MASKED && L::COLUMNS ? 2 : 4, false>(  // a larger batch of loads would spill
             tile, 0, tile.count,
             [&](u32 i, const Cursor& at) { return Pair<L, false>{source.get(i, at.offset), selection.of(tile, i, at)}; },
             [&](const Pair<L, false>& pair, i64) { deviations.add(pair.x, pair.selected); });
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
   if (L::MASKED && tile.strip == 0 && threadIdx.x == 0) selection.counts[tile.group] = n;
 }
 
-// The running update for ghost batches, one after the other. n is the group's in counts, or count if that is null.
+// Update the running statistics by one ghost batch after the other. n is its entry of counts, or count if that is null.
 //
 //   running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 template <class Number>
@@ -259,7 +259,8 @@ __global__ void __launch_bounds__(THREADS) bn_track_kernel(
   to_var.set(channel, tracked_var);
 }
 
-// The output from statistics: the second launch of two, or evaluation. Runs backwards, to start with what is in the cache.
+// Compute the output from given statistics: the second launch of two, or evaluation. It runs from the end of the tensor to
+// its start, because the cache still holds the end.
 //
 //   y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 template <class L, bool RESIDUAL, bool MASK, class... More>

@@ -1,15 +1,16 @@
-// What the backward kernels are made of. g = dz is the gradient of the activation's argument, xhat = (x - mean) * rstd:
+// Parts of the backward kernels. g = dz is the gradient with respect to z, the activation's argument, and
+// xhat = (x - mean) * rstd:
 //
 //   dx = weight * rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n) = ((x - centre) * slope + g + offset) * scale
 //
-// slope and offset carry the two sums, and are zero with running statistics. z is computed again from x and the residual,
-// or one bit is read in place of it.
+// slope and offset contain the two sums, and are 0 with running statistics. z is computed again from x and the residual,
+// unless the sign bit of each element is read instead.
 
 template <class A, int N> struct Gradient {
   A rstd[N], slope[N], offset[N];
 };
 
-// A block's tables of its channels.
+// A block's per-channel tables, in shared memory.
 template <class L> struct BackwardShared {
   Shared<L> sums;
   Affine<typename L::A, L::MAX_CHANNELS> affine;
@@ -37,8 +38,8 @@ DEVICE void load_channels(const Tile<L>& tile, const Statistics& given, Backward
   __syncthreads();
 }
 
-// What the gradient of the activation is computed from: dy alone (no activation), or with it z of x, z of x and the
-// residual, or a bit of the mask.
+// Sources of dz: dy alone (no activation), or dy with z computed from x, with z computed from x and the residual, or with
+// a bit of the mask.
 enum Source { DY, FROM_X, FROM_RESIDUAL, FROM_MASK };
 
 template <class L, int FROM> struct Operands {
@@ -59,7 +60,7 @@ template <class L, int FROM> struct Upstream {
   const u8* mask;
   A parameter;
 
-  // (x - centre) and dz; both are 0 where a position does not count, whatever x and dy hold there.
+  // Return x - centre, and dz. Both are 0 for elements that do not count, whatever x and dy hold there.
   __device__ __forceinline__ A centred(const OwnAffine<L>& affine, const Operands<L, FROM>& at, int j) const {
     return at.selected[j] ? affine.centred(j, at.x[j]) : A(0);
   }
@@ -75,7 +76,7 @@ template <class L, int FROM> struct Upstream {
     return Activation::gradient(z, dy, parameter);
   }
 
-  // From global memory.
+  // Load the operands from global memory.
   template <bool ONCE> __device__ __forceinline__ Operands<L, FROM> load(i64 offset, const Selected<L>& selected) const {
     Operands<L, FROM> at;
     at.selected = selected;
@@ -115,7 +116,7 @@ template <class L, int FROM> struct StagedUpstream {
   }
 };
 
-// A thread's sums of g and of g * (x - centre) * rstd. rstd stays in shared memory, because some kernels have no register
+// A thread's sums of g and of g * (x - centre) * rstd. rstd stays in shared memory, because some kernels have no registers
 // left for it.
 template <class L> struct BackwardSums {
   typedef typename L::A A;
@@ -132,7 +133,7 @@ template <class L> struct BackwardSums {
   __device__ __forceinline__ void next() {
     if (++pending == CHAIN) pending = 0, dz.flush(), dz_xhat.flush();
   }
-  // Leaves the block's sums in shared.own.
+  // Write the block's sums to shared.own.
   __device__ __forceinline__ void finish(const Tile<L>& tile, Shared<L>& shared) {
     dz.flush();
     dz_xhat.flush();
@@ -146,11 +147,11 @@ struct TwoSums {
   double dz, dz_xhat;
 };
 
-// Adds up the sums of a strip's blocks, and puts the mean in place of the centre:
+// Add up the sums of a strip's blocks, and correct for the difference between mean and centre:
 //
 //   sum(g * xhat) = sum(g * (x - centre) * rstd) - (mean - centre) * rstd * sum(g)
 //
-// Thread t gets the channel at place t; other threads get nothing.
+// Thread t returns the sums of the channel at place t; other threads return zeros.
 template <class L, class Peers>
 DEVICE TwoSums merge_sums(const Tile<L>& tile, const Peers& peers, BackwardShared<L>& shared) {
   const u32 width = tile.strip_channels(), place = threadIdx.x & (width - 1);
@@ -159,7 +160,7 @@ DEVICE TwoSums merge_sums(const Tile<L>& tile, const Peers& peers, BackwardShare
     dz[0] = peers.first(0, place);
     dz_xhat[0] = peers.second(0, place);
   } else {
-#pragma unroll 8  // loads at a time
+#pragma unroll 8  // eight loads at a time
     for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
       dz[0] += peers.first(r, place);
       dz_xhat[0] += peers.second(r, place);
@@ -172,7 +173,7 @@ DEVICE TwoSums merge_sums(const Tile<L>& tile, const Peers& peers, BackwardShare
   return {dz[0], dz_xhat[0] - rest * shared.rstd[place] * dz[0]};
 }
 
-// Fills the table entries that carry the sums into dx:
+// Write slope and offset of a channel to the table:
 //
 //   slope = -sum(g * xhat) * rstd / n,  offset = -sum(g) / n - slope * (mean - centre)
 template <class L>

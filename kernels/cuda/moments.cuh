@@ -2,26 +2,27 @@
 //
 //   d = x - shift,  mean = shift + sum(d) / n,  m2 = sum(d^2) - sum(d)^2 / n,  var = m2 / n
 //
-// One sweep adds up d and d^2 in the tensor's precision, which suffices because the shift is near the mean. Where the shift
-// turns out bad, or the squares leave the range, the sweep is repeated with a better shift or scale.
+// One sweep adds up d and d^2 in type A, which is accurate because the shift is near the mean. If the shift turns out bad,
+// or the squares leave the range of float, the sweep is repeated with a better shift or scale.
 
 constexpr float SCALE_UP = 1.2089258196146292e24f;    // 2^80
 constexpr float SCALE_DOWN = 8.271806125530277e-25f;  // 2^-80
-constexpr double LARGEST = 1e38, SMALLEST = 1e-30;    // of sums and means of squares in float
+constexpr double LARGEST = 1e38, SMALLEST = 1e-30;    // limits of a sum of squares, and of their mean, in float
 constexpr int SAMPLES = 8;
 
-// The numbers of d = (x - centre) * scale for each channel of a strip, in shared memory.
+// Centre and scale of the deviations d = (x - centre) * scale, and the origin, for each channel of a strip, in shared
+// memory.
 //
-// The blocks of a strip tell each other their means as differences from one of the channel's elements, the origin, so that
-// large means cost no accuracy. In double precision the origin is the smallest of some elements, so that one far from the
-// mean costs none either. Where not all elements count, each block has its own centre as its origin.
+// Blocks exchange their means as differences from the origin, one of the channel's elements, so that large means cost no
+// accuracy. In double precision the origin is the smallest of several elements, so that an element far from the mean costs
+// none either. With a mask, each block uses its own centre as its origin.
 template <class L> struct Shift {
   typedef typename L::A A;
-  static constexpr u32 ORIGINS = sizeof(A) == 4 ? 1 : SAMPLES;  // to choose from; of float, doubles keep all digits
+  static constexpr u32 ORIGINS = sizeof(A) == 4 ? 1 : SAMPLES;  // candidates; 1 for float: doubles keep all its digits
   A centre[L::MAX_CHANNELS], scale[L::MAX_CHANNELS], origin[L::MAX_CHANNELS];
 
-  // The mean of some vectors spread over the block's share, which as many rows of threads load at once; of some elements
-  // where rows are ragged. Called by all.
+  // Set the centre to the mean of SAMPLES vectors spread over the block's share, one for each of the first SAMPLES rows of
+  // threads; for ragged rows, of SAMPLES elements. Choose the origin. All threads call this.
   __device__ __forceinline__ void sample(const Tile<L>& tile, const typename L::V* x, double* scratch) {
     const u32 width = tile.strip_channels(), place = threadIdx.x;
     A *samples = (A*)scratch, *origins = samples + SAMPLES * width;  // [SAMPLES, width], [ORIGINS, width]
@@ -66,8 +67,8 @@ template <class L> struct Shift {
     }
   }
 
-  // The mean of those elements that count, if any do: else the sweep finds a better one. Called by the first thread of
-  // each lane.
+  // Set the centre to the mean of the sampled elements that the mask keeps; to 0 if it keeps none: then the first sweep
+  // finds a better one. The first thread of each lane calls this.
   __device__ __forceinline__ void sample(const Tile<L>& tile, const typename L::V* x, const Selection<L>& selection) {
     A sum[L::CHANNELS];
     u32 n = 0;
@@ -90,8 +91,8 @@ template <class L> struct Shift {
     }
   }
 
-  // Whether the sums of a sweep lose accuracy, because the centre is more than one sd away from the mean or the squares
-  // leave float's range. The shift is changed then. far = sum / n.
+  // Tell whether the sums of a sweep are inaccurate, because the centre is more than one standard deviation away from the
+  // mean or the squares left the range of float. If they are, change the centre or the scale. far = sum / n.
   __device__ __forceinline__ bool improve(u32 place, double n, double sum, double squares, double far) {
     const A c = centre[place], s = scale[place];
     if (sizeof(A) == 4 && s == 1) {
@@ -104,7 +105,7 @@ template <class L> struct Shift {
     return false;
   }
 
-  // 1 / scale, a power of two.
+  // Return 1 / scale, a power of two.
   __device__ __forceinline__ double unscale(u32 place) const { return sizeof(A) == 4 ? A(1) / scale[place] : A(1); }
 };
 
@@ -114,7 +115,7 @@ template <class L> struct Deviations {
   A scale[L::CHANNELS], offset[L::CHANNELS];
   Sum<L> sum, squares;
   u32 pending = 0;
-  u32 count = 0;  // of the elements that count, if not all do
+  u32 count = 0;  // number of elements that the mask keeps
 
   __device__ __forceinline__ Deviations(const Tile<L>& tile, const Shift<L>& shift) {
 #pragma unroll
@@ -141,8 +142,8 @@ template <class L> struct Deviations {
   }
 };
 
-// Leaves the mean less the origin (first) and the sum of squared deviations (second) of each channel in shared.own.
-// sweep(deviations) adds each of the thread's vectors. Returns the elements that each channel has in the share.
+// Write mean - origin (first) and the sum of (x - mean)^2 (second) of each channel's share to shared.own. sweep(deviations)
+// adds each of the thread's vectors. Return the number of elements that each channel has in the share.
 template <class L, class Sweep>
 DEVICE double block_moments(const Tile<L>& tile, const typename L::V* x, Shared<L>& shared, Shift<L>& shift, Sweep sweep,
                             const Selection<L>& selection = {}) {
@@ -156,7 +157,7 @@ DEVICE double block_moments(const Tile<L>& tile, const typename L::V* x, Shared<
     const double sum = block_sum(d.sum.total, tile.g.lanes, shared.scratch);
     const double squares = block_sum(d.squares.total, tile.g.lanes, shared.scratch);
     double n = tile.elements_of(tile.rank);
-    if constexpr (L::MASKED) n = block_sum_for_all(tile.lane ? 0. : d.count, shared.scratch);  // a first lane is never idle
+    if constexpr (L::MASKED) n = block_sum_for_all(tile.lane ? 0. : d.count, shared.scratch);  // lane 0 always has channels
     bool again = false;
     const u32 place = threadIdx.x;
     if (place < tile.strip_channels()) {
@@ -175,8 +176,8 @@ struct Moments {
   double mean, var;
 };
 
-// What the merge needs of a strip's shares beside their partials: how many elements a channel has in each, which the shape
-// tells, and the origin of their means, which is the same for all.
+// Counts and origins of a strip's shares, which the merge needs beside their partial results. Without a mask, counts
+// follow from the shape, and all shares have the same origin.
 template <class L, bool MASKED = L::MASKED> struct Shares {
   const Tile<L>& tile;
   __device__ __forceinline__ Shares(const Tile<L>& tile, double* = nullptr) : tile(tile) {}
@@ -190,10 +191,10 @@ template <class L, bool MASKED = L::MASKED> struct Shares {
   }
 };
 
-// With a mask, the blocks have counted the elements, and each has its own origin. They publish both before their partials.
+// With a mask, each block has counted its elements and has its own origin. It publishes both before its partial results.
 template <class L> struct Shares<L, true> {
   const Tile<L>& tile;
-  double* counted;  // behind the partials: [strips, blocks]
+  double* counted;  // [strips, blocks], after the partial results
   double* origins;  // [strips, blocks, strip_channels]
   __device__ __forceinline__ Shares(const Tile<L>& tile, double* partials) : tile(tile) {
     const i64 blocks = tile.g.blocks, all = tile.g.groups * blocks, before = tile.strip_of_all() * blocks;
@@ -212,7 +213,7 @@ template <class L> struct Shares<L, true> {
     for (u32 r = threadIdx.x; r < tile.g.blocks; r += THREADS) n += of(r);
     return block_sum_for_all(n, scratch);
   }
-  // The first share in which anything counts; a share's origin, and its mean less another origin.
+  // first: the first share with elements. origin: the origin of share r. mean: its mean minus another origin.
   __device__ __forceinline__ u32 first() const {
     u32 r = 0;
     while (r + 1 < tile.g.blocks && of(r) == 0) ++r;
@@ -227,7 +228,7 @@ template <class L> struct Shares<L, true> {
   }
 };
 
-// Merges the shares of a strip's blocks. Thread t gets the channel at place t; other threads get nothing.
+// Merge the shares of a strip's blocks. Thread t returns the moments of the channel at place t; other threads return zeros.
 //
 //   mean = near + sum_r n_r d_r / n,  var = (sum_r (m2_r + n_r d_r^2) - (sum_r n_r d_r)^2 / n) / n,  d_r = mean_r - near
 //
@@ -241,7 +242,7 @@ DEVICE Moments merge_moments(const Tile<L>& tile, const Peers& peers, const Shif
   const double origin = shares.origin(shift, first, place), near = peers.first(first, place);
   double sum[1] = {0}, m2[1] = {0};
   if (tile.g.blocks > 1) {
-#pragma unroll 8  // loads at a time
+#pragma unroll 8  // eight loads at a time
     for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
       const double d = shares.mean(peers, origin, r, place) - near, nd = shares.of(r) * d;
       sum[0] += nd;

@@ -1,6 +1,6 @@
-// Sums in a fixed order, which do not depend on timing: short chains in the tensor's precision, the rest in double.
+// Sums in a fixed order, which do not depend on timing: short chains in type A, the rest in double.
 
-constexpr u32 CHAIN = 16;  // additions in a row in the precision of the tensor
+constexpr u32 CHAIN = 16;  // additions in a row in type A
 
 // A thread's sums for each of its channels.
 template <class L> struct Sum {
@@ -15,7 +15,7 @@ template <class L> struct Sum {
     for (int j = 0; j < L::CHANNELS; ++j) total[j] = 0;
   }
 
-  // Moves the parts to the totals; rows fold their lanes pairwise.
+  // Add the parts to the totals and reset them. In rows all parts belong to one channel and are added up pairwise first.
   __device__ __forceinline__ void flush() {
     if constexpr (!L::COLUMNS) {
 #pragma unroll
@@ -30,10 +30,10 @@ template <class L> struct Sum {
   }
 };
 
-// Adds up v over the threads that are equal modulo `period`, a power of two. Of the period * N sums thread t gets number t:
-// of element t % N of the threads that are t / N modulo the period. Other threads get 0, and add nothing, because most GPUs
-// have little double precision.
-// scratch: N doubles for each of max(WARPS * period, THREADS if period > 32).
+// Add up v over the threads with the same threadIdx.x % period; period is a power of two. Thread t < period * N returns
+// the sum of v[t % N] over the threads with threadIdx.x % period == t / N. Other threads return 0 and add nothing, because
+// most GPUs are slow in double precision.
+// scratch: N * WARPS * min(period, 32) doubles.
 template <int N> DEVICE double block_sum(double (&v)[N], u32 period, double* scratch) {
   const u32 t = threadIdx.x;
   for (u32 distance = 16; distance >= period; distance >>= 1)
@@ -47,14 +47,14 @@ template <int N> DEVICE double block_sum(double (&v)[N], u32 period, double* scr
   __syncthreads();
   double sum = 0;
   if (t < width) {
-#pragma unroll 4  // more would keep more registers than some kernels have
+#pragma unroll 4  // more would need more registers than some kernels have
     for (u32 k = 0; k < WARPS; ++k)
       if (period <= 32 || k * width + t < size) sum += scratch[k * width + t];
   }
   return sum;
 }
 
-// Adds up v over all threads; all of them get the sum.
+// Return the sum of v over all threads, in all of them.
 DEVICE double block_sum_for_all(double v, double* scratch) {
   double one[1] = {v};
   const double sum = block_sum(one, 1, scratch);
@@ -63,7 +63,7 @@ DEVICE double block_sum_for_all(double v, double* scratch) {
   return scratch[WARPS];
 }
 
-// A block's two sums for each channel of its strip.
+// A block's partial results: two numbers for each channel of its strip.
 template <class L> struct Partials {
   double first[L::MAX_CHANNELS], second[L::MAX_CHANNELS];
 };

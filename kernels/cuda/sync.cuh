@@ -1,10 +1,10 @@
-// SyncBatchNorm: what several processes report is merged, and running statistics are moved, in one launch each. A launch
-// writes the same numbers on every process, because all of them add up the same packets in the same order.
+// SyncBatchNorm: merge the reports of several processes, add up their sums, and update running statistics, one launch each.
+// Every process writes the same results, because all of them add up the same packets in the same order.
 //
-// Packets are [parts, processes, header + room] doubles: a header that all processes compare, then a part of the process's
-// numbers, which are its report [0, count, means, variances] or its sums.
+// Packets have shape [parts, processes, header + room], in double. Each has a header, which all processes compare, and a
+// part of a process's numbers: its report [0, count, means, variances] or its sums.
 
-constexpr u32 LANES = 32;  // of a warp: each has a number to compute, and each warp reads every eighth process
+constexpr u32 LANES = 32;  // lanes of a warp: each computes one number, and each warp reads every eighth process
 typedef double Scratch[WARPS][LANES];
 
 #define PACKETS_ARGS const double *numbers, u32 parts, u32 processes, u32 header, u32 room, double unknown
@@ -13,28 +13,29 @@ typedef double Scratch[WARPS][LANES];
 struct Packets {
   const double* numbers;
   u32 parts, processes, header, room;
-  double unknown;  // in a header: a field that is not to be compared
+  double unknown;  // value of header fields that are not compared
 
   __device__ __forceinline__ const double* packet(u32 part, u32 process) const {
     return numbers + ((i64)part * processes + process) * (header + room);
   }
-  // Number `at` of those of a process.
+  // Return number `at` of a process's numbers.
   __device__ __forceinline__ double get(u32 process, u32 at) const {
     return packet(at / room, process)[header + at % room];
   }
 
-  // sum(value(i)) over processes i: each warp adds up its own, then every thread what the warps have for its lane, in order.
+  // Return sum(value(i)) over processes i. Each warp adds up its own processes. Then every thread adds up the warps' sums
+  // for its lane, in order.
   template <class Value> __device__ __forceinline__ double sum(Scratch& scratch, Value value) const {
     double own = 0, all = 0;
     for (u32 process = threadIdx.x / LANES; process < processes; process += WARPS) own += value(process);
-    __syncthreads();  // the sum before has been read
+    __syncthreads();  // the previous sum has been read
     scratch[threadIdx.x / LANES][threadIdx.x % LANES] = own;
     __syncthreads();
     for (u32 warp = 0; warp < WARPS; ++warp) all += scratch[warp][threadIdx.x % LANES];
     return all;
   }
 
-  // NaN if a process has made a mistake, which is what its header begins with, or if headers differ; else 0.
+  // Return NaN if a process reports a mistake in the first field of its header, or if headers differ; else 0.
   __device__ __forceinline__ double poison() const {
     bool wrong = false;
     for (u32 place = threadIdx.x; place < parts * header; place += THREADS) {
@@ -50,7 +51,7 @@ struct Packets {
   }
 };
 
-// Statistics of all processes from their reports (Chan, Golub & LeVeque 1979; gpu_bn/merge.py).
+// Merge the statistics of all processes from their reports (Chan, Golub & LeVeque 1979; gpu_bn/merge.py).
 //
 //   N = sum(n_i),  mean = sum(n_i / N * mean_i),  var = sum(n_i * (var_i + (mean_i - mean)^2)) / N
 template <class Number>
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(THREADS)
   __shared__ Scratch scratch;
   const Packets packets = PACKETS;
   const u32 channel = blockIdx.x * LANES + threadIdx.x % LANES;
-  const u32 at = 2 + (channel < channels ? channel : 0);  // every lane reads something
+  const u32 at = 2 + (channel < channels ? channel : 0);  // lanes beyond the last channel read channel 0
   const double n = packets.sum(scratch, [&](u32 i) { return packets.get(i, 1); });
   const double inverse = 1. / fmax(n, 1.);
   const double all_mean = packets.sum(scratch, [&](u32 i) { return packets.get(i, 1) * inverse * packets.get(i, at); });
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// The sums of the backward pass from those of all processes.
+// Add up the sums of the backward pass over all processes.
 //
 //   sum(g) = sum(sum_i(g)),  sum(g * xhat) = sum(sum_i(g * xhat))
 template <class Number>
@@ -88,12 +89,12 @@ __global__ void __launch_bounds__(THREADS) bn_sync_sum_kernel(PACKETS_ARGS, Numb
   if (threadIdx.x < LANES && at < length) sums[at] = sum + poison;
 }
 
-// The running update by statistics of all processes, unless N is 0; the batch is counted.
+// Update the running statistics by those of all processes, unless N is 0, and count the batch.
 //
 //   running = (1 - momentum) * running + momentum * (mean, var * N / (N - 1))
-//   momentum: what is at momentum_at; or 1 / the number of batches, if cumulative; or the number given
+//   momentum: *momentum_at, or if that is null 1 / the number of batches (cumulative), or the given number
 //
-// One block does all, so that every thread has read the counter before it is written.
+// A single block does all the work, so that every thread has read the counter before it is written.
 template <class Number>
 __global__ void __launch_bounds__(THREADS, 1) bn_sync_update_kernel(
     void* running_mean, void* running_var, i64* counter, const Number* count, const Number* mean, const Number* var,

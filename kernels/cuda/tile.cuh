@@ -1,15 +1,15 @@
-// A tensor as strips of channels, and a block's share of a strip: which vectors a thread goes through, and where they are.
+// Strips of channels, a block's share of a strip, and the vectors that a thread visits in it.
 //
 // Rows (COLUMNS false): [n, channels, inner * VEC]; a strip is one channel, its positions are the vectors of its n rows.
 // Columns: [n, inner * VEC], channels last; a strip is `lanes` adjacent vectors of channels, its positions are the n rows.
 // Thread t is lane t % lanes and starts at position t / lanes of the share.
 //
-// Ragged rows: [n, channels, row] elements, where rows begin and end within vectors of the tensor. A row's positions are
-// the `inner` vectors that any row can span at most; elements of its neighbours in them do not count, and are not written.
+// Ragged rows: [n, channels, row] elements, where rows begin and end inside vectors of the tensor. Each row has `inner`
+// positions, the most vectors that a row can span. The neighbours' elements in them do not count and are not written.
 //
-// Ghost batches are such tensors one behind the other, each normalised by itself: the strips of the first, then those of
-// the next. Geometry describes one of them, but for Geometry::groups, which counts the strips in flight of all. Tensors and
-// statistics are [ghost batches, ...], parameters are not.
+// Ghost batches are such tensors one after another, each normalised separately. The strips of the first ghost batch come
+// first, then those of the next. Geometry describes one ghost batch, except for Geometry::groups, which counts the strips
+// in flight of all. Tensors and statistics have a leading axis of ghost batches; parameters do not.
 
 struct Geometry {
   u32 channels;   // C
@@ -17,12 +17,12 @@ struct Geometry {
   u32 row;        // elements in a ragged row
   u32 lanes;      // a power of two up to 32; 1 for rows
   u32 strips;
-  i64 positions;  // of a strip
+  i64 positions;  // positions of a strip
   u32 share;      // positions of a block
-  u32 blocks;     // that share a strip
-  u32 groups;     // strips in flight, those that blocks work on at a time
+  u32 blocks;     // blocks that share a strip
+  u32 groups;     // strips in flight, which blocks work on at the same time
 
-  // The number of means, which is that of variances.
+  // Return the number of means, which is also that of variances.
   __device__ __forceinline__ u32 statistics(bool grouped) const { return grouped ? groups / strips * channels : channels; }
 };
 
@@ -36,32 +36,32 @@ enum Batch { WHOLE, RAGGED_ROWS, GROUPS, MASKED_GROUPS };
 
 template <class T_, int VEC_, bool COLUMNS_, Batch BATCH_ = WHOLE> struct Layout {
   typedef T_ T;
-  typedef typename T::Compute A;
+  typedef typename T::Compute A;  // the type of the arithmetic on elements
   typedef Vector<T, VEC_> V;
   static constexpr int VEC = VEC_;
   static constexpr bool COLUMNS = COLUMNS_;
   static constexpr Batch BATCH = BATCH_;
   static constexpr bool RAGGED = BATCH == RAGGED_ROWS;
   static constexpr bool GROUPED = BATCH == GROUPS || BATCH == MASKED_GROUPS;
-  static constexpr bool MASKED = BATCH == MASKED_GROUPS;                          // some positions do not count
-  static constexpr int CHANNELS = COLUMNS ? VEC : 1;                              // of a thread
-  static constexpr int MAX_CHANNELS = COLUMNS ? 128 / sizeof(typename T::Storage) : 1;  // of a strip
-  static constexpr int PER_POSITION = COLUMNS ? 1 : VEC;                          // elements that a channel has in a position
+  static constexpr bool MASKED = BATCH == MASKED_GROUPS;                          // a mask leaves elements out
+  static constexpr int CHANNELS = COLUMNS ? VEC : 1;                              // channels of a thread
+  static constexpr int MAX_CHANNELS = COLUMNS ? 128 / sizeof(typename T::Storage) : 1;  // channels of a strip
+  static constexpr int PER_POSITION = COLUMNS ? 1 : VEC;                          // elements of a channel at a position
 };
 
 struct Cursor {
-  i64 offset;  // in vectors
+  i64 offset;  // offset in the tensor, in vectors
   u32 rest;    // vectors since the start of the row
-  i64 start;   // of a ragged row: its first element
+  i64 start;   // offset of a ragged row's first element
 };
 
 template <class L> struct Tile {
   const Geometry& g;
-  u32 strip, rank;  // the strip's number in its group
+  u32 strip, rank;  // numbers of the strip in its ghost batch, and of the block in the strip
   u32 group;
   u32 lane, row, step;
   u32 length;   // positions of this block
-  u32 count;    // of this thread
+  u32 count;    // positions of this thread
   u32 jump_rest;
   i64 jump;
 
@@ -78,14 +78,14 @@ template <class L> struct Tile {
     else jump = (i64)(step / g.inner) * g.channels * pitch() + (L::RAGGED ? 0 : jump_rest);
   }
 
-  // From a row to the next: elements of ragged rows, vectors of others.
+  // Return the distance from a row to the next: in elements for ragged rows, else in vectors.
   __device__ __forceinline__ u32 pitch() const { return L::RAGGED ? g.row : g.inner; }
 
   __device__ __forceinline__ u32 length_of(u32 r) const {
     const i64 left = g.positions - (i64)r * g.share;
     return left < g.share ? (u32)left : g.share;
   }
-  // Elements that a channel has in the share of a block, and in all of them.
+  // Return the number of elements that a channel has in the share of block r, and in all shares.
   __device__ __forceinline__ double elements_of(u32 r) const {
     const i64 begin = (i64)r * g.share;
     if (L::RAGGED) return (double)(elements_before(begin + length_of(r)) - elements_before(begin));
@@ -96,7 +96,8 @@ template <class L> struct Tile {
     return (double)g.positions * L::PER_POSITION;
   }
 
-  // Of ragged rows: the elements that the channel has before a position of the strip, and where its element i is.
+  // For ragged rows, return the number of elements of the channel before a position of the strip, and the offset of its
+  // element i.
   __device__ __forceinline__ i64 elements_before(i64 p) const {
     const i64 n = p / g.inner;
     const i64 passed = (p - n * g.inner) * L::VEC - first_of(row_start(n));
@@ -107,32 +108,32 @@ template <class L> struct Tile {
     return row_start(n) + (i - n * g.row);
   }
   __device__ __forceinline__ i64 row_start(i64 n) const { return (n * g.channels + strip) * g.row; }
-  // The place of an element in its vector.
+  // Return the place of an element in its vector.
   __device__ __forceinline__ u32 first_of(i64 element) const { return (u32)element % L::VEC; }
 
-  // Whether this lane has channels: the last strip may be narrower than the others.
+  // Tell whether this lane has channels: the last strip may be narrower than the others.
   __device__ __forceinline__ bool active() const { return !L::COLUMNS || column() < g.inner; }
   __device__ __forceinline__ u32 column() const { return strip * g.lanes + lane; }
-  // Channels of the strip, and the place of this thread's first among them.
+  // Return the number of channels of a strip, and the place of this thread's first channel in it.
   __device__ __forceinline__ u32 strip_channels() const { return L::COLUMNS ? g.lanes * L::VEC : 1; }
   __device__ __forceinline__ u32 own() const { return L::COLUMNS ? lane * L::VEC : 0; }
   __device__ __forceinline__ i64 channel(u32 place) const { return (i64)strip * strip_channels() + place; }
 
   __device__ __forceinline__ i64 strip_of_all() const { return L::GROUPED ? (i64)group * g.strips + strip : strip; }
 
-  // The number of a channel's statistics.
+  // Return the index of a channel's statistics.
   __device__ __forceinline__ i64 statistic(i64 channel) const {
     return L::GROUPED ? (i64)group * g.channels + channel : channel;
   }
 
-  // The vector at a position of the strip, the same for all of its blocks.
+  // Return the offset of the vector at a position of the strip, the same in all of its blocks.
   __device__ __forceinline__ i64 in_strip(i64 position) const { return base() + in_group(position).offset; }
-  // The group's first vector.
+  // Return the offset of the ghost batch's first vector.
   __device__ __forceinline__ i64 base() const {
     return L::GROUPED ? group * g.positions * (L::COLUMNS ? g.inner : g.channels) : 0;
   }
 
-  // The vector at a position of the share.
+  // Return a cursor at a position of the share.
   __device__ __forceinline__ Cursor seek(u32 position) const {
     const i64 p = (i64)rank * g.share + position;
     Cursor cursor = in_group(p);
@@ -146,7 +147,8 @@ template <class L> struct Tile {
     if (L::RAGGED) return in_row(row_start(n), rest);
     return {(n * g.channels + strip) * g.inner + rest, rest, 0};
   }
-  // A vector of a ragged row. Where the row spans fewer than others, its last one stands for those it does not have.
+  // Return a cursor at a vector of a ragged row. If the row spans fewer than `inner` vectors, its last one stands in for
+  // the missing ones.
   __device__ __forceinline__ Cursor in_row(i64 start, u32 rest) const {
     const u32 last = (first_of(start) + g.row - 1) / L::VEC;
     return {(i64)((u64)start / L::VEC) + (rest < last ? rest : last), rest, start};
@@ -179,11 +181,11 @@ template <class L> struct Tile {
   }
 };
 
-// Which elements of a vector count. Where all do, this takes no register.
+// The elements of a vector that count. If all do, this needs no register.
 template <class L, Batch BATCH = L::BATCH> struct Selected {
   __device__ __forceinline__ bool operator[](int) const { return true; }
 };
-// In ragged rows: those of the row, a bit each.
+// In ragged rows: a bit for each element, set if it belongs to the row.
 template <class L> struct Selected<L, RAGGED_ROWS> {
   static constexpr u32 ALL = (1u << L::VEC) - 1;
   u32 bits;
@@ -193,7 +195,7 @@ template <class L> struct Selected<L, MASKED_GROUPS> {
   typedef Vector<Flag, L::COLUMNS ? 1 : L::VEC> Flags;
   Flags flags;
   __device__ __forceinline__ bool operator[](int j) const { return flags[L::COLUMNS ? 0 : j]; }
-  // Elements of each channel.
+  // Return the number of elements of each channel that count.
   __device__ __forceinline__ u32 count() const {
     u32 n = 0;
 #pragma unroll
@@ -202,7 +204,7 @@ template <class L> struct Selected<L, MASKED_GROUPS> {
   }
 };
 
-// The elements of a vector that belong to its row: all of them, but in ragged rows.
+// Return the elements of a vector that belong to its row; all of them unless rows are ragged.
 template <class L> DEVICE Selected<L> of_its_row(const Tile<L>& tile, const Cursor& cursor) {
   Selected<L> selected;
   if constexpr (L::RAGGED) {
@@ -213,12 +215,12 @@ template <class L> DEVICE Selected<L> of_its_row(const Tile<L>& tile, const Curs
   return selected;
 }
 
-// The last arguments of a kernel for groups; a kernel for a whole batch has none of them.
+// The last arguments of kernels for ghost batches; kernels for whole batches do not have them.
 template <class L> struct Selection {
   const u8* valid = nullptr;  // [groups, positions * PER_POSITION] if MASKED
-  double* counts = nullptr;   // [groups], the elements that each channel has in a group
+  double* counts = nullptr;   // [groups]: the number of elements that each channel has in a ghost batch
 
-  // At a position of the share.
+  // Return the elements that count at a position of the share.
   __device__ __forceinline__ Selected<L> at(const Tile<L>& tile, u32 position) const {
     Selected<L> selected;
     if constexpr (L::MASKED) {
@@ -228,14 +230,14 @@ template <class L> struct Selection {
     }
     return selected;
   }
-  // For vector i of this thread, which is at the cursor.
+  // Return the elements that count of this thread's vector i, which is at the cursor.
   __device__ __forceinline__ Selected<L> of(const Tile<L>& tile, u32 i, const Cursor& cursor) const {
     if constexpr (L::RAGGED) return of_its_row(tile, cursor);
     else return at(tile, tile.row + i * tile.step);
   }
 };
 
-// Writes a vector; of a ragged row only what belongs to it, because blocks of other channels write the rest.
+// Write a vector; of a ragged row only its own elements, because blocks of other channels write the others.
 template <class L> DEVICE void store(typename L::V* to, const typename L::V& v, const Selected<L>& selected) {
   if constexpr (L::RAGGED) {
     if (selected.bits != Selected<L>::ALL) {
@@ -248,7 +250,7 @@ template <class L> DEVICE void store(typename L::V* to, const typename L::V& v, 
   store_once(to, v);
 }
 
-// N loads, then their uses: no load has a condition, so that all of them are under way at a time.
+// Issue N loads, then use their results. No load is conditional, so that all are under way at the same time.
 template <int N, bool REVERSED, class L, class Load, class Use>
 DEVICE void batch(const Tile<L>& tile, Cursor& cursor, u32 first, Load load, Use use) {
   decltype(load(0u, cursor)) loaded[N];
@@ -263,8 +265,8 @@ DEVICE void batch(const Tile<L>& tile, Cursor& cursor, u32 first, Load load, Use
   for (int u = 0; u < N; ++u) use(loaded[u], offset[u]);
 }
 
-// Calls use(load(i, cursor), offset) for this thread's vectors i in [begin, end), UNROLL loads ahead of their uses; for the
-// last few in a batch of half as many, then alone.
+// Call use(load(i, cursor), offset) for this thread's vectors i in [begin, end), in batches of UNROLL loads; the last few
+// in a batch of half the size and one of size 1.
 template <int UNROLL, bool REVERSED, class L, class Load, class Use>
 DEVICE void each(const Tile<L>& tile, u32 begin, u32 end, Load load, Use use) {
   if (begin >= end) return;
@@ -284,7 +286,7 @@ DEVICE void each(const Tile<L>& tile, u32 begin, u32 end, Load load, Use use) {
   }
 }
 
-// Where a sweep reads a tensor: in shared memory, where each thread finds what it copied itself, or in global memory.
+// Sources of a sweep: shared memory, from which each thread reads what it copied itself, or global memory.
 template <class V> struct Staged {
   V* slots;
   __device__ __forceinline__ V get(u32 i, i64) const { return slots[i * THREADS + threadIdx.x]; }
@@ -301,7 +303,7 @@ template <class V> struct StreamedOnce {
   __device__ __forceinline__ V get(u32, i64 offset) const { return load_once(tensor + offset); }
 };
 
-// Copies a thread's vectors in four parts, so that work on the first can start early.
+// Copy a thread's vectors in four parts, so that work on the first part can start early.
 template <class L, class Copy> DEVICE void copy_in_quarters(const Tile<L>& tile, Copy copy) {
   const u32 quarter = (tile.count + 3) / 4;
   for (u32 part = 0; part < 4; ++part) {
@@ -313,6 +315,7 @@ template <class L, class Copy> DEVICE void copy_in_quarters(const Tile<L>& tile,
   }
 }
 
+// Call use(begin, end) for each of the four parts, as soon as it has arrived.
 template <class L, class Use> DEVICE void as_quarters_arrive(const Tile<L>& tile, Use use) {
   const u32 quarter = (tile.count + 3) / 4;
 #pragma unroll 1

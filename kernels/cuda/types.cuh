@@ -1,4 +1,4 @@
-// Storage types, vectors of them, and per-channel parameters of any floating dtype. No headers: NVRTC needs none.
+// Storage types, vectors of them, and per-channel parameters of any floating dtype. It includes no headers.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -11,7 +11,7 @@ typedef long long i64;
 constexpr u32 THREADS = 256;
 constexpr u32 WARPS = THREADS / 32;
 
-// Blocks that an SM must be able to hold; the cooperative tier of plan.py counts on them.
+// Blocks that must fit on an SM at the same time. The cooperative tier of plan.py relies on it.
 #define RESIDENT(L) (sizeof(typename L::A) == 4 ? 2 : 1)
 
 #if __CUDA_ARCH__ >= 900
@@ -20,7 +20,7 @@ constexpr u32 WARPS = THREADS / 32;
 #define CLUSTER_OF(BLOCKS)
 #endif
 
-// A storage type: what memory holds, the type to compute in, and the roundings between.
+// Storage types: the type in memory, the type for arithmetic, and the conversions between them.
 struct F32 {
   typedef float Storage;
   typedef float Compute;
@@ -86,14 +86,14 @@ template <> struct Word<4> { typedef u32 Type; };
 template <> struct Word<2> { typedef u16 Type; };
 template <> struct Word<1> { typedef u8 Type; };
 
-// Loads what is read once, so that it leaves the cache first.
+// Load a vector that is read only once, so that the cache evicts it first.
 template <class V> DEVICE V load_once(const V* p) {
   union { typename Word<sizeof(V)>::Type word; V vector; } u;
   u.word = __ldcs((const typename Word<sizeof(V)>::Type*)p);
   return u.vector;
 }
 
-// Loads what other blocks read too.
+// Load a vector that other blocks read too.
 template <class V> DEVICE V load_shared_by_blocks(const V* p) {
   union { typename Word<sizeof(V)>::Type word; V vector; } u;
   u.word = __ldg((const typename Word<sizeof(V)>::Type*)p);
@@ -106,7 +106,7 @@ template <class V> DEVICE void store_once(V* p, const V& v) {
   __stcs((typename Word<sizeof(V)>::Type*)p, u.word);
 }
 
-// Copies from global to shared memory; asynchronously where the architecture and the size allow it.
+// Copy a vector from global to shared memory, asynchronously if the architecture and the size allow it.
 template <class V> DEVICE void copy_async(V* shared, const V* global) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (sizeof(V) >= 4) {
@@ -127,7 +127,7 @@ DEVICE void commit_copies() {
 #endif
 }
 
-// Waits until at most PENDING parts of this thread's copies are under way.
+// Wait until at most PENDING groups of this thread's copies are still under way.
 template <int PENDING> DEVICE void wait_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -135,10 +135,11 @@ template <int PENDING> DEVICE void wait_copies() {
 }
 
 // ------------------------------------------------------------------------------------------------ parameters
-// A (C,) vector of any floating dtype, or none. `code` packs the dtypes of a launch's vectors, 2 bits each.
+// Parameter is a per-channel vector of any floating dtype, or null. `code` packs the dtypes of a launch's vectors, 2 bits
+// each.
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16, FLOAT64 };
 
-// Convert to double and back without the flush of subnormal numbers that CuPy asks of float32 arithmetic.
+// Convert to double and back. Subnormal numbers are kept; in float32 arithmetic CuPy has the compiler flush them to zero.
 DEVICE double widen(float v) {
   double wide;
   asm("cvt.f64.f32 %0, %1;" : "=d"(wide) : "f"(v));

@@ -1,7 +1,7 @@
 """List faults to plant in the kernels of SyncBatchNorm, for ``backends/test_gpu_sync.py``."""
 
 CUDA = {
-    "no barrier before a sum is written": ("__syncthreads();  // the sum before has been read", "", "data race"),
+    "no barrier before a sum is written": ("__syncthreads();  // the previous sum has been read", "", "data race"),
     "no barrier before a sum is read": ("% LANES] = own;\n    __syncthreads();", "% LANES] = own;", "data race"),
     "a process is left out": ("process < processes; process += WARPS", "process + 1 < processes; process += WARPS",
                               "not close"),
