@@ -1,6 +1,6 @@
 """How many kernels CuPy has to compile for `gpu-bn check` and `gpu-bn bench`, and how long NVRTC takes for some.
 
-Launches do nothing, so no GPU is needed. What CuPy has compiled it keeps in `~/.cupy/kernel_cache`.
+Launches do nothing, so no GPU is needed. On a GPU, CuPy keeps compiled kernels in `~/.cupy/kernel_cache`.
 
     python bench/compile_times.py
 """
@@ -31,16 +31,16 @@ from gpu_bn.cli.check import covering
 
 
 def check(cases: Iterable[testing.Case]) -> None:
-    """Call what `gpu-bn check` calls."""
+    """Make the calls of `gpu-bn check`."""
     for case in cases:
-        with np.errstate(all="ignore"):  # launches that do nothing leave what was there
+        with np.errstate(all="ignore"):  # outputs hold any numbers, because launches do nothing
             testing.run(testing.build(case), "cupy")
 
 
 def bench(cases: Iterable[Case]) -> None:
-    """Call what `gpu-bn bench` calls."""
+    """Make the calls of `gpu-bn bench`."""
     for case in cases:
-        by_name("gpu_bn cupy").build(case.operation, Tensors(case).of("cupy", case.operation))()
+        by_name("gpu_bn cupy").build(case.operation, Tensors(case).problem("cupy", case.operation))()
 
 
 def main() -> None:
@@ -51,10 +51,10 @@ def main() -> None:
     options = parser.parse_args()
     cupy_stand_in.install(options.arch)
     testing.ADAPTERS["cupy"] = testing.Adapter(cupy_stand_in.asarray, np.array)
-    every, needed = [*testing.cases(), *testing.extended_cases()], cupy_stand_in.KERNELS
+    checked, needed = [*testing.cases(), *testing.extended_cases()], cupy_stand_in.KERNELS
     for command, call, cases in (
-        ("gpu-bn check --quick", check, covering(every)),
-        ("gpu-bn check, more", check, every),
+        ("gpu-bn check --quick", check, covering(checked)),
+        ("gpu-bn check, more", check, checked),
         ("gpu-bn bench", bench, cases_of("cuda")),
     ):
         before = len(needed)
@@ -69,9 +69,9 @@ def main() -> None:
         compiler.compile(source, flags, {}, [name])
         seconds.append(time.perf_counter() - start)
     if seconds:
-        taken = Timing.of(seconds)
-        spread = f"quartiles {taken.low:.2f} and {taken.high:.2f}, of {taken.samples}"
-        print(f"NVRTC {'.'.join(map(str, compiler.version))}: {taken.median:.2f} s a kernel ({spread})")
+        timing = Timing.from_samples(seconds)
+        spread = f"quartiles {timing.low:.2f} and {timing.high:.2f}, of {timing.samples}"
+        print(f"NVRTC {'.'.join(map(str, compiler.version))}: {timing.median:.2f} s a kernel ({spread})")
 
 
 if __name__ == "__main__":

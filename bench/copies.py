@@ -1,7 +1,8 @@
 """How much of a call on a CPU is memory, how much Python: ``python bench/copies.py``, in one thread.
 
-In turn: what torch takes to read and write as much (a copy of x to y; of backward the sum of x and dy, to dx), our
-kernel and torch's, which allocate nothing, and both whole calls. Times are first quartiles in microseconds.
+Calls are timed in turn: an operation of torch that reads and writes as many bytes (a copy of x to y, or for backward
+the sum of x and dy to dx), our kernel and torch's without allocations, and both whole calls. Times are first quartiles
+in microseconds.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -19,23 +21,26 @@ from gpu_bn.backends.cpu import doors
 from gpu_bn.bench.timing import CpuTimer, TimedCall, take_samples
 
 TIMER = CpuTimer(batch=0.01, pause=0)
-SHAPES = "256x1024,32x512x7x7,32x256x14x14,16x128x1024"
+
+
+def kernel_call(door: doors.Door | None, *arguments: Any) -> TimedCall:
+    """Return the call of our kernel in one thread."""
+    usable = None if door is None else doors.usable(door)
+    assert usable is not None, "no kernel serves these tensors"
+    return partial(usable.function, usable.record, *arguments, doors.scratch_address(), 1)  # type: ignore[arg-type]
 
 
 def forward_calls(shape: tuple[int, ...], dtype: torch.dtype, training: bool) -> dict[str, TimedCall]:
-    """Return the calls of a forward pass, differentiated in training, or of an evaluation."""
-    x, vectors = torch.randn(shape).to(dtype), torch.promote_types(dtype, torch.float32)
-    y, numbers = torch.empty_like(x), torch.ones(6, shape[1], dtype=vectors)
-    mean, var, weight, bias, *saved = (one.clone() for one in numbers)
+    """Return the calls of a forward pass, with autograd in training, or of an evaluation."""
+    x, y = torch.randn(shape).to(dtype), torch.empty(shape, dtype=dtype)
+    ones = torch.ones(6, shape[1], dtype=torch.promote_types(dtype, torch.float32))
+    mean, var, weight, bias, *saved = (vector.clone() for vector in ones)
     moments, options = torch.empty(2 * shape[1], dtype=torch.float64), (training, 0.1, 1e-5)
     leaves = [one.clone().requires_grad_(training) for one in (x, weight, bias)]
     door = doors.forward(x, None, training, "identity")
-    door = None if door is None else doors.usable(door)
-    assert door is not None
-    ours = (door.record, x, None, y, weight, bias, mean, var, None, moments, *options[1:], 0.0, doors.scratch_address())
     return {
         "copy": lambda: y.copy_(x),
-        "kernel": partial(door.function, *ours, 1),  # type: ignore[arg-type]
+        "kernel": kernel_call(door, x, None, y, weight, bias, mean, var, None, moments, *options[1:], 0.0),
         "torch's kernel": torch.no_grad()(
             lambda: torch.native_batch_norm(x, weight, bias, mean, var, *options, out=(y, *saved))
         ),
@@ -45,23 +50,20 @@ def forward_calls(shape: tuple[int, ...], dtype: torch.dtype, training: bool) ->
 
 
 def backward_calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TimedCall]:
-    """Return the calls of a backward pass; torch's kernel cannot be given its outputs."""
-    x, dy = (torch.randn(shape).to(dtype) for _ in range(2))
-    dx, numbers = torch.empty_like(x), torch.ones(6, shape[1], dtype=torch.promote_types(dtype, torch.float32))
-    mean, var, weight, bias, *gradients = (one.clone() for one in numbers)
+    """Return the calls of a backward pass, without torch's kernel, which always allocates its outputs."""
+    x, dy, dx = (torch.randn(shape).to(dtype) for _ in range(3))
+    ones = torch.ones(6, shape[1], dtype=torch.promote_types(dtype, torch.float32))
+    mean, var, weight, bias, *gradients = (vector.clone() for vector in ones)
     moments, leaves = torch.ones(2 * shape[1], dtype=torch.float64), [x.clone(), weight.clone(), bias.clone()]
     graphs = [
         function(leaves[0].requires_grad_(), mean, var, *[one.requires_grad_() for one in leaves[1:]], True)
         for function in (nn.batch_norm, functional.batch_norm)
     ]
     door = doors.backward(x, None, dy, True, False, True, True, "identity")
-    door = None if door is None else doors.usable(door)
-    assert door is not None
-    ours = (door.record, x, None, dy, dx, None, weight, bias, *gradients, moments, 1e-5, 0.0, doors.scratch_address())
     call, torch_call = (partial(torch.autograd.grad, y, leaves, dy, retain_graph=True) for y in graphs)
     return {
         "sum": lambda: torch.add(x, dy, out=dx),
-        "kernel": partial(door.function, *ours, 1),  # type: ignore[arg-type]
+        "kernel": kernel_call(door, x, None, dy, dx, None, weight, bias, *gradients, moments, 1e-5, 0.0),
         "call": call,
         "torch's call": torch_call,
     }
@@ -70,7 +72,7 @@ def backward_calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Time
 def main() -> None:
     """Print a line for each shape and operation."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=SHAPES, help="with commas")
+    parser.add_argument("--shapes", default="256x1024,32x512x7x7,32x256x14x14,16x128x1024", help="with commas")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each time")
     arguments = parser.parse_args()
@@ -84,7 +86,7 @@ def main() -> None:
             "backward": backward_calls(*tensor),
         }.items():
             samples = take_samples(calls, TIMER, "wall", arguments.seconds)
-            times = [f"{name} {1e6 * statistics.quantiles(samples.of(name))[0]:.0f}" for name in calls]
+            times = [f"{name} {1e6 * statistics.quantiles(samples.times(name))[0]:.0f}" for name in calls]
             print(f"{text} {operation}: {', '.join(times)}", flush=True)
 
 

@@ -1,11 +1,10 @@
 """The backends for CPUs against torch, side by side: ``python bench/cpu.py``.
 
-For each shape and operation, ours and torch's are timed in turn on the same tensors, some milliseconds' worth of calls
-each, and the order changes from pair to pair. Between them the process waits without sleeping (a core that wakes up is
-slow at first), because the threads of torch's OpenMP runtime go on spinning for some milliseconds after their work.
-A cell is the median of the pairs' ratios (below 1: gpu_bn is faster) and both times in microseconds. Each result is
-first compared with the oracle; a wrong one is not timed. First one thread each, then two, pinned to cores of their own,
-each in a process of its own. ``--compile`` adds what ``torch.compile`` makes of the same operation as a second peer.
+Our calls and torch's are timed in turn on the same tensors, for some milliseconds each, and the order changes from pair
+to pair; :class:`gpu_bn.bench.timing.CpuTimer` waits before each sample. A cell is the median of the ratios of the pairs
+(below 1: gpu_bn is faster) and both times in microseconds. Each result is first compared with the oracle; a wrong one
+ends the run. Each number of threads is measured in a new process, which pins several threads to cores. ``--compile``
+adds the same operation compiled by ``torch.compile`` as a second peer.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ CASES = (
     "32x64x56x56 channels-last", "256x1024", "4x8", "2x3x4x4", "32x64x56x56 float64", "32x256x14x14 float64",
     "32x256x14x14 float16", "32x256x14x14 bfloat16",
 )  # fmt: skip
-"""Shapes as torch gives them (channels second), with the memory format and the dtype if they are not the usual ones."""
+"""Shapes in torch's order (channels second), with the memory format and the dtype unless contiguous and float32."""
 COLUMNS = {
     "forward": "forward", "+relu": "forward+relu", "+residual+relu": "forward+add+relu", "eval": "eval",
     "backward": "backward", "backward+relu": "backward+relu", "backward+residual+relu": "backward+add+relu",
 }  # fmt: skip
-"""The operations by the name of their column."""
+"""Operations by the name of their column."""
 Row = dict[str, tuple[float, float, float]]
-"""By column the median of the ratios, and the median times in microseconds: ours and theirs."""
+"""The median of the ratios, and our and the peer's median time in microseconds, by column."""
 
 
 def our_norm(operation: Operation, problem: Problem) -> Callable[..., torch.Tensor]:
-    """Return our function for torch's tensors, which ``backend="cpu"`` serves."""
+    """Return our function of torch tensors, which the backend ``cpu`` serves."""
     p, activation = problem, "relu" if operation.relu else None
     return lambda x, weight, bias, residual=None: nn.batch_norm(
         x, p.running_mean, p.running_var, weight, bias, operation.training, p.momentum, p.eps,
@@ -69,14 +68,14 @@ PEERS = {
 
 
 def case_of(name: str) -> Case:
-    """Return the case that a name in :data:`CASES` means."""
+    """Return the forward case of a name in :data:`CASES`."""
     size, *kinds = name.split()
     dtype = next((kind for kind in kinds if "float" in kind), "float32")
     return Case(tuple(map(int, size.split("x"))), dtype, "nhwc" if "channels-last" in kinds else "nchw")
 
 
 def measure_rows(arguments: argparse.Namespace, threads: int) -> dict[str, Row]:
-    """Return the row of each case, backend and peer, measured in this process. A wrong result ends it."""
+    """Measure the row of each case, backend and peer in this process; raise ``AssertionError`` for a wrong result."""
     gpu_bn.set_num_threads(threads)
     torch.set_num_threads(threads)
     timer, rows = CpuTimer(batch=0.01), {}
@@ -93,32 +92,32 @@ def measure_rows(arguments: argparse.Namespace, threads: int) -> dict[str, Row]:
             row, pair = {}, [BACKENDS[backend], PEERS[peer]]
             for column in columns:
                 operation = replace(case, operation=OPERATIONS[COLUMNS[column]])
-                found = measure(operation, tensors, pair, timer, arguments.seconds / 2)
-                for result in found:
+                results = measure(operation, tensors, pair, timer, arguments.seconds / 2)
+                for result in results:
                     why_not = result.refused or result.not_served
                     assert not why_not, f"{result.case} by {result.by}: {why_not}"
-                ours, theirs = (1e6 * result.timings["wall"].median for result in found)
-                row[column] = found[0].ratios["wall"][peer], ours, theirs
+                ours, theirs = (1e6 * result.timings["wall"].median for result in results)
+                row[column] = results[0].ratios["wall"][peer], ours, theirs
             rows[f"{name}, {backend} / {peer}"] = row
         print(".", end="", flush=True, file=sys.stderr)
     return rows
 
 
-def measure_apart(arguments: argparse.Namespace, threads: int) -> dict[str, Row]:
-    """Measure in a process of its own, with so many threads, each on a core of its own."""
+def measure_in_process(arguments: argparse.Namespace, threads: int) -> dict[str, Row]:
+    """Measure the rows in a new process with a number of threads, each of which stays on a core."""
     os.environ |= {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "close" if threads > 1 else "false"}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(measure_rows, arguments, threads).result()
 
 
 def environment() -> str:
-    """Return what the numbers depend on."""
+    """Return the versions and the processor on which the numbers depend."""
     versions = f"gpu_bn {gpu_bn.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     return f"{versions}, {processor()}, {os.cpu_count()} cores"
 
 
 def table(results: dict[str, Row]) -> str:
-    """Return Markdown: ratio, and both times in microseconds."""
+    """Return the rows as Markdown."""
     names = list(next(iter(results.values())))
     lines = ["| ours / theirs (µs) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for case, row in results.items():
@@ -127,14 +126,14 @@ def table(results: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, found: dict[str, dict[str, Row]]) -> None:
-    """Write what was found by number of threads, beside what the file has of other cases in the same environment."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    results = kept["results"] if kept.get("environment") == environment() else {}
-    for threads, rows in found.items():
-        together = results.get(threads, {}) | rows
-        order = sorted(together, key=lambda row: CASES.index(row.partition(", ")[0]))
-        results[threads] = {name: together[name] for name in order}
+def write(path: Path, measured: dict[str, dict[str, Row]]) -> None:
+    """Write rows by number of threads; keep other rows of the file if it was written in the same environment."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    results = before["results"] if before.get("environment") == environment() else {}
+    for threads, rows in measured.items():
+        merged = results.get(threads, {}) | rows
+        order = sorted(merged, key=lambda row: CASES.index(row.partition(", ")[0]))
+        results[threads] = {name: merged[name] for name in order}
     path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
 
 
@@ -149,12 +148,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="against torch.compile too, which takes minutes")
     parser.add_argument("--json", type=Path, help="write all figures there, beside those of other cases")
     arguments = parser.parse_args()
-    found = {}
+    results = {}
     for threads in arguments.threads.split(","):
-        found[threads] = measure_apart(arguments, int(threads))
-        print(f"\n{environment()}, {threads} thread{'s' * (threads != '1')} each\n\n{table(found[threads])}")
+        results[threads] = measure_in_process(arguments, int(threads))
+        print(f"\n{environment()}, {threads} thread{'s' * (threads != '1')} each\n\n{table(results[threads])}")
     if arguments.json:
-        write(arguments.json, found)
+        write(arguments.json, results)
 
 
 if __name__ == "__main__":

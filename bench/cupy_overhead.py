@@ -23,7 +23,7 @@ TIMER = CpuTimer(batch=0.002, pause=0)
 
 
 def rows() -> dict[str, Callable[[], Any]]:
-    """Return the calls that are timed."""
+    """Return the timed calls by the name of their row."""
     x, out = (cupy_stand_in.ndarray((2, 8, 4, 4), np.float32) for _ in range(2))
     vectors = [cupy_stand_in.ndarray((8,), np.float32) for _ in range(4)]
     _, saved = gpu_bn.batch_norm_forward(x, *vectors, training=True)
@@ -55,9 +55,9 @@ def main() -> None:
         call()
         counts = cupy_stand_in.CALLS.copy()
         best = float("inf")
-        for _ in range(5):  # the machine may be busy for a while
+        for _ in range(5):  # another process may use the CPU for a while
             samples = take_samples({name: call}, TIMER, "wall", options.seconds)
-            best = min(best, 1e6 * min(samples.of(name)))
+            best = min(best, 1e6 * min(samples.times(name)))
             if best < options.limit:
                 break
         missed |= best >= options.limit

@@ -1,4 +1,4 @@
-"""A module ``cupy`` that needs no GPU, for the scripts here: arrays are NumPy's, launches do nothing but count."""
+"""A module ``cupy`` that needs no GPU, for the scripts here: arrays are NumPy arrays, launches are only counted."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 CALLS: Counter[str] = Counter()
-"""How often CuPy was asked for allocations, views and launches."""
+"""The numbers of allocations, views and launches."""
 KERNELS: dict[tuple[str, str], None] = {}
-"""The kernels that CuPy was asked to compile, by source and name."""
+"""The kernels that CuPy would compile, by source and name, in their order."""
 H100 = {
     "name": b"H100", "multiProcessorCount": 132, "memoryBusWidth": 5120, "l2CacheSize": 50 << 20,
     "sharedMemPerMultiprocessor": 228 << 10, "sharedMemPerBlockOptin": 227 << 10, "memoryClockRate": 2_619_000,
@@ -32,7 +32,7 @@ class MemoryPointer(NamedTuple):
 
 
 class ndarray(np.ndarray):
-    """An array whose attributes take about as long to read as those of CuPy's (14.2)."""
+    """An array whose attributes take about as long to read as those of an array of CuPy 14.2."""
 
     shape = property(np.ndarray.shape.__get__)
     strides = property(np.ndarray.strides.__get__)
@@ -46,17 +46,17 @@ class ndarray(np.ndarray):
 
 ndarray.__module__ = "cupy"
 array_of = cache(ndarray)
-"""The array that is handed out for a shape and dtype."""
+"""Return the array for a shape and dtype, always the same one."""
 
 
 def empty(shape: Any, dtype: Any = np.float64) -> ndarray:
-    """Count an allocation."""
+    """Count an allocation and return an array, which earlier calls may have returned too."""
     CALLS["allocations"] += 1
     return array_of(shape, dtype)
 
 
 def asarray(array: Any, dtype: Any = None) -> ndarray:
-    """Return an array as one of CuPy's, in the same memory."""
+    """Return a CuPy array, in the same memory if the dtype allows."""
     return np.asarray(array, dtype).view(ndarray)
 
 
@@ -69,17 +69,17 @@ launch.kernel, launch.max_dynamic_shared_size_bytes = types.SimpleNamespace(ptr=
 
 
 def raw_module(code: str, name_expressions: tuple[str], **_: Any) -> Any:
-    """Note a kernel, and return what launches it."""
+    """Note a kernel, and return a module whose kernels count their launches."""
     KERNELS[code, *name_expressions] = None
     return types.SimpleNamespace(get_function=lambda _: launch)
 
 
 def install(arch: int = 90) -> None:
-    """Put the module where ``import cupy`` finds it, on a GPU like an H100 but for its architecture."""
-    simple, found = types.SimpleNamespace, H100 | {"major": arch // 10, "minor": arch % 10}
+    """Put the module where ``import cupy`` finds it; its GPU is an H100 with the compute capability ``arch``."""
+    simple, properties = types.SimpleNamespace, H100 | {"major": arch // 10, "minor": arch % 10}
     runtime = simple(
         CUDARuntimeError=RuntimeError, getDevice=lambda: 0, getDeviceCount=lambda: 1, memGetInfo=lambda: (1, 1),
-        getDeviceProperties=lambda _: found,
+        getDeviceProperties=lambda _: properties,
     )  # fmt: skip
     driver = simple(launchCooperativeKernel=launch, occupancyMaxActiveBlocksPerMultiprocessor=lambda *_: 2)
     nvrtc, stream = simple(getVersion=lambda: (12, 9)), simple(ptr=0, is_capturing=lambda: False)

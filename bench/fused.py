@@ -1,8 +1,8 @@
 """What merging an activation into its normalisation gains on a CPU: ``python bench/fused.py``.
 
-A layer that applies the activation against the same layer followed by torch's module, which is what
-``nn.convert(model)`` leaves: a forward call in training, an evaluation, and a forward and backward call, on one thread
-in alternating pairs. A cell is the median of the pairs' ratios; below 1, merging gains.
+Compare a layer that applies the activation with the same layer followed by torch's module, as ``nn.convert(model)``
+leaves them: a forward call in training, an evaluation, and a forward and backward call, on one thread in alternating
+pairs. A cell is the median of the ratios of the pairs; if it is below 1, merging is faster.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def main() -> None:
             merged = layer_calls(Sequential(kind(shape[1], activation=name), Identity()), shape=shape)
             apart = layer_calls(Sequential(kind(shape[1]), ACTIVATIONS[name]), shape=shape)
             pairs = ({"merged": merged[f"layer, {each}"], "apart": apart[f"layer, {each}"]} for each in TIMED)
-            found = (take_samples(pair, TIMER, "wall", arguments.seconds / 2) for pair in pairs)
-            cells = [f"{samples.ratio('merged', 'apart'):.2f}" for samples in found]
+            timed = (take_samples(pair, TIMER, "wall", arguments.seconds / 2) for pair in pairs)
+            cells = [f"{samples.ratio('merged', 'apart'):.2f}" for samples in timed]
             print(f"| {'x'.join(map(str, shape))}, {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -1,11 +1,11 @@
 """Whole networks on a CPU with torch's layers and with ours: ``python bench/steps.py``.
 
-A training step and an evaluation of ResNet-18 and MobileNetV3-large, eight images of 64 x 64, on one thread unless
-said, all variants in turn; the figure is the median of the ratios to torch's eager one. Peak memory is what torch's
-tensors take in a step beyond what they took before it. Each variant's first gradient is compared with that of torch's
-layers in float64. In evaluation the variants share their parameters, whose place in memory changes a time by some per
-cent. ``copying`` is a network whose normalisations copy their input and do nothing else: no layer that makes a new
-tensor takes less. MobileNetV3-large is torchvision's: ``pip install -e '.[models]'``.
+Time a training step and an evaluation of ResNet-18 and MobileNetV3-large on eight images of 64 x 64, with all variants
+in turn; a ratio is the median of the ratios to torch's layers. Peak memory is that of torch tensors beyond the memory
+before the step. The first gradient of each variant is compared with that of torch's layers in float64. The variants
+share their parameters in evaluation, because addresses change a time by some per cent. In the variant ``copying`` each
+normalisation only copies its input, the least work of a layer with a new output. MobileNetV3-large needs torchvision:
+``pip install -e '.[models]'``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import nn
 import gpu_bn
 from gpu_bn import nn as ours
 from gpu_bn.bench.timing import CpuTimer, TimedCall, take_samples
-from gpu_bn.bench.training import LAYERS, Make, check, resnet18
+from gpu_bn.bench.training import LAYERS, Make, check_gradients, resnet18
 
 
 def mobilenet() -> nn.Module:
-    """Make a MobileNetV3-large without dropout: all variants should compute the same."""
+    """Return a MobileNetV3-large without dropout, so that all variants compute the same."""
     return import_module("torchvision.models").mobilenet_v3_large(dropout=0.0)
 
 
@@ -34,14 +34,14 @@ NETWORKS = {"ResNet-18": resnet18, "MobileNetV3-large": mobilenet}
 
 
 class Copy(nn.Module):
-    """Copies its input."""
+    """A layer that copies its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.clone()
 
 
 def copying(model: nn.Module) -> nn.Module:
-    """Put copies in the place of a model's normalisations."""
+    """Replace the normalisations of a model by copies."""
     for parent in [*model.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
@@ -54,18 +54,15 @@ EVALUATED: dict[str, Make] = TRAINED | {"folded": lambda model: ours.fold(model)
 
 
 def rows(model: nn.Module, pairs: int) -> Iterator[str]:
-    """Yield cells of the table, a row a variant."""
+    """Yield the row of each variant."""
     images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
     timer, rounds = CpuTimer(batch=0), (pairs, pairs)
-    steps, peaks, refused = check(TRAINED, model, images, labels)
+    steps, peaks, refused = check_gradients(TRAINED, model, images, labels)
     assert not refused, refused
     trained = take_samples(steps, timer, "wall", 1, rounds)
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    evaluations = {
-        name: evaluation(make(copy.deepcopy(model, dict(shared)).eval()), images) for name, make in EVALUATED.items()
-    }
+    evaluations = {name: evaluation(model, make, images) for name, make in EVALUATED.items()}
     evaluated = take_samples(evaluations, timer, "wall", 1, rounds)
-    for name in EVALUATED:  # one that failed raises here
+    for name in EVALUATED:  # a variant that failed raises an error here
         step = "- | - | -"
         if name in steps:
             step = f"{trained.ratio(name, 'torch'):.2f} | {1e3 * trained.median(name):.0f} | {peaks[name] / 1e6:.1f}"
@@ -73,10 +70,10 @@ def rows(model: nn.Module, pairs: int) -> Iterator[str]:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, up to 32 MB each: new memory costs a page fault for each 4 KB.
+    """Let the C library keep freed blocks of up to 32 MB: new memory costs a page fault for each 4 KB.
 
-    Otherwise it is by chance which variant's memory goes back to the system at the end of a step: the faults of the
-    next one take up to a tenth of its time.
+    Otherwise the memory of some variants returns to the system after a step by chance, and the page faults of the next
+    step take up to a tenth of its time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if mallopt is not None:
@@ -84,10 +81,11 @@ def keep_freed_memory() -> None:
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
 
 
-def evaluation(model: nn.Module, images: torch.Tensor) -> TimedCall:
-    """Return an evaluation of a model."""
-    model.eval()
-    return torch.no_grad()(lambda: model(images))
+def evaluation(model: nn.Module, make: Make, images: torch.Tensor) -> TimedCall:
+    """Return an evaluation of a variant, which shares the parameters of ``model``."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    variant = make(copy.deepcopy(model, shared).eval()).eval()
+    return torch.no_grad()(lambda: variant(images))
 
 
 def main() -> None:

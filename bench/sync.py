@@ -28,13 +28,13 @@ WARM = 5
 
 
 def written() -> torch.Tensor:
-    """Return the bytes and calls of this process's writes so far."""
+    """Return the bytes that this process has written so far, and the number of its writes."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return torch.tensor([int(lines["wchar"]), int(lines["syscw"])], dtype=torch.float64)
 
 
 def measure(layer: torch.nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Measure seconds, bytes and messages of a step."""
+    """Return the median seconds of a step, and the mean bytes and messages that it writes."""
     dy, times = torch.randn_like(x), []
     for step in range(WARM + steps):
         if step == WARM:
@@ -48,7 +48,7 @@ def measure(layer: torch.nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor
 
 
 def run(rank: int, world: int, shape: list[int], steps: int, folder: str) -> None:
-    """Measure both layers in one process."""
+    """Measure both layers in one process of the group; rank 0 saves the mean over the processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     x = torch.randn(shape, requires_grad=True)
@@ -61,12 +61,12 @@ def run(rank: int, world: int, shape: list[int], steps: int, folder: str) -> Non
 
 
 def row(world: int, shape: list[int], steps: int) -> list[str]:
-    """Return a line of the table, for a group of ``world`` processes."""
+    """Return the row of the table for a group of ``world`` processes."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(run, (world, shape, steps, folder), world)
         (plain, *noise), (shared, *wrote) = torch.load(f"{folder}/result").tolist()
     size, messages = (total - other for total, other in zip(wrote, noise, strict=True))
-    packets = wire.packets_of(2 + 2 * shape[1]) + 1 + wire.packets_of(2 * shape[1])  # one ends the forward
+    packets = wire.packets_of(2 + 2 * shape[1]) + 1 + wire.packets_of(2 * shape[1])  # one more ends the forward call
     payload = (world - 1) * 8 * (wire.HEADER + wire.ROOM) * packets
     times = f"{1e3 * plain:.2f}", f"{1e3 * shared:.2f}"
     return [str(world), *times, f"{size:,.0f}", f"{payload:,.0f}", f"{messages:.1f}"]

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from gpu_bn import nn, registry
 from gpu_bn.backends.protocol import Grads, Moments, Saved
 from gpu_bn.bench.timing import CpuTimer, Samples, TimedCall, take_samples
-from gpu_bn.bench.training import operations
+from gpu_bn.bench.training import count_operations
 from gpu_bn.call import Call
 from gpu_bn.nn.operators import cpu_calls
 from gpu_bn.plan import DEVICES
@@ -57,7 +57,7 @@ class Nothing:
 
 
 def calls(prefix: str, norm: Norm, others: Iterable[torch.Tensor], shape: Shape = SHAPE) -> Calls:
-    """Return the timed calls of ``norm(x, training)``, which is differentiated by x and ``others``."""
+    """Return the timed calls of ``norm(x, training)``; its gradients are those of x and ``others``."""
     x, dy = torch.randn(shape), torch.randn(shape)
     leaf = x.clone().requires_grad_()
     leaves = (leaf, *others)
@@ -78,9 +78,9 @@ def function_calls(function: Callable[..., torch.Tensor]) -> Calls:
 
 def layer_calls(layer: torch.nn.Module, *residual: torch.Tensor, prefix: str = "", shape: Shape = SHAPE) -> Calls:
     """Return the timed calls of a layer."""
-    kinds = copy.deepcopy(layer).eval(), layer
+    layers = {True: layer, False: copy.deepcopy(layer).eval()}
     others = (*layer.parameters(), *residual)
-    return calls(f"{prefix}layer, ", lambda x, training: kinds[training](x, *residual), others, shape)
+    return calls(f"{prefix}layer, ", lambda x, training: layers[training](x, *residual), others, shape)
 
 
 def in_pairs(ours: TimedCall, theirs: TimedCall, pairs: int) -> Samples:
@@ -89,7 +89,7 @@ def in_pairs(ours: TimedCall, theirs: TimedCall, pairs: int) -> Samples:
 
 
 def time_on_cpu(pairs: int) -> None:
-    """Print the table of the backend for CPUs."""
+    """Print the table of the backend ``cpu``."""
     theirs = function_calls(F.batch_norm) | layer_calls(torch.nn.BatchNorm2d(3))
     ours = function_calls(nn.batch_norm) | layer_calls(nn.BatchNorm2d(3))
     serving, nothing = registry.serving, Nothing()
@@ -115,20 +115,20 @@ def time_triton(pairs: int) -> None:
 
     backend = TritonBackend(launch, DEVICES["h100"])
     registry.serving = lambda _: backend
-    cpu_calls.forward = lambda *_: None  # the tensors are on the CPU, but stand for a GPU's
+    cpu_calls.forward = lambda *_: None  # no kernel for CPU tensors: these stand for tensors on a GPU
     theirs = layer_calls(torch.nn.BatchNorm2d(3))
     residual = torch.randn(SHAPE, requires_grad=True)
     fused = layer_calls(nn.BatchNorm2d(3, activation="relu"), residual, prefix="relu, residual, ")
     print(f"\n{'by Triton':44}{'gpu_bn':>8}{'torch':>8}  launches, ours + torch's")
     for name, call in (layer_calls(nn.BatchNorm2d(3)) | fused).items():
         call()
-        found = in_pairs(call, theirs.get(name, call), pairs)
+        samples = in_pairs(call, theirs.get(name, call), pairs)
         launches.clear()
-        others = operations(call)
-        its = f"{1e6 * found.median('theirs'):.1f}" if name in theirs else "-"
-        listed = ", ".join(f"{count} {operation}" for operation, count in others.items())
-        line = f"{name:44}{1e6 * found.median('ours'):8.1f}{its:>8}  {len(launches)} + {others.total()} {listed}"
-        print(line.rstrip())
+        counts = count_operations(call)
+        torch_time = f"{1e6 * samples.median('theirs'):.1f}" if name in theirs else "-"
+        times = f"{1e6 * samples.median('ours'):8.1f}{torch_time:>8}"
+        listed = ", ".join(f"{count} {operation}" for operation, count in counts.items())
+        print(f"{name:44}{times}  {len(launches)} + {counts.total()} {listed}".rstrip())
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""``gpu-bn bench``: every case is proved, then timed against what else is installed (:mod:`gpu_bn.bench.run`)."""
+"""``gpu-bn bench``: check each case, then time it beside other installed libraries (:mod:`gpu_bn.bench.run`)."""

@@ -13,11 +13,11 @@ from gpu_bn.explanation import DTYPES, ITEMSIZES
 
 Shape = tuple[int, ...]
 Layers = dict[Shape, int]
-"""How many layers of a network have inputs of each shape; channels are the second axis."""
+"""The number of layers of a network by the shape of their input; channels are the second axis."""
 
 
 def _images(n: int, layers: Iterable[tuple[int, int, int]], rank: int = 2) -> Layers:
-    """Return layers of ``(count, channels, side)`` for ``n`` images of ``rank`` axes."""
+    """Return layers of ``(count, channels, side)`` for ``n`` images of ``rank`` spatial axes."""
     return {(n, channels, *[side] * rank): count for count, channels, side in layers}
 
 
@@ -25,13 +25,13 @@ RESNET_50 = (
     (1, 64, 112), (6, 64, 56), (4, 256, 56), (1, 128, 56), (7, 128, 28), (5, 512, 28), (1, 256, 28), (11, 256, 14),
     (7, 1024, 14), (1, 512, 14), (5, 512, 7), (4, 2048, 7),
 )  # fmt: skip
-"""All 53 layers, of 224 x 224 images; the stride is in the 3 x 3 convolution, as in torchvision."""
+"""All 53 layers for images of 224 x 224; the stride is in the 3 x 3 convolution, as in torchvision."""
 MOBILENET_V2 = (
     (2, 32, 112), (1, 16, 112), (1, 96, 112), (1, 96, 56), (2, 24, 56), (3, 144, 56), (1, 144, 28), (3, 32, 28),
     (5, 192, 28), (1, 192, 14), (4, 64, 14), (8, 384, 14), (3, 96, 14), (5, 576, 14), (1, 576, 7), (3, 160, 7),
     (6, 960, 7), (1, 320, 7), (1, 1280, 7),
 )  # fmt: skip
-"""All 52 layers, of 224 x 224 images."""
+"""All 52 layers for images of 224 x 224."""
 
 NETWORKS: dict[str, Layers] = {
     "few": dict.fromkeys([(32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7), (256, 1024), (2, 3, 4, 4)], 1),
@@ -48,7 +48,7 @@ NETWORKS: dict[str, Layers] = {
 
 @dataclass(frozen=True)
 class Operation:
-    """A ``direction`` (forward or backward in training, or eval) and what is fused with it."""
+    """A ``direction`` (forward or backward in training, or eval) and the steps that are fused with it."""
 
     direction: str
     residual: bool = False
@@ -59,12 +59,12 @@ class Operation:
 
     @property
     def training(self) -> bool:
-        """Whether the batch's statistics are used."""
+        """Whether the statistics of the batch are used."""
         return self.direction != "eval"
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The outputs, named as in the oracle, in the order in which every implementation returns them."""
+        """The oracle's names of the outputs, in the order in which every implementation returns them."""
         if self.direction != "backward":
             return ("y",)
         return ("dx", "dweight", "dbias", *(["dresidual"] if self.residual else []))
@@ -82,8 +82,8 @@ OPERATIONS = {
 class Case:
     """One operation on one tensor.
 
-    ``dtype`` is a long name. ``layout`` is how the axes lie in memory: ``nchw`` (for any number of axes), ``nhwc``, or
-    ``nc`` for two; channels are the shape's second axis in all of them.
+    ``dtype`` is a long name. ``layout`` is the order of the axes in memory: ``nchw`` and ``nhwc``, for any number of
+    axes above two, or ``nc`` for two. In ``shape``, channels are always the second axis.
     """
 
     shape: Shape
@@ -101,45 +101,45 @@ class Case:
 
     @property
     def short_dtype(self) -> str:
-        """The dtype's short name, such as f16."""
+        """The short name of the dtype, such as f16."""
         return next(short for short, name in DTYPES.items() if name == self.dtype)
 
     @property
     def kind(self) -> str:
-        """All but the shape: the dtype, the layout and the operation in words."""
+        """The dtype, the layout and the operation in words."""
         return f"{self.short_dtype} {self.layout} {self.operation}"
 
     @property
     def bytes(self) -> int:
-        """The tensor's size in bytes."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * ITEMSIZES[self.dtype]
 
 
 def shapes_of(names: Iterable[str]) -> list[Shape]:
-    """Return the shapes of networks, and those written as 32x64x56x56; each once.
+    """Return each shape of the named networks once; a name may also be a shape, such as 32x64x56x56.
 
     Raises:
         ValueError: a name is neither a network nor a shape.
     """
-    found: Layers = {}
+    layers: Layers = {}
     for name in names:
         if name not in NETWORKS and not re.fullmatch(r"0*[1-9][0-9]*(x0*[1-9][0-9]*){1,4}", name):
             raise ValueError(f"unknown shape {name!r}, expected such as 32x64x56x56, or one of {', '.join(NETWORKS)}")
-        found |= NETWORKS[name] if name in NETWORKS else {tuple(map(int, name.split("x"))): 1}
-    return list(found)
+        layers |= NETWORKS[name] if name in NETWORKS else {tuple(map(int, name.split("x"))): 1}
+    return list(layers)
 
 
 def select(
     shapes: Iterable[str], dtypes: Sequence[str], layouts: Iterable[str], operations: Iterable[str], only: str = ""
 ) -> list[Case]:
-    """Return all combinations whose name contains ``only``; those of one tensor follow each other.
+    """Return all combinations whose name contains ``only``; the cases of one tensor follow each other.
 
-    ``shapes`` are as in :func:`shapes_of`, ``dtypes`` short names, ``operations`` keys of :data:`OPERATIONS`.
+    ``shapes`` are names for :func:`shapes_of`, ``dtypes`` short names, ``operations`` keys of :data:`OPERATIONS`.
 
     Raises:
-        ValueError: a shape is not known, no layout fits it, or it has nothing to normalise in training.
+        ValueError: a shape is unknown, no layout fits it, or training would have a single value per channel.
     """
-    chosen, found = [OPERATIONS[name] for name in operations], []
+    chosen, cases = [OPERATIONS[name] for name in operations], []
     spatial = [name for name in layouts if name != "nc"]
     for shape, dtype in product(shapes_of(shapes), dtypes):
         if len(shape) > 2 and not spatial:
@@ -147,12 +147,12 @@ def select(
         if math.prod(shape) == shape[1] and any(operation.training for operation in chosen):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         for layout, operation in product(["nc"] if len(shape) == 2 else spatial, chosen):
-            found.append(Case(shape, DTYPES[dtype], layout, operation))
-    return [case for case in found if only in str(case)]
+            cases.append(Case(shape, DTYPES[dtype], layout, operation))
+    return [case for case in cases if only in str(case)]
 
 
-def by_tensor(items: Iterable[Any], cells: Callable[[Any], list[str]]) -> list[list[str] | str]:
-    """Return rows of a table: a heading for each tensor, and the cells of each item with a case of it."""
+def rows_by_tensor(items: Iterable[Any], cells: Callable[[Any], list[str]]) -> list[list[str] | str]:
+    """Return rows of a table: a heading for each tensor, then the cells of each item whose ``case`` has that tensor."""
     rows: list[list[str] | str] = []
     for tensor, group in groupby(items, lambda item: item.case.tensor):
         rows += [tensor, *map(cells, group)]

@@ -1,4 +1,4 @@
-"""The two pictures: bandwidth over the bytes moved, beneath the ceilings of a copy; and ratios to the peers."""
+"""Draw two pictures: bandwidth over bytes moved, with the bandwidth of copies; and ratios of times to the peers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from gpu_bn.bench.measurement import Result
 from gpu_bn.plan import TIERS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, which differ for any colour vision; in grey, markers tell series apart."""
+"""The colours of Okabe and Ito, which people with any colour vision can tell apart; in grey, markers differ."""
 MARKERS = "osD^vPX"
 TIERS_SHOWN = ("-", *TIERS, "one pass")
-"""Tiers in the order of their colours."""
+"""The tiers in the order of their colours."""
 WIDTH, DPI = 10.0, 110
 MOST_ROWS = 60
-"""The most rows that can be read in a picture."""
+"""The most rows that are legible in a picture."""
 PANELS_A_ROW = 2
 LABEL_DISTANCE = 0.06
-"""Between two labels of a panel, as a share of its height."""
+"""The least distance between two labels, as a share of the panel's height."""
 MOST_LABELS = 14
 
 
 def draw(results: Sequence[Result], ceilings: Mapping[str, float], folder: Path, caption: str = "") -> list[Path]:
-    """Write ``roofline.png`` and ``peers.png``, as far as there is anything to show; return what was written.
+    """Write ``roofline.png`` and ``peers.png`` if there are results for them; return the written paths.
 
-    ``ceilings`` are what a copy reaches in the memory, and in the cache: bytes per second by name.
+    ``ceilings`` are bandwidths of copies in bytes per second, by name.
     """
     timed = [result for result in results if result.timings]
     if not any(result.ours for result in timed):
@@ -42,9 +42,9 @@ def draw(results: Sequence[Result], ceilings: Mapping[str, float], folder: Path,
 
 # ----------------------------------------------------------------------------------------------------- roofline
 def roofline(results: Sequence[Result], ceilings: Mapping[str, float], path: Path, caption: str = "") -> Path:
-    """Draw bandwidth over the bytes that have to be moved. A panel is an operation, a label a tensor.
+    """Draw bandwidth over the bytes of the floor, with a panel for each operation and a label for each tensor.
 
-    Filled marks are ours, a colour a tier; hollow ones are the peers'.
+    Filled marks show our backends, with a colour for each tier; hollow marks show the peers.
     """
     operations = list(dict.fromkeys(str(result.case.operation) for result in results if result.ours))
     rows = -(-len(operations) // PANELS_A_ROW)
@@ -55,9 +55,9 @@ def roofline(results: Sequence[Result], ceilings: Mapping[str, float], path: Pat
         panel = figure.add_subplot(rows, columns, number, sharex=first, sharey=first, xscale="log", yscale="log")
         first = first or panel
         for name, members, style in _series(results):
-            found = [(r.floor_bytes, r.bandwidth / 1e9) for r in members if str(r.case.operation) == operation]
-            if found:
-                panel.plot(*zip(*found, strict=True), label=name, linestyle="", markersize=6, alpha=0.85, **style)
+            points = [(r.floor_bytes, r.bandwidth / 1e9) for r in members if str(r.case.operation) == operation]
+            if points:
+                panel.plot(*zip(*points, strict=True), label=name, linestyle="", markersize=6, alpha=0.85, **style)
         for dashes, (name, bandwidth) in zip(("-", "--"), ceilings.items(), strict=False):
             panel.axhline(bandwidth / 1e9, color="#555555", linewidth=1.2, linestyle=dashes, label=name)
         _decorate(panel, operation)
@@ -65,27 +65,27 @@ def roofline(results: Sequence[Result], ceilings: Mapping[str, float], path: Pat
         panel.xaxis.set_major_locator(LogLocator(numticks=5))
         panel.xaxis.set_major_formatter(EngFormatter("B"))
         panel.yaxis.set_major_formatter("{x:g}")
-    for panel, operation in zip(figure.axes, operations, strict=True):  # now that all marks have set the scale
+    for panel, operation in zip(figure.axes, operations, strict=True):  # after all marks have set the scale
         _label_tensors(panel, [result for result in results if str(result.case.operation) == operation])
     title = f"Bandwidth over bytes moved, measured ({results[0].regime}), beneath what a copy reaches"
     return _save(figure, f"{title}\n{caption}", path)
 
 
 def _backend_and_tier(result: Result) -> tuple[str, str]:
-    return result.by.removesuffix(f" {result.tier}"), result.tier  # a forced tier is part of the name
+    return result.by.removesuffix(f" {result.tier}"), result.tier  # the name may end with a forced tier
 
 
 def _series(results: Sequence[Result]) -> Iterator[tuple[str, list[Result], dict[str, Any]]]:
-    """Yield the name of each series, its results, and how it is drawn.
+    """Yield the name, the results and the style of each series.
 
-    A series of ours is a tier of a backend: a marker for the backend, a colour for the tier. Peers have both of theirs.
+    Our series are the tiers of each backend: the backend decides the marker, the tier the colour. A peer is one series.
     """
     ours = sorted({_backend_and_tier(result) for result in results if result.ours})
     backends = list(dict.fromkeys(backend for backend, _ in ours))
     for backend, tier in ours:
         marker, colour = MARKERS[backends.index(backend) % len(MARKERS)], COLOURS[TIERS_SHOWN.index(tier)]
-        found = [result for result in results if result.ours and _backend_and_tier(result) == (backend, tier)]
-        yield backend if tier == "-" else f"{backend}: {tier}", found, {"marker": marker, "color": colour}
+        members = [result for result in results if result.ours and _backend_and_tier(result) == (backend, tier)]
+        yield backend if tier == "-" else f"{backend}: {tier}", members, {"marker": marker, "color": colour}
     for index, peer in enumerate(dict.fromkeys(result.by for result in results if not result.ours)):
         marker, colour = MARKERS[-1 - index % len(MARKERS)], COLOURS[-1 - index % len(COLOURS)]
         style = {"marker": marker, "markerfacecolor": "none", "markeredgecolor": colour}
@@ -93,22 +93,22 @@ def _series(results: Sequence[Result]) -> Iterator[tuple[str, list[Result], dict
 
 
 def _label_tensors(panel: Axes, results: Sequence[Result]) -> None:
-    """Name each tensor once, right of the panel, with a line to its fastest mark of ours."""
+    """Write the name of each tensor right of the panel, with a line to our fastest mark for it."""
     fastest = sorted((result for result in results if result.ours), key=lambda result: result.bandwidth)
     best = {result.case.tensor: result for result in fastest}
     height, to_axes = 1.0, panel.transData + panel.transAxes.inverted()
     for tensor, result in sorted(best.items(), key=lambda item: -item[1].bandwidth)[:MOST_LABELS]:
-        place = (result.floor_bytes, result.bandwidth / 1e9)
-        height = min(float(to_axes.transform(place)[1]), height - LABEL_DISTANCE)
+        mark = (result.floor_bytes, result.bandwidth / 1e9)
+        height = min(float(to_axes.transform(mark)[1]), height - LABEL_DISTANCE)
         line = {"arrowstyle": "-", "relpos": (0, 0.5), "shrinkA": 0, "color": "#999999", "linewidth": 0.6}
-        panel.annotate(tensor, place, (1.02, height), textcoords="axes fraction", va="center", arrowprops=line)
+        panel.annotate(tensor, mark, (1.02, height), textcoords="axes fraction", va="center", arrowprops=line)
 
 
 # -------------------------------------------------------------------------------------------------------- peers
 def ratios(results: Sequence[Result], path: Path, caption: str = "") -> Path:
-    """Draw our time over each peer's; left of the line at 1, ours is faster. A panel is a backend, a row a case.
+    """Draw our time over that of each peer, with a panel for each backend of ours and a row for each case.
 
-    With more than :data:`MOST_ROWS` cases, a row is an operation, with a mark for each tensor.
+    With more than :data:`MOST_ROWS` cases, a row stands for all tensors with one ``Case.kind``, a mark for each.
     """
     backends = list(dict.fromkeys(result.by for result in results))
     peers = list(dict.fromkeys(peer for result in results for peer in result.ratios[result.regime]))
@@ -123,11 +123,11 @@ def ratios(results: Sequence[Result], path: Path, caption: str = "") -> Path:
     panels = figure.subplots(1, len(backends), sharex=True, sharey=True, squeeze=False)[0]
     for panel, backend in zip(panels, backends, strict=True):
         for index, peer in enumerate(peers):
-            found = [r for r in results if r.by == backend and peer in r.ratios[r.regime]]
-            # marks share a row: within it, each peer's have a line of their own
+            compared = [r for r in results if r.by == backend and peer in r.ratios[r.regime]]
+            # where a row has many marks, those of each peer get another height
             offset = 0.0 if row_is_case else 0.75 * ((index + 0.5) / len(peers) - 0.5)
             panel.plot(
-                [r.ratios[r.regime][peer] for r in found], [rows.index(row_of(r)) + offset for r in found],
+                [r.ratios[r.regime][peer] for r in compared], [rows.index(row_of(r)) + offset for r in compared],
                 linestyle="", label=peer, color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
                 markersize=5, alpha=1.0 if row_is_case else 0.6,
             )  # fmt: skip
@@ -152,11 +152,11 @@ def _decorate(panel: Axes, title: str) -> None:
 
 
 def _save(figure: Figure, title: str, path: Path) -> Path:
-    """Write a picture, with one legend for all its panels."""
+    """Write a picture with one legend for all its panels, and return its path."""
     entries = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in figure.axes)
     legend = {label: handle for panel in entries for handle, label in panel}
-    place: Any = "outside lower center"
-    figure.legend([*legend.values()], [*legend], frameon=False, loc=place, ncols=min(len(legend), 4))
+    location: Any = "outside lower center"
+    figure.legend([*legend.values()], [*legend], frameon=False, loc=location, ncols=min(len(legend), 4))
     figure.suptitle(title.rstrip(), fontsize="medium")
     figure.savefig(path)
     return path

@@ -1,9 +1,8 @@
-"""The implementations that are timed, a row each in :data:`IMPLEMENTATIONS`: our backends and their peers.
+"""The implementations that are timed: our backends and their peers, each a row in :data:`IMPLEMENTATIONS`.
 
-To add a peer, add a row. A row's ``build(operation, problem)`` gets a problem whose arrays are the library's own.
-It returns the call to time, which returns the outputs that the operation names, in that order. Ours also take the
-``tier`` that is forced and an ``on_plan``: see :data:`gpu_bn.backends.protocol.OnPlan`. A library is imported when a
-call of it is built.
+To add a peer, add a row. Its ``build(operation, problem)`` gets a problem in the arrays of the library, and returns the
+call to time. The call returns the outputs in the order of ``operation.outputs``. ``build`` of our backends also takes a
+``tier`` to force and an ``on_plan`` (:data:`gpu_bn.backends.protocol.OnPlan`). It imports the library, not this module.
 """
 
 from __future__ import annotations
@@ -32,13 +31,15 @@ Build = Callable[..., TimedCall]
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation, on a ``device`` (cpu or cuda); a key of :data:`gpu_bn.testing.ADAPTERS` makes its arrays.
+    """One implementation.
 
     Attributes:
-        modules: the modules it needs; it is left out if one is not installed. One may be ``this or that``.
-        ours: whether it has to meet the oracle's tolerances, and its failure is the command's.
+        device: ``cpu`` or ``cuda``.
+        adapter: the key of :data:`gpu_bn.testing.ADAPTERS` that makes its arrays.
+        modules: the modules that it needs, or ``this or that`` where one of two is enough.
+        ours: whether it must meet the oracle's tolerances, and the command fails with it.
         refuses: returns why it does not serve a case; empty if it does.
-        default: whether it is timed unless asked for by name.
+        default: whether it is timed without being asked for by name.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Implementation:
     default: bool = True
 
     def forced(self, tier: str) -> Implementation:
-        """Return the same, forced to take a tier; the name says it."""
+        """Return this implementation with a forced tier, which is added to the name."""
         return replace(self, name=f"{self.name} {tier}", build=partial(self.build, tier=tier))
 
     @property
@@ -63,12 +64,12 @@ class Implementation:
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except Exception:  # the package around it is missing, or fails when it is imported for the search
+    except Exception:  # the parent package, which the search imports, is missing or fails
         return False
 
 
-def ours(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
-    """Return a builder of a backend's calls; ``make_backend`` makes the backend, for a tier that is forced."""
+def backend_calls(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
+    """Return the ``build`` of one of our backends; ``make_backend(tier, on_plan)`` returns the backend."""
 
     def build(operation: Operation, p: Problem, tier: str | None = None, on_plan: OnPlan | None = None) -> TimedCall:
         backend = make_backend(tier, on_plan)
@@ -84,19 +85,19 @@ def ours(make_backend: Callable[[str | None, OnPlan | None], Any]) -> Build:
     return build
 
 
-def on_gpu(name: str) -> Build:
-    """Return a builder of calls of one of our backends for GPUs."""
+def gpu_backend_calls(name: str) -> Build:
+    """Return the ``build`` of one of our GPU backends, which is loaded when a call is built."""
 
     def make_backend(tier: str | None, on_plan: OnPlan | None) -> Any:
         kind: Any = type(registry.load(name))
         return kind(tier=tier, on_plan=on_plan)
 
-    return ours(make_backend)
+    return backend_calls(make_backend)
 
 
 # -------------------------------------------------------------------------------------------------------- NumPy
 def textbook(operation: Operation, p: Problem) -> TimedCall:
-    """Build the call of the formulas, each a line of NumPy, in float32 at least."""
+    """Build a call that computes the formulas with one NumPy expression each, in float32 or wider."""
     axes, dtype = (0, *range(2, p.x.ndim)), p.x.dtype
     wide = np.dtype(np.float32) if dtype.itemsize < 4 else dtype
     count = p.x.size // p.x.shape[1]
@@ -133,7 +134,7 @@ def textbook(operation: Operation, p: Problem) -> TimedCall:
 
 # -------------------------------------------------------------------------------------------------------- torch
 def torch_norm(operation: Operation, p: Problem, inplace: bool = True) -> Function:
-    """Return torch's batch norm with a sum and ReLU behind it, as networks write it."""
+    """Return ``norm(x, weight, bias, residual)``: batch norm in torch, then the sum and ReLU, as networks write it."""
     functional: Any = import_module("torch.nn.functional")
 
     def norm(x: Array, weight: Array, bias: Array, residual: Array | None = None) -> Array:
@@ -148,16 +149,16 @@ def torch_norm(operation: Operation, p: Problem, inplace: bool = True) -> Functi
 
 
 def compiled_norm(operation: Operation, problem: Problem, inplace: bool = True) -> Function:
-    """Return the same by torch.compile, for these shapes only."""
+    """Return the function of :func:`torch_norm`, compiled by torch.compile for these shapes only."""
     torch: Any = import_module("torch")
     config: Any = import_module("torch._functorch.config")
-    config.donated_buffer = False  # the backward graph is run again and again
-    torch._dynamo.reset()  # each case is a new function: none should be compiled for shapes in general
+    config.donated_buffer = False  # the backward graph runs more than once
+    torch._dynamo.reset()  # else a later case might be compiled for dynamic shapes
     return cast(Function, torch.compile(torch_norm(operation, problem, inplace), dynamic=False))
 
 
 def torch_call(make: Callable[[Operation, Problem], Function]) -> Build:
-    """Return a builder of calls of a function of torch's tensors, which ``make(operation, problem)`` returns."""
+    """Return the ``build`` of a function of torch tensors, which ``make(operation, problem)`` returns."""
 
     def build(operation: Operation, p: Problem, **_: Any) -> TimedCall:
         tensors = [tensor for tensor in (p.x, p.weight, p.bias, p.residual) if tensor is not None]
@@ -170,7 +171,7 @@ eager, compiled = torch_call(torch_norm), torch_call(compiled_norm)
 
 
 def _differentiated(operation: Operation, norm: Function, tensors: list[Array], dy: Array) -> TimedCall:
-    """Build an operation's call of ``norm(*tensors)``; autograd differentiates it by each of them."""
+    """Build an operation's call of ``norm(*tensors)``; autograd differentiates it with respect to each tensor."""
     torch: Any = import_module("torch")
     if operation.direction == "eval":
         return cast(TimedCall, torch.no_grad()(lambda: (norm(*tensors),)))
@@ -182,47 +183,47 @@ def _differentiated(operation: Operation, norm: Function, tensors: list[Array], 
 
 
 def without_cudnn(build: Build) -> Build:
-    """Return a builder of the same calls by torch's own kernels only."""
+    """Return a ``build`` whose calls are built and made with cuDNN switched off, so that torch uses its own kernels."""
 
-    def built(operation: Operation, problem: Problem) -> TimedCall:
+    def build_without(operation: Operation, problem: Problem) -> TimedCall:
         off: Any = import_module("torch").backends.cudnn.flags(enabled=False)
         return cast(TimedCall, off(off(build)(operation, problem)))
 
-    return built
+    return build_without
 
 
 # --------------------------------------------------------------------------------------------------------- apex
-def not_apex(case: Case) -> str:
-    """Say why apex does not serve a case: it has kernels for float16 in NHWC only."""
+def apex_refuses(case: Case) -> str:
+    """Return why apex does not serve a case; empty if it does. It has kernels for float16 in NHWC only."""
     if case.dtype != "float16" or case.layout != "nhwc" or len(case.shape) != 4:
         return "serves float16, four axes, nhwc"
     return "a sum is fused with ReLU only" if case.operation.residual and not case.operation.relu else ""
 
 
 def apex(operation: Operation, p: Problem) -> TimedCall:
-    """Build the call of apex.contrib.groupbn, on the tensors as they lie in memory: channels are their last axis."""
+    """Build a call of apex.contrib.groupbn. Its tensors have channels as the last axis of the shape."""
     groupbn: Any = import_module("apex.contrib.groupbn.batch_norm")
     layer = groupbn.BatchNorm2d_NHWC(p.x.shape[1], fuse_relu=operation.relu).cuda().train(operation.training)
     for name in VECTORS:
         getattr(layer, name).data.copy_(getattr(p, name))
     layer.eps, layer.momentum = p.eps, p.momentum
     given = [tensor for tensor in (p.dy, p.x, p.residual) if tensor is not None]
-    dy, *tensors = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in given)
-    tensors[1:1] = layer.weight, layer.bias  # which the layer has, and autograd differentiates by
+    dy, x, *residual = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in given)
+    tensors = [x, layer.weight, layer.bias, *residual]  # autograd differentiates with respect to all of them
     call = _differentiated(operation, lambda x, _weight, _bias, *residual: layer(x, *residual), tensors, dy)
     return lambda: tuple(array.permute(0, 3, 1, 2) if array.ndim == 4 else array for array in call())
 
 
 # ------------------------------------------------------------------------------------------------------- cuDNN
-def not_cudnn(case: Case) -> str:
-    """Say why cuDNN's graphs of batch norm with fusions do not serve a case."""
+def cudnn_refuses(case: Case) -> str:
+    """Return why the graph API of cuDNN does not serve a case; empty if it does."""
     if len(case.shape) != 4 or case.dtype == "float64":
         return "serves four axes, not float64"
     return "" if case.operation.training else "evaluation is not compared"
 
 
 def cudnn(operation: Operation, problem: Problem) -> TimedCall:
-    """Build a graph of cuDNN's Python frontend: batch norm, sum, ReLU with a mask; or the gradients of that."""
+    """Build a call of a graph in cuDNN's frontend: batch norm, residual and ReLU with a mask, or its gradients."""
     graph = _Graph(problem.x.device)
     y, *saved = _add_forward(graph, operation, problem)
     if operation.direction == "forward":
@@ -234,7 +235,7 @@ def cudnn(operation: Operation, problem: Problem) -> TimedCall:
 
 
 class _Graph:
-    """A cuDNN graph, its tensors, and their memory."""
+    """A cuDNN graph, its tensors and their memory."""
 
     def __init__(self, device: Any) -> None:
         self.torch: Any = import_module("torch")
@@ -255,7 +256,7 @@ class _Graph:
         return tensor
 
     def run(self, *results: Array) -> tuple[Array, ...]:
-        """Run the graph, which is compiled before the first run, and return what it has written to."""
+        """Run the graph, compile it before the first run, and return ``results``, the memory of outputs."""
         if self.workspace is None:
             self.nodes.build([self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK])
             size = self.nodes.get_workspace_size()
@@ -268,7 +269,7 @@ _cudnn_handle = cache(lambda cudnn: cudnn.create_handle())
 
 
 def _add_forward(graph: _Graph, operation: Operation, p: Problem) -> tuple[Array, ...]:
-    """Add a forward call to a graph; return the memory of y, mean, rstd and the mask."""
+    """Add a forward call to a graph; return the memory of y, mean, rstd and the mask, or ``None`` for the mask."""
     torch, nodes, given = graph.torch, graph.nodes, graph.input
     running_mean, running_var, weight, bias = (getattr(p, name).view(1, -1, 1, 1) for name in VECTORS)
     eps, momentum = (given(torch.full((1, 1, 1, 1), number)) for number in (p.eps, p.momentum))
@@ -307,45 +308,45 @@ def _add_backward(
     return [graph.output(dx, empty(p.x)), *gradients, *residuals]
 
 
-# ----------------------------------------------------------------------------------------------------------- all
+# --------------------------------------------------------------------------------------------------------- table
 IMPLEMENTATIONS = [
-    Implementation("gpu_bn cpu", "cpu", "numpy", ours(lambda *_: registry.load("cpu")), ("numba",), ours=True),
-    Implementation("gpu_bn numpy", "cpu", "numpy", ours(lambda *_: registry.load("numpy")), ours=True),
+    Implementation("gpu_bn cpu", "cpu", "numpy", backend_calls(lambda *_: registry.load("cpu")), ("numba",), ours=True),
+    Implementation("gpu_bn numpy", "cpu", "numpy", backend_calls(lambda *_: registry.load("numpy")), ours=True),
     Implementation("torch CPU", "cpu", "torch", eager, ("torch",)),
     Implementation("textbook NumPy", "cpu", "numpy", textbook),
     Implementation("torch.compile CPU", "cpu", "torch", compiled, ("torch",), default=False),
-    Implementation("gpu_bn triton", "cuda", "triton", on_gpu("triton"), ("torch", "triton"), ours=True),
-    Implementation("gpu_bn cupy", "cuda", "cupy", on_gpu("cupy"), ("cupy",), ours=True),
+    Implementation("gpu_bn triton", "cuda", "triton", gpu_backend_calls("triton"), ("torch", "triton"), ours=True),
+    Implementation("gpu_bn cupy", "cuda", "cupy", gpu_backend_calls("cupy"), ("cupy",), ours=True),
     Implementation("torch cuDNN", "cuda", "triton", eager, ("torch",)),
     Implementation("torch native", "cuda", "triton", without_cudnn(eager), ("torch",)),
     Implementation("torch.compile", "cuda", "triton", compiled, ("torch", "triton")),
-    Implementation("apex", "cuda", "triton", apex, ("torch", "apex.contrib.groupbn.bnp or bnp"), refuses=not_apex),
-    Implementation("cuDNN frontend", "cuda", "triton", cudnn, ("torch", "cudnn"), refuses=not_cudnn),
+    Implementation("apex", "cuda", "triton", apex, ("torch", "apex.contrib.groupbn.bnp or bnp"), refuses=apex_refuses),
+    Implementation("cuDNN frontend", "cuda", "triton", cudnn, ("torch", "cudnn"), refuses=cudnn_refuses),
 ]
-"""``torch cuDNN`` is torch with its defaults: it decides by itself where it calls cuDNN."""
+"""All implementations. ``torch cuDNN`` is torch with its defaults: torch decides for each call whether to use cuDNN."""
 
 
 def by_name(name: str) -> Implementation:
-    """Return an implementation."""
+    """Return the implementation of a name."""
     return next(each for each in IMPLEMENTATIONS if each.name == name)
 
 
 def choose(device: str, names: list[str] | None, torch_sees_it: bool = True) -> tuple[list[Implementation], list[str]]:
-    """Choose the implementations of a device: ours, and the peers of these names (``None``: the default ones).
+    """Choose our implementations for a device and the peers with these names; ``None`` stands for the default peers.
 
-    Return them, and a line for each that cannot run here. If torch does not see the GPU, none that needs it can: torch
-    would run it on the CPU.
+    Return those that can run here, and a line for each that cannot. If torch does not see the GPU, an implementation
+    that needs torch cannot run: torch would run it on the CPU.
 
     Raises:
-        ValueError: a name is not that of a peer.
+        ValueError: a name is not the name of a peer on the device.
     """
-    of_device = [each for each in IMPLEMENTATIONS if each.device == device]
-    known = [each.name for each in of_device if not each.ours]
+    on_device = [each for each in IMPLEMENTATIONS if each.device == device]
+    known = [each.name for each in on_device if not each.ours]
     for name in names or []:
         if name not in known:
             raise ValueError(f"unknown peer {name!r}, expected some of {', '.join(known)}")
-    asked = [each for each in of_device if each.ours or (each.default if names is None else each.name in names)]
-    unseen = [] if torch_sees_it else [each for each in asked if "torch" in each.modules]
+    wanted = [each for each in on_device if each.ours or (each.default if names is None else each.name in names)]
+    unseen = [] if torch_sees_it else [each for each in wanted if "torch" in each.modules]
     why_not = {each.name: "torch does not see the GPU" for each in unseen}
-    why_not |= {each.name: f"not installed: {each.missing}" for each in asked if each.missing}
-    return [each for each in asked if each.name not in why_not], [f"{name}: {why}" for name, why in why_not.items()]
+    why_not |= {each.name: f"not installed: {each.missing}" for each in wanted if each.missing}
+    return [each for each in wanted if each.name not in why_not], [f"{name}: {why}" for name, why in why_not.items()]

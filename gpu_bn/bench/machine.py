@@ -1,4 +1,4 @@
-"""What the numbers depend on: processor, GPU, driver, clocks, versions, commit; no host name and no path."""
+"""Describe what the numbers depend on: processor, GPU, driver, clocks, versions, commit; no host name and no path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpu_bn import __version__, get_num_threads
-from gpu_bn.bench.timing import CpuTimer, Gpu, in_words
+from gpu_bn.bench.timing import CpuTimer, Gpu, describe_error
 from gpu_bn.cli.cuda_versions import installed
 from gpu_bn.cli.info import blas
 
@@ -24,11 +24,11 @@ PACKAGES = (
     "numpy", "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-frontend", "apex", "ml_dtypes",
 )  # fmt: skip
 SMI = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
-"""What nvidia-smi is asked for, in MHz, W and degrees Celsius."""
+"""The properties requested from nvidia-smi, in MHz, W and degrees Celsius."""
 
 
 def machine(gpu: Gpu | None, copy_bandwidth: float) -> dict[str, Any]:
-    """Collect the facts for JSON; ``copy_bandwidth`` is that of the timed device in bytes per second."""
+    """Return the facts for JSON; ``copy_bandwidth`` is measured on the timed device, in bytes per second."""
     facts: dict[str, Any] = {
         "gpu_bn": __version__,
         "commit": commit(),
@@ -49,18 +49,17 @@ def machine(gpu: Gpu | None, copy_bandwidth: float) -> dict[str, Any]:
             facts["threads"]["torch"] = torch.get_num_threads()
             cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
             facts |= {"cuda": torch.version.cuda, "cudnn": None if cudnn is None else int(cudnn)}
-        except Exception as error:  # a library that torch loads may be missing
-            facts |= {"cuda": None, "cudnn": None, "torch": in_words(error)}
+        except Exception as error:  # such as a missing library that torch loads
+            facts |= {"cuda": None, "cudnn": None, "torch": describe_error(error)}
     if gpu is not None:
-        of_device = ("name", "arch", "sms", "l2_bytes", "shared_per_block")
-        facts["gpu"] = {name: getattr(gpu.device, name) for name in of_device} | smi(gpu.smi_id)
+        names = ("name", "arch", "sms", "l2_bytes", "shared_per_block")
+        facts["gpu"] = {name: getattr(gpu.device, name) for name in names} | smi(gpu.smi_id)
     return facts
 
 
-def smi(which: str) -> dict[str, str]:
-    """Ask nvidia-smi for a GPU's driver and clocks; if that fails, the reason is under ``unknown``."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader,nounits"]
-    command += [f"--id={which}"] if which else []
+def smi(gpu_id: str) -> dict[str, str]:
+    """Return the driver and the clocks of a GPU by :data:`SMI`; if nvidia-smi fails, the reason by ``unknown``."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader,nounits", f"--id={gpu_id}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -72,7 +71,7 @@ def smi(which: str) -> dict[str, str]:
 
 
 def clocks(facts: dict[str, str]) -> str:
-    """Put what :func:`smi` has found into words: the driver, and the clocks with the highest possible ones."""
+    """Describe the result of :func:`smi` in words: the driver, and the clocks beside the highest possible ones."""
     if "unknown" in facts:
         return f"driver and clocks are not known: {facts['unknown']}"
     driver, sm, memory, most_sm, most_memory, watts, celsius = (facts.get(name, "?") for name in SMI)
@@ -81,14 +80,14 @@ def clocks(facts: dict[str, str]) -> str:
     )
 
 
-def describe(facts: dict[str, Any]) -> tuple[str, str]:
-    """Return the device that was timed, and the packages with their versions, in words."""
+def device_and_packages(facts: dict[str, Any]) -> tuple[str, str]:
+    """Return the timed device in words, and the packages with their versions."""
     device = facts["gpu"]["name"] if facts["gpu"] else f"{facts['processor']}, {facts['cores']} cores"
     return device, ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
 
 
 def commit() -> str | None:
-    """Return a clone's commit, marked if files have changed since; ``None`` for an installed package."""
+    """Return the commit of the clone, marked if files differ from it; ``None`` for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
@@ -98,7 +97,7 @@ def commit() -> str | None:
 
 
 def processor() -> str:
-    """Return the CPU's model, as Linux names it."""
+    """Return the model of the CPU from ``/proc/cpuinfo``, else the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -106,6 +105,6 @@ def processor() -> str:
 
 
 def cpu_copy_bandwidth(size: int) -> float:
-    """Measure NumPy's copy of ``size`` bytes: bytes per second, read and written; the median of seven samples."""
+    """Measure a copy of ``size`` bytes by NumPy: bytes read and written per second, the median of seven samples."""
     copy, timer = partial(np.copyto, np.ones(size, np.uint8), np.ones(size, np.uint8)), CpuTimer(pause=0)
     return 2 * size / statistics.median(timer.time(copy) for _ in range(7))

@@ -1,7 +1,7 @@
-"""A model of GPUs that are not here; nothing is measured.
+"""Predict the bytes and times of GPUs that are not here; nothing is measured.
 
-Our bytes and times are the plan's. Those of others are what they are known to move, and launches and bytes over the
-bandwidth of a copy.
+Our bytes and times are those of the launch plan. The bytes of other libraries are what their kernels are known to move;
+their times follow from launches and bytes over the bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from gpu_bn.gpu_model import copying
 from gpu_bn.plan import DEVICES, THRESHOLDS, TIERS, Device, NoPlanError, Work, plan, plan_once
 
 RESIDENT_POSITIONS = 100_000
-"""About the most positions of a channel with which cuDNN and apex keep NHWC tensors of float16 on chip."""
+"""The approximate number of positions up to which cuDNN and apex keep a channel of float16 NHWC on chip."""
 Moved = tuple[int, int]
-"""Passes over a tensor, and over a bit mask."""
+"""The numbers of passes over a tensor and over a bit mask."""
 
 
 class Traffic(NamedTuple):
-    """What a library moves: with nothing fused, with ReLU, and with a sum and ReLU."""
+    """The bytes that a library moves: with nothing fused, with ReLU, and with a residual and ReLU."""
 
     name: str
     forward: tuple[Moved, Moved, Moved]
     backward: tuple[Moved, Moved, Moved]
 
     def bytes(self, case: Case) -> int | None:
-        """Return a case's bytes; ``None`` if the table does not say."""
+        """Return the bytes of a case; ``None`` for evaluation, which the table does not have."""
         operation = case.operation
         if not operation.training:
             return None
@@ -48,10 +48,10 @@ TRAFFIC = {
     "cudnn": Traffic("cuDNN, NHWC, not resident", ((3, 0), (3, 1), (4, 1)), ((5, 0), (5, 2), (6, 2))),
     "cudnn resident": Traffic("cuDNN and apex, NHWC, resident", ((2, 0), (2, 1), (3, 1)), ((3, 0), (3, 1), (4, 1))),
 }
-"""Counted by hand, not measured: PyTorch 2.14's and apex's in their sources, cuDNN's by descriptions of its kernels.
-Caches are not counted. Backward by separate operations is an estimate."""
+"""The traffic counted by hand, not measured: in the sources of PyTorch 2.14 and apex, and in descriptions of cuDNN's
+kernels. Caches are not counted. Backward by separate operations is an estimate."""
 OTHERS = {"PyTorch native": "torch_seconds", "cuDNN": "cudnn_seconds"}
-"""Those whose times are modelled too, and the field of :class:`Modelled` that has them."""
+"""The other libraries with modelled times, and the field of :class:`Modelled` that holds these."""
 NOTE = (
     "A model, nothing here was measured: launches of 2.5 us, and bytes that reach the memory over 88 % of the data "
     "sheet's bandwidth. Ours by the plan, also what idle SMs and the exchange of sums cost (gpu_bn/gpu_model.py). Of "
@@ -60,24 +60,24 @@ NOTE = (
 
 
 class Modelled:
-    """One case on one device, as the report keeps it.
+    """The model of one case on one device; its fields go into the report.
 
-    ``floor_bytes`` is every tensor read and written once, ``moved_bytes`` what of our launches reaches the memory;
-    ``tiers`` has that for each tier that can serve the case if it is forced. Of others, it is what their kernels ask
-    for; ``None`` if it is not known.
+    ``floor_bytes`` counts every tensor once. ``moved_bytes`` counts what our launches read from and write to the
+    memory, ``tiers`` the same for each forced tier that can serve the case. ``torch_bytes`` and ``cudnn_bytes`` count
+    what kernels request, also from caches; ``None`` if it is not known.
     """
 
     def __init__(self, case: Case, device: Device) -> None:
         work, operation = work_of(case), case.operation
-        found = plan(work, device) if operation.training else plan_once(work, device)
+        chosen = plan(work, device) if operation.training else plan_once(work, device)
         self.case, self.device = case, device.name
-        self.tier = found.tier if operation.training else "one pass"
-        self.launches, self.floor_bytes, self.moved_bytes = found.launches, work.floor_bytes, found.dram_bytes
-        self.tiers = {} if operation.training else {self.tier: found.dram_bytes}
+        self.tier = chosen.tier if operation.training else "one pass"
+        self.launches, self.floor_bytes, self.moved_bytes = chosen.launches, work.floor_bytes, chosen.dram_bytes
+        self.tiers = {} if operation.training else {self.tier: chosen.dram_bytes}
         for tier in TIERS if operation.training else ():
             with suppress(NoPlanError):
                 self.tiers[tier] = plan(work, device, tier).dram_bytes
-        self.seconds = found.seconds
+        self.seconds = chosen.seconds
         resident = case.dtype == "float16" and math.prod(case.shape) // case.shape[1] <= RESIDENT_POSITIONS
         cudnn = TRAFFIC["cudnn resident" if resident else "cudnn"]
         self.torch_bytes = TRAFFIC["torch"].bytes(case)
@@ -88,23 +88,23 @@ class Modelled:
 
 
 def model(cases: Iterable[Case]) -> list[Modelled]:
-    """Model all cases on all devices."""
+    """Model each case on each device of :data:`gpu_bn.plan.DEVICES`."""
     return [Modelled(case, device) for case in cases for device in DEVICES.values()]
 
 
-def seconds_of(asked: int | None, floor_bytes: int, device: Device, launches: int = 1) -> float | None:
-    """Estimate the time of another's kernels that ask for so many bytes.
+def seconds_of(requested: int | None, floor_bytes: int, device: Device, launches: int = 1) -> float | None:
+    """Estimate the time of another library's kernels from the bytes that they request; ``None`` if not known.
 
-    The cache serves what they ask for beyond the floor, as far as it would serve ours.
+    The cache serves the requests beyond the floor, as far as its usable share reaches.
     """
-    if asked is None:
+    if requested is None:
         return None
-    cached = min(max(asked - floor_bytes, 0), int(THRESHOLDS.usable_l2 * device.l2_bytes))
-    return launches * THRESHOLDS.launch + copying(asked - cached, device, THRESHOLDS)
+    cached = min(max(requested - floor_bytes, 0), int(THRESHOLDS.usable_l2 * device.l2_bytes))
+    return launches * THRESHOLDS.launch + copying(requested - cached, device, THRESHOLDS)
 
 
 def work_of(case: Case) -> Work:
-    """Return what the planner needs to know of a case."""
+    """Return the work of a case, as the planner describes it."""
     n, c, s = geometry_of(case.shape, case.layout)
     operation = case.operation
     activation = Activation.of("relu" if operation.relu else None)
@@ -114,18 +114,19 @@ def work_of(case: Case) -> Work:
 
 # ------------------------------------------------------------------------------------------------------- tables
 def model_tables(rows: Sequence[Modelled]) -> list[Table]:
-    """Return the table of times on each device, and that of bytes by tier on one of them."""
+    """Return the table of times on each device, and the table of bytes by tier on one of the devices."""
     if not rows:
         return []
     devices = list(dict.fromkeys(row.device for row in rows))
     lines: list[list[str] | str] = []
-    for tensor, of_tensor in groupby(rows, lambda row: row.case.tensor):
+    for tensor, tensor_rows in groupby(rows, lambda row: row.case.tensor):
         lines.append(tensor)
-        for operation, group in groupby(of_tensor, lambda row: row.case.operation):
-            every = list(group)
-            lines.append([f"  {operation}", "gpu_bn", *(f"{microseconds(row.seconds)} {row.tier}" for row in every)])
+        for operation, group in groupby(tensor_rows, lambda row: row.case.operation):
+            by_device = list(group)
+            times = [f"{microseconds(row.seconds)} {row.tier}" for row in by_device]
+            lines.append([f"  {operation}", "gpu_bn", *times])
             for by, field in OTHERS.items():
-                seconds = [getattr(row, field) for row in every]
+                seconds = [getattr(row, field) for row in by_device]
                 lines += [] if None in seconds else [[f"  {operation}", by, *map(microseconds, seconds)]]
     header = ["operation", "by", *(f"{device} (us)" for device in devices)]
     table = Table("Model: times on GPUs that are not here", header, lines, NOTE, keys=2)
@@ -137,8 +138,8 @@ def model_tables(rows: Sequence[Modelled]) -> list[Table]:
 def _tiers_table(rows: Sequence[Modelled]) -> Table:
     lines = []
     for row in rows:
-        moved = [*(row.tiers.get(tier) for tier in TIERS), row.torch_bytes, row.cudnn_bytes]
-        cells = [f"{nbytes / row.floor_bytes:.2f}" if nbytes else "-" for nbytes in moved]
+        columns = [*(row.tiers.get(tier) for tier in TIERS), row.torch_bytes, row.cudnn_bytes]
+        cells = [f"{nbytes / row.floor_bytes:.2f}" if nbytes else "-" for nbytes in columns]
         cells[TIERS.index(row.tier)] += "*"
         lines.append([str(row.case), megabytes(row.floor_bytes), *cells])
     caption = (
@@ -150,15 +151,15 @@ def _tiers_table(rows: Sequence[Modelled]) -> Table:
 
 
 def traffic_table() -> Table:
-    """Return the table of what kernels read and write."""
+    """Return the table of :data:`TRAFFIC`."""
 
     def passes(moved: Moved) -> str:
         tensors, masks = moved
         return f"{tensors}" + ("" if not masks else "+m" if masks == 1 else f"+{masks}m")
 
     rows = [
-        [by, *(f"{passes(there)} / {passes(back)}" for there, back in zip(forward, backward, strict=True))]
-        for by, forward, backward in TRAFFIC.values()
+        [row.name, *(f"{passes(f)} / {passes(b)}" for f, b in zip(row.forward, row.backward, strict=True))]
+        for row in TRAFFIC.values()
     ]
     title = "What kernels read and write: passes over a tensor, forward / backward"
     return Table(title, ["by", "BN", "+ReLU", "+add+ReLU"], rows, "m: a bit mask. Caches are not counted.")

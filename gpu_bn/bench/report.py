@@ -1,4 +1,4 @@
-"""The report: tables for people, JSON for programs, a page. What is measured and modelled never share a table."""
+"""Write the report: tables, JSON and a page. A table has either measured or modelled numbers, never both."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_bn.bench.cases import NETWORKS, Case, Operation, Shape, by_tensor
-from gpu_bn.bench.machine import clocks, describe
+from gpu_bn.bench.cases import NETWORKS, Case, Operation, Shape, rows_by_tensor
+from gpu_bn.bench.machine import clocks, device_and_packages
 from gpu_bn.bench.measurement import Result
 from gpu_bn.bench.model import Modelled, model_tables, traffic_table
 from gpu_bn.cli.console import Table, milliseconds, terminal_width, three_digits
@@ -17,7 +17,7 @@ from gpu_bn.cli.console import Table, milliseconds, terminal_width, three_digits
 SCHEMA = 1
 """The version of the JSON's structure."""
 SLOWER, SLOWER_MARK = 1.5, "!"
-"""A time with several threads is marked if it is so many times that with one: it measures threads that wait."""
+"""A time with several threads is marked if it is more than 1.5 times the time with one: the threads wait for a core."""
 PAGE_HEADER = (
     "Generated; do not edit. Every result was compared with a float64 oracle before it was timed. What was measured "
     "and what is a model stand in tables of their own."
@@ -26,13 +26,14 @@ PAGE_HEADER = (
 
 @dataclass
 class Report:
-    """All that a run of a command line has found on a machine (:func:`gpu_bn.bench.machine.machine`).
+    """The results of a command on a machine, which :func:`gpu_bn.bench.machine.machine` device_and_packagess.
 
     Attributes:
-        left_out: peers and parts of the benchmark that did not run here, and why.
-        extra, texts: what further parts of the benchmark have found, by name, for JSON; and their tables.
-        forced: the results measured with forced tiers.
-        failed: what else is wrong with ours, or ended the run.
+        left_out: peers and parts of the benchmark that did not run, and why.
+        extra: the results of further parts for JSON, by name.
+        texts: the tables of further parts.
+        forced: the results with forced tiers.
+        failed: failures of ours outside the results, and what ended the run.
         warnings: why times should not be trusted.
     """
 
@@ -49,43 +50,46 @@ class Report:
 
     @property
     def threads(self) -> int:
-        """The most threads of a result, or 1 if more have slowed something down; 0 if nobody chose their number."""
-        return 1 if slower(self.results) else max((result.threads or 0 for result in self.results), default=0)
+        """The number of threads of the results that are drawn and summed; 0 if the libraries chose it.
+
+        It is the largest, or 1 if more threads have slowed down any call.
+        """
+        return 1 if slowdowns(self.results) else max((result.threads or 0 for result in self.results), default=0)
 
     @property
-    def summed_up(self) -> list[Result]:
-        """The results of that number of threads, for pictures and sums."""
+    def drawn(self) -> list[Result]:
+        """The results with that number of threads, for pictures and sums."""
         return [result for result in self.results if (result.threads or 0) == self.threads]
 
     @property
     def caption(self) -> str:
-        """The machine and the threads of what the pictures show."""
+        """The caption of the pictures: the device, the threads of a CPU, the version and the date."""
         facts = self.machine
         threads = self.threads or facts["threads"]["numpy backend"]
         cpu = f"{facts['processor']}, {threads} thread{'s' * (threads > 1)}"
         return f"{facts['gpu']['name'] if facts['gpu'] else cpu}, gpu_bn {facts['gpu_bn']}, {facts['date']}"
 
     def measured_texts(self) -> list[Table | str]:
-        """Return the tables of what was measured, and what was not timed; those that are empty too."""
-        tables = measured_table(self.results, self.machine["copy_bandwidth"]) + layers_table(self.summed_up)
+        """Return the measured tables, and the list of calls that were not timed, which may be empty."""
+        tables = measured_table(self.results, self.machine["copy_bandwidth"]) + layers_table(self.drawn)
         return [*tables, refusals([*self.results, *self.forced]), *self.texts]
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""
-        found = {
+        content = {
             "schema": SCHEMA, "command": self.command, "machine": self.machine,
             "measured": [result.as_json() for result in self.results], "model": self.modelled,
             "left_out": self.left_out, "failed": self.failed, "warnings": self.warnings,
             "raced": [result.as_json() for result in self.forced], **self.extra,
         }  # fmt: skip
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1, allow_nan=False, default=as_json) + "\n")
-        part.replace(path)  # only a whole report takes the place of an earlier one
+        part.write_text(json.dumps(content, indent=1, allow_nan=False, default=as_json) + "\n")
+        part.replace(path)  # only a complete report replaces an earlier one
 
     def show(self) -> None:
         """Print the report."""
         facts, width = self.machine, terminal_width()
-        device, packages = describe(facts)
+        device, packages = device_and_packages(facts)
         print(f"gpu_bn {facts['gpu_bn']} ({facts['commit'] or 'no checkout'}), {device}\n{packages}")
         if facts["gpu"]:
             print(clocks(facts["gpu"]))
@@ -95,9 +99,9 @@ class Report:
             print(text.text(width) if isinstance(text, Table) else text)
 
     def page(self) -> str:
-        """Return the report as Markdown, with the command that made it."""
-        facts, measured = self.machine, blocks(self.measured_texts())
-        device, packages = describe(facts)
+        """Return the report as Markdown, with its command."""
+        facts, measured = self.machine, code_blocks(self.measured_texts())
+        device, packages = device_and_packages(facts)
         threads = ", ".join(f"{name} {count}" for name, count in facts["threads"].items())
         parts = [
             f"# Benchmark results\n\n```sh\n{self.command}\n```\n\n{PAGE_HEADER}",
@@ -118,23 +122,23 @@ class Report:
 
 
 def as_json(value: Any) -> Any:
-    """Return what stands in JSON for a case or an operation, its name, or for a dataclass, its fields."""
+    """Return a value that JSON can hold: the name of a case or an operation, the fields of any other object."""
     return str(value) if isinstance(value, Case | Operation) else vars(value)
 
 
 def model_page(rows: Sequence[Modelled]) -> str:
-    """Return the model's part of a page; ``tests/pages.py`` makes it again when the model has changed."""
-    return blocks([*model_tables(rows), traffic_table()])
+    """Return the part of a page with the model; ``tests/pages.py`` renews it when the model has changed."""
+    return code_blocks([*model_tables(rows), traffic_table()])
 
 
-def blocks(texts: Iterable[Table | str]) -> str:
-    """Return the texts that are not empty as Markdown."""
+def code_blocks(texts: Iterable[Table | str]) -> str:
+    """Return the texts that are not empty as code blocks of Markdown."""
     return "\n\n".join(f"```text\n{str(text).rstrip()}\n```" for text in texts if text)
 
 
 # ----------------------------------------------------------------------------------------------------- measured
 def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Table]:
-    """Return the table of our times and of the ratios to each peer, a line a result; nothing if none was timed."""
+    """Return a table with our times and the ratios to each peer, a row for each result; no table if none was timed."""
     ours = [result for result in results if result.ours and result.timings]
     if not ours:
         return []
@@ -144,11 +148,11 @@ def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Tab
     peers = dict.fromkeys(peer for result in ours for peer in result.ratios[regime])
     medians = {(r.case, r.by, r.threads): r.median for r in results if r.median}
     unit, factor = ("ms", 1e3) if max(medians.values()) >= 1e-3 else ("us", 1e6)
-    waiting = slower(results)
+    slow = slowdowns(results)
 
     def time_of(result: Result, by: str) -> str:
         key = (result.case, by, result.threads)
-        return three_digits(medians[key], factor) + SLOWER_MARK * (key in waiting)
+        return three_digits(medians[key], factor) + SLOWER_MARK * (key in slow)
 
     def columns(result: Result) -> Iterator[tuple[str, str]]:
         yield "operation", f"  {result.case.operation}"
@@ -171,13 +175,13 @@ def measured_table(results: Sequence[Result], copy_bandwidth: float) -> list[Tab
             yield f"{peer} ({unit})", "-" if ratio is None else time_of(result, peer)
             yield "ratio", "<0.01" if ratio is not None and ratio < 0.01 else three_digits(ratio)
 
-    rows = by_tensor(ours, lambda result: [cell for _, cell in columns(result)])
+    rows = rows_by_tensor(ours, lambda result: [cell for _, cell in columns(result)])
     header = [name for name, _ in columns(ours[0])]
     return [Table("Measured", header, rows, measured_caption(ours[0], copy_bandwidth), keys=3 if threads else 2)]
 
 
 def measured_caption(first: Result, copy_bandwidth: float) -> str:
-    """Return what the columns mean, of a table with such results."""
+    """Return the caption that explains the columns; ``first`` is the first result of the table."""
     once = "One sample of each, which is no measurement. " * (first.timings[first.regime].samples == 1)
     regimes = ": cold and hot of the device, with the L2 cache emptied before a call or not; wall of CPU and device"
     return (
@@ -190,22 +194,22 @@ def measured_caption(first: Result, copy_bandwidth: float) -> str:
     )
 
 
-def slower(results: Sequence[Result]) -> dict[tuple[Case, str, int | None], float]:
-    """Find what takes longer with more threads than with one: by case, name and threads, how many times as long."""
+def slowdowns(results: Sequence[Result]) -> dict[tuple[Case, str, int | None], float]:
+    """Return the time over the time with one thread by case, name and threads, where it is above :data:`SLOWER`."""
     alone = {(r.case, r.by): r.median for r in results if r.threads == 1}
-    found = {}
+    ratios = {}
     for r in results:
         one = alone.get((r.case, r.by))
         if r.median and one and r.median > SLOWER * one:
-            found[r.case, r.by, r.threads] = r.median / one
-    return found
+            ratios[r.case, r.by, r.threads] = r.median / one
+    return ratios
 
 
-def slower_with_threads(results: Sequence[Result]) -> list[str]:
+def thread_warnings(results: Sequence[Result]) -> list[str]:
     """Return a warning for each implementation that more threads have slowed down."""
-    found, lines = slower(results), []
-    for by in dict.fromkeys(by for _, by, _ in found):
-        factors = {case: factor for (case, name, _), factor in found.items() if name == by}
+    ratios, lines = slowdowns(results), []
+    for by in dict.fromkeys(by for _, by, _ in ratios):
+        factors = {case: factor for (case, name, _), factor in ratios.items() if name == by}
         worst = max(factors, key=lambda case: factors[case])
         lines.append(
             f"UNSTEADY: {by} takes up to {three_digits(factors[worst])} times as long with more threads as with one "
@@ -216,8 +220,9 @@ def slower_with_threads(results: Sequence[Result]) -> list[str]:
 
 
 def refusals(results: Iterable[Result]) -> str:
-    """Say what was not timed: a line for each result of ours that is wrong or failed, and one for all others with the
-    same reason, which are the peers' and what we do not serve.
+    """Return lines about the calls that were not timed.
+
+    Each wrong or failing call of ours has a line. Other calls with the same implementation and reason share a line.
     """
     lines, alike = [], dict[tuple[str, str], list[Result]]()
     for r in results:
@@ -225,14 +230,14 @@ def refusals(results: Iterable[Result]) -> str:
             lines.append(f"NOT TIMED {r.case} by {r.by}: {r.refused}")
         elif r.refused or (r.ours and r.not_served):
             alike.setdefault((r.by, r.refused or r.not_served), []).append(r)
-    for (by, why), found in alike.items():
-        others = f" and {len(found) - 1} more" if found[1:] else ""
-        lines.append(f"NOT TIMED {found[0].case}{others} by {by}: {why}")
+    for (by, why), group in alike.items():
+        others = f" and {len(group) - 1} more" if group[1:] else ""
+        lines.append(f"NOT TIMED {group[0].case}{others} by {by}: {why}")
     return "\n".join(lines)
 
 
 def layers_table(results: Sequence[Result]) -> list[Table]:
-    """Return the table of all layers of a network together, for networks whose every shape was timed; or nothing."""
+    """Return a table of the sums over all layers of networks whose shapes were all timed; no table without these."""
     medians: dict[tuple[str, str], dict[Shape, float]] = {}
     for result in results:
         if result.median:

@@ -1,8 +1,8 @@
-"""Timing: samples of several calls, taken in turn, of the CPU or of the GPU that torch or CuPy serves.
+"""Timing: samples of several calls, taken in turn, on the CPU or on the GPU that torch or CuPy sees.
 
-A timer has ``regimes``, what it can measure, and ``time(call, regime)``, the seconds of one sample. ``cold`` and
-``hot`` are a GPU's time, with the call's tensors out of the L2 cache and as the call before has left it. ``wall`` is
-the mean of many calls in a row, the CPU's work included.
+A timer has ``regimes``, the kinds of time that it measures, and ``time(call, regime)``, which returns one sample in
+seconds. ``cold`` and ``hot`` are the GPU's time with the call's tensors out of the L2 cache, and with the cache as the
+previous call left it. ``wall`` is the mean time of several calls in a row, the CPU's work included.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from gpu_bn.plan import Device
 TimedCall = Callable[[], Any]
 LEAST_ROUNDS, MOST_ROUNDS = 7, 301
 WARM_UP = 3
-"""Calls before the first sample."""
+"""The number of calls before the first sample."""
 SHORTEST = 1e-7
 """The shortest time reported, in seconds: coarse events may measure 0, and ratios divide by times."""
 COPIED_BYTES = 512 << 20
-"""Size of the tensor whose copy measures a GPU's bandwidth; at most an eighth of the free memory."""
+"""Bytes of the tensor whose copy measures a GPU's bandwidth; at most an eighth of the free memory."""
 FIRST_CYCLES = 200_000
 """Cycles for which a GPU is kept busy at first: about a tenth of a millisecond."""
 SPIN = """extern "C" __global__ void spin(long long cycles) {
@@ -41,7 +41,7 @@ SPIN = """extern "C" __global__ void spin(long long cycles) {
 
 @dataclass(frozen=True)
 class Timing:
-    """Samples in seconds: the median, the quartiles, and how many there were."""
+    """The median and the quartiles of samples in seconds, and the number of samples."""
 
     median: float
     low: float
@@ -49,8 +49,8 @@ class Timing:
     samples: int
 
     @staticmethod
-    def of(samples: list[float]) -> Timing:
-        """Summarise some samples, at least one."""
+    def from_samples(samples: list[float]) -> Timing:
+        """Summarise one or more samples."""
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if samples[1:] else samples * 3
         return Timing(median, low, high, len(samples))
 
@@ -62,24 +62,24 @@ class Timing:
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of calls that were timed in turn, by name; and what went wrong with the others."""
+    """The samples in seconds of each call, by the call's name, and the errors of the calls that failed."""
 
     seconds: dict[str, list[float]]
     errors: dict[str, str]
 
-    def of(self, name: str) -> list[float]:
+    def times(self, name: str) -> list[float]:
         """Return the samples of a call; raise ``RuntimeError`` if it failed."""
         if name in self.errors:
             raise RuntimeError(f"{name}: {self.errors[name]}")
         return self.seconds[name]
 
     def median(self, name: str) -> float:
-        """Return the median of a call's samples, in seconds."""
-        return statistics.median(self.of(name))
+        """Return the median of a call's samples."""
+        return statistics.median(self.times(name))
 
     def ratio(self, name: str, other: str) -> float:
-        """Return the median ratio of neighbouring samples: below 1, ``name`` is faster than ``other``."""
-        return statistics.median(a / b for a, b in zip(self.of(name), self.of(other), strict=False))
+        """Return the median ratio of samples of one round; if it is below 1, ``name`` is faster than ``other``."""
+        return statistics.median(a / b for a, b in zip(self.times(name), self.times(other), strict=False))
 
 
 def take_samples(
@@ -89,45 +89,44 @@ def take_samples(
     seconds: float,
     rounds: tuple[int, int] = (LEAST_ROUNDS, MOST_ROUNDS),
 ) -> Samples:
-    """Time calls in turn, for ``seconds`` a call; 0 means once each. The order changes from round to round.
+    """Time calls in turn, each for ``seconds``; with 0, once. The order changes from round to round.
 
-    ``rounds`` are the least and the most, whatever time they take.
+    ``rounds`` are the fewest and the most rounds, whatever time they take.
     """
-    names, errors = list(calls), dict[str, str]()
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    order, errors = deque(calls), dict[str, str]()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
 
-    def each(names: list[str], step: Callable[[str], Any]) -> None:
-        for name in names:
+    def for_each_call(step: Callable[[str], Any]) -> None:
+        for name in order:
             try:
                 if name not in errors:
                     step(name)
-            except Exception as error:  # any library may raise, as out of memory; the others are timed all the same
-                errors[name] = in_words(error)
+            except Exception as error:  # any library may raise, such as out of memory; the other calls are still timed
+                errors[name] = describe_error(error)
 
-    each(names, lambda name: [calls[name]() for _ in range(WARM_UP if seconds else 0)])
+    for_each_call(lambda name: [calls[name]() for _ in range(WARM_UP if seconds else 0)])
     end = time.perf_counter() + seconds * len(calls)
     least, most = rounds if seconds else (1, 1)
-    order = deque(names)
-    for turn in range(most):
-        if turn >= least and time.perf_counter() > end:
+    for number in range(most):
+        if number >= least and time.perf_counter() > end:
             break
-        each([*order], lambda name: samples[name].append(timer.time(calls[name], regime)))
-        order.rotate(-1)  # so that none of three follows itself, in caches of its own, more often than others
-    return Samples({name: found for name, found in samples.items() if name not in errors}, errors)
+        for_each_call(lambda name: samples[name].append(timer.time(calls[name], regime)))
+        order.rotate(-1)  # with three calls or more, none follows itself, which would find its data in the caches
+    return Samples({name: times for name, times in samples.items() if name not in errors}, errors)
 
 
-def in_words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an exception's type and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
 
 
 @dataclass
 class CpuTimer:
-    """Make calls in a row for about ``batch`` seconds, after one that is not timed; 0 is a single call.
+    """A timer that makes calls in a row for about ``batch`` seconds, after one untimed call; 0 is a single call.
 
-    Before that, wait for ``pause`` seconds, because OpenMP's threads go on spinning for some milliseconds after
-    their work and would compete with the next call. The wait is no sleep: a core that wakes up is slow at first.
-    ``clock`` may be that of the process, where waiting for other processes should not count.
+    Before that it waits for ``pause`` seconds, because the threads of OpenMP spin for some milliseconds after their
+    work and would compete with the next call. It does not sleep: a core that wakes up is slow at first. With
+    ``clock=time.process_time``, time in which other processes run does not count.
     """
 
     batch: float = 0.02
@@ -136,7 +135,7 @@ class CpuTimer:
     regimes: tuple[str, ...] = ("wall",)
 
     def time(self, call: TimedCall, _: str = "wall") -> float:
-        """Return the seconds of a call."""
+        """Return the mean seconds of a call."""
         start = time.perf_counter()
         while time.perf_counter() < start + self.pause:
             pass
@@ -151,17 +150,18 @@ class CpuTimer:
 # ------------------------------------------------------------------------------------------------------ the GPU
 @dataclass
 class Gpu:
-    """This machine's GPU as a ``library`` serves it, on its current stream. Only ``synchronize`` waits for the device.
+    """This machine's GPU by the functions of ``library``, on its current stream.
 
     Attributes:
-        device: as the planner knows it, without a bandwidth: that is measured.
-        smi_id: nvidia-smi's name of it, whichever GPUs this process sees.
-        ones: makes an array of so many float32 numbers on the device.
+        device: the planner's description, without a bandwidth, which is measured.
+        smi_id: the GPU's identifier for nvidia-smi, whichever GPUs this process sees.
+        ones: allocates that many float32 ones on the device.
         copy_to: copies the second array to the first.
-        event: makes an event; ``done`` says whether the device has reached it, ``elapsed`` the seconds between two.
-        wait: keeps the device busy for so many cycles.
-        free: gives memory that is not used back to the driver: torch and CuPy keep it from each other.
-        profiler: returns what starts the profiler, and what stops it.
+        event: makes an event; ``done`` tells whether the device has reached it, ``elapsed`` returns the seconds
+            between two.
+        wait: keeps the device busy for that many cycles, without waiting for it.
+        free: returns unused memory to the driver: torch and CuPy cannot use what the other has cached.
+        profiler: returns two functions, which start and stop the profiler.
     """
 
     library: str
@@ -182,17 +182,17 @@ class Gpu:
         self.cache = self.ones(2 * self.device.l2_bytes // 4)
 
     def record(self) -> Any:
-        """Put an event into the queue and return it."""
+        """Put an event into the stream and return it."""
         event = self.event()
         event.record()
         return event
 
     def flush(self) -> None:
-        """Fill the L2 cache with something else. It is read: what is written is written back in the call's time."""
+        """Fill the L2 cache by reading other memory. Written memory would be written back during the timed call."""
         self.cache.sum()
 
     def copy_bandwidth(self) -> float:
-        """Measure a copy on the device: bytes per second, read and written."""
+        """Measure a copy on the device: bytes read and written per second."""
         size = min(COPIED_BYTES, self.free_bytes() // 8)
         target, source = self.ones(size // 4), self.ones(size // 4)
         copy, timer = partial(self.copy_to, target, source), GpuTimer(self)
@@ -200,8 +200,8 @@ class Gpu:
         return 2 * size / statistics.median(timer.time(copy, "cold") for _ in range(21))
 
 
-def by_torch(torch: Any) -> Gpu:
-    """Return the GPU by torch."""
+def torch_gpu(torch: Any) -> Gpu:
+    """Return the GPU by the functions of torch."""
     cuda = torch.cuda
     found = cuda.get_device_properties(cuda.current_device())
     device = Device(
@@ -224,15 +224,14 @@ def by_torch(torch: Any) -> Gpu:
     )  # fmt: skip
 
 
-def by_cupy(cupy: Any) -> Gpu:
-    """Return the GPU by CuPy, where torch is missing."""
+def cupy_gpu(cupy: Any) -> Gpu:
+    """Return the GPU by the functions of CuPy, for machines without torch."""
     runtime, spin = cupy.cuda.runtime, cupy.RawKernel(SPIN, "spin")
     found = runtime.getDeviceProperties(runtime.getDevice())
     device = Device(
         found["name"].decode(), 10 * found["major"] + found["minor"], found["multiProcessorCount"],
         found["sharedMemPerMultiprocessor"], found["sharedMemPerBlockOptin"], found["l2CacheSize"], 0.0,
     )  # fmt: skip
-
     return Gpu(
         "cupy", device, runtime.deviceGetPCIBusId(runtime.getDevice()),
         ones=lambda count: cupy.ones(count, "float32"), copy_to=cupy.copyto,
@@ -245,28 +244,28 @@ def by_cupy(cupy: Any) -> Gpu:
 
 
 def find_gpu() -> tuple[Gpu | None, str]:
-    """Find the GPU; return ``None`` and the reason if there is none."""
+    """Return the GPU and an empty text, or ``None`` and why there is no GPU."""
     reasons = []
-    for library, gpu_of in (("torch", by_torch), ("cupy", by_cupy)):
+    for library, make_gpu in (("torch", torch_gpu), ("cupy", cupy_gpu)):
         try:
             module: Any = importlib.import_module(library)
             if module.cuda.is_available():
-                return gpu_of(module), ""
+                return make_gpu(module), ""
             reasons.append(f"{library} sees no CUDA device")
         except ModuleNotFoundError:
             reasons.append(f"{library} is not installed")
         except Exception as error:  # the driver, a build without kernels for the GPU, or no compiler
-            reasons.append(f"{library}: {in_words(error)}")
+            reasons.append(f"{library}: {describe_error(error)}")
     return None, ", ".join(reasons)
 
 
 @dataclass
 class GpuTimer:
-    """Time a call by device events around it; ``wall`` is the mean of a ``row`` of calls.
+    """A timer with device events around a call; ``wall`` is the mean of ``row`` calls by the CPU's clock.
 
-    An idle device would wait for the CPU between the call's launches, and that time is not the kernels'. So the device
-    is kept busy while the CPU queues the call. If it has passed the first event when the CPU is ready, the wait was too
-    short; the sample is taken again after a wait twice as long.
+    An idle device would wait for the CPU between the launches of a call, and that time does not belong to the kernels.
+    So the device is kept busy while the CPU queues the call. If it has passed the first event when the CPU has queued
+    all, the wait was too short: the sample is taken again after a wait twice as long.
     """
 
     gpu: Gpu
@@ -293,12 +292,11 @@ class GpuTimer:
             end = self.gpu.record()
             late = self.gpu.done(start)
             self.gpu.synchronize()
-            if not late:
-                break
-            if self.cycles >= self.most_cycles:  # a call that waits for the device is always late
-                self.cycles = FIRST_CYCLES  # other calls need no such wait
+            if not late or self.cycles >= self.most_cycles:
                 break
             self.cycles *= 2
+        if late:  # as every call that waits for the device; the next one may need no such wait
+            self.cycles = FIRST_CYCLES
         return max(self.gpu.elapsed(start, end), SHORTEST)
 
 

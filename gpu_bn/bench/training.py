@@ -1,6 +1,6 @@
-"""``--train``: time a training step of ResNet-18, with torch's batch norm and with ours, eager and compiled.
+"""``--train``: time a training step of ResNet-18 with torch's and with our batch norm, eager and compiled.
 
-Beside it, what torch's profiler sees of a call: the operations that launch kernels, and the memory that tensors take.
+Also read the profiler of torch: which operations of a call launch kernels, and how much memory its tensors take.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import torch
 from torch import nn
 
 from gpu_bn import nn as ours
-from gpu_bn.bench.timing import CpuTimer, GpuTimer, TimedCall, Timer, Timing, by_torch, in_words, take_samples
+from gpu_bn.bench.timing import CpuTimer, GpuTimer, TimedCall, Timer, Timing, describe_error, take_samples, torch_gpu
 from gpu_bn.cli.console import Table, megabytes, milliseconds, progress
 
 Make = Callable[[nn.Module], Any]
-"""Makes a variant of a model."""
+"""A function that returns a variant of a model."""
 AGREEMENT, NOISE = 1e-3, 2.0
-"""How far a first gradient may be from that of torch's layers in float64: ``AGREEMENT`` of its norm, and ``NOISE``
-times as far as torch's own, which was off by up to 0.3 % in float32, with autocast in float16 by 12 to 16 %."""
+"""The error allowed to the first layer's gradient, as a share of its norm in float64, is ``AGREEMENT + NOISE * error``,
+where ``error`` is that of torch's own layers: up to 0.3 % in float32, 12 to 16 % with autocast in float16."""
 LAUNCH_NOTHING = {
     "empty", "empty_strided", "empty_like", "new_empty", "view", "unbind", "split", "select", "slice", "as_strided",
     "detach", "alias", "to", "expand", "permute",
 }  # fmt: skip
-"""Operations that only make or look at tensors. A conversion that is one is seen as what it calls."""
+"""Operations that launch no kernel. ``to`` is among them because a conversion calls another operation, which counts."""
 SIZES = {"cpu": (8, 64), "cuda": (128, 224)}
-"""Images in a batch, and their sides in pixels."""
+"""The number of images in a batch and their side in pixels, by the kind of device."""
 
 
 def _convolution(inputs: int, outputs: int, size: int, stride: int) -> list[nn.Module]:
@@ -40,7 +40,7 @@ def _convolution(inputs: int, outputs: int, size: int, stride: int) -> list[nn.M
 
 
 class Block(nn.Module):
-    """A block of two convolutions and a sum."""
+    """A residual block: two convolutions, a sum and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class Block(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum, after ReLU."""
+        """Return the output of the block."""
         return cast(torch.Tensor, self.relu(self.inner(x) + self.shortcut(x)))
 
 
 def resnet18(width: int = 64, classes: int = 1000) -> nn.Module:
-    """Make a ResNet-18: 20 normalisations, 8 of them before a sum."""
+    """Return a ResNet-18, which has 20 normalisations, 8 of them before a sum."""
     layers = [*_convolution(3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     inputs = width
     for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
@@ -70,22 +70,22 @@ LAYERS: dict[str, Make] = {
     "gpu_bn": lambda model: ours.convert(model),
     "gpu_bn, fused": lambda model: ours.convert(model, fuse=True),
 }
-"""What is made of a model, by the names of the layers that it then has."""
+"""Functions that give a model its layers, by the name of the layers."""
 
 
 def variants(eager: bool) -> dict[str, Make]:
-    """Return the variants that are timed, by name; the others are compared with the first."""
-    found: dict[str, Make] = {}
+    """Return the timed variants by name: of all layers eager and, unless ``eager``, compiled."""
+    makes: dict[str, Make] = {}
     for name, make in LAYERS.items():
-        found[f"{name}, eager"] = make
+        makes[f"{name}, eager"] = make
         if not eager:
-            found[f"{name}, compiled"] = lambda model, make=make: torch.compile(make(model))  # type: ignore[misc]
-    return found
+            makes[f"{name}, compiled"] = lambda model, make=make: torch.compile(make(model))  # type: ignore[misc]
+    return makes
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A variant's time for a step and the most memory that a step took, in bytes; or why it was refused."""
+    """The time of a variant's training step and its peak memory in bytes; or why the variant was refused."""
 
     name: str
     timing: Timing | None
@@ -94,7 +94,7 @@ class TrainingResult:
 
 
 def train(kind: str, seconds: float, eager: bool) -> list[TrainingResult]:
-    """Check and time all variants; ``kind`` is cpu or cuda."""
+    """Check and time all variants on ``kind``, cpu or cuda."""
     number, side = SIZES[kind]
     torch.manual_seed(0)
     model, images = resnet18().to(kind), torch.randn(number, 3, side, side, device=kind)
@@ -104,31 +104,32 @@ def train(kind: str, seconds: float, eager: bool) -> list[TrainingResult]:
     labels = torch.arange(number, device=kind)
     makes = variants(eager)
     with progress(f"Training steps of ResNet-18: {len(makes)} variants", len(makes)) as advance:
-        steps, peaks, refused = check(makes, model, images, labels, advance)
-        timer: Timer = CpuTimer(batch=0) if kind == "cpu" else GpuTimer(by_torch(torch), row=3)
+        steps, peaks, refused = check_gradients(makes, model, images, labels, advance)
+        timer: Timer = CpuTimer(batch=0) if kind == "cpu" else GpuTimer(torch_gpu(torch), row=3)
         samples = take_samples(steps, timer, "wall", seconds)
     refused |= samples.errors
-    timings = {name: Timing.of(found) for name, found in samples.seconds.items()}
+    timings = {name: Timing.from_samples(times) for name, times in samples.seconds.items()}
     return [TrainingResult(name, timings.get(name), peaks.get(name), refused.get(name, "")) for name in makes]
 
 
-def check(
+def check_gradients(
     makes: Mapping[str, Make],
     model: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, TimedCall], dict[str, int], dict[str, str]]:
-    """Compare the first gradient of each variant with ``model``'s in float64; the first variant has torch's layers.
+    """Compare the first layer's gradient of each variant with that of ``model`` in float64.
 
-    Return the training steps of those that agree, the memory that each takes, and why the others are refused.
+    The first variant must have torch's layers. Return the training steps of the variants that agree, the peak memory of
+    these in bytes, and why the others are refused.
     """
     steps, peaks, refused = {}, {}, {}
-    _, expected = prepare(copy.deepcopy(model).double(), images.double(), labels, autocast=False)
+    _, expected = training_step(copy.deepcopy(model).double(), images.double(), labels, autocast=False)
     allowed: float | None = None
     for name, make in makes.items():
         try:
-            step, gradient = prepare(make(copy.deepcopy(model)), images, labels)
+            step, gradient = training_step(make(copy.deepcopy(model)), images, labels)
             error = float((gradient - expected).norm() / expected.norm())
             allowed = AGREEMENT + NOISE * error if allowed is None else allowed
             if not error <= allowed:
@@ -136,15 +137,15 @@ def check(
             else:
                 steps[name], peaks[name] = step, peak_bytes(step, images.device.type)
         except Exception as error:
-            refused[name] = in_words(error)
+            refused[name] = describe_error(error)
         advance(1)
     return steps, peaks, refused
 
 
-def prepare(
+def training_step(
     model: Any, images: torch.Tensor, labels: torch.Tensor, autocast: bool = True
 ) -> tuple[TimedCall, torch.Tensor]:
-    """Return a training step, and the first layer's gradient after it has run once; ``autocast`` is for a GPU."""
+    """Return a training step, and the first layer's gradient after its first run; ``autocast`` acts on a GPU only."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
@@ -160,14 +161,14 @@ def prepare(
 
 
 def failures(rows: list[TrainingResult]) -> list[str]:
-    """Return what is wrong with ours, unless torch's own layers fail too, as without a C++ compiler."""
+    """Return the failures of our layers, but not where torch's own layers fail too, such as without a C++ compiler."""
     theirs = {row.name: row.refused for row in rows if row.name.startswith("torch")}
     failing = [row for row in rows if row.refused and row.name not in theirs]
     return [f"{row.name}: {row.refused}" for row in failing if not theirs[f"torch, {row.name.rpartition(', ')[2]}"]]
 
 
 def training_table(rows: list[TrainingResult], kind: str) -> Table:
-    """Return the table of the variants' times and memory."""
+    """Return the table of times and memory."""
     (number, side), base, lines = SIZES[kind], rows[0].timing, []
     for row in rows:
         times = [f"not timed: {row.refused}", "-", "-"]
@@ -186,14 +187,14 @@ def training_table(rows: list[TrainingResult], kind: str) -> Table:
 
 
 # ----------------------------------------------------------------------------------------------------- profiler
-def operations(call: TimedCall) -> Counter[str]:
-    """Count torch's operations of a call that would launch a kernel, by autograd's thread too."""
+def count_operations(call: TimedCall) -> Counter[str]:
+    """Count the torch operations of a call that would launch a kernel, also in the thread of autograd."""
     names = [event.name.removeprefix("aten::") for event in _profiled(call).events() if event.name.startswith("aten::")]
     return Counter(name for name in names if name not in LAUNCH_NOTHING)
 
 
 def peak_bytes(call: TimedCall, kind: str) -> int:
-    """Measure the most memory that torch's tensors take in a call, beyond what they took before it."""
+    """Measure the peak memory of torch tensors in a call, in bytes beyond the memory before it."""
     gc.collect()
     if kind == "cuda":
         torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""``--verify-model``: compare the plan's predictions with the clock and, where they may be read, the GPU's counters.
+"""``--verify-model``: compare the plan's predictions with measured times and, if permitted, with the GPU's counters.
 
-``python -m gpu_bn.bench.verify SHAPE DTYPE LAYOUT OPERATION IMPLEMENTATION`` makes the call that ncu counts.
+``python -m gpu_bn.bench.verify SHAPE DTYPE LAYOUT OPERATION IMPLEMENTATION`` makes a call for the profiler ncu.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import sys
 from collections.abc import Sequence
 
 from gpu_bn.bench import timing
-from gpu_bn.bench.cases import by_tensor, select
+from gpu_bn.bench.cases import rows_by_tensor, select
 from gpu_bn.bench.implementations import by_name
 from gpu_bn.bench.measurement import Result, Tensors
 from gpu_bn.cli.console import Table, megabytes, microseconds
 
 SLOWER, FASTER = 1.25, 0.9
-"""Bounds of measured over predicted time; beyond them a prediction is refuted."""
+"""The bounds of measured over predicted time, beyond which a prediction is refuted."""
 LAUNCH_SECONDS = 3e-6
-"""Time allowed for a launch, which the predicted time leaves out."""
+"""The seconds allowed for each launch, which the predicted time leaves out."""
 BYTES_SHARE, BYTES_MORE = 0.1, 256 << 10
-"""How far counted bytes may differ: a share, and bytes of vectors and partial sums."""
+"""The difference allowed to counted bytes: a share of the prediction, and bytes for vectors and partial results."""
 COUNTED = 12
-"""How many cases have their bytes counted, each in a process of its own."""
+"""The number of cases whose bytes are counted, each in a new process."""
 METRICS = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum"}
 Bytes = dict[str, int]
 """Bytes ``read`` from the memory and ``written`` to it."""
 
 
 class Verdict:
-    """A prediction and whether it holds, as the report keeps it: the plan's bytes, over the bandwidth of a copy.
+    """A prediction, the plan's bytes over the bandwidth of a copy, and whether it holds; the fields go into the report.
 
-    ``counted_bytes`` are the GPU's, ``None`` if nothing was counted; ``refuted`` says how it fails, empty if it holds.
+    ``counted_bytes`` is ``None`` if nothing was counted. ``refuted`` says how the prediction fails; empty if it holds.
     """
 
     def __init__(self, result: Result, copy_bandwidth: float, l2_bytes: int, counted: Bytes | None) -> None:
@@ -51,21 +51,21 @@ class Verdict:
             failures.append(f"time: {times:.2f} times as long")
         if times < FASTER:
             failures.append(f"time: {times:.2f} times as long: fewer bytes, or faster than a copy")
-        for what, found in (counted or {}).items():
-            # At the end of a call the cache may hold what has not been written yet: so much less may be counted.
-            wanted, held = self.predicted_bytes[what], l2_bytes if what == "written" else 0
-            margin = BYTES_SHARE * wanted + BYTES_MORE
-            if not wanted - held - margin <= found <= wanted + margin:
-                failures.append(f"bytes: {found / max(wanted, 1):.2f} times as many {what}")
+        for direction, count in (counted or {}).items():
+            # at the end of a call, the cache may hold bytes that are not written to the memory yet
+            predicted, held = self.predicted_bytes[direction], l2_bytes if direction == "written" else 0
+            margin = BYTES_SHARE * predicted + BYTES_MORE
+            if not predicted - held - margin <= count <= predicted + margin:
+                failures.append(f"bytes: {count / max(predicted, 1):.2f} times as many {direction}")
         self.refuted = "; ".join(failures)
 
 
 def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> tuple[list[Table | str], list[Verdict]]:
-    """Compare predictions with results of a GPU with a cache of ``l2_bytes``; return the table, and what JSON keeps."""
+    """Compare predictions with results of a GPU with a cache of ``l2_bytes``; return the table and the JSON."""
     planned = [result for result in results if result.plan and result.median]
     reason, verdicts = "", []
     for index, result in enumerate(planned):
-        counted = None if reason or index >= COUNTED else count(result)
+        counted = None if reason or index >= COUNTED else count_bytes(result)
         if isinstance(counted, str):
             reason, counted = f"DRAM bytes were not counted: {counted}", None
         verdicts.append(Verdict(result, copy_bandwidth, l2_bytes, counted))
@@ -74,8 +74,8 @@ def verify(results: Sequence[Result], copy_bandwidth: float, l2_bytes: int) -> t
     return [verdicts_table(verdicts, note)], verdicts
 
 
-def count(result: Result) -> Bytes | str:
-    """Count the bytes that a call reads from the memory and writes to it, by the profiler ncu; or say why not."""
+def count_bytes(result: Result) -> Bytes | str:
+    """Count the bytes that a call reads from and writes to the memory, with the profiler ncu; or return why not."""
     case = result.case
     arguments = ["x".join(map(str, case.shape)), case.short_dtype, case.layout, str(case.operation), result.by]
     command = ["ncu", "--profile-from-start", "off", "--cache-control", "none", "--metrics", ",".join(METRICS.values()),
@@ -91,47 +91,47 @@ def count(result: Result) -> Bytes | str:
         return "the driver does not permit it (ERR_NVGPUCTRPERM)."
     rows, counted = list(csv.DictReader(line for line in done.stdout.splitlines() if line.startswith('"'))), {}
     try:
-        for what, metric in METRICS.items():
+        for direction, metric in METRICS.items():
             values = [float(row["Metric Value"].replace(",", "")) for row in rows if row.get("Metric Name") == metric]
-            counted[what] = int(sum(values) if values else math.nan)
+            counted[direction] = int(sum(values) if values else math.nan)
         return counted
-    except (ValueError, AttributeError):  # n/a, nothing, or a row that is cut off
+    except (ValueError, AttributeError):  # n/a, no values, or a row that is cut off
         output = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
         return f"ncu counted nothing ({output[-1]})"
 
 
 def verdicts_table(verdicts: Sequence[Verdict], note: str) -> Table:
-    """Return the table of predictions; ``note`` says what was counted."""
+    """Return the table of predictions; ``note`` says which bytes were counted."""
 
-    def cells(found: Verdict) -> list[str]:
-        times = microseconds(found.predicted_seconds), microseconds(found.measured_seconds)
-        both = found.predicted_bytes, found.counted_bytes or {}
-        moved = [megabytes(each.get(what)) for what in METRICS for each in both]
-        judged = f"REFUTED, {found.refuted}" if found.refuted else "holds"
-        return [f"  {found.case.operation}", found.by, found.tier, *times, *moved, judged]
+    def cells(row: Verdict) -> list[str]:
+        times = microseconds(row.predicted_seconds), microseconds(row.measured_seconds)
+        counts = row.predicted_bytes, row.counted_bytes or {}
+        moved = [megabytes(each.get(direction)) for direction in METRICS for each in counts]
+        result = f"REFUTED, {row.refuted}" if row.refuted else "holds"
+        return [f"  {row.case.operation}", row.by, row.tier, *times, *moved, result]
 
     header = [
         "operation", "by", "tier", "predicted (us)", "measured (us)", "read (MB)", "counted", "written", "counted",
         "prediction",
     ]  # fmt: skip
-    refuted = sum(bool(found.refuted) for found in verdicts)
+    refuted = sum(bool(row.refuted) for row in verdicts)
     caption = (
         f"{refuted} of {len(verdicts)} predictions are refuted. Predicted: the plan's bytes over the measured "
         f"bandwidth of a copy; {LAUNCH_SECONDS * 1e6:g} us a launch are allowed, and {SLOWER:g} times as long. Bytes "
         f"may differ by {BYTES_SHARE:.0%}; what the L2 cache can hold need not have been written yet. {note}"
     )
-    return Table("The model, verified", header, by_tensor(verdicts, cells), caption, keys=2)
+    return Table("The model, verified", header, rows_by_tensor(verdicts, cells), caption, keys=2)
 
 
 def main(arguments: list[str]) -> None:
-    """Make a call twice to warm up, empty the cache, and make it once more under the profiler."""
+    """Make a call twice to warm up, flush the cache, and make the call once more under the profiler."""
     shape, dtype, layout, operation, by = arguments
     (case,) = select([shape], [dtype], ["nchw" if layout == "nc" else layout], [operation])
     gpu, why_not = timing.find_gpu()
     if gpu is None:
         raise SystemExit(why_not)
     implementation = by_name(by)
-    call = implementation.build(case.operation, Tensors(case).of(implementation.adapter, case.operation))
+    call = implementation.build(case.operation, Tensors(case).problem(implementation.adapter, case.operation))
     start, stop = gpu.profiler()
     call(), call()
     gpu.flush()

@@ -58,7 +58,7 @@ def test_cases_are_all_combinations_those_of_a_tensor_together():
 
 
 def test_data_lie_in_memory_as_the_case_says():
-    first, last = (measurement.data(cases.Case((4, 6, 5, 7), layout=layout)).x for layout in ("nchw", "nhwc"))
+    first, last = (measurement.make_problem(cases.Case((4, 6, 5, 7), layout=layout)).x for layout in ("nchw", "nhwc"))
     assert first.flags.c_contiguous
     assert last.transpose(0, 2, 3, 1).flags.c_contiguous
     assert len(np.unique(first)) == first.size

@@ -139,8 +139,8 @@ def test_the_models_bytes_are_those_that_the_emulator_counts(tier, operation, ma
     checks = Checks(races=False, initialised=False)
     gpu = make_gpu(80, tier, Device(checks=checks, l2_bytes=EMULATED.l2_bytes, resident_threads=256))
     tensors = measurement.Tensors(case)
-    problem = tensors.of("cupy", case.operation)
-    call = implementations.ours(lambda *_: gpu.backend)(case.operation, problem)
+    problem = tensors.problem("cupy", case.operation)
+    call = implementations.backend_calls(lambda *_: gpu.backend)(case.operation, problem)
     gpu.device.l2.flush()
     before = len(gpu.device.reports)
     tensors.check(CUPY, case.operation, call())
@@ -157,7 +157,7 @@ def test_a_backend_reports_the_plan_of_each_call(make_gpu):
     case = cases.Case((4, 4, 64), operation=cases.OPERATIONS["backward"])
     tensors, reported = measurement.Tensors(case), []
     backend = module.CupyBackend("split", lambda *found: reported.append(found))
-    call = implementations.ours(lambda *_: backend)(case.operation, tensors.of("cupy", case.operation))
+    call = implementations.backend_calls(lambda *_: backend)(case.operation, tensors.problem("cupy", case.operation))
     assert [(plan.tier, len(launches)) for plan, launches in reported] == [("split", 2)]  # the forward call's
     call(), call()
     assert [(plan.tier, len(launches)) for plan, launches in reported] == [("split", 2)] * 2

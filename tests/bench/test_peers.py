@@ -16,7 +16,7 @@ def prove(build, operation, dtype="f16", layout="nhwc", shape="4x6x5x7"):
     case = cases.select([shape], [dtype], [layout], [operation])[0]
     tensors = measurement.Tensors(case)
     implementation = replace(NUMPY, name="peer", ours=False, adapter="triton")
-    problem = tensors.of("triton", case.operation)
+    problem = tensors.problem("triton", case.operation)
     call = build(case.operation, problem)
     for _ in range(2):  # a call can be repeated
         assert tensors.check(implementation, case.operation, call()) <= 1
@@ -62,9 +62,9 @@ def test_apex(operation, fake_apex):
 
 def test_apex_serves_what_it_can():
     served = cases.Case((4, 6, 5, 7), "float16", "nhwc")
-    assert implementations.not_apex(served) == ""
+    assert implementations.apex_refuses(served) == ""
     for other in ({"layout": "nchw"}, {"dtype": "float32"}, {"shape": (4, 6, 5)}):
-        assert implementations.not_apex(replace(served, **other)) == "serves float16, four axes, nhwc"
+        assert implementations.apex_refuses(replace(served, **other)) == "serves float16, four axes, nhwc"
 
 
 class Node:
@@ -163,10 +163,10 @@ def test_cudnn(operation, dtype, fake_cudnn):
 
 
 def test_cudnn_serves_what_it_can():
-    assert implementations.not_cudnn(cases.Case((4, 6, 5, 7))) == ""
-    assert implementations.not_cudnn(cases.Case((4, 6, 5))) == "serves four axes, not float64"
+    assert implementations.cudnn_refuses(cases.Case((4, 6, 5, 7))) == ""
+    assert implementations.cudnn_refuses(cases.Case((4, 6, 5))) == "serves four axes, not float64"
     assert (
-        implementations.not_cudnn(cases.Case((4, 6, 5, 7), operation=cases.OPERATIONS["eval"]))
+        implementations.cudnn_refuses(cases.Case((4, 6, 5, 7), operation=cases.OPERATIONS["eval"]))
         == "evaluation is not compared"
     )
 

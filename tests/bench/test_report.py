@@ -59,9 +59,9 @@ BUSY = [
 
 
 def test_a_peer_that_threads_slow_down_is_flagged():
-    (warning,) = report.slower_with_threads(BUSY)
+    (warning,) = report.thread_warnings(BUSY)
     assert warning.startswith("UNSTEADY: peer takes up to 1050 times as long with more threads as with one (4x8 f32")
-    assert report.slower_with_threads([*BUSY[:3], of("peer", 25e-6, 2)]) == []
+    assert report.thread_warnings([*BUSY[:3], of("peer", 25e-6, 2)]) == []
     (table,) = report.measured_table(BUSY, 1e9)
     alone, together = (line.split() for line in str(table).splitlines() if " forward " in line)
     assert alone[1:4] == ["gpu_bn", "numpy", "1"]
@@ -71,9 +71,9 @@ def test_a_peer_that_threads_slow_down_is_flagged():
 
 
 def test_pictures_and_sums_are_of_threads_that_do_not_wait():
-    assert [(r.by, r.threads) for r in report.Report("", {}, BUSY).summed_up] == [("gpu_bn numpy", 1), ("peer", 1)]
+    assert [(r.by, r.threads) for r in report.Report("", {}, BUSY).drawn] == [("gpu_bn numpy", 1), ("peer", 1)]
     steady = report.Report("", {}, [*BUSY[:3], of("peer", 25e-6, 2)])
-    assert [(r.by, r.threads) for r in steady.summed_up] == [("gpu_bn numpy", 2), ("peer", 2)]
+    assert [(r.by, r.threads) for r in steady.drawn] == [("gpu_bn numpy", 2), ("peer", 2)]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Wrong(NumpyBackend):
 
 
 def wrong_implementation(name="gpu_bn wrong", **options):
-    return replace(NUMPY, name=name, build=implementations.ours(lambda *_: Wrong()), **options)
+    return replace(NUMPY, name=name, build=implementations.backend_calls(lambda *_: Wrong()), **options)
 
 
 def test_a_wrong_backend_is_not_timed_and_ends_the_command_with_1(capsys, monkeypatch, tmp_path):

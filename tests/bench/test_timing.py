@@ -50,8 +50,8 @@ def test_a_call_that_fails_while_it_is_timed_leaves_the_others():
 
 
 def test_median_and_quartiles():
-    assert timing.Timing.of([5.0, 1.0, 2.0, 3.0, 4.0]) == timing.Timing(3.0, 2.0, 4.0, 5)
-    assert timing.Timing.of([2.0]) == timing.Timing(2.0, 2.0, 2.0, 1)
+    assert timing.Timing.from_samples([5.0, 1.0, 2.0, 3.0, 4.0]) == timing.Timing(3.0, 2.0, 4.0, 5)
+    assert timing.Timing.from_samples([2.0]) == timing.Timing(2.0, 2.0, 2.0, 1)
 
 
 def test_the_cpu_timer_calls_for_a_while_at_least_once():

@@ -69,7 +69,7 @@ def ncu(monkeypatch):
 def test_bytes_are_counted_by_ncu(ncu):
     commands = ncu(NCU)
     result = timed("gpu_bn cupy", 1.0)
-    assert verify.count(result) == {"read": 6_423_528, "written": 6_423_552}
+    assert verify.count_bytes(result) == {"read": 6_423_528, "written": 6_423_552}
     assert commands[0][0] == "ncu"
     assert commands[0][-5:] == ["32x256x14x14", "f32", "nchw", "forward", "gpu_bn cupy"]
     (found,), kept = verify.verify([result], COPY, L2)

@@ -18,7 +18,7 @@ from gpu_bn import (
     registry,
 )
 from gpu_bn.backends.triton.backend import TritonBackend
-from gpu_bn.bench.training import operations
+from gpu_bn.bench.training import count_operations
 from gpu_bn.plan import DEVICES
 
 
@@ -28,8 +28,8 @@ class Recording(RecordingBackend):
 
 def test_operations_are_seen():
     vector = torch.ones(3)
-    assert operations(lambda: vector.to(torch.float64))["copy_"] == 1
-    assert operations(lambda: torch.empty(3).unbind()) == Counter()
+    assert count_operations(lambda: vector.to(torch.float64))["copy_"] == 1
+    assert count_operations(lambda: torch.empty(3).unbind()) == Counter()
 
 
 @pytest.mark.parametrize(("shape", "launches"), [((2, 3, 4, 4), (1, 1)), ((64, 8, 128, 128), (2, 2))], ids=str)
@@ -43,10 +43,10 @@ def test_a_layer_launches_at_most_two_kernels_each_way_and_nothing_else(shape, l
     dy = torch.empty(shape, dtype=dtype)
     inputs = [x, *layer.parameters(), *[added] * residual]
     results = []
-    found = operations(lambda: results.append(layer(x, added) if residual else layer(x)))
+    found = count_operations(lambda: results.append(layer(x, added) if residual else layer(x)))
     assert not found
     assert len(backend.launches) == launches[0]
-    found = operations(lambda: torch.autograd.grad(results[0], inputs, dy))
+    found = count_operations(lambda: torch.autograd.grad(results[0], inputs, dy))
     assert not found
     assert len(backend.launches) == sum(launches)
 
@@ -58,13 +58,13 @@ def test_the_operators_launch_no_more(monkeypatch):
     x, vectors, counter = torch.empty(64, 8, 128, 128), [torch.ones(8) for _ in range(4)], torch.tensor(0)
     train, backward = torch.ops.gpu_bn.train, torch.ops.gpu_bn.backward
     results = []
-    found = operations(
+    found = count_operations(
         lambda: results.extend(train(x, *vectors[:2], None, *vectors[2:], counter, 0.1, 1e-5, "relu", 0.0))
     )
     assert not found
     y, *kept = results
     options = (torch.float32, True, 1e-5, "relu", 0.0, 1, False, [True, True, True, False])
-    found = operations(lambda: backward(y, x, *vectors[:2], None, None, *kept, *options))
+    found = count_operations(lambda: backward(y, x, *vectors[:2], None, None, *kept, *options))
     assert not found
     assert len(backend.launches) == 4
 
