@@ -25,7 +25,7 @@ TIMER = CpuTimer(batch=0.01, pause=0)
 
 def kernel_call(door: doors.Door | None, *arguments: Any) -> TimedCall:
     """Return the call of our kernel in one thread."""
-    usable = None if door is None else doors.usable(door)
+    usable = None if door is None else doors.with_function(door)
     assert usable is not None, "no kernel serves these tensors"
     return partial(usable.function, usable.record, *arguments, doors.scratch_address(), 1)  # type: ignore[arg-type]
 

@@ -111,7 +111,7 @@ def test_a_state_is_loaded_whole_or_not(install, place, error):
 @pytest.mark.parametrize("name", CALLS)
 def test_an_output_in_the_inputs_place_is_all_old_or_all_new_when_memory_runs_out(name, layout, backend, monkeypatch):
     """What a call allocates, statistics' vectors too, is there before anything is written, or it goes on with less."""
-    for module, setting in (("numpy.SCRATCH_BYTES", 4 << 10), ("cpu.pieces.LEAST", 1 << 10)):  # several blocks
+    for module, setting in (("numpy.SCRATCH_BYTES", 4 << 10), ("cpu.pieces.MIN_BYTES", 1 << 10)):  # several blocks
         monkeypatch.setattr(f"gpu_bn.backends.{module}", setting)
 
     def call(x):

@@ -1,4 +1,4 @@
-"""The compiled backend for CPUs: NumPy arrays and torch's tensors, served by the kernels in ``gpu_bn.kernels.cpu``.
+"""The compiled backend for CPUs: it serves NumPy arrays and torch tensors with the kernels in ``gpu_bn.kernels.cpu``.
 
 Importing this package imports neither Numba nor torch.
 """

@@ -1,4 +1,4 @@
-"""What the compiled backend must know of an array library: where elements are, and how to make arrays."""
+"""The operations that the compiled backend needs from an array library: addresses, strides and new arrays."""
 
 from __future__ import annotations
 
@@ -16,74 +16,76 @@ from gpu_bn.spec import FLOAT_DTYPES
 
 Array = Any
 ALIGNED = 64
-"""Bytes: large outputs begin at a multiple, so that they can be written past the caches."""
+"""Large outputs begin at a multiple of this many bytes, so that kernels can write them past the caches."""
 LARGE = 1 << 20
+"""Bytes from which on an output is large."""
 TAGS = {np.dtype(np.float32): 0, np.dtype(np.float64): 1}
-AT = object.__basicsize__
-"""Where an array's object has the address of its elements: C code compiled for NumPy reads it there, too.
+DATA_OFFSET = object.__basicsize__
+"""The offset, in a NumPy array object, of the pointer to its elements; C code compiled for NumPy reads it there, too.
 
-``__array_interface__``, which has the address among much else, takes five times as long."""
+``__array_interface__`` has the address as well, but takes five times as long."""
 _pointer = ctypes.c_void_p.from_address
 
 
 class Arrays(Protocol):
-    """One library."""
+    """The operations of one array library."""
 
     float64: Any
 
     def code(self, dtype: Any) -> int:
-        """A dtype's place in :data:`gpu_bn.spec.FLOAT_DTYPES`."""
+        """Return the index of a dtype in :data:`gpu_bn.spec.FLOAT_DTYPES`."""
 
     def address(self, array: Array) -> int:
-        """Where the first element is."""
+        """Return the address of the first element."""
 
     def strides(self, array: Array) -> tuple[int, ...] | None:
-        """In elements; ``None`` if the memory cannot be read as such elements."""
+        """Return the strides in elements; ``None`` if kernels cannot read the memory as elements of this dtype."""
 
     def byte_strides(self, array: Array) -> tuple[int, ...]:
-        """In bytes, or any other unit."""
+        """Return the strides in any one unit; they only serve to order the axes."""
 
     def layout(self, array: Array) -> Hashable:
-        """All that kernels depend on but the address, its alignment included."""
+        """Return a key of all that kernels depend on except the address: dtype, shape, strides and alignment."""
 
-    def double(self, length: int) -> Array:
-        """A new float64 vector."""
+    def empty_float64(self, length: int) -> Array:
+        """Return a new float64 vector."""
 
-    def tagged(self, vector: Array) -> int:
-        """The tagged address of a dense vector of float32 or float64; -1 for any other."""
+    def tagged_address(self, vector: Array) -> int:
+        """Return the address of a contiguous float32 vector, or 1 more for float64; -1 for any other vector."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A new dense array."""
+        """Return a new contiguous array."""
 
     def empty_like(self, x: Array) -> Array:
-        """A new array of an array's shape, dtype and memory format."""
+        """Return a new array with the shape, dtype and memory format of ``x``."""
 
-    def dense(self, x: Array, order: tuple[int, ...]) -> Array:
-        """A new dense array whose axes lie in memory in this order, in native byte order."""
+    def empty_ordered(self, x: Array, order: tuple[int, ...]) -> Array:
+        """Return a new array like ``x``, without gaps, in native byte order, whose axes have this memory order."""
 
     def assign(self, target: Array, value: Array) -> None:
-        """Copy, with a change of dtype where they differ."""
+        """Copy ``value`` to ``target`` and convert it to its dtype."""
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return a new array of zeros."""
 
-    def number(self, value: float) -> Array:
-        """(1,) float64."""
+    def scalar(self, value: float) -> Array:
+        """Return a float64 array of shape (1,)."""
 
     def concatenate(self, arrays: Sequence[Array]) -> Array:
-        """Vectors in one."""
+        """Return the vectors joined end to end."""
 
-    def chosen(self, x: Array, axis: int, valid: Array) -> Array:
-        """The positions that count, (C, positions)."""
+    def select_valid(self, x: Array, axis: int, valid: Array) -> Array:
+        """Return a contiguous copy of the valid positions of ``x``, (C, positions)."""
 
-    def scatter(self, target: Array, axis: int, valid: Array, chosen: Array) -> None:
-        """Write zeros where positions do not count, then such an array to where its elements come from."""
+    def scatter_valid(self, target: Array, axis: int, valid: Array, selected: Array) -> None:
+        """Write ``selected``, (C, positions), to the valid positions of ``target``, and 0 to the others."""
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
-        """See :class:`gpu_bn.backends.protocol.Backend`."""
+        """Check an output, see :meth:`Backend.check_out <gpu_bn.backends.protocol.Backend.check_out>`."""
 
 
 class NumpyArrays:
-    """NumPy's."""
+    """The operations of NumPy; see :class:`Arrays`."""
 
     float64 = np.dtype(np.float64)
 
@@ -93,7 +95,7 @@ class NumpyArrays:
 
     @staticmethod
     def address(array: NDArray[Any]) -> int:
-        address: int | None = _pointer(id(array) + AT).value if array.size else None
+        address: int | None = _pointer(id(array) + DATA_OFFSET).value if array.size else None
         return address or 0
 
     @staticmethod
@@ -112,10 +114,10 @@ class NumpyArrays:
         return array.dtype, array.shape, array.strides, array.flags.aligned
 
     @staticmethod
-    def double(length: int) -> NDArray[Any]:
+    def empty_float64(length: int) -> NDArray[Any]:
         return np.empty(length)
 
-    def tagged(self, vector: NDArray[Any]) -> int:
+    def tagged_address(self, vector: NDArray[Any]) -> int:
         tag = TAGS.get(vector.dtype)
         if tag is None or not vector.flags.c_contiguous or not vector.flags.aligned:
             return -1
@@ -127,19 +129,19 @@ class NumpyArrays:
         if nbytes < LARGE:
             return np.empty(shape, dtype)
         room = np.empty(nbytes + ALIGNED, np.uint8)
-        at = -room.__array_interface__["data"][0] % ALIGNED
-        array: NDArray[Any] = room[at : at + nbytes].view(dtype).reshape(shape)
+        start = -room.__array_interface__["data"][0] % ALIGNED
+        array: NDArray[Any] = room[start : start + nbytes].view(dtype).reshape(shape)
         return array
 
     def empty_like(self, x: NDArray[Any]) -> NDArray[Any]:
         if x.flags.c_contiguous:
             return self.empty(x.shape, x.dtype)
-        return self._ordered(x.shape, Layout.from_array(x, 0).order, x.dtype)
+        return self._empty_ordered(x.shape, Layout.from_array(x, 0).order, x.dtype)
 
-    def dense(self, x: NDArray[Any], order: tuple[int, ...]) -> NDArray[Any]:
-        return self._ordered(x.shape, order, x.dtype.newbyteorder("="))
+    def empty_ordered(self, x: NDArray[Any], order: tuple[int, ...]) -> NDArray[Any]:
+        return self._empty_ordered(x.shape, order, x.dtype.newbyteorder("="))
 
-    def _ordered(self, shape: tuple[int, ...], order: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    def _empty_ordered(self, shape: tuple[int, ...], order: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         return self.empty(tuple([shape[axis] for axis in order]), dtype).transpose(np.argsort(order))
 
     @staticmethod
@@ -152,7 +154,7 @@ class NumpyArrays:
         return np.zeros(shape, dtype)
 
     @staticmethod
-    def number(value: float) -> NDArray[Any]:
+    def scalar(value: float) -> NDArray[Any]:
         return np.array([value])
 
     @staticmethod
@@ -160,14 +162,13 @@ class NumpyArrays:
         return np.concatenate(arrays)
 
     @staticmethod
-    def chosen(x: NDArray[Any], axis: int, valid: NDArray[Any]) -> NDArray[Any]:
-        chosen: NDArray[Any] = np.moveaxis(x, axis, 0)[:, valid.squeeze(axis)]
-        return np.ascontiguousarray(chosen)
+    def select_valid(x: NDArray[Any], axis: int, valid: NDArray[Any]) -> NDArray[Any]:
+        return np.ascontiguousarray(np.moveaxis(x, axis, 0)[:, valid.squeeze(axis)])
 
     @staticmethod
-    def scatter(target: NDArray[Any], axis: int, valid: NDArray[Any], chosen: NDArray[Any]) -> None:
+    def scatter_valid(target: NDArray[Any], axis: int, valid: NDArray[Any], selected: NDArray[Any]) -> None:
         np.copyto(target, np.zeros((), target.dtype), where=~valid)
-        np.moveaxis(target, axis, 0)[:, valid.squeeze(axis)] = chosen
+        np.moveaxis(target, axis, 0)[:, valid.squeeze(axis)] = selected
 
     @staticmethod
     def check_out(out: NDArray[Any], x: NDArray[Any], residual: NDArray[Any] | None, in_place: bool) -> None:

@@ -1,6 +1,7 @@
-"""torch's tensors to their kernel in one call of a builtin function; see :mod:`gpu_bn.kernels.cpu.doors`.
+"""Doors: builtin functions that take torch tensors and run the kernel, all in one call from Python.
 
-Where there is no such function for a call, or it refuses, :mod:`gpu_bn.backends.cpu.launch` serves it.
+:mod:`gpu_bn.kernels.cpu.doors` compiles them. Where a call has no door, or its door refuses the arguments,
+:mod:`gpu_bn.backends.cpu.launch` serves it.
 """
 
 from __future__ import annotations
@@ -23,57 +24,60 @@ from gpu_bn.spec import MAX_RANK, MIN_RANK
 
 scratch_address = launch.scratch_address
 OF_Y: str = activations.OF_Y
-RELEASES = 1 << 16
-"""Bytes from which on other threads of Python's may run during a call."""
-KINDS = {torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.float64: (2, 64)}
-"""DLPack's codes and bits of dtypes."""
-SHARE = 1 << 18
-"""Bytes of input that pay for a thread of torch's team, which is awake while torch computes."""
+RELEASE_BYTES = 1 << 16
+"""Bytes of input from which on a call releases the interpreter's lock, so that other Python threads may run."""
+DLPACK_TYPES = {torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.float64: (2, 64)}
+"""The code and bits in DLPack of each dtype."""
+BYTES_PER_THREAD = 1 << 18
+"""Bytes of input that justify one thread of torch's team, which is awake while torch computes."""
 KIND: Any = compiled.kind
 DOORS: Any = compiled.forward, compiled.backward
 
 
 class Door(NamedTuple):
-    """What calls alike have in common; callers take the first four together, for attributes cost more."""
+    """What similar calls have in common. Callers unpack the first four fields, which is faster than attributes."""
 
     function: Callable[..., int] | None
-    """``None`` where it depends on the number of threads: see :func:`usable`."""
+    """``None`` where it depends on the number of threads: see :func:`with_function`."""
     record: int
     """The address of ``words``."""
     threads: int
+    """The number of threads that share the call."""
     huge: bool
     """Whether new outputs ask for huge pages."""
     words: Any
+    """The record, an array of int64: the fields, the kernel's known arguments, the shape."""
     nbytes: int
+    """Bytes of the input."""
     kind: tuple[Any, ...]
-    """What tells the function from others: its direction, and the kernel's arguments known in advance."""
-    for_threads: dict[Any, Door | None]
+    """The arguments that select the function: its direction, and how many of the kernel's arguments are known."""
+    by_threads: dict[Any, Door | None]
     """The door with its function, by the numbers of threads allowed."""
 
 
 _doors: dict[Any, Door | None] = {}
-"""``None`` for calls that go another way."""
+"""The doors by layouts and options; ``None`` for calls that have no door."""
 
 
 def forward(x: Tensor, residual: Tensor | None, trains: bool, activation: str) -> Door | None:
-    """The door of forward calls like this one."""
+    """Return the door for forward calls like this one; ``None`` if there is none."""
     if residual is not None and residual.layout is not torch.strided:
         return None
     key = x.dtype, x.shape, x.stride(), None if residual is None else residual.stride(), trains, activation
     try:
         return _doors[key]
     except KeyError:
-        if not _fits(x, residual):
+        if not _are_supported(x, residual):
             return None
         tensors = x, residual, torch.empty_like(x)
         prepared = launch.prepare_forward(TENSORS, tensors, 1, trains, activation, False)
-        return _remember(key, prepared, True, trains, tensors)
+        return _build(key, prepared, True, trains, tensors)
 
 
 def backward(
     x: Tensor, residual: Tensor | None, dy: Tensor, dx: bool, dresidual: bool, sums: bool, trains: bool, activation: str
 ) -> Door | None:
-    """The door of backward calls like this one, which write ``dx`` and ``dresidual`` or not."""
+    """Return the door for backward calls like this one; ``dx`` and ``dresidual`` tell whether to write them."""
     key = (
         x.dtype, x.shape, x.stride(), None if residual is None else residual.stride(), dy.stride(), dx, dresidual, sums,
         trains, activation,
@@ -81,26 +85,31 @@ def backward(
     try:
         return _doors[key]
     except KeyError:
-        if not (_fits(x, residual) and _fits(x, dy)):
+        if not (_are_supported(x, residual) and _are_supported(x, dy)):
             return None
         new = torch.empty_like(x)
         tensors = x, residual, dy, new if dx else None, new if dresidual else None
         prepared = launch.prepare_backward(TENSORS, tensors, 1, sums, activation)
-        return _remember(key, prepared, False, trains and sums, tensors)
+        return _build(key, prepared, False, trains and sums, tensors)
 
 
 def compile_for(shapes: Sequence[tuple[int, ...]], activation: str) -> None:
-    """Compile what calls of such tensors take; the functions are the same for all dtypes and activations."""
+    """Compile the functions for calls with tensors of these shapes; they serve all dtypes and activations."""
     for x in map(torch.ones, shapes):
         for door in (forward(x, None, True, activation), backward(x, None, x, True, False, True, True, activation)):
             if door is not None and team.address() is not None:
                 _builtin(True, *door.kind)
 
 
-def _fits(x: Tensor, other: Tensor | None) -> bool:
-    """Whether kernels read tensors of x's shape and dtype, and the other has both."""
+def _are_supported(x: Tensor, other: Tensor | None) -> bool:
+    """Tell whether doors take tensors of x's shape and dtype, and ``other``, if given, has both."""
     mine, its = (None if one is None else (one.dtype, one.shape) for one in (x, other))
-    return x.dtype in KINDS and MIN_RANK <= x.dim() <= MAX_RANK and 0 not in x.shape and (other is None or mine == its)
+    return (
+        x.dtype in DLPACK_TYPES
+        and MIN_RANK <= x.dim() <= MAX_RANK
+        and 0 not in x.shape
+        and (other is None or mine == its)
+    )
 
 
 def advise(one: Tensor) -> None:
@@ -108,50 +117,50 @@ def advise(one: Tensor) -> None:
     pages.advise(one.data_ptr(), one.nbytes)
 
 
-def usable(door: Door) -> Door | None:
-    """A door, for as many threads as are to do the work; ``None`` if these are not torch's."""
+def with_function(door: Door) -> Door | None:
+    """Return the door with the function for the number of threads to use; ``None`` if torch's team cannot serve it."""
     if door.function is not None:
         return door
-    most = threads.get_num_threads(), torch.get_num_threads() if team.address() else 1
+    allowed = threads.get_num_threads(), torch.get_num_threads() if team.address() else 1
     try:
-        return door.for_threads[most]
+        return door.by_threads[allowed]
     except KeyError:
-        count = min(threads.threads_for(door.nbytes, SHARE), most[1])
-        alone = count == 1 and threads.threads_for(door.nbytes) > 1
-        found = None if alone else door._replace(function=_builtin(count > 1, *door.kind), threads=count)
-        return door.for_threads.setdefault(most, found)
+        count = min(threads.threads_for(door.nbytes, BYTES_PER_THREAD), allowed[1])
+        needs_pool = count == 1 and threads.threads_for(door.nbytes, threads.BYTES_PER_THREAD) > 1
+        chosen = None if needs_pool else door._replace(function=_builtin(count > 1, *door.kind), threads=count)
+        return door.by_threads.setdefault(allowed, chosen)
 
 
-def _remember(key: Any, prepared: launch.Prepared | None, forward: bool, trains: bool, tensors: Any) -> Door | None:
-    threads.get_num_threads()  # which refuses what the environment says, also where one thread does the work
-    look = _look()
+def _build(key: Any, prepared: launch.Prepared | None, forward: bool, trains: bool, tensors: Any) -> Door | None:
+    threads.get_num_threads()  # raises for a bad environment variable, even where one thread does the work
+    reader = _dlpack_reader()
     x, residual = tensors[:2]
     door = None
     if (
-        look
+        reader
         and prepared is not None
         and prepared.scratch + 16 * prepared.channels <= plans.KEPT
         and (prepared.positions > 1 or not trains)
     ):
-        rank, (code, bits) = x.dim(), KINDS[x.dtype]
-        kind = forward, len(prepared.head), len(prepared.shape), len(prepared.cut)
+        rank, (code, bits) = x.dim(), DLPACK_TYPES[x.dtype]
+        kind = forward, len(prepared.head), len(prepared.shape), len(prepared.tail)
         fields = (
-            look, id(None), KIND(rank, code, bits), prepared.channels, bits // 8 - 1, _extent(x),
-            0 if residual is None else _extent(residual), int(prepared.nbytes >= RELEASES), int(trains),
-            prepared.positions, prepared.scratch, plans.address(prepared.kernel, FLOATS), prepared.every,
+            reader, id(None), KIND(rank, code, bits), prepared.channels, bits // 8 - 1, _extent(x),
+            0 if residual is None else _extent(residual), int(prepared.nbytes >= RELEASE_BYTES), int(trains),
+            prepared.positions, prepared.scratch, plans.address(prepared.kernel, FLOATS), prepared.all_phases,
             *(team.address() or (0, 0)),
         )  # fmt: skip
-        words = array("q", (*fields, *prepared.head, *prepared.shape, *prepared.cut, *x.shape))
-        function = _builtin(False, *kind) if prepared.nbytes < 2 * SHARE else None
+        words = array("q", (*fields, *prepared.head, *prepared.shape, *prepared.tail, *x.shape))
+        function = _builtin(False, *kind) if prepared.nbytes < 2 * BYTES_PER_THREAD else None
         door = Door(function, words.buffer_info()[0], 1, prepared.huge, words, prepared.nbytes, kind, {})
-    if len(_doors) >= launch.PREPARED:
+    if len(_doors) >= launch.MAX_PREPARED:
         _doors.clear()
     _doors[key] = door
     return door
 
 
 def _extent(one: Tensor) -> int:
-    """The bytes from a tensor's first element to behind its last."""
+    """Return the bytes from the start of a tensor's first element to the end of its last."""
     last = sum([(size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True)])
     return (last + 1) * one.element_size()
 
@@ -162,8 +171,8 @@ def _builtin(shares: bool, forward: bool, *counts: int) -> Callable[..., int]:
 
 
 @cache
-def _look() -> int:
-    """The address of the function that looks at a tensor, of DLPack's exchange interface; 0 if torch has none."""
+def _dlpack_reader() -> int:
+    """Return the address of the function that reads a tensor in DLPack's exchange interface; 0 if torch has none."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return 0

@@ -1,4 +1,4 @@
-"""Compiled functions as builtin ones, which Python calls directly."""
+"""Compiled functions as builtin functions, which Python calls directly."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gpu_bn.kernels.cpu import doors
 
 METH_FASTCALL = 0x80
 FLOATS = ("momentum", "count", "eps", "p")
-"""The parameters of a whole call's kernel that are no integers."""
+"""The parameters of a whole call's kernel that are float64; the others are int64."""
 
 
 class _Method(ctypes.Structure):
-    """CPython's ``PyMethodDef``."""
+    """The structure ``PyMethodDef`` of CPython."""
 
     _fields_ = (
         ("name", ctypes.c_char_p),
@@ -27,12 +27,12 @@ class _Method(ctypes.Structure):
 
 
 _methods: list[_Method] = []
-"""Which must live as long as the functions."""
+"""The definitions of all builtin functions, which must live as long as these."""
 
 
-def builtin(door: Any) -> Callable[..., int]:
-    """A compiled function as a builtin one."""
-    _methods.append(_Method(b"door", plans.address(door, ()), METH_FASTCALL, None))
+def builtin(compiled: Any) -> Callable[..., int]:
+    """Return a compiled function, of the signature for ``METH_FASTCALL``, as a builtin function."""
+    _methods.append(_Method(b"door", plans.address(compiled, ()), METH_FASTCALL, None))
     make = ctypes.pythonapi.PyCFunction_NewEx
     make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     function: Callable[..., int] = make(ctypes.addressof(_methods[-1]), None, None)
@@ -41,7 +41,7 @@ def builtin(door: Any) -> Callable[..., int]:
 
 @cache
 def entry(kernel: Any) -> Callable[..., int]:
-    """A whole call's kernel as a function of numbers, which runs without the interpreter's lock."""
-    floats = sum(1 << at for at, name in enumerate(kernel.parameters) if name in FLOATS)
+    """Return a whole call's kernel as a function of ints and floats that runs without the interpreter's lock."""
+    floats = sum(1 << bit for bit, name in enumerate(kernel.parameters) if name in FLOATS)
     plain: Any = doors.plain
     return partial(builtin(plain(len(kernel.parameters), floats)), plans.address(kernel, FLOATS))

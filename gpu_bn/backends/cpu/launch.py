@@ -1,7 +1,7 @@
-"""One call of kernels: its arguments as addresses, and the phases that threads share.
+"""Launching a call's kernel: its arguments as addresses, and the phases that threads share.
 
-What follows from shapes, strides and options is prepared once for all calls alike. Per-channel vectors that are not
-dense ones of float32 or float64 are copied.
+Whatever depends on shapes, strides and options only is prepared once for all similar calls. Per-channel vectors that
+are not contiguous float32 or float64 are converted to float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from gpu_bn.backends.cpu import pages, plans, threads
 from gpu_bn.backends.cpu.arrays import LARGE, Arrays
 from gpu_bn.backends.cpu.entries import entry
-from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Saved, Sums
+from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Moments, Saved, Sums
 from gpu_bn.call import Call
 from gpu_bn.kernels.cpu import calls_channels, calls_rows
 from gpu_bn.kernels.cpu.activations import NAMES, OF_Y
@@ -24,26 +24,29 @@ from gpu_bn.kernels.cpu.vector import BYTES, FLOAT16, FLOAT64, SIZES
 from gpu_bn.spec import BatchNormSpec
 
 Array = Any
-WHICH = {name: at for at, name in enumerate(NAMES)}
+ACTIVATION_CODES = {name: code for code, name in enumerate(NAMES)}
 Phases = tuple[tuple[int, bool], ...]
-IN_TURN: Phases = ((START, False), (SUM, True), (FINISH, False), (WRITE, True), (END, False))
-"""The phases of a call, and which of them threads share."""
+SEPARATE: Phases = ((START, False), (SUM, True), (FINISH, False), (WRITE, True), (END, False))
+"""The phases of a call, each with whether threads share it."""
 FUSED: Phases = ((START, False), (SUM, True), (END, False))
-PREPARED = 512
+"""The phases of a fused call, which also writes in ``SUM``."""
+MAX_PREPARED = 512
+"""Similar calls whose preparation is kept."""
 
 
 class Prepared(NamedTuple):
-    """What calls alike have in common."""
+    """What similar calls have in common."""
 
     kernel: Any
     phases: Phases
-    every: int
-    """All phases."""
+    all_phases: int
+    """The bits of all phases."""
     head: tuple[int, ...]
-    """The kernel's arguments before addresses."""
+    """The kernel's arguments before the addresses of tensors."""
     shape: tuple[int, ...]
-    """Those from the tensors' steps on."""
-    cut: tuple[int, ...]
+    """Its arguments after them: strides between runs, the item size, runs, channels, length."""
+    tail: tuple[int, ...]
+    """Its arguments before the scratch memory: how the tensors are cut."""
     channels: int
     positions: int
     scratch: int
@@ -53,7 +56,7 @@ class Prepared(NamedTuple):
 
 
 _prepared: dict[Any, Prepared | None] = {}
-"""``None`` for tensors that kernels cannot follow."""
+"""By a key of layouts and options; ``None`` for tensors that kernels cannot read by strides."""
 _local = threading.local()
 
 
@@ -64,12 +67,12 @@ def forward(
     in_place: bool = False,
     at_once: bool = False,
     fresh: bool = False,
-) -> tuple[Array, Array, int] | None:
-    """Write ``call.out``, if it is given, move the running statistics, and return mean and variance, and their count.
+) -> Moments | None:
+    """Write ``call.out`` if it is given, update the running statistics, and return the float64 moments.
 
-    The two are float64. ``call.counter``, of int64, is incremented. ``at_once``: all that is tracked is to be written
-    by the last call into C. ``fresh``: the output is new, like x. ``None``, and nothing done, where kernels cannot do
-    so or cannot follow the strides, and in evaluation where memory does not suffice.
+    ``call.counter``, an int64, is incremented. With ``at_once``, the last call into C writes all tracked values.
+    ``fresh`` tells that the output is new and laid out like x. Do nothing and return ``None`` where kernels cannot do
+    this or cannot read the tensors by strides, and in evaluation where memory runs out.
     """
     x, residual, y, counter = call.x, call.residual, call.out, call.counter
     vectors = (call.weight, call.bias, call.running_mean, call.running_var)
@@ -86,27 +89,27 @@ def forward(
             prepared = _remember(key, prepare_forward(arrays, tensors, axis, batch_stats, activation, in_place))
         if prepared is None:
             return None
-        parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
+        parameters = [0 if one is None else arrays.tagged_address(one) for one in vectors]
         if at_once and batch_stats and -1 in parameters[2:]:
             return None
-        wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else vectors
-        mean, var = arrays.double(prepared.channels), arrays.double(prepared.channels)
+        wide = _widen(arrays, vectors, parameters, True) if -1 in parameters else vectors
+        mean, var = arrays.empty_float64(prepared.channels), arrays.empty_float64(prepared.channels)
         if prepared.huge:
             pages.advise(address(y), prepared.nbytes)
-        room = _room(prepared)
+        scratch = _allocate_scratch(prepared)
         arguments = (
             address(x), 0 if residual is None else address(residual), 0 if y is None else address(y),
             *prepared.shape, *parameters, 0 if counter is None else address(counter), address(mean), address(var),
-            int(batch_stats), float(spec.momentum), spec.eps, spec.activation.parameter, *prepared.cut,
+            int(batch_stats), float(spec.momentum), spec.eps, spec.activation.parameter, *prepared.tail,
         )  # fmt: skip
     except MemoryError:
         if batch_stats:
             raise
         return None
-    _run(prepared, room, *arguments)
+    _run(prepared, scratch, *arguments)
     if batch_stats and wide is not vectors:
-        _give_back(arrays, vectors[2:], wide[2:])
-    return mean, var, prepared.positions
+        _copy_back(arrays, vectors[2:], wide[2:])
+    return Moments(prepared.positions, mean, var)
 
 
 def backward(
@@ -117,11 +120,12 @@ def backward(
     sums: bool,
     given: Sums | None = None,
     fresh: bool = False,
-) -> tuple[Array, Array] | None:
-    """Write the gradients that are given, and return the sums of dz and dz * xhat, float64: computed, or those given.
+) -> Sums | None:
+    """Write the gradients whose arrays are given, and return the float64 sums of dz and dz * xhat.
 
-    The statistics saved are dense vectors of float64. ``fresh``: dx and dresidual are new, like x. ``None`` as of
-    :func:`forward`.
+    ``given`` are the sums if they are known; ``sums`` tells to compute them. The saved statistics are contiguous
+    float64 vectors. ``fresh`` tells that dx and dresidual are new and laid out like x. Do nothing and return ``None``
+    where kernels cannot read the tensors by strides.
     """
     x, residual, spec, (dx, dweight, dbias, dresidual) = saved.x, saved.residual, saved.spec, grads
     axis, activation, vectors, gradients = spec.axis, spec.activation.name, (saved.weight, saved.bias), (dweight, dbias)
@@ -138,165 +142,181 @@ def backward(
         prepared = _remember(key, prepare_backward(arrays, tensors, axis, sums, activation))
     if prepared is None:
         return None
-    parameters = [0 if one is None else arrays.tagged(one) for one in vectors]
-    written = [0 if one is None else arrays.tagged(one) for one in gradients]
-    wide = _widened(arrays, vectors, parameters, True) if -1 in parameters else None
-    results = _widened(arrays, gradients, written, False) if -1 in written else gradients
-    found = given or (arrays.double(prepared.channels), arrays.double(prepared.channels))
+    parameters = [0 if one is None else arrays.tagged_address(one) for one in vectors]
+    written = [0 if one is None else arrays.tagged_address(one) for one in gradients]
+    wide = _widen(arrays, vectors, parameters, True) if -1 in parameters else None
+    results = _widen(arrays, gradients, written, False) if -1 in written else gradients
+    totals = given or Sums(arrays.empty_float64(prepared.channels), arrays.empty_float64(prepared.channels))
     if prepared.huge:
         for one in (dx, dresidual):
             if one is not None:
                 pages.advise(address(one), prepared.nbytes)
+    scratch = _allocate_scratch(prepared)
     _run(
-        prepared, _room(prepared), *[0 if one is None else address(one) for one in tensors], *prepared.shape,
-        *parameters, *written, address(saved.moments.mean), address(saved.moments.var), *map(address, found),
-        int(spec.batch_stats and (sums or given is not None)), number(saved.positions), spec.eps,
-        spec.activation.parameter, *prepared.cut,
+        prepared, scratch, *[0 if one is None else address(one) for one in tensors], *prepared.shape,
+        *parameters, *written, address(saved.moments.mean), address(saved.moments.var), *map(address, totals),
+        int(spec.batch_stats and (sums or given is not None)), count_value(saved.positions), spec.eps,
+        spec.activation.parameter, *prepared.tail,
     )  # fmt: skip
-    del wide  # until here
+    del wide  # kept until here, for the kernel reads it
     if results is not gradients:
-        _give_back(arrays, gradients, results)
-    return found
+        _copy_back(arrays, gradients, results)
+    return totals
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
-def number(count: Any) -> float:
-    """A count, which may be an array of one."""
+def count_value(count: Any) -> float:
+    """Return a count, an int or an array with one element, as a float."""
     return float(count if isinstance(count, int) else count.item())
 
 
-def _widened(arrays: Arrays, vectors: tuple[Any, ...], addresses: list[int], read: bool) -> tuple[Any, ...]:
-    """The vectors, in float64 where the address is -1, and is put right."""
-    found = list(vectors)
-    for at, vector in enumerate(vectors):
-        if addresses[at] == -1:
-            found[at] = arrays.double(vector.shape[0])
+def _widen(arrays: Arrays, vectors: tuple[Any, ...], addresses: list[int], read: bool) -> tuple[Any, ...]:
+    """Return the vectors, with new float64 ones where the address is -1, and set these addresses.
+
+    ``read`` tells whether the kernel reads the vectors, so that their values must be copied.
+    """
+    wide = list(vectors)
+    for i, vector in enumerate(vectors):
+        if addresses[i] == -1:
+            wide[i] = arrays.empty_float64(vector.shape[0])
             if read:
-                arrays.assign(found[at], vector)
-            addresses[at] = arrays.tagged(found[at])
-    return tuple(found)
+                arrays.assign(wide[i], vector)
+            addresses[i] = arrays.tagged_address(wide[i])
+    return tuple(wide)
 
 
-def _give_back(arrays: Arrays, vectors: tuple[Any, ...], written: tuple[Any, ...]) -> None:
-    for vector, where in zip(vectors, written, strict=True):
-        if where is not vector:
-            arrays.assign(vector, where)
+def _copy_back(arrays: Arrays, vectors: tuple[Any, ...], written: tuple[Any, ...]) -> None:
+    for vector, source in zip(vectors, written, strict=True):
+        if source is not vector:
+            arrays.assign(vector, source)
 
 
 # ------------------------------------------------------------------------------------------------------- preparations
 def _remember(key: Any, prepared: Prepared | None) -> Prepared | None:
-    if len(_prepared) >= PREPARED:
+    if len(_prepared) >= MAX_PREPARED:
         _prepared.clear()
     parts: dict[Any, Any] = {}
-    _prepared[tuple([parts.setdefault(part, part) for part in key])] = prepared  # of equal layouts one is kept
+    _prepared[tuple([parts.setdefault(part, part) for part in key])] = prepared  # keep one object of equal layouts
     return prepared
 
 
 def prepare_forward(
     arrays: Arrays, tensors: tuple[Any, ...], axis: int, batch_stats: bool, activation: str, in_place: bool
 ) -> Prepared | None:
-    """What calls of :func:`forward` alike have in common; ``tensors`` are x, residual and y."""
-    code, seen, steps, dense = _seen(arrays, tensors, axis)
-    if steps is None:
+    """Prepare calls of :func:`forward` with tensors like x, residual and y; ``None`` if kernels cannot read them."""
+    code, geometry, strides, dense = _inspect(arrays, tensors, axis)
+    if strides is None:
         return None
-    plan = plans.plan(seen, code, dense, not batch_stats)
+    plan = plans.plan(geometry, code, dense, not batch_stats)
     writes = tensors[2] is not None
-    kernels = plans.forward_kernels(plan.by_rows, code, WHICH[activation], tensors[1] is not None, batch_stats, writes)
+    which = ACTIVATION_CODES[activation]
+    kernels = plans.forward_kernels(plan.by_rows, code, which, tensors[1] is not None, batch_stats, writes)
     fused = batch_stats and plan.group > 0
     kernel = calls_rows.forward if plan.by_rows else calls_channels.forward
-    return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, writes and not in_place)
+    return _prepare(kernel, kernels, plan, fused, code, geometry, strides, writes and not in_place)
 
 
 def prepare_backward(
     arrays: Arrays, tensors: tuple[Any, ...], axis: int, sums: bool, activation: str
 ) -> Prepared | None:
-    """As :func:`prepare_forward`; ``tensors`` are x, residual, dy, dx and dresidual."""
-    code, seen, steps, dense = _seen(arrays, tensors, axis)
-    if steps is None:
+    """Prepare calls of :func:`backward`; ``tensors`` are x, residual, dy, dx and dresidual. ``None`` if unreadable."""
+    code, geometry, strides, dense = _inspect(arrays, tensors, axis)
+    if strides is None:
         return None
-    plan = plans.plan(seen, code, dense, False)
+    plan = plans.plan(geometry, code, dense, False)
     _, residual, _, dx, dresidual = tensors
     kernels = plans.backward_kernels(
-        plan.by_rows, code, WHICH[activation], residual is not None, sums, dx is not None, dresidual is not None
+        plan.by_rows,
+        code,
+        ACTIVATION_CODES[activation],
+        residual is not None,
+        sums,
+        dx is not None,
+        dresidual is not None,
     )
     kernel = calls_rows.backward if plan.by_rows else calls_channels.backward
     fused = sums and plan.group > 0
-    return _prepared_call(kernel, kernels, plan, fused, code, seen, steps, dx is not None)
+    return _prepare(kernel, kernels, plan, fused, code, geometry, strides, dx is not None)
 
 
-def _seen(arrays: Arrays, tensors: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
-    """The dtype's code, the geometry, each tensor's step, or ``None`` if kernels cannot follow one, and whether all
-    are dense."""
+def _inspect(arrays: Arrays, tensors: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
+    """Return the code of the dtype, the geometry, each tensor's stride between runs, and whether none has gaps.
+
+    An absent tensor has the stride 0. The strides are ``None`` if kernels cannot read one of the tensors.
+    """
     x = tensors[0]
     code = arrays.code(x.dtype)
     if code == FLOAT16 and not supports_float16():
         raise BackendUnavailableError("float16 with backend 'cpu' needs a processor that converts it (F16C)")
-    seen = plans.geometry(tuple(x.shape), arrays.strides(x) or arrays.byte_strides(x), axis)
-    period = seen.channels * seen.length
-    steps = []
+    geometry = plans.geometry_of(tuple(x.shape), arrays.strides(x) or arrays.byte_strides(x), axis)
+    run_strides = []
     for one in tensors:
         strides = None if one is None else arrays.strides(one)
-        step = None if strides is None else plans.step(tuple(x.shape), strides, seen)
-        if one is not None and step is None:
-            return code, seen, None, False
-        steps.append(0 if step is None else step)
-    dense = seen.runs == 1 or all(step == period for step, one in zip(steps, tensors, strict=True) if one is not None)
-    return code, seen, tuple(steps), dense
+        run_stride = None if strides is None else plans.run_stride(tuple(x.shape), strides, geometry)
+        if one is not None and run_stride is None:
+            return code, geometry, None, False
+        run_strides.append(run_stride or 0)
+    period = geometry.channels * geometry.length
+    present = [stride for stride, one in zip(run_strides, tensors, strict=True) if one is not None]
+    return code, geometry, tuple(run_strides), geometry.runs == 1 or all(stride == period for stride in present)
 
 
-def _prepared_call(
+def _prepare(
     kernel: Any,
     kernels: tuple[int, ...],
     plan: plans.Plan,
     fused: bool,
     code: int,
-    seen: plans.Geometry,
-    steps: tuple[int, ...],
+    geometry: plans.Geometry,
+    run_strides: tuple[int, ...],
     writes: bool,
 ) -> Prepared:
-    cut: tuple[int, ...] = (plan.group, plan.part_runs, plan.part_channels, plan.part_length)
+    tail: tuple[int, ...] = (plan.group, plan.part_runs, plan.part_channels, plan.part_length)
     head: tuple[int, ...] = (int(fused), *kernels)
-    shape = (*steps, SIZES[code], *seen[:3])
+    runs, channels, length = geometry[:3]
+    shape = (*run_strides, SIZES[code], runs, channels, length)
     if plan.by_rows:
-        cut, head, shape = (plan.chunks, plan.width), kernels, (*shape, plan.folded)
-    nbytes = SIZES[code] * seen.runs * seen.channels * seen.length
-    # Where x and y stay in the last cache, such stores take twice as long. They need addresses that are multiples of
-    # BYTES: large new outputs begin at one, and so do their rows if each has a multiple of BYTES.
+        tail, head, shape = (plan.chunks, plan.width), kernels, (*shape, plan.folded)
+    nbytes = SIZES[code] * runs * channels * length
+    # Stores past the caches pay off only if x and y do not fit in the last-level cache; else they take twice as long.
+    # They need addresses that are multiples of BYTES: large new outputs begin at one, and so does each of their rows if
+    # its length in bytes is a multiple.
     past = writes and nbytes >= LARGE and 2 * nbytes > plans.last_cache()
-    past = past and not (plan.by_rows and SIZES[code] * plan.folded * seen.channels * seen.length % BYTES)
-    phases = FUSED if fused else IN_TURN
+    past = past and not (plan.by_rows and SIZES[code] * plan.folded * channels * length % BYTES)
+    phases = FUSED if fused else SEPARATE
     return Prepared(
-        kernel=kernel, phases=phases, every=sum(phase for phase, _ in phases), head=head, shape=shape,
-        cut=(int(code == FLOAT64), int(past), *cut), channels=seen.channels, positions=seen.runs * seen.length,
+        kernel=kernel, phases=phases, all_phases=sum(phase for phase, _ in phases), head=head, shape=shape,
+        tail=(int(code == FLOAT64), int(past), *tail), channels=channels, positions=runs * length,
         scratch=plan.scratch, nbytes=nbytes, huge=writes and nbytes >= pages.LARGE,
     )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ the call
-def _room(prepared: Prepared) -> tuple[int, int, Any]:
-    """On how many threads a call runs, where its scratch memory is, and what keeps that."""
-    count = threads.threads_for(prepared.nbytes)
+def _allocate_scratch(prepared: Prepared) -> tuple[int, int, Any]:
+    """Return the number of threads for a call, the address of its scratch memory, and the object that owns that."""
+    count = threads.threads_for(prepared.nbytes, threads.BYTES_PER_THREAD)
     if count == 1 and prepared.scratch <= plans.KEPT:
         return 1, scratch_address(), None
-    scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # counters first
+    scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # parts' counters come first
     return count, -(-scratch.__array_interface__["data"][0] // LINE) * LINE, scratch
 
 
-def _run(prepared: Prepared, room: tuple[int, int, Any], *arguments: Any) -> None:
-    """Run a kernel's phases, on several threads if that pays."""
-    kernel, head, (count, at, _) = entry(prepared.kernel), prepared.head, room
+def _run(prepared: Prepared, scratch: tuple[int, int, Any], *arguments: Any) -> None:
+    """Run the phases of a kernel on the given number of threads."""
+    kernel, head, (count, address, _) = entry(prepared.kernel), prepared.head, scratch
+    arguments = (*arguments, address + LINE, address)
     if count == 1:
-        kernel(prepared.every, *head, *arguments, at + LINE, at)
+        kernel(prepared.all_phases, *head, *arguments)
         return
     for phase, shared in prepared.phases:
         if shared:
-            threads.run(lambda phase=phase: kernel(phase, *head, *arguments, at + LINE, at), count)  # type: ignore[misc]
+            threads.run(lambda phase=phase: kernel(phase, *head, *arguments), count)  # type: ignore[misc]
         else:
-            kernel(phase, *head, *arguments, at + LINE, at)
+            kernel(phase, *head, *arguments)
 
 
 def scratch_address() -> int:
-    """The address of memory that this thread keeps: a call that runs by itself has it to itself."""
+    """Return the address of scratch memory that this thread keeps; a call on one thread has it to itself."""
     try:
         return _local.address  # type: ignore[no-any-return]
     except AttributeError:

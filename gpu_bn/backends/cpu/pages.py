@@ -1,7 +1,7 @@
 """Huge pages for large outputs.
 
-What an allocator has just taken from the system has no pages yet: the kernel's first write to each, of 4 KB, stops at
-a fault, which costs more than the whole call. Linux gives 2 MB at a fault where it is told that they will be used.
+Memory that an allocator has just taken from the system has no pages yet: the first write to each page of 4 KB causes a
+page fault. For a large output the faults take longer than the call itself. Linux maps 2 MB at a fault if asked to.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from functools import cache
 from typing import Any
 
 LARGE = 3 << 20
-"""Bytes of an output that asks for them."""
+"""Bytes from which on an output gets huge pages."""
 PAGE = 2 << 20
 MADV_HUGEPAGE = 14
 
 
 def advise(address: int, nbytes: int) -> None:
-    """Ask for huge pages, which systems may refuse, for all of them that lie within some memory."""
+    """Ask Linux to use huge pages for those that lie wholly within this memory; it may refuse."""
     first, end = -(-address // PAGE) * PAGE, (address + nbytes) // PAGE * PAGE
     madvise = _madvise()
     if madvise is not None and end > first:

@@ -1,4 +1,7 @@
-"""How a tensor is cut into channels or rows, and which kernels serve it. All of it follows from shapes and strides."""
+"""Plans: how a tensor is cut into channels or rows, and which kernels serve it.
+
+A plan depends on shapes, strides and dtypes alone.
+"""
 
 from __future__ import annotations
 
@@ -10,90 +13,89 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu_bn.activations import ROWS
-from gpu_bn.backends.layout import memory_order
+from gpu_bn.backends.layout import Layout
 from gpu_bn.kernels.cpu import channels, rows
 from gpu_bn.kernels.cpu.activations import CHEAP, NAMES, OF_Y
 from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64, SIZES, WIDE
 
 SHORT = 16
-"""Adjacent elements of a channel below which channels are columns of rows."""
-MEDIUM, ENOUGH = 36, 16
-"""Up to so many they are too, of as many runs or more (of float64 twice, to evaluate half as many), if the scratch
-memory is then at most ``KEPT``: a vector or two take less time than what each run of a channel takes besides."""
+"""The run length below which a tensor is processed by rows, with its channels as columns."""
+MEDIUM, MIN_RUNS = 36, 16
+"""Runs of up to ``MEDIUM`` elements are also processed by rows if there are at least ``MIN_RUNS`` (twice as many for
+float64, half as many in evaluation) and the scratch memory fits in ``KEPT``: with so few vectors in a run, the fixed
+cost of each run of a channel dominates."""
 KEPT = 1 << 19
 """Bytes of scratch memory that each thread keeps for its next call."""
 TINY = 2048
-"""Elements up to which they are not: one pass over few elements costs less than sums of columns."""
+"""Tensors of at most this many elements are processed by channels: one pass costs less than sums of columns."""
 GROUP = 128 << 10
-"""Bytes of channels, at least, that are summed, then written, together: they stay in the second-level cache in between,
-and the processor need not wait for one channel's last sum before it starts with the next. A larger cache has larger
-groups, whose memory lies in longer pieces. No sum depends on it."""
+"""The minimum bytes of a group of channels, which are first summed, then written, together. In between they stay in the
+second-level cache, and the processor need not wait for the last sum of one channel before it starts the next. Larger
+caches get larger groups, which are longer pieces of memory. Sums do not depend on it."""
 SHARE = 16 << 20
-"""Bytes of the last cache that count for each core, at most: virtual machines are told its size on a host of many."""
+"""The maximum bytes of the last-level cache per core: a virtual machine sees the cache of the whole host."""
 FEW_CHANNELS, LARGE = 16, 1 << 20
-"""So few channels of a tensor of so many elements are cut into parts, so that threads have enough of them."""
+"""Tensors with fewer than ``FEW_CHANNELS`` channels and at least ``LARGE`` elements have their channels cut into parts,
+so that all threads have work."""
 PART = 1 << 15
 """Elements of a part."""
 CHUNKS, CHUNK, COLUMN = 16, 1 << 17, 64
-"""Chunks of rows at most, and elements of one at least: each has sums of its own, which are cleared and added up.
+"""The maximum number of chunks of rows, the minimum elements of a chunk, and the minimum bytes of a column in a chunk.
 
-They take 16 bytes a column, of float64 elements 32; more than two chunks have ``COLUMN`` bytes of each column at least,
-or twice that: four times as much."""
-FOLDED, MOST_FOLDED = 64, 640
-"""Rows of less than 1024 columns are joined to longer ones, of a multiple of ``FOLDED`` columns, whole wide vectors, if
-that takes no more than ``MOST_FOLDED``; else of at least ``FOLDED``, a whole number of vectors."""
+Each chunk has separate sums, which must be cleared and added up. They take 16 bytes for each column (32 for float64
+elements), so that with more than two chunks a column has at least ``COLUMN`` bytes (twice that), four times as much."""
+FOLDED, MAX_FOLDED = 64, 640
+"""Rows of less than 1024 columns are joined to a multiple of ``FOLDED`` columns (whole wide vectors) if that is at most
+``MAX_FOLDED`` columns, else to a whole number of vectors with at least ``FOLDED`` columns."""
 
 
 class Geometry(NamedTuple):
-    """A tensor as (runs, channels, length), with its axes in the order in which they lie in memory.
+    """A tensor as (runs, channels, length), with its axes in memory order.
 
-    ``order`` is that order, ``at`` the channels' place in it.
+    ``order`` is that order, ``place`` the index of the channel axis in it.
     """
 
     runs: int
     channels: int
     length: int
     order: tuple[int, ...]
-    at: int
+    place: int
 
 
-def geometry(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Geometry:
-    order = memory_order(shape, strides)
-    at = order.index(axis)
-    sizes = [shape[a] for a in order]
-    return Geometry(math.prod(sizes[:at]), shape[axis], math.prod(sizes[at + 1 :]), order, at)
+def geometry_of(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Geometry:
+    """Return the geometry of a tensor, from its strides in any unit."""
+    layout = Layout.from_strides(shape, strides, axis)
+    return Geometry(layout.n, layout.c, layout.s, layout.order, layout.order.index(axis))
 
 
-def step(shape: tuple[int, ...], strides: tuple[int, ...], seen: Geometry) -> int | None:
-    """Elements from a run to the next, of a tensor seen as another is; ``None`` if it cannot be."""
+def run_stride(shape: tuple[int, ...], strides: tuple[int, ...], geometry: Geometry) -> int | None:
+    """Return the elements from one run to the next; ``None`` if a tensor with these strides lacks the geometry."""
     expected = 1
-    for place in range(len(shape) - 1, seen.at - 1, -1):
-        size, stride = shape[seen.order[place]], strides[seen.order[place]]
-        if size > 1 and stride != expected:
+    for axis in reversed(geometry.order[geometry.place :]):
+        if shape[axis] > 1 and strides[axis] != expected:
             return None
-        expected *= size
-    found = None
-    for place in range(seen.at - 1, -1, -1):
-        size, stride = shape[seen.order[place]], strides[seen.order[place]]
-        if size == 1:
+        expected *= shape[axis]
+    between_runs = None
+    for axis in reversed(geometry.order[: geometry.place]):
+        if shape[axis] == 1:
             continue
-        if found is None:
-            if stride < expected:
+        if between_runs is None:
+            if strides[axis] < expected:
                 return None
-            found = expected = stride
-        elif stride != expected:
+            between_runs = expected = strides[axis]
+        elif strides[axis] != expected:
             return None
-        expected *= size
-    return expected if found is None else found
+        expected *= shape[axis]
+    return expected if between_runs is None else between_runs
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a tensor is cut; see :mod:`gpu_bn.kernels.cpu.calls_channels` and ``calls_rows`` for the numbers."""
+    """How a tensor is cut; :mod:`gpu_bn.kernels.cpu.calls_channels` and ``calls_rows`` explain the numbers."""
 
     by_rows: bool
     scratch: int
-    """Bytes."""
+    """Bytes of scratch memory."""
     group: int = 0
     parts: int = 0
     part_runs: int = 0
@@ -104,35 +106,34 @@ class Plan:
     width: int = 0
 
 
-def plan(seen: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
-    """How to cut a tensor; ``dense`` if all tensors of the call are."""
-    runs, count_channels, length = seen[:3]
+def plan(geometry: Geometry, code: int, dense: bool, evaluates: bool) -> Plan:
+    """Plan how to cut a tensor of the dtype ``code``; ``dense`` tells whether no tensor of the call has gaps."""
+    runs, count_channels, length = geometry[:3]
     size, total = SIZES[code], runs * count_channels * length
     if length <= MEDIUM and total > TINY:
         plan = _rows_plan(runs, count_channels, length, size, dense)
-        enough = ENOUGH // (2 if evaluates else 1) * (2 if code == FLOAT64 else 1)
-        if length < SHORT or (runs >= enough and plan.scratch + 16 * count_channels <= KEPT):
+        min_runs = MIN_RUNS // (2 if evaluates else 1) * (2 if code == FLOAT64 else 1)
+        if length < SHORT or (runs >= min_runs and plan.scratch + 16 * count_channels <= KEPT):
             return plan
     group = max(1, max(GROUP, second_cache() // 8) // (size * runs * length))
-    if evaluates or not (count_channels < FEW_CHANNELS and total >= LARGE):
-        part_length = min(length, PART)
-        part_channels = 1 if part_length < length else min(count_channels, max(1, PART // length))
-        part_runs = max(1, PART // (count_channels * length)) if part_channels == count_channels else 1
-        parts = -(-runs // part_runs) * -(-length // part_length)
-    else:
-        part_length, part_channels = min(length, PART), 1
-        part_runs = max(1, PART // length)
-        parts = -(-runs // part_runs) * -(-length // part_length)
-        scratch = 8 * (5 * count_channels + 2 * count_channels * parts)
-        return Plan(False, scratch, 0, parts, part_runs, 1, part_length)
-    return Plan(False, 8 * 5 * count_channels, group, parts, part_runs, part_channels, part_length)
+    cuts_channels = not evaluates and count_channels < FEW_CHANNELS and total >= LARGE
+    part_length = min(length, PART)
+    part_channels = 1 if cuts_channels or part_length < length else min(count_channels, max(1, PART // length))
+    part_runs = 1
+    if cuts_channels:
+        group, part_runs = 0, max(1, PART // length)
+    elif part_channels == count_channels:
+        part_runs = max(1, PART // (count_channels * length))
+    parts = -(-runs // part_runs) * -(-length // part_length)
+    vectors = 5 + 2 * parts if cuts_channels else 5
+    return Plan(False, 8 * vectors * count_channels, group, parts, part_runs, part_channels, part_length)
 
 
 def _rows_plan(runs: int, count_channels: int, length: int, size: int, dense: bool) -> Plan:
     period, folded = count_channels * length, 1
     if dense and period < 1024:
         folded = FOLDED // math.gcd(period, FOLDED)
-        if folded * period > MOST_FOLDED:
+        if folded * period > MAX_FOLDED:
             folded = 16 // math.gcd(period, 16)
         while folded * period < FOLDED:
             folded *= 2
@@ -147,16 +148,15 @@ def _rows_plan(runs: int, count_channels: int, length: int, size: int, dense: bo
 
 @cache
 def address(kernel: Any, floats: tuple[str, ...] = ("p",)) -> int:
-    """Where a compiled kernel is; all parameters but ``floats`` are int64."""
-    found: int = kernel.address(floats)
-    return found
+    """Return the address of a compiled kernel; the parameters ``floats`` are float64, all others int64."""
+    return kernel.address(floats)  # type: ignore[no-any-return]
 
 
 @cache
 def forward_kernels(
     by_rows: bool, code: int, which: int, residual: bool, statistics: bool, writes: bool
 ) -> tuple[int, ...]:
-    """The addresses that a forward call takes; 0 for what it does not need."""
+    """Return the addresses of the kernels of a forward call; 0 for those that it does not need."""
     first = (rows.shifts, rows.deviations, rows.deviations_again) if by_rows else (channels.moments,)
     last = (rows if by_rows else channels).writer
     return (
@@ -169,10 +169,10 @@ def forward_kernels(
 def backward_kernels(
     by_rows: bool, code: int, which: int, residual: bool, sums: bool, writes: bool, adds: bool
 ) -> tuple[int, int, int]:
-    """Whether the sums' kernel keeps dz, and the addresses that a backward call takes; 0 for what it does not need.
+    """Tell whether the sums' kernel stores dz, and return the addresses of the kernels; 0 for those not needed.
 
-    dz is kept where dresidual, which it is, is wanted, and where it takes long to compute again: in the place of dx
-    until that is known. In half precision only what is dy or 0 is kept: anything else would be rounded.
+    dz is stored if dresidual, which equals dz, is wanted, or if computing it again takes long; then it is in the memory
+    of dx until dx is written. In half precision dz is stored only if it is dy or 0, for other values would be rounded.
     """
     module, name = (rows if by_rows else channels), NAMES[which]
     exact = SIZES[code] > 2 or bool(ROWS[name.removesuffix(OF_Y)].device.dropped)
@@ -187,22 +187,22 @@ def backward_kernels(
 
 @cache
 def second_cache() -> int:
-    """Bytes of a core's second-level cache."""
+    """Return the bytes of a core's second-level cache."""
     return next((size for level, size, _ in _caches() if level == 2), 1 << 20)
 
 
 @cache
 def last_cache() -> int:
-    """Bytes of the last-level cache, as far as this system's cores may have them."""
+    """Return the bytes of the last-level cache that this system's cores may use."""
     return max((min(size, SHARE * cores) for _, size, cores in _caches()), default=32 << 20)
 
 
 def _caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[tuple[int, int, int]]:
-    """The first core's caches, as far as the system tells: level, bytes, and how many cores share it."""
-    found = []
+    """Return (level, bytes, cores that share it) for each cache of the first core that the system reports."""
+    caches = []
     for index in folder.glob("index*"):
         with suppress(OSError, ValueError, KeyError):
             level, size, cores = ((index / name).read_text().strip() for name in ("level", "size", "shared_cpu_map"))
             nbytes = int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
-            found.append((int(level), nbytes, int(cores.replace(",", ""), 16).bit_count()))
-    return found
+            caches.append((int(level), nbytes, int(cores.replace(",", ""), 16).bit_count()))
+    return caches

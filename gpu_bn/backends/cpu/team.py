@@ -1,6 +1,7 @@
-"""The threads that torch computes with: a team of OpenMP's, which spins for a while before it sleeps.
+"""The OpenMP team of threads that torch computes with. It spins for a while before it sleeps.
 
-Helpers of our own (:mod:`gpu_bn.backends.cpu.threads`) sleep between calls, and would ask for the team's cores.
+Calls through :mod:`gpu_bn.backends.cpu.doors` run on it. The threads of :mod:`gpu_bn.backends.cpu.threads`, which sleep
+between calls, would compete with it for cores.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ _forked = False
 
 
 def address() -> tuple[int, int] | None:
-    """The addresses of ``GOMP_parallel`` and ``omp_get_thread_num``; ``None`` if there is no team to be had."""
+    """Return the addresses of ``GOMP_parallel`` and ``omp_get_thread_num``; ``None`` if this process has no team."""
     return None if _forked else _address()
 
 
 @cache
 def _address() -> tuple[int, int] | None:
-    """They are those that torch itself is linked to: another library's team would be another one."""
+    """Look the functions up in torch's own library: another OpenMP library would have another team."""
     if not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         return None
     try:
@@ -40,4 +41,6 @@ def _forget_team() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_team)  # a child has none of its parent's threads, but OpenMP would wait
+    os.register_at_fork(
+        after_in_child=_forget_team
+    )  # a child lacks its parent's threads, but OpenMP would wait for them

@@ -1,4 +1,4 @@
-"""torch's CPU tensors for the compiled backend: their memory is read where it is, by address and strides."""
+"""torch CPU tensors for the compiled backend, which reads their memory in place, by address and strides."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_bn.aliasing import extent
 from gpu_bn.backends.cpu.backend import CpuBackend
 from gpu_bn.backends.layout import check_out
 from gpu_bn.spec import FLOAT_DTYPES
 
 
 def backend() -> CpuBackend:
-    """The backend of torch's CPU tensors, for :func:`gpu_bn.registry.load`."""
+    """Return the backend of torch CPU tensors, for :func:`gpu_bn.registry.load`."""
     from gpu_bn.backends.cpu import doors
 
     return CpuBackend(TENSORS, doors)
@@ -24,21 +23,21 @@ def backend() -> CpuBackend:
 _TAGS = {torch.float32: 0, torch.float64: 1}
 
 
-def _place(tensor: Tensor) -> int:
-    """Where a tensor's numbers lie; 0 if they do not, as those of a negated view, or of zeros that take no memory."""
+def _data_address(tensor: Tensor) -> int:
+    """Return the address of a tensor's values; 0 if they are not in memory, as for a negated view or virtual zeros."""
     try:
         return 0 if tensor.is_neg() else tensor.data_ptr()
     except RuntimeError:  # a wrapper that has outlived its transform
         return 0
 
 
-_ALIGNMENTS = {getattr(torch, name): getattr(torch, name).itemsize - 1 for name in FLOAT_DTYPES}
+_ALIGNMENT_MASKS = {getattr(torch, name): getattr(torch, name).itemsize - 1 for name in FLOAT_DTYPES}
 
 
 class TorchTensors:
-    """See :class:`gpu_bn.backends.cpu.arrays.Arrays`.
+    """The operations of torch on CPU tensors; see :class:`gpu_bn.backends.cpu.arrays.Arrays`.
 
-    New tensors name their device: kernels write to their addresses, and ``torch.device("cuda")`` sets another default.
+    New tensors name their device, for ``with torch.device("cuda")`` changes the default.
     """
 
     float64 = torch.float64
@@ -52,19 +51,19 @@ class TorchTensors:
 
     @staticmethod
     def layout(array: Tensor) -> Hashable:
-        dtype, at = array.dtype, _place(array)
-        return dtype, array.shape, array.stride(), not at or at & _ALIGNMENTS[dtype]
+        dtype, address = array.dtype, _data_address(array)
+        return dtype, array.shape, array.stride(), not address or address & _ALIGNMENT_MASKS[dtype]
 
     @staticmethod
-    def tagged(vector: Tensor) -> int:
+    def tagged_address(vector: Tensor) -> int:
         tag = _TAGS.get(vector.dtype)
         if tag is None or not vector.is_contiguous():
             return -1
-        at = _place(vector)
-        return at + tag if at and at % 4 == 0 else -1
+        address = _data_address(vector)
+        return address + tag if address and address % 4 == 0 else -1
 
     @staticmethod
-    def double(length: int) -> Tensor:
+    def empty_float64(length: int) -> Tensor:
         return torch.empty(length, dtype=torch.float64, device="cpu")
 
     @staticmethod
@@ -78,11 +77,11 @@ class TorchTensors:
 
     @staticmethod
     def strides(array: Tensor) -> tuple[int, ...] | None:
-        at = _place(array)
-        return array.stride() if at and at % array.element_size() == 0 else None
+        address = _data_address(array)
+        return array.stride() if address and address % array.element_size() == 0 else None
 
     @staticmethod
-    def dense(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    def empty_ordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
         return torch.empty_permuted(x.shape, order, dtype=x.dtype, device="cpu")
 
     @staticmethod
@@ -91,7 +90,7 @@ class TorchTensors:
         target.copy_(value)
 
     @staticmethod
-    def number(value: float) -> Tensor:
+    def scalar(value: float) -> Tensor:
         return torch.tensor([value], dtype=torch.float64, device="cpu")
 
     @staticmethod
@@ -100,23 +99,18 @@ class TorchTensors:
 
     @staticmethod
     @torch.no_grad()
-    def chosen(x: Tensor, axis: int, valid: Tensor) -> Tensor:
+    def select_valid(x: Tensor, axis: int, valid: Tensor) -> Tensor:
         return x.movedim(axis, 0)[:, valid.squeeze(axis)].contiguous()
 
     @staticmethod
     @torch.no_grad()
-    def scatter(target: Tensor, axis: int, valid: Tensor, chosen: Tensor) -> None:
+    def scatter_valid(target: Tensor, axis: int, valid: Tensor, selected: Tensor) -> None:
         target.masked_fill_(~valid, 0)
-        target.movedim(axis, 0)[:, valid.squeeze(axis)] = chosen
+        target.movedim(axis, 0)[:, valid.squeeze(axis)] = selected
 
     @staticmethod
     def check_out(out: Tensor, x: Tensor, residual: Tensor | None, in_place: bool) -> None:
-        check_out(_extent(out), _extent(x), None if residual is None else _extent(residual), in_place)
+        check_out(out, x, residual, in_place)
 
 
 TENSORS = TorchTensors()
-
-
-def _extent(tensor: Tensor) -> Any:
-    size = tensor.element_size()
-    return extent(tensor.data_ptr(), tuple(tensor.shape), tuple([size * stride for stride in tensor.stride()]), size)

@@ -1,7 +1,7 @@
-"""Threads that help the caller's own: one pool for the process.
+"""A pool of helper threads, one for the process.
 
-The caller offers its work to helpers that sleep, does it itself, and at the end calls off who has not begun: with busy
-cores a call costs what it costs on one thread. Whatever keeps helpers from starting, the caller's thread is enough.
+The caller offers its work to sleeping helpers, works itself, and at the end cancels the tasks that no helper has begun.
+So with busy cores a call takes no longer than on one thread, and it completes even if no helper can start.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from queue import SimpleQueue
 
 __all__ = ["get_num_threads", "run", "set_num_threads", "threads_for"]
 
-MOST_THREADS = 8
+MAX_THREADS = 8
 ENVIRONMENT = "GPU_BN_NUM_THREADS"
-WORTH = 3 << 19
-"""Bytes of input that pay for a thread: to wake one takes 6 us at best and 50 where its core sleeps."""
+BYTES_PER_THREAD = 3 << 19
+"""Bytes of input that justify one thread: waking it takes 6 us at best, and 50 if its core sleeps."""
 
 _threads = 0
 
@@ -27,8 +27,8 @@ _threads = 0
 def get_num_threads() -> int:
     """Return how many threads a call on a CPU may use.
 
-    Unless set, it is the environment variable GPU_BN_NUM_THREADS. Without it, and where it is 0, it is the number of
-    cores that this process may run on (its affinity and its control group's quota), at most 8.
+    Unless :func:`set_num_threads` has set it, this is the environment variable GPU_BN_NUM_THREADS. If that is absent or
+    0, it is the number of cores that the process may run on (by its affinity and its control group's quota), at most 8.
 
     Returns:
         The number of threads, at least 1.
@@ -46,19 +46,19 @@ def get_num_threads() -> int:
         text = os.environ.get(ENVIRONMENT, "0").strip()
         if not (text.isascii() and text.isdigit()):
             raise ValueError(f"the environment variable {ENVIRONMENT} should be a whole number, got {text!r}")
-        _threads = int(text) or min(_cores(), MOST_THREADS)
+        _threads = int(text) or min(_cores(), MAX_THREADS)
     return _threads
 
 
 def set_num_threads(threads: int) -> None:
-    """Set how many threads a call on a CPU may use. Results do not depend on it, to the last bit.
+    """Set how many threads a call on a CPU may use. Results do not depend on it, bit for bit.
 
     Args:
         threads: a whole number, at least 1.
 
     Raises:
-        TypeError: no integer.
-        ValueError: fewer than one.
+        TypeError: ``threads`` is not an integer.
+        ValueError: ``threads`` is less than 1.
 
     Examples:
         >>> import gpu_bn
@@ -78,16 +78,16 @@ def set_num_threads(threads: int) -> None:
     _threads = threads
 
 
-def threads_for(nbytes: int, worth: int = WORTH) -> int:
-    """How many threads pay for an input of so many bytes, of which ``worth`` pay for one."""
-    return min(_threads or get_num_threads(), max(nbytes // worth, 1))
+def threads_for(nbytes: int, bytes_per_thread: int) -> int:
+    """Return how many threads to use for an input of ``nbytes``: one for each ``bytes_per_thread``, at least 1."""
+    return min(_threads or get_num_threads(), max(nbytes // bytes_per_thread, 1))
 
 
 def run(work: Callable[[], object], threads: int) -> None:
-    """Call ``work`` on the caller's thread and on up to ``threads - 1`` others, and wait for all that have begun.
+    """Call ``work`` on the caller's thread and on up to ``threads - 1`` helpers, and wait for all that have begun.
 
-    ``work`` shares its parts out by itself, and does them all if only one thread calls it. It should not hold the
-    interpreter's lock. An exception in any thread is raised here when all have ended; the caller's own comes first.
+    ``work`` divides its parts among its callers, and does them all if only one thread calls it. It should not hold the
+    interpreter's lock. When all threads have ended, an exception of any of them is raised, the caller's own first.
     """
     tasks = [_Task(work) for _ in range(threads - 1)]
     try:
@@ -104,7 +104,7 @@ def run(work: Callable[[], object], threads: int) -> None:
 
 
 class _Task:
-    """What one helper is asked to do; ``work`` is gone when nobody does it or will do it."""
+    """The work offered to one helper; ``work`` is ``None`` once it is done or cancelled."""
 
     __slots__ = ("done", "error", "owner", "work")
 
@@ -115,23 +115,23 @@ class _Task:
         self.done.acquire()
         self.error: BaseException | None = None
 
-    def claimed_by(self, who: str) -> bool:
-        """Whether the task is this one's, who may be its first; one step for the interpreter, whoever else asks."""
+    def claim(self, who: str) -> bool:
+        """Claim the task, and tell whether it belongs to ``who``: the first to claim it. One atomic step."""
         return self.owner.setdefault("who", who) == who
 
 
 def _settle(tasks: list[_Task]) -> None:
-    """Call off the tasks that have not begun, and wait for the others."""
+    """Cancel the tasks that have not begun, and wait for the others."""
     for task in tasks:
-        if task.claimed_by("caller"):
-            task.work = None  # its arrays may go, though it waits in the queue
+        if task.claim("caller"):
+            task.work = None  # frees its arrays, although the task stays in the queue
         while task.work is not None:
             task.done.acquire()
 
 
 # ----------------------------------------------------------------------------------------------------------- the pool
 class _Pool:
-    """A queue, and how many helpers wait at it."""
+    """A queue of tasks, and the number of helpers that serve it."""
 
     def __init__(self) -> None:
         self.queue: SimpleQueue[_Task] = SimpleQueue()
@@ -152,20 +152,20 @@ def _offer(tasks: list[_Task]) -> None:
                 while pool.helpers < len(tasks):
                     start_new_thread(_serve, (pool.queue,))
                     pool.helpers += 1
-            except RuntimeError:  # there can be no more threads, now or at this process's end
+            except RuntimeError:  # no more threads can start: too many, or the process is ending
                 tasks = tasks[: pool.helpers]
     for task in tasks:
         pool.queue.put(task)
 
 
 def _serve(queue: SimpleQueue[_Task]) -> None:
-    """A helper's life."""
+    """Do tasks from the queue forever: the body of a helper thread."""
     while True:
         _help(queue.get())
 
 
 def _help(task: _Task) -> None:
-    if task.claimed_by("helper"):
+    if task.claim("helper"):
         try:
             assert task.work is not None
             task.work()
@@ -182,18 +182,18 @@ def _forget_pool() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_forget_pool)  # a child process has no threads of its parent
 
 
 # ---------------------------------------------------------------------------------------------------------- the cores
 def _cores() -> int:
-    """The cores that this process may use."""
+    """Return how many cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, int(_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))))
 
 
 def _quota(root: Path, own: Path) -> float:
-    """The cores that the process's control groups give it, in either version of the file system; or very many."""
+    """Return the cores that the process's control groups (version 1 or 2) allow; 2**20 if they set no limit."""
     quota = float(1 << 20)
     try:
         lines = own.read_text().splitlines()
@@ -204,8 +204,8 @@ def _quota(root: Path, own: Path) -> float:
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = root / "cpu" if controllers else root
-        place = base / group.lstrip("/")
-        for folder in [place, *place.parents]:  # the path may be the host's: what is not there sets no limit
+        own_folder = base / group.lstrip("/")
+        for folder in [own_folder, *own_folder.parents]:  # a path of the host may not exist here: no limit
             if folder.is_relative_to(base):
                 quota = min(quota, _quota_of(folder))
     return quota
@@ -217,6 +217,6 @@ def _quota_of(folder: Path) -> float:
             allowed, period = " ".join((folder / name).read_text() for name in names).split()
             if float(allowed) > 0:
                 return float(allowed) / float(period)
-        except (OSError, ValueError):  # none, "max", or another version
+        except (OSError, ValueError):  # no such file, "max", or the other version
             continue
     return float(1 << 20)

@@ -99,7 +99,7 @@ def forward(
     doors, door = way.doors, way.door
     function, record, threads, huge = door[:4]
     if function is None:
-        door = doors.usable(door)
+        door = doors.with_function(door)
         if door is None:
             return None
         function, record, threads, huge = door[:4]
@@ -185,7 +185,7 @@ class _Made(Function):
                 break
         else:
             found = _prepare_backward(way, given, need)
-        door = None if found is None else doors.usable(found)
+        door = None if found is None else doors.with_function(found)
         if door is None:
             return _gradients_by_backend(ctx, dy, *saved)
         function, record, threads, huge = door[:4]

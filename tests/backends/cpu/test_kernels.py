@@ -43,7 +43,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_threads_do_not_change_a_bit(case, monkeypatch):
-    monkeypatch.setattr(threads, "WORTH", 1)
+    monkeypatch.setattr(threads, "BYTES_PER_THREAD", 1)
     results = []
     for count in (1, 2, 3, 8):
         gpu_bn.set_num_threads(count)

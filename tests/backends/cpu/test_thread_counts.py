@@ -20,7 +20,7 @@ def test_a_bad_number_in_the_environment_is_named_at_the_first_use(monkeypatch, 
     monkeypatch.setattr(threads, "_threads", 0)
     for _ in range(2):
         with pytest.raises(ValueError, match=f"environment variable GPU_BN_NUM_THREADS .* got '{text}'"):
-            threads.threads_for(nbytes)
+            threads.threads_for(nbytes, 3 << 19)
 
 
 @pytest.mark.parametrize("differentiated", [False, True])
@@ -56,8 +56,8 @@ def test_a_wrong_number_changes_nothing(wrong, error):
 
 
 def test_small_tensors_stay_on_the_callers_thread():
-    assert threads.threads_for(0) == threads.threads_for(1 << 20) == 1
-    assert threads.threads_for(1 << 30) == 3
+    assert threads.threads_for(0, 3 << 19) == threads.threads_for(1 << 20, 3 << 19) == 1
+    assert threads.threads_for(1 << 30, 3 << 19) == 3
 
 
 def files(folder, **texts):
