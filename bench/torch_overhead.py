@@ -92,13 +92,13 @@ def time_on_cpu(pairs: int) -> None:
     """Print the table of the backend ``cpu``."""
     theirs = function_calls(F.batch_norm) | layer_calls(torch.nn.BatchNorm2d(3))
     ours = function_calls(nn.batch_norm) | layer_calls(nn.BatchNorm2d(3))
-    serving, nothing = registry.serving, Nothing()
+    serving, nothing = registry.backend_for, Nothing()
     print(f"{'':28}{'gpu_bn':>16}{'without a kernel':>20}{'torch':>10}")
     for name, call in ours.items():
         whole = in_pairs(call, theirs[name], pairs)
-        registry.serving = lambda _: nothing  # type: ignore[assignment,return-value]
+        registry.backend_for = lambda _: nothing  # type: ignore[assignment,return-value]
         empty = in_pairs(call, theirs[name], pairs)
-        registry.serving = serving
+        registry.backend_for = serving
         cells = (f"{1e6 * each.median('ours'):8.1f} ({each.ratio('ours', 'theirs'):4.1f}x)" for each in (whole, empty))
         print(f"{name:28}{'    '.join(cells)}{1e6 * whole.median('theirs'):10.1f}")
 
@@ -114,7 +114,7 @@ def time_triton(pairs: int) -> None:
         step.run()
 
     backend = TritonBackend(launch, DEVICES["h100"])
-    registry.serving = lambda _: backend
+    registry.backend_for = lambda _: backend
     cpu_calls.forward = lambda *_: None  # no kernel for CPU tensors: these stand for tensors on a GPU
     theirs = layer_calls(torch.nn.BatchNorm2d(3))
     residual = torch.randn(SHAPE, requires_grad=True)

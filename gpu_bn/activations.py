@@ -182,7 +182,7 @@ def elu(alpha: float = 1.0) -> Activation:
     return replace(ROWS["elu"].default, parameter=float(alpha))
 
 
-def chosen(name: str, parameter: float) -> Activation:
+def make_activation(name: str, parameter: float) -> Activation:
     """Return the activation of a name and a parameter; a usual one is made once."""
     default = ROWS[name].default
     return default if default.parameter == parameter else Activation(name, parameter)

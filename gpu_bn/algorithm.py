@@ -31,7 +31,7 @@ def forward(
     """Normalise, update the running statistics, and return ``y`` and what the backward call needs.
 
     ``in_place`` allows ``call.out`` to be the input or the residual, which a backward call would read; ``call.valid``
-    is what :func:`positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.FusedBackend`.
+    is what :func:`valid_positions` makes of a mask; ``keep`` as in :class:`gpu_bn.backends.protocol.FusedBackend`.
 
     Raises:
         ValueError: an array that is written shares memory with another, or two of its elements do.
@@ -53,7 +53,7 @@ def forward(
     if counter is None or not writes:
         return _forward(backend, call, spec, keep)
     with on_device_of(counter):
-        return counted(counter, lambda: _forward(backend, call, spec, keep))  # type: ignore[no-any-return]
+        return increment_and_call(counter, lambda: _forward(backend, call, spec, keep))  # type: ignore[no-any-return]
 
 
 def _on_host(array: Array) -> bool:
@@ -64,7 +64,7 @@ def _copy(array: Array | None) -> Any:
     return array if array is None else array.clone() if hasattr(array, "clone") else array.copy()
 
 
-def counted(counter: Array, call: Callable[[], Any]) -> Any:
+def increment_and_call(counter: Array, call: Callable[[], Any]) -> Any:
     """Make a call whose kernels write the statistics last, and increment a counter on a GPU: both, or neither.
 
     Ctrl-C waits until both are done. The counter is first, because it may refuse; a call that raises takes it back.
@@ -104,7 +104,7 @@ def _forward(
             moments = Moments(count, *map(backend.vector, running))
         saved = save(backend, call, spec, moments)
         if spec.renorm is not None:
-            saved = _renormalized(backend, saved, *running)
+            saved = _renormalize_batch(backend, saved, *running)
         y = backend.empty_like(x) if call.out is None else call.out
         if not count:
             return y, saved
@@ -160,7 +160,7 @@ def _backward(backend: Backend, dy: Array, saved: Saved, need: frozenset[str]) -
     )
 
 
-def positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
+def valid_positions(mask: Array, shape: tuple[int, ...], axis: int) -> Array:
     """Return a checked mask as backends take it: bool, dense, of the input's ``shape`` but one channel on ``axis``."""
     with on_device_of(mask):
         if mask.ndim < len(shape):
@@ -183,21 +183,21 @@ def _total(sums: Array, saved: Saved) -> Array:
     return sums if groups == 1 else sums.reshape((groups, -1)).sum(0)
 
 
-def renormalized(saved: Saved, r: Array, d: Array) -> Saved:
+def renormalize(saved: Saved, r: Array, d: Array) -> Saved:
     """Return the call with ``xhat * r + d`` in the place of xhat, by a change of weight and bias."""
     weight, bias = (r, d) if saved.weight is None else (saved.weight * r, saved.weight * d)
     return replace(saved, weight=weight, bias=bias if saved.bias is None else bias + saved.bias, renorm=(r, d))
 
 
 @np.errstate(all="ignore")
-def _renormalized(backend: Backend, saved: Saved, running_mean: Array, running_var: Array) -> Saved:
+def _renormalize_batch(backend: Backend, saved: Saved, running_mean: Array, running_var: Array) -> Saved:
     """Renormalise a batch by the running statistics as they are before the call."""
     assert saved.spec.renorm is not None
     r_max, d_max = saved.spec.renorm
     rstd = (backend.vector(running_var) + saved.spec.eps) ** -0.5
     r = (rstd / saved.rstd).clip(1 / r_max, r_max)
     d = ((saved.mean - backend.vector(running_mean)) * rstd).clip(-d_max, d_max)
-    return renormalized(saved, r, d)
+    return renormalize(saved, r, d)
 
 
 @np.errstate(all="ignore")

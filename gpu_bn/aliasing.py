@@ -48,13 +48,13 @@ def check_written(written: dict[str, Array | None], read: dict[str, Array | None
     targets = [array for array in written.values() if array is not None]
     if not targets or _plainly_distinct(targets, [array for array in read.values() if array is not None]):
         return True
-    views = {name: view(array) for name, array in (written | read).items() if array is not None}
+    views = {name: numpy_view(array) for name, array in (written | read).items() if array is not None}
     names = list(views)
     for at, name in enumerate(names[: len(targets)]):
         if overlaps_itself(views[name]):
             raise ValueError(f"{name} is written to, but some of its elements lie in one place")
         for other in names[at + 1 :]:
-            if not (name == "out" and other in ("input", "residual")) and overlap(views[name], views[other]):
+            if not (name == "out" and other in ("input", "residual")) and overlaps(views[name], views[other]):
                 raise ValueError(f"{name} is written to, so it may not share memory with {other}")
     return False
 
@@ -92,28 +92,28 @@ def _bounds_are_distinct(targets: list[Array], others: list[Array]) -> bool:
             last = sum((size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True))
             bounds.append((start, start + (last + 1) * array.element_size()))
         else:
-            bounds.append(np.lib.array_utils.byte_bounds(view(array)))
+            bounds.append(np.lib.array_utils.byte_bounds(numpy_view(array)))
     bounds.sort()
     return all(one[1] <= after[0] for one, after in pairwise(bounds))
 
 
-def view(array: Array) -> NDArray[Any]:
+def numpy_view(array: Array) -> NDArray[Any]:
     """Return an array of any library as NumPy sees its memory, to be compared with others and never read."""
     if isinstance(array, np.ndarray):
         return array
     if hasattr(array, "data_ptr"):
         itemsize = array.element_size()
-        return extent(array.data_ptr(), tuple(array.shape), tuple(s * itemsize for s in array.stride()), itemsize)
-    return extent(array.data.ptr, array.shape, array.strides, array.dtype.itemsize)
+        return memory_view(array.data_ptr(), tuple(array.shape), tuple(s * itemsize for s in array.stride()), itemsize)
+    return memory_view(array.data.ptr, array.shape, array.strides, array.dtype.itemsize)
 
 
-def extent(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> NDArray[Any]:
+def memory_view(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> NDArray[Any]:
     """Return an array of such memory for NumPy, to be compared with others and never read; strides are in bytes."""
     seen = {"version": 3, "typestr": f"|V{itemsize}", "shape": shape, "strides": strides, "data": (address, False)}
     return np.asarray(SimpleNamespace(__array_interface__=seen))
 
 
-def overlap(one: NDArray[Any], other: NDArray[Any]) -> bool:
+def overlaps(one: NDArray[Any], other: NDArray[Any]) -> bool:
     """Tell whether two arrays have a byte in common."""
     if not np.may_share_memory(one, other):
         return False
@@ -140,7 +140,7 @@ def overlaps_itself(array: NDArray[Any]) -> bool:
         axis = max(range(array.ndim), key=array.shape.__getitem__)
         half = math.ceil(array.shape[axis] / 2)
         first, second = np.split(array, [half], axis)
-        if overlap(first, second):
+        if overlaps(first, second):
             return True
         array = first
     return False

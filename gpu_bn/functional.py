@@ -216,12 +216,12 @@ def batch_norm_backward(
         key = known = None
     if known is not None:
         row, wanted = known
-        return algorithm.backward(registry.loaded(backend, row), dy, saved, wanted)
-    row = registry.row_of(backend, dy=dy, input=saved.x)
-    engine = registry.loaded(backend, row)
+        return algorithm.backward(registry.resolve(backend, row), dy, saved, wanted)
+    row = registry.find_row(backend, dy=dy, input=saved.x)
+    engine = registry.resolve(backend, row)
     spec.check_like("dy", dy, saved.x)
     wanted = _check_need(need, saved)
-    if key is not None and registry.told_by_type(dy) and _lasts(backend, [dy, saved.x]):
+    if key is not None and registry.is_known_by_type(dy) and _lasts(backend, [dy, saved.x]):
         _remember(_BACKWARDS, key, (row, wanted))
     return algorithm.backward(engine, dy, saved, wanted)
 
@@ -259,7 +259,7 @@ def forward(call: Call, options: Options, backend: Backend | str | None, in_plac
     if known is None:
         engine, checked = _checked(key, call, options, backend)
     else:
-        engine = registry.loaded(backend, known.row)
+        engine = registry.resolve(backend, known.row)
         if known.guarded:
             for name in (*(("running_mean", "running_var") if training else ()), "out"):
                 spec.check_writeable(name, getattr(call, name))
@@ -268,21 +268,21 @@ def forward(call: Call, options: Options, backend: Backend | str | None, in_plac
             spec.check_momentum(momentum)
             checked = spec.specify(options, checked.axis, checked.groups, checked.renorm)
     if call.valid is not None:
-        call = with_positions(call, checked)
+        call = with_valid_positions(call, checked)
     result = algorithm.forward(engine, call, checked, in_place, keep=not in_place)
     if known is None and (front := registry.differentiable(call.x, None)) is not None:  # its arrays are never known
         front.count_writes(call, checked.batch_stats)
     return result
 
 
-def with_positions(call: Call, checked: BatchNormSpec) -> Call:
+def with_valid_positions(call: Call, checked: BatchNormSpec) -> Call:
     """Put the positions that count in the place of a checked mask, which may not lie where the call writes."""
     written = {"running_mean": call.running_mean, "running_var": call.running_var} if checked.batch_stats else {}
     aliasing.check_written({"out": call.out, **written}, {"mask": call.valid})
-    return call._replace(valid=algorithm.positions(call.valid, call.x.shape, checked.axis))
+    return call._replace(valid=algorithm.valid_positions(call.valid, call.x.shape, checked.axis))
 
 
-def named(call: Call) -> dict[str, Any]:
+def tensors_by_name(call: Call) -> dict[str, Any]:
     """Return the tensors of a call by the names that messages use, in their order."""
     return {
         "input": call.x,
@@ -298,11 +298,11 @@ def named(call: Call) -> dict[str, Any]:
 
 def _checked(key: Any, call: Call, options: Options, backend: Backend | str | None) -> tuple[Backend, BatchNormSpec]:
     """Check a forward call, and remember by its key that it is right."""
-    row = registry.row_of(backend, **named(call))
-    engine = registry.loaded(backend, row)
+    row = registry.find_row(backend, **tensors_by_name(call))
+    engine = registry.resolve(backend, row)
     checked = spec.check_forward(call, options)
     arrays = [array for array in (*call, options.momentum) if hasattr(array, "dtype")]
-    if key is not None and registry.told_by_type(call.x) and _lasts(backend, arrays):
+    if key is not None and registry.is_known_by_type(call.x) and _lasts(backend, arrays):
         guarded = hasattr(getattr(call.x, "flags", None), "writeable")
         kept = checked if type(checked.momentum) is float else replace(checked, momentum=None)  # not an array
         _remember(_FORWARDS, key, _Known(row, kept, guarded))

@@ -181,12 +181,12 @@ class Times:
         return max(parts, key=lambda part: parts[part])
 
 
-def copying(nbytes: float, device: Device, thresholds: Thresholds) -> float:
+def copy_seconds(nbytes: float, device: Device, thresholds: Thresholds) -> float:
     """Return the seconds of a copy that moves so many bytes, read and written together."""
     return nbytes / (thresholds.copy_share * device.bandwidth)
 
 
-def streaming(
+def streaming_seconds(
     nbytes: float, grid: int, resident: int, under_way: int, device: Device, thresholds: Thresholds
 ) -> tuple[float, float]:
     """Return the seconds of a launch: those of a copy, and those lost beyond.

@@ -29,13 +29,13 @@ from gpu_bn.gpu_model import Device as Device
 from gpu_bn.gpu_model import OnChip as OnChip
 from gpu_bn.gpu_model import Thresholds as Thresholds
 from gpu_bn.gpu_model import Times as Times
-from gpu_bn.gpu_model import copying, streaming
+from gpu_bn.gpu_model import copy_seconds, streaming_seconds
 from gpu_bn.tiling import STRIP_BYTES as STRIP_BYTES
 from gpu_bn.tiling import VECTOR_BYTES as VECTOR_BYTES
 from gpu_bn.tiling import Tiling as Tiling
 from gpu_bn.tiling import Work as Work
 from gpu_bn.tiling import alignment as alignment
-from gpu_bn.tiling import narrower as narrower
+from gpu_bn.tiling import narrower_tilings as narrower_tilings
 from gpu_bn.tiling import tile as tile
 
 CO_RESIDENT = 2
@@ -158,7 +158,7 @@ def _planner(work: Work, device: Device, thresholds: Thresholds, on_chip: OnChip
     nothing to do gets these before clusters.
     """
     on_chip = on_chip or OnChip.shared(device)
-    tilings = narrower(tile(work), thresholds.narrow_bytes, work.itemsize)
+    tilings = narrower_tilings(tile(work), thresholds.narrow_bytes, work.itemsize)
     planners = [_Planner(work, device, thresholds, tiling, on_chip) for tiling in tilings]
     widest, narrowest = planners[0], planners[-1]
     if widest.off_chip:
@@ -271,7 +271,7 @@ class _Planner:
         wide, thresholds = self._split(), self.thresholds
         if self.work.groups > 1:
             return wide
-        tilings = narrower(self.tiling, thresholds.narrow_split_bytes, self.work.itemsize)
+        tilings = narrower_tilings(self.tiling, thresholds.narrow_split_bytes, self.work.itemsize)
         plans = [replace(self, tiling=tiling)._split() for tiling in tilings]
         narrow = min(plans, key=lambda option: option.seconds)
         return narrow if narrow.seconds < (1 - thresholds.narrow_gain) * wide.seconds else wide
@@ -322,11 +322,11 @@ class _Planner:
             grid = self.tiling.strips * blocks
             waves = -(-grid // (resident * self.device.sms))
             under_way = held if self.device.arch >= 80 else min(held, self._under_way)
-            memory, idle = streaming(moved, grid, resident, under_way, self.device, thresholds)
+            memory, idle = streaming_seconds(moved, grid, resident, under_way, self.device, thresholds)
             rounds = {"cluster": -(-waves // resident), "cooperative": -(-self.tiling.strips // in_flight)}.get(tier, 0)
             exchange = rounds * (thresholds.cluster_barrier if tier == "cluster" else thresholds.grid_barrier)
         times = Times(thresholds.launch, memory, idle, exchange)
-        floor = thresholds.launch + copying(moved, self.device, thresholds)
+        floor = thresholds.launch + copy_seconds(moved, self.device, thresholds)
         return LaunchPlan(
             tier, self.tiling, blocks, in_flight, share, held, 1, (self._read,), (self._written,), moved, times, floor,
             reason,
@@ -335,7 +335,7 @@ class _Planner:
     def _streamed(self, grid: int, moved: int) -> tuple[float, float]:
         """Return the seconds of a streaming launch: those of a copy, and those lost beyond."""
         resident = self.thresholds.column_blocks if self.tiling.columns else self.thresholds.row_blocks
-        return streaming(moved, grid, resident, self._under_way, self.device, self.thresholds)
+        return streaming_seconds(moved, grid, resident, self._under_way, self.device, self.thresholds)
 
     @property
     def _under_way(self) -> int:

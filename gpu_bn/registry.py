@@ -23,12 +23,12 @@ __all__ = [
     "NAMES",
     "ROWS",
     "BackendUnavailableError",
-    "default",
+    "backend_for",
+    "default_name",
     "differentiable",
     "load",
     "select",
-    "serving",
-    "why_not",
+    "unavailable_reason",
 ]
 
 
@@ -86,18 +86,18 @@ def select(backend: str | Backend | None, **arrays: Any) -> Backend:
         ValueError: an unknown backend name, or a backend that does not serve these arrays.
         BackendUnavailableError: the backend is known but not available.
     """
-    return loaded(backend, row_of(backend, **arrays))
+    return resolve(backend, find_row(backend, **arrays))
 
 
-def loaded(backend: Any, row: Row | None) -> Backend:
-    """Return the backend that was asked for, which is ``row``'s if :func:`row_of` has found one."""
+def resolve(backend: Any, row: Row | None) -> Backend:
+    """Return the backend that was asked for, which is ``row``'s if :func:`find_row` has found one."""
     if row is not None:
         return load(row.name, row.library)
     given: Backend = backend
     return given
 
 
-def row_of(backend: str | Backend | None, **arrays: Any) -> Row | None:
+def find_row(backend: str | Backend | None, **arrays: Any) -> Row | None:
     """Return the row of :func:`select`'s backend, which is not loaded; ``None`` for one that is given itself.
 
     Raises:
@@ -136,19 +136,19 @@ def _interpreted(row: Row, given: Row) -> bool:
     return interprets and (given.library, given.device) == (row.library, "cpu")
 
 
-def serving(array: Any) -> Backend:
+def backend_for(array: Any) -> Backend:
     """Return the backend for an array of a known library."""
     row = _first(_rows_for("input", array))
     return load(row.name, row.library)
 
 
-def told_by_type(array: Any) -> bool:
+def is_known_by_type(array: Any) -> bool:
     """Tell whether an array's type tells which backend serves it, wherever it is."""
     kind: Any = type(array)
     return not any(_rows_by_device(kind))
 
 
-def default(array: Any) -> str:
+def default_name(array: Any) -> str:
     """Return the name of the backend that serves an array of a known library unless another is asked for."""
     return _first(_rows_for("input", array)).name
 
@@ -208,11 +208,11 @@ def _rows(name: str) -> list[Row]:
 @cache
 def _first(rows: tuple[Row, ...]) -> Row:
     """Return the row that serves a kind of array unless another is asked for."""
-    return next((row for row in rows if not why_not(row)), rows[0])
+    return next((row for row in rows if not unavailable_reason(row)), rows[0])
 
 
 @cache
-def why_not(row: Row) -> str:
+def unavailable_reason(row: Row) -> str:
     """Say why a backend's packages are not there; empty if they are.
 
     Only Numba is imported, not just looked for: an installed one may refuse the installed NumPy.

@@ -145,7 +145,7 @@ def _spanned(row: int, vector: int) -> int:
     return -(-(row + vector - math.gcd(row, vector)) // vector)
 
 
-def narrower(tiling: Tiling, least_bytes: int, itemsize: int) -> Iterator[Tiling]:
+def narrower_tilings(tiling: Tiling, least_bytes: int, itemsize: int) -> Iterator[Tiling]:
     """Yield a tiling of one group, then those with strips half as wide, a quarter, and so on to ``least_bytes``."""
     yield tiling
     while tiling.columns and tiling.lanes > 1 and tiling.lanes * tiling.vector * itemsize // 2 >= least_bytes:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.aliasing import overlap, view
+from gpu_bn.aliasing import numpy_view, overlaps
 from gpu_bn.spec import check_overlap
 
 Array = NDArray[Any]
@@ -62,9 +62,9 @@ def check_out(out: Any, x: Any, residual: Any, in_place: bool) -> None:
 
     Addresses are compared without regard to devices, for no two devices of a process share an address.
     """
-    target = view(out)
+    target = numpy_view(out)
     for name, array in (("input", x), ("residual", residual)):
-        if array is not None and overlap(target, other := view(array)):
+        if array is not None and overlaps(target, other := numpy_view(array)):
             starts = [one.__array_interface__["data"][0] for one in (target, other)]  # .ctypes would import a module
             check_overlap(name, starts[0] == starts[1] and target.strides == other.strides, in_place)
 

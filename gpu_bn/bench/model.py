@@ -16,7 +16,7 @@ from gpu_bn.activations import Activation
 from gpu_bn.bench.cases import Case
 from gpu_bn.cli.console import Table, megabytes, microseconds
 from gpu_bn.explanation import ITEMSIZES, geometry_of, works
-from gpu_bn.gpu_model import copying
+from gpu_bn.gpu_model import copy_seconds
 from gpu_bn.plan import DEVICES, THRESHOLDS, TIERS, Device, NoPlanError, Work, plan, plan_once
 
 RESIDENT_POSITIONS = 100_000
@@ -100,7 +100,7 @@ def seconds_of(requested: int | None, floor_bytes: int, device: Device, launches
     if requested is None:
         return None
     cached = min(max(requested - floor_bytes, 0), int(THRESHOLDS.usable_l2 * device.l2_bytes))
-    return launches * THRESHOLDS.launch + copying(requested - cached, device, THRESHOLDS)
+    return launches * THRESHOLDS.launch + copy_seconds(requested - cached, device, THRESHOLDS)
 
 
 def work_of(case: Case) -> Work:

@@ -89,13 +89,13 @@ def blas() -> str:
 
 def available(row: registry.Row, gpus: Devices) -> str:
     """Say whether a backend is available, judged without importing its library, and whether it is the default."""
-    if why_not := registry.why_not(row):
+    if why_not := registry.unavailable_reason(row):
         return f"no: {why_not}"
     if not gpus.names and (row.library == "cupy" or row.device == "cuda"):
         return "no: no NVIDIA GPU"
     kind = [other for other in registry.ROWS if str(other) == str(row)]
     before = kind[: kind.index(row)]
-    if all(map(registry.why_not, before)):
+    if all(map(registry.unavailable_reason, before)):
         return "yes, the default" + "".join(f" ({registry.install(other)} for {other.name})" for other in before)
     return "yes, by name"
 

@@ -116,7 +116,7 @@ def general(call: Call, options: Options) -> Tensor:
     training, momentum, eps, activation, *_ = options
     batch_weight = library.batch_weight(momentum, None, call.counter) if training else 0.0
     spec = library.options(training, batch_weight, eps, activation.name, activation.parameter)
-    return autograd.direct(registry.serving(call.x), spec, call)
+    return autograd.direct(registry.backend_for(call.x), spec, call)
 
 
 def _checked(call: Call, options: Options) -> Tensor:
@@ -178,9 +178,9 @@ def exporting() -> bool:
 def front_door(call: Call, options: Options, backend: str | None) -> Tensor:
     """:func:`gpu_bn.batch_norm` for tensors: any channel axis, its errors, and ``out`` without gradients."""
     x, residual, out, mask = call.x, call.residual, call.out, call.valid
-    engine = registry.select(backend, **front.named(call))
+    engine = registry.select(backend, **front.tensors_by_name(call))
     checked = spec.check_forward(call, options)
-    ready = call if mask is None else front.with_positions(call, checked)
+    ready = call if mask is None else front.with_valid_positions(call, checked)
     if out is not None:
         differentiable = [one for one in call[:6] if one is not None and one.requires_grad]
         if torch.is_grad_enabled() and (differentiable or out.requires_grad):
@@ -191,7 +191,7 @@ def front_door(call: Call, options: Options, backend: str | None) -> Tensor:
         result: Tensor = algorithm.forward(engine, ready, checked, in_place=True, keep=False)[0]
         count_writes(call, checked.batch_stats)
         return result
-    if backend not in (None, registry.TORCH, registry.default(x)):
+    if backend not in (None, registry.TORCH, registry.default_name(x)):
         return autograd.direct(engine, checked, ready)
     if residual is not None:
         residual = residual.movedim(checked.axis, 1)

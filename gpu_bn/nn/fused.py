@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from gpu_bn import spec
-from gpu_bn.activations import Activation, chosen
+from gpu_bn.activations import Activation, make_activation
 from gpu_bn.call import Call, Options
 from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
@@ -183,5 +183,5 @@ def layer(
         y = plain_calls.forward(given, training, momentum, eps, activation, parameter)
         if y is not None:
             return y
-    options = Options(training, momentum, eps, chosen(activation, parameter), 1, virtual_batch_size, renorm)
+    options = Options(training, momentum, eps, make_activation(activation, parameter), 1, virtual_batch_size, renorm)
     return functional.general(Call(*given, mask), options)

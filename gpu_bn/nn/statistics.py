@@ -178,7 +178,7 @@ def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
 
 
 def _pool_of(x: Tensor, mask: Tensor | None) -> Pool:
-    report = sync_operators.report(x, None if mask is None else algorithm.positions(mask, x.shape, 1))
+    report = sync_operators.report(x, None if mask is None else algorithm.valid_positions(mask, x.shape, 1))
     _, count, mean, var = report.split((1, 1, x.shape[1], x.shape[1]))
     return Pool(count, mean, var.abs() * count)
 

@@ -247,4 +247,4 @@ def test_arrays_too_hard_to_tell_apart_are_refused(monkeypatch):
     memory = np.zeros(100_000, np.int8)
     one = np.lib.stride_tricks.as_strided(memory, (3, 4, 5, 6), (1001, 503, 211, 97))
     other = np.lib.stride_tricks.as_strided(memory[1:], (3, 4, 5, 6), (997, 509, 223, 89))
-    assert aliasing.overlap(one, other)
+    assert aliasing.overlaps(one, other)

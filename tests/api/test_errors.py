@@ -160,7 +160,7 @@ def test_one_device_for_all_tensors():
         device = torch.device("cuda:0")
 
     first, second = torch.ones(4, 3).as_subclass(First), torch.ones(4, 3).as_subclass(Second)
-    assert registry.row_of(None, input=first, residual=first)
+    assert registry.find_row(None, input=first, residual=first)
     for function in (gpu_bn.batch_norm, gpu_bn.batch_norm_forward):
         with pytest.raises(
             TypeError, match=r"one device, got: input is a torch.Tensor on cuda:0, weight is a torch.Tensor on cuda:1"

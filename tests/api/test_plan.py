@@ -171,10 +171,10 @@ def test_no_call_is_faster_than_a_launch(work, device):
 
 def test_what_a_model_of_bytes_alone_does_not_see():
     """Waves that are not full, few bytes under way, grid-wide barriers, and the tail of a last block."""
-    whole, more = (planning.streaming(1e9, grid, 2, 1 << 20, H100, THRESHOLDS) for grid in (264, 264 + 66))
+    whole, more = (planning.streaming_seconds(1e9, grid, 2, 1 << 20, H100, THRESHOLDS) for grid in (264, 264 + 66))
     assert whole == (pytest.approx(1e9 / (0.88 * 3.35e12)), pytest.approx(0, abs=1e-12))
     assert more[1] == pytest.approx(0, abs=1e-12)  # a quarter of a wave has bytes enough under way
-    few, fewer = (planning.streaming(1e9, grid, 2, 1 << 12, H100, THRESHOLDS)[1] for grid in (264, 264 + 66))
+    few, fewer = (planning.streaming_seconds(1e9, grid, 2, 1 << 12, H100, THRESHOLDS)[1] for grid in (264, 264 + 66))
     assert 0 < few < fewer
     t4 = options(Work(32, 256, 3136, 2), T4)
     assert t4["cooperative"].times.exchange > 0.2 * t4["cooperative"].times.memory

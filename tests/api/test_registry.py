@@ -15,7 +15,7 @@ NO_GPUS = info.Devices([], "none")
 
 
 def forget():
-    for cached in (registry.load, registry.why_not, registry._first):
+    for cached in (registry.load, registry.unavailable_reason, registry._first):
         cached.cache_clear()
 
 
@@ -39,7 +39,7 @@ def lines():
 
 def test_with_numba_arrays_go_to_compiled_kernels():
     pytest.importorskip("numba")
-    assert registry.default(X) == "cpu"
+    assert registry.default_name(X) == "cpu"
     assert registry.select(None, input=X).name == "cpu"
     assert registry.select("numpy", input=X).name == "numpy"
     assert lines()["cpu", "numpy.ndarray"] == "yes, the default"
@@ -48,7 +48,7 @@ def test_with_numba_arrays_go_to_compiled_kernels():
 
 def test_without_numba_numpy_serves_arrays_and_says_how_to_change_that(missing):
     missing("numba")
-    assert registry.default(X) == "numpy"
+    assert registry.default_name(X) == "numpy"
     assert registry.select(None, input=X).name == "numpy"
     assert lines()["cpu", "numpy.ndarray"] == "no: not installed: numba"
     assert lines()["numpy", "numpy.ndarray"] == "yes, the default (pip install -e '.[cpu]' for cpu)"
@@ -80,7 +80,7 @@ def test_a_numba_that_cannot_be_imported_is_as_good_as_none(monkeypatch, missing
         return true(name)
 
     monkeypatch.setattr(registry, "import_module", refuse)
-    assert registry.default(X) == "numpy"
+    assert registry.default_name(X) == "numpy"
     assert (
         lines()["cpu", "numpy.ndarray"] == "no: Numba cannot be imported: Numba needs NumPy 2.4 or less. Got NumPy 2.9."
     )
@@ -95,11 +95,11 @@ def test_torchs_tensors_on_the_cpu_follow_the_same_rule(numba, missing):
         missing("numba")
     x = torch.ones(4, 3)
     serves = "cpu" if numba else "numpy"
-    assert registry.default(x) == serves
+    assert registry.default_name(x) == serves
     for name in (None, "torch", serves):
         assert registry.select(name, input=x).name == serves
-    assert registry.serving(x) is registry.select(serves, input=x)
-    assert registry.load("torch") is registry.serving(x)
+    assert registry.backend_for(x) is registry.select(serves, input=x)
+    assert registry.load("torch") is registry.backend_for(x)
     assert registry.select("numpy", input=x).name == "numpy"
 
 

@@ -58,13 +58,13 @@ def cupy(request):
 def launches(request, monkeypatch):
     """Name what an emulated GPU has launched, whose backend is in the place of that for CPU tensors."""
     backend, names = {"cupy": cupy, "triton": triton}[request.param](request)
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     return names
 
 
 def test_cupy_serves_cuda_tensors_where_triton_is_not_installed(monkeypatch):
     rows = tuple(row for row in registry.ROWS if row.device == "cuda")
-    monkeypatch.setattr(registry, "why_not", registry.why_not.__wrapped__)
+    monkeypatch.setattr(registry, "unavailable_reason", registry.unavailable_reason.__wrapped__)
     for absent, serves in (("", "triton"), ("triton", "cupy")):
         monkeypatch.setattr(registry, "_is_there", lambda package, absent=absent: package != absent)
         assert registry._first.__wrapped__(rows).name == serves
@@ -362,7 +362,7 @@ PLANTED = [(backend, fault) for backend, faults in FAULTS.items() for fault in (
 
 def plant(before, after, folder, monkeypatch):
     """Give the backend that serves kernels with a fault."""
-    backend = registry.serving(None)
+    backend = registry.backend_for(None)
     if hasattr(backend, "gpu"):
         assert importlib.import_module("gpu_bn.backends.cupy.sources").source(None).count(before) == 1
         backend.gpu.edit_source = lambda source: source.replace(before, after)

@@ -104,7 +104,7 @@ def engine(request, monkeypatch):
     if request.param == "torch":
         return None
     backend = RecordingBackend(DEVICES[request.param])
-    monkeypatch.setattr(library.registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(library.registry, "backend_for", lambda *_: backend)
     return backend
 
 
@@ -157,7 +157,7 @@ def test_masks_are_right_wherever_tensors_begin(layout, device, compile_triton, 
         found = []
         for backend in (EmulatedBackend(device, compile_triton, 80), None):
             if backend is not None:
-                monkeypatch.setattr(library.registry, "serving", lambda *_, backend=backend: backend)
+                monkeypatch.setattr(library.registry, "backend_for", lambda *_, backend=backend: backend)
             operators = list(calls((4, 8, 2, 4), torch.float32, layout, "relu", True, extension))
             found.append([operator(*arguments) for operator, arguments in operators])
             monkeypatch.undo()
@@ -171,7 +171,7 @@ def test_masks_are_right_wherever_tensors_begin(layout, device, compile_triton, 
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned channels_last"])
 def test_opcheck_on_an_emulated_device(layout, device, compile_triton, monkeypatch):
     backend = EmulatedBackend(device, compile_triton, 80)
-    monkeypatch.setattr(library.registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(library.registry, "backend_for", lambda *_: backend)
     for operator, arguments in list(calls((2, 3, 2, 4), torch.float32, layout, "relu", True, "plain"))[:3]:
         given = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
         results = opcheck(operator, tuple(given), test_utils=("test_schema", "test_faketensor"))

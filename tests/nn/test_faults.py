@@ -133,7 +133,7 @@ def test_a_counter_moves_with_what_kernels_write_wherever_ctrl_c_strikes(fails):
             return "y"
 
         raised, _ = injected(
-            partial(swallowing, algorithm.counted, counter, launch),
+            partial(swallowing, algorithm.increment_and_call, counter, launch),
             sys.settrace,
             interrupt_at(number),
             KeyboardInterrupt(),

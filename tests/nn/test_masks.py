@@ -54,7 +54,7 @@ def test_the_gradient_of_the_gradient_is_of_the_same_function(options):
     x, weight, bias, residual = inputs(SHAPE)
     mean, var = running()
     y = nn.batch_norm(x, mean, var, weight, bias, True, residual=residual, activation="silu", **options)
-    valid = gpu_bn.algorithm.positions(options["mask"], x.shape, 1) if "mask" in options else None
+    valid = gpu_bn.algorithm.valid_positions(options["mask"], x.shape, 1) if "mask" in options else None
     limits = None
     if "renorm" in options:
         mean, var = running()
@@ -125,7 +125,7 @@ def test_what_a_mask_hides_is_never_used(training):
 def arguments(name, options, activation):
     x, weight, bias, residual = inputs(SHAPE, torch.float32)
     mean, var = running(2, torch.float32)
-    valid = gpu_bn.algorithm.positions(options["mask"], SHAPE, 1) if "mask" in options else None
+    valid = gpu_bn.algorithm.valid_positions(options["mask"], SHAPE, 1) if "mask" in options else None
     groups = 2 if "virtual_batch_size" in options else 1
     renorm = list(options.get("renorm", ()))
     constants = (1e-5, activation, 0.0)

@@ -184,7 +184,7 @@ class Elsewhere:
 @pytest.fixture
 def elsewhere(monkeypatch):
     backend = Elsewhere()
-    monkeypatch.setattr(library.registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(library.registry, "backend_for", lambda *_: backend)
     return backend
 
 

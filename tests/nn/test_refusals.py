@@ -305,7 +305,7 @@ def test_a_call_that_fails_has_not_counted(monkeypatch):
 
     for options in ({}, {"virtual_batch_size": 2}):
         layer = nn.BatchNorm1d(3, **options)
-        monkeypatch.setattr(library.registry, "serving", fail)
+        monkeypatch.setattr(library.registry, "backend_for", fail)
         with pytest.raises(Failed):
             layer(X)
         assert layer.num_batches_tracked == 0

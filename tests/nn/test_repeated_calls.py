@@ -196,7 +196,7 @@ def test_another_choice_of_backends_is_asked(monkeypatch):
         asked.append(array)
         return registry.load("numpy", "torch")
 
-    monkeypatch.setattr(registry, "serving", serving)
+    monkeypatch.setattr(registry, "backend_for", serving)
     layer(data(4, 3, 5, 6))
     assert asked
 

@@ -210,7 +210,7 @@ def out_of_memory(*_):
 @contextmanager
 def failing(phase):
     """Let a phase of the backend that serves tensors on the CPU find no memory."""
-    engine = registry.serving(torch.empty(0))
+    engine = registry.backend_for(torch.empty(0))
     if phase is not None:
         setattr(engine, phase, out_of_memory)
     try:

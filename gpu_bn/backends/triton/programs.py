@@ -18,7 +18,7 @@ from gpu_bn.plan import (
     NoPlanError,
     OnChip,
     Work,
-    narrower,
+    narrower_tilings,
     plan,
     plan_once,
     plan_twice,
@@ -135,7 +135,7 @@ def one_pass_plan(work: Work, device: Device) -> LaunchPlan:
 
     In channels-last few wide strips, each of which is cut into few blocks, would leave SMs idle.
     """
-    tilings = narrower(tile(work), THRESHOLDS.narrow_bytes, work.itemsize)
+    tilings = narrower_tilings(tile(work), THRESHOLDS.narrow_bytes, work.itemsize)
     plans = [_fewer_blocks(plan_once(work, device, WITHOUT_COOPERATION, tiling)) for tiling in tilings]
     filling = [found for found in plans if found.grid >= THRESHOLDS.fill * CO_RESIDENT * device.sms]
     return filling[0] if filling else max(plans, key=lambda found: found.grid)

@@ -53,7 +53,7 @@ def check(num_features: int | None, call: Call, options: Options) -> Checked | s
         *[float(tensor is not None) for tensor in presence],
         float(differentiated) + float(differentiated and x.requires_grad),
     ]
-    valid = None if call.valid is None else algorithm.positions(call.valid, x.shape, 1)
+    valid = None if call.valid is None else algorithm.valid_positions(call.valid, x.shape, 1)
     return Checked(Call(*call[:7], valid), momentum, (eps, activation.name, float(activation.parameter)), signature)
 
 

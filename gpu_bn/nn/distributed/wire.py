@@ -133,7 +133,7 @@ def _sum(packets: Sequence[Tensor], length: int) -> Tensor:
 
     It is one launch where the backend has a kernel for it.
     """
-    fused = getattr(registry.serving(packets[0]), "sum_packets", None)
+    fused = getattr(registry.backend_for(packets[0]), "sum_packets", None)
     if fused is not None:
         return fused(packets, length, HEADER, ROOM, UNKNOWN)  # type: ignore[no-any-return]
     vectors = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, :length]

@@ -19,7 +19,7 @@ from torch.fx import Graph
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from gpu_bn.activations import chosen
+from gpu_bn.activations import make_activation
 from gpu_bn.nn.activated import Activated, has_hooks
 from gpu_bn.nn.fx.activations import activate
 from gpu_bn.nn.operators.autograd import is_compiling
@@ -38,7 +38,7 @@ def normalise(
     Traced graphs call this function. ``reversed_sum`` computes ``residual + norm(x)``, and ``in_place`` adds into the
     output of the layer, as the module's code did.
     """
-    act = chosen(activation, parameter)
+    act = make_activation(activation, parameter)
     ours = isinstance(norm, Activated) and norm.activation.name == "identity"
     fits = residual is None or (  # unlike a sum, a layer neither broadcasts nor promotes dtypes
         isinstance(residual, Tensor)

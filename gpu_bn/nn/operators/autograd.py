@@ -52,7 +52,7 @@ def forward(call: Call, options: Options, groups: int = 1) -> Tensor:
     if forward_ad._current_level < 0 and _plain(call):
         momentum = library.batch_weight(number, at, call.counter) if options.training else 0.0
         spec = library.options(options.training, momentum, *rest, groups, renorm)
-        return direct(registry.serving(call.x), spec, call)
+        return direct(registry.backend_for(call.x), spec, call)
     inputs, running = (call.x, call.weight, call.bias, call.residual), (call.running_mean, call.running_var)
     if not options.training:
         return infer(*inputs, *running, *rest)[0]  # type: ignore[no-any-return]
@@ -138,7 +138,7 @@ _apply = super(Function, _Direct).apply
 
 def _serves(name: str, device: str) -> bool:
     """Whether a backend serves a device's tensors unless another is asked for; compiled autograd takes the answer."""
-    return registry.serving(torch.empty(0, device=device)).name == name
+    return registry.backend_for(torch.empty(0, device=device)).name == name
 
 
 # torch.compiler.assume_constant_result does the same, but it imports torch._dynamo, which takes longer than torch.

@@ -77,7 +77,7 @@ def forward(
     """Return ``y``, or ``None`` if the call is of another kind."""
     x, weight, bias, residual, mean, var, counter = given
     key = (
-        registry.serving, x.shape, training, _grad_enabled(), activation, weight is None, bias is None,
+        registry.backend_for, x.shape, training, _grad_enabled(), activation, weight is None, bias is None,
         residual is None, mean is None, var is None, counter is None,
     )  # fmt: skip
     way: Forward | None
@@ -124,7 +124,7 @@ def _prepare(
 ) -> Forward | None:
     """Remember what calls like this one have in common; ``None`` if they go another way."""
     x, weight, bias, residual, *_ = given
-    engine: Any = registry.serving(x)
+    engine: Any = registry.backend_for(x)
     parts = None if watched() else plain_parts(Call(*given), Options(training, momentum, eps))
     if "doors" not in vars(engine) or parts is None or x.layout is not torch.strided:
         return None

@@ -173,7 +173,7 @@ def _train(
     momentum_of_batch = batch_weight(momentum, momentum_at, num_batches_tracked)
     spec = options(True, momentum_of_batch, eps, activation, parameter, groups, renorm)
     call = Call(x, weight, bias, residual, running_mean, running_var, num_batches_tracked, valid)
-    y, saved = forward(registry.serving(x), call, spec)
+    y, saved = forward(registry.backend_for(x), call, spec)
     return _results(x, y, replace(saved, valid=valid))  # saved has no mask that leaves nothing out
 
 
@@ -195,7 +195,7 @@ def _infer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(x, weight, bias, residual, running_mean, running_var)
     spec = options(False, 0.0, eps, activation, parameter)
-    return _results(x, *forward(registry.serving(x), call, spec))
+    return _results(x, *forward(registry.backend_for(x), call, spec))
 
 
 def _results(x: Tensor, y: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,7 +259,7 @@ def _backward(
     renorm: bool,
     need: list[bool],
 ) -> tuple[Tensor, ...]:
-    engine = registry.serving(x)
+    engine = registry.backend_for(x)
     positions = x.numel() // max(x.shape[1], 1) // groups
     moments, limited = unpacked(statistics, positions, groups, valid is not None, renorm)
     saved = Saved(
@@ -276,7 +276,7 @@ def _backward(
         valid=valid,
     )
     if limited is not None:
-        saved = algorithm.renormalized(saved, *limited)
+        saved = algorithm.renormalize(saved, *limited)
     dx, dweight, dbias, dresidual = algorithm.backward(engine, dy, saved, NEEDS[tuple(need)])
     return (
         x.new_empty(0) if dx is None else as_promised(dx, x),
@@ -317,7 +317,7 @@ def _forward_fake(x: Tensor, rows: int, mask: int) -> tuple[Tensor, Tensor, Tens
 
 def mask_length(x: Tensor, residual: Tensor | None, activation: str, groups: int = 1) -> int:
     """Return how many bytes of mask a call keeps, by the backends' own rule, from what is known in advance."""
-    if residual is None or (x.is_cpu and not getattr(registry.serving(x), "keeps_bits", False)):
+    if residual is None or (x.is_cpu and not getattr(registry.backend_for(x), "keeps_bits", False)):
         return 0
     order = tuple(range(x.dim()))
     if not x.is_contiguous():

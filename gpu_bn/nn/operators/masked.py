@@ -16,7 +16,7 @@ def batch_norm(call: Call, options: Options, groups: int) -> Tensor:
     x, valid, residual = call.x, call.valid, call.residual
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError("mask, virtual_batch_size and renorm do not work under torch.func or in forward mode")
-    valid = None if valid is None else algorithm.positions(valid, x.shape, 1)
+    valid = None if valid is None else algorithm.valid_positions(valid, x.shape, 1)
     if options.training:
         if not torch.compiler.is_compiling() and autograd.tracing_state() is not None:
             raise NotImplementedError(

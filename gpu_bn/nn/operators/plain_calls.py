@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from gpu_bn import registry
-from gpu_bn.activations import chosen
+from gpu_bn.activations import make_activation
 from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import cpu_calls
 from gpu_bn.nn.operators.autograd import (
@@ -52,14 +52,14 @@ def forward(
         y = cpu_calls.forward(given, training, momentum, eps, activation, parameter)
         if y is not None:
             return y
-    return _by_triton(Call(*given), Options(training, momentum, eps, chosen(activation, parameter)))
+    return _by_triton(Call(*given), Options(training, momentum, eps, make_activation(activation, parameter)))
 
 
 def _by_triton(call: Call, options: Options) -> Tensor | None:
     x, eps = call[0], options[2]
     if tracing_state() is not None or transforms_active() or not (x.is_cuda or x.is_cpu):
         return None
-    plain: Any = vars(registry.serving(x)).get("plain")  # not by delegation: a wrapper may have calls of its own
+    plain: Any = vars(registry.backend_for(x)).get("plain")  # not by delegation: a wrapper may have calls of its own
     if plain is None:
         return None
     if options[1] is None or type(eps) is not float or not 0.0 < eps < inf:

@@ -39,7 +39,7 @@ _POOL = "(Tensor count, Tensor mean, Tensor var)"
 
 # ------------------------------------------------------------------------------------------------- what they compute
 def _report(x: Tensor, valid: Tensor | None) -> Tensor:
-    moments = registry.serving(x).stats(x, 1, valid)
+    moments = registry.backend_for(x).stats(x, 1, valid)
     channels = x.shape[1]
     report = torch.empty(2 + 2 * channels, dtype=torch.float64, device=x.device)
     report[0] = 0.0
@@ -53,7 +53,7 @@ def _report_packets(x: Tensor, valid: Tensor | None, group: str, signature: Sequ
     """Make the packets of a report, or packets that tell the other processes of an error."""
     try:
         # Allocate the output once before the exchange: lack of memory must show now. The allocator keeps it.
-        registry.serving(x).empty_like(x)
+        registry.backend_for(x).empty_like(x)
         return wire.packed(_report(x, valid), group, signature)
     except Exception as error:
         return wire.fault(error, x, group, 2 + 2 * x.shape[1])
@@ -70,7 +70,7 @@ def merged(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _merge_packets(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Merge the reports in packets, in one launch where the backend has a kernel for it."""
-    fused = getattr(registry.serving(packets[0]), "merge_packets", None)
+    fused = getattr(registry.backend_for(packets[0]), "merge_packets", None)
     if fused is None:
         return merged(wire.unpacked(packets, channels))
     return fused(packets, channels, wire.HEADER, wire.ROOM, wire.UNKNOWN)  # type: ignore[no-any-return]
@@ -105,7 +105,7 @@ def _update(
     var: Tensor,
 ) -> None:
     tracked = (running_mean, running_var, num_batches_tracked)
-    fused = getattr(registry.serving(mean), "update_shared", None)
+    fused = getattr(registry.backend_for(mean), "update_shared", None)
     if fused is None or not countable(num_batches_tracked, mean):
         whole = Pool(count, mean, var * count)
         update_running(tracked, momentum if momentum_at is None else momentum_at, whole)
@@ -115,7 +115,7 @@ def _update(
 
 
 def _normalize(x: Tensor, *arguments: Any) -> Tensor:
-    engine = registry.serving(x)
+    engine = registry.backend_for(x)
     y = engine.empty_like(x)
     if x.numel():
         engine.normalize(_saved(x, *arguments), arguments[2], y)
@@ -125,7 +125,7 @@ def _normalize(x: Tensor, *arguments: Any) -> Tensor:
 def _reduce(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Sum dz and dz * xhat over this process, (2, C); return dz too if it is asked for."""
     *layer, need_dz = arguments
-    engine = registry.serving(x)
+    engine = registry.backend_for(x)
     dz = engine.empty_like(x) if need_dz else None
     nothing = x.new_empty(0) if dz is None else dz
     if not x.numel():
@@ -138,20 +138,20 @@ def _reduce_packets(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Ten
     """Make the packets of the sums, or packets that tell the other processes of an error; the sums; dz."""
     *rest, group, signature = arguments
     try:
-        registry.serving(x).empty_like(x)  # as in _report_packets: memory for dx
+        registry.backend_for(x).empty_like(x)  # as in _report_packets: memory for dx
         sums, dz = _reduce(dy, x, *rest)
         return wire.packed(sums.flatten(), group, signature), sums, dz
     except Exception as error:
         sums = x.new_full((2, x.shape[1]), torch.nan, dtype=torch.float64)
         # Compiled code counts on its strides.
-        dz = registry.serving(x).empty_like(x) if rest[-1] else x.new_empty(0)
+        dz = registry.backend_for(x).empty_like(x) if rest[-1] else x.new_empty(0)
         return wire.fault(error, x, group, sums.numel()), sums, dz
 
 
 def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
     """Compute dx from the sums and the count of all processes."""
     *layer, sums, _ = arguments
-    engine = registry.serving(x)
+    engine = registry.backend_for(x)
     dx = engine.empty_like(x)
     if x.numel():
         engine.backward_input(dy, _saved(x, *layer), Sums(sums[0], sums[1]), dx)
@@ -161,7 +161,7 @@ def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
 def _saved(x: Tensor, *layer: Any) -> Saved:
     """Return what a call saves, from the arguments that operators have of a layer and its options."""
     weight, bias, residual, valid, *moments, eps, activation, parameter = layer
-    engine = registry.serving(x)
+    engine = registry.backend_for(x)
     spec = BatchNormSpec(1, True, 0.0, eps, Activation(activation, parameter))
     vectors = (as_read(engine, weight), as_read(engine, bias))
     kept = algorithm.save(engine, Call(x, residual=residual, valid=valid), spec, Moments(*moments))

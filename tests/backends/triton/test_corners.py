@@ -12,7 +12,7 @@ from support import far_from_zero
 import gpu_bn
 from gpu_bn.activations import IDENTITY
 from gpu_bn.call import Call
-from gpu_bn.gpu_model import streaming
+from gpu_bn.gpu_model import streaming_seconds
 from gpu_bn.plan import DEVICES, THREADS, THRESHOLDS, VECTOR_BYTES, Work, plan_once
 from gpu_bn.spec import BatchNormSpec
 from gpu_bn.testing import Case, check
@@ -204,7 +204,7 @@ def test_the_time_of_two_launches_is_that_of_the_programs_that_are_launched(shap
     under_way = THRESHOLDS.loads * THREADS * VECTOR_BYTES
     reads = found.read_bytes[0]
     passes = [
-        streaming(moved, once.grid, resident, under_way, device, THRESHOLDS)
+        streaming_seconds(moved, once.grid, resident, under_way, device, THRESHOLDS)
         for moved in (reads, found.dram_bytes - reads)
     ]
     assert [sum(parts) for parts in zip(*passes, strict=True)] == [found.times.memory, found.times.idle]

@@ -62,7 +62,7 @@ OF_A_LAYER = """
 import torch
 from gpu_bn import nn, registry
 backend = registry.load("triton")
-registry.serving = lambda _: backend
+registry.backend_for = lambda _: backend
 x, dy = torch.randn(6, 4, 3, requires_grad=True), torch.randn(6, 4, 3)
 layers = nn.BatchNorm1d(4), torch.nn.BatchNorm1d(4)
 for _ in range(2):

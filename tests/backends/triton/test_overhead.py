@@ -37,7 +37,7 @@ def test_operations_are_seen():
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_layer_launches_at_most_two_kernels_each_way_and_nothing_else(shape, launches, dtype, residual, monkeypatch):
     backend = Recording(DEVICES["a100"])
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer = nn.BatchNorm2d(shape[1], activation="relu")
     x, added = (torch.empty(shape, dtype=dtype, requires_grad=True) for _ in range(2))
     dy = torch.empty(shape, dtype=dtype)
@@ -54,7 +54,7 @@ def test_a_layer_launches_at_most_two_kernels_each_way_and_nothing_else(shape, l
 def test_the_operators_launch_no_more(monkeypatch):
     """Those that compiled code calls."""
     backend = Recording(DEVICES["a100"])
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     x, vectors, counter = torch.empty(64, 8, 128, 128), [torch.ones(8) for _ in range(4)], torch.tensor(0)
     train, backward = torch.ops.gpu_bn.train, torch.ops.gpu_bn.backward
     results = []
@@ -73,7 +73,7 @@ def test_the_operators_launch_no_more(monkeypatch):
 @pytest.mark.parametrize(("tier", "shape"), [("cta", (4, 6, 5)), ("split", (9, 70, 3)), ("split", (70, 40))], ids=str)
 def test_the_batch_is_counted_once(tier, shape, device, compile_triton, monkeypatch):
     backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4), tier=tier)
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer, peer = nn.BatchNorm1d(shape[1]), torch.nn.BatchNorm1d(shape[1])
     for _ in range(2):
         x = torch.randn(shape)

@@ -60,7 +60,7 @@ class Noting(RecordingBackend):
 
 def run(monkeypatch, plain, call, **options):
     backend = Noting(plain, **options)
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     call()
     kinds = [(step.kernel.__name__, step.grid, special.key, numbers) for step, special, numbers in backend.launches]
     return backend, kinds
@@ -136,7 +136,7 @@ def test_what_is_not_plain_goes_the_other_way(name, monkeypatch):
 def test_what_is_remembered_does_not_hide_a_change(monkeypatch):
     """Each call is looked at: a signature that is known says nothing of other tensors, or of the same ones later."""
     backend = Noting(True)
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 6, 6)
     layer(x)
     with pytest.raises(RuntimeError, match="should contain 6 elements not 8"):
@@ -153,7 +153,7 @@ def test_what_is_remembered_does_not_hide_a_change(monkeypatch):
 
 def test_gradients_of_another_form_go_the_other_way(monkeypatch):
     backend = Noting(True)
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 6, 6, requires_grad=True)
     layer(x).sum().backward()  # an expanded number
     layer(x).backward(torch.empty(4, 8, 6, 6).to(memory_format=torch.channels_last))
@@ -164,7 +164,7 @@ def test_gradients_of_another_form_go_the_other_way(monkeypatch):
 def test_signatures_are_bounded(monkeypatch):
     backend = Noting(True)
     backend.plain.known.most = 3
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer = nn.BatchNorm2d(8).requires_grad_(False)
     for size in range(2, 12):
         layer(torch.empty(2, 8, size, size))
@@ -183,7 +183,7 @@ def test_a_plain_call_is_planned_again_without_clusters_where_they_fail(monkeypa
 
     backend = TritonBackend(launch, DEVICES["h100"])
     backend.builder.clusters = True
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer, x = nn.BatchNorm2d(64), torch.empty(32, 64, 56, 56, dtype=torch.float16, requires_grad=True)
     for _ in range(2):
         y = layer(x)
@@ -266,7 +266,7 @@ WATCHES = {
 @pytest.mark.parametrize("name", WATCHES)
 def test_a_known_signature_hides_no_one_who_watches(name, monkeypatch):
     backend = Noting(True)
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 16, 16, requires_grad=True)
     y = layer(x)
     with WATCHES[name]():
@@ -282,7 +282,7 @@ def test_a_known_signature_hides_no_one_who_watches(name, monkeypatch):
 
 def test_kinds_of_calls_of_one_shape_are_remembered_side_by_side(monkeypatch):
     backend = Noting(True)
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layers = [nn.BatchNorm2d(8), nn.BatchNorm2d(8).requires_grad_(False)]
     x = torch.empty(4, 8, 6, 6)
     inputs = [x, x.clone().requires_grad_(), x.to(memory_format=torch.channels_last), torch.nn.Parameter(x)]
@@ -299,7 +299,7 @@ def test_kinds_of_calls_of_one_shape_are_remembered_side_by_side(monkeypatch):
 
 def test_saved_tensors_that_come_back_otherwise_are_looked_at(monkeypatch):
     backend = Noting(True)
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 6, 6, requires_grad=True)
     for order in (torch.contiguous_format, torch.channels_last):
 
@@ -321,7 +321,7 @@ def test_a_call_comes_to_its_kernel_in_five_files(monkeypatch):
         ways.append([*dict.fromkeys(path.name for path in frames if package in path.parents)])
         ways[-1].append(Path(step.kernel.fn.__code__.co_filename).name)
 
-    monkeypatch.setattr(registry, "serving", lambda _: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda _: backend)
     backend = TritonBackend(launch, DEVICES["a100"])
     layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 6, 6, requires_grad=True)
     for _ in range(2):
@@ -367,7 +367,7 @@ class ByAddress(EmulatedBackend):
 @pytest.mark.parametrize("kind", [EmulatedBackend, ByAddress])
 def test_plain_calls_compute_what_torch_does(tier, kind, device, compile_triton, monkeypatch):
     backend = kind(device, compile_triton, 80, replace(DEVICES["a100"], sms=4), tier=tier)
-    monkeypatch.setattr(registry, "serving", lambda *_: backend)
+    monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     ours, theirs = nn.BatchNorm1d(6, activation="relu"), torch.nn.BatchNorm1d(6)
     with torch.no_grad():
         for one in (ours.weight, ours.bias):
