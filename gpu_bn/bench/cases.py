@@ -116,11 +116,7 @@ class Case:
 
 
 def shapes_of(names: Iterable[str]) -> list[Shape]:
-    """Return each shape of the named networks once; a name may also be a shape, such as 32x64x56x56.
-
-    Raises:
-        ValueError: a name is neither a network nor a shape.
-    """
+    """Return each shape of networks and shapes such as 32x64x56x56 once; raise ``ValueError`` for other names."""
     layers: Layers = {}
     for name in names:
         if name not in NETWORKS and not re.fullmatch(r"0*[1-9][0-9]*(x0*[1-9][0-9]*){1,4}", name):
@@ -134,10 +130,8 @@ def select(
 ) -> list[Case]:
     """Return all combinations whose name contains ``only``; the cases of one tensor follow each other.
 
-    ``shapes`` are names for :func:`shapes_of`, ``dtypes`` short names, ``operations`` keys of :data:`OPERATIONS`.
-
-    Raises:
-        ValueError: a shape is unknown, no layout fits it, or training would have a single value per channel.
+    ``shapes`` are names for :func:`shapes_of`, ``dtypes`` short names, ``operations`` keys of :data:`OPERATIONS`. Raise
+    ``ValueError`` if a shape is unknown, no layout fits it, or training would have a single value per channel.
     """
     chosen, cases = [OPERATIONS[name] for name in operations], []
     spatial = [name for name in layouts if name != "nc"]

@@ -87,12 +87,7 @@ def backend_calls(make_backend: Callable[[str | None, OnPlan | None], Any]) -> B
 
 def gpu_backend_calls(name: str) -> Build:
     """Return the ``build`` of one of our GPU backends, which is loaded when a call is built."""
-
-    def make_backend(tier: str | None, on_plan: OnPlan | None) -> Any:
-        kind: Any = type(registry.load(name))
-        return kind(tier=tier, on_plan=on_plan)
-
-    return backend_calls(make_backend)
+    return backend_calls(lambda tier, on_plan: cast(Any, type(registry.load(name)))(tier=tier, on_plan=on_plan))
 
 
 # -------------------------------------------------------------------------------------------------------- NumPy
@@ -222,16 +217,49 @@ def cudnn_refuses(case: Case) -> str:
     return "" if case.operation.training else "evaluation is not compared"
 
 
-def cudnn(operation: Operation, problem: Problem) -> TimedCall:
+def cudnn(operation: Operation, p: Problem) -> TimedCall:
     """Build a call of a graph in cuDNN's frontend: batch norm, residual and ReLU with a mask, or its gradients."""
-    graph = _Graph(problem.x.device)
-    y, *saved = _add_forward(graph, operation, problem)
+    graph = _Graph(p.x.device)
+    torch, nodes, given = graph.torch, graph.nodes, graph.input
+    running_mean, running_var, weight, bias = (getattr(p, name).view(1, -1, 1, 1) for name in VECTORS)
+    eps, momentum = (given(torch.full((1, 1, 1, 1), number)) for number in (p.eps, p.momentum))
+    z, mean, rstd, new_mean, new_var = nodes.batchnorm(
+        name="bn", input=given(p.x), scale=given(weight), bias=given(bias), in_running_mean=given(running_mean),
+        in_running_var=given(running_var), epsilon=eps, momentum=momentum,
+    )  # fmt: skip
+    graph.output(new_mean, running_mean)
+    graph.output(new_var, running_var)
+    if p.residual is not None:
+        z = nodes.add(name="add", a=z, b=given(p.residual))
+    mask = None
+    if operation.relu:
+        z = nodes.relu(name="relu", input=z)
+        positive = nodes.cmp_gt(name="mask", input=z, comparison=given(torch.zeros_like(p.x)))
+        mask = graph.output(positive, torch.empty_like(p.x, dtype=torch.bool))
+    mean, rstd = (graph.output(node, torch.empty_like(weight)) for node in (mean, rstd))
+    y = graph.output(z, torch.empty_like(p.x))
     if operation.direction == "forward":
         return lambda: graph.run(y)
     graph.run()
-    backward = _Graph(problem.x.device)
-    outputs = _add_backward(backward, operation, problem, *saved)
-    return lambda: backward.run(*outputs)
+    return _cudnn_backward(operation, p, mean, rstd, mask)
+
+
+def _cudnn_backward(operation: Operation, p: Problem, mean: Array, rstd: Array, mask: Array) -> TimedCall:
+    """Build a call of a graph of the gradients, from what the forward graph has written."""
+    graph = _Graph(p.x.device)
+    empty, given = graph.torch.empty_like, graph.input
+    parameter: Array = p.weight
+    weight, dz, residuals = parameter.view(1, -1, 1, 1), given(p.dy), []
+    if operation.relu:
+        dz = graph.nodes.scale(name="drelu", input=dz, scale=given(mask))
+        dz.set_data_type(p.x.dtype)
+        residuals = [] if p.residual is None else [graph.output(dz, empty(p.x))]
+    dx, *vectors = graph.nodes.batchnorm_backward(
+        name="dbn", grad=dz, input=given(p.x), scale=given(weight), mean=given(mean), inv_variance=given(rstd)
+    )
+    gradients = [graph.output(node, empty(weight)).view(-1) for node in vectors]
+    outputs = [graph.output(dx, empty(p.x)), *gradients, *residuals]
+    return lambda: graph.run(*outputs)
 
 
 class _Graph:
@@ -268,46 +296,6 @@ class _Graph:
 _cudnn_handle = cache(lambda cudnn: cudnn.create_handle())
 
 
-def _add_forward(graph: _Graph, operation: Operation, p: Problem) -> tuple[Array, ...]:
-    """Add a forward call to a graph; return the memory of y, mean, rstd and the mask, or ``None`` for the mask."""
-    torch, nodes, given = graph.torch, graph.nodes, graph.input
-    running_mean, running_var, weight, bias = (getattr(p, name).view(1, -1, 1, 1) for name in VECTORS)
-    eps, momentum = (given(torch.full((1, 1, 1, 1), number)) for number in (p.eps, p.momentum))
-    z, mean, rstd, new_mean, new_var = nodes.batchnorm(
-        name="bn", input=given(p.x), scale=given(weight), bias=given(bias), in_running_mean=given(running_mean),
-        in_running_var=given(running_var), epsilon=eps, momentum=momentum,
-    )  # fmt: skip
-    graph.output(new_mean, running_mean)
-    graph.output(new_var, running_var)
-    if p.residual is not None:
-        z = nodes.add(name="add", a=z, b=given(p.residual))
-    mask = None
-    if operation.relu:
-        z = nodes.relu(name="relu", input=z)
-        positive = nodes.cmp_gt(name="mask", input=z, comparison=given(torch.zeros_like(p.x)))
-        mask = graph.output(positive, torch.empty_like(p.x, dtype=torch.bool))
-    saved = [graph.output(node, torch.empty_like(weight)) for node in (mean, rstd)]
-    return graph.output(z, torch.empty_like(p.x)), *saved, mask
-
-
-def _add_backward(
-    graph: _Graph, operation: Operation, p: Problem, mean: Array, rstd: Array, mask: Array
-) -> list[Array]:
-    """Add a backward call to a graph; return the memory of the gradients."""
-    empty, given = graph.torch.empty_like, graph.input
-    parameter: Array = p.weight
-    weight, dz, residuals = parameter.view(1, -1, 1, 1), given(p.dy), []
-    if operation.relu:
-        dz = graph.nodes.scale(name="drelu", input=dz, scale=given(mask))
-        dz.set_data_type(p.x.dtype)
-        residuals = [] if p.residual is None else [graph.output(dz, empty(p.x))]
-    dx, *vectors = graph.nodes.batchnorm_backward(
-        name="dbn", grad=dz, input=given(p.x), scale=given(weight), mean=given(mean), inv_variance=given(rstd)
-    )
-    gradients = [graph.output(node, empty(weight)).view(-1) for node in vectors]
-    return [graph.output(dx, empty(p.x)), *gradients, *residuals]
-
-
 # --------------------------------------------------------------------------------------------------------- table
 IMPLEMENTATIONS = [
     Implementation("gpu_bn cpu", "cpu", "numpy", backend_calls(lambda *_: registry.load("cpu")), ("numba",), ours=True),
@@ -334,11 +322,8 @@ def by_name(name: str) -> Implementation:
 def choose(device: str, names: list[str] | None, torch_sees_it: bool = True) -> tuple[list[Implementation], list[str]]:
     """Choose our implementations for a device and the peers with these names; ``None`` stands for the default peers.
 
-    Return those that can run here, and a line for each that cannot. If torch does not see the GPU, an implementation
-    that needs torch cannot run: torch would run it on the CPU.
-
-    Raises:
-        ValueError: a name is not the name of a peer on the device.
+    Return those that can run here, and a line for each that cannot; raise ``ValueError`` for an unknown peer. If torch
+    does not see the GPU, no implementation that needs torch can run, because torch would use the CPU.
     """
     on_device = [each for each in IMPLEMENTATIONS if each.device == device]
     known = [each.name for each in on_device if not each.ours]

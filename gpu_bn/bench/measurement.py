@@ -153,8 +153,7 @@ class Tensors:
     def check(self, implementation: Implementation, operation: Operation, outputs: tuple[Any, ...]) -> float:
         """Compare the outputs of a call with the truth; return the largest error as a share of the error allowed.
 
-        Raises:
-            AssertionError: the share is above 1; the message names the quantity.
+        Raise ``AssertionError`` with the name of the quantity if a share is above 1.
         """
         forward = replace(operation, direction="forward") if operation.training else operation
         if forward not in self._truths:

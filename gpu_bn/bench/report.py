@@ -17,7 +17,7 @@ from gpu_bn.cli.console import Table, milliseconds, terminal_width, three_digits
 SCHEMA = 1
 """The version of the JSON's structure."""
 SLOWER, SLOWER_MARK = 1.5, "!"
-"""A time with several threads is marked if it is more than 1.5 times the time with one: the threads wait for a core."""
+"""A time with several threads is marked if it exceeds the time with one by this factor: the threads wait for a core."""
 PAGE_HEADER = (
     "Generated; do not edit. Every result was compared with a float64 oracle before it was timed. What was measured "
     "and what is a model stand in tables of their own."
@@ -26,7 +26,7 @@ PAGE_HEADER = (
 
 @dataclass
 class Report:
-    """The results of a command on a machine, which :func:`gpu_bn.bench.machine.machine` device_and_packagess.
+    """The results of a command on a machine, which :func:`gpu_bn.bench.machine.machine` describes.
 
     Attributes:
         left_out: peers and parts of the benchmark that did not run, and why.
@@ -50,10 +50,7 @@ class Report:
 
     @property
     def threads(self) -> int:
-        """The number of threads of the results that are drawn and summed; 0 if the libraries chose it.
-
-        It is the largest, or 1 if more threads have slowed down any call.
-        """
+        """The threads of the results that are shown: the most, or 1 if more slow a call down; 0 if nobody set them."""
         return 1 if slowdowns(self.results) else max((result.threads or 0 for result in self.results), default=0)
 
     @property
@@ -220,10 +217,7 @@ def thread_warnings(results: Sequence[Result]) -> list[str]:
 
 
 def refusals(results: Iterable[Result]) -> str:
-    """Return lines about the calls that were not timed.
-
-    Each wrong or failing call of ours has a line. Other calls with the same implementation and reason share a line.
-    """
+    """Return a line for each failure of ours, and one for each reason why peers fail or why we do not serve cases."""
     lines, alike = [], dict[tuple[str, str], list[Result]]()
     for r in results:
         if r.refused and r.ours:

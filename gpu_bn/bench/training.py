@@ -51,7 +51,6 @@ class Block(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of the block."""
         return cast(torch.Tensor, self.relu(self.inner(x) + self.shortcut(x)))
 
 
@@ -121,8 +120,8 @@ def check_gradients(
 ) -> tuple[dict[str, TimedCall], dict[str, int], dict[str, str]]:
     """Compare the first layer's gradient of each variant with that of ``model`` in float64.
 
-    The first variant must have torch's layers. Return the training steps of the variants that agree, the peak memory of
-    these in bytes, and why the others are refused.
+    The first variant must have torch's layers. Return the training steps and the peak memory in bytes of the variants
+    that agree, and why the others are refused.
     """
     steps, peaks, refused = {}, {}, {}
     _, expected = training_step(copy.deepcopy(model).double(), images.double(), labels, autocast=False)
