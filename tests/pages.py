@@ -1,7 +1,7 @@
-"""The generated parts of the pages. ``python tests/pages.py`` rewrites them; ``--check`` only names the stale ones.
+"""Write the generated parts of the pages. With ``--check``, only print the pages whose parts are not current.
 
-A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. It is made of the code, or of a record that a
-measurement has left. Nothing is measured or compiled here. The records, and what renews each:
+A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. It is made from the code, or from the record of
+a measurement. This script measures and compiles nothing. The records, and the scripts that write them:
 
 - ``bench/data/cpu.json``: ``bench/cpu.py --json``
 - ``tests/data/versions.json``: ``tests/versions.py --write``
@@ -45,27 +45,27 @@ PART = re.compile(r"(<!-- ([a-z][^\n]*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 
 
 # ------------------------------------------------------------------------------------------------------ parts
-def kernels(family: str, line: str) -> str:
-    """Return how many kernels the record of compiled variants has: all that are covered, or those renewed."""
+def kernel_count(family: str, line: str) -> str:
+    """Return the number of recorded kernels: ``covered`` are all, ``renewed`` those compiled from present sources."""
     record = (DATA / f"gates_{family}.txt").read_text()
     (count,) = re.findall(rf"^{line} \d+ of \d+ groups.*, (\d+) kernels$", record, re.M)
     return f"{int(count):,}"
 
 
 def every_case() -> list[Case]:
-    """Return the cases of ``gpu-bn check``, also those that a package is missing for here."""
+    """Return the cases of ``gpu-bn check``, also those that need a package that is not installed."""
     return [*cases(), *extended_cases(), *unavailable_cases()]
 
 
 def planted_cuda() -> str:
-    """Return how many faults are planted into the CUDA kernels."""
+    """Return the numbers of faults that tests plant into the CUDA kernels, as text."""
     masked, offsets = len(cuda_masked_faults.FAULTS), len(cuda_faults.GEOMETRIES)
     whole = len(cuda_faults.PLANTED) + masked + len(gpu_sync_faults.CUDA)
     return f"{whole}, of which {masked} with masks and ghost batches, and {offsets} cut offsets"
 
 
 def code(place: str) -> str:
-    """Return the source of one function, given as ``code FILE FUNCTION``."""
+    """Return the source of a function as a block of code; ``place`` is ``FILE FUNCTION``."""
     file, name = place.split()
     source = (ROOT / file).read_text()
     (node,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == name)
@@ -76,7 +76,7 @@ def code(place: str) -> str:
 
 
 def cpu_record() -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
-    """Return where was measured, and our time over torch's by number of threads, by case and backend, by operation."""
+    """Return the environment of the CPU record and its ratios: our time over torch's, by threads, row and operation."""
     record = json.loads(CPU.read_text())
     ratios = {
         threads: {row: {name: cell[0] for name, cell in cells.items()} for row, cells in rows.items()}
@@ -86,9 +86,9 @@ def cpu_record() -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
 
 
 def cpu_table(rows: dict[str, dict[str, float]]) -> str:
-    """Make Markdown with two decimals; small ratios are not rounded to 0."""
+    """Return a Markdown table of ratios with two decimals; a ratio below 0.01 is shown as ``<0.01``."""
     names = list(next(iter(rows.values())))
-    lines = [["float32 unless said", *names], ["---"] * (len(names) + 1)]
+    lines = [["float32 unless stated", *names], ["---"] * (len(names) + 1)]
     lines += [
         [row, *(f"{ratio:.2f}" if ratio >= 0.01 else "<0.01" for ratio in cells.values())]
         for row, cells in rows.items()
@@ -97,7 +97,7 @@ def cpu_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def cpu_all() -> str:
-    """Make a table of all cases for each number of threads."""
+    """Return a table of all cases for each number of threads."""
     environment, ratios = cpu_record()
     parts = [f"Measured with {environment}."]
     for threads, rows in ratios.items():
@@ -107,7 +107,7 @@ def cpu_all() -> str:
 
 
 def cpu_short() -> str:
-    """Make README's table: some cases on one thread, of the backends that were measured."""
+    """Return README's table: some cases on one thread, for each backend that was measured."""
     environment, ratios = cpu_record()
     threads = min(ratios, key=int)
     names = [f"{case}, {backend}" for case in README_CASES for backend in ("cpu", "numpy")]
@@ -116,7 +116,7 @@ def cpu_short() -> str:
 
 
 def container(target: str) -> str:
-    """Return what mattered when an image was built and run last."""
+    """Return the recorded output of ``docker/check`` for an image."""
     return f"\n```text\n{(DATA / f'container_{target}.txt').read_text()}```\n"
 
 
@@ -127,10 +127,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "cases": lambda: str(len(every_case())),
     "cpu": cpu_all,
     "cpu short": cpu_short,
-    "gates_cuda": lambda: kernels("cuda", "covered"),
-    "gates_cuda_renewed": lambda: kernels("cuda", "renewed"),
-    "gates_triton": lambda: kernels("triton", "covered"),
-    "gates_triton_renewed": lambda: kernels("triton", "renewed"),
+    "gates_cuda": lambda: kernel_count("cuda", "covered"),
+    "gates_cuda_renewed": lambda: kernel_count("cuda", "renewed"),
+    "gates_triton": lambda: kernel_count("triton", "covered"),
+    "gates_triton_renewed": lambda: kernel_count("triton", "renewed"),
     "install": lambda: re.findall(r"<!-- install -->(.*?)<!--", (ROOT / "README.md").read_text(), re.S)[0],
     "model": lambda: "\n" + model_page(model(cases_of("model"))) + "\n",
     "planted_cuda": planted_cuda,
@@ -142,19 +142,19 @@ PARTS: dict[str, Callable[[], str]] = {
 
 # ------------------------------------------------------------------------------------------------------ pages
 def part(name: str) -> str:
-    """Make one generated part."""
+    """Return the text of a generated part."""
     if name.startswith("code "):
         return code(name.removeprefix("code "))
     return PARTS[name]()
 
 
-def renewed(text: str) -> str:
-    """Return a page with its parts made anew."""
+def update_parts(text: str) -> str:
+    """Return a page with all its generated parts up to date."""
     return PART.sub(lambda found: f"{found[1]}{part(found[2])}{found[4]}", text)
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Return each page that has a generated part, and what it should be."""
+    """Yield each page that has a generated part, and the text that it should have."""
     yield cuda_budget.PAGE, cuda_budget.page()
     yield triton_budget.PAGE, triton_budget.page()
     yield ROOT / "docs" / "models.md", model_proof.table((DATA / "models.jsonl").read_text().splitlines())
@@ -166,35 +166,37 @@ def pages() -> Iterator[tuple[Path, str]]:
     ]:
         text = path.read_text()
         if PART.search(text):
-            yield path, renewed(text)
+            yield path, update_parts(text)
 
 
 def stale() -> list[str]:
-    """Return the pages and pictures that are not what the code and the records say."""
+    """Return the paths of the pages and pictures that are not up to date."""
     found = [path for path, text in pages() if path.read_text() != text]
-    if not CPU_PICTURE.exists() or digest().encode() not in CPU_PICTURE.read_bytes():
+    if not CPU_PICTURE.exists() or record_digest().encode() not in CPU_PICTURE.read_bytes():
         found.append(CPU_PICTURE)
     return [str(path.relative_to(ROOT)) for path in found]
 
 
-def digest() -> str:
-    """Return what a picture says that it was drawn of."""
+def record_digest() -> str:
+    """Return the digest of the CPU record, which the picture holds in its metadata."""
     return hashlib.sha256(CPU.read_bytes()).hexdigest()
 
 
 def draw() -> None:
-    """Draw the measured ratios: a panel a number of threads, a row a case, a mark an operation."""
+    """Draw the measured ratios: a panel for each number of threads, a row for each case, a mark for each operation."""
     from matplotlib.figure import Figure
 
     environment, ratios = cpu_record()
-    figure = Figure(figsize=(7, 5.2), dpi=140, layout="constrained")  # its text can be read at 400 pixels
+    figure = Figure(figsize=(7, 5.2), dpi=140, layout="constrained")  # the text is legible at a width of 400 pixels
     panels = figure.subplots(1, len(ratios), sharex=True, sharey=True, squeeze=False)[0]
     for panel, (threads, rows) in zip(panels, ratios.items(), strict=True):
         shown = {
             row.partition(", cpu / torch")[0]: cells for row, cells in rows.items() if row.endswith(", cpu / torch")
         }
         for marker, name in zip("osD^vPX", next(iter(shown.values())), strict=False):
-            face = {"markerfacecolor": "none"} if name.startswith("backward") else {}  # in grey, colours look alike
+            face = (
+                {"markerfacecolor": "none"} if name.startswith("backward") else {}
+            )  # for readers in grey
             panel.plot([cells[name] for cells in shown.values()], range(len(shown)), marker, label=name, **face)
         panel.axvline(1, color="#555555", linewidth=1.2)
         panel.text(1, -0.75, " equal", fontsize=9, color="#555555", va="center")
@@ -206,13 +208,13 @@ def draw() -> None:
         panel.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("our time / torch's, measured; left of the line gpu_bn is faster", fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(CPU_PICTURE, metadata={"Description": f"{environment}; record {digest()}"})
+    figure.savefig(CPU_PICTURE, metadata={"Description": f"{environment}; record {record_digest()}"})
 
 
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a part is not current")
     if parser.parse_args().check:
         print("\n".join(found := stale()))
         return bool(found)

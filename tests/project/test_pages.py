@@ -15,8 +15,8 @@ def test_every_generated_part_is_current():
 
 def test_a_changed_number_is_noticed():
     text = "the suite has <!-- cases -->0<!-- /cases --> cases"
-    assert pages.renewed(text) != text
-    assert pages.renewed(pages.renewed(text)) == pages.renewed(text)
+    assert pages.update_parts(text) != text
+    assert pages.update_parts(pages.update_parts(text)) == pages.update_parts(text)
 
 
 def anchors(path):
