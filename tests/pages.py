@@ -1,6 +1,6 @@
 """Write the generated parts of the pages. With ``--check``, only print the pages whose parts are not current.
 
-A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. It is made from the code, or from the record of
+A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. It is made from the code, or from a record of
 a measurement. This script measures and compiles nothing. The records, and the scripts that write them:
 
 - ``bench/data/cpu.json``: ``bench/cpu.py --json``
@@ -194,9 +194,7 @@ def draw() -> None:
             row.partition(", cpu / torch")[0]: cells for row, cells in rows.items() if row.endswith(", cpu / torch")
         }
         for marker, name in zip("osD^vPX", next(iter(shown.values())), strict=False):
-            face = (
-                {"markerfacecolor": "none"} if name.startswith("backward") else {}
-            )  # for readers in grey
+            face = {"markerfacecolor": "none"} if name.startswith("backward") else {}  # for readers in grey
             panel.plot([cells[name] for cells in shown.values()], range(len(shown)), marker, label=name, **face)
         panel.axvline(1, color="#555555", linewidth=1.2)
         panel.text(1, -0.75, " equal", fontsize=9, color="#555555", va="center")
