@@ -6,19 +6,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cuda_budget import limiters
-from support.gates import DATA
+from support.gates import DATA, digest
 from support.machine_code import Loop, blocks_per_sm, disassemble
 
 RECORD = DATA / "machine_code_triton.txt"
 PAGE = Path(__file__).parents[1] / "docs" / "machine_code_triton.md"
-KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
 VECTOR = 16
 """Bytes."""
 CALLS = {
@@ -174,8 +172,10 @@ def measured(arch: int, step: Any, special: Any) -> Found:
 
 
 def stamp() -> str:
-    """Return a digest of the kernels' sources."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.glob("*.py")))).hexdigest()[:12]
+    """Return a digest of the kernels' sources, without comments and docstrings."""
+    from support.triton_variants import sources
+
+    return digest(sources(), 12)
 
 
 def recorded_rows() -> dict[tuple[str, str, int], Found]:

@@ -62,7 +62,7 @@ class EmulatedBackend(TritonBackend):
         compiled = self.compile(step, args)
         everything = (*args, *step.tail)
         names = [parameter.name for parameter in step.kernel.params]
-        special = Specialisation.of(step, args)
+        special = Specialisation.from_step(step, args)
         self.require_as_compiled(step, special, dict(zip(names, everything, strict=True)))
         given = [
             (name, self.memory_of(value))
@@ -87,7 +87,7 @@ class EmulatedBackend(TritonBackend):
             assert arguments[name].data_ptr() % VECTOR_BYTES == 0, f"{name} is not aligned, as was promised"
 
     def compile(self, step: Step, args: tuple[Any, ...]) -> Compiled:
-        special = Specialisation.of(step, args)
+        special = Specialisation.from_step(step, args)
         options = dict(special.options)
         options["fp_fusion"] = options.pop("enable_fp_fusion")
         return self.compile_triton(
@@ -122,7 +122,7 @@ class RecordingBackend(TritonBackend):
         self.launches: list[tuple[Step, Specialisation]] = []
 
     def note(self, step: Step, args: tuple[Any, ...]) -> None:
-        self.launches.append((step, Specialisation.of(step, args)))
+        self.launches.append((step, Specialisation.from_step(step, args)))
 
 
 def tensors(shape, dtype=torch.float32, channels_last=False, seed=0):

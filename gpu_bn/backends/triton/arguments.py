@@ -1,4 +1,4 @@
-"""Prepare the arguments of calls as Triton's kernels take them."""
+"""Convert the arguments of calls into those of Triton kernels."""
 
 from __future__ import annotations
 
@@ -19,41 +19,53 @@ Array = Any
 
 
 class BackwardCall(NamedTuple):
-    """Hold the arguments of a backward call as kernels take them, and the launches prepared for all calls like it."""
+    """The arguments of a backward call as kernels take them.
+
+    Attributes:
+        key: equal for calls that have the same launches.
+        view: the memory layout of the input; with ghost batches, the batch is its outermost axis.
+        x: the input.
+        tensors: x, dy, residual, mask, valid.
+        vectors: mean, var, weight, bias.
+        numbers: eps, and the parameter of the activation.
+        gradient: the kernel function for the gradient of the activation.
+        alignment: the bytes that all addresses of tensors are multiples of, at most 16.
+        groups: the number of ghost batches.
+        split: whether the split tier must serve, because there is a mask or only the device knows the count.
+    """
 
     key: tuple[Any, ...]
     view: View
     x: Array
     tensors: tuple[Array | None, ...]
-    """x, dy, residual, mask, valid."""
     vectors: tuple[Array | None, ...]
-    """mean, var, weight, bias."""
     numbers: tuple[float, float]
-    """eps, the activation's parameter."""
     gradient: Any
     alignment: int
     groups: int
-    extended: bool
-    """Whether the split tier has to serve: there is a mask, or the count is not known here."""
+    split: bool
 
-    def work(self, writes: int, apart: bool = True) -> Work:
-        """What the call moves; ``apart``: it writes tensors of its own, which share no memory with those it reads."""
+    def work(self, writes: int, new_outputs: bool = True) -> Work:
+        """Return the work of the call, which writes ``writes`` tensors.
+
+        ``new_outputs``: they are new tensors, so they share no memory with those that are read.
+        """
         _, _, residual, mask, valid = self.tensors
-        given = residual is not None
+        reads = 2 + (residual is not None)
         return work_of(
-            of_one_group(self.view.layout, self.groups), self.x, self.alignment, backward=True, reads=2 + given,
-            writes=writes, staged=2 + given, sign_bits=mask is not None,
-            ragged=apart and valid is None and self.groups == 1,
+            group_layout(self.view.layout, self.groups), self.x, self.alignment, backward=True, reads=reads,
+            writes=writes, staged=reads, sign_bits=mask is not None,
+            ragged=new_outputs and valid is None and self.groups == 1,
         )  # fmt: skip
 
 
 def backward_call(dy: Array, saved: Saved, need: frozenset[str]) -> BackwardCall:
-    """Prepare the arguments of a backward call as kernels take them."""
+    """Return the arguments of a backward call as kernels take them."""
     groups = saved.spec.groups
     view = grouped_view(saved.x, saved.spec.axis, groups)
     x, dy, positions = dense(saved.x, view), dense(dy, view), position_bytes(saved.valid, view)
     activation, mask, residual = saved.spec.activation, saved.mask, saved.residual
-    if mask is not None:  # it has a byte for each whole vector
+    if mask is not None:  # it has a byte for each aligned vector
         x, dy = aligned(x, VECTOR_BYTES), aligned(dy, VECTOR_BYTES)
         positions = None if positions is None else aligned(positions, VECTOR_BYTES)
     elif residual is not None:
@@ -75,41 +87,41 @@ def backward_call(dy: Array, saved: Saved, need: frozenset[str]) -> BackwardCall
 
 
 def work_of(layout: Layout, x: Array, alignment: int, **moved: Any) -> Work:
-    """What a call moves, for the planner; ``moved`` are fields of :class:`gpu_bn.plan.Work`."""
+    """Return the work of a call, for the planner; ``moved`` are more fields of :class:`gpu_bn.plan.Work`."""
     return Work(layout.n, layout.c, layout.s, x.element_size(), alignment=alignment, **moved)
 
 
-def of_one_group(layout: Layout, groups: int) -> Layout:
-    """Of a ghost batch, what a plan needs to know."""
+def group_layout(layout: Layout, groups: int) -> Layout:
+    """Return a layout with the (N, C, S) of one ghost batch, for the planner."""
     return layout if groups == 1 else replace(layout, n=layout.n // groups)
 
 
 def grouped_view(x: Array, axis: int, groups: int) -> View:
-    """Return the view of a tensor; one with the batch outermost if that is cut into ghost batches."""
+    """Return the view of a tensor; with ghost batches, one whose outermost axis is the batch."""
     view = view_of(x, axis)
     return view if groups == 1 or view.layout.order[0] == 0 else contiguous_view(x, axis)
 
 
 def position_bytes(valid: Array | None, view: View) -> Array | None:
-    """Return the mask as kernels take it: bytes in the order of the tensor's positions."""
+    """Return the mask as contiguous bytes in the memory order of the tensor's positions."""
     return None if valid is None else valid.permute(view.layout.order).contiguous().view(torch.uint8)
 
 
-def rows_of_groups(kept: Array, groups: int) -> tuple[Array, ...]:
-    """Return what is kept of ghost batches: their means, their variances, weight, bias."""
-    mean, var = kept[: 2 * groups].view(2, -1)
-    return mean, var, kept[2 * groups], kept[2 * groups + 1]
+def split_rows(rows: Array, groups: int) -> tuple[Array, ...]:
+    """Split the [2 * groups + 2, C] saved rows into mean and variance, (groups * C,), and weight and bias, (C,)."""
+    mean, var = rows[: 2 * groups].view(2, -1)
+    return mean, var, rows[2 * groups], rows[2 * groups + 1]
 
 
-def give_back(written: tuple[Array | None, ...], given: tuple[Array | None, ...]) -> None:
-    """Copy vectors to those in whose place they were."""
-    for mine, theirs in zip(written, given, strict=True):
-        if theirs is not None and mine is not theirs:
-            theirs.copy_(mine)
+def copy_back(written: tuple[Array | None, ...], given: tuple[Array | None, ...]) -> None:
+    """Copy each written vector to the given one, unless they are the same tensor or ``None``."""
+    for source, target in zip(written, given, strict=True):
+        if target is not None and source is not target:
+            target.copy_(source)
 
 
 def momentum_of(momentum: Any, device: Any) -> tuple[float, Array | None]:
-    """Return a number, or else where it is on the device."""
+    """Return the momentum as a number and ``None``, or as 0.0 and a floating-point tensor on the device."""
     if not isinstance(momentum, torch.Tensor) or (momentum.is_cpu and device.type != "cpu"):
         return float(momentum), None
     momentum = momentum.to(device)
@@ -117,17 +129,18 @@ def momentum_of(momentum: Any, device: Any) -> tuple[float, Array | None]:
 
 
 def divisor_of(saved: Saved) -> tuple[float, Array | None]:
-    """Return what a kernel divides by: 1 / count, or the counts where they are."""
+    """Return 1 / count and ``None``, or 0.0 and the tensor of counts if only the device knows them."""
     count = saved.moments.count
     return (0.0, count.contiguous()) if isinstance(count, torch.Tensor) else (1.0 / count, None)
 
 
 def alignment_of(*arrays: Array | None) -> int:
-    """Return how many bytes the addresses are multiples of, 16 at most."""
+    """Return the largest power of two up to 16 that all addresses are multiples of."""
     return alignment([array.data_ptr() for array in arrays if array is not None])
 
 
 @lru_cache(1024)
 def mask_size(view: View, axis: int, itemsize: int, activation: str, groups: int) -> int:
+    """Return the bytes of the sign bits that a forward call keeps; 0 if it keeps none."""
     order = view.layout.order
     return mask_bytes([view.layout.shape[at] for at in order], order.index(axis), itemsize, activation, groups)

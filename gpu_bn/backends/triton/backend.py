@@ -1,8 +1,8 @@
-"""Run Triton kernels on torch's CUDA tensors (with ``TRITON_INTERPRET=1`` on its CPU tensors, slowly).
+"""Run Triton kernels on CUDA tensors of torch, or slowly on its CPU tensors with ``TRITON_INTERPRET=1``.
 
-Forward is one launch where a program can hold a channel in its registers and otherwise two, backward the same; which,
-:mod:`gpu_bn.plan` decides. Nothing waits for the device, all runs on torch's current stream, and no address outlives
-a call, so that calls can be captured in CUDA graphs. What is saved of the statistics is float64.
+A forward or backward call is one launch if a program can hold a channel in registers, and otherwise two or three:
+:mod:`gpu_bn.plan` decides. All launches are on torch's current stream, nothing waits for the device, and no address is
+kept after a call, so that calls can be captured in CUDA graphs. Saved statistics are float64.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from gpu_bn.backends.triton.arguments import (
     BackwardCall,
     alignment_of,
     backward_call,
+    copy_back,
     divisor_of,
-    give_back,
+    group_layout,
     grouped_view,
     mask_size,
     momentum_of,
-    of_one_group,
     position_bytes,
-    rows_of_groups,
+    split_rows,
     work_of,
 )
 from gpu_bn.backends.triton.launch import ClusterError, Launch, Recent, Step, interpreting, launch
 from gpu_bn.backends.triton.plain import PlainCalls
-from gpu_bn.backends.triton.programs import ELSEWHERE
+from gpu_bn.backends.triton.programs import INTERPRETER_HINT
 from gpu_bn.backends.triton.steps import BackwardSteps, ForwardSteps, StepBuilder, partials_of, scratch_of
 from gpu_bn.backends.triton.strides import aligned, dense, is_dense, view_of
 from gpu_bn.backends.triton.sync import SharedStatistics
@@ -45,8 +45,8 @@ Array = Any
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _planned_again(method: Method) -> Method:
-    """Plan a call again without clusters where they fail: a call in a cluster is one launch, so nothing has run."""
+def _replan_without_clusters(method: Method) -> Method:
+    """Repeat a call without clusters if they fail. A call in a cluster is one launch, so nothing has run before."""
 
     @wraps(method)
     def call(self: TritonBackend, *args: Any, **options: Any) -> Any:
@@ -60,36 +60,36 @@ def _planned_again(method: Method) -> Method:
 
 
 PREPARED = 1024
-"""Calls that a backend keeps the launches of."""
+"""The most keys of calls whose launches a backend keeps."""
 
 
 def backend() -> TritonBackend:
     """Return the backend, for :func:`gpu_bn.registry.load`.
 
     Raises:
-        RuntimeError: there is nothing to run kernels on.
+        RuntimeError: torch has no CUDA device, and kernels do not run in the interpreter.
     """
     if not (interpreting() or torch.cuda.is_available()):
-        raise RuntimeError(f"torch sees no CUDA device ({ELSEWHERE})")
+        raise RuntimeError(f"torch sees no CUDA device ({INTERPRETER_HINT})")
     return TritonBackend()
 
 
 class TritonBackend(SharedStatistics):
-    """See :class:`gpu_bn.backends.protocol.Backend`; ``forward`` and ``backward`` are of ``FusedBackend``.
+    """Implement :class:`gpu_bn.backends.protocol.Backend` and ``FusedBackend`` by Triton kernels.
 
     Args:
-        launch: what launches a :class:`~gpu_bn.backends.triton.launch.Step`; tests run kernels elsewhere.
-        device: what to plan for, in place of the tensors' device.
-        tier: the tier to use, if it serves.
-        wide: whether offsets take 64 bits also where 32 would do.
-        on_plan: is told the plan of each call that is prepared.
+        launch: launches a :class:`~gpu_bn.backends.triton.launch.Step`; tests pass another function.
+        device: a device to plan for instead of that of the tensors.
+        tier: the tier to use if it can serve a call.
+        wide: whether offsets have 64 bits even if 32 suffice.
+        on_plan: is called with the plan of each prepared call.
     """
 
     name = "triton"
     keeps_bits = True
-    """Whether a mask may take the place of a residual."""
+    """Whether a forward call may keep sign bits instead of a residual."""
     updates_after_output = True
-    """Whether a call with a mask or ghost batches takes memory for its running statistics after its output."""
+    """Whether a call with a mask or ghost batches allocates memory for its running statistics after its output."""
     converts_vectors = True
     """Whether kernels read weight and bias in any dtype, so that the phases need no wider copies."""
 
@@ -134,7 +134,7 @@ class TritonBackend(SharedStatistics):
     @torch.no_grad()
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
         view = grouped_view(x, axis, groups)
-        layout = of_one_group(view.layout, groups)
+        layout = group_layout(view.layout, groups)
         if x.numel() == 0:
             zeros = torch.zeros((2, groups * layout.c), dtype=torch.float64, device=x.device)
             return Moments(0, zeros[0], zeros[1])
@@ -159,21 +159,21 @@ class TritonBackend(SharedStatistics):
         momentum = momentum.to(torch.float64) if isinstance(momentum, torch.Tensor) else momentum
         mean, var = running_mean.double(), running_var.double()
         for part in moments.parts(len(moments.mean) // len(mean)):
-            count, weighs = part.count, momentum
-            if isinstance(count, torch.Tensor):  # known to the device only: nothing changes where it is 0
-                weighs = momentum * (count > 0).double()
+            count, weight = part.count, momentum
+            if isinstance(count, torch.Tensor):  # only the device knows it; an empty ghost batch has weight 0
+                weight = momentum * (count > 0).double()
                 bessel = count / (count - 1).clip(1)
             else:
                 bessel = count / max(count - 1, 1)
-            mean = (1 - weighs) * mean + weighs * part.mean
-            var = (1 - weighs) * var + (weighs * bessel) * part.var
-        torch._foreach_copy_([running_mean, running_var], [mean, var])  # both, or none
+            mean = (1 - weight) * mean + weight * part.mean
+            var = (1 - weight) * var + (weight * bessel) * part.var
+        torch._foreach_copy_([running_mean, running_var], [mean, var])  # both or neither
 
     @torch.no_grad()
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:
         groups = saved.spec.groups
         view = grouped_view(saved.x, saved.spec.axis, groups)
-        layout = of_one_group(view.layout, groups)
+        layout = group_layout(view.layout, groups)
         x, residual = dense(saved.x, view), None if residual is None else dense(residual, view)
         y, valid_bytes = out if is_dense(out, view) else self.empty_like(x), position_bytes(saved.valid, view)
         alignment, activation = alignment_of(x, residual, y, valid_bytes), saved.spec.activation
@@ -199,11 +199,11 @@ class TritonBackend(SharedStatistics):
         call = backward_call(dy, saved, frozenset())
         outputs = (dz is not None, False)
         key = "reduce", call.key, dz is None
-        _, reduce, merge = self.prepare(key, lambda: self.builder.reduce_and_merge(call, outputs, dz is None))
+        _, first, merge = self.prepare(key, lambda: self.builder.reduce_and_merge(call, outputs, dz is None))
         target = None if dz is None else self._target(dz, call)
-        partials = self._partials(reduce, call.x)
+        partials = self._partials(first, call.x)
         sums = self.new((2, call.groups * call.view.layout.c), None, torch.float64, call.x.device)
-        self.launch(reduce, (*call.tensors, target, None, *call.vectors, partials, *call.numbers))
+        self.launch(first, (*call.tensors, target, None, *call.vectors, partials, *call.numbers))
         written = (None, None, sums[1], sums[0], None)
         self.launch(merge, (partials, *call.vectors[:2], *written, saved.spec.eps, 0.0, None))
         if dz is not None and target is not dz:
@@ -214,7 +214,7 @@ class TritonBackend(SharedStatistics):
     def backward_input(self, dy: Array, saved: Saved, sums: Sums | None, out: Array) -> None:
         call, steps = backward_call(dy, saved, frozenset()), self.builder
         key = "input" if sums is None else "input after sums", call.key
-        step = self.prepare(key, lambda: steps.input(steps.plan_once(call.work(1, apart=False), call.x), call))
+        step = self.prepare(key, lambda: steps.input(steps.plan_once(call.work(1, new_outputs=False), call.x), call))
         dx = self._target(out, call)
         given = (None, None) if sums is None else (sums.dz.contiguous(), sums.dz_xhat.contiguous())
         tail = (*given, None, None, *call.numbers, *divisor_of(saved))
@@ -222,66 +222,69 @@ class TritonBackend(SharedStatistics):
         if dx is not out:
             out.copy_(dx)
 
-    def _target(self, given: Array, call: BackwardCall) -> Array:
-        """The tensor given for a gradient, or a new one if kernels of the call cannot write that."""
-        fits = is_dense(given, call.view) and alignment_of(given) >= call.alignment
-        return given if fits else self.empty_like(call.x)
+    def _target(self, out: Array, call: BackwardCall) -> Array:
+        """Return the tensor to write a gradient to: ``out``, or a new one if the call's kernels cannot write it."""
+        writable = is_dense(out, call.view) and alignment_of(out) >= call.alignment
+        return out if writable else self.empty_like(call.x)
 
     # ------------------------------------------------------------------------------------------------------- forward
-    @_planned_again
+    @_replan_without_clusters
     def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True, counts: bool = False) -> tuple[Array, Saved]:
-        """Make a forward call; ``counts``: its last launch increments ``call.counter``; not for ghost batches."""
+        """Return y and what a backward call needs. ``counts``: the last launch increments ``call.counter``.
+
+        ``counts`` is not for ghost batches.
+        """
         x, weight, bias, residual, running_mean, running_var, counter, valid, out = call
         counter = counter if counts else None
         groups = spec.groups
         view, given = grouped_view(x, spec.axis, groups), residual
         if groups > 1 and view is not view_of(x, spec.axis) and out is None:
             out = self.empty_like(x)
-        layout, valid_bytes = of_one_group(view.layout, groups), position_bytes(valid, view)
+        layout, valid_bytes = group_layout(view.layout, groups), position_bytes(valid, view)
         dense_x, residual = dense(x, view), None if residual is None else dense(residual, view)
         bits = 0
         if residual is not None and (keep or spec.batch_stats):
             bits = mask_size(view, spec.axis, x.element_size(), spec.activation.name, groups)
-        if bits:  # a byte serves a whole vector, wherever tensors begin
+        if bits:  # a byte of sign bits belongs to an aligned vector
             dense_x, residual = aligned(dense_x, VECTOR_BYTES), aligned(residual, VECTOR_BYTES)
             valid_bytes = None if valid_bytes is None else aligned(valid_bytes, VECTOR_BYTES)
-        usable = out is not None and is_dense(out, view) and not (bits and out.data_ptr() % VECTOR_BYTES)
-        y = out if usable else self.new(x.shape, view.dense_strides, x.dtype, x.device)
+        writable = out is not None and is_dense(out, view) and not (bits and out.data_ptr() % VECTOR_BYTES)
+        y = out if writable else self.new(x.shape, view.dense_strides, x.dtype, x.device)
         alignment = alignment_of(dense_x, residual, y, valid_bytes)
         vectors = (running_mean, running_var, weight, bias)
-        number, at = momentum_of(spec.momentum, x.device)
+        momentum, momentum_at = momentum_of(spec.momentum, x.device)
         key = (
             "forward", view, x.dtype, x.device, alignment, residual is None, spec.activation.name, spec.batch_stats,
-            *[None if v is None else v.dtype for v in vectors], None if at is None else at.dtype, valid is None, groups,
-            bits > 0, counter is None, usable,
+            *[None if v is None else v.dtype for v in vectors], None if momentum_at is None else momentum_at.dtype,
+            valid is None, groups, bits > 0, counter is None, writable,
         )  # fmt: skip
-        extended = valid is not None or groups > 1
+        split = valid is not None or groups > 1
 
         def make() -> ForwardSteps:
-            reads, apart = 1 + (residual is not None), not (extended or usable)
-            work = work_of(layout, x, alignment, reads=reads, sign_bits=bits > 0, ragged=apart)
-            return self.builder.forward(work, spec, dense_x, extended)
+            reads, ragged = 1 + (residual is not None), not (split or writable)
+            work = work_of(layout, x, alignment, reads=reads, sign_bits=bits > 0, ragged=ragged)
+            return self.builder.forward(work, spec, dense_x, split)
 
         steps = self.prepare(key, make)
         running_mean, running_var, weight, bias = (None if v is None else v.contiguous() for v in vectors)
-        kept = self.new((2 * groups + 2, layout.c), None, torch.float64, x.device)
+        rows = self.new((2 * groups + 2, layout.c), None, torch.float64, x.device)
         positions = None
         if valid is not None and spec.batch_stats:
             positions = self.new((groups,), None, torch.float64, x.device)
         mask = self.new((bits,), None, torch.uint8, x.device) if bits else None
         pair, none = (running_mean, running_var), (None, None)
-        frozen, tracked = (none, none if extended else pair) if spec.batch_stats else (pair, none)
+        frozen, tracked = (none, none if split else pair) if spec.batch_stats else (pair, none)
         steps.run(
-            self.launch, (dense_x, residual, y, mask, valid_bytes), (weight, bias, kept, positions),
+            self.launch, (dense_x, residual, y, mask, valid_bytes), (weight, bias, rows, positions),
             self._scratch(steps, x, groups, valid is not None), frozen, tracked,
-            (counter, number, at, spec.eps, spec.activation.parameter),
+            (counter, momentum, momentum_at, spec.eps, spec.activation.parameter),
         )  # fmt: skip
-        mean, var, kept_weight, kept_bias = kept.unbind() if groups == 1 else rows_of_groups(kept, groups)
+        mean, var, saved_weight, saved_bias = rows.unbind() if groups == 1 else split_rows(rows, groups)
         moments = Moments(layout.count if positions is None else positions, mean, var)
-        if spec.batch_stats and extended and vectors[0] is not None:
+        if spec.batch_stats and split and vectors[0] is not None:
             self.update_running(moments, vectors[0], vectors[1], spec.momentum)
         elif spec.batch_stats:
-            give_back((running_mean, running_var), vectors[:2])
+            copy_back((running_mean, running_var), vectors[:2])
         if out is not None and y is not out:
             out.copy_(y)
             y = out
@@ -289,8 +292,8 @@ class TritonBackend(SharedStatistics):
             x=x,
             residual=None if spec.activation.is_identity or mask is not None else given,
             moments=moments,
-            weight=None if weight is None else kept_weight,
-            bias=None if bias is None else kept_bias,
+            weight=None if weight is None else saved_weight,
+            bias=None if bias is None else saved_bias,
             weight_dtype=None if weight is None else weight.dtype,
             bias_dtype=None if bias is None else bias.dtype,
             has_residual=given is not None,
@@ -300,11 +303,11 @@ class TritonBackend(SharedStatistics):
         )
 
     def forward_at_once(self, call: Call, spec: BatchNormSpec) -> tuple[Array, Saved] | None:
-        """Make a :meth:`forward` call in training whose last launch also counts the batch; ``None`` for others."""
+        """Make a :meth:`forward` call that also counts the batch; return ``None`` for frozen statistics."""
         return self.forward(call, spec, counts=True) if spec.batch_stats else None
 
     # ------------------------------------------------------------------------------------------------------ backward
-    @_planned_again
+    @_replan_without_clusters
     def backward(self, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
         if not need:
             return Grads(None, None, None, None)
@@ -323,7 +326,7 @@ class TritonBackend(SharedStatistics):
         return Grads(dx, dweight, dbias, dz)
 
     def _backward_of_groups(self, call: BackwardCall, dy: Array, saved: Saved, need: frozenset[str]) -> Grads:
-        """Make a backward call of ghost batches, whose sums are added up in their order."""
+        """Make a backward call with ghost batches, and add up their sums for the parameters' gradients."""
         dx = self.empty_like(saved.x) if "dx" in need else None
         dz = self.empty_like(saved.x) if "dresidual" in need else None
         sums = self.backward_reduce(dy, saved, dz)
@@ -335,7 +338,7 @@ class TritonBackend(SharedStatistics):
 
     # ------------------------------------------------------------------------------------------------------- helpers
     def prepare(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return what calls with this key have in common, made once."""
+        """Return the steps of calls with this key; call ``make`` for the first of them."""
         found = self._prepared.get(key)
         if found is None:
             found = self._prepared[key] = make()
@@ -344,30 +347,26 @@ class TritonBackend(SharedStatistics):
         return found
 
     allocator = staticmethod(allocator)
-    """What makes new tensors, not initialised."""
+    """Returns a function that allocates tensors on a device, not initialised."""
 
     def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> Array:
-        """Allocate memory that is not initialised, contiguous unless ``strides`` are given."""
+        """Return a new tensor that is not initialised; it is contiguous unless ``strides`` are given."""
         if strides is None:
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     def _like(self, call: BackwardCall, saved: Saved) -> Array:
         """Allocate an output like the call's input."""
-        view = call.view
-        return (
-            self.new(saved.x.shape, view.strides, saved.x.dtype, saved.x.device)
-            if view.dense
-            else self.empty_like(saved.x)
-        )
+        x = saved.x
+        return self.new(x.shape, call.view.strides, x.dtype, x.device) if call.view.dense else self.empty_like(x)
 
     def _scratch(
         self, steps: ForwardSteps | BackwardSteps, x: Array, groups: int = 1, counted: bool = False
     ) -> tuple[Array | None, Array | None]:
-        """Allocate what the launches of a call leave each other: partial results, and the table of merged ones."""
+        """Allocate the partial results of a call and the table of merged ones; ``None`` for those that it has not."""
         forms = scratch_of(steps, x, groups, counted).items()
-        made = {name: self.new(shape, None, dtype, x.device) for name, (shape, dtype) in forms}
-        return made.get("partials"), made.get("table")
+        scratch = {name: self.new(shape, None, dtype, x.device) for name, (shape, dtype) in forms}
+        return scratch.get("partials"), scratch.get("table")
 
     def _partials(self, first: Step, x: Array, counted: bool = False) -> Array:
         shape, dtype = partials_of(first, counted)

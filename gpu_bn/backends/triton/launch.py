@@ -1,7 +1,7 @@
-"""Launch Triton kernels: one seam, ``launch(step, args)``, which tests replace by one on an emulated device.
+"""Launch Triton kernels by ``launch(step, args)``, which tests replace by a function for an emulated device.
 
-A :class:`Step` is a kernel with its grid and constants. All calls of a step have arguments of the same types, so its
-compiled kernel is kept with it: a launch costs no look-up of the arguments' types.
+A :class:`Step` is a kernel with its grid and constants. All calls of a step have arguments of the same types. The step
+therefore keeps the compiled kernel, and later launches do not look at the types of their arguments.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ TYPES = {
 REGISTERS = 64 << 10
 """Registers of an SM, on every GPU."""
 MOST_REGISTERS = 255
-"""The most registers of a thread."""
+"""The largest number of registers that a thread can have."""
 FRACTIONS = frozenset({"momentum", "bessel", "eps", "parameter", "inverse_count"})
-"""The parameters that are float64. Types follow from names: a whole number given for one makes no other kernel."""
+"""Names of float64 parameters. Types follow from names, so that an ``int`` given for one compiles no other kernel."""
 WIDE_NUMBERS = ("magic",)
-"""Whole numbers that may need 64 bits whatever the tensor's size."""
+"""Names of integer parameters that may need 64 bits whatever the size of the tensor."""
 
 
 class Recent(dict[Any, Any]):
-    """Keep the ``most`` things made last; what was made first goes first."""
+    """A dictionary that keeps the ``most`` entries added last."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -60,25 +60,25 @@ class Recent(dict[Any, Any]):
 
 
 LOADED = Recent(1024)
-"""Kernels that are on a device, by what they were compiled from: calls of many shapes share them."""
+"""Kernels loaded on a device, by all that they were compiled from. Calls of many shapes share them."""
 
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """Describe one launch of a call, for all calls with arguments of the same types.
+    """One launch of a call, for all calls with arguments of the same types.
 
     Attributes:
-        kernel: the function; its parameters are the arguments of a call, then ``tail``.
-        grid: strips, blocks of each.
+        kernel: the kernel; its parameters are the arguments of a call, followed by ``tail``.
+        grid: the number of strips, and of blocks for each strip.
         tail: the geometry and the constants, in the order of the kernel's parameters.
-        num_warps, num_ctas: of a program.
-        most_registers: that a thread may have, if the compiler is not to choose.
-        wide: whether whole numbers are of 64 bits.
-        aligned: the parameters that are multiples of 16 bytes.
-        device: the number of the CUDA device, -1 without one.
-        leaves: the shape and the dtype of what its blocks leave for a later launch, if they do.
-        run: launches the compiled kernel, once it is there; addresses serve for tensors.
-        registers: of a thread, once the kernel is compiled.
+        num_warps, num_ctas: warps and blocks of a program.
+        most_registers: the limit of a thread's registers; ``None`` lets the compiler choose.
+        wide: whether integer arguments have 64 bits.
+        aligned: names of the parameters whose addresses are multiples of 16 bytes.
+        device: the index of the CUDA device; -1 without one.
+        partials: shape and dtype of the partial results that blocks write for a later launch, or ``None``.
+        run: launches the compiled kernel, once there is one; tensors may be given as addresses.
+        registers: the registers of a thread, once the kernel is compiled.
     """
 
     kernel: Any
@@ -90,7 +90,7 @@ class Step:
     wide: bool = False
     aligned: frozenset[str] = frozenset()
     device: int = -1
-    leaves: tuple[tuple[int, int, int], torch.dtype] | None = None
+    partials: tuple[tuple[int, int, int], torch.dtype] | None = None
     run: Callable[..., None] | None = field(default=None, repr=False)
     registers: int | None = None
 
@@ -99,36 +99,37 @@ Launch = Callable[[Step, tuple[Any, ...]], None]
 
 
 class Slot(int):
-    """The place of a value among those of a call."""
+    """The index of a value among those of a call."""
 
 
 class Launches:
-    """The launches of a call, for all calls that differ in their values only.
+    """The launches of a call, recorded once for all calls that differ only in their values.
 
     Args:
         values: the names of a call's tensors and numbers.
-        run: makes a call by what launches; the values' slots are found by name, and are ``None`` of other names.
+        run: makes the call, with two arguments: a function that launches a step, and one that returns the slot of a
+            name, or ``None`` if the call has no such value.
 
     Attributes:
-        steps: what is launched, and what chooses its arguments of all values and constants.
-        constants: what is the same in all calls.
-        compiled: whether all steps have been launched; then addresses serve for tensors.
+        steps: the launched steps, each with a function that selects its arguments from the values and the constants.
+        constants: arguments that are the same in all calls; they follow the values.
+        compiled: whether all steps have been launched; then tensors may be given as addresses.
     """
 
     def __init__(self, values: Sequence[str], run: Callable[[Launch, Callable[[str], Slot | None]], None]) -> None:
-        noted: list[tuple[Step, tuple[Any, ...]]] = []
-        slots = {name: Slot(place) for place, name in enumerate(values)}
-        run(lambda step, args: noted.append((step, args)), slots.get)
-        self.constants = tuple(one for _, args in noted for one in args if not isinstance(one, Slot))
-        places = iter(range(len(values), len(values) + len(self.constants)))
+        recorded: list[tuple[Step, tuple[Any, ...]]] = []
+        slots = {name: Slot(index) for index, name in enumerate(values)}
+        run(lambda step, args: recorded.append((step, args)), slots.get)
+        self.constants = tuple(arg for _, args in recorded for arg in args if not isinstance(arg, Slot))
+        indices = iter(range(len(values), len(values) + len(self.constants)))
         self.steps: list[tuple[Any, Callable[[Any], tuple[Any, ...]]]] = [
-            (step, itemgetter(*[one if isinstance(one, Slot) else next(places) for one in args]))
-            for step, args in noted
+            (step, itemgetter(*[arg if isinstance(arg, Slot) else next(indices) for arg in args]))
+            for step, args in recorded
         ]
-        self.compiled = not noted
+        self.compiled = not recorded
 
-    def first(self, launch: Launch, values: tuple[Any, ...]) -> None:
-        """Make a call by what launches."""
+    def launch_all(self, launch: Launch, values: tuple[Any, ...]) -> None:
+        """Launch all steps with ``launch``, which compiles their kernels if necessary."""
         for step, arguments in self.steps:
             launch(step, arguments((*values, *self.constants)))
         self.compiled = all(step.run is not None for step, _ in self.steps)
@@ -145,7 +146,7 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Specialisation:
-    """Hold what a step is compiled from: the arguments' types, the constants, the hints, and the compiler's options."""
+    """All that a kernel is compiled from: the arguments' types, constants, aligned arguments and compiler options."""
 
     signature: dict[str, str]
     constants: dict[str, Any]
@@ -154,12 +155,12 @@ class Specialisation:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Return a key that is the same for specialisations alike."""
+        """A key that is equal for equal specialisations."""
         return (*self.signature.items(), *self.constants.items(), self.aligned, *self.options.items())
 
     @staticmethod
-    def of(step: Step, args: Sequence[Any]) -> Specialisation:
-        """Return the specialisation for a step's first arguments; absent ones are constants."""
+    def from_step(step: Step, args: Sequence[Any]) -> Specialisation:
+        """Return the specialisation of a step for the arguments of its first call; ``None`` becomes a constant."""
         signature, constants = {}, {}
         for parameter, value in zip(step.kernel.params, (*args, *step.tail), strict=True):
             if value is None or parameter.is_constexpr:
@@ -167,7 +168,7 @@ class Specialisation:
             else:
                 signature[parameter.name] = _type(parameter.name, value, step.wide)
         aligned = tuple(name for name in signature if name in step.aligned and name not in constants)
-        # Without fusion, what is a fused multiply-add is written as one: forward and backward round alike.
+        # Without fusion, only explicit fused multiply-adds are fused, so that forward and backward round alike.
         options = {"num_warps": step.num_warps, "num_ctas": step.num_ctas, "enable_fp_fusion": False}
         if step.most_registers is not None:
             options["maxnreg"] = step.most_registers
@@ -184,13 +185,13 @@ def launch(step: Step, args: tuple[Any, ...]) -> None:
         step.run(*args)
         return
     try:
-        run = _interpreted(step) if step.device < 0 else _compiled(step, args)
+        run = _interpreted_run(step) if step.device < 0 else _compiled_run(step, args)
         run(*args)
     except Exception as error:
         if step.num_ctas > 1:
             raise ClusterError(f"{step.kernel.__name__} in a cluster of {step.num_ctas} blocks: {error}") from error
         raise
-    if step.device >= 0:  # the interpreter takes no addresses
+    if step.device >= 0:  # the interpreter does not accept addresses
         step.run = run
 
 
@@ -199,39 +200,42 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _interpreted(step: Step) -> Callable[..., None]:
+def _interpreted_run(step: Step) -> Callable[..., None]:
+    """Return a function that runs a step in Triton's interpreter."""
+
     def run(*args: Any) -> None:
-        given = zip(step.kernel.arg_names, args, strict=False)
-        numbers = [_double(value) if name in FRACTIONS and value is not None else value for name, value in given]
-        step.kernel[step.grid](*numbers, *step.tail)
+        named = zip(step.kernel.arg_names, args, strict=False)
+        converted = [_double(value) if name in FRACTIONS and value is not None else value for name, value in named]
+        step.kernel[step.grid](*converted, *step.tail)
 
     return run
 
 
 def _double(number: float) -> Any:
-    """Return a number as compiled kernels take it; the interpreter itself would round some of its uses to float32."""
+    """Return a number as a float64 tensor; the interpreter would round a Python number to float32 in some places."""
     return tl.tensor(TensorHandle(np.array([number], np.float64), tl.float64), tl.float64)
 
 
-def _compiled(step: Step, args: tuple[Any, ...]) -> Callable[..., None]:
+def _compiled_run(step: Step, args: tuple[Any, ...]) -> Callable[..., None]:
+    """Return a function that launches a step, compiled for these arguments, on its device."""
     if not isinstance(step.kernel, JITFunction):
         raise RuntimeError("TRITON_INTERPRET was set when the kernels were loaded: they cannot run on a GPU")
-    special = Specialisation.of(step, args)
+    special = Specialisation.from_step(step, args)
     key = step.kernel, step.device, special.key
     with torch.cuda.device(step.device):
         compiled = LOADED.get(key)
         if compiled is None:
-            compiled = LOADED[key] = _loaded(step.kernel, special)
+            compiled = LOADED[key] = _load(step.kernel, special)
         start = starter(compiled, (*step.grid, 1))
     step.registers = compiled.n_regs
     return partial(_run, start, step.tail, step.device, driver.active.get_current_stream)
 
 
 def starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """Return a function of a stream and a kernel's arguments that launches it.
+    """Return a function of a stream and a kernel's arguments that launches the kernel.
 
-    It calls the function in C that Triton's launcher calls, with what the launcher would find out in every call. Where
-    someone watches launches, or a launcher is of another kind, Triton's own serves.
+    It calls the same C function as Triton's launcher, with values that the launcher would look up in every call. If a
+    launch hook is set, or the launcher is of an unknown kind, Triton's launcher is called.
     """
     usual, launcher = compiled[grid], getattr(compiled, "run", None)
     in_c = getattr(launcher, "launch", None)
@@ -245,7 +249,7 @@ def starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
     def start(stream: int, *args: Any) -> None:
         if _watched(hooks.launch_enter_hook) or _watched(hooks.launch_exit_hook):
             usual(*args, stream=stream)
-        elif types[1] is None:  # Triton 3.6, whose function knows the types
+        elif types[1] is None:  # Triton 3.6: the C function knows the types
             in_c(*grid, stream, function, *options, None, None, *metadata, *args)
         else:
             in_c(*grid, stream, function, *options, *metadata, None, None, *types, args)
@@ -254,19 +258,19 @@ def starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
 
 
 def _watched(hook: Any) -> bool:
-    """Tell whether a hook of Triton's, a chain of functions or one, does anything."""
+    """Tell whether a Triton launch hook is set; it is one function or a chain of functions."""
     return bool(getattr(hook, "calls", hook))
 
 
-def _loaded(kernel: JITFunction[Any], special: Specialisation) -> Any:
-    """Compile a kernel for the current device and load it: what it spills is known then."""
+def _load(kernel: JITFunction[Any], special: Specialisation) -> Any:
+    """Compile a kernel for the current device and load it; compile it again with more registers if it spills."""
     names = list(special.signature)
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in special.aligned}
     source = ASTSource(kernel, special.signature, special.constants, hints)
 
     def build(**more: int) -> Any:
         compiled = triton.compile(source, target=driver.active.get_current_target(), options=special.options | more)
-        compiled[(1, 1, 1)]
+        compiled[(1, 1, 1)]  # load it, which sets n_spills
         return compiled
 
     compiled = build()
@@ -288,6 +292,7 @@ def free_registers(registers: int, warps: int) -> int:
 def _run(
     start: Callable[..., None], tail: tuple[Any, ...], device: int, stream_of: Callable[[int], int], *args: Any
 ) -> None:
+    """Launch a kernel on torch's current stream of a device."""
     if torch.cuda.current_device() == device:
         start(stream_of(device), *args, *tail)
         return
@@ -296,6 +301,7 @@ def _run(
 
 
 def _type(name: str, value: Any, wide: bool) -> str:
+    """Return Triton's name of an argument's type."""
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
     if name in FRACTIONS:

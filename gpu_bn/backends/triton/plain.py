@@ -1,8 +1,8 @@
-"""Make plain calls in few steps: of tensors that kernels read as they lie, prepared once for all calls of a signature.
+"""Make plain calls in few steps. A plain call has tensors that kernels can read without a copy or a conversion.
 
-A signature is all that two calls alike have in common: types, dtypes, shapes, strides, devices, options. A guard of
-torch's, made for compiled code, compares all tensors of a call with it in one step. Addresses are looked at in every
-call. Where something has to be copied, converted or refused, nothing is done here: ``None`` is returned.
+Its launches are prepared once for all calls with the same signature: types, dtypes, shapes, strides, devices, options.
+A guard, which torch has for compiled code, compares all tensors of a call with a signature in one step. Addresses are
+checked in every call. For any other call, ``None`` is returned and nothing is done.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from gpu_bn.plan import VECTOR_BYTES
 from gpu_bn.spec import BatchNormSpec
 
 VARIANTS = 16
-"""Signatures that are remembered of one shape, dtype and options."""
-Made = tuple["PlainCalls", Forward, Tensor, float, float]
-"""Who has made a forward call, and what is kept: its signature, (4, C) of mean, variance, weight and bias, eps, the
-parameter."""
+"""The most signatures that are kept for one shape, dtype and set of options."""
+Record = tuple["PlainCalls", Forward, Tensor, float, float]
+"""A forward call, for its backward call: the object that made it, its prepared call, saved rows (4, C) of mean,
+variance, weight and bias, eps, and the activation's parameter."""
 Optionals = tuple[Tensor | None, ...]
 _address = Tensor.data_ptr
 _grad_enabled, _increment_version = torch.is_grad_enabled, torch._C._increment_version
 
 
 class PlainCalls:
-    """Make plain calls for a backend.
+    """The plain calls of a backend.
 
     Args:
         engine: the backend, a ``TritonBackend``.
-        most: shapes, with their dtypes and options, that are remembered.
+        most: the most shapes, with their dtypes and options, whose prepared calls are kept.
     """
 
     def __init__(self, engine: Any, most: int) -> None:
@@ -45,13 +45,17 @@ class PlainCalls:
         self.known = Recent(most)
 
     def forward(
-        self, call: Call, options: Options, parts: Callable[[Call, Options], Any], tell: Callable[..., Tensor]
+        self, call: Call, options: Options, inspect: Callable[[Call, Options], Any], record: Callable[..., Tensor]
     ) -> Tensor | None:
-        """Return the output.
+        """Return the output, or ``None`` if the call is not plain.
 
-        ``parts`` looks at a signature that is new: it returns ``None`` if that is not plain, or else three things, of
-        which the last tells whether something is differentiated. If so, ``tell`` tells autograd and returns the output.
-        It is given x, weight, bias, residual; and what a backward call needs, the output, the tensors to save.
+        Args:
+            call: the tensors.
+            options: the options.
+            inspect: called for a new signature; returns ``None`` if it is not plain, or else a sequence whose last item
+                tells whether a gradient is needed.
+            record: called if a gradient is needed, with x, weight, bias, residual, and a tuple of the :data:`Record`,
+                the output and the tensors to save; tells autograd of the call, and returns the output.
         """
         x, weight, bias, residual, mean, var, counter, _, _ = call
         training, momentum, eps, activation, _, _, _ = options
@@ -59,84 +63,84 @@ class PlainCalls:
             x.shape, x.dtype, training, _grad_enabled(), activation.name, weight is None, bias is None,
             residual is None, mean is None, var is None, counter is None,
         )  # fmt: skip
-        way: Forward | None
-        for way in self.known.get(key, ()):
-            given = way.given(call)
-            if way.guard(*given):
+        prepared: Forward | None
+        for prepared in self.known.get(key, ()):
+            given = prepared.select(call)
+            if prepared.guard(*given):
                 break
         else:
-            found = parts(call, options)
-            way = None if found is None else prepare_forward(self.engine, call, options, found[-1])
-            if way is None:
+            found = inspect(call, options)
+            prepared = None if found is None else prepare_forward(self.engine, call, options, found[-1])
+            if prepared is None:
                 return None
-            self.known[key] = (way, *self.known.get(key, ())[: VARIANTS - 1])
-            given = way.given(call)
-        where = tuple(map(_address, given))
-        if where not in way.served and not way.serves(where):
+            self.known[key] = (prepared, *self.known.get(key, ())[: VARIANTS - 1])
+            given = prepared.select(call)
+        addresses = tuple(map(_address, given))
+        if addresses not in prepared.accepted and not prepared.accepts(addresses):
             return None
-        parameter, launches = activation.parameter, way.launches
-        new: list[Tensor] = [*starmap(way.new, way.layouts)]
+        parameter, launches = activation.parameter, prepared.launches
+        new: list[Tensor] = [*starmap(prepared.allocate, prepared.layouts)]
         if launches.compiled:
-            values = [*where, *map(_address, new), momentum, eps, parameter, *launches.constants]
+            values = [*addresses, *map(_address, new), momentum, eps, parameter, *launches.constants]
             for step, arguments in launches.steps:
                 step.run(*arguments(values))
-        elif not self._first(launches, (*given, *new, momentum, eps, parameter)):
+        elif not self._compile_and_launch(launches, (*given, *new, momentum, eps, parameter)):
             return None
-        if way.written:
-            _increment_version(given[way.written :])
-        if not way.grows:
+        if prepared.first_written:
+            _increment_version(given[prepared.first_written :])
+        if not prepared.needs_grad:
             return new[0]
-        to_save = way.saves((x, weight, bias, residual, *new))
-        return tell(x, weight, bias, residual, ((self, way, new[1], eps, parameter), new[0], to_save))
+        to_save = prepared.select_saved((x, weight, bias, residual, *new))
+        return record(x, weight, bias, residual, ((self, prepared, new[1], eps, parameter), new[0], to_save))
 
-    def backward(self, made: Made, tensors: tuple[Tensor, ...], need: Sequence[bool]) -> Optionals | None:
-        """Return the gradients that are needed of x, weight, bias, residual and one more argument, which has none.
+    def backward(self, record: Record, tensors: tuple[Tensor, ...], need: Sequence[bool]) -> Optionals | None:
+        """Return the gradients in ``need``, of x, weight, bias, residual and one more argument, which has none.
 
-        ``tensors``: dy, and those that the signature saves.
+        Return ``None`` if the call is not plain. ``tensors``: dy, and the tensors that the forward call saved.
         """
-        _, forward, kept, eps, parameter = made
-        way: Backward | None
-        for way in forward.backward.get(need, ()):
-            given = way.given(tensors)
-            if way.guard(*given):
+        _, forward, saved_rows, eps, parameter = record
+        prepared: Backward | None
+        for prepared in forward.backward.get(need, ()):
+            given = prepared.select(tensors)
+            if prepared.guard(*given):
                 break
         else:
-            way = prepare_backward(self.engine, forward, tensors, need, lambda: self.saved(made, tensors))
-            if way is None:
+            prepared = prepare_backward(self.engine, forward, tensors, need, lambda: self.saved(record, tensors))
+            if prepared is None:
                 return None
-            forward.backward[need] = (way, *forward.backward.get(need, ())[: VARIANTS - 1])
-            given = way.given(tensors)
-        where = tuple(map(_address, given))
-        if (where[0] | where[1] | where[-1]) % VECTOR_BYTES:
+            forward.backward[need] = (prepared, *forward.backward.get(need, ())[: VARIANTS - 1])
+            given = prepared.select(tensors)
+        addresses = tuple(map(_address, given))
+        if (addresses[0] | addresses[1] | addresses[-1]) % VECTOR_BYTES:
             return None
-        launches = way.launches
-        new = [*starmap(way.new, way.layouts)]
+        launches = prepared.launches
+        new = [*starmap(prepared.allocate, prepared.layouts)]
         if launches.compiled:
-            start, row = kept.data_ptr(), forward.row
-            rows = range(start, start + 4 * row, row)
-            values = [*where, *rows, *map(_address, new), eps, parameter, *launches.constants]
+            start, row_bytes = saved_rows.data_ptr(), forward.row_bytes
+            rows = range(start, start + 4 * row_bytes, row_bytes)
+            values = [*addresses, *rows, *map(_address, new), eps, parameter, *launches.constants]
             for step, arguments in launches.steps:
                 step.run(*arguments(values))
-        elif not self._first(launches, (*given, *kept.unbind(), *new, eps, parameter)):
+        elif not self._compile_and_launch(launches, (*given, *saved_rows.unbind(), *new, eps, parameter)):
             return None
-        return way.results([*new, given[1], None])
+        return prepared.select_gradients([*new, given[1], None])
 
-    def _first(self, launches: Launches, values: tuple[Any, ...]) -> bool:
-        """Launch steps that may have to be compiled; ``False`` if they are to be planned again."""
+    def _compile_and_launch(self, launches: Launches, values: tuple[Any, ...]) -> bool:
+        """Launch steps that may have to be compiled; return ``False`` if they must be planned without clusters."""
         try:
-            launches.first(self.engine.launch, values)
+            launches.launch_all(self.engine.launch, values)
         except ClusterError:
             self.engine.do_without_clusters()
             return False
         return True
 
     @staticmethod
-    def saved(made: Made, tensors: tuple[Tensor, ...]) -> Saved:
-        """Return what was kept, for a backward call that is not plain; ``tensors`` are its own."""
-        _, forward, kept, eps, parameter = made
-        mean, var, weight, bias = kept.unbind()
+    def saved(record: Record, tensors: tuple[Tensor, ...]) -> Saved:
+        """Return what a forward call saved, for any backward call; ``tensors``: dy, and the tensors that it saved."""
+        _, forward, saved_rows, eps, parameter = record
+        mean, var, weight, bias = saved_rows.unbind()
         has_weight, has_bias, has_residual = (name in forward.names for name in ("weight", "bias", "residual"))
-        named = dict(zip(forward.saved, tensors, strict=True))
+        named = dict(zip(forward.saved_names, tensors, strict=True))
         x = named["x"]
         return Saved(
             x,
@@ -144,8 +148,8 @@ class PlainCalls:
             Moments(x.numel() // x.shape[1], mean, var),
             weight if has_weight else None,
             bias if has_bias else None,
-            forward.parameters["dweight"][2] if has_weight else None,
-            forward.parameters["dbias"][2],
+            forward.gradient_layouts["dweight"][2] if has_weight else None,
+            forward.gradient_layouts["dbias"][2],
             has_residual,
             BatchNormSpec(1, forward.training, 0.0, eps, Activation(forward.activation, parameter)),
             named.get("mask"),

@@ -1,4 +1,4 @@
-"""Prepare plain calls: the guards of their signatures, their launches, and the layouts of new tensors."""
+"""Prepare plain calls: the guard of a signature, the launches, and the layouts of new tensors."""
 
 from __future__ import annotations
 
@@ -32,202 +32,214 @@ from gpu_bn.plan import VECTOR_BYTES
 from gpu_bn.spec import MAX_RANK, MIN_RANK, BatchNormSpec
 
 ADDRESSES = 256
-"""Sets of addresses that are remembered of a signature."""
+"""The most sets of addresses that are kept for a signature."""
 ALIGNMENTS = {"x": VECTOR_BYTES, "residual": VECTOR_BYTES, "counter": 8}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 GIVEN = ("x", "weight", "bias", "residual", "mean", "var", "counter")
-"""The tensors of a call, in its order."""
+"""The names of a call's tensors, in order."""
 GRADIENTS: tuple[str, ...] = ("dx", "dweight", "dbias", "dresidual")
 _form = attrgetter("dtype", "shape", "device", "layout")
 
 
 @dataclass(slots=True, eq=False)
 class Forward:
-    """Hold what forward calls of one signature have in common.
+    """A prepared forward call, for all calls of one signature.
 
     Attributes:
-        guard, given: the signature; the tensors that there are of a call's.
-        names: of these tensors.
-        sizes: their bytes.
-        served: sets of their addresses that kernels can read and write.
-        written: the place of the first that is written; 0 if none is.
-        launches: take the given and the new tensors, the momentum, eps and the activation's parameter.
-        new, layouts: makes the new tensors, of these: the output, what is kept, the mask, partial results.
-        grows: whether a backward call may follow.
-        saves: chooses what that needs of x, weight, bias, residual and the new tensors.
-        saved: the names of dy and of these.
+        guard: tells whether a call's tensors have this signature.
+        select: selects the tensors that are given from those of a call.
+        names, sizes: names and bytes of the given tensors.
+        accepted: addresses of the given tensors that :meth:`accepts` has accepted.
+        first_written: the index of the first given tensor that is written; 0 if none is.
+        launches: take the given and the new tensors, the momentum, eps and the activation's parameter; ``None`` if the
+            calls are not plain.
+        allocate, layouts: the allocator and the layouts of new tensors: output, saved rows, mask, partial results.
+        needs_grad: whether a backward call may follow.
+        select_saved: selects the tensors to save from x, weight, bias, residual and the new tensors.
+        saved_names: ``"dy"`` and the names of the saved tensors.
         training, activation: options.
-        row: bytes of a row of what is kept.
+        row_bytes: bytes of a saved row.
         form: dtype, device, shape and strides of the input.
-        parameters: the layouts of the gradients of weight and bias.
-        backward: the backward calls that have followed, by what was needed.
+        gradient_layouts: layouts of the gradients of weight and bias.
+        backward: the prepared backward calls, by the gradients that they return.
     """
 
     guard: Guard
-    given: Selector
+    select: Selector
     names: list[str]
     sizes: list[int]
-    served: set[tuple[int, ...]] = field(default_factory=set)
-    written: int = 0
+    accepted: set[tuple[int, ...]] = field(default_factory=set)
+    first_written: int = 0
     launches: Any = None
-    new: Any = None
+    allocate: Any = None
     layouts: tuple[Layout, ...] = ()
-    grows: bool = False
-    saves: Any = None
-    saved: tuple[str, ...] = ()
+    needs_grad: bool = False
+    select_saved: Any = None
+    saved_names: tuple[str, ...] = ()
     training: bool = False
     activation: str = ""
-    row: int = 0
+    row_bytes: int = 0
     form: Any = None
-    parameters: dict[str, Layout] = field(default_factory=dict)
+    gradient_layouts: dict[str, Layout] = field(default_factory=dict)
     backward: dict[Sequence[bool], tuple[Backward, ...]] = field(default_factory=dict)
 
-    def serves(self, where: tuple[int, ...]) -> bool:
-        """Tell whether tensors begin where kernels can read them, and lie apart where a call writes some of them."""
-        if self.launches is None:  # such calls go another way
+    def accepts(self, addresses: tuple[int, ...]) -> bool:
+        """Tell whether the given tensors are aligned, and do not overlap if the call writes one of them."""
+        if self.launches is None:  # the calls are not plain
             return False
-        if any(start % ALIGNMENTS.get(name, 1) for name, start in zip(self.names, where, strict=True)):
+        if any(start % ALIGNMENTS.get(name, 1) for name, start in zip(self.names, addresses, strict=True)):
             return False
-        ends = sorted(map(add, where, self.sizes))
-        if self.written and not all(map(le, ends, sorted(where)[1:])):  # each ends before the next begins
+        ends = sorted(map(add, addresses, self.sizes))
+        if self.first_written and not all(map(le, ends, sorted(addresses)[1:])):  # each must end before the next begins
             return False
-        if len(self.served) >= ADDRESSES:
-            self.served.clear()
-        self.served.add(where)
+        if len(self.accepted) >= ADDRESSES:
+            self.accepted.clear()
+        self.accepted.add(addresses)
         return True
 
 
 @dataclass(slots=True, eq=False)
 class Backward:
-    """Hold what backward calls have in common that follow forward calls of one signature and return the same gradients.
+    """A prepared backward call, for all that follow forward calls of one signature and return the same gradients.
 
     Attributes:
-        guard, given: as of a forward call; of x, dy, residual and mask.
-        launches: take these, the rows that were kept, the new tensors, eps and the activation's parameter.
-        new, layouts: as of a forward call; of gradients, partial results.
-        results: puts the gradients in their places, of the new tensors, dy and ``None``.
+        guard: tells whether a call's tensors have this signature.
+        select: selects x, dy, residual and mask, those that the kernels read, from dy and the saved tensors.
+        launches: take these tensors, the saved rows, the new tensors, eps and the activation's parameter.
+        allocate, layouts: the allocator and the layouts of new tensors: gradients, partial results.
+        select_gradients: selects the results of the call from the new tensors, dy and ``None``.
     """
 
     guard: Guard
-    given: Selector
+    select: Selector
     launches: Launches
-    new: Any
+    allocate: Any
     layouts: tuple[Layout, ...]
-    results: Selector
+    select_gradients: Selector
 
 
-def prepare_forward(engine: Any, call: Call, options: Options, grows: bool) -> Forward | None:
-    """Prepare calls like this one, or note that they go another way; ``None`` if their tensors have no strides."""
-    names = [name for name, one in zip(GIVEN, call, strict=False) if one is not None]
-    choose = make_selector(GIVEN, names)
-    given = choose(call)
-    if any(one.layout is not torch.strided for one in given):
+def prepare_forward(engine: Any, call: Call, options: Options, needs_grad: bool) -> Forward | None:
+    """Prepare calls like this one; return one without launches if they are not plain, ``None`` if not strided."""
+    names = [name for name, tensor in zip(GIVEN, call, strict=False) if tensor is not None]
+    select = make_selector(GIVEN, names)
+    given = select(call)
+    if any(tensor.layout is not torch.strided for tensor in given):
         return None
-    way = Forward(make_guard(given), choose, names, [one.nbytes for one in given])
+    prepared = Forward(make_guard(given), select, names, [tensor.nbytes for tensor in given])
     x, training, activation = call.x, options.training, options.activation
     if not _is_plain(call, given) or (training and x.numel() == x.shape[1]):
-        return way
+        return prepared
     view, channels = view_of(x, 1), x.shape[1]
     y = empty_like_layout(x)
     if not (view.dense and y[1] == x.stride()):
-        return way
+        return prepared
     reads, bits = 1 + (call.residual is not None), 0
-    if reads > 1 and (grows or training):
+    if reads > 1 and (needs_grad or training):
         bits = mask_size(view, 1, x.element_size(), activation.name, 1)
     work = work_of(view.layout, x, VECTOR_BYTES, reads=reads, sign_bits=bits > 0, ragged=True)
     spec = BatchNormSpec(1, training, options.momentum, options.eps, activation)
-    key = "plain", training, activation.name, bits > 0, *names, *map(_form, given), *[one.stride() for one in given]
+    strides = [tensor.stride() for tensor in given]
+    key = "plain", training, activation.name, bits > 0, *names, *map(_form, given), *strides
     steps = engine.prepare(key, lambda: engine.builder.forward(work, spec, x, False))
-    new = {"y": y, "kept": contiguous_layout((4, channels), torch.float64)}
+    new = {"y": y, "rows": contiguous_layout((4, channels), torch.float64)}
     if bits:
         new["mask"] = contiguous_layout((bits,), torch.uint8)
     new |= _scratch(steps, x)
 
-    def run(launch: Any, at: Any) -> None:
-        tensors, vectors = ("x", "residual", "y", "mask", ""), ("weight", "bias", "kept", "")
-        pairs = [(None, None), (at("mean"), at("var"))]
+    def run(launch: Any, slot: Any) -> None:
+        tensors, vectors = ("x", "residual", "y", "mask", ""), ("weight", "bias", "rows", "")
+        pairs = [(None, None), (slot("mean"), slot("var"))]
         frozen, tracked = pairs if training else pairs[::-1]
-        rest = at("counter"), at("momentum"), None, at("eps"), at("parameter")
-        scratch = at("partials"), at("table")
-        steps.run(launch, [*map(at, tensors)], [*map(at, vectors)], scratch, frozen, tracked, rest)
+        rest = slot("counter"), slot("momentum"), None, slot("eps"), slot("parameter")
+        scratch = slot("partials"), slot("table")
+        steps.run(launch, [*map(slot, tensors)], [*map(slot, vectors)], scratch, frozen, tracked, rest)
 
-    way.launches = Launches([*names, *new, "momentum", "eps", "parameter"], run)
-    way.new, way.layouts, way.grows = engine.allocator(x.device), tuple(new.values()), grows
+    prepared.launches = Launches([*names, *new, "momentum", "eps", "parameter"], run)
+    prepared.allocate, prepared.layouts = engine.allocator(x.device), tuple(new.values())
+    prepared.needs_grad = needs_grad
     unread = {"bias", "residual"} if activation.is_identity else {"residual" if bits else ""}
     saved = [name for name in (*GIVEN[:4], "mask") if name in {*names, *new} - unread]
-    way.saves, way.saved = make_selector((*GIVEN[:4], *new), saved), ("dy", *saved)
-    way.training, way.activation = training, activation.name
-    way.written = next((place for place, name in enumerate(names) if name in GIVEN[4:]), 0) if training else 0
-    way.row, way.form = 8 * channels, (x.dtype, x.device, list(x.shape), list(x.stride()))
-    for name, one in (("dweight", call.weight), ("dbias", call.bias)):
-        way.parameters[name] = contiguous_layout((channels,), x.dtype if one is None else one.dtype)
-    return way
+    prepared.select_saved, prepared.saved_names = make_selector((*GIVEN[:4], *new), saved), ("dy", *saved)
+    prepared.training, prepared.activation = training, activation.name
+    if training:
+        prepared.first_written = next((index for index, name in enumerate(names) if name in GIVEN[4:]), 0)
+    prepared.row_bytes, prepared.form = 8 * channels, (x.dtype, x.device, list(x.shape), list(x.stride()))
+    for name, vector in (("dweight", call.weight), ("dbias", call.bias)):
+        layout = contiguous_layout((channels,), x.dtype if vector is None else vector.dtype)
+        prepared.gradient_layouts[name] = layout
+    return prepared
 
 
 def prepare_backward(
     engine: Any, forward: Forward, tensors: tuple[Tensor, ...], need: Sequence[bool], saved: Callable[[], Saved]
 ) -> Backward | None:
-    """Prepare calls like this one; ``None`` if it is not plain, whatever came before."""
-    names = [name for name in ("x", "dy", "residual", "mask") if name in forward.saved]
-    choose = make_selector(forward.saved, names)
-    given = choose(tensors)
-    guard = _guard_of_plain(given, forward.form)
-    if not guard(*given) or reduce(or_, [one.data_ptr() for one in given]) % VECTOR_BYTES:
+    """Prepare calls like this one; return ``None`` if it is not plain.
+
+    ``tensors``: dy and the saved tensors. ``need``: which of dx, dweight, dbias, dresidual are needed. ``saved``:
+    returns what the forward call saved.
+    """
+    names = [name for name in ("x", "dy", "residual", "mask") if name in forward.saved_names]
+    select = make_selector(forward.saved_names, names)
+    given = select(tensors)
+    guard = _plain_guard(given, forward.form)
+    if not guard(*given) or reduce(or_, [tensor.data_ptr() for tensor in given]) % VECTOR_BYTES:
         return None
     needed = list(compress(GRADIENTS, need))
-    passes = forward.activation == "identity" and "dresidual" in needed  # this gradient is dy itself
-    wanted = frozenset(needed) - {"dresidual" if passes else ""}
-    new = [name for name in (GRADIENTS[0], GRADIENTS[3], *GRADIENTS[1:3]) if name in wanted]
-    layouts = tuple(forward.parameters.get(name, forward.layouts[0]) for name in new)
-    values = [*names, "mean", "var", "kept weight", "kept bias", *new]
-    places = [new.index(name) if name in wanted else -1 for name in GRADIENTS]
-    results = itemgetter(*places[:3], -2 if passes else places[3], -1)
-    if not wanted:
-        return Backward(guard, choose, Launches(values, lambda *_: None), forward.new, layouts, results)
-    call = backward_call(given[1], saved(), wanted)
-    steps = engine.prepare(("plain", call.key), lambda: engine.builder.backward(call, wanted, forward.training))
+    returns_dy = forward.activation == "identity" and "dresidual" in needed  # dresidual is dy itself
+    computed = frozenset(needed) - {"dresidual" if returns_dy else ""}
+    new: list[str] = [name for name in ("dx", "dresidual", "dweight", "dbias") if name in computed]
+    layouts = tuple(forward.gradient_layouts.get(name, forward.layouts[0]) for name in new)
+    values = [*names, "mean", "var", "saved weight", "saved bias", *new]
+    indices = [new.index(name) if name in computed else -1 for name in GRADIENTS]
+    select_gradients = itemgetter(*indices[:3], -2 if returns_dy else indices[3], -1)
+    if not computed:
+        launches = Launches(values, lambda *_: None)
+        return Backward(guard, select, launches, forward.allocate, layouts, select_gradients)
+    call = backward_call(given[1], saved(), computed)
+    steps = engine.prepare(("plain", call.key), lambda: engine.builder.backward(call, computed, forward.training))
     scratch = _scratch(steps, given[0])
 
-    def run(launch: Any, at: Any) -> None:
-        weights = [at(f"kept {name}" if name in forward.names else "") for name in ("weight", "bias")]
-        outputs = (at("dresidual"), at("dx")), (at("dweight"), at("dbias"))
-        read, divisor = [*map(at, ("x", "dy", "residual", "mask", ""))], (1.0 / call.view.layout.count, None)
-        numbers = at("eps"), at("parameter")
-        vectors, pair = [at("mean"), at("var"), *weights], (at("partials"), at("table"))
-        steps.run(launch, read, vectors, pair, outputs, numbers, divisor)
+    def run(launch: Any, slot: Any) -> None:
+        weights = [slot(f"saved {name}" if name in forward.names else "") for name in ("weight", "bias")]
+        outputs = (slot("dresidual"), slot("dx")), (slot("dweight"), slot("dbias"))
+        read, divisor = [*map(slot, ("x", "dy", "residual", "mask", ""))], (1.0 / call.view.layout.count, None)
+        numbers = slot("eps"), slot("parameter")
+        vectors, partials = [slot("mean"), slot("var"), *weights], (slot("partials"), slot("table"))
+        steps.run(launch, read, vectors, partials, outputs, numbers, divisor)
 
     launches = Launches([*values, *scratch, "eps", "parameter"], run)
-    return Backward(guard, choose, launches, forward.new, (*layouts, *scratch.values()), results)
+    layouts = (*layouts, *scratch.values())
+    return Backward(guard, select, launches, forward.allocate, layouts, select_gradients)
 
 
-def _guard_of_plain(tensors: Sequence[Tensor], form: Any) -> Guard:
-    """Return what tells whether tensors are ordinary ones of a form; masks have another."""
+def _plain_guard(tensors: Sequence[Tensor], form: Any) -> Guard:
+    """Return a guard for plain tensors with the dtype, device, shape and strides of ``form``, and for a mask."""
     dtype, device, shape, strides = form
     models, shapes, all_strides = [], [], []
-    for one in tensors:
-        masks = one.dtype is torch.uint8
-        model = torch.empty(1, dtype=torch.uint8 if masks else dtype, device=device).requires_grad_(one.requires_grad)
-        models.append(Parameter(model, one.requires_grad) if type(one) is Parameter else model)
-        shapes.append([one.numel()] if masks else shape)
-        all_strides.append([1] if masks else strides)
+    for tensor in tensors:
+        is_mask, grad = tensor.dtype is torch.uint8, tensor.requires_grad
+        model = torch.empty(1, dtype=torch.uint8 if is_mask else dtype, device=device).requires_grad_(grad)
+        models.append(Parameter(model, grad) if type(tensor) is Parameter else model)
+        shapes.append([tensor.numel()] if is_mask else shape)
+        all_strides.append([1] if is_mask else strides)
     return make_guard(models, shapes, all_strides)
 
 
 def _is_plain(call: Call, given: Sequence[Tensor]) -> bool:
-    """Tell whether kernels can read tensors of such dtypes, shapes, strides and devices."""
+    """Tell whether kernels can read tensors with these dtypes, shapes, strides and devices."""
     x, residual, counter = call.x, call.residual, call.counter
-    vectors = [one for one in (call.weight, call.bias, call.running_mean, call.running_var) if one is not None]
+    vectors = [v for v in (call.weight, call.bias, call.running_mean, call.running_var) if v is not None]
     return (
         MIN_RANK <= x.dim() <= MAX_RANK
         and 0 not in x.shape
-        and all(one.device == x.device for one in given)
-        and all(one.dtype in FLOATS for one in (x, *vectors))
-        and all(one.shape == x.shape[1:2] and one.is_contiguous() for one in vectors)
+        and all(tensor.device == x.device for tensor in given)
+        and all(tensor.dtype in FLOATS for tensor in (x, *vectors))
+        and all(vector.shape == x.shape[1:2] and vector.is_contiguous() for vector in vectors)
         and (residual is None or (_form(residual), residual.stride()) == (_form(x), x.stride()))
         and (counter is None or (counter.dtype is torch.int64 and counter.numel() == 1))
     )
 
 
 def _scratch(steps: ForwardSteps | BackwardSteps, x: Tensor) -> dict[str, Layout]:
-    """Return the layouts of the partial results of a call's launches, and of the table of merged ones."""
+    """Return the layouts of a call's partial results and of the table of merged ones."""
     return {name: contiguous_layout(*form) for name, form in scratch_of(steps, x).items()}

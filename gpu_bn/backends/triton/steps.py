@@ -1,4 +1,4 @@
-"""Make the launches of a call: choose the plan that serves it, and its kernels with all that is constant to them."""
+"""Prepare the launches of a call: its plan, and its kernels with their grids and constants."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from gpu_bn.backends.triton.programs import (
     SUMMED,
     SUMS_REGISTERS,
     Geometry,
-    at_once,
-    chain,
+    chain_length,
     chunk,
     device_of,
     held_block,
-    merging,
+    loads_at_once,
+    merge_block,
     one_pass_plan,
     streamed_block,
-    strip,
+    strip_constants,
     training_plan,
 )
 from gpu_bn.kernels.triton import backward as backward_kernels
@@ -43,29 +43,32 @@ TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})
 
 @dataclass(slots=True, eq=False)
 class ForwardSteps:
-    """Hold the launches of all forward calls with arguments alike."""
+    """The launches of all forward calls with the same key.
+
+    Attributes:
+        plan: the plan that the launches follow.
+        first: writes partial results of the statistics; ``None`` if ``last`` needs none.
+        merge: merges them; ``None`` if ``last`` does.
+        last: writes y.
+        bessel: n / (n - 1), or n for a single position.
+        on_chip: whether ``last`` also computes the statistics of the batch.
+    """
 
     plan: LaunchPlan
-    stats: Step | None
+    first: Step | None
     merge: Step | None
     last: Step
     bessel: float
-    whole: bool = False
-    """Whether one launch does all of a call in training."""
+    on_chip: bool = False
 
     @property
     def launches(self) -> list[Step]:
-        """The launches that a call makes."""
-        return [step for step in (self.stats, self.merge, self.last) if step is not None]
+        """The launches of a call, in order."""
+        return [step for step in (self.first, self.merge, self.last) if step is not None]
 
     @property
-    def first(self) -> Step | None:
-        """The launch whose blocks leave partial results."""
-        return self.stats
-
-    @property
-    def rows(self) -> int:
-        """Rows of the table of merged statistics: centre, scale, shift; 0 without one."""
+    def table_rows(self) -> int:
+        """The rows of the table of merged statistics: centre, scale, shift; 0 without a table."""
         return 0 if self.merge is None else 3
 
     def run(
@@ -74,49 +77,52 @@ class ForwardSteps:
     ) -> None:  # fmt: skip
         """Launch a call.
 
-        ``tensors``: x, residual, y, mask, valid. ``vectors``: weight, bias, what is kept, counts. ``scratch``: partial
-        results, and the table of merged ones. ``rest``: the counter, the momentum, where that is on the device, eps,
-        the parameter.
+        ``tensors``: x, residual, y, mask, valid. ``vectors``: weight, bias, saved rows, counts. ``scratch``: partial
+        results, and the table of merged ones. ``frozen``: the mean and variance to normalise with, in evaluation.
+        ``tracked``: the running mean and variance to update. ``rest``: counter, momentum as a number and as a tensor,
+        eps, the activation's parameter.
         """
         counter, momentum, momentum_at, eps, parameter = rest
         numbers = (*tracked, counter, momentum, momentum_at, self.bessel, eps, parameter)
-        if self.whole:
+        if self.on_chip:
             launch(self.last, (*tensors[:4], *vectors[:3], *numbers))
             return
         partials, table = scratch
-        if self.stats is not None:
-            launch(self.stats, (tensors[0], tensors[4], partials))
+        if self.first is not None:
+            launch(self.first, (tensors[0], tensors[4], partials))
         if self.merge is not None:
-            weight, bias, kept, counts = vectors
-            launch(self.merge, (partials, kept, counts, table, weight, bias, eps))
-            partials, vectors = None, (None, None, kept, None)
+            weight, bias, saved, counts = vectors
+            launch(self.merge, (partials, saved, counts, table, weight, bias, eps))
+            partials, vectors = None, (None, None, saved, None)
         launch(self.last, (*tensors, *frozen, partials, table, *vectors, *numbers))
 
 
 @dataclass(slots=True, eq=False)
 class BackwardSteps:
-    """Hold the launches of all backward calls with arguments alike."""
+    """The launches of all backward calls with the same key; ``None`` for those that a call does not make.
+
+    Attributes:
+        plan: the plan that the launches follow.
+        first: writes partial sums, and the gradients of tensors if there is no ``last``.
+        last: writes the gradients of tensors from the sums.
+        merge: merges the sums; ``None`` if ``last`` does.
+        on_chip: the only launch, if one launch computes all gradients.
+    """
 
     plan: LaunchPlan
-    reduce: Step | None
+    first: Step | None
     last: Step | None
     merge: Step | None
-    whole: Step | None = None
-    """The only launch, which does all in training."""
+    on_chip: Step | None = None
 
     @property
     def launches(self) -> list[Step]:
-        """The launches that a call makes."""
-        return [step for step in (self.whole, self.reduce, self.merge, self.last) if step is not None]
+        """The launches of a call, in order."""
+        return [step for step in (self.on_chip, self.first, self.merge, self.last) if step is not None]
 
     @property
-    def first(self) -> Step | None:
-        """The launch whose blocks leave partial sums."""
-        return self.reduce
-
-    @property
-    def rows(self) -> int:
-        """Rows of the table of merged sums: centre, scale, shift, slope, offset; 0 without one."""
+    def table_rows(self) -> int:
+        """The rows of the table of merged sums: centre, scale, shift, slope, offset; 0 without a table."""
         return 0 if self.merge is None or self.last is None else 5
 
     def run(
@@ -126,34 +132,33 @@ class BackwardSteps:
         """Launch a call.
 
         ``tensors``: x, dy, residual, mask, valid. ``vectors``: mean, var, weight, bias. ``scratch``: partial sums, and
-        the table of merged ones. ``outputs``: dz and dx, dweight and dbias.
+        the table of merged ones. ``outputs``: dz and dx; dweight and dbias. ``numbers``: eps, the activation's
+        parameter. ``divisor``: 1 / count as a number, or the counts as a tensor.
         """
         partials, table = scratch
-        written, gradients = outputs
-        if self.whole:
-            launch(self.whole, (*tensors[:4], *written, *vectors, *gradients, *numbers, divisor[0]))
+        gradients, vector_gradients = outputs
+        if self.on_chip:
+            launch(self.on_chip, (*tensors[:4], *gradients, *vectors, *vector_gradients, *numbers, divisor[0]))
             return
-        if self.reduce is not None:
-            on_the_way = written if self.last is None else (None, None)
-            launch(self.reduce, (*tensors, *on_the_way, *vectors, partials, *numbers))
+        if self.first is not None:
+            written = gradients if self.last is None else (None, None)
+            launch(self.first, (*tensors, *written, *vectors, partials, *numbers))
         if self.merge is not None:
             parameters = (None, None) if table is None else vectors[2:]
-            launch(self.merge, (partials, *vectors[:2], *parameters, *gradients, table, numbers[0], *divisor))
-            vectors, partials, gradients, divisor = (None,) * 4, None, (None, None), (0.0, None)
+            launch(self.merge, (partials, *vectors[:2], *parameters, *vector_gradients, table, numbers[0], *divisor))
+            vectors, partials, vector_gradients, divisor = (None,) * 4, None, (None, None), (0.0, None)
         if self.last is not None:
-            launch(
-                self.last,
-                (*tensors, *written, *vectors, partials, table, None, None, *gradients, *numbers, *divisor),
-            )
+            sums = partials, table, None, None
+            launch(self.last, (*tensors, *gradients, *vectors, *sums, *vector_gradients, *numbers, *divisor))
 
 
 class Programs(NamedTuple):
-    """Describe the programs of a launch.
+    """The form of a launch's programs.
 
     Attributes:
-        alignment: bytes that the tensors' addresses are multiples of.
-        warps, blocks: of a program; several blocks are a cluster.
-        most_registers: that a thread may have, if the compiler is not to choose.
+        alignment: the bytes that all addresses of tensors are multiples of.
+        warps, blocks: warps and blocks of a program; several blocks are a cluster.
+        most_registers: the limit of a thread's registers; ``None`` lets the compiler choose.
     """
 
     alignment: int = 1
@@ -162,16 +167,16 @@ class Programs(NamedTuple):
     most_registers: int | None = None
 
 
-MERGING = Programs()
+ONE_WARP = Programs()
 
 
 class StepBuilder:
-    """Plan calls, and make the launches of their kernels.
+    """Plan calls, and build the steps of their launches.
 
     Args:
-        device: what to plan for, in place of the tensors' device.
-        tier: the tier to use, if it serves.
-        wide: whether offsets take 64 bits also where 32 would do.
+        device: a device to plan for instead of that of the tensors.
+        tier: the tier to use if it can serve a call.
+        wide: whether offsets have 64 bits even if 32 suffice.
     """
 
     def __init__(self, device: Device | None, tier: str | None, wide: bool) -> None:
@@ -180,12 +185,12 @@ class StepBuilder:
         self._devices: dict[Any, Device] = {}
 
     def do_without_clusters(self) -> None:
-        """Plan no clusters from now on."""
+        """Plan without clusters from now on."""
         self.clusters = False
         self._devices.clear()
 
-    def forward(self, work: Work, spec: BatchNormSpec, x: Array, extended: bool) -> ForwardSteps:
-        """The launches of a forward call; ``extended``: there is a mask or ghost batches."""
+    def forward(self, work: Work, spec: BatchNormSpec, x: Array, split: bool) -> ForwardSteps:
+        """Build the steps of a forward call; ``split``: it needs the split tier, for a mask or ghost batches."""
         groups, alignment = spec.groups, work.alignment
         act = functions(spec.activation.name)
         count = work.n * work.s
@@ -194,146 +199,143 @@ class StepBuilder:
         if not spec.batch_stats:
             plan = self.plan_once(work, x)
             return ForwardSteps(plan, None, None, self.normalize(plan, x, alignment, constants), bessel)
-        plan = self.plan_once(work, x) if extended else self.plan(work, x)
+        plan = self.plan_once(work, x) if split else self.plan(work, x)
         if plan.tier == "split":
-            return ForwardSteps(
-                plan,
-                self.stats(plan, x, alignment, groups),
-                self._merge_moments(plan, x, groups) if self.merges_apart(x) else None,
-                self.normalize(plan, x, alignment, constants, groups),
-                bessel,
-            )
+            first, last = self.stats(plan, x, alignment, groups), self.normalize(plan, x, alignment, constants, groups)
+            merge = self._merge_moments(plan, x, groups) if self.merges_separately(x) else None
+            return ForwardSteps(plan, first, merge, last, bessel)
         positions, tiles, warps = held_block(plan, x)
-        geometry = Geometry.of(plan)
+        geometry = self._geometry(plan)
         step = self._step(
             forward_kernels.bn_forward_kernel, plan, x, (plan.tiling.strips, 1),
-            (*geometry.tail, geometry.positions, *constants, tiles, positions, *strip(plan), self._is_wide(geometry),
-             compute_dtype(x), may_overflow(x)), Programs(alignment, warps, plan.blocks),
+            (*geometry.tail, *constants, tiles, positions, *strip_constants(plan), geometry.wide, compute_dtype(x),
+             may_overflow(x)), Programs(alignment, warps, plan.blocks),
         )  # fmt: skip
-        return ForwardSteps(plan, None, None, step, bessel, whole=True)
+        return ForwardSteps(plan, None, None, step, bessel, on_chip=True)
 
     def stats(self, plan: LaunchPlan, x: Array, alignment: int, groups: int) -> Step:
-        """Make the first of two launches: statistics of each block's part of a channel."""
-        geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x, SUMMED)
-        links = chain(plan, positions)
-        most = SUMS_REGISTERS[geometry.columns or self._is_far(plan, geometry)]
-        tail = (*geometry.tail, geometry.positions, plan.share, SAMPLES[geometry.columns], links,
-                at_once(plan, x), positions, *strip(plan), self._is_wide(geometry), compute_dtype(x),
-                may_overflow(x), groups)  # fmt: skip
+        """Build the first step of the split tier: the statistics of each block's share."""
+        geometry, (positions, warps) = self._geometry(plan, groups), streamed_block(plan, x, SUMMED)
+        chain, columns = chain_length(plan, positions), plan.tiling.columns
+        most = SUMS_REGISTERS[columns or (plan.tiling.ragged and geometry.wide)]
+        tail = (*geometry.tail, plan.share, SAMPLES[columns], chain, loads_at_once(plan, x), positions,
+                *strip_constants(plan), geometry.wide, compute_dtype(x), may_overflow(x), groups)  # fmt: skip
         step = self._step(
             forward_kernels.bn_stats_kernel, plan, x, (groups * plan.tiling.strips, plan.blocks), tail,
             Programs(alignment, warps, most_registers=most), groups,
         )  # fmt: skip
-        dtype = self._dtype_left(x, links)
+        dtype = self._partials_dtype(x, chain)
         planes = (4 if dtype == torch.float32 else 2) + plan.tiling.ragged
-        step.leaves = (planes, plan.blocks, groups * plan.tiling.c), dtype
+        step.partials = (planes, plan.blocks, groups * plan.tiling.c), dtype
         return step
 
     def normalize(
         self, plan: LaunchPlan, x: Array, alignment: int, constants: tuple[Any, Any], groups: int = 1
     ) -> Step:
-        """Make the last launch: it normalises, and merges the statistics if no launch has."""
-        geometry, (positions, warps) = Geometry.of(plan, groups), streamed_block(plan, x)
-        tail = (*geometry.tail, geometry.positions, plan.share, *constants, chunk(plan, warps), positions, *strip(plan),
-                self._is_wide(geometry), compute_dtype(x), groups)  # fmt: skip
+        """Build the last step: it normalises, and merges the statistics if no earlier step does."""
+        geometry, (positions, warps) = self._geometry(plan, groups), streamed_block(plan, x)
+        tail = (*geometry.tail, plan.share, *constants, chunk(plan, warps), positions, *strip_constants(plan),
+                geometry.wide, compute_dtype(x), groups)  # fmt: skip
         grid = (groups * plan.tiling.strips, plan.blocks)
         kernel = forward_kernels.bn_normalize_kernel
         return self._step(kernel, plan, x, grid, tail, Programs(alignment, warps), groups)
 
     def backward(self, call: BackwardCall, need: frozenset[str], batch_stats: bool) -> BackwardSteps:
-        """Make the launches of a backward call."""
+        """Build the steps of a backward call that returns the gradients in ``need``."""
         wants_dx, wants_dz, wants_sums = "dx" in need, "dresidual" in need, bool(need & {"dweight", "dbias"})
         work = call.work(wants_dx + wants_dz)
         if not wants_sums and not (wants_dx and batch_stats):  # nothing depends on a sum
             plan = self.plan_once(work, call.x)
             return BackwardSteps(plan, None, self.input(plan, call), None)
         if batch_stats:
-            plan = self.plan_once(work, call.x) if call.extended else self.plan(work, call.x)
+            plan = self.plan_once(work, call.x) if call.split else self.plan(work, call.x)
             if plan.tier != "split":
-                return BackwardSteps(plan, None, None, None, self._held(plan, call))
+                return BackwardSteps(plan, None, None, None, self._on_chip(plan, call))
             if wants_dx:
-                merge = self._merge_sums(plan, call) if self.merges_apart(call.x) else None
+                merge = self._merge_sums(plan, call) if self.merges_separately(call.x) else None
                 return BackwardSteps(plan, self._reduce(plan, call), self.input(plan, call), merge)
-        plan, reduce, merge = self.reduce_and_merge(call, (wants_dz, wants_dx))
-        return BackwardSteps(plan, reduce, None, merge)
+        plan, first, merge = self.reduce_and_merge(call, (wants_dz, wants_dx))
+        return BackwardSteps(plan, first, None, merge)
 
     def stats_and_merge(self, work: Work, x: Array, groups: int) -> tuple[Step, Step]:
-        """The two launches of the statistics alone."""
+        """Build the two steps of a call for the statistics alone."""
         plan = self.plan_once(work, x)
         return self.stats(plan, x, work.alignment, groups), self._merge_moments(plan, x, groups)
 
     def reduce_and_merge(
-        self, call: BackwardCall, outputs: tuple[bool, bool], apart: bool = True
+        self, call: BackwardCall, outputs: tuple[bool, bool], new_outputs: bool = True
     ) -> tuple[LaunchPlan, Step, Step]:
-        """The plan of the sums alone, and its two launches.
+        """Return the plan of a call for the sums alone, and its two steps.
 
-        ``outputs``: whether dz and dx are written on the way; ``apart``: in the place of no tensor that is read.
+        ``outputs``: whether the first step also writes dz, and dx. ``new_outputs``: they share no memory with a tensor
+        that is read.
         """
-        plan = self.plan_once(call.work(sum(outputs), apart), call.x)
+        plan = self.plan_once(call.work(sum(outputs), new_outputs), call.x)
         return plan, self._reduce(plan, call, all(outputs)), self._merge_sums(plan, call)
 
-    def merges_apart(self, x: Array) -> bool:
-        """Tell whether a launch of its own merges what blocks have found, once for each strip.
+    def merges_separately(self, x: Array) -> bool:
+        """Tell whether a separate launch merges the partial results, once for each strip.
 
-        Else every program of the last launch does, in all of its warps. That saves a launch, where double precision is
-        fast; where it is slow, it takes longer than one.
+        If not, every program of the last launch merges them, in all of its warps. That saves a launch. Where double
+        precision is slow it would take longer than a launch.
         """
         return self._device_of(x).slow_doubles
 
-    def _dtype_left(self, x: Array, links: int) -> torch.dtype:
-        """Return the dtype that blocks leave their results in: float32 where their sums are, and doubles are slow.
+    def _partials_dtype(self, x: Array, chain: int) -> torch.dtype:
+        """Return the dtype of partial results: float32 if the sums are in float32 and doubles are slow.
 
-        What the launch that merges does with them takes no longer; these leave no more bytes.
+        Blocks then write no more bytes, and the launch that merges them takes no longer.
         """
-        floats = self.merges_apart(x) and links == 0 and x.dtype != torch.float64
+        floats = self.merges_separately(x) and chain == 0 and x.dtype != torch.float64
         return torch.float32 if floats else torch.float64
 
     def _merge_moments(self, plan: LaunchPlan, x: Array, groups: int) -> Step:
-        at_once, channels, elements = merging(plan)
+        at_once, channels = merge_block(plan)
+        elements = 1 if plan.tiling.columns else plan.tiling.vector
         tail = (plan.tiling.c, elements * plan.tiling.positions, elements * plan.share, plan.blocks, at_once, channels,
                 compute_dtype(x), groups, plan.tiling.ragged)  # fmt: skip
         grid = (groups * -(-plan.tiling.c // channels), 1)
         return self._step(forward_kernels.bn_merge_moments_kernel, plan, x, grid, tail, groups=groups)
 
     def _merge_sums(self, plan: LaunchPlan, call: BackwardCall) -> Step:
-        at_once, channels, _ = merging(plan)
+        at_once, channels = merge_block(plan)
         tail = (plan.tiling.c, plan.blocks, at_once, channels, compute_dtype(call.x), call.groups)
         grid = (call.groups * -(-plan.tiling.c // channels), 1)
         return self._step(backward_kernels.bn_merge_sums_kernel, plan, call.x, grid, tail, groups=call.groups)
 
     def _reduce(self, plan: LaunchPlan, call: BackwardCall, writes_both: bool = False) -> Step:
+        """Build the step of the sums; ``writes_both``: it also writes dz and dx."""
         masked_groups = call.groups > 1 and call.tensors[-1] is not None
-        columns, geometry = plan.tiling.columns, Geometry.of(plan, call.groups)
+        columns, geometry = plan.tiling.columns, self._geometry(plan, call.groups)
         shapes = CROWDED if columns or masked_groups else STREAMED
-        if self._is_far(plan, geometry) or (writes_both and columns and not masked_groups):
+        if (plan.tiling.ragged and geometry.wide) or (writes_both and columns and not masked_groups):
             shapes = SHORT
         positions, warps = streamed_block(plan, call.x, shapes)
-        links = chain(plan, positions)
-        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, links, positions,
-                *strip(plan), self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
+        chain = chain_length(plan, positions)
+        tail = (*geometry.tail, plan.share, call.gradient, chain, positions, *strip_constants(plan), geometry.wide,
+                compute_dtype(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)
         kernel = backward_kernels.bn_backward_reduce_kernel
         step = self._step(kernel, plan, call.x, grid, tail, Programs(call.alignment, warps), call.groups)
-        step.leaves = (2, plan.blocks, call.groups * plan.tiling.c), self._dtype_left(call.x, links)
+        step.partials = (2, plan.blocks, call.groups * plan.tiling.c), self._partials_dtype(call.x, chain)
         return step
 
     def input(self, plan: LaunchPlan, call: BackwardCall) -> Step:
-        """Make the launch that writes dx of sums, or of none where statistics are frozen."""
-        geometry = Geometry.of(plan, call.groups)
-        crowded = SHORT if self._is_wide(geometry) else CROWDED
-        shapes = crowded if geometry.columns else STREAMED
-        positions, warps = streamed_block(plan, call.x, shapes)
-        tail = (*geometry.tail, geometry.positions, plan.share, call.gradient, chunk(plan, warps), positions,
-                *strip(plan), self._is_wide(geometry), compute_dtype(call.x), call.groups)  # fmt: skip
+        """Build the step that writes dx from the sums, or without sums if statistics are frozen."""
+        geometry = self._geometry(plan, call.groups)
+        crowded = SHORT if geometry.wide else CROWDED
+        positions, warps = streamed_block(plan, call.x, crowded if plan.tiling.columns else STREAMED)
+        tail = (*geometry.tail, plan.share, call.gradient, chunk(plan, warps), positions, *strip_constants(plan),
+                geometry.wide, compute_dtype(call.x), call.groups)  # fmt: skip
         grid = (call.groups * plan.tiling.strips, plan.blocks)
         kernel = backward_kernels.bn_backward_input_kernel
         return self._step(kernel, plan, call.x, grid, tail, Programs(call.alignment, warps), call.groups)
 
-    def _held(self, plan: LaunchPlan, call: BackwardCall) -> Step:
-        """Make the only launch, where a program holds a channel."""
-        geometry, (positions, tiles, warps) = Geometry.of(plan), held_block(plan, call.x)
-        tail = (*geometry.tail, geometry.positions, call.gradient, tiles, positions, *strip(plan),
-                self._is_wide(geometry), compute_dtype(call.x))  # fmt: skip
+    def _on_chip(self, plan: LaunchPlan, call: BackwardCall) -> Step:
+        """Build the step that computes all gradients of a strip in registers."""
+        geometry, (positions, tiles, warps) = self._geometry(plan), held_block(plan, call.x)
+        tail = (*geometry.tail, call.gradient, tiles, positions, *strip_constants(plan), geometry.wide,
+                compute_dtype(call.x))  # fmt: skip
         grid = (plan.tiling.strips, 1)
         programs = Programs(call.alignment, warps, plan.blocks)
         return self._step(backward_kernels.bn_backward_kernel, plan, call.x, grid, tail, programs)
@@ -343,25 +345,22 @@ class StepBuilder:
         return training_plan(work, self._device_of(x), self._tier)
 
     def plan_once(self, work: Work, x: Array) -> LaunchPlan:
-        """Return the plan of launches that go through the tensors once."""
+        """Return the plan of one pass over the tensors."""
         return one_pass_plan(work, self._device_of(x))
 
     def _step(
         self, kernel: Any, plan: LaunchPlan, x: Array, grid: tuple[int, int], tail: tuple[Any, ...],
-        programs: Programs = MERGING, groups: int = 1,
+        programs: Programs = ONE_WARP, groups: int = 1,
     ) -> Step:  # fmt: skip
         alignment, warps, blocks, most_registers = programs
-        wide = self._is_wide(Geometry.of(plan, groups))
+        wide = self._geometry(plan, groups).wide
         aligned = TENSORS if alignment == VECTOR_BYTES else frozenset[str]()
         index = -1 if x.device.index is None else x.device.index
         return Step(kernel, grid, tail, warps, blocks, most_registers, wide, aligned, index)
 
-    def _is_wide(self, geometry: Geometry) -> bool:
-        return geometry.wide or self._wide
-
-    def _is_far(self, plan: LaunchPlan, geometry: Geometry) -> bool:
-        """Tell whether ragged rows have offsets of 64 bits, which take registers."""
-        return plan.tiling.ragged and self._is_wide(geometry)
+    def _geometry(self, plan: LaunchPlan, groups: int = 1) -> Geometry:
+        geometry = Geometry.from_plan(plan, groups)
+        return geometry._replace(wide=geometry.wide or self._wide)
 
     def _device_of(self, x: Array) -> Device:
         found = self._devices.get(x.device)
@@ -372,29 +371,29 @@ class StepBuilder:
 
 
 def compute_dtype(x: Array) -> Any:
-    """Return the dtype that kernels compute in."""
+    """Return the dtype of the kernels' arithmetic on elements."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def partials_of(first: Step, counted: bool = False) -> tuple[tuple[int, int, int], torch.dtype]:
-    """Return the shape and the dtype of what a step's blocks leave; with a mask they leave counts too."""
-    assert first.leaves is not None
-    (planes, blocks, statistics), dtype = first.leaves
+    """Return shape and dtype of the partial results of a step; ``counted``: with a plane of counts, for a mask."""
+    assert first.partials is not None
+    (planes, blocks, statistics), dtype = first.partials
     return (planes + counted, blocks, statistics), dtype
 
 
 def scratch_of(
     steps: ForwardSteps | BackwardSteps, x: Array, groups: int = 1, counted: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return what a call's launches leave each other: the shapes and dtypes of partial and of merged results."""
+    """Return shape and dtype of the partial results and of the table of merged ones, by name, if a call has them."""
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if steps.first is not None:
         found["partials"] = partials_of(steps.first, counted)
-    if steps.rows:
-        found["table"] = (steps.rows, groups * steps.plan.tiling.c), torch.promote_types(x.dtype, torch.float32)
+    if steps.table_rows:
+        found["table"] = (steps.table_rows, groups * steps.plan.tiling.c), torch.promote_types(x.dtype, torch.float32)
     return found
 
 
 def may_overflow(x: Array) -> bool:
-    """Tell whether squares of the dtype's numbers may leave float32's range."""
+    """Tell whether squares of elements may leave the range of float32."""
     return x.dtype in (torch.float32, torch.bfloat16)

@@ -90,7 +90,7 @@ class _MadeByTriton(Function):
             found = plain.backward(made, tensors, need)
             if found is not None:
                 return found  # type: ignore[no-any-return]
-        named = dict(zip(made[1].saved, tensors, strict=True))
+        named = dict(zip(made[1].saved_names, tensors, strict=True))
         saved = plain.saved(made, tensors)
         return *gradients_of(plain.engine, dy, saved, named.get("weight"), named.get("bias"), need), None
 

@@ -214,7 +214,7 @@ def test_the_time_of_two_launches_is_that_of_the_programs_that_are_launched(shap
 @pytest.mark.parametrize("size", [12, 16_384, 16_400])
 def test_positions_are_divided_by_the_row_without_a_division(size):
     """The largest ones, where what is multiplied by is least precise."""
-    _, row, _, magic, power, _ = Geometry.of(plan_once(Work(70_000, 2, size, 4), DEVICES["h100"])).tail
+    _, row, _, magic, power, *_ = Geometry.from_plan(plan_once(Work(70_000, 2, size, 4), DEVICES["h100"])).tail
     assert row == size // 4
     for end in (2**31 - 1, 2**31 - row, 2**30 + row - 1):
         for position in (end // row * row - 1, end // row * row):
@@ -223,7 +223,7 @@ def test_positions_are_divided_by_the_row_without_a_division(size):
 
 @pytest.mark.parametrize(("n", "wide"), [(1, False), (2, True)])
 def test_offsets_are_of_64_bits_from_the_first_that_32_do_not_hold(n, wide):
-    assert Geometry.of(plan_once(Work(n, 1 << 10, 1 << 20, 2), DEVICES["h100"])).wide == wide
+    assert Geometry.from_plan(plan_once(Work(n, 1 << 10, 1 << 20, 2), DEVICES["h100"])).wide == wide
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_offsets_are_of_64_bits_from_the_first_that_32_do_not_hold(n, wide):
 )
 def test_numbers_beside_offsets_are_of_64_bits_where_32_do_not_hold_them(work, groups):
     """Although all offsets would be."""
-    assert Geometry.of(plan_once(work, DEVICES["h100"]), groups).wide
+    assert Geometry.from_plan(plan_once(work, DEVICES["h100"]), groups).wide
 
 
 @pytest.mark.parametrize(
@@ -246,9 +246,9 @@ def test_numbers_beside_offsets_are_of_64_bits_where_32_do_not_hold_them(work, g
 )
 def test_more_channels_than_kernels_can_count_are_refused(work, groups, what):
     with pytest.raises(ValueError, match=rf"expected less than 2\*\*31 - \d+ {what}"):
-        Geometry.of(plan_once(work, DEVICES["h100"]), groups)
+        Geometry.from_plan(plan_once(work, DEVICES["h100"]), groups)
     fewer = replace(work, c=work.c // 2)
-    assert Geometry.of(plan_once(fewer, DEVICES["h100"]), groups).wide
+    assert Geometry.from_plan(plan_once(fewer, DEVICES["h100"]), groups).wide
 
 
 def test_a_call_with_too_many_channels_is_refused_before_anything_is_launched():

@@ -171,7 +171,7 @@ def test_a_kernel_that_needs_scratch_memory_is_launched_by_triton(monkeypatch):
 
 def test_absent_arguments_are_constants_and_whole_numbers_widen(step):
     step.wide = True
-    special = Specialisation.of(step, (None, SAVED, None, *NO_TABLE))
+    special = Specialisation.from_step(step, (None, SAVED, None, *NO_TABLE))
     assert special.constants["partials"] is None
     assert special.signature["partials"] == "constexpr"
     assert special.signature["positions"] == "i64"
@@ -295,7 +295,7 @@ def test_calls_of_many_shapes_share_kernels_and_nothing_grows_without_bound(comp
 
     def launch(step, args):
         step.device = 0
-        specialisations.add((step.kernel.__name__, Specialisation.of(step, args).key))
+        specialisations.add((step.kernel.__name__, Specialisation.from_step(step, args).key))
         triton_launch.launch(step, args)
 
     backend = TritonBackend(launch, DEVICES["a100"])

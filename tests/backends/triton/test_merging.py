@@ -40,7 +40,7 @@ def test_blocks_leave_sums_in_float32_where_these_are_and_double_precision_is_sl
     found = launches(arch, dtype=getattr(torch, dtype))
     for kernel, numbers in ((STATISTICS, planes), (SUMS, 2)):
         step, special = found[kernel]
-        assert step.leaves == ((numbers, step.grid[1], 5), getattr(torch, left))
+        assert step.partials == ((numbers, step.grid[1], 5), getattr(torch, left))
         assert special.signature["partials"] == {"float32": "*fp32", "float64": "*fp64"}[left]
 
 

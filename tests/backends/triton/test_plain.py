@@ -391,9 +391,9 @@ def test_new_tensors_of_a_gpu_are_of_its_device(devices, monkeypatch):
     """torch's fast function makes them on the current GPU: it serves where there is no other."""
     calls = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
-    monkeypatch.setattr(alike._for_compilers, "_empty_strided_cuda", lambda *layout: calls.append(layout))
+    monkeypatch.setattr(alike._guards, "_empty_strided_cuda", lambda *layout: calls.append(layout))
     monkeypatch.setattr(torch, "empty_strided", lambda *layout, **options: calls.append((*layout, options)))
-    device, layout = torch.device("cuda", devices - 1), alike.contiguous((2, 3), torch.float16)
+    device, layout = torch.device("cuda", devices - 1), alike.contiguous_layout((2, 3), torch.float16)
     assert layout == ((2, 3), (3, 1), torch.float16)
     alike.allocator(device)(*layout)
     assert calls == [layout if devices == 1 else ((2, 3), (3, 1), {"dtype": torch.float16, "device": device})]
