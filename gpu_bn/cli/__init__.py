@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; Ctrl-C may come while it is imported."""
+    """Run the command and return its exit code: 130 if Ctrl-C comes while it is imported."""
     try:
         from gpu_bn.cli.commands import main
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``gpu-bn check``: the conformance cases on this machine's backends, in a table."""
+"""``gpu-bn check``: run the conformance cases on the backends of this machine and print tables."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 from gpu_bn import __version__, registry, testing
 from gpu_bn.cli.console import Table, progress
-from gpu_bn.cli.info import cores, facts_of_cuda, unavailable
+from gpu_bn.cli.info import cores, environment_facts, unavailable
 
 
 class Outcome(NamedTuple):
-    """One case on one backend.
+    """The outcome of one case on one backend.
 
     Attributes:
-        errors: per quantity, its largest error as a share of the error allowed.
-        failure: what went wrong; empty if the case has passed.
+        errors: the largest error of each quantity, as a share of the error allowed.
+        failure: the message of the failure; empty if the case has passed.
     """
 
     case: testing.Case
@@ -32,50 +32,49 @@ class Outcome(NamedTuple):
     failure: str
 
 
-class Found(NamedTuple):
-    """One backend's outcomes, how many cases were not run, and how long it took."""
+class BackendResult(NamedTuple):
+    """The outcomes of one backend, the number of cases that were not run, and the time that the others took."""
 
     backend: str
     outcomes: list[Outcome]
-    left: int
+    not_run: int
     seconds: float
 
     @property
     def failed(self) -> int:
-        """How many cases have failed."""
+        """The number of cases that have failed."""
         return sum(bool(outcome.failure) for outcome in self.outcomes)
 
     @property
     def row(self) -> list[str]:
-        """Return a line of the table of all backends."""
-        numbers = [len(self.outcomes), len(self.outcomes) - self.failed, self.failed, self.left]
+        """The cells of this backend in the table of all backends."""
+        numbers = [len(self.outcomes), len(self.outcomes) - self.failed, self.failed, self.not_run]
         return [self.backend, *(str(number) for number in numbers), *worst(self.outcomes), f"{self.seconds:.0f}"]
 
 
-MOST_WORKERS = 16
-"""Threads or processes, each with what a library needs of memory, on the CPU and the GPU."""
+MAX_WORKERS = 16
+"""The most threads or processes: each needs memory on the CPU and on the GPU for its libraries."""
 
 
-def conformance(
-    backend: str | None, quick: bool = False, workers: int | None = None, results: Path | None = None
-) -> bool:
+def conformance(backend: str | None, quick: bool = False, workers: int | None = None, path: Path | None = None) -> bool:
     """Run the cases on one backend, or on all available ones, and print the outcomes.
 
     Args:
-        backend: its name.
+        backend: the name of the backend; ``None`` stands for all that are available.
         quick: run few cases, which cover every value of every option with every dtype.
-        workers: how many cases run side by side on a GPU; ``None`` is one for each core, up to :data:`MOST_WORKERS`.
-        results: where to write them as JSON.
+        workers: the number of cases that run side by side on a GPU. ``None`` stands for one for each core, up to
+            :data:`MAX_WORKERS`.
+        path: a file to write the results to, as JSON.
 
     Returns:
-        Whether all have passed.
+        Whether all cases have passed.
 
     Raises:
-        BackendUnavailableError: the backend asked for is not available.
+        BackendUnavailableError: the requested backend is not available.
     """
     if backend is not None:
         registry.load(backend)
-    found: list[Found] = []
+    results: list[BackendResult] = []
     cases = [*testing.cases(), *testing.extended_cases()]
     cases = covering(cases) if quick else cases
     for name in registry.NAMES if backend is None else (backend,):
@@ -85,46 +84,48 @@ def conformance(
         start = time.perf_counter()
         with progress(f"Checking {name}: {len(cases)} cases", len(cases)) as tick:
             outcomes = run_all(cases, name, tick, workers)
-        found.append(Found(name, outcomes, len(cases) - len(outcomes), time.perf_counter() - start))
+        not_run = len(cases) - len(outcomes)
+        results.append(BackendResult(name, outcomes, not_run, time.perf_counter() - start))
         print(summary(name, outcomes))
-        if left := found[-1].left:
+        if not_run:
             print(
-                f"The GPU does not answer since one of the last of these; {left} cases and later backends were not run."
+                "The GPU does not answer since one of the last of these; "
+                f"{not_run} cases and later backends were not run."
             )
             break
     if left_out := testing.unavailable_cases():
         print(f"{len(left_out)} cases of bfloat16 were left out: the package ml_dtypes is not installed.")
-    facts = facts_of_cuda()
+    facts = environment_facts()
     print("\nTo paste into an issue:\n")
-    print(overview(found, facts, quick))
-    if results is not None:
-        results.write_text(as_json(found, facts, quick))
-    return not any(one.failed for one in found)
+    print(overview(results, facts, quick))
+    if path is not None:
+        path.write_text(as_json(results, facts, quick))
+    return not any(result.failed for result in results)
 
 
-def overview(found: Sequence[Found], facts: Sequence[str], quick: bool) -> str:
-    """Return one table of all backends, with the versions that it depends on."""
+def overview(results: Sequence[BackendResult], facts: Sequence[str], quick: bool) -> str:
+    """Return one table of all backends, with the facts about the machine as its caption."""
     header = ["backend", "cases", "passed", "failed", "not run", "largest error / allowed", "quantity", "seconds"]
     title = f"gpu-bn {__version__} check{' --quick' if quick else ''}"
-    return Table(title, header, [one.row for one in found], "; ".join(facts)).text()
+    return Table(title, header, [result.row for result in results], "; ".join(facts)).text()
 
 
-def as_json(found: Sequence[Found], facts: Sequence[str], quick: bool) -> str:
-    """Return the outcomes for JSON, with the text of each failure."""
+def as_json(results: Sequence[BackendResult], facts: Sequence[str], quick: bool) -> str:
+    """Return the results as JSON, with the message of each failure."""
     backends = {
-        one.backend: {
-            "cases": len(one.outcomes), "failed": one.failed, "not_run": one.left, "seconds": one.seconds,
-            "largest_error": worst(one.outcomes),
-            "failures": [{"case": str(o.case), "failure": o.failure} for o in one.outcomes if o.failure],
+        result.backend: {
+            "cases": len(result.outcomes), "failed": result.failed, "not_run": result.not_run,
+            "seconds": result.seconds, "largest_error": worst(result.outcomes),
+            "failures": [{"case": str(o.case), "failure": o.failure} for o in result.outcomes if o.failure],
         }
-        for one in found
+        for result in results
     }  # fmt: skip
-    whole = {"gpu_bn": __version__, "quick": quick, "facts": list(facts), "backends": backends}
-    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+    report = {"gpu_bn": __version__, "quick": quick, "facts": list(facts), "backends": backends}
+    return json.dumps(report, indent=1, allow_nan=False) + "\n"
 
 
 def covering(cases: Iterable[testing.Case]) -> list[testing.Case]:
-    """Choose some cases in which each value of each field, and each rank, meets each dtype that it meets in all."""
+    """Choose some cases that cover each pair of a dtype and a value of another field, or a rank, in all cases."""
     names = [field.name for field in fields(testing.Case) if field.name not in ("shape", "dtype", "mean", "std", "eps")]
     seen: set[tuple[object, ...]] = set()
     chosen = []
@@ -137,45 +138,48 @@ def covering(cases: Iterable[testing.Case]) -> list[testing.Case]:
 
 
 THREADS, PROCESSES = ("cupy",), ("triton",)
-"""Backends of a GPU, whose cases run side by side: most of their time goes to compilers. NVRTC compiles in several
-threads, Triton in several processes.
+"""The GPU backends whose cases run side by side, in threads or in processes. Most of the time goes to compilers: NVRTC
+compiles in several threads, Triton in several processes.
 """
 
 
 def run_all(
     cases: Sequence[testing.Case], backend: str, tick: Callable[[int], None], workers: int | None = None
 ) -> list[Outcome]:
-    """Run the cases, up to one that breaks the GPU: after an access out of bounds all others would fail as well."""
+    """Run the cases until one breaks the GPU. After an access out of bounds all later cases would fail as well.
+
+    ``tick(1)`` is called after each case, also of those that were not run.
+    """
     _BROKEN.clear()
-    count = min(cores(), MOST_WORKERS) if workers is None else workers
-    one = partial(run_unless_broken, backend=backend)
+    count = min(cores(), MAX_WORKERS) if workers is None else workers
     executor: Executor = ThreadPoolExecutor(count if backend in THREADS else 1)
     if backend in PROCESSES and count > 1:
         executor = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
-    found = []
+    outcomes = []
     with executor as pool:
-        for outcome in pool.map(one, cases):
+        for outcome in pool.map(partial(run_unless_broken, backend=backend), cases):
             tick(1)
-            found += [] if outcome is None else [outcome]
-    return found
+            if outcome is not None:
+                outcomes.append(outcome)
+    return outcomes
 
 
 _BROKEN = Event()
-"""Whether this process's GPU has stopped answering."""
+"""Set when the GPU no longer answers in this process."""
 
 
 def run_unless_broken(case: testing.Case, backend: str) -> Outcome | None:
-    """Run a case, in any thread or process; ``None`` if the process's GPU does not answer any more."""
+    """Run a case in any thread or process. Return ``None`` if the GPU no longer answers in that process."""
     if _BROKEN.is_set():
         return None
-    found = run(case, backend)
-    if found.failure and not answers(backend):
+    outcome = run(case, backend)
+    if outcome.failure and not answers(backend):
         _BROKEN.set()
-    return found
+    return outcome
 
 
 def answers(backend: str) -> bool:
-    """Ask a backend's GPU, if it has one, whether it still answers."""
+    """Tell whether the GPU of a backend still answers; ``True`` if it uses no GPU."""
     try:
         if backend == "cupy":
             import_module("cupy").cuda.runtime.deviceSynchronize()
@@ -183,13 +187,13 @@ def answers(backend: str) -> bool:
             torch = import_module("torch")
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-    except Exception:  # each library raises types of its own
+    except Exception:  # each library has its own types of errors
         return False
     return True
 
 
 def run(case: testing.Case, backend: str) -> Outcome:
-    """Run one case; whatever it raises is its failure."""
+    """Run one case. Any exception is recorded as its failure."""
     try:
         return Outcome(case, testing.check(case, backend), "")
     except Exception as error:
@@ -197,7 +201,7 @@ def run(case: testing.Case, backend: str) -> Outcome:
 
 
 def summary(backend: str, outcomes: list[Outcome]) -> str:
-    """Return the table, and a line for each failure."""
+    """Return the table of one backend's outcomes by dtype and mode, and a line for each failure."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.case.dtype, outcome.case.mode), []).append(outcome)
@@ -213,6 +217,6 @@ def summary(backend: str, outcomes: list[Outcome]) -> str:
 
 
 def worst(outcomes: Iterable[Outcome]) -> tuple[str, str]:
-    """Return the largest error of a group, and which quantity has it."""
+    """Return the largest error of some outcomes as a share of the allowed, and the quantity that has it."""
     errors = [(share, name) for outcome in outcomes for name, share in outcome.errors.items()]
     return (f"{max(errors)[0]:.2g}", max(errors)[1]) if errors else ("-", "-")

@@ -1,4 +1,4 @@
-"""Text output: a table, and a progress bar where there is a terminal."""
+"""Print tables, and progress as a bar on a terminal or as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 WIDTH = 100
-"""The width of captions, in characters."""
+"""The greatest width of captions, in characters."""
 GAP = "  "
 
 
@@ -22,11 +22,11 @@ class Table(NamedTuple):
     """A table of plain text.
 
     Attributes:
-        title: above it.
-        header: a name for each column.
-        rows: cells for each column; a row that is a single text is a heading for those after it.
-        caption: below it.
-        keys: columns that say what a row is; they are repeated in each part of a table that is too wide for its place.
+        title: the line above the table.
+        header: the name of each column.
+        rows: the cells of each row. A row that is a single string is a heading for the rows after it.
+        caption: the text below the table.
+        keys: the number of leading columns that identify a row. They are repeated in each part of a split table.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Table(NamedTuple):
         return self.text()
 
     def text(self, width: int | None = None) -> str:
-        """Return the table; if it is wider than ``width`` characters, in parts with some of its columns."""
+        """Return the table. If it is wider than ``width`` characters, split it into parts with some of the columns."""
         lines = [self.title]
         for number, columns in enumerate(self._parts(width)):
             lines += ["", *self._part(columns)] if number else self._part(columns)
@@ -51,7 +51,7 @@ class Table(NamedTuple):
         return [max(len(line[column]) for line in cells) for column in range(len(self.header))]
 
     def _parts(self, width: int | None) -> list[list[int]]:
-        """Choose the columns of each part: the keys, and as many others as have room; one at least."""
+        """Return the columns of each part: the keys, and as many others as fit but at least one."""
         needed, keys = [len(GAP) + width for width in self._widths], list(range(self.keys))
         room = (sys.maxsize if width is None else width) - sum(needed[: self.keys])
         parts, left = [list(keys)], room
@@ -73,7 +73,7 @@ class Table(NamedTuple):
 
 
 def three_digits(number: float | None, factor: float = 1.0) -> str:
-    """Return a number times a factor with three digits, or with all of a larger whole number; ``-`` for ``None``."""
+    """Return ``number * factor`` with three digits, from 1000 on as a whole number; ``-`` for ``None``."""
     if number is None:
         return "-"
     number *= factor
@@ -82,9 +82,9 @@ def three_digits(number: float | None, factor: float = 1.0) -> str:
 
 
 milliseconds, microseconds = partial(three_digits, factor=1e3), partial(three_digits, factor=1e6)
-"""Write seconds for a column in ms and in us."""
+"""Return a time in seconds as text in ms or in us."""
 megabytes = partial(three_digits, factor=1e-6)
-"""Writes a number of bytes for a column in MB."""
+"""Return a number of bytes as text in MB."""
 
 
 def paragraph(text: str, width: int | None = None) -> list[str]:
@@ -93,19 +93,25 @@ def paragraph(text: str, width: int | None = None) -> list[str]:
 
 
 def terminal_width() -> int | None:
-    """Return the width of the terminal, or ``None`` if standard output is none."""
+    """Return the width of the terminal, or ``None`` if standard output is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-LEAST_PAUSE = 10.0
-"""Seconds between two lines that say how far a command has come."""
+MIN_PAUSE = 10.0
+"""The least number of seconds between two lines of progress."""
 
 
 @contextmanager
 def progress(what: str, total: int, least: float = 0.0) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error and yield what advances it; without a terminal or rich, print lines.
+    """Show progress on standard error: a bar, or lines without a terminal or rich.
 
-    ``least`` is how many seconds it takes at least.
+    Args:
+        what: the text of the bar, or the first line.
+        total: the number of steps.
+        least: the least number of seconds that the work takes, for the text; 0 if unknown.
+
+    Yields:
+        A function that is called with the number of steps done since its last call.
     """
     what += f", {duration(least)} or more" if least else ""
     if sys.stderr is None or not sys.stderr.isatty() or find_spec("rich") is None:
@@ -121,23 +127,23 @@ def progress(what: str, total: int, least: float = 0.0) -> Iterator[Callable[[in
 
 
 class _Lines:
-    """Print how far a command has come, in lines some seconds apart."""
+    """Progress in lines on standard error, at least :data:`MIN_PAUSE` apart."""
 
     def __init__(self, what: str, total: int) -> None:
         self.total, self.done, self.start = total, 0, time.monotonic()
-        self.said = self.start
+        self.printed = self.start
         print(what, file=sys.stderr, flush=True)
 
     def advance(self, done: int) -> None:
         self.done += done
         now = time.monotonic()
-        if now - self.said < LEAST_PAUSE or self.done >= self.total:
+        if now - self.printed < MIN_PAUSE or self.done >= self.total:
             return
-        self.said = now
+        self.printed = now
         left = (now - self.start) * (self.total - self.done) / self.done
         print(f"  {self.done} of {self.total}, about {duration(left)} left", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Put a time roughly into words."""
+    """Return a time as text, rounded to seconds or to minutes."""
     return f"{max(round(seconds), 1)} s" if seconds < 100 else f"{round(seconds / 60)} minutes"

@@ -1,4 +1,7 @@
-"""What ``gpu-bn info`` says of this machine; no array library is imported for a version."""
+"""``gpu-bn info``: find the versions, the processor, the GPUs and the backends of this machine.
+
+No array library is imported to find its version.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ PACKAGES = (
     "rich",
 )  # fmt: skip
 COLUMNS = ("name", "serves", "available")
-"""What is said of each backend."""
+"""The columns of the table of backends."""
 
 
 class Devices(NamedTuple):
-    """The NVIDIA GPUs by name; if there are none, why."""
+    """The names of the NVIDIA GPUs; if there are none, the reason."""
 
     names: list[str]
     why_not: str = ""
@@ -44,7 +47,7 @@ class Facts:
             ("processor", f"{platform.machine()}, {os.cpu_count()} cores, {cores()} for this process"),
             ("threads", f"{get_num_threads()} for a call on the CPU (GPU_BN_NUM_THREADS sets it)"),
             ("GPUs", "; ".join(gpus.names) or f"none: {gpus.why_not}"),
-            *((f"CUDA {name}", said) for name, said in cuda.said.items()),
+            *((f"CUDA {name}", text) for name, text in cuda.descriptions.items()),
             *(("does not fit", problem) for problem in cuda.problems()),
         ]
         self.backends = [[row.name, str(row), available(row, gpus)] for row in registry.ROWS]
@@ -59,20 +62,20 @@ class Facts:
         return json.dumps({"facts": self.lines, "backends": backends}, indent=1) + "\n"
 
 
-def facts_of_cuda() -> list[str]:
-    """Return what results on a GPU depend on, in short."""
-    gpus, found = devices(), cuda_versions()
+def environment_facts() -> list[str]:
+    """Return short descriptions of the GPUs and the versions that results on a GPU depend on."""
+    gpus, cuda = devices(), cuda_versions()
     return [
         "; ".join(gpus.names) or f"no GPU: {gpus.why_not}",
-        *(f"CUDA of {name}: {said}" for name, said in found.said.items()),
+        *(f"CUDA of {name}: {text}" for name, text in cuda.descriptions.items()),
         ", ".join([f"Python {platform.python_version()}", f"NumPy {np.__version__}", *packages()]),
-        *(f"does not fit: {problem}" for problem in found.problems()),
+        *(f"does not fit: {problem}" for problem in cuda.problems()),
     ]
 
 
 def packages() -> list[str]:
-    """Return those of :data:`PACKAGES` that are installed, with their versions."""
-    return [f"{name} {found}" for name in PACKAGES if (found := installed(name))]
+    """Return the installed packages of :data:`PACKAGES`, with their versions."""
+    return [f"{name} {version}" for name in PACKAGES if (version := installed(name))]
 
 
 def cores() -> int:
@@ -81,27 +84,27 @@ def cores() -> int:
 
 
 def blas() -> str:
-    """Return the BLAS that NumPy was built with."""
+    """Return the name and version of the BLAS that NumPy was built with."""
     show_config: Any = np.show_config
-    found = show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
-    return f"{found.get('name', 'unknown')} {found.get('version', '')}".strip()
+    library = show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    return f"{library.get('name', 'unknown')} {library.get('version', '')}".strip()
 
 
 def available(row: registry.Row, gpus: Devices) -> str:
-    """Say whether a backend is available, judged without importing its library, and whether it is the default."""
+    """Describe whether a backend is available and whether it is the default, without importing its library."""
     if why_not := registry.unavailable_reason(row):
         return f"no: {why_not}"
     if not gpus.names and (row.library == "cupy" or row.device == "cuda"):
         return "no: no NVIDIA GPU"
-    kind = [other for other in registry.ROWS if str(other) == str(row)]
-    before = kind[: kind.index(row)]
-    if all(map(registry.unavailable_reason, before)):
-        return "yes, the default" + "".join(f" ({registry.install(other)} for {other.name})" for other in before)
+    same_arrays = [other for other in registry.ROWS if str(other) == str(row)]
+    preferred = same_arrays[: same_arrays.index(row)]
+    if all(map(registry.unavailable_reason, preferred)):
+        return "yes, the default" + "".join(f" ({registry.install(other)} for {other.name})" for other in preferred)
     return "yes, by name"
 
 
 def unavailable(backend: str) -> str:
-    """Return why a backend is unavailable; empty if it is available."""
+    """Return the reason why a backend is unavailable; empty if it is available."""
     library = "torch" if backend == registry.TORCH else next(r.library for r in registry.ROWS if r.name == backend)
     if find_spec(library) is None:
         return f"the package {library} is not installed"
@@ -115,7 +118,7 @@ def unavailable(backend: str) -> str:
 
 
 def devices() -> Devices:
-    """Ask the driver, which needs no library but its own."""
+    """Return the GPUs that the driver reports. No library but that of the driver is needed."""
     try:
         cuda = ctypes.CDLL(DRIVER)
     except OSError as error:
@@ -130,7 +133,7 @@ def devices() -> Devices:
 
 
 def device_name(cuda: ctypes.CDLL, index: int) -> str:
-    """Return a device's name and compute capability."""
+    """Return the name and the compute capability of a device, or the error that the driver reports for it."""
     device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
     major, minor = ctypes.c_int(), ctypes.c_int()
     calls: tuple[Callable[[], int], ...] = (
@@ -146,7 +149,7 @@ def device_name(cuda: ctypes.CDLL, index: int) -> str:
 
 
 def error_name(cuda: ctypes.CDLL, code: int) -> str:
-    """Return the driver's name of an error, such as CUDA_ERROR_NO_DEVICE."""
+    """Return the name of a CUDA error code, such as CUDA_ERROR_NO_DEVICE."""
     text = ctypes.c_char_p()
     if cuda.cuGetErrorName(code, ctypes.byref(text)) or text.value is None:
         return f"error {code}"

@@ -1,4 +1,4 @@
-"""``gpu-bn warm-up``: compiles the kernels of common calls on a CPU, so that the first call of a process finds them."""
+"""``gpu-bn warm-up``: compile the kernels of common calls on a CPU and keep them for later processes."""
 
 from __future__ import annotations
 
@@ -15,40 +15,44 @@ from gpu_bn import activations, batch_norm, batch_norm_backward, batch_norm_forw
 from gpu_bn.cli.console import progress
 
 SHAPES = (4, 8, 16, 16), (64, 64)
-"""A layout with runs of a channel's elements, and one with rows of channels."""
+"""A shape for each of the two memory layouts: contiguous elements of a channel, and rows of all channels."""
 ACTIVATIONS = "identity", "relu"
 
 
 def warm_up(dtypes: Sequence[np.dtype[Any]], names: Sequence[str]) -> str:
-    """Call forward, backward and evaluation, with and without a residual; return a line about it.
+    """Compile the kernels of forward, backward and evaluation, with and without a residual.
 
     Args:
-        dtypes: of the tensors.
-        names: of activations.
+        dtypes: the dtypes of the tensors.
+        names: the names of the activations.
+
+    Returns:
+        A line that says how many kernels were compiled, and where they are kept.
 
     Raises:
-        BackendUnavailableError: Numba is not there.
-        ValueError: an unknown activation.
+        BackendUnavailableError: Numba is not installed.
+        ValueError: an activation is unknown.
     """
     registry.load("cpu")
     from gpu_bn.kernels.cpu.compiler import cache_folder
 
-    known = [activations.Activation.of(name) for name in names]
+    chosen = [activations.Activation.of(name) for name in names]
     folder = cache_folder()
-    before, start = _kept(folder), time.perf_counter()
-    cases = list(product(SHAPES, dtypes, known))
+    before, start = _count_files(folder), time.perf_counter()
+    cases = list(product(SHAPES, dtypes, chosen))
     with progress(f"Compiling for {len(cases)} kinds of calls", len(cases)) as tick:
         for shape, dtype, activation in cases:
             _call(np.linspace(-1, 1, int(np.prod(shape))).reshape(shape).astype(dtype), activation)
             tick(1)
-        if find_spec("torch") is not None:  # torch's tensors reach kernels by functions of their own
-            import_module("gpu_bn.backends.cpu.doors").compile_for(SHAPES, known[0].name)
-    made, seconds = _kept(folder) - before, time.perf_counter() - start
-    where = f"are kept in {folder}" if _kept(folder) else "are not kept: no folder can be written to"
-    return f"{made} kernels compiled in {seconds:.1f} s; they {where}"
+        if find_spec("torch") is not None:  # torch tensors are passed to kernels by compiled functions as well
+            import_module("gpu_bn.backends.cpu.doors").compile_for(SHAPES, chosen[0].name)
+    files, seconds = _count_files(folder), time.perf_counter() - start
+    where = f"are kept in {folder}" if files else "are not kept: no folder can be written to"
+    return f"{files - before} kernels compiled in {seconds:.1f} s; they {where}"
 
 
 def _call(x: Any, activation: activations.Activation) -> None:
+    """Call training forward, backward and evaluation once with a residual and once without."""
     mean, bias = np.zeros((2, x.shape[1]), np.float32)
     var, weight = np.ones((2, x.shape[1]), np.float32)
     for residual in (None, x):
@@ -58,5 +62,6 @@ def _call(x: Any, activation: activations.Activation) -> None:
         batch_norm(x, mean, var, weight, bias, **options)
 
 
-def _kept(folder: Any) -> int:
+def _count_files(folder: Any) -> int:
+    """Return the number of files in the cache folder; 0 if there is none."""
     return 0 if folder is None or not folder.is_dir() else sum(1 for _ in folder.iterdir())
