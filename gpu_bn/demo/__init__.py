@@ -1,4 +1,4 @@
-"""``gpu-bn demo``: what batch normalisation does to a small sigmoid network, trained on real digits.
+"""``gpu-bn demo``: train a small sigmoid network on handwritten digits, with and without batch normalisation.
 
-It needs the ``demo`` extra: scikit-learn, matplotlib, rich.
+It needs the extra ``demo``: scikit-learn, matplotlib, rich, threadpoolctl.
 """

@@ -1,4 +1,4 @@
-"""The two facts about capacity: BN can be the identity, and so it can be put into a trained network."""
+"""Measure how close BN can be to the identity, and how little it changes a trained network that it is put into."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Array = Any
 
 
 class Identity:
-    """How far ``BN(x)`` is from ``x`` (N, C) in a dtype, by the statistics of ``x`` itself.
+    """The distance of ``BN(x)`` from ``x`` (N, C) in one dtype, where BN uses the statistics of ``x``.
 
     Attributes:
-        dtype: its name.
-        standardised: max ``|BN(x) - x|`` with weight = 1 and bias = 0, in the units of ``x``.
-        restored: the same with weight = SD and bias = mean.
+        dtype: the name of the dtype.
+        standardised: max ``|BN(x) - x|`` with weight = 1 and bias = 0.
+        restored: max ``|BN(x) - x|`` with weight = SD and bias = mean.
         ulps: ``restored`` in units in the last place of max ``|x|``.
     """
 
@@ -33,14 +33,16 @@ class Identity:
 
 
 class Capacity:
-    """A network trained without BN against the same with BN inserted, in evaluation mode on test images (N, pixels).
+    """The difference that BN makes when it is inserted into a trained network, in evaluation mode on test images.
 
-    BN is the identity by the network's activations on the training images.
+    BN is initialised to be the identity on the network's activations for the training images.
 
     Attributes:
-        scores, probabilities: largest absolute difference.
-        largest: the largest score's absolute value.
-        agree, images: images with the same predicted label, and all.
+        scores: the largest absolute difference of scores.
+        probabilities: the largest absolute difference of probabilities.
+        largest: the largest absolute value of a score.
+        agree: the number of images whose predicted label is the same.
+        images: the number of images.
     """
 
     def __init__(self, trained: Network, train_x: Array, test_x: Array, backend: str) -> None:

@@ -1,4 +1,4 @@
-"""What the runs show: a claim is made if it holds in every seed, and otherwise named as one that does not."""
+"""State claims about the training runs. A claim is made only if it holds for every seed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from gpu_bn.demo.training import History
 
 TARGET = 90.0
-"""The test accuracy, in per cent, whose first step is reported."""
+"""The test accuracy in per cent up to which steps are counted."""
 Runs = Mapping[str, Sequence[History]]
-"""Per variant, one history for each seed."""
+"""The histories of each variant, one for each seed."""
 
 
 class Claim(NamedTuple):
@@ -20,8 +20,9 @@ class Claim(NamedTuple):
 
     Attributes:
         text: the claim in words.
-        lower, higher: the numbers, one of each for every seed.
-        digits: decimals to print.
+        lower: the numbers that should be lower, one for each seed.
+        higher: the numbers that should be higher, one for each seed.
+        digits: the number of decimals to print.
     """
 
     text: str
@@ -31,7 +32,7 @@ class Claim(NamedTuple):
 
     @property
     def seeds(self) -> int:
-        """The number of seeds in which it holds."""
+        """The number of seeds for which the claim holds."""
         return sum(low < high for low, high in zip(self.lower, self.higher, strict=True))
 
     def __str__(self) -> str:
@@ -42,7 +43,7 @@ class Claim(NamedTuple):
 
 
 def claims(runs: Runs) -> list[Claim]:
-    """Return the claims that the runs are asked about."""
+    """Return the claims that are tested, with the numbers from the runs."""
 
     def claim(
         text: str, number: Callable[[History], float], digits: int = 0, lower: str = "learned", higher: str = "none"
@@ -66,7 +67,10 @@ def claims(runs: Runs) -> list[Claim]:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Return the mean over the seeds and, for several, the sample SD; infinity stands for never."""
+    """Return the mean over the seeds as text, for several seeds with the sample SD.
+
+    If a value is not finite, return "never" or, for NaN, "undefined", and the number of such seeds.
+    """
     if odd := sum(not np.isfinite(value) for value in values):
         return f"{'undefined' if np.isnan(values).any() else 'never'} in {odd} of {len(values)} seeds"
     text = f"{np.mean(values):.{digits}f}"

@@ -1,4 +1,4 @@
-"""The digits: 1,797 handwritten ones of 8 x 8 pixels that scikit-learn ships (UCI ML, optical recognition)."""
+"""Load the digits that scikit-learn ships: 1,797 handwritten ones of 8 x 8 pixels (UCI ML, optical recognition)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sklearn.datasets import load_digits
 
 Array = Any
 TRAINING_IMAGES = 1320
-"""22 batches of 60; the other 477 images are for testing."""
+"""The number of training images: 22 batches of 60. The other 477 images are for testing."""
 
 
 class Digits(NamedTuple):
-    """Return images (N, 64), float32 grey values from 0 to 1, and labels (N,), 0 to 9."""
+    """Images ``x`` (N, 64) with grey values from 0 to 1 in float32, and labels ``y`` (N,) from 0 to 9."""
 
     train_x: Array
     train_y: Array
@@ -22,7 +22,7 @@ class Digits(NamedTuple):
 
 
 def digits(seed: int, xp: Any = np) -> Digits:
-    """Split the images at random into training and test images."""
+    """Load the images and split them at random into training and test images. ``xp`` is the module of the arrays."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng([seed, 0]).permutation(len(x))
     x, y = xp.asarray((x[order] / 16).astype(np.float32)), xp.asarray(y[order])

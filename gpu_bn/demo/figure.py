@@ -1,4 +1,7 @@
-"""The demo's figure: training curves, the drift that h2 sees, one unit's input (Fig. 1 of Ioffe & Szegedy 2015)."""
+"""Draw the demo's figure: training curves, the drift of h2's input, and one unit's input as in Fig. 1 of the paper.
+
+The paper is Ioffe & Szegedy 2015.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,21 @@ from gpu_bn.demo.network import VARIANTS
 from gpu_bn.demo.training import EVERY, History
 
 COLOURS = {"none": "#D55E00", "fixed": "#0072B2", "learned": "#009E73"}
-"""Okabe and Ito's colours, which differ for any colour vision."""
+"""Colours by Okabe and Ito, which people with any colour vision can tell apart."""
 STYLES = {"none": "-", "fixed": "--", "learned": "-"}
 MARKERS = {"none": "", "fixed": "", "learned": "o"}
-"""Line and marker tell the variants apart in grey."""
+"""Lines and markers that differ in grey, too."""
 SHORT = {"none": "no BN", "fixed": "fixed pair", "learned": "learned pair"}
 SIZE, DPI = (9.2, 8.2), 130
-"""Inches and dots per inch; text of 10 points can still be read at a width of 400 pixels."""
+"""The size in inches, and the dots per inch. Text of 10 points is still legible at a width of 400 pixels."""
 SETTLED = 3
-"""Records after which the percentiles' axis begins: the first steps of the network without BN go beyond it."""
+"""The number of first records that the axis range of the percentiles ignores, as they are extreme without BN."""
 LEAST_ERROR = 0.1
-"""Per cent: the logarithmic axis shows no error at all as this. One test image is more."""
+"""The error in per cent that stands for zero on the logarithmic axis. It is less than the error of one test image."""
 
 
 def draw(runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capacity], rate: float, path: Path) -> None:
-    """Write the figure; the suffix of ``path`` says the format."""
+    """Write the figure to a file. The suffix of ``path`` determines the format."""
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     top, bottom = figure.subplots(2, 3)
     seeds = len(runs["none"])
@@ -44,7 +47,7 @@ def draw(runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capaci
     place: Any = "outside upper center"
     legend = figure.legend(
         handles, labels, loc=place, ncols=3, frameon=False, fontsize=11, title=heading, title_fontsize=12
-    )  # the heading is the legend's: two texts outside the axes would lie over each other
+    )  # a separate heading would overlap the legend
     legend.get_title().set_multialignment("center")
     curves(top[1], runs, lambda history: np.maximum(100 - np.array(history.accuracy), LEAST_ERROR))
     top[1].set(title="Test error (%)")
@@ -68,10 +71,13 @@ def draw(runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capaci
     figure.savefig(path)
 
 
-def curves(axes: Axes, runs: Runs, what: Any, skip: int = 0) -> None:
-    """Draw one quantity over the steps, on a logarithmic axis: the mean over the seeds, and their range."""
+def curves(axes: Axes, runs: Runs, quantity: Any, skip: int = 0) -> None:
+    """Draw the mean and the range over the seeds of ``quantity(history)`` against the steps, on a logarithmic axis.
+
+    The first ``skip`` records have no value.
+    """
     for variant, histories in runs.items():
-        values = np.array([what(history) for history in histories])
+        values = np.array([quantity(history) for history in histories])
         steps, colour = histories[0].steps[skip:], COLOURS[variant]
         axes.plot(
             steps, values.mean(0), STYLES[variant], color=colour, linewidth=2, label=VARIANTS[variant],
@@ -82,7 +88,7 @@ def curves(axes: Axes, runs: Runs, what: Any, skip: int = 0) -> None:
 
 
 def bands(axes: Axes, history: History, variant: str, unit: int) -> None:
-    """Draw percentiles of what one sigmoid of h2 gets, over the steps."""
+    """Draw percentiles of the input of one sigmoid of h2 against the steps."""
     values = np.array(history.bands)
     for i, (style, text) in enumerate(((":", "15th"), ("-", "median"), (":", "85th"))):
         line = values[:, i, unit]
@@ -93,13 +99,13 @@ def bands(axes: Axes, history: History, variant: str, unit: int) -> None:
 
 
 def typical_unit(bands: np.ndarray[Any, Any]) -> int:
-    """Choose the unit whose median moves as far as that of the median unit; ``bands`` are (T, 3, units)."""
-    way = np.abs(np.diff(bands[:, 1], axis=0)).sum(0)
-    return int(np.argsort(way)[len(way) // 2])
+    """Return the unit whose median moves by the median distance of all units; ``bands`` has shape (T, 3, units)."""
+    distance = np.abs(np.diff(bands[:, 1], axis=0)).sum(0)
+    return int(np.argsort(distance)[len(distance) // 2])
 
 
 def share_limits(all_axes: Any, histories: Sequence[History], unit: int) -> None:
-    """Give the axes one range of y, so that widths compare: that of the settled records, and a tenth more."""
+    """Set the same y range on all axes: that of the records after the first :data:`SETTLED`, with margins of 10 %."""
     values = np.concatenate([np.array(history.bands)[SETTLED:, :, unit].ravel() for history in histories])
     values = values if values.size else np.array([history.bands[-1][:, unit] for history in histories])
     low, high = float(values.min()), float(values.max())
@@ -109,7 +115,7 @@ def share_limits(all_axes: Any, histories: Sequence[History], unit: int) -> None
 
 
 def numbers(axes: Axes, runs: Runs, identities: Sequence[Identity], capacities: Sequence[Capacity]) -> None:
-    """Print the figures that the claims rest on."""
+    """Write the numbers behind the claims as text."""
     axes.set_axis_off()
     axes.set_title("In numbers", loc="left")
     lines = [f"steps to {TARGET:.0f} % accuracy"]

@@ -1,7 +1,7 @@
 """The demo's network: linear layers and sigmoids, with or without batch normalisation between them.
 
-A layer has ``forward``, ``backward``, ``parameters``, ``grad`` and ``train``, as :class:`gpu_bn.BatchNorm` has them.
-Arrays are of the module ``xp``: NumPy, or one with its interface.
+A layer has the methods ``forward``, ``backward`` and ``parameters`` and the dict ``grad``, like
+:class:`gpu_bn.BatchNorm`. ``xp`` is the module of the arrays: NumPy, or CuPy with the same interface.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VARIANTS = {"none": "no BN", "fixed": "BN, weight = 1, bias = 0", "learned": "BN
 
 
 class Linear:
-    """``y = x @ weight + bias``: x is (N, inputs), weight (inputs, outputs), bias (outputs,)."""
+    """A linear layer, ``y = x @ weight + bias``: x (N, inputs), weight (inputs, outputs), bias (outputs,)."""
 
     def __init__(self, weight: Array, bias: Array) -> None:
         self.weight, self.bias = weight, bias
@@ -42,7 +42,7 @@ class Linear:
 
 
 class Sigmoid:
-    """``y = 1 / (1 + exp(-x))``, of any shape."""
+    """The layer ``y = 1 / (1 + exp(-x))`` for any shape."""
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -59,13 +59,13 @@ class Sigmoid:
         return {}
 
 
-class Seen(NamedTuple):
-    """What passes through a hidden layer, (N, units) each.
+class HiddenValues(NamedTuple):
+    """The values in a hidden layer, (N, units) each.
 
     Attributes:
-        raw: the linear layer's output.
-        given: what the sigmoid gets: ``raw``, or its normalisation.
-        output: what the next layer gets.
+        raw: the output of the linear layer.
+        given: the input of the sigmoid: ``raw``, or its normalisation.
+        output: the output of the sigmoid, which is the input of the next layer.
     """
 
     raw: Array
@@ -74,7 +74,7 @@ class Seen(NamedTuple):
 
 
 class Network:
-    """Linear, sigmoid, linear, sigmoid, linear; BN, if any, normalises what the sigmoids get."""
+    """A network of linear, sigmoid, linear, sigmoid, linear. BN, if any, normalises the inputs of the sigmoids."""
 
     def __init__(self, linears: list[Linear], hidden: list[Any], xp: Any = np) -> None:
         self.xp = xp
@@ -83,7 +83,7 @@ class Network:
 
     @classmethod
     def create(cls, variant: str, rng: np.random.Generator, xp: Any = np, backend: str | None = None) -> Network:
-        """Make a network of one of :data:`VARIANTS`; the same ``rng`` gives all of them the same weights."""
+        """Create one of :data:`VARIANTS`. All get the same weights from generators with the same seed."""
         linears = [
             Linear(
                 xp.asarray(rng.normal(0, WEIGHT_SD, (inputs, outputs)).astype(np.float32)),
@@ -98,7 +98,7 @@ class Network:
 
     def with_identity_norms(self, x: Array, backend: str | None = None) -> Network:
         """Return this network (without BN) with BN inserted that is the identity on the batch ``x`` (N, pixels)."""
-        norms = [_norm(seen.raw.shape[1], backend).init_identity_(seen.raw) for seen in self.watch(x)]
+        norms = [_norm(values.raw.shape[1], backend).init_identity_(values.raw) for values in self.watch(x)]
         return Network(self.layers[::2], norms, self.xp)
 
     def forward(self, x: Array) -> Array:
@@ -108,33 +108,33 @@ class Network:
         return x
 
     def backward(self, dy: Array) -> Array:
-        """Compute all parameters' gradients from that of the scores; return that of the images."""
+        """Compute the gradients of all parameters from that of the scores. Return the gradient of the images."""
         for layer in reversed(self.layers):
             layer.grad.clear()
             dy = layer.backward(dy)
         return dy
 
     def descend(self, rate: float) -> None:
-        """Make one step of gradient descent."""
+        """Make one step of gradient descent with the learning rate ``rate``."""
         for layer in self.layers:
             for name, parameter in layer.parameters().items():
                 parameter -= rate * layer.grad[name]
 
     def train(self, mode: bool = True) -> Network:
-        """Let BN use the batch's statistics, or the running ones."""
+        """Set the mode of BN: the batch's statistics in training, the running ones otherwise."""
         for layer in self.hidden:
             if isinstance(layer, BatchNorm):
                 layer.train(mode)
         return self
 
-    def watch(self, x: Array) -> Iterator[Seen]:
-        """Return what each hidden layer sees of a batch in training, without changing the layers."""
+    def watch(self, x: Array) -> Iterator[HiddenValues]:
+        """Yield the values in each hidden layer for a batch in training, without changing the layers."""
         for linear, hidden in zip(self.layers[:-1:2], self.hidden, strict=True):
             raw = given = x @ linear.weight + linear.bias
             if isinstance(hidden, BatchNorm):
                 given = batch_norm(raw, None, None, hidden.weight, hidden.bias, True, eps=hidden.eps)
             x = sigmoid(self.xp, given)
-            yield Seen(raw, given, x)
+            yield HiddenValues(raw, given, x)
 
 
 def sigmoid(xp: Any, x: Array) -> Array:
@@ -143,7 +143,7 @@ def sigmoid(xp: Any, x: Array) -> Array:
 
 
 def softmax(xp: Any, scores: Array) -> Array:
-    """Return probabilities (N, classes)."""
+    """Return the probabilities (N, classes) for scores of the same shape."""
     powers = xp.exp(scores - scores.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)
 
@@ -160,6 +160,6 @@ def cross_entropy(xp: Any, scores: Array, labels: Array) -> tuple[float, Array]:
 
 
 def _norm(units: int, backend: str | None, affine: bool = True) -> BatchNorm:
-    """Return normalisation and sigmoid, with their arrays where the backend works."""
+    """Return BN with a sigmoid, on the GPU for the backend ``cupy``."""
     device = "cuda" if backend == "cupy" else None
     return BatchNorm(units, affine=affine, device=device, activation="sigmoid", backend=backend)

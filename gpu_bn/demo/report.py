@@ -1,4 +1,4 @@
-"""The demo's tables."""
+"""Build the tables that the demo prints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def training_table(runs: Runs) -> Table:
 
 
 def drift_table(runs: Runs) -> Table:
-    """Return the table of how far mean and SD of h1's units move."""
+    """Return the table of the drift of the mean and SD of h1's units."""
     rows = [
         [KINDS[kind], moment, *(spread([h.drift(kind)[i] for h in runs[variant]], 4) for variant in VARIANTS)]
         for kind in KINDS
@@ -61,7 +61,7 @@ def identity_table(identities: Sequence[Identity]) -> Table:
 
 
 def capacity_table(capacities: Sequence[Capacity]) -> Table:
-    """Return the table of trained networks before and after BN is inserted."""
+    """Return the table that compares trained networks before and after BN is inserted."""
     rows = [
         [str(seed), f"{c.scores:.2g}", f"{c.largest:.3g}", f"{c.probabilities:.2g}", f"{c.agree} of {c.images}"]
         for seed, c in enumerate(capacities)

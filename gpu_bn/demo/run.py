@@ -1,4 +1,4 @@
-"""Run the demo: train, check, print, draw."""
+"""Run the demo: train the networks, check them, print tables and draw the figure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpu_bn.demo.training import BATCH, History, train
 
 
 class Results(NamedTuple):
-    """All that the tables and the figure show."""
+    """The results that the tables and the figure show."""
 
     runs: dict[str, list[History]]
     identities: list[Identity]
@@ -30,17 +30,17 @@ class Results(NamedTuple):
 
 
 def demo(options: Namespace) -> None:
-    """Train all networks, print the tables and write the figure; the options are those of the command.
+    """Train all networks, print the tables and write the figure. ``options`` are those of the command.
 
     Raises:
-        BackendUnavailableError: the backend asked for is not available.
+        BackendUnavailableError: the requested backend is not available.
     """
     start = perf_counter()
     backend = choose_backend(options.backend)
     print("A network of two hidden layers, h1 and h2, of 100 sigmoids each, trained on scikit-learn's digits:")
     print(f"{options.steps} steps, batches of {BATCH}, learning rate {options.rate:g}, ", end="")
     print(f"{options.seeds} seed{'s' if options.seeds > 1 else ''}, backend {backend}.\n", flush=True)
-    with threadpool_limits(1, "blas"):  # the matrices are small: on a busy machine, threads would wait for each other
+    with threadpool_limits(1, "blas"):  # for matrices this small, threads cost more than they gain
         results = run(options, backend)
     print(report.training_table(results.runs))
     print(report.drift_table(results.runs))
@@ -69,7 +69,7 @@ def run(options: Namespace, backend: str) -> Results:
 
 
 def check(net: Network, data: Digits, backend: str, results: Results) -> None:
-    """Check what BN does to a trained network without it; the identity once, as it does not depend on the network."""
+    """Append the checks of a network without BN to the results. BN as the identity is checked for the first only."""
     if not results.identities:
         raw = next(net.watch(data.train_x)).raw
         results.identities.extend(Identity(raw, dtype, backend) for dtype in (np.float32, np.float64))
@@ -77,7 +77,7 @@ def check(net: Network, data: Digits, backend: str, results: Results) -> None:
 
 
 def choose_backend(name: str | None) -> str:
-    """Return the backend asked for, which has to be available, or else ``cupy`` if it is, and ``numpy``."""
+    """Return the requested backend, which must be available; for ``None`` ``cupy`` if available, else ``numpy``."""
     try:
         registry.load(name or "cupy")
     except registry.BackendUnavailableError:

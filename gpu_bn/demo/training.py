@@ -1,4 +1,4 @@
-"""Train one network and record how it does and how what its layers see drifts."""
+"""Train one network. Record its loss and accuracy, and the drift of the values in its hidden layers."""
 
 from __future__ import annotations
 
@@ -9,50 +9,51 @@ from typing import Any
 import numpy as np
 
 from gpu_bn.demo.data import Digits
-from gpu_bn.demo.network import Network, Seen, cross_entropy
+from gpu_bn.demo.network import HiddenValues, Network, cross_entropy
 
 Array = Any
 BATCH = 60
 EVERY = 20
-"""Steps between two records."""
+"""The number of steps between two records."""
 PERCENTILES = (15, 50, 85)
 
 
 @dataclass
 class History:
-    """Records of one training run, one every :data:`EVERY` steps, T of them.
+    """The T records of one training run, one every :data:`EVERY` steps.
 
     Attributes:
-        steps: T step numbers, from 0.
-        loss: cross-entropy of all training images in nats, in evaluation mode.
-        accuracy: of the test images in per cent, in evaluation mode.
-        moments: per kind of :class:`Seen` (of h1), mean and SD of each unit over the test images, (2, units) each.
-        bands: percentiles of what each sigmoid of h2 gets, over the test images, (3, units) each.
+        steps: the number of the step, from 0.
+        loss: the cross-entropy of all training images in nats, in evaluation mode.
+        accuracy: the accuracy on the test images in per cent, in evaluation mode.
+        moments: for each field of :class:`HiddenValues` in h1, the mean and SD of each unit over the test images,
+            (2, units) each.
+        bands: the percentiles of each sigmoid's input in h2 over the test images, (3, units) each.
     """
 
     steps: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
-    moments: dict[str, list[Array]] = field(default_factory=lambda: {kind: [] for kind in Seen._fields})
+    moments: dict[str, list[Array]] = field(default_factory=lambda: {kind: [] for kind in HiddenValues._fields})
     bands: list[Array] = field(default_factory=list)
 
     def drifts(self, kind: str) -> tuple[Array, Array]:
-        """Return how far mean and SD of h1's units have moved from record to record, averaged over the units.
+        """Return the drift of the mean and of the SD of h1's units between records, averaged over the units.
 
         Returns:
-            ``|mean' - mean| / SD`` and ``|ln(SD' / SD)|``, T - 1 each, primes marking the later record; NaN where an SD
-            is 0.
+            ``|mean' - mean| / SD`` and ``|ln(SD' / SD)|``, T - 1 each, where primes mark the later record. NaN where an
+            SD is 0.
         """
         moments = np.array(self.moments[kind], np.float64)
         mean, sd = moments[:, 0], np.where(moments[:, 1] > 0, moments[:, 1], np.nan)
-        of_mean = np.abs(np.diff(mean, axis=0)) / sd[:-1]
-        of_sd = np.abs(np.diff(np.log(sd), axis=0))
-        return of_mean.mean(1), of_sd.mean(1)
+        mean_drift = np.abs(np.diff(mean, axis=0)) / sd[:-1]
+        sd_drift = np.abs(np.diff(np.log(sd), axis=0))
+        return mean_drift.mean(1), sd_drift.mean(1)
 
     def drift(self, kind: str) -> tuple[float, float]:
-        """Average :meth:`drifts` over the records; NaN if an SD is 0."""
-        of_mean, of_sd = self.drifts(kind)
-        return float(of_mean.mean()), float(of_sd.mean())
+        """Return the averages of :meth:`drifts` over the records; NaN if an SD is 0."""
+        mean_drift, sd_drift = self.drifts(kind)
+        return float(mean_drift.mean()), float(sd_drift.mean())
 
     def steps_to(self, accuracy: float) -> float:
         """Return the first recorded step with at least this test accuracy; infinity if there is none."""
@@ -62,7 +63,7 @@ class History:
 
 
 def train(net: Network, data: Digits, steps: int, rate: float, seed: int, tick: Callable[[int], None]) -> History:
-    """Train for a multiple of :data:`EVERY` steps of gradient descent; ``tick`` is told of steps done."""
+    """Train for ``steps``, a multiple of :data:`EVERY`. ``tick`` is called with the number of steps since the last."""
     history = History()
     batches = shuffled_batches(len(data.train_x), seed)
     for step in range(steps + 1):
@@ -77,14 +78,14 @@ def train(net: Network, data: Digits, steps: int, rate: float, seed: int, tick: 
 
 
 def shuffled_batches(count: int, seed: int) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield batches of indices without end, every index once an epoch."""
+    """Yield batches of shuffled indices without end. An epoch has each index at most once."""
     rng = np.random.default_rng([seed, 2])
     while True:
         yield from rng.permutation(count)[: count - count % BATCH].reshape(-1, BATCH)
 
 
 def record(history: History, step: int, net: Network, data: Digits) -> None:
-    """Append the network's present state to the history."""
+    """Append the state of the network after ``step`` steps to the history."""
     xp = net.xp
     net.train(False)
     loss, _ = cross_entropy(xp, net.forward(data.train_x), data.train_y)

@@ -140,9 +140,9 @@ def made_up(accuracy=(10, 50, 95), loss=(2, 1, 0.5), sd=1.0):
 
 
 def test_drift():
-    of_mean, of_sd = made_up().drift("raw")
-    assert of_mean == (1 + 1 / 2) / 2
-    assert of_sd == pytest.approx(np.log(2))
+    mean_drift, sd_drift = made_up().drift("raw")
+    assert mean_drift == (1 + 1 / 2) / 2
+    assert sd_drift == pytest.approx(np.log(2))
     assert np.isnan(made_up(sd=0.0).drift("raw")).all()
 
 
