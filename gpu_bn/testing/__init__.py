@@ -1,4 +1,4 @@
-"""Proof for any backend: an independent oracle, the conformance cases, their tolerances, and the check of one case.
+"""Check any backend against an independent oracle: conformance cases, their tolerances, and the check of one case.
 
 ::
 
@@ -7,7 +7,7 @@
     for case in cases():
         errors = check(case, "numpy")       # quantity -> largest error as a share of the error allowed
 
-A backend joins by its name in :data:`gpu_bn.testing.check.ADAPTERS`, which says how arrays get to it and back.
+To add a backend, add an :class:`Adapter` to :data:`gpu_bn.testing.check.ADAPTERS`. It converts arrays to and fro.
 """
 
 from gpu_bn.testing.cases import Case, build, cases, extended_cases, unavailable_cases

@@ -1,4 +1,4 @@
-"""The conformance cases: what a backend must get right, as data."""
+"""Define the conformance cases: the calls that each backend must compute correctly."""
 
 from __future__ import annotations
 
@@ -23,34 +23,36 @@ LAYOUTS = (
     "misaligned", "permuted", "overlapping",
 )  # fmt: skip
 SHARING = ("broadcast", "overlapping")
-"""Layouts in which several elements are one number in memory."""
+"""The layouts in which several elements share an address."""
 MODES = ("train", "train_no_stats", "eval")
 AFFINE = ("both", "weight", "bias", "none", "kinks")
 KINKS = (0.0, -3.0, 3.0, 6.0, -0.0)
-"""Where some activation's gradient jumps."""
+"""The values at which the gradient of some activation jumps."""
 MASKS = ("random", "lengths", "samples", "first_empty", "one")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call and its backward call. Its data follow from its fields: the same case is the same numbers.
+    """One call and its backward call. The fields determine the data: equal cases have equal numbers.
 
     Attributes:
-        shape: of x.
-        dtype: of x, residual and dy.
-        layout: one of ``LAYOUTS``, for x, residual and dy.
-        dy_layout: of dy, if it is another.
-        channel_axis: where the channels are.
-        activation: a name, ``parameter`` its parameter if not the default.
-        residual: whether there is one.
-        affine: one of ``AFFINE``, which parameters there are; with ``"kinks"`` every ``z`` is one of ``KINKS``.
+        shape: the shape of x.
+        dtype: the dtype of x, residual and dy.
+        layout: the memory layout of x, residual and dy: one of ``LAYOUTS``.
+        dy_layout: the layout of dy, if it is another.
+        channel_axis: the axis of the channels.
+        activation: the name of the activation.
+        parameter: the parameter of the activation; ``None`` for its default.
+        residual: whether a residual is added.
+        affine: the parameters that are passed: one of ``AFFINE``. With ``"kinks"`` every ``z`` is one of ``KINKS``.
         mode: one of ``MODES``.
-        param_dtype: of weight, bias and running statistics; float64 for float64, else float32, unless given.
-        mean, std: of x. The first channel has this mean, the others lesser ones of either sign.
-        eps, momentum: as in :func:`gpu_bn.batch_norm`.
-        mask: one of ``MASKS``; x, dy and residual are NaN where it says that there is nothing, but for layouts in
-            which that place may be another element's as well.
-        virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`.
+        param_dtype: the dtype of weight, bias and running statistics. ``None`` stands for float64 with float64 tensors
+            and for float32 with others.
+        mean: the mean of x in the first channel. The means of the others are smaller in magnitude, of either sign.
+        std: the standard deviation of x.
+        mask: one of ``MASKS``. Masked elements of x, dy and residual are NaN, unless the layout is one of ``SHARING``.
+
+    ``eps``, ``momentum``, ``virtual_batch_size`` and ``renorm`` are as in :func:`gpu_bn.batch_norm`.
     """
 
     shape: tuple[int, ...]
@@ -83,22 +85,22 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Return the conformance cases that can run here: a few hundred, small, every kind of input."""
+    """Return the conformance cases that can run here: a few hundred small calls with every kind of input."""
     return [case for case in dict.fromkeys(_generate()) if _can_run(case)]
 
 
 def extended_cases() -> list[Case]:
-    """Return the cases of masks, ghost batches and renormalisation that can run here; :func:`cases` has none."""
+    """Return the cases of masks, ghost batches and renormalisation that can run here. :func:`cases` has none."""
     return [case for case in _generate_extended() if _can_run(case)]
 
 
 def unavailable_cases() -> list[Case]:
-    """Return the conformance cases left out of these: bfloat16 needs the package ``ml_dtypes``."""
+    """Return the cases that cannot run here, because bfloat16 needs the package ``ml_dtypes``."""
     return [case for case in dict.fromkeys((*_generate(), *_generate_extended())) if not _can_run(case)]
 
 
 def build(case: Case) -> Problem:
-    """Make a case's arrays."""
+    """Build the arrays of a case."""
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))
     axis = case.channel_axis % len(case.shape)
     channels = case.shape[axis]
@@ -121,9 +123,9 @@ def build(case: Case) -> Problem:
     parameter = ROWS[case.activation].default.parameter if case.parameter is None else case.parameter
     mask = None if case.mask is None else _mask(case, axis, rng)
     if mask is not None:
-        nothing = np.broadcast_to((mask if mask.ndim == x.ndim else np.expand_dims(mask, axis)) == 0, x.shape)
+        masked = np.broadcast_to((mask if mask.ndim == x.ndim else np.expand_dims(mask, axis)) == 0, x.shape)
         for array in (x, dy, residual) if case.layout not in SHARING else ():
-            array[nothing] = np.nan
+            array[masked] = np.nan
     bias = rng.standard_normal(channels) if case.affine in ("both", "bias") else None
     if case.affine == "kinks":
         weight, bias = np.zeros(channels), np.resize(KINKS, channels)
@@ -147,20 +149,20 @@ def build(case: Case) -> Problem:
 
 
 def _mask(case: Case, axis: int, rng: np.random.Generator) -> Array:
-    """Make the mask of a case: full or without the channel axis, of either dtype, or with extents of 1."""
+    """Build the mask of a case. The kinds differ in dtype and shape, and some have no channel axis."""
     one_channel = (*case.shape[:axis], 1, *case.shape[axis + 1 :])
     match case.mask:
         case "random":
             return (rng.random(one_channel) < 0.6).astype(np.uint8)
-        case "lengths":  # each sample ends somewhere along the last axis; no channel axis
+        case "lengths":  # each sample has a length along the last axis; no channel axis
             lengths = rng.integers(0, case.shape[-1] + 1, (case.shape[0], *[1] * (len(case.shape) - 2)))
             lengths[0] = case.shape[-1]
             return np.arange(case.shape[-1]) < lengths
-        case "samples":  # one number a sample, with extents of 1
+        case "samples":  # one value for each sample; all other axes have size 1
             mask = rng.random((case.shape[0], *[1] * (len(case.shape) - 1))) < 0.6
             mask[:2] = True
             return mask
-        case "first_empty":  # the first ghost batch has no positions
+        case "first_empty":  # the first ghost batch has no valid position
             mask = rng.random(one_channel) < 0.6
             mask[: case.virtual_batch_size or case.shape[0]] = False
             return mask
@@ -172,7 +174,10 @@ def _mask(case: Case, axis: int, rng: np.random.Generator) -> Array:
 
 
 def arrange(array: Array, layout: str, axis: int) -> Array:
-    """Copy an array to other strides; ``broadcast`` repeats some of them along an axis."""
+    """Copy an array to a memory layout of ``LAYOUTS``. ``axis`` is the channel axis.
+
+    With the layouts ``broadcast`` and ``overlapping`` some values are replaced by others of the array.
+    """
     match layout:
         case "contiguous":
             return np.ascontiguousarray(array)
@@ -181,17 +186,17 @@ def arrange(array: Array, layout: str, axis: int) -> Array:
         case "fortran":
             return np.asfortranarray(array)
         case "negative_stride":
-            back = (slice(None, None, -1),) * array.ndim
-            return array[back].copy()[back]
+            reverse = (slice(None, None, -1),) * array.ndim
+            return array[reverse].copy()[reverse]
         case "sliced" | "sliced_channels":
-            where = axis if layout == "sliced_channels" else array.ndim - 1
-            wide_shape = tuple(2 * size + 1 if a == where else size for a, size in enumerate(array.shape))
-            view = np.zeros(wide_shape, array.dtype)[(slice(None),) * where + (slice(1, None, 2),)]
+            along = axis if layout == "sliced_channels" else array.ndim - 1
+            wide_shape = tuple(2 * size + 1 if a == along else size for a, size in enumerate(array.shape))
+            view = np.zeros(wide_shape, array.dtype)[(slice(None),) * along + (slice(1, None, 2),)]
             view[...] = array
             return view
         case "broadcast":
-            where = 0 if axis == array.ndim - 1 else array.ndim - 1
-            first = array[(slice(None),) * where + (slice(0, 1),)]
+            along = 0 if axis == array.ndim - 1 else array.ndim - 1
+            first = array[(slice(None),) * along + (slice(0, 1),)]
             return np.broadcast_to(first.copy(), array.shape)
         case "read_only":
             copy = array.copy()
@@ -202,16 +207,16 @@ def arrange(array: Array, layout: str, axis: int) -> Array:
             view = raw[1:].view(array.dtype).reshape(array.shape)
             view[...] = array
             return view
-        case "permuted":  # the last axis outermost in memory, as of (T, N, C) seen as (N, C, T)
+        case "permuted":  # the last axis is outermost in memory, as in a view (N, C, T) of an array (T, N, C)
             return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, -1, 0)), 0, -1)
-        case "overlapping":  # windows over a longer axis: each is the one before, moved on by an element
+        case "overlapping":  # sliding windows over a longer axis: each starts one element after the last
             longer = np.concatenate([array[..., 0, :], array[..., 1:, -1]], -1)
             return np.lib.stride_tricks.sliding_window_view(longer, array.shape[-1], -1)
     raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return NumPy's dtype of a name; that of bfloat16 is from the package ``ml_dtypes``."""
+    """Return the NumPy dtype of a name. ``bfloat16`` needs the package ``ml_dtypes``."""
     return np.dtype(import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
 
 
@@ -220,18 +225,18 @@ def _can_run(case: Case) -> bool:
 
 
 SMALL_SHAPES = ((16, 7), (2, 3), (5, 1), (4, 6, 9), (3, 5, 4, 7), (2, 1, 1, 1), (1, 3, 2, 1), (2, 3, 2, 3, 4))
-"""Every rank; two values a channel; axes of size 1."""
+"""Shapes of every rank, with two values per channel, and with axes of size 1."""
 LARGE_SHAPES = (
     (600, 33), (30, 17, 31), (2100, 3, 5), (3, 7, 1111), (16, 8, 12, 12), (2, 13, 61, 67), (1, 2, 3000, 3),
     (3, 5, 6, 10, 11), (2, 9000),
 )  # fmt: skip
-"""Sizes that no block divides; batches above 2,048; few channels and many; long and short inner axes."""
+"""Shapes that no block size divides, with batches above 2,048, few or many channels, and long or short inner axes."""
 
 AXES = (
     ((6, 5), 0), ((6, 5), -1), ((4, 5, 6), 2), ((4, 5, 6), -3), ((9, 3, 41), 0), ((3, 4, 5, 6), -1),
     ((12, 10, 11, 8), 3), ((12, 10, 11, 8), 2), ((9, 3, 41, 11), 0), ((2, 3, 4, 3, 2), -2),
 )  # fmt: skip
-"""Shapes with the channels along other axes than the second."""
+"""Shapes, each with a channel axis other than the second."""
 
 
 def _generate() -> Iterator[Case]:

@@ -21,14 +21,17 @@ Array = Any
 
 
 class Adapter(NamedTuple):
-    """Functions that convert arrays to a backend and back."""
+    """The functions that convert arrays to those of a backend and back."""
 
     to_backend: Callable[[Array], Array]
     to_numpy: Callable[[Array], Array]
 
 
 def _to_torch(array: Array) -> Array:
-    """Return a tensor in the array's memory; copy what torch cannot have (negative or odd strides, read-only)."""
+    """Return a torch tensor in the memory of an array, or a copy if torch does not support its strides or alignment.
+
+    A read-only array is copied as well.
+    """
     odd = any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.flags.aligned
     return _torch_cpu().as_tensor(array.copy("K") if odd or not array.flags.writeable else array)
 
@@ -38,15 +41,18 @@ def _torch_cpu() -> Any:
 
 
 def _to_triton(array: Array) -> Array:
-    """Return a tensor with the array's values and strides, on the GPU if there is one; copy negative strides."""
+    """Return a torch tensor with the values and strides of an array, on the GPU if there is one.
+
+    Negative strides become positive.
+    """
     import torch
 
-    once = array[tuple(slice(None) if stride else slice(1) for stride in array.strides)]  # one of each repeated element
-    if any(stride < 0 for stride in once.strides) or not once.flags.writeable:
-        once = once.copy(order="K")
-    bits = once.view(np.int16) if str(array.dtype) == "bfloat16" else once
+    base = array[tuple(slice(None) if stride else slice(1) for stride in array.strides)]  # no repeated elements
+    if any(stride < 0 for stride in base.strides) or not base.flags.writeable:
+        base = base.copy(order="K")
+    bits = base.view(np.int16) if str(array.dtype) == "bfloat16" else base
     tensor = torch.from_numpy(bits)
-    tensor = tensor.view(torch.bfloat16) if bits is not once else tensor
+    tensor = tensor.view(torch.bfloat16) if bits is not base else tensor
     tensor = tensor.to("cuda") if torch.cuda.is_available() else tensor
     return tensor.expand(array.shape)
 
@@ -63,7 +69,7 @@ def _from_triton(tensor: Array) -> Array:
 
 
 def _from_cupy(array: Array) -> Array:
-    """Copy to NumPy in the array's memory order, which CuPy's own ``get`` does not keep."""
+    """Copy a CuPy array to NumPy with the same order of axes in memory, which its method ``get`` does not keep."""
     order = memory_order(array.shape, array.strides)
     return array.transpose(order).get().transpose(np.argsort(order))
 
@@ -75,7 +81,7 @@ ADAPTERS: dict[str, Adapter] = {
     "torch": Adapter(_to_torch, lambda tensor: _torch_cpu().as_array(tensor)),
     "triton": Adapter(_to_triton, _from_triton),
 }
-"""Adapters by the backend's name. ``to_backend`` keeps shape, dtype and, where the library has them, strides."""
+"""The adapters by the name of the backend. ``to_backend`` keeps shape, dtype and, if the library allows it, strides."""
 
 TENSORS = ("x", "dy", "residual", "mask")
 OPTIONS = ("virtual_batch_size", "renorm")
@@ -86,15 +92,15 @@ def check(case: Case | Problem, backend: Backend | str = "numpy") -> dict[str, f
     """Run a case forward and backward and compare all results with the oracle.
 
     Args:
-        case: a :class:`Case`, or a :class:`Problem` of one's own.
+        case: a :class:`Case`, or a :class:`Problem` with any arrays.
         backend: a name in :data:`ADAPTERS`, or a backend object with such a name.
 
     Returns:
         For each quantity, the largest error as a share of the error allowed.
 
     Raises:
-        AssertionError: an error above the one allowed, a wrong dtype or shape, a memory format that is not the
-            input's, or an argument that was written to. The message names the case, the quantity and the element.
+        AssertionError: an error exceeds the one allowed, a dtype, shape or memory format is wrong, or an argument was
+            written to. The message names the case, the quantity and the element.
     """
     problem = build(case) if isinstance(case, Case) else case
     title = (
@@ -103,7 +109,7 @@ def check(case: Case | Problem, backend: Backend | str = "numpy") -> dict[str, f
     results = run(problem, backend, title)
     for name in ("y", "dx", "dresidual"):
         if name in results:
-            _assert_like(f"{title}: {name}", results[name], problem.x)
+            _assert_same_format(f"{title}: {name}", results[name], problem.x)
     for name, parameter in (("dweight", problem.weight), ("dbias", problem.bias)):
         if parameter is not None:
             dtype = results[name].dtype
@@ -117,10 +123,10 @@ def check(case: Case | Problem, backend: Backend | str = "numpy") -> dict[str, f
 
 
 def compare(title: str, got: Array, exact: Array, allowed: Array) -> float:
-    """Return the largest error of ``got`` as a share of ``allowed`` and one ulp of the rounded truth.
+    """Return the largest error of ``got``, as a share of ``allowed`` plus one ulp of the rounded exact value.
 
     Raises:
-        AssertionError: a share above 1, or another shape; the message names the worst element.
+        AssertionError: the share exceeds 1, or the shapes differ. The message names the worst element.
     """
     assert got.shape == exact.shape, f"{title} has shape {got.shape}, expected {exact.shape}"
     if got.size == 0:
@@ -142,16 +148,16 @@ def compare(title: str, got: Array, exact: Array, allowed: Array) -> float:
 
 
 def run(problem: Problem, backend: Backend | str = "numpy", title: str = "problem") -> dict[str, Array]:
-    """Call the public API for a problem and return NumPy arrays by name. The problem's arrays are not written to.
+    """Call the public API for a problem and return the results as NumPy arrays by name.
 
     Raises:
-        AssertionError: an argument was written to that should not have been.
+        AssertionError: the call has written to an argument other than the running statistics in training.
     """
     adapter = ADAPTERS[backend if isinstance(backend, str) else backend.name]
-    given = {name: getattr(problem, name) for name in TENSORS + VECTORS if getattr(problem, name) is not None}
-    # Running statistics are written to: the problem keeps its own.
-    sent = {name: adapter.to_backend(array.copy() if name in VECTORS else array) for name, array in given.items()}
-    before = {name: array.tobytes() for name, array in given.items()}
+    arguments = {name: getattr(problem, name) for name in TENSORS + VECTORS if getattr(problem, name) is not None}
+    # Vectors are copied: the call updates the running statistics.
+    sent = {name: adapter.to_backend(array.copy() if name in VECTORS else array) for name, array in arguments.items()}
+    before = {name: array.tobytes() for name, array in arguments.items()}
     options = {name: getattr(problem, name) for name in OPTIONS if getattr(problem, name) is not None}
     if "mask" in sent:
         options["mask"] = sent["mask"]
@@ -171,8 +177,8 @@ def run(problem: Problem, backend: Backend | str = "numpy", title: str = "proble
     return {name: adapter.to_numpy(array) for name, array in got.items()}
 
 
-def _assert_like(title: str, array: Array, x: Array) -> None:
-    """Require the input's shape, dtype and memory format; a broadcast input has no memory format of its own."""
+def _assert_same_format(title: str, array: Array, x: Array) -> None:
+    """Require that an array has the shape, dtype and memory format of x; of a broadcast x any memory format will do."""
     assert array.shape == x.shape, f"{title} has shape {array.shape}, expected {x.shape}"
     assert array.dtype == x.dtype, f"{title} has dtype {array.dtype}, expected {x.dtype}"
     if x.size and all(stride or size == 1 for stride, size in zip(x.strides, x.shape, strict=True)):

@@ -1,8 +1,8 @@
-"""The truth: batch normalisation as the textbook has it, in extended precision, with no code of the library.
+"""Compute batch normalisation by its definition, in extended precision, without code of any backend.
 
-Everything is computed in ``numpy.longdouble`` (80 bits on x86, never less than float64), by the definition: the mean,
-then the mean of the squared deviations from it. That is right for means 1e6 times the standard deviation and for
-values near 1e18. It is slow and uses much memory.
+Everything is computed in ``numpy.longdouble`` (80 bits on x86, never less than float64): the mean, then the mean of
+the squared deviations from it. This is accurate for means of 1e6 times the standard deviation and for values near
+1e18. It is slow and needs much memory.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import numpy as np
 
 Array = Any
 WIDE = np.longdouble
+"""The dtype of the oracle."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call and its backward call, as NumPy arrays in the dtypes and strides that the backend will be given.
+    """One call and its backward call. The NumPy arrays have the dtypes and strides that the backend is given.
 
-    ``activation`` is a name and its parameter; other fields are as in :func:`gpu_bn.batch_norm`.
+    ``activation`` is a name and a parameter. Other fields are as in :func:`gpu_bn.batch_norm`.
     """
 
     x: Array
@@ -44,9 +45,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Truth:
-    """What a call should give, in ``WIDE``; ``mean``, ``var``, ``xhat`` and ``z`` are what led there.
+    """The exact results of a call and its backward call in ``WIDE``, and intermediate values such as ``xhat``.
 
-    ``mean``, ``var`` and ``rstd`` of ghost batches follow each other. ``r`` and ``d`` are batch renormalisation's.
+    ``mean``, ``var`` and ``rstd`` of ghost batches are concatenated. ``r`` and ``d`` are the constants of batch
+    renormalisation.
     """
 
     mean: Array
@@ -67,42 +69,42 @@ class Truth:
 
 
 def wide(array: Array) -> Array:
-    """Convert an array to ``WIDE``, exactly."""
+    """Convert an array to ``WIDE`` exactly."""
     array = np.asarray(array)
     return (array if array.dtype.kind == "f" else array.astype(np.float64)).astype(WIDE)
 
 
 def by_channel(vector: Array, problem: Problem) -> Array:
-    """Shape a per-channel vector to broadcast against the tensor."""
+    """Reshape a vector of the channels so that it broadcasts against x."""
     shape = [1] * problem.x.ndim
     shape[problem.channel_axis] = -1
     return vector.reshape(shape)
 
 
 def channel_sum(tensor: Array, problem: Problem) -> Array:
-    """Sum over all axes but the channels'."""
+    """Sum a tensor over all axes but that of the channels."""
     channels = problem.x.shape[problem.channel_axis]
     rows: Array = np.moveaxis(tensor, problem.channel_axis, 0).reshape(channels, -1)
     return rows.sum(axis=1)
 
 
 def oracle(problem: Problem) -> Truth:
-    """Solve a problem, forward and backward."""
+    """Compute the exact results of a problem, forward and backward."""
     if problem.activation[0] not in ACTIVATIONS:
         raise ValueError(f"the oracle knows no activation {problem.activation[0]!r}")
     with np.errstate(all="ignore"):
         parts = [truth for _, truth in ghost_batches(problem)]
-    return parts[0] if len(parts) == 1 else _joined(parts)
+    return parts[0] if len(parts) == 1 else _join(parts)
 
 
 def ghost_batches(problem: Problem) -> Iterator[tuple[Problem, Truth]]:
-    """Return the calls that a call stands for, in their order, and the result of each."""
+    """Yield each ghost batch of a call in order, and its results; the call itself if it has none."""
     size = problem.virtual_batch_size
     if size is None or not problem.training:
         yield problem, _solve(problem)
         return
     running: dict[str, Any] = {"running_mean": problem.running_mean, "running_var": problem.running_var}
-    valid = None if problem.mask is None else positions(problem)
+    valid = None if problem.mask is None else valid_elements(problem)
     for first in range(0, len(problem.x), size):
         tensors = {name: getattr(problem, name) for name in ("x", "dy", "residual")} | {"mask": valid}
         sliced: dict[str, Any] = {
@@ -114,8 +116,8 @@ def ghost_batches(problem: Problem) -> Iterator[tuple[Problem, Truth]]:
         yield part, truth
 
 
-def _joined(parts: list[Truth]) -> Truth:
-    """Merge the results of ghost batches: add sums, keep the last running statistics."""
+def _join(parts: list[Truth]) -> Truth:
+    """Merge the results of ghost batches: add sums, keep the last running statistics, concatenate the others."""
     values: dict[str, Any] = {}
     for field in fields(Truth):
         each = [getattr(part, field.name) for part in parts]
@@ -126,8 +128,8 @@ def _joined(parts: list[Truth]) -> Truth:
     return Truth(**values)
 
 
-def positions(problem: Problem) -> Array:
-    """Return which elements count, in the shape of ``x``."""
+def valid_elements(problem: Problem) -> Array:
+    """Return the mask as booleans in the shape of x: ``True`` for elements that count."""
     if problem.mask is None:
         return np.ones(problem.x.shape, bool)
     mask = problem.mask
@@ -137,33 +139,34 @@ def positions(problem: Problem) -> Array:
 
 
 def valid_count(problem: Problem) -> int:
-    """Count the positions of a channel that count."""
+    """Return the number of valid elements in each channel."""
     channels = problem.x.shape[problem.channel_axis]
-    valid: int = int(positions(problem).sum()) // max(channels, 1)
+    valid: int = int(valid_elements(problem).sum()) // max(channels, 1)
     return valid
 
 
 def masked(tensor: Array, problem: Problem) -> Array:
-    """Convert a tensor to ``WIDE``, 0 where positions do not count."""
-    return np.where(positions(problem), wide(tensor), WIDE(0))
+    """Convert a tensor to ``WIDE``, with 0 for masked elements."""
+    return np.where(valid_elements(problem), wide(tensor), WIDE(0))
 
 
 def _solve(problem: Problem) -> Truth:
-    x, dy, there = masked(problem.x, problem), masked(problem.dy, problem), positions(problem)
+    """Compute the exact results of a call without ghost batches."""
+    x, dy, valid = masked(problem.x, problem), masked(problem.dy, problem), valid_elements(problem)
     count = valid_count(problem) if problem.mask is None else max(valid_count(problem), 1)
     if problem.training:
         mean = channel_sum(x, problem) / count
-        mean = mean + channel_sum(there * (x - by_channel(mean, problem)), problem) / count
-        var = channel_sum(there * (x - by_channel(mean, problem)) ** 2, problem) / count
+        mean = mean + channel_sum(valid * (x - by_channel(mean, problem)), problem) / count
+        var = channel_sum(valid * (x - by_channel(mean, problem)) ** 2, problem) / count
     else:
         mean, var = wide(problem.running_mean), wide(problem.running_var)
     running_mean, running_var = _running(problem, mean, var, count)
 
     rstd = 1 / np.sqrt(var + WIDE(problem.eps))
-    xhat = there * (x - by_channel(mean, problem)) * by_channel(rstd, problem)
+    xhat = valid * (x - by_channel(mean, problem)) * by_channel(rstd, problem)
     weight = np.ones_like(mean) if problem.weight is None else wide(problem.weight)
     r, d = _renormalisation(problem, mean, rstd)
-    corrected = there * (xhat * by_channel(r, problem) + by_channel(d, problem))
+    corrected = valid * (xhat * by_channel(r, problem) + by_channel(d, problem))
     z = by_channel(weight, problem) * corrected
     if problem.bias is not None:
         z = z + by_channel(wide(problem.bias), problem)
@@ -175,14 +178,14 @@ def _solve(problem: Problem) -> Truth:
     inner = dz
     if problem.training:
         along = channel_sum(dz * xhat, problem) / count
-        inner = there * (dz - by_channel(dbias / count, problem) - xhat * by_channel(along, problem))
+        inner = valid * (dz - by_channel(dbias / count, problem) - xhat * by_channel(along, problem))
     return Truth(
         mean=mean,
         var=var,
         rstd=rstd,
         xhat=xhat,
         z=z,
-        y=there * value(*problem.activation, z),
+        y=valid * value(*problem.activation, z),
         running_mean=running_mean,
         running_var=running_var,
         dz=dz,
@@ -196,7 +199,7 @@ def _solve(problem: Problem) -> Truth:
 
 
 def _running(problem: Problem, mean: Array, var: Array, count: int) -> tuple[Array | None, Array | None]:
-    """Update the running statistics by the batch's, unless no position of it counts."""
+    """Return the running statistics after the call. They do not change in evaluation or without a valid element."""
     if problem.running_mean is None:
         return None, None
     old_mean, old_var = wide(problem.running_mean), wide(problem.running_var)
@@ -208,7 +211,7 @@ def _running(problem: Problem, mean: Array, var: Array, count: int) -> tuple[Arr
 
 
 def _renormalisation(problem: Problem, mean: Array, rstd: Array) -> tuple[Array, Array]:
-    """Return r and d of Ioffe 2017, Alg. 1, with sd = sqrt(var + eps); 1 and 0 are plain batch normalisation."""
+    """Return r and d of Ioffe 2017, Alg. 1, with sd = sqrt(var + eps); 1 and 0 without batch renormalisation."""
     if problem.renorm is None:
         return np.ones_like(mean), np.zeros_like(mean)
     r_max, d_max = map(WIDE, problem.renorm)
@@ -225,7 +228,7 @@ def value(name: str, parameter: float, z: Array) -> Array:
 
 
 def derivative(name: str, parameter: float, z: Array) -> Array:
-    """Compute ``activation'(z)``; at a kink, the side that torch takes."""
+    """Compute ``activation'(z)``; at a kink, the one-sided derivative that torch takes."""
     with np.errstate(all="ignore"):
         return ACTIVATIONS[name][1](z, WIDE(parameter))
 
@@ -235,7 +238,7 @@ def _logistic(z: Array) -> Array:
 
 
 def _normal(z: Array) -> Array:
-    """Compute the normal distribution function; the C library's erfc is right to the last digits of float64."""
+    """Compute the normal distribution function by ``math.erfc``, which is accurate to the last digits of float64."""
     flat = [math.erfc(-float(v) * math.sqrt(0.5)) / 2 for v in np.ravel(z)]
     return np.array(flat, WIDE).reshape(np.shape(z))
 
@@ -269,4 +272,4 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array, A
     "sigmoid": (lambda z, _: _logistic(z), lambda z, _: (gate := _logistic(z)) * (1 - gate)),
     "tanh": (lambda z, _: np.tanh(z), lambda z, _: 1 - np.tanh(z) ** 2),
 }
-"""The value and the derivative of each activation, of ``z`` and of the parameter ``a`` in ``WIDE``."""
+"""The value and the derivative of each activation, as functions of ``z`` and the parameter ``a`` in ``WIDE``."""

@@ -1,39 +1,42 @@
-"""How far a result may be from the truth, element by element, and why.
+"""Compute the error allowed in each element of each result.
 
-Let ``u`` be the unit roundoff of the precision a backend must at least compute in: 2**-24 for float16, bfloat16 and
-float32 tensors, 2**-53 for float64. A result may differ from the truth by one unit in the last place of its own dtype
-plus what the operations that lead to it may lose in that precision. The second part is carried along the definition:
+Let ``u`` be the unit roundoff of the lowest precision that a backend may compute in: 2**-24 for float16, bfloat16 and
+float32 tensors, 2**-53 for float64. A result may differ from the exact one by one unit in the last place of its dtype,
+plus the rounding errors of the operations that lead to it. The latter are propagated through the definition:
 
 mean
-    ``4 u`` of what is summed, divided by n.
+    ``4 u`` times the sum of ``|x|``, divided by n.
 var
-    A relative ``16 u``, whatever the mean: squares are summed of deviations from a shift near the mean, never
-    ``E[x^2] - E[x]^2``. Merging partial moments may lose more as ``ratio = |mean| / sd`` grows; the contract allows
-    1e-5 at 1e4 in float32, so ``1e-9 ratio`` (and as many ``u`` in float64).
+    A relative error of ``16 u`` for any mean, because backends sum squared deviations from a shift near the mean and
+    never compute ``E[x^2] - E[x]^2``. Merging partial moments may lose more as ``ratio = |mean| / sd`` grows. The
+    contract allows a relative error of 1e-5 at a ratio of 1e4 in float32, hence ``1e-9 ratio``. In float64 it is
+    ``2**-58 ratio``.
 xhat
-    ``x - mean`` may be split as ``x * scale + shift`` while ``ratio`` is small, which loses up to ``u`` of 2 ratios;
-    beyond, what counts is how well the mean itself is kept: the contract allows 1e-4 at 1e4 in float32, so
-    ``1e-8 ratio``. This is less than a mean rounded to float32 would cost. In float64 a mean rounded to float64 costs
-    ``u ratio``. The batch's mean is a sum of deviations from a shift, known to ``4 u`` of their mean magnitude. An
-    error of the variance enters with one half of it.
+    ``2 u |xhat|`` for two rounding errors. ``x - mean`` may be computed as ``x * scale + shift`` while ``ratio`` is
+    small, with an error of up to ``2 u * 2 ratio``. For larger ratios the error of the mean dominates. The contract
+    allows 1e-4 at a ratio of 1e4 in float32, hence ``1e-8 ratio``, which is less than the error of a mean rounded to
+    float32. In float64 it is twice the error of a mean rounded to float64, ``2 u ratio``. In training, the mean has an
+    error of ``4 u`` times the mean of ``|xhat|``, as it is a sum of deviations from a shift. The relative error of rstd
+    is ``4 u`` plus half that of var.
 z
-    The roundings of two products and two additions.
+    The rounding errors of two products and two additions.
 y
-    The slope of the activation around ``z``, times the error of ``z``, and ``8 u`` of the value. A smooth
-    activation may also lose ``2 u`` of ``min(|z|, 1)``, as ``1 + erf(z)`` does where it nearly vanishes.
+    The steepest slope of the activation near ``z`` times the error of ``z``, plus ``8 u`` times the value. For a
+    smooth activation also ``2 u`` times ``min(|z|, 1)``, because ``1 + erf(z)`` cancels where it is nearly 0.
 dz
-    The slope's change within the error of ``z``: at a kink, either side is right if ``z`` is that close. And ``8 u``
-    of the slope; of at least 1 for a smooth activation.
+    The change of the slope within the error of ``z`` (at a kink, either side is right if ``z`` is that close), plus
+    ``8 u`` times the slope, which counts as at least 1 for a smooth activation.
 dbias, dweight
-    The sum of the terms' errors, and ``4 u`` of the sum of their absolute values: blocked or pairwise sums.
+    The sum of the errors of the terms, plus ``4 u`` times the sum of their absolute values, for blocked or pairwise
+    sums.
 dx
-    The errors of its three terms, and that of ``rstd``.
+    The errors of its three terms, plus that of ``rstd``.
 
-Positions that a mask leaves out are 0 to the last bit, and in no sum. Of ghost batches each is allowed its own. Batch
-renormalisation puts ``xhat * r + d`` in the place of xhat, and adds what the errors of mean and rstd do to r and d.
+Masked elements must be exactly 0, and they enter no sum. Each ghost batch has its own allowed errors. Batch
+renormalisation replaces xhat by ``xhat * r + d``, and the errors of mean and rstd affect r and d as well.
 
-Where an error bound sums worst cases it is generous by a factor that grows slowly with n; a lost element, a biased
-variance or a missing term exceeds it by orders of magnitude, which the planted-bug tests show.
+The bounds add up worst cases, so they are too large by a factor that grows slowly with n. A lost element, a biased
+variance or a missing term exceeds them by orders of magnitude, as the tests with planted bugs show.
 """
 
 from __future__ import annotations
@@ -51,74 +54,80 @@ from gpu_bn.testing.oracle import (
     derivative,
     ghost_batches,
     masked,
-    positions,
     valid_count,
+    valid_elements,
     wide,
 )
 
 Array = Any
 
 ROUNDOFF = {"float16": 2.0**-24, "bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 2.0**-53}
+"""The unit roundoff ``u`` by the dtype of x."""
 VAR_PER_RATIO = {"float16": 1e-9, "bfloat16": 1e-9, "float32": 1e-9, "float64": 2.0**-58}
 MEAN_PER_RATIO = {"float16": 1e-8, "bfloat16": 1e-8, "float32": 1e-8, "float64": 2.0**-52}
+"""The allowed errors of the variance (relative) and of xhat (absolute), divided by ``ratio``."""
 FORMATS = {"float16": (10, -14), "bfloat16": (7, -126), "float32": (23, -126), "float64": (52, -1022)}
-"""Stored bits of the significand, and the smallest normal exponent."""
+"""The number of stored bits of the significand, and the exponent of the smallest normal number."""
 PIECEWISE_LINEAR = ("identity", "relu", "relu6", "leaky_relu")
 
 
 def tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
-    """Return the error allowed in each quantity, before it is rounded to its dtype; see this module's text.
+    """Return the error allowed in each quantity before it is rounded to its dtype; see the head of this module.
 
-    :func:`ulp` of the quantity's dtype comes on top.
+    After the rounding it may be larger by :func:`ulp` of that dtype.
     """
     with np.errstate(all="ignore"):
         if problem.virtual_batch_size is None or not problem.training:
             return _tolerance(problem, truth)
-        return _joined([_tolerance(*part) for part in ghost_batches(problem)], 1 - WIDE(problem.momentum))
+        return _join([_tolerance(*part) for part in ghost_batches(problem)], 1 - WIDE(problem.momentum))
 
 
-def _joined(parts: list[dict[str, Array]], keep: Array) -> dict[str, Array]:
-    """Return what is allowed in a call of ghost batches: errors of sums add up, of running statistics they fade."""
+def _join(parts: list[dict[str, Array]], keep: Array) -> dict[str, Array]:
+    """Return the errors allowed in a call from those of its ghost batches.
+
+    The errors of sums add up. An error of the running statistics is multiplied by ``keep`` in each later ghost batch.
+    """
     allowed: dict[str, Array] = {}
     for name in parts[0]:
-        each = [part[name] for part in parts]
+        errors = [part[name] for part in parts]
         if name.startswith("running"):
-            allowed[name] = sum(keep ** (len(parts) - 1 - at) * one for at, one in enumerate(each))
+            allowed[name] = sum(keep ** (len(parts) - 1 - i) * error for i, error in enumerate(errors))
         else:
-            allowed[name] = sum(each) if name in ("dweight", "dbias") else np.concatenate(each)
+            allowed[name] = sum(errors) if name in ("dweight", "dbias") else np.concatenate(errors)
     return allowed
 
 
 def _tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
+    """Return the error allowed in each quantity of a call without ghost batches."""
     dtype = str(problem.x.dtype)
     u = WIDE(ROUNDOFF[dtype])
-    there, count = positions(problem), max(valid_count(problem), 1)
+    valid, count = valid_elements(problem), max(valid_count(problem), 1)
     ratio = np.abs(truth.mean) * truth.rstd
-    mean, var_relative = _moments(problem, truth, u)
+    mean, var_relative = _moment_errors(problem, truth, u)
     rstd_relative = 4 * u + var_relative / 2
 
     size, split = np.abs(truth.xhat), by_channel(np.minimum(2 * ratio, 4), problem)
-    lost_mean = by_channel(WIDE(MEAN_PER_RATIO[dtype]) * ratio, problem)
-    xhat = 2 * u * (size + split) + size * by_channel(rstd_relative, problem) + lost_mean
+    mean_error = by_channel(WIDE(MEAN_PER_RATIO[dtype]) * ratio, problem)
+    xhat = 2 * u * (size + split) + size * by_channel(rstd_relative, problem) + mean_error
     if problem.training:
         xhat = xhat + by_channel(4 * u * channel_sum(size, problem) / count, problem)
     weight = _magnitude(problem.weight, problem, default=1.0)
-    corrected, off = size, xhat
+    corrected, error = size, xhat
     if problem.renorm is not None:  # xhat * r + d
         r, d = by_channel(truth.r, problem), by_channel(truth.d, problem)
-        off_d = by_channel(mean / np.sqrt(wide(problem.running_var) + WIDE(problem.eps)), problem)
+        d_error = by_channel(mean / np.sqrt(wide(problem.running_var) + WIDE(problem.eps)), problem)
         corrected = r * size + np.abs(d)
-        off = r * (xhat + size * by_channel(rstd_relative + 4 * u, problem)) + off_d + 8 * u * np.abs(d)
+        error = r * (xhat + size * by_channel(rstd_relative + 4 * u, problem)) + d_error + 8 * u * np.abs(d)
     terms = weight * corrected + _magnitude(problem.bias, problem)
     terms = terms + (0 if problem.residual is None else np.abs(masked(problem.residual, problem)))
-    rounds = (weight > 0) | (problem.residual is not None)  # a weight of 0 leaves the bias as it is
-    z = weight * off + 2 * u * terms * rounds
+    rounds = (weight > 0) | (problem.residual is not None)  # with a weight of 0 z is the bias exactly
+    z = weight * error + 2 * u * terms * rounds
 
-    y, dz = _activated(problem, truth, z, u)
+    y, dz = _activation_errors(problem, truth, z, u)
     size_dz = np.abs(truth.dz)
     dbias = channel_sum(dz + 4 * u * size_dz, problem)
     dweight = channel_sum(dz * size + size_dz * (xhat + 4 * u * size), problem)
-    dweight_corrected = channel_sum(dz * corrected + size_dz * (off + 4 * u * corrected), problem)
+    dweight_corrected = channel_sum(dz * corrected + size_dz * (error + 4 * u * corrected), problem)
     sum_dz, sum_dz_xhat = (np.abs(channel_sum(term, problem)) for term in (truth.dz, truth.dz * truth.xhat))
     inner = dz + 4 * u * size_dz
     if problem.training:
@@ -130,15 +139,15 @@ def _tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
         rstd_relative = 2 * rstd_relative + 4 * u
     dx = scale * inner + np.abs(truth.dx) * by_channel(rstd_relative, problem)
 
-    allowed = {"y": y * there, "mean": mean, "rstd": rstd_relative * truth.rstd, "dx": dx * there}
+    allowed = {"y": y * valid, "mean": mean, "rstd": rstd_relative * truth.rstd, "dx": dx * valid}
     allowed |= {"dweight": dweight_corrected, "dbias": dbias, "dresidual": dz}
     if problem.running_mean is not None:
-        allowed |= _running(problem, truth, mean, var_relative * truth.var, u)
+        allowed |= _running_errors(problem, truth, mean, var_relative * truth.var, u)
     return allowed
 
 
-def _moments(problem: Problem, truth: Truth, u: Array) -> tuple[Array, Array]:
-    """Return what is allowed in the mean, and in the variance as a share of it."""
+def _moment_errors(problem: Problem, truth: Truth, u: Array) -> tuple[Array, Array]:
+    """Return the error allowed in the mean, and the relative error allowed in the variance."""
     if not problem.training:
         return np.zeros_like(truth.mean), np.zeros_like(truth.mean)
     mean = 4 * u * channel_sum(np.abs(masked(problem.x, problem)), problem) / max(valid_count(problem), 1)
@@ -147,8 +156,8 @@ def _moments(problem: Problem, truth: Truth, u: Array) -> tuple[Array, Array]:
     return mean, np.where(truth.var > 0, var_relative, 16 * u)
 
 
-def _activated(problem: Problem, truth: Truth, z: Array, u: Array) -> tuple[Array, Array]:
-    """Return what is allowed in y and in dz, where ``z`` is allowed in z."""
+def _activation_errors(problem: Problem, truth: Truth, z: Array, u: Array) -> tuple[Array, Array]:
+    """Return the errors allowed in y and in dz; ``z`` is the error allowed in z."""
     here, below, above = (derivative(*problem.activation, truth.z + step * z) for step in (0, -1, 1))
     steepest = np.maximum(np.abs(here), np.maximum(np.abs(below), np.abs(above)))
     change = np.maximum(np.abs(below - here), np.abs(above - here))
@@ -159,8 +168,8 @@ def _activated(problem: Problem, truth: Truth, z: Array, u: Array) -> tuple[Arra
     return y, np.abs(masked(problem.dy, problem)) * (change + 8 * u * np.maximum(np.abs(here), 1.0 * smooth))
 
 
-def _running(problem: Problem, truth: Truth, mean: Array, var: Array, u: Array) -> dict[str, Array]:
-    """Return what is allowed in the running statistics, where ``mean`` and ``var`` are allowed in the batch's."""
+def _running_errors(problem: Problem, truth: Truth, mean: Array, var: Array, u: Array) -> dict[str, Array]:
+    """Return the errors allowed in the running statistics; ``mean`` and ``var`` are those allowed in the batch's."""
     valid = valid_count(problem)
     momentum = WIDE(problem.momentum if problem.training and valid else 0)
     bessel = max(valid, 1) / WIDE(max(valid - 1, 1))
@@ -172,7 +181,7 @@ def _running(problem: Problem, truth: Truth, mean: Array, var: Array, u: Array) 
 
 
 def ulp(values: Array, dtype: str) -> Array:
-    """Return one unit in the last place of each value, rounded to ``dtype``."""
+    """Return one unit in the last place of each value in ``dtype``."""
     bits, smallest = FORMATS[dtype]
     exponent = np.frexp(np.abs(wide(values)))[1] - 1
     exponent = np.maximum(np.where(wide(values) == 0, smallest, exponent), smallest)
@@ -180,4 +189,5 @@ def ulp(values: Array, dtype: str) -> Array:
 
 
 def _magnitude(vector: Array | None, problem: Problem, default: float = 0.0) -> Array:
+    """Return the absolute values of a vector of the channels, to broadcast against x; ``default`` for ``None``."""
     return WIDE(default) if vector is None else np.abs(by_channel(wide(vector), problem))
