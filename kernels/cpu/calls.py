@@ -1,15 +1,17 @@
-"""What whole calls have in common: their phases, and per-channel numbers, of eight channels at a time.
+"""Phases of a whole call, and the computations on per-channel vectors, eight channels at a time.
 
-Calls are for all dtypes and activations: what is particular to these are kernels that come as addresses. A call has
-phases, bits of ``phases``: ``START``, ``SUM`` and ``FINISH`` make the statistics, or the sums of a backward call;
-``WRITE`` writes tensors, ``END`` per-channel results, last. In ``SUM`` and ``WRITE`` parts are claimed from a counter
-each, so that several threads may run them at the same time; the parts depend on shapes alone. A ``fused`` call does the
-first four in ``SUM``, group after group of channels, so that the second pass finds a group in the cache.
+The kernels of whole calls serve all dtypes and activations: they get the addresses of kernels that are specific to
+these. A call runs the phases in the bits of ``phases``. ``START``, ``SUM`` and ``FINISH`` compute the statistics, or
+the sums of a backward call; ``WRITE`` writes the tensors, and ``END`` the per-channel results. ``SUM`` and ``WRITE``
+claim one part after the other from a counter, so that several threads can run them at the same time. The parts depend
+on shapes alone. A ``fused`` call does the first four phases in ``SUM``, for one group of channels after the other, so
+that the second pass finds the group in the cache.
 
-All arguments are addresses, counts of elements, and numbers. Addresses of parameters' vectors are tagged: 1 more than
-the address for float64, else of float32. Other per-channel vectors are float64. An affine map is ``z = (x - centre) *
-scale + shift``, where ``centre`` is the mean as x is computed in, ``double`` for float64; ``dx = (dz + slope * (x -
-centre) + offset) * scale``.
+All arguments are addresses, counts of elements, and numbers. The addresses of vectors of parameters and of running
+statistics are tagged: the address of float32 numbers, or 1 more than the address of float64 numbers. All other
+per-channel vectors are float64. The forward pass is ``z = (x - centre) * scale + shift``, where ``centre`` is the mean,
+rounded to float32 unless ``double`` says that x is float64; the backward pass is
+``dx = (dz + slope * (x - centre) + offset) * scale``.
 """
 
 from contextlib import contextmanager
@@ -31,25 +33,26 @@ from gpu_bn.kernels.cpu.vector import (
     Elements,
     Lanes,
     fma,
-    spread,
+    splat,
     where,
 )
 
 START, SUM, FINISH, WRITE, END = 1, 2, 4, 8, 16
 LINE = 64
-"""Bytes that the counters of parts take, before the scratch memory."""
+"""Bytes of a cache line. The counters of parts take one, before the scratch memory."""
 TRUSTED = 4.0
-"""A variance is taken from sums around a shift while (mean - shift)**2 <= TRUSTED * variance."""
+"""A variance from sums around a shift is exact enough if (mean - shift)**2 <= TRUSTED * variance."""
 SMALLEST, LARGEST = 1e-30, 1e37
-"""Mean squares of float32 numbers that have lost nothing, neither to underflow nor to infinity."""
+"""The range of a variance and of a mean square of float32 numbers in which nothing has underflowed or overflowed."""
 LANES = 8
+"""Channels that are computed at a time."""
 VECTOR = ir.VectorType(DOUBLE, LANES)
 SINGLES, DOUBLES = Elements(FLOAT32), Elements(FLOAT64)
 
 
 # ------------------------------------------------------------------------------------------------- generating the code
-class Numbers:
-    """Per-channel vectors while code for some channels of them is generated."""
+class ChannelBlock:
+    """Generates loads and stores of per-channel vectors for up to eight channels, from channel ``at`` on."""
 
     def __init__(self, builder, at, count):
         self.builder, self.at, self.count = builder, at, count
@@ -57,8 +60,8 @@ class Numbers:
     def constant(self, value):
         return Lanes(self.builder, ir.Constant(VECTOR, [value] * LANES))
 
-    def spread(self, number):
-        return spread(self.builder, number, VECTOR)
+    def splat(self, number):
+        return splat(self.builder, number, VECTOR)
 
     def load(self, address):
         pointer = self.builder.inttoptr(address, BYTE.as_pointer())
@@ -68,21 +71,22 @@ class Numbers:
         pointer = self.builder.inttoptr(address, BYTE.as_pointer())
         memory.store(self.builder, DOUBLES, pointer, self.at, self.count, lanes)
 
-    def parameter(self, tagged, absent):
-        """A vector at a tagged address; ``absent`` for the address 0."""
+    def load_parameter(self, tagged, absent):
+        """Load from a vector at a tagged address; return ``absent`` in all lanes for the address 0."""
         builder = self.builder
-        found = cgutils.alloca_once(builder, VECTOR)
-        builder.store(self.constant(absent).value, found)
+        loaded = cgutils.alloca_once(builder, VECTOR)
+        builder.store(self.constant(absent).value, loaded)
         pointer = builder.inttoptr(builder.and_(tagged, INT64(-2)), BYTE.as_pointer())
         given, double = builder.icmp_signed("!=", tagged, INT64(0)), builder.trunc(tagged, BIT)
         with builder.if_then(given), builder.if_else(double) as branches:
             for branch, elements in zip(branches, (DOUBLES, SINGLES), strict=True):
                 with branch:
                     lanes = memory.load(builder, elements, pointer, self.at, self.count, self.constant(1.0))
-                    builder.store(lanes.value, found)
-        return Lanes(builder, builder.load(found))
+                    builder.store(lanes.value, loaded)
+        return Lanes(builder, builder.load(loaded))
 
-    def put_parameter(self, tagged, lanes):
+    def store_parameter(self, tagged, lanes):
+        """Store to a vector at a tagged address."""
         builder = self.builder
         pointer = builder.inttoptr(builder.and_(tagged, INT64(-2)), BYTE.as_pointer())
         with builder.if_else(builder.trunc(tagged, BIT)) as branches:
@@ -91,111 +95,120 @@ class Numbers:
                     memory.store(builder, elements, pointer, self.at, self.count, lanes)
 
     def rstd(self, var, eps):
-        return 1 / (self.load(var) + self.spread(eps)).called("sqrt")
+        """Return 1 / sqrt(var + eps)."""
+        return 1 / (self.load(var) + self.splat(eps)).intrinsic("sqrt")
 
 
 @contextmanager
-def channels_between(builder, low, high):
-    """A loop over channels, eight at a time."""
+def channel_blocks(builder, low, high):
+    """Generate a loop over the channels from ``low`` to ``high``, and yield the :class:`ChannelBlock` of its body."""
     with cgutils.for_range_slice(builder, low, high, INT64(LANES), intp=INT64) as (at, _):
-        yield Numbers(builder, at, builder.sub(high, at))
+        yield ChannelBlock(builder, at, builder.sub(high, at))
 
 
 def per_channel(arguments):
-    """An intrinsic of a function that generates the code for some channels, of numbers and of int64 and float64."""
+    """Return a decorator that makes an intrinsic of a function on a :class:`ChannelBlock` and arguments of these types.
 
-    def decorated(generate):
-        result = types.void(types.int64, types.int64, *arguments)
+    The arguments of the intrinsic are the first channel, the end of the channels, and those of the function.
+    """
+    signature = types.void(types.int64, types.int64, *arguments)
 
+    def decorate(generate):
         def code(context, builder, sig, args):
-            with channels_between(builder, *args[:2]) as numbers:
-                generate(numbers, *args[2:])
+            with channel_blocks(builder, *args[:2]) as block:
+                generate(block, *args[2:])
             return context.get_dummy_value()
 
-        names = ", ".join(f"a{i}" for i in range(len(arguments)))
-        scope = {"result": result, "code": code}
-        exec(f"def intrinsic_(typing, low, high, {names}):\n    return result, code", scope)
-        return intrinsic(scope["intrinsic_"])
+        return intrinsic(lambda typing, *given: (signature, code))
 
-    return decorated
+    return decorate
 
 
 I, F = types.int64, types.float64  # noqa: E741
 
 
 @per_channel((I, I, F, I, I, I, I, I, I))
-def put_affine(numbers, mean, var, eps, weight, bias, double, centre, scale, shift):
-    """The affine map from statistics and parameters."""
-    builder, m = numbers.builder, numbers.load(mean)
+def store_affine(block, mean, var, eps, weight, bias, double, centre, scale, shift):
+    """Compute the affine map: scale = weight * rstd, and shift = bias + (centre - mean) * scale."""
+    builder, m = block.builder, block.load(mean)
     single = builder.fpext(builder.fptrunc(m.value, ir.VectorType(SINGLE, LANES)), VECTOR)
     c = Lanes(builder, builder.select(builder.icmp_signed("!=", double, INT64(0)), m.value, single))
-    a = numbers.rstd(var, eps) * numbers.parameter(weight, 1.0)
-    numbers.store(centre, c)
-    numbers.store(scale, a)
-    numbers.store(shift, fma(c - m, a, numbers.parameter(bias, 0.0)))
+    a = block.rstd(var, eps) * block.load_parameter(weight, 1.0)
+    block.store(centre, c)
+    block.store(scale, a)
+    block.store(shift, fma(c - m, a, block.load_parameter(bias, 0.0)))
 
 
 @per_channel((I, I, I, I))
-def add_chunks(numbers, sums, stride, chunks, found):
-    """The sums of chunks, in order; a chunk's are ``stride`` bytes from those of the one before."""
-    builder = numbers.builder
-    total = cgutils.alloca_once_value(builder, numbers.constant(0.0).value)
+def sum_chunks(block, sums, stride, chunks, result):
+    """Add the sums of all chunks, in order. The sums of two consecutive chunks lie ``stride`` bytes apart."""
+    builder = block.builder
+    total = cgutils.alloca_once_value(builder, block.constant(0.0).value)
     with cgutils.for_range(builder, chunks) as loop:
-        more = numbers.load(builder.add(sums, builder.mul(loop.index, stride)))
+        more = block.load(builder.add(sums, builder.mul(loop.index, stride)))
         builder.store((Lanes(builder, builder.load(total)) + more).value, total)
-    numbers.store(found, Lanes(builder, builder.load(total)))
+    block.store(result, Lanes(builder, builder.load(total)))
 
 
 @per_channel((I, F, I, I))
-def put_moments(numbers, shift, count, mean, var):
-    """In the place of sums of x - shift and of its square, mean and variance: -1 where that may be wrong."""
-    n, k = numbers.spread(count), numbers.load(shift)
-    m, q = numbers.load(mean) / n, numbers.load(var) / n
+def finish_moments(block, shift, count, mean, var):
+    """Replace the sums of x - shift and (x - shift)**2 in ``mean`` and ``var`` by mean and variance.
+
+    A variance is set to -1 where cancellation, underflow or overflow may have made it wrong.
+    """
+    n, k = block.splat(count), block.load(shift)
+    m, q = block.load(mean) / n, block.load(var) / n
     v = q - m * m
     good = (m * m <= v * TRUSTED) & (v > SMALLEST) & (q < LARGEST)
-    numbers.store(mean, where(good | (abs(k + m) < LARGEST), k + m, k))
-    numbers.store(var, where(good, v, numbers.constant(-1.0)))
+    block.store(mean, where(good | (abs(k + m) < LARGEST), k + m, k))
+    block.store(var, where(good, v, block.constant(-1.0)))
 
 
 @per_channel((I, I, F, I, I, I))
-def finish_sums(numbers, mean, var, eps, centre, dz, products):
-    """In the place of sums of dz * (x - centre), those of dz * xhat."""
-    rest = numbers.load(mean) - numbers.load(centre)
-    numbers.store(products, fma(-rest, numbers.load(dz), numbers.load(products)) * numbers.rstd(var, eps))
+def finish_products(block, mean, var, eps, centre, dz, products):
+    """Replace the sums of dz * (x - centre) in ``products`` by the sums of dz * xhat."""
+    deviation = block.load(mean) - block.load(centre)
+    block.store(products, fma(-deviation, block.load(dz), block.load(products)) * block.rstd(var, eps))
 
 
 @per_channel((I, I, F, I, I, I, I, F, I, I))
-def put_slopes(numbers, mean, var, eps, centre, dz, dz_xhat, training, count, slope, offset):
-    """What the sums make of dx: nothing with frozen statistics."""
-    builder, n = numbers.builder, numbers.spread(count)
-    k = -numbers.rstd(var, eps) * numbers.load(dz_xhat) / n
-    o = fma(-k, numbers.load(mean) - numbers.load(centre), -numbers.load(dz) / n)
+def store_slopes(block, mean, var, eps, centre, dz, dz_xhat, training, count, slope, offset):
+    """Compute slope and offset of dx from the sums of dz and dz * xhat; both are 0 if the statistics are frozen.
+
+    slope = -rstd * dz_xhat / count, and offset = slope * (centre - mean) - dz / count.
+    """
+    builder, n = block.builder, block.splat(count)
+    k = -block.rstd(var, eps) * block.load(dz_xhat) / n
+    o = fma(-k, block.load(mean) - block.load(centre), -block.load(dz) / n)
     trains = builder.icmp_signed("!=", training, INT64(0))
     for vector, lanes in ((slope, k), (offset, o)):
-        numbers.store(vector, Lanes(builder, builder.select(trains, lanes.value, numbers.constant(0.0).value)))
+        block.store(vector, Lanes(builder, builder.select(trains, lanes.value, block.constant(0.0).value)))
 
 
 @per_channel((I, I, I, I, F, F))
-def move(numbers, running_mean, running_var, mean, var, bessel, momentum):
-    """Move the running statistics; ``bessel`` is what makes the variance unbiased."""
-    m = numbers.spread(momentum)
+def update_running(block, running_mean, running_var, mean, var, bessel, momentum):
+    """Update the running statistics; ``bessel`` is the factor that makes the variance unbiased."""
+    m = block.splat(momentum)
     for running, now in (
-        (running_mean, numbers.load(mean)),
-        (running_var, numbers.load(var) * numbers.spread(bessel)),
+        (running_mean, block.load(mean)),
+        (running_var, block.load(var) * block.splat(bessel)),
     ):
-        numbers.put_parameter(running, fma(m, now, (1 - m) * numbers.parameter(running, 0.0)))
+        block.store_parameter(running, fma(m, now, (1 - m) * block.load_parameter(running, 0.0)))
 
 
 @per_channel((I, F))
-def fill(numbers, tagged, value):
-    numbers.put_parameter(tagged, numbers.spread(value))
+def fill_parameter(block, tagged, value):
+    """Fill a vector at a tagged address with a number."""
+    block.store_parameter(tagged, block.splat(value))
 
 
 @per_channel((I, I))
-def read_parameters(numbers, tagged, vector):
-    numbers.store(vector, numbers.parameter(tagged, 0.0))
+def read_parameters(block, tagged, vector):
+    """Copy a vector at a tagged address to a float64 vector; the address 0 gives zeros."""
+    block.store(vector, block.load_parameter(tagged, 0.0))
 
 
 @per_channel((I, I))
-def write_parameters(numbers, vector, tagged):
-    numbers.put_parameter(tagged, numbers.load(vector))
+def write_parameters(block, vector, tagged):
+    """Copy a float64 vector to a vector at a tagged address."""
+    block.store_parameter(tagged, block.load(vector))

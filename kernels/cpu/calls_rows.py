@@ -1,10 +1,13 @@
 """Calls on rows of columns; see :mod:`gpu_bn.kernels.cpu.calls`.
 
-``(runs, channels, length)`` tensors are rows of ``channels * length`` columns, of which ``folded`` rows may be joined
-to one; what is left of a fold is one shorter row. A chunk is a range of rows with float64 sums of its own. ``scratch``
-has 5 vectors of ``width`` numbers, of columns in the precision that x is computed in, then two of float64 a chunk (of
-float64 elements two more, with what the first two have lost to rounding) and 5 float64 vectors of the channels;
-``width`` is the number of columns and what a vector may read beyond.
+Tensors of shape ``(runs, channels, length)`` are rows of ``channels * length`` columns. ``folded`` adjacent rows may be
+joined to one long row; the rows that are left form one shorter row. A chunk is a range of rows with its own float64
+sums. ``width`` is the number of columns, plus those that a vector may read beyond the last one. ``scratch`` has
+
+- 5 vectors of ``width`` numbers in the precision that x is computed in: centre, scale, shift, slope and offset of each
+  column; in the first pass the first of them has the shifts,
+- for each chunk 2 float64 vectors of sums, and for float64 elements 2 more with their rounding errors,
+- 5 float64 vectors of length C: centre, scale, shift, slope and offset.
 """
 
 from gpu_bn.kernels.cpu.calls import (
@@ -13,14 +16,14 @@ from gpu_bn.kernels.cpu.calls import (
     START,
     SUM,
     WRITE,
-    add_chunks,
-    fill,
-    finish_sums,
-    move,
-    put_affine,
-    put_moments,
-    put_slopes,
+    fill_parameter,
+    finish_moments,
+    finish_products,
     read_parameters,
+    store_affine,
+    store_slopes,
+    sum_chunks,
+    update_running,
     write_parameters,
 )
 from gpu_bn.kernels.cpu.compiler import cold, kernel
@@ -29,93 +32,93 @@ from gpu_bn.kernels.cpu.scalars import (
     claim,
     clear,
     copy,
-    number,
-    parameter,
-    put_number,
-    restart,
+    load_double,
+    load_parameter,
+    reset_counters,
+    store_double,
     two_sum,
 )
 
 
 @cold
-def repeat(tagged, period, columns):
-    """Give the columns from ``period`` on what those before them have, in turn."""
+def repeat_columns(tagged, period, columns):
+    """Repeat the first ``period`` numbers of a vector at a tagged address until it has ``columns`` numbers."""
     size, start = 8 if tagged & 1 else 4, tagged & -2
     for at in range(period, columns, period):
         copy(start + at * size, start, min(period, columns - at) * size)
 
 
 @cold
-def spread(values, how_many, channels, length, columns, width, tagged):
-    """Give the channels' columns their values, of several vectors; joined rows have the same ones."""
+def spread_over_columns(vectors, count, channels, length, columns, width, tagged):
+    """Copy the numbers of ``count`` per-channel vectors to the columns of their channels, in all joined rows."""
     period = channels * length
-    for vector in range(how_many):
-        own = values + 8 * vector * channels
+    for at in range(count):
+        vector = vectors + 8 * at * channels
         if length == 1:
-            write_parameters(0, channels, own, tagged)
+            write_parameters(0, channels, vector, tagged)
         else:
             for channel in range(channels):
-                fill(channel * length, channel * length + length, tagged, number(own, channel))
-        repeat(tagged, period, columns)
+                fill_parameter(channel * length, channel * length + length, tagged, load_double(vector, channel))
+        repeat_columns(tagged, period, columns)
         tagged += 8 * width
 
 
 @cold
-def gather(sums, channels, length, columns, width, chunks, found):
-    """The channels' sums of their columns, in the order of chunks; ``width`` numbers lie between two chunks' sums."""
+def sum_columns(sums, channels, length, columns, width, chunks, result):
+    """Add the sums of each channel's columns, in the order of chunks, which are ``width`` numbers apart."""
     if columns == channels:
-        add_chunks(0, channels, sums, 8 * width, chunks, found)
+        sum_chunks(0, channels, sums, 8 * width, chunks, result)
         return
     for channel in range(channels):
-        total, lost = 0.0, 0.0
+        total, error = 0.0, 0.0
         for chunk in range(chunks):
             for start in range(channel * length, columns, channels * length):
                 for at in range(start, start + length):
-                    total, lost = two_sum(total, number(sums, chunk * width + at), lost)
-        put_number(found, channel, total + lost)
+                    total, error = two_sum(total, load_double(sums, chunk * width + at), error)
+        store_double(result, channel, total + error)
 
 
 @cold
-def merge(sums, squares, shifts, channels, length, columns, width, chunks, count, values, mean, var):
-    """The channels' moments from their columns' sums; return how many variances are -1, because they are not exact."""
-    gather(sums, channels, length, columns, 2 * width, chunks, mean)
-    gather(squares, channels, length, columns, 2 * width, chunks, var)
+def finish_statistics(sums, squares, shifts, channels, length, columns, width, chunks, count, values, mean, var):
+    """Compute the mean and variance of channels from the sums of columns; return the number of variances set to -1."""
+    sum_columns(sums, channels, length, columns, 2 * width, chunks, mean)
+    sum_columns(squares, channels, length, columns, 2 * width, chunks, var)
     if length == 1:
         read_parameters(0, channels, shifts, values)
     else:
         for at in range(channels):
-            put_number(values, at, parameter(shifts, at * length))
-    put_moments(0, channels, values, count, mean, var)
-    doubtful = 0
+            store_double(values, at, load_parameter(shifts, at * length))
+    finish_moments(0, channels, values, count, mean, var)
+    uncertain = 0
     for at in range(channels):
-        doubtful += 1 if number(var, at) == -1.0 else 0
-    return doubtful
+        uncertain += 1 if load_double(var, at) == -1.0 else 0
+    return uncertain
 
 
 @cold
-def sum_again(
-    again, x, x_step, size, rows, rest, channels, length, columns, width, scratch, sums, squares, values, count, mean,
-    var,
+def recompute_statistics(
+    deviations_again, x, x_step, size, rows, rest, channels, length, columns, width, scratch, sums, squares, values,
+    count, mean, var,
 ):  # fmt: skip
-    """Those variances that are -1 once more, and their means, in float64 around the means."""
-    spread(mean, 1, channels, length, columns, width, scratch + 1)
+    """Compute the statistics of the channels whose variance is -1 again: in float64, from sums around the means."""
+    spread_over_columns(mean, 1, channels, length, columns, width, scratch + 1)
     clear(sums, 2 * width)
-    call_kernel(again, (x, x_step, 0, rows, columns, scratch, sums, squares))
+    call_kernel(deviations_again, (x, x_step, 0, rows, columns, scratch, sums, squares))
     if rest:
-        call_kernel(again, (x + rows * columns * size, 0, 0, 1, rest, scratch, sums, squares))
-    gather(sums, channels, length, columns, width, 1, values)
-    gather(squares, channels, length, columns, width, 1, values + 8 * channels)
+        call_kernel(deviations_again, (x + rows * columns * size, 0, 0, 1, rest, scratch, sums, squares))
+    sum_columns(sums, channels, length, columns, width, 1, values)
+    sum_columns(squares, channels, length, columns, width, 1, values + 8 * channels)
     for at in range(channels):
-        if number(var, at) == -1.0:
-            m = number(values, at) / count
-            v = number(values, channels + at) / count - m * m
-            put_number(mean, at, number(mean, at) + m)
-            put_number(var, at, 0.0 if v < 0.0 else v)
+        if load_double(var, at) == -1.0:
+            m = load_double(values, at) / count
+            v = load_double(values, channels + at) / count - m * m
+            store_double(mean, at, load_double(mean, at) + m)
+            store_double(var, at, 0.0 if v < 0.0 else v)
 
 
 @cold
-def write_chunks(writer, tensors, steps, size, rows, columns, rest, scratch, width, chunks, p, past, counter):
-    """Write chunk after chunk; the shorter row comes with the last."""
+def write_chunks(writer, tensors, steps, size, rows, columns, rest, scratch, width, chunks, p, nontemporal, counter):
+    """Claim chunks and write their rows; the shorter row belongs to the last chunk."""
     while True:
         at = claim(counter)
         if at >= chunks:
@@ -123,20 +126,20 @@ def write_chunks(writer, tensors, steps, size, rows, columns, rest, scratch, wid
         vectors = (scratch, scratch + 8 * width, scratch + 16 * width, scratch + 24 * width, scratch + 32 * width)
         call_kernel(
             writer,
-            tensors + steps + (rows * at // chunks, rows * (at + 1) // chunks, columns) + vectors + (p, past),
+            tensors + steps + (rows * at // chunks, rows * (at + 1) // chunks, columns) + vectors + (p, nontemporal),
         )  # fmt: skip
         if rest and at == chunks - 1:
-            by = rows * columns * size
+            skip = rows * columns * size
             x, residual, dy, out, dresidual = tensors
-            last = (x + by, residual + by, dy + by, out + by, dresidual + by)
+            last = (x + skip, residual + skip, dy + skip, out + skip, dresidual + skip)
             call_kernel(writer, last + steps + (0, 1, rest) + vectors + (p, 0))
 
 
 @kernel
 def forward(
-    phases, shifts, deviations, again, writer, x, residual, y, x_step, residual_step, y_step, size, runs, channels,
-    length, folded, weight, bias, running_mean, running_var, counter, mean, var, batch_stats, momentum, eps, p, double,
-    past, chunks, width, scratch, counters,
+    phases, shifts, deviations, deviations_again, writer, x, residual, y, x_step, residual_step, y_step, size, runs,
+    channels, length, folded, weight, bias, running_mean, running_var, counter, mean, var, batch_stats, momentum, eps,
+    p, double, nontemporal, chunks, width, scratch, counters,
 ):  # fmt: skip
     period, rows = channels * length, runs // folded
     columns, rest = folded * period, (runs - rows * folded) * period
@@ -144,50 +147,50 @@ def forward(
     if folded > 1:
         x_step, residual_step, y_step = columns, columns, columns
     sums, squares = scratch + 40 * width, scratch + 48 * width
-    each = 2 if double else 1  # pairs of vectors a chunk
-    values = sums + 16 * width * chunks * each
+    pairs = 2 if double else 1  # pairs of vectors in a chunk
+    values = sums + 16 * width * chunks * pairs
     count = float(runs * length)
     if phases & START:
-        restart(counters)
+        reset_counters(counters)
         if batch_stats:
             call_kernel(shifts, (x, row_step, runs, period, length, scratch))
-            repeat(scratch + double, period, columns)
-            clear(sums, 2 * width * chunks * each)
+            repeat_columns(scratch + double, period, columns)
+            clear(sums, 2 * width * chunks * pairs)
     while phases & SUM and batch_stats:
         at = claim(counters)
         if at >= chunks:
             break
-        by = 16 * width * at * each
+        skip = 16 * width * at * pairs
         low, high = rows * at // chunks, rows * (at + 1) // chunks
-        call_kernel(deviations, (x, x_step, low, high, columns, scratch, sums + by, squares + by, 2 * width))
+        call_kernel(deviations, (x, x_step, low, high, columns, scratch, sums + skip, squares + skip, 2 * width))
         if rest and at == chunks - 1:
             last = x + rows * columns * size
-            call_kernel(deviations, (last, 0, 0, 1, rest, scratch, sums + by, squares + by, 2 * width))
+            call_kernel(deviations, (last, 0, 0, 1, rest, scratch, sums + skip, squares + skip, 2 * width))
     if phases & FINISH:
-        doubtful = 0
+        uncertain = 0
         if batch_stats:
-            doubtful = merge(
-                sums, squares, scratch + double, channels, length, columns, width, chunks * each, count, values, mean,
+            uncertain = finish_statistics(
+                sums, squares, scratch + double, channels, length, columns, width, chunks * pairs, count, values, mean,
                 var,
             )  # fmt: skip
         else:
             read_parameters(0, channels, running_mean, mean)
             read_parameters(0, channels, running_var, var)
-        if doubtful:
-            sum_again(
-                again, x, x_step, size, rows, rest, channels, length, columns, width, scratch, sums, squares, values,
-                count, mean, var,
+        if uncertain:
+            recompute_statistics(
+                deviations_again, x, x_step, size, rows, rest, channels, length, columns, width, scratch, sums,
+                squares, values, count, mean, var,
             )  # fmt: skip
-        scale, shifted = values + 8 * channels, values + 16 * channels
-        put_affine(0, channels, mean, var, eps, weight, bias, double, values, scale, shifted)
-        spread(values, 3, channels, length, columns, width, scratch + double)
+        scale, shift = values + 8 * channels, values + 16 * channels
+        store_affine(0, channels, mean, var, eps, weight, bias, double, values, scale, shift)
+        spread_over_columns(values, 3, channels, length, columns, width, scratch + double)
     if phases & WRITE and writer:
         write_chunks(
             writer, (x, residual, 0, y, 0), (x_step, residual_step, 0, y_step, 0), size, rows, columns, rest, scratch,
-            width, chunks, p, past, counters + 8,
+            width, chunks, p, nontemporal, counters + 8,
         )  # fmt: skip
     if phases & END and running_mean and batch_stats:
-        move(0, channels, running_mean, running_var, mean, var, count / max(count - 1.0, 1.0), momentum)
+        update_running(0, channels, running_mean, running_var, mean, var, count / max(count - 1.0, 1.0), momentum)
     if phases & END and counter:
         claim(counter)
 
@@ -196,7 +199,7 @@ def forward(
 def backward(
     phases, keeps, products, writer, x, residual, dy, dx, dresidual, x_step, residual_step, dy_step, dx_step,
     dresidual_step, size, runs, channels, length, folded, weight, bias, dweight, dbias, mean, var, dz, dz_xhat,
-    training, count, eps, p, double, past, chunks, width, scratch, counters,
+    training, count, eps, p, double, nontemporal, chunks, width, scratch, counters,
 ):  # fmt: skip
     period, rows = channels * length, runs // folded
     columns, rest = folded * period, (runs - rows * folded) * period
@@ -205,41 +208,43 @@ def backward(
         steps = (columns, columns, columns, columns, columns)
     x_step, residual_step, dy_step, dx_step, dresidual_step = steps
     kept, kept_step = (dresidual, dresidual_step) if dresidual else (dx, dx_step)
-    dz_at, dz_step, past = (kept, kept_step, past if dresidual else 0) if keeps else (dy, dy_step, past)
+    dz_at, dz_step, nontemporal = (
+        (kept, kept_step, nontemporal if dresidual else 0) if keeps else (dy, dy_step, nontemporal)
+    )
     sources = (x_step, residual_step, dy_step, kept_step)
     sums, squares = scratch + 40 * width, scratch + 48 * width
-    each = 2 if double else 1  # pairs of vectors a chunk
-    values = sums + 16 * width * chunks * each
+    pairs = 2 if double else 1  # pairs of vectors in a chunk
+    values = sums + 16 * width * chunks * pairs
     scale, shift = values + 8 * channels, values + 16 * channels
     slope, offset = values + 24 * channels, values + 32 * channels
     if phases & START:
-        restart(counters)
-        put_affine(0, channels, mean, var, eps, weight, bias, double, values, scale, shift)
-        spread(values, 3, channels, length, columns, width, scratch + double)
-        clear(sums, 2 * width * chunks * each)
+        reset_counters(counters)
+        store_affine(0, channels, mean, var, eps, weight, bias, double, values, scale, shift)
+        spread_over_columns(values, 3, channels, length, columns, width, scratch + double)
+        clear(sums, 2 * width * chunks * pairs)
     while phases & SUM and products:
         at = claim(counters)
         if at >= chunks:
             break
-        by = 16 * width * at * each
-        own = (scratch, scratch + 8 * width, scratch + 16 * width, sums + by, squares + by, 2 * width, p)
+        skip = 16 * width * at * pairs
+        vectors = (scratch, scratch + 8 * width, scratch + 16 * width, sums + skip, squares + skip, 2 * width, p)
         low, high = rows * at // chunks, rows * (at + 1) // chunks
-        call_kernel(products, (x, residual, dy, kept) + sources + (low, high, columns) + own)
+        call_kernel(products, (x, residual, dy, kept) + sources + (low, high, columns) + vectors)
         if rest and at == chunks - 1:
-            by = rows * columns * size
-            call_kernel(products, (x + by, residual + by, dy + by, kept + by) + sources + (0, 1, rest) + own)
+            skip = rows * columns * size
+            last = (x + skip, residual + skip, dy + skip, kept + skip)
+            call_kernel(products, last + sources + (0, 1, rest) + vectors)
     if phases & FINISH:
         if products:
-            gather(sums, channels, length, columns, 2 * width, chunks * each, dz)
-            gather(squares, channels, length, columns, 2 * width, chunks * each, dz_xhat)
-            finish_sums(0, channels, mean, var, eps, values, dz, dz_xhat)
-        put_slopes(0, channels, mean, var, eps, values, dz, dz_xhat, training, count, slope, offset)
-        spread(slope, 2, channels, length, columns, width, scratch + 24 * width + double)
+            sum_columns(sums, channels, length, columns, 2 * width, chunks * pairs, dz)
+            sum_columns(squares, channels, length, columns, 2 * width, chunks * pairs, dz_xhat)
+            finish_products(0, channels, mean, var, eps, values, dz, dz_xhat)
+        store_slopes(0, channels, mean, var, eps, values, dz, dz_xhat, training, count, slope, offset)
+        spread_over_columns(slope, 2, channels, length, columns, width, scratch + 24 * width + double)
     if phases & WRITE and writer:
         write_chunks(
             writer, (x, residual, dz_at, dx, dresidual), (x_step, residual_step, dz_step, dx_step, dresidual_step),
-            size, rows, columns, rest, scratch, width, chunks, p, past,
-            counters + 8,
+            size, rows, columns, rest, scratch, width, chunks, p, nontemporal, counters + 8,
         )  # fmt: skip
     if phases & END:
         if dweight:

@@ -1,99 +1,100 @@
-"""Channels that lie in runs of adjacent elements: element ``i`` of run ``r`` is ``r * step + i``, a step a tensor.
+"""Kernels for channels that are runs of adjacent elements. Element i of run r is at ``r * step + i``; each tensor has
+its own step.
 
-float32 sums are taken around a shift near the mean, which x can store, so that x - shift is exact; every few hundred
-elements they go over to float64. A variance that they may have got wrong is computed again, in float64 around the
-mean: where the shift was far off, and where squares leave float32's range.
+float32 sums are of x - shift, where the shift is near the mean and of the dtype of x, so that x - shift is exact. Every
+few hundred elements they are added to float64 sums. If a variance may be inexact, it is computed again, in float64
+around the mean: where the shift is far from the mean, or where squares underflow or overflow in float32.
 """
 
 from functools import cache
 
+from gpu_bn.kernels.cpu.calls import LARGEST, SMALLEST, TRUSTED
 from gpu_bn.kernels.cpu.compiler import cold, inlined, kernel
-from gpu_bn.kernels.cpu.points import plus, result, sum_rest, sum_vectors, write_pair, write_vectors
+from gpu_bn.kernels.cpu.points import add_pairs, compute_outputs, sum_tail, sum_vectors, write_outputs, write_vectors
 from gpu_bn.kernels.cpu.scalars import (
     add_double,
+    advance,
     elements,
     get,
-    lanes,
-    misaligned,
-    moved,
-    places,
+    lane_count,
+    lane_sum,
+    offsets,
     put,
-    rounded,
-    splats,
-    splats_wide,
-    total,
+    round_to,
+    splat_all,
+    splat_all_wide,
     two_sum,
+    unaligned_count,
     zeros_double,
 )
 from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64, MASKS, SIZES
 
 ADDITIONS = 8
-"""In a lane of a float32 sum, and so many of these in another, before it is added to a float64 one. Squares of coarse
-numbers (odd ones are 1 modulo 8) are all rounded the same way, so that longer sums drift: 16 made the variance at
-mean = 1e4 sd wrong by 3e-7 instead of 3e-8."""
+"""Additions in a lane of a float32 sum, and the number of such sums that are added in float32 before they are added to
+a float64 sum. Squares of coarse numbers (odd ones are 1 modulo 8) are all rounded in the same direction, so that longer
+sums drift: with 16 the error of the variance at mean = 1e4 sd was 3e-7 instead of 3e-8."""
 FEW = 32
-"""Elements of a channel up to which float64, twice, costs nothing."""
-TRUSTED = 4.0
-"""A variance is taken from sums around a shift while (mean - shift)**2 <= TRUSTED * variance, float64's while it is
-at most the variance."""
+"""The most elements of a channel for which the statistics are always computed in float64, twice: that costs nothing."""
 SHORT, TOGETHER = 1024, 8
-"""Elements of a run up to which adjacent channels of so many runs are summed in turn, in the order of memory: the
-processor fetches ahead along a few streams, not from one short run to the next, far away one."""
+"""If runs have at most ``SHORT`` elements, ``TOGETHER`` runs of one channel are summed, then those of the next channel,
+in the order of memory: the CPU prefetches along a few streams, but not from a short run to another that is far away."""
 DOUBLES = BYTES // 8
+"""The number of float64 lanes in a vector."""
 INFINITY = float("inf")
-SMALLEST, LARGEST = 1e-30, 1e37
-"""Mean squares of float32 numbers that have lost nothing, neither to underflow nor to infinity."""
 
 
 @inlined
-def run_sums(tensors, steps, runs, length, affine, which, p):
-    """Sums over a channel's runs of dz and of dz * (x - centre), in float64; x - centre stands for dz without dy."""
-    vectors, zeros = splats_wide(tensors[0], affine), splats_wide(tensors[0], (0.0, 0.0))
-    wide, sums, blocks = lanes(vectors), zeros, 0
-    steps_within = places(0, steps, wide)
-    (total_dz, total_products), (lost_dz, lost_products) = (0.0, 0.0), (0.0, 0.0)
+def run_sums(tensors, steps, runs, length, affine, activation, p):
+    """Return the float64 sums of dz and dz * (x - centre) over the runs of a channel; without dy, x - centre is dz."""
+    vectors, zeros = splat_all_wide(tensors[0], affine), splat_all_wide(tensors[0], (0.0, 0.0))
+    wide, sums, blocks = lane_count(vectors), zeros, 0
+    steps_within = offsets(0, steps, wide)
+    (total_dz, total_products), (dz_error, products_error) = (0.0, 0.0), (0.0, 0.0)
     for run in range(runs):
         for first in range(0, length, ADDITIONS * wide):
             count = min(ADDITIONS * wide, length - first)
-            here = moved(tensors, places(run, steps, first))
-            block = sum_vectors(zeros, here, steps_within, count // wide, None, vectors, which, p)
+            pointers = advance(tensors, offsets(run, steps, first))
+            block = sum_vectors(zeros, pointers, steps_within, count // wide, None, vectors, activation, p)
             if count % wide:
-                rest = moved(here, places(0, steps, count // wide * wide))
-                block = sum_rest(block, rest, count % wide, vectors, which, p)
-            sums = plus(sums, block)
+                rest = advance(pointers, offsets(0, steps, count // wide * wide))
+                block = sum_tail(block, rest, count % wide, vectors, activation, p)
+            sums = add_pairs(sums, block)
             blocks += 1
             if blocks == ADDITIONS:
-                total_dz, lost_dz = two_sum(total_dz, total(sums[0]), lost_dz)
-                total_products, lost_products = two_sum(total_products, total(sums[1]), lost_products)
+                total_dz, dz_error = two_sum(total_dz, lane_sum(sums[0]), dz_error)
+                total_products, products_error = two_sum(total_products, lane_sum(sums[1]), products_error)
                 sums, blocks = zeros, 0
-    return total_dz + (total(sums[0]) + lost_dz), total_products + (total(sums[1]) + lost_products)
+    return total_dz + (lane_sum(sums[0]) + dz_error), total_products + (lane_sum(sums[1]) + products_error)
 
 
 @inlined
 def mean_of_first(x, length):
-    """The mean of a channel's first elements."""
-    some = min(length, 8)
+    """Return the mean of the first elements of a run, at most 8."""
+    count = min(length, 8)
     mean = 0.0
-    for i in range(some):
+    for i in range(count):
         mean += get(x, i)
-    return mean / some
+    return mean / count
 
 
 @cold
-def moments_again(x, step, runs, length, shift):
-    """Mean and variance of a channel, in float64 around a shift."""
+def moments_float64(x, step, runs, length, shift):
+    """Return the mean and variance of a channel, computed in float64 from sums around a shift."""
     sums = zeros_double()
     for run in range(runs):
         for at in range(run * step, run * step + length, DOUBLES):
             sums = add_double(sums, x, at, run * step + length - at, shift)
-    mean = (total(sums[0]) + total(sums[2])) / (runs * length)
-    var = (total(sums[1]) + total(sums[3])) / (runs * length) - mean * mean
+    mean = (lane_sum(sums[0]) + lane_sum(sums[2])) / (runs * length)
+    var = (lane_sum(sums[1]) + lane_sum(sums[3])) / (runs * length) - mean * mean
     return shift + mean, 0.0 if var < 0.0 else var
 
 
 @cache
 def moments(code):
-    """The kernel that computes mean and variance of adjacent channels."""
+    """Return the kernel that computes the mean and variance of adjacent channels of the dtype ``code``.
+
+    For float64 elements a variance is trusted while (mean - shift)**2 is at most the variance.
+    """
     trusted = 1.0 if code == FLOAT64 else TRUSTED
 
     @kernel
@@ -103,26 +104,26 @@ def moments(code):
         together = max(runs, 1) if length > SHORT else TOGETHER
         for first in range(0, runs if count > FEW else 0, together):
             for channel in range(channels):
-                xc, some = moved((x, x), (channel * length, first * step + channel * length))
-                k = rounded(x, mean_of_first(xc, length))
-                some_runs = min(together, runs - first)
-                s, q = run_sums((some, None, None), (step, 0, 0), some_runs, length, (k, 0.0, 0.0), 0, 0.0)
+                xc, start = advance((x, x), (channel * length, first * step + channel * length))
+                k = round_to(x, mean_of_first(xc, length))
+                run_count = min(together, runs - first)
+                s, q = run_sums((start, None, None), (step, 0, 0), run_count, length, (k, 0.0, 0.0), 0, 0.0)
                 put(mean, channel, s if first == 0 else get(mean, channel) + s)
                 put(var, channel, q if first == 0 else get(var, channel) + q)
         for channel in range(channels):
-            (xc,) = moved((x,), (channel * length,))
+            (xc,) = advance((x,), (channel * length,))
             m, v, k, good = 0.0, 0.0, get(xc, 0), False
             if count > FEW:
-                k = rounded(x, mean_of_first(xc, length))
+                k = round_to(x, mean_of_first(xc, length))
                 m, q = get(mean, channel) / count, get(var, channel) / count
                 v = q - m * m
                 good = m * m <= trusted * v and v > SMALLEST and q < LARGEST
             m += k
             if not good:
-                m, v = moments_again(xc, step, runs, length, m if abs(m) < LARGEST else k)
+                m, v = moments_float64(xc, step, runs, length, m if abs(m) < LARGEST else k)
                 if (code == FLOAT64 or count <= FEW) and abs(m) < INFINITY:
-                    # Around a shift that is far off long sums lose digits that float64 has.
-                    m, v = moments_again(xc, step, runs, length, m)
+                    # If the shift was far from the mean, long sums have lost digits that float64 can hold.
+                    m, v = moments_float64(xc, step, runs, length, m)
             put(mean, channel, m)
             put(var, channel, v)
 
@@ -130,8 +131,8 @@ def moments(code):
 
 
 @cache
-def products(code, which, has_residual, keeps):
-    """The kernel that sums dz and dz * (x - centre) over adjacent channels, and may keep dz."""
+def products(code, activation, has_residual, keeps):
+    """Return the kernel that sums dz and dz * (x - centre) over adjacent channels; it stores dz if ``keeps``."""
     residual_code, kept_code = code if has_residual else -1, code if keeps else -1
 
     @kernel
@@ -143,12 +144,12 @@ def products(code, which, has_residual, keeps):
         steps = (x_step, residual_step, dy_step, kept_step)
         centre, scale, shift = elements(centre, FLOAT64), elements(scale, FLOAT64), elements(shift, FLOAT64)
         sums, products = elements(sums, FLOAT64), elements(products, FLOAT64)
-        together = max(runs, 1) if length > SHORT else TOGETHER // 2  # of x and of dy
+        together = max(runs, 1) if length > SHORT else TOGETHER // 2  # of two tensors, x and dy
         for first in range(0, runs, together):
             for channel in range(channels):
                 affine = (get(centre, channel), get(scale, channel), get(shift, channel))
-                here = moved(tensors, places(first, steps, channel * length))
-                s, q = run_sums(here, steps, min(together, runs - first), length, affine, which, p)
+                pointers = advance(tensors, offsets(first, steps, channel * length))
+                s, q = run_sums(pointers, steps, min(together, runs - first), length, affine, activation, p)
                 put(sums, channel, s if first == 0 else get(sums, channel) + s)
                 put(products, channel, q if first == 0 else get(products, channel) + q)
 
@@ -156,44 +157,46 @@ def products(code, which, has_residual, keeps):
 
 
 @inlined
-def write_run(tensors, length, affine, which, p, past, by_mask):
-    """Write a run. What is left of it is written ``by_mask``, or by a vector that overlaps the one before.
+def write_run(tensors, length, affine, activation, p, nontemporal, by_mask):
+    """Write one run: a masked vector up to the first aligned address if ``nontemporal``, full vectors, and the rest.
 
-    Such a vector is computed first, for x may be overwritten.
+    The rest is written by a masked vector if ``by_mask``, else by a full vector that overlaps the one before it. That
+    vector is computed before any other is written, because the outputs may overwrite x.
     """
-    width = lanes(affine)
+    width = lane_count(affine)
     steps = (width, width, width, width, width)
-    masked = length if length < width else misaligned(tensors[3], 0, affine) if past else 0
-    if masked:
-        write_vectors(tensors, steps, 1, masked, affine, which, p, 0)
+    head = length if length < width else unaligned_count(tensors[3], 0, affine) if nontemporal else 0
+    if head:
+        write_vectors(tensors, steps, 1, head, affine, activation, p, 0)
     if length >= width:
-        whole, rest = (length - masked) // width, (length - masked) % width
-        here = moved(tensors, places(masked, (1, 1, 1, 1, 1), 0))
+        full, rest = (length - head) // width, (length - head) % width
+        pointers = advance(tensors, offsets(head, (1, 1, 1, 1, 1), 0))
         if by_mask:
-            write_vectors(here, steps, whole, None, affine, which, p, past)
+            write_vectors(pointers, steps, full, None, affine, activation, p, nontemporal)
             if rest:
-                write_vectors(moved(here, places(whole, steps, 0)), steps, 1, rest, affine, which, p, 0)
+                write_vectors(advance(pointers, offsets(full, steps, 0)), steps, 1, rest, affine, activation, p, 0)
         else:
-            last = result(tensors, length - width, affine, which, p)
-            write_vectors(here, steps, whole, None, affine, which, p, past)
+            last = compute_outputs(tensors, length - width, affine, activation, p)
+            write_vectors(pointers, steps, full, None, affine, activation, p, nontemporal)
             if rest:
-                write_pair(tensors, length - width, last)
+                write_outputs(tensors, length - width, last)
 
 
 @cache
-def writer(code, which, has_residual, backward, writes, adds):
-    """The kernel that writes y, or what of dx (``writes``) and dresidual (``adds``) is wanted, of adjacent channels.
+def writer(code, activation, has_residual, backward, writes_out, writes_dresidual):
+    """Return the kernel that writes the outputs of adjacent channels: y, or dx and dresidual if ``backward``.
 
-    ``by_run``: whether it goes through all channels of a run before the next run, in the order of memory.
+    ``writes_out`` tells whether y or dx is written, ``writes_dresidual`` whether dresidual is. If the kernel's argument
+    ``by_run`` is 1, all channels of one run are written before the next run, in the order of memory.
     """
-    codes = (code if has_residual else -1, code if backward else -1, code if writes else -1, code if adds else -1)
-    residual_code, dy_code, out_code, dresidual_code = codes
+    residual_code, dy_code = code if has_residual else -1, code if backward else -1
+    out_code, dresidual_code = code if writes_out else -1, code if writes_dresidual else -1
     by_mask = MASKS and SIZES[code] > 2 and not backward  # half types are masked in pairs, and dx by two tensors
 
     @kernel
     def writer_kernel(
         x, residual, dy, out, dresidual, x_step, residual_step, dy_step, out_step, dresidual_step, runs, length,
-        channels, centre, scale, shift, slope, offset, p, by_run, past,
+        channels, centre, scale, shift, slope, offset, p, by_run, nontemporal,
     ):  # fmt: skip
         tensors = (
             elements(x, code), elements(residual, residual_code), elements(dy, dy_code), elements(out, out_code),
@@ -209,7 +212,7 @@ def writer(code, which, has_residual, backward, writes, adds):
                 affine = (get(centre, channel), get(scale, channel), get(shift, channel))
                 if backward:
                     affine = affine + (get(slope, channel), get(offset, channel))
-                here = moved(tensors, places(run, steps, channel * length))
-                write_run(here, length, splats(tensors[0], affine), which, p, past, by_mask)
+                pointers = advance(tensors, offsets(run, steps, channel * length))
+                write_run(pointers, length, splat_all(tensors[0], affine), activation, p, nontemporal, by_mask)
 
     return writer_kernel

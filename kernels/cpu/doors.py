@@ -1,10 +1,9 @@
-"""Whole calls of torch's tensors, as functions that Python calls directly: builtin ones, with ``METH_FASTCALL``.
+"""Doors: builtin functions (``METH_FASTCALL``) that run a whole call of torch tensors without any Python code.
 
-Such a function takes the tensors themselves and looks at them through DLPack's exchange interface, so that no step of
-Python's lies between a call and its kernel. What calls alike have in common is a *record*, int64 words at an address:
-``FIELDS``, then the kernel's arguments that are known in advance, then the shape. Where something is not as the record
-says, a vector is none that kernels read, or memory that is written is shared, the function does nothing and returns 1,
-else 0.
+A door takes the tensors themselves and reads their addresses, shapes and strides through DLPack's exchange interface.
+What equal calls have in common is in a *record*, int64 numbers at an address: ``FIELDS``, then the arguments of the
+kernel that are known in advance, then the shape. A door returns 0. It does nothing and returns 1 if a tensor is not as
+the record says, if kernels cannot read a vector, or if memory that is written overlaps other memory of the call.
 """
 
 from functools import cache
@@ -17,63 +16,77 @@ from numba.extending import intrinsic
 from gpu_bn.kernels.cpu import memory
 from gpu_bn.kernels.cpu.calls import LINE
 from gpu_bn.kernels.cpu.compiler import cold, inlined, kernel
-from gpu_bn.kernels.cpu.scalars import at_address, call_kernel
-from gpu_bn.kernels.cpu.team import share
+from gpu_bn.kernels.cpu.scalars import as_pointer, call_kernel
+from gpu_bn.kernels.cpu.team import run_phases
 from gpu_bn.kernels.cpu.vector import INT32, INT64
 
-FIELDS = ("look", "none", "kind", "channels", "misaligned", "extent", "added_extent", "releases", "trains", "count",
-          "scratch", "kernel", "phases", "parallel", "number")  # fmt: skip
-(LOOK, NONE, KIND, CHANNELS, MISALIGNED, EXTENT, ADDED_EXTENT, RELEASES, TRAINS, COUNT, SCRATCH, KERNEL, PHASES,
- PARALLEL, NUMBER) = range(len(FIELDS))  # fmt: skip
+FIELDS = 15
+"""The number of fields in a record. Their indices are:
+
+- ``GET_VIEW``: the address of the function of DLPack that fills a view of a tensor,
+- ``NONE``: the address of Python's ``None``,
+- ``TYPE_WORD``: the type word of x,
+- ``ADDRESS_MASK``: the address bits that are 0 if a tensor is aligned,
+- ``X_BYTES``, ``RESIDUAL_BYTES``: the bytes from the first element to the end of the last,
+- ``RELEASE_GIL``, ``TRAINING``: 1 or 0,
+- ``POSITIONS``: the number of positions,
+- ``SCRATCH_BYTES``: the bytes of scratch memory before the statistics or sums that the caller does not pass,
+- ``KERNEL``, ``PHASES``: the address of the kernel, and all of its phases,
+- ``GOMP_PARALLEL``, ``THREAD_NUMBER``: the addresses of OpenMP's ``GOMP_parallel`` and ``omp_get_thread_num``.
+"""
+(GET_VIEW, NONE, TYPE_WORD, CHANNELS, ADDRESS_MASK, X_BYTES, RESIDUAL_BYTES, RELEASE_GIL, TRAINING, POSITIONS,
+ SCRATCH_BYTES, KERNEL, PHASES, GOMP_PARALLEL, THREAD_NUMBER) = range(FIELDS)  # fmt: skip
 DATA, DEVICE, TYPE, SHAPE, STRIDES, OFFSET = range(6)
-"""The words of a view of DLPack's; ``TYPE`` has the rank in its lower half, in the upper the code, bits and lanes."""
+"""Indices of the int64 words of a view, DLPack's ``DLTensor``."""
 CPU = 1
+"""The device type of the CPU in DLPack."""
 
 
-def kind(rank, code, bits):
-    """The word ``TYPE`` of a tensor."""
+def type_word(rank, code, bits):
+    """Return the word ``TYPE`` of a view: the rank in its lower half, the code, bits and lanes of the dtype above."""
     return rank + ((code + (bits << 8) + (1 << 16)) << 32)
 
 
-SINGLES, DOUBLES, COUNTER = kind(1, 2, 32), kind(1, 2, 64), kind(0, 0, 64)
+SINGLES, DOUBLES, COUNTER = type_word(1, 2, 32), type_word(1, 2, 64), type_word(0, 0, 64)
 
 I, V = types.int64, types.void  # noqa: E741
 clear_error = types.ExternalFunction("PyErr_Clear", V())
-error = types.ExternalFunction("PyErr_Occurred", I())
+error_occurred = types.ExternalFunction("PyErr_Occurred", I())
 bad_argument = types.ExternalFunction("PyErr_BadArgument", types.int32())
-as_double = types.ExternalFunction("PyFloat_AsDouble", types.float64(I))
-as_whole = types.ExternalFunction("PyLong_AsLongLong", I(I))
-from_whole = types.ExternalFunction("PyLong_FromLongLong", I(I))
-release = types.ExternalFunction("PyEval_SaveThread", I())
-take_back = types.ExternalFunction("PyEval_RestoreThread", V(I))
+as_float = types.ExternalFunction("PyFloat_AsDouble", types.float64(I))
+as_int = types.ExternalFunction("PyLong_AsLongLong", I(I))
+from_int = types.ExternalFunction("PyLong_FromLongLong", I(I))
+release_gil = types.ExternalFunction("PyEval_SaveThread", I())
+acquire_gil = types.ExternalFunction("PyEval_RestoreThread", V(I))
 
 
-# ----------------------------------------------------------------------------------------------------------- looking
+# ---------------------------------------------------------------------------------------------------- reading tensors
 def load_word(builder, address, at):
-    return builder.load(memory.place(builder, at_address(builder, address), at, 8, INT64))
+    """Generate the code of :func:`word`."""
+    return builder.load(memory.element_pointer(builder, as_pointer(builder, address), at, 8, INT64))
 
 
 @intrinsic
 def word(typing, address, at):
-    """An int64 at an address."""
+    """Load number ``at`` of the int64 numbers at an address."""
     return I(I, I), lambda context, builder, sig, args: load_word(builder, *args)
 
 
 @intrinsic(prefer_literal=True)
 def words(typing, address, count):
-    """So many of them, as a tuple."""
-    found = types.UniTuple(I, count.literal_value)
+    """Load ``count`` int64 numbers at an address as a tuple."""
+    result = types.UniTuple(I, count.literal_value)
 
     def generate(context, builder, sig, args):
-        each = [load_word(builder, args[0], INT64(at)) for at in range(len(found))]
-        return context.make_tuple(builder, found, each)
+        each = [load_word(builder, args[0], INT64(at)) for at in range(len(result))]
+        return context.make_tuple(builder, result, each)
 
-    return found(I, count), generate
+    return result(I, count), generate
 
 
 @intrinsic
 def new_view(typing):
-    """Room for a view."""
+    """Return the address of memory on the stack for a view."""
 
     def generate(context, builder, sig, args):
         return builder.ptrtoint(cgutils.alloca_once(builder, INT64, 6), INT64)
@@ -82,11 +95,11 @@ def new_view(typing):
 
 
 @intrinsic
-def fails(typing, look, one, view):
-    """Fill a view of an object, and return whether that failed."""
+def cannot_view(typing, get_view, tensor, view):
+    """Fill a view of a Python object by DLPack's function at ``get_view``, and return True if that failed."""
 
     def generate(context, builder, sig, args):
-        pointers = [at_address(builder, address) for address in args[1:]]
+        pointers = [as_pointer(builder, address) for address in args[1:]]
         signature = ir.FunctionType(INT32, [pointer.type for pointer in pointers])
         result = builder.call(builder.inttoptr(args[0], signature.as_pointer()), pointers)
         return builder.icmp_signed("!=", result, INT32(0))
@@ -95,34 +108,37 @@ def fails(typing, look, one, view):
 
 
 @cold
-def found(record, one, view):
-    """Where a tensor in the memory of the CPU begins; 0 for ``None``, -1 for any other."""
-    if one == word(record, NONE):
+def data_address(record, tensor, view):
+    """Return the address of a CPU tensor's first element and fill the view; 0 for ``None``, -1 for any other object."""
+    if tensor == word(record, NONE):
         return 0
-    if fails(word(record, LOOK), one, view):
+    if cannot_view(word(record, GET_VIEW), tensor, view):
         clear_error()
         return -1
     return word(view, DATA) + word(view, OFFSET) if word(view, DATA) and word(view, DEVICE) == CPU else -1
 
 
 @cold
-def tensor(record, one, shape, view):
-    """As ``found``, of a tensor with the record's dtype and shape."""
-    start = found(record, one, view)
+def tensor_address(record, tensor, shape, view):
+    """Return the address of an aligned CPU tensor of the record's dtype and shape; 0 for ``None``, -1 for any other."""
+    start = data_address(record, tensor, view)
     if start <= 0:
         return start
-    if word(view, TYPE) != word(record, KIND) or start & word(record, MISALIGNED):
+    if word(view, TYPE) != word(record, TYPE_WORD) or start & word(record, ADDRESS_MASK):
         return -1
-    for at in range(word(record, KIND) & 0xFFFFFFFF):
+    for at in range(word(record, TYPE_WORD) & 0xFFFFFFFF):
         if word(word(view, SHAPE), at) != word(shape, at):
             return -1
     return start
 
 
 @cold
-def vector(record, one, view):
-    """As ``found``, but the tagged address, of a dense vector of the channels in float32 or float64."""
-    start = found(record, one, view)
+def vector_address(record, vector, view):
+    """Return the tagged address of a contiguous float32 or float64 CPU vector with one element for each channel.
+
+    The result is 0 for ``None``, -1 for anything else.
+    """
+    start = data_address(record, vector, view)
     if start <= 0:
         return start
     channels, double = word(record, CHANNELS), word(view, TYPE) == DOUBLES
@@ -133,177 +149,190 @@ def vector(record, one, view):
 
 
 @cold
-def counter_at(record, one, view):
-    """As ``found``, of a counter of batches."""
-    start = found(record, one, view)
+def counter_address(record, counter, view):
+    """Return the address of an int64 CPU tensor of rank 0, the number of batches; 0 for ``None``, -1 for any other."""
+    start = data_address(record, counter, view)
     return start if start <= 0 or (word(view, TYPE) == COUNTER and start & 7 == 0) else -1
 
 
 @cold
-def meet(written, length, read, extent):
-    """Whether memory that is written shares a byte with some other."""
-    return written != 0 and read != 0 and written < read + extent and read < written + length
+def overlap(a, a_bytes, b, b_bytes):
+    """Tell whether two ranges of memory share a byte; address 0 stands for an empty range."""
+    return a != 0 and b != 0 and a < b + b_bytes and b < a + a_bytes
 
 
 @cold
-def size(tagged, channels):
+def vector_bytes(tagged, channels):
+    """Return the size of the vector at a tagged address."""
     return channels * (8 if tagged & 1 else 4)
 
 
 @cold
-def shared(record, x, residual, weight, bias, mean, var, counter):
-    """Whether what training writes shares memory with itself or with what is read."""
+def outputs_overlap(record, x, residual, weight, bias, mean, var, counter):
+    """Tell whether mean, var and counter, which training updates, overlap one another or what the call reads."""
     channels = word(record, CHANNELS)
     for at, one in enumerate((mean, var, counter)):
-        own, length = one & -2, 8 if at == 2 else size(one, channels)
-        if meet(own, length, x, word(record, EXTENT)) or meet(own, length, residual, word(record, ADDED_EXTENT)):
+        a, size = one & -2, 8 if at == 2 else vector_bytes(one, channels)
+        if overlap(a, size, x, word(record, X_BYTES)) or overlap(a, size, residual, word(record, RESIDUAL_BYTES)):
             return True
         for other in (weight, bias):
-            if meet(own, length, other & -2, size(other, channels)):
+            if overlap(a, size, other & -2, vector_bytes(other, channels)):
                 return True
     return (
-        meet(mean & -2, size(mean, channels), var & -2, size(var, channels))
-        or meet(counter, 8, mean & -2, size(mean, channels))
-        or meet(counter, 8, var & -2, size(var, channels))
+        overlap(mean & -2, vector_bytes(mean, channels), var & -2, vector_bytes(var, channels))
+        or overlap(counter, 8, mean & -2, vector_bytes(mean, channels))
+        or overlap(counter, 8, var & -2, vector_bytes(var, channels))
     )
 
 
 # ------------------------------------------------------------------------------------------------------------- doors
 @intrinsic(prefer_literal=True)
-def numbers(typing, arguments, count, floats):
-    """So many numbers of Python's as a tuple; bit ``i`` of ``floats`` says whether number ``i`` is a float64."""
-    kinds = [types.float64 if floats.literal_value >> at & 1 else I for at in range(count.literal_value)]
-    found = types.BaseTuple.from_types(kinds)
+def parse_numbers(typing, arguments, count, floats):
+    """Convert ``count`` Python numbers to a tuple: number i to float64 if bit i of ``floats`` is 1, else to int64."""
+    number_types = [types.float64 if floats.literal_value >> at & 1 else I for at in range(count.literal_value)]
+    result = types.BaseTuple.from_types(number_types)
 
     def generate(context, builder, sig, args):
         each = []
-        for at, kind in enumerate(kinds):
-            convert = as_whole if kind == I else as_double
-            callee = ir.FunctionType(context.get_value_type(kind), [INT64])
-            callee = cgutils.get_or_insert_function(builder.module, callee, convert.symbol)
+        for at, t in enumerate(number_types):
+            convert = as_int if t == I else as_float
+            signature = ir.FunctionType(context.get_value_type(t), [INT64])
+            callee = cgutils.get_or_insert_function(builder.module, signature, convert.symbol)
             each.append(builder.call(callee, [load_word(builder, args[0], INT64(at))]))
-        return context.make_tuple(builder, found, each)
+        return context.make_tuple(builder, result, each)
 
-    return found(I, count, floats), generate
+    return result(I, count, floats), generate
 
 
 @cache
-def plain(how_many, floats):
-    """The function of calls by numbers: the kernel's address, then its so many arguments."""
+def entry_kernel(parameters, floats):
+    """Return the builtin that runs a kernel with ``parameters`` parameters: it takes its address and the arguments.
+
+    Bit i of the integer ``floats`` is 1 if parameter i is a float64; the others are int64.
+    """
 
     @kernel
     def door(module, arguments, count):
-        if count != how_many + 1:
+        if count != parameters + 1:
             bad_argument()
             return 0
-        address, given = as_whole(word(arguments, 0)), numbers(arguments + 8, how_many, floats)
-        if error():
+        address, given = as_int(word(arguments, 0)), parse_numbers(arguments + 8, parameters, floats)
+        if error_occurred():
             return 0
-        thread = release()
+        thread = release_gil()
         call_kernel(address, given)
-        take_back(thread)
-        return from_whole(0)
+        acquire_gil(thread)
+        return from_int(0)
 
     return door
 
 
 @inlined
-def alone(record, most, arguments):
-    """Run a kernel on the caller's thread."""
+def run_alone(record, threads, arguments):
+    """Run the kernel of the record on the caller's thread."""
     call_kernel(word(record, KERNEL), (word(record, PHASES),) + arguments)
 
 
 @inlined
-def shared_by(record, most, arguments):
-    """Run a kernel on ``most`` threads."""
-    share(word(record, PARALLEL), word(record, NUMBER), most, word(record, KERNEL), word(record, PHASES), arguments)
+def run_on_team(record, threads, arguments):
+    """Run the kernel of the record on ``threads`` threads of the caller's OpenMP team."""
+    run_phases(
+        word(record, GOMP_PARALLEL), word(record, THREAD_NUMBER), threads, word(record, KERNEL), word(record, PHASES),
+        arguments,
+    )  # fmt: skip
 
 
-def forward(shares, heads, shapes, cuts):
-    """The function of forward calls whose kernel has so many arguments known in advance, in three places.
+def forward(parallel, heads, shapes, cuts):
+    """Return the door of forward calls.
 
-    ``shares``: whether threads share its work. Its own arguments are the record, x, residual, y, weight, bias, running
-    mean and variance, counter, the place of the statistics or ``None``, momentum, eps, the activation's parameter, the
-    address of scratch memory, and how many threads there are.
+    The record has the arguments of the kernel that are known in advance: ``heads`` at the start, ``shapes`` after the
+    addresses of the tensors, and ``cuts`` after p. ``parallel``: the threads of a team share the work.
+
+    The arguments of the door are the record, x, residual, y, weight, bias, the running mean and variance, the counter,
+    a vector for mean and variance or ``None``, momentum, eps, p, the address of scratch memory, the number of threads.
     """
-    run = shared_by if shares else alone
-    first, second = 8 * len(FIELDS), 8 * heads
+    run = run_on_team if parallel else run_alone
+    fields_bytes, heads_bytes = 8 * FIELDS, 8 * heads
 
     @kernel
     def door(module, arguments, count):
-        record, view = as_whole(word(arguments, 0)), new_view()
-        known = record + first
+        record, view = as_int(word(arguments, 0)), new_view()
+        known = record + fields_bytes
         shape = known + 8 * (heads + shapes + cuts)
-        x = tensor(record, word(arguments, 1), shape, view)
-        residual = tensor(record, word(arguments, 2), shape, view)
-        y = tensor(record, word(arguments, 3), shape, view)
-        weight, bias = vector(record, word(arguments, 4), view), vector(record, word(arguments, 5), view)
-        mean, var = vector(record, word(arguments, 6), view), vector(record, word(arguments, 7), view)
-        counter = counter_at(record, word(arguments, 8), view)
-        statistics, scratch = found(record, word(arguments, 9), view), as_whole(word(arguments, 13))
+        x = tensor_address(record, word(arguments, 1), shape, view)
+        residual = tensor_address(record, word(arguments, 2), shape, view)
+        y = tensor_address(record, word(arguments, 3), shape, view)
+        weight = vector_address(record, word(arguments, 4), view)
+        bias = vector_address(record, word(arguments, 5), view)
+        mean = vector_address(record, word(arguments, 6), view)
+        var = vector_address(record, word(arguments, 7), view)
+        counter = counter_address(record, word(arguments, 8), view)
+        statistics, scratch = data_address(record, word(arguments, 9), view), as_int(word(arguments, 13))
         if min(x, residual, y, weight, bias, mean, var, counter, statistics) < 0 or x == 0 or y == 0:
-            return from_whole(1)
-        if word(record, TRAINS) and shared(record, x, residual, weight, bias, mean, var, counter):
-            return from_whole(1)
+            return from_int(1)
+        if word(record, TRAINING) and outputs_overlap(record, x, residual, weight, bias, mean, var, counter):
+            return from_int(1)
         if statistics == 0:
-            statistics = scratch + LINE + word(record, SCRATCH)
+            statistics = scratch + LINE + word(record, SCRATCH_BYTES)
         momentum, eps, p = (
-            as_double(word(arguments, 10)), as_double(word(arguments, 11)), as_double(word(arguments, 12)),
+            as_float(word(arguments, 10)), as_float(word(arguments, 11)), as_float(word(arguments, 12)),
         )  # fmt: skip
-        threads = as_whole(word(arguments, 14))
-        thread = release() if word(record, RELEASES) else 0
+        threads = as_int(word(arguments, 14))
+        thread = release_gil() if word(record, RELEASE_GIL) else 0
         run(
             record, threads,
-            words(known, heads) + (x, residual, y) + words(known + second, shapes)
+            words(known, heads) + (x, residual, y) + words(known + heads_bytes, shapes)
             + (weight, bias, mean, var, counter, statistics, statistics + 8 * word(record, CHANNELS),
-               word(record, TRAINS), momentum, eps, p)
-            + words(known + second + 8 * shapes, cuts) + (scratch + LINE, scratch),
+               word(record, TRAINING), momentum, eps, p)
+            + words(known + heads_bytes + 8 * shapes, cuts) + (scratch + LINE, scratch),
         )  # fmt: skip
         if thread:
-            take_back(thread)
-        return from_whole(0)
+            acquire_gil(thread)
+        return from_int(0)
 
     return door
 
 
-def backward(shares, heads, shapes, cuts):
-    """As :func:`forward`, of backward calls.
+def backward(parallel, heads, shapes, cuts):
+    """Return the door of backward calls. The parameters are those of :func:`forward`.
 
-    The arguments are the record, x, residual, dy, dx, dresidual, weight, bias, their gradients, the statistics, eps,
-    the activation's parameter, the address of scratch memory, and how many threads there are.
+    The arguments of the door are the record, x, residual, dy, dx, dresidual, weight, bias, the gradients of these two,
+    the mean and variance in one vector, eps, p, the address of scratch memory, and the number of threads.
     """
-    run = shared_by if shares else alone
-    first, second = 8 * len(FIELDS), 8 * heads
+    run = run_on_team if parallel else run_alone
+    fields_bytes, heads_bytes = 8 * FIELDS, 8 * heads
 
     @kernel
     def door(module, arguments, count):
-        record, view = as_whole(word(arguments, 0)), new_view()
-        known = record + first
+        record, view = as_int(word(arguments, 0)), new_view()
+        known = record + fields_bytes
         shape = known + 8 * (heads + shapes + cuts)
-        x = tensor(record, word(arguments, 1), shape, view)
-        residual = tensor(record, word(arguments, 2), shape, view)
-        dy = tensor(record, word(arguments, 3), shape, view)
-        dx = tensor(record, word(arguments, 4), shape, view)
-        dresidual = tensor(record, word(arguments, 5), shape, view)
-        weight, bias = vector(record, word(arguments, 6), view), vector(record, word(arguments, 7), view)
-        dweight, dbias = vector(record, word(arguments, 8), view), vector(record, word(arguments, 9), view)
-        mean, scratch = found(record, word(arguments, 10), view), as_whole(word(arguments, 13))
+        x = tensor_address(record, word(arguments, 1), shape, view)
+        residual = tensor_address(record, word(arguments, 2), shape, view)
+        dy = tensor_address(record, word(arguments, 3), shape, view)
+        dx = tensor_address(record, word(arguments, 4), shape, view)
+        dresidual = tensor_address(record, word(arguments, 5), shape, view)
+        weight = vector_address(record, word(arguments, 6), view)
+        bias = vector_address(record, word(arguments, 7), view)
+        dweight = vector_address(record, word(arguments, 8), view)
+        dbias = vector_address(record, word(arguments, 9), view)
+        mean, scratch = data_address(record, word(arguments, 10), view), as_int(word(arguments, 13))
         if min(x, residual, dy, dx, dresidual, weight, bias, dweight, dbias, mean) < 0 or min(x, dy, mean) == 0:
-            return from_whole(1)
-        by = 8 * word(record, CHANNELS)
-        sums = scratch + LINE + word(record, SCRATCH)
-        eps, p = as_double(word(arguments, 11)), as_double(word(arguments, 12))
-        threads = as_whole(word(arguments, 14))
-        thread = release() if word(record, RELEASES) else 0
+            return from_int(1)
+        size = 8 * word(record, CHANNELS)
+        sums = scratch + LINE + word(record, SCRATCH_BYTES)
+        eps, p = as_float(word(arguments, 11)), as_float(word(arguments, 12))
+        threads = as_int(word(arguments, 14))
+        thread = release_gil() if word(record, RELEASE_GIL) else 0
         run(
             record, threads,
-            words(known, heads) + (x, residual, dy, dx, dresidual) + words(known + second, shapes)
-            + (weight, bias, dweight, dbias, mean, mean + by, sums, sums + by, word(record, TRAINS),
-               float(word(record, COUNT)), eps, p)
-            + words(known + second + 8 * shapes, cuts) + (scratch + LINE, scratch),
+            words(known, heads) + (x, residual, dy, dx, dresidual) + words(known + heads_bytes, shapes)
+            + (weight, bias, dweight, dbias, mean, mean + size, sums, sums + size, word(record, TRAINING),
+               float(word(record, POSITIONS)), eps, p)
+            + words(known + heads_bytes + 8 * shapes, cuts) + (scratch + LINE, scratch),
         )  # fmt: skip
         if thread:
-            take_back(thread)
-        return from_whole(0)
+            acquire_gil(thread)
+        return from_int(0)
 
     return door

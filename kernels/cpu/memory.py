@@ -1,4 +1,4 @@
-"""Loads and stores of vectors, in code that is being generated. float16 and bfloat16 are computed in float32."""
+"""Generate loads and stores of vectors. float16 and bfloat16 elements are computed in float32."""
 
 from llvmlite import ir
 from numba import types
@@ -18,22 +18,22 @@ from gpu_bn.kernels.cpu.vector import (
     Elements,
     Lanes,
     Vector,
-    call,
+    call_intrinsic,
     constant,
-    in_all,
-    numbered,
-    suffix,
+    fill_lanes,
+    lane_mask,
+    type_suffix,
 )
 
 
-def place(builder, pointer, index, size, t):
-    """The address of element ``index``, as a pointer to ``t``."""
+def element_pointer(builder, pointer, index, size, t):
+    """Return the address of element ``index``, which has ``size`` bytes, as a pointer to ``t``."""
     at = builder.gep(pointer, [builder.mul(index, INT64(size))], source_etype=BYTE)
     return builder.bitcast(at, t.as_pointer())
 
 
 def widen(builder, bits, code, t):
-    """A stored vector as a vector of type ``t``."""
+    """Return a vector of type ``t`` from the bits of a stored one."""
     word, single = (ir.VectorType(one, bits.type.count) for one in (INT32, SINGLE))
     if code == FLOAT16:
         bits = builder.fpext(builder.bitcast(bits, ir.VectorType(HALF, bits.type.count)), single)
@@ -43,7 +43,7 @@ def widen(builder, bits, code, t):
 
 
 def narrow(lanes, code):
-    """A vector as it is stored, rounded to nearest even; NaN stays NaN."""
+    """Return the bits to store of a vector, rounded to nearest even; NaN stays NaN."""
     builder, value, count = lanes.builder, lanes.value, lanes.value.type.count
     word, short, single = (ir.VectorType(t, count) for t in (INT32, INT16, SINGLE))
     if code == FLOAT64:
@@ -61,79 +61,79 @@ def narrow(lanes, code):
     return value
 
 
-def load(builder, source, pointer, at, count, like):
-    """A vector like another, of what lies from element ``at`` on.
+def load(builder, source, pointer, at, count, fill):
+    """Load a vector from element ``at`` on, of the type of the vector ``fill``.
 
-    Where there is a ``count``, of at least 1, the lanes beyond are those of ``like``.
+    If ``count`` is not ``None``, it is at least 1; only so many elements are read, and the other lanes are those of
+    ``fill``.
     """
-    t = like.value.type
-    stored = ir.VectorType(source.stored, t.count)
+    t = fill.value.type
+    storage = ir.VectorType(source.storage, t.count)
     if count is None:
-        bits = builder.load(place(builder, pointer, at, source.size, stored), align=source.size)
+        bits = builder.load(element_pointer(builder, pointer, at, source.size, storage), align=source.size)
         return widen(builder, bits, source.code, t)
     if source.size > 2:
-        bits = masked_load(builder, place(builder, pointer, at, source.size, stored), count, source.size)
-    else:  # in pairs, and the last by itself: what AVX2 can load by a mask has 32 bits
+        bits = masked_load(builder, element_pointer(builder, pointer, at, source.size, storage), count, source.size)
+    else:  # in pairs, and the last element alone: a masked load of AVX2 has lanes of 32 bits
         pairs, last = ir.VectorType(INT32, t.count // 2), builder.sub(count, INT64(1))
-        bits = masked_load(builder, place(builder, pointer, at, 2, pairs), builder.ashr(count, INT64(1)), 2)
-        one = builder.load(place(builder, pointer, builder.add(at, last), 2, INT16), align=2)
-        at_last = numbered(builder, "==", last, t.count)
-        bits = builder.select(at_last, in_all(builder, one, t.count), builder.bitcast(bits, stored))
-    there = numbered(builder, "<", count, t.count)
-    return Lanes(builder, builder.select(there, widen(builder, bits, source.code, t).value, like.value))
+        bits = masked_load(builder, element_pointer(builder, pointer, at, 2, pairs), builder.ashr(count, INT64(1)), 2)
+        one = builder.load(element_pointer(builder, pointer, builder.add(at, last), 2, INT16), align=2)
+        at_last = lane_mask(builder, "==", last, t.count)
+        bits = builder.select(at_last, fill_lanes(builder, one, t.count), builder.bitcast(bits, storage))
+    in_range = lane_mask(builder, "<", count, t.count)
+    return Lanes(builder, builder.select(in_range, widen(builder, bits, source.code, t).value, fill.value))
 
 
-def store(builder, target, pointer, at, count, lanes, past=False):
-    """Write a vector, or its first ``count`` lanes, of which there is at least one.
+def store(builder, target, pointer, at, count, lanes, nontemporal=False):
+    """Store a vector, or its first ``count`` lanes, at least 1, if ``count`` is not ``None``.
 
-    ``past``: without reading the cache lines first; the address is then a multiple of a vector's size.
+    ``nontemporal``: store past the caches, which otherwise read the cache lines first. The address must then be a
+    multiple of the size of a vector.
     """
     bits = narrow(lanes, target.code)
     if count is None:
-        align = min(bits.type.count * target.size, BYTES) if past else target.size
-        written = builder.store(bits, place(builder, pointer, at, target.size, bits.type), align=align)
-        if past:
+        align = min(bits.type.count * target.size, BYTES) if nontemporal else target.size
+        written = builder.store(bits, element_pointer(builder, pointer, at, target.size, bits.type), align=align)
+        if nontemporal:
             written.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
         return
     if target.size == 2:
         last = builder.sub(count, INT64(1))
         one = builder.extract_element(bits, last)
-        builder.store(one, place(builder, pointer, builder.add(at, last), 2, INT16), align=2)
+        builder.store(one, element_pointer(builder, pointer, builder.add(at, last), 2, INT16), align=2)
         bits = builder.bitcast(bits, ir.VectorType(INT32, bits.type.count // 2))
         count = builder.ashr(count, INT64(1))
-    masked_store(builder, bits, place(builder, pointer, at, target.size, bits.type), count, target.size)
+    masked_store(builder, bits, element_pointer(builder, pointer, at, target.size, bits.type), count, target.size)
 
 
 def masked_load(builder, at, count, size):
     t = at.type.pointee
-    args = [at, INT32(size), numbered(builder, "<", count, t.count), constant(t, 0)]
-    return call(builder, f"llvm.masked.load.{suffix(t)}.p0", t, args)
+    args = [at, INT32(size), lane_mask(builder, "<", count, t.count), constant(t, 0)]
+    return call_intrinsic(builder, f"llvm.masked.load.{type_suffix(t)}.p0", t, args)
 
 
 def masked_store(builder, value, at, count, size):
-    args = [value, at, INT32(size), numbered(builder, "<", count, value.type.count)]
-    call(builder, f"llvm.masked.store.{suffix(value.type)}.p0", ir.VoidType(), args)
+    args = [value, at, INT32(size), lane_mask(builder, "<", count, value.type.count)]
+    call_intrinsic(builder, f"llvm.masked.store.{type_suffix(value.type)}.p0", ir.VoidType(), args)
 
 
 # ------------------------------------------------------------------------------------------- arguments of intrinsics
 class Tensor:
-    """A kernel's tensor in code that is being generated."""
+    """A tensor argument of an intrinsic: a pointer with the Numba type ``t``."""
 
     def __init__(self, builder, t, pointer):
         self.builder, self.t, self.pointer = builder, t, pointer
 
-    def __bool__(self):
-        return isinstance(self.t, Elements)
+    def load(self, at, count, fill):
+        return load(self.builder, self.t, self.pointer, at, count, fill)
 
-    def load(self, at, count, like):
-        return load(self.builder, self.t, self.pointer, at, count, like)
-
-    def store(self, at, count, lanes, past=False):
-        store(self.builder, self.t, self.pointer, at, count, lanes, past)
+    def store(self, at, count, lanes, nontemporal=False):
+        store(self.builder, self.t, self.pointer, at, count, lanes, nontemporal)
 
 
-def unpacked(builder, types_of, args):
-    """An intrinsic's arguments: vectors, tuples of them, tensors; numbers as they are."""
+def wrap(builder, types_of, args):
+    """Return the arguments of an intrinsic: vectors as :class:`Lanes`, tuples of vectors as lists of them, pointers to
+    elements as :class:`Tensor`, ``None`` as ``None``, and numbers unchanged."""
     result = []
     for t, arg in zip(types_of, args, strict=True):
         if isinstance(t, types.BaseTuple):
@@ -147,6 +147,6 @@ def unpacked(builder, types_of, args):
     return result
 
 
-def integer(t):
-    """The type of a count, which may be ``None``."""
+def count_type(t):
+    """Return the Numba type of a number that may be ``None``."""
     return t if isinstance(t, types.NoneType) else types.int64

@@ -1,8 +1,12 @@
-"""What kernels do with a vector: intrinsics, each of which generates all code that there is between two loops.
+"""Intrinsics that compute on vectors of the tensors. Each generates the whole body of a kernel's loop.
 
-An affine map is a tuple of vectors: ``centre``, ``scale`` and ``shift`` of ``z = (x - centre) * scale + shift``, and
-to write dx ``slope`` and ``offset`` too. Tensors that there are not are ``None``; ``count`` is how many elements there
-are, ``None`` for a whole vector; ``which`` is an activation by its place in ``NAMES``.
+Common arguments:
+
+- ``affine``: a tuple of vectors: ``centre``, ``scale`` and ``shift`` of ``z = (x - centre) * scale + shift``; to write
+  dx also ``slope`` and ``offset`` of ``dx = (dz + slope * (x - centre) + offset) * scale``.
+- ``tensors``: pointers to elements, ``None`` for a tensor that the call does not have.
+- ``count``: the number of elements in each vector, ``None`` if it is full.
+- ``activation``: the index of the activation in ``activations.NAMES``; ``p`` is its parameter.
 """
 
 from numba import types
@@ -10,94 +14,95 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpu_bn.kernels.cpu import activations, memory
-from gpu_bn.kernels.cpu.memory import Tensor, integer, unpacked
-from gpu_bn.kernels.cpu.vector import BYTE, INT64, WIDE, Lanes, fma, joined, part, spread, where
+from gpu_bn.kernels.cpu.memory import Tensor, count_type, wrap
+from gpu_bn.kernels.cpu.vector import BYTE, INT64, WIDE, Lanes, concatenate, extract_part, fma, splat, where
 
 
-def _terms(x, residual, dy, at, count, affine, which, p):
-    """x - centre and dz, or both x - centre where there is no dy; 0 in the lanes beyond ``count``."""
+def _deviation_and_gradient(x, residual, dy, at, count, affine, activation, p):
+    """Return x - centre and dz, or x - centre twice if there is no dy. Lanes from ``count`` on are 0."""
     centre, scale, shift = affine[:3]
     d = x.load(at, count, centre) - centre
     if dy is None:
         return d, d
-    dz = dy.load(at, count, centre.like(0.0))
-    if which == 0:
+    dz = dy.load(at, count, centre.broadcast(0.0))
+    if activation == 0:
         return d, dz
-    dz = dz.called("arithmetic.fence")  # or else LLVM makes of ReLU a load by a mask, which waits for x
+    dz = dz.intrinsic("arithmetic.fence")  # without it, LLVM makes a masked load for ReLU, which waits for x
     z = None if residual is None else residual.load(at, count, centre)
-    if not activations.NAMES[which].endswith(activations.OF_Y):
+    if not activations.NAMES[activation].endswith(activations.OF_Y):
         z = fma(d, scale, shift) if z is None else fma(d, scale, shift) + z
-    return d, activations.gradient(which, z, dz, spread(x.builder, p, centre.value.type))
+    return d, activations.gradient(activation, z, dz, splat(x.builder, p, centre.value.type))
 
 
-def _result(x, residual, dy, at, count, affine, which, p):
-    """y, or dx where there is dy; and dz."""
+def _outputs(x, residual, dy, at, count, affine, activation, p):
+    """Return y and z; if there is dy, dx and dz."""
     centre, scale, shift = affine[:3]
     if dy is None:
         z = fma(x.load(at, count, centre) - centre, scale, shift)
         if residual is not None:
             z = z + residual.load(at, count, centre)
-        return activations.value(which, z, spread(x.builder, p, centre.value.type)), z
-    d, dz = _terms(x, residual, dy, at, count, affine, which, p)
+        return activations.value(activation, z, splat(x.builder, p, centre.value.type)), z
+    d, dz = _deviation_and_gradient(x, residual, dy, at, count, affine, activation, p)
     slope, offset = affine[3:]
-    # A slope of 0, of frozen statistics, hides what x is.
+    # With frozen statistics slope is 0, and x must have no influence, even if it is infinite or NaN.
     projected = where(slope.compare("==", 0), offset, fma(d, slope, offset))
     return (dz + projected) * scale, dz
 
 
-def _literal(which):
-    return which.literal_value if isinstance(which, types.Literal) else None
+def _index(activation):
+    """Return the index of an activation from its Numba type, a literal."""
+    return activation.literal_value if isinstance(activation, types.Literal) else None
 
 
 @intrinsic(prefer_literal=True)
-def sum_vectors(typing, sums, tensors, steps, vectors, count, affine, which, p):
-    """Add to the sums, of dz and of dz * (x - centre), those of so many vectors of (x, residual, dy), a step apart.
+def sum_vectors(typing, sums, tensors, steps, vectors, count, affine, activation, p):
+    """Add dz and dz * (x - centre) of several vectors to two sums, which are vectors; without dy, x - centre is dz.
 
-    A fourth tensor, if it is there, keeps dz.
+    ``tensors`` are x, residual, dy and, if dz is to be stored, the target. Consecutive vectors of a tensor are its step
+    apart, in elements.
     """
 
     def generate(context, builder, sig, args):
         each, step, n, count_, lanes, number = _loop_arguments(builder, sig, args, 1)
-        places = [cgutils.alloca_once_value(builder, builder.extract_value(args[0], i)) for i in range(2)]
+        slots = [cgutils.alloca_once_value(builder, builder.extract_value(args[0], i)) for i in range(2)]
         with cgutils.for_range(builder, n) as loop:
-            x, residual, dy, *kept = _moved(builder, each, step, loop.index)
-            d, g = _terms(x, residual, dy, INT64(0), count_, lanes, _literal(which), number)
+            x, residual, dy, *kept = _advance(builder, each, step, loop.index)
+            d, g = _deviation_and_gradient(x, residual, dy, INT64(0), count_, lanes, _index(activation), number)
             if any(kept):
                 kept[0].store(INT64(0), count_, g)
-            s, q = (Lanes(builder, builder.load(place)) for place in places)
-            builder.store((s + g).value, places[0])
-            builder.store(fma(d, g, q).value, places[1])
-        return context.make_tuple(builder, sums, [builder.load(place) for place in places])
+            s, q = (Lanes(builder, builder.load(slot)) for slot in slots)
+            builder.store((s + g).value, slots[0])
+            builder.store(fma(d, g, q).value, slots[1])
+        return context.make_tuple(builder, sums, [builder.load(slot) for slot in slots])
 
     integers = types.UniTuple(types.int64, len(tensors))
-    return sums(sums, tensors, integers, types.int64, integer(count), affine, which, types.float64), generate
+    return sums(sums, tensors, integers, types.int64, count_type(count), affine, activation, types.float64), generate
 
 
 @intrinsic(prefer_literal=True)
-def sum_rest(typing, sums, tensors, count, affine, which, p):
-    """Add to the sums those of ``count`` elements, fewer than a wide vector has, whose affine map is one for all.
+def sum_tail(typing, sums, tensors, count, affine, activation, p):
+    """Add what :func:`sum_vectors` adds for ``count`` elements of one channel, fewer than a wide vector has.
 
-    Whole vectors go to the first parts of the sums, what is left to the last, which has no whole one.
+    Each full vector is added to its own part of the wide sums, and the elements that are left to the last part.
     """
 
     def generate(context, builder, sig, args):
-        kinds = sig.args[1]
-        each = unpacked(builder, kinds, [builder.extract_value(args[1], i) for i in range(len(kinds))])
-        width, lanes = sums[0].lanes // WIDE, unpacked(builder, [affine], [args[3]])[0]
-        lanes = [Lanes(builder, part(builder, one.value, 0, width)) for one in lanes]
-        places = [
-            [cgutils.alloca_once_value(builder, part(builder, one, at, width)) for at in range(WIDE)]
+        each = _tensors(builder, sig.args[1], args[1])
+        width, lanes = sums[0].lanes // WIDE, wrap(builder, [affine], [args[3]])[0]
+        lanes = [Lanes(builder, extract_part(builder, one.value, 0, width)) for one in lanes]
+        slots = [
+            [cgutils.alloca_once_value(builder, extract_part(builder, one, at, width)) for at in range(WIDE)]
             for one in (builder.extract_value(args[0], i) for i in range(2))
         ]
 
         def add(at, left, to):
             x, residual, dy, *kept = each
-            d, g = _terms(x, residual, dy, at, left, lanes, _literal(which), args[5])
+            d, g = _deviation_and_gradient(x, residual, dy, at, left, lanes, _index(activation), args[5])
             if any(kept):
                 kept[0].store(at, left, g)
-            s, q = (Lanes(builder, builder.load(place[to])) for place in places)
-            builder.store((s + g).value, places[0][to])
-            builder.store(fma(d, g, q).value, places[1][to])
+            s, q = (Lanes(builder, builder.load(slot[to])) for slot in slots)
+            builder.store((s + g).value, slots[0][to])
+            builder.store(fma(d, g, q).value, slots[1][to])
 
         for at in range(WIDE - 1):
             with builder.if_then(builder.icmp_signed(">=", args[2], INT64((at + 1) * width))):
@@ -105,15 +110,15 @@ def sum_rest(typing, sums, tensors, count, affine, which, p):
         left = builder.and_(args[2], INT64(width - 1))
         with builder.if_then(builder.icmp_signed("!=", left, INT64(0))):
             add(builder.sub(args[2], left), left, WIDE - 1)
-        found = [joined(builder, [builder.load(place) for place in one]) for one in places]
-        return context.make_tuple(builder, sums, found)
+        totals = [concatenate(builder, [builder.load(slot) for slot in one]) for one in slots]
+        return context.make_tuple(builder, sums, totals)
 
-    return sums(sums, tensors, types.int64, affine, which, types.float64), generate
+    return sums(sums, tensors, types.int64, affine, activation, types.float64), generate
 
 
 @intrinsic
-def plus(typing, sums, more):
-    """The sums of two pairs of vectors."""
+def add_pairs(typing, sums, more):
+    """Add two pairs of vectors."""
 
     def generate(context, builder, sig, args):
         pairs = [[Lanes(builder, builder.extract_value(one, i)) for i in range(2)] for one in args]
@@ -123,74 +128,76 @@ def plus(typing, sums, more):
 
 
 @intrinsic(prefer_literal=True)
-def write_vectors(typing, tensors, steps, vectors, count, affine, which, p, past):
-    """Write what is wanted of y, or dx, and dz, of so many vectors of (x, residual, dy, out, dresidual)."""
+def write_vectors(typing, tensors, steps, vectors, count, affine, activation, p, nontemporal):
+    """Write y, or dx, to ``out`` and dz to ``dresidual`` for several vectors of (x, residual, dy, out, dresidual)."""
 
     def generate(context, builder, sig, args):
         each, step, n, count_, lanes, number = _loop_arguments(builder, sig, args[:-1], 0)
         with cgutils.for_range(builder, n) as loop:
-            *sources, out, dresidual = _moved(builder, each, step, loop.index)
-            y, dz = _result(*sources, INT64(0), count_, lanes, _literal(which), number)
+            *sources, out, dresidual = _advance(builder, each, step, loop.index)
+            y, dz = _outputs(*sources, INT64(0), count_, lanes, _index(activation), number)
             if dresidual is not None:
                 dresidual.store(INT64(0), count_, dz)
             if out is not None and count_ is None:
-                with builder.if_else(builder.icmp_signed("!=", args[-1], INT64(0))) as (beyond, within):
-                    with beyond:
+                with builder.if_else(builder.icmp_signed("!=", args[-1], INT64(0))) as (uncached, cached):
+                    with uncached:
                         out.store(INT64(0), None, y, True)
-                    with within:
+                    with cached:
                         out.store(INT64(0), None, y)
             elif out is not None:
                 out.store(INT64(0), count_, y)
         return context.get_dummy_value()
 
     integers = types.UniTuple(types.int64, 5)
-    arguments = (tensors, integers, types.int64, integer(count), affine, which, types.float64, types.int64)
+    arguments = (tensors, integers, types.int64, count_type(count), affine, activation, types.float64, types.int64)
     return types.void(*arguments), generate
 
 
 def _loop_arguments(builder, sig, args, first):
-    """Tensors, steps, how many vectors, elements of each, the affine map, and the activation's parameter."""
+    """Return tensors, steps, the number of vectors, ``count``, the affine map and p, from argument ``first`` on."""
     tensors, steps, vectors, count, affine, _, p = args[first : first + 7]
-    kinds = sig.args[first]
-    each = unpacked(builder, kinds, [builder.extract_value(tensors, i) for i in range(len(kinds))])
-    step = [builder.extract_value(steps, i) for i in range(len(kinds))]
+    each = _tensors(builder, sig.args[first], tensors)
+    step = [builder.extract_value(steps, i) for i in range(len(each))]
     counted = None if isinstance(sig.args[first + 3], types.NoneType) else count
-    return each, step, vectors, counted, unpacked(builder, [sig.args[first + 4]], [affine])[0], p
+    return each, step, vectors, counted, wrap(builder, [sig.args[first + 4]], [affine])[0], p
 
 
-def _moved(builder, tensors, steps, index):
-    """The tensors, so many steps further."""
-    found = []
-    for one, step in zip(tensors, steps, strict=True):
-        if one is not None:
-            at = memory.place(builder, one.pointer, builder.mul(index, step), one.t.size, BYTE)
-            one = Tensor(builder, one.t, at)
-        found.append(one)
-    return found
+def _tensors(builder, tuple_type, pointers):
+    """Return the members of a tuple of pointers as a list of :class:`Tensor` and ``None``."""
+    return wrap(builder, tuple_type, [builder.extract_value(pointers, i) for i in range(len(tuple_type))])
+
+
+def _advance(builder, tensors, steps, index):
+    """Return the tensors moved by ``index`` of their steps."""
+    moved = []
+    for tensor, step in zip(tensors, steps, strict=True):
+        if tensor is not None:
+            at = memory.element_pointer(builder, tensor.pointer, builder.mul(index, step), tensor.t.size, BYTE)
+            tensor = Tensor(builder, tensor.t, at)
+        moved.append(tensor)
+    return moved
 
 
 @intrinsic(prefer_literal=True)
-def result(typing, tensors, at, affine, which, p):
-    """(y or dx, dz) of the vector at ``at``."""
+def compute_outputs(typing, tensors, at, affine, activation, p):
+    """Return (y, z), or (dx, dz) if there is dy, of the vector from element ``at`` on."""
     pair = types.UniTuple(affine[0], 2)
 
     def generate(context, builder, sig, args):
-        kinds = sig.args[0]
-        each = unpacked(builder, kinds, [builder.extract_value(args[0], i) for i in range(len(kinds))])
-        lanes = unpacked(builder, [affine], [args[2]])[0]
-        found = _result(*each[:3], args[1], None, lanes, _literal(which), args[4])
-        return context.make_tuple(builder, pair, [one.value for one in found])
+        each = _tensors(builder, sig.args[0], args[0])
+        lanes = wrap(builder, [affine], [args[2]])[0]
+        outputs = _outputs(*each[:3], args[1], None, lanes, _index(activation), args[4])
+        return context.make_tuple(builder, pair, [one.value for one in outputs])
 
-    return pair(tensors, types.int64, affine, which, types.float64), generate
+    return pair(tensors, types.int64, affine, activation, types.float64), generate
 
 
 @intrinsic
-def write_pair(typing, tensors, at, pair):
-    """Write what :func:`result` has found."""
+def write_outputs(typing, tensors, at, pair):
+    """Write the pair of vectors that :func:`compute_outputs` returned to ``out`` and ``dresidual``."""
 
     def generate(context, builder, sig, args):
-        kinds = sig.args[0]
-        each = unpacked(builder, kinds, [builder.extract_value(args[0], i) for i in range(len(kinds))])
+        each = _tensors(builder, sig.args[0], args[0])
         for tensor, i in zip(each[3:], range(2), strict=True):
             if tensor is not None:
                 tensor.store(args[1], None, Lanes(builder, builder.extract_value(args[2], i)))

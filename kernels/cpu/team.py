@@ -1,6 +1,6 @@
-"""A call that threads of OpenMP's share: the team that torch computes with.
+"""Run a kernel on the OpenMP threads that torch computes with.
 
-Between two calls its threads wait by spinning, so that a call begins on all of them within a microsecond or two.
+These threads spin for a while between two calls, so that a call starts on all of them within one or two microseconds.
 """
 
 from llvmlite import ir
@@ -10,51 +10,54 @@ from numba.extending import intrinsic
 
 from gpu_bn.kernels.cpu.calls import END, FINISH, START, SUM, WRITE
 from gpu_bn.kernels.cpu.compiler import cold
-from gpu_bn.kernels.cpu.scalars import call_kernel, kernel_call
+from gpu_bn.kernels.cpu.scalars import call_kernel, emit_kernel_call
 from gpu_bn.kernels.cpu.vector import BYTE, INT32, INT64
 
 POINTER = BYTE.as_pointer()
 
 
 @intrinsic
-def in_team(typing, parallel, number, most, kernel, arguments):
-    """Call a kernel on the first ``most`` threads of the caller's team, and wait for them.
+def call_in_team(typing, gomp_parallel, thread_number, threads, kernel, arguments):
+    """Call a kernel on the first ``threads`` threads of the caller's team, and wait until all have returned.
 
-    ``parallel`` and ``number`` are the addresses of ``GOMP_parallel`` and ``omp_get_thread_num``.
+    ``gomp_parallel`` and ``thread_number`` are the addresses of ``GOMP_parallel`` and ``omp_get_thread_num``.
     """
 
     def generate(context, builder, sig, args):
         values = [builder.extract_value(args[4], i) for i in range(len(arguments))]
         record = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, [*args[1:4], *values]))
-        member = _member(context, builder.module, record.type, arguments)
-        kind = ir.FunctionType(ir.VoidType(), [member.type, POINTER, INT32, INT32])
-        start = builder.inttoptr(args[0], kind.as_pointer())
-        builder.call(start, [member, builder.bitcast(record, POINTER), INT32(0), INT32(0)])  # a team of the usual size
+        member = _team_member(context, builder.module, record.type, arguments)
+        signature = ir.FunctionType(ir.VoidType(), [member.type, POINTER, INT32, INT32])
+        start = builder.inttoptr(args[0], signature.as_pointer())
+        builder.call(start, [member, builder.bitcast(record, POINTER), INT32(0), INT32(0)])  # 0: all threads
         return context.get_dummy_value()
 
-    return types.void(parallel, number, most, kernel, arguments), generate
+    return types.void(gomp_parallel, thread_number, threads, kernel, arguments), generate
 
 
-def _member(context, module, record, kinds):
-    """The function that each thread of a team is to run, of the address of a ``record``."""
+def _team_member(context, module, record, argument_types):
+    """Return the function that each thread of the team runs. Its argument is a pointer of type ``record``.
+
+    It reads the arguments of :func:`call_in_team` there, and calls the kernel if the thread is one of the first.
+    """
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), module.get_unique_name("member"))
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    known = builder.load(builder.bitcast(function.args[0], record))
-    number, most, kernel, *values = cgutils.unpack_tuple(builder, known, 3 + len(kinds))
-    own = builder.call(builder.inttoptr(number, ir.FunctionType(INT32, []).as_pointer()), [])
-    with builder.if_then(builder.icmp_signed("<", builder.sext(own, INT64), most)):
-        kernel_call(context, builder, kernel, values, kinds)
+    fields = builder.load(builder.bitcast(function.args[0], record))
+    thread_number, threads, kernel, *values = cgutils.unpack_tuple(builder, fields, 3 + len(argument_types))
+    own = builder.call(builder.inttoptr(thread_number, ir.FunctionType(INT32, []).as_pointer()), [])
+    with builder.if_then(builder.icmp_signed("<", builder.sext(own, INT64), threads)):
+        emit_kernel_call(context, builder, kernel, values, argument_types)
     builder.ret_void()
     return function
 
 
 @cold
-def share(parallel, number, most, kernel, phases, arguments):
-    """Run a kernel's phases; all threads run those that they can share."""
+def run_phases(gomp_parallel, thread_number, threads, kernel, phases, arguments):
+    """Run the phases of a kernel: ``SUM`` and ``WRITE`` on all threads, the others on the caller's thread only."""
     call_kernel(kernel, (START,) + arguments)
-    in_team(parallel, number, most, kernel, (SUM,) + arguments)
+    call_in_team(gomp_parallel, thread_number, threads, kernel, (SUM,) + arguments)
     if phases & FINISH:
         call_kernel(kernel, (FINISH,) + arguments)
-        in_team(parallel, number, most, kernel, (WRITE,) + arguments)
+        call_in_team(gomp_parallel, thread_number, threads, kernel, (WRITE,) + arguments)
     call_kernel(kernel, (END,) + arguments)

@@ -30,7 +30,7 @@ DLPACK_TYPES = {torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.float32: 
 """The code and bits in DLPack of each dtype."""
 BYTES_PER_THREAD = 1 << 18
 """Bytes of input that justify one thread of torch's team, which is awake while torch computes."""
-KIND: Any = compiled.kind
+KIND: Any = compiled.type_word
 DOORS: Any = compiled.forward, compiled.backward
 
 

@@ -43,5 +43,5 @@ def builtin(compiled: Any) -> Callable[..., int]:
 def entry(kernel: Any) -> Callable[..., int]:
     """Return a whole call's kernel as a function of ints and floats that runs without the interpreter's lock."""
     floats = sum(1 << bit for bit, name in enumerate(kernel.parameters) if name in FLOATS)
-    plain: Any = doors.plain
-    return partial(builtin(plain(len(kernel.parameters), floats)), plans.address(kernel, FLOATS))
+    entry_kernel: Any = doors.entry_kernel
+    return partial(builtin(entry_kernel(len(kernel.parameters), floats)), plans.address(kernel, FLOATS))

@@ -16,7 +16,7 @@ from gpu_bn import nn
 from gpu_bn.backends.cpu import plans, team, threads
 from gpu_bn.kernels.cpu.compiler import kernel
 from gpu_bn.kernels.cpu.scalars import claim
-from gpu_bn.kernels.cpu.team import share
+from gpu_bn.kernels.cpu.team import run_phases
 
 LAYOUTS = {
     "channels in groups": ((16, 64, 32, 32), torch.contiguous_format),
@@ -78,7 +78,7 @@ def test_no_more_threads_take_part_than_are_allowed(most):
 
     @kernel
     def marked(parallel, number, most, address, counter):
-        share(parallel, number, most, address, 31, (counter,))
+        run_phases(parallel, number, most, address, 31, (counter,))
 
     torch.set_num_threads(3)
     counter = torch.zeros(1, dtype=torch.int64)
