@@ -1,4 +1,4 @@
-"""What is timed, as data: the normalisation layers of networks, and the operations on them."""
+"""The timed cases as data: the normalisation layers of networks, and the operations on them."""
 
 from __future__ import annotations
 

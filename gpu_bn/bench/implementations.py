@@ -2,7 +2,7 @@
 
 To add a peer, add a row. Its ``build(operation, problem)`` gets a problem in the arrays of the library, and returns the
 call to time. The call returns the outputs in the order of ``operation.outputs``. ``build`` of our backends also takes a
-``tier`` to force and an ``on_plan`` (:data:`gpu_bn.backends.protocol.OnPlan`). It imports the library, not this module.
+``tier`` to force and an ``on_plan`` (:data:`gpu_bn.backends.protocol.OnPlan`). ``build`` is what imports the library.
 """
 
 from __future__ import annotations

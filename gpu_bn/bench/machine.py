@@ -58,7 +58,7 @@ def machine(gpu: Gpu | None, copy_bandwidth: float) -> dict[str, Any]:
 
 
 def smi(gpu_id: str) -> dict[str, str]:
-    """Return the driver and the clocks of a GPU by :data:`SMI`; if nvidia-smi fails, the reason by ``unknown``."""
+    """Return the driver and the clocks of a GPU by :data:`SMI`; if nvidia-smi fails, ``unknown`` has the reason."""
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader,nounits", f"--id={gpu_id}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=60)

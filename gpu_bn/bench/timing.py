@@ -295,7 +295,7 @@ class GpuTimer:
             if not late or self.cycles >= self.most_cycles:
                 break
             self.cycles *= 2
-        if late:  # as every call that waits for the device; the next one may need no such wait
+        if late:  # a call that waits for the device is always late; the next call may need no such wait
             self.cycles = FIRST_CYCLES
         return max(self.gpu.elapsed(start, end), SHORTEST)
 
