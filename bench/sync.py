@@ -66,7 +66,7 @@ def row(world: int, shape: list[int], steps: int) -> list[str]:
         torch.multiprocessing.spawn(run, (world, shape, steps, folder), world)
         (plain, *noise), (shared, *wrote) = torch.load(f"{folder}/result").tolist()
     size, messages = (total - other for total, other in zip(wrote, noise, strict=True))
-    packets = wire.packets_of(2 + 2 * shape[1]) + 1 + wire.packets_of(2 * shape[1])  # one more ends the forward call
+    packets = wire.packet_count(2 + 2 * shape[1]) + 1 + wire.packet_count(2 * shape[1])  # one more ends the forward
     payload = (world - 1) * 8 * (wire.HEADER + wire.ROOM) * packets
     times = f"{1e3 * plain:.2f}", f"{1e3 * shared:.2f}"
     return [str(world), *times, f"{size:,.0f}", f"{payload:,.0f}", f"{messages:.1f}"]

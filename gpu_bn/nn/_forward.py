@@ -1,4 +1,4 @@
-"""Names that pickles of fused models hold which were made before the modules moved."""
+"""The names by which pickles of fused models from earlier versions refer to :mod:`gpu_bn.nn.fx.forward`."""
 
 from gpu_bn.nn.fx.forward import Forward, Plan, normalise
 

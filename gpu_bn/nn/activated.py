@@ -1,4 +1,4 @@
-"""The base class of our layers: torch's modules with an activation, which other libraries do not lose unnoticed."""
+"""The base class of our layers: torch modules with an activation, which other libraries cannot drop silently."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gpu_bn.nn.fx.activations import activation_of
 
 LIBRARIES = str(Path(torch.__file__).parent.parent)
 """The folder of all installed libraries."""
-OWN = (str(Path(__file__).parent.parent), str(Path(torch.nn.modules.__file__).parent))
-"""The folders of code that a layer runs itself: this package, and torch's base classes."""
+LAYER_FOLDERS = (str(Path(__file__).parent.parent), str(Path(torch.nn.modules.__file__).parent))
+"""The folders of the code that a layer runs itself: this package, and torch's base classes."""
 
 
 class LeafName(str):
-    """The name of a module of ours, which tracers take for ``torch.nn``: they call its layers as a whole, as torch's.
+    """The ``__module__`` of our layers: its ``startswith("torch.nn")`` is true, so tracers record a layer as one node.
 
-    Otherwise they would enter ``forward`` and record the mode of that moment for good. Exports name a module's class by
-    a sum of names: there it is torch's class, which quantisers look for.
+    Otherwise a tracer would enter ``forward`` and record the present mode, training or evaluation, for good. Exports
+    build the name of a layer's class as ``__module__ + ...``; the sum names torch's class, which quantisers look for.
     """
 
     __slots__ = ()
@@ -37,10 +37,10 @@ class LeafName(str):
         return str, (str.__str__(self),)
 
 
-def guarded(name: str) -> Any:
-    """Define an attribute of torch's that libraries read to make another layer, which would lose the activation.
+def guarded_property(name: str) -> Any:
+    """Return a property for an attribute that libraries read to build a replacement, which would lose the activation.
 
-    The value is stored twice: the compiler of torch 2.11 takes ``__dict__[name]`` for the property itself.
+    The value is stored twice: the compiler of torch 2.11 reads ``__dict__[name]`` instead of the property.
     """
 
     def get(self: Any) -> Any:
@@ -49,7 +49,7 @@ def guarded(name: str) -> Any:
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
         if not torch.compiler.is_compiling() and not self.activation.is_identity:
-            _refuse_to_lose(self, name, sys._getframe(1))
+            _refuse_replacement(self, name, sys._getframe(1))
         return value
 
     def put(self: torch.nn.Module, value: Any) -> None:
@@ -59,7 +59,7 @@ def guarded(name: str) -> Any:
 
 
 def store_guarded(module: torch.nn.Module) -> None:
-    """Store guarded attributes where the module's present class looks for them; another class may have set them."""
+    """Store the guarded attributes where the module's class looks for them, after that class has changed."""
     values = module.__dict__
     for name in ("eps", "num_features"):
         if not isinstance(module, Activated):
@@ -68,15 +68,15 @@ def store_guarded(module: torch.nn.Module) -> None:
             values[f"_{name}"] = values[name]
 
 
-def _refuse_to_lose(layer: torch.nn.Module, name: str, frame: Any) -> None:
-    """Raise where a library reads a layer's attribute to replace the layer, and would lose its activation.
+def _refuse_replacement(layer: torch.nn.Module, name: str, frame: Any) -> None:
+    """Raise an error if a library's function reads a layer's attribute to replace it and would lose the activation.
 
-    Code that names the class which the layer had before takes its activation's module along.
+    A function that names the layer's original class also copies its activation module, and is allowed.
     """
     code = frame.f_code
-    own = code.co_filename.startswith(OWN) and code.co_name != "convert_sync_batchnorm"
-    by_name = name in code.co_names  # not by code that looks at all attributes
-    kept = any(kind.__name__ in code.co_names for kind in joined_by(type(layer))[1:])
+    own = code.co_filename.startswith(LAYER_FOLDERS) and code.co_name != "convert_sync_batchnorm"
+    by_name = name in code.co_names  # code that looks at all attributes does not name them
+    kept = any(cls.__name__ in code.co_names for cls in component_classes(type(layer))[1:])
     foreign = code.co_filename.startswith(LIBRARIES) and not own and frame.f_locals.get("self") is not layer
     if foreign and by_name and not kept:
         raise RuntimeError(
@@ -86,48 +86,49 @@ def _refuse_to_lose(layer: torch.nn.Module, name: str, frame: Any) -> None:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Tell whether hooks see or change what goes into a module and comes out of it."""
+    """Tell whether a module has forward or backward hooks, which may read or change its inputs and outputs."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-JOINED: dict[tuple[type[Any], type[Any]], type[Any]] = {}
-"""The classes of converted layers that are from other libraries."""
+JOINT_CLASSES: dict[tuple[type[Any], type[Any]], type[Any]] = {}
+"""The class of a converted layer, by our class and the class that the layer had in another library."""
 
 
-def joined(ours: type[Any], theirs: type[Any]) -> type[Any]:
-    """Make the class of a converted layer: ours, and by ``isinstance`` also the one that it had in its library.
+def join_classes(ours: type[Any], theirs: type[Any]) -> type[Any]:
+    """Return a subclass of our class and of the class that a converted layer had, so that ``isinstance`` knows both.
 
-    torch's own classes are bases of ours; but DistributedDataParallel refuses its ``SyncBatchNorm`` on CPUs.
+    For torch classes it is our class: it already has them as bases, except ``SyncBatchNorm``, which
+    DistributedDataParallel refuses on CPUs. If Python cannot combine the two classes, it is our class too.
     """
     if theirs.__module__.startswith("torch."):
         return ours
-    if (ours, theirs) not in JOINED:
-        own = {"__module__": ours.__module__, "__repr__": torch.nn.Module.__repr__, "joins": (ours, theirs)}
+    if (ours, theirs) not in JOINT_CLASSES:
+        own = {"__module__": ours.__module__, "__repr__": torch.nn.Module.__repr__, "components": (ours, theirs)}
         try:
-            JOINED[ours, theirs] = type(ours.__name__, (ours, theirs), own)
-        except TypeError:  # the two have bases that do not go together
-            JOINED[ours, theirs] = ours
-    return JOINED[ours, theirs]
+            JOINT_CLASSES[ours, theirs] = type(ours.__name__, (ours, theirs), own)
+        except TypeError:  # the bases conflict
+            JOINT_CLASSES[ours, theirs] = ours
+    return JOINT_CLASSES[ours, theirs]
 
 
-def joined_by(kind: type[Any]) -> tuple[type[Any], ...]:
-    """Return our class and the other that a class joins, or the class alone."""
-    return vars(kind).get("joins", (kind,))  # type: ignore[no-any-return]
+def component_classes(cls: type[Any]) -> tuple[type[Any], ...]:
+    """Return the two classes that :func:`join_classes` joined, ours first; ``(cls,)`` for any other class."""
+    return vars(cls).get("components", (cls,))  # type: ignore[no-any-return]
 
 
 def _empty(*classes: type[Any]) -> Any:
-    """Make an object of a joined class, for ``pickle`` and ``copy``, which know classes by their names."""
-    return object.__new__(joined(*classes))
+    """Create an empty object of a joint class, for ``pickle`` and ``copy``, which cannot import that class by name."""
+    return object.__new__(join_classes(*classes))
 
 
 class Activated(torch.nn.Module):
     """A layer with an activation."""
 
     activation: Activation = IDENTITY
-    joins: ClassVar[tuple[type[torch.nn.Module], ...]]
-    eps: float = guarded("eps")
+    components: ClassVar[tuple[type[torch.nn.Module], ...]]
+    eps: float = guarded_property("eps")
     _eps: float
 
     def _get_name(self) -> str:
@@ -136,20 +137,20 @@ class Activated(torch.nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if cls.__module__.startswith("gpu_bn."):  # tracers enter a user's subclass, as they enter one of torch's layers
+        if cls.__module__.startswith("gpu_bn."):  # tracers enter a user's subclass, as they enter a subclass of torch's
             cls.__module__ = LeafName(cls.__module__)
 
     def replaces_children(self) -> bool:
-        """Tell whether a call of this layer does its modules' work: timm's layers hold a dropout and an activation."""
+        """Tell whether the layer's call can replace those of its children, a dropout and an activation in timm."""
         act, drop = self._modules.get("act"), self._modules.get("drop")
         if act is None or "_converted_from" not in self.__dict__:
             return True
-        watched = any("forward" in vars(each) or has_hooks(each) for each in (act, drop) if each is not None)
+        watched = any("forward" in vars(child) or has_hooks(child) for child in (act, drop) if child is not None)
         known = (activation_of(act) or IDENTITY) == self.activation and type(drop) in (torch.nn.Identity, type(None))
         return known and not watched
 
     def _call_children(self, input: Tensor, residual: Tensor | None, *mask: Tensor | None) -> Any:
-        """Normalise, then call the layer's modules for the rest."""
+        """Normalise, then call the layer's dropout and activation modules."""
         z = self.forward(input, None, IDENTITY, *mask)
         for name in ("drop", "act"):
             if name == "act" and residual is not None:
@@ -163,9 +164,9 @@ class Activated(torch.nn.Module):
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made: Any = super().__reduce_ex__(protocol)
-        classes = joined_by(type(self))
-        return made if len(classes) == 1 else (_empty, classes, *made[2:])
+        reduced: Any = super().__reduce_ex__(protocol)
+        classes = component_classes(type(self))
+        return reduced if len(classes) == 1 else (_empty, classes, *reduced[2:])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

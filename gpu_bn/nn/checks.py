@@ -1,4 +1,4 @@
-"""Checks of a call of torch tensors: a fast predicate for usual calls, and a slow check that says what is wrong."""
+"""Checks of a call with torch tensors: a fast predicate for usual calls, and a slow check that says what is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import is_tensor_like
 from gpu_bn import aliasing, spec
 from gpu_bn.call import Call, Options
 from gpu_bn.nn.operators import library
-from gpu_bn.nn.operators.autograd import PLAIN, is_plain, watched
+from gpu_bn.nn.operators.autograd import PLAIN, is_intercepted, is_plain
 from gpu_bn.nn.running import updates
 from gpu_bn.spec import MAX_RANK, MIN_RANK, VECTORS
 
@@ -24,13 +24,13 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def is_ordinary(call: Call, options: Options) -> bool:
-    """Tell whether :func:`check` allows a call, all tensors are plain, and nobody watches or transforms it.
+    """Tell whether :func:`check` accepts a call, all tensors are plain, and nothing traces or transforms the call.
 
-    It looks at everything in every call and remembers nothing. Where it is not sure it says no.
+    Nothing is cached. It returns False in doubt.
     """
     x, weight, bias, residual, mean, var, counter, _, _ = call
     training, momentum, eps, *_ = options
-    if watched() or forward_ad._current_level >= 0 or not is_plain(x):
+    if is_intercepted() or forward_ad._current_level >= 0 or not is_plain(x):
         return False
     shape, dtype, device = x.shape, x.dtype, x.device
     if not (
@@ -77,19 +77,19 @@ def is_ordinary(call: Call, options: Options) -> bool:
 
 
 def check(call: Call, options: Options) -> None:
-    """Raise what torch raises for arguments that do not fit."""
+    """Raise an error if arguments do not fit: torch's error, if torch raises one."""
     _check_numbers(call.x, options)
-    unknown = _unknown_numbers(options)
+    unsupported = _unsupported_numbers(options)
     if not (call.x.dtype in FLOATS and call.x.layout is torch.strided):
-        unknown.insert(0, f"input of {call.x.dtype} and layout {call.x.layout}")
-    unknown += _check_vectors(call, options.training)
-    if unknown:
+        unsupported.insert(0, f"input of {call.x.dtype} and layout {call.x.layout}")
+    unsupported += _check_vectors(call, options.training)
+    if unsupported:
         momentum = 0.0 if options.momentum is None else options.momentum
-        mean, var = (None if one is None else one.clone() for one in (call.running_mean, call.running_var))
+        mean, var = (None if vector is None else vector.clone() for vector in (call.running_mean, call.running_var))
         tensors = (call.x, mean, var, call.weight, call.bias)
-        F.batch_norm(*tensors, options.training, momentum, options.eps)  # raises torch's error, if it finds one
+        F.batch_norm(*tensors, options.training, momentum, options.eps)  # raises torch's error, if there is one
         raise TypeError(
-            f"gpu_bn.nn expects arguments of {', '.join(map(str, FLOATS))} on one device, got {', '.join(unknown)}"
+            f"gpu_bn.nn expects arguments of {', '.join(map(str, FLOATS))} on one device, got {', '.join(unsupported)}"
         )
     for name, vector in (("running_mean", call.running_mean), ("running_var", call.running_var)):
         if vector is not None and vector.requires_grad and torch.is_grad_enabled():
@@ -116,27 +116,27 @@ def _check_numbers(x: Tensor, options: Options) -> None:
 
 
 def check_finite(momentum: Any, eps: Any) -> None:
-    """Check that numbers are finite, so far as they are known: a tensor's may be unread."""
+    """Check that ``momentum`` and ``eps`` are finite. A tensor is not checked, for it may not be read."""
     for name, number in (("momentum", momentum), ("eps", eps)):
-        if isinstance(number, float) and not -inf < number < inf:  # isfinite cannot be compiled
+        if isinstance(number, float) and not -inf < number < inf:  # torch.compile does not support isfinite
             raise ValueError(f"batch_norm {name} must be finite, but got {number}")
 
 
-def _unknown_numbers(options: Options) -> list[str]:
-    """List the numbers that torch's function does not take for numbers."""
-    unknown = []
+def _unsupported_numbers(options: Options) -> list[str]:
+    """Describe ``momentum`` and ``eps`` where they have types that torch's function does not accept."""
+    unsupported = []
     for name, number in (("momentum", options.momentum), ("eps", options.eps)):
-        known = isinstance(number, (float, int)) or (number is None and name == "momentum")
+        supported = isinstance(number, (float, int)) or (number is None and name == "momentum")
         if isinstance(number, Tensor):
-            known = number.dim() == 0 and not number.requires_grad and not number.is_complex()
-        if not known:
-            unknown.append(f"{name} of type {type(number).__name__}")
-    return unknown
+            supported = number.dim() == 0 and not number.requires_grad and not number.is_complex()
+        if not supported:
+            unsupported.append(f"{name} of type {type(number).__name__}")
+    return unsupported
 
 
 def _check_vectors(call: Call, training: bool) -> list[str]:
-    """Check what has a value per channel; list those of other kinds, whose errors are torch's own."""
-    unknown, channels = [], call.x.shape[1]
+    """Check the vectors with a value per channel; describe those of a wrong dtype, device or layout."""
+    unsupported, channels = [], call.x.shape[1]
     mean, var = call.running_mean, call.running_var
     for name, vector in zip(VECTORS, (mean, var, call.weight, call.bias), strict=True):
         if vector is None:
@@ -148,12 +148,12 @@ def _check_vectors(call: Call, training: bool) -> list[str]:
         if vector.dim() != 1:
             raise RuntimeError(f"TensorAccessor expected 1 dims but tensor has {vector.dim()}")
         if vector.dtype not in FLOATS or vector.device != call.x.device or vector.layout is not torch.strided:
-            unknown.append(f"{name} of {vector.dtype} and layout {vector.layout} on {vector.device}")
+            unsupported.append(f"{name} of {vector.dtype} and layout {vector.layout} on {vector.device}")
     if (mean is None) != (var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if training and mean is not None and var is not None and _share(mean, var):
+    if training and mean is not None and var is not None and _share_memory(mean, var):
         raise ValueError("running_mean and running_var must be two tensors: a call in training writes to both")
-    return unknown
+    return unsupported
 
 
 def _check_residual(x: Tensor, residual: Tensor) -> None:
@@ -166,15 +166,15 @@ def _check_residual(x: Tensor, residual: Tensor) -> None:
     spec.check_strided("residual", residual)
 
 
-def _share(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two vectors start at one place in memory, as far as this can be seen."""
-    if a is b or torch.compiler.is_compiling() or not (_shows_memory(a) and _shows_memory(b)):
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two vectors are one object or, as far as addresses can be read, start at the same address."""
+    if a is b or torch.compiler.is_compiling() or not (_has_address(a) and _has_address(b)):
         return a is b
     return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
 
 def check_extensions(call: Call, options: Options) -> int:
-    """Check what torch's function does not have, and return the number of ghost batches."""
+    """Check the mask, the ghost batches and the renormalisation of a call, and return the number of ghost batches."""
     input, mask, training, renorm = call.x, call.valid, options.training, options.renorm
     virtual_batch_size = options.virtual_batch_size
     shape = input.shape
@@ -195,37 +195,37 @@ def check_extensions(call: Call, options: Options) -> int:
 
 
 def check_tensors(call: Call) -> None:
-    """Raise what torch raises for an argument that is no tensor, nor stands for one; only the input must be given."""
-    for name, value in named(call).items():
+    """Raise torch's error for an argument, except the mask, that is no tensor; all but the input may be ``None``."""
+    for name, value in tensors_by_name(call).items():
         fits = isinstance(value, Tensor) or (value is None and name != "input") or is_tensor_like(value)
-        if not fits and name != "mask":  # torch has no mask
-            kind = type(value)
-            got = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        if not fits and name != "mask":
+            cls = type(value)
+            got = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
             raise TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {got}")
 
 
 def check_memory(call: Call) -> None:
-    """Check that what a call in training writes shares no memory with its other arguments, and may be written."""
-    read = {name: one for name, one in named(call).items() if _shows_memory(one)}
+    """Check that the tensors that a call in training writes are writeable and share no memory with the others."""
+    read = {name: tensor for name, tensor in tensors_by_name(call).items() if _has_address(tensor)}
     aliasing.check_written({name: read.pop(name) for name in library.TRACKED if name in read}, read)
     for written in (call.running_mean, call.running_var, call.counter):
         if written is not None and written.is_inference():
-            written.add_(0)  # adds 0; outside inference mode torch then raises its error
+            written.add_(0)  # changes nothing; outside inference mode torch raises its error
 
 
-def named(call: Call) -> dict[str, Any]:
-    """Return the tensors of a call by the names that :func:`gpu_bn.nn.batch_norm` has for them."""
+def tensors_by_name(call: Call) -> dict[str, Any]:
+    """Return the tensors of a call, or ``None``, by the names of :func:`gpu_bn.nn.batch_norm`'s arguments."""
     x, weight, bias, residual, running_mean, running_var, counter, mask, _ = call
     return dict(zip(TENSORS, (x, running_mean, running_var, weight, bias, residual, counter, mask), strict=True))
 
 
 def plain_number(value: Any) -> Any:
-    """Return a number of NumPy's as Python's; in compiled code, where it is an array, as a tensor."""
+    """Convert a NumPy number to a Python number; in compiled code, where it is an array, to a tensor."""
     if torch.compiler.is_compiling():
         return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _shows_memory(one: Any) -> bool:
-    """Tell whether a tensor lies in memory that may be looked at: not one that ``torch.func`` wraps."""
-    return one is not None and is_plain(one) and not library.is_wrapped(one)
+def _has_address(tensor: Any) -> bool:
+    """Tell whether a tensor's address can be read; false for ``None`` and for tensors that ``torch.func`` wraps."""
+    return tensor is not None and is_plain(tensor) and not library.is_wrapped(tensor)

@@ -1,7 +1,7 @@
-"""Replace the BatchNorm layers of a model by ours, and back.
+"""Convert the BatchNorm layers of a model to ours, and back.
 
-A layer stays the same object: only its class changes. So parameters, buffers, hooks, flags, names and all references to
-it are kept.
+A layer stays the same object: only its class changes. Its parameters, buffers, hooks, flags and name are kept, and all
+references to it stay valid.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from torch.nn.utils import parametrize
 
 from gpu_bn.activations import IDENTITY, Activation
 from gpu_bn.nn import modules
-from gpu_bn.nn.activated import joined, store_guarded
+from gpu_bn.nn.activated import join_classes, store_guarded
 from gpu_bn.nn.fused import Fused
 from gpu_bn.nn.fx.forward import restore_forwards
 from gpu_bn.nn.fx.graph import fuse_activations, is_ours, undo
 from gpu_bn.nn.fx.trace import in_mode
-from gpu_bn.nn.known_layers import CLASSES, class_of, frozen_eps, is_own, rule
+from gpu_bn.nn.known_layers import CLASSES, class_of, conversion_of, frozen_eps, is_our_class
 from gpu_bn.nn.report import Report
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 ADDED = ("activation", "frozen", "virtual_batch_size", "renorm", "_converted_from", "_added")
-"""The attributes that a layer of ours may have beyond torch's."""
+"""The attributes that our layers may have in addition to those of torch layers."""
 
 
 def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -> Model:
-    """Make torch's BatchNorm layers ours, in place, with the activations that they have.
+    """Convert the BatchNorm layers of a model to layers of this package, in place.
 
-    It converts ``torch.nn.BatchNorm1d/2d/3d``, their lazy forms, ``SyncBatchNorm`` (also on CPUs then), timm's
-    ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, and frozen normalisations of any library. Parameters, buffers,
-    hooks, flags and the state_dict stay.
+    It converts ``torch.nn.BatchNorm1d/2d/3d``, their lazy forms, ``SyncBatchNorm`` (which then also works on CPUs),
+    timm's ``BatchNormAct2d`` and ``FrozenBatchNormAct2d`` with their activations, and frozen normalisations of any
+    library. Parameters, buffers, hooks, flags and the state_dict stay.
 
     Args:
         model: a model, or a layer.
-        fuse: also let the layers do the activations after them, and the sums between the two. The modules that call
-            these are traced one by one by ``torch.fx``. A module that cannot be traced, or whose graph would lose
-            something, stays as it is. Nothing changes but what runs within their calls.
-        report: collects what was done, and what was not and why.
+        fuse: whether to merge the activation that follows a layer, and a sum between the two, into the layer's call.
+            The modules that call these are traced one by one by ``torch.fx``. A module that cannot be traced, or whose
+            graph would lose something, stays as it is.
+        report: collects what was converted and merged, and the reason for each layer that was not.
 
     Returns:
         ``model``.
@@ -60,33 +60,33 @@ def convert(model: Model, *, fuse: bool = False, report: Report | None = None) -
     names = {module: name for name, module in model.named_modules()}
     restore_forwards(model)
     for module, name in names.items():
-        if (known := rule(module)) is not None:
-            _become(module, *known)
+        if (conversion := conversion_of(module)) is not None:
+            _convert_layer(module, *conversion)
             report.converted.append(name)
-        elif not is_own(type(module)) and isinstance(module, _BatchNorm):
-            report.left[name] = f"{type(module).__name__} is not known, or its activation is not, or it has hooks"
+        elif not is_our_class(type(module)) and isinstance(module, _BatchNorm):
+            report.left[name] = f"{type(module).__name__} or its activation is not known, or it has hooks"
     if fuse:
         fuse_activations(model, report)
-    _tell_opacus({*CLASSES.values(), *map(type, filter(is_ours, model.modules()))})
+    _register_with_opacus({*CLASSES.values(), *map(type, filter(is_ours, model.modules()))})
     return model
 
 
-def _tell_opacus(classes: Iterable[type[torch.nn.Module]]) -> None:
-    """Make opacus, if it is loaded, treat our layers as torch's: it looks for exact types."""
+def _register_with_opacus(classes: Iterable[type[torch.nn.Module]]) -> None:
+    """Let opacus, if it is loaded, treat our layers as the torch layers of the same name: it looks up exact types."""
     validators = sys.modules.get("opacus.validators.module_validator")
     if validators is not None:
-        for known in (validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS):
+        for registered in (validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS):
             for cls in classes:
                 theirs = getattr(torch.nn, cls.__name__, None)
-                if theirs in known:
-                    known.setdefault(cls, known[theirs])
+                if theirs in registered:
+                    registered.setdefault(cls, registered[theirs])
 
 
 def revert(model: Model) -> Model:
-    """Undo :func:`convert`, in place: every layer of ours becomes what it was, or torch's of the same name.
+    """Undo :func:`convert`, in place: each of our layers gets back its class, or torch's class of the same name.
 
-    Modules do their activations and sums themselves again. In graph modules of ``torch.fx``, calls that give a layer of
-    ours a residual or an activation become torch's functions.
+    Modules compute their activations and sums themselves again. In ``torch.fx`` graph modules, calls of our layers with
+    a residual or an activation become calls of torch functions.
 
     Args:
         model: a model, or a layer.
@@ -96,7 +96,7 @@ def revert(model: Model) -> Model:
 
     Raises:
         ValueError: a layer has an activation, a ``virtual_batch_size`` or ``renorm``, or is frozen, and torch's layer
-            would lose that. Nothing has changed.
+            would lose that. The model is then unchanged.
 
     Examples:
         >>> import torch
@@ -106,7 +106,7 @@ def revert(model: Model) -> Model:
         True
     """
     found = [
-        (module, _original(name, module))
+        (module, _original_class(name, module))
         for name, module in model.named_modules()
         if isinstance(module, (Fused, modules.FrozenBatchNorm2d))
     ]
@@ -122,10 +122,10 @@ def revert(model: Model) -> Model:
 
 
 def freeze(model: Model, *, parameters: bool = True) -> Model:
-    """Make our layers use their running statistics, and leave them alone, in training too.
+    """Make our layers use their running statistics in training too, without updating them.
 
     Args:
-        model: a model, or a layer; torch's layers in it are left as they are.
+        model: a model, or a layer; torch layers in it stay as they are.
         parameters: whether weight and bias are frozen as well.
 
     Returns:
@@ -163,20 +163,21 @@ def unfreeze(model: Model, *, parameters: bool = True) -> Model:
 def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: Any, **options: Any) -> Model:
     """Put a batch normalisation behind modules of a trained model, without changing its outputs.
 
-    Each named module becomes ``Sequential(module, BatchNorm)``, whose normalisation is the identity on the module's
-    output for the inputs.
+    Each named module becomes ``Sequential(module, BatchNorm)``. The normalisation is initialised as the identity on the
+    module's output for these inputs.
 
     Args:
         model: changed in place.
-        names: of modules, as in ``named_modules``.
-        inputs: a batch that the model is called with, once.
-        options: of the layers, such as ``eps`` and ``momentum``.
+        names: the names of modules, as ``named_modules`` gives them.
+        inputs: a batch; the model is called with it once.
+        options: options of the layers, such as ``eps`` and ``momentum``.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no module has a name, or it was not called, or it did not return a tensor of rank 2 to 5.
+        ValueError: the model has no module of a name, or the module was not called, or its output was not a tensor of
+            rank 2 to 5.
 
     Examples:
         >>> import torch
@@ -193,14 +194,14 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
     ranks = {rank: cls for cls in (modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d) for rank in cls.ranks}
     layers: dict[str, torch.nn.Module] = {}
 
-    def look(name: str, output: Any) -> None:
-        """Make a module's layer at once: what follows may overwrite the module's output."""
+    def make_layer(name: str, output: Any) -> None:
+        """Make the layer behind a module within its call, because later operations may overwrite the output."""
         if isinstance(output, torch.Tensor) and output.dim() in ranks:
-            like = {"device": output.device, "dtype": None if output.dtype.itemsize < 4 else output.dtype}
-            layers[name] = ranks[output.dim()](output.shape[1], **(like | options)).init_identity_(output)
+            defaults = {"device": output.device, "dtype": None if output.dtype.itemsize < 4 else output.dtype}
+            layers[name] = ranks[output.dim()](output.shape[1], **(defaults | options)).init_identity_(output)
 
     hooks = [
-        known[name].register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output))
+        known[name].register_forward_hook(lambda _module, _inputs, output, name=name: make_layer(name, output))
         for name in names
     ]
     try:
@@ -212,7 +213,7 @@ def insert_identity_(model: Model, names: list[str] | tuple[str, ...], *inputs: 
     if missing := [name for name in names if name not in layers]:
         raise ValueError(f"{', '.join(missing)} should give a tensor of rank 2 to 5 for these inputs")
     places = [name.rpartition(".") for name in layers]
-    parents = [model.get_submodule(parent) for parent, _, _ in places]  # before any name leads somewhere else
+    parents = [model.get_submodule(parent) for parent, _, _ in places]  # before replacements change the paths
     for (name, layer), parent, (_, _, child) in zip(layers.items(), parents, places, strict=True):
         setattr(parent, child, torch.nn.Sequential(known[name], layer.train(known[name].training)))
     return model
@@ -227,16 +228,16 @@ def _set_frozen(model: Model, frozen: bool, parameters: bool) -> Model:
     return model
 
 
-def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | None:
-    """Return the class that a layer of ours goes back to; ``None`` if torch has none."""
+def _original_class(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """Return the class that ``revert`` gives to one of our layers; ``None`` if torch has no such class."""
     came_from: type[torch.nn.Module] | None = module.__dict__.get("_converted_from")
     if getattr(module, "frozen", False):
         raise ValueError(f"layer {name!r} is frozen, which torch's layers cannot be: call unfreeze first")
     for option in ("virtual_batch_size", "renorm"):
         if getattr(module, option, None) is not None:
             raise ValueError(f"layer {name!r} has {option}, which torch's layer would lose")
-    has_its_own = came_from is not None and module._modules.get("act") is not None  # and applies the activation
-    if module.activation != IDENTITY and not has_its_own:
+    has_module = came_from is not None and module._modules.get("act") is not None  # which applies the activation
+    if module.activation != IDENTITY and not has_module:
         raise ValueError(f"layer {name!r} has the activation {module.activation!r}, which torch's layer would lose")
     if came_from is None:
         return getattr(torch.nn, class_of(module).__name__, None)
@@ -245,18 +246,20 @@ def _original(name: str, module: torch.nn.Module) -> type[torch.nn.Module] | Non
     return came_from
 
 
-def _become(module: torch.nn.Module, cls: type[torch.nn.Module], activation: Activation) -> None:
+def _convert_layer(module: torch.nn.Module, cls: type[torch.nn.Module], activation: Activation) -> None:
+    """Change a module's class to ``cls``, and record its original class for :func:`revert`."""
     eps = frozen_eps(module) if cls is modules.FrozenBatchNorm2d else None
     module.__dict__["_converted_from"] = class_of(module)
     if eps is not None and "eps" not in module.__dict__:
         module.__dict__.update(eps=eps, _added=("eps",))
-    set_class(module, joined(cls, class_of(module)))
+    set_class(module, join_classes(cls, class_of(module)))
     if not activation.is_identity:
-        setattr(module, "activation", activation)  # noqa: B010 - not of every module's type
+        setattr(module, "activation", activation)  # noqa: B010 - torch.nn.Module declares no such attribute
 
 
 def set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
-    if parametrize.is_parametrized(module):  # parametrize made a class for it, with a property for each parameter
+    """Change a module's class, and keep its parametrisations."""
+    if parametrize.is_parametrized(module):  # its class is generated, with a property for each parametrised tensor
         body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), body)
     module.__class__ = cls

@@ -1,4 +1,4 @@
-"""Fold normalisations into the convolutions and linear layers before them, for inference; under torch's names."""
+"""Fold normalisations into the convolutions and linear layers before them, for inference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fuse_conv_bn_weights(
     """Do what ``torch.nn.utils.fuse_conv_bn_weights`` does, in float64.
 
     Args:
-        conv_w: (out, in / groups, ...), the weight of a convolution; of a transposed one (in, out / groups, ...).
+        conv_w: (out, in / groups, ...), the weight of a convolution; (in, out / groups, ...) if it is transposed.
         conv_b: (out,), or ``None``.
         bn_rm: (out,), the running mean.
         bn_rv: (out,), the running variance.
@@ -52,13 +52,13 @@ def fuse_conv_bn_weights(
         bn_w: (out,), or ``None`` for 1.
         bn_b: (out,), or ``None`` for 0.
         transpose: whether the convolution is transposed.
-        groups: of a transposed convolution.
+        groups: the number of groups of a transposed convolution.
 
     Returns:
-        ``(weight, bias)``, like ``conv_w``, and (out,) in its dtype.
+        ``(weight, bias)``: with ``conv_w``'s shape and dtype, and (out,) in ``conv_w``'s dtype.
 
     Raises:
-        ValueError: another number of channels than ``conv_w`` has outputs, or fewer than two axes.
+        ValueError: the numbers of channels and of outputs differ, or ``conv_w`` has fewer than two axes.
 
     Examples:
         >>> import torch
@@ -93,13 +93,13 @@ def fuse_linear_bn_weights(
     Args:
         linear_w: (out, in), the weight of a linear layer.
         linear_b: (out,), or ``None``.
-        bn_rm: (out,), the running mean; or (1,), which stands for all outputs, like the other vectors then.
+        bn_rm: (out,), the running mean; or (1,): then all vectors of the normalisation hold one number for all outputs.
 
     Returns:
-        ``(weight, bias)``, like ``linear_w``, and (out,) in its dtype.
+        ``(weight, bias)``: with ``linear_w``'s shape and dtype, and (out,) in ``linear_w``'s dtype.
 
     Raises:
-        ValueError: another number of channels than ``linear_w`` has outputs.
+        ValueError: the number of channels differs from the number of outputs of ``linear_w``.
 
     Examples:
         >>> import torch
@@ -117,22 +117,22 @@ def fuse_linear_bn_weights(
 
 
 def fuse_conv_bn_eval(conv: Any, bn: Any, transpose: bool = False) -> Any:
-    """Make a convolution that includes the normalisation behind it, as ``torch.nn.utils.fuse_conv_bn_eval`` does.
+    """Return a convolution that includes the normalisation behind it, as ``torch.nn.utils.fuse_conv_bn_eval`` does.
 
-    Transposed convolutions and their groups are recognised. If ``bn`` has an activation, the result is a ``Sequential``
-    of the convolution and the activation.
+    Transposed convolutions and their groups are recognised.
 
     Args:
-        conv: a convolution in evaluation mode; it is left as it is.
+        conv: a convolution in evaluation mode; it is not changed.
         bn: a normalisation in evaluation mode, with running statistics over the convolution's outputs.
-        transpose: whether the convolution is transposed, where its type does not say so.
+        transpose: whether a convolution of another type is transposed.
 
     Returns:
-        A copy of the convolution with other weights, and a bias.
+        A copy of the convolution with the folded weight and bias; a ``Sequential`` of the copy and the activation if
+        ``bn`` has one.
 
     Raises:
-        AssertionError: not both are in evaluation mode.
-        ValueError: ``bn`` has no running statistics, or another number of channels.
+        AssertionError: one of the two is in training mode.
+        ValueError: ``bn`` has no running statistics, or its number of channels differs from the number of outputs.
 
     Examples:
         >>> import torch
@@ -145,29 +145,29 @@ def fuse_conv_bn_eval(conv: Any, bn: Any, transpose: bool = False) -> Any:
     if conv.training or bn.training:
         raise AssertionError("Fusion only for eval!")
     fused = copy.deepcopy(conv)
-    fused.weight, fused.bias = _folded(conv, bn, transpose)
+    fused.weight, fused.bias = _folded_parameters(conv, bn, transpose)
     activation = getattr(bn, "activation", IDENTITY)
     if activation.is_identity:
         return fused
-    rest = Folded()
-    rest.activation = activation
-    return nn.Sequential(fused, rest)
+    folded = Folded()
+    folded.activation = activation
+    return nn.Sequential(fused, folded)
 
 
 def fuse_linear_bn_eval(linear: Any, bn: Any) -> Any:
-    """Make a linear layer that includes the normalisation behind it, as ``torch.nn.utils.fuse_linear_bn_eval`` does.
+    """Return a linear layer that includes the normalisation behind it, as ``torch.nn.utils.fuse_linear_bn_eval`` does.
 
     Args:
-        linear: a linear layer in evaluation mode; it is left as it is.
+        linear: a linear layer in evaluation mode; it is not changed.
         bn: a normalisation in evaluation mode, with running statistics over the outputs, or of a single channel.
 
     Returns:
-        A copy of the linear layer with other weights, and a bias; with an activation of ``bn``, a ``Sequential`` of the
-        two.
+        A copy of the linear layer with the folded weight and bias; a ``Sequential`` of the copy and the activation if
+        ``bn`` has one.
 
     Raises:
-        AssertionError: not both are in evaluation mode.
-        ValueError: ``bn`` has no running statistics, or another number of channels.
+        AssertionError: one of the two is in training mode.
+        ValueError: ``bn`` has no running statistics, or its number of channels differs from the number of outputs.
 
     Examples:
         >>> import torch
@@ -181,21 +181,21 @@ def fuse_linear_bn_eval(linear: Any, bn: Any) -> Any:
 
 
 def fold(model: Model, *inputs: Any, report: Report | None = None, **options: Any) -> Model:
-    """Copy a model for inference, with its normalisations in the weights of convolutions and linear layers before them.
+    """Copy a model for inference, and fold its normalisations into the convolutions and linear layers before them.
 
-    The copy has the model's class, attributes, and modules under their names. A normalisation that was folded has
-    become an identity, or what it did besides: its activation, and the sum with a residual that it is given. What
-    cannot be folded stays: subclasses of the known layers, and layers that have hooks or parametrisations, are called
-    or read by others, or whose outputs are not the channels of the normalisation.
+    The copy has the model's class and attributes, and modules of the same names. In place of a folded normalisation it
+    has an identity, or a module that computes the rest: the sum with a residual, and the activation. A layer is not
+    folded if it is a subclass of a known layer, if it has hooks or parametrisations, if other code calls it or reads
+    its tensors, or if the outputs of the layer before it are not the channels of the normalisation.
 
     Args:
-        model: with torch's layers, ours or those that :func:`convert` knows. It is left as it is.
-        inputs: a batch, with which the copy is called once, to see what follows what, whatever the model's control
-            flow; it should go the ways that later inputs go. Without a batch the model is traced by ``torch.fx``, or
-            else the modules in it, as far as they can be; linear layers are then taken to give 2D outputs, as
-            ``torch.nn.utils.fuse_linear_bn_eval`` takes them, and others raise a ``ValueError``.
-        report: lists what was folded, and what was not and why.
-        options: named parts of the batch.
+        model: a model with torch layers, ours or others that :func:`convert` knows; it is not changed.
+        inputs: a batch. The copy is called with it once, to record which layer follows which, whatever the model's
+            control flow; it should take the same branches as later inputs. Without a batch, ``torch.fx`` traces the
+            model, or otherwise each module in it that can be traced. Linear layers are then taken to have 2D outputs,
+            as in ``torch.nn.utils.fuse_linear_bn_eval``; other outputs raise a ``ValueError``.
+        report: collects what was folded, and the reason for each layer that was not.
+        options: keyword arguments of the batch.
 
     Returns:
         The copy, in evaluation mode.
@@ -219,35 +219,35 @@ def fold(model: Model, *inputs: Any, report: Report | None = None, **options: An
     with in_mode(model.modules(), False):  # functions that the copy shares may call the model's own layers
         pairs, reasons = observed_pairs(copied, inputs, options) if inputs or options else traced_pairs(copied)
     for layer, norm in pairs:
-        if reason := _unfit(layer, norm):
+        if reason := _obstacle(layer, norm):
             reasons[norm] = reason
             continue
-        layer.weight, layer.bias = _folded(layer, norm)
-        _leave_the_rest(layer, norm)
+        layer.weight, layer.bias = _folded_parameters(layer, norm)
+        _remove_normalisation(layer, norm)
         report.folded[names[norm]] = names[layer]
     for module, name in names.items():
         if is_layer(module):
-            report.left[name] = reasons.get(module, "no convolution or linear layer goes into it alone")
+            report.left[name] = reasons.get(module, "its input is not the output of one convolution or linear layer")
     return copied
 
 
 def _copy(model: Model) -> Model:
-    """Copy a model deeply, also if modules hold results of a call, which torch does not copy with their history."""
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
+    """Copy a model deeply. Tensors in it that have a gradient history, which torch cannot copy, are detached."""
+    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in tensors if not value.is_leaf})
 
 
-def _unfit(layer: Any, norm: Any) -> str:
-    """Say why a normalisation cannot be folded into the layer before it, if it cannot."""
+def _obstacle(layer: Any, norm: Any) -> str:
+    """Return the reason why a normalisation cannot be folded into the layer before it; "" if it can."""
     known = known_norm(norm)
     if known is None:
         return f"{type(norm).__name__} is not known, or has hooks, parametrisations or an activation that is not ours"
     if type(layer) not in FOLDED or is_watched(layer):
-        return f"{type(layer).__name__} before it is not torch's own, or has hooks or parametrisations"
+        return f"{type(layer).__name__} before it is no layer of torch, or has hooks or parametrisations"
     if norm.running_mean is None or norm.training:
         return "it uses each batch's statistics"
-    held = (layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    if not PLAIN.issuperset(type(one) for one in held if one is not None):
+    tensors = (layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if not PLAIN.issuperset(type(tensor) for tensor in tensors if tensor is not None):
         return "its tensors, or those of the layer before it, are quantised, distributed or of another subclass"
     ranks = getattr(known[0], "ranks", (4,))
     outputs = layer.out_features if type(layer) is nn.Linear else layer.out_channels
@@ -256,16 +256,16 @@ def _unfit(layer: Any, norm: Any) -> str:
     return ""
 
 
-def _leave_the_rest(layer: Any, norm: Any) -> None:
-    """Let a folded normalisation do the rest of its work."""
+def _remove_normalisation(layer: Any, norm: Any) -> None:
+    """Turn a folded normalisation into a :class:`Folded` or an identity that keeps its numbers, but not its tensors."""
     _, activation = known_norm(norm) or (None, IDENTITY)
     ours = is_ours(norm) and "_converted_from" not in vars(norm)
-    numbers = {name: value for name, value in vars(norm).items() if name in NORM_ATTRIBUTES}  # other code may read them
+    numbers = {name: value for name, value in vars(norm).items() if name in NORM_ATTRIBUTES}
     for name in [name for name in vars(norm) if name not in INTERNAL]:
         del vars(norm)[name]
     vars(norm).update({name: False if isinstance(value, bool) else value for name, value in numbers.items()})
-    for held in (norm._parameters, norm._buffers):
-        held.update(dict.fromkeys(held))
+    for tensors in (norm._parameters, norm._buffers):
+        tensors.update(dict.fromkeys(tensors))
     norm._modules.clear()
     if ours or not activation.is_identity or isinstance(layer, nn.Linear):
         norm.__class__ = Folded
@@ -275,10 +275,11 @@ def _leave_the_rest(layer: Any, norm: Any) -> None:
 
 
 class Folded(nn.Module):
-    """The rest of a folded normalisation: the sum with a residual, and the activation."""
+    """The module in place of a folded normalisation: it adds the residual and applies the activation."""
 
     activation: Activation = IDENTITY
     two_axes: bool = False
+    """Whether the input must be 2D, because the normalisation was folded into a linear layer."""
 
     def forward(
         self,
@@ -287,14 +288,14 @@ class Folded(nn.Module):
         activation: Activation | str | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Do what :class:`gpu_bn.nn.BatchNorm` does after it has normalised."""
+        """Add the residual and apply the activation, with the arguments of :meth:`gpu_bn.nn.BatchNorm.forward`."""
         if mask is not None:
             raise ValueError("a folded normalisation has no mask")
         text = "a linear layer was folded with the normalisation of 2D inputs"
-        if self.two_axes and isinstance(input, Proxy):  # torch.fx traces: refuse when the graph runs
+        if self.two_axes and isinstance(input, Proxy):  # torch.fx traces: the graph checks when it runs
             torch._assert(input.dim() == 2, text)
         elif self.two_axes and input.dim() != 2:
-            raise ValueError(f"{text}, got {input.dim()}D: give nn.fold such a batch")
+            raise ValueError(f"{text}, got {input.dim()}D: call nn.fold with a batch of such inputs")
         z = input if residual is None else input + residual
         return activations.activate(z, self.activation if activation is None else Activation.of(activation))
 
@@ -302,7 +303,8 @@ class Folded(nn.Module):
         return repr(self.activation)
 
 
-def _folded(layer: Any, bn: Any, transposed: bool = False) -> tuple[Parameter, Parameter]:
+def _folded_parameters(layer: Any, bn: Any, transposed: bool = False) -> tuple[Parameter, Parameter]:
+    """Return the weight and bias of a layer that includes the normalisation behind it."""
     eps: Any = bn.eps if hasattr(bn, "eps") else frozen_eps(bn)
     tensors = (layer.weight, layer.bias, bn.running_mean, bn.running_var, eps, bn.weight, bn.bias)
     if isinstance(layer, nn.Linear):

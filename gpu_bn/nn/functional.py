@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gpu_bn import algorithm, registry, spec
@@ -42,20 +41,20 @@ def batch_norm(
     virtual_batch_size: int | None = None,
     renorm: tuple[float, float] | None = None,
 ) -> Tensor:
-    """Do what ``torch.nn.functional.batch_norm`` does, and a residual sum and an activation in the same pass.
+    """Normalise as ``torch.nn.functional.batch_norm`` does; add a residual and apply an activation in the same pass.
 
     Args:
         input: (N, C, ...), 2-D to 5-D; float16, bfloat16, float32 or float64; any strides.
-        running_mean: (C,); updated in place in training. In training it may be absent together with ``running_var``;
-            otherwise the two are the statistics used.
-        running_var: (C,), as ``running_mean``.
-        weight: (C,); absent, it is 1.
-        bias: (C,); absent, it is 0.
+        running_mean: (C,); used in evaluation, updated in place in training. In training it may be ``None``, together
+            with ``running_var``.
+        running_var: (C,), like ``running_mean``.
+        weight: (C,), or ``None`` for 1.
+        bias: (C,), or ``None`` for 0.
         training: whether to use the batch's statistics.
         momentum: the weight of the batch in the running update, a number or a 0-d tensor; ``None`` averages over all
             batches that ``num_batches_tracked`` counts.
         eps: added to the variance.
-        residual: added before the activation; like ``input``.
+        residual: added before the activation; it has ``input``'s shape, dtype and device.
         activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"`` (the
             erf form), ``"gelu_tanh"``, ``"hardswish"``, ``"sigmoid"`` or ``"tanh"``; or an ``Activation`` with its
             parameter, as :func:`gpu_bn.leaky_relu` and :func:`gpu_bn.elu` make it. ``None`` is the identity.
@@ -65,10 +64,12 @@ def batch_norm(
         renorm: ``(r_max, d_max)`` of batch renormalisation, as in :func:`gpu_bn.batch_norm`.
 
     Returns:
-        ``y``, with ``input``'s shape, dtype and memory format, and so is its gradient.
+        ``y``, with ``input``'s shape, dtype and memory format. The gradient of ``input`` has the same ones.
+
+    An error leaves all tensors unchanged. A mistake that torch reports raises torch's exception, with its text.
 
     Raises:
-        RuntimeError: as torch for the same mistake, with its text; nothing has changed. So are the next three.
+        RuntimeError: a mistake for which torch raises it, such as a weight of another length than C.
         ValueError: a shape or an option that does not fit.
         TypeError: an argument of a wrong type.
         NotImplementedError: a dtype that is not supported.
@@ -89,17 +90,17 @@ def batch_norm(
     activation = IDENTITY if activation is None else Activation.of(activation)
     training = bool(training)
     counter = num_batches_tracked if training else None
-    given = input, weight, bias, residual, running_mean, running_var, counter
+    tensors = input, weight, bias, residual, running_mean, running_var, counter
     if mask is None and virtual_batch_size is None and renorm is None:
-        y = plain_calls.forward(given, training, momentum, eps, activation.name, activation.parameter)
+        y = plain_calls.forward(tensors, training, momentum, eps, activation.name, activation.parameter)
         if y is not None:
             return y
     options = Options(training, momentum, eps, activation, 1, virtual_batch_size, renorm)
-    return general(Call(*given, mask), options)
+    return general_batch_norm(Call(*tensors, mask), options)
 
 
 def normalize(call: Call, options: Options) -> Tensor:
-    """Do what :func:`batch_norm` does, with the arguments in two tuples."""
+    """Call :func:`batch_norm` with its arguments in two tuples."""
     training, momentum, eps, activation, _, groups, renorm = options
     return batch_norm(
         call.x, call.running_mean, call.running_var, call.weight, call.bias, training, momentum, eps,
@@ -108,23 +109,23 @@ def normalize(call: Call, options: Options) -> Tensor:
     )  # fmt: skip
 
 
-def general(call: Call, options: Options) -> Tensor:
-    """Do what :func:`batch_norm` does, with an ``Activation``, and a counter in training only; no call is too odd."""
+def general_batch_norm(call: Call, options: Options) -> Tensor:
+    """Compute any call of :func:`batch_norm`, with an ``Activation``, and without a counter in evaluation."""
     extended = call.valid is not None or options.virtual_batch_size is not None or options.renorm is not None
     if extended or not is_ordinary(call, options):
-        return _checked(call, options)
+        return _checked_batch_norm(call, options)
     training, momentum, eps, activation, *_ = options
     batch_weight = library.batch_weight(momentum, None, call.counter) if training else 0.0
     spec = library.options(training, batch_weight, eps, activation.name, activation.parameter)
-    return autograd.direct(registry.backend_for(call.x), spec, call)
+    return autograd.call_backend(registry.backend_for(call.x), spec, call)
 
 
-def _checked(call: Call, options: Options) -> Tensor:
-    """Make a call that may be wrong, extended, watched or transformed."""
+def _checked_batch_norm(call: Call, options: Options) -> Tensor:
+    """Check and compute a call that may be wrong or transformed, or have a mask, ghost batches or renormalisation."""
     check_tensors(call)
-    if call.x.is_mkldnn:  # whose memory is oneDNN's
-        dense = None if call.residual is None else call.residual.to_dense()
-        return _checked(Call(call.x.to_dense(), call.weight, call.bias, dense, *call[4:]), options).to_mkldnn()
+    if call.x.is_mkldnn:  # only oneDNN can read its memory
+        residual = None if call.residual is None else call.residual.to_dense()
+        return _checked_batch_norm(call._replace(x=call.x.to_dense(), residual=residual), options).to_mkldnn()
     training, momentum, eps, *rest = options
     momentum, eps = plain_number(momentum), plain_number(eps)
     check(call, Options(training, momentum, eps))
@@ -132,43 +133,43 @@ def _checked(call: Call, options: Options) -> Tensor:
     groups = check_extensions(call, options) if extended else 1
     extended = call.valid is not None or groups > 1 or options.renorm is not None
     if training and not torch.compiler.is_compiling():
-        call = _untracked(call, options) if updates.off else call
+        call = _without_updates(call, options) if updates.off else call
         check_memory(call)
-    if isinstance(momentum, Tensor) and (extended or not library.unread(momentum)):
+    if isinstance(momentum, Tensor) and (extended or not library.stays_on_device(momentum)):
         momentum = momentum.item()
     eps = eps.item() if isinstance(eps, Tensor) else eps
     check_finite(momentum, eps)
     options = Options(training, momentum, eps, *rest)
-    return masked.batch_norm(call, options, groups) if extended else _recorded(call, options)
+    return masked.batch_norm(call, options, groups) if extended else _traceable_batch_norm(call, options)
 
 
-def _untracked(call: Call, options: Options) -> Call:
-    """Leave the running statistics out of a call; renormalisation, which reads them, gets copies."""
+def _without_updates(call: Call, options: Options) -> Call:
+    """Remove the running statistics and the counter from a call; renormalisation reads copies of the statistics."""
     mean = var = None
     if options.renorm is not None and call.running_mean is not None and call.running_var is not None:
         mean, var = call.running_mean.clone(), call.running_var.clone()
     return Call(call.x, call.weight, call.bias, call.residual, mean, var, None, call.valid)
 
 
-def _recorded(call: Call, options: Options) -> Tensor:
-    """Make a checked call in the form that transforms, exporters and compilers understand."""
+def _traceable_batch_norm(call: Call, options: Options) -> Tensor:
+    """Compute a checked call by operations that the active transform, exporter or compiler understands."""
     training, compiling = options.training, torch.compiler.is_compiling()
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return composition.wide_batch_norm(call, options)
-    if any(isinstance(one, Tensor) and is_traceable_wrapper_subclass(one) for one in call[:7]):
-        return composition.torch_batch_norm(call, options)  # a DTensor knows how to share out torch's operators only
-    if exporting() and not (training and compiling and not isinstance(options.momentum, float)):
+    if any(isinstance(tensor, Tensor) and is_traceable_wrapper_subclass(tensor) for tensor in call[:7]):
+        return composition.torch_batch_norm(call, options)  # a DTensor can distribute only torch's operators
+    if is_exporting() and not (training and compiling and not isinstance(options.momentum, float)):
         return composition.torch_batch_norm(call, options)
     if not training and compiling:
         return composition.evaluated(call, options)
     return autograd.forward(call, options)
 
 
-def exporting() -> bool:
-    """Whether a call is recorded for a file that is used without this package.
+def is_exporting() -> bool:
+    """Tell whether a call is recorded for a file that is used without this package.
 
-    torch.jit, both exporters to ONNX and ``torch.export`` record torch's own operator, with its results. What it does
-    not have stays ours: of ``torch.export``, training whose momentum is ``None`` or a tensor.
+    torch.jit, both exporters to ONNX and ``torch.export`` record torch's operator. ``torch.export`` records ours for
+    training with a momentum that is ``None`` or a tensor, which torch's operator does not accept.
     """
     if torch.compiler.is_compiling():
         return bool(torch.compiler._is_exporting_flag)  # torch 2.11 compiles a call of is_exporting() to True
@@ -176,13 +177,13 @@ def exporting() -> bool:
 
 
 def front_door(call: Call, options: Options, backend: str | None) -> Tensor:
-    """:func:`gpu_bn.batch_norm` for tensors: any channel axis, its errors, and ``out`` without gradients."""
+    """Compute :func:`gpu_bn.batch_norm` of tensors: with any channel axis, its errors, and ``out`` without autograd."""
     x, residual, out, mask = call.x, call.residual, call.out, call.valid
     engine = registry.select(backend, **front.tensors_by_name(call))
     checked = spec.check_forward(call, options)
     ready = call if mask is None else front.with_valid_positions(call, checked)
     if out is not None:
-        differentiable = [one for one in call[:6] if one is not None and one.requires_grad]
+        differentiable = [tensor for tensor in call[:6] if tensor is not None and tensor.requires_grad]
         if torch.is_grad_enabled() and (differentiable or out.requires_grad):
             raise RuntimeError(
                 "batch_norm(): functions with out=... arguments don't support automatic differentiation, "
@@ -192,7 +193,7 @@ def front_door(call: Call, options: Options, backend: str | None) -> Tensor:
         count_writes(call, checked.batch_stats)
         return result
     if backend not in (None, registry.TORCH, registry.default_name(x)):
-        return autograd.direct(engine, checked, ready)
+        return autograd.call_backend(engine, checked, ready)
     if residual is not None:
         residual = residual.movedim(checked.axis, 1)
     if mask is not None and mask.dim() == x.dim():
@@ -203,6 +204,5 @@ def front_door(call: Call, options: Options, backend: str | None) -> Tensor:
 
 
 def count_writes(call: Call, batch_stats: bool) -> None:
-    """Tell autograd what a call without it has written, so that a graph that has saved it refuses to go backward."""
-    written = (call.running_mean, call.running_var, call.out) if batch_stats else (call.out,)
-    increment_version([tensor for tensor in written if tensor is not None])
+    """Increment the versions of the tensors that a call wrote, so that autograd rejects graphs that saved them."""
+    library.mark_written((call.running_mean, call.running_var, call.out) if batch_stats else (call.out,))

@@ -1,4 +1,4 @@
-"""The base class of our layers with running statistics, and the call that all layers make."""
+"""The base class of our layers with running statistics, and the function that all layers call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpu_bn.activations import Activation, make_activation
 from gpu_bn.call import Call, Options
 from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
-from gpu_bn.nn.activated import Activated, guarded
+from gpu_bn.nn.activated import Activated, guarded_property
 from gpu_bn.nn.operators import plain_calls
 
 
@@ -22,23 +22,24 @@ class Fused(Activated, _BatchNorm):
     """torch's ``_BatchNorm`` with an activation, a residual, a mask and frozen statistics.
 
     Attributes:
-        activation: follows the normalisation, and the residual if the call has one; may be set to a name.
+        activation: the activation that is applied last, after the residual is added; it may be set to a name.
         frozen: whether the running statistics are used, and not updated, in training too.
-        virtual_batch_size, renorm: as in :func:`gpu_bn.batch_norm`; for training.
+        virtual_batch_size, renorm: options of training, described in :func:`gpu_bn.batch_norm`.
     """
 
-    num_features: int = guarded("num_features")
+    num_features: int = guarded_property("num_features")
     frozen: bool = False
     virtual_batch_size: int | None = None
     renorm: tuple[float, float] | None = None
     ranks: ClassVar[tuple[int, ...]] = ()
-    own_check: ClassVar[bool] = False
-    """Whether a subclass checks its inputs itself, in torch's ``_check_input_dim``."""
+    """The ranks of the inputs that the layer accepts; ``()`` accepts all from 2 to 5."""
+    overrides_check: ClassVar[bool] = False
+    """Whether the class overrides torch's ``_check_input_dim``, which then replaces the check of ``ranks``."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if cls._check_input_dim.__module__ != _BatchNorm.__module__:
-            cls.own_check, cls.ranks = True, ()
+            cls.overrides_check, cls.ranks = True, ()
 
     def forward(
         self,
@@ -47,17 +48,17 @@ class Fused(Activated, _BatchNorm):
         activation: Activation | str | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Normalise.
+        """Normalise, add the residual, and apply the activation.
 
         Args:
             input: (N, C, ...).
-            residual: added before the activation; like ``input``.
-            activation: follows in this call in place of the layer's own.
+            residual: added before the activation; it has ``input``'s shape and dtype.
+            activation: replaces the layer's activation in this call.
             mask: which positions count, as in :func:`gpu_bn.batch_norm`.
         """
         if activation is None and self._modules and not self.replaces_children():
             return self._call_children(input, residual, mask)  # type: ignore[no-any-return]
-        if self.own_check:
+        if self.overrides_check:
             self._check_input_dim(input)
         if activation is None:
             activation = self.activation
@@ -65,14 +66,14 @@ class Fused(Activated, _BatchNorm):
             activation = Activation.of(activation)
         training = self.training and not self.frozen
         tracked = not training or self.track_running_stats
-        try:  # faster than attributes, which Python looks for elsewhere first
+        try:  # faster than attributes, which torch.nn.Module finds only after Python's own lookup fails
             buffers, parameters = self._buffers, self._parameters
             mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:  # something replaced a parameter, as torch.nn.utils.parametrize does
             mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
             counter = self.num_batches_tracked if training and tracked else None
-        running_mean, running_var = (mean, var) if tracked else self._untracked()
+        running_mean, running_var = (mean, var) if tracked else self._untracked_statistics()
         return layer(
             input,
             running_mean,
@@ -92,21 +93,21 @@ class Fused(Activated, _BatchNorm):
             self.renorm if training else None,
         )
 
-    def _untracked(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the running statistics for a call that must not change them: renormalisation reads copies."""
+    def _untracked_statistics(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the running statistics of a call that must not update them: copies if it renormalises, else none."""
         if self.renorm is None or self.running_mean is None or self.running_var is None:
             return None, None
         return self.running_mean.clone(), self.running_var.clone()
 
     def init_identity_(self, input: Tensor) -> Fused:
-        """Make the layer the identity (then its activation) on a batch, in training and in evaluation mode.
+        """Initialise the layer so that its normalisation is the identity on a batch, in training and evaluation.
 
-        Sets weight = sqrt(var + eps) and bias = mean, and the running statistics to the batch's mean and biased
-        variance, so that the layer can be put behind a trained one without changing the network (Ioffe & Szegedy
-        2015, section 3).
+        Set weight = sqrt(var + eps) and bias = mean, and the running statistics to the batch's mean and biased
+        variance. The layer can then be put behind a trained one without changing the network (Ioffe & Szegedy 2015,
+        section 3).
 
         Raises:
-            ValueError: the layer has no weight or no bias, or another number of channels than the batch.
+            ValueError: the layer has no weight or no bias, or its number of channels differs from the batch's.
         """
         if self.weight is None or self.bias is None:
             raise ValueError(f"an identity needs weight and bias, got {self!r}")
@@ -124,7 +125,7 @@ class Fused(Activated, _BatchNorm):
         text: str = super().extra_repr()
         if not self.activation.is_identity:
             text += f", activation={self.activation!r}"
-        if "_merged" in self.__dict__:  # the module that calls this layer merges into it
+        if "_merged" in self.__dict__:  # set by convert(fuse=True)
             text += f", merged={self._merged!r}"
         for name in ("virtual_batch_size", "renorm"):
             if getattr(self, name) is not None:
@@ -132,7 +133,7 @@ class Fused(Activated, _BatchNorm):
         return text + ", frozen=True" * self.frozen
 
     def reset_parameters(self) -> None:
-        """Reset as torch's layers do; those of torch 2.11 expect a bias where there is a weight."""
+        """Reset the running statistics, weight and bias; torch 2.11 cannot reset a layer with a weight and no bias."""
         if self.weight is None or self.bias is not None or isinstance(self.weight, UninitializedParameter):
             super().reset_parameters()
         else:
@@ -140,7 +141,7 @@ class Fused(Activated, _BatchNorm):
             torch.nn.init.ones_(self.weight)
 
     def _drop_bias(self, bias: bool) -> None:
-        """Remove the bias unless ``bias``: layers of torch 2.11 do not take the option."""
+        """Remove the layer's bias if ``bias`` is false: layers of torch 2.11 do not have this option."""
         if not bias:
             self.register_parameter("bias", None)
 
@@ -174,14 +175,14 @@ def layer(
     virtual_batch_size: int | None = None,
     renorm: tuple[float, float] | None = None,
 ) -> Tensor:
-    """Make a layer's call: one node in a traced graph."""
+    """Compute a layer's output; a traced graph records this call as one node."""
     if ranks and input.dim() not in ranks:
         expected = " or ".join(f"{rank}D" for rank in ranks)
         raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-    given = input, weight, bias, residual, running_mean, running_var, num_batches_tracked
+    tensors = input, weight, bias, residual, running_mean, running_var, num_batches_tracked
     if mask is None and virtual_batch_size is None and renorm is None:
-        y = plain_calls.forward(given, training, momentum, eps, activation, parameter)
+        y = plain_calls.forward(tensors, training, momentum, eps, activation, parameter)
         if y is not None:
             return y
     options = Options(training, momentum, eps, make_activation(activation, parameter), 1, virtual_batch_size, renorm)
-    return functional.general(Call(*given, mask), options)
+    return functional.general_batch_norm(Call(*tensors, mask), options)

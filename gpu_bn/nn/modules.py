@@ -1,6 +1,6 @@
 """``BatchNorm1d/2d/3d``: torch's layers, with an activation, a residual and a switch that freezes the statistics.
 
-They are subclasses of torch's: parameters, buffers, state_dict, repr and errors are torch's own.
+They are subclasses of the torch layers, with the same parameters, buffers, state_dict and errors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpu_bn.activations import Activation
 from gpu_bn.nn.activated import Activated
 from gpu_bn.nn.fused import Fused, layer
 
-torch.fx.wrap("layer")  # a tracer that enters a layer of this file records one node too
+torch.fx.wrap("layer")  # a tracer that enters a layer of this file also records one node
 
 
 class _Sized(Fused):
@@ -60,9 +60,9 @@ class _Lazy(Fused):
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         biased = self.bias is not None
-        if self.affine and not biased:  # torch 2.11 gives weight and bias their size together
-            made: Any = UninitializedParameter
-            self.bias = made(device=self.weight.device, dtype=self.weight.dtype)
+        if self.affine and not biased:  # torch 2.11 sizes weight and bias together
+            parameter: Any = UninitializedParameter
+            self.bias = parameter(device=self.weight.device, dtype=self.weight.dtype)
         super().initialize_parameters(input)  # type: ignore[misc]
         self._drop_bias(biased)
 
@@ -71,17 +71,17 @@ class BatchNorm(_Sized):
     """Normalise inputs of any rank from 2 to 5, with torch's parameters and defaults.
 
     Call it with ``(input, residual=None, activation=None, mask=None)``: ``input`` is (N, C, ...) in float16, bfloat16,
-    float32 or float64; ``residual`` is like ``input`` and is added before the activation; ``mask`` says which positions
-    count. The result is like ``input``.
+    float32 or float64; ``residual`` has ``input``'s shape and dtype and is added before the activation; ``mask`` says
+    which positions count. The result has ``input``'s shape, dtype and memory format.
 
     Args:
         num_features: C, the number of channels.
         eps: added to the variance.
         momentum: the weight of a batch in the running statistics; ``None`` averages over all batches so far.
-        affine: whether there are ``weight`` and ``bias``.
-        track_running_stats: whether there are running statistics; without them, evaluation uses the batch's.
-        device: of parameters and buffers.
-        dtype: of parameters and buffers, a float dtype; torch's default unless given.
+        affine: whether the layer has ``weight`` and ``bias``.
+        track_running_stats: whether the layer has running statistics; without them, evaluation uses the batch's.
+        device: the device of parameters and buffers.
+        dtype: the floating-point dtype of parameters and buffers; ``None`` is torch's default.
         bias: whether ``affine`` includes a bias.
         activation: the activation that follows; :func:`gpu_bn.nn.batch_norm` lists the names.
         virtual_batch_size: how many samples are normalised together in training; ``None`` is all.
@@ -155,7 +155,7 @@ class BatchNorm3d(_Sized, torch.nn.BatchNorm3d):
 
 
 def require_channels(lazy: Iterable[str]) -> None:
-    """Refuse lazy layers, of these names, that have not seen their first input."""
+    """Raise a ``ValueError`` that names these lazy layers, which have not seen their first input; none is fine."""
     if names := ", ".join(map(repr, lazy)):
         raise ValueError(f"lazy layers do not know their channels yet: run a batch through {names} first")
 
@@ -218,7 +218,8 @@ class FrozenBatchNorm2d(Activated):
     """Apply fixed statistics and parameters, which are all buffers, as torchvision's ``FrozenBatchNorm2d`` does.
 
     Call it with ``(input, residual=None, activation=None)``: ``input`` is (N, C, H, W) in float16, bfloat16, float32 or
-    float64; ``residual`` is like ``input``. The result is like ``input``.
+    float64; ``residual`` has ``input``'s shape and dtype and is added before the activation. The result has ``input``'s
+    shape, dtype and memory format.
 
     Args:
         num_features: C, the number of channels.
@@ -256,7 +257,7 @@ class FrozenBatchNorm2d(Activated):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, activation: Activation | str | None = None
     ) -> Tensor:
-        """Normalise, as :meth:`BatchNorm.forward` does in evaluation."""
+        """Normalise by the fixed statistics, add the residual, and apply the activation."""
         if activation is None and self._modules and not self.replaces_children():
             return self._call_children(input, residual)  # type: ignore[no-any-return]
         activation = self.activation if activation is None else Activation.of(activation)
@@ -265,7 +266,7 @@ class FrozenBatchNorm2d(Activated):
         return layer(input, *vectors, False, 0.0, self._eps, *rest)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        state_dict.pop(prefix + "num_batches_tracked", None)  # of a layer that was not frozen
+        state_dict.pop(prefix + "num_batches_tracked", None)  # the counter of a layer that was not frozen
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:

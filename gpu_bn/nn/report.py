@@ -1,4 +1,4 @@
-"""A report on what was done to a model's layers, by their qualified names."""
+"""A report on the layers that were converted, merged or folded, by their qualified names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Report:
-    """Collect what ``convert(model, report=report)`` and ``fold(model, report=report)`` did; print it to read it.
+    """Collect by qualified name what ``convert(model, report=report)`` and ``fold(model, report=report)`` did.
 
     Attributes:
-        converted: the layers that became ours, by qualified name.
-        merged: for each layer of a fused model that also does a sum or an activation: which.
+        converted: the layers that were converted to ours.
+        merged: for each layer that also computes a sum or an activation: a description of it.
         folded: for each normalisation that was folded: the convolution or linear layer that includes it.
-        left: for each layer that stayed as it was, or does not do more: the reason.
+        left: for each layer that was not converted, merged or folded: the reason.
 
     Examples:
         >>> import torch

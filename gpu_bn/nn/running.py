@@ -1,4 +1,4 @@
-"""Running statistics: whether calls update them, and the update by the statistics of a batch."""
+"""Running statistics: how they are updated by the statistics of a batch, and how updates are turned off."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gpu_bn.interrupts import deferred
 from gpu_bn.merge import Pool
 
 Tracked = Sequence[Tensor | None]
-"""A running mean, a running variance and a counter of batches; each may be absent."""
+"""A running mean, a running variance and a counter of batches; each may be ``None``."""
 
 
 class _Updates(local):
-    """Whether running statistics are left alone, in this thread."""
+    """The thread's switch for updates of running statistics; ``off`` is true inside :func:`no_tracking`."""
 
     off = False
 
@@ -28,10 +28,10 @@ updates = _Updates()
 
 @contextmanager
 def no_tracking() -> Iterator[None]:
-    """Leave running statistics and batch counters as they are, also in training (eager mode only).
+    """Turn off updates of running statistics and batch counters in training, in eager mode only.
 
     Returns:
-        A context manager; it holds for this thread.
+        A context manager, for the calls of this thread.
 
     Examples:
         >>> import torch
@@ -51,7 +51,7 @@ def no_tracking() -> Iterator[None]:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Make the contexts for activation checkpointing: the forward pass that is run again updates no statistics.
+    """Make the contexts for activation checkpointing: the recomputed forward pass updates no statistics.
 
     Returns:
         A pair of context managers, for ``context_fn`` of ``torch.utils.checkpoint.checkpoint``.
@@ -72,12 +72,12 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 @torch.no_grad()
 def update_running(tracked: Tracked, momentum: Any, batch: Pool) -> None:
-    """Move running statistics towards those of a batch, unless it is empty; count the batch. Reads nothing back."""
+    """Move running statistics towards those of a batch, unless it is empty, and count the batch, without a GPU sync."""
     write(moved_statistics(tracked, momentum, batch))
 
 
 def moved_statistics(tracked: Tracked, momentum: Any, batch: Pool) -> list[tuple[Tensor, Tensor]]:
-    """Compute new values: pairs of a tensor and what is to be written to it."""
+    """Return pairs of a tracked tensor and its new value; ``momentum`` of ``None`` averages over all batches."""
     mean, var, counter = tracked
     counted = None if counter is None else counter + 1
     pairs = [] if counter is None or counted is None else [(counter, counted)]
@@ -92,9 +92,9 @@ def moved_statistics(tracked: Tracked, momentum: Any, batch: Pool) -> list[tuple
 
 
 def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Write new values, all or none: in one call, which nothing interrupts."""
+    """Write new values to tensors, all or none: nothing can interrupt it."""
     targets, values = [old for old, _ in pairs], [new for _, new in pairs]
-    if _transformed(targets):  # vmap does not know the call
+    if _are_transformed(targets):  # vmap does not support _foreach_copy_
         with nullcontext() if torch.compiler.is_compiling() else deferred():
             for target, value in zip(targets, values, strict=True):
                 target.copy_(value)
@@ -102,8 +102,8 @@ def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_copy_(targets, values)
 
 
-def _transformed(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether a transform of ``torch.func`` was given some of the tensors, and has wrapped them."""
-    if torch.compiler.is_compiling():  # compilers cannot look at wrappers
+def _are_transformed(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether a transform of ``torch.func`` wraps some of the tensors."""
+    if torch.compiler.is_compiling():  # compiled code cannot inspect wrappers
         return bool(torch._C._are_functorch_transforms_active())
     return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))

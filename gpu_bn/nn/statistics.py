@@ -1,8 +1,8 @@
-"""Running statistics from more than one batch at a time: of a whole data set, or of the micro-batches of one step.
+"""Running statistics from several batches at once: those of a whole data set, or of the micro-batches of one step.
 
-Both look at what each layer is given and merge its count, mean and squared deviations exactly (:mod:`gpu_bn.merge`), so
-that it makes no difference how the data are cut. They watch layers through hooks, which ``torch.compile`` does not see:
-use the model itself, not what ``torch.compile`` made of it.
+The count, the mean and the squared deviations of each layer's inputs are merged exactly (:mod:`gpu_bn.merge`), so the
+result does not depend on how the data are divided into batches. The inputs are recorded by hooks, which compiled models
+do not call: use the model itself, not the result of ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ def update_population_stats(
 ) -> None:
     """Set running statistics to the mean and the variance over a data set, exact to rounding.
 
-    They are those of each layer's input while the layers before it normalise by each batch's statistics, as in
-    training. The variance is that of the data set as it is (biased), and every position counts alike, in a short last
-    batch too. Where there are several processes, all data of all of them count.
+    They are the statistics of each layer's input while the layers before it normalise by each batch's statistics, as in
+    training. The variance is biased. Every position has the same weight, also in a shorter last batch. With several
+    processes, the data of all processes are used.
 
-    Normalisation layers, ours and torch's, are in training mode meanwhile; frozen ones, and those without running
-    statistics, are left alone. All other modules stay as they are: call ``model.eval()`` first to have no dropout. Only
-    running means and variances have changed afterwards, and after an error nothing has.
+    The function sets normalisation layers, ours and torch's, to training mode while it runs, except frozen layers and
+    those without running statistics. All other modules keep their mode: call ``model.eval()`` first to turn off
+    dropout. Only running means and variances change; after an error nothing has changed.
 
     Args:
-        model: not compiled, not frozen.
-        loader: batches; this process's share of them.
-        steps: how many batches to use at most; ``None`` uses all.
-        call: calls the model with a batch. Without it the model is given the batch, or the first part of a tuple or
-            list.
-        process_group: of :mod:`torch.distributed`; ``None`` is all processes, if there are several.
-        progress: whether to show a bar, if rich is installed.
+        model: a model that is neither compiled nor frozen.
+        loader: the batches; in a process group, this process's share of them.
+        steps: the maximum number of batches to use; ``None`` uses all.
+        call: a function that calls the model with a batch. By default the model is called with the batch, or with its
+            first element if it is a tuple or list.
+        process_group: a group of :mod:`torch.distributed`; ``None`` is all processes.
+        progress: whether to show a progress bar, if rich is installed.
 
     Raises:
         ValueError: no layer saw any data; a lazy layer has not seen its first input yet; or, with a
@@ -71,18 +71,18 @@ def update_population_stats(
 
     Source: Wu & Johnson 2021, "PreciseBN".
     """
-    layers = _tracking(model)
+    layers = _tracking_layers(model)
     several_processes = several(process_group)
-    together = several_processes and any(isinstance(layer, SyncBatchNorm) for layer in layers)
-    with in_mode(layers, True), torch.no_grad(), _recording(layers) as pools:
-        batches = _shown(loader, steps, progress)
-        for batch in _alike(batches, layers, Group.of(process_group)) if together else batches:
+    in_step = several_processes and any(isinstance(layer, SyncBatchNorm) for layer in layers)
+    with in_mode(layers, True), torch.no_grad(), _record_inputs(layers) as pools:
+        batches = _first_batches(loader, steps, progress)
+        for batch in _batches_in_step(batches, layers, Group.of(process_group)) if in_step else batches:
             call(model, batch) if call else model(batch[0] if isinstance(batch, tuple | list) else batch)
     if several_processes:
-        pools = _over_processes(layers, pools, Group.of(process_group))
-    if not any(bool(pool.count > 0) for pool in pools.values()):
-        raise ValueError("no layer with running statistics saw any data (was the loader empty, the model compiled?)")
+        pools = _merge_over_processes(layers, pools, Group.of(process_group))
     found = [(_buffers(layer), pool) for layer, pool in pools.items() if bool(pool.count > 0)]
+    if not found:
+        raise ValueError("no layer with running statistics saw any data (was the loader empty, the model compiled?)")
     values = [value for _, pool in found for value in (pool.mean, pool.var)]
     torch._foreach_copy_([buffer for buffers, _ in found for buffer in buffers], values)  # all layers' or none
 
@@ -91,14 +91,14 @@ def update_population_stats(
 def accumulate_statistics(model: torch.nn.Module) -> Iterator[None]:
     """Update running statistics once for all micro-batches of a step of gradient accumulation.
 
-    Each micro-batch is still normalised by its own statistics. When the block ends, the running statistics of each
-    layer that was called in training mode move once, by the layer's momentum, towards the mean and the unbiased
-    variance of all its inputs in the block, and its counter grows by one: as after one call with all of them. A
-    :class:`SyncBatchNorm` counts the inputs of all processes. A block that an error ends updates nothing. Each layer's
-    input is read once more.
+    Each micro-batch is still normalised by its own statistics. At the end of the ``with`` block, each layer that was
+    called in training mode is updated as by one call with all its inputs: its running statistics move once, by its
+    momentum, towards the mean and the unbiased variance of these inputs, and its counter increases by one. For a
+    :class:`SyncBatchNorm` these are the inputs of all processes. If an exception leaves the block, nothing is updated.
+    The layers' inputs are read one additional time.
 
     Args:
-        model: not compiled.
+        model: a model that is not compiled.
 
     Returns:
         A context manager.
@@ -118,22 +118,22 @@ def accumulate_statistics(model: torch.nn.Module) -> Iterator[None]:
 
     Source: Chan, Golub & LeVeque 1983, for the merged variance.
     """
-    layers = _tracking(model)
-    with _recording(layers) as pools:
+    layers = _tracking_layers(model)
+    with _record_inputs(layers) as pools:
         yield
-    shared: dict[Any, list[_BatchNorm]] = {}
+    synchronised: dict[Any, list[_BatchNorm]] = {}
     for layer in layers:
         if layer in pools and isinstance(layer, SyncBatchNorm) and several(layer.process_group):
-            shared.setdefault(layer.process_group, []).append(layer)
-    for group, theirs in shared.items():
-        pools |= _over_processes(theirs, pools, Group.of(group))
+            synchronised.setdefault(layer.process_group, []).append(layer)
+    for group, members in synchronised.items():
+        pools |= _merge_over_processes(members, pools, Group.of(group))
     for layer, pool in pools.items():
         update_running((*_buffers(layer), layer.num_batches_tracked), layer.momentum, pool)
 
 
-def _tracking(model: torch.nn.Module) -> list[_BatchNorm]:
-    """List the layers that keep running statistics."""
-    found = {
+def _tracking_layers(model: torch.nn.Module) -> list[_BatchNorm]:
+    """Return the layers that update running statistics in training; raise if one is lazy and has no channels yet."""
+    tracking = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm)
@@ -141,9 +141,9 @@ def _tracking(model: torch.nn.Module) -> list[_BatchNorm]:
         and module.running_mean is not None
         and not getattr(module, "frozen", False)
     }
-    lazy = [(name, module) for name, module in found.items() if isinstance(module, _LazyNormBase)]
+    lazy = [(name, module) for name, module in tracking.items() if isinstance(module, _LazyNormBase)]
     require_channels(name for name, module in lazy if module.has_uninitialized_params())
-    return list(found.values())
+    return list(tracking.values())
 
 
 def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -153,15 +153,17 @@ def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
-    """Let layers update nothing in a block; merge the statistics of their inputs in training mode instead."""
+def _record_inputs(layers: list[_BatchNorm]) -> Iterator[Pools]:
+    """Turn off the layers' updates within a block, and collect the merged statistics of their inputs in training."""
     pools: Pools = {}
 
     def record(layer: Any, arguments: tuple[Any, ...], options: dict[str, Any], _: Any) -> None:
         if layer.training and not updates.off:
-            given = arguments[0] if arguments else options["input"]
+            x = arguments[0] if arguments else options["input"]
             mask = arguments[3] if len(arguments) > 3 else options.get("mask")
-            pool = _pool_of(given.detach(), mask)
+            valid = None if mask is None else algorithm.valid_positions(mask, x.shape, 1)
+            _, count, mean, var = sync_operators.report(x.detach(), valid).split((1, 1, x.shape[1], x.shape[1]))
+            pool = Pool(count, mean, var.abs() * count)
             if layer in pools:
                 pool = merge(Pool(*map(torch.stack, zip(pools[layer], pool, strict=True))))
             pools[layer] = pool
@@ -177,14 +179,8 @@ def _recording(layers: list[_BatchNorm]) -> Iterator[Pools]:
             layer.track_running_stats = True
 
 
-def _pool_of(x: Tensor, mask: Tensor | None) -> Pool:
-    report = sync_operators.report(x, None if mask is None else algorithm.valid_positions(mask, x.shape, 1))
-    _, count, mean, var = report.split((1, 1, x.shape[1], x.shape[1]))
-    return Pool(count, mean, var.abs() * count)
-
-
-def _over_processes(layers: list[_BatchNorm], pools: Pools, group: Group) -> Pools:
-    """Merge the layers' pools over a group's processes, by one collective; a layer may be missing on some."""
+def _merge_over_processes(layers: list[_BatchNorm], pools: Pools, group: Group) -> Pools:
+    """Merge the layers' pools over a group's processes, by one collective; a process may lack the pool of a layer."""
     if not layers:
         return {}
     device = _buffers(layers[0])[0].device
@@ -199,24 +195,25 @@ def _over_processes(layers: list[_BatchNorm], pools: Pools, group: Group) -> Poo
     return {layer: merge(Pool(*parts[3 * at : 3 * at + 3])) for at, layer in enumerate(layers)}
 
 
-def _alike(batches: Iterable[Any], layers: list[_BatchNorm], group: Group) -> Iterator[Any]:
-    """Yield the batches as long as all processes of a group have one; they tell each other before each."""
+def _batches_in_step(batches: Iterable[Any], layers: list[_BatchNorm], group: Group) -> Iterator[Any]:
+    """Yield the batches, and check by a collective before each one that all processes of a group have a batch."""
     device = _buffers(layers[0])[0].device
-    given = iter(batches)
+    iterator = iter(batches)
     while True:
-        batch = list(islice(given, 1))
+        batch = list(islice(iterator, 1))
         ready = int(total(torch.tensor([float(len(batch))], device=device), group))
         if 0 < ready < group.size:
             raise ValueError(
-                f"a SyncBatchNorm needs as many batches on every process, but {group.size - ready} of {group.size} "
-                "have no more"
+                f"a SyncBatchNorm needs the same number of batches on every process, but {group.size - ready} of "
+                f"{group.size} processes have no more"
             )
         if not batch:
             return
         yield batch[0]
 
 
-def _shown(loader: Iterable[Any], steps: int | None, progress: bool) -> Iterable[Any]:
+def _first_batches(loader: Iterable[Any], steps: int | None, progress: bool) -> Iterable[Any]:
+    """Return the first ``steps`` batches of a loader; with ``progress``, show a progress bar while they are read."""
     batches = loader if steps is None else islice(loader, steps)
     if not progress or find_spec("rich") is None:
         return batches

@@ -1,4 +1,4 @@
-"""Batch normalisation whose batch is spread over several processes: the function and the layer."""
+"""Batch normalisation of a batch that is spread over several processes: the function and the layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 from gpu_bn.activations import Activation
 from gpu_bn.call import Call, Options
 from gpu_bn.nn import functional, modules
-from gpu_bn.nn.activated import joined_by
+from gpu_bn.nn.activated import component_classes
 from gpu_bn.nn.conversion import convert, set_class
 from gpu_bn.nn.distributed import call
 from gpu_bn.nn.distributed.group import several
@@ -35,27 +35,28 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Do what :func:`gpu_bn.nn.batch_norm` does in training, with the statistics of the batch of a whole process group.
+    """Compute :func:`gpu_bn.nn.batch_norm` in training, with the statistics of the batch of a whole process group.
 
-    Every process of the group must make the call, also one whose part is empty, and go through the backward call alike.
-    With one process, or none initialised, it is that function.
+    Every process of the group must make the same call, even if its part is empty, and the same backward call. With a
+    single process, or without an initialised process group, it computes :func:`gpu_bn.nn.batch_norm`.
 
     The other arguments are those of :func:`gpu_bn.nn.batch_norm`.
 
     Args:
         input: (N, C, ...), this process's part, in float16, bfloat16, float32 or float64; N may be 0 and may differ
             between processes.
-        process_group: of :mod:`torch.distributed`; ``None`` is all processes.
-        num_features: C, where the input's own may be wrong.
+        process_group: a group of :mod:`torch.distributed`; ``None`` is all processes.
+        num_features: C; with several processes, an input with another number of channels is an error. ``None`` takes
+            the number of channels of ``input``.
         mask: which positions count; they are counted over all processes.
 
     Returns:
-        ``y`` of this process's part, like ``input``.
+        ``y`` for this process's part, with ``input``'s shape, dtype and memory format.
 
     Raises:
-        ValueError: on every process, with tensors on the CPU, if the arguments of one do not fit; the text names it. On
-            GPUs it is raised on that process; the others, which do not wait for reports, get NaN, and raise in a later
-            call.
+        ValueError: the arguments of a process do not fit, or the calls differ. With tensors on CPUs every process
+            raises it, and the text names the process. On GPUs the process with the error raises it; the others, which
+            do not wait for its report, compute NaN and raise in a later call.
         RuntimeError: a process has ended, or did not take part within the group's timeout.
 
     Examples:
@@ -68,18 +69,19 @@ def sync_batch_norm(
 
     Source: ``torch.nn.SyncBatchNorm``; the statistics are merged as in Chan, Golub & LeVeque 1983.
     """
-    given = Call(input, weight, bias, residual, running_mean, running_var, num_batches_tracked, mask)
+    tensors = Call(input, weight, bias, residual, running_mean, running_var, num_batches_tracked, mask)
     if several(process_group):
-        return call.normalize(process_group, None, num_features, given, Options(True, momentum, eps, activation))
-    return functional.normalize(given, Options(True, momentum, eps, Activation.of(activation)))
+        return call.normalize(process_group, None, num_features, tensors, Options(True, momentum, eps, activation))
+    return functional.normalize(tensors, Options(True, momentum, eps, Activation.of(activation)))
 
 
 class SyncBatchNorm(Fused):
     """Normalise by the statistics of the batch of all processes, on CPUs and GPUs, as ``torch.nn.SyncBatchNorm`` does.
 
-    In evaluation, frozen, or with one process, it is :class:`gpu_bn.nn.BatchNorm`. It is no subclass of torch's class,
-    which DistributedDataParallel refuses on CPUs. Call it with ``(input, residual=None, activation=None, mask=None)``:
-    ``input`` is this process's part of the batch, (N, C, ...); N may be 0 and may differ between processes.
+    In evaluation, when it is frozen, or with a single process, it computes what :class:`gpu_bn.nn.BatchNorm` does. It
+    is not a subclass of ``torch.nn.SyncBatchNorm``, which DistributedDataParallel refuses on CPUs. Call it with
+    ``(input, residual=None, activation=None, mask=None)``: ``input`` is this process's part of the batch, (N, C, ...);
+    N may be 0 and may differ between processes.
 
     The other arguments are those of :class:`gpu_bn.nn.BatchNorm`.
 
@@ -127,10 +129,10 @@ class SyncBatchNorm(Fused):
         activation: Activation | str | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Do what :meth:`gpu_bn.nn.BatchNorm.forward` does, with this process's part of the batch.
+        """Normalise this process's part of the batch, add the residual, and apply the activation.
 
         Raises:
-            ValueError, RuntimeError: as :func:`sync_batch_norm`.
+            ValueError, RuntimeError: the errors of :func:`sync_batch_norm`.
         """
         if not (self.training and not self.frozen and several(self.process_group)):
             return super().forward(input, residual, activation, mask)
@@ -138,21 +140,21 @@ class SyncBatchNorm(Fused):
             return self._call_children(input, residual, mask)  # type: ignore[no-any-return]
         running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         counter = self.num_batches_tracked if self.track_running_stats else None
-        given = Call(input, self.weight, self.bias, residual, *running, counter, mask)
-        chosen = self.activation if activation is None else activation
-        options = Options(True, self.momentum, self.eps, chosen, 1, self.virtual_batch_size, self.renorm)
-        return call.normalize(self.process_group, self, self.num_features, given, options)
+        tensors = Call(input, self.weight, self.bias, residual, *running, counter, mask)
+        activation = self.activation if activation is None else activation
+        options = Options(True, self.momentum, self.eps, activation, 1, self.virtual_batch_size, self.renorm)
+        return call.normalize(self.process_group, self, self.num_features, tensors, options)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> Any:
-        """Make the BatchNorm layers of a model, torch's and ours, layers of this class, in place.
+        """Convert the BatchNorm layers of a model, torch's and ours, to layers of this class, in place.
 
-        Parameters, buffers, hooks, flags and fused activations are kept, for the layers stay the objects they are.
+        The layers stay the same objects and keep their parameters, buffers, hooks, flags and fused activations.
         :func:`gpu_bn.nn.revert` undoes it.
 
         Args:
             module: a model, or a layer.
-            process_group: whose statistics are shared; ``None`` is all processes.
+            process_group: the group whose processes share statistics; ``None`` is all processes.
 
         Returns:
             ``module``.
@@ -160,19 +162,19 @@ class SyncBatchNorm(Fused):
         Raises:
             ValueError: a lazy layer has not seen its first input yet.
         """
-        named = module.named_modules()
-        modules.require_channels(name for name, part in named if isinstance(part, _LazyNormBase))
-        for part in convert(module).modules():
-            kind = joined_by(class_of(part))[0]
-            if kind in SYNCHRONISED:
-                part.__dict__.setdefault("_converted_from", getattr(torch.nn, kind.__name__, kind))
-                set_class(part, SyncBatchNorm)
-                setattr(part, "process_group", process_group)  # noqa: B010 - not of every module's type
-                call.count_layer(part)
+        layers = module.named_modules()
+        modules.require_channels(name for name, layer in layers if isinstance(layer, _LazyNormBase))
+        for layer in convert(module).modules():
+            original = component_classes(class_of(layer))[0]
+            if original in SYNCHRONISED:
+                layer.__dict__.setdefault("_converted_from", getattr(torch.nn, original.__name__, original))
+                set_class(layer, SyncBatchNorm)
+                setattr(layer, "process_group", process_group)  # noqa: B010 - torch.nn.Module declares no such attribute
+                call.count_layer(layer)
         return module
 
 
 SYNCHRONISED = (modules.BatchNorm, modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d, SyncBatchNorm)
-"""The classes that become a SyncBatchNorm; a subclass may compute something else."""
+"""The classes that are converted to SyncBatchNorm; subclasses are not, for they may compute something else."""
 
 CLASSES["torch.nn.modules.batchnorm.SyncBatchNorm"] = SyncBatchNorm

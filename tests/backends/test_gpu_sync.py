@@ -93,7 +93,7 @@ def reports_of(counts, channels):
 
 def require_merged(reports, channels):
     found = phases.merge_packets(packets_of(reports), channels)
-    for mine, expected in zip(found, phases.merged(reports), strict=True):
+    for mine, expected in zip(found, phases.merge_reports(reports), strict=True):
         assert_close(mine, expected, rtol=1e-14, atol=0)
     return found
 
@@ -225,7 +225,7 @@ def test_a_counter_that_kernels_cannot_reach_is_torchs_to_move(launches):
     phases.update(None, None, counter, None, None, count, mean, mean)
     assert counter == 3
     assert launches() == []
-    assert not library.countable(torch.tensor(2), torch.empty(0, device="meta"))  # it is elsewhere
+    assert not library.is_countable(torch.tensor(2), torch.empty(0, device="meta"))  # on another device
 
 
 def test_statistics_with_gaps_in_memory_move_alone(launches):

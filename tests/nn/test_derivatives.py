@@ -115,7 +115,7 @@ def test_only_gradients_asked_for_are_computed(needs, activation, quick, monkeyp
 
     if quick:
         monkeypatch.setattr(doors, "backward", found)
-        monkeypatch.setattr(cpu_calls, "_known", {})
+        monkeypatch.setattr(cpu_calls, "_cache", {})
     else:
         monkeypatch.setattr(plain_calls, "forward", lambda *_: None)
         monkeypatch.setattr(autograd.algorithm, "backward", watched)

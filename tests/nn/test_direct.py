@@ -142,7 +142,7 @@ def test_it_lets_through_nothing_that_is_refused(training, takes):
 def test_usual_calls_take_it(monkeypatch, quick):
     taken, nothing = [], lambda *_: None
     way = plain_calls if quick else autograd
-    of_old = plain_calls.forward if quick else autograd.direct
+    of_old = plain_calls.forward if quick else autograd.call_backend
 
     def noted(*arguments):
         y = of_old(*arguments)
@@ -150,7 +150,7 @@ def test_usual_calls_take_it(monkeypatch, quick):
         return y
 
     monkeypatch.setattr(plain_calls, "forward", nothing)
-    monkeypatch.setattr(way, "forward" if quick else "direct", noted)
+    monkeypatch.setattr(way, "forward" if quick else "call_backend", noted)
     x = data(4, 3, 5, 6).requires_grad_()
     options = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"activation": "relu"}]
     layers = [nn.BatchNorm2d(3, **option) for option in options]

@@ -377,7 +377,7 @@ def test_a_batch_tells_how_many_axes_a_linear_layers_outputs_have():
         assert len(norms(folded)) == left
         assert_close(folded(x), model(x))
     assert model[1].num_batches_tracked == counter
-    with pytest.raises(ValueError, match="2D inputs, got 3D: give nn"):
+    with pytest.raises(ValueError, match="2D inputs, got 3D: call nn"):
         nn.fold(model)(x)
 
 

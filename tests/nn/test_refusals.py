@@ -335,7 +335,7 @@ def test_the_front_door_takes_a_momentum_of_its_library(momentum):
 
 
 def test_a_momentum_on_a_gpu_is_not_read(monkeypatch):
-    monkeypatch.setattr(library, "unread", lambda _: True)
+    monkeypatch.setattr(library, "stays_on_device", lambda _: True)
     ours, theirs = nn.BatchNorm1d(3, momentum=torch.tensor(0.3)), torch.nn.BatchNorm1d(3, momentum=0.3)
     monkeypatch.setattr(torch.Tensor, "item", None)
     x = X.clone().requires_grad_()

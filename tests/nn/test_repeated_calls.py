@@ -24,7 +24,7 @@ if not doors._dlpack_reader():
 def known(monkeypatch):
     """What is remembered, empty at first."""
     found = {}
-    monkeypatch.setattr(cpu_calls, "_known", found)
+    monkeypatch.setattr(cpu_calls, "_cache", found)
     return found
 
 
@@ -50,7 +50,7 @@ def test_calls_alike_are_prepared_once(training, known, monkeypatch):
     assert len(signatures(known)) == 1
     before = ours.running_var._version
     monkeypatch.setattr(cpu_calls, "_prepare", None)
-    monkeypatch.setattr(autograd, "plain_parts", None)
+    monkeypatch.setattr(autograd, "plain_tensors", None)
     for _ in range(2):
         x, dy, leaves = data(4, 3, 5, 6, seed=7), data(4, 3, 5, 6, seed=8), list(ours.parameters())
         y, want = ours(x), theirs(x)

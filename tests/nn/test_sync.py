@@ -186,7 +186,8 @@ def test_population_statistics_over_processes(two):
         assert_close(found["running_mean"], x.mean((0, 2)), rtol=1e-15, atol=0)
         assert_close(found["running_var"], x.var((0, 2), correction=0), rtol=1e-12, atol=0)
         assert found["num_batches_tracked"] == 0
-        assert "needs as many batches on every process, but 1 of 2 have no more" in result["population"]["uneven"]
+        expected = "needs the same number of batches on every process, but 1 of 2 processes have no more"
+        assert expected in result["population"]["uneven"]
 
 
 def test_population_statistics_of_layers_that_share_a_batch(two):
@@ -264,7 +265,7 @@ def test_it_looks_like_torchs():
 def test_nothing_is_read_back_from_a_device():
     """Tensors on the device "meta" have no values that could be read."""
     reports = torch.empty(3, 8, dtype=torch.float64, device="meta")
-    count, mean, var = sync_operators.merged(reports)
+    count, mean, var = sync_operators.merge_reports(reports)
     running = torch.empty(2, 3, device="meta")
     for momentum in (0.1, None):
         counter = torch.empty((), dtype=torch.int64, device="meta")
@@ -292,7 +293,7 @@ def test_a_mistake_poisons_statistics_where_packets_are_not_read():
         ((good, other), True),
         ((good, good), False),
     ):
-        _, mean, var = sync_operators.merged(wire.unpack([gathered(*packets)], 3))
+        _, mean, var = sync_operators.merge_reports(wire.unpack([gathered(*packets)], 3))
         assert mean.isnan().all() == poisoned
         assert var.isnan().all() == poisoned
         assert wire.add([gathered(*packets)], 8).isnan().all() == poisoned
@@ -306,16 +307,16 @@ def test_packets_from_a_gpu_are_looked_at_once_they_are_there(monkeypatch):
     there = []
     bad = gathered(good, wire.mistake(report, "", "no sense"), good)
     arrivals.extend([(lambda: True, gathered(good, good), "g"), (lambda: bool(there), bad, "g")])
-    wire.look_at_arrivals()
+    wire.check_arrivals()
     assert len(arrivals) == 1
     there.append(True)
     with pytest.raises(ValueError, match="process 1 of 3: no sense"):
-        wire.look_at_arrivals()
+        wire.check_arrivals()
     assert not arrivals
 
 
 def test_what_fails_on_a_gpu_is_raised_once_the_others_have_all_packets():
-    packets = wire.fault(MemoryError("none left"), torch.empty(0), "a group", 2 + 2 * 600).to("meta")
+    packets = wire.make_error_packets(MemoryError("none left"), torch.empty(0), "a group", 2 + 2 * 600).to("meta")
     assert len(packets) == 2
     wire._compare(packets[:1], "a group")
     with pytest.raises(MemoryError, match="none left"):
@@ -327,7 +328,7 @@ def test_what_fails_on_a_gpu_is_raised_once_the_others_have_all_packets():
 def test_headers_differ_wherever_two_that_are_known_differ():
     unknown, nan = wire.UNKNOWN, torch.nan
     heads = torch.tensor([[1.0, 1, unknown, unknown, nan], [1, unknown, 2, unknown, nan], [1, 2, 3, unknown, nan]])
-    assert wire.differing(heads).tolist() == [False, True, True, False, True]
+    assert wire.differing_columns(heads).tolist() == [False, True, True, False, True]
 
 
 @pytest.mark.parametrize("channels", [3, 512, 513, 2000])
@@ -335,7 +336,7 @@ def test_packets_have_one_size_and_hold_any_report(channels):
     report = torch.arange(2.0 + 2 * channels, dtype=torch.float64)
     report[0] = 0
     packets = wire.pack(report, "", signature(channels))
-    assert packets.shape == (wire.packets_of(len(report)), wire.HEADER + wire.ROOM)
+    assert packets.shape == (wire.packet_count(len(report)), wire.HEADER + wire.ROOM)
     found = [wire.compare(gathered(packet, packet), "") for packet in packets]
     assert torch.equal(wire.unpack(found, channels), torch.stack((report, report)))
 
@@ -358,12 +359,12 @@ def test_a_packet_on_a_gpu_takes_nothing_from_the_memory_of_the_host():
     report = torch.arange(3000, dtype=torch.float64)
     on_gpu = report.to("meta")
     with Operations() as operations:
-        wire.packed(on_gpu, "", SIGNATURE)
+        wire.make_packets(on_gpu, "", SIGNATURE)
     assert set.union(*operations.devices.values()) == {"meta"}
     packets = wire.pack(report, "", SIGNATURE)
     heads = packets[:, : wire.HEADER]
     written = torch.zeros_like(packets)
-    wire.write_heads(written, heads.tolist(), by_arguments=True)
+    wire.write_headers(written, heads.tolist(), by_arguments=True)
     assert torch.equal(written[:, : wire.HEADER], heads)
     assert not written[:, wire.HEADER :].any()
 

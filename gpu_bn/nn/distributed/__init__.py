@@ -1,1 +1,1 @@
-"""What the processes of a SyncBatchNorm send each other."""
+"""The calls of SyncBatchNorm over several processes, and the packets that the processes exchange."""

@@ -1,4 +1,4 @@
-"""Check the arguments of a SyncBatchNorm's call on one process, before it sends anything."""
+"""Checks of a SyncBatchNorm's arguments on one process, before it sends anything."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from gpu_bn import algorithm
 from gpu_bn.activations import ROWS, Activation
 from gpu_bn.call import Call, Options
-from gpu_bn.nn.checks import FLOATS, check_memory, named
+from gpu_bn.nn.checks import FLOATS, check_memory, tensors_by_name
 from gpu_bn.nn.distributed import wire
 from gpu_bn.nn.running import updates
 from gpu_bn.spec import MAX_RANK, MIN_RANK, check_mask
 
 
 class Checked(NamedTuple):
-    """A checked call; ``signature`` has the fields of a header that describe it."""
+    """A checked call; ``signature`` has the values of :data:`gpu_bn.nn.distributed.wire.FIELDS` from channels on."""
 
     call: Call
     momentum: Any
@@ -26,11 +26,11 @@ class Checked(NamedTuple):
 
 
 def check(num_features: int | None, call: Call, options: Options) -> Checked | str:
-    """Return a call checked, or why it cannot be made; ``num_features`` is C, or ``None`` where the input tells."""
+    """Check a call; return it, or the text of an error. ``num_features`` is C, or ``None`` for that of the input."""
     if options.virtual_batch_size is not None or options.renorm is not None:
         return "a SyncBatchNorm over several processes has neither virtual_batch_size nor renorm"
     activation = Activation.of(options.activation)
-    for name, value in named(call).items():
+    for name, value in tensors_by_name(call).items():
         if not (isinstance(value, Tensor) or (value is None and name != "input")):
             return f"{name} should be a Tensor, got {type(value).__name__}"
     x, eps, momentum = call.x, _number("eps", options.eps), options.momentum
@@ -65,7 +65,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _mistake(call: Call, eps: float, channels: int) -> str:
-    """Say why the arguments do not fit; nothing if they do."""
+    """Return the text of an error if the arguments do not fit, else ""."""
     x, weight, bias, residual, mean, var, *_ = call
     if not MIN_RANK <= x.dim() <= MAX_RANK:
         return f"expected at least 2D input, up to 5D (got {x.dim()}D input)"

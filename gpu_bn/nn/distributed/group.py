@@ -1,4 +1,4 @@
-"""A group of processes, and its collectives."""
+"""Groups of processes and their collectives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_bn.nn.distributed import wire
 
 _COLLECTIVES = torch.ops._c10d_functional
-"""The collectives that ``torch.compile`` takes into a graph."""
+"""The collectives that ``torch.compile`` can record in a graph."""
 
 
 def several(group: Any) -> bool:
@@ -20,7 +20,7 @@ def several(group: Any) -> bool:
 
 
 class Group(NamedTuple):
-    """A process group as compiled code can hold it."""
+    """The name and size of a process group and this process's rank, which compiled code can hold as constants."""
 
     name: str
     size: int
@@ -39,23 +39,24 @@ def gather(vector: Tensor, group: Group) -> Tensor:
 
 
 def exchange(packets: Tensor, group: Group) -> list[Tensor]:
-    """Exchange packets (:mod:`gpu_bn.nn.distributed.wire`) of processes that must be in the same pass of a call.
+    """Gather the packets (:mod:`gpu_bn.nn.distributed.wire`) of all processes, and check that they make the same call.
 
     Args:
-        packets: (P, L), of this process.
+        packets: (P, L), those of this process.
         group: the group.
 
     Returns:
-        P times (W, L), of all processes in the order of their ranks.
+        A list of P tensors (W, L), the packets of W processes in the order of their ranks.
 
     Raises:
-        ValueError: on every process, if their headers differ.
+        ValueError: the headers differ, or one reports an error. On CPUs it is raised on every process, on GPUs in a
+            later call.
     """
     return [wire.compare(gather(packet, group), group.name) for packet in packets.unbind()]
 
 
 def total(tensor: Tensor, group: Group) -> Tensor:
-    """Sum the tensors of a group's processes; nothing is compared."""
+    """Sum a tensor over a group's processes."""
     return _exchange(_COLLECTIVES.all_reduce, tensor, "sum", group.name)
 
 

@@ -1,10 +1,10 @@
-"""The packets that the processes of a SyncBatchNorm exchange; every process compares their headers.
+"""The packets that the processes of a SyncBatchNorm exchange.
 
-A packet is ``HEADER + ROOM`` float64 numbers. Its size is the same for every layer, pass, process and mistake, so that
-an all-gather always completes. A longer vector takes several packets. A header is a flag, then :data:`FIELDS`. The flag
-is 1 for a mistake; the packet then holds its text. If headers differ, or one reports a mistake, every process raises.
-On CPUs all raise in the same call, before anything has changed. On GPUs nothing waits for packets: the results become
-NaN, and a later call raises.
+A packet is ``HEADER + ROOM`` float64 numbers: a header and data. The size is the same for every layer, pass and
+process, also for an error report, so that an all-gather always completes. A longer vector takes several packets. The
+header is an error flag, then :data:`FIELDS`. If the flag is 1, the data are the text of an error. Every process
+compares the headers and raises if they differ or if one reports an error. On CPUs all raise in the same call, before
+anything has changed. On GPUs nothing waits for packets: the results become NaN, and a later call raises.
 """
 
 from __future__ import annotations
@@ -23,41 +23,44 @@ FIELDS = (
     "call", "packet", "pass", "forward call", "layer", "channels", "dtype", "activation", "parameter", "eps",
     "momentum", "residual", "mask", "weight", "bias", "running statistics", "counter", "gradient",
 )  # fmt: skip
-"""The fields of a header. ``call`` counts the exchanges of a group, ``layer`` its layers by their first calls.
+"""The fields of a header; those from ``residual`` to ``counter`` are 1 if the call has such an argument.
 
-A backward pass names the call of its forward pass. ``gradient`` is an index of :data:`GRADIENTS`.
+``call`` is the number of the exchange in its group, ``forward call`` that of its forward pass. ``packet`` is the index
+of the packet, ``layer`` the layer's place in the group's order of first calls. ``pass``, ``dtype``, ``activation`` and
+``gradient`` are indices of :data:`PASSES`, :data:`DTYPES`, the activations and :data:`GRADIENTS`.
 """
 PASSES = ("forward", "backward", "second derivative", "a layer's first call", "end of the forward")
-"""What a packet is for. The last one ends a forward call on CPUs: it says that nothing has failed."""
+"""The purpose of a packet. The last one ends a forward call on CPUs: it says that nothing has failed."""
 FORWARD, BACKWARD, SECOND, FIRST, END = map(float, range(len(PASSES)))
-GRADIENTS = ("of nothing", "of parameters only", "of the input")
+GRADIENTS = ("not needed", "of parameters only", "of the input")
 HEADER, ROOM = 1 + len(FIELDS), 2 + 2 * 512
+"""The lengths of a packet's header and data; a layer with up to 512 channels needs one packet."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 UNKNOWN, NONE = -1.0, -2.0
 """``UNKNOWN``: compiled code cannot know the value, or the momentum is a tensor. ``NONE``: the momentum is ``None``."""
 
 CALLS: Counter[str] = Counter()
-"""The number of exchanges of each group. Processes that have raised continue from the same number."""
+"""The number of exchanges of each group. After an error all its processes continue from the same number."""
 ARRIVALS: deque[tuple[Callable[[], bool], Tensor, str]] = deque()
-"""Packets on their way from a GPU: a function that tells whether they have arrived, the packets, the group."""
+"""Packets that are being copied from a GPU: a function that tells whether they have arrived, the packets, the group."""
 FAULTS: dict[str, tuple[Exception, int]] = {}
-"""Errors of this process's operators, by group, and how many of their packets are still to be compared."""
+"""This process's error, by group, and the number of its packets that are not yet compared."""
 
 
-def packets_of(length: int) -> int:
-    """Count the packets of a vector."""
+def packet_count(length: int) -> int:
+    """Return the number of packets of a vector."""
     return -(-length // ROOM)
 
 
-def packed(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
-    """Make the packets of an (L,) vector, (P, HEADER + ROOM)."""
+def make_packets(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
+    """Return the packets of an (L,) vector, (P, HEADER + ROOM); ``signature`` are the fields from ``pass`` on."""
     if vector.is_cuda and not torch.cuda.is_current_stream_capturing():
-        look_at_arrivals()
+        check_arrivals()
     FAULTS.pop(group, None)  # an exchange that ended early may have left one
-    count = packets_of(len(vector))
+    count = packet_count(len(vector))
     packets = vector.new_zeros((count, HEADER + ROOM))
-    heads = [[0.0, _next_call(group), float(at), *signature] for at in range(count)]
-    write_heads(packets, heads, by_arguments=not packets.is_cpu)
+    headers = [[0.0, _next_call(group), float(index), *signature] for index in range(count)]
+    write_headers(packets, headers, by_arguments=not packets.is_cpu)
     body = torch.nn.functional.pad(vector, (0, count * ROOM - len(vector)))
     packets[:, HEADER:] = body.view(count, ROOM)
     if group:
@@ -65,38 +68,38 @@ def packed(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
     return packets
 
 
-def write_heads(packets: Tensor, heads: list[list[float]], by_arguments: bool) -> None:
-    """Write (P, HEADER) numbers to packets of zeros, on a GPU as arguments of a kernel.
+def write_headers(packets: Tensor, headers: list[list[float]], by_arguments: bool) -> None:
+    """Write P headers, lists of HEADER numbers, to packets of zeros; on a GPU ``by_arguments`` of a kernel.
 
-    A copy from the host would wait for the GPU, and a CUDA graph that is being captured refuses it.
+    A copy from the host would wait for the GPU, and it fails while a CUDA graph is captured.
     """
     if by_arguments:
         cells = [cell for packet in packets for cell in packet[:HEADER].unbind()]
-        torch._foreach_add_(cells, [number for head in heads for number in head])
+        torch._foreach_add_(cells, [number for header in headers for number in header])
     else:
-        packets[:, :HEADER] = torch.tensor(heads, dtype=torch.float64, device="cpu")
+        packets[:, :HEADER] = torch.tensor(headers, dtype=torch.float64, device="cpu")
 
 
-def _mistake(like: Tensor, group: str, text: str) -> Tensor:
-    """Make the packet of a process that does not take part, (HEADER + ROOM,); ``text`` is the reason."""
+def _make_error_packet(like: Tensor, group: str, text: str) -> Tensor:
+    """Return a packet that reports an error, (HEADER + ROOM,), on the device of ``like``."""
     letters = list(text.encode()[:ROOM])
-    head = [1.0, _next_call(group), *[0.0] * (HEADER - 2)]
+    header = [1.0, _next_call(group), *[0.0] * (HEADER - 2)]
     if group:
         CALLS[group] += 1
-    packet = torch.tensor(head + letters + [0] * (ROOM - len(letters)), dtype=torch.float64, device="cpu")
+    packet = torch.tensor(header + letters + [0] * (ROOM - len(letters)), dtype=torch.float64, device="cpu")
     return packet.to(like.device)
 
 
-def fault(error: Exception, like: Tensor, group: str, length: int) -> Tensor:
-    """Make packets that report an error in place of an (L,) vector; the error is raised after the exchange."""
-    count = packets_of(length)
-    packets = _mistake(like, group, told(error)).repeat(count, 1)
+def make_error_packets(error: Exception, like: Tensor, group: str, length: int) -> Tensor:
+    """Return packets that report an error in place of an (L,) vector; the error is raised after the exchange."""
+    count = packet_count(length)
+    packets = _make_error_packet(like, group, describe_error(error)).repeat(count, 1)
     FAULTS[group] = error, count
     return packets
 
 
-def told(error: Exception) -> str:
-    """Describe an error for the other processes."""
+def describe_error(error: Exception) -> str:
+    """Return the type and the arguments of an error, for the other processes."""
     return f"{type(error).__name__}: {' '.join([str(part) for part in error.args])}"
 
 
@@ -105,15 +108,15 @@ def _next_call(group: str) -> float:
 
 
 def _compare(packets: Tensor, group: str) -> Tensor:
-    """Return (W, HEADER + ROOM) packets as they are; raise if one reports a mistake or headers differ."""
+    """Return a copy of (W, HEADER + ROOM) packets; raise if headers differ or report an error, on GPUs later."""
     if packets.is_cpu:
         try:
-            require_alike(packets, group)
+            require_equal_headers(packets, group)
         except ValueError as raised:
             raise raised from FAULTS.pop(group, (None,))[0]
     elif packets.is_cuda and not torch.cuda.is_current_stream_capturing():
-        ARRIVALS.append(_send(packets, group))
-    if group in FAULTS:  # on a GPU, where this process alone raises now, but takes part in all of the exchange
+        ARRIVALS.append(_copy_to_host(packets, group))
+    if group in FAULTS:  # on a GPU: this process takes part in the whole exchange, then raises its error
         error, left = FAULTS.pop(group)
         if left == 1:
             raise error
@@ -121,72 +124,71 @@ def _compare(packets: Tensor, group: str) -> Tensor:
     return packets.clone()
 
 
-def unpacked(packets: Sequence[Tensor], channels: int) -> Tensor:
-    """Take the reports out of packets, (W, 2 + 2 C); the first column is 1 if they must not be used."""
+def extract_reports(packets: Sequence[Tensor], channels: int) -> Tensor:
+    """Return the reports in packets, (W, 2 + 2 C); their first column is 1 if headers differ or report an error."""
     reports = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, : 2 + 2 * channels].contiguous()
-    reports[:, 0] = _wrong(packets)
+    reports[:, 0] = _are_invalid(packets)
     return reports
 
 
 def _sum(packets: Sequence[Tensor], length: int) -> Tensor:
-    """Sum all processes' vectors, (L,), on each in the same order; NaN if they must not be used.
-
-    It is one launch where the backend has a kernel for it.
-    """
+    """Sum (L,) vectors over the processes, in one order on all; NaN if headers differ or report an error."""
     fused = getattr(registry.backend_for(packets[0]), "sum_packets", None)
     if fused is not None:
         return fused(packets, length, HEADER, ROOM, UNKNOWN)  # type: ignore[no-any-return]
     vectors = torch.cat([packet[:, HEADER:] for packet in packets], 1)[:, :length]
-    return torch.where(_wrong(packets), torch.nan, vectors.sum(0))
+    return torch.where(_are_invalid(packets), torch.nan, vectors.sum(0))
 
 
-def _wrong(packets: Sequence[Tensor]) -> Tensor:
-    heads = [packet[:, :HEADER] for packet in packets]
-    return torch.stack([(head[:, 0] != 0).any() | differing(head).any() for head in heads]).any()
+def _are_invalid(packets: Sequence[Tensor]) -> Tensor:
+    """Tell, as a 0-d tensor, whether headers differ or report an error."""
+    headers = [packet[:, :HEADER] for packet in packets]
+    return torch.stack([(header[:, 0] != 0).any() | differing_columns(header).any() for header in headers]).any()
 
 
 def _refuse(like: Tensor, packets: Tensor, text: str) -> Tensor:
-    """Raise on a process that does not take part, after the others have been told and have not raised."""
+    """Raise an error on this process, after the others have received it in ``packets``."""
     del like, packets
     raise ValueError(text)
 
 
-def differing(heads: Tensor) -> Tensor:
+def differing_columns(headers: Tensor) -> Tensor:
     """Tell for each column of (W, n) headers whether its known values differ."""
-    known = heads != UNKNOWN
-    least, most = (torch.where(known, heads, other) for other in (torch.inf, -torch.inf))
+    known = headers != UNKNOWN
+    least, most = (torch.where(known, headers, other) for other in (torch.inf, -torch.inf))
     return ~(most.amax(0) <= least.amin(0))  # NaN differs too
 
 
-def require_alike(packets: Tensor, group: str) -> None:
-    """Raise on every process if one reports a mistake or their calls differ; then count the calls anew."""
-    heads = packets[:, :HEADER]
-    wrong, different = heads[:, 0].nonzero().flatten().tolist(), differing(heads).nonzero().flatten().tolist()
-    if not (wrong or different):
+def require_equal_headers(packets: Tensor, group: str) -> None:
+    """Raise on every process if headers differ or one reports an error; then give the next call the same number."""
+    headers = packets[:, :HEADER]
+    failed, different = (flags.nonzero().flatten().tolist() for flags in (headers[:, 0], differing_columns(headers)))
+    if not (failed or different):
         return
-    CALLS[group] = 1 + int(heads[:, 1].max())
-    if wrong:
-        rank = wrong[0]
+    CALLS[group] = 1 + int(headers[:, 1].max())
+    if failed:
+        rank = failed[0]
         letters = [int(letter) for letter in packets[rank, HEADER:].tolist() if letter]
-        raise ValueError(f"SyncBatchNorm, process {rank} of {len(heads)}: {bytes(letters).decode(errors='replace')}")
-    raise_different({FIELDS[at - 1]: heads[:, at].tolist() for at in different})
+        raise ValueError(f"SyncBatchNorm, process {rank} of {len(headers)}: {bytes(letters).decode(errors='replace')}")
+    raise_difference({FIELDS[column - 1]: headers[:, column].tolist() for column in different})
 
 
-def raise_different(found: dict[str, list[float]]) -> None:
-    """Raise on every process because these fields of the headers differ."""
-    size, reasons = len(next(iter(found.values()))), [_difference(field, values) for field, values in found.items()]
+def raise_difference(fields: dict[str, list[float]]) -> None:
+    """Raise an error that gives each process's values of fields that differ."""
+    size, reasons = len(next(iter(fields.values()))), [_difference(field, values) for field, values in fields.items()]
     raise ValueError(f"SyncBatchNorm, the {size} processes of a group made different calls: {'; '.join(reasons)}")
 
 
 def _difference(field: str, values: list[float]) -> str:
-    """Say which processes have which value of a field."""
+    """Return a text that lists the ranks that have each value of a field."""
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
-        ranks.setdefault(_shown(field, value), []).append(str(rank))
+        ranks.setdefault(_format_value(field, value), []).append(str(rank))
     return f"{field} " + ", ".join(f"{value} on {' and '.join(who)}" for value, who in ranks.items())
 
 
-def _shown(field: str, value: float) -> str:
+def _format_value(field: str, value: float) -> str:
+    """Return the text of a field's value."""
     if value == UNKNOWN:
         return "a tensor" if field == "momentum" else "unknown"
     if field == "dtype":
@@ -199,13 +201,14 @@ def _shown(field: str, value: float) -> str:
     return "None" if value == NONE else f"{value:g}"
 
 
-def look_at_arrivals() -> None:
-    """Raise for an earlier call on a GPU, which did not wait for its packets."""
+def check_arrivals() -> None:
+    """Check the packets of earlier calls on a GPU that have arrived on the host; raise the error of such a call."""
     while ARRIVALS and ARRIVALS[0][0]():
-        require_alike(*ARRIVALS.popleft()[1:])
+        require_equal_headers(*ARRIVALS.popleft()[1:])
 
 
-def _send(packets: Tensor, group: str) -> tuple[Callable[[], bool], Tensor, str]:
+def _copy_to_host(packets: Tensor, group: str) -> tuple[Callable[[], bool], Tensor, str]:
+    """Start to copy packets from a GPU, and return an entry of :data:`ARRIVALS`."""
     host = torch.empty(packets.shape, dtype=packets.dtype, device="cpu", pin_memory=True)
     host.copy_(packets, non_blocking=True)
     event = torch.cuda.Event()
@@ -213,16 +216,16 @@ def _send(packets: Tensor, group: str) -> tuple[Callable[[], bool], Tensor, str]
     return event.query, host, group
 
 
-def packed_fake(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
-    """Return packets as :func:`packed` makes them, for compilers."""
+def make_packets_fake(vector: Tensor, group: str, signature: Sequence[float]) -> Tensor:
+    """Return an uninitialised tensor with the shape and dtype that :func:`make_packets` returns, for compilers."""
     del group, signature
-    return vector.new_empty((packets_of(vector.shape[0]), HEADER + ROOM))
+    return vector.new_empty((packet_count(vector.shape[0]), HEADER + ROOM))
 
 
-pack = register("sync_pack(Tensor vector, str group, float[] signature) -> Tensor", packed, packed_fake)
+pack = register("sync_pack(Tensor vector, str group, float[] signature) -> Tensor", make_packets, make_packets_fake)
 mistake = register(
     "sync_mistake(Tensor like, str group, str text) -> Tensor",
-    _mistake,
+    _make_error_packet,
     lambda like, *_: like.new_empty(HEADER + ROOM, dtype=torch.float64),
 )
 compare = register(
@@ -230,7 +233,7 @@ compare = register(
 )
 unpack = register(
     "sync_unpack(Tensor[] packets, int channels) -> Tensor",
-    unpacked,
+    extract_reports,
     lambda packets, channels: packets[0].new_empty((packets[0].shape[0], 2 + 2 * channels)),
 )
 add = register(

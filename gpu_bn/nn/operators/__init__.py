@@ -1,1 +1,1 @@
-"""Calls on torch tensors: the operators ``torch.ops.gpu_bn.*``, their derivatives, and shorter ways to the kernels."""
+"""Calls with torch tensors: the operators ``torch.ops.gpu_bn.*``, their derivatives, and faster paths to kernels."""

@@ -1,7 +1,7 @@
-"""Batch normalisation composed of torch's own differentiable operations.
+"""Batch normalisation composed of torch's differentiable operations.
 
-Used where one operator of ours cannot be: for second and higher derivatives, in compiled evaluation (where the
-compiler fuses it into its neighbours), for export, and under ``torch.func`` and forward-mode differentiation.
+It replaces our operators in second and higher derivatives, in compiled evaluation (where the compiler fuses it with
+neighbouring operations), in exports, and under ``torch.func`` and forward-mode differentiation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def batch_norm(
     eps: float,
     activation: Activation,
 ) -> Tensor:
-    """Normalise by the given statistics, or the batch's; in float32 or wider, rounded once."""
+    """Normalise by ``mean`` and ``var``, or by the batch's statistics; compute in float32 or wider and round once."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if mean is not None:
         dtype = torch.promote_types(dtype, mean.dtype)
@@ -48,7 +48,7 @@ def batch_norm(
 def masked_batch_norm(
     call: Call, eps: float, activation: Activation, groups: int, renorm: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Normalise by the statistics of each ghost batch's valid positions; ``renorm`` has r and d of renormalisation."""
+    """Normalise each ghost batch by the statistics of its valid positions; ``renorm`` is (r, d) of renormalisation."""
     x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
     dtype = torch.promote_types(x.dtype, torch.float32)
     valid = x.new_ones((1,) * x.dim(), dtype=torch.bool) if call.valid is None else call.valid
@@ -61,7 +61,7 @@ def masked_batch_norm(
     xhat = (centred * (centred.square().sum(axes, keepdim=True) / count + eps).rsqrt()).flatten(0, 1)
     shape = (1, -1, *(1,) * (x.dim() - 2))
     if renorm is not None:
-        r, d = (limit.to(dtype).view(shape) for limit in renorm)
+        r, d = (vector.to(dtype).view(shape) for vector in renorm)
         xhat = xhat * r + d
     z = xhat if weight is None else xhat * weight.to(dtype).view(shape)
     if bias is not None:
@@ -72,13 +72,13 @@ def masked_batch_norm(
 
 
 def evaluated(call: Call, options: Options) -> Tensor:
-    """Make a call in evaluation."""
-    running = (call.running_mean, call.running_var)
-    return batch_norm(call.x, *running, call.weight, call.bias, call.residual, options.eps, options.activation)
+    """Compute a call in evaluation, by the running statistics."""
+    tensors = (call.x, call.running_mean, call.running_var, call.weight, call.bias, call.residual)
+    return batch_norm(*tensors, options.eps, options.activation)
 
 
 def wide_batch_norm(call: Call, options: Options) -> Tensor:
-    """Make a call under ``torch.func`` or in forward mode: all in float64, rounded once."""
+    """Compute a call under ``torch.func`` or forward-mode differentiation: in float64, rounded once."""
     x = call.x
     if options.training:
         wide = x.double()
@@ -93,24 +93,24 @@ def wide_batch_norm(call: Call, options: Options) -> Tensor:
 
 
 def _move_running(wide: Tensor, call: Call, momentum: float, eps: float) -> None:
-    """Move running statistics by torch's function, which refuses what a transform cannot do; write them last."""
+    """Update the running statistics by torch's function, which raises if a transform does not allow it."""
     running = (call.running_mean, call.running_var)
-    mean, var = (None if one is None else one.to(torch.float64, copy=True) for one in running)
+    mean, var = (None if vector is None else vector.to(torch.float64, copy=True) for vector in running)
     F.batch_norm(wide, mean, var, None, None, True, momentum, eps)
     counted = None if call.counter is None else call.counter.clone().add_(1)
-    moved = zip((call.counter, *running), (counted, mean, var), strict=True)
-    write([(old, new) for old, new in moved if old is not None and new is not None])
+    pairs = zip((call.counter, *running), (counted, mean, var), strict=True)
+    write([(old, new) for old, new in pairs if old is not None and new is not None])
 
 
 def _momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> float:
-    """Return the weight of a batch; without a momentum all batches weigh alike."""
+    """Return the weight of a batch: the momentum, or for ``None`` 1 / n for the n-th batch and 0 without a counter."""
     if momentum is not None:
         return momentum
     return 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1)
 
 
 def torch_batch_norm(call: Call, options: Options) -> Tensor:
-    """Make a call by ``torch.nn.functional.batch_norm``, which exporters know."""
+    """Compute a call by ``torch.nn.functional.batch_norm``, which exporters support."""
     momentum = _momentum(options.momentum, call.counter)
     tensors = (call.x, call.running_mean, call.running_var, call.weight, call.bias)
     z = F.batch_norm(*tensors, options.training, momentum, options.eps)

@@ -1,17 +1,18 @@
-"""The operators ``torch.ops.gpu_bn``: their kernels and fakes; :mod:`gpu_bn.nn.operators.autograd` differentiates them.
+"""The operators ``torch.ops.gpu_bn``, with kernels and fakes; :mod:`gpu_bn.nn.operators.autograd` has the derivatives.
 
-``train`` uses the batch's statistics and updates running ones; ``infer`` uses running ones; ``backward`` serves both.
-A forward operator returns ``y`` and what ``backward`` needs besides its inputs:
+``train`` uses the batch's statistics and updates the running statistics; ``infer`` uses the running statistics;
+``backward`` computes the gradients of both. A forward operator returns ``y`` and two tensors that ``backward`` needs in
+addition to the inputs:
 
-- ``statistics``, float64, rows of C: the means used and the variances, a row for each ghost batch; with a mask the
-  counts of the ghost batches; with renormalisation ``r`` and ``d``. They are copies: nothing that is done to the
-  running statistics later, by another forward call or by DistributedDataParallel, changes a gradient.
-- ``mask``, bits that a GPU keeps in place of a residual; of length 0 where it keeps none, as on a CPU.
+- ``statistics``, float64, rows of length C: the means, one row for each ghost batch; the variances, likewise; in
+  training with a mask, the counts, likewise; with renormalisation, a row of ``r`` and a row of ``d``. They are copies:
+  gradients do not depend on later updates of the running statistics, by other calls or by DistributedDataParallel.
+- ``mask``, uint8: the sign bits that a GPU saves in place of the residual; length 0 if there are none.
 
 Outputs share no memory with each other or with an argument.
 
-The operators are plain entries of a ``torch.library.Library`` rather than ``custom_op``s: those that mutate their
-arguments may have no gradient formula there, and each call costs several times as much.
+The operators are entries of a ``torch.library.Library`` rather than ``custom_op``s: a ``custom_op`` that mutates its
+arguments may have no gradient formula, and each call costs several times as much.
 """
 
 from __future__ import annotations
@@ -35,92 +36,99 @@ from gpu_bn.call import Call
 from gpu_bn.spec import BatchNormSpec
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-"""The second: any strides serve, so that a compiler need not copy arguments into those of eager code."""
-is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # it has left torch.func; its memory is not to be seen
+"""The second tag says that the operators accept any strides: a compiler need not restore those of eager mode."""
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # a tensor of torch.func, whose address cannot be read
 LIBRARY = torch.library.Library("gpu_bn", "DEF")
 NAMES = ("dx", "dweight", "dbias", "dresidual")
 NEEDS = {need: frozenset(compress(NAMES, need)) for need in product((False, True), repeat=len(NAMES))}
+"""The names of the gradients to compute, by the flags ``need`` of the operator ``backward``."""
 TRACKED = ("running_mean", "running_var", "num_batches_tracked")
 """The tensors that a call in training writes."""
 
 
-# ------------------------------------------------------------------------------------------------- what they compute
+# ----------------------------------------------------------------------------------------------------------- kernels
 def forward(engine: Backend, call: Call, spec: BatchNormSpec, keep: bool = True) -> tuple[Tensor, Saved]:
-    """Compute ``y`` and what the backward call needs, by a backend; the statistics and the counter are written last.
+    """Compute ``y`` and what the backward call needs, by a backend; write the running statistics and the counter last.
 
-    Where one call or launch of a backend writes all three, no error or interrupt comes between them.
+    If one call or launch of the backend writes all three, no error or interrupt can come between them.
 
     Raises:
-        ValueError: what is written shares memory with another argument.
+        ValueError: a tensor that is written shares memory with another argument.
     """
     tracked, read = (call.running_mean, call.running_var, call.counter), (call.x, call.weight, call.bias, call.residual)
-    apart = not spec.batch_stats or _are_apart(tracked, read)
-    if not apart:
-        named = zip(("input", "weight", "bias", "residual"), read, strict=True)
-        seen: dict[str, Any] = {name: one for name, one in named if one is not None and not is_wrapped(one)}
-        aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), seen)
-    at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may have a forward of its own
-    if at_once is not None and apart and _is_plain(call, spec):
-        found: tuple[Tensor, Saved] | None = at_once(engine, call, spec)
-        if found is not None:
+    disjoint = not spec.batch_stats or _are_disjoint(tracked, read)
+    if not disjoint:
+        by_name = zip(("input", "weight", "bias", "residual"), read, strict=True)
+        readable: dict[str, Any] = {name: one for name, one in by_name if one is not None and not is_wrapped(one)}
+        aliasing.check_written(dict(zip(TRACKED, tracked, strict=True)), readable)
+    at_once = vars(type(engine)).get("forward_at_once")  # not inherited: a subclass may override other methods
+    if at_once is not None and disjoint and _is_plain(call, spec):
+        result: tuple[Tensor, Saved] | None = at_once(engine, call, spec)
+        if result is not None:
             if spec.batch_stats:
                 mark_written(tracked)
-            return found
+            return result
     return algorithm.forward(engine, call, spec, keep=keep)
 
 
-def unread(momentum: Tensor) -> bool:
-    """Tell whether a momentum must not be read: a GPU would be waited for, and compiled code has no number of it."""
+def stays_on_device(momentum: Tensor) -> bool:
+    """Tell whether a momentum must not be read: that would wait for a GPU, and compiled code cannot read it."""
     return not momentum.is_cpu or torch.compiler.is_compiling()
 
 
 def _is_plain(call: Call, spec: BatchNormSpec) -> bool:
-    usual = call.valid is None and spec.groups == 1 and spec.renorm is None and 0 not in call.x.shape
-    return usual and countable(call.counter, call.x)
+    """Tell whether a call has neither mask, ghost batches nor renormalisation, is not empty, and can be counted."""
+    plain = call.valid is None and spec.groups == 1 and spec.renorm is None and 0 not in call.x.shape
+    return plain and is_countable(call.counter, call.x)
 
 
-def _are_apart(tracked: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
-    """Tell quickly whether bounds show that nothing tracked overlaps itself or other tensors, as in most calls."""
-    written = [one for one in tracked if one is not None]
+def _are_disjoint(tracked: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Tell whether the address ranges show that no tracked tensor overlaps itself or another tensor; False in doubt."""
+    written = [tensor for tensor in tracked if tensor is not None]
     if not written:
         return True
-    if not all(one.is_contiguous() for one in written):
+    if not all(tensor.is_contiguous() for tensor in written):
         return False
-    bounds = [_bounds(one) for one in written]
-    bounds += {_bounds(one) for one in others if one is not None and not is_wrapped(one)}
+    bounds = [_bounds(tensor) for tensor in written]
+    bounds += {_bounds(tensor) for tensor in others if tensor is not None and not is_wrapped(tensor)}
     bounds.sort()
-    return all(one[1] <= after[0] for one, after in pairwise(bounds))
+    return all(current[1] <= following[0] for current, following in pairwise(bounds))
 
 
-def _bounds(one: Tensor) -> tuple[int, int]:
-    start = one.data_ptr()
-    if one.is_contiguous():
-        return start, start + one.nbytes
-    last = sum([(size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True)])
-    return start, start + (last + 1) * one.element_size()
+def _bounds(tensor: Tensor) -> tuple[int, int]:
+    """Return a tensor's address and the address behind its last element."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    last = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    return start, start + (last + 1) * tensor.element_size()
 
 
-def countable(counter: Tensor | None, like: Tensor) -> bool:
-    """Tell whether a kernel that runs where a tensor is can count batches."""
+def is_countable(counter: Tensor | None, x: Tensor) -> bool:
+    """Tell whether a kernel on x's device can increment the counter: an aligned int64 there, or ``None``."""
     return counter is None or (
         counter.dtype is torch.int64
-        and counter.device == like.device
+        and counter.device == x.device
         and counter.numel() == 1
         and counter.data_ptr() % 8 == 0
     )
 
 
 def mark_written(tracked: Sequence[Tensor | None]) -> None:
-    """Tell autograd what a kernel has written, so that a graph that has saved it refuses to go backward."""
-    increment_version([one for one in tracked if one is not None and not one.is_inference()])
+    """Increment the versions of tensors that a kernel wrote, so that autograd rejects graphs that saved them."""
+    increment_version([tensor for tensor in tracked if tensor is not None and not tensor.is_inference()])
 
 
 def batch_weight(
     momentum: float | None, momentum_at: Tensor | None, num_batches_tracked: Tensor | None
 ) -> float | Tensor:
-    """Return the weight of this batch in the running update; a tensor on a GPU that alone knows it: nothing waits."""
+    """Return the weight of this batch in the running update.
+
+    It is ``momentum_at``, a 0-d tensor, else ``momentum``, else 1 / n for the n-th batch or 0 without a counter. A
+    value on a GPU stays a tensor there.
+    """
     if momentum_at is not None:
-        return momentum_at.double() if unread(momentum_at) else momentum_at.item()
+        return momentum_at.double() if stays_on_device(momentum_at) else momentum_at.item()
     if momentum is not None:
         return momentum
     if num_batches_tracked is None:
@@ -139,7 +147,7 @@ def options(
     groups: int = 1,
     renorm: Sequence[float] = (),
 ) -> BatchNormSpec:
-    """Return the options of a call; equal calls share one object."""
+    """Return the options of a call; equal options are one object, unless the momentum is a tensor."""
     if isinstance(momentum, Tensor):
         return _options.__wrapped__(batch_stats, momentum, eps, activation, parameter, groups, tuple(renorm))
     return _options(batch_stats, float(momentum), float(eps), activation, float(parameter), groups, tuple(renorm))
@@ -149,8 +157,7 @@ def options(
 def _options(
     batch_stats: bool, momentum: Any, eps: float, activation: str, parameter: float, groups: int, renorm: Any
 ) -> BatchNormSpec:
-    chosen = Activation(activation, parameter)
-    return BatchNormSpec(1, batch_stats, momentum, eps, chosen, groups, renorm or None)
+    return BatchNormSpec(1, batch_stats, momentum, eps, Activation(activation, parameter), groups, renorm or None)
 
 
 def _train(
@@ -170,15 +177,15 @@ def _train(
     renorm: Sequence[float] = (),
     momentum_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    momentum_of_batch = batch_weight(momentum, momentum_at, num_batches_tracked)
-    spec = options(True, momentum_of_batch, eps, activation, parameter, groups, renorm)
+    weight_of_batch = batch_weight(momentum, momentum_at, num_batches_tracked)
+    spec = options(True, weight_of_batch, eps, activation, parameter, groups, renorm)
     call = Call(x, weight, bias, residual, running_mean, running_var, num_batches_tracked, valid)
     y, saved = forward(registry.backend_for(x), call, spec)
-    return _results(x, y, replace(saved, valid=valid))  # saved has no mask that leaves nothing out
+    return _results(x, y, replace(saved, valid=valid))  # saved.valid is None if every position is valid
 
 
-def completed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of ``train`` with the defaults of those that a caller left out."""
+def with_defaults(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Append the defaults of the arguments of ``train`` that a caller left out."""
     return arguments + (None, 1, (), None)[len(arguments) - 11 :]
 
 
@@ -200,11 +207,11 @@ def _infer(
 
 def _results(x: Tensor, y: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     mask = x.new_empty(0, dtype=torch.uint8) if saved.mask is None else saved.mask
-    return as_promised(y, x), packed(saved), mask
+    return with_promised_strides(y, x), pack_statistics(saved), mask
 
 
-def packed(saved: Saved) -> Tensor:
-    """Return the rows of ``statistics``, without a copy if the mean and the variance lie so in memory."""
+def pack_statistics(saved: Saved) -> Tensor:
+    """Return the tensor ``statistics``, without a copy if it is just the mean and the variance, adjacent in memory."""
     mean, var, count = saved.moments.mean, saved.moments.var, saved.moments.count
     channels = saved.x.shape[saved.spec.axis]
     rows = [mean.double().view(-1, channels), var.double().view(-1, channels)]
@@ -212,30 +219,30 @@ def packed(saved: Saved) -> Tensor:
         counts = count if isinstance(count, Tensor) else mean.new_full((saved.spec.groups,), count)
         rows.append(counts.view(-1, 1).expand(-1, channels).double())
     rows += [row.view(1, -1) for row in saved.renorm or ()]
-    if len(rows) > 2 or torch.compiler.is_compiling():  # compiled autograd, where nothing has an address
+    if len(rows) > 2 or torch.compiler.is_compiling():  # in compiled autograd, tensors have no address
         return torch.cat(rows)
-    return adjacent(mean, var).view(-1, channels)
+    return stack_vectors(mean, var).view(-1, channels)
 
 
-def adjacent(first: Tensor, second: Tensor) -> Tensor:
-    """Stack two float64 vectors to (2, L), without a copy if one lies behind the other."""
-    together = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    if together and first.is_contiguous() and first.data_ptr() + 8 * len(first) == second.data_ptr():
+def stack_vectors(first: Tensor, second: Tensor) -> Tensor:
+    """Return two float64 vectors of length L as (2, L), without a copy if they are adjacent in memory."""
+    one_storage = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if one_storage and first.is_contiguous() and first.data_ptr() + 8 * len(first) == second.data_ptr():
         return torch.as_strided(first, (2, len(first)), (len(first), 1))
     return torch.stack((first.double(), second.double()))
 
 
-def as_read(engine: Backend, vector: Tensor | None) -> Any:
-    """Return weight or bias in the dtype that a backend's phases read: that of accumulation, unless they convert it."""
+def vector_for(engine: Backend, vector: Tensor | None) -> Any:
+    """Convert weight or bias to the backend's dtype of accumulation, unless its kernels convert vectors themselves."""
     if vector is None or getattr(engine, "converts_vectors", False):
         return vector
     return engine.vector(vector)
 
 
-def unpacked(
+def unpack_statistics(
     statistics: Tensor, positions: int, groups: int, counted: bool, renorm: bool
 ) -> tuple[Moments, tuple[Tensor, Tensor] | None]:
-    """Undo :func:`packed`; ``positions`` is the count if there is no row of counts."""
+    """Undo :func:`pack_statistics`: return the moments and (r, d). The count is ``positions`` unless ``counted``."""
     mean, var = statistics[: 2 * groups].view(2, -1)
     count: Any = statistics[2 * groups : 3 * groups, 0] if counted else positions
     return Moments(count, mean, var), (statistics[-2], statistics[-1]) if renorm else None
@@ -261,13 +268,13 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     engine = registry.backend_for(x)
     positions = x.numel() // max(x.shape[1], 1) // groups
-    moments, limited = unpacked(statistics, positions, groups, valid is not None, renorm)
+    moments, correction = unpack_statistics(statistics, positions, groups, valid is not None, renorm)
     saved = Saved(
         x=x,
         residual=None if activation == "identity" else residual,
         moments=moments,
-        weight=as_read(engine, weight),
-        bias=as_read(engine, bias),
+        weight=vector_for(engine, weight),
+        bias=vector_for(engine, bias),
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=bias_dtype,
         has_residual=need[3] or residual is not None,
@@ -275,19 +282,19 @@ def _backward(
         mask=mask if mask.numel() else None,
         valid=valid,
     )
-    if limited is not None:
-        saved = algorithm.renormalize(saved, *limited)
+    if correction is not None:
+        saved = algorithm.renormalize(saved, *correction)
     dx, dweight, dbias, dresidual = algorithm.backward(engine, dy, saved, NEEDS[tuple(need)])
     return (
-        x.new_empty(0) if dx is None else as_promised(dx, x),
+        x.new_empty(0) if dx is None else with_promised_strides(dx, x),
         x.new_empty(0) if dweight is None else dweight,
         x.new_empty(0) if dbias is None else dbias,
-        x.new_empty(0) if dresidual is None else as_promised(dresidual, x),
+        x.new_empty(0) if dresidual is None else with_promised_strides(dresidual, x),
     )
 
 
-def as_promised(result: Tensor, x: Tensor) -> Tensor:
-    """Return a result like ``x`` with the strides of ``empty_like``, which the fake operators promise.
+def with_promised_strides(result: Tensor, x: Tensor) -> Tensor:
+    """Return a result with the strides of ``torch.empty_like(x)``, which the fake operators promise to compilers.
 
     It is a copy only if ``x`` is expanded or has gaps, and a backend chose other strides.
     """
@@ -297,10 +304,10 @@ def as_promised(result: Tensor, x: Tensor) -> Tensor:
     return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
-# ------------------------------------------------------------------------------------------ what they would return
+# ------------------------------------------------------------------------------------------------------------- fakes
 def _train_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, residual, activation = arguments[0], arguments[3], arguments[9]
-    valid, groups, renorm = completed(arguments)[11:14]
+    valid, groups, renorm = with_defaults(arguments)[11:14]
     rows = (2 if valid is None else 3) * groups + (2 if renorm else 0)
     return _forward_fake(x, rows, 0 if renorm else mask_length(x, residual, activation, groups))
 
@@ -316,15 +323,14 @@ def _forward_fake(x: Tensor, rows: int, mask: int) -> tuple[Tensor, Tensor, Tens
 
 
 def mask_length(x: Tensor, residual: Tensor | None, activation: str, groups: int = 1) -> int:
-    """Return how many bytes of mask a call keeps, by the backends' own rule, from what is known in advance."""
+    """Return the number of bytes of the output ``mask``, computed as the backends do, without running a kernel."""
     if residual is None or (x.is_cpu and not getattr(registry.backend_for(x), "keeps_bits", False)):
         return 0
     order = tuple(range(x.dim()))
     if not x.is_contiguous():
-        found = memory_order(x.shape, x.stride())
-        order = found if groups == 1 or found[0] == 0 else order
-    at = order.index(1)
-    return mask_bytes([x.shape[axis] for axis in order], at, x.element_size(), activation, groups)
+        in_memory = memory_order(x.shape, x.stride())
+        order = in_memory if groups == 1 or in_memory[0] == 0 else order
+    return mask_bytes([x.shape[axis] for axis in order], order.index(1), x.element_size(), activation, groups)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -339,7 +345,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator by its kernel for CPUs and GPUs, and by its fake, which tells compilers of its outputs."""
+    """Define an operator by its schema, its kernel for CPUs and GPUs, and its fake for compilers, and return it."""
     LIBRARY.define(schema, tags=TAGS)
     name = schema.partition("(")[0]
     for key in ("CPU", "CUDA"):

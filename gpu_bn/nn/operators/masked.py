@@ -1,4 +1,4 @@
-"""Training and evaluation with a mask, in ghost batches or with renormalisation."""
+"""Training and evaluation with a mask, ghost batches or renormalisation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_bn.nn.operators import autograd, composition
 
 
 def batch_norm(call: Call, options: Options, groups: int) -> Tensor:
-    """Make a checked call with any of these; its mask is as it was given."""
+    """Compute a checked call that has a mask, ghost batches or renormalisation; ``call.valid`` is the user's mask."""
     x, valid, residual = call.x, call.valid, call.residual
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError("mask, virtual_batch_size and renorm do not work under torch.func or in forward mode")
@@ -25,8 +25,8 @@ def batch_norm(call: Call, options: Options, groups: int) -> Tensor:
             )
         return autograd.forward(Call(*call[:7], valid), options, groups)
     assert valid is not None
-    valid = torch.empty_like(x[:, :1], dtype=torch.bool).copy_(valid)  # torch.where takes the order of its axes
-    if torch.is_grad_enabled():  # the sums of the parameters' gradients must not meet what is hidden
+    valid = torch.empty_like(x[:, :1], dtype=torch.bool).copy_(valid)  # torch.where gives its result this memory format
+    if torch.is_grad_enabled():  # masked elements, which may be NaN, must not enter the gradients of the parameters
         x = torch.where(valid, x, 0)
         residual = None if residual is None else torch.where(valid, residual, 0)
     clean = Call(x, call.weight, call.bias, residual, call.running_mean, call.running_var)

@@ -1,8 +1,8 @@
-"""The phases of a call as operators ``torch.ops.gpu_bn.sync_*``, for statistics that several processes share.
+"""The steps of a SyncBatchNorm's call as operators ``torch.ops.gpu_bn.sync_*``.
 
-Each process sends a report of its part in packets (:mod:`gpu_bn.nn.distributed.wire`). A report is ``(2 + 2 C,)``
-float64 numbers, ``[trouble, count, mean.., var..]``. If a process reports trouble, the merged statistics are NaN.
-:mod:`gpu_bn.nn.sync` has the derivatives.
+Each process reports the statistics of its part of the batch, in packets (:mod:`gpu_bn.nn.distributed.wire`). A report
+is a float64 vector of length 2 + 2 C, ``[error, count, mean.., var..]``. If one report's error is not 0, the merged
+statistics are NaN. :mod:`gpu_bn.nn.distributed.call` has the derivatives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpu_bn.call import Call
 from gpu_bn.merge import Pool, merge
 from gpu_bn.nn.distributed import wire
 from gpu_bn.nn.distributed.group import Group, exchange
-from gpu_bn.nn.operators.library import adjacent, as_read, countable, mark_written, register
+from gpu_bn.nn.operators.library import is_countable, mark_written, register, stack_vectors, vector_for
 from gpu_bn.nn.running import moved_statistics, update_running, write
 from gpu_bn.spec import BatchNormSpec
 
@@ -37,7 +37,7 @@ _HEADER = "str group, float[] signature"
 _POOL = "(Tensor count, Tensor mean, Tensor var)"
 
 
-# ------------------------------------------------------------------------------------------------- what they compute
+# ----------------------------------------------------------------------------------------------------------- kernels
 def _report(x: Tensor, valid: Tensor | None) -> Tensor:
     moments = registry.backend_for(x).stats(x, 1, valid)
     channels = x.shape[1]
@@ -50,34 +50,34 @@ def _report(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _report_packets(x: Tensor, valid: Tensor | None, group: str, signature: Sequence[float]) -> Tensor:
-    """Make the packets of a report, or packets that tell the other processes of an error."""
+    """Return the packets of this process's report, or packets that tell the other processes of an error."""
     try:
-        # Allocate the output once before the exchange: lack of memory must show now. The allocator keeps it.
-        registry.backend_for(x).empty_like(x)
-        return wire.packed(_report(x, valid), group, signature)
+        # Allocate the output once before the exchange, so that an out-of-memory error is raised now.
+        registry.backend_for(x).empty_like(x)  # torch's allocator keeps the memory
+        return wire.make_packets(_report(x, valid), group, signature)
     except Exception as error:
-        return wire.fault(error, x, group, 2 + 2 * x.shape[1])
+        return wire.make_error_packets(error, x, group, 2 + 2 * x.shape[1])
 
 
-def merged(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge (W, 2 + 2 C) reports: the count, (1,), mean and variance, (C,); NaN if one reports trouble."""
+def _merge_reports(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge (W, 2 + 2 C) reports to the count, (1,), the mean and the variance, (C,); these are NaN after an error."""
     channels = (reports.shape[1] - 2) // 2
-    trouble, count, mean, var = reports.split((1, 1, channels, channels), dim=1)
-    whole = merge(Pool(count, mean, var * count))
-    poison = torch.where((trouble != 0).any(), torch.nan, 0.0)
-    return whole.count, whole.mean + poison, whole.var + poison
+    error, count, mean, var = reports.split((1, 1, channels, channels), dim=1)
+    total = merge(Pool(count, mean, var * count))
+    nan_or_zero = torch.where((error != 0).any(), torch.nan, 0.0)
+    return total.count, total.mean + nan_or_zero, total.var + nan_or_zero
 
 
 def _merge_packets(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the reports in packets, in one launch where the backend has a kernel for it."""
+    """Merge the reports in packets like :func:`_merge_reports`, in one launch if the backend has a kernel for it."""
     fused = getattr(registry.backend_for(packets[0]), "merge_packets", None)
     if fused is None:
-        return merged(wire.unpacked(packets, channels))
+        return _merge_reports(wire.extract_reports(packets, channels))
     return fused(packets, channels, wire.HEADER, wire.ROOM, wire.UNKNOWN)  # type: ignore[no-any-return]
 
 
 def _finish(*arguments: Any) -> None:
-    """Write the statistics; on CPUs only after every process has its output and its new statistics, else all raise."""
+    """Update the running statistics; on CPUs, only after all processes have computed theirs, otherwise raise on all."""
     *update, _, size, group, signature = arguments
     mean, var, counter, momentum, momentum_at, count, batch_mean, batch_var = update
     if not (count.is_cpu and group):
@@ -85,11 +85,11 @@ def _finish(*arguments: Any) -> None:
             _update(*update)
         return
     try:
-        whole = Pool(count, batch_mean, batch_var * count)
-        moved = moved_statistics((mean, var, counter), momentum if momentum_at is None else momentum_at, whole)
-        packets = wire.packed(count.new_zeros(1), group, signature)
+        batch = Pool(count, batch_mean, batch_var * count)
+        moved = moved_statistics((mean, var, counter), momentum if momentum_at is None else momentum_at, batch)
+        packets = wire.make_packets(count.new_zeros(1), group, signature)
     except Exception as error:
-        packets = wire.fault(error, count, group, 1)
+        packets = wire.make_error_packets(error, count, group, 1)
     exchange(packets, Group(group, size, 0))
     write(moved)
 
@@ -104,11 +104,12 @@ def _update(
     mean: Tensor,
     var: Tensor,
 ) -> None:
+    """Update the running statistics and the counter, in one launch if the backend has a kernel for it."""
     tracked = (running_mean, running_var, num_batches_tracked)
     fused = getattr(registry.backend_for(mean), "update_shared", None)
-    if fused is None or not countable(num_batches_tracked, mean):
-        whole = Pool(count, mean, var * count)
-        update_running(tracked, momentum if momentum_at is None else momentum_at, whole)
+    if fused is None or not is_countable(num_batches_tracked, mean):
+        batch = Pool(count, mean, var * count)
+        update_running(tracked, momentum if momentum_at is None else momentum_at, batch)
     else:
         fused(*tracked, momentum, None if momentum_at is None else momentum_at.to(mean.device), count, mean, var)
         mark_written(tracked)
@@ -123,33 +124,33 @@ def _normalize(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _reduce(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Sum dz and dz * xhat over this process, (2, C); return dz too if it is asked for."""
+    """Return the sums of dz and dz * xhat over this process's part, (2, C), and dz, which is empty if not needed."""
     *layer, need_dz = arguments
     engine = registry.backend_for(x)
     dz = engine.empty_like(x) if need_dz else None
-    nothing = x.new_empty(0) if dz is None else dz
+    result = x.new_empty(0) if dz is None else dz
     if not x.numel():
-        return x.new_zeros((2, x.shape[1]), dtype=torch.float64), nothing
+        return x.new_zeros((2, x.shape[1]), dtype=torch.float64), result
     sums = engine.backward_reduce(dy, _saved(x, *layer), dz)
-    return adjacent(sums.dz, sums.dz_xhat), nothing
+    return stack_vectors(sums.dz, sums.dz_xhat), result
 
 
 def _reduce_packets(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Make the packets of the sums, or packets that tell the other processes of an error; the sums; dz."""
+    """Return packets, the sums and dz of :func:`_reduce`; the packets hold the sums, or tell of an error."""
     *rest, group, signature = arguments
     try:
-        registry.backend_for(x).empty_like(x)  # as in _report_packets: memory for dx
+        registry.backend_for(x).empty_like(x)  # make sure of memory for dx, as in _report_packets
         sums, dz = _reduce(dy, x, *rest)
-        return wire.packed(sums.flatten(), group, signature), sums, dz
+        return wire.make_packets(sums.flatten(), group, signature), sums, dz
     except Exception as error:
         sums = x.new_full((2, x.shape[1]), torch.nan, dtype=torch.float64)
-        # Compiled code counts on its strides.
+        # Compiled code relies on the strides of dz.
         dz = registry.backend_for(x).empty_like(x) if rest[-1] else x.new_empty(0)
-        return wire.fault(error, x, group, sums.numel()), sums, dz
+        return wire.make_error_packets(error, x, group, sums.numel()), sums, dz
 
 
 def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
-    """Compute dx from the sums and the count of all processes."""
+    """Return dx, computed from the sums and the count of all processes."""
     *layer, sums, _ = arguments
     engine = registry.backend_for(x)
     dx = engine.empty_like(x)
@@ -159,32 +160,26 @@ def _input(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _saved(x: Tensor, *layer: Any) -> Saved:
-    """Return what a call saves, from the arguments that operators have of a layer and its options."""
+    """Return the values that a forward call saves, from the operators' arguments between x and the sums."""
     weight, bias, residual, valid, *moments, eps, activation, parameter = layer
     engine = registry.backend_for(x)
     spec = BatchNormSpec(1, True, 0.0, eps, Activation(activation, parameter))
-    vectors = (as_read(engine, weight), as_read(engine, bias))
-    kept = algorithm.save(engine, Call(x, residual=residual, valid=valid), spec, Moments(*moments))
-    return replace(kept, weight=vectors[0], bias=vectors[1])
+    saved = algorithm.save(engine, Call(x, residual=residual, valid=valid), spec, Moments(*moments))
+    return replace(saved, weight=vector_for(engine, weight), bias=vector_for(engine, bias))
 
 
-# ------------------------------------------------------------------------------------------ what they would return
-def _report_fake(x: Tensor, valid: Tensor | None) -> Tensor:
-    del valid
+# ------------------------------------------------------------------------------------------------------------- fakes
+def _report_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(2 + 2 * x.shape[1], dtype=torch.float64)
 
 
 def _report_packets_fake(x: Tensor, valid: Tensor | None, group: str, signature: Sequence[float]) -> Tensor:
-    return wire.packed_fake(_report_fake(x, valid), group, signature)
-
-
-def _merge_fake(reports: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _merge_packets_fake((reports,), (reports.shape[1] - 2) // 2)
+    return wire.make_packets_fake(_report_fake(x, valid), group, signature)
 
 
 def _merge_packets_fake(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    like = packets[0]
-    return like.new_empty(1), like.new_empty(channels), like.new_empty(channels)
+    first = packets[0]
+    return first.new_empty(1), first.new_empty(channels), first.new_empty(channels)
 
 
 def _reduce_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -196,11 +191,15 @@ def _reduce_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
 def _reduce_packets_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, group, signature = arguments
     sums, dz = _reduce_fake(dy, x, *rest)
-    return wire.packed_fake(sums.flatten(), group, signature), sums, dz
+    return wire.make_packets_fake(sums.flatten(), group, signature), sums, dz
 
 
 report = register("sync_report(Tensor x, Tensor? valid) -> Tensor", _report, _report_fake)
-merge_reports = register(f"sync_merge(Tensor reports) -> {_POOL}", merged, _merge_fake)
+merge_reports = register(
+    f"sync_merge(Tensor reports) -> {_POOL}",
+    _merge_reports,
+    lambda reports: _merge_packets_fake((reports,), (reports.shape[1] - 2) // 2),
+)
 merge_packets = register(
     f"sync_merge_packets(Tensor[] packets, int channels) -> {_POOL}", _merge_packets, _merge_packets_fake
 )

@@ -1,4 +1,4 @@
-"""Second and higher derivatives of SyncBatchNorm: its gradients by torch's operations and sums over processes."""
+"""Second and higher derivatives of SyncBatchNorm: its gradients by torch operations and sums over processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_bn.nn.operators import composition
 
 
 class _Sum(Function):
-    """The sum over a group's processes. Each result reaches each process: gradients are summed as well."""
+    """The sum of (L,) vectors over the processes of a group. The gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, group: Group, header: list[float]) -> Tensor:
@@ -38,10 +38,10 @@ def composed_gradients(
     valid: Tensor | None,
     need: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Compute the gradients by torch's own operations, which can be differentiated again."""
+    """Return the gradients of x, weight, bias and residual, by torch operations that can be differentiated again."""
     eps, name, parameter = ctx.options
     if name == "identity" and need[3]:
-        residual = torch.zeros_like(x, requires_grad=True)  # only its gradient matters
+        residual = torch.zeros_like(x, requires_grad=True)  # not saved; its gradient does not depend on its values
     valid = x.new_ones(1, dtype=torch.bool) if valid is None else valid
     axes, shape = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
     wide = torch.where(valid, x.to(torch.float64), 0)
@@ -55,5 +55,5 @@ def composed_gradients(
     y = torch.where(valid, y, 0).to(x.dtype)
     inputs = [tensor if needed else None for tensor, needed in zip((x, weight, bias, residual), need, strict=True)]
     wanted = [tensor for tensor in inputs if tensor is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [None if tensor is None else next(found) for tensor in inputs]
+    gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [None if tensor is None else next(gradients) for tensor in inputs]
