@@ -1,12 +1,12 @@
-"""Run CUDA and Triton kernels on a CPU: a PTX emulator on NumPy memory that checks and counts as it goes.
+"""Run CUDA and Triton kernels on a CPU: a PTX emulator on NumPy memory, with checks and counters.
 
-How to use it, and what it does not model, is in CONTRIBUTING.md.
+docs/emulator.md says how to use it, and what it does not model.
 
-- `parser` turns text into instructions; `formats` has numbers and rounding; `threads` registers and operands.
-- `instructions` is the table of what is known; `arithmetic`, `bits`, `conversions`, `warp`, `accesses`, `atomics`,
-  `copies` and `barriers` fill it.
-- `memory` has addresses, `races` the order of accesses, `scheduler` who runs when, `counters` the reports.
-- `machine` has devices and launches; `schedules`, `compile`, `fixtures` and `snippet` serve tests.
+- `parser` turns text into instructions; `formats` has number formats and rounding, `threads` registers and operands.
+- `instructions` is the table of known instructions; `arithmetic`, `bits`, `conversions`, `warp`, `accesses`, `atomics`,
+  `copies`, `matrices` and `barriers` fill it.
+- `memory` has addresses, `races` the race detector, `scheduler` the order of execution, `counters` the reports.
+- `machine` has devices and launches; `schedules`, `compile`, `fixtures` and `snippet` are for tests.
 """
 
 from .errors import EmulatorError

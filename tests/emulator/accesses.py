@@ -1,4 +1,4 @@
-"""Loads and stores: every access is resolved, checked, counted and then carried out.
+"""Execute loads and stores: resolve, check, count and then carry out every access.
 
 A runner receives the launch (`machine.Launch`), which owns the memories, the counters and the race detector.
 """
@@ -40,7 +40,10 @@ CACHE = "ca cg cs lu cv wb wt nc"
 
 @dataclass
 class Target:
-    """Where lanes of one access go: a region and their offsets in it. `picked` are their places in the access."""
+    """The destination of some lanes of an access: a region and the lanes' byte offsets in it.
+
+    `picked` are the indices of these lanes among all lanes of the access.
+    """
 
     region: Region
     lanes: Array
@@ -56,12 +59,12 @@ def space_of(ins: Instruction) -> str:
 
 
 def is_strong(ins: Instruction) -> bool:
-    """May it meet other threads' accesses to one place without being a race?"""
+    """Tell whether an access is strong: together with another strong one to the same address it is no race."""
     return ins.opcode in ("atom", "red") or not set(ORDER.split()).isdisjoint(ins.modifiers)
 
 
 def address_reader(ins: Instruction, operand: Operand) -> Callable[[Launch], Array]:
-    """Addresses as int64, one per lane or a scalar."""
+    """Return a function of the launch that gives the addresses as int64, one for each lane or a scalar."""
     if not isinstance(operand, Address):
         raise unsupported(ins)
     base, offset = operand.base, operand.offset
@@ -73,11 +76,11 @@ def address_reader(ins: Instruction, operand: Operand) -> Callable[[Launch], Arr
     return lambda _: np.int64(base.value + offset)
 
 
-# -------------------------------------------------------------------- where an access goes
+# -------------------------------------------------------------------- destinations of accesses
 
 
 def targets(launch: Launch, ins: Instruction, addresses: Array, lanes: Array, size: int, space: str) -> list[Target]:
-    """Check bounds and alignment, and resolve addresses to regions."""
+    """Resolve the addresses of some lanes to regions; fail if one is out of bounds or misaligned."""
     addresses = launch.threads.everywhere(addresses)[lanes]
     if space == "generic":
         kinds = (addresses >= SHARED_WINDOW).astype(int) + (addresses >= LOCAL_WINDOW)
@@ -183,7 +186,7 @@ def store_bytes(launch: Launch, ins: Instruction, target: Target, data: Array) -
 
 
 def _report_conflict(launch: Launch, ins: Instruction, target: Target, loser: int) -> None:
-    """Several lanes stored different values to one address in one step."""
+    """Fail because several lanes of one instruction stored different values to one address."""
     winner = int(np.flatnonzero(target.offsets == target.offsets[loser])[-1])
     lane, other = int(target.lanes[loser]), int(target.lanes[winner])
     check = "conflicting stores" if lane // WARP == other // WARP else "data race"
@@ -224,7 +227,7 @@ def _load_parameter(ins: Instruction) -> Runner:
     type_, source = ins.type, ins.operands[1]
     element = RAW[TYPE_BYTES[type_]]
     size = element().itemsize
-    name = source.base.name  # a computed address is not modelled
+    name = source.base.name  # computed addresses are not modelled
     raw = type_ if type_[0] in "su" else f"b{8 * size}"
     writes = [writer(ins, item, raw) for item in _items(ins.operands[0])]
 

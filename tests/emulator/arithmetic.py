@@ -1,4 +1,4 @@
-"""Instructions that compute numbers, compare them, and move them between registers."""
+"""Execute the instructions that compute, compare and move numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Function = Callable[..., Array]
 
 
 def packed(function: Function, half: str) -> Function:
-    """Lift a function on values to packed pairs of them."""
+    """Return a function on packed pairs that applies a function to both halves."""
     whole, part = RAW[2 * TYPE_BYTES[half]], RAW[TYPE_BYTES[half]]
     shift = whole(8 * TYPE_BYTES[half])
 
@@ -38,9 +38,9 @@ def packed(function: Function, half: str) -> Function:
 
 
 def _float(ins: Instruction, function: Function) -> Runner:
-    """A float operation with its .ftz, .sat and .relu; packed pairs are computed half by half.
+    """Build a float operation with its .ftz, .sat and .relu; packed pairs are computed half by half.
 
-    Sums of mixed types, ``add.f32.bf16``, are of f32, as is their last source.
+    Operations of mixed types, such as ``add.f32.bf16``, compute in f32, and their last source is f32.
     """
     mixed = ins.type in ("f16", "bf16") and "f32" in ins.modifiers
     if mixed and ins.opcode not in ("add", "sub", "fma"):
@@ -69,7 +69,7 @@ def _float(ins: Instruction, function: Function) -> Runner:
     return elementwise(ins, lifted, [*[ins.type] * (len(ins.operands) - 2), of], of)
 
 
-# The operands of the fma that computes the same, for directed rounding.
+# For directed rounding: the operands of an fma that computes the same as each operation.
 _AS_FMA: dict[str, Callable[..., tuple[Array, ...]]] = {
     "add": lambda a, b: (a, np.float32(1), b), "sub": lambda a, b: (a, np.float32(1), -b),
     "mul": lambda a, b: (a, b, np.float32(-0.0)), "fma": lambda a, b, c: (a, b, c),
@@ -83,7 +83,7 @@ _FLOAT: dict[str, Function] = {
 @builds(" ".join(formats.FUNCTIONS), "rn approx ftz")
 def _function(ins: Instruction) -> Runner:
     function = formats.FUNCTIONS[ins.opcode]
-    if ins.type == "f64" and {"approx", "ftz"} <= set(ins.modifiers):  # a first guess, from the upper half alone
+    if ins.type == "f64" and {"approx", "ftz"} <= set(ins.modifiers):  # a first estimate, from the upper 32 bits only
         return _float(ins, lambda x: formats.coarse(function(x), 20))
     return _float(ins, function)
 
@@ -92,7 +92,7 @@ def _function(ins: Instruction) -> Runner:
 
 
 def _divide(a: Array, b: Array) -> Array:
-    """Truncating division; division by zero yields all ones."""
+    """Divide and truncate; division by zero yields all ones."""
     safe = np.where(b == 0, b.dtype.type(1), b)
     quotient = a // safe
     if a.dtype.kind == "i":
@@ -138,7 +138,7 @@ def _multiply(ins: Instruction) -> Runner:
 
 
 def _multiply_high_64(a: Array, b: Array) -> Array:
-    """The upper 64 bits of a 128-bit product, from four 32-bit products."""
+    """Return the upper 64 bits of a 128-bit product, from four 32-bit products."""
     mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     x, y = a.view(np.uint64), b.view(np.uint64)
     low = (x & mask) * (y & mask)
@@ -157,7 +157,7 @@ def _multiply_high_64(a: Array, b: Array) -> Array:
 def _sign(ins: Instruction) -> Runner:
     if not is_float(ins.type):
         return elementwise(ins, {"neg": np.negative, "abs": np.abs}[ins.opcode], [ins.type])
-    # Signs are bits: NaN and zero keep everything else.
+    # Only the sign bit changes, also for NaN and zero.
     size = TYPE_BYTES[ins.type]
     signs = 0x80008000 if ins.type.endswith("x2") else 1 << (8 * size - 1)
     sign, rest = RAW[size](signs), RAW[size](~signs & (256**size - 1))
@@ -194,7 +194,7 @@ _UNORDERED = ("equ", "neu", "ltu", "leu", "gtu", "geu", "nan")
 def _comparison(relation: str, type_: str, flush: bool) -> Function:
     if not is_float(type_):
         return _COMPARE[relation]
-    unordered = relation in _UNORDERED  # the answer if an operand is NaN
+    unordered = relation in _UNORDERED  # the result if an operand is NaN
     compare = _COMPARE.get(relation.removesuffix("u"), lambda a, b: np.full(np.broadcast(a, b).shape, not unordered))
 
     def run(a: Array, b: Array) -> Array:

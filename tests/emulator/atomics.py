@@ -1,4 +1,4 @@
-"""Atomics and fences: the instructions by which threads agree without a barrier."""
+"""Execute atomics and fences."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _atomic(ins: Instruction) -> Runner:
 def _update(
     launch: Launch, ins: Instruction, target: Target, update: Callable[..., Array], values: list[Array]
 ) -> Array:
-    """Read, modify and write lane after lane, in the schedule's order; returns the bits each lane found."""
+    """Read, modify and write lane after lane, in the schedule's order; return the bits that each lane has read."""
     type_, size = ins.type, TYPE_BYTES[ins.type]
     cells = memory.rows(target.region.memory, size).reshape(-1)
     index, old = target.offsets // size, np.empty(len(target.lanes), RAW[size])

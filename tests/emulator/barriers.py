@@ -1,4 +1,4 @@
-"""Barriers of blocks and clusters: who waits where, when everybody is let go, and what counts as misuse."""
+"""Execute barriers of blocks and clusters: record waiting threads, release them, and report misuse."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ if TYPE_CHECKING:
 
 _NOBODY = -1
 Releases = list[tuple[int, Array]]
-"""Lanes that a barrier lets go, after the instruction at which they continue."""
+"""Pairs: the instruction at which lanes continue, and a mask of these lanes."""
 
 
 @builds("bar barrier", "warp sync cta red popc and or cluster arrive wait aligned relaxed release acquire")
 def _barrier(ins: Instruction) -> Runner:
-    """The scheduler calls `Barriers` for those of blocks and clusters."""
+    """Build a barrier of a warp; for barriers of blocks and clusters the scheduler calls `Barriers`."""
     if "cluster" not in ins.modifiers and "arrive" in ins.modifiers:
         raise unsupported(ins)
     return warp_barrier
 
 
 def _count_operand(ins: Instruction) -> int | None:
-    """Which operand says how many threads meet, if not the whole block."""
+    """Return the index of the operand that states how many threads take part; ``None`` for the whole block."""
     place = 2 if "red" in ins.modifiers else 1
     return place if len(ins.operands) > place + ("red" in ins.modifiers) else None
 
 
 class Barriers:
-    """The barrier state of one batch of blocks."""
+    """The state of the barriers of one batch of blocks."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch, self.threads, self.code = launch, launch.threads, launch.kernel.code
         lanes, blocks = self.threads.count, len(self.threads.blocks)
         self.waiting_pc, self.waiting_id, self.waiting_count = (np.full(lanes, _NOBODY) for _ in range(3))
-        self.arrivals = np.zeros(lanes, np.int64)  # cluster arrivals, counted
+        self.arrivals = np.zeros(lanes, np.int64)  # the number of arrivals at cluster barriers
         self.cluster_waiting_pc = np.full(lanes, _NOBODY)
-        self.phase = np.zeros(blocks, np.int64)  # cluster barriers completed
-        self.remote_access = np.full(blocks, _NOBODY)  # the phase in which others last used its shared memory
+        self.phase = np.zeros(blocks, np.int64)  # the number of completed cluster barriers
+        self.remote_access = np.full(blocks, _NOBODY)  # the phase in which other blocks last used its shared memory
 
     # ---------------------------------------------------------------- barriers of a block
 
@@ -58,13 +58,13 @@ class Barriers:
         return self.completed()
 
     def completed(self) -> Releases:
-        """Let go of the blocks in which everybody has arrived: all that are alive, or the count that is named."""
+        """Release the blocks in which all threads have arrived: all living ones, or as many as the barrier states."""
         releases: Releases = []
         per_block, alive = self.threads.per_block, self.threads.per_block(self.threads.alive).sum(1)
         for barrier in np.unique(self.waiting_id[self.waiting_id != _NOBODY]).tolist():
             waiting = self.waiting_id == barrier
             count = per_block(np.where(waiting, self.waiting_count, _NOBODY)).max(1)
-            # A count is of whole warps, also where a warp has fewer threads.
+            # The stated count is a multiple of 32, even if a warp has fewer threads.
             missing = (self.threads.exists & ~waiting).reshape(-1, WARP).any(1)
             padding = per_block(~self.threads.exists & ~np.repeat(missing, WARP)).sum(1)
             arrived = per_block(waiting).sum(1)
@@ -106,7 +106,7 @@ class Barriers:
             self.launch.fail("divergent barrier", message, second, lane)
 
     def _reduce(self, ins: Instruction, lanes: Array) -> None:
-        """bar.red: every thread receives the count, or the conjunction or disjunction, of all predicates."""
+        """Give every thread of a bar.red the count, conjunction or disjunction of all predicates."""
         true = self.threads.per_block(predicate_reader(ins.operands[-1])(self.threads) & lanes).sum(1)
         if "popc" in ins.modifiers:
             result, type_ = true.astype(np.uint32), "u32"
@@ -132,7 +132,7 @@ class Barriers:
         return self.cluster_completed()
 
     def cluster_completed(self) -> Releases:
-        """Complete the phases in which every living thread of the cluster has arrived, and wake who waits."""
+        """Complete the phases in which every living thread of a cluster has arrived, and release the waiting lanes."""
         size = self.launch.shape.cluster
         missing = self.threads.alive & (self.arrivals <= self.threads.per_lane(self.phase))
         by_cluster = missing.reshape(-1, self.launch.shape.lanes * size).any(1)
@@ -150,7 +150,10 @@ class Barriers:
         return releases
 
     def note_remote_access(self, ins: Instruction, lanes: Array, own: Array, slot: Array) -> None:
-        """The shared memory of another block exists from its start, which a barrier proves, to its exit."""
+        """Check and record an access to the shared memory of other blocks.
+
+        That memory exists after the block has started, which only a cluster barrier ensures, and until it exits.
+        """
         remote = own != slot
         if not remote.any():
             return
@@ -170,7 +173,7 @@ class Barriers:
     # ---------------------------------------------------------------- exits
 
     def exited(self, ins: Instruction) -> Releases:
-        """Some lanes have exited: barriers may complete, and a block may be gone too early."""
+        """Complete barriers after some lanes have exited; fail if a block exits while others may use its memory."""
         if self.launch.shape.cluster > 1:
             early = ~self.threads.per_block(self.threads.alive).any(1) & (self.remote_access == self.phase)
             if early.any():
@@ -180,7 +183,7 @@ class Barriers:
         return self.completed() + self.cluster_completed()
 
     def describe_waiting(self) -> tuple[list[str], Instruction | None, int]:
-        """Where the threads that will never continue wait."""
+        """Return, for a deadlock, lines on where threads wait, and one of the instructions and lanes."""
         lines, ins, lane = [], None, 0
         for places, kind in ((self.waiting_pc, "block"), (self.cluster_waiting_pc, "cluster")):
             for pc in np.unique(places[places != _NOBODY]).tolist():

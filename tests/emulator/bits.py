@@ -1,4 +1,4 @@
-"""Instructions on bit patterns: logic, shifts, fields, counting, permutation, functions given by a truth table."""
+"""Execute instructions on bit patterns: logic, shifts, fields, counts, permutation, functions by truth table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _lop3(ins: Instruction) -> Runner:
 
 
 def _shift_left(value: Array, amount: Array) -> Array:
-    """PTX clamps the amount; NumPy leaves amounts beyond the width undefined."""
+    """Shift left; an amount beyond the width gives 0 as in PTX, where NumPy's result is undefined."""
     bits = 8 * value.dtype.itemsize
     shifted = value << np.minimum(amount, bits - 1).astype(value.dtype)
     return np.where(amount >= bits, value.dtype.type(0), shifted)
@@ -103,7 +103,7 @@ def _reverse_bits(a: Array) -> Array:
 
 
 def _find_highest(a: Array) -> Array:
-    """The position of the highest set bit, or of the highest bit of a negative number that is not its sign."""
+    """Return the position of the highest set bit, or for a negative number of the highest bit unlike its sign."""
     return _bit_length(np.where(a < 0, ~a, a).view(RAW[a.dtype.itemsize])) - np.uint32(1)
 
 
@@ -135,7 +135,7 @@ def _permute_bytes(ins: Instruction) -> Runner:
             choice = (selector >> np.uint32(4 * position)) & np.uint32(15)
             byte = (both >> ((choice & np.uint32(7)) * np.uint32(8)).astype(np.uint64)).astype(np.uint32)
             byte = byte & np.uint32(255)
-            replicated = (byte >> np.uint32(7)) * np.uint32(255)  # the fourth bit of a choice asks for the sign
+            replicated = (byte >> np.uint32(7)) * np.uint32(255)  # the fourth bit of a choice replicates the sign
             result = result | np.where(choice & np.uint32(8), replicated, byte) << np.uint32(8 * position)
         return result
 

@@ -1,4 +1,4 @@
-"""What has been compiled is kept on disk."""
+"""Keep compiled kernels on disk."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ def write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
-    Path(file.name).replace(path)  # whole or not at all, also with several test processes
+    Path(file.name).replace(path)  # atomic: several test processes may write

@@ -1,7 +1,6 @@
-"""Compile CUDA and Triton kernels without a GPU or a driver, and say what the compiler made of them.
+"""Compile CUDA and Triton kernels without a GPU or a driver; read their resources from the assembler's log.
 
-Results are kept in a cache directory under a hash of everything that goes in, so that a second test run
-compiles nothing.
+Results are kept in a cache directory under a hash of all inputs, so that a second test run compiles nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ NOT_REPORTED = -1
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one architecture: its PTX and what the assembler reported."""
+    """A kernel for one architecture: its PTX, and its resources as the assembler reports them."""
 
     name: str
     arch: int
@@ -50,7 +49,7 @@ class Compiled:
         return _parsed(self.ptx, self.name)
 
     def global_widths(self, kind: str) -> Counter[int]:
-        """How many global loads ("ld") or stores ("st") of each width in bytes the PTX holds."""
+        """Count the global loads ("ld") or stores ("st") in the PTX by their width in bytes."""
         widths: Counter[int] = Counter()
         for ins in self.kernel.code:
             copies = kind == "ld" and ins.opcode == "cp" and len(ins.operands) > 2
@@ -64,7 +63,7 @@ class Compiled:
         self, *, registers: int | None = None, spill_bytes: int = 0, shared_bytes: int | None = None,
         load_bytes: int | None = None, store_bytes: int | None = None,
     ) -> None:  # fmt: skip
-        """Assert ceilings, and that the widest global load and store have the given widths."""
+        """Assert upper limits, and that the widest global load and store have the given widths."""
         found = f"{self.name} for sm_{self.arch}: "
         assert self.registers != NOT_REPORTED, f"{found}compiled with resources=False, so there is nothing to judge"
         assert self.spill_bytes <= spill_bytes, f"{found}spills {self.spill_bytes} bytes"
@@ -78,7 +77,7 @@ class Compiled:
 
 @functools.lru_cache(512)
 def _parsed(ptx: str, name: str) -> Kernel:
-    """A kernel, ready to be launched: made once for all tests of a process that launch it."""
+    """Return a kernel that can be launched; it is parsed once for all tests of a process."""
     return parse(ptx, name)
 
 
@@ -108,11 +107,11 @@ def compile_cuda(
     headers: Mapping[str, str] | None = None,
     resources: bool = True,
 ) -> dict[str, Compiled]:
-    """Compile CUDA C++ for sm_<arch>; every kernel of the source, by name.
+    """Compile CUDA C++ for sm_<arch>; return every kernel of the source by name.
 
-    `expressions` instantiates templates, such as "gpu_bn::forward<float, 4>"; those kernels go by their
-    expression. `headers` are the texts of files that the source includes. Without `resources` only PTX is made,
-    several times faster: such a kernel can be run, but `require` refuses to judge it.
+    `expressions` instantiates templates, such as "gpu_bn::forward<float, 4>"; the name of such a kernel is its
+    expression. `headers` are the texts of files that the source includes. Without `resources` only PTX is made, which
+    is several times faster: such a kernel can be run, but `require` raises an error.
     """
     flags = _flags(arch, options, resources)
     headers = dict(headers or {})
@@ -127,7 +126,7 @@ def build_cuda(
     source: str, arch: int, options: Sequence[str] = (), *, expressions: Sequence[str] = (),
     headers: Mapping[str, str] | None = None, resources: bool = True,
 ) -> dict[str, Compiled]:  # fmt: skip
-    """:func:`compile_cuda` without the cache."""
+    """Do what :func:`compile_cuda` does, without the cache."""
     flags = _flags(arch, options, resources)
     if include := cuda_headers():
         flags.append(f"--include-path={include}")
@@ -141,7 +140,7 @@ def build_cuda(
 
 
 def cuda_cubin(source: str, arch: int, options: Sequence[str] = (), *, expressions: Sequence[str] = ()) -> bytes:
-    """The machine code for sm_<arch>, from the cache if it is there."""
+    """Return the machine code for sm_<arch>, from the cache if it has it."""
     flags = _flags(arch, options, True)
     path = cached_path(["cubin", nvrtc().version, flags, source, list(expressions)]).with_suffix(".cubin")
     if not path.exists():
@@ -165,7 +164,7 @@ _NOT_ASSEMBLED = dict.fromkeys(_RESOURCES, NOT_REPORTED)
 
 
 def _resources(log: str, name: str) -> dict[str, int]:
-    """What ptxas -v reports for one kernel."""
+    """Return what ptxas -v reports for a kernel."""
     section = re.search(rf"Compiling entry function '{re.escape(name)}'(.*?)(?=Compiling entry function|\Z)", log, re.S)
     if section is None:
         raise CompileError(f"the assembler's log has no entry for {name}:\n{log}")
@@ -201,10 +200,10 @@ def compile_triton(
 ) -> Compiled:
     """Compile a @triton.jit function ahead of time for sm_<arch>.
 
-    `signature` gives the run-time arguments' types ("*fp16", "i32", "fp32"), `aligned` names those that are
-    divisible by 16. The PTX takes the run-time arguments in order, then pointers that Triton adds; see
+    `signature` gives the types of the run-time arguments ("*fp16", "i32", "fp32"); `aligned` names those that are
+    divisible by 16. The PTX takes the run-time arguments in order, then pointers that Triton adds: see
     `triton_arguments`. A cluster of `num_ctas` blocks counts as one program: launch num_ctas times the grid.
-    `resources` as for `compile_cuda`.
+    `resources` is as in `compile_cuda`.
     """
     options = _triton_options(num_warps, num_stages, num_ctas, fp_fusion, maxnreg)
     constants = dict(constants or {})
@@ -221,7 +220,7 @@ def build_triton(
     aligned: Sequence[str] = (), num_warps: int = 4, num_stages: int = 3, num_ctas: int = 1, fp_fusion: bool = True,
     maxnreg: int | None = None,
 ) -> Compiled:  # fmt: skip
-    """:func:`compile_triton` without the cache."""
+    """Do what :func:`compile_triton` does, without the cache."""
     options = _triton_options(num_warps, num_stages, num_ctas, fp_fusion, maxnreg)
     return _compile_triton(function, arch, signature, dict(constants or {}), aligned, options, True)
 
@@ -231,7 +230,7 @@ def triton_cubin(
     aligned: Sequence[str] = (), num_warps: int = 4, num_stages: int = 3, num_ctas: int = 1, fp_fusion: bool = True,
     maxnreg: int | None = None,
 ) -> bytes:  # fmt: skip
-    """The machine code for sm_<arch>, from the cache if it is there."""
+    """Return the machine code for sm_<arch>, from the cache if it has it."""
     options = _triton_options(num_warps, num_stages, num_ctas, fp_fusion, maxnreg)
     constants = dict(constants or {})
     key = _triton_key(function, arch, signature, constants, aligned, options)
@@ -245,7 +244,7 @@ def _triton_key(
     function: Any, arch: int, signature: Mapping[str, str], constants: Mapping[str, Any],
     aligned: Sequence[str], options: dict[str, int],
 ) -> list[Any]:  # fmt: skip
-    texts = {name: getattr(value, "cache_key", value) for name, value in constants.items()}  # functions: by their text
+    texts = {name: getattr(value, "cache_key", value) for name, value in constants.items()}  # functions: a hash
     return [function.cache_key, arch, dict(signature), texts, list(aligned), options]
 
 
@@ -275,7 +274,7 @@ def _triton_binary(
     function: Any, arch: int, signature: Mapping[str, str], constants: Mapping[str, Any],
     aligned: Sequence[str], options: dict[str, int], resources: bool,
 ) -> tuple[Any, str]:  # fmt: skip
-    """What Triton compiles, and the assembler's log."""
+    """Return the compiled kernel as Triton's object, and the assembler's log."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -287,7 +286,7 @@ def _triton_binary(
     source = ASTSource(fn=function, signature=types, constexprs=dict(constants), attrs=hints)
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), knobs.runtime.scope(), contextlib.redirect_stdout(log):
-        knobs.compilation.always_compile = True  # or else Triton's own cache may answer, which keeps no log
+        knobs.compilation.always_compile = True  # Triton's own cache keeps no log
         knobs.nvidia.dump_ptxas_log = True
         knobs.runtime.add_stages_inspection_hook = None if resources else _stop_at_ptx
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -295,7 +294,10 @@ def _triton_binary(
 
 
 def _stop_at_ptx(*call: Any) -> tuple[str, str] | None:
-    """Triton calls this without arguments for a part of its cache key, then with the stages of a compilation."""
+    """Make a compilation end at PTX.
+
+    Triton calls this without arguments for a part of its cache key, then with the stages of a compilation.
+    """
     if not call:
         return "ptx only", "ptx only"
     _, stages, *_ = call
@@ -304,5 +306,5 @@ def _stop_at_ptx(*call: Any) -> tuple[str, str] | None:
 
 
 def triton_arguments(compiled: Compiled, args: Sequence[Any]) -> list[Any]:
-    """The run-time arguments, completed by null for the scratch pointers that Triton appends."""
+    """Return the run-time arguments, followed by null pointers for the scratch memory that Triton's kernels ask for."""
     return [*args, *[None] * (len(compiled.kernel.parameters) - len(args))]

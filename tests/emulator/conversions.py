@@ -1,4 +1,4 @@
-"""Conversions between number formats, and between the addresses of state spaces."""
+"""Execute conversions between number formats, and between the addresses of state spaces."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _is_space(ins: Instruction) -> Runner:
 
 @builds("mapa", "shared::cluster")
 def _map_to_rank(ins: Instruction) -> Runner:
-    """The address of another block's copy of a shared variable, see RANK_SHIFT."""
+    """Build mapa: the address of a shared variable in another block of the cluster; see RANK_SHIFT."""
     type_ = VALUE[ins.type]
     window = type_(0 if "shared::cluster" in ins.modifiers else SHARED_WINDOW)
     offset, one = type_((1 << RANK_SHIFT) - 1), type_(1)
@@ -99,7 +99,7 @@ def _to_float(ins: Instruction, to: str, source: str) -> Callable[[Array], Array
 
 
 def _integer_to_double(values: Array, exact: bool) -> Array:
-    """Rounded to nearest; or, if it is to be rounded again, to odd, which spoils no second rounding."""
+    """Convert to float64, rounded to nearest if ``exact``; else to odd, so that a second rounding stays correct."""
     if exact or values.dtype.itemsize < 8:
         return values.astype(np.float64)
     high, low = values >> values.dtype.type(32), values & values.dtype.type(0xFFFFFFFF)
@@ -121,7 +121,7 @@ def _to_integer(ins: Instruction, to: str, source: str) -> Callable[[Array], Arr
 
 
 def _clamp(to: str) -> Callable[[Array], Array]:
-    """Clamp to the range of an integer type; the upper end of a 64-bit range is not a float64."""
+    """Return a function that clamps to an integer type's range. The largest 64-bit integers are no float64 numbers."""
     value_type = VALUE[to]
     low, high = np.iinfo(value_type).min, np.iinfo(value_type).max
 

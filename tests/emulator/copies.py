@@ -1,4 +1,4 @@
-"""Asynchronous copies (cp.async) from global to shared memory, with their groups and waits."""
+"""Execute asynchronous copies (cp.async) from global to shared memory, with their groups and waits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _copy_async(ins: Instruction) -> Runner:
     size = ins.operands[2].value
     if size not in ((16,) if "cg" in ins.modifiers else (4, 8, 16)):
         raise unsupported(ins)
-    # An optional size of what is read, or a predicate to read nothing; then a cache policy may follow.
+    # An optional number of bytes to read, or a predicate to read none; a cache policy may follow.
     extra = next((o for o in ins.operands[3:] if not (isinstance(o, Register) and o.bytes == 8)), None)
     ignore = isinstance(extra, Register) and extra.bytes == 1
     skip = predicate_reader(extra) if extra is not None and ignore else None
@@ -48,7 +48,7 @@ def _copy_async(ins: Instruction) -> Runner:
         if len(whole):
             for target in targets(launch, ins, addresses, lanes[whole], size, "global"):
                 data[whole[target.picked]] = load_bytes(launch, ins, target, size)
-        # A part of a vector, at the end of a buffer: only its bytes are read, the others become zero.
+        # For a part of a vector, at the end of a buffer, only its bytes are read; the others become zero.
         for byte in range(size if len(whole) < len(lanes) else 0):
             part = np.flatnonzero((take < size) & (take > byte))
             if len(part):
@@ -73,10 +73,10 @@ class _Copy:
 
 
 class AsyncCopies:
-    """cp.async in flight: the data reaches shared memory when its thread waits for it, not before."""
+    """Copies in flight. The data reaches shared memory when its thread waits for it, not before."""
 
     def __init__(self, lanes: int) -> None:
-        self.committed = np.zeros(lanes, np.int64)  # groups of each lane; a copy belongs to the one that is open
+        self.committed = np.zeros(lanes, np.int64)  # committed groups of each lane; a copy belongs to the open group
         self.pending: list[_Copy] = []
 
     def start(self, launch: Launch, ins: Instruction, target: Target, data: Array) -> None:
@@ -89,7 +89,7 @@ class AsyncCopies:
         self.committed[slice(None) if active is None else active] += 1
 
     def wait(self, launch: Launch, active: Mask, remaining: int | None) -> None:
-        """Let land what all but the last `remaining` groups hold; None: also what no group was committed for."""
+        """Complete the copies of all but the last `remaining` groups; ``None``: all, also those of the open group."""
         limit = self.committed + 1 if remaining is None else self.committed - remaining
         still = []
         for copy in self.pending:

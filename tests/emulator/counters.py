@@ -1,4 +1,4 @@
-"""What a launch cost, per line and in all: instructions, bytes, sectors, bank conflicts, DRAM traffic."""
+"""Count what a launch does, by line and in all: instructions, bytes, sectors, bank conflicts, DRAM traffic."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BANKS, BANK_BYTES = 32, 4
 
 @dataclass
 class Traffic:
-    """Sums over the accesses of one kind. `units` are sectors in global and wavefronts in shared memory."""
+    """Sums over the accesses of one kind. `units` are sectors of global memory, or wavefronts of shared memory."""
 
-    instructions: int = 0  # executed by warps
+    instructions: int = 0  # warp instructions
     bytes: int = 0
     units: int = 0
-    ideal_units: int = 0  # for as many bytes, all different and dense
+    ideal_units: int = 0  # the smallest number for as many bytes, if they are distinct and contiguous
 
     def add(self, instructions: int, size: int, units: int, ideal: int) -> None:
         self.instructions += instructions
@@ -52,7 +52,7 @@ class Report:
         return int(self.issued.sum())
 
     def total(self, space: str, kind: str) -> Traffic:
-        """All accesses of a kind ("load" or "store") to a space ("global", "shared", "local")."""
+        """Return the sums over all accesses of a kind ("load" or "store") to a space ("global", "shared", "local")."""
         total = Traffic()
         for (_, *where), traffic in self.accesses.items():
             if where == [space, kind]:
@@ -60,28 +60,28 @@ class Report:
         return total
 
     def buffer(self, name: str, kind: str) -> Traffic:
-        """The accesses of a kind to the buffer an argument names, e.g. buffer("x", "load")."""
+        """Return the sums over the accesses of a kind to the buffer of an argument, such as buffer("x", "load")."""
         return self.buffers.get((name, kind), Traffic())
 
     def footprint_bytes(self, kind: str) -> int:
-        """Distinct global memory touched, in whole sectors."""
+        """Return the bytes of the distinct sectors of global memory that were accessed."""
         return SECTOR * int(sum(sectors.sum() for (_, of), sectors in self.touched.items() if of == kind))
 
     @property
     def bank_conflicts(self) -> int:
-        """Shared-memory wavefronts beyond those a conflict-free layout would take."""
+        """The number of shared-memory wavefronts beyond those of a layout without conflicts."""
         both = (self.total("shared", "load"), self.total("shared", "store"))
         return sum(traffic.units - traffic.ideal_units for traffic in both)
 
     def lines(self) -> list[tuple[int, str, int, Traffic | None]]:
-        """(PTX line, text, warp instructions, traffic) for every instruction that ran."""
+        """Return (PTX line, text, warp instructions, traffic) for every instruction that was executed."""
         traffic = {pc: t for (pc, _, _), t in self.accesses.items()}
         code, ran = self.kernel.code, np.flatnonzero(self.issued).tolist()
         return [(code[pc].line, code[pc].text, int(self.issued[pc]), traffic.get(pc)) for pc in ran]
 
 
 class L2:
-    """A fully associative write-back cache of sectors with least-recently-used replacement."""
+    """A fully associative write-back cache of sectors, which replaces the least recently used one."""
 
     def __init__(self, capacity_bytes: int, sector_bytes: int = SECTOR) -> None:
         self.capacity, self.sector = capacity_bytes // sector_bytes, sector_bytes
@@ -95,14 +95,14 @@ class L2:
                 lines.move_to_end(line)
                 lines[line] |= write
                 continue
-            # A missed store does not read: the kernels of interest write whole sectors.
+            # A store that misses reads nothing: the kernels of interest write whole sectors.
             self.read_bytes += 0 if write else self.sector
             lines[line] = write
             if len(lines) > self.capacity and lines.popitem(last=False)[1]:
                 self.write_bytes += self.sector
 
     def flush(self) -> int:
-        """Write everything back and forget it; returns the bytes written."""
+        """Write all modified sectors back, empty the cache, and return the bytes written."""
         written = self.sector * sum(self.lines.values())
         self.write_bytes += written
         self.lines.clear()
@@ -110,7 +110,7 @@ class L2:
 
 
 class Counters:
-    """Collects one launch's report."""
+    """Collect the report of one launch."""
 
     def __init__(self, kernel: Kernel, l2: L2 | None) -> None:
         self.report, self.l2 = Report(kernel, np.zeros(len(kernel.code), np.int64)), l2
@@ -153,10 +153,10 @@ class Counters:
 
 
 def _wavefronts(lanes: Array, offsets: Array, size: int) -> tuple[int, int]:
-    """Passes a shared access takes, and the passes it would take with no conflict.
+    """Return the wavefronts of a shared-memory access, and those that it would take without bank conflicts.
 
-    A pass serves 32 lanes of up to 4 bytes, 16 lanes of 8 or 8 lanes of 16, one word per bank; lanes that read the same
-    word share it.
+    A wavefront serves 32 lanes of up to 4 bytes, 16 lanes of 8 bytes or 8 lanes of 16 bytes, with one word for each
+    bank; lanes that read the same word share it.
     """
     words_per_lane = max(1, size // BANK_BYTES)
     phase = lanes // (WARP // words_per_lane)

@@ -1,4 +1,4 @@
-"""pytest fixtures: a device, and compilers that skip a test only when their package is not installed."""
+"""Fixtures: a device, and compilers, which skip a test if their package is not installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .nvrtc import nvrtc_library
 
 
 def load_triton(path: Path, name: str = "bn_forward") -> Any:
-    """A kernel function of a file: Triton reads a kernel's text from where it was defined."""
+    """Import a kernel function from a file: Triton reads a kernel's text from the file that defines it."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -30,7 +30,7 @@ _CAUGHT = "caught fault"
 
 @pytest.fixture
 def device() -> Device:
-    """A device with every check on."""
+    """Return a device with every check on."""
     return Device()
 
 
@@ -49,9 +49,9 @@ def compile_triton() -> Callable[..., Compiled]:
 
 
 class CaughtFaults:
-    """Planted faults and what was said about them; printed at the end of the test run.
+    """Record planted faults and the messages of the checks that found them, for the summary of the test run.
 
-    They travel with the test's report, as a test may run in a process of its own (pytest-xdist).
+    They are stored in the test's report, because a test may run in another process (pytest-xdist).
     """
 
     def __init__(self, node: pytest.Item) -> None:

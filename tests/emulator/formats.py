@@ -1,8 +1,8 @@
-"""Number formats: PTX register bits <-> NumPy values, and operations rounded once, as hardware does.
+"""Convert between PTX register bits and NumPy values; compute operations with one rounding, as hardware does.
 
-f16 and bf16 are computed in float32 and rounded to their format: float32 has more than twice their digits plus two, so
-for + - * the second rounding changes nothing. fma goes through float64 with round-to-odd, which makes the final
-rounding the only one.
+f16 and bf16 operations are computed in float32, then rounded. float32 has at least twice their bits of significand plus
+two, and so for + - * the second rounding changes nothing. fma is computed in float64 with rounding to odd, so that the
+final rounding gives the correctly rounded result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 Array = Any
-"""An array; or a NumPy scalar, where a value is the same for all lanes. mypy cannot follow NumPy into this."""
+"""An array, or a NumPy scalar for a value that is the same in all lanes; mypy cannot tell them apart."""
 RAW: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 VALUE: dict[str, Any] = {
     "pred": np.bool_,
@@ -36,7 +36,7 @@ def is_float(type_: str) -> bool:
 
 
 def decode(bits: Array, type_: str) -> Array:
-    """Unsigned bits of the type's size -> values; exact."""
+    """Convert unsigned bits of the type's size to values, exactly."""
     if type_ == "f16":
         return _F16_VALUES.take(bits)
     if type_ == "bf16":
@@ -45,7 +45,7 @@ def decode(bits: Array, type_: str) -> Array:
 
 
 def encode(values: Array, type_: str) -> Array:
-    """Values -> unsigned bits of the type, rounded to nearest even."""
+    """Convert values to unsigned bits of the type, rounded to nearest even."""
     values = np.asarray(values)
     if type_ == "f16":
         return values.astype(np.float16).view(np.uint16)
@@ -67,14 +67,14 @@ def flush_subnormals(values: Array, type_: str) -> Array:
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """The rounded sum and its exact error."""
+    """Return the rounded sum and its exact error."""
     total = a + b
     virtual = total - a
     return total, (a - (total - virtual)) + (b - virtual)
 
 
 def two_product(a: Array, b: Array) -> tuple[Array, Array]:
-    """The rounded float64 product and its exact error (Dekker's splitting)."""
+    """Return the rounded float64 product and its exact error (Dekker's splitting)."""
 
     def split(x: Array) -> tuple[Array, Array]:
         scaled = x * 134217729.0
@@ -87,14 +87,14 @@ def two_product(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def odd(total: Array, error: Array) -> Array:
-    """Round-to-odd in float64: an inexact even result moves to its odd neighbour on the side of the error."""
+    """Round to odd in float64: move an inexact even result to its odd neighbour in the direction of the error."""
     even = (total.view(np.int64) & 1) == 0
     step = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
     return np.where((error != 0) & even & np.isfinite(total), step, total)
 
 
 def _to_float32_odd(values: Array) -> Array:
-    """float64 -> float32 by round-to-odd; a float32 passes unchanged."""
+    """Convert float64 to float32, rounded to odd; return float32 unchanged."""
     if values.dtype == np.float32:
         return values
     near = values.astype(np.float32)
@@ -105,7 +105,7 @@ def _to_float32_odd(values: Array) -> Array:
 
 
 def fma(a: Array, b: Array, c: Array, type_: str) -> Array:
-    """a * b + c with one rounding to `type_`; for all but f32 and f64, to be rounded again by the caller."""
+    """Return a * b + c with one rounding to f32 or f64; for other types in float64, for the caller to round."""
     if type_ == "f64":
         return _fma_double(a, b, c)
     product, c = np.multiply(a, b, dtype=np.float64), c.astype(np.float64)
@@ -118,7 +118,7 @@ def fma(a: Array, b: Array, c: Array, type_: str) -> Array:
 
 
 def _fma_double(a: Array, b: Array, c: Array) -> Array:
-    """fma by error-free transformations (Boldo and Melquiond), or by fractions where those leave the range."""
+    """Compute a float64 fma by error-free transformations (Boldo and Melquiond), or fractions outside their range."""
     plain = np.asarray(a * b + c)
     high, low = two_product(a, b)
     sum_low, error_low = two_sum(c, low)
@@ -149,7 +149,7 @@ def round_directed(values: Array, type_: str, mode: str) -> Array:
     rounded, wide = decode(bits, type_).astype(np.float64), values.astype(np.float64)
     down = (rounded > wide) & ((mode == "rm") | ((mode == "rz") & (wide > 0)))
     up = (rounded < wide) & ((mode == "rp") | ((mode == "rz") & (wide < 0)))
-    # Stepping the bits, which are a magnitude and a sign, moves to the neighbouring value.
+    # The bits are a sign and a magnitude: adding or subtracting 1 gives the neighbouring value.
     negative, one = np.signbit(rounded), bits.dtype.type(1)
     grow, shrink = np.where(negative, down, up), np.where(negative, up, down)
     return decode(np.where(grow, bits + one, np.where(shrink, bits - one, bits)), type_)
@@ -159,12 +159,12 @@ def round_directed(values: Array, type_: str, mode: str) -> Array:
 
 
 def minimum(a: Array, b: Array) -> Array:
-    """PTX min: a number wins over NaN, -0 is below +0."""
+    """Compute min as PTX does: a number wins over NaN, and -0 is below +0."""
     return np.where(a == b, np.where(np.signbit(a), a, b), np.fmin(a, b))
 
 
 def maximum(a: Array, b: Array) -> Array:
-    """PTX max: a number wins over NaN, +0 is above -0."""
+    """Compute max as PTX does: a number wins over NaN, and +0 is above -0."""
     return np.where(a == b, np.where(np.signbit(a), b, a), np.fmax(a, b))
 
 
@@ -173,23 +173,23 @@ def nan_wins(function: Callable[[Array, Array], Array]) -> Callable[[Array, Arra
 
 
 def relu(a: Array) -> Array:
-    """Negative values become zero, NaN stays."""
+    """Replace negative values by zero; NaN stays NaN."""
     return np.where((a > 0) | np.isnan(a), a, a.dtype.type(0))
 
 
 def saturate(a: Array) -> Array:
-    """Clamp to [0, 1]; NaN becomes zero."""
+    """Clamp to [0, 1]; replace NaN by zero."""
     return np.where(a > 0, np.minimum(a, a.dtype.type(1)), a.dtype.type(0))
 
 
 def coarse(a: Array, digits: int) -> Array:
-    """Round to a number of binary digits."""
+    """Round to a number of significant bits."""
     fraction, exponent = np.frexp(a)
     return np.where(np.isfinite(a), np.ldexp(np.rint(fraction * 2.0**digits) / 2.0**digits, exponent), a)
 
 
 def _in_double(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """An approximate instruction, modelled by its float64 value rounded to the operand's type."""
+    """Return a model of an approximate instruction: its float64 value, rounded to the operand's type."""
     return lambda values: function(values.astype(np.float64)).astype(values.dtype)
 
 
@@ -201,5 +201,5 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "lg2": _in_double(np.log2),
     "sin": _in_double(np.sin),
     "cos": _in_double(np.cos),
-    "tanh": lambda x: coarse(np.tanh(x.astype(np.float64)), 11).astype(x.dtype),  # 11 digits are all it has
+    "tanh": lambda x: coarse(np.tanh(x.astype(np.float64)), 11).astype(x.dtype),  # hardware gives 11 bits
 }

@@ -1,7 +1,7 @@
-"""The table of instructions: an opcode names the function that turns an instruction into what runs it.
+"""The table of instructions: for each opcode a builder, which turns an instruction into a function that executes it.
 
-Everything that depends on the text alone (types, rounding, operands) is decided once, when a kernel is loaded. What is
-not in the table, down to single modifiers, is refused with its line, whether or not it would ever run.
+Everything that depends on the text only (types, rounding, operands) is decided once, when a kernel is loaded. An opcode
+or a modifier that is not in the table is refused with its line when the kernel is loaded, even if it would never run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MODIFIERS: dict[str, set[str]] = {}
 
 
 def builds(opcodes: str, modifiers: str = "") -> Callable[[Builder], Builder]:
-    """Register a builder for some opcodes, with the modifiers that it knows besides types."""
+    """Register a builder for some opcodes, with the modifiers that it accepts besides types."""
 
     def register(builder: Builder) -> Builder:
         for opcode in opcodes.split():
@@ -45,7 +45,7 @@ def build(ins: Instruction) -> Runner:
         raise unsupported(ins)
     for modifier in ins.modifiers:
         known = modifier in _MODIFIERS[ins.opcode] or modifier in TYPE_BYTES
-        # Hints to the caches (L1::, L2::) change no result.
+        # Cache hints (L1::, L2::) change no result.
         if not known and not modifier.startswith(("L1::", "L2::")):
             raise unsupported(ins)
     try:
@@ -55,7 +55,7 @@ def build(ins: Instruction) -> Runner:
 
 
 def elementwise(ins: Instruction, function: Callable[..., Array], types: list[str], to: str | None = None) -> Runner:
-    """dest = function(sources), lane by lane; source i is read as types[i]."""
+    """Build dest = function(sources), lane by lane; source i is read as types[i]."""
     sources = [reader(ins, operand, type_) for operand, type_ in zip(ins.operands[1:], types, strict=True)]
     write = writer(ins, ins.operands[0], to or ins.type)
 
@@ -76,5 +76,5 @@ def _cache_policy(ins: Instruction) -> Runner:
     "global local L1 L2 wait launch_dependents inc dec sync aligned",
 )
 def _hint(_: Instruction) -> Runner:
-    """These change when things happen, not what happens."""
+    """Build an instruction that does nothing here: these affect timing only."""
     return lambda launch, active: None  # noqa: ARG005

@@ -1,4 +1,4 @@
-"""Numbers and lists as PTX writes them."""
+"""Parse numbers and lists of PTX."""
 
 from __future__ import annotations
 

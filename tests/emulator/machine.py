@@ -1,4 +1,4 @@
-"""The device: it owns memory, takes launches, and runs them block batch by block batch."""
+"""The device, which owns memory, and its launches, which run one batch of blocks after the other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARED_LIMITS = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 10
 
 @dataclass(frozen=True)
 class Checks:
-    """Which of the costly checks run; bounds, barriers, shuffles and conflicting stores always do."""
+    """The costly checks that run. Bounds, barriers, shuffles and conflicting stores are always checked."""
 
     races: bool = True
     initialised: bool = True
@@ -38,9 +38,9 @@ class Checks:
 class Device:
     """A GPU to launch kernels on.
 
-    `resident_threads` bounds how many threads run together, in whole blocks; a cooperative launch needs room for its
-    whole grid if `cooperative_blocks` is given. `seed` runs warps and blocks in a random order. `l2_bytes` switches the
-    DRAM model on; the cache stays warm between launches.
+    `resident_threads` is the largest number of threads of a batch of blocks. `cooperative_blocks` is the largest grid
+    of a cooperative launch; ``None`` is no limit. With a `seed`, warps and blocks run in a random order. `l2_bytes`,
+    the size of the L2 cache, turns on the model of DRAM traffic; the cache keeps its contents between launches.
     """
 
     checks: Checks = field(default_factory=Checks)
@@ -58,7 +58,7 @@ class Device:
         self.l2 = L2(self.l2_bytes, self.sector_bytes) if self.l2_bytes else None
 
     def empty(self, shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> Array:
-        """Uninitialised device memory: full of NaN, and reading it before it is written is an error."""
+        """Return uninitialised device memory: full of NaN, and a read before a write is an error."""
         return self.memory.empty(shape, dtype)
 
     def require_written(self, array: Array, name: str = "the array") -> None:
@@ -78,9 +78,9 @@ class Device:
         cluster: int | None = None,
         names: Sequence[str] | None = None,
     ) -> Report:
-        """Run a kernel to its end. Arrays are device memory, changed in place; Python numbers are cast.
+        """Run a kernel to its end. Arrays are device memory, which changes in place; Python numbers are cast.
 
-        `names` gives the arguments the names that errors and `Report.buffer` use; by default arg0, arg1, ...
+        `names` are the names of the arguments in errors and in `Report.buffer`; by default arg0, arg1, ...
         """
         shape = Shape(_extents(grid), _extents(block), cluster or kernel.cluster, kernel.shared_bytes + shared_bytes)
         names = [f"arg{i}" for i in range(len(args))] if names is None else names
@@ -116,9 +116,9 @@ class Device:
 
 
 class Launch:
-    """One launch in progress: what the instructions see."""
+    """The state of a launch in progress, which the instructions read and change."""
 
-    threads: Threads  # of the batch of blocks that runs
+    threads: Threads  # of the present batch of blocks
     shared: Region
     local: Region
     copies: AsyncCopies
@@ -140,8 +140,8 @@ class Launch:
         self.shared_stride = -(-shape.shared_bytes // 128) * 128 + 128
         self.local_stride = -(-kernel.local_bytes // 16) * 16
         self.races = RaceDetector(self) if device.checks.races else None
-        self.progress = 0  # counts changes of memory, barriers passed, threads exited
-        self.polls = 0  # counts reads that may wait for another thread
+        self.progress = 0  # the number of changes of memory, completed barriers and exits
+        self.polls = 0  # the number of reads that may wait for another thread
 
     def run(self) -> Report:
         for blocks in self._batches():
@@ -184,7 +184,7 @@ class Launch:
         return [blocks[start : start + size].reshape(-1) for start in range(0, len(clusters), size)]
 
     def _marshal(self, args: Sequence[Argument], names: Sequence[str]) -> Array:
-        """Lay the arguments out as the kernel's parameter block."""
+        """Return the arguments as the bytes of the kernel's parameter space."""
         last = self.kernel.parameters[-1] if self.kernel.parameters else None
         block = np.zeros(last.offset + last.bytes if last else 0, np.uint8)
         for parameter, value, name in zip(self.kernel.parameters, args, names, strict=True):
@@ -199,7 +199,7 @@ class Launch:
             if size != 8 or type_[0] == "f":
                 raise EmulatorError("launch", f"{name} is an array, the kernel expects a .{type_}")
             return np.uint64(self.memory.attach(value, name)).tobytes()
-        if isinstance(value, np.generic):  # its bits are passed; a struct is a np.void
+        if isinstance(value, np.generic):  # passed as its bits; a struct is an np.void
             mixed = value.dtype.kind != "V" and type_[0] != "b" and (value.dtype.kind == "f") != (type_[0] == "f")
             if value.nbytes != size or mixed:
                 raise EmulatorError("launch", f"{name} is a {value.dtype}, the kernel expects a .{type_}")
@@ -209,7 +209,7 @@ class Launch:
         return np.asarray(value).astype(VALUE[type_]).tobytes()
 
     def _module_variables(self) -> Array:
-        """The initial values of the module's variables, which live in global memory."""
+        """Return the initial bytes of the module's variables, which lie in global memory."""
         image = np.zeros(self.kernel.data_bytes, np.uint8)
         for variable in self.kernel.data.values():
             initial = np.frombuffer(variable.initial, np.uint8)
@@ -218,7 +218,7 @@ class Launch:
 
 
 def load(kernel: Kernel) -> list[Runner]:
-    """Look every instruction up, once."""
+    """Return the functions that execute a kernel's instructions; they are built once."""
     if kernel.program is None:
         kernel.program = [build(ins) for ins in kernel.code]
     return kernel.program

@@ -1,6 +1,6 @@
-"""8x8 matrices of 16-bit elements, moved by a whole warp (stmatrix, ldmatrix); Triton changes layouts with them.
+"""Execute stmatrix and ldmatrix: a warp moves 8x8 matrices of 16-bit elements. Triton changes layouts with them.
 
-Lane 8 m + r has the address of row r of matrix m; lane l has the elements 2 (l % 4) and the next of row l // 4.
+Lane 8 m + r has the address of row r of matrix m. Lane l has two elements of row l // 4, 2 (l % 4) and the next.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _load_matrices(ins: Instruction) -> Runner:
 
 
 def _form(ins: Instruction) -> tuple[int, bool]:
-    """How many matrices, and whether they lie transposed in memory."""
+    """Return the number of matrices, and whether they are transposed in memory."""
     count = next((int(m[1:]) for m in ins.modifiers if m in ("x1", "x2", "x4")), 0)
     if not count or not {"m8n8", "shared", "b16"} <= {*ins.modifiers, ins.type}:
         raise unsupported(ins)
@@ -70,7 +70,7 @@ def _form(ins: Instruction) -> tuple[int, bool]:
 
 
 def _row_lanes(launch: Launch, ins: Instruction, active: Mask, count: int) -> Array:
-    """The lanes that have the rows' addresses; whole warps take part."""
+    """Return the lanes that have the addresses of the rows; fail unless whole warps take part."""
     lanes = launch.threads.indices(active)
     if len(lanes) % WARP or (lanes.reshape(-1, WARP) % WARP != np.arange(WARP)).any():
         launch.fail("absent lane", "not all lanes of a warp take part", ins, int(lanes[0]))

@@ -1,8 +1,8 @@
-"""Device memory: NumPy arrays behind device addresses, with what each byte has been through.
+"""Device memory: NumPy arrays with device addresses, and the state of each byte.
 
-An array that is passed to a launch stands for device memory. Its device address keeps the array's offset within the
-allocation it is a view of, so that overlapping arguments overlap on the device and a misaligned view is misaligned
-there. A kernel may touch the bytes its arguments cover and nothing else.
+An array that is passed to a launch is device memory. Its device address keeps the array's offset within the allocation
+that it is a view of: overlapping arguments overlap on the device, and a misaligned view is misaligned there. A kernel
+may access the bytes of its arguments only.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from .errors import EmulatorError
 from .formats import RAW, Array
 
 GLOBAL_BASE = 1 << 33
-ALIGNMENT = 512  # what CUDA's allocators give
-GAP = 4096  # between allocations, so that running past one never reaches the next
+ALIGNMENT = 512  # of CUDA's allocators
+GAP = 4096  # bytes between allocations, so that an access past the end of one does not reach the next
 POISON = 0xFF  # NaN in every float format
 UNWRITTEN, WRITTEN, IN_FLIGHT = 0, 1, 2
 
 
 def rows(memory: Array, size: int) -> Array:
-    """Memory as rows of `size` bytes, in the widest elements (8 bytes at most) that divide a row."""
+    """Return a view of memory as rows of `size` bytes, in elements of up to 8 bytes."""
     element = min(size, 8)
     whole = memory[: len(memory) // size * size]
     return whole.view(RAW[element]).reshape(-1, size // element)
 
 
 def gather(memory: Array, offsets: Array, size: int) -> Array:
-    """(lanes, size) bytes at aligned offsets."""
+    """Load `size` bytes for each lane, at aligned offsets; return them as (lanes, size)."""
     taken = rows(memory, size).take(offsets // size, axis=0)
     return taken.view(np.uint8).reshape(-1, size)
 
 
 def scatter(memory: Array, offsets: Array, data: Array) -> None:
-    """Store (lanes, size) bytes at aligned offsets; of several lanes at one offset the last wins."""
+    """Store (lanes, size) bytes at aligned offsets; if several lanes have one offset, the last one wins."""
     size = data.shape[1]
     element = min(size, 8)
     rows(memory, size)[offsets // size] = np.ascontiguousarray(data).view(RAW[element]).reshape(len(data), -1)
@@ -45,20 +45,20 @@ def scatter(memory: Array, offsets: Array, data: Array) -> None:
 
 @dataclass
 class Region:
-    """A piece of memory that instructions reach: an allocation, or one state space of all resident blocks."""
+    """Memory that instructions access: an allocation, or one state space of all resident blocks."""
 
     name: str
     space: str
     memory: Array
-    state: Array | None = None  # UNWRITTEN / WRITTEN / IN_FLIGHT per byte; None: all of it is written
-    address: int = 0  # in its space; tells regions apart
+    state: Array | None = None  # UNWRITTEN, WRITTEN or IN_FLIGHT for each byte; None: all are written
+    address: int = 0  # identifies the region in its space
 
 
 @dataclass
 class Allocation(Region):
-    """One block of host memory that stands for device memory."""
+    """A piece of host memory that serves as device memory."""
 
-    extents: list[tuple[int, int]] = field(default_factory=list)  # the bytes that arguments cover, merged
+    extents: list[tuple[int, int]] = field(default_factory=list)  # the byte ranges of the arguments, merged
 
     def allow(self, low: int, high: int, name: str) -> None:
         self.name = f"{self.name}/{name}" if self.name else name
@@ -72,14 +72,14 @@ class Allocation(Region):
 
 
 def owner_of(array: Array) -> Array:
-    """The array whose memory `array` is a view of."""
+    """Return the array that owns the memory of `array`."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
 
 
 class GlobalMemory:
-    """Gives arrays their device addresses and remembers them from launch to launch."""
+    """The arrays on a device and their addresses, which stay the same from launch to launch."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref, int, Array | None]] = {}
@@ -88,24 +88,24 @@ class GlobalMemory:
         self._bases: list[int] = []
 
     def empty(self, shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> Array:
-        """An array of poison; reading an element before it is written is an error."""
+        """Return an array of poison; a kernel may not read an element before it is written."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         owner = np.full(max(size, 1), POISON, np.uint8)
         self._remember(owner, np.full(len(owner), UNWRITTEN, np.uint8))
         return owner[:size].view(dtype).reshape(shape)
 
     def unwritten(self, array: Array) -> int:
-        """How many elements of an array made by `empty` hold a byte that was never written."""
+        """Count the elements of an array made by `empty` that have a byte that was never written."""
         states = self._states(array)
         return 0 if states is None else int((states == UNWRITTEN).any(-1).sum())
 
     def mark_written(self, array: Array) -> None:
-        """Say that the host has written an array made by `empty`."""
+        """Mark an array made by `empty` as written by the host."""
         if (states := self._states(array)) is not None:
             states[...] = WRITTEN
 
     def _states(self, array: Array) -> Array | None:
-        """What the bytes of an array, or of a view of any strides, have been through, if `empty` made it."""
+        """Return the states of the bytes of an array or view, (*shape, itemsize); ``None`` unless `empty` made it."""
         owner: np.ndarray = owner_of(array)
         reference, _, state = self._known.get(owner.ctypes.data, (lambda: None, 0, None))
         if state is None or reference() is not owner:
@@ -120,11 +120,11 @@ class GlobalMemory:
         return entry
 
     def begin(self) -> None:
-        """Forget which bytes the previous launch was allowed to touch."""
+        """Forget which bytes the previous launch was allowed to access."""
         self.allocations, self._bases = [], []
 
     def attach(self, array: Array, name: str) -> int:
-        """Let the coming launch use an array; returns its device address."""
+        """Let the next launch access an array; return its device address."""
         owner = owner_of(array)
         entry = self._known.get(owner.ctypes.data)
         if entry is None or entry[0]() is not owner:
@@ -144,7 +144,7 @@ class GlobalMemory:
         return address + array.ctypes.data - owner.ctypes.data
 
     def locate(self, addresses: Array) -> list[tuple[Array | slice, Allocation | None]]:
-        """Group addresses by the allocation they may lie in; one group in the usual case."""
+        """Group addresses by the allocation that they may lie in; usually there is one group."""
         if not self.allocations:
             return [(slice(None), None)]
         first = bisect_right(self._bases, int(addresses[0])) - 1

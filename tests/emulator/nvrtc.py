@@ -1,4 +1,4 @@
-"""NVRTC, called through ctypes: CUDA C++ to PTX and machine code."""
+"""Call NVRTC through ctypes: compile CUDA C++ to PTX and machine code."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 
 class CompileError(Exception):
-    """The compiler's log."""
+    """A compilation failed; the message has the compiler's log."""
 
 
 def package_file(package: str, pattern: str) -> Path | None:
-    """A file inside an installed namespace package such as nvidia.cuda_nvrtc."""
+    """Find a file in an installed namespace package such as nvidia.cuda_nvrtc; ``None`` if it is not there."""
     try:
         spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:
@@ -27,7 +27,7 @@ def package_file(package: str, pattern: str) -> Path | None:
 
 
 def nvrtc_library() -> Path | None:
-    """The NVRTC of the pip packages: CUDA 12's, or else CUDA 13's."""
+    """Return the path of NVRTC in the pip packages: that of CUDA 12, or else of CUDA 13; ``None`` without either."""
     twelve = package_file("nvidia.cuda_nvrtc", "lib/libnvrtc.so.*[0-9]")
     return twelve or package_file("nvidia.cu13", "lib/libnvrtc.so.*[0-9]")
 
@@ -41,7 +41,7 @@ def cuda_headers() -> Path | None:
 
 class _Nvrtc:
     def __init__(self, library: Path) -> None:
-        # NVRTC opens this library by name, and finds it if it is loaded already.
+        # NVRTC opens this library by name, and finds it because it is loaded already.
         for builtins in library.parent.glob("libnvrtc-builtins.so.*"):
             ctypes.CDLL(str(builtins))
         self.library = ctypes.CDLL(str(library))
@@ -72,7 +72,7 @@ class _Nvrtc:
     def compile(
         self, source: str, options: Sequence[str], headers: Mapping[str, str], expressions: Sequence[str]
     ) -> tuple[str, str, dict[str, str], bytes]:
-        """PTX, log, the name in the PTX of each name expression, and the cubin if the target is a real one."""
+        """Return PTX, log, the name in the PTX of each name expression, and the cubin if the target is sm_<arch>."""
 
         def strings(values: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
             encoded = [value.encode() for value in values]

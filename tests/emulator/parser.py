@@ -1,7 +1,7 @@
-"""PTX text -> kernels: instructions with resolved operands, parameters, and the memory that they declare.
+"""Parse PTX text to kernels: instructions with resolved operands, parameters, and declared memory.
 
-Only syntax lives here. What an instruction does is looked up by name in `instructions`, so a program that uses an
-unknown opcode parses and fails when it is loaded, with its line quoted.
+This module knows the syntax only. `instructions` has the meaning of each opcode. So a program with an unknown opcode
+can be parsed; it fails when it is loaded, with the line in the message.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ class Address:
 
 @dataclass(frozen=True)
 class Vector:
-    """{a, b, ...}, or the two destinations a|b."""
+    """A vector operand {a, b, ...}, or two destinations a|b."""
 
     items: tuple[Operand, ...]
 
 
 @dataclass(frozen=True)
 class Sink:
-    """The destination `_`: the value is not wanted."""
+    """The destination `_`, which discards the value."""
 
 
 Operand = Any
-"""One of these. A builder that meets another kind than it expects refuses the instruction."""
+"""One of these classes. A builder refuses an instruction whose operand is of another kind than it expects."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Instruction:
 
     @property
     def type(self) -> str:
-        """The last type modifier: the type of the operation."""
+        """The type of the operation: the last modifier that is a type."""
         for modifier in reversed(self.modifiers):
             if modifier in TYPE_BYTES:
                 return modifier
@@ -104,7 +104,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable of the shared, local, global or const space, at `offset` within its space."""
+    """A variable in shared, local, global or const memory, at the byte `offset` within its space."""
 
     name: str
     offset: int
@@ -115,7 +115,7 @@ class Variable:
 
 @dataclass
 class Kernel:
-    """One entry of a PTX module, ready to be launched."""
+    """A kernel of a PTX module, which can be launched."""
 
     name: str
     target: str
@@ -133,7 +133,8 @@ class Kernel:
     threads_required: tuple[int, ...] = ()
     threads_limit: tuple[int, ...] = ()
     cluster: int = 1
-    # Worked out when the kernel is first launched: what runs the instructions, and the width that races are tracked at.
+    # Set when the kernel is first launched: the functions that execute the instructions, and, by state space, the bytes
+    # of the units that the race detector tracks.
     program: list[Any] | None = None
     granules: dict[str, int] = field(default_factory=dict)
 
@@ -166,7 +167,7 @@ def parse(ptx: str, name: str | None = None) -> Kernel:
 
 
 def separate(ptx: str) -> dict[str, str]:
-    """For each kernel of a module, the module without the other kernels."""
+    """Return, for each kernel of a module, the module without the other kernels."""
     text = _without_comments(ptx)
     spans = {entry[1]: (entry.start(), _closing_brace(text, entry.end()) + 1) for entry in _ENTRY.finditer(text)}
     between = [0, *(position for span in spans.values() for position in span), len(text)]
@@ -178,7 +179,7 @@ def separate(ptx: str) -> dict[str, str]:
 
 
 def _without_comments(ptx: str) -> str:
-    """Blank out comments, keeping the line structure so that line numbers stay true."""
+    """Remove comments, but keep line breaks, so that line numbers stay correct."""
     ptx = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), ptx, flags=re.S)
     return re.sub(r"//[^\n]*", "", ptx)
 
@@ -193,7 +194,7 @@ def _closing_brace(text: str, start: int) -> int:
 
 
 def _outside_functions(text: str) -> str:
-    """The module-level declarations: the text up to the first function or kernel, and between them."""
+    """Return the declarations of the module: the text outside of functions and kernels."""
     parts, position = [], 0
     for function in re.finditer(r"\.(?:entry|func)\b[^;{]*\{", text):
         if function.start() >= position:
@@ -240,21 +241,21 @@ _NUMBER = re.compile(r"[+-]?\d")
 
 
 class _Body:
-    """Walks the statements of one kernel and fills it in."""
+    """Parse the statements of a kernel, and add them to it."""
 
     def __init__(self, kernel: Kernel, text: str, start: int, body: str, outside: str) -> None:
         self.kernel, self.start, self.body, self.outside = kernel, start, body, outside
         self.newlines = [match.start() for match in re.finditer("\n", text)]
-        # A name maps to its (first) register; an inline-assembly block { } may redeclare one.
+        # A name maps to its (first) register; a block { } of inline assembly may declare it again.
         self.scopes: list[dict[str, int]] = [{}]
         self.ranges: list[dict[str, tuple[int, int]]] = [{}]
-        # Labels belong to their block too; those of inner blocks get a name of their own.
+        # A label belongs to its block too; labels of inner blocks are renamed.
         self.label_names: list[dict[str, str]] = [{}]
         self.registers: dict[int, Register] = {}
 
     def parse(self) -> None:
         for found in _VARIABLE.finditer(self.outside):
-            name = found["name"]  # most are of other kernels, which the plain search tells in no time
+            name = found["name"]  # the plain search is fast, and excludes most variables of other kernels
             if name in self.body and re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", self.body):
                 self._variable(found)
         for line, statement in self._statements():
@@ -384,5 +385,5 @@ class _Body:
             return Register(register.index, register.bytes, negated=True)
         if _NUMBER.match(text):
             return Immediate(number(text))
-        # A % name that no .reg declares is a special register, or a mistake that loading reports.
+        # A % name that no .reg declares is a special register, or an error that is reported when the kernel is loaded.
         return self._register(text) or (Special(text) if text.startswith("%") else Symbol(self._scoped(text)))

@@ -1,15 +1,15 @@
-"""Data races: two unordered accesses to one place by different threads, at least one of them a plain write.
+"""Detect data races: unordered accesses to one address by two threads, where one writes and not both are strong.
 
-Each thread has a clock that advances when it synchronises; a place remembers the thread and the clock of its last write
-and of its last reads. An access is ordered after a remembered one if its thread knows that clock: through a barrier of
-the block or the cluster, bar.warp.sync, or a release that it acquired (directly, or by a fence around relaxed
-accesses) at a scope that holds both. Shuffles and votes order nothing, as in the PTX memory model.
+Each thread has a clock that advances when it synchronises. For each address, the thread and the clock of the last write
+and of the last reads are recorded. An access is ordered after a recorded one if its thread knows that clock: through a
+barrier of the block or the cluster, bar.warp.sync, or a release that it acquired (directly, or by a fence around
+relaxed accesses) at a scope that includes both threads. Shuffles and votes order nothing, as in the PTX memory model.
 
-Kept small on purpose: a place keeps two of its readers (the first and last lane of the latest reading instruction), a
-store that leaves the value as it was is no race, a barrier of some warps counts as one of the block, and a cluster's
-scope is the device's.
+Simplifications: for each address two readers are recorded (the first and last lane of the latest load); a store that
+does not change the value is no race; a barrier of some warps is treated as one of the block, and cluster scope as
+device scope.
 
-A load through the read-only cache (ld.global.nc) is told of any write of the same launch that it comes after.
+A load through the read-only cache (ld.global.nc) fails if the same launch has written to the address before.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from .accesses import Target
     from .machine import Launch
 
-# A tag is a thread, whether the access was strong, and the thread's clock; -1 is nobody.
+# A tag records an access: the thread, whether it was strong, and the thread's clock; -1 is no access.
 _STRONG = 1 << 31
 _CLOCK = _STRONG - 1
 _THREAD_SHIFT = 32
-_Place = tuple[str, int, int | None]  # region, offset, and the block slot that the scope is limited to
+_Place = tuple[str, int, int | None]  # region, offset, and the block slot of a scope within a block
 
 
 def _granule(kernel: Kernel, spaces: tuple[str, ...]) -> int:
-    """The narrowest access of a kernel to some spaces: tracking at this width loses nothing."""
+    """Return the bytes of a kernel's narrowest access to some spaces, which is the unit that races are tracked in."""
     widths = [16]
     for ins in kernel.code:
         if ins.opcode in ("ld", "st", "atom", "red", "ldu") and space_of(ins) in spaces:
@@ -53,26 +53,26 @@ class RaceDetector:
         if not self.granules:
             self.granules["global"] = _granule(launch.kernel, ("global", "const", "generic"))
             self.granules["shared"] = _granule(launch.kernel, ("shared", "generic"))
-        # Per region, tags of granules: the last writer, and the first and last lane of the latest reading.
+        # For each region, tags of granules: the last writer, and the first and last lane of the latest load.
         self.shadows: dict[int, Array] = {}
-        # What each release published: the clocks of all threads of the grid that it stands for.
+        # For each release, the clocks that it makes known, of all threads of the grid.
         self.published: dict[_Place, Array] = {}
 
     def begin_batch(self) -> None:
-        """A batch of blocks starts; its shared memory is new, global memory keeps its history."""
+        """Start a batch of blocks: shared memory has no history, global memory keeps its history."""
         self.threads = self.launch.threads
         shape, lanes = self.launch.shape, self.threads.count
         self.identity = self.threads.block * shape.lanes + self.threads.thread
         self.lane_of = np.full(shape.blocks * shape.lanes, -1, np.int64)
         self.lane_of[self.identity] = self.threads.every
         self.clock = np.ones(lanes, np.int64)
-        # The clock of each lane at its last barrier of the block, of the warp, and arrival at one of the cluster; and
-        # at its last fence for its block, and for the device.
+        # The clock of each lane at its last barrier of the block, its last barrier of the warp, and its last arrival at
+        # a barrier of the cluster; and at its last fence with block scope, and with device scope.
         self.block_knows, self.warp_knows, self.arrived = (np.zeros(lanes, np.int64) for _ in range(3))
         self.fenced = {narrow: np.zeros(lanes, np.int64) for narrow in (True, False)}
-        self.foreign: dict[int, Array] = {}  # block slot -> clocks of other blocks' threads it knows
-        self.acquired: dict[int, Array] = {}  # lane -> clocks it knows beyond its block's
-        self.seen: dict[tuple[int, int | None], Array] = {}  # (lane, scope) -> clocks known after a fence
+        self.foreign: dict[int, Array] = {}  # block slot -> the clocks of other blocks' threads that it knows
+        self.acquired: dict[int, Array] = {}  # lane -> the clocks that it knows besides those of its block
+        self.seen: dict[tuple[int, int | None], Array] = {}  # (lane, scope) -> clocks that its next fence acquires
         self.shadows.pop(self.launch.shared.address, None)
         shared = self.launch.shared.name
         self.published = {p: clocks for p, clocks in self.published.items() if p[0] != shared and p[2] is None}
@@ -90,7 +90,7 @@ class RaceDetector:
             shadow[1][index[::-1]] = tags[::-1]
 
     def store(self, ins: Instruction, target: Target, size: int, data: Array | None) -> None:
-        """`data` is what a plain store is about to write."""
+        """Check and record a store; `data` is what a plain store is about to write, ``None`` for an atomic."""
         if target.region.space != "local":
             shadow, index = self._shadow(target, size)
             for tags, what in zip(shadow, ("write", "read", "read"), strict=True):
@@ -98,7 +98,7 @@ class RaceDetector:
             shadow[0][index] = self._tags(ins, target)[:, None]
 
     def _shadow(self, target: Target, size: int) -> tuple[Array, Array]:
-        """The shadow of a region, and a row of granules for each lane."""
+        """Return the tags of a region, and the indices of each lane's granules as one row."""
         granule = self.granules[target.region.space]
         shadow = self.shadows.get(target.region.address)
         if shadow is None:
@@ -111,7 +111,7 @@ class RaceDetector:
         lanes, clock = target.lanes, self.clock[target.lanes]
         if not is_strong(ins):
             return (self.identity[lanes] << _THREAD_SHIFT) | clock
-        # A strong access after a fence belongs to the release that it makes visible.
+        # A strong access after a fence has the clock of that fence, with which it forms a release.
         fenced = self.fenced[False][lanes]
         return (self.identity[lanes] << _THREAD_SHIFT) | _STRONG | np.where(fenced > 0, fenced, clock)
 
@@ -138,7 +138,7 @@ class RaceDetector:
             self.launch.fail("data race", message, ins, int(target.lanes[rows[first]]))
 
     def _check_unwritten(self, ins: Instruction, target: Target, old: Array) -> None:
-        """The cache for what is only read may hold what was there before, whatever orders the load after the write."""
+        """Fail if the launch has written to what is read: the read-only cache may have the old value in any case."""
         rows, columns = np.nonzero(old >= 0)
         if len(rows):
             block, thread = divmod(int(old[rows[0], columns[0]] >> _THREAD_SHIFT), self.launch.shape.lanes)
@@ -149,7 +149,7 @@ class RaceDetector:
             self.launch.fail("stale read", message, ins, int(target.lanes[rows[0]]))
 
     def _ordered(self, tags: Array, lanes: Array) -> Array:
-        """Does each lane know the clock of the tag it met?"""
+        """Tell, for each lane, whether it knows the clock of a tag."""
         other, clock = tags >> _THREAD_SHIFT, tags & _CLOCK
         lane = self.lane_of[other]
         here, slot = lane >= 0, self.threads.slot
@@ -163,7 +163,7 @@ class RaceDetector:
     # ---------------------------------------------------------------- barriers
 
     def block_barrier(self, lanes: Array) -> None:
-        """Lanes met at a barrier of their block."""
+        """Order the accesses of lanes that have completed a barrier of their block."""
         self.block_knows[lanes] = self.clock[lanes]
         self.clock[lanes] += 1
         for lane in [lane for lane in self.acquired if lanes[lane]]:
@@ -184,7 +184,7 @@ class RaceDetector:
         self.clock[lanes] += 1
 
     def cluster_barrier(self, slots: list[int]) -> None:
-        """All threads of the cluster that occupies `slots` have arrived."""
+        """Order the accesses of the cluster in `slots`, all of whose threads have arrived."""
         lanes = np.flatnonzero(np.isin(self.threads.slot, slots))
         clocks = self._clocks(*(self.foreign.get(slot) for slot in slots), *map(self.acquired.get, lanes.tolist()))
         self.block_knows[lanes] = np.maximum(self.block_knows[lanes], self.arrived[lanes])
@@ -203,9 +203,9 @@ class RaceDetector:
                 self.acquired[lane] = np.maximum(self.acquired.get(lane, 0), self.seen.pop((lane, scope)))
 
     def synchronise(self, ins: Instruction, target: Target, order: Sequence[int] | None = None) -> None:
-        """A strong access: publish and learn what its semantics and the fences around it allow.
+        """Exchange clocks at a strong access, as far as its semantics and the fences around it allow.
 
-        Lanes come in the order in which they reach memory. A scope is a block slot, or None for the device.
+        `order` is the order in which the lanes access memory. A scope is a block slot, or ``None`` for the device.
         """
         acquires, releases = ("acq_rel" in ins.modifiers or word in ins.modifiers for word in ("acquire", "release"))
         writes, reads, narrow = ins.opcode != "ld", ins.opcode in ("ld", "atom"), "cta" in ins.modifiers
@@ -237,7 +237,7 @@ class RaceDetector:
         self.published[place] = clocks
 
     def _clocks(self, *known: Array | None) -> Array:
-        """The union of what is known, as a new array."""
+        """Return the maximum of some clocks as a new array."""
         clocks = np.zeros(len(self.lane_of), np.int64)
         for more in known:
             if more is not None:

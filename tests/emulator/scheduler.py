@@ -1,8 +1,8 @@
-"""Decides which threads run next.
+"""Choose the threads that run next.
 
-Threads of all blocks that are at one instruction run together. By default the group that is furthest behind runs, so
-that threads which took different branches meet again. With a seed, random warps run for random spells instead: a
-program whose result depends on that order has a fault.
+All threads of all blocks that are at one instruction run together. By default the group with the lowest instruction
+runs, so that threads that took different branches join again. With a seed, random warps run for random numbers of
+instructions instead: a program whose result depends on this order has a fault.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .warp import ballot, is_warp_synchronous, mask_operand, per_lane
 if TYPE_CHECKING:
     from .machine import Launch
 
-_LOOP_PATIENCE = 1000  # backward branches before others get a turn, if nothing is seen to spin
-_TURN = 256  # instructions that a group may run when others spin
-_SPIN_LIMIT = 64
+_LOOP_PATIENCE = 1000  # backward branches without progress or polls after which other groups run
+_TURN = 256  # instructions that a group runs while others spin
+_SPIN_LIMIT = 64  # turns of every group without progress after which it is a deadlock
 
 
 @builds("bra brx ret exit trap", "uni idx")
 def _control(ins: Instruction) -> Runner:
-    """The scheduler carries these out itself."""
+    """Build nothing: the scheduler executes these instructions itself."""
     del ins
     return lambda launch, active: None  # noqa: ARG005
 
@@ -37,7 +37,7 @@ def is_control(ins: Instruction) -> bool:
 
 
 class Scheduler:
-    """Runs one batch of co-resident blocks to its end."""
+    """Run one batch of resident blocks to its end."""
 
     def __init__(self, launch: Launch, runners: list[Runner], rng: np.random.Generator | None) -> None:
         self.launch, self.threads, self.rng = launch, launch.threads, rng
@@ -48,9 +48,9 @@ class Scheduler:
         ]
         self.guards = [predicate_reader(ins.guard) if ins.guard else None for ins in self.code]
         self.ready: dict[int, Array] = {0: self.threads.alive.copy()}
-        self.parked: dict[int, Array] = {}  # at a warp-synchronous instruction, waiting for lanes of their warp
+        self.parked: dict[int, Array] = {}  # waiting at a warp-synchronous instruction for lanes of their warp
         self.turn_after: int | None = None
-        self.fruitless = 0  # spells in a row that only spun
+        self.fruitless = 0  # successive backward branches that only polled
         self.loops = 0
         self.seen_progress = self.seen_polls = 0
 
@@ -61,7 +61,7 @@ class Scheduler:
     # ---------------------------------------------------------------- choice
 
     def _pick(self) -> tuple[int, Array, int]:
-        """Where to go on, with whom, and for how many instructions (0: until something happens)."""
+        """Choose an instruction, a group of lanes, and how many instructions they run (0: no limit)."""
         places = sorted(self.ready)
         if self.rng is not None:
             return self._pick_random(self.rng, places)
@@ -93,7 +93,7 @@ class Scheduler:
     # ---------------------------------------------------------------- execution
 
     def _advance(self, pc: int, lanes: Array, budget: int) -> None:
-        """Run a group until it splits, waits, exits, or others should run."""
+        """Run a group until it splits, waits or exits, or another group should run."""
         launch, issued = self.launch, self.launch.counters.report.issued
         left = budget
         warps, everyone = _extent(lanes)
@@ -125,7 +125,7 @@ class Scheduler:
                 return
 
     def _control(self, pc: int, lanes: Array, taken: Array) -> tuple[int, Array] | None:
-        """Carry out a control instruction: where the group continues, or None if it dissolved."""
+        """Execute a control instruction; return where the group continues, or ``None`` if no group is left."""
         ins, barriers = self.code[pc], self.launch.barriers
         if self.synchronous[pc]:
             return self._warp_synchronous(pc, ins, lanes, taken)
@@ -170,7 +170,7 @@ class Scheduler:
         return pc + 1, rest
 
     def _spins(self, pc: int) -> bool:
-        """Called at a backward branch: should somebody else run now? Fails when nobody ever will."""
+        """Tell, at a backward branch, whether another group should run now; fail if none can make progress."""
         launch = self.launch
         progressed, polled = launch.progress != self.seen_progress, launch.polls != self.seen_polls
         self.seen_progress, self.seen_polls = launch.progress, launch.polls
@@ -191,7 +191,7 @@ class Scheduler:
         return True
 
     def _warp_synchronous(self, pc: int, ins: Instruction, lanes: Array, taken: Array) -> tuple[int, Array] | None:
-        """Run the warps whose members are all here; the others wait for them."""
+        """Run the warps whose members have all arrived; the lanes of other warps wait."""
         if pc in self.parked:
             waiting = self.parked.pop(pc)
             taken, lanes = taken | waiting, lanes | waiting
@@ -209,11 +209,11 @@ class Scheduler:
         return (pc + 1, going_on) if going_on.any() else None
 
     def _members_present(self, ins: Instruction, taken: Array) -> Array:
-        """Per lane: has every living lane that its mask names arrived?"""
+        """Tell, for each lane, whether all living lanes in its member mask have arrived."""
         threads = self.threads
         mask = bits_reader(ins, mask_operand(ins), 4)(threads)
         if np.ndim(mask) == 0 and mask == 0xFFFFFFFF and (taken == threads.alive).all():
-            return taken  # the usual case, at the least expense
+            return taken  # the usual case
         outside = taken & ((mask >> threads.lane.astype(np.uint32)) & 1 == 0)
         if outside.any():
             lane = int(np.flatnonzero(outside)[0])
@@ -224,7 +224,7 @@ class Scheduler:
     # ---------------------------------------------------------------- standstill
 
     def _wake(self) -> bool:
-        """Nobody can run. Lanes that waited for ones that exited may; otherwise the end, or a deadlock."""
+        """Wake lanes that waited for lanes which have exited; return whether there are any. Fail at a deadlock."""
         for pc, lanes in self.parked.items():
             if (lanes & self._members_present(self.code[pc], lanes)).any():
                 self._push(pc, self.parked.pop(pc))
@@ -245,7 +245,7 @@ class Scheduler:
 
 
 def _extent(lanes: Array) -> tuple[int, bool]:
-    """How many warps take part, and whether every lane does."""
+    """Return the number of warps with such lanes, and whether these are all lanes."""
     if lanes.all():
         return len(lanes) // WARP, True
     return int(np.count_nonzero(ballot(lanes))), False

@@ -1,4 +1,4 @@
-"""Is the result the same whatever order warps and blocks run in?"""
+"""Check that results do not depend on the order in which warps and blocks run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def require_same_results(
     seeds: Sequence[int] = range(4),
     device: Device | None = None,
 ) -> list[np.ndarray]:
-    """Run once in lock-step and once for each seed; fail unless all results agree bit for bit.
+    """Run once in the default order and once for each seed; fail unless all results have the same bits.
 
-    `run` must build its inputs anew each time, launch on the device it is given, and return its outputs.
+    `run` must make new inputs each time, launch on the device that it is given, and return its outputs.
     """
     pattern = device or Device()
     expected = [np.array(result) for result in run(replace(pattern, seed=None, reports=[]))]

@@ -1,4 +1,4 @@
-"""Kernels from a few lines of PTX, for tests of single instructions."""
+"""Make kernels from a few lines of PTX, for tests of single instructions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEMPLATE = """\
 
 
 def snippet(body: str, parameters: str = "", *, module: str = "", target: str = "sm_90") -> Kernel:
-    """A kernel with registers %p %h %r %f %rd %d; `parameters` is like "u64 out, u64 x, u32 n"."""
+    """Return a kernel with registers %p %h %r %f %rd %d; `parameters` is like "u64 out, u64 x, u32 n"."""
     declared = (part.split() for part in parameters.split(",") if part.strip())
     text = ", ".join(f".param .{type_} {name}" for type_, name in declared)
     return parse(_TEMPLATE.format(target=target, module=module, parameters=text, body=body))

@@ -1,7 +1,7 @@
-"""The threads of the blocks that run together: who they are, their registers, how operands are accessed.
+"""The threads of the blocks that run together: their indices, registers, and access to operands.
 
-Every array has one entry per lane: block after block, each padded to whole warps, so that `reshape(-1, 32)` always
-yields warps. A value that is the same for all lanes may be kept as a NumPy scalar.
+Every array has one entry for each lane, block after block. Blocks are padded to whole warps, so that `reshape(-1, 32)`
+gives warps. A value that is the same for all lanes may be a NumPy scalar.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Mask = Array | None  # None: every lane
 WARP = 32
 # Windows of the generic address space; global memory lies below both.
 SHARED_WINDOW, LOCAL_WINDOW = 1 << 44, 1 << 45
-# A shared::cluster address names its block in the bits above the offset: rank + 1, or 0 for one's own.
+# A shared::cluster address has its block in the bits above the offset: rank + 1, or 0 for the thread's own block.
 RANK_SHIFT = 24
 
 
@@ -44,12 +44,12 @@ class Shape:
 
     @property
     def lanes(self) -> int:
-        """Lanes per block, whole warps."""
+        """The number of lanes of a block: its threads, padded to whole warps."""
         return -(-self.threads // WARP) * WARP
 
 
 class Threads:
-    """State of the lanes of a batch of co-resident blocks."""
+    """The state of the lanes of a batch of resident blocks."""
 
     def __init__(self, kernel: Kernel, shape: Shape, blocks: Array, data_address: int) -> None:
         self.kernel, self.shape, self.blocks, self.data_address = kernel, shape, blocks, data_address
@@ -63,12 +63,12 @@ class Threads:
         self.registers: list[Array | None] = [None] * len(kernel.register_bytes)
         self.steps = 0
         self._special: dict[str, Array] = {}
-        self.memo: dict[Any, Any] = {}  # what instructions work out once
+        self.memo: dict[Any, Any] = {}  # results that instructions compute once
 
     def raw(self, index: int) -> Array:
         value = self.registers[index]
         if value is None:
-            # Compilers read registers they left undefined where the value does not matter; ones make NaN.
+            # Compilers may read undefined registers if the value does not matter; all ones are NaN.
             size = self.kernel.register_bytes[index]
             value = self.registers[index] = RAW[size](256**size - 1)
         return value
@@ -77,7 +77,7 @@ class Threads:
         self.registers[index] = value if active is None else np.where(active, value, self.raw(index))
 
     def set_lanes(self, index: int, value: Array, lanes: Array) -> None:
-        """Write compact values, one for each entry of `lanes`."""
+        """Write values to a register of some lanes, one for each entry of `lanes`."""
         if len(lanes) == self.count:
             self.registers[index] = value
             return
@@ -92,11 +92,11 @@ class Threads:
         return self.every if active is None else np.flatnonzero(active)
 
     def per_block(self, values: Array) -> Array:
-        """Values of lanes as one row for each block."""
+        """Return values of lanes as one row for each block."""
         return values.reshape(-1, self.shape.lanes)
 
     def per_lane(self, values: Array) -> Array:
-        """Values of blocks, repeated for their lanes."""
+        """Return values of blocks, repeated for their lanes."""
         return np.repeat(values, self.shape.lanes)
 
     def name(self, lane: int) -> str:
@@ -114,7 +114,7 @@ Makers = dict[str, Callable[[Threads], Array]]
 
 
 def _axes(name: str, count: str, linear: Callable[[Threads], Array], extents: Callable[[Shape], Any]) -> Makers:
-    """The coordinates %name.x, .y and .z, and their extents."""
+    """Return the coordinates %name.x, .y and .z, and the extents %count.x, .y and .z."""
 
     def axis(i: int) -> Makers:
         return {
@@ -128,7 +128,7 @@ def _axes(name: str, count: str, linear: Callable[[Threads], Array], extents: Ca
 
 
 _CLOCKS = ("%clock", "%clock_hi", "%clock64", "%globaltimer")
-# Clusters extend along x, as CUDA and Triton lay them out here.
+# Clusters extend along x, as in the kernels here.
 SPECIAL: Makers = {
     **_axes("tid", "ntid", lambda t: t.thread, lambda s: s.block),
     **_axes("ctaid", "nctaid", lambda t: t.block, lambda s: s.grid),
@@ -158,7 +158,7 @@ Writer = Callable[[Threads, Array, Mask], None]
 
 
 def bits_reader(ins: Instruction, operand: Operand, size: int) -> Reader:
-    """A function of the threads that yields `operand` as unsigned integers of `size` bytes."""
+    """Return a function of the threads that reads `operand` as unsigned integers of `size` bytes."""
     dtype = RAW[size]
     if isinstance(operand, Register):
         index = operand.index
@@ -178,7 +178,7 @@ def bits_reader(ins: Instruction, operand: Operand, size: int) -> Reader:
 
 
 def symbol_address(threads: Threads, name: str, ins: Instruction) -> int:
-    """The address of a variable within its state space."""
+    """Return the address of a variable within its state space."""
     kernel = threads.kernel
     for space, base in ((kernel.shared, 0), (kernel.local, 0), (kernel.data, threads.data_address)):
         if name in space:
@@ -187,7 +187,7 @@ def symbol_address(threads: Threads, name: str, ins: Instruction) -> int:
 
 
 def reader(ins: Instruction, operand: Operand, type_: str) -> Reader:
-    """A function of the threads that yields the values of `operand`, of the PTX type."""
+    """Return a function of the threads that reads the values of `operand`, of the PTX type."""
     if type_ == "pred":
         return predicate_reader(operand)
     if isinstance(operand, Immediate) and isinstance(operand.value, float) and type_ in formats.FLOATS:
@@ -211,7 +211,7 @@ def predicate_reader(operand: Operand) -> Reader:
 
 
 def extend(bits: Array, type_: str, register: Register) -> Array:
-    """Bits of a type -> bits of a register, which may be wider."""
+    """Convert the bits of a type to the bits of a register, which may be wider."""
     if bits.dtype.itemsize == register.bytes:
         return bits
     if type_.startswith("s"):
@@ -220,7 +220,7 @@ def extend(bits: Array, type_: str, register: Register) -> Array:
 
 
 def writer(ins: Instruction, operand: Operand, type_: str) -> Writer:
-    """A function that stores values of the PTX type; a wider register is sign- or zero-extended."""
+    """Return a function that writes values of the PTX type; they are extended to the width of the register."""
     if isinstance(operand, Sink):
         return lambda threads, values, active: None  # noqa: ARG005
     if not isinstance(operand, Register):

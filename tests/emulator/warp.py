@@ -1,6 +1,6 @@
-"""Instructions through which the lanes of a warp exchange values: shuffles, votes and reductions.
+"""Execute the instructions that exchange values between the lanes of a warp: shuffles, votes and reductions.
 
-The scheduler runs them only once every living lane their mask names has arrived.
+The scheduler runs them when all living lanes in their member mask have arrived.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def ballot(lanes: Array) -> Array:
-    """One word per warp from one truth value per lane."""
+    """Return one 32-bit word for each warp, from one truth value for each lane."""
     return np.packbits(lanes.reshape(-1, WARP), axis=1, bitorder="little").view(np.uint32).reshape(-1)
 
 
@@ -28,7 +28,7 @@ def per_lane(words: Array) -> Array:
 
 
 def mask_operand(ins: Instruction) -> Operand:
-    """The member mask of a .sync instruction."""
+    """Return the operand that is the member mask of a .sync instruction."""
     return ins.operands[-1]
 
 
@@ -41,7 +41,7 @@ def _taking(launch: Launch, active: Mask) -> Array:
 
 
 def _sources(mode: str, lane: Array, b: Array, c: Array) -> tuple[Array, Array]:
-    """The lane that each reads, and whether that is the one it asked for; otherwise it reads its own."""
+    """Return the lane that each lane reads, and whether its source is valid; if not, it reads its own value."""
     b, segment = b & 31, (c >> 8) & 31
     lowest = lane & segment
     highest = lowest | (c & 31 & ~segment)
@@ -110,7 +110,7 @@ def _active_mask(ins: Instruction) -> Runner:
 
 
 def _groups(threads: Threads, taking: Array, masks: Array) -> Iterator[Array]:
-    """Lanes that work together: of one warp, under one mask."""
+    """Yield the groups of lanes that are of one warp and have one member mask."""
     lanes = np.flatnonzero(taking)
     keys = (lanes // WARP << 32) | threads.everywhere(masks)[lanes]
     for key in np.unique(keys):
