@@ -1,4 +1,4 @@
-"""What all tests share: the backends under test, the emulator's fixtures, and settings put back after each test."""
+"""Settings, hooks and fixtures of all tests."""
 
 import gc
 import os
@@ -6,15 +6,15 @@ import signal
 import sys
 from collections import Counter
 
-# Before NumPy and torch are loaded: their threads spin at barriers, and those of processes that share cores wait for
-# each other's turns, thousands of times in one depthwise convolution. Processes that tests start have these too.
+# Set before NumPy and torch are loaded. Their threads spin at barriers, and if test processes share cores, threads wait
+# for each other thousands of times in one depthwise convolution. Processes that tests start inherit the settings.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
-# A shell's background jobs ignore Ctrl-C, and so would tests of it.
+# In a background job of a shell, SIGINT is ignored; tests of Ctrl-C need the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The collector would go through thousands of tests that are there to stay, again and again.
+# During collection the garbage collector would look through thousands of tests again and again.
 gc.disable()
 
 import hypothesis
@@ -39,19 +39,19 @@ hypothesis.settings.register_profile(
 
 
 def pytest_collectstart() -> None:
-    """Choose the profile again before each file: torch's own test code, which some import, chooses another."""
+    """Load the profile again before each file: torch's test code, which some files import, loads another one."""
     hypothesis.settings.load_profile("suite")
 
 
 TIMEOUT = 300
-"""Seconds that a test may take."""
+"""The seconds after which a test fails."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not name
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(config, items):
-    """Mark as slow what ``one_in`` leaves to the long run.
+    """Mark as slow the combinations that ``one_in`` excludes from a normal run, and give each test a timeout.
 
-    Give each test a timeout, if the plugin is there: an option of its own in pyproject.toml would need it.
+    An option in pyproject.toml would make pytest fail where the plugin pytest-timeout is not installed.
     """
     places = Counter()
     for item in items:
@@ -65,10 +65,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Let the garbage collector look at what tests make, and no more at the tests.
+    """Turn garbage collection on for the objects that tests make, but not for the tests themselves.
 
-    A kernel for the emulator is tens of thousands of objects: with the usual threshold, looking through them again and
-    again takes ten times as long as to make them.
+    A kernel for the emulator has tens of thousands of objects. With the usual threshold, the collector would look
+    through them so often that it takes ten times as long as making them.
     """
     gc.collect()
     gc.freeze()
@@ -77,21 +77,21 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _collected():
-    """Collect what a module leaves, and look no more at what is kept of it, such as kernels for the emulator."""
+def _collect_garbage():
+    """Collect garbage after each module, and exclude the remaining objects, such as kernels, from later collections."""
     yield
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish():
-    """Let it end everything with the process: some libraries complain of what is left."""
+    """Include all objects in collections again: some libraries complain at exit otherwise."""
     gc.unfreeze()
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Return the name of each backend in turn."""
+    """Return the name of a backend; a test runs once for each."""
     return request.param
 
 
@@ -104,7 +104,7 @@ def _keep_num_threads():
 
 @pytest.fixture
 def forget_compilations():
-    """Forget what torch has compiled in a test: its limit of recompilations is of a process."""
+    """Forget what torch has compiled in a test: torch limits the number of recompilations of a process."""
     yield
     import torch
 
@@ -113,6 +113,6 @@ def forget_compilations():
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
-    """Seed torch, or else what a test draws depends on the tests that its process has run before."""
+    """Seed torch, so that random numbers do not depend on the tests that the process has run before."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)

@@ -1,11 +1,12 @@
-"""The budget of the CUDA kernels' machine code, the record of it, and the page made of both.
+"""Budgets for the machine code of the CUDA kernels, its record, and the page with both.
 
-``python tests/cuda_budget.py`` compiles a covering set of kernels for every architecture, and writes
-``tests/data/machine_code_cuda.txt`` and ``docs/machine_code.md``.
+``python tests/cuda_budget.py`` compiles a covering set of kernels for every architecture, and writes the record
+``tests/data/machine_code_cuda.txt`` and the page ``docs/machine_code.md``.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from gpu_bn.plan import DEVICES, THREADS, Device, LaunchPlan, Tiling, Work, plan
 RECORD = DATA / "machine_code_cuda.txt"
 PAGE = Path(__file__).parents[1] / "docs" / "machine_code.md"
 CHAIN = 16
-"""Vectors whose sums a thread adds up in float32, before it does so in double precision (sums.cuh)."""
+"""The number of vectors that a thread adds up in float32 before it adds their sum in double precision (sums.cuh)."""
 LAYOUTS = ("columns", "rows", "ragged")
 STREAMING = (
     ("bn_stats_kernel",),
@@ -35,14 +36,14 @@ STREAMING = (
 
 
 class Budget(NamedTuple):
-    """What a kind of kernel may take, on every architecture.
+    """The limits for a kind of kernel on every architecture.
 
     Attributes:
-        instructions: for each vector of 16 bytes.
-        double: in double precision outside of the loops over tensors.
-        double_rolled: those of them in other loops, which more blocks make longer.
-        in_flight: KiB that the blocks of an SM have asked memory for at a time, at least.
-        blocks: that registers let an SM hold, at least.
+        instructions: the most instructions for each vector of 16 bytes.
+        double: the most instructions in double precision outside of the loops over tensors.
+        double_rolled: the most of these in other loops, which run longer with more blocks.
+        in_flight: the fewest KiB that the blocks of an SM have requested from memory at a time.
+        blocks: the fewest blocks on an SM, by registers.
     """
 
     instructions: float
@@ -53,7 +54,7 @@ class Budget(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A kernel of one architecture, and what it was made of."""
+    """The figures of a kernel for one architecture; ``made_of`` is the stamp of its sources."""
 
     arch: int
     layout: str
@@ -63,28 +64,28 @@ class Row(NamedTuple):
 
     @property
     def kind(self) -> tuple[str, str]:
-        """What the budget goes by."""
+        """The name and layout by which ``BUDGETS`` has the kernel."""
         name = self.name.partition("_kernel")[0].removeprefix("bn_").replace("_cluster", "")
         return name, self.layout
 
     @property
     def blocks(self) -> int:
-        """Blocks an SM holds, by registers and the shared memory that all such kernels have."""
+        """The blocks that an SM holds, by registers and static shared memory."""
         return blocks_per_sm(self.arch, THREADS, self.figures.registers, self.figures.shared_bytes)
 
     @property
     def in_flight(self) -> int:
-        """Bytes under way of an SM's blocks; a kernel that copies to shared memory has what that holds, by the plan."""
+        """The bytes that the blocks of an SM have in flight, for kernels that do not copy to shared memory."""
         return self.blocks * THREADS * 16 * self.figures.in_flight
 
     def over(self) -> Iterator[str]:
-        """Say where this is over its budget."""
+        """Yield a message for each figure that is outside of the budget."""
         budget, found = BUDGETS[self.kind], self.figures
         for what in ("instructions", "double", "double_rolled"):
             if getattr(found, what) > getattr(budget, what):
                 yield f"{what} {getattr(found, what)} > {getattr(budget, what)}"
         if not found.asynchronous and self.in_flight < budget.in_flight << 10:
-            yield f"{self.in_flight >> 10} KiB under way < {budget.in_flight}"
+            yield f"{self.in_flight >> 10} KiB in flight < {budget.in_flight}"
         if self.blocks < budget.blocks:
             yield f"{self.blocks} blocks an SM < {budget.blocks}"
         if found.local_bytes:
@@ -104,13 +105,13 @@ class Row(NamedTuple):
 
 
 def group(arch: int, layout: str) -> Group:
-    """Return the group with float16 in full vectors, and ReLU."""
+    """Return the group of float16 kernels with full vectors and ReLU."""
     kind = cuda_sources.RAGGED if layout == "ragged" else cuda_sources.WHOLE
     return Group(arch, "relu", "float16", 8, layout == "columns", kind)
 
 
 def names(arch: int, layout: str) -> list[str]:
-    """Return the kernels of an architecture and a layout that stand for all; in ragged rows there are no sign bits."""
+    """Return the names of the covering set's kernels; those for ragged rows have no sign bits."""
     tiling = Tiling(layout == "columns", 1, 1, 1, 8, 1, 1, 1, layout == "ragged")
     streaming = [(name, *(flag and not (at and tiling.ragged) if isinstance(flag, bool) else flag
                           for at, flag in enumerate(flags))) for name, *flags in STREAMING]  # fmt: skip
@@ -121,24 +122,24 @@ def names(arch: int, layout: str) -> list[str]:
 
 
 def rows(arch: int, layout: str, source: str | None = None, only: Iterable[str] | None = None) -> list[Row]:
-    """Compile without comments and read, one at a time: the assembler's names do not say which kernel is which."""
+    """Compile kernels, one at a time (the assembler's names do not tell them apart), and return their figures."""
     found, source = [], source or cuda_sources.source("relu")
     for name in names(arch, layout) if only is None else only:
         cubin = cuda_cubin(re.sub("//.*", "", source), arch, cuda_sources.OPTIONS, expressions=[name])
-        chain = 1 if "normalize" in name or "input" in name else CHAIN  # those add nothing up
+        chain = 1 if "normalize" in name or "input" in name else CHAIN  # these sum nothing
         (figures,) = figures_of(cubin, 16, chain).values()
         found.append(Row(arch, layout, name, stamp(group(arch, layout), name), figures))
     return found
 
 
 def recorded() -> list[Row]:
-    """Return what the record has."""
+    """Return the rows of the record."""
     lines = RECORD.read_text().splitlines() if RECORD.exists() else []
     return [Row.parse(line) for line in lines if line.startswith("sm_")]
 
 
 def stale(row: Row) -> bool:
-    """Tell whether a row was made of other sources."""
+    """Tell whether a row was made from other sources than the present ones."""
     return row.made_of != stamp(group(row.arch, row.layout), row.name)
 
 
@@ -162,47 +163,48 @@ BUDGETS = {
     ("forward", "ragged"): Budget(220, 400, 98, 48, 2),
     ("backward", "ragged"): Budget(207, 156, 44, 48, 2),
 }
-"""By kind and layout; the worst of all architectures, with little to spare."""
+"""By kind and layout: slightly more than the worst figures of all architectures."""
 
 INTRODUCTION = """# Machine code of the CUDA kernels
 
-Written by `python tests/cuda_budget.py`; `tests/backends/cupy/test_budget.py` holds it to the kernels and to the
-planner. Nothing here was measured on a GPU: the tables are read from what NVRTC's assembler makes, and the times are
-the planner's model (`gpu_bn/gpu_model.py`).
+`python tests/cuda_budget.py` writes this page, and `tests/backends/cupy/test_budget.py` compares it with the kernels
+and with the planner. Nothing here was measured on a GPU: the first table is read from the machine code that NVRTC's
+assembler makes, and the times are the planner's model (`gpu_bn/gpu_model.py`). [Terms](terms.md) defines the words.
 
 ## Budgets
 
-The table covers the kinds of kernels, with float16, ReLU and vectors of 16 bytes, on sm_75 to sm_120. A cell has the
-least and the most of all architectures, and the budget that a test asserts. Ragged rows begin and end within vectors,
-as those of 7 x 7 images.
+The table has every kind of kernel, with float16, ReLU and vectors of 16 bytes, on sm_75 to sm_120. A cell has the
+lowest and the highest figure of all architectures and, in brackets, the budget that a test asserts. Ragged rows begin
+and end within vectors, such as those of 7 x 7 images.
 
-- **instructions** counts those for each vector of 16 bytes, in all loops that it goes through together.
-- **double** counts instructions in double precision outside of these loops, also those that the last few vectors may
-  jump over. **rolled** counts those of them in loops, which run longer for partial sums of more blocks. Most GPUs do
-  double precision at 1/32 or 1/64 of their speed.
-- **KiB under way** is what the blocks of an SM have asked memory for at a time. An H100 needs some 18 KiB an SM for
-  its bandwidth (3.35 TB/s x 0.7 us / 132), a B200 some 38. Kernels that copy to shared memory have all of a block's
-  share under way ("staged"); on sm_75 they have as many loads as the assembler puts in a row.
-- **blocks** is how many an SM holds, by registers and static shared memory. **registers** is how many a thread takes.
+- **instructions**: the number of instructions for each vector of 16 bytes, in all loops over the tensor together.
+- **double**: the number of instructions in double precision outside of these loops, including those that the last few
+  vectors may skip. **rolled**: those of them that are in loops, which run longer if there are partial sums of more
+  blocks. Most GPUs execute double precision at 1/32 or 1/64 of the speed of single precision.
+- **KiB in flight**: the data that the blocks of an SM have requested from memory at a time. For its full bandwidth, an
+  H100 needs about 18 KiB an SM (3.35 TB/s x 0.7 us / 132), and a B200 about 38 KiB. Kernels that copy to shared memory
+  ("staged") request all of a block's share at once; on sm_75 as many loads as the assembler puts in a row.
+- **blocks**: the number of blocks that an SM holds, by registers and static shared memory. **registers**: the number of
+  registers of a thread.
 
 """
 LIMITERS = """
 ## What limits each shape
 
-The calls train in float16 with ReLU. A cell has the tier, the longest part of the time by the model, and the floor's
-time as a share of the whole. *memory* stands for bytes over the bandwidth of a copy, *launches* for starting kernels,
-*idle* for few blocks or few bytes under way, *exchange* for blocks that wait for each other, and *merge* for the last
-block of a strip, which adds up partial sums.
+The calls are training calls in float16 with ReLU. A cell has the tier, the part of the call that takes longest by the
+model, and the time of the floor as a share of the whole time. *memory* is the bytes divided by the bandwidth of a copy,
+*launches* the starts of kernels, *idle* the loss from few blocks or few bytes in flight, *exchange* the time that
+blocks wait for each other, and *merge* the time in which the last block of a strip adds up partial sums.
 
 """
 
 
 def page() -> str:
-    """Make the page of the record and of the planner."""
+    """Return the text of the page, from the record and the planner."""
     by_kind: dict[tuple[str, str], list[Row]] = {}
     for row in recorded():
         by_kind.setdefault(row.kind, []).append(row)
-    header = ("kernel", "layout", "instructions", "double", "rolled", "KiB under way", "blocks", "registers")
+    header = ("kernel", "layout", "instructions", "double", "rolled", "KiB in flight", "blocks", "registers")
     lines = [INTRODUCTION + _line(header), _line(["---"] * len(header))]
     for (name, layout), found in by_kind.items():
         budget = BUDGETS[name, layout]
@@ -221,7 +223,7 @@ def page() -> str:
 
 
 def limiters(planned: Callable[[Work, Device], LaunchPlan]) -> str:
-    """Make the table of what limits each shape by a backend's plans."""
+    """Return the table of the part that limits each shape, by the plans of a backend."""
     lines = [_line(["call", "", *(device.name for device in DEVICES.values())]), _line(["---"] * (len(DEVICES) + 2))]
     for name, works in calls():
         for direction, work in zip(("forward", "backward"), works, strict=True):
@@ -242,6 +244,8 @@ def _range(numbers: Iterable[float], budget: str) -> str:
 
 
 def main() -> None:
+    """Compile the covering set; write the record and the page."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     everything = [row for arch in ARCHITECTURES for layout in LAYOUTS for row in rows(arch, layout)]
     RECORD.write_text("".join(f"{row}\n" for row in everything))
     PAGE.parent.mkdir(exist_ok=True)

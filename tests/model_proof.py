@@ -1,7 +1,8 @@
-"""What convert, fuse, fold and revert do to a model, beside torch's own layers, and the record and page of it.
+"""Compare models that were converted, fused, folded and reverted with torch's own layers; make the record and the page.
 
-:func:`examine` counts what was done of what a recording of the plain model shows could be. How near the numbers must
-be is measured too: by torch's own model with each of its numbers rounded otherwise.
+:func:`examine` counts the layers that were merged and folded, and those that a recording of the plain model shows could
+be. The allowed difference is measured too: it is that of torch's own model after each of its numbers was changed to a
+neighbouring one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 from gpu_bn import nn
 from gpu_bn.nn.modules import FrozenBatchNorm2d, Fused
 
-# ----------------------------------------------------------------------------------- what a plain model would allow
+# ------------------------------------------------------------------------- layers that could be merged and folded
 ACTIVATIONS = {"relu", "relu_", "relu6", "silu", "silu_", "hardswish", "sigmoid", "sigmoid_", "tanh", "tanh_", "gelu",
                "leaky_relu", "leaky_relu_", "elu", "elu_", "hardtanh", "hardtanh_"}  # fmt: skip
 SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
@@ -34,7 +35,7 @@ FOLDABLE = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, 
 
 
 class Recording(TorchFunctionMode):
-    """All calls of torch's functions, layers and normalisations, with the tensors that go in and come out."""
+    """Record all calls of torch functions, foldable layers and normalisations, with their inputs and results."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -71,15 +72,16 @@ class Recording(TorchFunctionMode):
 
 
 def is_norm(module: torch.nn.Module) -> bool:
+    """Tell whether a module is a batch normalisation, also a frozen one."""
     names = {"weight", "bias", "running_mean", "running_var"}
     frozen = set(module._buffers) == names and not module._parameters and not module._modules
     return isinstance(module, _BatchNorm) or frozen or "FrozenBatchNorm" in type(module).__name__
 
 
 def possible(model: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[set[str], list[set[str]], set[str]]:
-    """Return the normalisations that are called, those before each activation of ours, and those that could be folded.
+    """Return the names of the normalisations that are called, that could be merged, and that could be folded.
 
-    Two come before an activation of their sum.
+    Those that could be merged are one set for each activation, with two names if it follows a sum of two layers.
     """
     labels = {module: name for name, module in model.named_modules()}
     recording = Recording(model)
@@ -110,7 +112,7 @@ def possible(model: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[set[str],
 
 
 def _next(at: int, tensor: int, readers: Any) -> list[tuple[int, Any, int]]:
-    """Return the calls that read a tensor after it was made, up to one that overwrites it."""
+    """Return the calls that read a tensor after the call ``at``, up to one that overwrites it."""
     found = []
     for call in readers[tensor]:
         if call[0] > at:
@@ -121,6 +123,7 @@ def _next(at: int, tensor: int, readers: Any) -> list[tuple[int, Any, int]]:
 
 
 def _activated(at: int, tensor: int, readers: Any, final: set[int], sums: set[int]) -> bool:
+    """Tell whether an activation alone reads a tensor, directly or through one sum."""
     following = _next(at, tensor, readers)
     if len(following) != 1 or (tensor in final and following[0][2] != tensor):
         return False
@@ -134,20 +137,21 @@ def _activated(at: int, tensor: int, readers: Any, final: set[int], sums: set[in
 
 
 def _end(at: int, tensor: int, readers: Any) -> int:
-    """Return the call of the activation."""
+    """Return the index of the call of the activation that follows a tensor."""
     when, what, made = _next(at, tensor, readers)[0]
     return when if getattr(what, "__name__", "") in ACTIVATIONS else _end(when, made, readers)
 
 
 # ------------------------------------------------------------------------------------------------------- the proof
 def tensors(result: Any) -> list[torch.Tensor]:
-    """Return all tensors of a result that hold floating-point numbers."""
+    """Return all floating-point tensors of a result."""
     if hasattr(result, "to_tuple"):
         result = result.to_tuple()
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
 def seeded(model: torch.nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Call a model with seeded random numbers; return its floating-point outputs."""
     torch.manual_seed(3)
     random.seed(3)
     np.random.seed(3)  # noqa: NPY002
@@ -155,7 +159,7 @@ def seeded(model: torch.nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor
 
 
 def furthest(mine: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Return the greatest difference, as a share of each tensor's greatest number, or of a millionth of all's."""
+    """Return the greatest difference, as a share of the tensor's greatest number, or of a millionth of that of all."""
     pairs = [(_numbers(a), _numbers(b)) for a, b in zip(mine, other, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
@@ -167,7 +171,7 @@ def furthest(mine: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with numbers for what is none."""
+    """Return a tensor as float64, with numbers in place of NaN and infinity."""
     tensor = tensor.detach().double()
     return tensor if bool(tensor.isfinite().all()) else tensor.nan_to_num(0, 1e30, -1e30)
 
@@ -187,7 +191,7 @@ def stepped(model: torch.nn.Module, inputs: tuple[Any, ...]) -> list[list[torch.
 
 
 def perturbed(model: torch.nn.Module) -> torch.nn.Module:
-    """Copy a model and move each of its numbers to the next greater or smaller one: rounding alone may do this."""
+    """Return a copy of a model with each number replaced by the next greater or smaller one, as rounding may do."""
     copied = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -198,7 +202,7 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def examine(name: str) -> dict[str, Any]:
-    """Convert, fuse, fold and revert a model; return what was done, and how far it is from torch's own layers."""
+    """Convert, fuse, fold and revert a model; return counts of layers, and differences from torch's own layers."""
     plain = make(name).double()
     inputs = batch(name, plain)
     trains = "detr" not in name.lower()
@@ -266,29 +270,32 @@ They have random weights and small inputs, in float64 with torch {torch} on a CP
 converted, fused, folded and reverted. Its outputs, gradients and state after a step are compared with those of
 torch's own layers.
 
-- *Merged* counts the normalisations, alone or after a sum, that an activation of ours follows outside of the layer.
-- *Folded* counts those that alone read a convolution or a linear layer, without and with a batch.
-- *Difference* is the greatest of all comparisons, as a share of the tensor's greatest number.
-- *Of rounding* is the same in another unit: how far torch's own model moves when each of its weights becomes the next
-  greater or smaller number. Networks with random weights amplify rounding. The tests ask for at most {limit}.
+- *Converted*: all normalisations of the model, and how many of them became layers of gpu_bn.
+- *Merged*: the normalisations that an activation follows, directly or after a sum, and how many include it after
+  `convert(model, fuse=True)`. Only activations that gpu_bn has count, and only if they are not part of the layer.
+- *Folded*: the normalisations that are the only reader of a convolution or a linear layer, and how many were folded by
+  `fold(model)`; *with a batch* by `fold(model, batch)`.
+- *Difference*: the greatest difference in all comparisons, as a share of the tensor's greatest number.
+- *To rounding*: this difference divided by the effect of rounding, which is how much the results of torch's own model
+  change if each of its numbers is replaced by the next greater or smaller one. Networks with random weights amplify
+  rounding. The tests ask for at most {limit}.
 
-The order for deployment is: `nn.convert(model, fuse=True)`, train, `nn.fold(model, batch)`, then export the folded
-model.
+For deployment: `nn.convert(model, fuse=True)`, train, `nn.fold(model, batch)`, then export the folded model.
 
-| model | converted | merged | folded | with a batch | difference | of rounding |
+| model | converted | merged | folded | with a batch | difference | to rounding |
 |---|---|---|---|---|---|---|
 """
 COUNTS = (("converted", "norms"), ("merged", "mergeable"), ("folded", "foldable"), ("folded_batch", "foldable"))
 LIMIT = 32.0
-"""How far a difference may be from that of the control, in units of it."""
+"""The largest allowed quotient of a difference and that of the control."""
 FLOOR = 1e-15
-"""Of the control's difference: a tensor may happen to be the same."""
+"""Added to the difference of the control, which may happen to be 0."""
 CONTROL = {"convert, training": "training", "fuse, training": "training", "revert": "evaluation after training"}
-"""Which difference of the control belongs to which of ours; the rest is evaluation."""
+"""The difference of the control for each difference of ours; for all others that of ``evaluation``."""
 
 
 def of_rounding(one: dict[str, Any]) -> float:
-    """Return the greatest difference of a model in the record, in units of its control's."""
+    """Return the greatest quotient of a model's differences in the record and those of its control."""
     control = one["control"]
     return max(
         value / (control.get(CONTROL.get(kind, ""), control["evaluation"]) + FLOOR)
@@ -297,7 +304,7 @@ def of_rounding(one: dict[str, Any]) -> float:
 
 
 def table(lines: list[str]) -> str:
-    """Make the page of a record, whose first line says when and with what, and each other line is a model."""
+    """Return the page of a record. Its first line has the date and the version of torch, each other line a model."""
     first, *models = map(json.loads, lines)
     rows = []
     for one in models:
@@ -313,7 +320,7 @@ def table(lines: list[str]) -> str:
 
 
 def main() -> None:
-    """Examine the models whose names contain an argument, or all, and print a line of the record for each."""
+    """Examine the models whose names contain an argument, or all, and print their lines of the record."""
     declare_operators()
     torch.set_num_threads(1)
     print(json.dumps({"date": str(datetime.date.today()), "torch": torch.__version__.partition("+")[0]}), flush=True)

@@ -1,11 +1,12 @@
-"""The budget of the Triton kernels' machine code, the record of it, and the page made of both.
+"""Budgets for the machine code of the Triton kernels, its record, and the page with both.
 
-``python tests/triton_budget.py`` compiles a covering set of kernels for every architecture, and writes
-``tests/data/machine_code_triton.txt`` and ``docs/machine_code_triton.md``.
+``python tests/triton_budget.py`` compiles a covering set of kernels for every architecture, and writes the record
+``tests/data/machine_code_triton.txt`` and the page ``docs/machine_code_triton.md``.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from support.machine_code import Loop, blocks_per_sm, disassemble
 RECORD = DATA / "machine_code_triton.txt"
 PAGE = Path(__file__).parents[1] / "docs" / "machine_code_triton.md"
 VECTOR = 16
-"""Bytes."""
+"""Bytes of a vector."""
 CALLS = {
     "rows": ((32, 256, 3136), False, "split"),
     "columns": ((32, 3136, 256), True, "split"),
@@ -27,18 +28,18 @@ CALLS = {
     "ragged rows": ((256, 512, 49), False, "split"),
     "held ragged rows": ((64, 2048, 49), False, "cta"),
 }
-"""Layers of ResNet-50 in half precision with ReLU: their shapes, whether channels are last, and the tier."""
+"""Layers of ResNet-50 in half precision with ReLU: shape, whether the channels are the last axis, and tier."""
 
 
 class Budget(NamedTuple):
-    """What a kernel may take on every architecture, and what it must have.
+    """The limits for a kernel on every architecture.
 
     Attributes:
-        instructions: for each vector of 16 bytes, at most; of kernels that hold a channel, of their whole text; 0 of
-            kernels that go through no tensor.
-        double: instructions in double precision outside of the loops that go through tensors, at most.
-        in_flight: vectors that a thread has asked memory for before it uses one, at least.
-        blocks: on an SM, at least.
+        instructions: the most instructions for each vector of 16 bytes, in the loops over tensors; for kernels that
+            hold a channel, in the whole kernel; 0 for kernels that read no tensor.
+        double: the most instructions in double precision outside of the loops over tensors.
+        in_flight: the fewest vectors that a thread requests from memory before it uses one.
+        blocks: the fewest blocks on an SM.
     """
 
     instructions: float
@@ -47,7 +48,7 @@ class Budget(NamedTuple):
     blocks: int
 
     def over(self, found: Found) -> list[str]:
-        """Say why figures are outside of it."""
+        """Return a message for each figure that is outside of the budget."""
         least = {"instructions": float(self.instructions > 0), "in_flight": self.in_flight, "blocks": self.blocks}
         most = {"instructions": self.instructions, "double": self.double, "local_bytes": 0}
         numbers = found._asdict()
@@ -56,7 +57,7 @@ class Budget(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a kernel takes and has; see :class:`Budget`."""
+    """The figures of a kernel; see :class:`Budget`."""
 
     instructions: float
     double: int
@@ -68,7 +69,7 @@ class Found(NamedTuple):
 
     @property
     def kib(self) -> int:
-        """KiB that the blocks of an SM have asked memory for at a time."""
+        """The KiB that the blocks of an SM request from memory at a time."""
         return self.in_flight * VECTOR * self.threads * self.blocks >> 10
 
 
@@ -110,11 +111,11 @@ BUDGETS = {
     ("held ragged rows", "bn_forward_kernel"): Budget(425, 66, 2, 2),
     ("held ragged rows", "bn_backward_kernel"): Budget(143, 39, 4, 3),
 }
-"""By call and kernel: what most was measured on sm_75 to sm_120, and a twentieth more."""
+"""By call and kernel: the worst figures on sm_75 to sm_120, with a twentieth more instructions."""
 
 
 def launches(call: str, arch: int) -> dict[str, Any]:
-    """Return the launches of a call on an architecture, by kernel: the step and what it is compiled from."""
+    """Return the launches of a call on an architecture, by kernel: the step and its specialisation."""
     from gpu_bn.gpu_model import FAST_DOUBLES
 
     return _launches(call, arch not in FAST_DOUBLES)
@@ -132,7 +133,7 @@ def _launches(call: str, slow: bool) -> dict[str, Any]:
 
 
 BEFORE, AFTER = ", before a merge", ", after a merge"
-"""Of the first and of the last launch of three."""
+"""Suffixes for the kernels of the first and of the last launch of three."""
 
 
 def _label(kernel: str, special: Any) -> str:
@@ -144,7 +145,7 @@ def _label(kernel: str, special: Any) -> str:
 
 
 def architectures(kernel: str) -> list[int]:
-    """Return the architectures that a kernel is launched on."""
+    """Return the architectures on which the planner uses a kernel."""
     from emulator.compile import ARCHITECTURES
 
     from gpu_bn.gpu_model import FAST_DOUBLES
@@ -155,7 +156,7 @@ def architectures(kernel: str) -> list[int]:
 
 
 def measured(arch: int, step: Any, special: Any) -> Found:
-    """Measure a launch."""
+    """Compile the kernel of a launch, and return its figures."""
     from emulator.compile import triton_cubin
     from support.triton_variants import compiled_with
 
@@ -163,7 +164,7 @@ def measured(arch: int, step: Any, special: Any) -> Found:
     found, threads = machine.figures(VECTOR), 32 * step.num_warps
     blocks = blocks_per_sm(arch, threads, found.registers, found.shared_bytes)
     instructions, double, in_flight = found.instructions, found.double, found.in_flight
-    if "TILES" in special.constants:  # unrolled: it goes through a tensor once, in no loop
+    if "TILES" in special.constants:  # the kernel holds a channel: its tiles are unrolled, not a loop
         whole = Loop(machine.code, frozenset())
         vectors = whole.vectors(VECTOR)
         instructions = round(len(whole.code) / vectors, 1) if vectors else 0.0
@@ -179,7 +180,7 @@ def stamp() -> str:
 
 
 def recorded_rows() -> dict[tuple[str, str, int], Found]:
-    """Return what the record has, by call, kernel and architecture."""
+    """Return the figures in the record, by call, kernel and architecture."""
     found = {}
     for line in RECORD.read_text().splitlines()[1:]:
         call, kernel, arch, *numbers = line.split("\t")
@@ -189,28 +190,30 @@ def recorded_rows() -> dict[tuple[str, str, int], Found]:
 
 
 def recorded_of() -> str:
-    """Return the digest of the sources that the record was made of."""
+    """Return the digest of the sources from which the record was made."""
     return RECORD.read_text().splitlines()[0].split()[-1]
 
 
 INTRODUCTION = """# Machine code of the Triton kernels
 
-Written by `python tests/triton_budget.py`; `tests/backends/triton/test_budget.py` holds it to the kernels. Nothing here
-was measured on a GPU: the tables are read from what Triton's assembler makes. [The CUDA kernels' page](machine_code.md)
-explains the columns.
+`python tests/triton_budget.py` writes this page, and `tests/backends/triton/test_budget.py` compares it with the
+kernels. Nothing here was measured on a GPU: the table is read from the machine code that Triton's assembler makes.
+[The page of the CUDA kernels](machine_code.md) explains the columns.
 
-A covering set, float16 with ReLU in vectors of 16 bytes, for sm_75 to sm_120: from the least to the most of all
-architectures, and the budget that a test asserts. Kernels that hold a channel in registers go through it in no loop:
-their instructions are those of their whole text, and their double precision that of all of it. Ragged rows begin and
-end within vectors, as those of 7 x 7 images.
+The table has a covering set of kernels, with float16, ReLU and vectors of 16 bytes, for sm_75 to sm_120. A cell has the
+lowest and the highest figure of all architectures and, in brackets, the budget that a test asserts. Kernels that hold a
+channel in registers ("held") have no loop over it: their figures are those of the whole kernel. Ragged rows begin and
+end within vectors, such as those of 7 x 7 images.
 
-On sm_80, 90 and 100, which are fast at double precision, each program of the last launch merges what the blocks have
-found. Elsewhere a small launch does so once, one warp for a few channels: of 8 warps in each of 4 programs an SM, 60
-such instructions take 12 us of an RTX 4090 by count (a warp's takes 16 cycles of an SM). Blocks leave it float32 sums
-unless those are long, and it leaves float32 numbers. So statistics have no double precision. What the last launch has
-left moves the running statistics, in one program of a strip; in backward sums it makes z's scale and shift.
+On sm_80, 90 and 100, which are fast at double precision, each program of the last launch merges the partial results of
+the blocks. On other GPUs a small launch between the two merges them once, with one warp for a few channels. If 8 warps
+in each of 4 programs an SM did it instead, 60 instructions in double precision would take 12 us of an RTX 4090 by count
+(an instruction of a warp takes 16 cycles of an SM). Before this merge, the partial results are float32 sums, unless the
+sums are long; so the kernels of the statistics need no double precision. After it, the last launch reads float32
+numbers. The double precision that remains there updates the running statistics, in one program of each strip; in the
+backward sums it computes the scale and the shift of z.
 
-| call | kernel | instructions | double | vectors under way | KiB an SM | blocks | registers |
+| call | kernel | instructions | double | vectors in flight | KiB in flight | blocks | registers |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -218,13 +221,14 @@ left moves the running statistics, in one program of a strip; in backward sums i
 LIMITERS = """
 ## What limits each shape
 
-As on the other page, of the plans of this backend: no program waits for another. Clusters are for Triton 3.9 and later.
+This table is like that on the other page, for the plans of this backend. They have no cooperative tier. Plans with
+clusters need Triton 3.9 or later.
 
 """
 
 
 def page() -> str:
-    """Make the page of the record and of the planner."""
+    """Return the text of the page, from the record and the planner."""
     from gpu_bn.backends.triton.programs import training_plan
 
     rows: dict[tuple[str, str], list[Found]] = {}
@@ -251,7 +255,8 @@ def _range(numbers: Iterable[float]) -> str:
 
 
 def main() -> None:
-    """Compile, record, and write the page."""
+    """Compile the covering set; write the record and the page."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     from emulator.compile import ARCHITECTURES
 
     lines = [f"# sources {stamp()}\n"]

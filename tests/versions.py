@@ -1,12 +1,12 @@
-"""Runs the Triton backend and the torch layers with other versions of torch and Triton, and notes what came of it.
+"""Run the Triton backend and the torch layers with other versions of torch and Triton, and record the outcomes.
 
-    python tests/versions.py --work DIRECTORY 3.6.0 3.7.1 3.8.0           # beside the torch that is installed
-    python tests/versions.py --work DIRECTORY --write 2.11=3.6.0 2.14=3.8.0  # with its own torch: GB to download
+    python tests/versions.py --work DIRECTORY 3.6.0 3.7.1 3.8.0              # with the installed torch
+    python tests/versions.py --work DIRECTORY --write 2.11=3.6.0 2.14=3.8.0  # with other versions of torch (GB)
 
-Each gets an environment of its own in DIRECTORY, with this one's packages behind it. In it, kernels are compiled that
-cover kinds of calls, dtypes, layouts, activations and architectures, some cases run on the emulator, and with a torch
-of its own the layers' tests run too. ``--write`` puts the outcomes into ``data/versions.json``, of which
-``tests/pages.py`` makes the table in ``docs/install.md``.
+The script makes an environment in DIRECTORY for each pair of versions; all other packages come from this environment.
+There it compiles kernels that cover the kinds of calls, dtypes, layouts, activations and architectures, and runs some
+cases on the emulator. With another torch it also runs the tests of the layers. ``--write`` puts the outcomes into
+``data/versions.json``, from which ``tests/pages.py`` makes the table in ``docs/install.md``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYERS = (
     "fusing_control", "merging", "refusals",
 )  # fmt: skip
 SLICE = "(test_case and triton and not reference or launches or masked or merge_to) and not cupy"
-WHAT = {
+PARTS = {
     "kernels": ["tests/versions.py", "--compile"],
     "emulator": [
         "-m",
@@ -56,7 +56,7 @@ WHAT = {
 
 # ----------------------------------------------------------------------------------------------------- compiling
 def covering() -> Iterator[tuple[int, Any, Any]]:
-    """Return launches that cover the kinds of calls: of each kind and dtype one of each kernel."""
+    """Yield launches that cover the kinds of calls: one launch of each kernel for each kind and dtype."""
     from support.gates import ARCHITECTURES, ITEMSIZE, Group
     from support.triton_variants import ACTIVATIONS, variants
 
@@ -72,7 +72,7 @@ def covering() -> Iterator[tuple[int, Any, Any]]:
         yield from _one_of_each(
             variants(Group(arch, next(activations), dtype, 16 // ITEMSIZE[dtype], columns, kind)), arch
         )
-    for activation, dtype in product(ROWS, ("float16", "float32")):  # where Triton 3.8 crashed
+    for activation, dtype in product(ROWS, ("float16", "float32")):  # kernels with which Triton 3.8 crashed
         arch = next(archs)
         launches = variants(Group(arch, activation, dtype, 16 // ITEMSIZE[dtype], False, "split"))
         yield from _one_of_each({name: one for name, one in launches.items() if "reduce" in name}, arch)
@@ -81,7 +81,7 @@ def covering() -> Iterator[tuple[int, Any, Any]]:
 
 
 def shared_statistics() -> list[Any]:
-    """Return the launches of statistics that three processes share."""
+    """Return the launches of kernels that share statistics between three processes."""
     import torch
     from support.triton_backends import RecordingBackend
 
@@ -104,7 +104,7 @@ def _one_of_each(launches: dict[str, Any], arch: int) -> Iterator[tuple[int, Any
 
 
 def attempt(arch: int, step: Any, special: Any) -> str:
-    """Compile a kernel to PTX; what went wrong, or nothing."""
+    """Compile a kernel to PTX; return an error message, empty if there is no error."""
     from emulator.compile import compile_triton
     from support.triton_variants import compiled_with
 
@@ -116,7 +116,7 @@ def attempt(arch: int, step: Any, special: Any) -> str:
 
 
 def compile_all() -> int:
-    """Compile the covering set in processes of their own: a compiler may take its process with it."""
+    """Compile the covering set in child processes, which a crash of the compiler ends; return 1 if a kernel fails."""
     items, results = list(covering()), list[str]()
     while len(results) < len(items):
         reader, writer = os.pipe()
@@ -137,7 +137,7 @@ def compile_all() -> int:
 
 # -------------------------------------------------------------------------------------------------- environments
 def environment(work: Path, torch: str, triton: str) -> Path:
-    """Return the Python of an environment with these versions; make it if need be. ``torch`` may be empty."""
+    """Return the Python of an environment with these versions, made if missing; an empty ``torch`` is this one's."""
     home = work / f"torch{torch}-triton{triton}"
     python = home / "bin" / "python"
     done = home / "made"
@@ -155,10 +155,10 @@ def environment(work: Path, torch: str, triton: str) -> Path:
 
 
 def outcome(python: Path, what: str) -> dict[str, Any]:
-    """Run one part; how many passed, failed and were skipped."""
+    """Run one part of the checks; return whether it succeeded, and how many tests passed, failed and were skipped."""
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE)))}
     done = subprocess.run(
-        [python, *WHAT[what]], cwd=HERE.parent, env=environ, capture_output=True, text=True, check=False
+        [python, *PARTS[what]], cwd=HERE.parent, env=environ, capture_output=True, text=True, check=False
     )
     counts = {
         name: int(found) for found, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-300:])
@@ -169,7 +169,7 @@ def outcome(python: Path, what: str) -> dict[str, Any]:
 
 
 def row(python: Path, parts: list[str]) -> dict[str, Any]:
-    """Return what came of a pair of versions."""
+    """Run parts in an environment; return a row of the record."""
     said = "import platform, torch, triton, numpy as n; print(platform.python_version(), torch.__version__, "
     said += "triton.__version__, n.__version__)"
     versions = subprocess.run([python, "-c", said], capture_output=True, text=True, check=True).stdout.split()
@@ -180,17 +180,17 @@ def row(python: Path, parts: list[str]) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------------- page
 def table(record: dict[str, Any]) -> str:
-    """Make the table in docs/install.md; ``tests/pages.py`` writes it."""
+    """Return the table in docs/install.md, which ``tests/pages.py`` writes."""
     names = ("torch", "Triton", "kernels compiled", "cases on the emulator", "tests of layers", "Python", "date")
     lines = [names, ("---",) * len(names)]
     for found in record["rows"]:
-        outcomes = [_cell(found.get(what)) for what in WHAT]
+        outcomes = [_cell(found.get(what)) for what in PARTS]
         lines.append((found["torch"], found["triton"], *outcomes, found["python"], found["date"]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """Put rows into the record, in the place of those of the same versions."""
+    """Put rows into the record; a row replaces that of the same versions, part by part."""
     record = json.loads(DATA.read_text()) if DATA.exists() else {"rows": []}
     names = "triton", "torch", "python"
     known = {tuple(found[name] for name in names): found for found in record["rows"]}
@@ -217,7 +217,7 @@ def main() -> int:
     parser.add_argument("pairs", nargs="*", metavar="[TORCH=]TRITON")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--only", action="append", choices=WHAT, help="a part; what is recorded of others stays")
+    parser.add_argument("--only", action="append", choices=PARTS, help="run this part; the record keeps the others")
     parser.add_argument("--compile", action="store_true", help="compile the covering set in this environment")
     options = parser.parse_args()
     if options.compile:
@@ -227,12 +227,12 @@ def main() -> int:
     rows = []
     for pair in options.pairs:
         torch, _, triton = pair.rpartition("=")
-        parts = options.only or (list(WHAT) if torch else ["kernels", "emulator"])
+        parts = options.only or (list(PARTS) if torch else ["kernels", "emulator"])
         rows.append(row(environment(options.work.resolve(), torch, triton), parts))
         print(json.dumps(rows[-1]), flush=True)
     if options.write:
         write(rows)
-    return not all(found[what]["ok"] for found in rows for what in WHAT if what in found)
+    return not all(found[what]["ok"] for found in rows for what in PARTS if what in found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The budget of the CUDA kernels' machine code: instructions, double precision, loads under way, blocks an SM."""
+"""The budget of the CUDA kernels' machine code: instructions, double precision, loads in flight, blocks an SM."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ PLANTED = {
         "V get(u32, i64 offset) const { return tensor[offset]; }\n};\n\ntemplate <class V> struct StreamedOnce",
         "V get(u32, i64 offset) const { V v; for (int j = 0; j < 8; ++j) v.at[j] = "
         "((const volatile u16*)(tensor + offset))[j]; return v; }\n};\n\ntemplate <class V> struct StreamedOnce",
-        "KiB under way",
+        "KiB in flight",
     ),
-    "one load under way": (STATS, "each<L::MASKED && L::COLUMNS ? 2 : 4, false>", "each<1, false>", "KiB under way"),
+    "one load in flight": (STATS, "each<L::MASKED && L::COLUMNS ? 2 : 4, false>", "each<1, false>", "KiB in flight"),
     "double precision by all threads, in loops": (
         STATS,
         "  if (t < width) {\n#pragma unroll 4",
