@@ -1,6 +1,6 @@
 """Batch normalisation, forward and backward, for arrays on the CPU and the GPU.
 
-Importing this package imports none of its parts and no array library. The public names below are loaded on first use.
+Importing this package imports none of its modules and no array library. The public names are loaded on first use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "Activation": "activations",
     "BackendUnavailableError": "registry",
     "BatchNorm": "layers",
@@ -41,8 +41,8 @@ _HOMES = {
     "unfold": "folding",
 }
 
-_PARTS = ("nn", "testing")
-"""Subpackages that are public too; ``from gpu_bn import *`` leaves them out, because the first imports torch."""
+_SUBPACKAGES = ("nn", "testing")
+"""The public subpackages; ``from gpu_bn import *`` leaves them out, because ``nn`` imports torch."""
 
 __all__ = [
     "Activation",
@@ -65,15 +65,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PARTS:
+    if name in _SUBPACKAGES:
         return import_module(f"{__name__}.{name}")
-    home = _HOMES.get(name)
-    if home is None:
+    module = _MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
+    value = getattr(import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_PARTS, "__version__"])
+    return sorted([*__all__, *_SUBPACKAGES, "__version__"])

@@ -1,4 +1,4 @@
-"""``python -m gpu_bn``: the command ``gpu-bn``."""
+"""Run the command ``gpu-bn``, as ``python -m gpu_bn``."""
 
 import sys
 

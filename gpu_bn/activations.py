@@ -1,8 +1,6 @@
-"""The activations that batch normalisation can end with: one row each.
+"""The table of activations that may follow the normalisation, one row for each.
 
-A row names the functions for NumPy arrays (:mod:`gpu_bn.activation_values`) and how many temporary arrays of ``z``'s
-size each makes (``value_needs``, ``gradient_needs``; float64 ones count twice). ``device`` has the same as expressions
-for kernels.
+A row has the functions for NumPy arrays (:mod:`gpu_bn.activation_values`) and, as ``device``, expressions for kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ Array = Any
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """Name an activation and its parameter.
+    """An activation, given by its name and its parameter.
 
     Attributes:
         name: one of ``identity``, ``relu``, ``relu6``, ``leaky_relu``, ``elu``, ``silu``, ``gelu``, ``gelu_tanh``,
@@ -42,8 +40,8 @@ class Activation:
         """Check the parameter.
 
         Raises:
-            TypeError: it is not a real number.
-            ValueError: it is NaN.
+            TypeError: the parameter is not a real number.
+            ValueError: the parameter is NaN.
         """
         if not isinstance(self.parameter, (Real, np.number)) or isinstance(self.parameter, np.complexfloating):
             kind = type(self.parameter).__name__
@@ -55,11 +53,11 @@ class Activation:
 
     @staticmethod
     def of(activation: Activation | str | None) -> Activation:
-        """Return the activation that a name stands for (``None`` is the identity), or an ``Activation`` as it is.
+        """Return the activation of a name (``None`` is the identity); an ``Activation`` is returned unchanged.
 
         Raises:
-            TypeError: neither a name nor an ``Activation``.
-            ValueError: an unknown name.
+            TypeError: ``activation`` is neither a name nor an ``Activation``.
+            ValueError: the name is unknown.
         """
         if activation is None:
             return IDENTITY
@@ -79,12 +77,12 @@ class Activation:
 
     @property
     def row(self) -> Row:
-        """The row of the table below."""
+        """The activation's row in :data:`ROWS`."""
         return ROWS[self.name]
 
     def value(self, z: Array) -> None:
         """Replace ``z`` by ``activation(z)``."""
-        with np.errstate(all="ignore"):  # an exp that overflows or underflows is on its way to the right limit
+        with np.errstate(all="ignore"):  # where exp overflows or underflows, the result is the right limit
             ROWS[self.name].value(z, self.parameter)
 
     def gradient(self, z: Array, dy: Array, out: Array) -> None:
@@ -99,17 +97,17 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class DeviceCode:
-    """An activation for kernels, in expressions that are C++ and Triton's Python alike.
+    """An activation for kernels, as expressions that are valid in C++ and in Triton's Python.
 
-    They know ``z``, ``dy``, the parameter ``p``, numbers, arithmetic, comparisons, ``|`` between comparisons, and the
-    functions ``where(condition, then, otherwise)``, ``abs``, ``exp``, ``expm1``, ``tanh``, ``sigmoid``,
-    ``sigmoid_slope`` (sigmoid') and ``normal_cdf``. All are in the precision of the statistics.
+    They may use ``z``, ``dy``, the parameter ``p``, numbers, arithmetic, comparisons, ``|`` between comparisons, and
+    the functions ``where(condition, then, otherwise)``, ``abs``, ``exp``, ``expm1``, ``tanh``, ``sigmoid``,
+    ``sigmoid_slope`` (sigmoid') and ``normal_cdf``. All values have the precision of the statistics.
 
     Attributes:
-        value: ``y`` from ``z``.
-        gradient: ``dz`` from ``z`` and ``dy``, if the activation is smooth.
-        drop, dropped: ``dz`` is ``dropped`` where ``drop`` holds and ``dy`` elsewhere, if one bit of ``z`` decides.
-        slope: in place of ``dropped``, what ``dy`` is multiplied by.
+        value: ``y``, computed from ``z``.
+        gradient: ``dz``, computed from ``z`` and ``dy``; empty if one bit of ``z`` decides.
+        drop, dropped: if one bit decides, ``dz`` is ``dropped`` where the condition ``drop`` holds, else ``dy``.
+        slope: if given, ``dz`` is ``slope * dy`` where ``drop`` holds, and ``dropped`` is empty.
     """
 
     value: str
@@ -121,7 +119,11 @@ class DeviceCode:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One activation: its default form, its parameter's name, its code for NumPy and for kernels."""
+    """One activation: its default, the name of its parameter, its functions for NumPy and its code for kernels.
+
+    ``value_needs`` and ``gradient_needs`` are the numbers of temporary arrays of ``z``'s size that the functions for
+    NumPy allocate; float64 arrays count twice.
+    """
 
     default: Activation
     parameter: str
@@ -133,10 +135,10 @@ class Row:
 
 
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
-    """Make the activation that is ``z`` where ``z > 0``, else ``negative_slope * z``.
+    """Return the activation ``z`` where ``z > 0``, else ``negative_slope * z``.
 
     Args:
-        negative_slope: a real number; torch's default.
+        negative_slope: a real number; the default is that of torch.
 
     Returns:
         An ``Activation`` for the argument ``activation=``.
@@ -158,10 +160,10 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
 
 
 def elu(alpha: float = 1.0) -> Activation:
-    """Make the activation that is ``z`` where ``z > 0``, else ``alpha * (exp(z) - 1)``.
+    """Return the activation ``z`` where ``z > 0``, else ``alpha * (exp(z) - 1)``.
 
     Args:
-        alpha: a real number; torch's default.
+        alpha: a real number; the default is that of torch.
 
     Returns:
         An ``Activation`` for the argument ``activation=``.
@@ -183,7 +185,7 @@ def elu(alpha: float = 1.0) -> Activation:
 
 
 def make_activation(name: str, parameter: float) -> Activation:
-    """Return the activation of a name and a parameter; a usual one is made once."""
+    """Return the activation with a name and a parameter; for the default parameter, the one in the table."""
     default = ROWS[name].default
     return default if default.parameter == parameter else Activation(name, parameter)
 
@@ -193,7 +195,7 @@ IDENTITY = Activation("identity")
 ENDS = values.GELU_TANH_ENDS
 
 GELU_TANH_ARGUMENT = f"{2 * values.SQRT_2_OVER_PI} * z * (1 + {values.GELU_CUBIC} * z * z)"
-"""Twice the argument of gelu_tanh's tanh."""
+"""Twice the argument of tanh in gelu_tanh."""
 GELU_TANH_SLOPE = f"{2 * values.SQRT_2_OVER_PI} * (1 + {3 * values.GELU_CUBIC} * z * z)"
 GELU_TANH_DERIVATIVE = f"sigmoid({GELU_TANH_ARGUMENT}) * (1 + z * sigmoid(-({GELU_TANH_ARGUMENT})) * {GELU_TANH_SLOPE})"
 

@@ -1,6 +1,6 @@
-"""Which arrays of a call share memory: those that are written may share none, with others or within themselves.
+"""Checks of shared memory: an array that is written may share memory with no other, nor overlap itself.
 
-Arrays are of any library. What bounds cannot tell apart is decided exactly, from strides.
+The arrays may belong to any library. Where the bounds of two arrays overlap, their strides decide exactly.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from gpu_bn.call import Call
 
 Array = Any
 LIMIT = 100_000
-"""Steps of NumPy's search for common elements; arrays that it cannot tell apart in as many count as overlapping."""
+"""The limit of NumPy's search for common elements, in steps; if it is exceeded, arrays count as overlapping."""
 
 
 def check_call(call: Call, writes: bool) -> bool:
-    """Check a forward call, which ``writes`` its running statistics and counter or reads them."""
+    """Check a forward call; ``writes`` tells whether it writes its running statistics and counter or reads them.
+
+    See :func:`check_written` for the result and the errors.
+    """
     state = call[4:7]
     written, read = ((call.out, *state), call[:4]) if writes else ((call.out,), call[:7])
     targets = [array for array in written if array is not None]
@@ -29,55 +32,55 @@ def check_call(call: Call, writes: bool) -> bool:
         return True
     names = ("input", "weight", "bias", "residual", "running_mean", "running_var", "num_batches_tracked")
     named = dict(zip(names, call, strict=False))
-    of_state = {name: named.pop(name) for name in names[4:]} if writes else {}
-    return check_written({"out": call.out, **of_state}, named)
+    tracked = {name: named.pop(name) for name in names[4:]} if writes else {}
+    return check_written({"out": call.out, **tracked}, named)
 
 
 def check_written(written: dict[str, Array | None], read: dict[str, Array | None]) -> bool:
-    """Check that each array written is distinct memory from all others, and has no two elements in one place.
+    """Check that each written array shares memory with no other, and that no two of its elements overlap.
 
     ``out`` may share memory with the input and the residual: :meth:`Backend.check_out
     <gpu_bn.backends.protocol.Backend.check_out>` says when.
 
     Returns:
-        Whether it is plain that no two arrays share memory.
+        ``True`` if no two arrays share memory; ``False`` if ``out`` may share some with the input or the residual.
 
     Raises:
-        ValueError: it is not; the message names both arguments.
+        ValueError: two arrays share memory, or one overlaps itself; the message names them.
     """
     targets = [array for array in written.values() if array is not None]
     if not targets or _plainly_distinct(targets, [array for array in read.values() if array is not None]):
         return True
     views = {name: numpy_view(array) for name, array in (written | read).items() if array is not None}
     names = list(views)
-    for at, name in enumerate(names[: len(targets)]):
+    for i, name in enumerate(names[: len(targets)]):
         if overlaps_itself(views[name]):
-            raise ValueError(f"{name} is written to, but some of its elements lie in one place")
-        for other in names[at + 1 :]:
+            raise ValueError(f"{name} is written to, but some of its elements share memory")
+        for other in names[i + 1 :]:
             if not (name == "out" and other in ("input", "residual")) and overlaps(views[name], views[other]):
                 raise ValueError(f"{name} is written to, so it may not share memory with {other}")
     return False
 
 
 def _plainly_distinct(targets: list[Array], others: list[Array]) -> bool:
-    """Tell quickly whether owners or bounds alone show that nothing is shared, as in most calls."""
+    """Tell quickly whether ownership or bounds alone show that no memory is shared, as in most calls."""
     if not isinstance(targets[0], np.ndarray):
         return _bounds_are_distinct(targets, others)
     arrays = targets + others
     if all(type(array) is np.ndarray and array.flags.owndata for array in arrays):
         distinct = set(map(id, targets))
         return len(distinct) == len(targets) and distinct.isdisjoint(map(id, others))
-    for at, array in enumerate(targets):
+    for i, array in enumerate(targets):
         if not array.flags.c_contiguous:
             return False
-        for other in arrays[at + 1 :]:
+        for other in arrays[i + 1 :]:
             if np.may_share_memory(array, other):
                 return False
     return True
 
 
 def _bounds_are_distinct(targets: list[Array], others: list[Array]) -> bool:
-    """Tell the same of torch tensors and of CuPy arrays."""
+    """Tell whether the bounds of torch tensors or CuPy arrays show that no memory is shared."""
     bounds = []
     for array in [*targets, *{id(array): array for array in others}.values()]:
         if hasattr(array, "data_ptr"):
@@ -86,7 +89,7 @@ def _bounds_are_distinct(targets: list[Array], others: list[Array]) -> bool:
             start, dense = array.data.ptr, array.flags.c_contiguous
         if dense:
             bounds.append((start, start + array.nbytes))
-        elif len(bounds) < len(targets):  # they might overlap themselves
+        elif len(bounds) < len(targets):  # a target with gaps might overlap itself
             return False
         elif hasattr(array, "data_ptr"):  # torch's strides are not negative
             last = sum((size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True))
@@ -98,7 +101,7 @@ def _bounds_are_distinct(targets: list[Array], others: list[Array]) -> bool:
 
 
 def numpy_view(array: Array) -> NDArray[Any]:
-    """Return an array of any library as NumPy sees its memory, to be compared with others and never read."""
+    """Return a NumPy array at the memory of an array of any library, to compare addresses; do not read it."""
     if isinstance(array, np.ndarray):
         return array
     if hasattr(array, "data_ptr"):
@@ -108,9 +111,9 @@ def numpy_view(array: Array) -> NDArray[Any]:
 
 
 def memory_view(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> NDArray[Any]:
-    """Return an array of such memory for NumPy, to be compared with others and never read; strides are in bytes."""
-    seen = {"version": 3, "typestr": f"|V{itemsize}", "shape": shape, "strides": strides, "data": (address, False)}
-    return np.asarray(SimpleNamespace(__array_interface__=seen))
+    """Return a NumPy array at an address, to compare addresses; do not read it. Strides are in bytes."""
+    interface = {"version": 3, "typestr": f"|V{itemsize}", "shape": shape, "strides": strides, "data": (address, False)}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def overlaps(one: NDArray[Any], other: NDArray[Any]) -> bool:
@@ -135,7 +138,7 @@ def overlaps_itself(array: NDArray[Any]) -> bool:
             covered += (size - 1) * stride
     else:
         return False
-    # Axes may interlock and yet not meet. Halves along an axis are alike, so only one of them need be looked at.
+    # Axes may interleave without overlap. Halves along an axis have equal strides, so one of them stands for both.
     while array.size > 1:
         axis = max(range(array.ndim), key=array.shape.__getitem__)
         half = math.ceil(array.shape[axis] / 2)

@@ -1,4 +1,4 @@
-"""The arguments of a call in two objects: its tensors, and its options as they were given."""
+"""The arguments of a call as two objects: its tensors, and its options before they are checked."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ Array = Any
 
 
 class Call(NamedTuple):
-    """Hold the tensors of a forward call.
+    """The tensors of a forward call.
 
     Attributes:
         x: the input.
-        weight, bias: (C,), or absent.
+        weight, bias: (C,), or ``None``.
         residual: like ``x``; added before the activation.
         running_mean, running_var: (C,); written in training.
         counter: 0-d; incremented when the running statistics are written.
-        valid: which positions count: the mask as it was given, and after the checks a dense bool array of ``x``'s shape
-            but with one channel.
-        out: where the output goes; like ``x``.
+        valid: which positions count: first the mask as it was given, after the checks a contiguous bool array of
+            ``x``'s shape with one channel.
+        out: the array for the output; like ``x``.
     """
 
     x: Array
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Hold the options of a forward call, not yet checked; :func:`gpu_bn.batch_norm` describes each.
+    """The options of a forward call, not yet checked; :func:`gpu_bn.batch_norm` describes each.
 
     ``activation`` is a name, an ``Activation`` or ``None``; inside :mod:`gpu_bn.nn` it is an ``Activation``.
     """

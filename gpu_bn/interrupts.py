@@ -1,4 +1,4 @@
-"""Hold back Ctrl-C over a short section that must be done whole."""
+"""Delay Ctrl-C until the end of a short section that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class deferred:
-    """A context in which SIGINT waits: its handler runs at the end of the block.
+    """A context that delays SIGINT: its handler runs at the end of the block.
 
-    Only the main thread runs handlers, so that elsewhere there is nothing to hold back.
+    Python runs signal handlers in the main thread only; in other threads the context does nothing.
     """
 
     __slots__ = ("_arrived", "_handler")
@@ -21,7 +21,7 @@ class deferred:
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler) and threading.get_ident() == threading.main_thread().ident:
             self._handler = handler
-            signal.signal(signal.SIGINT, self._note)  # an interrupt before is raised here, and after is noted
+            signal.signal(signal.SIGINT, self._note)  # an earlier interrupt is raised here, a later one is noted
 
     def _note(self, *arrived: Any) -> None:
         self._arrived = arrived

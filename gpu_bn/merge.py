@@ -1,11 +1,12 @@
-"""Statistics of several parts of a batch, merged exactly: the one place where that is done.
+"""Merging the statistics of several parts of a batch into those of the whole.
 
-Parts are processes (:class:`gpu_bn.nn.SyncBatchNorm`), micro-batches, or the batches of a data set. Each has, for each
-channel, a count ``n``, a mean, and ``m2``, the sum of squared deviations from that mean (Chan, Golub & LeVeque 1979)::
+The parts are those of processes (:class:`gpu_bn.nn.SyncBatchNorm`), micro-batches, or the batches of a data set. Each
+part has, for each channel, a count ``n``, a mean, and ``m2``, the sum of squared deviations from that mean (Chan, Golub
+& LeVeque 1979)::
 
     N = sum(n)        mean = sum(n * mean_i) / N        m2 = sum(m2_i + n_i * (mean_i - mean)**2)
 
-No square of a mean is ever subtracted from a mean square, so nothing cancels.
+The square of a mean is never subtracted from a mean square, so nothing cancels.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ Array = Any
 
 
 class Pool(NamedTuple):
-    """What is known of each channel over some positions, in float64.
+    """The statistics of each channel over some positions, in float64.
 
-    A count in float64 is an exact integer up to 2**53. With a leading axis, all three hold several parts.
+    A count in float64 is an exact integer up to 2**53. With a leading axis, all three arrays hold several parts.
 
     Attributes:
-        count: (1,), or (C,) where channels differ in it.
-        mean: (C,); 0 where the count is.
-        m2: (C,), the sum of squared deviations from the mean; 0 where the count is.
+        count: (1,), or (C,) if it differs between channels.
+        mean: (C,); 0 where the count is 0.
+        m2: (C,), the sum of squared deviations from the mean; 0 where the count is 0.
     """
 
     count: Array
@@ -32,25 +33,25 @@ class Pool(NamedTuple):
 
     @property
     def var(self) -> Array:
-        """(C,) biased; 0 where nothing was counted."""
+        """The biased variance, (C,); 0 where the count is 0."""
         return self.m2 / _at_least_one(self.count)
 
     @property
     def unbiased(self) -> Array:
-        """(C,) the variance with Bessel's correction; 0 where fewer than two positions were counted."""
+        """The variance with Bessel's correction, (C,); 0 where the count is less than 2."""
         return self.m2 / _at_least_one(self.count - 1)
 
 
 def merge(parts: Pool) -> Pool:
-    """Merge parts along the leading axis of one library's arrays; nothing is read from a device.
+    """Merge the parts along the leading axis. Nothing is read from a device.
 
-    The order of additions depends on shapes alone, so that whoever holds the same parts gets the same bits. Empty
-    parts change nothing.
+    The order of additions depends on shapes alone, so all processes get the same bits from the same parts. Empty parts
+    change nothing.
     """
     count = parts.count.sum(0)
     mean = (parts.mean * (parts.count / _at_least_one(count))).sum(0)
-    apart = parts.mean - mean
-    return Pool(count, mean, (parts.m2 + parts.count * (apart * apart)).sum(0))
+    difference = parts.mean - mean
+    return Pool(count, mean, (parts.m2 + parts.count * (difference * difference)).sum(0))
 
 
 def _at_least_one(count: Array) -> Array:

@@ -1,13 +1,13 @@
-"""What batch normalisation computes, and the checks every call passes before anything is computed or changed.
+"""The equations of batch normalisation, and the checks of a call before anything is computed or changed.
 
 For each channel, over the ``n`` positions of the batch and of all other axes (Ioffe & Szegedy 2015, Alg. 1)::
 
     mean = sum(x) / n                 var = sum((x - mean)**2) / n          (biased)
     rstd = 1 / sqrt(var + eps)        xhat = (x - mean) * rstd
-    z = weight * xhat + bias + residual                                     (absent parts drop out)
+    z = weight * xhat + bias + residual                                     (without absent arguments)
     y = activation(z)
 
-In training, ``mean`` and ``var`` are the batch's, and the running statistics move towards them:
+In training, ``mean`` and ``var`` are those of the batch, and the running statistics are updated:
 ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance ``var * n / (n - 1)``.
 Otherwise they are the running statistics (Alg. 2). With ``g = dz``, the gradients are::
 
@@ -15,14 +15,15 @@ Otherwise they are the running statistics (Alg. 2). With ``g = dz``, the gradien
     dx = weight * rstd * (g - dbias / n - xhat * dweight / n)               (batch statistics)
     dx = weight * rstd * g                                                  (running statistics)
 
-A *mask* says which positions there are: the others are left out of every sum and of ``n``, and ``y``, ``dx`` and
+A *mask* says which positions count: the others are left out of every sum and of ``n``, and ``y``, ``dx`` and
 ``dresidual`` are 0 there. *Ghost batches* (Hoffer et al. 2017, Alg. 1) are groups of samples that are normalised as if
-each were a call of its own. *Batch renormalisation* (Ioffe 2017) puts ``xhat * r + d`` in the place of ``xhat``, with::
+each were a separate call. *Batch renormalisation* (Ioffe 2017) replaces ``xhat`` by ``xhat * r + d``, with::
 
     r = clip(sd_batch / sd_running, 1 / r_max, r_max)
     d = clip((mean_batch - mean_running) / sd_running, -d_max, d_max)
 
-from the running statistics before the update, ``sd = sqrt(var + eps)``, and both constants to the gradient.
+where ``sd = sqrt(var + eps)``, the running statistics are those before the update, and the gradient treats ``r`` and
+``d`` as constants.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from gpu_bn.activations import Activation
 from gpu_bn.call import Call, Options
 
 Array = Any
-"""An array of whichever library serves the call; :mod:`gpu_bn.registry` knows which."""
+"""An array of any library that :mod:`gpu_bn.registry` knows."""
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MASK_DTYPES = ("bool", "uint8")
@@ -49,12 +50,17 @@ MIN_RANK, MAX_RANK = 2, 5
 
 @dataclass(frozen=True, slots=True)
 class BatchNormSpec:
-    """The options of one call, checked.
+    """The checked options of one call.
 
-    ``momentum`` is a number, or a 0-d array that holds it, so that it need not be read from a GPU.
-    ``batch_stats`` tells whether ``mean`` and ``var`` come from the batch (training, or evaluation without
-    running statistics); ``axis`` is the channel axis, counted from 0. ``groups`` is the number of ghost batches;
-    ``renorm`` is ``(r_max, d_max)``.
+    Attributes:
+        axis: the channel axis, counted from 0.
+        batch_stats: whether ``mean`` and ``var`` are those of the batch (training, or evaluation without running
+            statistics).
+        momentum: a number, or a 0-d array that holds it, so that it need not be read from a GPU.
+        eps: added to the variance.
+        activation: the activation that follows.
+        groups: the number of ghost batches.
+        renorm: ``(r_max, d_max)`` of batch renormalisation, or ``None``.
     """
 
     axis: int
@@ -70,8 +76,8 @@ def check_forward(call: Call, given: Options) -> BatchNormSpec:
     """Check a forward call and return its options.
 
     Raises:
-        TypeError: a dtype that is not one of ``FLOAT_DTYPES`` or not the one required.
-        ValueError: a shape, a length or an option that does not fit.
+        TypeError: a dtype is not one of ``FLOAT_DTYPES``, or differs from that of the input where it must not.
+        ValueError: a shape, a length or an option does not fit.
     """
     x, training = call.x, given.training
     check_float("input", x)
@@ -93,16 +99,16 @@ def check_forward(call: Call, given: Options) -> BatchNormSpec:
     if renorm is not None:
         renorm = check_renorm(renorm, training and call.running_mean is not None, groups)
     for name in ("residual", "out"):
-        like = getattr(call, name)
-        if like is not None:
-            check_like(name, like, x)
+        array = getattr(call, name)
+        if array is not None:
+            check_like(name, array, x)
     if call.out is not None:
         check_writeable("out", call.out)
     return specify(given, axis, groups, renorm)
 
 
 def specify(given: Options, axis: int, groups: int, renorm: tuple[float, float] | None) -> BatchNormSpec:
-    """Make the checked options of a call whose arguments fit, or fit but for the name of the activation."""
+    """Return the options of a call whose arguments have been checked, except for the name of the activation."""
     momentum, training = given.momentum, bool(given.training)
     if type(momentum) is not float and isinstance(momentum, Real):
         momentum = float(momentum)
@@ -111,7 +117,7 @@ def specify(given: Options, axis: int, groups: int, renorm: tuple[float, float] 
 
 
 def check_mask(mask: Array, shape: tuple[int, ...], axis: int) -> None:
-    """Check a mask: bool or uint8, and broadcast to ``shape`` with one channel, whose axis it may lack."""
+    """Check that a mask is bool or uint8 and broadcasts to ``shape`` with one channel, with or without that axis."""
     name = str(mask.dtype).rpartition(".")[2]
     if name not in MASK_DTYPES:
         raise TypeError(f"mask should be one of {', '.join(MASK_DTYPES)}, got {name}")
@@ -125,7 +131,7 @@ def check_mask(mask: Array, shape: tuple[int, ...], axis: int) -> None:
 
 
 def check_groups(shape: tuple[int, ...], axis: int, virtual_batch_size: int, training: bool) -> int:
-    """Check a size of ghost batches and return how many there are: one in evaluation."""
+    """Check the size of ghost batches and return their number; 1 in evaluation."""
     size = virtual_batch_size
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(f"virtual_batch_size should be an int, got {type(size).__name__}")
@@ -139,8 +145,8 @@ def check_groups(shape: tuple[int, ...], axis: int, virtual_batch_size: int, tra
 
 
 def check_renorm(renorm: tuple[float, float], tracked: bool, groups: int = 1) -> tuple[float, float]:
-    """Check ``(r_max, d_max)`` for a call that has, or has not, running statistics to train."""
-    if not isinstance(renorm, tuple) or len(renorm) != 2 or not all(isinstance(most, Real) for most in renorm):
+    """Check ``(r_max, d_max)``; ``tracked`` tells whether the call trains and has running statistics."""
+    if not isinstance(renorm, tuple) or len(renorm) != 2 or not all(isinstance(limit, Real) for limit in renorm):
         raise TypeError(f"renorm should be two numbers (r_max, d_max), got {renorm!r}")
     r_max, d_max = map(_float, renorm)
     if not (r_max >= 1 and d_max >= 0):
@@ -153,7 +159,7 @@ def check_renorm(renorm: tuple[float, float], tracked: bool, groups: int = 1) ->
 
 
 def check_options(training: bool, momentum: float | Array, eps: float) -> None:
-    """Check ``momentum``, and ``eps``, a finite number, positive in training, never negative."""
+    """Check ``momentum``, and that ``eps`` is finite and not negative, in training positive."""
     check_momentum(momentum)
     if not isinstance(eps, Real):
         raise TypeError(f"eps should be a number, got {type(eps).__name__}")
@@ -174,7 +180,7 @@ def check_momentum(momentum: float | Array) -> None:
 
 
 def _float(number: Any) -> float:
-    """Return a number as a float, which is infinite where a float cannot hold it."""
+    """Return a number as a float; infinity if it is too large for a float."""
     try:
         return float(number)
     except OverflowError:
@@ -182,7 +188,7 @@ def _float(number: Any) -> float:
 
 
 def _is_real_scalar(value: Any) -> bool:
-    """Tell whether it is a 0-d array of real numbers."""
+    """Tell whether a value is a 0-d array of real numbers."""
     return getattr(value, "shape", None) == () and dtype_name(value).startswith(("float", "bfloat", "int", "uint"))
 
 
@@ -199,7 +205,7 @@ def check_axis(shape: tuple[int, ...], channel_axis: int) -> int:
 
 
 def check_running(running_mean: Array | None, running_var: Array | None, training: bool) -> None:
-    """Check that running statistics come as a pair; evaluation needs them and training writes them."""
+    """Check that both or neither running statistics are given: both in evaluation. Training needs to write them."""
     if not training:
         for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
             if vector is None:
@@ -218,7 +224,7 @@ def check_float(name: str, array: Array) -> None:
 
 
 def check_vector(name: str, vector: Array, channels: int) -> None:
-    """Check a per-channel vector: float dtype, one axis, one element a channel."""
+    """Check that a per-channel vector has a float dtype and the shape (channels,)."""
     check_float(name, vector)
     if vector.ndim != 1:
         raise ValueError(f"{name} should have shape ({channels},), got {tuple(vector.shape)}")
@@ -235,7 +241,7 @@ def check_like(name: str, array: Array, x: Array) -> None:
 
 
 def check_overlap(name: str, same: bool, in_place: bool) -> None:
-    """Check an ``out`` that overlaps an input: it may only be the ``same`` memory, and only in a call ``in_place``."""
+    """Raise for an ``out`` that overlaps an input, unless it is the ``same`` memory and the call is ``in_place``."""
     if not in_place:
         raise ValueError(f"out may not be the {name} or overlap it: the backward call reads it (batch_norm allows it)")
     if not same:
@@ -243,13 +249,13 @@ def check_overlap(name: str, same: bool, in_place: bool) -> None:
 
 
 def check_strided(name: str, tensor: Array) -> None:
-    """Check that a torch tensor's memory is that of its elements: it is not sparse, nor oneDNN's."""
+    """Check that a torch tensor is strided, neither sparse nor in a layout of oneDNN."""
     if tensor.layout is not sys.modules["torch"].strided:
         raise TypeError(f"{name} should be a tensor of layout torch.strided, got {tensor.layout}")
 
 
 def check_counter(counter: Array) -> None:
-    """Check that a counter of batches can count."""
+    """Check that a counter of batches is an array of numbers that can be written."""
     if not hasattr(counter, "dtype"):
         raise TypeError(f"num_batches_tracked should be an array, got {type(counter).__name__}")
     if not dtype_name(counter).startswith(("int", "uint", "float")):
@@ -258,14 +264,14 @@ def check_counter(counter: Array) -> None:
 
 
 def check_writeable(name: str, array: Array) -> None:
-    """Check that an array can be written to (only NumPy's can be read-only)."""
+    """Check that an array can be written to (only NumPy arrays may be read-only)."""
     flags = getattr(array, "flags", None)
     if not getattr(flags, "writeable", True):
         raise ValueError(f"{name} is written to, but the array given is read-only")
 
 
 def dtype_name(array: Array) -> str:
-    """Return the dtype's bare name in any array library (``float32``, not ``torch.float32``)."""
+    """Return the name of the dtype without the library: ``float32``, not ``torch.float32``."""
     return _dtype_name(array.dtype)
 
 
@@ -275,7 +281,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def on_device_of(array: Any) -> AbstractContextManager[Any]:
-    """Return a context in which CuPy's own kernels run where an array is; other libraries need none."""
+    """Return a context in which CuPy uses the device of an array; it does nothing for other libraries."""
     return array.device if is_cupy(array) else _NOWHERE
 
 
@@ -283,6 +289,6 @@ _NOWHERE = nullcontext()
 
 
 def is_cupy(array: Any) -> bool:
-    """Tell whether it is an array of CuPy's; its library is loaded then."""
+    """Tell whether this is a CuPy array, without importing CuPy."""
     cupy: Any = sys.modules.get("cupy")
     return cupy is not None and isinstance(array, cupy.ndarray)

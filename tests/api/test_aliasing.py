@@ -190,7 +190,7 @@ def test_written_arrays_do_not_overlap_themselves(name, kind, library):
         given = {key: torch.from_numpy(value) for key, value in arguments().items()} | {name: tensor}
     else:
         given = arguments(**{name: array})
-    with pytest.raises(ValueError, match=f"{name} is written to, but some of its elements lie in one place"):
+    with pytest.raises(ValueError, match=f"{name} is written to, but some of its elements share memory"):
         run(given, **options_of(library))
     assert not memory.any()
 

@@ -40,7 +40,7 @@ def test_public_name_resolves_in_a_fresh_interpreter(name):
 def test_public_names_are_listed_once_everywhere():
     assert gpu_bn.__all__ == sorted(gpu_bn.__all__)
     assert set(gpu_bn.__all__) <= set(dir(gpu_bn))
-    assert set(gpu_bn._HOMES) == set(gpu_bn.__all__)
+    assert set(gpu_bn._MODULES) == set(gpu_bn.__all__)
     assert all(getattr(gpu_bn, name).__doc__ for name in gpu_bn.__all__)
 
 
