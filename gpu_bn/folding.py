@@ -1,4 +1,4 @@
-"""Batch normalisation with fixed statistics is affine: it can be the identity, and it can be folded away."""
+"""Folding: batch normalisation with fixed statistics is affine, so the layer before it can absorb it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = Any
 
 
 class Norm(Protocol):
-    """What folding reads of a layer: a :class:`gpu_bn.BatchNorm` has it, and so has torch's."""
+    """The attributes of a layer that folding reads; :class:`gpu_bn.BatchNorm` and torch's layers have them."""
 
     weight: Array | None
     bias: Array | None
@@ -25,10 +25,10 @@ class Norm(Protocol):
 def batch_moments(
     x: Array, eps: float = 1e-5, *, channel_axis: int = 1, backend: Backend | str | None = None
 ) -> Moments:
-    """Return count, mean and biased variance of a batch's channels, (C,) in the backend's accumulation dtype.
+    """Return the count, and mean and biased variance of each channel, (C,) in the backend's accumulation dtype.
 
     Raises:
-        TypeError, ValueError: as :func:`gpu_bn.batch_norm` in training; also for an empty batch.
+        TypeError, ValueError: for the reasons given at :func:`gpu_bn.batch_norm` in training; also for an empty batch.
     """
     engine = registry.select(backend, input=x)
     options = spec.check_forward(Call(x), Options(True, eps=eps, channel_axis=channel_axis))
@@ -40,23 +40,23 @@ def batch_moments(
 def identity_affine(
     x: Array, eps: float = 1e-5, *, channel_axis: int = 1, backend: Backend | str | None = None
 ) -> tuple[Array, Array]:
-    """Compute the pair that makes batch normalisation of ``x`` the identity, ``sqrt(var + eps)`` and ``mean``.
+    """Compute the weight and bias with which batch normalisation of ``x`` is the identity.
 
-    This is why the learned pair preserves a network's capacity.
+    They are ``sqrt(var + eps)`` and ``mean``. So a layer with a learned weight and bias can represent the identity.
 
     Args:
-        x: 2-D to 5-D, C channels along ``channel_axis``, more than one value a channel; float16, bfloat16, float32 or
-            float64.
-        eps: what the normalisation will add to the variance.
+        x: 2-D to 5-D, C channels along ``channel_axis``, more than one value per channel; float16, bfloat16, float32
+            or float64.
+        eps: the value that the normalisation will add to the variance.
         channel_axis: the axis of the channels.
-        backend: as in :func:`gpu_bn.batch_norm`.
+        backend: a backend's name, or ``None`` for the one that serves ``x``.
 
     Returns:
         ``(weight, bias)``, (C,) each, in float64 for float64 input and float32 for all others.
 
     Raises:
-        TypeError: as :func:`gpu_bn.batch_norm` in training.
-        ValueError: as :func:`gpu_bn.batch_norm` in training; also for an empty batch.
+        TypeError: for the reasons given at :func:`gpu_bn.batch_norm`, in training.
+        ValueError: for the reasons given at :func:`gpu_bn.batch_norm`, in training; also for an empty batch.
 
     Examples:
         >>> import numpy as np, gpu_bn
@@ -81,7 +81,7 @@ def fold(
     """Fold a normalisation with its running statistics into the convolution or linear layer before it.
 
     ``norm(conv(x, weight, bias))`` in evaluation mode equals ``conv(x, *fold(weight, bias, norm))``. An activation of
-    ``norm`` is not part of it and remains to be applied.
+    ``norm`` is not included and must still be applied.
 
     Args:
         weight: (out, in / groups, ...) of a convolution or (out, in) of a linear layer; of a transposed convolution
@@ -89,10 +89,10 @@ def fold(
         bias: (out,), or ``None``.
         norm: a layer with running statistics over the ``out`` channels.
         transposed: whether ``weight`` belongs to a transposed convolution.
-        groups: of the transposed convolution.
+        groups: the number of groups of a transposed convolution.
 
     Returns:
-        ``(weight, bias)``, like ``weight``, and (out,) in its dtype; computed in float64, then rounded.
+        ``(weight, bias)``: one like ``weight``, the other (out,) in its dtype; computed in float64, then rounded.
 
     Raises:
         TypeError: ``norm`` holds arrays of another library than ``weight``.
@@ -111,30 +111,32 @@ def fold(
     """
     with spec.on_device_of(weight):
         scale, shift = _scale_and_shift(norm, weight)
-        by_output = _by_output(scale, weight, bias, transposed, groups)
-        folded = _wide(weight) * by_output
-        offset = shift if bias is None else _wide(bias) * scale + shift
-        return _like(folded, weight), _like(offset, weight)
+        factors = _broadcast(scale, weight, bias, transposed, groups)
+        folded = _to_float64(weight) * factors
+        offset = shift if bias is None else _to_float64(bias) * scale + shift
+        return _cast_like(folded, weight), _cast_like(offset, weight)
 
 
 def unfold(
     weight: Array, bias: Array | None, norm: Norm, *, transposed: bool = False, groups: int = 1
 ) -> tuple[Array, Array]:
-    """Undo :func:`fold`: compute the weight and bias with which ``norm`` behind the layer gives the same outputs.
+    """Undo :func:`fold`: compute the weight and bias of the layer before ``norm`` was folded into it.
 
     Args:
-        weight: as in :func:`fold`.
-        bias: (out,), or ``None``; then it comes back as zeros to rounding where :func:`fold` was given ``None``.
-        norm: as in :func:`fold`.
-        transposed: as in :func:`fold`.
-        groups: as in :func:`fold`.
+        weight: the folded weight, in one of the shapes given at :func:`fold`.
+        bias: the folded bias, (out,), or ``None`` for 0.
+        norm: the layer that was folded.
+        transposed: whether ``weight`` belongs to a transposed convolution.
+        groups: the number of groups of a transposed convolution.
 
     Returns:
-        ``(weight, bias)``, as :func:`fold`.
+        ``(weight, bias)``: one like ``weight``, the other (out,) in its dtype. If :func:`fold` got no bias, it is 0 to
+        rounding.
 
     Raises:
-        TypeError: as :func:`fold`.
-        ValueError: as :func:`fold`; also if a channel's ``norm.weight`` is 0, which loses the layer.
+        TypeError: for the reasons given at :func:`fold`.
+        ValueError: for the reasons given at :func:`fold`; also if ``norm.weight`` is 0 in a channel, for then the
+            layer's weight is lost.
 
     Examples:
         >>> import numpy as np, gpu_bn
@@ -148,28 +150,28 @@ def unfold(
         scale, shift = _scale_and_shift(norm, weight)
         if bool((scale == 0).any()):
             raise ValueError("norm has channels of weight 0: folding them cannot be undone")
-        by_output = _by_output(scale, weight, bias, transposed, groups)
-        offset = -shift if bias is None else _wide(bias) - shift
-        return _like(_wide(weight) / by_output, weight), _like(offset / scale, weight)
+        factors = _broadcast(scale, weight, bias, transposed, groups)
+        offset = -shift if bias is None else _to_float64(bias) - shift
+        return _cast_like(_to_float64(weight) / factors, weight), _cast_like(offset / scale, weight)
 
 
 def _scale_and_shift(norm: Norm, weight: Array) -> tuple[Array, Array]:
-    """Return scale and shift of ``norm(x) = x * scale + shift`` in evaluation, (C,) each in float64."""
+    """Return the float64 scale and shift, (C,) each, of ``norm(x) = x * scale + shift`` in evaluation."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"folding needs running statistics, but {norm!r} has none")
     libraries = [type(array).__module__.partition(".")[0] for array in (weight, norm.running_var)]
     spec.check_float("weight", weight)
     if libraries[0] != libraries[1]:
         raise TypeError(f"weight and norm should hold arrays of one library, got {' and '.join(libraries)}")
-    scale = (_wide(norm.running_var) + norm.eps) ** -0.5
+    scale = (_to_float64(norm.running_var) + norm.eps) ** -0.5
     if norm.weight is not None:
-        scale = scale * _wide(norm.weight)
-    shift = -_wide(norm.running_mean) * scale
-    return scale, shift if norm.bias is None else shift + _wide(norm.bias)
+        scale = scale * _to_float64(norm.weight)
+    shift = -_to_float64(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + _to_float64(norm.bias)
 
 
-def _by_output(vector: Array, weight: Array, bias: Array | None, transposed: bool, groups: int) -> Array:
-    """Shape a vector over the outputs to broadcast against the weight, and check that the bias is one, too."""
+def _broadcast(vector: Array, weight: Array, bias: Array | None, transposed: bool, groups: int) -> Array:
+    """Reshape a vector over the outputs to broadcast against the weight; check the shapes of weight and bias."""
     if len(weight.shape) < 2:
         expected = "(out, in, ...), or (in, out, ...) if transposed"
         raise ValueError(f"weight should have shape {expected}, got {tuple(weight.shape)}")
@@ -182,14 +184,14 @@ def _by_output(vector: Array, weight: Array, bias: Array | None, transposed: boo
     kernel = (1,) * (len(weight.shape) - 2)
     if not transposed:
         return vector.reshape((channels, 1, *kernel))
-    # Input i of group g meets the outputs of group g: one row of the groups' table for each input.
+    # Input i belongs to one group, whose outputs it feeds: for each input, take the row of its group.
     group_of_input = [i * groups // weight.shape[0] for i in range(weight.shape[0])]
     return vector.reshape((groups, -1))[group_of_input].reshape((weight.shape[0], weight.shape[1], *kernel))
 
 
-def _wide(array: Array) -> Array:
+def _to_float64(array: Array) -> Array:
     return array.astype("float64") if hasattr(array, "astype") else array.double()
 
 
-def _like(array: Array, like: Array) -> Array:
+def _cast_like(array: Array, like: Array) -> Array:
     return array.astype(like.dtype) if hasattr(array, "astype") else array.to(like.dtype)

@@ -1,4 +1,4 @@
-"""The front door: batch normalisation of arrays, forward and backward."""
+"""The public functions: batch normalisation of arrays, forward and backward."""
 
 from __future__ import annotations
 
@@ -44,41 +44,43 @@ def batch_norm(
 
     Args:
         x: 2-D to 5-D, with C channels along ``channel_axis``; float16, bfloat16, float32 or float64; any strides.
-        running_mean: (C,), any of these dtypes; updated in place in training. In training it may be absent together
-            with ``running_var``; otherwise the two are the statistics used.
-        running_var: (C,), as ``running_mean``.
-        weight: (C,), any of these dtypes; absent, it is 1.
-        bias: (C,), any of these dtypes; absent, it is 0.
-        training: whether to use the batch's statistics.
+        running_mean: (C,), any of these dtypes; updated in place in training. In training it and ``running_var`` may
+            both be ``None``; in evaluation the two are the statistics used.
+        running_var: (C,); see ``running_mean``.
+        weight: (C,), any of these dtypes; ``None`` stands for 1.
+        bias: (C,), any of these dtypes; ``None`` stands for 0.
+        training: whether to use the statistics of the batch.
         momentum: the weight of the batch in the running update, usually between 0 and 1; or a 0-d array of ``x``'s
             library that holds it, which is not read on the host.
         eps: added to the variance, in its units; positive in training.
         residual: added before the activation; like ``x``.
         activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"`` (the
             erf form), ``"gelu_tanh"``, ``"hardswish"``, ``"sigmoid"`` or ``"tanh"``; or an ``Activation`` with its
-            parameter, as :func:`leaky_relu` and :func:`elu` make it. ``None`` is the identity.
+            parameter, from :func:`leaky_relu` or :func:`elu`. ``None`` is the identity.
         channel_axis: the axis of the channels; a negative one counts from the end.
         backend: a backend's name, or ``None`` for the one that serves ``x``.
         out: the array to write the result to; like ``x``; ``x`` or ``residual`` itself is allowed.
-        mask: which positions count, bool or uint8; of ``x``'s rank with one channel, or without the channel axis; other
-            extents are ``x``'s or 1. The rest, whatever ``x`` holds there, is left out of all statistics and sums;
-            ``y`` and its gradients are 0 there.
+        mask: which positions count, bool or uint8; of ``x``'s rank with one channel, or without the channel axis; the
+            other axes have ``x``'s size or 1. Other positions are left out of all statistics and sums, whatever ``x``
+            holds there;
+            ``y`` and the gradients are 0 there.
         virtual_batch_size: how many samples (axis 0) are normalised together in training, a *ghost batch*; it divides
             the batch. The result, gradients and running statistics are those of one call for each ghost batch, in
             order (Hoffer et al. 2017, Alg. 1).
-        renorm: ``(r_max, d_max)`` of batch renormalisation (Ioffe 2017). In training, statistics are pulled towards the
-            running ones, up to a factor ``r_max`` and ``d_max`` standard deviations; ``(1, 0)`` changes nothing.
+        renorm: ``(r_max, d_max)`` of batch renormalisation (Ioffe 2017). In training, the statistics of the batch are
+            corrected towards the running ones, by a factor of at most ``r_max`` and by at most ``d_max`` standard
+            deviations; ``(1, 0)`` corrects nothing.
 
     Returns:
         ``y``, with ``x``'s shape, dtype and memory format.
 
     Raises:
-        TypeError: not an array, arrays of several libraries, a dtype that is none of the above, or a ``residual`` or
-            ``out`` of another dtype than ``x``.
-        ValueError: a shape, length or option that does not fit; missing running statistics; one value per channel in
-            training (of a ghost batch); ``renorm`` without running statistics or with ghost batches; an array that is
-            written (``out``, and in training the running statistics) and shares memory with another of the call, or
-            two of whose elements do, but for ``out`` that is ``x`` or ``residual`` itself.
+        TypeError: an argument is not an array, the arrays belong to several libraries, a dtype is none of the above, or
+            ``residual`` or ``out`` has another dtype than ``x``.
+        ValueError: a shape, length or option does not fit; running statistics are missing; in training, a channel (of a
+            ghost batch) has only one value; ``renorm`` comes without running statistics or with ghost batches; an array
+            that is written (``out``, and in training the running statistics) overlaps itself or shares memory with
+            another, unless ``out`` is ``x`` or ``residual`` itself.
         BackendUnavailableError: the backend is not available; the message says why.
 
     Examples:
@@ -91,13 +93,13 @@ def batch_norm(
         array([[0., 0.],
                [1., 1.]])
 
-    A call that raises has changed nothing, with one exception: when an interrupt (Ctrl-C) arrives while ``out`` is
-    being written, part of ``out`` is new, which is lost input where ``out`` is ``x`` or ``residual``. Where memory runs
-    out on a CPU meanwhile, the call goes on with smaller blocks. Running statistics are written last, together:
-    NumPy's are all old or all new, whatever interrupts.
+    A call that raises has changed nothing, with one exception: if an interrupt (Ctrl-C) arrives while ``out`` is being
+    written, part of ``out`` is new. If ``out`` is ``x`` or ``residual``, that part of the input is lost. If memory runs
+    out on a CPU at that time, the call goes on with smaller blocks. The running statistics are written last and
+    together: in NumPy arrays they are all old or all new, whatever interrupts.
 
-    For torch tensors the call is differentiable, and :func:`gpu_bn.nn.batch_norm` has the same arguments and torch's
-    errors. For other arrays, :func:`batch_norm_forward` and :func:`batch_norm_backward` are the two halves.
+    For torch tensors the call is differentiable; :func:`gpu_bn.nn.batch_norm` has the same arguments and torch's
+    errors. For other arrays use :func:`batch_norm_forward` and :func:`batch_norm_backward`.
     """
     call = Call(x, weight, bias, residual, running_mean, running_var, None, mask, out)
     options = Options(training, momentum, eps, activation, channel_axis, virtual_batch_size, renorm)
@@ -126,16 +128,16 @@ def batch_norm_forward(
     virtual_batch_size: int | None = None,
     renorm: tuple[float, float] | None = None,
 ) -> tuple[Array, Saved]:
-    """Do what :func:`batch_norm` does, and return also what :func:`batch_norm_backward` needs.
+    """Compute :func:`batch_norm` and also return what :func:`batch_norm_backward` needs.
 
     Args:
-        x: as in :func:`batch_norm`, like all other arguments: 2-D to 5-D, C channels along ``channel_axis``; float16,
-            bfloat16, float32 or float64.
+        x: 2-D to 5-D, C channels along ``channel_axis``; float16, bfloat16, float32 or float64. :func:`batch_norm`
+            describes all arguments in full.
         running_mean: (C,); updated in place in training.
         running_var: (C,); updated in place in training.
-        weight: (C,); absent, it is 1.
-        bias: (C,); absent, it is 0.
-        training: whether to use the batch's statistics.
+        weight: (C,); ``None`` stands for 1.
+        bias: (C,); ``None`` stands for 0.
+        training: whether to use the statistics of the batch.
         momentum: the weight of the batch in the running update.
         eps: added to the variance; positive in training.
         residual: added before the activation; like ``x``.
@@ -152,8 +154,8 @@ def batch_norm_forward(
         do not write to them before the backward call.
 
     Raises:
-        TypeError: as :func:`batch_norm`; nothing has changed.
-        ValueError: as :func:`batch_norm`; nothing has changed.
+        TypeError: for the reasons given at :func:`batch_norm`; nothing has changed.
+        ValueError: for the reasons given at :func:`batch_norm`; nothing has changed.
         BackendUnavailableError: the backend is not available; the message says why.
 
     Examples:
@@ -179,18 +181,18 @@ def batch_norm_backward(
     Args:
         dy: the gradient of ``y``; of ``x``'s shape, dtype and library.
         saved: what the forward call returned.
-        need: which gradients to compute, some of ``"dx"``, ``"dweight"``, ``"dbias"`` and ``"dresidual"``; ``None``
-            means all those of arguments that the forward call had. The others cost nothing.
-        backend: as in the forward call.
+        need: the gradients to compute, some of ``"dx"``, ``"dweight"``, ``"dbias"`` and ``"dresidual"``; ``None``
+            means those of all arguments that the forward call had. The others cost nothing.
+        backend: the backend of the forward call, or ``None`` for the one that serves ``dy``.
 
     Returns:
         ``Grads(dx, dweight, dbias, dresidual)``. ``dx`` and ``dresidual`` are like ``x``; ``dweight`` and ``dbias`` are
-        (C,) in the dtype of the parameter; what was not asked for is ``None``.
+        (C,) in the dtype of the parameter; those not requested are ``None``.
 
     Raises:
         TypeError: ``dy`` is not an array of ``x``'s library and dtype, or ``saved`` did not come from a forward call.
-        ValueError: ``dy`` is not of ``x``'s shape, or a name in ``need`` is unknown or of an argument that the forward
-            call did not have.
+        ValueError: ``dy`` has another shape than ``x``, or a name in ``need`` is unknown or belongs to an argument that
+            the forward call did not have.
 
     Examples:
         >>> import numpy as np, gpu_bn
@@ -210,9 +212,9 @@ def batch_norm_backward(
         if need is not None:
             need = frozenset([need] if isinstance(need, str) else need)
         parameters = saved.weight_dtype is None, saved.bias_dtype is None, saved.has_residual
-        key: Any = (_named(backend), _kind(dy), _kind(saved.x), parameters, need)
+        key: Any = (_backend_key(backend), _array_key(dy), _array_key(saved.x), parameters, need)
         known = _BACKWARDS.get(key)
-    except (AttributeError, TypeError):  # the checks say what is wrong
+    except (AttributeError, TypeError):  # invalid arguments, which the checks report, or nothing to remember
         key = known = None
     if known is not None:
         row, wanted = known
@@ -221,13 +223,13 @@ def batch_norm_backward(
     engine = registry.resolve(backend, row)
     spec.check_like("dy", dy, saved.x)
     wanted = _check_need(need, saved)
-    if key is not None and registry.is_known_by_type(dy) and _lasts(backend, [dy, saved.x]):
+    if key is not None and registry.is_known_by_type(dy) and _may_remember(backend, [dy, saved.x]):
         _remember(_BACKWARDS, key, (row, wanted))
     return algorithm.backward(engine, dy, saved, wanted)
 
 
 def _check_need(need: Iterable[str] | None, saved: Saved) -> frozenset[str]:
-    """Return the gradients to compute; ``need`` is a set if it is anything."""
+    """Check the names of gradients and return the set of those to compute."""
     available = {
         "dx": True,
         "dweight": saved.weight_dtype is not None,
@@ -235,26 +237,26 @@ def _check_need(need: Iterable[str] | None, saved: Saved) -> frozenset[str]:
         "dresidual": saved.has_residual,
     }
     if need is None:
-        return frozenset(name for name, there in available.items() if there)
+        return frozenset(name for name, present in available.items() if present)
     need = frozenset(need)
     for name in need:
         if name not in available:
             raise ValueError(f"unknown gradient {name!r}, expected some of {', '.join(available)}")
         if not available[name]:
-            raise ValueError(f"{name} was asked for, but the forward call had no {name[1:]}")
+            raise ValueError(f"{name} was requested, but the forward call had no {name[1:]}")
     return need
 
 
 def forward(call: Call, options: Options, backend: Backend | str | None, in_place: bool = False) -> tuple[Array, Saved]:
-    """Check a call, unless one like it has been checked, and compute it; ``call.valid`` is a mask as it was given.
+    """Check a call, unless a similar one has been checked, and compute it. ``call.valid`` is the mask as given.
 
-    ``in_place`` allows ``out`` to be the input or the residual: no backward call follows.
+    ``in_place`` allows ``out`` to be the input or the residual, and tells that no backward call follows.
     """
     momentum, training = options.momentum, options.training
     try:
         key: Any = _signature(call, options, backend)
         known = _FORWARDS.get(key)
-    except (AttributeError, TypeError):  # not an array, or nothing to look up: the checks say what is wrong
+    except (AttributeError, TypeError):  # invalid arguments, which the checks report, or nothing to remember
         key = known = None
     if known is None:
         engine, checked = _checked(key, call, options, backend)
@@ -270,20 +272,22 @@ def forward(call: Call, options: Options, backend: Backend | str | None, in_plac
     if call.valid is not None:
         call = with_valid_positions(call, checked)
     result = algorithm.forward(engine, call, checked, in_place, keep=not in_place)
-    if known is None and (front := registry.differentiable(call.x, None)) is not None:  # its arrays are never known
+    if (
+        known is None and (front := registry.differentiable(call.x, None)) is not None
+    ):  # these libraries are never remembered
         front.count_writes(call, checked.batch_stats)
     return result
 
 
 def with_valid_positions(call: Call, checked: BatchNormSpec) -> Call:
-    """Put the positions that count in the place of a checked mask, which may not lie where the call writes."""
+    """Replace a checked mask by the array of valid positions; check that it shares no memory with what is written."""
     written = {"running_mean": call.running_mean, "running_var": call.running_var} if checked.batch_stats else {}
     aliasing.check_written({"out": call.out, **written}, {"mask": call.valid})
     return call._replace(valid=algorithm.valid_positions(call.valid, call.x.shape, checked.axis))
 
 
 def tensors_by_name(call: Call) -> dict[str, Any]:
-    """Return the tensors of a call by the names that messages use, in their order."""
+    """Return the tensors of a call by their names in messages, in the order of the arguments."""
     return {
         "input": call.x,
         "running_mean": call.running_mean,
@@ -297,33 +301,33 @@ def tensors_by_name(call: Call) -> dict[str, Any]:
 
 
 def _checked(key: Any, call: Call, options: Options, backend: Backend | str | None) -> tuple[Backend, BatchNormSpec]:
-    """Check a forward call, and remember by its key that it is right."""
+    """Check a forward call, and remember under its key that it passed."""
     row = registry.find_row(backend, **tensors_by_name(call))
     engine = registry.resolve(backend, row)
     checked = spec.check_forward(call, options)
     arrays = [array for array in (*call, options.momentum) if hasattr(array, "dtype")]
-    if key is not None and registry.is_known_by_type(call.x) and _lasts(backend, arrays):
+    if key is not None and registry.is_known_by_type(call.x) and _may_remember(backend, arrays):
         guarded = hasattr(getattr(call.x, "flags", None), "writeable")
-        kept = checked if type(checked.momentum) is float else replace(checked, momentum=None)  # not an array
+        kept = checked if type(checked.momentum) is float else replace(checked, momentum=None)  # keep no array
         _remember(_FORWARDS, key, _Known(row, kept, guarded))
     return engine, checked
 
 
-# ------------------------------------------------------------------------------ what has been checked before
-# Whether a call is right depends on its options and on its arrays' types, dtypes and shapes. Those that are, are not
-# checked again; of errors nothing is remembered. What is left for each call is whether arrays may be written to.
+# ------------------------------------------------------------------------------ calls that have been checked
+# Whether a call passes the checks depends on its options and on the types, dtypes and shapes of its arrays. A call that
+# is like one that has passed is not checked again, except for whether its arrays may be written to.
 
 REMEMBERED = 1024
 
 
 class _Known(NamedTuple):
-    """What the checks of a forward call have found."""
+    """The result of the checks of a forward call."""
 
     row: registry.Row | None
     checked: BatchNormSpec
-    """With the first call's momentum, unless that was an array."""
+    """The options, with the momentum of the first such call, or ``None`` if that was an array."""
     guarded: bool
-    """Whether the library has arrays that may not be written to."""
+    """Whether the library has read-only arrays."""
 
 
 _FORWARDS: dict[Any, _Known] = {}
@@ -336,26 +340,26 @@ def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
     known[key] = value
 
 
-def _lasts(backend: Backend | str | None, arrays: Iterable[Array]) -> bool:
-    """Tell whether a key of these has no class but those of array libraries: it would keep another from going away."""
+def _may_remember(backend: Backend | str | None, arrays: Iterable[Array]) -> bool:
+    """Tell whether a key of these holds only classes of the array libraries; it would keep other classes alive."""
     return (backend is None or isinstance(backend, str)) and all(registry.is_named(type(array)) for array in arrays)
 
 
 def _signature(call: Call, options: Options, backend: Backend | str | None) -> tuple[Any, ...]:
-    """Return what calls have in common that are right if one of them is."""
+    """Return a key of a call: if one call passes the checks, all calls with an equal key do."""
     training, momentum, eps, activation, axis, size, renorm = options
     return (
-        _named(backend), *[None if one is None else (type(one), one.dtype, one.shape) for one in call],
+        _backend_key(backend), *[None if one is None else (type(one), one.dtype, one.shape) for one in call],
         bool(training), eps, activation, axis, size, renorm, type(eps), type(axis), type(size), type(momentum),
-        None if type(momentum) is float else _kind(momentum) if hasattr(momentum, "dtype") else (),
+        None if type(momentum) is float else _array_key(momentum) if hasattr(momentum, "dtype") else (),
     )  # fmt: skip
 
 
-def _kind(array: Array | None) -> tuple[Any, ...] | None:
+def _array_key(array: Array | None) -> tuple[Any, ...] | None:
     return None if array is None else (type(array), array.dtype, array.shape)
 
 
-def _named(backend: Backend | str | None) -> Any:
+def _backend_key(backend: Backend | str | None) -> Any:
     if backend is None or isinstance(backend, str):
         return backend
-    raise TypeError("of calls with a backend given as an object nothing is remembered")
+    raise TypeError("calls with a backend given as an object are not remembered")

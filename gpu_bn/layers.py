@@ -1,4 +1,4 @@
-"""``BatchNorm``: a layer without a framework, for whichever array library its parameters are in."""
+"""``BatchNorm``: a layer for NumPy and CuPy arrays that needs no framework."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class BatchNorm:
-    """Normalise NumPy or CuPy arrays of 2 to 5 axes, with torch's parameters, buffers and defaults.
+    """A layer for NumPy or CuPy arrays of 2 to 5 axes, with torch's parameters, buffers and defaults.
 
     Args:
         num_features: C, the number of channels.
         eps: added to the variance.
         momentum: the weight of a batch in the running statistics; ``None`` averages over all batches so far.
         affine: whether there are ``weight`` and ``bias``.
-        track_running_stats: whether there are running statistics; without them, evaluation uses the batch's.
+        track_running_stats: whether there are running statistics; without them, evaluation uses those of the batch.
         device: ``None`` or ``"cpu"`` keeps parameters and statistics in NumPy arrays, ``"cuda"`` in CuPy arrays on the
             current device.
         dtype: the NumPy dtype of parameters and running statistics; float32 unless given.
         bias: whether ``affine`` includes a bias.
         activation: the activation that follows; :func:`gpu_bn.batch_norm` lists the names.
         channel_axis: the axis of the channels.
-        backend: as in :func:`gpu_bn.batch_norm`.
-        virtual_batch_size: as in :func:`gpu_bn.batch_norm`; it has no effect in evaluation mode.
-        renorm: as in :func:`gpu_bn.batch_norm`; it has no effect in evaluation mode.
+        backend: a backend's name, or ``None`` for the one that serves the arrays.
+        virtual_batch_size: the size of a ghost batch, see :func:`gpu_bn.batch_norm`; no effect in evaluation mode.
+        renorm: ``(r_max, d_max)`` of batch renormalisation, see there; no effect in evaluation mode.
 
     Attributes:
         weight: (C,), ones at first, or ``None``.
@@ -45,12 +45,12 @@ class BatchNorm:
         running_var: (C,), ones at first, or ``None``.
         num_batches_tracked: 0-d int64 array, or ``None``.
         grad: gradients of the parameters by name, summed over the ``backward`` calls since ``zero_grad``.
-        training: whether ``forward`` uses and tracks the batch's statistics; set by ``train`` and ``eval``.
+        training: whether ``forward`` uses and tracks the statistics of the batch; set by ``train`` and ``eval``.
 
     Raises:
-        TypeError: ``dtype`` is none of float16, bfloat16, float32 and float64, or ``activation`` is of no known type.
-        ValueError: a number of channels, a device or another option that does not fit; the message says what was
-            expected.
+        TypeError: ``dtype`` is none of float16, bfloat16, float32 and float64, or ``activation`` is neither a name nor
+            an ``Activation``.
+        ValueError: the number of channels, the device or another option is invalid; the message says what was expected.
 
     Examples:
         >>> import numpy as np, gpu_bn
@@ -117,7 +117,7 @@ class BatchNorm:
 
     @property
     def activation(self) -> Activation:
-        """What follows the normalisation; a name may be set as well."""
+        """The activation that follows the normalisation; it may be set to a name."""
         return self._activation
 
     @activation.setter
@@ -125,18 +125,19 @@ class BatchNorm:
         self._activation = Activation.of(activation)
 
     def forward(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
-        """Normalise ``x``; in training mode the call, and ``x`` with it, is kept for one :meth:`backward`.
+        """Normalise ``x``. In training mode the call, including ``x``, is kept for one call of :meth:`backward`.
 
         Args:
             x: 2-D to 5-D, C channels along ``channel_axis``.
             residual: added before the activation; like ``x``.
-            mask: which positions count, as in :func:`gpu_bn.batch_norm`.
+            mask: which positions count; see :func:`gpu_bn.batch_norm`.
 
         Returns:
             ``y``, like ``x``.
 
         Raises:
-            TypeError, ValueError: as :func:`gpu_bn.batch_norm`; neither statistics nor counter have changed then.
+            TypeError, ValueError: for the reasons given at :func:`gpu_bn.batch_norm`; statistics and counter have not
+                changed.
         """
         y, saved = self.forward_saving(x, residual, mask)
         self._saved = saved if self.training else None
@@ -145,7 +146,7 @@ class BatchNorm:
     __call__ = forward
 
     def forward_saving(self, x: Array, residual: Array | None = None, mask: Array | None = None) -> tuple[Array, Saved]:
-        """Call :meth:`forward`, and return what :meth:`backward` needs too: in evaluation, or after several calls."""
+        """Compute :meth:`forward`, and also return what :meth:`backward` needs, in evaluation mode too."""
         if registry.differentiable(x, None) is not None:
             raise TypeError(f"gpu_bn.{self!r} takes NumPy and CuPy arrays; for torch tensors there is gpu_bn.nn")
         batch_stats = self.training or self.running_mean is None
@@ -164,12 +165,12 @@ class BatchNorm:
         return forward(call, options, self.backend)
 
     def backward(self, dy: Array, saved: Saved | None = None) -> Any:
-        """Back-propagate through a forward call: the last one in training mode, once, unless ``saved`` is given.
+        """Back-propagate through a forward call: that of ``saved``, else the last one in training mode, once.
 
-        The parameters' gradients are added to ``grad``.
+        The gradients of the parameters are added to ``grad``.
 
         Returns:
-            ``dx``, or ``(dx, dresidual)`` if that call had a residual; like ``x``.
+            ``dx``, or ``(dx, dresidual)`` if the forward call had a residual; both like ``x``.
 
         Raises:
             RuntimeError: there has been no forward call in training mode since the last backward call.
@@ -178,7 +179,7 @@ class BatchNorm:
         saved = saved or self._saved
         if saved is None:
             raise RuntimeError(
-                "backward needs a forward call before it, in training mode and its own (forward_saving serves others)"
+                "backward needs a call of forward in training mode since the last backward, or a saved call"
             )
         grads = batch_norm_backward(dy, saved, backend=self.backend)
         sums = {}
@@ -192,11 +193,11 @@ class BatchNorm:
         return grads.dx if grads.dresidual is None else (grads.dx, grads.dresidual)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled and copied: all but the call that waits for its backward call, and its ``x``."""
+        """Return the state to pickle or copy: everything but the forward call kept for :meth:`backward`."""
         return self.__dict__ | {"_saved": None}
 
     def zero_grad(self) -> None:
-        """Forget the gradients summed so far."""
+        """Drop the gradients summed so far."""
         self.grad.clear()
 
     def parameters(self) -> dict[str, Array]:
@@ -204,7 +205,7 @@ class BatchNorm:
         return {name: getattr(self, name) for name in ("weight", "bias") if getattr(self, name) is not None}
 
     def train(self, mode: bool = True) -> BatchNorm:
-        """Use and track the batch's statistics from now on."""
+        """Use and track the statistics of the batch from now on; with ``mode=False``, the running statistics."""
         self.training = mode
         return self
 
@@ -217,14 +218,14 @@ class BatchNorm:
         self._write(running_mean=0, running_var=1, num_batches_tracked=0)
 
     def reset_parameters(self) -> None:
-        """Reset the running statistics; weight 1, bias 0."""
+        """Reset the running statistics, and set the weight to 1 and the bias to 0."""
         self._write(running_mean=0, running_var=1, num_batches_tracked=0, weight=1, bias=0)
 
     def _write(self, **values: Any) -> None:
-        """Write numbers or arrays to those parameters and buffers that there are: to all, or to none.
+        """Write numbers or arrays to the parameters and buffers that are not ``None``: to all, or to none.
 
         Raises:
-            ValueError: one is read-only, or shares memory with another.
+            ValueError: one of them is read-only, or shares memory with another.
         """
         targets = {name: array for name in values if (array := getattr(self, name)) is not None}
         with spec.on_device_of(next(iter(targets.values()), None)):
@@ -236,14 +237,14 @@ class BatchNorm:
             commit(list(targets.values()), [values[name] for name in targets])
 
     def init_identity_(self, x: Array) -> BatchNorm:
-        """Make the layer the identity (then its activation) on a batch, in training and in evaluation mode.
+        """Make the layer the identity on a batch (followed by its activation), in training and in evaluation mode.
 
-        Sets weight = sqrt(var + eps) and bias = mean, and the running statistics to the batch's mean and biased
-        variance, so that the layer can be put behind a trained one without changing the network (Ioffe & Szegedy
+        This sets weight = sqrt(var + eps) and bias = mean, and the running statistics to the mean and biased variance
+        of the batch. So the layer can be inserted after a trained one without changing the network (Ioffe & Szegedy
         2015, section 3).
 
         Raises:
-            ValueError: the layer has no weight or no bias, or what would be written is read-only or shares memory.
+            ValueError: the layer has no weight or no bias, or an array to write is read-only or shares memory.
         """
         if self.weight is None or self.bias is None:
             raise ValueError(f"an identity needs weight and bias, got {self!r}")
@@ -255,25 +256,24 @@ class BatchNorm:
         return self
 
     def state_dict(self) -> dict[str, Array]:
-        """Return copies of parameters and buffers under torch's names."""
+        """Return copies of the parameters and buffers by their names in torch."""
         return {name: getattr(self, name).copy() for name in STATE if getattr(self, name) is not None}
 
     def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
-        """Copy parameters and buffers from arrays under torch's names.
+        """Copy parameters and buffers from arrays, by their names in torch.
 
         A state without ``num_batches_tracked`` (from before torch 0.4.1) leaves the counter as it is.
 
         Raises:
-            ValueError: a missing or unexpected key (if ``strict``); an array of the wrong shape, or whose values are no
-                real numbers, or a counter that is no whole number; a parameter or buffer that is read-only. Nothing
-                has been copied then.
+            ValueError: a key is missing or unexpected (if ``strict``); an array has the wrong shape or no real numbers;
+                the counter is not a whole number; a parameter or buffer is read-only. Nothing has been copied then.
         """
         own = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
         missing = [name for name in own if name not in state and name != "num_batches_tracked"]
         unexpected = [name for name in state if name not in own]
         if strict and (missing or unexpected):
             raise ValueError(f"state of {self!r}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
-        values = {name: _like(name, own[name], state[name]) for name in own if name in state}
+        values = {name: _converted(name, own[name], state[name]) for name in own if name in state}
         for name, value in values.items():
             if value.shape != own[name].shape:
                 raise ValueError(f"state of {self!r}: {name} should have shape {own[name].shape}, got {value.shape}")
@@ -292,12 +292,16 @@ class BatchNorm:
         return f"{type(self).__name__}({text})"
 
 
-def _like(name: str, own: Array, value: Any) -> Array:
-    """Return an array of ``own``'s library."""
+def _converted(name: str, own: Array, value: Any) -> Array:
+    """Return a value of a state as an array of real numbers in ``own``'s library.
+
+    Raises:
+        ValueError: it has a mask, or its values are not valid for the parameter or buffer ``name``.
+    """
     if isinstance(value, np.ma.MaskedArray):
         raise ValueError(f"{name} should be an array without a mask, got {type(value).__name__}")
     try:
-        value = _array(own, value)
+        value = _as_array(own, value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} should be an array of numbers, got {type(value).__name__}: {error}") from error
     if not (value.dtype.kind in "biuf" or spec.dtype_name(value) == "bfloat16"):
@@ -308,13 +312,13 @@ def _like(name: str, own: Array, value: Any) -> Array:
             raise ValueError(f"{name} should be a whole number, 0 or more, got {value}")
     if spec.is_cupy(value) or not spec.is_cupy(own):
         return value
-    with spec.on_device_of(own):  # CuPy's arrays do not take NumPy's
+    with spec.on_device_of(own):  # a NumPy array cannot be assigned to a CuPy array
         return registry.load("cupy").xp.asarray(value)  # type: ignore[attr-defined]
 
 
-def _array(own: Array, value: Any) -> Array:
-    """Return an array of ``own``'s library, if it has one of NumPy's or its own."""
-    if hasattr(value, "detach"):  # a torch tensor: NumPy takes none that requires a gradient, and no bfloat16
+def _as_array(own: Array, value: Any) -> Array:
+    """Return a value as a NumPy array; a CuPy array stays one if ``own`` is one, too."""
+    if hasattr(value, "detach"):  # a torch tensor; NumPy cannot convert one that requires a gradient or is bfloat16
         value = value.detach().to("cpu")
         value = value.double().numpy() if value.is_floating_point() else value.numpy()
     if not spec.is_cupy(value):

@@ -1,8 +1,8 @@
-"""Which backend serves a call: by the type of the arrays, or by name.
+"""The choice of a backend, by the type of the arrays or by name.
 
-Whoever passes an array has imported its library already, so the type tells which library it is. Of the backends for one
-kind of array the first whose packages are there serves it: on a CPU ``cpu`` where Numba is, else ``numpy``. A backend's
-module, which alone imports its library, is loaded when the backend is first asked for.
+A caller that passes an array has imported its library already, so its type tells the library. Of the backends for one
+kind of array, the first whose packages are installed serves it: on a CPU ``cpu`` with Numba, else ``numpy``. Only the
+module of a backend imports its library; it is loaded when the backend is first needed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,16 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One backend for one kind of array: its name, the array's library, and its module.
+    """A backend for one kind of array.
 
-    ``device`` is the type of the devices it serves, for a library with arrays on several. ``differentiable`` is a
-    module whose ``front_door`` takes the front door's calls, for a library that differentiates. ``packages`` are
-    those that it needs beside a GPU.
+    Attributes:
+        name: the name of the backend.
+        library: the array library.
+        array: the type of the arrays.
+        module: the module of the backend.
+        device: the type of the devices that it serves, for a library with several.
+        differentiable: for a library that differentiates, the module whose ``front_door`` serves ``batch_norm``.
+        packages: the packages that it needs.
     """
 
     name: str
@@ -54,9 +59,9 @@ class Row:
 
 
 EXTRAS = {"numba": "cpu", "triton": "torch"}
-"""What installs a package, where that is not called like it."""
+"""The extra that installs a package, where it has another name."""
 BROKEN = (ImportError, OSError, RuntimeError, SystemError, AttributeError, ValueError)
-"""What an import raises where an installation, or a setting of a library's, is broken."""
+"""The exceptions of an import if the installation or a setting of a library is broken."""
 _TENSOR = {"library": "torch", "array": "torch.Tensor", "differentiable": "gpu_bn.nn.functional"}
 ROWS = (
     Row("cpu", "numpy", "numpy.ndarray", "gpu_bn.backends.cpu.backend", packages=("numba",)),
@@ -67,30 +72,30 @@ ROWS = (
     Row("triton", module="gpu_bn.backends.triton.backend", device="cuda", packages=("torch", "triton"), **_TENSOR),
     Row("cupy", module="gpu_bn.backends.cupy.tensors", device="cuda", packages=("torch", "cupy"), **_TENSOR),
 )
-"""The first available row for a kind of array serves it; the others serve when they are asked for."""
+"""The first available row for a kind of array is its default; the others are used by name only."""
 TORCH = "torch"
-"""This name stands for whichever backend serves torch's tensors on the CPU."""
+"""The name of whichever backend serves torch tensors on the CPU."""
 NAMES = tuple(dict.fromkeys([*(row.name for row in ROWS), TORCH]))
 NOT_PLAIN = {"numpy.ma.MaskedArray", "numpy.ma.core.MaskedArray", "numpy.matrix", "numpy.matrixlib.defmatrix.matrix"}
-"""Kinds of array whose mask would be ignored, or whose shape cannot be changed."""
+"""Subclasses that are refused: their masks would be ignored, or their shape is always 2-D."""
 
 
 def select(backend: str | Backend | None, **arrays: Any) -> Backend:
-    """Return the backend for a call's arrays; the first must be there, the others do not count if they are ``None``.
+    """Return the backend for the arrays of a call; all but the first may be ``None``.
 
     ``backend`` is a name from :data:`NAMES`, a :class:`~gpu_bn.backends.protocol.Backend`, or ``None`` for the one
     that serves the arrays' library.
 
     Raises:
-        TypeError: an array of no known library, or arrays of several, or on several devices.
-        ValueError: an unknown backend name, or a backend that does not serve these arrays.
+        TypeError: an array is of no known library, or the arrays are of several libraries or on several devices.
+        ValueError: the backend's name is unknown, or it does not serve these arrays.
         BackendUnavailableError: the backend is known but not available.
     """
     return resolve(backend, find_row(backend, **arrays))
 
 
 def resolve(backend: Any, row: Row | None) -> Backend:
-    """Return the backend that was asked for, which is ``row``'s if :func:`find_row` has found one."""
+    """Return the backend of the row that :func:`find_row` returned; for ``None``, the given ``backend`` itself."""
     if row is not None:
         return load(row.name, row.library)
     given: Backend = backend
@@ -98,24 +103,24 @@ def resolve(backend: Any, row: Row | None) -> Backend:
 
 
 def find_row(backend: str | Backend | None, **arrays: Any) -> Row | None:
-    """Return the row of :func:`select`'s backend, which is not loaded; ``None`` for one that is given itself.
+    """Return the row of the backend that :func:`select` returns, without loading it; ``None`` for a backend object.
 
     Raises:
-        TypeError, ValueError: as :func:`select`.
+        TypeError, ValueError: for the reasons given at :func:`select`.
     """
     required = next(iter(arrays))
     kinds = {name: _rows_for(name, array) for name, array in arrays.items() if array is not None or name == required}
     rows = kinds[required]
-    for name, each in kinds.items():
-        if each[0].device:  # torch's
+    for name, array_rows in kinds.items():
+        if array_rows[0].device:  # a torch tensor
             spec.check_strided(name, arrays[name])
-    places = [arrays[name].device if rows[0].device else None for name, rows in kinds.items()]
-    if any(other != rows for other in kinds.values()) or any(place != places[0] for place in places):
-        found = ", ".join(
-            f"{name} is a {rows[0].array}" + ("" if place is None else f" on {place}")
-            for (name, rows), place in zip(kinds.items(), places, strict=True)
+    devices = [arrays[name].device if rows[0].device else None for name, rows in kinds.items()]
+    if any(other != rows for other in kinds.values()) or any(device != devices[0] for device in devices):
+        got = ", ".join(
+            f"{name} is a {rows[0].array}" + ("" if device is None else f" on {device}")
+            for (name, rows), device in zip(kinds.items(), devices, strict=True)
         )
-        raise TypeError(f"expected all arrays in one library and on one device, got: {found}")
+        raise TypeError(f"expected all arrays in one library and on one device, got: {got}")
     if backend is not None and not isinstance(backend, str):
         if not hasattr(backend, "normalize"):
             raise TypeError(f"backend should be a name or a Backend, got {type(backend).__name__}")
@@ -131,30 +136,30 @@ def find_row(backend: str | Backend | None, **arrays: Any) -> Row | None:
 
 
 def _interpreted(row: Row, given: Row) -> bool:
-    """Tell whether Triton's interpreter runs a backend's kernels, which it does where the tensors of ``given`` are."""
+    """Tell whether Triton's interpreter runs the kernels of ``row`` on the CPU tensors of ``given``."""
     interprets = row.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return interprets and (given.library, given.device) == (row.library, "cpu")
 
 
 def backend_for(array: Any) -> Backend:
-    """Return the backend for an array of a known library."""
+    """Return the default backend of an array."""
     row = _first(_rows_for("input", array))
     return load(row.name, row.library)
 
 
 def is_known_by_type(array: Any) -> bool:
-    """Tell whether an array's type tells which backend serves it, wherever it is."""
+    """Tell whether the type of an array alone, without its device, determines its backend."""
     kind: Any = type(array)
     return not any(_rows_by_device(kind))
 
 
 def default_name(array: Any) -> str:
-    """Return the name of the backend that serves an array of a known library unless another is asked for."""
+    """Return the name of the default backend of an array."""
     return _first(_rows_for("input", array)).name
 
 
 def differentiable(array: Any, backend: str | Backend | None) -> ModuleType | None:
-    """Return the module whose ``batch_norm`` serves an array of a library that differentiates; ``None`` for others.
+    """Return the module that serves arrays of a library that differentiates; ``None`` for other libraries.
 
     A :class:`~gpu_bn.backends.protocol.Backend` given as an object is used as it is, without gradients.
     """
@@ -168,10 +173,10 @@ def differentiable(array: Any, backend: str | Backend | None) -> ModuleType | No
 
 @cache
 def load(name: str, library: str | None = None) -> Backend:
-    """Return the backend of a name, for an array library; ``None`` is the first that it serves.
+    """Return the backend of a name for an array library; ``None`` stands for the first library that it serves.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
         BackendUnavailableError: the backend is not available; the message says why.
     """
     rows = _rows(name)
@@ -191,7 +196,7 @@ def load(name: str, library: str | None = None) -> Backend:
 
 
 def install(row: Row, missing: str = "") -> str:
-    """Return the command that installs what a backend needs: the package that is missing, or all."""
+    """Return the command that installs the missing package of a backend, or its last one if none is named."""
     extra = missing if missing in row.packages else row.packages[-1]
     return f"pip install -e '.[{EXTRAS.get(extra, extra)}]'"
 
@@ -207,17 +212,17 @@ def _rows(name: str) -> list[Row]:
 
 @cache
 def _first(rows: tuple[Row, ...]) -> Row:
-    """Return the row that serves a kind of array unless another is asked for."""
+    """Return the default of the rows for one kind of array: the first that is available, else the first."""
     return next((row for row in rows if not unavailable_reason(row)), rows[0])
 
 
 @cache
 def unavailable_reason(row: Row) -> str:
-    """Say why a backend's packages are not there; empty if they are.
+    """Return why a backend's packages cannot be used; empty if they can.
 
-    Only Numba is imported, not just looked for: an installed one may refuse the installed NumPy.
+    Packages are looked up, not imported, except Numba, for it may refuse the installed NumPy.
     """
-    absent = [package for package in row.packages if not _is_there(package)]
+    absent = [package for package in row.packages if not _is_installed(package)]
     if absent:
         return f"not installed: {', '.join(absent)}"
     if "numba" in row.packages:
@@ -228,13 +233,17 @@ def unavailable_reason(row: Row) -> str:
     return ""
 
 
-def _is_there(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     """Tell whether a package has been imported or can be found."""
     return sys.modules[package] is not None if package in sys.modules else find_spec(package) is not None
 
 
 def _rows_for(name: str, array: Any) -> tuple[Row, ...]:
-    """Return the rows for an array's type and device: the one place where a device decides."""
+    """Return the rows for the type and device of an array.
+
+    Raises:
+        TypeError: the type or the device is unknown.
+    """
     kind: Any = type(array)
     by_device = _rows_by_device(kind)
     if not by_device:
@@ -242,33 +251,33 @@ def _rows_for(name: str, array: Any) -> tuple[Row, ...]:
         raise TypeError(f"{name} should be an array ({kinds}), got {kind.__module__}.{kind.__qualname__}")
     if "" in by_device:
         return by_device[""]
-    device = "cpu" if array.is_cpu else array.device.type  # the device's text takes longer to make
+    device = "cpu" if array.is_cpu else array.device.type  # is_cpu is faster than device.type
     if device not in by_device:
         raise TypeError(f"{name} should be on one of {', '.join(by_device)}, got {device}")
     return by_device[device]
 
 
 def is_named(kind: Any) -> bool:
-    """Tell whether a type is one of the rows' own, which live as long as their libraries."""
+    """Tell whether a type is itself in the table, not a subclass; such types live as long as their libraries."""
     name = f"{kind.__module__}.{kind.__qualname__}"
     return any(row.array == name for row in ROWS)
 
 
-_FOUND: dict[Any, dict[str, tuple[Row, ...]]] = {}
+_ROWS_BY_TYPE: dict[Any, dict[str, tuple[Row, ...]]] = {}
 
 
 def _rows_by_device(kind: Any) -> dict[str, tuple[Row, ...]]:
-    """Return the rows that serve a type. Those of the libraries' own types are remembered; other types may go away."""
-    rows = _FOUND.get(kind)
+    """Return the rows that serve a type, by device. They are kept for the types in the table only."""
+    rows = _ROWS_BY_TYPE.get(kind)
     if rows is None:
         rows = _find_rows(kind)
         if is_named(kind):
-            _FOUND[kind] = rows
+            _ROWS_BY_TYPE[kind] = rows
     return rows
 
 
 def _find_rows(kind: Any) -> dict[str, tuple[Row, ...]]:
-    """Find the rows whose array type is the nearest of a type's bases. Another base may change what an array means."""
+    """Return the rows whose array type is the nearest base class of a type; none for the types in ``NOT_PLAIN``."""
     names = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
     if NOT_PLAIN.intersection(names):
         return {}

@@ -181,8 +181,8 @@ def test_one_device_for_all_tensors():
         ({"saved": (X,)}, TypeError, "saved should be what batch_norm_forward returned, got tuple"),
         ({"need": ["dz"]}, ValueError, "unknown gradient 'dz', expected some of dx, dweight, dbias, dresidual"),
         ({"need": "dy"}, ValueError, "unknown gradient 'dy'"),
-        ({"need": ["dx", "dbias"]}, ValueError, "dbias was asked for, but the forward call had no bias"),
-        ({"need": ["dresidual"]}, ValueError, "dresidual was asked for, but the forward call had no residual"),
+        ({"need": ["dx", "dbias"]}, ValueError, "dbias was requested, but the forward call had no bias"),
+        ({"need": ["dresidual"]}, ValueError, "dresidual was requested, but the forward call had no residual"),
         (
             {"backend": "cupy"},
             ValueError,

@@ -252,7 +252,7 @@ def test_a_layer_keeps_its_input_between_a_training_forward_and_its_backward_onl
     assert layer._saved.x is x
     layer.backward(x)
     assert layer._saved is None
-    with pytest.raises(RuntimeError, match="backward needs a forward call before it, in training mode and its own"):
+    with pytest.raises(RuntimeError, match="backward needs a call of forward in training mode since the last backward"):
         layer.backward(x)
     layer(x)
     layer.eval()(x)

@@ -255,7 +255,7 @@ def test_a_residual_gets_its_gradient():
 
 
 def test_backward_without_forward_is_refused():
-    with pytest.raises(RuntimeError, match="backward needs a forward call before it"):
+    with pytest.raises(RuntimeError, match="backward needs a call of forward"):
         gpu_bn.BatchNorm(3).backward(data())
 
 

@@ -66,7 +66,7 @@ def test_cupy_serves_cuda_tensors_where_triton_is_not_installed(monkeypatch):
     rows = tuple(row for row in registry.ROWS if row.device == "cuda")
     monkeypatch.setattr(registry, "unavailable_reason", registry.unavailable_reason.__wrapped__)
     for absent, serves in (("", "triton"), ("triton", "cupy")):
-        monkeypatch.setattr(registry, "_is_there", lambda package, absent=absent: package != absent)
+        monkeypatch.setattr(registry, "_is_installed", lambda package, absent=absent: package != absent)
         assert registry._first.__wrapped__(rows).name == serves
 
 
