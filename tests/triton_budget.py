@@ -124,11 +124,13 @@ def launches(call: str, arch: int) -> dict[str, Any]:
 @cache
 def _launches(call: str, slow: bool) -> dict[str, Any]:
     import torch
-    from support.triton_variants import recorded
+    from support.triton_variants import record_launches
 
     shape, columns, tier = CALLS[call]
     x = torch.empty(shape, dtype=torch.float16)
-    found = recorded(x.permute(0, 2, 1) if columns else x, 89 if slow else 80, sms=128, tier=tier, activation="relu")
+    found = record_launches(
+        x.permute(0, 2, 1) if columns else x, 89 if slow else 80, sms=128, tier=tier, activation="relu"
+    )
     return {_label(step.kernel.__name__, special): (step, special) for step, special in found}
 
 
@@ -158,9 +160,9 @@ def architectures(kernel: str) -> list[int]:
 def measured(arch: int, step: Any, special: Any) -> Found:
     """Compile the kernel of a launch, and return its figures."""
     from emulator.compile import triton_cubin
-    from support.triton_variants import compiled_with
+    from support.triton_variants import compiler_options
 
-    (machine,) = disassemble(triton_cubin(step.kernel, arch, **compiled_with(special))).values()
+    (machine,) = disassemble(triton_cubin(step.kernel, arch, **compiler_options(special))).values()
     found, threads = machine.figures(VECTOR), 32 * step.num_warps
     blocks = blocks_per_sm(arch, threads, found.registers, found.shared_bytes)
     instructions, double, in_flight = found.instructions, found.double, found.in_flight

@@ -106,10 +106,10 @@ def _one_of_each(launches: dict[str, Any], arch: int) -> Iterator[tuple[int, Any
 def attempt(arch: int, step: Any, special: Any) -> str:
     """Compile a kernel to PTX; return an error message, empty if there is no error."""
     from emulator.compile import compile_triton
-    from support.triton_variants import compiled_with
+    from support.triton_variants import compiler_options
 
     try:
-        compile_triton(step.kernel, arch, **compiled_with(special), resources=False)
+        compile_triton(step.kernel, arch, **compiler_options(special), resources=False)
     except Exception as error:
         return f"{step.kernel.__name__} for sm_{arch}: {type(error).__name__}: {error}".replace("\0", " ")
     return ""

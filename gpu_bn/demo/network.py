@@ -64,12 +64,12 @@ class HiddenValues(NamedTuple):
 
     Attributes:
         raw: the output of the linear layer.
-        given: the input of the sigmoid: ``raw``, or its normalisation.
+        sigmoid_input: the input of the sigmoid: ``raw``, or its normalisation.
         output: the output of the sigmoid, which is the input of the next layer.
     """
 
     raw: Array
-    given: Array
+    sigmoid_input: Array
     output: Array
 
 
@@ -130,11 +130,11 @@ class Network:
     def watch(self, x: Array) -> Iterator[HiddenValues]:
         """Yield the values in each hidden layer for a batch in training, without changing the layers."""
         for linear, hidden in zip(self.layers[:-1:2], self.hidden, strict=True):
-            raw = given = x @ linear.weight + linear.bias
+            raw = sigmoid_input = x @ linear.weight + linear.bias
             if isinstance(hidden, BatchNorm):
-                given = batch_norm(raw, None, None, hidden.weight, hidden.bias, True, eps=hidden.eps)
-            x = sigmoid(self.xp, given)
-            yield HiddenValues(raw, given, x)
+                sigmoid_input = batch_norm(raw, None, None, hidden.weight, hidden.bias, True, eps=hidden.eps)
+            x = sigmoid(self.xp, sigmoid_input)
+            yield HiddenValues(raw, sigmoid_input, x)
 
 
 def sigmoid(xp: Any, x: Array) -> Array:

@@ -14,7 +14,7 @@ from gpu_bn.demo.training import EVERY
 
 ROWS = 7
 """The most rows of the table of training."""
-KINDS = {"raw": "before BN", "given": "into the sigmoid", "output": "out of the sigmoid, into h2"}
+KINDS = {"raw": "before BN", "sigmoid_input": "into the sigmoid", "output": "out of the sigmoid, into h2"}
 
 
 def training_table(runs: Runs) -> Table:

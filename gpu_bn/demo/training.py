@@ -97,7 +97,7 @@ def record(history: History, step: int, net: Network, data: Digits) -> None:
     history.accuracy.append(100 * float(right.mean()))
     for kind, values in h1._asdict().items():
         history.moments[kind].append(host(xp.stack([values.mean(0), values.std(0)])))
-    history.bands.append(host(xp.percentile(h2.given, xp.asarray(PERCENTILES), axis=0)))
+    history.bands.append(host(xp.percentile(h2.sigmoid_input, xp.asarray(PERCENTILES), axis=0)))
 
 
 def host(array: Array) -> np.ndarray[Any, Any]:

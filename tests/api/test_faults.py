@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import rng, running_pair, same_bits
-from support.injection import INJECTIONS, at_c_call, injected
+from support.injection import INJECTIONS, at_c_call, run_with_error
 
 import gpu_bn
 from gpu_bn import functional
@@ -43,7 +43,7 @@ def test_statistics_are_all_old_or_all_new(options, install, place, error, backe
     while True:
         running, given = running_pair(3), x.copy()
         call = lambda: gpu_bn.batch_norm(given, *running, training=True, backend=backend, **options)  # noqa: B023, E731
-        raised, _ = injected(call, install, place(number, error), error)
+        raised, _ = run_with_error(call, install, place(number, error), error)
         assert np.array_equal(given, x)
         state = [[same_bits(mine, other) for mine, other in zip(running, which, strict=True)] for which in (old, new)]
         assert [True, True] in state, (number, running)
@@ -64,7 +64,7 @@ def test_the_counter_moves_with_the_statistics(install, place, error, backend):
     new = whole.state_dict()
     while True:
         layer = gpu_bn.BatchNorm(3, momentum=None, backend=backend)
-        raised, _ = injected(lambda: layer(x), install, place(number, error), error)  # noqa: B023
+        raised, _ = run_with_error(lambda: layer(x), install, place(number, error), error)  # noqa: B023
         state = layer.state_dict()
         assert same_bits(state, old) or same_bits(state, new), number
         if not raised:
@@ -81,7 +81,7 @@ def test_gradients_are_added_all_or_none(install, place, error):
         saved = layer.forward_saving(x)[1]
         layer.backward(x, saved)
         once = dict(layer.grad)
-        raised, _ = injected(lambda: layer.backward(x, saved), install, place(number, error), error)  # noqa: B023
+        raised, _ = run_with_error(lambda: layer.backward(x, saved), install, place(number, error), error)  # noqa: B023
         states.append({name: float(np.abs(layer.grad[name]).sum() / np.abs(once[name]).sum()) for name in once})
         assert len({round(state) for state in states[-1].values()}) == 1, number
         if not raised:
@@ -99,7 +99,7 @@ def test_a_state_is_loaded_whole_or_not(install, place, error):
     while True:
         layer = gpu_bn.BatchNorm(3)
         old = layer.state_dict()
-        raised, _ = injected(lambda: layer.load_state_dict(state), install, place(number, error), error)  # noqa: B023
+        raised, _ = run_with_error(lambda: layer.load_state_dict(state), install, place(number, error), error)  # noqa: B023
         assert same_bits(layer.state_dict(), old) or same_bits(layer.state_dict(), state)
         if not raised:
             break
@@ -126,7 +126,7 @@ def test_an_output_in_the_inputs_place_is_all_old_or_all_new_when_memory_runs_ou
     number, reached, outcomes = 0, True, Counter()
     while reached:
         x = fresh()
-        raised, seen = injected(lambda: call(x), sys.setprofile, at_c_call(number, MemoryError()), MemoryError())  # noqa: B023
+        raised, seen = run_with_error(lambda: call(x), sys.setprofile, at_c_call(number, MemoryError()), MemoryError())  # noqa: B023
         assert same_bits(x, old) or same_bits(x, new), number
         outcomes[raised, same_bits(x, new)] += 1
         reached = seen > number

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from emulator import Checks, Device
 from support import rng
-from support.injection import at_c_call, at_line, injected
+from support.injection import at_c_call, at_line, run_with_error
 
 import gpu_bn
 
@@ -38,7 +38,7 @@ def require_all_or_nothing(own, options, **how):
         x, mean, var = (own(array) for array in (data(), np.zeros(3, np.float32), np.ones(3, np.float32)))
         error = MemoryError()
         call = lambda: gpu_bn.batch_norm(x, mean, var, training=True, out=x, **options, **how)  # noqa: E731
-        raised, places = injected(call, sys.setprofile, at_c_call(number, error), error)
+        raised, places = run_with_error(call, sys.setprofile, at_c_call(number, error), error)
         return raised, places, [np.asarray(one).tobytes() for one in (x, mean, var)]
 
     attempt(-1)
@@ -76,7 +76,7 @@ def test_ctrl_c_between_the_statistics_of_an_emulated_gpu(make_gpu):
         """A new mean and variance, whether Ctrl-C was noticed, and how many lines there were."""
         mean, var = map(gpu.asarray, start)
         call = partial(gpu_bn.batch_norm, x, mean, var, training=True, renorm=(2.0, 1.0))
-        raised, lines = injected(call, sys.settrace, at_line(number, KeyboardInterrupt()), KeyboardInterrupt())
+        raised, lines = run_with_error(call, sys.settrace, at_line(number, KeyboardInterrupt()), KeyboardInterrupt())
         return mean.get(), var.get(), raised, lines
 
     attempt(-1)

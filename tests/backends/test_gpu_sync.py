@@ -16,7 +16,7 @@ from emulator import EmulatorError
 torch = pytest.importorskip("torch", reason="SyncBatchNorm takes torch tensors: pip install torch")
 
 from support import gpu_sync_faults
-from support.cupy_on_emulator import for_tensors
+from support.cupy_on_emulator import backend_for_tensors
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,7 +50,7 @@ def triton(request):
 def cupy(request):
     """The same of CuPy's, which serves CUDA tensors where Triton is not installed."""
     make_gpu, monkeypatch = map(request.getfixturevalue, ("make_gpu", "monkeypatch"))
-    backend = for_tensors(make_gpu(80), monkeypatch)
+    backend = backend_for_tensors(make_gpu(80), monkeypatch)
     return backend, lambda: [re.search(r"bn_[a-z_]+_kernel", name)[0] for name in backend.gpu.launched]
 
 

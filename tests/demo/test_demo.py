@@ -87,7 +87,7 @@ def test_watching_sees_what_training_computes_and_leaves_no_trace(variant):
             np.testing.assert_array_equal(value, state[name])
     last = net.layers[-1]
     np.testing.assert_allclose(h2.output @ last.weight + last.bias, net.forward(x), atol=1e-5)
-    assert (h1.raw is h1.given) == (variant == "none")
+    assert (h1.raw is h1.sigmoid_input) == (variant == "none")
 
 
 def test_softmax_and_cross_entropy_do_not_overflow():

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from support.injection import INJECTIONS, PACKAGE, injected
+from support.injection import INJECTIONS, PACKAGE, run_with_error
 
 import gpu_bn
 from gpu_bn import (
@@ -94,7 +94,7 @@ def test_statistics_and_counter_are_all_old_or_all_new(call, install, place, err
     number = 0
     while True:
         layer = fresh()
-        raised, _ = injected(partial(call, layer), install, place(number, error), error)
+        raised, _ = run_with_error(partial(call, layer), install, place(number, error), error)
         state = state_of(layer)
         assert same(state, old) or same(state, new), (number, state)
         if not raised:
@@ -132,7 +132,7 @@ def test_a_counter_moves_with_what_kernels_write_wherever_ctrl_c_strikes(fails):
             statistic += 1
             return "y"
 
-        raised, _ = injected(
+        raised, _ = run_with_error(
             partial(swallowing, algorithm.increment_and_call, counter, launch),
             sys.settrace,
             interrupt_at(number),
@@ -161,7 +161,7 @@ def test_a_layer_on_an_emulated_gpu_counts_what_it_has_tracked(make_gpu):
     while raised:
         layer.num_batches_tracked[...] = 0
         layer.running_mean[...] = gpu.asarray(np.zeros(3, np.float32))
-        raised, _ = injected(partial(layer, x), sys.settrace, interrupt_at(number), KeyboardInterrupt())
+        raised, _ = run_with_error(partial(layer, x), sys.settrace, interrupt_at(number), KeyboardInterrupt())
         moved = bool((layer.running_mean.get() == first).all())
         assert moved or not layer.running_mean.get().any()
         assert moved == (layer.num_batches_tracked.get() == 1), number

@@ -61,7 +61,7 @@ def together(two, name, key, at=None):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_half_inputs_and_channels_last(two, dtype):
     layer = nn.BatchNorm(3, activation="relu")
-    x = scenarios.mine(0, 2, 3, 9, 7, dtype=dtype)[1].requires_grad_()
+    x = scenarios.split_batch(0, 2, 3, 9, 7, dtype=dtype)[1].requires_grad_()
     y = layer(x)
     (dx,) = torch.autograd.grad(y, x, y.detach())
     for at, expected in enumerate((y.detach(), dx)):
@@ -73,13 +73,13 @@ def test_half_inputs_and_channels_last(two, dtype):
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 2, 3, 4)], ids=len)
 def test_inputs_of_any_rank(two, shape):
-    expected = nn.BatchNorm(3, dtype=torch.float64)(scenarios.mine(0, 2, *shape)[1])
+    expected = nn.BatchNorm(3, dtype=torch.float64)(scenarios.split_batch(0, 2, *shape)[1])
     assert_close(together(two, "numerics", len(shape)), expected.detach())
 
 
 def test_one_position_on_each_process_is_a_batch(two):
     layer = nn.BatchNorm(3, dtype=torch.float64)
-    expected = layer(scenarios.mine(0, 2, 3, size=2)[1])
+    expected = layer(scenarios.split_batch(0, 2, 3, size=2)[1])
     assert_close(together(two, "numerics", "one each", 0), expected.detach())
     assert_close(two[1]["numerics"]["one each"][1], layer.state_dict())
 
@@ -93,21 +93,21 @@ def test_nothing_on_any_process_changes_nothing_but_the_counter(two):
 
 
 def test_squares_beyond_float32_on_one_process(two):
-    x = scenarios.mine(0, 2, 3, 64, dtype=torch.float32)[1].double()
+    x = scenarios.split_batch(0, 2, 3, 64, dtype=torch.float32)[1].double()
     x[:3] *= 1e20
     x[3:] *= 1e25
     assert_close(together(two, "numerics", "wide"), nn.BatchNorm(3).double()(x).detach().float())
 
 
 def test_a_frozen_layer_waits_for_nobody(two):
-    x = scenarios.mine(0, 2, 3)[0]
+    x = scenarios.split_batch(0, 2, 3)[0]
     assert_close(two[0]["numerics"]["frozen"], nn.BatchNorm(3, dtype=torch.float64).eval()(x).detach())
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 def test_double_backward(two, activation):
     norm = nn.BatchNorm(3, dtype=torch.float64, activation=activation)
-    expected = scenarios.penalty(norm, *(scenarios.mine(0, 2, 3, 4, seed=seed)[1] for seed in range(3)))
+    expected = scenarios.penalty(norm, *(scenarios.split_batch(0, 2, 3, 4, seed=seed)[1] for seed in range(3)))
     for at, whole in enumerate(expected):
         parts = [result["second"][activation][at] for result in two]
         assert_close(torch.cat(parts) if whole.dim() > 1 else sum(parts), whole)
@@ -140,8 +140,8 @@ def test_two_forward_calls_before_a_backward_call_in_ddp(two):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), nn.BatchNorm1d(4, activation="relu")).double()
     for which, batches in enumerate(
         (
-            [scenarios.mine(rank, 2, 3, seed=seed)[0] for rank in range(2) for seed in range(2)],
-            [scenarios.mine(0, 2, 3, seed=seed)[1] for seed in range(2)],
+            [scenarios.split_batch(rank, 2, 3, seed=seed)[0] for rank in range(2) for seed in range(2)],
+            [scenarios.split_batch(0, 2, 3, seed=seed)[1] for seed in range(2)],
         )
     ):
         model.zero_grad()
@@ -152,7 +152,7 @@ def test_two_forward_calls_before_a_backward_call_in_ddp(two):
 
 def test_a_group_of_one_and_a_process_outside_are_alone(two):
     for rank, result in enumerate(two):
-        x = scenarios.mine(rank, 2, 3)[0]
+        x = scenarios.split_batch(rank, 2, 3)[0]
         assert_close(result["inside_a_group"], nn.BatchNorm(3, dtype=torch.float64)(x).detach())
 
 
@@ -205,7 +205,7 @@ def test_population_statistics_of_layers_that_share_a_batch(two):
 
 def test_micro_batches_of_all_processes_make_one_update(two):
     layer = nn.BatchNorm(3, dtype=torch.float64)
-    layer(scenarios.mine(0, 2, 3, 4)[1])
+    layer(scenarios.split_batch(0, 2, 3, 4)[1])
     for result in two:
         assert_close(result["accumulated"], layer.state_dict(), rtol=1e-13, atol=1e-13)
 

@@ -66,7 +66,7 @@ def test_the_covering_set_has_every_pair(family, meet):
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.usefixtures("compile_cuda")
-@pytest.mark.parametrize("group", CUDA.drawn(1), ids=str)
+@pytest.mark.parametrize("group", CUDA.sample(1), ids=str)
 def test_drawn_cuda_kernels(group):
     CUDA.check(group)
 
@@ -74,7 +74,7 @@ def test_drawn_cuda_kernels(group):
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.usefixtures("compile_triton")
-@pytest.mark.parametrize("group", TRITON.drawn(1) if TRITON else [], ids=str)
+@pytest.mark.parametrize("group", TRITON.sample(1) if TRITON else [], ids=str)
 def test_drawn_triton_kernels(group):
     TRITON.check(group)
 

@@ -1,4 +1,4 @@
-"""Stand in for a GPU, and for a timed call, in the tests of ``gpu-bn bench``."""
+"""Provide a simulated GPU and results of timed calls for the tests of ``gpu-bn bench``."""
 
 from gpu_bn import plan
 from gpu_bn.bench import cases, implementations, measurement, model, timing
@@ -8,7 +8,10 @@ EMULATED = plan.Device("emulated", 80, 4, 164 << 10, 163 << 10, 32 << 10, 1e9)
 
 
 class VirtualGpu:
-    """Count time by a clock of its own: queueing a call takes the CPU ``host_cycles``, running it ``work_cycles``."""
+    """A simulated GPU with its own clock. Queueing a call takes ``host_cycles`` on the CPU, running it ``work_cycles``.
+
+    ``done_things`` lists what was done.
+    """
 
     def __init__(self, host_cycles=0, work_cycles=1000):
         self.host_cycles, self.work_cycles = host_cycles, work_cycles
@@ -42,7 +45,7 @@ class VirtualGpu:
 
 
 class Clocked(VirtualGpu):
-    """Take no time for calls: their own time on the emulator does not count."""
+    """A simulated GPU on which time passes only when an event is recorded, 1000 cycles each."""
 
     library = "torch"
     device = EMULATED
@@ -60,9 +63,9 @@ class Clocked(VirtualGpu):
 
 
 def timed(by, seconds, tier="cta", **options):
-    """Make the result of a timed call; the plan is an A100's."""
+    """Return the result of a call that took ``seconds``, with the plan for an A100."""
     case = cases.Case((32, 256, 14, 14), operation=cases.OPERATIONS["forward"])
-    found = plan.plan(model.work_of(case), plan.DEVICES["a100"], tier)
+    a100_plan = plan.plan(model.work_of(case), plan.DEVICES["a100"], tier)
     timings = {"cold": timing.Timing(seconds, seconds, seconds, 1)}
     floor = model.work_of(case).floor_bytes
-    return measurement.Result(case, by, True, 0.1, timings=timings, plan=found, floor_bytes=floor, **options)
+    return measurement.Result(case, by, True, 0.1, timings=timings, plan=a100_plan, floor_bytes=floor, **options)

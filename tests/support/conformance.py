@@ -1,4 +1,4 @@
-"""Choose the cases that each backend of the conformance suite gets, in a normal and in a long run."""
+"""Choose the cases that the conformance suite runs on each backend, in a normal, a long and an exhaustive run."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from support.pairwise import covering
 
 SLOW, EXHAUSTIVE = pytest.mark.slow, pytest.mark.exhaustive
 Selected = Iterable[tuple[Case, Any]]
-"""Cases, each with its mark: none for the normal run."""
+"""Cases, each with its pytest mark; ``()`` for the normal run."""
 
 
 def nothing(_backend: Any, _case: Case) -> None:
-    """Require no more than right results."""
+    """Require nothing beside correct results."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Hold a backend under test.
+    """A backend under test.
 
     Attributes:
-        name: in the names of tests.
-        open: makes the backend, with the help of pytest's fixtures.
-        require: asserts what else holds after a case, such as the number of launches.
-        refuses: whether it may refuse a case by ``NoPlanError``.
+        name: the name of the backend in the names of tests.
+        open: creates the backend from pytest's fixtures.
+        require: asserts more after each case, such as the number of launches.
+        refuses: whether the backend may refuse a case by ``NoPlanError``.
     """
 
     name: str
@@ -60,10 +60,10 @@ def kernel_mark(activation: str, dtype: str) -> Any:
 
 
 def compiled_cases(step: int = 1) -> Selected:
-    """Return all cases, one in ``step`` for the normal run.
+    """Return all cases, with one in ``step`` in the normal run.
 
-    Kernels of each activation and dtype take half a second or more to compile. A normal run has each activation in
-    float32, each dtype with three activations; a long run a quarter of the rest.
+    The kernels of each activation and dtype take at least half a second to compile. So the normal run has all
+    activations in float32 only, and three activations in the other dtypes. The long run has a quarter of the others.
     """
     for index, case in enumerate(cases()):
         mark = kernel_mark(case.activation, case.dtype)
@@ -77,10 +77,10 @@ def torch_on_numpy(_request: pytest.FixtureRequest) -> Any:
     pytest.importorskip("torch")
     from gpu_bn.backends.torch_cpu import TorchBackend
 
-    class OfTensors(TorchBackend):
-        name = "torch"  # by which the suite sends it tensors
+    class NamedBackend(TorchBackend):
+        name = "torch"  # the name of its adapter
 
-    return OfTensors()
+    return NamedBackend()
 
 
 def torch_compiled(_request: pytest.FixtureRequest) -> str:
@@ -88,9 +88,9 @@ def torch_compiled(_request: pytest.FixtureRequest) -> str:
     return "torch"
 
 
-# ------------------------------------------------------------------------------------------ CuPy's, emulated
+# ------------------------------------------------------------------------------------------ CuPy, emulated
 TIERS = ((80, None), (80, "cta"), (80, "cooperative"), (80, "split"), (90, None), (90, "cluster"))
-"""Architectures, and a tier that is forced on training calls or None for the plan's own choice."""
+"""Architectures, each with a tier that is forced on training calls, or ``None`` if the planner chooses it."""
 CUPY = (
     (80, "cta", Case((4, 6, 5), param_dtype="bfloat16")),
     (80, "split", Case((4, 6, 5), "float16", param_dtype="float16")),
@@ -99,7 +99,8 @@ CUPY = (
     (90, "cta", Case((3, 2, 41, 8), activation="relu", mean=1e30, std=1e30, mode="train_no_stats")),
     (90, "cta", Case((3, 2, 41, 8), activation="relu", mean=1e-20, std=1e-20, eps=1e-50)),
 )
-"""In every run: 16-bit parameters, no parameters and two blocks a channel, a mask's slope, squares out of range."""
+"""The architecture, tier and case of calls in every run: parameters of 16 bits, no parameters with two blocks per
+channel, a slope with sign bits, squares out of range."""
 MANY_CHANNELS = 1000
 
 
@@ -121,25 +122,29 @@ def cupy_target(arch: int, tier: str | None) -> Target:
 
 
 def cupy_cases() -> Iterator[tuple[Target, Selected]]:
-    """Choose by tier: a seventh of the cases with all pairs of values in the normal run, the others in the long one."""
+    """Yield the targets of all tiers with their cases.
+
+    Of the pairwise covering cases, a seventh is in the normal run and the rest in the long one. All other cases are in
+    the exhaustive run.
+    """
     every = cases()
     runs = {}
     for index, case in enumerate(covering(every)):
-        # A tier that is forced on thousands of channels emulates as many blocks, for half a minute.
+        # With a forced tier, thousands of channels need as many emulated blocks, which takes half a minute.
         at = 0 if case.shape[case.channel_axis] > MANY_CHANNELS else index // 3 % len(TIERS)
         runs[case] = at, SLOW if index % 7 else ()
     for at, (arch, tier) in enumerate(TIERS):
-        found = [(case, runs[case][1] if runs.get(case, (None,))[0] == at else EXHAUSTIVE) for case in every]
+        selected = [(case, runs[case][1] if runs.get(case, (None,))[0] == at else EXHAUSTIVE) for case in every]
         special = [(case, ()) for *which, case in CUPY if which == [arch, tier]]
         if not at:
             marks = ((), EXHAUSTIVE, SLOW, EXHAUSTIVE)
             special += [(case, marks[index % 4]) for index, case in enumerate(extended_cases())]
-        yield cupy_target(arch, tier), dict([*found, *special]).items()
+        yield cupy_target(arch, tier), dict([*selected, *special]).items()
     for which in ((90, "cta"), (90, "split")):
         yield cupy_target(*which), [(case, ()) for arch, tier, case in CUPY if (arch, tier) == which]
 
 
-# ---------------------------------------------------------------------------------------- Triton's, emulated
+# ---------------------------------------------------------------------------------------- Triton, emulated
 FROZEN = Case((4, 6, 5, 7), mode="eval", activation="elu", residual=True, mean=1e4, std=1.0, param_dtype="float64")
 HUGE = Case((4, 6, 5, 7), activation="relu", mode="train_no_stats", mean=1e30, std=1e30)
 TRITON = (
@@ -171,9 +176,10 @@ TRITON = (
     (89, "split", Case((8, 3, 1111), "bfloat16", mean=1e4, std=1e3, activation="relu", residual=True)),
     (89, "split", HUGE),
 )
-"""Architecture, tier and case: each kernel in each mapping, dtype and kind of activation, and the hard numbers."""
+"""The architecture, tier and case of calls that cover each kernel in each layout, dtype and kind of activation, and
+numerically hard values."""
 SLOW_DOUBLES = 89
-"""There a launch of its own merges what the blocks of two launches have found."""
+"""The architecture on which a separate launch merges the partial results of blocks."""
 TRITON_EXTENDED = (
     Case((4, 6, 5, 7), mask="random", activation="silu", residual=True),
     Case((12, 8, 10, 11), "float16", "channels_last", mask="random", virtual_batch_size=4, activation="relu",
@@ -192,7 +198,7 @@ TRITON_EXTENDED = (
     Case((8, 6, 12), "float64", "fortran", virtual_batch_size=4, mask="random"),
     Case((12, 8, 10, 11), renorm=(1.5, 0.5), activation="relu", residual=True),
 )  # fmt: skip
-"""Masks, ghost batches and renormalisation."""
+"""The cases of masks, ghost batches and renormalisation."""
 
 
 def triton_target(arch: int, tier: str | None) -> Target:
@@ -204,7 +210,7 @@ def triton_target(arch: int, tier: str | None) -> Target:
         from support.triton_backends import EmulatedBackend
 
         if tier == "cluster" and not CLUSTERS:
-            pytest.skip("this Triton does not compile clusters of blocks: there is no plan with them")
+            pytest.skip("this Triton does not compile clusters of blocks, so no plan uses them")
         return EmulatedBackend(request.getfixturevalue("device"), compile_triton, arch, tier=tier)
 
     def launches(backend: Any, case: Case) -> None:
@@ -220,16 +226,19 @@ def triton_target(arch: int, tier: str | None) -> Target:
 
 
 def triton_cases() -> Iterator[tuple[Target, Selected]]:
-    """Choose every third of some cases for the normal run, the others for the long one, and all cases by hand."""
-    chosen = {one: SLOW if index % 3 else () for index, one in enumerate(TRITON)}
+    """Yield the targets of all tiers. A third of the cases above is in the normal run, the others are in the long one.
+
+    One in 300 of all conformance cases is in the long run, the others are in the exhaustive one.
+    """
+    chosen = {row: SLOW if index % 3 else () for index, row in enumerate(TRITON)}
     chosen |= {(80, None, case): SLOW if index % 3 else () for index, case in enumerate(TRITON_EXTENDED)}
     for offset, (arch, tier) in enumerate(
         [(80, None), (80, "split"), (SLOW_DOUBLES, "split"), (90, None), (90, "cluster")]
     ):
         every = [] if tier == "cluster" or arch == SLOW_DOUBLES else cases()
-        found = [(case, SLOW if index % 300 == 7 * offset else EXHAUSTIVE) for index, case in enumerate(every)]
-        own = [(case, marks) for (*which, case), marks in chosen.items() if which == [arch, tier]]
-        yield triton_target(arch, tier), dict([*found, *own]).items()
+        selected = [(case, SLOW if index % 300 == 7 * offset else EXHAUSTIVE) for index, case in enumerate(every)]
+        special = [(case, marks) for (*which, case), marks in chosen.items() if which == [arch, tier]]
+        yield triton_target(arch, tier), dict([*selected, *special]).items()
 
 
 # ------------------------------------------------------------------------- the emulator's reference kernels
@@ -238,9 +247,9 @@ KNOWN = ("float32", "float16", "bfloat16")
 
 
 def trained_cases() -> list[Case]:
-    """Return every case that trains on a dtype the reference kernels know, less its activation and its residual.
+    """Return the training cases of the dtypes that the reference kernels support, without activation and residual.
 
-    Left out are evaluation and float64. Cases that differ in activation and residual only are one.
+    Cases that differ only in these two are listed once.
     """
     trains = [case for case in cases() if case.mode != "eval" and case.dtype in KNOWN]
     return list(dict.fromkeys(replace(case, activation="identity", parameter=None, residual=False) for case in trains))
@@ -266,16 +275,19 @@ def two_launches(backend: Any, _case: Case) -> None:
 
 
 def reference_cases() -> Iterator[tuple[Target, Selected]]:
-    """Put each case on one target, a quarter of them in the normal run, the others in the long one; by hand all."""
+    """Yield the reference kernels with all trained cases, each target with another part of them in the normal run.
+
+    Of 16 cases, 1 is in the normal run, 3 are in the long one and 12 in the exhaustive one.
+    """
     for at, (language, arch) in enumerate(REFERENCE):
         marks = [(), *[SLOW] * 3, *[EXHAUSTIVE] * 12]
-        found = [(case, marks[(index + 4 * at) % 16]) for index, case in enumerate(trained_cases())]
+        selected = [(case, marks[(index + 4 * at) % 16]) for index, case in enumerate(trained_cases())]
         name = f"reference {language} sm_{arch}"
-        yield Target(name, partial(reference_backend, language, arch), two_launches), found
+        yield Target(name, partial(reference_backend, language, arch), two_launches), selected
 
 
 def targets() -> Iterator[tuple[Target, Selected]]:
-    """Return each backend with its cases."""
+    """Yield each backend with its cases."""
     yield Target("numpy", lambda _: "numpy"), every_case()
     yield Target("cpu", lambda _: "cpu"), compiled_cases()
     yield Target("torch on numpy", torch_on_numpy), [(case, ()) for case in (*covering(cases()), *extended_cases())]
@@ -284,10 +296,10 @@ def targets() -> Iterator[tuple[Target, Selected]]:
 
 
 def parameters() -> list[Any]:
-    """Return every target with each of its cases, as pytest's parameters."""
-    found = []
+    """Return each target with each of its cases as parameters for pytest."""
+    values = []
     for target, selected in targets():
         kind = [] if target.require is nothing else [pytest.mark.compile]
         for case, marks in selected:
-            found.append(pytest.param(target, case, marks=[*kind, *([marks] if marks else [])], id=f"{target} {case}"))
-    return found
+            values.append(pytest.param(target, case, marks=[*kind, *([marks] if marks else [])], id=f"{target} {case}"))
+    return values

@@ -1,4 +1,4 @@
-"""List faults to plant in the CUDA kernels, and what must report each."""
+"""List faults to plant in the CUDA kernels, and the check that must report each."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from gpu_bn.testing import Case
 
 ROWS = Case((3, 2, 41, 8), activation="relu")
-"""246 vectors of 4 floats a channel."""
+"""A case with 246 vectors of 4 floats per channel."""
 LONG = Case((5, 3, 41, 8), activation="relu")
-"""410 vectors a channel: some threads have two, on both sides of the end of a row of 82."""
+"""A case with 410 vectors per channel. Some threads have two, before and after the end of a row of 82."""
 LONGER = Case((5, 2, 41, 24), activation="relu")
-"""1,230 vectors a channel: four or five for each thread."""
+"""A case with 1,230 vectors per channel: four or five for each thread."""
 UNEVEN = Case((3, 3, 41, 12), activation="relu")
-"""369 vectors a channel: the blocks of a cluster cannot have equal shares."""
+"""A case with 369 vectors per channel, which the blocks of a cluster cannot share equally."""
 SMALL = Case((3, 2, 4, 8), activation="relu")
 CHANNELS = Case((3, 20, 4, 8), activation="relu")
-"""More channels than two co-resident blocks each can have at a time."""
+"""A case with more channels than co-resident groups of two blocks."""
 TICKETS = Case((4, 2, 64, 32), activation="relu")
-"""2,048 vectors a channel: enough for two blocks of a split launch."""
+"""A case with 2,048 vectors per channel: enough for two blocks of a split launch."""
 COLUMNS = Case((260, 40), "float16", activation="relu")
 RESIDUAL = Case((3, 2, 41, 8), activation="relu", residual=True)
 WITHOUT_WEIGHT = Case((4, 2, 64, 32), activation="relu", affine="none")
@@ -28,12 +28,12 @@ HUGE = Case((3, 2, 41, 8), activation="relu", mean=1e30, std=1e30, mode="train_n
 TINY = Case((3, 2, 41, 8), activation="relu", mean=1e-20, std=1e-20, eps=1e-50)
 OF_16_BITS = Case((4, 6, 5), param_dtype="bfloat16")
 RAGGED = Case((8, 3, 27), activation="relu")
-"""Rows that span seven vectors of 4 floats or eight; the last of all spans seven."""
+"""A case with rows that span seven or eight vectors of 4 floats. The last row spans seven."""
 
 
 @dataclass(frozen=True)
 class Planted:
-    """Hold a fault, and the ``check`` that must report it: the emulator's (or two), or "wrong result", the oracle's."""
+    """A fault, and the ``check`` that must report it: a check of the emulator, or "wrong result" for the oracle."""
 
     fault: str
     check: str
@@ -54,7 +54,7 @@ def planted(fault: str, check: str, tier: str, old: str, new: str = "", case: Ca
 
 BLOCK_SUM_READS = "  double sum = 0;\n  if (t < width) {"
 EARLY = "data race or uninitialised read or wrong result"
-"""Of a block that does not wait for the others: what it finds depends on who is how far."""
+"""The checks for a block that does not wait for the others. Which one reports depends on the progress of the others."""
 RELEASE = 'asm volatile("red.release.gpu'
 PUBLISHED = "  __threadfence();\n  __syncthreads();\n}"
 PLANTED = [

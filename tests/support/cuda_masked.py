@@ -1,6 +1,6 @@
-"""Check masks and ghost batches in the CUDA kernels, on emulated GPUs, against the oracle's truth for each group.
+"""Check masks and ghost batches in the CUDA kernels on emulated GPUs against the oracle for each group.
 
-Whatever does not count is NaN: in the input, the residual and the gradient.
+Masked elements of the input, the residual and the gradient are NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROWS, COLUMNS = (6, 5, 4, 8), (60, 24)
 
 @dataclass(frozen=True)
 class Masked:
-    """Hold a case of the conformance suite, which of its positions count (:func:`mask`), and its groups."""
+    """A conformance case with a kind of :func:`mask` and a number of ghost batches."""
 
     case: Case
     mask: str = "half"
@@ -39,7 +39,7 @@ class Masked:
 
 
 def mask(kind: str, shape: tuple[int, ...], axis: int, groups: int) -> np.ndarray | None:
-    """Return the positions that count as True, with extent 1 along the channels."""
+    """Return a mask of a kind, with size 1 along the channel axis; ``None`` for ``"unmasked"``."""
     shape = tuple(1 if a == axis else size for a, size in enumerate(shape))
     valid = np.zeros(shape, bool)
     match kind:
@@ -49,7 +49,7 @@ def mask(kind: str, shape: tuple[int, ...], axis: int, groups: int) -> np.ndarra
             valid = rng(3).random(shape) < 0.5
         case "few":
             valid = rng(3).random(shape) < 0.02
-        case "last":  # padding first, so that nothing at the start of a share helps to guess the mean
+        case "last":  # the padding comes first, so that the start of a share tells nothing about the mean
             valid[len(valid) // 2 :] = True
         case "a group is empty":
             valid = rng(3).random(shape) < 0.7
@@ -64,7 +64,7 @@ def mask(kind: str, shape: tuple[int, ...], axis: int, groups: int) -> np.ndarra
 
 
 def problem_of(masked: Masked) -> tuple[Problem, np.ndarray | None]:
-    """Return the problem, with NaN wherever nothing counts, and the mask."""
+    """Return the problem with NaN for masked elements, and the mask."""
     problem = build(masked.case)
     valid = mask(masked.mask, problem.x.shape, problem.channel_axis % problem.x.ndim, masked.groups)
     if valid is None:
@@ -78,7 +78,7 @@ def problem_of(masked: Masked) -> tuple[Problem, np.ndarray | None]:
 
 
 def parts(problem: Problem, valid: np.ndarray | None, groups: int) -> Iterator[tuple[np.ndarray, Problem]]:
-    """Yield for each group the places that count, channels last, and a problem of these alone."""
+    """Yield for each group its valid positions with the channels last, and a problem with only these positions."""
     axis = problem.channel_axis
     everywhere = np.ones([1 if a == axis % problem.x.ndim else size for a, size in enumerate(problem.x.shape)], bool)
     positions = np.moveaxis(everywhere if valid is None else valid, axis, -1)[..., 0]
@@ -96,10 +96,10 @@ def parts(problem: Problem, valid: np.ndarray | None, groups: int) -> Iterator[t
 
 
 def truth_of(problem: Problem, valid: np.ndarray | None, groups: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the right results of a call, and the error allowed in each."""
+    """Return the exact results of a call by name, and the error allowed in each."""
     axis, u, momentum = problem.channel_axis, WIDE(ROUNDOFF[str(problem.x.dtype)]), WIDE(problem.momentum)
     groups = groups if problem.training else 1
-    found = {name: np.zeros((2, *np.moveaxis(problem.x, axis, -1).shape), WIDE) for name in TENSORS}
+    tensors = {name: np.zeros((2, *np.moveaxis(problem.x, axis, -1).shape), WIDE) for name in TENSORS}
     channels = problem.x.shape[axis]
     sums = {name: np.zeros((2, channels), WIDE) for name in ("dweight", "dbias")}
     statistics = {name: [np.zeros((2, channels), WIDE)] * groups for name in ("mean", "rstd")}
@@ -115,7 +115,8 @@ def truth_of(problem: Problem, valid: np.ndarray | None, groups: int) -> dict[st
         allowed = tolerance(part, truth)
         for name in TENSORS:
             if getattr(truth, name) is not None:
-                found[name][:, chosen] = np.stack([getattr(truth, name), np.broadcast_to(allowed[name], part.x.shape)])
+                error = np.broadcast_to(allowed[name], part.x.shape)
+                tensors[name][:, chosen] = np.stack([getattr(truth, name), error])
         for name, total in sums.items():
             if getattr(truth, name) is not None:
                 total += np.stack([getattr(truth, name), allowed[name]])
@@ -127,7 +128,7 @@ def truth_of(problem: Problem, valid: np.ndarray | None, groups: int) -> dict[st
             mean = truth.mean, allowed["mean"] + 2 * u * np.abs(truth.mean)
             for name, new in (("mean", mean), ("var", var)):
                 tracked[name] = (1 - momentum) * tracked[name] + momentum * np.stack(new)
-    results = {name: np.moveaxis(value, -1, problem.channel_axis % problem.x.ndim + 1) for name, value in found.items()}
+    results = {name: np.moveaxis(value, -1, axis % problem.x.ndim + 1) for name, value in tensors.items()}
     results |= sums | {name: np.concatenate(each, axis=-1) for name, each in statistics.items()}
     results |= {f"running_{name}": value for name, value in tracked.items()}
     return {name: (value[0], value[1]) for name, value in results.items()}
@@ -144,7 +145,7 @@ def spec_of(problem: Problem, groups: int = 1) -> BatchNormSpec:
 
 
 def run(gpu, problem: Problem, valid: np.ndarray | None, groups: int = 1) -> dict[str, np.ndarray]:
-    """Return the results of the backend's fused calls, by name."""
+    """Return the results of the fused calls of the backend by name."""
     send, receive = ADAPTERS["cupy"]
     names = ("running_mean", "running_var", "weight", "bias", "residual")
     sent = [None if (a := getattr(problem, name)) is None else send(a.copy("K")) for name in names]
@@ -156,19 +157,19 @@ def run(gpu, problem: Problem, valid: np.ndarray | None, groups: int = 1) -> dic
     y, saved = gpu.backend.forward(call, spec_of(problem, groups))
     need = EVERYTHING - {f"d{name}" for name, array in zip(names, sent, strict=True) if array is None}
     grads = gpu.backend.backward(send(problem.dy), saved, need)
-    found = {"y": y, "mean": saved.mean, "rstd": saved.rstd}
-    found |= dict(zip(("dx", "dweight", "dbias", "dresidual"), grads, strict=True))
-    found |= dict(zip(names[:2], sent[:2], strict=True))
+    results = {"y": y, "mean": saved.mean, "rstd": saved.rstd}
+    results |= dict(zip(("dx", "dweight", "dbias", "dresidual"), grads, strict=True))
+    results |= dict(zip(names[:2], sent[:2], strict=True))
     if valid is not None and problem.training:
         assert saved.moments.count.dtype == np.float64
         expected = [len(part.x) for _, part in parts(problem, valid != 0, groups)]
         counts = receive(saved.moments.count).tolist()
         assert counts == expected, f"counts of groups: {counts}, expected {expected}"
-    return {name: receive(array) for name, array in found.items() if array is not None}
+    return {name: receive(array) for name, array in results.items() if array is not None}
 
 
 def check_masked(gpu, masked: Masked) -> dict[str, np.ndarray]:
-    """Compare all results of a call with the truth; they must be zeros where nothing counts."""
+    """Compare all results of a call with the oracle. Masked elements must be 0."""
     problem, valid = problem_of(masked)
     results = run(gpu, problem, valid, masked.groups)
     truth = truth_of(problem, valid, masked.groups)

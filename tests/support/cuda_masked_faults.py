@@ -1,4 +1,4 @@
-"""List bugs to plant in what the CUDA kernels do with masks and ghost batches, and the call that shows each."""
+"""List faults to plant in the masks and ghost batches of the CUDA kernels, and the call that reveals each."""
 
 from __future__ import annotations
 

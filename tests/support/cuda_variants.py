@@ -18,19 +18,20 @@ from gpu_bn.tiling import RAGGED_BYTES
 from support.gates import ITEMSIZE, Definitions, Family, Group, Limits, Resources
 
 REGISTERS = {"float32": 128, "float16": 128, "bfloat16": 128, "float64": 255}
-"""A file of 65,536 for two blocks of 256 threads; float64 has one block and the most that a thread may have."""
+"""The most registers of a thread: 65,536 are shared by two blocks of 256 threads. With float64 there is one block, and
+255 is the most that a thread can have."""
 SMALL = {
     "identity": ("bn_track_kernel<double>", "bn_add_groups_kernel<double>"),
     None: ("bn_sync_merge_kernel<double>", "bn_sync_sum_kernel<double>", "bn_sync_update_kernel<double>"),
 }
-"""Kernels with few threads a channel, the same for all activations, by the source that they are compiled from."""
+"""The kernels with few threads per channel, by the activation that they are compiled with; ``None`` for none."""
 BATCHES = (cuda_sources.WHOLE, cuda_sources.RAGGED, "GROUPS", "MASKED_GROUPS")
 HEAVY = ("relu", "gelu", "gelu_tanh")
-"""One bit decides the gradient; the longest expressions."""
+"""The activation whose gradient a sign bit decides, and those with the longest expressions."""
 
 
 def groups(arch: int) -> Iterator[Group]:
-    """Return all groups of an architecture."""
+    """Yield all groups of an architecture."""
     for activation, batch, dtype, columns in product(ROWS, BATCHES, ITEMSIZE, (True, False)):
         for vector in (8, 4, 2, 1):
             width = vector * ITEMSIZE[dtype]
@@ -40,12 +41,12 @@ def groups(arch: int) -> Iterator[Group]:
 
 
 def importance(group: Group) -> tuple[int, bool]:
-    """Rank a group: full vectors and whole batches come first."""
+    """Return the rank of a group. Full vectors and whole batches come first."""
     return (group.kind != cuda_sources.WHOLE) + (not group.full), group.activation not in HEAVY
 
 
 def on_chip_tiers(arch: int) -> list[tuple[str, str]]:
-    """Return the middle of a kernel's name, and the argument that says how its blocks meet."""
+    """Return the tiers that hold a strip on chip: a part of the kernel's name, and its template argument."""
     clusters = [("_cluster", str(blocks)) for blocks in (2, 4, 8)] if arch >= 90 else []
     return [("", "Cta"), ("", "Cooperative"), *clusters]
 
@@ -56,7 +57,7 @@ def variants(group: Group) -> list[str]:
     ragged = group.kind == cuda_sources.RAGGED
     tiling = Tiling(columns, 1, 1, 1, group.vector, 1, 1, 1, ragged)
     masked = group.full and not ragged and cuda_sources.switched(activation)
-    # Residual and mask. The phases of SyncBatchNorm write no mask, so that their kernels come without it as well.
+    # Flags for residual and sign bits. SyncBatchNorm writes no sign bits, so its kernels are needed without them, too.
     fused = [(False, False), (True, masked)]
     phases = sorted({*fused, (True, False)})
     if activation == "identity":
@@ -89,27 +90,27 @@ def build(group: Group, names: Collection[str], cached: bool) -> dict[str, Resou
 
 
 def limits(group: Group, name: str) -> Limits:
-    """Ask for registers of two blocks an SM, and full vectors of all tensors."""
+    """Return the limits of a kernel: registers for two blocks per SM, and accesses to tensors by full vectors."""
     return Limits(REGISTERS[group.dtype], STATIC_SHARED, writes="stats" not in name)
 
 
 def compiler() -> str:
-    """Return NVRTC's version, with the patch: the assembler is a part of it."""
+    """Return the version of NVRTC with its patch number. It contains the assembler."""
     library = nvrtc_library()
     package = "nvidia-cuda-nvrtc-cu12" if library and "cu13" not in str(library) else "nvidia-cuda-nvrtc"
     return f"NVRTC {importlib.metadata.version(package)}"
 
 
 def stamp(group: Group, name: str) -> str:
-    """Return a digest of the source that a kernel can use, preprocessed for the architecture, without comments."""
+    """Return a digest of the definitions that a kernel can use, preprocessed for the architecture, without comments."""
     return definitions(group.arch, group.activation).stamp(re.findall(r"\w+", name))
 
 
 @cache
 def definitions(arch: int, activation: str) -> Definitions:
-    """Return the definitions at the top of a source, and the compiler's options."""
+    """Split a source into its definitions; the compiler's options are one of them."""
     text = re.sub(r"//.*", "", cuda_sources.source(activation)).replace("\\\n", " ")
-    found: list[tuple[list[str], str]] = [([], f"// {' '.join(cuda_sources.OPTIONS)}")]
+    parts: list[tuple[list[str], str]] = [([], f"// {' '.join(cuda_sources.OPTIONS)}")]
     lines: list[str] = []
     depth = 0
     for line in for_architecture(text, arch):
@@ -118,14 +119,14 @@ def definitions(arch: int, activation: str) -> Definitions:
         if words:
             lines.append(words)
         if lines and depth == 0 and (words.endswith((";", "}")) or words.startswith("#")):
-            found.append((_names(" ".join(lines)), "\n".join(lines)))
+            parts.append((_names(" ".join(lines)), "\n".join(lines)))
             lines = []
-    assert not lines, "a definition that does not end"
-    return Definitions(found)
+    assert not lines, "a definition does not end"
+    return Definitions(parts)
 
 
 def _names(definition: str) -> list[str]:
-    """Return the names that a definition defines; none if they are not plain, which makes it part of every kernel."""
+    """Return the names that a definition defines. Without a name it counts as a part of every kernel."""
     head = re.sub(r"template <.*?> (?=struct|DEVICE|__global__)", "", definition)
     match head.split()[0]:
         case "#define":
@@ -146,8 +147,8 @@ def _names(definition: str) -> list[str]:
 
 
 def for_architecture(source: str, arch: int) -> Iterator[str]:
-    """Return the lines that ``#if __CUDA_ARCH__ >= ...`` leaves: a change for one architecture concerns no other."""
-    taken: list[tuple[bool, bool]] = []  # of each #if that is open: whether its lines are taken, and whether some were
+    """Yield the lines that ``#if __CUDA_ARCH__ >= ...`` leaves: a change for one architecture affects no other."""
+    taken: list[tuple[bool, bool]] = []  # for each open #if: whether this branch is taken, and whether any was
     for line in source.splitlines():
         directive = re.match(r"\s*#(if|elif|else|endif)\b(?: __CUDA_ARCH__ (<|>=) (\d+)\s*$)?", line)
         if directive is None:
@@ -163,7 +164,7 @@ def for_architecture(source: str, arch: int) -> Iterator[str]:
 
 
 def sources() -> str:
-    """Return the text of all sources, with all activations."""
+    """Return the text of the sources for all activations."""
     return "".join(map(cuda_sources.source, ROWS))
 
 

@@ -18,8 +18,8 @@ from support import fake_cupy
 
 @pytest.fixture
 def make_gpu(monkeypatch: pytest.MonkeyPatch, compile_cuda: Any) -> Callable[..., Any]:
-    """Return ``make_gpu(arch, tier=None, device=None)``, which makes an emulated GPU with backend and checks."""
-    del compile_cuda  # skips the test if NVRTC is missing
+    """Return ``make_gpu(arch, tier=None, device=None)``, which creates an emulated GPU with a backend."""
+    del compile_cuda  # this fixture skips the test if NVRTC is missing
 
     def make(arch: int, tier: str | None = None, device: Device | None = None) -> Any:
         gpu = fake_cupy.install(monkeypatch, Device() if device is None else device, arch)
@@ -30,29 +30,29 @@ def make_gpu(monkeypatch: pytest.MonkeyPatch, compile_cuda: Any) -> Callable[...
     registry.load.cache_clear()
 
 
-def moved(gpu: Any, array: np.ndarray, by: int | None = None) -> Any:
-    """Copy to the GPU, to an address one element behind the beginning of a vector."""
-    by = array.itemsize if by is None else by
-    copy = gpu.empty(array.nbytes + by, np.uint8)[by:].view(array.dtype).reshape(array.shape)
+def misaligned_copy(gpu: Any, array: np.ndarray, offset: int | None = None) -> Any:
+    """Copy an array to the GPU, to an address ``offset`` bytes (one element) after an aligned one."""
+    offset = array.itemsize if offset is None else offset
+    copy = gpu.empty(array.nbytes + offset, np.uint8)[offset:].view(array.dtype).reshape(array.shape)
     copy[...] = gpu.asarray(array)
     return copy
 
 
-def for_tensors(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the backend for CPU tensors and those that say that they are on a GPU; their memory is the GPU's."""
+def backend_for_tensors(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the CuPy backend for torch tensors on the CPU or on a pretended GPU. It uses their memory as the GPU's."""
     import torch
 
     owners: dict[int, np.ndarray] = {}
 
     def from_dlpack(tensor: Any) -> Any:
-        """Return a view of the tensor's storage, which the emulator knows as one allocation."""
+        """Return a view of a tensor's storage, which is one allocation for the emulator."""
         index = tensor.device.index if tensor.is_cuda else 0
         tensor = tensor.as_subclass(torch.Tensor)
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owners:
             owners[storage.data_ptr()] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
         layout = np.from_dlpack(tensor)
-        start = tensor.data_ptr() - storage.data_ptr() if tensor.numel() else 0  # nothing has no address
+        start = tensor.data_ptr() - storage.data_ptr() if tensor.numel() else 0  # an empty tensor has no address
         view = np.ndarray(layout.shape, layout.dtype, owners[storage.data_ptr()], start, layout.strides)
         with gpu.entering(index):
             return gpu._register(view)

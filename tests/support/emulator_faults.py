@@ -1,4 +1,4 @@
-"""List kernels in which several blocks meet, for faults that the emulator must report."""
+"""Provide kernels in which several blocks synchronise, with faults that the emulator must report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEEDS = (None, 0, 1)
 
 
 def first_report(run: Callable[[Device], None]) -> EmulatorError:
-    """Return the checks' report of a faulty run, in lock-step or under a random schedule."""
+    """Return the first error that the emulator reports for a run, in lock-step or under a random schedule."""
     for seed in SEEDS:
         try:
             run(Device(seed=seed, max_steps=100_000))
@@ -33,7 +33,8 @@ spin: {poll}
 """
 
 
-def meet(device: Device, release: str, poll: str, blocks: int = 6, cooperative: bool = True) -> None:
+def run_grid_barrier(device: Device, release: str, poll: str, blocks: int = 6, cooperative: bool = True) -> None:
+    """Launch blocks that each write a slot, wait for all others, and read the next block's slot."""
     kernel = snippet(GRID_BARRIER.format(release=release, poll=poll), "u64 slots, u64 counter")
     slots, counter = device.empty(blocks, np.uint32), np.zeros(1, np.uint32)
     device.launch(kernel, blocks, 1, [slots, counter], cooperative=cooperative)

@@ -1,6 +1,6 @@
-"""Stand in for CuPy without a GPU: arrays are NumPy's, kernels are compiled by NVRTC and run on the PTX emulator.
+"""Provide a replacement of CuPy without a GPU. Arrays are NumPy arrays, and kernels run on the PTX emulator.
 
-It has what :mod:`gpu_bn.backends.cupy.backend` uses of CuPy. ``install`` puts it where ``import cupy`` finds it.
+It has the parts of CuPy that :mod:`gpu_bn.backends.cupy.backend` uses. ``install`` makes ``import cupy`` return it.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ PROPERTIES = {
     120: {"name": b"emulated sm_120", "major": 12, "minor": 0, "multiProcessorCount": 4, "l2CacheSize": 32 << 10,
           "sharedMemPerMultiprocessor": 100 << 10, "sharedMemPerBlockOptin": 99 << 10},
 }  # fmt: skip
-"""Small GPUs: few multiprocessors and little cache, so that small tensors meet every tier."""
+"""The properties of small GPUs: few multiprocessors and little cache, so that small tensors use every tier."""
 
 
 GPUS: list[EmulatedGpu] = []
-"""The one in use."""
+"""The emulated GPU in use."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPointer:
-    """Point to a place in an array's memory."""
+    """An address in the memory of an array, like ``cupy.cuda.MemoryPointer``."""
 
     array: ndarray
     device_id: int
@@ -55,19 +55,19 @@ class MemoryPointer:
         return dataclasses.replace(self, ptr=self.ptr + offset)
 
     def bytes(self) -> np.ndarray:
-        """Return the memory from here on."""
+        """Return the memory from this address on."""
         memory, offset = self.place()
         return memory[offset:]
 
     def place(self) -> tuple[np.ndarray, int]:
-        """Return the array's memory, and how many bytes of it are before here."""
+        """Return the memory of the array, and the offset of this address in bytes."""
         memory = _plain(self.array)
         assert memory.flags.c_contiguous
         return memory.reshape(-1).view(np.uint8), self.ptr - memory.ctypes.data
 
 
 class CurrentDevice:
-    """Be an ``array.device``: it has a number, and is a context in which its device is the current one."""
+    """The value of ``array.device``: a number, and a context in which this device is the current one."""
 
     def __init__(self, index: int) -> None:
         self.id = index
@@ -83,7 +83,7 @@ class CurrentDevice:
 
 
 class ndarray(np.ndarray):
-    """Add to a NumPy array the attributes by which CuPy's differs."""
+    """A NumPy array with the attributes of a CuPy array."""
 
     def __new__(cls, shape: Any, dtype: Any, memptr: MemoryPointer, strides: Any = None) -> ndarray:
         array = super().__new__(cls, shape, dtype, *memptr.place(), strides)
@@ -102,22 +102,22 @@ class ndarray(np.ndarray):
         return MemoryPointer(self, self.device_id, self.ctypes.data)
 
     def get(self) -> np.ndarray:
-        """Return a NumPy array in C order, whatever this array's."""
+        """Return a NumPy array in C order, whatever the order of this array is."""
         return np.array(self, order="C")
 
     def copy(self, order: str = "C") -> ndarray:
         return GPUS[0]._register(self.view(np.ndarray).copy(order))
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """Compute on the current device, as CuPy does; arguments must be there and the result is."""
-        given = (*inputs, *options.get("out", ()))
-        _require_current(given)
+        """Compute on the current device, as CuPy does. Arguments must be on it, and the result is."""
+        arguments = (*inputs, *options.get("out", ()))
+        _require_current(arguments)
         if "out" in options:
             options["out"] = tuple(array.view(np.ndarray) for array in options["out"])
         plain = [array.view(np.ndarray) if isinstance(array, ndarray) else array for array in inputs]
         result = getattr(ufunc, method)(*plain, **options)
         if "out" in options:
-            return given[len(inputs)]
+            return arguments[len(inputs)]
         return GPUS[0]._register(np.asarray(result)) if GPUS else result
 
     def __setitem__(self, where: Any, value: Any) -> None:
@@ -125,7 +125,7 @@ class ndarray(np.ndarray):
         if type(value) is np.ndarray and value.ndim:
             raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
         super().__setitem__(where, value)
-        for gpu in GPUS:  # what the host writes, a kernel may read
+        for gpu in GPUS:  # kernels may read what the host has written
             gpu.device.memory.mark_written(self[where])
 
 
@@ -133,53 +133,53 @@ ndarray.__module__ = "cupy"
 
 
 def _require_current(arguments: tuple[Any, ...]) -> None:
-    """Require arrays of the current device: CuPy's own kernels take another's only where GPUs can access each other."""
-    here = {array.device_id for array in arguments if isinstance(array, ndarray)}
-    assert not GPUS or here <= {GPUS[0].current}, "arithmetic with an array of another device than the current one"
+    """Require arrays of the current device: CuPy accepts others only if the GPUs can access each other's memory."""
+    devices = {array.device_id for array in arguments if isinstance(array, ndarray)}
+    assert not GPUS or devices <= {GPUS[0].current}, "arithmetic with an array of another device than the current one"
 
 
-SHARED_UNASKED = 48 << 10
-"""Bytes of shared memory that a block may have without being asked for, static and dynamic together."""
+DEFAULT_SHARED = 48 << 10
+"""The bytes of static and dynamic shared memory that a block may have without a request for more."""
 
 
 class CUDADriverError(RuntimeError):
-    """Stand for the error of the same name in ``cupy.cuda.driver``."""
+    """The error of the same name in ``cupy.cuda.driver``."""
 
 
 class Kernel:
-    """Launch one kernel of a module on one device. As with CUDA, all who ask for it get the same one."""
+    """A kernel of a module on one device. As with CUDA, all requests for it return the same object."""
 
     def __init__(self, gpu: EmulatedGpu, compiled: Compiled) -> None:
         self.gpu, self.compiled, self.device_id = gpu, compiled, gpu.current
-        self.asked: int | None = None
+        self.requested: int | None = None
         self.kernel = types.SimpleNamespace(ptr=id(self))
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
-        return SHARED_UNASKED if self.asked is None else self.asked
+        return DEFAULT_SHARED if self.requested is None else self.requested
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, size: int) -> None:
         self.gpu.require_context()
-        self.asked = size
+        self.requested = size
 
     def __call__(self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
         self.gpu.bind_context()
         self.require_launchable(shared_mem)
         if self.gpu.refuses_clusters and self.compiled.kernel.cluster > 1:
             raise CUDADriverError("CUDA_ERROR_INVALID_CLUSTER_SIZE: invalid cluster size")
-        here = {getattr(arg, "device_id", self.device_id) for arg in args}
-        assert here == {self.device_id}, "an array of another device"
+        devices = {getattr(arg, "device_id", self.device_id) for arg in args}
+        assert devices == {self.device_id}, "an array of another device"
         self.gpu.launch(self, grid, block, args, shared_mem)
 
     def require_launchable(self, shared: int) -> None:
         assert self.device_id == self.gpu.current, "a kernel of another device"
-        room = SHARED_UNASKED - self.compiled.kernel.shared_bytes if self.asked is None else self.asked
-        assert shared <= room, "more shared memory than was asked for"
+        room = DEFAULT_SHARED - self.compiled.kernel.shared_bytes if self.requested is None else self.requested
+        assert shared <= room, "more shared memory than was requested"
 
 
 class EmulatedGpu:
-    """Make the module ``cupy``, and note what is launched."""
+    """An emulated GPU with its module ``cupy``. It records the launches."""
 
     def __init__(self, device: Device, arch: int) -> None:
         self.device, self.arch = device, arch
@@ -191,21 +191,21 @@ class EmulatedGpu:
         self.entered: list[int] = []
         self.launched_on: set[int] = set()
         self.launched_in: set[int] = set()
-        """The streams, by ``ptr``."""
+        """The streams of the launches, by ``ptr``."""
         self.null, self.streams = Stream(self, 0), {}
         self.properties = {"memoryClockRate": 1_000_000, "memoryBusWidth": 1024, **PROPERTIES[arch]}
         self.contexts: set[tuple[int, int]] = set()
-        """The threads, and the devices whose context they have."""
+        """Pairs of a thread and a device whose context it has."""
         self.refuses_clusters = False
         self.nvrtc = 12, 9
         self.resident_blocks = 2
         self.shared_per_sm = self.properties["sharedMemPerMultiprocessor"]
-        """What an SM's blocks really have of that."""
+        """The bytes that the blocks of an SM can really use."""
         self.edit_source = lambda source: source
 
     @property
     def stream(self) -> Stream:
-        """Return the calling thread's current stream on the current device."""
+        """The current stream of the calling thread on the current device."""
         return self.streams.get((get_ident(), self.current), self.null)
 
     @stream.setter
@@ -230,12 +230,12 @@ class EmulatedGpu:
         return kernel
 
     def bind_context(self) -> tuple[int, int]:
-        """Make a context, as CuPy does before a launch; return free and all memory, as ``memGetInfo`` does."""
+        """Create a context, as CuPy does before a launch. Return the free and the total memory, as ``memGetInfo``."""
         self.contexts.add((get_ident(), self.current))
         return 1 << 30, 1 << 30
 
     def require_context(self) -> None:
-        """Require that there is a context: the driver's functions do not make one."""
+        """Require that there is a context. The driver's functions do not create one."""
         if (get_ident(), self.current) not in self.contexts:
             raise CUDADriverError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
 
@@ -255,9 +255,9 @@ class EmulatedGpu:
         self.device.launch(kernel.compiled.kernel, (gx, gy, gz), (bx, by, bz), args, shared, cooperative=True)
 
     def occupancy(self, pointer: int, threads: int, shared: int) -> int:
-        """Return how many blocks of a kernel an SM holds, with so much dynamic shared memory each."""
+        """Return the number of blocks of a kernel that an SM holds; ``shared`` is the dynamic shared memory of each."""
         self.require_context()
-        del threads  # the kernels' launch bounds stand for registers and threads
+        del threads  # resident_blocks stands for the limit by registers and threads
         static = self.kernels[pointer].compiled.kernel.shared_bytes if pointer in self.kernels else 0
         reserved = 1024 if self.arch >= 80 else 0
         return min(self.resident_blocks, self.shared_per_sm // max(static + shared + reserved, 1))
@@ -269,7 +269,7 @@ class EmulatedGpu:
 
     @contextlib.contextmanager
     def entering(self, index: int) -> Any:
-        """Enter ``cupy.cuda.Device(index)``: all devices are the same emulated one, by other numbers."""
+        """Enter ``cupy.cuda.Device(index)``. All devices are the same emulated one with different numbers."""
         before, self.current = self.current, index
         self.entered.append(index)
         try:
@@ -281,7 +281,7 @@ class EmulatedGpu:
         return self._register(self.device.empty(tuple(np.atleast_1d(shape)), dtype))
 
     def asarray(self, array: Any, dtype: Any = None) -> ndarray:
-        """Return an array of that dtype as it is; else copy to aligned memory, with the same strides where possible."""
+        """Return an array of this GPU and dtype unchanged. Copy others to aligned memory in the same order of axes."""
         if isinstance(array, ndarray) and dtype in (None, array.dtype):
             return array
         array = np.asarray(array, dtype)
@@ -290,7 +290,7 @@ class EmulatedGpu:
         return dense.transpose(np.argsort(order))
 
     def module(self) -> types.ModuleType:
-        """Return everything, as a module."""
+        """Return the module ``cupy``."""
         cupy = types.ModuleType("cupy")
         cupy.float32, cupy.float64, cupy.float16 = np.float32, np.float64, np.float16
         cupy.ndarray, cupy.RawModule, cupy.empty = ndarray, self.raw_module, self.empty
@@ -328,7 +328,7 @@ class EmulatedGpu:
         return owner
 
     def _argument(self, cell: int, parameter: Any) -> Any:
-        """Read a cell of a launch's table of arguments: an array for an address, else bytes as a number."""
+        """Read an entry of a launch's table of arguments. Return the memory of an array for an address, or a number."""
         size = TYPE_BYTES[parameter.type]
         content = ctypes.string_at(cell, size)
         if size < 8 or parameter.type == "f64":
@@ -343,8 +343,8 @@ class EmulatedGpu:
 
 
 def _plain(argument: Any) -> Any:
-    """Return an argument for the emulator: a kernel gets an array's memory, whatever its strides say."""
-    assert argument is not None, "CuPy makes no null pointer of None"
+    """Return an argument for the emulator. A kernel gets the memory of an array, whatever its strides are."""
+    assert argument is not None, "CuPy does not accept None for a null pointer"
     if isinstance(argument, MemoryPointer):
         return argument.bytes()
     if not isinstance(argument, np.ndarray):
@@ -354,13 +354,16 @@ def _plain(argument: Any) -> Any:
 
 
 def install(monkeypatch: Any, device: Device, arch: int, kind: type[EmulatedGpu] = EmulatedGpu) -> EmulatedGpu:
-    """Put an emulated CuPy where ``import cupy`` finds it, with a backend that has seen no other."""
+    """Make ``import cupy`` return an emulated CuPy, and load the backend afresh."""
     gpu = kind(device, arch)
     monkeypatch.setitem(sys.modules, "cupy", gpu.module())
     for module in [name for name in sys.modules if name.startswith("gpu_bn.backends.cupy.")]:
         monkeypatch.delitem(sys.modules, module)
         monkeypatch.delattr(sys.modules["gpu_bn.backends.cupy"], module.rpartition(".")[2], raising=False)
     registry.load.cache_clear()
-    for known in (functional._FORWARDS, functional._BACKWARDS):  # by the backend's class, which holds an earlier GPU
+    for known in (
+        functional._FORWARDS,
+        functional._BACKWARDS,
+    ):  # the keys hold an earlier GPU
         known.clear()
     return gpu

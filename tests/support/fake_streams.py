@@ -1,4 +1,4 @@
-"""Stand in for CuPy's streams without a GPU."""
+"""Provide a replacement of CuPy's streams without a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """Run at once what is put in, also in a captured stream. Each thread has a current stream on each device."""
+    """A stream that runs launches at once, even while it is captured. Each thread has a current stream per device."""
 
     def __init__(self, gpu: EmulatedGpu, ptr: int | None = None) -> None:
         self.gpu, self.ptr = gpu, id(self) if ptr is None else ptr
@@ -35,7 +35,7 @@ class Stream:
 
 
 class MadeStreams:
-    """Stand for ``cupy.cuda.Stream``."""
+    """The replacement of the class ``cupy.cuda.Stream``."""
 
     def __init__(self, gpu: EmulatedGpu) -> None:
         self.gpu = gpu
@@ -45,7 +45,7 @@ class MadeStreams:
         return Stream(self.gpu)
 
     def from_external(self, stream: Any) -> Stream:
-        """Return another library's stream, by CUDA's stream protocol."""
+        """Return the stream of another library by the CUDA stream protocol."""
         version, ptr = stream.__cuda_stream__()
         assert version == 0
         return Stream(self.gpu, ptr)

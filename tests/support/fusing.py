@@ -1,4 +1,4 @@
-"""Compare fused models with the plain ones."""
+"""Compare fused models with the original ones."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ def rows(seed=0, count=6, channels=4):
 
 
 def fused_with(plain, *expected):
-    """Return a fused copy; assert that the layers of these names, and no others, have something merged."""
+    """Return a fused copy of a model and its report. Assert that merges are in exactly the named layers."""
     report = nn.Report()
     fused = nn.convert(copy.deepcopy(plain), fuse=True, report=report)
     assert set(report.merged) == set(expected)
@@ -23,18 +23,18 @@ def fused_with(plain, *expected):
 
 
 def agree(fused, plain, *arguments, **options):
-    """Assert that outputs, input gradients and state are the same."""
+    """Assert that the outputs, input gradients and state of two models agree in both modes."""
     for mode in (True, False):
         results = []
         for model in (fused.train(mode), plain.train(mode)):
-            given = [
+            inputs = [
                 value.detach().clone().requires_grad_() if isinstance(value, torch.Tensor) else value
                 for value in arguments
             ]
             torch.manual_seed(0)
-            y = model(*given, **options)
+            y = model(*inputs, **options)
             y.double().sin().sum().backward()
-            results.append([y.detach(), *(value.grad for value in given if isinstance(value, torch.Tensor))])
+            results.append([y.detach(), *(value.grad for value in inputs if isinstance(value, torch.Tensor))])
         assert_close(*results)
         assert results[0][0].dtype == results[1][0].dtype
     assert_close(fused.state_dict(), plain.state_dict())
@@ -51,7 +51,7 @@ class Block(torch.nn.Module):
 
 
 def saved_and_loaded(model):
-    """Return a model from a file that it was saved to."""
+    """Save a model to a file and return the model that is loaded from it."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -59,7 +59,7 @@ def saved_and_loaded(model):
 
 
 def calls_of_relu(model, x):
-    """Count how often torch's own ReLU runs."""
+    """Count the calls of torch's ReLU in a call of a model."""
     with torch.profiler.profile() as profile:
         model(x)
     return sum(event.name == "aten::relu" for event in profile.events())

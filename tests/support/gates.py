@@ -1,9 +1,8 @@
-"""Check families of kernels against the gates for compiling them, and record what the compiler made of every variant.
+"""Check compiled kernels against limits of registers, spills and shared memory (the gates), and record their figures.
 
-A *group* is all kernels that calls of one kind can use, with one architecture, activation, dtype, vector and
-layout. ``tests/record_gates.py`` compiles them; the record has a cell for each group, and says what it was made of: the
-compiler, the kernels' names, and a stamp of all text that each can use. Tests read the record, and compile
-samples of it again.
+A *group* is all kernels that calls of one kind can use, for one architecture, activation, dtype, vector and layout.
+``tests/record_gates.py`` compiles them. The record has a cell for each group, with a digest of the names of its kernels
+and of all source text that each can use. Tests read the record, and compile samples of it again.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Group(NamedTuple):
-    """Name the kernels for calls of one kind; ``columns``: channels-last."""
+    """The kernels for calls of one kind. ``columns`` tells whether the layout is channels-last."""
 
     arch: int
     activation: str
@@ -41,12 +40,12 @@ class Group(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Return the bytes of a vector."""
+        """The bytes of a vector."""
         return self.vector * ITEMSIZE[self.dtype]
 
     @property
     def full(self) -> bool:
-        """Tell whether vectors are as wide as they can be."""
+        """Whether vectors are as wide as possible."""
         return self.width == VECTOR_BYTES
 
     def __str__(self) -> str:
@@ -55,9 +54,9 @@ class Group(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Hold what the compiler made of a kernel; ``loads`` and ``stores``: the widths of accesses to global memory.
+    """The resources of a compiled kernel. ``loads`` and ``stores`` are the widths of global memory accesses in bytes.
 
-    Shared memory is rounded up to ``ALIGNMENT``: how closely variables lie depends on what is compiled with a kernel.
+    Shared memory is rounded up to ``ALIGNMENT``, as the gaps between variables depend on the other kernels in a module.
     """
 
     registers: int
@@ -69,7 +68,7 @@ class Resources(NamedTuple):
 
     @staticmethod
     def of(compiled: Compiled) -> Resources:
-        """Return what the compiler made of a kernel."""
+        """Return the resources of a compiled kernel."""
         shared = -(-(compiled.shared_bytes + compiled.dynamic_shared_bytes) // ALIGNMENT) * ALIGNMENT
         return Resources(
             compiled.registers, compiled.spill_bytes, compiled.stack_bytes, shared, *access_widths(compiled.ptx)
@@ -78,7 +77,7 @@ class Resources(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """Hold what a kernel of a group may take (spilled bytes too), and whether it reads and writes tensors."""
+    """The most registers, shared memory and spilled bytes of a kernel, and whether it reads and writes tensors."""
 
     registers: int
     shared: int
@@ -89,18 +88,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Family:
-    """Describe the kernels in one language.
+    """The kernels in one language, described by functions.
 
     Attributes:
-        name: of the record's file.
-        compiler: its name and version.
-        groups: of an architecture.
-        importance: of a group, to sort by.
-        variants: the kernels of a group.
-        build: compiles kernels of a group; with or without the cache.
-        limits: of a kernel of a group.
-        stamp: a digest of all text that a kernel of a group is made of.
-        sources: all text that kernels are made of.
+        name: the name of the family, which is a part of the record's file name.
+        compiler: returns the name and version of the compiler.
+        groups: returns the groups of an architecture.
+        importance: returns the sort key of a group.
+        variants: returns the names of the kernels of a group.
+        build: compiles kernels of a group, with or without the cache.
+        limits: returns the limits of a kernel of a group.
+        stamp: returns a digest of all source text that a kernel of a group can use.
+        sources: returns the source text of all kernels.
     """
 
     name: str
@@ -113,69 +112,72 @@ class Family:
     stamp: Callable[[Group, str], str]
     sources: Callable[[], str]
 
-    def made_of(self, group: Group) -> str:
-        """Return a digest of a group's kernels: of their names, and of all text that they are made of."""
+    def digest_of(self, group: Group) -> str:
+        """Return a digest of the kernels of a group: of their names, and of all source text that they can use."""
         return digest(sorted((name, self.stamp(group, name)) for name in self.variants(group)), 6)
 
     def every_group(self) -> Iterator[Group]:
-        """Return the groups of all architectures."""
+        """Yield the groups of all architectures."""
         for arch in ARCHITECTURES:
             yield from self.groups(arch)
 
     def covering(self) -> list[Group]:
         """Choose a pairwise covering set, the most important groups first.
 
-        It has each architecture and each activation for every kind of call, with its dtype, vector and layout.
+        For each kind of call, dtype, vector and layout it has each architecture and each activation at least once.
         """
         calls: dict[Group, list[Group]] = {}
         for group in self.every_group():
             calls.setdefault(group._replace(arch=0, activation=""), []).append(group)
-        found = []
+        chosen = []
         for shift, groups in enumerate(calls.values()):
             archs, activations = ({group[at]: None for group in groups} for at in (0, 1))
             for at in range(max(len(archs), len(activations))):
                 arch = list(archs)[(at + shift) % len(archs)]
-                found.append(groups[0]._replace(arch=arch, activation=list(activations)[at % len(activations)]))
-        return sorted(found, key=self.importance)
+                chosen.append(groups[0]._replace(arch=arch, activation=list(activations)[at % len(activations)]))
+        return sorted(chosen, key=self.importance)
 
     def outside(self, group: Group, kernels: Mapping[str, Resources]) -> list[str]:
-        """Say why kernels of a group are outside the gates."""
-        found = []
+        """Return a line for each limit that a kernel of a group exceeds."""
+        lines = []
         for name, kernel in kernels.items():
-            found += [f"{group}: {name}: {why}" for why in _outside(group, self.limits(group, name), kernel)]
-        return found
+            lines += [f"{group}: {name}: {why}" for why in _outside(group, self.limits(group, name), kernel)]
+        return lines
 
     def check(self, group: Group) -> None:
-        """Compile a group; assert that it is within the gates, and what a record of these sources says of it."""
+        """Compile a group. Assert that it is within the gates, and equals its record if the sources are the same."""
         kernels = self.build(group, self.variants(group), True)
         outside = self.outside(group, kernels)
         assert not outside, "\n".join(outside)
         record = Record.read(self)
         cell = record.cells.get(group)
-        if cell is None or cell.made_of != self.made_of(group):
+        if cell is None or cell.digest != self.digest_of(group):
             pytest.skip(f"within the gates; the record has nothing of these sources to compare with: {REMEDY}")
         if record.compiler != self.compiler():
-            pytest.skip(f"within the gates; the record is of {record.compiler}, not of {self.compiler()}")
+            pytest.skip(f"within the gates; the record is from {record.compiler}, not from {self.compiler()}")
         assert Cell.of(self, group, kernels) == cell
 
     def changed(self) -> dict[Group, int]:
-        """Return groups of the covering set that changed since they were recorded, by their registers to spare."""
+        """Return the groups of the covering set whose sources have changed since they were recorded.
+
+        Each has the number of registers that it had to spare. The least come first.
+        """
         record, covering = Record.read(self), self.covering()
         current = record.current(self, covering)
-        found = {}
+        spare = {}
         for group in covering:
             if group in record.cells and group not in current:
                 most = max(self.limits(group, name).registers for name in self.variants(group))
-                found[group] = most - record.cells[group].registers
-        return {group: found[group] for group in sorted(found, key=lambda group: (found[group], str(group)))}
+                spare[group] = most - record.cells[group].registers
+        return {group: spare[group] for group in sorted(spare, key=lambda group: (spare[group], str(group)))}
 
     def shuffled(self, groups: Iterable[Group]) -> list[Group]:
-        """Shuffle groups; the order is another one with each change of the sources."""
+        """Return groups in an order that changes with each change of the sources."""
         seed = digest(self.sources(), 16)
         return sorted(groups, key=lambda group: digest([seed, *group], 16))
 
-    def drawn(self, count: int) -> list[Group]:
-        """Draw some groups, others with each change of the sources."""
+    def sample(self, count: int) -> list[Group]:
+        """Return some groups, others after each change of the sources."""
         return self.shuffled(self.every_group())[:count]
 
 
@@ -183,17 +185,18 @@ REMEDY = "python tests/record_gates.py (see CONTRIBUTING.md)"
 
 
 def _outside(group: Group, limits: Limits, kernel: Resources) -> Iterator[str]:
+    """Yield a description of each limit that a kernel exceeds."""
     if max(kernel.spilled, kernel.stack) > limits.spilled:
         yield f"spills {kernel.spilled} bytes, {kernel.stack} bytes of stack"
     for what, limit in (("registers", limits.registers), ("shared", limits.shared)):
         if getattr(kernel, what) > limit:
             yield f"{what} {getattr(kernel, what)} > {limit}"
-    for there, kind in ((limits.reads, "loads"), (limits.writes, "stores")):
+    for expected, kind in ((limits.reads, "loads"), (limits.writes, "stores")):
         widths = getattr(kernel, kind)
         widest = max(widths, default=0)
-        if there and group.width not in widths:
+        if expected and group.width not in widths:
             yield f"no {kind} of {group.width} bytes, but of {widths}"
-        elif there and group.full and widest != VECTOR_BYTES:
+        elif expected and group.full and widest != VECTOR_BYTES:
             yield f"the widest {kind} have {widest} bytes"
 
 
@@ -202,7 +205,7 @@ COPY = re.compile(r"\bcp\.async\.[\w.:]*\s+\[[^\]]*\],\s*\[[^\]]*\],\s*(\d+)")
 
 
 def access_widths(ptx: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the widths in bytes of a kernel's global loads (and asynchronous copies) and of its stores."""
+    """Return the widths in bytes of the global loads and asynchronous copies of a kernel, and of its global stores."""
     widths: dict[str, set[int]] = {"ld": set(map(int, COPY.findall(ptx))), "st": set()}
     for kind, modifiers in ACCESS.findall(ptx):
         words = modifiers.split(".")[1:]
@@ -218,26 +221,26 @@ def digest(value: object, digits: int) -> str:
 
 
 class Definitions:
-    """Split a source text into definitions, each with its names; one without names belongs to everything."""
+    """The definitions in a source text, each with the names that it defines. All code uses those without names."""
 
-    def __init__(self, found: Iterable[tuple[Iterable[str], str]]) -> None:
-        self.found = [(frozenset(names), text, frozenset(re.findall(r"\w+", text))) for names, text in found]
-        self.names = frozenset(name for names, _, _ in self.found for name in names)
+    def __init__(self, definitions: Iterable[tuple[Iterable[str], str]]) -> None:
+        self.parts = [(frozenset(names), text, frozenset(re.findall(r"\w+", text))) for names, text in definitions]
+        self.names = frozenset(name for names, _, _ in self.parts for name in names)
         self._stamps: dict[frozenset[str], str] = {}
 
     def reachable(self, words: Iterable[str]) -> list[str]:
-        """Return the texts of the definitions that a text of some words can reach, by the words in them."""
+        """Return the texts of the definitions that code with some words can use, directly or indirectly."""
         known, taken, before = self.names.intersection(words), set[int](), -1
         while len(taken) > before:
             before = len(taken)
-            for at, (names, _, used) in enumerate(self.found):
+            for at, (names, _, used) in enumerate(self.parts):
                 if at not in taken and not (names and names.isdisjoint(known)):
                     taken.add(at)
                     known |= used & self.names
-        return [self.found[at][1] for at in sorted(taken)]
+        return [self.parts[at][1] for at in sorted(taken)]
 
     def stamp(self, words: Iterable[str]) -> str:
-        """Return a digest of the texts that a text of some words can reach."""
+        """Return a digest of the definitions that code with some words can use."""
         known = self.names.intersection(words)
         if known not in self._stamps:
             self._stamps[known] = digest(self.reachable(known), 8)
@@ -246,8 +249,11 @@ class Definitions:
 
 # ------------------------------------------------------------------------------------------------------- the record
 class Cell(NamedTuple):
-    """Hold a group in the record: the number of its kernels, their most registers, spilled, stack and shared bytes, the
-    narrowest of their accesses to tensors, and a digest of what they were made of."""
+    """A group in the record.
+
+    It has the number of kernels, the largest of their registers, stack and shared bytes, the sum of their spilled
+    bytes, the narrowest of their accesses to tensors in bytes, and the digest of their names and sources.
+    """
 
     kernels: int
     registers: int
@@ -256,16 +262,16 @@ class Cell(NamedTuple):
     shared: int
     load: int
     store: int
-    made_of: str
+    digest: str
 
     @staticmethod
     def of(family: Family, group: Group, kernels: Mapping[str, Resources]) -> Cell:
-        """Make the cell of a group's kernels."""
+        """Return the cell for the compiled kernels of a group."""
         limits = {name: family.limits(group, name) for name in kernels}
         widths = {"loads": [group.width], "stores": [group.width]}
         for name, kernel in kernels.items():
-            for there, kind in ((limits[name].reads, "loads"), (limits[name].writes, "stores")):
-                if there:
+            for expected, kind in ((limits[name].reads, "loads"), (limits[name].writes, "stores")):
+                if expected:
                     widths[kind].append(max((w for w in getattr(kernel, kind) if w <= group.width), default=0))
         return Cell(
             len(kernels),
@@ -275,7 +281,7 @@ class Cell(NamedTuple):
             max(kernel.shared for kernel in kernels.values()),
             min(widths["loads"]),
             min(widths["stores"]),
-            family.made_of(group),
+            family.digest_of(group),
         )
 
     def __str__(self) -> str:
@@ -283,14 +289,14 @@ class Cell(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> Cell:
-        """Read cells from a record's text."""
-        *numbers, made_of = text.split(":")
-        return Cell(*map(int, numbers), made_of)
+        """Parse a cell in the text of a record."""
+        *numbers, code = text.split(":")
+        return Cell(*map(int, numbers), code)
 
 
 @dataclass
 class Record:
-    """Hold cells, and what they were made of."""
+    """The record of a family: the compiler, the kernels outside the gates, and the cells."""
 
     compiler: str
     outside: list[str] = field(default_factory=list)
@@ -321,13 +327,13 @@ class Record:
         return record
 
     def current(self, family: Family, groups: Iterable[Group] | None = None) -> dict[Group, Cell]:
-        """Return the cells of all groups, or some, that were made of the present sources and variants."""
+        """Return the cells of some groups, or all, that were recorded from the present sources and variants."""
         wanted = family.every_group() if groups is None else groups
         cells = {group: self.cells[group] for group in wanted if group in self.cells}
-        return {group: cell for group, cell in cells.items() if cell.made_of == family.made_of(group)}
+        return {group: cell for group, cell in cells.items() if cell.digest == family.digest_of(group)}
 
     def text(self, family: Family) -> str:
-        """Return the text of the whole file."""
+        """Return the text of the record's file."""
         groups = list(family.every_group())
         missing = [group for group in groups if group not in self.cells]
         covering, current = family.covering(), self.current(family)

@@ -12,7 +12,7 @@ CUDA = {
     "an empty batch counts": ("n > 0 && channel", "channel", "not close"),
     "the variance is biased": ("n / fmax(n - 1., 1.)", "1.", "not close"),
 }  # fmt: skip
-"""A text of the kernels, what replaces it, and what says so."""
+"""The faults in the CUDA kernels: a part of the source, its replacement, and the message that reports the fault."""
 TRITON = {
     "a process's report is left out": ("mean_c += tl.sum(tl.load(place, mask=present",
                                        "mean_c += tl.sum(tl.load(place, mask=present & (process > 0)[:, None]",
@@ -30,4 +30,4 @@ TRITON = {
     "an empty batch counts": ("(channel < channels) & (total > 0.0)", "channel < channels", "not close"),
     "the variance is biased": ("(var_c * bessel)", "var_c", "not close"),
 }  # fmt: skip
-"""The same of the Triton kernels."""
+"""The faults in the Triton kernels: a part of the source, its replacement, and the message that reports the fault."""

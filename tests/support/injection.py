@@ -1,4 +1,4 @@
-"""Inject faults at every place of a call: an interrupt at a line, lack of memory in a call into C."""
+"""Inject errors into a call: an interrupt at a line, or a lack of memory in a call into C."""
 
 import sys
 from pathlib import Path
@@ -11,43 +11,56 @@ PACKAGE = str(Path(gpu_bn.__file__).parent)
 
 
 class Fault(BaseException):
-    """Be what is injected; nothing catches it by accident."""
+    """An error to inject, which no code catches by accident."""
 
 
 def at_line(number, error):
-    """Make a trace function that raises at a line of the package, counted from 0, and counts the lines it has seen."""
-    seen = [0]
+    """Return a trace function that raises an error at the given line that the package runs, and a list with its count.
+
+    ``number`` counts the lines from 0. The list has one element: the number of lines so far.
+    """
+    count = [0]
 
     def local(_, event, __):
         if event == "line":
-            seen[0] += 1
-            if seen[0] == number + 1:
+            count[0] += 1
+            if count[0] == number + 1:
                 raise error
         return local
 
     def trace(frame, *_):
         return local if frame.f_code.co_filename.startswith(PACKAGE) else None
 
-    return trace, seen
+    return trace, count
 
 
 def at_c_call(number, error, parts=("",)):
-    """Make a profile function that raises before a call into C from parts of the package, and counts these calls."""
-    seen = [0]
+    """Return a profile function that raises an error before the given call into C, and a list with its count.
+
+    ``number`` counts the calls from 0; only calls from files of the package whose path has one of ``parts`` count.
+    """
+    count = [0]
 
     def profile(frame, event, _):
         name = frame.f_code.co_filename
         if event == "c_call" and name.startswith(PACKAGE) and any(part in name for part in parts):
-            seen[0] += 1
-            if seen[0] == number + 1:
+            count[0] += 1
+            if count[0] == number + 1:
                 raise error
 
-    return profile, seen
+    return profile, count
 
 
-def injected(call, install, place, error):
-    """Run with a fault at a place; return whether it was raised, and how many places there were."""
-    function, seen = place
+def run_with_error(call, install, place, error):
+    """Run a call with an error injected. Return whether it was raised, and the number of lines or calls into C.
+
+    Args:
+        call: the function to run.
+        install: ``sys.settrace`` or ``sys.setprofile``.
+        place: the result of :func:`at_line` or :func:`at_c_call`.
+        error: the error.
+    """
+    function, count = place
     before = sys.gettrace() if install is sys.settrace else sys.getprofile()
     install(function)
     try:
@@ -58,7 +71,7 @@ def injected(call, install, place, error):
         raised = False
     finally:
         install(before)
-    return raised, seen[0]
+    return raised, count[0]
 
 
 INJECTIONS = [

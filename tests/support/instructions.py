@@ -1,4 +1,4 @@
-"""Run single instructions on small inputs, on the emulator."""
+"""Run single instructions on small inputs on the emulator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ REGISTER = {1: "%h", 2: "%h", 4: "%r", 8: "%rd"}
 
 
 def evaluate(instruction: str, sources: list[tuple[str, np.ndarray]], to: str) -> np.ndarray:
-    """Run `instruction`, one thread per element. {0} {1} {2} stand for the sources, {d} for the result."""
+    """Run an instruction with one thread per element and return the results.
+
+    Args:
+        instruction: the text, in which {0} {1} {2} stand for the sources and {d} for the result.
+        sources: the type and the values of each source.
+        to: the type of the result.
+    """
     count = len(sources[0][1])
     if count > 1024:
         parts = (slice(1024), slice(1024, None))
@@ -50,7 +56,7 @@ def evaluate(instruction: str, sources: list[tuple[str, np.ndarray]], to: str) -
 
 
 def same_bits(got: np.ndarray, want: np.ndarray) -> None:
-    """Tell whether arrays are equal as bits; any NaN equals any NaN."""
+    """Assert that two arrays have the same bits, where any NaN equals any NaN."""
     want = np.asarray(want).astype(got.dtype)
     both_nan = np.isnan(got.astype(float)) & np.isnan(want.astype(float))
     bits = f"u{got.dtype.itemsize}"
@@ -58,7 +64,7 @@ def same_bits(got: np.ndarray, want: np.ndarray) -> None:
 
 
 def integers(type_: str, seed: int, count: int = 256) -> np.ndarray:
-    """Make random integers of all magnitudes, with the corner cases."""
+    """Return random integers of all magnitudes, with the corner cases."""
     dtype, rng = np.dtype(NUMPY[type_]), np.random.default_rng(seed)
     info = np.iinfo(dtype)
     values = rng.integers(info.min, info.max, count, dtype=dtype, endpoint=True)
@@ -69,7 +75,7 @@ def integers(type_: str, seed: int, count: int = 256) -> np.ndarray:
 
 
 def floats(type_: str, seed: int, count: int = 512) -> np.ndarray:
-    """Make random bit patterns: every exponent, subnormals, infinities and NaN; and some of common size."""
+    """Return random bit patterns with every exponent, subnormals, infinities and NaN, and some common numbers."""
     dtype, rng = np.dtype(NUMPY[type_]), np.random.default_rng(seed)
     patterns = rng.integers(0, 256, count * dtype.itemsize, dtype=np.uint8).view(dtype)
     patterns[::2] = rng.standard_normal(count // 2).astype(dtype)
@@ -78,7 +84,7 @@ def floats(type_: str, seed: int, count: int = 512) -> np.ndarray:
 
 
 def nearest(value: Fraction, dtype: np.dtype) -> object:
-    """Return the value of `dtype` nearest to a fraction, ties to even: a first guess or its neighbour."""
+    """Return the value of a dtype that is nearest to a fraction, with ties to even: a first guess or its neighbour."""
     guess = np.array(float(value)).astype(dtype)
     bits = f"i{dtype.itemsize}"
     around = [(guess.view(bits) + step).view(dtype) for step in (-1, 0, 1)]

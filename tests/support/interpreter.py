@@ -11,7 +11,7 @@ from support.paths import ROOT, TESTS
 
 
 def interpreted(script, *arguments):
-    """Run a script with the interpreter on; return what it prints."""
+    """Run a script with Triton's interpreter in another process and return its output."""
     for package in ("torch", "triton"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install {package}")

@@ -1,4 +1,4 @@
-"""Train a layer of torch's and one of ours alike."""
+"""List the layers of gpu_bn and torch that the tests compare."""
 
 import pytest
 

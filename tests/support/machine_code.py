@@ -1,7 +1,7 @@
-"""Read what the assembler made of a kernel: its loops, its accesses, and what it does in double precision.
+"""Read the machine code of a kernel: its loops, its memory accesses, and its instructions in double precision.
 
-NVIDIA's disassembler comes with the ``triton`` wheel. :func:`disassemble` takes any cubin, of NVRTC or Triton. It
-counts instructions in the code: those of a rolled loop count once, so that loops have figures of their own.
+NVIDIA's disassembler comes with the ``triton`` wheel. :func:`disassemble` takes any cubin, from NVRTC or Triton.
+Instructions are counted in the code, where those of a loop count once. Loops therefore have separate figures.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from emulator.cache import cached_path, write_whole
 from emulator.nvrtc import package_file
 
 REGISTER_FILE = 64 << 10
-"""Registers of an SM, on every architecture from sm_70 on."""
+"""The registers of an SM on every architecture from sm_70 on."""
 REGISTER_UNIT = 8
-"""A warp's registers are given out in units of 8 a thread."""
+"""The registers of a thread are allocated in units of 8."""
 THREADS_PER_SM = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 SHARED_PER_SM = {70: 96, 75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
-"""Of shared memory, in KiB: the CUDA C++ Programming Guide's table of compute capabilities, as the one above."""
+"""The KiB of shared memory of an SM. Both tables are from the CUDA C++ Programming Guide (compute capabilities)."""
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_x?_?\w+|[\w$]+):\s*$")
 
 
 class Instruction(NamedTuple):
-    """Parse one line: ``@!P0 LDG.E.128 R4, desc[UR4][R2.64]``."""
+    """An instruction, such as ``@!P0 LDG.E.128 R4, desc[UR4][R2.64]``."""
 
     address: int
     guard: str
@@ -42,30 +42,30 @@ class Instruction(NamedTuple):
 
     @property
     def base(self) -> str:
-        """Return the operation without its modifiers."""
+        """The operation without its modifiers."""
         return self.opcode.partition(".")[0]
 
     @property
     def registers(self) -> list[int]:
-        """Return the numbers of the registers in its operands; of a group of registers the first."""
+        """The numbers of the registers in the operands; of a group of registers the first."""
         return [int(number) for number in re.findall(r"\bR(\d+)", self.operands)]
 
     @property
     def width(self) -> int:
-        """Return the bytes of an access to memory."""
+        """The bytes of a memory access."""
         return next((WIDTHS[word] for word in self.opcode.split(".") if word in WIDTHS), 4)
 
     @property
     def is_double(self) -> bool:
-        """Tell whether the units for double precision do this, of which most GPUs have few."""
+        """Whether the units for double precision execute this. Most GPUs have few of them."""
         return self.base in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX") or (
             self.base in ("F2F", "I2F", "F2I") and ".F64" in self.opcode
         )
 
     def accesses(self, width: int) -> str:
-        """Say how this accesses a tensor of vectors of so many bytes: ``load``, ``store``, ``copy``, ``staged`` or not.
+        """Return how this accesses a tensor in vectors of ``width`` bytes: ``load``, ``store``, ``copy`` or ``staged``.
 
-        Numbers that blocks exchange are loaded past the first cache (``STRONG``), and are none.
+        Return ``""`` if it accesses none. Loads past the L1 cache (``STRONG``) are of values that blocks exchange.
         """
         kinds = {"LDG": "load", "STG": "store", "LDGSTS": "copy", "LDS": "staged"}
         return kinds.get(self.base, "") if self.width == width and "STRONG" not in self.opcode else ""
@@ -73,18 +73,18 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Loop:
-    """Hold the instructions from the target of a jump back to that jump; ``targets``: addresses that jumps lead to."""
+    """The instructions from the target of a backward jump to that jump. ``targets`` are the targets of all jumps."""
 
     code: tuple[Instruction, ...]
     targets: frozenset[int]
 
     def vectors(self, width: int) -> int:
-        """Count the vectors of tensors that one turn reads, or writes where it reads none."""
+        """Return the number of vectors that one iteration reads, or that it writes if it reads none."""
         kinds = Counter(kind for ins in self.code if (kind := ins.accesses(width)))
         return max(kinds["load"], kinds["copy"]) or kinds["staged"] or kinds["store"]
 
     def blocks(self) -> list[list[Instruction]]:
-        """Cut the loop into straight runs, each ending with a jump or before what a jump leads to."""
+        """Split the loop into basic blocks: each ends with a jump or before the target of one."""
         blocks: list[list[Instruction]] = [[]]
         for ins in self.code:
             if ins.address in self.targets:
@@ -95,10 +95,10 @@ class Loop:
         return [block for block in blocks if block]
 
     def in_flight(self, width: int) -> int:
-        """Count a thread's loads under way: until an instruction names a register that one of them fills."""
+        """Return the most loads of a thread in flight. A load ends where an instruction names one of its registers."""
         pending: list[range] = []
         most = 0
-        for ins in self.code * 2:  # twice, for what is loaded for the next turn
+        for ins in self.code * 2:  # two iterations, for loads that the next iteration uses
             named = ins.registers
             pending = [filled for filled in pending if not any(number in filled for number in named)]
             if ins.accesses(width) == "load":
@@ -107,7 +107,7 @@ class Loop:
         return most
 
     def instructions(self, width: int, chain: int) -> float:
-        """Count instructions a vector; double precision that is jumped over runs once in ``chain`` vectors."""
+        """Return the number of instructions per vector. Blocks in double precision run once in ``chain`` vectors."""
         total = 0.0
         for block in self.blocks():
             rare = any(ins.is_double for ins in block)
@@ -117,13 +117,15 @@ class Loop:
 
 @dataclass(frozen=True)
 class Machine:
-    """Hold a kernel's machine code.
+    """The machine code of a kernel.
 
     Attributes:
-        name: as the assembler has it.
-        code: all instructions, of the functions that it calls too.
-        labels: the addresses of the targets of jumps.
-        registers, shared_bytes, local_bytes: what a thread and a block have, by the assembler; the last are spills.
+        name: the name in the cubin.
+        code: all instructions, including those of called functions.
+        labels: the addresses of the labels that jumps name.
+        registers: the registers of a thread.
+        shared_bytes: the static shared memory of a block.
+        local_bytes: the local memory of a thread, which holds spilled registers.
     """
 
     name: str
@@ -135,7 +137,10 @@ class Machine:
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """Find the innermost loops: jumps back to where they can be reached from. Code moved off jumps back too."""
+        """The innermost loops. A backward jump closes one only if its target can reach the jump.
+
+        Code that the assembler has moved away also jumps backward.
+        """
         spans = set()
         for ins in self.code:
             start = self._target(ins)
@@ -149,37 +154,37 @@ class Machine:
         )
 
     def _target(self, ins: Instruction) -> int | None:
-        """Return the address that an instruction jumps to."""
+        """Return the address that an instruction jumps to; ``None`` for other instructions."""
         target = re.search(r"`\((\S+?)\)", ins.operands)
         return self.labels.get(target[1]) if target and ins.base == "BRA" else None
 
     def _reaches(self, first: int, last: int) -> bool:
-        """Tell whether there is a way from one address on to another, between the two."""
+        """Tell whether control can flow from one address to another without leaving the code between them."""
         span = [ins for ins in self.code if first <= ins.address <= last]
         place = {ins.address: at for at, ins in enumerate(span)}
-        seen, ahead = set[int](), [0]
-        while ahead:
-            at = ahead.pop()
-            if at in seen or at >= len(span):
+        visited, pending = set[int](), [0]
+        while pending:
+            at = pending.pop()
+            if at in visited or at >= len(span):
                 continue
-            seen.add(at)
+            visited.add(at)
             ins = span[at]
             target = self._target(ins)
             if target in place:
-                ahead.append(place[target])
+                pending.append(place[target])
             if ins.guard or ins.base not in ("BRA", "EXIT", "RET") or re.match(r"!?U?P\d", ins.operands):
-                ahead.append(at + 1)
-        return len(span) - 1 in seen
+                pending.append(at + 1)
+        return len(span) - 1 in visited
 
     def hot(self, width: int) -> tuple[Loop, ...]:
-        """Return the loops that go through tensors."""
+        """Return the loops over tensors."""
         return tuple(loop for loop in self.loops if loop.vectors(width) and _moves(loop, width))
 
     def figures(self, width: int, chain: int = 1) -> Figures:
-        """Return the budgeted figures of a kernel that goes through tensors in vectors of so many bytes.
+        """Return the figures of a kernel that accesses tensors in vectors of ``width`` bytes.
 
-        Loops that access tensors alike are copies of one, and a vector goes through one of them. ``chain``: see
-        :meth:`Loop.instructions`.
+        Loops with the same kinds of accesses are copies of one, of which a vector passes through one only. ``chain`` is
+        as in :meth:`Loop.instructions`.
         """
         hot = self.hot(width)
         passes: dict[frozenset[str], float] = {}
@@ -203,16 +208,15 @@ class Machine:
 
 
 class Figures(NamedTuple):
-    """Hold a kernel's figures.
+    """The figures of a kernel. ``registers``, ``shared_bytes`` and ``local_bytes`` are as in :class:`Machine`.
 
     Attributes:
-        registers, shared_bytes, local_bytes: as in :class:`Machine`.
-        instructions: for each vector, in all loops that a vector goes through together.
-        in_flight: vectors that a thread has asked memory for at a time, before it uses one.
-        asynchronous: whether vectors are copied to shared memory, all of a block's at a time.
-        double: instructions in double precision outside of these loops.
-        double_rolled: those of them that are in other loops, and run more than once.
-        size: instructions in all.
+        instructions: the instructions per vector in all loops over tensors together.
+        in_flight: the most vectors that a thread has in flight.
+        asynchronous: whether vectors are copied to shared memory asynchronously.
+        double: the instructions in double precision outside the loops over tensors.
+        double_rolled: the number of these that are in other loops.
+        size: the number of all instructions.
     """
 
     registers: int
@@ -227,7 +231,7 @@ class Figures(NamedTuple):
 
 
 def blocks_per_sm(arch: int, threads: int, registers: int, shared_bytes: int) -> int:
-    """Return how many blocks an SM holds, by threads, registers and shared memory."""
+    """Return the number of blocks that an SM holds, limited by threads, registers and shared memory."""
     a_thread = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
     reserved = 1 << 10 if arch >= 80 else 0
     return min(
@@ -238,25 +242,25 @@ def blocks_per_sm(arch: int, threads: int, registers: int, shared_bytes: int) ->
 
 
 def tool(name: str) -> Path | None:
-    """Find ``nvdisasm`` or ``cuobjdump``, if the ``triton`` wheel is installed."""
+    """Return the path of ``nvdisasm`` or ``cuobjdump``; ``None`` if the ``triton`` wheel is not installed."""
     return package_file("triton", f"backends/nvidia/bin/{name}")
 
 
 def figures_of(cubin: bytes, width: int, chain: int = 1) -> dict[str, Figures]:
-    """Return the figures of a cubin's kernels by name, from the cache of compiled kernels if they are there."""
+    """Return the figures of the kernels in a cubin by name. They are kept in the cache of compiled kernels."""
     reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     path = cached_path(["figures", reader, hashlib.sha256(cubin).hexdigest(), width, chain])
     if not path.exists():
-        found = {name: machine.figures(width, chain) for name, machine in disassemble(cubin).items()}
-        write_whole(path, json.dumps(found).encode())
-    return {name: Figures(*figures) for name, figures in json.loads(path.read_text()).items()}
+        figures = {name: machine.figures(width, chain) for name, machine in disassemble(cubin).items()}
+        write_whole(path, json.dumps(figures).encode())
+    return {name: Figures(*values) for name, values in json.loads(path.read_text()).items()}
 
 
 def disassemble(cubin: bytes) -> dict[str, Machine]:
     """Return the kernels of a cubin by name."""
     usage = _run("cuobjdump", cubin, "-res-usage")
     text = _run("nvdisasm", cubin, "-c")
-    found = {}
+    kernels = {}
     for section in re.split(r"^//-+ \.text\.", text, flags=re.MULTILINE)[1:]:
         name = section.split()[0]
         resources = re.search(rf"Function {re.escape(name)}:\s+(.*)", usage)
@@ -265,8 +269,8 @@ def disassemble(cubin: bytes) -> dict[str, Machine]:
         numbers = {kind: int(value) for kind, value in re.findall(r"(\w+):(\d+)", resources[1])}
         code, labels = _listing(section)
         local = numbers["LOCAL"] + numbers["STACK"]
-        found[name] = Machine(name, code, labels, numbers["REG"], numbers["SHARED"], local)
-    return found
+        kernels[name] = Machine(name, code, labels, numbers["REG"], numbers["SHARED"], local)
+    return kernels
 
 
 def _run(name: str, cubin: bytes, option: str) -> str:
@@ -279,18 +283,19 @@ def _run(name: str, cubin: bytes, option: str) -> str:
 
 
 def _listing(text: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
+    """Return the instructions of a disassembled section without NOP, and the addresses of its labels."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     waiting: list[str] = []
     for line in text.splitlines():
         if label := LABEL.match(line):
             waiting.append(label[1])
-        elif found := LINE.match(line):
-            address = int(found[1], 16)
+        elif match := LINE.match(line):
+            address = int(match[1], 16)
             labels |= dict.fromkeys(waiting, address)
             waiting.clear()
-            if found[3] != "NOP":
-                code.append(Instruction(address, found[2] or "", found[3], found[4]))
+            if match[3] != "NOP":
+                code.append(Instruction(address, match[2] or "", match[3], match[4]))
     return tuple(code), labels
 
 
@@ -299,6 +304,6 @@ def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
 
 
 def _moves(loop: Loop, width: int) -> bool:
-    """Tell whether a loop reaches tensors in global memory, or sums up what is staged of them: no exchange of sums."""
+    """Tell whether a loop accesses tensors in global memory, or reads staged vectors without exchanging sums."""
     kinds = {ins.accesses(width) for ins in loop.code}
     return bool(kinds & {"load", "copy", "store"}) or not any(ins.is_double for ins in loop.blocks()[0])

@@ -1,4 +1,4 @@
-"""Make models of torchvision, timm, transformers, segmentation-models-pytorch, monai and ultralytics."""
+"""Create models of torchvision, timm, transformers, segmentation-models-pytorch, monai and ultralytics."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ KEPT: list[Any] = []
 
 
 def declare_operators() -> None:
-    """Declare two operators: torchvision's wheel is built for CUDA, and lacks them beside a CPU build of torch."""
+    """Declare two operators that torchvision's wheel, which is built for CUDA, lacks with a CPU build of torch."""
     if torch.version.cuda is not None:  # the wheel defines them itself
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
-    KEPT.append(library)  # its operators go with it
+    KEPT.append(library)  # the operators exist as long as this object
     if not hasattr(torch.ops.torchvision, "nms"):
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -103,7 +103,7 @@ MONAI: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """Return all models, as ``library/model``."""
+    """Return the names of all models as ``library/model``."""
     lists: dict[str, Any] = {
         "torchvision": TORCHVISION.split(),
         "timm": TIMM.split(),
@@ -116,11 +116,10 @@ def names() -> list[str]:
 
 
 def make(name: str) -> torch.nn.Module:
-    """Make a model with random weights; nothing is downloaded."""
+    """Create a model with random weights. Nothing is downloaded."""
     library, _, model = name.partition("/")
     torch.manual_seed(0)
-    made: Any = globals()[f"_make_{library}"](model)
-    return made  # type: ignore[no-any-return]
+    return globals()[f"_make_{library}"](model)  # type: ignore[no-any-return]
 
 
 def _make_torchvision(name: str) -> Any:
@@ -133,12 +132,12 @@ def _make_torchvision(name: str) -> Any:
         options |= {"init_weights": False, "aux_logits": name == "googlenet"}
     if package == "quantization":
         options["quantize"] = False
-    made = getattr(module, function)(**options)
-    return Heads(made) if package == "detection" else made
+    model = getattr(module, function)(**options)
+    return Heads(model) if package == "detection" else model
 
 
 class Heads(torch.nn.Module):
-    """Run a detector without the choice among its outputs, which the last digit decides."""
+    """A detector without its last step, which chooses outputs: rounding errors decide the choice."""
 
     def __init__(self, detector: Any) -> None:
         super().__init__()
@@ -163,7 +162,7 @@ def _make_timm(name: str) -> Any:
             return timm.create_model(name, pretrained=False, num_classes=10, **drops, **size)
         except (TypeError, AssertionError):
             pass
-    raise ValueError(f"{name} cannot be made")
+    raise ValueError(f"{name} cannot be created")
 
 
 def _make_smp(name: str) -> Any:
@@ -214,19 +213,19 @@ def _make_ultralytics(name: str) -> Any:
 SIZES = {"inception": 96, "xception": 96, "PAN": 128, "tiny_vit": 224, "swiftformer_xs": 224,
          "efficientformer_l1": 224, "s3d": 224, "halonet": 256, "lambda": 224,
          "bat_resnext": 256}  # fmt: skip
-"""What models need, by a part of the name, if more than 64 pixels."""
+"""The image sizes of models that need more than 64 pixels, by a part of the name."""
 
 
 def batch(name: str, model: torch.nn.Module, count: int = 4) -> tuple[Any, ...]:
-    """Make a small batch."""
+    """Return a small random batch for a model."""
     generator = torch.Generator().manual_seed(1)
     dtype = next(model.parameters()).dtype
     if "Conformer" in name:
         return (torch.randn(count, 4000, generator=generator, dtype=torch.float64).to(dtype),)
     size = next((size for part, size in SIZES.items() if part in name), 64)
     fixed = [getattr(module, "img_size", None) for module in model.modules()]
-    given = next((each for each in fixed if isinstance(each, tuple)), None)
-    size = given[0] if given and name.startswith("timm/") else size
+    required = next((each for each in fixed if isinstance(each, tuple)), None)
+    size = required[0] if required and name.startswith("timm/") else size
     count = count if size <= 128 else 2
     shape: tuple[int, ...] = (count, 1 if name == "monai/VNet" else 3, size, size)
     if "video" in name:

@@ -1,4 +1,4 @@
-"""List modules whose layers must be merged with care."""
+"""Provide helpers for the tests of merging."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Make small networks structured as torchvision's and timm's, and stand-ins for their layers."""
+"""Provide small networks with the structure of those in torchvision and timm, and stand-ins for their layers."""
 
 from collections import OrderedDict
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """Follow torchvision's block: functional sum, one ReLU module used twice."""
+    """A block as in torchvision, with a functional sum and one ReLU module that is used twice."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Follow ResNet-18, a quarter as wide."""
+    """A ResNet-18 with a quarter of the width."""
 
     def __init__(self, width=16, classes=10):
         super().__init__()
@@ -56,7 +56,7 @@ class ResNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Follow MobileNetV2's block: Sequential of convolution, norm and ReLU6; a sum with no activation after it."""
+    """A block as in MobileNetV2: Sequential of convolution, norm and ReLU6, and a sum with no activation after it."""
 
     def __init__(self, inputs, outputs, stride, expand):
         super().__init__()
@@ -79,7 +79,7 @@ def conv_norm_act(inputs, outputs, size, stride=1, groups=1):
 
 
 class MobileNet(nn.Module):
-    """Follow MobileNetV2, but with fewer blocks."""
+    """A MobileNetV2 with fewer blocks."""
 
     def __init__(self, classes=10):
         super().__init__()
@@ -94,7 +94,7 @@ class MobileNet(nn.Module):
 
 
 class UNet(nn.Module):
-    """Have two levels, skip connections by concatenation, and a transposed convolution before a norm."""
+    """A U-Net with two levels, skip connections by concatenation, and a transposed convolution before a norm."""
 
     def __init__(self, width=8):
         super().__init__()
@@ -135,7 +135,7 @@ def unet():
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """Stand for timm's."""
+    """A stand-in for the layer of timm."""
 
     def __init__(self, num_features, act, drop=None):
         super().__init__(num_features)
@@ -147,7 +147,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Stand for torchvision's."""
+    """A stand-in for the layer of torchvision."""
 
     def __init__(self, num_features, eps=1e-5):
         super().__init__()
@@ -170,7 +170,7 @@ STAND_INS = {
 
 
 def register(monkeypatch):
-    """Make stand-ins known as the classes that they stand for."""
+    """Let gpu_bn treat each stand-in as the class that it stands for."""
     from gpu_bn.nn.known_layers import CLASSES
 
     for name, cls in STAND_INS.items():

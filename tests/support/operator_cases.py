@@ -1,4 +1,4 @@
-"""Hold what the tests of the operators have in common."""
+"""Provide references and arguments for the tests of the operators."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from gpu_bn.nn.operators import (
 
 
 def reference(x, mean, var, weight, bias, training, residual=None, activation="identity"):
-    """Compute by torch's own functions."""
+    """Compute batch normalisation, a sum and an activation by torch's functions."""
     z = torch.nn.functional.batch_norm(x, mean, var, weight, bias, training)
     z = z if residual is None else z + residual
     return composition.activate(z, ROWS[activation].default)
@@ -20,6 +20,7 @@ def reference(x, mean, var, weight, bias, training, residual=None, activation="i
 
 # ------------------------------------------------------------------------------------------- opcheck and compilers
 def arguments(name, shape=(3, 2, 4), activation="relu", dtype=torch.float32, momentum=None, optional=True):
+    """Return the arguments of the operator ``train``, ``infer`` or ``backward``."""
     x, weight, bias, residual = inputs(shape, dtype)
     if not optional:
         weight = bias = residual = None
@@ -36,7 +37,7 @@ def arguments(name, shape=(3, 2, 4), activation="relu", dtype=torch.float32, mom
 
 
 def train_some(model, x, steps=3):
-    """Train some steps; return outputs, gradients and state."""
+    """Train some steps and return the outputs, gradients and buffers."""
     results = []
     for step in range(steps):
         leaf = (x + step).requires_grad_()

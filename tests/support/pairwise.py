@@ -1,4 +1,4 @@
-"""Choose a few cases that cover many: any two values that some case has together, one of the few has together too."""
+"""Choose a pairwise covering set of cases: it has each pair of values that any case has."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from gpu_bn.testing import Case
 
 
 def covering(cases: Sequence[Case]) -> list[Case]:
-    """Choose cases with all pairs of values, and all shapes: at each step the one that adds most (greedy set cover)."""
-    aspects = [_aspects(case) for case in cases]
-    left: set[Hashable] = set().union(*aspects)
-    # Counts of what is new only fall, so that the best is the first whose count is still true.
-    queue = [
-        (-len(found), prod(case.shape), index) for index, (case, found) in enumerate(zip(cases, aspects, strict=True))
-    ]
+    """Choose cases with all pairs of values and all shapes, by a greedy set cover."""
+    pairs = [_pairs(case) for case in cases]
+    missing: set[Hashable] = set().union(*pairs)
+    # The number of missing pairs in a case only falls, so a case is the best if its number in the queue is current.
+    queue = [(-len(pairs[index]), prod(case.shape), index) for index, case in enumerate(cases)]
     heapq.heapify(queue)
     chosen = []
-    while left:
+    while missing:
         _, size, index = heapq.heappop(queue)
-        now = (-len(aspects[index] & left), size, index)
-        if queue and now > queue[0]:
-            heapq.heappush(queue, now)
+        current = (-len(pairs[index] & missing), size, index)
+        if queue and current > queue[0]:
+            heapq.heappush(queue, current)
         else:
             chosen.append(cases[index])
-            left -= aspects[index]
+            missing -= pairs[index]
     return chosen
 
 
-def _aspects(case: Case) -> set[Hashable]:
+def _pairs(case: Case) -> set[Hashable]:
+    """Return the shape of a case and all pairs of its other values."""
     values = asdict(case)
     shape = values.pop("shape")
     return {shape, *combinations(values.items(), 2)}

@@ -1,6 +1,6 @@
-"""Run functions of a module in several processes that talk by gloo, each with its own interpreter.
+"""Run functions of a module in several processes that communicate by gloo.
 
-``python -m support.processes MODULE STORE RANK WORLD NAME...`` is one of them; :func:`launch` starts all.
+:func:`launch` starts them all. One of them is ``python -m support.processes MODULE FOLDER RANK WORLD NAME...``.
 """
 
 import importlib
@@ -13,20 +13,24 @@ from pathlib import Path
 
 from support.paths import ROOT, TESTS
 
-TIMEOUT = 280  # seconds, for a hang: a busy machine may take its time, and pytest ends a test after 300
+TIMEOUT = 280  # seconds until processes count as hanging; pytest ends a test after 300
 
 
 def launch(world, module, names, folder):
-    """Run the processes; return their functions' results by rank, or raise an assertion error with what one raised."""
+    """Run the processes and return the results of their functions by rank and name.
+
+    Raises:
+        AssertionError: a process has failed. The message is its output.
+    """
     processes = start(world, module, names, folder)
     outputs = finish(processes)
-    if any(process.returncode for process in processes):  # the first to fail ends the others
+    if any(process.returncode for process in processes):  # others fail as well, because the first closes connections
         raise AssertionError(min(outputs, key=lambda output: "closed by peer" in output or not output))
     return results(world, folder)
 
 
 def once(tmp_path_factory, name, make):
-    """Return ``make``'s result for a folder; of several processes that run tests (pytest -n), one calls it."""
+    """Call ``make(folder)`` and return the folder. With ``pytest -n`` only one of the processes calls it."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     done = folder / "done"
@@ -44,7 +48,7 @@ def once(tmp_path_factory, name, make):
 
 
 def results(world, folder):
-    """Return what each process's functions have returned so far, by rank and name."""
+    """Return the results so far of the functions, by rank and name."""
     import torch
 
     return [torch.load(Path(folder) / f"result.{rank}", weights_only=False) for rank in range(world)]
@@ -67,7 +71,7 @@ def start(world, module, names, folder):
 
 
 def finish(processes):
-    """Return what the processes print, and end them."""
+    """Wait for the processes and return their outputs. Kill those that are not done in time."""
     end = time.monotonic() + TIMEOUT
     try:
         return [process.communicate(timeout=end - time.monotonic())[0] for process in processes]
@@ -79,10 +83,11 @@ def finish(processes):
 
 
 def main(module, folder, rank, world, *names):
+    """Run one process: call the named functions with its rank and the number of processes, and save the results."""
     import torch
     import torch.distributed as dist
 
-    functions = importlib.import_module(module)  # with gpu_bn, before there is a group
+    functions = importlib.import_module(module)  # imports gpu_bn before the group is created
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -90,18 +95,18 @@ def main(module, folder, rank, world, *names):
         world_size=int(world),
         timeout=timedelta(seconds=TIMEOUT),
     )
-    found = {}
+    values = {}
     for name in names:
-        found[name] = getattr(functions, name)(int(rank), int(world))
-        torch.save(found, Path(folder) / f"result.{rank}")
+        values[name] = getattr(functions, name)(int(rank), int(world))
+        torch.save(values, Path(folder) / f"result.{rank}")
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # torch.compile keeps groups: a thread of Gloo's at work when the interpreter ends aborts the process
+    os._exit(0)  # torch.compile keeps groups, and a Gloo thread that runs at the interpreter's end aborts the process
 
 
 def gloo_threads():
-    """Return the names of this process's threads that serve a group."""
+    """Return the names of the threads of Gloo in this process."""
     names = (task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir())
     return [name for name in names if "gloo" in name]
 

@@ -1,4 +1,4 @@
-"""Draw random calls at the edges of what GPU backends take: a seed gives a call and small ones of the same kernels."""
+"""Draw random calls of GPU backends with unusual shapes, layouts and values. A seed determines the calls."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gpu_bn.testing.cases import AFFINE, DTYPES, LAYOUTS, MASKS, MODES
 
 SIZES = (1, 1, 2, 3, 5, 7, 8, 13, 16, 31, 49, 64, 97, 130)
 MOST, FEW = 12_000, 1500
-"""Elements of a tensor: of a seed's first call, and of those after it."""
+"""The most elements of a tensor in the first call of a seed, and about the most in later ones."""
 SCALES = {"usual": (0.5, 1.5), "mean 1e4 sd": (1e4, 1.0), "1e15": (3e15, 1e15), "1e-15": (3e-15, 1e-15)}
 CHANGES = ("none", "none", "none", "constant", "zeros of both signs", "some weights zero")
 
 
 @dataclass(frozen=True)
 class Call:
-    """Hold a call: a case, a change of its numbers, and where it runs."""
+    """A case, a change of its data, and the architecture and tier on which it runs."""
 
     case: Case
     change: str
@@ -33,7 +33,7 @@ class Call:
     tier: str | None
 
     def problem(self) -> Problem:
-        """Return the case's arrays, changed."""
+        """Return the arrays of the case after the change."""
         problem = build(self.case)
         x, weight = problem.x, problem.weight
         if x.flags.writeable and self.case.layout != "broadcast" and self.case.mask is None:
@@ -71,16 +71,19 @@ def draw(seed: int) -> Call:
 
 
 def marked(seed: int, usual: int, more: int, first: int = 0) -> Any:
-    """Return a seed, counted from ``first``, as a parameter of a test in the normal run, in long runs or by hand."""
+    """Return ``first + seed`` as a parameter for pytest, marked by the run that includes it.
+
+    Seeds below ``usual`` are in the normal run, those below ``more`` in the long one, others in the exhaustive one.
+    """
     marks = [] if seed < usual else [pytest.mark.slow if seed < more else pytest.mark.exhaustive]
     return pytest.param(first + seed, id=f"seed-{first + seed}", marks=marks)
 
 
 def family(seed: int, count: int) -> Iterator[Call]:
-    """Return the call of a seed, and ``count`` small ones of other sizes and numbers, which take the same kernels.
+    """Yield the call of a seed, and ``count`` small ones with other sizes and values, which use the same kernels.
 
-    The last one has another layout. A kernel is compiled for the widest vector of at most 8 elements that
-    rows consist of.
+    The sizes of axes stay the same modulo 8, as they determine the vector width of the kernels. The last call has
+    another layout.
     """
     call = draw(seed)
     yield call
@@ -89,7 +92,7 @@ def family(seed: int, count: int) -> Iterator[Call]:
     for at in range(count):
         shape, room = case.shape, FEW
         while prod(shape) > room or shape is case.shape:
-            room += FEW // 8  # there may be no smaller ones
+            room += FEW // 8  # no shape may be small enough
             sizes = [size if size <= 16 else size % 8 + 8 * rng.integers(1, 3) for size in case.shape[1:]]
             shape = (least * int(rng.integers(1 + (least > 1), 9)), *map(int, sizes))
         scales = list(SCALES)[: 2 if case.dtype == "float16" else None]
@@ -101,7 +104,7 @@ def family(seed: int, count: int) -> Iterator[Call]:
 
 @contextmanager
 def refused_alike(seed: int, call: Call) -> Iterator[None]:
-    """Let a backend refuse a call that NumPy's refuses in the same words; other errors name the seed."""
+    """Allow a ``ValueError`` within this context if the NumPy backend raises the same. Add the seed to other errors."""
     try:
         yield
     except ValueError as error:

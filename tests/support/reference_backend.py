@@ -1,4 +1,4 @@
-"""Call the reference kernels, as functions and as a backend, on any device with a `launch`."""
+"""Call the reference kernels as functions and as a backend on the emulator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.d
 TYPES = {dtype: type_ for type_, dtype in DTYPES.items()}
 TRITON_TYPES = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
 STAGING_BYTES = 48 * 1024
-"""The shared memory that a block may have without asking."""
+"""The bytes of shared memory that a block may have without a request for more."""
 
 
 def compile_reference_triton(
@@ -44,7 +44,7 @@ def forward(
     device: Device, compiled: Compiled, x: Array, y: Array | None, weight: Array | None, bias: Array | None,
     eps: float = 1e-5, *, threads: int = 256, shared_bytes: int = 0, launch: Callable[..., Any] | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Launch one of the kernels on an [n, c, s] array; return the mean and the variance of each channel."""
+    """Launch a kernel on an array of shape [n, c, s]. Return the mean and the variance of each channel."""
     n, c, s = x.shape
     mean, var = device.empty(c, np.float64), device.empty(c, np.float64)
     args = [x, y, weight, bias, mean, var, np.int32(n), np.int32(c), np.int32(s), np.float64(eps)]
@@ -58,17 +58,17 @@ def forward(
 
 
 class ReferenceBackend(NumpyBackend):
-    """Run the training forward by a kernel, all else by NumPy's backend.
+    """A backend that computes the training forward by a kernel, and everything else by the NumPy backend.
 
-    The kernels know dense [n, c, s] tensors without activation and residual: other strides are copied, other options
-    refused. The backward phases are NumPy's; they work from the kernel's statistics.
+    The kernels take contiguous tensors of shape [n, c, s] without activation and residual. Other strides are copied,
+    other options are refused. The backward phases use the statistics of the kernel.
     """
 
     def __init__(self, device: Device) -> None:
         self.device = device
 
     def launch(self, x: Array, y: Array | None, weight: Array | None, bias: Array | None, eps: float) -> tuple:
-        """Return mean and variance of each channel of a dense [n, c, s] array; write the output, if `y` is given."""
+        """Return the mean and variance of each channel of a contiguous array [n, c, s]. Write the output to ``y``."""
         raise NotImplementedError
 
     def stats(self, x: Array, axis: int) -> Moments:
@@ -91,9 +91,9 @@ class ReferenceBackend(NumpyBackend):
 
 
 class CudaBackend(ReferenceBackend):
-    """Run the CUDA kernel with the widest loads that the rows allow.
+    """The backend of the CUDA kernels, with the widest loads that the rows allow.
 
-    Statistics alone are made without staging, so that every case runs both kinds of kernel.
+    Statistics alone are computed without staging, so that every case runs both kinds of kernel.
     """
 
     def __init__(self, device: Device, kernels: dict[str, Compiled]) -> None:
@@ -101,7 +101,7 @@ class CudaBackend(ReferenceBackend):
         self.kernels = kernels
 
     def choose(self, n: int, s: int, dtype: np.dtype, stage: bool) -> tuple[str, int]:
-        """Return a kernel's name and the bytes of shared memory it stages a channel in."""
+        """Return the name of a kernel, and the bytes of shared memory in which it stages a channel; 0 for none."""
         names = (f"bn_forward_{TYPES[dtype]}_v{width}" for width in (8, 4, 2, 1) if s % width == 0)
         name = next(name for name in names if name in self.kernels)
         size = n * s * dtype.itemsize
@@ -118,7 +118,7 @@ class CudaBackend(ReferenceBackend):
 
 
 class TritonBackend(ReferenceBackend):
-    """Run the Triton kernel, specialised as Triton's own launcher would for rows divisible by 16.
+    """The backend of the Triton kernel, specialised as by Triton's launcher if 16 divides the length of rows.
 
     A channel that one warp can hold gets one warp.
     """
@@ -136,7 +136,7 @@ class TritonBackend(ReferenceBackend):
 
 
 def _ordered(layout: Layout, array: Array) -> Array:
-    """Return an array as [n, c, s], copied unless it is contiguous and at an address for the widest loads."""
+    """Return an array in the shape [n, c, s], copied unless it is contiguous and aligned for the widest loads."""
     array = array.transpose(layout.order).reshape(layout.n, layout.c, layout.s)
     usable = array.flags.c_contiguous and array.ctypes.data % 16 == 0
     return array if usable else array.copy()

@@ -17,7 +17,7 @@ SEEDS = (None, 0, 1, 2)
 
 
 def run(body: str, block: int = 64, grid: int = 1, seed: int | None = None, module: str = "") -> np.ndarray:
-    """Run a body that leaves its result in %r1; return one result per thread."""
+    """Run PTX code that leaves its result in %r1, and return the result of each thread."""
     device = Device(seed=seed)
     out = device.empty(grid * block, np.uint32)
     device.launch(snippet(body + STORE_R1, "u64 out", module=module), grid, block, [out])

@@ -1,4 +1,7 @@
-"""Let something go wrong on one process of a SyncBatchNorm, by ``support/processes.py``; return what each gets."""
+"""Run SyncBatchNorm in several processes, one of which makes a mistake or fails. Return what each process raises.
+
+``support/processes.py`` calls the functions ``NAME(rank, world)`` in each process.
+"""
 
 import os
 import signal
@@ -13,11 +16,11 @@ import torch.distributed as dist
 
 from gpu_bn import nn, registry
 from gpu_bn.activations import elu
-from support.injection import at_c_call, injected
+from support.injection import at_c_call, run_with_error
 
 
 def wrong_calls(rank):
-    """Return, for each check, the wrong call of a layer of 3 channels that one process makes."""
+    """Return for each check the arguments of a layer with 3 channels. Those of process 1 are wrong."""
     x = torch.randn(4, 3, 5)
     calls = {
         "rank": (torch.randn(3),),
@@ -30,7 +33,7 @@ def wrong_calls(rank):
 
 
 def wrong_vectors(rank, world):
-    """Return what each process raises if one gives a vector that does not fit, and the counts then."""
+    """Let the last process pass a wrong vector. Return what each process raises, and its counter after the call."""
     results = {}
     x, three, four = torch.randn(4, 3), torch.ones(3), torch.ones(4)
     for name, wrong in {
@@ -52,7 +55,7 @@ def wrong_vectors(rank, world):
 
 
 def troubles(rank, _):
-    """Return what each process raises if one makes a mistake, and whether that changed anything."""
+    """Let process 1 make each mistake. Return what each process raises, and whether the state is unchanged."""
     results = {}
     layer = nn.SyncBatchNorm(3)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -66,8 +69,8 @@ def troubles(rank, _):
     return results
 
 
-def text_of(call):
-    """Return the text of an error, if the call raises one of ours."""
+def error_message(call):
+    """Return the message of a ``ValueError`` that a call raises; ``None`` without one."""
     try:
         call()
     except ValueError as error:
@@ -85,7 +88,7 @@ MISTAKES = {
     "mask": {"mask": [True]},
     "counter": {"num_batches_tracked": 3},
 }
-"""Arguments of any type that only one process gives, and which fail there before anything is sent."""
+"""Wrong arguments that only one process passes. They fail there before anything is sent."""
 DIFFERENCES = {
     "activation": {"activation": "relu"},
     "parameter": {"activation": elu(2.0)},
@@ -100,20 +103,20 @@ DIFFERENCES = {
     "channels": {"input": torch.ones(4, 700, 5), "running_mean": torch.zeros(700), "running_var": torch.ones(700)},
     "gradient": {"input": torch.ones(4, 3, 5, requires_grad=True)},
 }
-"""Arguments that are right in themselves, but not what the other processes give."""
+"""Valid arguments that differ from those of the other processes."""
 
 
 def one_differs(rank, table):
-    """Return for each row each process's text, and whether anything has changed; the last process differs."""
+    """Let the last process pass the arguments of each row. Return the message and whether the state is unchanged."""
     results = {}
     for name, different in table.items():
         state = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "num_batches_tracked": torch.tensor(0)}
         arguments = {"input": torch.ones(4, 3, 5), **state}
-        given = arguments | (different if rank == dist.get_world_size() - 1 else {})
-        text = text_of(lambda given=given: nn.sync_batch_norm(given.pop("input"), **given))
-        kept = [state[key] for key in state]
-        same = kept[0].eq(0).all() and kept[1].eq(1).all() and kept[2] == 0
-        results[name] = text, bool(same)
+        if rank == dist.get_world_size() - 1:
+            arguments |= different
+        text = error_message(lambda call=arguments: nn.sync_batch_norm(call.pop("input"), **call))
+        mean, var, counter = state.values()
+        results[name] = text, bool(mean.eq(0).all() and var.eq(1).all() and counter == 0)
     layer = nn.SyncBatchNorm(3)
     results["after"] = layer(torch.randn(4, 3)).shape, layer.num_batches_tracked.item()
     return results
@@ -128,7 +131,7 @@ def differences(rank, _):
 
 
 def skipped(rank, world):
-    """Let one process leave a layer out, or evaluate it; return what all get, and the layers' counters."""
+    """Let the last process skip or evaluate a layer. Return the messages, and the counters of the layers."""
     results = {}
     for name in ("skipped", "evaluated", "other channels"):
         layers = [nn.SyncBatchNorm(3) for _ in range(3)]
@@ -143,7 +146,7 @@ def skipped(rank, world):
             if name == "skipped" and rank == world - 1 and at == 1:
                 continue
             x = torch.randn(4, layer.num_features)
-            raised.append(text_of(lambda layer=layer, x=x: layer(x)))
+            raised.append(error_message(lambda layer=layer, x=x: layer(x)))
             if raised[-1]:
                 break
         results[name] = raised[-1], [layer.num_batches_tracked.item() for layer in layers]
@@ -152,7 +155,7 @@ def skipped(rank, world):
 
 
 def backwards(rank, world):
-    """Return what each process gets if the last one's backward passes differ from those of the others."""
+    """Let the backward passes of the last process differ. Return what each process raises."""
     results = {}
     last = rank == world - 1
 
@@ -180,18 +183,21 @@ def backwards(rank, world):
         elif name == "skipped":
             calls = calls[1:] if last else calls
         with failing("backward_reduce" if name == "no memory" and last else None):
-            results[name] = text_of(lambda calls=calls: in_turn(calls))
+            results[name] = error_message(lambda calls=calls: in_turn(calls))
         results[name + ", unchanged"] = count == [layer.num_batches_tracked.item() for layer in layers]
         results[name + ", after"] = nn.SyncBatchNorm(3)(torch.randn(4, 3)).shape
     results["after the sums"] = memory_that_runs_out_after_the_sums(last)
     x = torch.randn(4, 3, requires_grad=not last)
-    results["gradient"] = text_of(lambda: nn.SyncBatchNorm(3)(x))
+    results["gradient"] = error_message(lambda: nn.SyncBatchNorm(3)(x))
     results["same bits"] = gradient_of_a_sum()
     return results
 
 
 def memory_that_runs_out_after_the_sums(last):
-    """Return what the last process raises alone, whether all states agree after it, and whether the group goes on."""
+    """Let memory run out in the last process after the exchange of sums.
+
+    Return the message, which only that process gets, whether the state is unchanged, and the shape of a later output.
+    """
     layer = nn.SyncBatchNorm(3)
     loss = layer(torch.linspace(0, 1, 12).view(4, 3).clone().requires_grad_()).square().sum()
     before, text = state_of(layer), None
@@ -209,7 +215,7 @@ def out_of_memory(*_):
 
 @contextmanager
 def failing(phase):
-    """Let a phase of the backend that serves tensors on the CPU find no memory."""
+    """Let a phase of the backend for CPU tensors raise ``MemoryError`` within this context; ``None`` for no phase."""
     engine = registry.backend_for(torch.empty(0))
     if phase is not None:
         setattr(engine, phase, out_of_memory)
@@ -221,11 +227,15 @@ def failing(phase):
 
 
 def state_of(layer):
+    """Return copies of the parameters and buffers of a layer."""
     return [value.clone() for value in layer.state_dict().values()]
 
 
 def no_memory(rank, world):
-    """Return what all get, and the state, if memory runs out on one process before the exchange and after it."""
+    """Let memory run out in the last process, before the exchange and after it.
+
+    Return the message, and whether the state is unchanged.
+    """
     results = {}
     for channels in (3, 600):
         layer = nn.SyncBatchNorm(channels)
@@ -233,26 +243,29 @@ def no_memory(rank, world):
         before = state_of(layer)
         for phase in ("empty_like", "stats", "normalize"):
             with failing(phase if rank == world - 1 else None):
-                text = text_of(lambda layer=layer: layer(torch.randn(4, layer.num_features)))
+                text = error_message(lambda layer=layer: layer(torch.randn(4, layer.num_features)))
             results[phase, channels] = text, all(map(torch.equal, state_of(layer), before))
         results["after", channels] = layer(torch.randn(4, channels)).shape
     return results
 
 
 PARTS = ("backends", "algorithm.py", "merge.py", "registry.py", "arguments.py", "aliasing.py")
-"""Code whose calls into C fail in turn: all but that of the exchanges themselves."""
+"""Parts of the paths of code whose calls into C fail in turn: all code except that of the exchanges."""
 
 
 def everywhere(rank, world):
-    """Let memory run out on one process in each call into C in turn; return whether each raised and changed."""
+    """Let memory run out in the last process in each call into C in turn.
+
+    Return the message, and for each value of the state whether it is unchanged.
+    """
     x = torch.linspace(0, 1, 60).view(4, 3, 5)
     old = state_of(nn.SyncBatchNorm(3, momentum=None, activation="silu"))
     outcomes, number, more, error = [], 0, torch.tensor(1), MemoryError("none left")
     while more:
         layer = nn.SyncBatchNorm(3, momentum=None, activation="silu")
         place = at_c_call(number if rank == world - 1 else -1, error, PARTS)
-        call = partial(text_of, partial(layer, x))
-        reached = injected(lambda call=call: outcomes.append(call()), sys.setprofile, place, error)[1]
+        call = partial(error_message, partial(layer, x))
+        reached = run_with_error(lambda call=call: outcomes.append(call()), sys.setprofile, place, error)[1]
         state = state_of(layer)
         outcomes[-1] = outcomes[-1], [torch.equal(*pair) for pair in zip(state, old, strict=True)]
         more = torch.tensor(int(rank < world - 1 or reached > number))
@@ -262,67 +275,70 @@ def everywhere(rank, world):
 
 
 def skipped_at_first(rank, world):
-    """Let one process leave out a layer that was never called; in the end it has made one more than others."""
+    """Let the last process skip a layer in the first calls, then let it create one layer more than the others."""
     results = []
     for more in (0, 1):
         layers = [nn.SyncBatchNorm(3) for _ in range(3 + (more if rank == world - 1 else 0))]
         called = [layer for at, layer in enumerate(layers[:3]) if not (at == 1 and rank == world - 1 and not more)]
-        texts = [text_of(lambda layer=layer: layer(torch.randn(4, 3))) for layer in called[:2]]
+        texts = [error_message(lambda layer=layer: layer(torch.randn(4, 3))) for layer in called[:2]]
         results.append((texts, [layer.num_batches_tracked.item() for layer in layers[:3]]))
     return results
 
 
 def gradient_of_a_sum():
-    """Return gradients of a batch that is the same on all processes: they are equal to the last bit."""
+    """Return the gradient of a batch that is the same on all processes. All must get the same bits."""
     x = torch.linspace(0, 1, 12).view(4, 3).clone().requires_grad_()
     nn.SyncBatchNorm(3)(x).pow(3).sum().backward()
     return x.grad
 
 
 def first_calls(rank, world):
-    """Make a mistake on one process in a layer's first call: later the group and all layers still work."""
+    """Let the last process make a mistake in the first call of a layer. Then call all layers again."""
     first, second = nn.SyncBatchNorm(3), nn.SyncBatchNorm(3)
-    text = text_of(lambda: first("x" if rank == world - 1 else torch.randn(4, 3)))
+    text = error_message(lambda: first("x" if rank == world - 1 else torch.randn(4, 3)))
     return text, [layer(torch.randn(4, 3)).shape for layer in (second, first, second)]
 
 
 def aliases(rank, world):
-    """Pass a statistic as another argument too, on one process."""
+    """Let the last process pass the running mean as another argument as well."""
     results, last = {}, rank == world - 1
     for name in ("running_var", "weight"):
         tensors = {"running_mean": torch.ones(3), "running_var": torch.ones(3), "weight": torch.ones(3)}
         if last:
             tensors[name] = tensors["running_mean"]
-        results[name] = text_of(lambda tensors=tensors: nn.sync_batch_norm(torch.randn(4, 3), **tensors))
+        results[name] = error_message(lambda tensors=tensors: nn.sync_batch_norm(torch.randn(4, 3), **tensors))
         results[name + ", unchanged"] = all(tensor.eq(1).all().item() for tensor in tensors.values())
     return results
 
 
 def compiled(rank, world):
-    """Make mistakes on one process where every process has compiled its layer whole."""
+    """Let the last process make mistakes after every process has compiled its layer as one graph."""
     results = {}
     x = torch.randn(4, 3, 5)
     calls = {"rank": (torch.randn(3),), "residual": (x, x[:2]), "activation": (x, None, "selu")}
     layer = nn.SyncBatchNorm(3)
     call = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for name, arguments in calls.items():
-        results[name] = text_of(lambda given=arguments if rank == world - 1 else (x,): call(*given))
+        results[name] = error_message(lambda inputs=arguments if rank == world - 1 else (x,): call(*inputs))
     with failing("stats" if rank == world - 1 else None):
-        results["memory"] = text_of(lambda: call(x))
+        results["memory"] = error_message(lambda: call(x))
     y = call(x.requires_grad_()).square().sum()
     with failing("backward_reduce" if rank == world - 1 else None):
-        results["memory, backward"] = text_of(y.backward)
+        results["memory, backward"] = error_message(y.backward)
     y = call(x).square().sum()
     results["counter"] = layer.num_batches_tracked.item()
     other = nn.SyncBatchNorm(3)(x).square().sum()
-    results["backward"] = text_of((other if rank == world - 1 else y).backward)
+    results["backward"] = error_message((other if rank == world - 1 else y).backward)
     results["after"] = nn.SyncBatchNorm(3)(x).shape
     results["output"] = memory_that_runs_out_for_a_compiled_output(x.detach(), rank == world - 1)
     return results
 
 
 def memory_that_runs_out_for_a_compiled_output(x, last):
-    """Return what each process raises (the last alone knows why), and whether states are as before; run at the end."""
+    """Let memory run out for the output in the last process. The others time out, so this must be the last call.
+
+    Return the message, and whether the state is unchanged.
+    """
     group = dist.new_group()
     layer = nn.SyncBatchNorm(3, process_group=group)
     call = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -338,8 +354,8 @@ def memory_that_runs_out_for_a_compiled_output(x, last):
     return text, all(map(torch.equal, state_of(layer), before))
 
 
-def caught(call):
-    """Return the text of an error, and how long it took."""
+def timed_error(call):
+    """Return the message of a ``RuntimeError`` that a call raises, and the seconds until then."""
     start = time.monotonic()
     try:
         call()
@@ -348,18 +364,18 @@ def caught(call):
 
 
 def silent(rank, world):
-    """Leave one process out of a call; its next collective call then meets the others after their error."""
+    """Let the last process leave out a call. Return the error that the others get when the call times out."""
     group = dist.new_group()
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)  # only now: processes may come late to a group
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)  # not earlier, as processes may join late
     if rank == world - 1:
         return None
-    return caught(lambda: nn.SyncBatchNorm(3, process_group=group)(torch.randn(4, 3)))
+    return timed_error(lambda: nn.SyncBatchNorm(3, process_group=group)(torch.randn(4, 3)))
 
 
 def killed(rank, world):
-    """End one process between two steps; nothing is to be run after this."""
+    """Kill the last process between two steps. Return the error of the others. Nothing can run after this."""
     layer = nn.SyncBatchNorm(3)
     layer(torch.randn(4, 3))
     if rank == world - 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return caught(lambda: layer(torch.randn(4, 3)))
+    return timed_error(lambda: layer(torch.randn(4, 3)))

@@ -1,4 +1,4 @@
-"""Define what the processes of ``nn/test_sync.py`` do; the test compares it with one process on the whole batch."""
+"""Run SyncBatchNorm in the processes of ``nn/test_sync.py``, which compares them with one process for all data."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ SPLITS = ((12,), (6, 6), (11, 1), (0, 12), (4, 4, 4), (7, 0, 5), (3, 3, 3, 3), (
 
 
 class Net(torch.nn.Module):
-    """Chain two layers with activations, the second with a residual."""
+    """A network of two layers with activations, the second with a residual."""
 
     def __init__(self, norm, dtype=torch.float64, **options):
         super().__init__()
@@ -31,7 +31,10 @@ def data(step, *shape, dtype=torch.float64):
 
 
 def train(net, part, add, steps=8):
-    """Train on a part of each batch; return outputs and gradients of the last step, and the state after it."""
+    """Train on a part of each batch. ``add`` sums a tensor over processes.
+
+    Return the outputs and gradients of the last step, and the state after it.
+    """
     for step in range(steps):
         x = data(step, BATCH, 3, 5, 4)[part].mul(3).add(7).requires_grad_()
         y = net(x)
@@ -48,7 +51,7 @@ def train(net, part, add, steps=8):
 
 
 def equality(rank, world):
-    """Train over process groups of every size, for every split of the batch; return ``None`` outside the group."""
+    """Train in process groups of every size for every split of the batch. Return the results of this process."""
     groups = {size: dist.new_group(range(size)) for size in range(1, world + 1)}
     results = {}
     for sizes in SPLITS:
@@ -60,40 +63,40 @@ def equality(rank, world):
     return results
 
 
-def mine(rank, world, *shape, seed=0, dtype=torch.float64, size=6):
-    """Return a part of a batch of ``size``, and the whole of it."""
+def split_batch(rank, world, *shape, seed=0, dtype=torch.float64, size=6):
+    """Return the part of this process of a random batch of ``size``, and the whole batch."""
     whole = data(seed, size, *shape, dtype=dtype).mul(2).add(3)
     return whole.tensor_split(world)[rank].clone(), whole
 
 
 def numerics(rank, world):
-    """Try half precision, memory formats, every rank of input, one position on each process, and none at all."""
+    """Run half precision, memory formats, all ranks of input, one position per process, and an empty batch."""
     results = {}
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         layer = nn.SyncBatchNorm(3, activation="relu")
-        x = mine(rank, world, 3, 9, 7, dtype=dtype)[0].to(memory_format=torch.channels_last).requires_grad_()
+        x = split_batch(rank, world, 3, 9, 7, dtype=dtype)[0].to(memory_format=torch.channels_last).requires_grad_()
         y = layer(x)
         (dx,) = torch.autograd.grad(y, x, y.detach())
         results[dtype] = y.detach(), dx, layer.running_var
     for shape in ((3,), (3, 5), (3, 2, 3, 4)):
-        results[len(shape)] = nn.SyncBatchNorm(3, dtype=torch.float64)(mine(rank, world, *shape)[0]).detach()
+        results[len(shape)] = nn.SyncBatchNorm(3, dtype=torch.float64)(split_batch(rank, world, *shape)[0]).detach()
     layer = nn.SyncBatchNorm(3, dtype=torch.float64)
-    results["one each"] = layer(mine(rank, world, 3, size=world)[0]).detach(), layer.state_dict()
+    results["one each"] = layer(split_batch(rank, world, 3, size=world)[0]).detach(), layer.state_dict()
     layer = nn.SyncBatchNorm(3, dtype=torch.float64)
     x = torch.empty(0, 3, 4, dtype=torch.float64, requires_grad=True)
     y = layer(x)
     y.sum().backward()
     results["nothing"] = y.detach(), x.grad, layer.weight.grad, layer.state_dict()
     layer = nn.SyncBatchNorm(3)
-    wide = layer(mine(rank, world, 3, 64, dtype=torch.float32)[0] * (1e25 if rank else 1e20))
+    wide = layer(split_batch(rank, world, 3, 64, dtype=torch.float32)[0] * (1e25 if rank else 1e20))
     results["wide"] = wide.detach()
     frozen = nn.freeze(nn.SyncBatchNorm(3, dtype=torch.float64))
-    results["frozen"] = frozen(mine(rank, world, 3)[0]).detach() if rank == 0 else None  # waits for nobody
+    results["frozen"] = frozen(split_batch(rank, world, 3)[0]).detach() if rank == 0 else None  # no exchange
     return results
 
 
 def penalty(norm, x, residual, dy):
-    """Return gradients of a function of first gradients."""
+    """Return the gradients of a function of the first gradients."""
     x, residual, dy = (tensor.clone().requires_grad_() for tensor in (x, residual, dy))
     inputs = (x, residual, norm.weight, norm.bias)
     firsts = torch.autograd.grad((norm(x, residual) * dy).sum(), inputs, create_graph=True)
@@ -102,10 +105,11 @@ def penalty(norm, x, residual, dy):
 
 
 def second(rank, world):
+    """Return second derivatives with and without an activation."""
     results = {}
     for activation in ("identity", "silu"):
         norm = nn.SyncBatchNorm(3, dtype=torch.float64, activation=activation)
-        parts = [mine(rank, world, 3, 4, seed=seed)[0] for seed in range(3)]
+        parts = [split_batch(rank, world, 3, 4, seed=seed)[0] for seed in range(3)]
         results[activation] = penalty(norm, *parts)
     return results
 
@@ -115,9 +119,9 @@ def by_inductor(rank, world):
 
 
 def compiled(rank, world, backend="aot_eager"):
-    """Run a layer as it is, and compiled whole, for parts of changing size."""
+    """Run a layer without and with ``torch.compile``, for parts of different sizes."""
     results = []
-    x = mine(rank, world, 3, 4, dtype=torch.float32)[0]
+    x = split_batch(rank, world, 3, 4, dtype=torch.float32)[0]
     for wrap in (lambda layer: layer, lambda layer: torch.compile(layer, fullgraph=True, backend=backend)):
         layer = nn.SyncBatchNorm(3, activation="relu", momentum=None)
         call = wrap(layer)
@@ -132,13 +136,13 @@ def compiled(rank, world, backend="aot_eager"):
 
 
 def in_ddp(rank, world):
-    """Make two forward calls before one backward, while DistributedDataParallel writes to the buffers."""
+    """Make two forward calls before one backward call, while DistributedDataParallel writes to the buffers."""
     gradients = []
     for norm in (nn.BatchNorm1d, nn.SyncBatchNorm):
         torch.manual_seed(1)
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), norm(4, activation="relu")).double()
         model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=True)
-        parts = [mine(rank, world, 3, seed=seed)[0] for seed in range(2)]
+        parts = [split_batch(rank, world, 3, seed=seed)[0] for seed in range(2)]
         sum((model(part) ** 2).sum() for part in parts).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     return gradients
@@ -150,7 +154,7 @@ def two_blocks():
 
 
 def steps_of_blocks(model, *parts):
-    """Train two steps; return outputs, gradients and state."""
+    """Train for one step per part and return the last outputs, gradients and state."""
     for part in parts:
         model.zero_grad()
         y = model(part)
@@ -163,7 +167,7 @@ def steps_of_blocks(model, *parts):
 
 
 def fused_in_ddp(rank, world):
-    """Train torch's layers, a fused model, and one that shares statistics, each in DistributedDataParallel."""
+    """Train a model with torch's layers, a fused one, and one with SyncBatchNorm, in DistributedDataParallel."""
     parts = [data(step, 6, 3, 8, 8).chunk(world)[rank] for step in range(2)]
     plain, fused, shared = two_blocks(), nn.convert(two_blocks(), fuse=True), nn.convert(two_blocks(), fuse=True)
     nn.SyncBatchNorm.convert_sync_batchnorm(shared)
@@ -172,7 +176,7 @@ def fused_in_ddp(rank, world):
 
 
 def masked_inputs(dtype=torch.float64):
-    """Return a batch of 6 with a mask; what is hidden is NaN. Little is left of the second process's half."""
+    """Return x, residual, dy and a mask for a batch of 6. Masked elements are NaN; the second half has one position."""
     x, residual, dy = (data(seed, 6, 3, 5, dtype=dtype) for seed in range(3))
     mask = torch.rand((6, 5), generator=torch.Generator().manual_seed(3)) < 0.6
     mask[3:] = False
@@ -183,7 +187,7 @@ def masked_inputs(dtype=torch.float64):
 
 
 def masked_step(norm, x, residual, dy, mask):
-    """Return outputs, first and second derivatives."""
+    """Return the outputs, first and second derivatives, and the state."""
     x, residual = (tensor.clone().requires_grad_() for tensor in (x, residual))
     inputs = (x, residual, norm.weight, norm.bias)
     y = norm(x, residual, mask=mask)
@@ -202,25 +206,25 @@ def masked(rank, world):
     layer = nn.SyncBatchNorm(3, dtype=torch.float64)
     x, _, _, mask = (tensor.tensor_split(world)[rank] for tensor in masked_inputs())
     with nn.accumulate_statistics(layer):
-        for part, there in zip(x.split(2), mask.split(2), strict=True):
-            layer(part, mask=there)
+        for part, part_mask in zip(x.split(2), mask.split(2), strict=True):
+            layer(part, mask=part_mask)
     results["accumulated"] = layer.state_dict()
     return results
 
 
 def inside_a_group(rank, world):
-    """Call layers inside and outside their group: outside, a layer is alone."""
+    """Call a layer whose group has process 0 only. In other processes it uses the statistics of that process."""
     group = dist.new_group([0])
     layer = nn.SyncBatchNorm(3, process_group=group, dtype=torch.float64)
-    return layer(mine(rank, world, 3)[0]).detach()
+    return layer(split_batch(rank, world, 3)[0]).detach()
 
 
 BATCHES = ((5, 3), (2, 4, 1))
-"""Sizes of the batches that each process has of a data set."""
+"""The sizes of the batches of each process."""
 
 
 def batches(rank):
-    """Return this process's part of a data set, labels beside the inputs."""
+    """Yield the batches of this process from a data set, with labels."""
     sizes = [size for sizes in BATCHES[:rank] for size in sizes]
     start = sum(sizes)
     for size in BATCHES[rank]:
@@ -229,7 +233,7 @@ def batches(rank):
 
 
 def population(rank, _):
-    """Update statistics over processes with different numbers of batches; layers with shared statistics refuse that."""
+    """Update population statistics with different numbers of batches per process, which SyncBatchNorm refuses."""
     results = {}
     plain = nn.BatchNorm(3, dtype=torch.float64)
     nn.update_population_stats(plain, batches(rank))
@@ -248,6 +252,6 @@ def population(rank, _):
 def accumulated(rank, world):
     layer = nn.SyncBatchNorm(3, dtype=torch.float64)
     with nn.accumulate_statistics(layer):
-        for part in mine(rank, world, 3, 4)[0].split(1):
+        for part in split_batch(rank, world, 3, 4)[0].split(1):
             layer(part)
     return layer.state_dict()

@@ -1,4 +1,4 @@
-"""Make tensors for the tests of ``gpu_bn.nn``."""
+"""Create tensors for the tests of ``gpu_bn.nn``."""
 
 import torch
 
@@ -10,12 +10,12 @@ def tensor(*shape, dtype=torch.float64, seed=0, grad=True):
 
 
 def data(*shape, seed=0, dtype=torch.float32):
-    """Make a tensor by torch's own generator, without a gradient."""
+    """Return a random tensor from torch's generator, without a gradient."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def inputs(shape=(3, 2, 4), dtype=torch.float64, grad=True):
-    """Make x, weight, bias and residual."""
+    """Return random tensors x, weight, bias and residual."""
     channels = shape[1]
     sizes = (shape, (channels,), (channels,), shape)
     return tuple(tensor(*size, dtype=dtype, seed=seed, grad=grad) for seed, size in enumerate(sizes))

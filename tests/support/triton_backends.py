@@ -1,4 +1,4 @@
-"""Run the Triton backend in tests: its compiled kernels on an emulated device, or its steps recorded."""
+"""Provide Triton backends for tests: one runs compiled kernels on the emulator, one only records its launches."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from gpu_bn.plan import DEVICES, VECTOR_BYTES
 from gpu_bn.plan import Device as Planned
 
 ARCHITECTURES = {75: "t4", 80: "a100", 89: "4090", 90: "h100", 100: "b200"}
-"""The compute capabilities that there is a device to plan for."""
+"""A GPU to plan for, for each compute capability."""
 
 
 class EmulatedBackend(TritonBackend):
-    """Run the backend on CPU tensors, whose memory is the emulated device's; every launch is one of compiled PTX.
+    """A backend for CPU tensors that compiles kernels to PTX and launches them on the emulator.
 
     Args:
-        device: the emulated device; it keeps the launches' reports.
-        compile_triton: the fixture, or what stands for it.
-        arch: the compute capability that is compiled for.
-        planned: what to plan for; by default a device of that compute capability.
-        tier, wide: as in TritonBackend.
+        device: the emulated device, which collects the reports of launches.
+        compile_triton: the fixture of that name, or a replacement.
+        arch: the compute capability to compile for.
+        planned: the GPU to plan for; by default one of that compute capability.
+        options: ``tier`` and ``wide``, as in TritonBackend.
     """
 
     forward_at_once = TritonBackend.forward_at_once
@@ -64,7 +64,7 @@ class EmulatedBackend(TritonBackend):
         names = [parameter.name for parameter in step.kernel.params]
         special = Specialisation.from_step(step, args)
         self.require_as_compiled(step, special, dict(zip(names, everything, strict=True)))
-        given = [
+        passed = [
             (name, self.memory_of(value))
             for name, value in zip(names, everything, strict=True)
             if name not in special.constants
@@ -72,19 +72,19 @@ class EmulatedBackend(TritonBackend):
         strips, blocks = step.grid
         self.steps.append(step)
         self.compiled.append(compiled)
-        parameters = triton_arguments(compiled, [value for _, value in given])
-        called = [*[name for name, _ in given], *["scratch"] * (len(parameters) - len(given))]
+        parameters = triton_arguments(compiled, [value for _, value in passed])
+        called = [*[name for name, _ in passed], *["scratch"] * (len(parameters) - len(passed))]
         self.emulated.launch(
             compiled.kernel, (strips * step.num_ctas, blocks), compiled.threads, parameters,
             compiled.dynamic_shared_bytes, names=called,
         )  # fmt: skip
 
     def require_as_compiled(self, step: Step, special: Specialisation, arguments: dict[str, Any]) -> None:
-        """Assert that later arguments have the types and the alignment of the first, for which a step is compiled."""
+        """Assert that arguments have the types and the alignment for which a step was compiled."""
         types = self.met.setdefault(step, special.signature)
         assert special.signature == types, f"{step.kernel.__name__} was compiled for {types}, got {special.signature}"
         for name in special.aligned:
-            assert arguments[name].data_ptr() % VECTOR_BYTES == 0, f"{name} is not aligned, as was promised"
+            assert arguments[name].data_ptr() % VECTOR_BYTES == 0, f"{name} is not aligned as expected"
 
     def compile(self, step: Step, args: tuple[Any, ...]) -> Compiled:
         special = Specialisation.from_step(step, args)
@@ -95,7 +95,7 @@ class EmulatedBackend(TritonBackend):
         )
 
     def memory_of(self, value: Any) -> Any:
-        """Return an argument as the emulator takes it: of a tensor, its bytes in the memory it is a view of."""
+        """Return an argument for the emulator; of a tensor its bytes, as a view of the memory of its storage."""
         if not isinstance(value, torch.Tensor):
             return value
         storage = value.untyped_storage()
@@ -108,25 +108,25 @@ class EmulatedBackend(TritonBackend):
         return owner[start : start + reach * value.element_size()]
 
     def report(self, kernel: str) -> Report:
-        """Return the last launch's report of a kernel."""
-        found = [report for report in self.emulated.reports if report.kernel.name == kernel]
-        assert found, f"{kernel} was not launched, but {[report.kernel.name for report in self.emulated.reports]}"
-        return found[-1]
+        """Return the report of the last launch of a kernel."""
+        reports = [report for report in self.emulated.reports if report.kernel.name == kernel]
+        assert reports, f"{kernel} was not launched, but {[report.kernel.name for report in self.emulated.reports]}"
+        return reports[-1]
 
 
 class RecordingBackend(TritonBackend):
-    """Note of each launch what it is compiled from, and compute nothing."""
+    """A backend that records what each launch is compiled from, and computes nothing."""
 
     def __init__(self, planned: Planned, **options: Any) -> None:
-        super().__init__(self.note, planned, **options)
+        super().__init__(self.record, planned, **options)
         self.launches: list[tuple[Step, Specialisation]] = []
 
-    def note(self, step: Step, args: tuple[Any, ...]) -> None:
+    def record(self, step: Step, args: tuple[Any, ...]) -> None:
         self.launches.append((step, Specialisation.from_step(step, args)))
 
 
 def tensors(shape, dtype=torch.float32, channels_last=False, seed=0):
-    """Return x, dy, a residual and four vectors of channels, random."""
+    """Return random tensors x, dy and residual, and a list of four random vectors of the channels."""
     generator = torch.Generator().manual_seed(seed)
     x, dy, residual = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     if channels_last:

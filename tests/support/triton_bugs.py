@@ -1,4 +1,4 @@
-"""List bugs to plant in the Triton kernels, and what must notice each."""
+"""List bugs to plant in the Triton kernels, and the message that must report each."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ TINY = Case((3, 2, 111), mean=1e-22, std=1e-22, eps=1e-50)
 
 @dataclass(frozen=True)
 class Bug:
-    """Hold a text of one file and what replaces it; the case, tier and chains that show it, and what is said.
+    """A bug: a part of a file and its replacement, the call that reveals it, and a part of the message.
 
-    ``arch`` is what to plan for: from 86 on, but for 90 and 100, a launch of its own merges what blocks have found.
+    ``more`` are further replacements. ``arch`` is the architecture to plan for: on 86 and later, except 90 and 100, a
+    separate launch merges the partial results of blocks.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Run conformance cases on the Triton backend in Triton's interpreter, and print what fails as JSON.
+"""Run conformance cases on the Triton backend in Triton's interpreter, and print the failures as JSON.
 
-This is a process of its own: kernels are either interpreted or compiled, from their import on. Arguments: a tier or
-``auto``, and which cases: ``all``, ``some``, the ``extended`` ones (masks, ghost batches, renormalisation) or those
-of ``ragged`` rows; ``few some`` and ``few extended`` are an eighth of them.
+This is a separate process, because kernels are either interpreted or compiled from their import on. The arguments are
+a tier or ``auto``, and the cases: ``all``, ``some``, the ``extended`` ones (masks, ghost batches, renormalisation) or
+those of ``ragged`` rows. With ``few`` before it, as in ``few some``, an eighth of them is run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpu_bn.testing import Case, cases, check, extended_cases
 
 
 def some_cases() -> list[Case]:
-    """Choose small cases of every activation, dtype, layout and mode, and the numerically hard ones."""
+    """Choose small cases that cover every activation, dtype, layout and mode, and numerically hard values."""
     small = [case for case in cases() if math.prod(case.shape) <= 1000]
     chosen, seen = [], set()
     for case in small:
@@ -34,10 +34,10 @@ def some_cases() -> list[Case]:
 
 
 def small_extended() -> list[Case]:
-    """Choose the extended cases, without large ones and three that need more exact sums than an interpreter's.
+    """Return the extended cases without large ones and three for which the interpreter's sums are not exact enough.
 
-    It adds up a column of a block in float32 from top to bottom, where a GPU adds in a tree. The conformance suite has
-    these three on the emulator.
+    It adds the elements of a block's column in float32 one by one, where a GPU adds them as a tree. The conformance
+    suite runs these three on the emulator.
     """
     return [
         case
@@ -57,6 +57,7 @@ def ragged() -> list[Case]:
 
 
 def main(tier: str, which: str) -> None:
+    """Run the cases and print their number and the failures."""
     from gpu_bn.backends.triton.backend import TritonBackend
 
     backend = TritonBackend(tier=None if tier == "auto" else tier)

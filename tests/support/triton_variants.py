@@ -1,17 +1,17 @@
-"""List the Triton kernels that calls can use: the backend plans calls of every kind, and its launches are noted.
+"""List the Triton kernels that calls can use. The backend plans calls of every kind, and its launches are recorded.
 
-A kernel follows from the dtype, vector, layout, activation and kind of call, and from the positions and tiles that a
-program has. Enumerated are, where vectors are full,
+The dtype, vector, layout, activation and kind of call determine a kernel, and the positions and tiles of a program.
+With full vectors, these kernels are listed:
 
-- of the kernels that hold a channel, in blocks and in clusters, those with the largest share that the plan gives them,
-  for every activation (clusters: for ``HEAVY`` ones), and the smaller shares (``sizes``) for the longest activation;
-- of those that go through it piece by piece, all kinds for ``HEAVY`` activations. They need about half of the registers
-  that there are, and the others are shorter;
-- the same of ragged rows, which begin and end within vectors.
+- Of the kernels that hold a channel, in blocks and in clusters, those with the largest share that the plan gives them,
+  for every activation (clusters: for ``HEAVY`` ones), and the smaller shares (``sizes``) for the longest activation.
+- Of the kernels that stream a channel, all kinds for ``HEAVY`` activations. They need about half of the registers, and
+  the kernels of other activations are shorter.
+- Both for ragged rows, which begin and end within vectors.
 
-Where vectors are narrower: the kernels for tensors without masks and groups. Not enumerated is what changes a few
-per-channel instructions of a program: dtypes of parameters, which parameters and gradients there are, how many ghost
-batches. ``tests/backends/triton/test_gates.py`` takes samples of all that is left out.
+With narrower vectors, the kernels for tensors without masks and groups are listed. Options that change only a few
+per-channel instructions are not varied: the dtypes of parameters, which parameters and gradients are present, and the
+number of ghost batches. ``tests/backends/triton/test_gates.py`` takes samples of all that is left out.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ CEILINGS = {
     "bn_backward_reduce_kernel": (88, 112, 104),
     "bn_backward_input_kernel": (80, 112, 88),
 }
-"""Registers a thread of streaming kernels in rows, in channels-last and in ragged rows, for half precision and ReLU.
-Beyond 128, an SM runs one block of 8 warps at a time."""
+"""The most registers of a thread in streaming kernels for rows, channels-last and ragged rows, in half precision with
+ReLU. With more than 128, an SM runs only one block of 8 warps at a time."""
 EXCEEDED = {
     ("bn_backward_reduce_kernel", 120, "float16"): 128,
     ("bn_backward_reduce_kernel", 120, "bfloat16"): 128,
 }
-"""Where more are needed, in channels-last."""
+"""Exceptions to the table above for channels-last."""
 MOST_REGISTERS = 255
 MOST_SHARED = 16 << 10
 MOST_SPILLED = 52
-"""Bytes. The compiler spills a few to stay at a round number of registers: more of them would cost a block an SM."""
+"""The most spilled bytes. The compiler spills a few where more registers would mean fewer blocks per SM."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 HEAVY = ("relu", "gelu", "gelu_tanh")
-"""One bit decides the gradient; the longest expressions."""
+"""The activation whose gradient a sign bit decides, and those with the longest expressions."""
 STREAMED = {
     "masked": {"mask": True},
     "groups": {"groups": 3},
@@ -71,16 +71,16 @@ STREAMED = {
     "wide": {"wide": True},
     "ragged long": {"long": True, "wide": True},
 }
-"""Kinds of calls in two launches. ``long``: sums are cut into chains; ``wide``: offsets of 64 bits."""
+"""The kinds of calls in two launches. ``long``: sums are split into chains; ``wide``: offsets have 64 bits."""
 ACTIVATIONS = {
     "held": tuple(ROWS), "split": ("identity", *HEAVY), "cluster": ("identity", *HEAVY), "sizes": HEAVY[1:2],
     "ragged held": HEAVY, "ragged split": HEAVY[:2], "ragged cluster": HEAVY[:2], **dict.fromkeys(STREAMED, HEAVY[:2]),
 }  # fmt: skip
-"""Of each kind of calls, with full vectors."""
+"""The activations that are listed for each kind of call, with full vectors."""
 
 
 def groups(arch: int) -> Iterator[Group]:
-    """Return all groups of an architecture."""
+    """Yield all groups of an architecture."""
     for kind, activations in ACTIVATIONS.items():
         if kind.endswith("cluster") and arch < 90:
             continue
@@ -95,7 +95,7 @@ def groups(arch: int) -> Iterator[Group]:
 
 
 def importance(group: Group) -> int:
-    """Rank a group: those come first that need most registers, because they hold a channel in full vectors."""
+    """Return the rank of a group. Those that hold a channel in full vectors need the most registers and come first."""
     if holds(group.kind):
         return (0 if group.activation in HEAVY else 2) if group.full else 4
     return (1 if group.kind.endswith("split") else 3) if group.full else 4
@@ -110,17 +110,17 @@ def _is_ragged(kind: str) -> bool:
 
 
 def holds(kind: str) -> bool:
-    """Tell whether kernels for calls of a kind hold a channel."""
+    """Tell whether the kernels for a kind of call hold a channel."""
     return kind.removeprefix("ragged ") in ("held", "cluster", "sizes")
 
 
 def variants(group: Group) -> dict[str, Launch]:
-    """Return the kernels of a group, by name."""
+    """Return the launches of the kernels of a group by name."""
     return _variants(group._replace(arch=_planned_as(group.arch)))
 
 
 def _planned_as(arch: int) -> int:
-    """Return an architecture with the same plans: all that they ask for is clusters and how fast doubles are."""
+    """Return an architecture with the same plans. They depend only on clusters and on the speed of double precision."""
     if arch in FAST_DOUBLES:
         return min(arch, 90)
     return 120 if arch >= 90 else 89
@@ -141,7 +141,7 @@ def _variants(group: Group) -> dict[str, Launch]:
 
 
 def kernel_name(step: Step, special: Specialisation) -> str:
-    """Return all that a kernel is compiled from, but for the texts of its functions."""
+    """Return a name with everything that a kernel is compiled from, except the source text of its functions."""
     types: dict[str, list[str]] = {}
     for name, kind in special.signature.items():
         types.setdefault(kind, []).append(name)
@@ -156,12 +156,15 @@ def kernel_name(step: Step, special: Specialisation) -> str:
 
 # --------------------------------------------------------------------------------------------------------- calls
 TILES = (1 / 64, 1 / 16, 1 / 4, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 128, 160)
-"""Sizes of a channel in tiles of a block; among them, for each size of cluster and strip, the most that it can hold."""
+"""Sizes of a channel in tiles of a block. They include the largest size that each cluster and strip can hold."""
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Make tensors whose geometry allows vectors of a size and no wider, in ragged rows only if they are."""
+    """A factory of tensors whose shape allows vectors of the given size but no wider ones.
+
+    With ``ragged``, rows begin and end within vectors.
+    """
 
     dtype: str
     vector: int
@@ -170,7 +173,7 @@ class Tensors:
 
     @property
     def tile(self) -> int:
-        """Return the positions of the largest block."""
+        """The positions of the largest tile."""
         elements = 2048 if self.dtype == "float64" else 4096
         return elements * DTYPES[self.dtype].itemsize // STRIP_BYTES if self.columns else elements // self.vector
 
@@ -184,7 +187,7 @@ class Tensors:
 
 
 class Phases:
-    """Have a backend's phases without the methods that fuse them."""
+    """A backend without the methods that fuse its phases."""
 
     def __init__(self, backend: RecordingBackend) -> None:
         self._backend = backend
@@ -195,16 +198,16 @@ class Phases:
         return getattr(self._backend, name)
 
 
-def recorded(
+def record_launches(
     x: torch.Tensor, arch: int, *, sms: int = 1, tier: str = "split", wide: bool = False, phases: bool = False,
     residual: bool = False, need: set[str] | None = None, parameters: torch.dtype = torch.float32, affine: bool = True,
     tracked: bool = True, **options: Any,
 ) -> list[Launch]:  # fmt: skip
-    """Return what a call launches forward and backward, on a device with so many multiprocessors."""
+    """Return the launches of a forward and a backward call on a device with ``sms`` multiprocessors."""
     backend = RecordingBackend(replace(DEVICES["h100"], arch=arch, sms=sms), tier=tier, wide=wide)
     engine: Any = Phases(backend) if phases else backend
-    there = (tracked, tracked, affine, affine)
-    vectors = [torch.ones(x.shape[1], dtype=parameters) if given else None for given in there]
+    present = (tracked, tracked, affine, affine)
+    vectors = [torch.ones(x.shape[1], dtype=parameters) if each else None for each in present]
     options = {"training": True, "residual": torch.empty_like(x) if residual else None, "backend": engine, **options}
     _, saved = gpu_bn.batch_norm_forward(x, *vectors, **options)
     gpu_bn.batch_norm_backward(torch.empty_like(x), saved, need=need, backend=engine)
@@ -214,26 +217,26 @@ def recorded(
 def _streamed(
     arch: int, tensors: Tensors, *, mask: bool = False, groups: int = 1, long: bool = False, **options: Any
 ) -> list[Launch]:
-    """Call in two launches, with as many blocks a strip as there may be, or with one and as long as it may be."""
+    """Return the launches of a call that streams, with the most blocks per strip, or with one block if ``long``."""
     x = tensors(65 * tensors.tile, 16) if long else tensors(groups * (1 << 14 if tensors.columns else 1 << 19))
     if groups > 1:
         x = x[: x.shape[0] // groups * groups]
         options["virtual_batch_size"] = x.shape[0] // groups
     if mask:
         options["mask"] = torch.ones((x.shape[0], *[1] * (x.dim() - 1)), dtype=torch.bool)
-    found = recorded(x, arch, sms=1 if long else 1024, **options)
-    if options.get("training") is False:  # without the parameters' gradients, dx needs no sums
-        found += recorded(x, arch, sms=1024, need={"dx"}, **options)
-    return found
+    launches = record_launches(x, arch, sms=1 if long else 1024, **options)
+    if options.get("training") is False:  # without gradients of the parameters, dx needs no sums
+        launches += record_launches(x, arch, sms=1024, need={"dx"}, **options)
+    return launches
 
 
 def _held(arch: int, tensors: Tensors, kind: str, activation: str, residual: bool) -> list[Launch]:
-    """Call in one launch: with the most that a program can hold (in each size of cluster), or ``sizes`` with less."""
-    alike = "identity" if activation == "identity" else "relu" if ROWS[activation].device.drop else "gelu"
+    """Return the launches that hold a channel of the largest size in each cluster, or of smaller ``sizes``."""
+    similar = "identity" if activation == "identity" else "relu" if ROWS[activation].device.drop else "gelu"
     sizes = replace(tensors, dtype="float16") if tensors.dtype == "bfloat16" else tensors
     launches: dict[str, Launch] = {}
-    for positions, sms, tier, kernel in _of_kind(kind, _programs(arch >= 90, sizes, alike, residual)):
-        for step, special in recorded(
+    for positions, sms, tier, kernel in _of_kind(kind, _programs(arch >= 90, sizes, similar, residual)):
+        for step, special in record_launches(
             tensors(positions), arch, sms=sms, tier=tier, activation=activation, residual=residual
         ):
             if step.kernel.__name__ == kernel:
@@ -242,29 +245,30 @@ def _held(arch: int, tensors: Tensors, kind: str, activation: str, residual: boo
 
 
 Program = tuple[str, int, int, int, int]
-"""Of a kernel that holds a channel: its name, blocks of a cluster, tiles, positions, lanes."""
+"""A kernel that holds a channel: its name, blocks of a cluster, tiles, positions, lanes."""
 Size = tuple[int, int, str, str]
-"""A call that comes to it: positions, multiprocessors, tier, the kernel's name."""
+"""A call that uses it: positions, multiprocessors, tier, the name of the kernel."""
 
 
 @cache
 def _programs(clusters: bool, tensors: Tensors, activation: str, residual: bool) -> dict[Program, Size]:
-    found: dict[Program, Size] = {}
+    """Return the programs that calls of all sizes use, each with one of the calls."""
+    programs: dict[Program, Size] = {}
     tiers = ("cta", "cluster") if clusters else ("cta",)
     for tier, sms, size in product(tiers, (1, 1024) if tensors.columns else (1,), TILES):
         positions = int(size * tensors.tile)
-        for step, special in recorded(
+        for step, special in record_launches(
             tensors(positions), 90 if clusters else 80, sms=sms, tier=tier, activation=activation, residual=residual
         ):
             if "TILES" in special.constants:
                 tiles, at_once, lanes = (special.constants[name] for name in ("TILES", "POSITIONS", "LANES"))
                 name = step.kernel.__name__
-                found[name, step.num_ctas, tiles, at_once, lanes] = positions, sms, tier, name
-    return found
+                programs[name, step.num_ctas, tiles, at_once, lanes] = positions, sms, tier, name
+    return programs
 
 
 def _of_kind(kind: str, programs: dict[Program, Size]) -> list[Size]:
-    """Return for each kernel and size of cluster the widest program with the most elements; or return the others."""
+    """Return for each kernel and size of cluster the widest of the largest programs; for ``sizes`` the others."""
     most: dict[tuple[str, int], Program] = {}
     for program in sorted(programs, key=lambda program: (program[2] * program[3] * program[4], program[4])):
         most[program[:2]] = program
@@ -274,8 +278,8 @@ def _of_kind(kind: str, programs: dict[Program, Size]) -> list[Size]:
 
 
 # -------------------------------------------------------------------------------------------------------- compiling
-def compiled_with(special: Specialisation) -> dict[str, Any]:
-    """Return what the compiler is told beside the function and the architecture."""
+def compiler_options(special: Specialisation) -> dict[str, Any]:
+    """Return the arguments of the compiler beside the function and the architecture."""
     options = dict(special.options)
     options["fp_fusion"] = options.pop("enable_fp_fusion")
     return {"signature": special.signature, "constants": special.constants, "aligned": special.aligned, **options}
@@ -284,28 +288,31 @@ def compiled_with(special: Specialisation) -> dict[str, Any]:
 def build(group: Group, names: Collection[str], cached: bool) -> dict[str, Resources]:
     """Compile kernels of a group."""
     launches = variants(group)
-    return {name: built(group.arch, *launches[name], cached) for name in names}
+    return {name: compile_launch(group.arch, *launches[name], cached) for name in names}
 
 
-_BUILT: dict[tuple[int, str], Resources] = {}
-"""Groups have kernels in common."""
+_COMPILED: dict[tuple[int, str], Resources] = {}
+"""The kernels compiled so far. Groups have kernels in common."""
 
 
-def built(arch: int, step: Step, special: Specialisation, cached: bool = True) -> Resources:
-    """Compile a launch, and again as the backend does if it has spilled."""
+def compile_launch(arch: int, step: Step, special: Specialisation, cached: bool = True) -> Resources:
+    """Compile the kernel of a launch, and again with more registers if it spills, as the backend does."""
     key = arch, kernel_name(step, special)
-    if key not in _BUILT:
+    if key not in _COMPILED:
         compiler = compile_triton if cached else build_triton
-        found = compiler(step.kernel, arch, **compiled_with(special))
-        more = free_registers(found.registers, step.num_warps)
-        if (found.spill_bytes or found.stack_bytes) and more > found.registers:
-            found = compiler(step.kernel, arch, **compiled_with(special) | {"maxnreg": more})
-        _BUILT[key] = Resources.of(found)
-    return _BUILT[key]
+        kernel = compiler(step.kernel, arch, **compiler_options(special))
+        more = free_registers(kernel.registers, step.num_warps)
+        if (kernel.spill_bytes or kernel.stack_bytes) and more > kernel.registers:
+            kernel = compiler(step.kernel, arch, **compiler_options(special) | {"maxnreg": more})
+        _COMPILED[key] = Resources.of(kernel)
+    return _COMPILED[key]
 
 
 def limits(group: Group, name: str) -> Limits:
-    """Ask for one block an SM at least, usually more, and full vectors of all tensors, if each thread has one."""
+    """Return the limits of a kernel: registers for at least one block per SM, usually more.
+
+    Accesses to tensors must be by full vectors if each thread has one.
+    """
     kernel = name.partition("<")[0]
     usual = (
         kernel in CEILINGS
@@ -327,7 +334,7 @@ def limits(group: Group, name: str) -> Limits:
 
 
 def compiler() -> str:
-    """Return Triton's version: the assembler is a part of it."""
+    """Return the version of Triton, which contains the assembler."""
     return f"Triton {triton_version()}"
 
 
@@ -335,36 +342,36 @@ def stamp(group: Group, name: str) -> str:
     """Return a digest of the functions that a kernel can use, without comments, and of the activation."""
     kernel, constants = name.partition("(")[0].split("<")
     activated = "VALUE" in constants or "GRADIENT" in constants
-    found = _definitions().stamp([kernel, *(MATHS if activated else ())])
-    if "TILES=" in constants:  # what spills is compiled with other registers
-        found = digest([found, inspect.getsource(free_registers)], 8)
-    return digest([found, astuple(ROWS[group.activation].device)], 8) if activated else found
+    code = _definitions().stamp([kernel, *(MATHS if activated else ())])
+    if "TILES=" in constants:  # a kernel that spills is compiled again with more registers
+        code = digest([code, inspect.getsource(free_registers)], 8)
+    return digest([code, astuple(ROWS[group.activation].device)], 8) if activated else code
 
 
 KERNELS = Path(forward_kernels.__file__).parent
 MATHS = ("where", "abs", "exp", "expm1", "tanh", "sigmoid", "sigmoid_slope", "normal_cdf")
-"""What an activation's text may call."""
+"""The functions that the expression of an activation may call."""
 
 
 @cache
 def _definitions() -> Definitions:
-    """Return the definitions in the kernels' files."""
-    found: list[tuple[list[str], str]] = []
+    """Return the definitions in the files of the kernels."""
+    definitions: list[tuple[list[str], str]] = []
     for file in sorted(KERNELS.glob("*.py")):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 if ast.get_docstring(node) is not None and len(node.body) > 1:
                     del node.body[0]
-                found.append(([node.name], ast.unparse(node)))
+                definitions.append(([node.name], ast.unparse(node)))
             elif isinstance(node, ast.Assign):
                 names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-                found.append((names, ast.unparse(node)))
-    return Definitions(found)
+                definitions.append((names, ast.unparse(node)))
+    return Definitions(definitions)
 
 
 def sources() -> str:
-    """Return the text of all sources, with all activations."""
-    return repr([[text for _, text, _ in _definitions().found], [astuple(row.device) for row in ROWS.values()]])
+    """Return the text of the sources for all activations."""
+    return repr([[text for _, text, _ in _definitions().parts], [astuple(row.device) for row in ROWS.values()]])
 
 
 FAMILY = Family("triton", compiler, groups, importance, variants, build, limits, stamp, sources)

@@ -1,4 +1,4 @@
-"""Draw arrays of every layout, by hypothesis."""
+"""Draw arrays of every layout with hypothesis."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 @st.composite
 def random_views(draw, shape, dtype):
-    """Draw an array of a shape with permuted axes, steps of either sign, offsets and broadcast axes."""
+    """Draw an array of a shape with permuted axes, steps of either sign, offsets, and possibly a broadcast axis."""
     rank = len(shape)
     order = draw(st.permutations(range(rank)))
     steps = [draw(st.sampled_from([1, 1, -1, 2, -3])) for _ in shape]

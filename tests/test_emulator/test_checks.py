@@ -10,7 +10,7 @@ import pytest
 from emulator import Device, EmulatorError
 from emulator.compile import Compiled
 from emulator.snippet import snippet
-from support.emulator_faults import SEEDS, first_report, meet
+from support.emulator_faults import SEEDS, first_report, run_grid_barrier
 from support.reference_backend import KERNELS, TRITON_SOURCE, compile_reference_triton, forward, load_triton
 
 SHAPE = (3, 4, 104)  # n, c, s: the 78 vectors of 4 floats are no multiple of the threads
@@ -215,15 +215,15 @@ RELEASE, ACQUIRE = "fence.acq_rel.gpu;", "ld.acquire.gpu.global.u32 %r6, [%rd2];
 def test_a_grid_barrier_needs_its_fences(release, poll, check):
     if check is None:
         for seed in SEEDS:
-            meet(Device(seed=seed), release, poll)
+            run_grid_barrier(Device(seed=seed), release, poll)
     else:
-        assert first_report(lambda device: meet(device, release, poll)).check == check
+        assert first_report(lambda device: run_grid_barrier(device, release, poll)).check == check
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_blocks_that_are_not_resident_together_deadlock(seed):
     with pytest.raises(EmulatorError, match="threads spin") as caught:
-        meet(Device(seed=seed, resident_threads=96), RELEASE, ACQUIRE, cooperative=False)
+        run_grid_barrier(Device(seed=seed, resident_threads=96), RELEASE, ACQUIRE, cooperative=False)
     assert caught.value.check == "deadlock"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from emulator import Device, EmulatorError, parse
 from emulator.snippet import snippet
-from support.emulator_faults import SEEDS, first_report, meet
+from support.emulator_faults import SEEDS, first_report, run_grid_barrier
 
 TICKET = """
     ld.param.u64 %rd1, [slots]; ld.param.u64 %rd2, [counter]; ld.param.u64 %rd5, [out];
@@ -69,7 +69,7 @@ def test_a_flag_within_a_block_may_have_the_scope_of_the_block(scope, seed):
 def test_a_flag_between_blocks_needs_the_scope_of_the_device():
     def run(device: Device, scope: str) -> None:
         release, poll = f"fence.acq_rel.{scope};", f"ld.acquire.{scope}.global.u32 %r6, [%rd2];"
-        meet(device, release, poll)
+        run_grid_barrier(device, release, poll)
 
     run(Device(), "gpu")
     assert first_report(lambda device: run(device, "cta")).check == "data race"

@@ -34,14 +34,14 @@ def modules_read(root: torch.nn.Module, graph: Graph, entered: Iterable[Any], co
     outer = {path for target in targets for path in _prefixes(target)}
     names = {name for code in codes for name in _attributes_read(code)[1]}
     inner, excluded = tuple(f"{path}." for path in called), set(entered)
-    found = []
+    modules = []
     for path, module in root.named_modules():
         if module in excluded or path.startswith(inner):
             continue
         read = not names.isdisjoint(vars(module).keys() - INTERNAL | {"training"})
         if read or path in outer or isinstance(module, CONTAINERS):
-            found.append(module)
-    return found
+            modules.append(module)
+    return modules
 
 
 def _prefixes(path: str) -> Iterator[str]:
@@ -58,7 +58,7 @@ def reachable_code(codes: dict[CodeType, dict[str, Any]], entered: Iterable[torc
         entered: the modules in whose classes names of methods are looked up.
     """
     pending, kinds = list(codes.items()), {type(module) for module in entered}
-    found = set(codes)
+    reachable = set(codes)
     while pending:
         code, scope = pending.pop()
         for name in set().union(*_attributes_read(code), code.co_names):
@@ -68,10 +68,10 @@ def reachable_code(codes: dict[CodeType, dict[str, Any]], entered: Iterable[torc
                 function = getattr(function, "__func__", function)
                 if not isinstance(function, FunctionType) or function.__module__.startswith(("torch.", "gpu_bn.")):
                     continue
-                if function.__code__ not in found:
-                    found.add(function.__code__)
+                if function.__code__ not in reachable:
+                    reachable.add(function.__code__)
                     pending.append((function.__code__, function.__globals__))
-    return found
+    return reachable
 
 
 def class_attribute_read(modules: Iterable[torch.nn.Module], codes: Iterable[CodeType]) -> str:
@@ -84,8 +84,8 @@ def class_attribute_read(modules: Iterable[torch.nn.Module], codes: Iterable[Cod
         for kind in type(module).__mro__:
             if kind.__module__.startswith(("torch.", "builtins", "typing")):
                 continue
-            if found := names & _values_of(kind) - vars(module).keys():
-                return min(found)
+            if read := names & _values_of(kind) - vars(module).keys():
+                return min(read)
     return ""
 
 

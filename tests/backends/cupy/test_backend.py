@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from support import rng
-from support.cupy_on_emulator import moved
+from support.cupy_on_emulator import misaligned_copy
 
 import gpu_bn
 from gpu_bn.backends.protocol import BackendUnavailableError
@@ -77,7 +77,7 @@ def test_a_mask_serves_a_gradient_of_any_alignment(make_gpu):
     _, saved = gpu_bn.batch_norm_forward(x, training=True, residual=x, activation="relu", backend=gpu.backend)
     dy = rng(5).normal(0, 1, SHAPE).astype(np.float32)
     want = gpu_bn.batch_norm_backward(gpu.asarray(dy), saved, backend=gpu.backend)
-    got = gpu_bn.batch_norm_backward(moved(gpu, dy), saved, backend=gpu.backend)
+    got = gpu_bn.batch_norm_backward(misaligned_copy(gpu, dy), saved, backend=gpu.backend)
     assert got.dx.tobytes() == want.dx.tobytes()
     assert got.dresidual.tobytes() == want.dresidual.tobytes()
 

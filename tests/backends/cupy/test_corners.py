@@ -180,7 +180,7 @@ def test_shared_memory_is_asked_for_with_what_a_block_has_of_its_own(vectors, ma
     x = rng().normal(1, 2, (1, 1, 4 * 256 * vectors)).astype(np.float32)
     y = gpu_bn.batch_norm(gpu.asarray(x), training=True, backend=gpu.backend)
     np.testing.assert_allclose(y, gpu_bn.batch_norm(x, training=True), atol=1e-5)
-    assert {kernel.asked for kernel in gpu.kernels.values()} == {fake_cupy.SHARED_UNASKED}
+    assert {kernel.requested for kernel in gpu.kernels.values()} == {fake_cupy.DEFAULT_SHARED}
 
 
 @pytest.mark.parametrize("tier", ["cta", "cooperative", "split"])

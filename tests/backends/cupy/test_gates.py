@@ -101,7 +101,7 @@ def test_the_small_kernels(arch, activation, shared, compile_cuda):
 def test_a_stamp_is_of_all_that_a_kernel_is_made_of(name, compile_cuda):
     """The definitions that a kernel can come to, alone, are the same kernel to the compiler; and they are not all."""
     whole, part = cuda_sources.source("relu"), definitions(90, "relu").reachable(re.findall(r"\w+", name))
-    assert len(part) < len(definitions(90, "relu").found)
+    assert len(part) < len(definitions(90, "relu").parts)
     made = [
         compile_cuda(source, 90, cuda_sources.OPTIONS, expressions=[name], resources=False)[name].ptx
         for source in (whole, "\n".join(part))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from emulator import Device
 from support import rng, same_bits
-from support.cupy_on_emulator import moved
+from support.cupy_on_emulator import misaligned_copy
 
 import gpu_bn
 from gpu_bn.plan import DEVICES, NoPlanError, Work, plan_once
@@ -207,7 +207,7 @@ def test_vectors_may_begin_at_any_byte(options, make_gpu):
     problem = build(Case((4, 6, 5)))
     vectors_of_it = [getattr(problem, name) for name in ("running_mean", "running_var", "weight", "bias")]
     results = []
-    for send in (gpu.asarray, partial(moved, gpu, by=1)):
+    for send in (gpu.asarray, partial(misaligned_copy, gpu, offset=1)):
         vectors = [send(vector) for vector in vectors_of_it]
         y, saved = gpu_bn.batch_norm_forward(gpu.asarray(problem.x), *vectors, **options, backend=gpu.backend)
         dx, dweight, dbias, _ = gpu_bn.batch_norm_backward(gpu.asarray(problem.dy), saved, backend=gpu.backend)

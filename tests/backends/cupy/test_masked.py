@@ -25,7 +25,7 @@ from support.cuda_masked import (
     spec_of,
     work_of,
 )
-from support.cupy_on_emulator import moved
+from support.cupy_on_emulator import misaligned_copy
 
 from gpu_bn.backends.protocol import Moments
 from gpu_bn.call import Call
@@ -264,7 +264,7 @@ def test_masks_in_any_memory(layout, make_gpu):
         case "strided":
             odd = np.repeat(valid, 2, axis=-1)[..., ::2]
         case "misaligned":
-            odd = moved(gpu, valid)
+            odd = misaligned_copy(gpu, valid)
         case "transposed":
             odd = np.asfortranarray(valid)
         case _:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from emulator import Checks, Device
 from support import rng, same_bits
-from support.cupy_on_emulator import moved
+from support.cupy_on_emulator import misaligned_copy
 
 import gpu_bn
 from gpu_bn.backends.protocol import BackendUnavailableError, Saved
@@ -67,7 +67,7 @@ def of(name, change):
 
 VECTORS = ("running_mean", "running_var", "weight", "bias")
 CHANGES = {
-    **{f"{name} moved": of(name, moved) for name in TENSORS},
+    **{f"{name} moved": of(name, misaligned_copy) for name in TENSORS},
     **{f"{name} channels-last": of(name, channels_last) for name in TENSORS},
     **{f"{name} strided": of(name, spread) for name in VECTORS},
     **{f"{name} of another dtype": of(name, half) for name in VECTORS},
@@ -86,7 +86,7 @@ CHANGES = {
     "ghost batches": {"virtual_batch_size": 2},
     "renormalisation": {"renorm": (1.1, 0.1)},
     "out": lambda gpu, _: {"out": gpu.empty(SHAPE, np.float32)},
-    "out moved": lambda gpu, call: {"out": moved(gpu, call["x"])},
+    "out moved": lambda gpu, call: {"out": misaligned_copy(gpu, call["x"])},
 }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cupy_on_emulator import for_tensors
+from support.cupy_on_emulator import backend_for_tensors
 
 import gpu_bn
 from gpu_bn import nn, registry
@@ -14,7 +14,7 @@ SHAPE = (4, 6, 5, 8)
 @pytest.fixture
 def engine(make_gpu, monkeypatch):
     """The backend, for CPU tensors and those that say that they are on a GPU."""
-    return for_tensors(make_gpu(80), monkeypatch)
+    return backend_for_tensors(make_gpu(80), monkeypatch)
 
 
 def arguments(dtype=torch.float32):

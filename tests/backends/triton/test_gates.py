@@ -22,11 +22,11 @@ from support.triton_variants import (
     DTYPES,
     FAMILY,
     Tensors,
-    built,
-    compiled_with,
+    compile_launch,
+    compiler_options,
     holds,
     kernel_name,
-    recorded,
+    record_launches,
     variants,
 )
 
@@ -83,8 +83,8 @@ def _spilling():
 def test_what_is_spilled_hardly_slows_loops(group):
     """Of a loop's instructions one in 150 moves what was spilled, at most."""
     for step, special in variants(group).values():
-        if "merge" not in step.kernel.__name__ and built(group.arch, step, special).spilled:
-            [machine] = disassemble(triton_cubin(step.kernel, group.arch, **compiled_with(special))).values()
+        if "merge" not in step.kernel.__name__ and compile_launch(group.arch, step, special).spilled:
+            [machine] = disassemble(triton_cubin(step.kernel, group.arch, **compiler_options(special))).values()
             loops = machine.hot(group.width)
             assert loops
             for loop in loops:
@@ -140,8 +140,8 @@ def test_other_parameters(options, tier, arch):
         x = x[: x.shape[0] // count * count]
         options["virtual_batch_size"] = x.shape[0] // count
     group = Group(arch, "relu", "float16", 8, tensors.columns, f"{options}")
-    launches = recorded(x, arch, sms=64, tier=tier, activation="relu", residual=True, **options)
-    assert not FAMILY.outside(group, {kernel_name(*launch): built(arch, *launch) for launch in launches})
+    launches = record_launches(x, arch, sms=64, tier=tier, activation="relu", residual=True, **options)
+    assert not FAMILY.outside(group, {kernel_name(*launch): compile_launch(arch, *launch) for launch in launches})
 
 
 @pytest.mark.parametrize("name", ["t4", "a100", "h100", "b200"])

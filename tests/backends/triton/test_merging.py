@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="the Triton backend serves torch ten
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from support.triton_backends import RecordingBackend
-from support.triton_variants import recorded
+from support.triton_variants import record_launches
 
 from gpu_bn.backends.triton import programs
 from gpu_bn.plan import DEVICES
@@ -18,7 +18,7 @@ STATISTICS, SUMS = "bn_stats_kernel", "bn_backward_reduce_kernel"
 
 def launches(arch, shape=(64, 5, 64, 64), dtype=torch.float16, **options):
     """Return a call's launches by the kernel's name: the step, and what it is compiled from."""
-    found = recorded(torch.empty(shape, dtype=dtype), arch, sms=32, activation="relu", **options)
+    found = record_launches(torch.empty(shape, dtype=dtype), arch, sms=32, activation="relu", **options)
     return {step.kernel.__name__: (step, special) for step, special in found}
 
 

@@ -49,8 +49,8 @@ class Noting(RecordingBackend):
 
         return call
 
-    def note(self, step, args):
-        super().note(step, args)
+    def record(self, step, args):
+        super().record(step, args)
         names = [parameter.name for parameter in step.kernel.params]
         numbers = {n: a for n, a in zip(names, args, strict=False) if not isinstance(a, torch.Tensor)}
         if step.kernel.__name__ == "bn_normalize_kernel" and "mean" not in numbers:  # it is a tensor, frozen

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="the Triton backend serves torch ten
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from support.triton_backends import EmulatedBackend, RecordingBackend
-from support.triton_variants import compiled_with, recorded
+from support.triton_variants import compiler_options, record_launches
 
 from gpu_bn.backends.triton.launch import CLUSTERS
 from gpu_bn.backends.triton.programs import Geometry
@@ -184,8 +184,8 @@ def test_accesses_are_of_16_bytes(arch, compile_triton):
     """Also in the machine code of 7 x 7 images, which are those that rows are ragged for."""
     for tier, dtype in (("cta", torch.float16), ("split", torch.float16), ("split", torch.float32)):
         x = torch.empty(256, 512, 49, dtype=dtype)
-        for step, special in recorded(x, arch, sms=132, tier=tier, activation="relu", residual=True):
-            compiled = compile_triton(step.kernel, arch, **compiled_with(special))
+        for step, special in record_launches(x, arch, sms=132, tier=tier, activation="relu", residual=True):
+            compiled = compile_triton(step.kernel, arch, **compiler_options(special))
             assert compiled.spill_bytes == compiled.stack_bytes == 0, step.kernel.__name__
             assert compiled.registers <= 128, step.kernel.__name__
             if "merge" in step.kernel.__name__:  # which goes through no tensor
