@@ -124,7 +124,7 @@ class Session:
                         if self.gpu is not None:  # after an access out of bounds all later calls fail
                             self.gpu.synchronize()
                     except Exception as error:
-                        self.lost = f"the GPU does not answer since {case}: {describe_error(error)}"
+                        self.lost = f"the GPU has not answered since {case}: {describe_error(error)}"
                         return
                 del tensors
                 if self.gpu is not None:

@@ -89,7 +89,7 @@ def conformance(backend: str | None, quick: bool = False, workers: int | None = 
         print(summary(name, outcomes))
         if not_run:
             print(
-                "The GPU does not answer since one of the last of these; "
+                "The GPU has not answered since one of the last of these; "
                 f"{not_run} cases and later backends were not run."
             )
             break

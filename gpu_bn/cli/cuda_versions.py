@@ -56,8 +56,8 @@ class CudaVersions:
         """Return a line for each pair of versions that do not work together, with the remedy."""
         lines = []
         if len(self.packages) > 1:
-            both = " ".join(self.packages)
-            lines.append(f"{' and '.join(self.packages)} hold the same module: pip uninstall {both}, then install one")
+            names, all_names = " and ".join(self.packages), " ".join(self.packages)
+            lines.append(f"{names} contain the same module: pip uninstall {all_names}, then install one")
         built = _built_for(self.packages)
         if self.nvrtc and built and self.nvrtc[0] != built and len(self.packages) == 1:
             lines.append(
@@ -74,7 +74,7 @@ class CudaVersions:
         if self.torch and self.cupy and self.torch[0] != self.cupy[0] and not lines:
             lines.append(
                 f"torch of CUDA {_text(self.torch)} beside CuPy of CUDA {_text(self.cupy)}: each works, but CuPy may "
-                f"come to load torch's compiler; {_install(self.torch[0])} instead of {self.packages[0]}"
+                f"load torch's compiler; {_install(self.torch[0])} instead of {self.packages[0]}"
             )
         return lines
 

@@ -76,7 +76,7 @@ def positive(text: str) -> int:
     """Parse a whole number greater than 0."""
     value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return value
 
 
@@ -95,8 +95,8 @@ def number(expected: str, fits: Callable[[float], bool]) -> Callable[[str], floa
     return parse
 
 
-above_zero = number("a number above 0", lambda value: value > 0)
-not_negative = number("a number from 0", lambda value: value >= 0)
+above_zero = number("a number greater than 0", lambda value: value > 0)
+not_negative = number("a number of at least 0", lambda value: value >= 0)
 
 
 def check_environment() -> None:

@@ -87,7 +87,7 @@ def test_a_gpu_that_is_lost_ends_the_run_and_leaves_a_report(emulated, monkeypat
     timing.find_gpu()[0].done_things.append("call")
     assert main([*SMALL, "--tiers", "all", "--verify-model", "--train", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    lost = "the GPU does not answer since 4x4x64 f32 nchw forward: RuntimeError: an illegal memory access"
+    lost = "the GPU has not answered since 4x4x64 f32 nchw forward: RuntimeError: an illegal memory access"
     assert f"FAILED {lost}" in out
     for part in ("--tiers", "--verify-model", "--train"):
         assert f"{part}: {lost}" in out

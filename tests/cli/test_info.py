@@ -75,7 +75,7 @@ THIRTEEN = {"cupy": (13, 0), "nvrtc": (13, 0), "packages": ("cupy-cuda13x",)}
         ),
         (
             {"driver": (13, 0), **THIRTEEN, "packages": ("cupy-cuda12x", "cupy-cuda13x")},
-            ["hold the same module: pip uninstall cupy-cuda12x cupy-cuda13x, then install one"],
+            ["contain the same module: pip uninstall cupy-cuda12x cupy-cuda13x, then install one"],
         ),
         (
             {"driver": (13, 0), "torch": (13, 0), **TWELVE},

@@ -97,7 +97,7 @@ def activation_of_call(target: Any, rest: Sequence[Any], options: dict[str, Any]
 
 
 def activation_of(module: Any) -> Activation | None:
-    """Return the activation that a module computes, or ``None``. A subclass is unknown: it may compute another."""
+    """Return the activation that a module computes; ``None`` for other classes and for subclasses of known ones."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if name in PARAMETRIC:
         parameter, make = PARAMETRIC[name]

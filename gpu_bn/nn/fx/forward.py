@@ -132,7 +132,7 @@ class Plan:
         self.function = self._compiled()
 
     def _watch(self, merges: list[Merge], entered: list[torch.nn.Module]) -> None:
-        """Remember the modules that the steps depend on; of layers only hooks matter, as they read their attributes."""
+        """Remember the modules that the steps depend on. Of layers only hooks matter: they check the rest."""
         parts = dict.fromkeys(part for norm, _, others in merges for part in (norm, *others))
         self.merged: list[Any] = [part for part in parts if isinstance(part, Activated)]
         fixed = [*entered, *(part for part in parts if not isinstance(part, Activated))]

@@ -237,7 +237,10 @@ def _activation(root: torch.nn.Module, node: Node) -> Activation | None:
 
 
 def undo(model: torch.nn.Module) -> None:
-    """Undo all merges in a model: torch's functions compute the activations and sums again."""
+    """Undo all merges in a model.
+
+    Modules get their original ``forward`` back. In graph modules, torch's functions compute the activations and sums.
+    """
     restore_forwards(model)
     for traced in model.modules():
         if isinstance(traced, GraphModule):

@@ -36,7 +36,7 @@ INSPECTED = "the model's code asks for its class or attributes"
 
 
 def traced_pairs(model: torch.nn.Module) -> tuple[Pairs, Reasons]:
-    """Find the pairs in the graph of a model. Where a module cannot be traced, those in its children are searched."""
+    """Find the pairs in the graph of a model. If a module cannot be traced, search the graphs of its children."""
     pairs: Pairs = []
     reasons: Reasons = {}
     names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
