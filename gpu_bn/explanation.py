@@ -202,7 +202,7 @@ def works(
     forward = Work(n, c, s, itemsize, reads=1 + residual)
     both = residual and not activation.is_identity  # the backward call needs the sign of their sum
     full = tile(forward).vector * itemsize == VECTOR_BYTES
-    sign_bits = both and full and cuda_sources.switched(activation.name)
+    sign_bits = both and full and cuda_sources.has_sign_bits(activation.name)
     reads = 2 + (both and not sign_bits)
     writes = 1 + residual
     backward = Work(n, c, s, itemsize, True, reads=reads, staged=reads, writes=writes, sign_bits=sign_bits, ragged=True)

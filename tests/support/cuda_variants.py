@@ -56,7 +56,7 @@ def variants(group: Group) -> list[str]:
     activation, columns = group.activation, group.columns
     ragged = group.kind == cuda_sources.RAGGED
     tiling = Tiling(columns, 1, 1, 1, group.vector, 1, 1, 1, ragged)
-    masked = group.full and not ragged and cuda_sources.switched(activation)
+    masked = group.full and not ragged and cuda_sources.has_sign_bits(activation)
     # Flags for residual and sign bits. SyncBatchNorm writes no sign bits, so its kernels are needed without them, too.
     fused = [(False, False), (True, masked)]
     phases = sorted({*fused, (True, False)})

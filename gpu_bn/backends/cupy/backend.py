@@ -1,10 +1,11 @@
-"""Normalise CuPy arrays by CUDA C++ kernels (:mod:`gpu_bn.kernels`), compiled at first use.
+"""Normalise CuPy arrays by CUDA C++ kernels (:mod:`gpu_bn.kernels`), which are compiled at first use.
 
-A training call is one launch where a plan (:mod:`gpu_bn.plan`) can keep each channel on chip, else two; evaluation and
-the gradients with frozen statistics are one. Kernels run on the current stream of the input's device; nothing waits for
-the device, so that calls may be captured in a CUDA graph. Statistics are saved as float64, sums are in a fixed order.
+A training call is one launch if its plan (:mod:`gpu_bn.plan`) keeps each channel on chip, or else two. Evaluation and
+the gradients with frozen statistics are one launch. Kernels run on the current stream of the input's device. Nothing
+waits for the device, so that calls can be captured in a CUDA graph. Saved statistics are float64, and sums are added up
+in a fixed order.
 
-What a call launches is prepared once for all calls of its signature (:mod:`gpu_bn.backends.cupy.calls`).
+The launches of a call are prepared once for all calls with its signature (:mod:`gpu_bn.backends.cupy.calls`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from gpu_bn.backends.cupy.signatures import (
     tensor_signature,
     vector_signature,
 )
-from gpu_bn.backends.cupy.steps import NULL, Arguments, ClusterRefusedError, PreparedCall, empty, in_memory
+from gpu_bn.backends.cupy.steps import NULL, Arguments, ClusterRefusedError, PreparedCall, empty, memory_shape
 from gpu_bn.backends.cupy.sync import SharedStatistics
 from gpu_bn.backends.layout import Layout, check_out
 from gpu_bn.backends.protocol import BackendUnavailableError, Grads, Moments, OnPlan, Saved, Sums
@@ -38,19 +39,20 @@ from gpu_bn.spec import BatchNormSpec
 Array = Any
 Method = TypeVar("Method", bound=Callable[..., Any])
 COUNTERS = 4096
+"""The fewest counters that are allocated for a stream."""
 STREAMS = 64
-"""Streams for which a backend keeps counters."""
+"""The most streams for which a backend keeps counters."""
 STREAM_PER_THREAD = 2
-"""CUDA's name for a thread's own default stream: the same in all threads."""
+"""The handle of the per-thread default stream of CUDA, the same in all threads."""
 PREPARED = 1024
-"""Signatures that a backend remembers, for each kind of call; the one not used for longest is forgotten."""
+"""The most signatures whose prepared calls are kept, for each kind of call; the least recently used one is dropped."""
 
 
 def backend() -> CupyBackend:
     """Return the backend, for :func:`gpu_bn.registry.load`.
 
     Raises:
-        BackendUnavailableError: no GPU, no driver, or a GPU too old; the message names the remedy.
+        BackendUnavailableError: CuPy finds no driver or no GPU; the message names the remedy.
     """
     try:
         count = cupy.cuda.runtime.getDeviceCount()
@@ -64,7 +66,7 @@ def backend() -> CupyBackend:
 
 
 def _on_its_device(method: Method) -> Method:
-    """Make a method run on the device of its first argument."""
+    """Decorate a method to run on the device of its first argument."""
 
     @wraps(method)
     def run(self: CupyBackend, first: Any, *others: Any, **options: Any) -> Any:
@@ -79,9 +81,9 @@ def _on_its_device(method: Method) -> Method:
 
 
 class SavedRows(Saved):
-    """Hold what a forward call of this backend saves: its vectors are the ``rows`` of one array.
+    """The saved values of a forward call of this backend, with the vectors as ``rows`` of one array.
 
-    They become arrays when they are first asked for, because a backward call only needs their addresses.
+    The vectors become separate arrays when they are first read: a backward call needs only their addresses.
     """
 
     __slots__ = ("count", "rows")
@@ -90,17 +92,17 @@ class SavedRows(Saved):
     rows: Array
 
     @staticmethod
-    def of(**fields: Any) -> SavedRows:
-        """Set the fields given, and no others."""
-        saved, put = object.__new__(SavedRows), object.__setattr__
+    def with_fields(**fields: Any) -> SavedRows:
+        """Return an object with these fields set, and no others."""
+        saved = object.__new__(SavedRows)
         for name, value in fields.items():
-            put(saved, name, value)
+            object.__setattr__(saved, name, value)
         return saved
 
     def __getattr__(self, name: str) -> Any:
         """Compute a field that has not been set."""
         if name == "rows":
-            return None  # a copy has the vectors instead
+            return None  # dataclasses.replace makes an object with vectors, and without rows
         channels = self.x.shape[self.spec.axis]
         if name == "moments":
             value: Any = Moments(self.count, self.rows[0], self.rows[1])
@@ -115,18 +117,17 @@ class SavedRows(Saved):
 
 
 class CupyBackend(SharedStatistics):
-    """See :class:`gpu_bn.backends.protocol.Backend` and :class:`gpu_bn.backends.protocol.FusedBackend`."""
+    """Implement :class:`gpu_bn.backends.protocol.Backend` and ``FusedBackend`` by CUDA C++ kernels.
+
+    Args:
+        tier: the tier of :data:`gpu_bn.plan.TIERS` to use for training calls that it can serve.
+        on_plan: is called with the plan of each prepared call.
+    """
 
     name = "cupy"
     xp = cupy
 
     def __init__(self, tier: str | None = None, on_plan: OnPlan | None = None) -> None:
-        """Make a backend, for tests and timings with options.
-
-        Args:
-            tier: the tier of :data:`gpu_bn.plan.TIERS` to use for training calls, if it serves.
-            on_plan: is told the plan of each call that is prepared.
-        """
         self.tier = tier
         self._counters: dict[tuple[int, int], tuple[Any, Array]] = {}
         self._thread = local()
@@ -157,7 +158,7 @@ class CupyBackend(SharedStatistics):
     @_on_its_device
     def empty_like(self, x: Array) -> Array:
         layout = Layout.from_array(x, 0)
-        return empty(*in_memory(layout.shape, layout.order), dtype=x.dtype)
+        return empty(*memory_shape(layout.shape, layout.order), dtype=x.dtype)
 
     @_on_its_device
     def copy(self, array: Array, like: Array) -> Array:
@@ -191,7 +192,7 @@ class CupyBackend(SharedStatistics):
             self._forward, arguments, signature, spec.batch_stats, tensor_signature(residual), tensor_signature(out),
             vectors, keep or spec.batch_stats,
         )  # fmt: skip
-        return y, SavedRows.of(
+        return y, SavedRows.with_fields(
             rows=rows,
             count=prepared.count if counts is None else counts,
             x=x,
@@ -216,9 +217,9 @@ class CupyBackend(SharedStatistics):
         return Grads(*gradients)
 
     def _run(self, prepare: Any, arguments: Arguments, *signature: Any) -> tuple[PreparedCall, list[Any]]:
-        """Run a call, prepared before or now, and return it with its results.
+        """Prepare a call, unless one with its signature has been prepared, run it, and return it with its results.
 
-        A device that refuses a cluster has run nothing: the call is prepared again, without clusters.
+        If the device refuses a cluster, nothing has run: the call is prepared again, without clusters.
         """
         call = prepare(*signature)
         try:
@@ -279,7 +280,7 @@ class CupyBackend(SharedStatistics):
         self._input(signature, *tensors, vectors, sums is not None, tensor_signature(out))(arguments)
 
     def _upstream(self, saved: Saved, **tensors: Any) -> tuple[Arguments, Signature, VectorSignatures]:
-        """Return a later call's arguments with ``tensors``, its signature, and those of the saved vectors."""
+        """Return a later call's arguments, which include ``tensors``, its signature, and those of the saved vectors."""
         spec = saved.spec
         if not isinstance(saved, SavedRows) or saved.rows is None:
             count = saved.moments.count
@@ -287,16 +288,16 @@ class CupyBackend(SharedStatistics):
             vectors = tuple(map(vector_signature, (weight, bias, mean, var)))
         else:
             count, mean, size = saved.count, saved.rows.data, saved.rows.nbytes // len(calls.ROWS)
-            weighs, biased = saved.weight_dtype is not None, saved.bias_dtype is not None
-            var, weight, bias = mean + size, mean + 2 * size if weighs else None, mean + 3 * size if biased else None
+            has_weight, has_bias, var = saved.weight_dtype is not None, saved.bias_dtype is not None, mean + size
+            weight, bias = mean + 2 * size if has_weight else None, mean + 3 * size if has_bias else None
             row = row_signature(mean.device_id)
-            vectors = row if weighs else None, row if biased else None, row, row
+            vectors = row if has_weight else None, row if has_bias else None, row, row
         counts = count if _on_device(count) else None
         arguments = Arguments(
             counters=self.counters, x=saved.x, residual=saved.residual, valid=saved.valid, counts=counts,
             weight=weight, bias=bias, mean=mean, var=var, eps=np.float64(spec.eps),
             parameter=np.float64(spec.activation.parameter),
-            count=np.float64(count if counts is None else 0),  # kernels take counts where there are some
+            count=np.float64(count if counts is None else 0),  # kernels read counts instead if they are given
             **tensors,
         )  # fmt: skip
         signature = Signature(
@@ -307,16 +308,16 @@ class CupyBackend(SharedStatistics):
 
     # ---------------------------------------------------------------------------------------------- counters
     def counters(self, size: int) -> Array:
-        """Return zeros, which a kernel leaves as it found them: one array for each stream, and one for each graph.
+        """Return an array of at least ``size`` zeros, which kernels reset to zero. Each stream and graph has its own.
 
-        Streams are kept with their counters, so that no other stream gets the handle of one that is still running.
-        Those of a thread's own default stream end with the thread.
+        Streams are kept with their counters, so that no new stream gets the handle of one that is still running. The
+        counters of a per-thread default stream are freed with the thread.
         """
         stream = cupy.cuda.get_current_stream()
         if stream.is_capturing():
             return cupy.zeros(size, np.uint32)
-        own_stream = stream.ptr == STREAM_PER_THREAD
-        known = self._thread.__dict__.setdefault("counters", {}) if own_stream else self._counters
+        is_of_thread = stream.ptr == STREAM_PER_THREAD
+        known = self._thread.__dict__.setdefault("counters", {}) if is_of_thread else self._counters
         key = (cupy.cuda.runtime.getDevice(), stream.ptr)
         _, found = known.get(key, (None, None))
         if found is None or found.size < size:
@@ -328,7 +329,7 @@ class CupyBackend(SharedStatistics):
 
 
 def from_host(array: np.ndarray[Any, Any]) -> Array:
-    """Copy a NumPy array to the current device, with the same strides, at an address that its dtype allows."""
+    """Copy a NumPy array to the current device, with the same strides and aligned for its dtype."""
     low, high = np.lib.array_utils.byte_bounds(array)
     raw: Any = (ctypes.c_uint8 * max(high - low, 1)).from_address(low) if array.size else np.zeros(1, np.uint8)
     memory = cupy.asarray(np.frombuffer(raw, np.uint8))
@@ -344,7 +345,7 @@ def _on_device(count: Any) -> bool:
 
 
 def _momentum(momentum: Any, device: int) -> tuple[Array, np.float64]:
-    """Return where the device finds the momentum, or a null pointer and the momentum."""
+    """Return the momentum as an array on the device and 0, or as a null pointer and a number."""
     if isinstance(momentum, float):
         return NULL, np.float64(momentum)
     if _on_device(momentum):

@@ -1,8 +1,8 @@
-"""Prepare the calls of the CuPy backend: what each allocates, copies and launches, from its signature alone.
+"""Prepare the calls of the CuPy backend: what each kind of call allocates, copies and launches.
 
-Calls of one signature (:mod:`gpu_bn.backends.cupy.signatures`) differ in addresses and numbers only, so that the steps
-built for the first serve all. Each function here builds one kind of call; the arguments of a launch stand in the order
-of the kernel's in ``kernels/cuda``.
+Calls with one signature (:mod:`gpu_bn.backends.cupy.signatures`) differ only in addresses and numbers, so the steps of
+the first call serve all of them. Each public function prepares one kind of call. The arguments of a launch are in the
+order of the kernel's parameters in ``kernels/cuda``.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from gpu_bn.backends.cupy.steps import GIVEN, PreparedCall, Register
 from gpu_bn.plan import LaunchPlan
 
 ROWS = ("mean", "var", "weight", "bias")
-"""The vectors that a forward call saves: rows of one array."""
+"""The vectors that a forward call saves, as rows of one array."""
 SAVED = GIVEN.weight, GIVEN.bias, GIVEN.mean, GIVEN.var
-"""The registers of these vectors in later calls."""
+"""The registers of the saved vectors in later calls."""
 
 
 # ----------------------------------------------------------------------------------------------------- forward
 class ForwardTensors(NamedTuple):
-    """Hold the tensors of a forward kernel in the order of its arguments."""
+    """The tensors of a forward kernel, in the order of its parameters."""
 
     x: Pointer
     y: Pointer
@@ -44,7 +44,7 @@ class ForwardTensors(NamedTuple):
 
     @property
     def variant(self) -> tuple[bool, bool]:
-        """The kernels' RESIDUAL and MASK."""
+        """The kernel's template arguments RESIDUAL and MASK."""
         return self.residual is not None, self.sign_bits is not None
 
 
@@ -54,15 +54,15 @@ def forward(
 ) -> PreparedCall:  # fmt: skip
     """Prepare a forward call, which returns ``y``, the saved rows, the sign bits and the counts.
 
-    ``sign_bits``: whether bits may take the place of the residual.
+    ``sign_bits``: whether sign bits may replace the residual.
     """
     call = TensorBuilder(signature, sign_bits and residual is not None)
     added = call.read(GIVEN.residual, residual)
     y = call.write(GIVEN.out, out) if out else call.output()
     given = call.vectors((GIVEN.weight, GIVEN.bias, GIVEN.running_mean, GIVEN.running_var), vectors)
-    adds, keeps_bits = residual is not None, call.sign_bytes > 0
+    has_residual, keeps_bits = residual is not None, call.sign_bytes > 0
     if batch_stats:
-        plan = call.plan("forward", (adds, keeps_bits), reads=1 + adds, sign_bits=keeps_bits)
+        plan = call.plan("forward", (has_residual, keeps_bits), reads=1 + has_residual, sign_bits=keeps_bits)
     else:
         plan = call.plan_once()
     tensors = ForwardTensors(call.x, y, added, call.allocate(call.sign_bytes, np.uint8) if keeps_bits else None)
@@ -74,7 +74,7 @@ def forward(
         _launch_forward(call, plan, tensors, given, rows)
     else:
         _launch_stats(call, plan, given, rows)
-        saved = _saved(call, rows)
+        saved = _vectors_in(call, rows)
         if call.groups > 1 and given.mean != ABSENT:
             _launch_track(call, saved[2:], given[2:], call.counts, call.groups, call.count)
         _launch_normalize(call, plan, tensors, saved)
@@ -82,12 +82,12 @@ def forward(
     if batch_stats:
         for running in given.mean, given.var:
             call.result(running.register)
-    keeps_residual = adds and signature.activation != "identity" and not keeps_bits
+    keeps_residual = has_residual and signature.activation != "identity" and not keeps_bits
     return call.build(result, rows, tensors.sign_bits, call.counts, keeps_residual=keeps_residual, count=call.count)
 
 
 def stats(signature: Signature) -> PreparedCall:
-    """Prepare statistics alone, in the ``rows`` given; the call returns the counts."""
+    """Prepare a call that writes statistics to the given ``rows`` and returns the counts."""
     call = TensorBuilder(signature)
     call.count_positions()
     _launch_stats(call, call.plan_once(), Vectors(ABSENT, ABSENT, ABSENT, ABSENT), GIVEN.rows)
@@ -97,7 +97,7 @@ def stats(signature: Signature) -> PreparedCall:
 def normalize(
     signature: Signature, residual: TensorSignature | None, out: TensorSignature, saved: VectorSignatures
 ) -> PreparedCall:
-    """Prepare ``y`` from statistics, written to the ``out`` given."""
+    """Prepare a call that writes ``y`` to the given ``out``, from given statistics."""
     call = TensorBuilder(signature)
     added, y = call.read(GIVEN.residual, residual), call.write(GIVEN.out, out)
     tensors = ForwardTensors(call.x, y, added, None)
@@ -107,9 +107,9 @@ def normalize(
 
 
 def track(device: int, channels: int, groups: int, count: int | None, vectors: VectorSignatures) -> PreparedCall:
-    """Prepare the update of ``running_mean`` and ``running_var`` from ``mean`` and ``var``, group after group.
+    """Prepare the update of ``running_mean`` and ``running_var`` by ``mean`` and ``var`` of ghost batches, in order.
 
-    ``count`` is how many positions each has, or ``None`` for the ``counts`` given.
+    ``count`` is the number of positions of each ghost batch, or ``None`` if ``counts`` are given.
     """
     call = Builder(device, channels)
     given = GIVEN.mean, GIVEN.var, GIVEN.running_mean, GIVEN.running_var
@@ -123,7 +123,7 @@ def track(device: int, channels: int, groups: int, count: int | None, vectors: V
 def _launch_forward(
     call: TensorBuilder, plan: LaunchPlan, tensors: ForwardTensors, vectors: Vectors, rows: Register
 ) -> None:
-    """Compute statistics, running update and ``y`` in one launch."""
+    """Add the launch that computes statistics, running update and ``y``."""
     kernel = call.on_chip_kernel("forward", plan, *tensors.variant)
     partials, counters = call.exchange(plan)
     call.launch(
@@ -133,9 +133,9 @@ def _launch_forward(
 
 
 def _launch_stats(call: TensorBuilder, plan: LaunchPlan, given: Vectors, rows: Register) -> None:
-    """Compute statistics into ``rows``; save the parameters there; update the running statistics of a single group.
+    """Add the launch that writes statistics and parameters to ``rows``, and updates the running statistics.
 
-    A launch meets groups in any order; the running statistics of several are updated by :func:`_launch_track`.
+    With several ghost batches :func:`_launch_track` updates them, because this launch visits them in any order.
     """
     vectors = given if call.groups == 1 else given._replace(mean=ABSENT, var=ABSENT)
     partials, counters = call.exchange(plan)
@@ -145,17 +145,16 @@ def _launch_stats(call: TensorBuilder, plan: LaunchPlan, given: Vectors, rows: R
     )  # fmt: skip
 
 
-def _saved(call: TensorBuilder, rows: Register) -> Vectors:
-    """Return the vectors that ``rows`` hold."""
+def _vectors_in(call: TensorBuilder, rows: Register) -> Vectors:
+    """Return the vectors in the saved rows."""
     addresses = (rows, *(call.address(rows, row * call.statistics) for row in range(1, len(ROWS))))
-    found = {name: Vector(address, FLOAT64.name) for name, address in zip(ROWS, addresses, strict=True)}
-    return Vectors(**found)
+    return Vectors(**{name: Vector(address, FLOAT64.name) for name, address in zip(ROWS, addresses, strict=True)})
 
 
 def _launch_track(
     call: Builder, moments: Sequence[Vector], running: Sequence[Vector], counts: Pointer, groups: int, count: int
 ) -> None:
-    """Update the running statistics from groups in order, with their ``counts`` or one ``count``."""
+    """Add the launch that updates running statistics by ghost batches in order, with their ``counts`` or ``count``."""
     call.launch_channels(
         "bn_track_kernel", *registers(*moments, *running), GIVEN.momentum_at, counts,
         codes(*running), np.uint32(call.channels), np.uint32(groups), np.float64(count),
@@ -166,7 +165,7 @@ def _launch_track(
 def _launch_normalize(
     call: TensorBuilder, plan: LaunchPlan, tensors: ForwardTensors, vectors: Vectors, saves: Pointer = None
 ) -> None:
-    """Compute ``y`` from statistics, and copy these and the parameters to the rows ``saves``."""
+    """Add the launch that computes ``y`` from statistics, and copies them and the parameters to the rows ``saves``."""
     call.launch(
         call.kernel("bn_normalize_kernel", plan, *tensors.variant), plan, *tensors, *registers(*vectors), saves,
         codes(*vectors), *geometry(plan, call.groups), GIVEN.eps, GIVEN.parameter, *call.selection,
@@ -175,7 +174,7 @@ def _launch_normalize(
 
 # ---------------------------------------------------------------------------------------------------- backward
 class BackwardTensors(NamedTuple):
-    """Hold the tensors of a backward kernel in the order of its arguments; it writes the last two."""
+    """The tensors of a backward kernel, in the order of its parameters; it writes the last two."""
 
     x: Pointer
     dy: Pointer
@@ -185,14 +184,14 @@ class BackwardTensors(NamedTuple):
     dresidual: Pointer = None
 
     def source(self, activation: str) -> str:
-        """Return what the kernel takes the activation's gradient from."""
+        """Return the kernel's template argument FROM: the source of the activation's gradient."""
         if activation == "identity":
             return "DY"
         return "FROM_MASK" if self.sign_bits is not None else "FROM_X" if self.residual is None else "FROM_RESIDUAL"
 
 
 Gradients = tuple[Vector, Vector]
-"""Of weight and bias; absent if nobody asks for them."""
+"""The gradients of weight and bias; absent if they are not needed."""
 NO_GRADIENTS = ABSENT, ABSENT
 
 
@@ -200,9 +199,9 @@ def backward(
     signature: Signature, batch_stats: bool, dy: TensorSignature, residual: TensorSignature | None, sign_bits: bool,
     saved: VectorSignatures, need: frozenset[str], dtypes: tuple[Any, Any],
 ) -> PreparedCall:  # fmt: skip
-    """Prepare a backward call, which returns those of ``dx``, ``dweight``, ``dbias``, ``dresidual`` in ``need``."""
+    """Prepare a backward call, which returns ``dx``, ``dweight``, ``dbias``, ``dresidual``: ``None`` if not needed."""
     call = TensorBuilder(signature, sign_bits)
-    tensors = _read(call, dy, residual, sign_bits)
+    tensors = _read_tensors(call, dy, residual, sign_bits)
     vectors = call.vectors(SAVED, saved)
     dx, dresidual = (call.output() if name in need else None for name in ("dx", "dresidual"))
     weight, bias = (
@@ -233,9 +232,9 @@ def backward_reduce(
     signature: Signature, dy: TensorSignature, residual: TensorSignature | None, saved: VectorSignatures,
     dz: TensorSignature | None,
 ) -> PreparedCall:  # fmt: skip
-    """Prepare the sums of ``dz`` and ``dz * xhat``, which it returns, and ``dz`` in the ``dresidual`` given."""
+    """Prepare a call that returns the sums of ``dz`` and ``dz * xhat``, and writes ``dz`` to ``dresidual`` if given."""
     call = TensorBuilder(signature)
-    tensors = _read(call, dy, residual)
+    tensors = _read_tensors(call, dy, residual)
     dresidual = None if dz is None else call.write(GIVEN.dresidual, dz)
     vectors = call.vectors(SAVED, saved)
     sums = _launch_reduce(call, call.plan_once(), tensors._replace(dresidual=dresidual), vectors)
@@ -247,16 +246,16 @@ def backward_input(
     signature: Signature, dy: TensorSignature, residual: TensorSignature | None, saved: VectorSignatures,
     batch_stats: bool, out: TensorSignature,
 ) -> PreparedCall:  # fmt: skip
-    """Prepare ``dx`` in the array given: from the ``sums`` given, or with frozen statistics from none."""
+    """Prepare a call that writes the given ``dx``: from the given ``sums``, or without sums for frozen statistics."""
     call = TensorBuilder(signature)
-    tensors = _read(call, dy, residual)._replace(dx=call.write(GIVEN.dx, out))
+    tensors = _read_tensors(call, dy, residual)._replace(dx=call.write(GIVEN.dx, out))
     vectors = call.vectors(SAVED, saved)
     _launch_input(call, call.plan_once(), tensors, vectors, GIVEN.sums if batch_stats else None)
     call.result(tensors.dx)
     return call.build()
 
 
-def _read(
+def _read_tensors(
     call: TensorBuilder, dy: TensorSignature, residual: TensorSignature | None, sign_bits: bool = False
 ) -> BackwardTensors:
     """Return the tensors that a backward kernel reads."""
@@ -267,7 +266,7 @@ def _read(
 def _launch_backward(
     call: TensorBuilder, plan: LaunchPlan, tensors: BackwardTensors, vectors: Vectors, gradients: Gradients
 ) -> None:
-    """Compute all gradients in one launch."""
+    """Add the launch that computes all gradients."""
     kernel = call.on_chip_kernel("backward", plan, tensors.source(call.activation))
     partials, counters = call.exchange(plan)
     call.launch(
@@ -283,20 +282,21 @@ def _launch_reduce(
     vectors: Vectors,
     gradients: Gradients = NO_GRADIENTS,
 ) -> Register:
-    """Compute the gradients of the parameters, and with frozen statistics ``dx``; return the sums.
+    """Add the launch of the sums, the parameters' gradients, and for frozen statistics ``dx``; return the sums.
 
-    A launch meets groups in any order; the gradients of several are added up by a launch of its own.
+    With several ghost batches a second launch adds up the parameters' gradients, because the first one visits ghost
+    batches in any order.
     """
     size = 2 * call.statistics
     sums = call.allocate(size + call.partial_size(plan))
     partials, counters = call.address(sums, size), call.counters(plan)
-    own = gradients if call.groups == 1 else NO_GRADIENTS
+    written = gradients if call.groups == 1 else NO_GRADIENTS
     call.launch(
         call.kernel("bn_backward_reduce_kernel", plan, tensors.source(call.activation)), plan, *tensors,
-        *registers(*vectors), *registers(*own), sums, partials, counters, codes(*vectors, *own),
+        *registers(*vectors), *registers(*written), sums, partials, counters, codes(*vectors, *written),
         *geometry(plan, call.groups), GIVEN.eps, GIVEN.parameter, *call.selection,
     )  # fmt: skip
-    if own != gradients:
+    if written != gradients:
         call.launch_channels(
             "bn_add_groups_kernel", sums, *registers(*gradients), codes(*gradients),
             np.uint32(call.channels), np.uint32(call.groups),
@@ -307,7 +307,7 @@ def _launch_reduce(
 def _launch_input(
     call: TensorBuilder, plan: LaunchPlan, tensors: BackwardTensors, vectors: Vectors, sums: Pointer = None
 ) -> None:
-    """Compute ``dx`` from the sums, or without them for frozen statistics."""
+    """Add the launch that computes ``dx`` from the sums, or without them for frozen statistics."""
     call.launch(
         call.kernel("bn_backward_input_kernel", plan, tensors.source(call.activation)), plan, *tensors,
         *registers(*vectors), sums, codes(*vectors), *geometry(plan, call.groups), GIVEN.count, GIVEN.eps,

@@ -1,4 +1,4 @@
-"""Ask the current GPU for its properties, and compile kernels for it."""
+"""Describe GPUs to the planner, and compile kernels for them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from gpu_bn.backends.protocol import BackendUnavailableError
 from gpu_bn.plan import THREADS, Device
 
 OLDEST_ARCHES = {12: 70, 13: 75}
-"""The oldest GPUs that NVRTC compiles for, by its major version."""
+"""The oldest architecture that NVRTC compiles for, by the major version of CUDA."""
 MODULES = 1024
-"""Compiled modules kept in memory. CuPy keeps the others on disk."""
+"""The most compiled modules kept in memory. CuPy keeps the others on disk."""
 MEMORY_CLOCK_RATE = 36
-"""``cudaDevAttrMemoryClockRate``."""
+"""The device attribute ``cudaDevAttrMemoryClockRate``."""
 _SHARED_LIMIT = Lock()
-"""Held while a kernel's limit of shared memory is read and raised."""
+"""A lock that is held while a kernel's limit of shared memory is read and raised."""
 _THREAD = local()
-"""``devices``: those whose context this thread has."""
+"""``devices``: the devices whose context this thread has."""
 _WITHOUT_CLUSTERS: set[int] = set()
-"""Devices that have refused a cluster."""
+"""Devices that have refused to launch a cluster."""
 
 
 @cache
 def properties(index: int) -> Device:
-    """Return the device of a number.
+    """Return the planner's description of a device.
 
     Raises:
-        BackendUnavailableError: the kernels do not run on it.
+        BackendUnavailableError: NVRTC does not compile for it.
     """
     found = cupy.cuda.runtime.getDeviceProperties(index)
     arch = 10 * found["major"] + found["minor"]
@@ -50,19 +50,19 @@ def properties(index: int) -> Device:
 
 
 def _bandwidth(index: int, properties: dict[str, Any]) -> float:
-    """Return bytes per second. CUDA 13 has the clock among a device's attributes only."""
+    """Return the bandwidth of memory in bytes per second. In CUDA 13, only a device attribute has the clock rate."""
     clock = properties.get("memoryClockRate") or cupy.cuda.runtime.deviceGetAttribute(MEMORY_CLOCK_RATE, index)
     return 2e3 * float(clock) * float(properties["memoryBusWidth"]) / 8  # kHz, bits
 
 
-def without_clusters() -> None:
+def disable_clusters() -> None:
     """Plan without clusters on the current device from now on."""
     _WITHOUT_CLUSTERS.add(cupy.cuda.runtime.getDevice())
     properties.cache_clear()
 
 
 def bind_context() -> None:
-    """Give the thread the device's context, which functions of the driver need that CuPy passes on as they are."""
+    """Give the thread the current device's context, which CUDA driver functions need when CuPy calls them directly."""
     devices = _THREAD.__dict__.setdefault("devices", set())
     if (device := cupy.cuda.runtime.getDevice()) not in devices:
         cupy.cuda.runtime.memGetInfo()
@@ -70,12 +70,16 @@ def bind_context() -> None:
 
 
 @lru_cache(4096)
-def compiled(activation: str | None, name: str, shared_bytes: int, device: int) -> Any:
-    """Return a kernel for the current device, allowed to use a block's dynamic shared memory."""
-    del device  # part of the key: the limit of shared memory is set on each device
+def get_kernel(activation: str | None, name: str, shared_bytes: int, device: int) -> Any:
+    """Return the kernel with a name expression, compiled for the current device.
+
+    Its blocks may use ``shared_bytes`` of dynamic shared memory. ``activation`` is ``None`` for the kernels of
+    SyncBatchNorm.
+    """
+    del device  # only a part of the cache's key: the limit of shared memory is set for each device
     try:
         kernel = _module(activation, name).get_function(name)
-    except Exception as error:  # NVRTC is missing, or does not know the GPU, or has complaints: CuPy has many types
+    except Exception as error:  # CuPy raises many types: NVRTC is missing, does not know the GPU, or reports an error
         raise BackendUnavailableError(
             f"the kernel {name} could not be compiled ({type(error).__name__}): {error}\n"
             "If NVRTC is missing: pip install -e '.[cupy]' in a clone of gpu_bn. If it does not know the GPU: "
@@ -83,7 +87,7 @@ def compiled(activation: str | None, name: str, shared_bytes: int, device: int) 
         ) from error
     if shared_bytes > 32 << 10:
         bind_context()
-        with _SHARED_LIMIT:  # plans of all sizes share the kernel and its limit
+        with _SHARED_LIMIT:  # plans with other sizes share the kernel and its limit
             kernel.max_dynamic_shared_size_bytes = max(shared_bytes, kernel.max_dynamic_shared_size_bytes)
     return kernel
 
@@ -95,7 +99,7 @@ def _module(activation: str | None, name: str) -> Any:
 
 @lru_cache(4096)
 def resident_blocks(kernel: Any, shared_bytes: int) -> int:
-    """Return how many blocks of a kernel an SM holds."""
+    """Return the number of blocks of a kernel that an SM holds at the same time."""
     bind_context()
     driver = cupy.cuda.driver
     blocks: int = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, THREADS, shared_bytes)

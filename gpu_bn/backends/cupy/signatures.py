@@ -1,6 +1,6 @@
-"""Describe what a prepared call depends on, without addresses. Calls of equal signatures share their steps.
+"""Signatures: all that a prepared call depends on, without addresses. Calls with equal signatures share their steps.
 
-All but :class:`Signature` are plain tuples, because a call makes about eight of them.
+Most are plain tuples, because a call makes about eight of them.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from gpu_bn.plan import VECTOR_BYTES
 Array = Any
 Shape = tuple[int, ...]
 InputSignature = tuple[int, Shape, Any, Shape, int]
-"""Of the input: device, shape, dtype, strides, and the address modulo a vector's size."""
+"""The signature of the input: device, shape, dtype, strides, and the address modulo the size of a vector."""
 TensorSignature = tuple[Shape, int, int]
-"""Of a tensor with the input's shape and dtype: strides, the address modulo a vector's size, device."""
+"""The signature of a tensor with the input's shape and dtype: strides, address modulo the size of a vector, device."""
 VectorSignature = tuple[Any, Shape, int, int]
-"""Of a per-channel vector: dtype, strides, the address modulo 8, device."""
+"""The signature of a per-channel vector: dtype, strides, the address modulo 8, device."""
 VectorSignatures = tuple[VectorSignature | None, ...]
-"""Of weight, bias, mean and variance, in this order."""
+"""The signatures of weight, bias, mean and variance, in this order."""
 
 FLOAT64 = np.dtype(np.float64)
 
 
 class Signature(NamedTuple):
-    """Hold what every call with tensors depends on; if ``counted``, the device alone knows a group's positions."""
+    """The signature of a call with tensors; ``counted``: only the device knows the count of a ghost batch."""
 
     tier: str | None
     x: InputSignature

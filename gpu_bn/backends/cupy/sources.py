@@ -1,4 +1,4 @@
-"""Put the CUDA C++ sources of :mod:`gpu_bn.kernels` together, and name the kernels in them. No GPU is needed."""
+"""Assemble the CUDA C++ sources of :mod:`gpu_bn.kernels`, and name the kernels in them. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ from gpu_bn.plan import Tiling
 
 BEFORE = ("types", "tile", "sums", "moments", "exchange", "activation")
 AFTER = ("forward", "gradients", "backward")
-"""The files of device code, before and after the activation's own."""
+"""The files of device code before and after the struct ``Activation``."""
 SYNC = ("types", "sync")
-"""Those of the kernels for numbers of several processes, which no activation concerns."""
+"""The files of the kernels of SyncBatchNorm, which have no activation."""
 
 STORAGE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 PARAMETER_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
 """The codes of the dtypes of per-channel vectors: 2 bits each, packed in the order of a kernel's arguments."""
 
 WHOLE = "WHOLE"
-"""The batch of a kernel without groups or a mask."""
+"""The batch of kernels without ghost batches and without a mask."""
 RAGGED = "RAGGED_ROWS"
-"""That of such a kernel whose rows begin and end within vectors."""
+"""The batch of such kernels for ragged rows, which begin and end inside vectors."""
 
 OPTIONS = ("--std=c++17", "-ftz=true")
-"""CuPy always appends the second, which flushes subnormal float32 numbers. It stands here so that tests without CuPy
-compile the same code."""
+"""Options of NVRTC. CuPy always appends the second one, which flushes subnormal float32 numbers to zero. With it here,
+tests without CuPy compile the same code."""
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @cache
 def source(activation: str | None) -> str:
-    """Return the CUDA C++ source of all kernels with an activation, for NVRTC; for ``None`` that of :data:`SYNC`."""
+    """Return the CUDA C++ source of all kernels with an activation; for ``None``, of the kernels of SyncBatchNorm."""
     if activation is None:
-        return "\n".join(map(_text, SYNC))
-    return "\n".join([*map(_text, BEFORE), _activation(activation), *map(_text, AFTER)])
+        return "\n".join(map(_read, SYNC))
+    return "\n".join([*map(_read, BEFORE), _activation_struct(activation), *map(_read, AFTER)])
 
 
 def kernel(name: str, dtype: str, tiling: Tiling, *arguments: str | bool, batch: str = WHOLE) -> str:
     """Return the name expression of a kernel for tensors of a dtype: ``bn_stats_kernel<Layout<F16, 8, false>>``.
 
-    ``batch`` is ``"GROUPS"`` or ``"MASKED_GROUPS"`` for a kernel with two more arguments: which positions count, and
-    how many do in each group. A kernel for ragged rows has ``"RAGGED_ROWS"`` in this place, and no more arguments.
+    ``batch`` is ``"GROUPS"`` or ``"MASKED_GROUPS"`` for a kernel with two more arguments: the mask, and the count of
+    each ghost batch. For ragged rows ``batch`` is ``"WHOLE"``, and the layout has ``"RAGGED_ROWS"`` in its place.
     """
     more = [] if batch == WHOLE else ["const u8*", "double*"]
     kinds = [RAGGED] if tiling.ragged else [batch] if more else []
-    layout = ", ".join([STORAGE[dtype], str(tiling.vector), _text_of(tiling.columns), *kinds])
-    return f"{name}<{', '.join([f'Layout<{layout}>', *map(_text_of, arguments), *more])}>"
+    layout = ", ".join([STORAGE[dtype], str(tiling.vector), _template_argument(tiling.columns), *kinds])
+    return f"{name}<{', '.join([f'Layout<{layout}>', *map(_template_argument, arguments), *more])}>"
 
 
 def parameter_codes(*dtypes: str | None) -> int:
-    """Return the packed codes of a launch's per-channel vectors; kernels ignore that of an absent one."""
+    """Return the packed codes of a launch's per-channel vectors; kernels ignore the code of an absent vector."""
     return sum(PARAMETER_CODES[dtype] << 2 * slot for slot, dtype in enumerate(dtypes) if dtype is not None)
 
 
-def switched(activation: str) -> bool:
+def has_sign_bits(activation: str) -> bool:
     """Tell whether one bit of ``z`` decides the activation's gradient."""
     return bool(ROWS[activation].device.drop)
 
 
-def _activation(name: str) -> str:
-    """Return the struct ``Activation`` of a row's expressions; numbers get the precision of the computation.
+def _activation_struct(name: str) -> str:
+    """Return the struct ``Activation`` with an activation's expressions; numbers get the type of the arithmetic, A.
 
-    ``LONG``: the gradient takes many registers, for the normal distribution's integral.
+    ``LONG``: the gradient needs many registers, because it contains the normal distribution function.
     """
     code = ROWS[name].device
     dropped = f"{code.slope} * dy" if code.slope else code.dropped or "dy"
@@ -75,7 +75,7 @@ def _activation(name: str) -> str:
         gradient = f"drop(z) ? {dropped} : dy"
     return f"""
 struct Activation {{
-  static constexpr bool LONG = {_text_of("normal_cdf" in gradient)};
+  static constexpr bool LONG = {_template_argument("normal_cdf" in gradient)};
   template <class A> DEVICE bool drop(A z) {{ return {drop}; }}
   template <class A> DEVICE A dropped(A dy, A p) {{ return {dropped}; }}
   template <class A> DEVICE A value(A z, A p) {{ return {value}; }}
@@ -84,9 +84,9 @@ struct Activation {{
 """
 
 
-def _text(name: str) -> str:
+def _read(name: str) -> str:
     return (files("gpu_bn.kernels") / "cuda" / f"{name}.cuh").read_text()
 
 
-def _text_of(argument: str | bool) -> str:
+def _template_argument(argument: str | bool) -> str:
     return str(argument).lower() if isinstance(argument, bool) else argument

@@ -1,8 +1,8 @@
-"""Carry out a prepared call of the CuPy backend: its steps, and the registers that they read and write.
+"""Prepared calls of the CuPy backend: their steps, and the registers that steps read and write.
 
-The registers of a call are one list: what the caller gives (:class:`Arguments`), constants, and a place for each array
-that a step makes. A step does one thing: it allocates, copies, takes an address or counters, or launches a kernel. Each
-register is written once.
+The registers of a call are one list: the caller's :class:`Arguments`, constants, and a place for each array that a step
+allocates. Each step does one thing: allocate, copy, take an address or counters, or launch a kernel. Each register is
+written once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NewType
 import cupy
 import numpy as np
 
-from gpu_bn.backends.cupy.device import bind_context, without_clusters
+from gpu_bn.backends.cupy.device import bind_context, disable_clusters
 from gpu_bn.backends.cupy.signatures import Shape
 from gpu_bn.plan import THREADS, LaunchPlan
 
@@ -27,18 +27,22 @@ Registers = list[Any]
 Step = Callable[[Registers], None]
 
 REFUSALS = ("CUDA_ERROR_INVALID_CLUSTER_SIZE", "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "CUDA_ERROR_NOT_SUPPORTED")
-"""How a launch fails if a part of a GPU (MIG) has no room for a cluster."""
+"""Errors of a launch if the device, such as a part of a GPU (MIG), has no room for a cluster."""
 BLOCK = (THREADS,)
 NULL = np.intp(0)
-"""A null pointer. CuPy makes something else of ``None`` (cupy#9046)."""
+"""A null pointer. CuPy does not pass ``None`` as one (cupy#9046)."""
 
 
 class Arguments(NamedTuple):
-    """Hold what a caller gives: tensors, per-channel vectors, numbers. A call reads some of them.
+    """The caller's arguments: tensors, per-channel vectors and numbers. A call reads some of them.
 
-    ``valid`` and ``counts`` tell which positions count, and how many do in each ghost batch; ``sign_bits`` have been
-    kept in place of the residual; ``momentum_at`` is the momentum on the device, or null where ``momentum`` is its
-    value; a call of statistics alone fills ``rows``; ``counters(size)`` makes zeros for blocks to count with.
+    Attributes:
+        counters: ``counters(size)`` returns an array of zeros for blocks to count with.
+        valid: which positions count.
+        counts: the count of each ghost batch.
+        sign_bits: the bits that were kept instead of the residual.
+        momentum_at: the momentum on the device, or null if ``momentum`` is its value.
+        rows: the array that a call for the statistics alone writes.
     """
 
     counters: Any = None
@@ -67,20 +71,20 @@ class Arguments(NamedTuple):
 
 
 GIVEN = Arguments(*map(Register, range(len(Arguments._fields))))
-"""The register of each argument: ``GIVEN.x``."""
+"""The register of each argument, as in ``GIVEN.x``."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedCall:
-    """Hold the steps of a call, made once for all calls of a signature.
+    """The steps of a call, prepared once for all calls with the same signature.
 
     Attributes:
-        steps: what is done, in order.
-        values: the first contents of the registers behind the arguments: constants, ``None`` for arrays to be made.
-        results: the registers of what the call returns.
+        steps: the steps, in order.
+        values: the initial values of the registers after the arguments: constants, and ``None`` for arrays.
+        results: the registers of the results.
         keeps_residual: whether the backward call reads the residual.
-        count: positions that a channel has in a ghost batch; 0 if they are counted on the device.
-        plan: what the launches follow; ``None`` if there is none.
+        count: the number of positions of a channel in a ghost batch; 0 if the device counts them.
+        plan: the plan that the launches follow, or ``None``.
     """
 
     steps: tuple[Step, ...]
@@ -91,7 +95,7 @@ class PreparedCall:
     plan: LaunchPlan | None
 
     def __call__(self, arguments: Arguments) -> list[Any]:
-        """Do the steps and return the results; one that this call has not is ``None``."""
+        """Run the steps and return the results; a result that the call does not have is ``None``."""
         registers = [*arguments, *self.values]
         for step in self.steps:
             step(registers)
@@ -105,7 +109,7 @@ class PreparedCall:
 
 @dataclass(frozen=True, slots=True)
 class Allocate:
-    """Allocate an array whose ``shape`` is that in memory, and transpose it by ``axes``, if any."""
+    """Allocate an array with a shape in memory order, and transpose it by ``axes`` unless they are ``None``."""
 
     target: Register
     shape: Shape
@@ -118,7 +122,7 @@ class Allocate:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Copy the elements of an array to another."""
+    """Copy the elements of an array into another."""
 
     source: Register
     target: Register
@@ -129,7 +133,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Take an address inside an array. A view would cost more time."""
+    """Compute the address at an offset in an array. A view would take more time."""
 
     array: Register
     offset: int
@@ -141,7 +145,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Take zeros for blocks to count with. Kernels leave zeros behind, so that later calls use the same array."""
+    """Get zeros for blocks to count with. Kernels reset them to zero, so that later calls can use the same array."""
 
     size: int
     target: Register
@@ -152,7 +156,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Launch a kernel on the current stream; ``arguments`` picks the kernel's from the registers, in order."""
+    """Launch a kernel on the current stream; ``arguments`` selects the kernel's arguments from the registers."""
 
     kernel: Any
     grid: tuple[int]
@@ -161,7 +165,7 @@ class Launch:
 
     @property
     def registers(self) -> int | None:
-        """The registers of a thread, if CuPy knows them."""
+        """The number of registers of a thread, or ``None`` if CuPy does not know it."""
         return getattr(self.kernel, "num_regs", None)
 
     def __call__(self, registers: Registers) -> None:
@@ -169,14 +173,14 @@ class Launch:
 
 
 class ClusterRefusedError(Exception):
-    """Report that the device has no room for a cluster. Its plans have none from now on."""
+    """The device has no room for a cluster. Its later plans have no clusters."""
 
 
 class ClusterLaunch(Launch):
-    """Launch a kernel whose blocks come in clusters.
+    """Launch a kernel in clusters of blocks.
 
     Raises:
-        ClusterRefusedError: the device has no room for one; nothing has run.
+        ClusterRefusedError: the device has no room for a cluster; nothing has run.
     """
 
     def __call__(self, registers: Registers) -> None:
@@ -185,12 +189,12 @@ class ClusterLaunch(Launch):
         except cupy.cuda.driver.CUDADriverError as error:
             if not str(error).startswith(REFUSALS):
                 raise
-            without_clusters()
+            disable_clusters()
             raise ClusterRefusedError(str(error)) from error
 
 
 class CooperativeLaunch(Launch):
-    """Launch with all blocks co-resident. CuPy's own way to ask for that needs a CUDA toolkit to link with."""
+    """Launch a kernel with all blocks co-resident, by a driver call, because CuPy's way needs a CUDA toolkit."""
 
     def __call__(self, registers: Registers) -> None:
         bind_context()
@@ -206,20 +210,20 @@ class CooperativeLaunch(Launch):
 
 
 def _cell(argument: Any) -> tuple[Any, str]:
-    """Return an argument's value and format, as :mod:`struct` packs it into 8 bytes."""
+    """Return an argument's value and the format with which :mod:`struct` packs it into 8 bytes."""
     if isinstance(argument, np.generic):
         return argument, {"u4": "I4x", "i8": "q", "f8": "d"}[argument.dtype.str[1:]]
     return getattr(argument, "data", argument).ptr, "Q"
 
 
 def empty(shape: Shape, axes: Shape | None, dtype: Any) -> Array:
-    """Allocate an array of a shape in the order of memory, and transpose it to its own axes."""
+    """Allocate an array with a shape in memory order, and transpose it by ``axes`` unless they are ``None``."""
     array = cupy.empty(shape, dtype)
     return array if axes is None else array.transpose(axes)
 
 
-def in_memory(shape: Shape, order: Shape) -> tuple[Shape, Shape | None]:
-    """Return the sizes of a dense array in the order of memory, and the transposition to its own axes, if any."""
+def memory_shape(shape: Shape, order: Shape) -> tuple[Shape, Shape | None]:
+    """Return the shape of a dense array in memory order, and the transposition from it to ``shape``, or ``None``."""
     if order == tuple(range(len(order))):
         return shape, None
     return tuple(shape[axis] for axis in order), tuple(map(order.index, range(len(order))))

@@ -1,11 +1,12 @@
-"""Serve torch's CUDA tensors by the CuPy backend when ``backend="cupy"`` asks for it, through DLPack without copies.
+"""The CuPy backend for CUDA tensors of torch, for calls with ``backend="cupy"``. DLPack converts without copies.
 
-Kernels run on torch's current stream and the tensors' device. CuPy allocates the outputs: its pool, not torch's, holds
-their memory until the tensors die.
+Kernels run on torch's current stream and the tensors' device. CuPy allocates the outputs: their memory belongs to
+CuPy's pool, not to torch's, and returns there when the tensors are deleted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ def backend() -> CupyForTorch:
 
 
 class CupyForTorch:
-    """Call the CuPy backend's methods with views (:class:`gpu_bn.backends.protocol.Backend` and ``FusedBackend``)."""
+    """Implement :class:`gpu_bn.backends.protocol.Backend` and ``FusedBackend`` for torch tensors by a CuPy backend."""
 
     name = "cupy"
 
@@ -40,18 +41,19 @@ class CupyForTorch:
         return partial(self._call, method)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        tensor = next(found for found in _tensors(arguments))
+        """Call a method of the CuPy backend with arrays instead of tensors, on torch's current stream."""
+        tensor = next(_tensors(arguments))
         views = _Views()
         with ExitStack() as stack:
             if tensor.is_cuda:
                 stack.enter_context(cupy.cuda.Device(tensor.device.index))
             stack.enter_context(cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(tensor.device))))
-            result = getattr(self.inner, method)(*[views.of(argument) for argument in arguments])
-            return views.back(result)
+            result = getattr(self.inner, method)(*[views.to_arrays(argument) for argument in arguments])
+            return views.to_tensors(result)
 
 
 class _Stream:
-    """Give torch's stream the CUDA stream protocol, which not all versions of torch have."""
+    """A torch stream with the CUDA stream protocol, which not all versions of torch implement."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -61,18 +63,18 @@ class _Stream:
 
 
 class _Views:
-    """Remember which arrays and tensors of one call are the same memory."""
+    """The arrays that share memory with tensors, in one call."""
 
     def __init__(self) -> None:
         self.tensors: dict[int, tuple[Any, Tensor]] = {}
 
-    def of(self, value: Any) -> Any:
-        """Replace tensors by arrays, and their dtypes by NumPy's."""
-        return _replaced(value, (Tensor, torch.dtype), self._array)
+    def to_arrays(self, value: Any) -> Any:
+        """Replace tensors in a value by arrays, and torch dtypes by NumPy dtypes."""
+        return _replace(value, (Tensor, torch.dtype), self._array)
 
-    def back(self, value: Any) -> Any:
-        """Replace arrays by tensors; those that were arguments are the same objects."""
-        return _replaced(value, cupy.ndarray, self._tensor)
+    def to_tensors(self, value: Any) -> Any:
+        """Replace arrays in a value by tensors; an argument of the call becomes the same tensor object again."""
+        return _replace(value, cupy.ndarray, self._tensor)
 
     def _array(self, tensor: Tensor | torch.dtype) -> Any:
         if isinstance(tensor, torch.dtype):
@@ -86,10 +88,10 @@ class _Views:
 
 
 def as_array(tensor: Tensor) -> Any:
-    """Return a tensor as a CuPy array in the same memory.
+    """Return a CuPy array that shares memory with a tensor.
 
     Raises:
-        BackendUnavailableError: a bfloat16 tensor, and the package ml_dtypes, which has that type, is not installed.
+        BackendUnavailableError: the tensor is bfloat16, and the package ml_dtypes is not installed.
     """
     tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:
@@ -98,14 +100,18 @@ def as_array(tensor: Tensor) -> Any:
 
 
 def as_tensor(array: Any) -> Tensor:
-    """Return a CuPy array as a tensor in the same memory."""
+    """Return a tensor that shares memory with a CuPy array."""
     if array.dtype.name == "bfloat16":
         return from_dlpack(array.view("int16")).view(torch.bfloat16)
     return from_dlpack(array)
 
 
 def as_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """Return the dtype of such a tensor's array; raise as :func:`as_array`."""
+    """Return the NumPy dtype for a torch dtype.
+
+    Raises:
+        BackendUnavailableError: the dtype is bfloat16, and the package ml_dtypes is not installed.
+    """
     return np.dtype(_bfloat16() if dtype is torch.bfloat16 else str(dtype).rpartition(".")[2])
 
 
@@ -119,8 +125,8 @@ def _bfloat16() -> Any:
     return ml_dtypes.bfloat16
 
 
-def _tensors(value: Any) -> Any:
-    """Yield the tensors in a value, outermost first."""
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value, in its sequences and in its dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
@@ -131,14 +137,14 @@ def _tensors(value: Any) -> Any:
             yield from _tensors(getattr(value, field.name))
 
 
-def _replaced(value: Any, kind: type | tuple[type, ...], convert: Any) -> Any:
-    """Apply ``convert`` to all of one kind in a value, in its sequences and in its dataclasses."""
+def _replace(value: Any, kind: type | tuple[type, ...], convert: Any) -> Any:
+    """Apply ``convert`` to all instances of ``kind`` in a value, in its sequences and in its dataclasses."""
     if isinstance(value, kind):
         return convert(value)
     if isinstance(value, tuple | list):
-        parts = [_replaced(part, kind, convert) for part in value]
+        parts = [_replace(part, kind, convert) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if is_dataclass(value) and not isinstance(value, type):
-        changed = {field.name: _replaced(getattr(value, field.name), kind, convert) for field in fields(value)}
+        changed = {field.name: _replace(getattr(value, field.name), kind, convert) for field in fields(value)}
         return replace(value, **changed)
     return value

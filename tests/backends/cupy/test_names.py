@@ -52,7 +52,7 @@ def planned(monkeypatch, device):
         return Nothing()
 
     for module in ("builder", "sync"):
-        monkeypatch.setattr(importlib.import_module(f"gpu_bn.backends.cupy.{module}"), "compiled", asked)
+        monkeypatch.setattr(importlib.import_module(f"gpu_bn.backends.cupy.{module}"), "get_kernel", asked)
     gpu.backend = backend.CupyBackend
     return gpu
 

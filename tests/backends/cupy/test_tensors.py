@@ -110,7 +110,7 @@ def test_renormalisation(dtype, engine):
 def test_asked_for_by_name_it_is_differentiable_once(engine, monkeypatch):
     """The route of a CUDA tensor: the front door finds a second backend for it."""
     monkeypatch.setattr(registry, "select", lambda *_, **__: engine)
-    monkeypatch.setattr(registry, "default", lambda _: "triton")
+    monkeypatch.setattr(registry, "default_name", lambda _: "triton")
     x, running_mean, running_var, weight, bias = arguments()
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     theirs = [running_mean.clone(), running_var.clone()]
