@@ -21,8 +21,7 @@ CHEAP = {"identity", "relu", "relu6", "leaky_relu", "hardswish", f"relu{OF_Y}"}
 ENDS = (-87.0, 88.0), (-708.0, 709.0)
 """The ranges in which exp is a normal number, in float32 and in float64."""
 MAGIC = 1.5 * 2.0**23 + 127, 1.5 * 2.0**52 + 1023
-"""Numbers, for float32 and float64, that round z to an integer n when added to it; the last bits of the sum are the
-exponent of 2**n."""
+"""Numbers that round z to an integer n when added to it; the last bits of the sum are then the exponent of 2**n."""
 LN2 = (0.693359375, -2.12194440e-4), (6.93147180369123816490e-01, 1.90821492927058770002e-10)
 """The natural logarithm of 2 as two numbers. The first has few bits, so that its products with integers are exact."""
 
@@ -47,8 +46,7 @@ EXP_REST = (
     [c / HALF_LN2**i for i, c in enumerate(_interpolated(_exp_rest, 4, -HALF_LN2, HALF_LN2))],
     [1 / math.factorial(i + 2) for i in range(12)],
 )
-"""Coefficients of polynomials for (exp(r) - 1 - r) / r**2 and |r| <= ln(2) / 2. The error of exp(r) is at most 1e-8 in
-float32 and 5e-18 in float64."""
+"""Coefficients for that function and |r| <= ln(2) / 2; the error of exp(r) is 1e-8 in float32 and 5e-18 in float64."""
 TAIL_OFFSET = 3.8
 TAIL_FIRST, TAIL_LAST = 1 / (14.5 + TAIL_OFFSET), 1 / TAIL_OFFSET
 """The range of r = 1 / (|z| + TAIL_OFFSET), from |z| = 14.5, where normal_cdf(-|z|) underflows in float32, to z = 0."""
@@ -61,8 +59,7 @@ def _scaled_tail(r):
 
 
 SCALED_TAIL = _interpolated(_scaled_tail, 8, TAIL_FIRST, TAIL_LAST)
-"""Coefficients of a polynomial for that function, with an error of 5e-8, for float32. With it the distribution function
-and its density need only one exponential together."""
+"""Coefficients for it in float32, with an error of 5e-8; normal_cdf and its density then share one exponential."""
 
 
 def _polynomial(coefficients, x):
@@ -133,8 +130,7 @@ FUNCTIONS = {
 
 def value(activation, z, p):
     """Return y for z."""
-    expression = ROWS[NAMES[activation]].device.value  # from the table of this package
-    return eval(expression, FUNCTIONS, {"z": z, "p": p})
+    return eval(ROWS[NAMES[activation]].device.value, FUNCTIONS, {"z": z, "p": p})  # from the table of this package
 
 
 def gradient(activation, z, dy, p):

@@ -22,9 +22,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpu_bn.kernels.cpu import memory
+from gpu_bn.kernels.cpu.memory import as_pointer
 from gpu_bn.kernels.cpu.vector import (
     BIT,
-    BYTE,
     DOUBLE,
     FLOAT32,
     FLOAT64,
@@ -63,36 +63,32 @@ class ChannelBlock:
     def splat(self, number):
         return splat(self.builder, number, VECTOR)
 
-    def load(self, address):
-        pointer = self.builder.inttoptr(address, BYTE.as_pointer())
-        return memory.load(self.builder, DOUBLES, pointer, self.at, self.count, self.constant(1.0))
+    def load(self, address, elements=DOUBLES):
+        pointer = as_pointer(self.builder, address)
+        return memory.load(self.builder, elements, pointer, self.at, self.count, self.constant(1.0))
 
-    def store(self, address, lanes):
-        pointer = self.builder.inttoptr(address, BYTE.as_pointer())
-        memory.store(self.builder, DOUBLES, pointer, self.at, self.count, lanes)
+    def store(self, address, lanes, elements=DOUBLES):
+        memory.store(self.builder, elements, as_pointer(self.builder, address), self.at, self.count, lanes)
 
     def load_parameter(self, tagged, absent):
         """Load from a vector at a tagged address; return ``absent`` in all lanes for the address 0."""
-        builder = self.builder
+        builder, address = self.builder, self.builder.and_(tagged, INT64(-2))
         loaded = cgutils.alloca_once(builder, VECTOR)
         builder.store(self.constant(absent).value, loaded)
-        pointer = builder.inttoptr(builder.and_(tagged, INT64(-2)), BYTE.as_pointer())
         given, double = builder.icmp_signed("!=", tagged, INT64(0)), builder.trunc(tagged, BIT)
         with builder.if_then(given), builder.if_else(double) as branches:
             for branch, elements in zip(branches, (DOUBLES, SINGLES), strict=True):
                 with branch:
-                    lanes = memory.load(builder, elements, pointer, self.at, self.count, self.constant(1.0))
-                    builder.store(lanes.value, loaded)
+                    builder.store(self.load(address, elements).value, loaded)
         return Lanes(builder, builder.load(loaded))
 
     def store_parameter(self, tagged, lanes):
         """Store to a vector at a tagged address."""
-        builder = self.builder
-        pointer = builder.inttoptr(builder.and_(tagged, INT64(-2)), BYTE.as_pointer())
-        with builder.if_else(builder.trunc(tagged, BIT)) as branches:
+        address = self.builder.and_(tagged, INT64(-2))
+        with self.builder.if_else(self.builder.trunc(tagged, BIT)) as branches:
             for branch, elements in zip(branches, (DOUBLES, SINGLES), strict=True):
                 with branch:
-                    memory.store(builder, elements, pointer, self.at, self.count, lanes)
+                    self.store(address, lanes, elements)
 
     def rstd(self, var, eps):
         """Return 1 / sqrt(var + eps)."""
@@ -189,11 +185,8 @@ def store_slopes(block, mean, var, eps, centre, dz, dz_xhat, training, count, sl
 def update_running(block, running_mean, running_var, mean, var, bessel, momentum):
     """Update the running statistics; ``bessel`` is the factor that makes the variance unbiased."""
     m = block.splat(momentum)
-    for running, now in (
-        (running_mean, block.load(mean)),
-        (running_var, block.load(var) * block.splat(bessel)),
-    ):
-        block.store_parameter(running, fma(m, now, (1 - m) * block.load_parameter(running, 0.0)))
+    for running, new in ((running_mean, block.load(mean)), (running_var, block.load(var) * block.splat(bessel))):
+        block.store_parameter(running, fma(m, new, (1 - m) * block.load_parameter(running, 0.0)))
 
 
 @per_channel((I, F))

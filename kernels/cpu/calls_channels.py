@@ -21,7 +21,7 @@ from gpu_bn.kernels.cpu.calls import (
 )
 from gpu_bn.kernels.cpu.channels import SHORT
 from gpu_bn.kernels.cpu.compiler import cold, kernel
-from gpu_bn.kernels.cpu.scalars import call_kernel, claim, load_double, reset_counters, store_double
+from gpu_bn.kernels.cpu.scalars import call_kernel, claim, clear, load_double, store_double
 
 
 @cold
@@ -101,7 +101,7 @@ def forward(
     spacing = 8 * channels
     scale, shift, partial = scratch + spacing, scratch + 2 * spacing, scratch + 5 * spacing
     if phases & START:
-        reset_counters(counters)
+        clear(counters, 2)
     while phases & SUM and fused:
         low = claim(counters) * group
         if low >= channels:
@@ -154,11 +154,10 @@ def backward(
     scale, shift, slope = scratch + spacing, scratch + 2 * spacing, scratch + 3 * spacing
     offset, partial = scratch + 4 * spacing, scratch + 5 * spacing
     kept, kept_step = (dresidual, dresidual_step) if dresidual else (dx, dx_step)
-    dz_at, dz_step, nontemporal = (
-        (kept, kept_step, nontemporal if dresidual else 0) if keeps else (dy, dy_step, nontemporal)
-    )
+    dz_at, dz_step = (kept, kept_step) if keeps else (dy, dy_step)
+    nontemporal = 0 if keeps and not dresidual else nontemporal
     if phases & START:
-        reset_counters(counters)
+        clear(counters, 2)
         store_affine(0, channels, mean, var, eps, weight, bias, double, scratch, scale, shift)
     while phases & SUM and fused:
         low = claim(counters) * group

@@ -34,7 +34,6 @@ from gpu_bn.kernels.cpu.scalars import (
     copy,
     load_double,
     load_parameter,
-    reset_counters,
     store_double,
     two_sum,
 )
@@ -151,7 +150,7 @@ def forward(
     values = sums + 16 * width * chunks * pairs
     count = float(runs * length)
     if phases & START:
-        reset_counters(counters)
+        clear(counters, 2)
         if batch_stats:
             call_kernel(shifts, (x, row_step, runs, period, length, scratch))
             repeat_columns(scratch + double, period, columns)
@@ -208,9 +207,8 @@ def backward(
         steps = (columns, columns, columns, columns, columns)
     x_step, residual_step, dy_step, dx_step, dresidual_step = steps
     kept, kept_step = (dresidual, dresidual_step) if dresidual else (dx, dx_step)
-    dz_at, dz_step, nontemporal = (
-        (kept, kept_step, nontemporal if dresidual else 0) if keeps else (dy, dy_step, nontemporal)
-    )
+    dz_at, dz_step = (kept, kept_step) if keeps else (dy, dy_step)
+    nontemporal = 0 if keeps and not dresidual else nontemporal
     sources = (x_step, residual_step, dy_step, kept_step)
     sums, squares = scratch + 40 * width, scratch + 48 * width
     pairs = 2 if double else 1  # pairs of vectors in a chunk
@@ -218,7 +216,7 @@ def backward(
     scale, shift = values + 8 * channels, values + 16 * channels
     slope, offset = values + 24 * channels, values + 32 * channels
     if phases & START:
-        reset_counters(counters)
+        clear(counters, 2)
         store_affine(0, channels, mean, var, eps, weight, bias, double, values, scale, shift)
         spread_over_columns(values, 3, channels, length, columns, width, scratch + double)
         clear(sums, 2 * width * chunks * pairs)

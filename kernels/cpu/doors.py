@@ -16,26 +16,18 @@ from numba.extending import intrinsic
 from gpu_bn.kernels.cpu import memory
 from gpu_bn.kernels.cpu.calls import LINE
 from gpu_bn.kernels.cpu.compiler import cold, inlined, kernel
-from gpu_bn.kernels.cpu.scalars import as_pointer, call_kernel
+from gpu_bn.kernels.cpu.memory import as_pointer
+from gpu_bn.kernels.cpu.scalars import call_kernel
 from gpu_bn.kernels.cpu.team import run_phases
 from gpu_bn.kernels.cpu.vector import INT32, INT64
 
 FIELDS = 15
-"""The number of fields in a record. Their indices are:
-
-- ``GET_VIEW``: the address of the function of DLPack that fills a view of a tensor,
-- ``NONE``: the address of Python's ``None``,
-- ``TYPE_WORD``: the type word of x,
-- ``ADDRESS_MASK``: the address bits that are 0 if a tensor is aligned,
-- ``X_BYTES``, ``RESIDUAL_BYTES``: the bytes from the first element to the end of the last,
-- ``RELEASE_GIL``, ``TRAINING``: 1 or 0,
-- ``POSITIONS``: the number of positions,
-- ``SCRATCH_BYTES``: the bytes of scratch memory before the statistics or sums that the caller does not pass,
-- ``KERNEL``, ``PHASES``: the address of the kernel, and all of its phases,
-- ``GOMP_PARALLEL``, ``THREAD_NUMBER``: the addresses of OpenMP's ``GOMP_parallel`` and ``omp_get_thread_num``.
-"""
 (GET_VIEW, NONE, TYPE_WORD, CHANNELS, ADDRESS_MASK, X_BYTES, RESIDUAL_BYTES, RELEASE_GIL, TRAINING, POSITIONS,
  SCRATCH_BYTES, KERNEL, PHASES, GOMP_PARALLEL, THREAD_NUMBER) = range(FIELDS)  # fmt: skip
+"""Indices of the fields of a record. ``GET_VIEW`` is the address of DLPack's function that fills a view, ``NONE`` the
+address of ``None``, ``ADDRESS_MASK`` the bits that are 0 in an aligned address. ``X_BYTES`` and ``RESIDUAL_BYTES`` are
+the bytes from the first element to the end of the last. ``SCRATCH_BYTES`` lie before the statistics or sums that the
+caller does not pass. The last two are the addresses of ``GOMP_parallel`` and ``omp_get_thread_num`` of OpenMP."""
 DATA, DEVICE, TYPE, SHAPE, STRIDES, OFFSET = range(6)
 """Indices of the int64 words of a view, DLPack's ``DLTensor``."""
 CPU = 1
@@ -134,10 +126,7 @@ def tensor_address(record, tensor, shape, view):
 
 @cold
 def vector_address(record, vector, view):
-    """Return the tagged address of a contiguous float32 or float64 CPU vector with one element for each channel.
-
-    The result is 0 for ``None``, -1 for anything else.
-    """
+    """Return the tagged address of a contiguous float32 or float64 CPU vector of length C; 0 for ``None``, else -1."""
     start = data_address(record, vector, view)
     if start <= 0:
         return start
@@ -206,9 +195,9 @@ def parse_numbers(typing, arguments, count, floats):
 
 @cache
 def entry_kernel(parameters, floats):
-    """Return the builtin that runs a kernel with ``parameters`` parameters: it takes its address and the arguments.
+    """Return the builtin that runs a kernel without the interpreter's lock: it takes its address, then its arguments.
 
-    Bit i of the integer ``floats`` is 1 if parameter i is a float64; the others are int64.
+    Bit i of ``floats`` is 1 if parameter i is a float64 and not an int64.
     """
 
     @kernel
@@ -245,11 +234,10 @@ def run_on_team(record, threads, arguments):
 def forward(parallel, heads, shapes, cuts):
     """Return the door of forward calls.
 
-    The record has the arguments of the kernel that are known in advance: ``heads`` at the start, ``shapes`` after the
-    addresses of the tensors, and ``cuts`` after p. ``parallel``: the threads of a team share the work.
-
-    The arguments of the door are the record, x, residual, y, weight, bias, the running mean and variance, the counter,
-    a vector for mean and variance or ``None``, momentum, eps, p, the address of scratch memory, the number of threads.
+    Of the kernel's arguments the record has the first ``heads``, ``shapes`` after the addresses of the tensors, and
+    ``cuts`` after p. ``parallel``: the threads of a team share the work. The door takes the record, x, residual, y,
+    weight, bias, the running mean and variance, the counter, a vector for mean and variance or ``None``, momentum, eps,
+    p, the address of scratch memory, and the number of threads.
     """
     run = run_on_team if parallel else run_alone
     fields_bytes, heads_bytes = 8 * FIELDS, 8 * heads
@@ -274,10 +262,8 @@ def forward(parallel, heads, shapes, cuts):
             return from_int(1)
         if statistics == 0:
             statistics = scratch + LINE + word(record, SCRATCH_BYTES)
-        momentum, eps, p = (
-            as_float(word(arguments, 10)), as_float(word(arguments, 11)), as_float(word(arguments, 12)),
-        )  # fmt: skip
-        threads = as_int(word(arguments, 14))
+        momentum, eps = as_float(word(arguments, 10)), as_float(word(arguments, 11))
+        p, threads = as_float(word(arguments, 12)), as_int(word(arguments, 14))
         thread = release_gil() if word(record, RELEASE_GIL) else 0
         run(
             record, threads,
@@ -294,10 +280,10 @@ def forward(parallel, heads, shapes, cuts):
 
 
 def backward(parallel, heads, shapes, cuts):
-    """Return the door of backward calls. The parameters are those of :func:`forward`.
+    """Return the door of backward calls; the parameters are those of :func:`forward`.
 
-    The arguments of the door are the record, x, residual, dy, dx, dresidual, weight, bias, the gradients of these two,
-    the mean and variance in one vector, eps, p, the address of scratch memory, and the number of threads.
+    The door takes the record, x, residual, dy, dx, dresidual, weight, bias, the gradients of these two, the mean and
+    variance in one vector, eps, p, the address of scratch memory, and the number of threads.
     """
     run = run_on_team if parallel else run_alone
     fields_bytes, heads_bytes = 8 * FIELDS, 8 * heads
@@ -321,8 +307,7 @@ def backward(parallel, heads, shapes, cuts):
             return from_int(1)
         size = 8 * word(record, CHANNELS)
         sums = scratch + LINE + word(record, SCRATCH_BYTES)
-        eps, p = as_float(word(arguments, 11)), as_float(word(arguments, 12))
-        threads = as_int(word(arguments, 14))
+        eps, p, threads = as_float(word(arguments, 11)), as_float(word(arguments, 12)), as_int(word(arguments, 14))
         thread = release_gil() if word(record, RELEASE_GIL) else 0
         run(
             record, threads,

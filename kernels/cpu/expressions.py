@@ -7,7 +7,7 @@ Everything else is a :class:`Value`.
 import ast
 import builtins
 import operator
-from functools import cache
+from functools import cache, reduce
 
 from llvmlite import ir
 from numba import types
@@ -334,15 +334,11 @@ class Expressions:
     def builtin_abs(self, number):
         return self.select(self.compare(ast.Lt, number, 0), self.negate(number), number)
 
-    def builtin_min(self, first, *others):
-        for other in others:
-            first = self.select(self.compare(ast.Lt, other, first), other, first)
-        return first
+    def builtin_min(self, *numbers):
+        return reduce(lambda a, b: self.select(self.compare(ast.Lt, b, a), b, a), numbers)
 
-    def builtin_max(self, first, *others):
-        for other in others:
-            first = self.select(self.compare(ast.Gt, other, first), other, first)
-        return first
+    def builtin_max(self, *numbers):
+        return reduce(lambda a, b: self.select(self.compare(ast.Gt, b, a), b, a), numbers)
 
     def select(self, condition, a, b):
         """Return ``a`` where the condition holds, else ``b``, without a branch."""

@@ -26,6 +26,10 @@ from gpu_bn.kernels.cpu.vector import (
 )
 
 
+def as_pointer(builder, address):
+    return builder.inttoptr(address, BYTE.as_pointer())
+
+
 def element_pointer(builder, pointer, index, size, t):
     """Return the address of element ``index``, which has ``size`` bytes, as a pointer to ``t``."""
     at = builder.gep(pointer, [builder.mul(index, INT64(size))], source_etype=BYTE)
@@ -103,7 +107,9 @@ def store(builder, target, pointer, at, count, lanes, nontemporal=False):
         builder.store(one, element_pointer(builder, pointer, builder.add(at, last), 2, INT16), align=2)
         bits = builder.bitcast(bits, ir.VectorType(INT32, bits.type.count // 2))
         count = builder.ashr(count, INT64(1))
-    masked_store(builder, bits, element_pointer(builder, pointer, at, target.size, bits.type), count, target.size)
+    place = element_pointer(builder, pointer, at, target.size, bits.type)
+    args = [bits, place, INT32(target.size), lane_mask(builder, "<", count, bits.type.count)]
+    call_intrinsic(builder, f"llvm.masked.store.{type_suffix(bits.type)}.p0", ir.VoidType(), args)
 
 
 def masked_load(builder, at, count, size):
@@ -112,17 +118,16 @@ def masked_load(builder, at, count, size):
     return call_intrinsic(builder, f"llvm.masked.load.{type_suffix(t)}.p0", t, args)
 
 
-def masked_store(builder, value, at, count, size):
-    args = [value, at, INT32(size), lane_mask(builder, "<", count, value.type.count)]
-    call_intrinsic(builder, f"llvm.masked.store.{type_suffix(value.type)}.p0", ir.VoidType(), args)
-
-
 # ------------------------------------------------------------------------------------------- arguments of intrinsics
 class Tensor:
     """A tensor argument of an intrinsic: a pointer with the Numba type ``t``."""
 
     def __init__(self, builder, t, pointer):
         self.builder, self.t, self.pointer = builder, t, pointer
+
+    def advance(self, offset):
+        """Return the tensor from element ``offset`` on."""
+        return Tensor(self.builder, self.t, element_pointer(self.builder, self.pointer, offset, self.t.size, BYTE))
 
     def load(self, at, count, fill):
         return load(self.builder, self.t, self.pointer, at, count, fill)

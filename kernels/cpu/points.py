@@ -13,9 +13,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gpu_bn.kernels.cpu import activations, memory
-from gpu_bn.kernels.cpu.memory import Tensor, count_type, wrap
-from gpu_bn.kernels.cpu.vector import BYTE, INT64, WIDE, Lanes, concatenate, extract_part, fma, splat, where
+from gpu_bn.kernels.cpu import activations
+from gpu_bn.kernels.cpu.memory import count_type, wrap
+from gpu_bn.kernels.cpu.vector import INT64, WIDE, Lanes, concatenate, extract_part, fma, splat, where
 
 
 def _deviation_and_gradient(x, residual, dy, at, count, affine, activation, p):
@@ -49,11 +49,6 @@ def _outputs(x, residual, dy, at, count, affine, activation, p):
     return (dz + projected) * scale, dz
 
 
-def _index(activation):
-    """Return the index of an activation from its Numba type, a literal."""
-    return activation.literal_value if isinstance(activation, types.Literal) else None
-
-
 @intrinsic(prefer_literal=True)
 def sum_vectors(typing, sums, tensors, steps, vectors, count, affine, activation, p):
     """Add dz and dz * (x - centre) of several vectors to two sums, which are vectors; without dy, x - centre is dz.
@@ -67,7 +62,7 @@ def sum_vectors(typing, sums, tensors, steps, vectors, count, affine, activation
         slots = [cgutils.alloca_once_value(builder, builder.extract_value(args[0], i)) for i in range(2)]
         with cgutils.for_range(builder, n) as loop:
             x, residual, dy, *kept = _advance(builder, each, step, loop.index)
-            d, g = _deviation_and_gradient(x, residual, dy, INT64(0), count_, lanes, _index(activation), number)
+            d, g = _deviation_and_gradient(x, residual, dy, INT64(0), count_, lanes, activation.literal_value, number)
             if any(kept):
                 kept[0].store(INT64(0), count_, g)
             s, q = (Lanes(builder, builder.load(slot)) for slot in slots)
@@ -97,7 +92,7 @@ def sum_tail(typing, sums, tensors, count, affine, activation, p):
 
         def add(at, left, to):
             x, residual, dy, *kept = each
-            d, g = _deviation_and_gradient(x, residual, dy, at, left, lanes, _index(activation), args[5])
+            d, g = _deviation_and_gradient(x, residual, dy, at, left, lanes, activation.literal_value, args[5])
             if any(kept):
                 kept[0].store(at, left, g)
             s, q = (Lanes(builder, builder.load(slot[to])) for slot in slots)
@@ -135,7 +130,7 @@ def write_vectors(typing, tensors, steps, vectors, count, affine, activation, p,
         each, step, n, count_, lanes, number = _loop_arguments(builder, sig, args[:-1], 0)
         with cgutils.for_range(builder, n) as loop:
             *sources, out, dresidual = _advance(builder, each, step, loop.index)
-            y, dz = _outputs(*sources, INT64(0), count_, lanes, _index(activation), number)
+            y, dz = _outputs(*sources, INT64(0), count_, lanes, activation.literal_value, number)
             if dresidual is not None:
                 dresidual.store(INT64(0), count_, dz)
             if out is not None and count_ is None:
@@ -169,13 +164,8 @@ def _tensors(builder, tuple_type, pointers):
 
 def _advance(builder, tensors, steps, index):
     """Return the tensors moved by ``index`` of their steps."""
-    moved = []
-    for tensor, step in zip(tensors, steps, strict=True):
-        if tensor is not None:
-            at = memory.element_pointer(builder, tensor.pointer, builder.mul(index, step), tensor.t.size, BYTE)
-            tensor = Tensor(builder, tensor.t, at)
-        moved.append(tensor)
-    return moved
+    pairs = zip(tensors, steps, strict=True)
+    return [tensor and tensor.advance(builder.mul(index, step)) for tensor, step in pairs]
 
 
 @intrinsic(prefer_literal=True)
@@ -186,7 +176,7 @@ def compute_outputs(typing, tensors, at, affine, activation, p):
     def generate(context, builder, sig, args):
         each = _tensors(builder, sig.args[0], args[0])
         lanes = wrap(builder, [affine], [args[2]])[0]
-        outputs = _outputs(*each[:3], args[1], None, lanes, _index(activation), args[4])
+        outputs = _outputs(*each[:3], args[1], None, lanes, activation.literal_value, args[4])
         return context.make_tuple(builder, pair, [one.value for one in outputs])
 
     return pair(tensors, types.int64, affine, activation, types.float64), generate

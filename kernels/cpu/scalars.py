@@ -8,7 +8,7 @@ from numba.extending import intrinsic
 from gpu_bn.kernels.cpu import memory
 from gpu_bn.kernels.cpu.activations import CHEAP, NAMES
 from gpu_bn.kernels.cpu.compiler import inlined
-from gpu_bn.kernels.cpu.memory import Tensor, count_type, wrap
+from gpu_bn.kernels.cpu.memory import Tensor, as_pointer, count_type, wrap
 from gpu_bn.kernels.cpu.vector import (
     BIT,
     BYTE,
@@ -158,13 +158,10 @@ def store_double(typing, address, at, value):
 
 @intrinsic
 def load_parameter(typing, tagged, at):
-    """Load a number at a tagged address as float64.
-
-    A tagged address is the address of float32 numbers, or 1 more than the address of float64 numbers.
-    """
+    """Load number ``at`` as float64 from a tagged address: that of float32 numbers, or 1 more than of float64 ones."""
 
     def generate(context, builder, sig, args):
-        start, loaded = untag(builder, args[0]), cgutils.alloca_once(builder, DOUBLE)
+        start, loaded = as_pointer(builder, builder.and_(args[0], INT64(-2))), cgutils.alloca_once(builder, DOUBLE)
         with builder.if_else(builder.trunc(args[0], BIT)) as (wide, narrow):
             with wide:
                 builder.store(builder.load(memory.element_pointer(builder, start, args[1], 8, DOUBLE)), loaded)
@@ -174,15 +171,6 @@ def load_parameter(typing, tagged, at):
         return builder.load(loaded)
 
     return types.float64(types.int64, types.int64), generate
-
-
-def untag(builder, address):
-    """Return the pointer of a tagged address."""
-    return as_pointer(builder, builder.and_(address, INT64(-2)))
-
-
-def as_pointer(builder, address):
-    return builder.inttoptr(address, BYTE.as_pointer())
 
 
 @intrinsic
@@ -270,7 +258,7 @@ def accumulate(typing, sums, at, count, vector, error_offset):
 
 @intrinsic
 def unaligned_count(typing, target, at, vectors):
-    """Return the number of elements from ``at`` to the next multiple of a vector's size; 0 if there is no target."""
+    """Return the number of elements from ``at`` to the next aligned vector in memory; 0 if there is no target."""
 
     def generate(context, builder, sig, args):
         if isinstance(target, types.NoneType):
@@ -294,7 +282,7 @@ def claim(typing, counter):
 
 @intrinsic
 def clear(typing, address, numbers):
-    """Set ``numbers`` float64 numbers at an address to 0."""
+    """Set a number of float64 or int64 numbers at an address to 0."""
 
     def generate(context, builder, sig, args):
         cgutils.memset(builder, as_pointer(builder, args[0]), builder.mul(args[1], INT64(8)), 0)
@@ -312,18 +300,6 @@ def copy(typing, target, source, nbytes):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def reset_counters(typing, counters):
-    """Set the two counters at an address to 0."""
-
-    def generate(context, builder, sig, args):
-        for i in range(2):
-            builder.store(INT64(0), memory.element_pointer(builder, as_pointer(builder, args[0]), INT64(i), 8, INT64))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
 
 
 def emit_kernel_call(context, builder, address, values, value_types):

@@ -18,7 +18,7 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(len(FLOAT_DTYPES))
 SIZES = (2, 2, 4, 8)
 """Bytes of an element, by the code of its dtype."""
 BYTES = 64
-"""Bytes of a vector, which is a cache line."""
+"""Bytes of a vector in the precision of the computation: a cache line."""
 MASKS = stores_by_mask()
 """True if a masked store is as fast as any other. On other CPUs it is many times slower, or LLVM emits branches."""
 WIDE = 4 if MASKS else 2
@@ -53,10 +53,7 @@ class Vector(types.Type):
         super().__init__(f"Vector({'float64' if double else 'float32'} x {lanes})")
 
 
-@register_model(Elements)
-class _ElementsModel(models.PrimitiveModel):
-    def __init__(self, manager, t):
-        super().__init__(manager, t, BYTE.as_pointer())
+register_model(Elements)(models.OpaqueModel)
 
 
 @register_model(Vector)
@@ -95,10 +92,6 @@ class Lanes:
         """Return the result of an LLVM intrinsic on this vector and others."""
         args, t = [self.value, *[self.broadcast(other).value for other in others]], self.value.type
         return Lanes(self.builder, call_intrinsic(self.builder, f"llvm.{name}.{type_suffix(t)}", t, args))
-
-    def bits(self):
-        """Return the bit patterns of the lanes as a vector of integers."""
-        return self.builder.bitcast(self.value, ir.VectorType(INT64 if self.double else INT32, self.value.type.count))
 
     def __neg__(self):
         return Lanes(self.builder, self.builder.fneg(self.value))
@@ -140,9 +133,10 @@ def fma(a, b, c):
 
 def power_of_two(shifted):
     """Return 2**n for ``shifted`` = n + bias + 1.5 * 2**m, with the bias of exponents and the significand's m bits."""
-    builder, word = shifted.builder, shifted.bits()
-    power = builder.shl(word, constant(word.type, 52 if shifted.double else 23))
-    return Lanes(builder, builder.bitcast(power, shifted.value.type))
+    builder, t = shifted.builder, shifted.value.type
+    integers, shift = (ir.VectorType(INT64, t.count), 52) if shifted.double else (ir.VectorType(INT32, t.count), 23)
+    power = builder.shl(builder.bitcast(shifted.value, integers), constant(integers, shift))
+    return Lanes(builder, builder.bitcast(power, t))
 
 
 # --------------------------------------------------------------------------------------------------------- LLVM code
