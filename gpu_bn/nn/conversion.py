@@ -105,13 +105,13 @@ def revert(model: Model) -> Model:
         >>> type(model[0]) is torch.nn.BatchNorm1d
         True
     """
-    found = [
+    originals = [
         (module, _original_class(name, module))
         for name, module in model.named_modules()
         if isinstance(module, (Fused, modules.FrozenBatchNorm2d))
     ]
     undo(model)
-    for layer, cls in found:
+    for layer, cls in originals:
         for attribute in (*ADDED, *layer.__dict__.get("_added", ())):
             layer.__dict__.pop(attribute, None)
         if cls is not None:

@@ -41,7 +41,7 @@ def fuse_conv_bn_weights(
     transpose: bool = False,
     groups: int = 1,
 ) -> tuple[Parameter, Parameter]:
-    """Do what ``torch.nn.utils.fuse_conv_bn_weights`` does, in float64.
+    """Fold a normalisation into a convolution, as ``torch.nn.utils.fuse_conv_bn_weights`` does, in float64.
 
     Args:
         conv_w: (out, in / groups, ...), the weight of a convolution; (in, out / groups, ...) if it is transposed.
@@ -86,7 +86,7 @@ def fuse_linear_bn_weights(
     bn_w: Tensor | None,
     bn_b: Tensor | None,
 ) -> tuple[Parameter, Parameter]:
-    """Do what ``torch.nn.utils.fuse_linear_bn_weights`` does, in float64.
+    """Fold a normalisation into a linear layer, as ``torch.nn.utils.fuse_linear_bn_weights`` does, in float64.
 
     The other arguments are those of :func:`fuse_conv_bn_weights`.
 

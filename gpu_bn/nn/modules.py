@@ -104,7 +104,7 @@ class BatchNorm(_Sized):
 
 
 class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
-    """Do what ``torch.nn.BatchNorm1d`` does, with ``activation=``, and a residual in the call.
+    """Normalise as ``torch.nn.BatchNorm1d`` does, with an activation, and a residual in the call.
 
     The input is (N, C) or (N, C, L). The arguments, the call and its errors are those of :class:`BatchNorm`.
 
@@ -121,7 +121,7 @@ class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
 
 
 class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
-    """Do what ``torch.nn.BatchNorm2d`` does, with ``activation=``, and a residual in the call.
+    """Normalise as ``torch.nn.BatchNorm2d`` does, with an activation, and a residual in the call.
 
     The input is (N, C, H, W). The arguments, the call and its errors are those of :class:`BatchNorm`.
 
@@ -138,7 +138,7 @@ class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
 
 
 class BatchNorm3d(_Sized, torch.nn.BatchNorm3d):
-    """Do what ``torch.nn.BatchNorm3d`` does, with ``activation=``, and a residual in the call.
+    """Normalise as ``torch.nn.BatchNorm3d`` does, with an activation, and a residual in the call.
 
     The input is (N, C, D, H, W). The arguments, the call and its errors are those of :class:`BatchNorm`.
 
@@ -161,9 +161,9 @@ def require_channels(lazy: Iterable[str]) -> None:
 
 
 class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d):
-    """Do what ``torch.nn.LazyBatchNorm1d`` does: the first input, (N, C) or (N, C, L), tells the number of channels.
+    """Take the number of channels from the first input, (N, C) or (N, C, L), as ``torch.nn.LazyBatchNorm1d`` does.
 
-    The other arguments are those of :class:`BatchNorm`; the layer then becomes a :class:`BatchNorm1d`.
+    The layer then becomes a :class:`BatchNorm1d`. The other arguments are those of :class:`BatchNorm`.
 
     Examples:
         >>> import torch
@@ -179,9 +179,9 @@ class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d):
 
 
 class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d):
-    """Do what ``torch.nn.LazyBatchNorm2d`` does: the first input, (N, C, H, W), tells the number of channels.
+    """Take the number of channels from the first input, (N, C, H, W), as ``torch.nn.LazyBatchNorm2d`` does.
 
-    The other arguments are those of :class:`BatchNorm`; the layer then becomes a :class:`BatchNorm2d`.
+    The layer then becomes a :class:`BatchNorm2d`. The other arguments are those of :class:`BatchNorm`.
 
     Examples:
         >>> import torch
@@ -197,9 +197,9 @@ class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d):
 
 
 class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d):
-    """Do what ``torch.nn.LazyBatchNorm3d`` does: the first input, (N, C, D, H, W), tells the number of channels.
+    """Take the number of channels from the first input, (N, C, D, H, W), as ``torch.nn.LazyBatchNorm3d`` does.
 
-    The other arguments are those of :class:`BatchNorm`; the layer then becomes a :class:`BatchNorm3d`.
+    The layer then becomes a :class:`BatchNorm3d`. The other arguments are those of :class:`BatchNorm`.
 
     Examples:
         >>> import torch

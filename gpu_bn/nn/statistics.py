@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from gpu_bn import algorithm
 from gpu_bn.merge import Pool, merge
-from gpu_bn.nn.distributed.group import Group, gather, several, total
+from gpu_bn.nn.distributed.group import Group, gather, has_peers, sum_over_group
 from gpu_bn.nn.fx.trace import in_mode
 from gpu_bn.nn.modules import require_channels
 from gpu_bn.nn.operators import sync as sync_operators
@@ -72,19 +72,19 @@ def update_population_stats(
     Source: Wu & Johnson 2021, "PreciseBN".
     """
     layers = _tracking_layers(model)
-    several_processes = several(process_group)
-    in_step = several_processes and any(isinstance(layer, SyncBatchNorm) for layer in layers)
+    distributed = has_peers(process_group)
+    in_step = distributed and any(isinstance(layer, SyncBatchNorm) for layer in layers)
     with in_mode(layers, True), torch.no_grad(), _record_inputs(layers) as pools:
         batches = _first_batches(loader, steps, progress)
         for batch in _batches_in_step(batches, layers, Group.of(process_group)) if in_step else batches:
             call(model, batch) if call else model(batch[0] if isinstance(batch, tuple | list) else batch)
-    if several_processes:
+    if distributed:
         pools = _merge_over_processes(layers, pools, Group.of(process_group))
-    found = [(_buffers(layer), pool) for layer, pool in pools.items() if bool(pool.count > 0)]
-    if not found:
+    filled = [(_buffers(layer), pool) for layer, pool in pools.items() if bool(pool.count > 0)]
+    if not filled:
         raise ValueError("no layer with running statistics saw any data (was the loader empty, the model compiled?)")
-    values = [value for _, pool in found for value in (pool.mean, pool.var)]
-    torch._foreach_copy_([buffer for buffers, _ in found for buffer in buffers], values)  # all layers' or none
+    values = [value for _, pool in filled for value in (pool.mean, pool.var)]
+    torch._foreach_copy_([buffer for buffers, _ in filled for buffer in buffers], values)  # for all layers or none
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def accumulate_statistics(model: torch.nn.Module) -> Iterator[None]:
         yield
     synchronised: dict[Any, list[_BatchNorm]] = {}
     for layer in layers:
-        if layer in pools and isinstance(layer, SyncBatchNorm) and several(layer.process_group):
+        if layer in pools and isinstance(layer, SyncBatchNorm) and has_peers(layer.process_group):
             synchronised.setdefault(layer.process_group, []).append(layer)
     for group, members in synchronised.items():
         pools |= _merge_over_processes(members, pools, Group.of(group))
@@ -185,13 +185,13 @@ def _merge_over_processes(layers: list[_BatchNorm], pools: Pools, group: Group) 
         return {}
     device = _buffers(layers[0])[0].device
     lengths = [n for layer in layers for n in (1, layer.num_features, layer.num_features)]
-    mine = [
+    vectors = [
         torch.cat(pools[layer]).to(device)
         if layer in pools
         else torch.zeros(1 + 2 * layer.num_features, dtype=torch.float64, device=device)
         for layer in layers
     ]
-    parts = gather(torch.cat(mine), group).split(lengths, dim=1)
+    parts = gather(torch.cat(vectors), group).split(lengths, dim=1)
     return {layer: merge(Pool(*parts[3 * at : 3 * at + 3])) for at, layer in enumerate(layers)}
 
 
@@ -201,7 +201,7 @@ def _batches_in_step(batches: Iterable[Any], layers: list[_BatchNorm], group: Gr
     iterator = iter(batches)
     while True:
         batch = list(islice(iterator, 1))
-        ready = int(total(torch.tensor([float(len(batch))], device=device), group))
+        ready = int(sum_over_group(torch.tensor([float(len(batch))], device=device), group))
         if 0 < ready < group.size:
             raise ValueError(
                 f"a SyncBatchNorm needs the same number of batches on every process, but {group.size - ready} of "

@@ -14,7 +14,7 @@ from gpu_bn.nn import functional, modules
 from gpu_bn.nn.activated import component_classes
 from gpu_bn.nn.conversion import convert, set_class
 from gpu_bn.nn.distributed import call
-from gpu_bn.nn.distributed.group import several
+from gpu_bn.nn.distributed.group import has_peers
 from gpu_bn.nn.fused import Fused
 from gpu_bn.nn.known_layers import CLASSES, class_of
 
@@ -70,7 +70,7 @@ def sync_batch_norm(
     Source: ``torch.nn.SyncBatchNorm``; the statistics are merged as in Chan, Golub & LeVeque 1983.
     """
     tensors = Call(input, weight, bias, residual, running_mean, running_var, num_batches_tracked, mask)
-    if several(process_group):
+    if has_peers(process_group):
         return call.normalize(process_group, None, num_features, tensors, Options(True, momentum, eps, activation))
     return functional.normalize(tensors, Options(True, momentum, eps, Activation.of(activation)))
 
@@ -134,7 +134,7 @@ class SyncBatchNorm(Fused):
         Raises:
             ValueError, RuntimeError: the errors of :func:`sync_batch_norm`.
         """
-        if not (self.training and not self.frozen and several(self.process_group)):
+        if not (self.training and not self.frozen and has_peers(self.process_group)):
             return super().forward(input, residual, activation, mask)
         if activation is None and self._modules and not self.replaces_children():
             return self._call_children(input, residual, mask)  # type: ignore[no-any-return]

@@ -310,7 +310,7 @@ BACKWARD = {
 
 def test_a_layer_takes_few_launches(launches, monkeypatch, request):
     """Of two processes with the same part: what one launches between and besides the exchanges."""
-    monkeypatch.setattr(sync, "several", lambda _: True)
+    monkeypatch.setattr(sync, "has_peers", lambda _: True)
     monkeypatch.setattr(group.Group, "of", staticmethod(lambda _: group.Group("", 2, 0)))
     monkeypatch.setattr(group, "gather", lambda packet, _: torch.stack((packet, packet)))
     layer, backend = sync.SyncBatchNorm(8, activation="relu"), request.node.callspec.params["launches"]

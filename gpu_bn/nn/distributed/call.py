@@ -164,17 +164,18 @@ class _Normalize(Function):
             return (*composed_gradients(ctx, dy, x, weight, bias, residual, valid, need), *[None] * 11)
         identity = ctx.options[1] == "identity"
         layer = (x, weight, bias, residual, valid, count, mean, var, *ctx.options)
-        given, dx = (dy, *layer, need[3] and not identity), None
+        arguments, dx = (dy, *layer, need[3] and not identity), None
         if need[0]:
             try:
-                packets, sums, dz = sync_operators.reduce_packets(*given, ctx.group.name, [wire.BACKWARD, *ctx.header])
+                header = [wire.BACKWARD, *ctx.header]
+                packets, sums, dz = sync_operators.reduce_packets(*arguments, ctx.group.name, header)
             except Exception as error:
                 _report_mistake(wire.describe_error(error), error, ctx.group, 2 * x.shape[1], x)
                 raise
             total = wire.add(exchange(packets, ctx.group), sums.numel()).view_as(sums)
             dx = sync_operators.backward_input(dy, *layer, total, dz if dz.numel() else None)
         else:
-            sums, dz = sync_operators.reduce(*given)
+            sums, dz = sync_operators.reduce(*arguments)
         dweight = sums[1].to(weight.dtype) if weight is not None and need[1] else None
         dbias = sums[0].to(bias.dtype) if bias is not None and need[2] else None
         dresidual = None

@@ -14,7 +14,7 @@ _COLLECTIVES = torch.ops._c10d_functional
 """The collectives that ``torch.compile`` can record in a graph."""
 
 
-def several(group: Any) -> bool:
+def has_peers(group: Any) -> bool:
     """Tell whether a group has more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
@@ -55,7 +55,7 @@ def exchange(packets: Tensor, group: Group) -> list[Tensor]:
     return [wire.compare(gather(packet, group), group.name) for packet in packets.unbind()]
 
 
-def total(tensor: Tensor, group: Group) -> Tensor:
+def sum_over_group(tensor: Tensor, group: Group) -> Tensor:
     """Sum a tensor over a group's processes."""
     return _exchange(_COLLECTIVES.all_reduce, tensor, "sum", group.name)
 

@@ -181,10 +181,10 @@ def raise_difference(fields: dict[str, list[float]]) -> None:
 
 def _difference(field: str, values: list[float]) -> str:
     """Return a text that lists the ranks that have each value of a field."""
-    ranks: dict[str, list[str]] = {}
+    ranks_of: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
-        ranks.setdefault(_format_value(field, value), []).append(str(rank))
-    return f"{field} " + ", ".join(f"{value} on {' and '.join(who)}" for value, who in ranks.items())
+        ranks_of.setdefault(_format_value(field, value), []).append(str(rank))
+    return f"{field} " + ", ".join(f"{value} on {' and '.join(ranks)}" for value, ranks in ranks_of.items())
 
 
 def _format_value(field: str, value: float) -> str:
