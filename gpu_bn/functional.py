@@ -271,10 +271,11 @@ def forward(call: Call, options: Options, backend: Backend | str | None, in_plac
             checked = spec.specify(options, checked.axis, checked.groups, checked.renorm)
     if call.valid is not None:
         call = with_valid_positions(call, checked)
+    front = registry.differentiable(call.x, None) if known is None else None  # calls with tensors are not remembered
+    if front is not None:
+        front.check_writes(call, checked.batch_stats)
     result = algorithm.forward(engine, call, checked, in_place, keep=not in_place)
-    if (
-        known is None and (front := registry.differentiable(call.x, None)) is not None
-    ):  # these libraries are never remembered
+    if front is not None:
         front.count_writes(call, checked.batch_stats)
     return result
 

@@ -208,9 +208,14 @@ def check_memory(call: Call) -> None:
     """Check that the tensors that a call in training writes are writeable and share no memory with the others."""
     read = {name: tensor for name, tensor in tensors_by_name(call).items() if _has_address(tensor)}
     aliasing.check_written({name: read.pop(name) for name in library.TRACKED if name in read}, read)
-    for written in (call.running_mean, call.running_var, call.counter):
-        if written is not None and written.is_inference():
-            written.add_(0)  # changes nothing; outside inference mode torch raises its error
+    check_inference((call.running_mean, call.running_var, call.counter))
+
+
+def check_inference(written: tuple[Tensor | None, ...]) -> None:
+    """Raise torch's error if a tensor that is to be written is an inference tensor, outside inference mode."""
+    for tensor in written:
+        if tensor is not None and tensor.is_inference():
+            tensor.add_(0)  # changes nothing; torch raises the error
 
 
 def tensors_by_name(call: Call) -> dict[str, Any]:

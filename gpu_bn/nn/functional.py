@@ -15,6 +15,7 @@ from gpu_bn.nn.checks import (
     check,
     check_extensions,
     check_finite,
+    check_inference,
     check_memory,
     check_tensors,
     is_ordinary,
@@ -189,10 +190,12 @@ def front_door(call: Call, options: Options, backend: str | None) -> Tensor:
                 "batch_norm(): functions with out=... arguments don't support automatic differentiation, "
                 "but one of the arguments requires grad."
             )
+        check_writes(call, checked.batch_stats)
         result: Tensor = algorithm.forward(engine, ready, checked, in_place=True, keep=False)[0]
         count_writes(call, checked.batch_stats)
         return result
     if backend not in (None, registry.TORCH, registry.default_name(x)):
+        check_writes(call, checked.batch_stats)
         return autograd.call_backend(engine, checked, ready)
     if residual is not None:
         residual = residual.movedim(checked.axis, 1)
@@ -201,6 +204,12 @@ def front_door(call: Call, options: Options, backend: str | None) -> Tensor:
     moved = call._replace(x=x.movedim(checked.axis, 1), residual=residual, valid=mask)
     options = options._replace(training=checked.batch_stats, activation=checked.activation)
     return normalize(moved, options).movedim(1, checked.axis)
+
+
+def check_writes(call: Call, batch_stats: bool) -> None:
+    """Check before a call that torch allows it to write the running statistics."""
+    if batch_stats:
+        check_inference((call.running_mean, call.running_var))
 
 
 def count_writes(call: Call, batch_stats: bool) -> None:

@@ -288,6 +288,23 @@ def test_what_cannot_be_saved_is_refused_before_anything_changes(options, name):
     assert not arguments["running_mean"].any()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda *running: gpu_bn.batch_norm(X, *running, training=True, out=torch.empty_like(X)),
+        lambda *running: gpu_bn.batch_norm(X, *running, training=True, backend="numpy"),
+        lambda *running: gpu_bn.batch_norm_forward(X, *running, training=True),
+    ],
+    ids=["out", "backend", "forward"],
+)
+def test_statistics_made_for_inference_are_not_updated_elsewhere(call):
+    with torch.inference_mode():
+        running = torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        call(*running)
+    assert not running[0].any()
+
+
 def test_statistics_made_for_inference_are_updated_there():
     ours, theirs = nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     created_for_inference(ours)
