@@ -1,4 +1,4 @@
-"""Can the image's compilers work? CuPy's NVRTC with the headers that CuPy finds, and gcc for Triton's launcher."""
+"""Check the compilers of the image: NVRTC with the headers that CuPy finds, and gcc for Triton's launcher."""
 
 import cupy
 from cuda.pathfinder import find_nvidia_header_directory

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Runs a command that writes to /results as that folder's owner, never as root.
+# Run a command as the owner of /results, to which it writes, never as root.
 set -eu
 if [ "$(id -u)" = 0 ]; then
   uid=$(stat -c %u /results)
   gid=$(stat -c %g /results)
-  if [ "$uid" = 0 ]; then # Docker made the folder, or root did
+  if [ "$uid" = 0 ]; then # Docker or root made the folder
     uid=$(id -u bn)
     gid=$(id -g bn)
     chmod 1777 /results

@@ -1,4 +1,4 @@
-# In the bench image, as root: does the owner of /results write the report, whoever that is, and root never?
+# Check, in the bench image and as root, that the owner of /results writes the report, and that root never does.
 set -eu
 for owner in 0 1000 54321; do
   chown "$owner:$owner" /results
