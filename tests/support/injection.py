@@ -15,10 +15,7 @@ class Fault(BaseException):
 
 
 def at_line(number, error):
-    """Return a trace function that raises an error at the given line that the package runs, and a list with its count.
-
-    ``number`` counts the lines from 0. The list has one element: the number of lines so far.
-    """
+    """Return a trace function that raises at line ``number`` of the package, and a list with the count of lines."""
     count = [0]
 
     def local(_, event, __):
@@ -35,9 +32,9 @@ def at_line(number, error):
 
 
 def at_c_call(number, error, parts=("",)):
-    """Return a profile function that raises an error before the given call into C, and a list with its count.
+    """Return a profile function that raises before call ``number`` into C, and a list with the count of these calls.
 
-    ``number`` counts the calls from 0; only calls from files of the package whose path has one of ``parts`` count.
+    Only calls from files of the package whose path contains one of ``parts`` count.
     """
     count = [0]
 
@@ -54,11 +51,7 @@ def at_c_call(number, error, parts=("",)):
 def run_with_error(call, install, place, error):
     """Run a call with an error injected. Return whether it was raised, and the number of lines or calls into C.
 
-    Args:
-        call: the function to run.
-        install: ``sys.settrace`` or ``sys.setprofile``.
-        place: the result of :func:`at_line` or :func:`at_c_call`.
-        error: the error.
+    ``install`` is ``sys.settrace`` for a place from :func:`at_line`, ``sys.setprofile`` for one from :func:`at_c_call`.
     """
     function, count = place
     before = sys.gettrace() if install is sys.settrace else sys.getprofile()

@@ -78,12 +78,9 @@ PARAMETRIC: dict[Any, tuple[str, Callable[..., Activation]]] = {
 
 
 def activation_of_call(target: Any, rest: Sequence[Any], options: dict[str, Any]) -> Activation | None:
-    """Return the activation that a call computes; ``None`` for another function or an argument that is not constant.
+    """Return the activation that a call of a function or method computes, or ``None``.
 
-    Args:
-        target: the function, or the name of the tensor's method.
-        rest: the positional arguments after the input.
-        options: the keyword arguments.
+    ``rest`` and ``options`` are the arguments after the input. They must be constants.
     """
     name, make = PARAMETRIC.get(target, ("inplace", None))
     arguments = dict(zip((name, "inplace"), rest, strict=False)) | options

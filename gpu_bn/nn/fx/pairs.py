@@ -115,23 +115,15 @@ def observed_pairs(model: torch.nn.Module, inputs: Iterable[Any], options: dict[
 
 
 class _Watch(TorchFunctionMode):
-    """Record during a call which layer returns a tensor, which functions read it, and who reads parameters and buffers.
-
-    Attributes:
-        reads: how often each tensor is read outside layers, by the id of the tensor.
-        producers: the layer that returned each tensor, by the id of the tensor.
-        outputs: the outputs of each layer. They are kept, or another tensor could get the id of one.
-        inputs: the ids of each normalisation's inputs, ``None`` for an input that no layer returned or with a mask.
-        depth: the number of layers that are running, one within the other.
-    """
+    """Record during a call which layer returns a tensor, and who reads it. Tensors are identified by their ids."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.reads: Counter[int] = Counter()
-        self.producers: dict[int, Any] = {}
-        self.outputs: dict[Any, list[Tensor]] = {}
-        self.inputs: dict[Any, list[Any]] = {}
-        self.depth = 0
+        self.reads: Counter[int] = Counter()  # of outputs, parameters and buffers, outside layers and normalisations
+        self.producers: dict[int, Any] = {}  # the layer that returned a tensor
+        self.outputs: dict[Any, list[Tensor]] = {}  # of each layer; kept, or another tensor could get the id of one
+        self.inputs: dict[Any, list[Any]] = {}  # of each normalisation; None for one that no layer returned, or masked
+        self.depth = 0  # the number of layers and normalisations that are running, one within the other
         self.layers = [module for module in model.modules() if is_leaf(module) and not is_layer(module)]
         self.norms = [module for module in model.modules() if is_layer(module)]
         self.tensors = {id(tensor) for module in model.modules() for tensor in _tensors_of(module)}
@@ -180,11 +172,8 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def count_read(self, tensor: Tensor) -> None:
-        """Count a read of a tensor if it is a layer's output, a parameter or a buffer.
-
-        Other tensors are freed, and a later output may get the id of one.
-        """
-        if id(tensor) in self.producers or id(tensor) in self.tensors:
+        """Count a read of a tensor if it is a layer's output, a parameter or a buffer."""
+        if id(tensor) in self.producers or id(tensor) in self.tensors:  # a freed tensor's id may become an output's
             self.reads[id(tensor)] += 1
 
     def pairs(self) -> tuple[Pairs, Reasons]:

@@ -51,11 +51,9 @@ def _prefixes(path: str) -> Iterator[str]:
 
 
 def reachable_code(codes: dict[CodeType, dict[str, Any]], entered: Iterable[torch.nn.Module]) -> Set[CodeType]:
-    """Return some code and that of all methods, properties and functions which it names directly or indirectly.
+    """Return some code and that of all functions, methods and properties which it names, directly or indirectly.
 
-    Args:
-        codes: code that has run, each with its globals, in which names of functions are looked up.
-        entered: the modules in whose classes names of methods are looked up.
+    Functions are looked up in the globals of the code, methods and properties in the classes of the entered modules.
     """
     pending, kinds = list(codes.items()), {type(module) for module in entered}
     reachable = set(codes)

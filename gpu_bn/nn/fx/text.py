@@ -26,12 +26,7 @@ NORMALISE = "normalise_of_gpu_bn"
 
 
 def text_plan(module: torch.nn.Module, layers: set[torch.nn.Module]) -> tuple[Plan | None, list[Merge]]:
-    """Merge in the text of a module's ``forward``. Return its plan and merges; ``None`` and ``[]`` if there are none.
-
-    Args:
-        module: the module.
-        layers: the children into which activations may be merged.
-    """
+    """Merge activations into ``layers`` in the text of a ``forward``. Return a plan or ``None``, and the merges."""
     forward = type(module).forward
     function = _parse(forward)
     if function is None or not _has_defaults(function, forward):

@@ -48,13 +48,10 @@ class Refused(Exception):
 def record_steps(
     module: torch.nn.Module, enters: Callable[[torch.nn.Module, Any, Any], bool], *, run: bool = True
 ) -> Steps:
-    """Record the original ``forward`` of a module.
+    """Record the original ``forward`` of a module, and those of called modules for which ``enters`` returns ``True``.
 
-    Args:
-        module: the module. It is left as it was, even if its steps are refused.
-        enters: called with each called module, its arguments and its options. If it returns ``True``, the steps of that
-            module are recorded too; otherwise the graph calls it as a whole.
-        run: whether the steps will be run. Then they also check that the values they depend on have not changed.
+    ``enters`` is called with the module, its arguments and its options. If the steps will ``run``, they also check that
+    the values they depend on have not changed. The module is left as it was, even if its steps are refused.
 
     Raises:
         Refused: the steps cannot be recorded.
@@ -88,22 +85,16 @@ def record_steps(
 
 
 class _Tracer(torch.fx.Tracer):
-    """A tracer that refuses a module whose steps a graph cannot reproduce.
-
-    Attributes:
-        entered: the modules whose steps are part of the graph; a dict, to keep their order.
-        codes: the code of the model that has run, with its globals.
-        context: the state of torch, such as autocast, which must be the same for all steps.
-    """
+    """A tracer that refuses a module whose steps a graph cannot reproduce."""
 
     proxy_buffer_attributes = True  # otherwise the graph would contain the present values of buffers
 
     def __init__(self, names: tuple[str, ...], enters: Callable[[torch.nn.Module, Any, Any], bool], run: bool) -> None:
         super().__init__()
         self.names, self.enters, self.run = names, enters, run
-        self.entered: dict[torch.nn.Module, None] = {}
-        self.codes: dict[Any, dict[str, Any]] = {}
-        self.context = _context()
+        self.entered: dict[torch.nn.Module, None] = {}  # the modules whose steps are part of the graph, in order
+        self.codes: dict[Any, dict[str, Any]] = {}  # the code of the model that has run, with its globals
+        self.context = _context()  # must be the same for all steps
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         del is_module, concrete_args
