@@ -4,7 +4,7 @@ import copy
 import pickle
 
 import pytest
-from support.networks import BatchNormAct2d, FrozenBatchNorm2d, mobilenet, register, resnet, unet
+from support.networks import BatchNormAct2d, FrozenBatchNorm2d, MobileNet, ResNet, UNet, register
 
 import gpu_bn
 
@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from gpu_bn import nn
 
-NETWORKS = {"resnet": resnet, "mobilenet": mobilenet, "unet": unet}
+NETWORKS = {"resnet": ResNet, "mobilenet": MobileNet, "unet": UNet}
 
 
 MERGED = {"resnet": (17, 8), "mobilenet": (9, 0), "unet": (12, 0)}

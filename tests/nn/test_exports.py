@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from support import rng
-from support.networks import mobilenet
+from support.networks import MobileNet
 
 torch = pytest.importorskip("torch")
 
@@ -27,7 +27,7 @@ def images(count=2):
 @pytest.fixture(scope="module")
 def plain():
     torch.manual_seed(0)
-    model = mobilenet()
+    model = MobileNet()
     model(2 * images(8) + 1)
     return model.eval()
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 from support import rng
-from support.networks import mobilenet, resnet, unet
+from support.networks import MobileNet, ResNet, UNet
 
 torch = pytest.importorskip("torch")
 
@@ -12,7 +12,7 @@ from gpu_bn import nn
 
 pytestmark = pytest.mark.usefixtures("forget_compilations")
 
-NETWORKS = {"resnet": resnet, "mobilenet": mobilenet, "unet": unet}
+NETWORKS = {"resnet": ResNet, "mobilenet": MobileNet, "unet": UNet}
 STEPS = 5
 
 

@@ -338,6 +338,7 @@ class Record:
         missing = [group for group in groups if group not in self.cells]
         covering, current = family.covering(), self.current(family)
         renewed = [current[group] for group in covering if group in current]
+        counts = Counter((group.kind, group.activation) for group in missing)
         lines = [
             f"# What the compiler makes of the kernels, by: python tests/record_gates.py write {family.name}",
             "# A cell is of a group's kernels: how many, most registers, bytes spilled, of stack, of shared memory,",
@@ -349,7 +350,7 @@ class Record:
             f"{sum(cell.kernels for cell in self.cells.values())} kernels",
             f"renewed {len(renewed)} of {len(covering)} groups of the covering set, "
             f"{sum(cell.kernels for cell in renewed)} kernels",
-            *(f"missing {count} of {kind}, {name}" for (kind, name), count in _counted(missing)),
+            *(f"missing {count} of {kind}, {name}" for (kind, name), count in counts.items()),
             *(f"outside {why}" for why in self.outside),
         ]
         rows: dict[str, dict[str, str]] = {}
@@ -359,7 +360,3 @@ class Record:
             rows.setdefault(head, {})[group.activation] = str(self.cells.get(group, "-"))
         lines += [f"{head} | {' '.join(cells.get(name, '.') for name in ROWS)}" for head, cells in rows.items()]
         return "\n".join(lines) + "\n"
-
-
-def _counted(groups: Iterable[Group]) -> Iterable[tuple[tuple[str, str], int]]:
-    return Counter((group.kind, group.activation) for group in groups).items()

@@ -122,18 +122,6 @@ def twice(inputs, outputs):
     return nn.Sequential(layers)
 
 
-def resnet():
-    return ResNet()
-
-
-def mobilenet():
-    return MobileNet()
-
-
-def unet():
-    return UNet()
-
-
 class BatchNormAct2d(nn.BatchNorm2d):
     """A stand-in for the layer of timm."""
 
