@@ -1,4 +1,4 @@
-"""The command ``gpu-bn check``: what it runs, what it prints, and how it ends."""
+"""Test the command ``gpu-bn check``: its cases, its output and its exit code."""
 
 import json
 import sys
@@ -51,7 +51,7 @@ def test_worst_names_the_quantity():
 
 
 def broken_gpu(monkeypatch, calls):
-    """CuPy's device after an access out of bounds in the second case: it fails whatever it is told."""
+    """Let all calls fail after an access out of bounds in the second case, as on a GPU."""
 
     def synchronize():
         if len(calls) > 1:

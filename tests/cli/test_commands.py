@@ -1,4 +1,4 @@
-"""The command ``gpu-bn``: what it prints, and with which exit code it ends."""
+"""Test the output and the exit codes of the command ``gpu-bn``."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Tables as text: their parts where the terminal is narrow."""
+"""Test how tables are printed, and how they are split on a narrow terminal."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""``bench/first_run.sh``: what a person with a rented GPU runs, here without a GPU and with few packages."""
+"""Test ``bench/first_run.sh``, which users run on a rented GPU, without a GPU and with few packages."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_optional_packages_that_are_missing_are_a_sentence(line, code, says, tmp
 
 @pytest.mark.slow  # collects the whole suite
 def test_the_tests_are_collected_without_optional_packages_and_plugins():
-    """Of the plugins, only what ``-p no:`` turns off; the rest is concealed from imports."""
+    """Collect with plugins turned off by ``-p no:``, and with other packages hidden from imports."""
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({(*CONCEALED[:5], "yaml", "scipy", "expecttest", "numba")}))

@@ -1,4 +1,4 @@
-"""``gpu-bn info``: what is there, which CUDA versions fit together, and why a device cannot be had."""
+"""Test ``gpu-bn info``: installed packages, CUDA versions that fit together, and why there is no device."""
 
 import ctypes
 import re
@@ -27,7 +27,7 @@ def test_info_names_what_is_there_and_imports_no_array_library():
 
 
 class Driver:
-    """A CUDA driver's interface with two devices, in which one function fails."""
+    """A CUDA driver with two devices, of which one function fails."""
 
     def __init__(self, failing=""):
         self.failing = failing

@@ -1,4 +1,4 @@
-"""The demo: its network's gradients, what it measures, what it claims, and one short run of it all."""
+"""Test the gradients, the measurements and the claims of the demo, and run it once for a few steps."""
 
 import sys
 from itertools import islice
@@ -132,7 +132,7 @@ def test_an_epoch_has_every_image_once():
 
 
 def made_up(accuracy=(10, 50, 95), loss=(2, 1, 0.5), sd=1.0):
-    """A history of three records: h1 of two units, whose means move by 1 and whose SDs double."""
+    """Return a history of three records. h1 has two units, whose means move by 1 and whose SDs double."""
     history = History([0, 20, 40], list(loss), list(accuracy))
     for values in history.moments.values():
         values.extend(np.array([[i, -i], [sd * 2**i, sd * 2**i]]) for i in range(3))
@@ -188,7 +188,7 @@ def test_the_typical_unit_wanders_the_median_way():
 
 @pytest.mark.compile
 def test_networks_can_be_on_a_gpu(make_gpu):
-    """With CuPy, the default where it is available: the layers have its arrays."""
+    """CuPy is the default if it is available. The layers then have its arrays."""
     make_gpu(80)
     cupy, x = sys.modules["cupy"], np.random.default_rng(0).uniform(0, 1, (12, 64)).astype(np.float32)
     cupy.tanh = np.tanh

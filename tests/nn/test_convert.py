@@ -1,4 +1,4 @@
-"""Converting models and back."""
+"""Test the conversion of models and back."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ MERGED = {"resnet": (17, 8), "mobilenet": (9, 0), "unet": (12, 0)}
 
 
 def trained(make):
-    """A network whose statistics are not those it was made with."""
+    """Return a network whose statistics differ from the initial ones."""
     torch.manual_seed(0)
     model = make()
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_torchs_sync_batch_norm_becomes_ours_and_serves_cpus():
 
 
 class Derived(nn.BatchNorm2d):
-    """It may compute something else."""
+    """A subclass of BatchNorm, which may compute something else."""
 
 
 def test_converting_to_sync_batch_norm_keeps_what_a_layer_has():
@@ -276,7 +276,7 @@ def test_lazy_layers_are_converted_before_and_after_their_first_input():
 
 
 class OwnFrozen(nn.FrozenBatchNorm2d):
-    """A subclass of ours, which a class cannot have as a base beside ours."""
+    """A subclass of FrozenBatchNorm2d, which a class cannot have as a base beside it."""
 
 
 def test_a_layer_whose_class_cannot_be_joined_becomes_ours_alone():

@@ -1,4 +1,4 @@
-"""What nn.fold folds, and what it leaves because something else reads, changes or replaces the layers."""
+"""Test which layers nn.fold folds, and which it leaves because something else reads, changes or replaces them."""
 
 import copy
 
@@ -25,7 +25,7 @@ def tensor(*shape, seed=0):
 
 
 def evaluated(model):
-    """In evaluation mode, with parameters and statistics that are not those it was made with."""
+    """Set a model to evaluation mode, with parameters and statistics that differ from the initial ones."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):
@@ -307,7 +307,7 @@ def test_tracers_enter_what_is_left_of_a_folded_normalisation():
 
 
 class Closed(torch.nn.Module):
-    """Its layers are called by a function that a copy of it shares."""
+    """A module whose layers are called by a function that copies of it share."""
 
     def __init__(self):
         super().__init__()
@@ -319,7 +319,7 @@ class Closed(torch.nn.Module):
 
 
 class ResidualOfItself(torch.nn.Module):
-    """Adds the normalisation's own input to its output."""
+    """A module that adds the input of the normalisation to its output."""
 
     def __init__(self, by_name):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What changes in a fused model later counts, and a call looks for it in little time."""
+"""Test that fused models notice later changes, and that repeated calls check for them quickly."""
 
 import copy
 from types import MethodType
@@ -14,7 +14,7 @@ CALLED = pytest.mark.parametrize("called", [False, True])
 
 
 def fused_and_called(plain, called):
-    """Return a model fused, both after some calls if that is asked for: a repeated call looks at less."""
+    """Return a fused copy of a model. If ``called``, call both a few times first: repeated calls check less."""
     fused, _ = fused_with(plain, "norm")
     for model in (fused, plain) * 2 * called:
         model(rows())
@@ -68,7 +68,7 @@ def test_a_repeated_call_sees_that_another_attribute_has_come_for_one():
 
 
 class Outer(Block):
-    """Its activation follows the last layer of a module that is fused too."""
+    """A module whose activation follows the last layer of a module that is fused as well."""
 
     def __init__(self):
         super().__init__()
@@ -129,7 +129,7 @@ def test_attributes_that_change_later_count(called):
 
 
 def test_a_library_that_binds_the_forward_again_gets_the_modules_own():
-    """accelerate does so, to cast inputs and outputs, and takes its wrapper off again."""
+    """accelerate does this to cast inputs and outputs, and later removes its wrapper."""
     plain = Block()
     fused, _ = fused_with(plain, "norm")
     forward = fused.forward

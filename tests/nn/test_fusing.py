@@ -1,4 +1,4 @@
-"""What a model fused by ``nn.convert(model, fuse=True)`` must not lose."""
+"""Test that ``nn.convert(model, fuse=True)`` does not change what a model does."""
 
 import copy
 from collections import OrderedDict
@@ -48,7 +48,7 @@ class Region(Block):
 
 
 class Apart(Region):
-    """Whose text has something between the layer and the activation."""
+    """A module with a statement between the layer and the activation."""
 
     def forward(self, x):
         with self.context():
@@ -66,7 +66,7 @@ class Checkpointed(Block):
 
 
 class Result(OrderedDict):
-    """What transformers' models return: its items also have numbers."""
+    """A result like those of models in transformers: its items can also be accessed by index."""
 
     def __getitem__(self, key):
         return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
@@ -141,7 +141,7 @@ def test_checkpoints_are_kept(reentrant):
 
 
 def test_a_checkpoint_that_is_not_recorded_leaves_no_hooks():
-    """Also while its exception is kept."""
+    """Hooks are removed even if the exception still exists."""
     with pytest.raises(Refused) as refused:
         record_steps(Checkpointed(False), lambda *_: True)
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None

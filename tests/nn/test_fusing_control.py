@@ -1,4 +1,4 @@
-"""Fused models whose forward branches, or is distributed, copied and compiled."""
+"""Test fused models with branches, and fused models that are distributed, copied or compiled."""
 
 import copy
 
@@ -20,7 +20,7 @@ class Kinds(Block):
 
 
 class OnResult(Block):
-    """A branch on what a module of its own gives."""
+    """A module that depends on the type of the result of another module."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ def test_terms_that_broadcast_or_have_another_dtype(in_place, other):
 
 
 class Excited(torch.nn.Module):
-    """A term of the shape (N, C, 1, 1), and a convolution that autocast gives another dtype."""
+    """A module with a term of shape (N, C, 1, 1), and a convolution to which autocast gives another dtype."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ def test_squeeze_and_excite_under_autocast(enabled):
 
 
 class Tail(torch.nn.Module):
-    """The layer is the end of a module that is called here, and the sum and the activation are not in it."""
+    """A module that calls another one which ends with the layer. The sum and the activation are outside of that one."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ def test_layers_at_the_end_of_a_module():
 
 
 class Dense(torch.nn.Module):
-    """Layers that are given lists, as DenseNet's."""
+    """A module whose layers get lists, as in DenseNet."""
 
     class Layer(torch.nn.Module):
         def __init__(self, count):
@@ -198,7 +198,7 @@ def test_distributed_data_parallel(options, tmp_path):
 
 
 class Untraced(Block):
-    """It is fused by its text."""
+    """A module that cannot be traced and is fused by its text."""
 
     def forward(self, x):
         x = x if int(x.shape[0]) > 0 else x + 1
@@ -247,7 +247,7 @@ def test_tracers_and_compilers_see_a_fused_model():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", [Block, Tail, Untraced])
 def test_stacked_fused_models(kind, training):
-    """Outputs, gradients and running statistics of models that run as one, as ``torch.func`` runs an ensemble."""
+    """Compare outputs, gradients and running statistics of models that ``torch.func`` runs as an ensemble."""
     plain = [kind().train(training) for _ in range(3)]
     results = []
     for models in (plain, [nn.convert(copy.deepcopy(model), fuse=True) for model in plain]):
@@ -264,7 +264,7 @@ def test_stacked_fused_models(kind, training):
 
 
 class Frozen(torch.nn.Module):
-    """As transformers' frozen layers, whose eps is a constant in the code."""
+    """A frozen layer as in transformers, whose eps is a constant in the code."""
 
     def __init__(self, channels, scale=1.0):
         super().__init__()
@@ -307,7 +307,7 @@ def test_functional_activations_of_each_mode():
 
 
 class Checking(Block):
-    """It checks its input's shape, as transformers' models do."""
+    """A module that checks the shape of its input, as models in transformers do."""
 
     def forward(self, x):
         if x.shape[1] != self.linear.in_features:
@@ -316,7 +316,7 @@ class Checking(Block):
 
 
 class Padding(Block):
-    """It does one of two things, which depends on its input's shape."""
+    """A module with a branch that depends on the shape of its input."""
 
     def forward(self, x):
         scale = 1.0 if x.shape[0] % 2 == 0 else 2.0

@@ -1,4 +1,4 @@
-"""A fused module does what its code does when something changes that the code only reads."""
+"""Test that fused modules notice changes of values that their code only reads."""
 
 import copy
 
@@ -20,7 +20,7 @@ class Options:
 
 
 class Reading(Block):
-    """What it does depends on modules that it does not call, on containers, objects, and an attribute of its class."""
+    """A module that depends on modules it does not call, on containers, objects, and an attribute of its class."""
 
     doubles = False
 
@@ -118,7 +118,7 @@ def test_what_a_module_reads_does_not_keep_it_from_compilers():
 
 
 class Early(Block):
-    """Something happens before what it does depends on a shape."""
+    """A module that does something before a branch that depends on a shape."""
 
     def __init__(self, kind):
         super().__init__()

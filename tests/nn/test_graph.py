@@ -1,4 +1,4 @@
-"""Models whose graphs are not plain: constants, buffers, views, single layers; fused, folded and given back."""
+"""Test fusing, folding and reverting models with constants, buffers, views or single layers."""
 
 import copy
 
@@ -10,7 +10,7 @@ from gpu_bn import nn
 
 
 class Positions(torch.nn.Module):
-    """Computes with a buffer, a tensor of its own and constants."""
+    """A module that computes with a buffer, a tensor that it creates, and constants."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def test_a_residual_that_is_overwritten_through_other_names_is_not_merged(kind):
 
 
 class Flattened(WithNorm):
-    """A residual whose other reader takes the number 1, which is not True."""
+    """A module whose residual is also read by a call with the argument 1, which is not ``True``."""
 
     def forward(self, x):
         residual = x * 2

@@ -1,4 +1,4 @@
-"""Calls like earlier ones, which a guard finds: what is not like them, or is watched, goes its own way."""
+"""Test that repeated calls use what earlier calls have prepared, and that different or observed calls do not."""
 
 import copy
 
@@ -22,14 +22,14 @@ if not doors._dlpack_reader():
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    """What is remembered, empty at first."""
+    """Return the dict of prepared calls, which is empty at first."""
     found = {}
     monkeypatch.setattr(cpu_calls, "_cache", found)
     return found
 
 
 def pair(training=False, **options):
-    """A layer of ours and torch's, with numbers of their own, after two calls that are remembered."""
+    """Return a layer of gpu_bn and one of torch with equal values, after two calls each, which prepare later ones."""
     ours, theirs = nn.BatchNorm2d(3, **options), torch.nn.BatchNorm2d(3, **options)
     for layer in (ours, theirs):
         for at, vector in enumerate((*layer.parameters(), layer.running_mean, layer.running_var)):
@@ -65,7 +65,7 @@ def test_calls_alike_are_prepared_once(training, known, monkeypatch):
 
 
 def changed():
-    """Changes of a layer and its next input after calls that are remembered, by name; in evaluation unless said."""
+    """Return changes of a layer by name, each with the input of the next call. Only some set the layer to training."""
     x = data(4, 3, 5, 6, seed=3)
 
     def double(layer):

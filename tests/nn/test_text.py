@@ -1,4 +1,4 @@
-"""What torch.fx cannot trace is fused by the text of its ``forward``, and does what it did."""
+"""Test that modules which torch.fx cannot trace are fused by the text of their ``forward``."""
 
 import copy
 import functools
@@ -18,7 +18,7 @@ from gpu_bn import nn
 
 
 class Untraceable(torch.nn.Module):
-    """Whose padding is computed of a shape, as of TensorFlow's convolutions."""
+    """A module that computes a padding from a shape, as for convolutions of TensorFlow."""
 
     def __init__(self, act=None):
         super().__init__()
@@ -177,7 +177,7 @@ def fused(cls, **options):
 
 
 def calls_of(monkeypatch):
-    """The activations that layers of ours are called with."""
+    """Record the activations with which layers of gpu_bn are called."""
     seen = []
     own = nn.modules.Fused.forward
 
@@ -254,7 +254,7 @@ def test_a_text_that_is_not_the_functions_is_not_used(monkeypatch):
 
 
 class InnerFunction(Untraceable):
-    """Has a function of its own, whose names are others."""
+    """A module with an inner function, which has separate names."""
 
     def forward(self, x):
         def after(self, x):
@@ -264,7 +264,7 @@ class InnerFunction(Untraceable):
 
 
 class OwnName(Untraceable):
-    """Calls something else by the name of an activation."""
+    """A module that calls another function by the name of an activation."""
 
     def forward(self, x):
         relu = torch.neg
@@ -272,7 +272,7 @@ class OwnName(Untraceable):
 
 
 class OwnSlope(Untraceable):
-    """Computes the activation's parameter."""
+    """A module that computes the parameter of the activation."""
 
     def forward(self, x):
         return F.leaky_relu(self.norm(self.padded(x)), float(x.shape[0]))

@@ -1,4 +1,4 @@
-"""The pages' numbers are those of the code and of the records, and their links lead somewhere."""
+"""Test that the numbers in the pages are those of the code and the records, and that links have targets."""
 
 import re
 
@@ -20,7 +20,7 @@ def test_a_changed_number_is_noticed():
 
 
 def anchors(path):
-    """Those of the page's headings."""
+    """Return the anchors of the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 

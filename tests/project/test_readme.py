@@ -1,4 +1,4 @@
-"""The examples of README and docs/ run as written, print what the page says, and CI runs the test command."""
+"""Test that the examples of README and docs/ print what the page says, and that CI runs the test command."""
 
 import os
 import re
@@ -17,7 +17,7 @@ PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((R
 
 
 def blocks(language):
-    """Those of all pages, also inside of lists; not those with a title, which show files."""
+    """Return the code blocks of all pages, also in lists. Blocks with a title show files and are left out."""
     fence = re.compile(rf"^( *)```{language}\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
     return [textwrap.dedent(code) for text in PAGES.values() for _, code in fence.findall(text)]
 
@@ -45,7 +45,7 @@ def test_there_are_examples():
 
 @pytest.mark.compile
 def test_the_example_for_cupy(make_gpu, capsys):
-    """As written, on an emulated GPU."""
+    """The example runs as written on an emulated GPU."""
     (code,) = (code for code in blocks("python") if "import cupy" in code)
     gpu = make_gpu(80)
     names = {}
@@ -75,7 +75,7 @@ assert not gloo_threads()  # one that is still at work when the interpreter ends
 
 @pytest.mark.slow  # torchrun and two processes, each of which imports torch
 def test_the_example_of_several_processes(tmp_path):
-    """As written, by the command below it."""
+    """The example runs as written by the command below it."""
     (code,) = (code for code in blocks("python") if "init_process_group" in code)
     (command,) = (block.split() for block in blocks("sh") if "torchrun" in block)
     (tmp_path / command[-1]).write_text(code + ENDED)
