@@ -1,4 +1,4 @@
-"""Explain in words how the CUDA kernels would serve a call on a GPU. No GPU is needed, and nothing is run.
+"""Explain in words how the CUDA kernels would serve a call on a GPU. This needs no GPU and runs nothing.
 
 >>> print(gpu_bn.explain((32, 64, 56, 56), "float16", activation="relu"))  # doctest: +SKIP
 """
@@ -17,7 +17,6 @@ from gpu_bn.backends.cupy import sources as cuda_sources
 from gpu_bn.plan import (
     DEVICES,
     THREADS,
-    TIERS,
     VECTOR_BYTES,
     Device,
     LaunchPlan,
@@ -31,7 +30,7 @@ from gpu_bn.plan import (
 from gpu_bn.spec import dtype_name
 
 DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64"}
-"""Short names; the long ones are understood too."""
+"""The short names of dtypes; the long ones are accepted too."""
 
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 LAYOUTS = ("nchw", "nhwc", "nc")
@@ -40,12 +39,12 @@ MODEL = "Times are a model, not measured: launches, bytes over the bandwidth of 
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """Hold what :func:`explain` has found for the forward or the backward pass.
+    """The explanation of the forward or the backward pass.
 
     Attributes:
-        work: what the planner was asked.
-        plan: what it has chosen.
-        others: the other tiers, each with the reason; empty if statistics are not exchanged.
+        work: the work that was planned.
+        plan: the plan that was chosen.
+        others: the other tiers, each with the reason against it; empty if the statistics are given.
     """
 
     work: Work
@@ -54,30 +53,30 @@ class Direction:
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that reach the memory, by the model of the L2 cache."""
+        """The bytes that reach the memory, by the model of the L2 cache."""
         return self.plan.dram_bytes
 
     @property
     def floor_bytes(self) -> int:
-        """Bytes if every tensor were read and written once."""
+        """The bytes that move if every tensor is read or written once."""
         return self.work.floor_bytes
 
     @property
     def efficiency(self) -> float:
-        """The floor's time as a share of the plan's, by the model: 1 is the best."""
+        """The time of the floor divided by the time of the plan, by the model; at best 1."""
         return self.plan.floor_seconds / self.plan.seconds
 
     @property
     def tier(self) -> str:
-        """The plan's tier; ``one pass`` where statistics are given."""
+        """The tier of the plan; ``one pass`` if the statistics are given."""
         return self.plan.tier if self.others else "one pass"
 
     def lines(self) -> list[str]:
-        """Return the facts, one in a line."""
+        """Return the lines of the explanation, one for each fact."""
         plan, tiling = self.plan, self.plan.tiling
         per_strip = tiling.channels_per_strip
-        strip = f"{per_strip} channels side by side" if tiling.columns and per_strip > 1 else "one channel"
-        share = "its own block" if plan.blocks == 1 else f"{plan.blocks} blocks"
+        strip = f"{per_strip} adjacent channels" if tiling.columns and per_strip > 1 else "one channel"
+        share = "one block" if plan.blocks == 1 else f"{plan.blocks} blocks"
         turns = f", {plan.in_flight} at a time" if plan.in_flight < tiling.strips else ""
         vector_bytes = tiling.vector * self.work.itemsize
         facts = [
@@ -86,11 +85,11 @@ class Direction:
             ("launches", str(plan.launches)),
             ("grid", f"{plan.grid} blocks of {THREADS} threads"),
             ("strips", f"{tiling.strips} of {strip}, each on {share}{turns}"),
-            ("vectors", f"{tiling.vector} elements, {vector_bytes} bytes{_at_the_ends(tiling, vector_bytes)}"),
-            ("shared memory", f"{plan.shared_bytes} bytes a block" if plan.shared_bytes else "none for tensors"),
-            ("bytes", f"{_in_bytes(self.moved_bytes)} moved, {_in_bytes(self.floor_bytes)} is the floor"),
-            ("time (model)", f"{_time(plan.seconds)}, {_time(plan.floor_seconds)} is the floor: {self.nearness}"),
-            ("of that", ", ".join(f"{name} {_time(value)}" for name, value in plan.times.parts().items() if value)),
+            ("vectors", f"{tiling.vector} elements, {vector_bytes} bytes{_vector_note(tiling, vector_bytes)}"),
+            ("shared memory", f"{plan.shared_bytes} bytes per block" if plan.shared_bytes else "none for tensors"),
+            ("bytes", f"{_in_bytes(self.moved_bytes)} moved; the floor is {_in_bytes(self.floor_bytes)}"),
+            ("time (model)", f"{_time(plan.seconds)}; the floor is {_time(plan.floor_seconds)}: {self.nearness}"),
+            ("parts of it", ", ".join(f"{name} {_time(value)}" for name, value in plan.times.parts().items() if value)),
         ]
         lines = [f"  {name:17}{value}" for name, value in facts]
         return lines + [f"  {'not ' + name:17}{why}" for name, why in self.others.items()]
@@ -103,12 +102,12 @@ class Direction:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Hold the result of :func:`explain`; ``str`` makes a text of it.
+    """The result of :func:`explain`; ``str`` returns it as a text.
 
     Attributes:
         call: the call in words.
         device: the GPU.
-        forward, backward: the two directions.
+        forward, backward: the explanations of the two directions.
     """
 
     call: str
@@ -135,32 +134,32 @@ def explain(
     residual: bool = False,
     training: bool = True,
 ) -> Explanation:
-    """Say how the CUDA kernels would serve a call on a GPU, and why; print the result to read it.
+    """Explain how the CUDA kernels would serve a call on a GPU, and why; print the result to read it.
 
-    No GPU is needed, and nothing is run. The result speaks of *tiers*, the ways to serve a call: in ``cta`` one block
-    of threads holds a channel on chip, in ``cluster`` and ``cooperative`` several blocks share it, in ``split`` one
-    launch sums and a second one writes. A *strip* is what one block, or one group of blocks, normalises: a channel, or
-    several adjacent ones in channels-last. The *floor* is the bytes that a call moves if each tensor is read and
-    written once, and the time that takes. Times are a model.
+    This needs no GPU and runs nothing. The result names a *tier*, a way to serve a call: in ``cta`` one block of
+    threads holds a channel on chip, in ``cluster`` and ``cooperative`` several blocks share it, in ``split`` one launch
+    sums and a second one writes. A *strip* is what one block, or one group of blocks, normalises: a channel, or several
+    adjacent ones in channels-last. The *floor* is the bytes that a call moves if each tensor is read or written once,
+    and the time for that. Times are a model.
 
     Args:
-        shape_or_array: a shape of 2 to 5 axes, or an array. Channels are the second axis in both, whatever the layout,
-            as in torch.
+        shape_or_array: a shape of 2 to 5 axes, or an array. As in torch, channels are the second axis, whatever the
+            layout.
         dtype: a float dtype or its name; ``f16``, ``bf16``, ``f32`` and ``f64`` for short. ``None`` stands for the
-            array's dtype, or for ``float32`` with a shape.
-        layout: how the axes lie in memory: ``nchw``, channels second, ``nhwc``, channels last, or ``nc`` for 2 axes.
-            An array that has strides, as those of NumPy, CuPy and torch have, is asked for its own instead.
+            dtype of the array, or for ``float32`` with a shape.
+        layout: the order of the axes in memory: ``nchw`` (channels second), ``nhwc`` (channels last), or ``nc`` for 2
+            axes. For an array with strides, such as those of NumPy, CuPy and torch, the strides decide instead.
         device: a key of :data:`gpu_bn.plan.DEVICES` or a name in it, or a ``Device``.
-        activation: as in :func:`gpu_bn.batch_norm`.
+        activation: the name of an activation, or an ``Activation``; :func:`gpu_bn.batch_norm` lists the names.
         residual: whether the call has a residual.
-        training: as in :func:`gpu_bn.batch_norm`.
+        training: whether the call uses the statistics of the batch.
 
     Returns:
         An ``Explanation`` of the forward and the backward call; ``print`` shows it.
 
     Raises:
-        TypeError: a dtype that is not one of the four, or no shape and no array.
-        ValueError: an empty shape, or one that does not fit the layout; an unknown layout, device or activation.
+        TypeError: the dtype is not one of the four, or the first argument is neither a shape nor an array.
+        ValueError: the shape is empty or does not fit the layout; the layout, device or activation is unknown.
 
     Examples:
         >>> import gpu_bn
@@ -181,8 +180,8 @@ def explain(
     if strides is not None:
         from gpu_bn.backends.layout import Layout
 
-        seen = Layout.from_strides(shape, strides, 1)
-        n, c, s = seen.n, seen.c, seen.s
+        memory = Layout.from_strides(shape, strides, 1)
+        n, c, s = memory.n, memory.c, memory.s
         layout = "nhwc" if s == 1 and math.prod(shape[2:]) > 1 else "nchw"
     forward, backward = works(n, c, s, ITEMSIZES[name], row, residual, training)
     steps = ["batch norm", *(["residual"] if residual else []), *([] if row.is_identity else [str(row)])]
@@ -195,29 +194,29 @@ def explain(
 def works(
     n: int, c: int, s: int, itemsize: int, activation: Activation, residual: bool, training: bool = True
 ) -> tuple[Work, Work]:
-    """Return what a forward call and its backward call have to do, with all gradients.
+    """Return the work of a forward call and of its backward call with all gradients.
 
-    In evaluation the forward call is :func:`gpu_bn.batch_norm`, which keeps nothing.
+    In evaluation the forward call is :func:`gpu_bn.batch_norm`, which saves nothing.
     """
     forward = Work(n, c, s, itemsize, reads=1 + residual)
-    both = residual and not activation.is_identity  # the backward call needs the sign of their sum
+    needs_sign = residual and not activation.is_identity  # the backward call needs the sign of z, or the residual
     full = tile(forward).vector * itemsize == VECTOR_BYTES
-    sign_bits = both and full and cuda_sources.has_sign_bits(activation.name)
-    reads = 2 + (both and not sign_bits)
+    sign_bits = needs_sign and full and cuda_sources.has_sign_bits(activation.name)
+    reads = 2 + (needs_sign and not sign_bits)
     writes = 1 + residual
     backward = Work(n, c, s, itemsize, True, reads=reads, staged=reads, writes=writes, sign_bits=sign_bits, ragged=True)
     return replace(forward, sign_bits=sign_bits and training, ragged=True), backward
 
 
 def device_of(device: Device | str) -> Device:
-    """Return a device, or the one that a name stands for."""
+    """Return the device of a name; a ``Device`` is returned unchanged."""
     if isinstance(device, Device):
         return device
-    names = {name: found for key, found in DEVICES.items() for name in (key, found.name.lower())}
-    found = names.get(device.lower()) if isinstance(device, str) else None
-    if found is None:
+    by_name = {name: known for key, known in DEVICES.items() for name in (key, known.name.lower())}
+    known = by_name.get(device.lower()) if isinstance(device, str) else None
+    if known is None:
         raise ValueError(f"unknown device {device!r}, expected a gpu_bn.plan.Device or one of {', '.join(DEVICES)}")
-    return found
+    return known
 
 
 def dtype_of(dtype: Any) -> str:
@@ -236,28 +235,28 @@ def dtype_of(dtype: Any) -> str:
 def shape_of(shape: Any) -> tuple[int, ...]:
     """Check a shape and return it as a tuple."""
     try:
-        found = tuple(index(size) for size in shape)
+        sizes = tuple(index(size) for size in shape)
     except (TypeError, ValueError):
         raise TypeError(f"expected an array, or a shape such as (32, 64, 56, 56), got {shape!r}") from None
-    if not 2 <= len(found) <= 5:
-        raise ValueError(f"shape should have 2 to 5 axes, got {len(found)}: {found}")
-    if min(found) < 1:
-        raise ValueError(f"shape should have no empty axis, got {found}")
-    return found
+    if not 2 <= len(sizes) <= 5:
+        raise ValueError(f"shape should have 2 to 5 axes, got {len(sizes)}: {sizes}")
+    if min(sizes) < 1:
+        raise ValueError(f"shape should have no empty axis, got {sizes}")
+    return sizes
 
 
 def geometry_of(shape: tuple[int, ...], layout: str) -> tuple[int, int, int]:
-    """Return N, C and S of a shape with channels second, in a layout."""
+    """Return N, C and S of a shape whose second axis is the channels, in a layout of memory."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if layout == "nc" and len(shape) != 2:
-        raise ValueError(f"layout 'nc' is of 2 axes, got {len(shape)}: {shape}")
+        raise ValueError(f"layout 'nc' needs a shape of 2 axes, got {len(shape)}: {shape}")
     inner = math.prod(shape[2:])
     return (shape[0] * inner, shape[1], 1) if layout == "nhwc" else (shape[0], shape[1], inner)
 
 
 def _strides(array: Any) -> tuple[int, ...] | None:
-    """Return an array's strides in its library's unit. For memory without gaps they follow from the shape."""
+    """Return the strides of an array, in its library's unit or in elements if contiguous; ``None`` if it has none."""
     if hasattr(array, "stride"):
         contiguous, strides = array.is_contiguous(), array.stride()
     elif hasattr(array, "flags"):
@@ -271,31 +270,30 @@ def _strides(array: Any) -> tuple[int, ...] | None:
 def _direction(work: Work, device: Device, training: bool) -> Direction:
     if not training:
         return Direction(work, plan_once(work, device), {})
-    chosen, others, found = plan(work, device), {}, options(work, device)
-    for name in TIERS:
-        option = found[name]
+    chosen, others = plan(work, device), {}
+    for name, option in options(work, device).items():
         if isinstance(option, str):
             others[name] = option
         elif name != chosen.tier:
-            others[name] = f"this would be {_compared(option, chosen)}"
+            others[name] = f"this would take {_comparison(option, chosen)}"
     return Direction(work, chosen, others)
 
 
-def _compared(option: LaunchPlan, chosen: LaunchPlan) -> str:
+def _comparison(option: LaunchPlan, chosen: LaunchPlan) -> str:
     launches = "1 launch" if option.launches == 1 else f"{option.launches} launches"
     longer = option.seconds / chosen.seconds
-    return f"{launches} and {'the same time' if longer < 1.0005 else f'{longer:.2f} times the time'} (model)"
+    return f"{launches} and {'the same time' if longer < 1.0005 else f'{longer:.2f} times as long'} (model)"
 
 
-def _at_the_ends(tiling: Tiling, vector_bytes: int) -> str:
+def _vector_note(tiling: Tiling, vector_bytes: int) -> str:
     if tiling.ragged:
-        return " (rows begin and end within them)"
-    return "" if vector_bytes == VECTOR_BYTES else f" ({VECTOR_BYTES} does not divide a row)"
+        return " (rows may begin and end within a vector)"
+    return "" if vector_bytes == VECTOR_BYTES else f" (a row is no multiple of {VECTOR_BYTES} bytes)"
 
 
 def _in_words(value: float, units: tuple[tuple[float, str], ...]) -> str:
-    """Put a value into words, in the first unit that it reaches, or the last."""
-    factor, unit = next((each for each in units if value >= each[0]), units[-1])
+    """Return a value with the first unit that it reaches, or with the last."""
+    factor, unit = next((unit for unit in units if value >= unit[0]), units[-1])
     return f"{value / factor:.4g} {unit}"
 
 

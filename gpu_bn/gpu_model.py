@@ -1,4 +1,4 @@
-"""Describe GPUs, the numbers by which plans are chosen, and how long a launch takes: a model, measured on no GPU."""
+"""A model of GPUs: their properties, the thresholds of plans, and the time of a launch. Not measured on a GPU."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ THREADS = 256
 FAST_DOUBLES = (80, 90, 100)
 """The compute capabilities whose double precision is fast."""
 STATIC_SHARED = 7_696
-"""A block's static shared memory, at most."""
+"""The maximum bytes of static shared memory of a block."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Device:
-    """Describe a GPU as far as plans need it. Compared by identity, which costs a call nothing.
+    """The properties of a GPU that plans need. Devices are compared by identity, which is fast.
 
     Attributes:
-        name: its name, for people.
+        name: the name to print.
         arch: the compute capability, 90 for sm_90.
-        sms: multiprocessors.
-        shared_per_sm, shared_per_block: bytes of shared memory, the second with opt-in.
-        l2_bytes: of cache.
+        sms: the number of SMs.
+        shared_per_sm, shared_per_block: bytes of shared memory; of a block with opt-in.
+        l2_bytes: bytes of the L2 cache.
         bandwidth: bytes per second of the memory, from the data sheet.
-        clusters: whether blocks may form clusters, on sm_90 and later.
+        clusters: whether blocks may form clusters on sm_90 and later.
     """
 
     name: str
@@ -36,23 +36,23 @@ class Device:
 
     @property
     def reserved_shared(self) -> int:
-        """Bytes of an SM's shared memory that the driver takes for each block."""
+        """The bytes of shared memory that the driver reserves for each block."""
         return 1 << 10 if self.arch >= 80 else 0
 
     @property
     def slow_doubles(self) -> bool:
-        """Whether an SM does double precision in 2 lanes at a time, not in 32 or more: 16 cycles for a warp."""
+        """Whether an SM computes 2 lanes of double precision per cycle, not 32 or more: 16 cycles for a warp."""
         return self.arch not in FAST_DOUBLES
 
 
 @dataclass(frozen=True, slots=True)
 class OnChip:
-    """Hold how many bytes of tensors blocks can keep on chip.
+    """The bytes of tensors that blocks can keep on chip.
 
     Attributes:
-        per_block: bytes of one block, at most.
-        per_sm: bytes of all blocks of an SM.
-        overhead: bytes of ``per_sm`` that each block takes besides.
+        per_block: the maximum bytes of one block.
+        per_sm: the bytes of all blocks of an SM.
+        overhead: bytes of ``per_sm`` that each block takes in addition.
     """
 
     per_block: int
@@ -61,16 +61,16 @@ class OnChip:
 
     @staticmethod
     def shared(device: Device) -> OnChip:
-        """Return what the shared memory of a device has room for."""
+        """Return the bytes that the shared memory of a device can hold."""
         used = STATIC_SHARED + device.reserved_shared
         return OnChip(device.shared_per_block - STATIC_SHARED, device.shared_per_sm, used)
 
     def blocks(self, nbytes: int) -> int:
-        """Return how many blocks that keep so many bytes an SM holds."""
+        """Return how many blocks that keep ``nbytes`` each fit on an SM."""
         return self.per_sm // (nbytes + self.overhead)
 
     def share(self, blocks: int) -> int:
-        """Return the bytes that each of an SM's blocks can keep."""
+        """Return the bytes that each block can keep if ``blocks`` share an SM."""
         return self.per_sm // blocks - self.overhead
 
 
@@ -85,39 +85,39 @@ DEVICES = {
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Hold the numbers that a measurement on a GPU may change.
+    """The parameters of the model that a measurement on a GPU may change.
 
     Attributes:
-        blocks_per_sm: blocks that share an SM in the tiers that keep a channel on chip: as many as registers allow.
-        split_blocks_per_sm: blocks per SM that the split kernels are cut into.
-        fill: share of the SMs that must have work before a strip is left to one block. Where an SM has room for only
-            one such block, a GPU with clusters takes a cluster; an older one takes the block, as the rest costs more.
-        vectors_per_thread: below so many vectors a thread, cutting a channel further gains nothing.
-        max_cluster: blocks in a cluster (8 is what every sm_90 GPU offers).
-        max_cooperative: blocks that may share a channel through L2.
-        narrow_bytes: what a strip of channels may be narrowed to, from 128 bytes, where wider ones leave SMs idle and
-            narrower ones fit blocks or clusters that fill them. Memory is read in sectors of 32 bytes.
-        narrow_vectors: vectors a thread, beyond which strips stay wide: there are rows enough to cut, and long reads
-            matter more.
-        max_partials: blocks of a strip whose sums the last of them merges in two launches. More are used only where
-            the SMs would not be full.
-        usable_l2: share of the L2 cache that the second read of a split call may count on.
-        copy_share: share of the data sheet's bandwidth that a copy reaches.
-        launch: seconds from the end of one kernel to the work of the next in its stream: 2 to 3 us on GPUs of these
-            years where launches are queued. No call is faster than one.
-        grid_barrier: seconds that co-resident blocks take to publish sums, meet in L2 and read them: a fence, an atomic
-            operation and a polled load, at some 700 ns each, and the stragglers; 4 to 8 us by count.
-        cluster_barrier: the same through distributed shared memory, some 200 ns each.
-        handover: seconds until the last block of a strip knows that it is, in two launches: a fence and an atomic
-            operation.
-        merge_round: seconds in which that block's threads read a round of partial sums from L2: a latency for eight.
-        narrow_split_bytes, narrow_gain: what a strip may be narrowed to in two launches (two sectors), and the share of
-            the time that this must save. The last block then has fewer partial sums, but all blocks read less at once.
-        latency: seconds from a load to its data, of a GPU under load. With bytes under way it bounds the bandwidth.
-        loads: vectors that a thread of a streaming kernel has under way at a time, by its machine code
+        blocks_per_sm: blocks that share an SM in the tiers that keep a channel on chip, limited by registers.
+        split_blocks_per_sm: blocks per SM in the split tier.
+        fill: the share of the SMs that must have work if each strip gets one block. Where only one such block fits on
+            an SM, a GPU with clusters uses clusters; an older GPU uses the block, for the other tiers cost more.
+        vectors_per_thread: with fewer vectors per thread than this, cutting a channel further gains nothing.
+        max_cluster: the maximum blocks of a cluster (every sm_90 GPU allows 8).
+        max_cooperative: the maximum blocks that share a channel through L2.
+        narrow_bytes: the minimum width of a strip of channels, which is 128 bytes unless wide strips leave SMs idle and
+            blocks or clusters with narrower ones fill them. Memory is read in sectors of 32 bytes.
+        narrow_vectors: with more vectors per thread than this, strips stay wide: there are enough rows to cut, and long
+            reads matter more.
+        max_partials: the maximum blocks of a strip in the split tier, whose last block merges their sums; more are
+            used only if the SMs would not be full.
+        usable_l2: the share of the L2 cache that the second read of the split tier may rely on.
+        copy_share: the share of the data sheet's bandwidth that a copy reaches.
+        launch: seconds from the end of one kernel to the work of the next in its stream: 2 to 3 us on current GPUs with
+            queued launches. No call is faster than one launch.
+        grid_barrier: seconds in which co-resident blocks publish sums, synchronise in L2 and read them: a fence, an
+            atomic operation and a polled load, about 700 ns each, and late blocks; 4 to 8 us in all.
+        cluster_barrier: seconds for the same through distributed shared memory, about 200 ns for each step.
+        handover: seconds until the last block of a strip in the split tier knows that it is the last: a fence and an
+            atomic operation.
+        merge_round: seconds in which that block's threads read a round of partial sums from L2; eight loads share one
+            latency.
+        narrow_split_bytes, narrow_gain: the minimum width of a strip in the split tier (two sectors), and the share of
+            the time that narrowing must save. The last block then merges fewer sums, but all blocks read less at once.
+        latency: seconds from a load to its data on a busy GPU. With the bytes in flight it bounds the bandwidth.
+        loads: vectors that a thread of a streaming kernel has in flight, by its machine code
             (``docs/machine_code.md``).
-        row_blocks, column_blocks: blocks that registers let an SM hold, of streaming kernels for rows and columns, by
-            their machine code.
+        row_blocks, column_blocks: streaming blocks, for rows and for columns, that fit on an SM by their registers.
     """
 
     blocks_per_sm: int = 2
@@ -149,14 +149,14 @@ THRESHOLDS = Thresholds()
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Hold a call's seconds by the model, in parts.
+    """The seconds of a call by the model, in parts.
 
     Attributes:
         launches: the start of the kernels.
-        memory: the bytes over the bandwidth of a copy.
-        idle: the loss where too few bytes are under way: few blocks, short loads, a last wave that fills no GPU.
-        exchange: blocks that wait for each other's sums.
-        merge: the last block of each strip in a first launch, which adds up the sums of all.
+        memory: the bytes divided by the bandwidth of a copy.
+        idle: the loss where too few bytes are in flight: few blocks, short loads, a last wave that is not full.
+        exchange: the wait of blocks for each other's sums.
+        merge: the addition of all sums by the last block of each strip, in the first launch of the split tier.
     """
 
     launches: float = 0.0
@@ -176,23 +176,23 @@ class Times:
 
     @property
     def limiter(self) -> str:
-        """The longest part."""
+        """The name of the longest part."""
         parts = self.parts()
         return max(parts, key=lambda part: parts[part])
 
 
 def copy_seconds(nbytes: float, device: Device, thresholds: Thresholds) -> float:
-    """Return the seconds of a copy that moves so many bytes, read and written together."""
+    """Return the seconds of a copy that reads and writes ``nbytes`` in total."""
     return nbytes / (thresholds.copy_share * device.bandwidth)
 
 
 def streaming_seconds(
-    nbytes: float, grid: int, resident: int, under_way: int, device: Device, thresholds: Thresholds
+    nbytes: float, grid: int, resident: int, in_flight: int, device: Device, thresholds: Thresholds
 ) -> tuple[float, float]:
-    """Return the seconds of a launch: those of a copy, and those lost beyond.
+    """Return the seconds of a launch in two parts: those of a copy, and those lost in addition.
 
-    ``grid`` blocks move the bytes in waves; an SM holds ``resident`` blocks, and each has asked for ``under_way`` bytes
-    at a time. A wave has the bandwidth of a copy, or less if its bytes under way are too few to hide the latency.
+    ``grid`` blocks move the bytes in waves. An SM holds ``resident`` blocks, and each has ``in_flight`` bytes requested
+    from memory at a time. A wave reaches the bandwidth of a copy, or less if too few bytes in flight hide the latency.
     """
     slots = resident * device.sms
     full, last = divmod(grid, slots)
@@ -200,6 +200,6 @@ def streaming_seconds(
     lost = 0.0
     for blocks, waves in ((slots, full), (last, 1)):
         if blocks and waves:
-            reached = min(copy, blocks * under_way / thresholds.latency)
+            reached = min(copy, blocks * in_flight / thresholds.latency)
             lost += waves * blocks * nbytes / grid * (1 / reached - 1 / copy)
     return nbytes / copy, lost

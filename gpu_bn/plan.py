@@ -1,17 +1,17 @@
-"""Plan which kernels serve a call, how they are launched, and how many bytes they move.
+"""Launch plans: which kernels serve a call, how they are launched, and how many bytes they move.
 
 The tiers, in order of preference (:data:`TIERS`):
 
 ``cta``
-    One block owns a channel (channels-last: a strip of channels), keeps it on chip, reads it once, writes once.
+    One block reads a channel (channels-last: a strip of channels) once, keeps it on chip, and writes once.
 ``cluster``
-    The same, the channel shared by a cluster of blocks that exchange their sums through distributed shared memory.
+    The blocks of a cluster share the channel and exchange their sums through distributed shared memory.
 ``cooperative``
-    The same on any GPU: co-resident blocks exchange their sums through the L2 cache.
+    Co-resident blocks share the channel, on any GPU, and exchange their sums through the L2 cache.
 ``split``
-    Two launches: sums, then outputs. The second runs backwards, to start with what the first left in the cache.
+    Two launches: sums, then outputs. The second runs in reverse order, for the cache holds the end of the tensor.
 
-Where several tiers can serve a call, a plan takes the fastest by :mod:`gpu_bn.gpu_model`. Nothing here has been
+If several tiers can serve a call, the plan is the fastest by the model :mod:`gpu_bn.gpu_model`, which has not been
 measured on a GPU.
 """
 
@@ -39,26 +39,26 @@ from gpu_bn.tiling import narrower_tilings as narrower_tilings
 from gpu_bn.tiling import tile as tile
 
 CO_RESIDENT = 2
-"""Blocks that the kernels' launch bounds let an SM hold (float64: one)."""
+"""The blocks on an SM that the launch bounds of the kernels allow (1 for float64)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LaunchPlan:
-    """Describe how one direction of a call is launched. Compared by identity: equal work on a device has one plan.
+    """The launches of one direction of a call. Plans are compared by identity: equal work on a device has one plan.
 
     Attributes:
         tier: one of ``TIERS``.
-        tiling: how the tensor is cut.
-        blocks: blocks that share a strip.
-        in_flight: strips that blocks work on at a time: all of them, but in the cooperative tier.
-        share: positions of each of a strip's blocks.
-        shared_bytes: dynamic shared memory of a block.
-        launches: how many kernels.
-        read_bytes, written_bytes: bytes of tensors, for each launch.
-        dram_bytes: how many of these reach the memory, by the model of the L2 cache.
-        times: how long that takes, in parts (model).
-        floor_seconds: the time if one launch read and wrote each tensor once (model).
-        reason: why this tier.
+        tiling: the division of the tensor.
+        blocks: the number of blocks that share a strip.
+        in_flight: the number of strips in progress at a time: all, except in the cooperative tier.
+        share: the positions of each block of a strip.
+        shared_bytes: the dynamic shared memory of a block.
+        launches: the number of kernels.
+        read_bytes, written_bytes: the bytes of tensors that each launch reads and writes.
+        dram_bytes: the bytes that reach the memory, by the model of the L2 cache.
+        times: the seconds by the model, in parts.
+        floor_seconds: the seconds by the model if one launch read or wrote each tensor once.
+        reason: the reason for this tier.
     """
 
     tier: str
@@ -77,17 +77,17 @@ class LaunchPlan:
 
     @property
     def seconds(self) -> float:
-        """The time (model)."""
+        """The seconds by the model."""
         return self.times.seconds
 
     @property
     def grid(self) -> int:
-        """Blocks in a launch."""
+        """The number of blocks in a launch."""
         return self.in_flight * self.blocks
 
     @property
     def partials(self) -> int:
-        """Doubles in global memory by which blocks exchange their sums: two for each channel and block."""
+        """The doubles in global memory for partial results: two for each channel and block (cooperative: four)."""
         if self.tier in ("cta", "cluster"):
             return 0
         rounds = 2 if self.tier == "cooperative" else 1
@@ -95,14 +95,14 @@ class LaunchPlan:
 
     @property
     def counters(self) -> int:
-        """Counters of the blocks that have arrived."""
+        """The number of counters of arrived blocks."""
         if self.tier == "cooperative":
             return 2 * self.in_flight
         return self.in_flight if self.tier == "split" and self.blocks > 1 else 0
 
 
 class NoPlanError(ValueError):
-    """Report that the tier asked for cannot serve the work, and why."""
+    """Raised if the requested tier cannot serve the work; the message says why."""
 
 
 @lru_cache(4096)
@@ -115,7 +115,7 @@ def plan(
 ) -> LaunchPlan:
     """Return the launch plan of a training call.
 
-    ``tier`` forces one; ``on_chip`` is where blocks keep a channel if not in shared memory.
+    ``tier`` forces a tier. ``on_chip`` is the room of blocks that keep a channel elsewhere than in shared memory.
 
     Raises:
         NoPlanError: ``tier`` cannot serve this work on this device.
@@ -123,9 +123,9 @@ def plan(
     if tier is not None and tier not in TIERS:
         raise NoPlanError(f"unknown tier {tier!r}, expected one of {', '.join(TIERS)}")
     planner = _planner(work, device, thresholds, on_chip)
-    found = {name: _TIERS[name](planner, tier is not None) for name in (TIERS if tier is None else (tier,))}
-    refusals = [f"not {name}: {why}" for name, why in found.items() if isinstance(why, str)]
-    plans = [option for option in found.values() if isinstance(option, LaunchPlan)]
+    results = {name: _TIERS[name](planner, tier is not None) for name in (TIERS if tier is None else (tier,))}
+    refusals = [f"not {name}: {why}" for name, why in results.items() if isinstance(why, str)]
+    plans = [option for option in results.values() if isinstance(option, LaunchPlan)]
     if not plans:
         raise NoPlanError("; ".join(refusals))
     chosen = min(plans, key=lambda option: option.seconds)
@@ -133,7 +133,7 @@ def plan(
 
 
 def options(work: Work, device: Device, thresholds: Thresholds = THRESHOLDS) -> dict[str, LaunchPlan | str]:
-    """Return each tier's plan, or why it has none. :func:`plan` takes the fastest plan, of equals the first."""
+    """Return the plan of each tier, or why it has none. :func:`plan` takes the first of the fastest plans."""
     planner = _planner(work, device, thresholds)
     return {name: tier(planner, False) for name, tier in _TIERS.items()}
 
@@ -142,20 +142,20 @@ def options(work: Work, device: Device, thresholds: Thresholds = THRESHOLDS) -> 
 def plan_once(
     work: Work, device: Device, thresholds: Thresholds = THRESHOLDS, tiling: Tiling | None = None
 ) -> LaunchPlan:
-    """Return the plan of one pass that exchanges no statistics: evaluation, frozen statistics, one phase of two."""
-    return _Planner(work, device, thresholds, tiling or tile(work), OnChip.shared(device)).once()
+    """Return the plan of one launch without exchange: evaluation, frozen statistics, or one phase of the split tier."""
+    return _Planner(work, device, thresholds, tiling or tile(work), OnChip.shared(device)).one_launch()
 
 
 def plan_twice(work: Work, device: Device, thresholds: Thresholds, once: LaunchPlan) -> LaunchPlan:
-    """Return the plan of two launches, both of which cut the tensors as ``once`` does."""
+    """Return the plan of two launches that both use the tiling and the grid of the plan ``once``."""
     return _Planner(work, device, thresholds, once.tiling, OnChip.shared(device))._split(once)
 
 
 def _planner(work: Work, device: Device, thresholds: Thresholds, on_chip: OnChip | None = None) -> _Planner:
-    """Return the planner of the widest strips whose blocks fill the SMs; else of those whose clusters do.
+    """Return the planner with the widest strips whose blocks fill the SMs, else with those whose clusters fill them.
 
-    Where neither do, the strips are the widest. A tensor so small that blocks of the narrowest strips have next to
-    nothing to do gets these before clusters.
+    If neither exists, the strips are the widest. For a tensor so small that blocks with the narrowest strips have
+    hardly any work, these come before clusters.
     """
     on_chip = on_chip or OnChip.shared(device)
     tilings = narrower_tilings(tile(work), thresholds.narrow_bytes, work.itemsize)
@@ -165,17 +165,20 @@ def _planner(work: Work, device: Device, thresholds: Thresholds, on_chip: OnChip
         return widest
 
     def narrows(planner: _Planner, blocks: int) -> bool:
-        return planner is widest or planner._vectors(blocks) <= thresholds.narrow_vectors
+        return planner is widest or planner._vectors_per_thread(blocks) <= thresholds.narrow_vectors
 
-    alone = [planner for planner in planners if planner.cta_fills() and narrows(planner, 1)]
+    single = [planner for planner in planners if planner.cta_fills() and narrows(planner, 1)]
     tiny = [narrowest] if narrowest.tiny else []
     clusters = [planner for planner in planners if planner.cluster_fills() and narrows(planner, thresholds.max_cluster)]
-    return [*alone, *tiny, *clusters, widest][0]
+    return [*single, *tiny, *clusters, widest][0]
 
 
 @dataclass(frozen=True, slots=True)
 class _Planner:
-    """Plan the tiers of a call for one tiling. A tier returns its plan, or why it has none unless it is forced."""
+    """The plans of a call for one tiling.
+
+    The method of a tier returns its plan, or the reason against it; if ``forced``, a plan whenever it is possible.
+    """
 
     work: Work
     device: Device
@@ -185,42 +188,43 @@ class _Planner:
 
     @property
     def off_chip(self) -> str:
-        """Why no block can keep a strip on chip; empty if one may."""
+        """The reason why no block can keep a strip on chip; empty if a block may."""
         if self.work.masked or self.work.groups > 1:
-            return "masks and groups are served in two passes"
+            return "masks and ghost batches take two passes"
         if self.tiling.columns and self.tiling.vector == 8 and self.work.staged > 2:
-            return "three tensors, 8 channels a thread, need more registers than there are"
+            return "three tensors with 8 channels per thread need more registers than a thread has"
         return ""
 
     @property
     def tiny(self) -> bool:
-        """Whether the threads of one block have so little to do that more blocks gain nothing."""
-        return self._vectors(1) <= self.thresholds.vectors_per_thread
+        """Whether the threads of one block have so little work that more blocks gain nothing."""
+        return self._vectors_per_thread(1) <= self.thresholds.vectors_per_thread
 
-    def _fills(self, blocks: int) -> bool:
+    def _fill_sms(self, blocks: int) -> bool:
+        """Tell whether this many blocks give enough SMs work."""
         return blocks >= self.thresholds.fill * self.device.sms
 
     def cta_fills(self) -> bool:
-        """Tell whether single blocks hold the strips and give the SMs work."""
-        most = self._even if self._can_cluster() else self.on_chip.per_block
-        return self._fills(self.tiling.strips) and self._held(1) <= most
+        """Tell whether single blocks hold the strips and fill the SMs."""
+        limit = self._even_share if self._can_cluster() else self.on_chip.per_block
+        return self._fill_sms(self.tiling.strips) and self._held(1) <= limit
 
     def cluster_fills(self) -> bool:
-        """Tell whether clusters hold the strips and give the SMs work."""
+        """Tell whether clusters hold the strips and fill the SMs."""
         sizes = self._cluster_sizes() if self._can_cluster() else []
-        return any(self._fills(self.tiling.strips * k) and self._held(k) <= self.on_chip.per_block for k in sizes)
+        return any(self._fill_sms(self.tiling.strips * k) and self._held(k) <= self.on_chip.per_block for k in sizes)
 
     def cta(self, forced: bool) -> LaunchPlan | str:
-        """Give each strip a block, if the blocks fill the SMs or have little to do."""
+        """Give each strip a block, if the blocks fill the SMs or have little work."""
         if self.off_chip:
             return self.off_chip
         if self._held(1) > self.on_chip.per_block:
             return f"a strip needs {self._held(1)} bytes of shared memory, a block has {self.on_chip.per_block}"
-        if not (forced or self.tiny or self._fills(self.tiling.strips)):
+        if not (forced or self.tiny or self._fill_sms(self.tiling.strips)):
             return f"{self.tiling.strips} blocks leave SMs idle"
         if not (forced or self.tiny or self.cta_fills()):
-            return f"{self._held(1)} bytes a block leave fewer than {self.thresholds.blocks_per_sm} blocks on an SM"
-        return self._resident("cta", 1, "a block holds its strip")
+            return f"with {self._held(1)} bytes each, fewer than {self.thresholds.blocks_per_sm} blocks fit on an SM"
+        return self._resident("cta", 1, "one block holds a strip")
 
     def cluster(self, forced: bool) -> LaunchPlan | str:
         """Give each strip the smallest cluster that leaves room for other blocks and fills the SMs."""
@@ -231,43 +235,43 @@ class _Planner:
         if self.off_chip:
             return self.off_chip
         if not forced and self.tiling.positions < 2 * self._rows:
-            return "a cluster's blocks would idle"
+            return "a strip is too short to keep the blocks of a cluster busy"
         fitting = [k for k in self._cluster_sizes() if self._held(k) <= self.on_chip.per_block]
         if not fitting:
-            return f"a strip does not fit {self.thresholds.max_cluster} blocks"
-        roomy = [k for k in fitting if self._held(k) <= self._even] or fitting[-1:]
-        filling = [k for k in roomy if self._fills(self.tiling.strips * k)]
+            return f"a strip fits no cluster of up to {self.thresholds.max_cluster} blocks"
+        roomy = [k for k in fitting if self._held(k) <= self._even_share] or fitting[-1:]
+        filling = [k for k in roomy if self._fill_sms(self.tiling.strips * k)]
         blocks = (filling or roomy[-1:])[0]
         return self._resident("cluster", blocks, f"a cluster of {blocks} blocks holds a strip")
 
     def _cluster_sizes(self) -> list[int]:
-        """Return the sizes that leave every block of a cluster some positions."""
+        """Return the sizes of clusters in which every block has some positions."""
         sizes = [k for k in (2, 4, 8) if k <= self.thresholds.max_cluster]
         return [k for k in sizes if -(-self.tiling.positions // k) * (k - 1) < self.tiling.positions]
 
     def cooperative(self, forced: bool) -> LaunchPlan | str:
-        """Give each strip as few co-resident blocks as hold it, or as many as keep the SMs busy in as few rounds."""
+        """Give each strip the fewest co-resident blocks that hold it, or more that fill the SMs in as many rounds."""
         if self.off_chip:
             return self.off_chip
         tensors = self.work.reads * self.work.tensor_bytes
         if not forced and tensors <= self.thresholds.usable_l2 * self.device.l2_bytes:
-            return "the second read of a split call hits L2"
+            return "the second read of the split tier hits the L2 cache"
         capacity = self.device.sms * self._co_resident
         room = min(self.on_chip.share(self._co_resident), self.on_chip.per_block)
-        most = min(self.thresholds.max_cooperative, capacity, self.tiling.positions)
-        vectors = max(1, room * self._vectors(1) // self._held(1))  # whole vectors of a thread
+        limit = min(self.thresholds.max_cooperative, capacity, self.tiling.positions)
+        vectors = max(1, room * self._vectors_per_thread(1) // self._held(1))  # a thread has whole vectors
         wanted = max(2, -(-self.tiling.positions // (vectors * self._rows)))
-        if wanted > most or self._held(wanted) > room:
-            return f"a strip needs {wanted} blocks or more, {most} may share one"
-        if not forced:  # as few rounds as can be, all of them full
+        if wanted > limit or self._held(wanted) > room:
+            return f"a strip needs at least {wanted} blocks, but at most {limit} may share it"
+        if not forced:  # the fewest rounds, all of them full
             rounds = -(-self.tiling.strips // (capacity // wanted))
             in_flight = -(-self.tiling.strips // rounds)
-            wanted = max(wanted, min(capacity // in_flight, self._most_blocks, most))
+            wanted = max(wanted, min(capacity // in_flight, self._max_blocks, limit))
         return self._resident("cooperative", wanted, f"{wanted} co-resident blocks hold a strip", capacity)
 
     def split(self, forced: bool) -> LaunchPlan:
-        """Take two launches, of narrower strips where that saves time."""
-        del forced  # it serves everything
+        """Use two launches, with narrower strips where that saves time."""
+        del forced  # this tier is always possible
         wide, thresholds = self._split(), self.thresholds
         if self.work.groups > 1:
             return wide
@@ -277,7 +281,7 @@ class _Planner:
         return narrow if narrow.seconds < (1 - thresholds.narrow_gain) * wide.seconds else wide
 
     def _split(self, once: LaunchPlan | None = None) -> LaunchPlan:
-        work, once = self.work, once or self.once()
+        work, once = self.work, once or self.one_launch()
         second = min(work.reads * work.tensor_bytes, int(self.thresholds.usable_l2 * self.device.l2_bytes))
         mask = work.valid_bytes + (work.sign_bytes if work.backward else 0)
         reads = (work.staged * work.tensor_bytes + mask, work.reads * work.tensor_bytes + mask)
@@ -285,7 +289,7 @@ class _Planner:
         written = (first, self._written - first)
         first_dram = reads[0] + written[0]
         dram = sum(reads) + sum(written) - min(second, reads[0])
-        passes = [self._streamed(once.grid, moved) for moved in (first_dram, dram - first_dram)]
+        passes = [self._streaming_times(once.grid, moved) for moved in (first_dram, dram - first_dram)]
         memory, idle = (sum(parts) for parts in zip(*passes, strict=True))
         rounds = -(-once.blocks * self.tiling.channels_per_strip // THREADS)
         merge = (self.thresholds.handover + rounds * self.thresholds.merge_round) if once.blocks > 1 else 0.0
@@ -299,11 +303,11 @@ class _Planner:
             reason="two passes serve every size",
         )
 
-    def once(self) -> LaunchPlan:
-        """Take one launch without an exchange, in whole waves of blocks."""
+    def one_launch(self) -> LaunchPlan:
+        """Use one launch without an exchange, in whole waves of blocks."""
         wanted = self.device.sms * self.thresholds.split_blocks_per_sm // self.tiling.strips  # whole waves
         resident = self.device.sms * self._co_resident // self.tiling.strips
-        blocks = max(1, min(wanted, max(self.thresholds.max_partials, resident), self._most_blocks))
+        blocks = max(1, min(wanted, max(self.thresholds.max_partials, resident), self._max_blocks))
         share = -(-self.tiling.positions // blocks)
         return self._plan("split", -(-self.tiling.positions // share), self.tiling.strips, share, 0, "one pass")
 
@@ -316,13 +320,13 @@ class _Planner:
     def _plan(self, tier: str, blocks: int, in_flight: int, share: int, held: int, reason: str) -> LaunchPlan:
         moved, thresholds = self._read + self._written, self.thresholds
         if tier == "split":
-            exchange, (memory, idle) = 0.0, self._streamed(in_flight * blocks, moved)
+            exchange, (memory, idle) = 0.0, self._streaming_times(in_flight * blocks, moved)
         else:
             resident = max(1, min(thresholds.blocks_per_sm, self._co_resident, self.on_chip.blocks(held)))
             grid = self.tiling.strips * blocks
             waves = -(-grid // (resident * self.device.sms))
-            under_way = held if self.device.arch >= 80 else min(held, self._under_way)
-            memory, idle = streaming_seconds(moved, grid, resident, under_way, self.device, thresholds)
+            requested = held if self.device.arch >= 80 else min(held, self._bytes_in_flight)
+            memory, idle = streaming_seconds(moved, grid, resident, requested, self.device, thresholds)
             rounds = {"cluster": -(-waves // resident), "cooperative": -(-self.tiling.strips // in_flight)}.get(tier, 0)
             exchange = rounds * (thresholds.cluster_barrier if tier == "cluster" else thresholds.grid_barrier)
         times = Times(thresholds.launch, memory, idle, exchange)
@@ -332,14 +336,14 @@ class _Planner:
             reason,
         )  # fmt: skip
 
-    def _streamed(self, grid: int, moved: int) -> tuple[float, float]:
-        """Return the seconds of a streaming launch: those of a copy, and those lost beyond."""
+    def _streaming_times(self, grid: int, moved: int) -> tuple[float, float]:
+        """Return the seconds of a streaming launch: those of a copy, and those lost in addition."""
         resident = self.thresholds.column_blocks if self.tiling.columns else self.thresholds.row_blocks
-        return streaming_seconds(moved, grid, resident, self._under_way, self.device, self.thresholds)
+        return streaming_seconds(moved, grid, resident, self._bytes_in_flight, self.device, self.thresholds)
 
     @property
-    def _under_way(self) -> int:
-        """Bytes that a block of a streaming kernel has asked memory for at a time."""
+    def _bytes_in_flight(self) -> int:
+        """The bytes that a block of a streaming kernel has requested from memory at a time."""
         return self.thresholds.loads * THREADS * self.tiling.vector * self.work.itemsize
 
     @property
@@ -357,26 +361,26 @@ class _Planner:
 
     @property
     def _rows(self) -> int:
-        """Positions that a block goes through at a time."""
+        """The positions that a block processes at a time."""
         return THREADS // self.tiling.lanes
 
     @property
-    def _most_blocks(self) -> int:
-        """Blocks that a strip may be cut into before their threads run out of work."""
+    def _max_blocks(self) -> int:
+        """The most blocks of a strip whose threads all have enough work."""
         return max(1, self.tiling.positions // (self._rows * self.thresholds.vectors_per_thread))
 
     @property
-    def _even(self) -> int:
-        """Bytes that a block can keep where as many blocks as usual share an SM."""
+    def _even_share(self) -> int:
+        """The bytes that a block can keep if ``blocks_per_sm`` blocks share an SM."""
         return self.on_chip.share(self.thresholds.blocks_per_sm)
 
     def _held(self, blocks: int) -> int:
-        """Return the bytes that each of a strip's blocks keeps on chip."""
-        vectors = self._vectors(blocks) * THREADS
+        """Return the bytes that each block keeps on chip if ``blocks`` share a strip."""
+        vectors = self._vectors_per_thread(blocks) * THREADS
         return vectors * self.tiling.vector * self.work.itemsize * self.work.staged
 
-    def _vectors(self, blocks: int) -> int:
-        """Return how many vectors each thread of a strip's blocks goes through, at most."""
+    def _vectors_per_thread(self, blocks: int) -> int:
+        """Return the most vectors that a thread processes if ``blocks`` share a strip."""
         share = -(-self.tiling.positions // blocks)
         return -(-share // self._rows)
 
@@ -391,4 +395,4 @@ _TIERS: dict[str, Callable[[_Planner, bool], LaunchPlan | str]] = {
     "split": _Planner.split,
 }
 TIERS = tuple(_TIERS)
-"""In order of preference."""
+"""The names of the tiers, in order of preference."""

@@ -30,20 +30,20 @@ def test_the_text_says_what_was_chosen_and_why():
         r"strips +64 of one channel, each on 6 blocks\n",
         r"vectors +8 elements, 16 bytes\n",
         r"shared memory +none for tensors\n",
-        r"bytes +25.69 MB moved, 25.69 MB is the floor\n",
-        r"time \(model\) +25.37 us, 21.27 us is the floor: 84% of the floor's speed\n",
-        r"of that +launches 5 us, memory 18.77 us, merge 1.6 us\n",
+        r"bytes +25.69 MB moved; the floor is 25.69 MB\n",
+        r"time \(model\) +25.37 us; the floor is 21.27 us: 84% of the floor's speed\n",
+        r"parts of it +launches 5 us, memory 18.77 us, merge 1.6 us\n",
         r"not cta +a strip needs 200704 bytes of shared memory, a block has 159216\n",
         r"not cluster +clusters need sm_90\n",
-        r"not cooperative +the second read of a split call hits L2\n",
+        r"not cooperative +the second read of the split tier hits the L2 cache\n",
     ):
         assert re.search(said, forward), said
     for said in (
         r"tier +cooperative\n",
         r"strips +256 of one channel, each on 3 blocks, 72 at a time\n",
-        r"of that +launches 2.5 us, memory 75.1 us, exchange 24 us\n",
-        r"shared memory +\d+ bytes a block\n",
-        r"not split +this would be 2 launches and 1.\d\d times the time \(model\)\n",
+        r"parts of it +launches 2.5 us, memory 75.1 us, exchange 24 us\n",
+        r"shared memory +\d+ bytes per block\n",
+        r"not split +this would take 2 launches and 1.\d\d times as long \(model\)\n",
     ):
         assert re.search(said, shared), said
     assert text.endswith(
@@ -141,8 +141,8 @@ def test_times_have_a_unit_that_fits(seconds, text):
 
 
 def test_narrow_vectors_are_explained():
-    assert "4 elements, 8 bytes (16 does not divide a row)" in str(gpu_bn.explain((5, 3, 14, 14), "f16"))
-    assert "8 elements, 16 bytes (rows begin and end within them)" in str(gpu_bn.explain((32, 64, 7, 7), "f16"))
+    assert "4 elements, 8 bytes (a row is no multiple of 16 bytes)" in str(gpu_bn.explain((5, 3, 14, 14), "f16"))
+    assert "8 elements, 16 bytes (rows may begin and end within a vector)" in str(gpu_bn.explain((32, 64, 7, 7), "f16"))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_narrow_vectors_are_explained():
         (((8, 8), "int8"), TypeError, "one of float16, bfloat16, float32, float64, got 'int8'"),
         (((8, 8), np.int32), TypeError, "one of float16"),
         (((8, 8), "f16", "hwc"), ValueError, "unknown layout 'hwc', expected one of nchw, nhwc, nc"),
-        (((8, 8, 8), "f16", "nc"), ValueError, "layout 'nc' is of 2 axes, got 3"),
+        (((8, 8, 8), "f16", "nc"), ValueError, "layout 'nc' needs a shape of 2 axes, got 3"),
         (((8, 8), "f16", "nc", "h900"), ValueError, "unknown device 'h900'.* one of t4, a100, 4090, h100, b200"),
         (((8, 8), "f16", "nc", 9), ValueError, "unknown device 9"),
     ],

@@ -206,9 +206,9 @@ def test_a_forced_tier_is_honoured_or_refused_with_its_reason(work, device, tier
             "cta",
             "not cta: a strip needs 401408 bytes of shared memory, a block has 224752",
         ),
-        (Work(1, 64, 8, 2), H100, "cluster", "does not fit"),
-        (Work(4096, 1, 65536, 4), H100, "cooperative", "blocks or more, 64 may share one"),
-        (Work(64, 64, 1, 2, True, reads=3, staged=3), H100, "cta", "more registers than there are"),
+        (Work(1, 64, 8, 2), H100, "cluster", "fits no cluster"),
+        (Work(4096, 1, 65536, 4), H100, "cooperative", "blocks, but at most 64 may share it"),
+        (Work(64, 64, 1, 2, True, reads=3, staged=3), H100, "cta", "more registers than a thread has"),
         (Work(4, 4, 4, 4), H100, "warp", "unknown tier 'warp', expected one of cta, cluster, cooperative, split"),
     ],
 )

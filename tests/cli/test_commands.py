@@ -124,7 +124,7 @@ def test_explain_on_all_devices_is_a_table(capsys):
     [
         (["--shape", "8"], "2 to 5 axes, got 1"),
         (["--shape", "1x8"], "Expected more than 1 value per channel when training, got input size (1, 8)"),
-        (["--shape", "4,8,2", "--layout", "nc"], "layout 'nc' is of 2 axes, got 3"),
+        (["--shape", "4,8,2", "--layout", "nc"], "layout 'nc' needs a shape of 2 axes, got 3"),
         (["--shape", "4,8", "--activation", "maxout"], "unknown activation 'maxout', expected one of identity"),
     ],
 )
