@@ -22,7 +22,7 @@ from gpu_bn.nn.checks import (
     plain_number,
 )
 from gpu_bn.nn.operators import autograd, composition, library, masked, plain_calls
-from gpu_bn.nn.running import updates
+from gpu_bn.nn.running import untracked_statistics, updates
 
 
 def batch_norm(
@@ -134,7 +134,9 @@ def _checked_batch_norm(call: Call, options: Options) -> Tensor:
     groups = check_extensions(call, options) if extended else 1
     extended = call.valid is not None or groups > 1 or options.renorm is not None
     if training and not torch.compiler.is_compiling():
-        call = _without_updates(call, options) if updates.off else call
+        if updates.off:
+            mean, var = untracked_statistics(call.running_mean, call.running_var, options.renorm)
+            call = call._replace(running_mean=mean, running_var=var, counter=None)
         check_memory(call)
     if isinstance(momentum, Tensor) and (extended or not library.stays_on_device(momentum)):
         momentum = momentum.item()
@@ -142,14 +144,6 @@ def _checked_batch_norm(call: Call, options: Options) -> Tensor:
     check_finite(momentum, eps)
     options = Options(training, momentum, eps, *rest)
     return masked.batch_norm(call, options, groups) if extended else _traceable_batch_norm(call, options)
-
-
-def _without_updates(call: Call, options: Options) -> Call:
-    """Remove the running statistics and the counter from a call; renormalisation reads copies of the statistics."""
-    mean = var = None
-    if options.renorm is not None and call.running_mean is not None and call.running_var is not None:
-        mean, var = call.running_mean.clone(), call.running_var.clone()
-    return Call(call.x, call.weight, call.bias, call.residual, mean, var, None, call.valid)
 
 
 def _traceable_batch_norm(call: Call, options: Options) -> Tensor:

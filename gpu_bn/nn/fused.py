@@ -16,6 +16,7 @@ from gpu_bn.folding import batch_moments
 from gpu_bn.nn import functional
 from gpu_bn.nn.activated import Activated, guarded_property
 from gpu_bn.nn.operators import plain_calls
+from gpu_bn.nn.running import untracked_statistics
 
 
 class Fused(Activated, _BatchNorm):
@@ -73,7 +74,7 @@ class Fused(Activated, _BatchNorm):
         except KeyError:  # something replaced a parameter, as torch.nn.utils.parametrize does
             mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
             counter = self.num_batches_tracked if training and tracked else None
-        running_mean, running_var = (mean, var) if tracked else self._untracked_statistics()
+        running_mean, running_var = (mean, var) if tracked else untracked_statistics(mean, var, self.renorm)
         return layer(
             input,
             running_mean,
@@ -92,12 +93,6 @@ class Fused(Activated, _BatchNorm):
             self.virtual_batch_size if training else None,
             self.renorm if training else None,
         )
-
-    def _untracked_statistics(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the running statistics of a call that must not update them: copies if it renormalises, else none."""
-        if self.renorm is None or self.running_mean is None or self.running_var is None:
-            return None, None
-        return self.running_mean.clone(), self.running_var.clone()
 
     def init_identity_(self, input: Tensor) -> Fused:
         """Initialise the layer so that its normalisation is the identity on a batch, in training and evaluation.

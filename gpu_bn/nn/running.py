@@ -70,6 +70,13 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     return nullcontext(), no_tracking()
 
 
+def untracked_statistics(
+    mean: Tensor | None, var: Tensor | None, renorm: tuple[float, float] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the running statistics of a call that must not update them: copies if it renormalises, else none."""
+    return (None, None) if renorm is None or mean is None or var is None else (mean.clone(), var.clone())
+
+
 @torch.no_grad()
 def update_running(tracked: Tracked, momentum: Any, batch: Pool) -> None:
     """Move running statistics towards those of a batch, unless it is empty, and count the batch, without a GPU sync."""

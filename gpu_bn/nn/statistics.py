@@ -192,7 +192,7 @@ def _merge_over_processes(layers: list[_BatchNorm], pools: Pools, group: Group) 
         for layer in layers
     ]
     parts = gather(torch.cat(vectors), group).split(lengths, dim=1)
-    return {layer: merge(Pool(*parts[3 * at : 3 * at + 3])) for at, layer in enumerate(layers)}
+    return {layer: merge(Pool(*parts[3 * i : 3 * i + 3])) for i, layer in enumerate(layers)}
 
 
 def _batches_in_step(batches: Iterable[Any], layers: list[_BatchNorm], group: Group) -> Iterator[Any]:

@@ -86,8 +86,8 @@ def _compare_layers(layer: Any, group: Group, like: Tensor) -> None:
     header = [wire.FIRST, *[wire.UNKNOWN] * (len(wire.FIELDS) - 3)]
     packets = gather(wire.pack(vector, group.name, header)[0], group).cpu()
     wire.require_equal_headers(packets, group.name)
-    places, total = packets[:, wire.HEADER : wire.HEADER + 2].unbind(1)
-    if bool((total == total[0]).all() and wire.differing_columns(places[:, None]).any()):
+    places, created = packets[:, wire.HEADER : wire.HEADER + 2].unbind(1)
+    if bool((created == created[0]).all() and wire.differing_columns(places[:, None]).any()):
         wire.raise_difference({"layer": places.tolist()})
 
 
