@@ -181,6 +181,11 @@ class Times:
         return max(parts, key=lambda part: parts[part])
 
 
+def memory_bandwidth(clock_khz: float, bus_bits: int) -> float:
+    """Return the bytes per second of a memory that transfers data twice per clock cycle."""
+    return 2e3 * clock_khz * bus_bits / 8
+
+
 def copy_seconds(nbytes: float, device: Device, thresholds: Thresholds) -> float:
     """Return the seconds of a copy that reads and writes ``nbytes`` in total."""
     return nbytes / (thresholds.copy_share * device.bandwidth)

@@ -10,6 +10,7 @@ import cupy
 
 from gpu_bn.backends.cupy import sources as cuda_sources
 from gpu_bn.backends.protocol import BackendUnavailableError
+from gpu_bn.gpu_model import memory_bandwidth
 from gpu_bn.plan import THREADS, Device
 
 OLDEST_ARCHES = {12: 70, 13: 75}
@@ -52,7 +53,7 @@ def properties(index: int) -> Device:
 def _bandwidth(index: int, properties: dict[str, Any]) -> float:
     """Return the bandwidth of memory in bytes per second. In CUDA 13, only a device attribute has the clock rate."""
     clock = properties.get("memoryClockRate") or cupy.cuda.runtime.deviceGetAttribute(MEMORY_CLOCK_RATE, index)
-    return 2e3 * float(clock) * float(properties["memoryBusWidth"]) / 8  # kHz, bits
+    return memory_bandwidth(clock, properties["memoryBusWidth"])
 
 
 def disable_clusters() -> None:

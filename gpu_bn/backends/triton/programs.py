@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpu_bn.backends.triton.launch import interpreting
+from gpu_bn.gpu_model import memory_bandwidth
 from gpu_bn.plan import (
     CO_RESIDENT,
     DEVICES,
@@ -108,13 +109,17 @@ INTERPRETER_HINT = "with TRITON_INTERPRET=1 in the environment the kernels run o
 
 
 def device_of(device: Any) -> Device:
-    """Return the planner's description of a torch device."""
+    """Return the planner's description of a torch device.
+
+    If torch does not know the clock rate or the width of the memory, the bandwidth is that of an A100.
+    """
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
+        clock, bus = getattr(found, "memory_clock_rate", 0), getattr(found, "memory_bus_width", 0)
         return Device(
             found.name, 10 * found.major + found.minor, found.multi_processor_count,
             found.shared_memory_per_multiprocessor, found.shared_memory_per_block, found.L2_cache_size,
-            DEVICES["a100"].bandwidth,
+            memory_bandwidth(clock, bus) or DEVICES["a100"].bandwidth,
         )  # fmt: skip
     if device.type == "cpu" and interpreting():
         return INTERPRETER
