@@ -47,10 +47,7 @@ def functions(name: str) -> Functions:
 
 
 def _define(name: str, source: str) -> dict[str, Any]:
-    """Run a source text and return its names.
-
-    ``linecache`` keeps the text, because Triton reads a function's source from the file that defines it.
-    """
+    """Run a source text and return its names; ``linecache`` keeps the text, because Triton reads it as from a file."""
     file = f"<gpu_bn activation {name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     names: dict[str, Any] = {"__name__": f"{__name__}.{name}", "tl": tl}  # Triton looks up tl here

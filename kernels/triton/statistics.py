@@ -126,10 +126,7 @@ def count_of(block, L: tl.constexpr):
 
 @triton.jit
 def streamed_sums(x, base, share, strip, CHAIN: tl.constexpr, AT_ONCE: tl.constexpr, L: tl.constexpr):
-    """Return a channel's sums over a share in float64. The count is 0 without a mask.
-
-    Each thread makes at most CHAIN additions in a row in COMPUTE. CHAIN = 0: the share is short enough for one chain.
-    """
+    """Return a channel's sums over a share, in chains of CHAIN additions (0: one chain); the count only with a mask."""
     none = no_sums(L)
     if CHAIN == 0:
         own = add_share(x, none, base, share, strip, AT_ONCE, L)
@@ -221,10 +218,7 @@ def block_results(partials, plane, i, channels, L: tl.constexpr):
 
 @triton.jit
 def block_counts(partials, i, channels, COUNTED: tl.constexpr, L: tl.constexpr):
-    """Return the counts of blocks ``i``, in a shape that broadcasts to that of :func:`block_results`.
-
-    COUNTED: load them from plane 2; otherwise they follow from the share.
-    """
+    """Return the counts of blocks ``i``, which broadcast to their results; COUNTED: load them, or else compute them."""
     if COUNTED:
         return block_results(partials, 2, i, channels, L)
     else:

@@ -106,10 +106,7 @@ def place_of(partials, plane: tl.constexpr, block, channels):
 def leave_sums(
     x, partials, block, base, pending, share, strip, statistic, AT_ONCE: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
-    """Write the pending channels' sums after each sweep, with shift and factor of their deviations.
-
-    With a mask and for ragged rows, write the count too.
-    """
+    """Write sums, shift and factor of the pending channels after each sweep; with a mask or ragged rows, counts too."""
     sweep = 0
     again = share.first < share.last
     while again:

@@ -120,8 +120,7 @@ def bn_sync_update_kernel(
 ):  # fmt: skip
     """Update the running statistics, unless the batch is empty, and count the batch.
 
-    CUMULATIVE: the momentum is 1 / the number of batches. A single program does all the work, so that the counter is
-    read before it is written.
+    CUMULATIVE: the momentum is 1 / the number of batches. One program does all, so that it reads the counter first.
     """
     total = tl.load(count)
     bessel = total * reciprocal_from(total - 1.0, 1.0)

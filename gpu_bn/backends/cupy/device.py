@@ -72,11 +72,7 @@ def bind_context() -> None:
 
 @lru_cache(4096)
 def get_kernel(activation: str | None, name: str, shared_bytes: int, device: int) -> Any:
-    """Return the kernel with a name expression, compiled for the current device.
-
-    Its blocks may use ``shared_bytes`` of dynamic shared memory. ``activation`` is ``None`` for the kernels of
-    SyncBatchNorm.
-    """
+    """Return a compiled kernel for the current device, which may use ``shared_bytes`` of dynamic shared memory."""
     del device  # only a part of the cache's key: the limit of shared memory is set for each device
     try:
         kernel = _module(activation, name).get_function(name)

@@ -34,36 +34,27 @@ NULL = np.intp(0)
 
 
 class Arguments(NamedTuple):
-    """The caller's arguments: tensors, per-channel vectors and numbers. A call reads some of them.
+    """The caller's arguments: tensors, per-channel vectors and numbers. A call reads some of them."""
 
-    Attributes:
-        counters: ``counters(size)`` returns an array of zeros for blocks to count with.
-        valid: which positions count.
-        counts: the count of each ghost batch.
-        sign_bits: the bits that were kept instead of the residual.
-        momentum_at: the momentum on the device, or null if ``momentum`` is its value.
-        rows: the array that a call for the statistics alone writes.
-    """
-
-    counters: Any = None
+    counters: Any = None  # counters(size) returns zeros for blocks to count with
     x: Any = None
     residual: Any = None
     out: Any = None
-    valid: Any = None
-    counts: Any = None
-    sign_bits: Any = None
+    valid: Any = None  # which positions count
+    counts: Any = None  # the count of each ghost batch
+    sign_bits: Any = None  # kept instead of the residual
     weight: Any = None
     bias: Any = None
     mean: Any = None
     var: Any = None
     running_mean: Any = None
     running_var: Any = None
-    momentum_at: Any = NULL
+    momentum_at: Any = NULL  # the momentum on the device; null if ``momentum`` is its value
     momentum: Any = None
     eps: Any = None
     parameter: Any = None
     count: Any = None
-    rows: Any = None
+    rows: Any = None  # where a call for the statistics alone writes them
     dy: Any = None
     dx: Any = None
     dresidual: Any = None

@@ -107,11 +107,7 @@ def as_tensor(array: Any) -> Tensor:
 
 
 def as_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """Return the NumPy dtype for a torch dtype.
-
-    Raises:
-        BackendUnavailableError: the dtype is bfloat16, and the package ml_dtypes is not installed.
-    """
+    """Return the NumPy dtype for a torch dtype; raise the same error as :func:`as_array`."""
     return np.dtype(_bfloat16() if dtype is torch.bfloat16 else str(dtype).rpartition(".")[2])
 
 

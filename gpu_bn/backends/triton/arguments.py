@@ -19,37 +19,21 @@ Array = Any
 
 
 class BackwardCall(NamedTuple):
-    """The arguments of a backward call as kernels take them.
+    """The arguments of a backward call as kernels take them."""
 
-    Attributes:
-        key: equal for calls that have the same launches.
-        view: the memory layout of the input; with ghost batches, the batch is its outermost axis.
-        x: the input.
-        tensors: x, dy, residual, mask, valid.
-        vectors: mean, var, weight, bias.
-        numbers: eps, and the parameter of the activation.
-        gradient: the kernel function for the gradient of the activation.
-        alignment: the bytes that all addresses of tensors are multiples of, at most 16.
-        groups: the number of ghost batches.
-        split: whether the split tier must serve, because there is a mask or only the device knows the count.
-    """
-
-    key: tuple[Any, ...]
-    view: View
+    key: tuple[Any, ...]  # equal for calls that have the same launches
+    view: View  # of the input; with ghost batches, the batch is its outermost axis
     x: Array
-    tensors: tuple[Array | None, ...]
-    vectors: tuple[Array | None, ...]
-    numbers: tuple[float, float]
-    gradient: Any
-    alignment: int
-    groups: int
-    split: bool
+    tensors: tuple[Array | None, ...]  # x, dy, residual, mask, valid
+    vectors: tuple[Array | None, ...]  # mean, var, weight, bias
+    numbers: tuple[float, float]  # eps, the activation's parameter
+    gradient: Any  # the kernel function for the gradient of the activation
+    alignment: int  # bytes that all addresses of tensors are multiples of, at most 16
+    groups: int  # number of ghost batches
+    split: bool  # whether the split tier must serve: there is a mask, or only the device knows the count
 
     def work(self, writes: int, new_outputs: bool = True) -> Work:
-        """Return the work of the call, which writes ``writes`` tensors.
-
-        ``new_outputs``: they are new tensors, so they share no memory with those that are read.
-        """
+        """Return the work of the call; ``new_outputs``: no written tensor shares memory with one that is read."""
         _, _, residual, mask, valid = self.tensors
         reads = 2 + (residual is not None)
         return work_of(

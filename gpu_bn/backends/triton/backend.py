@@ -216,8 +216,8 @@ class TritonBackend(SharedStatistics):
         key = "input" if sums is None else "input after sums", call.key
         step = self.prepare(key, lambda: steps.input(steps.plan_once(call.work(1, new_outputs=False), call.x), call))
         dx = self._target(out, call)
-        given = (None, None) if sums is None else (sums.dz.contiguous(), sums.dz_xhat.contiguous())
-        tail = (*given, None, None, *call.numbers, *divisor_of(saved))
+        pair = (None, None) if sums is None else (sums.dz.contiguous(), sums.dz_xhat.contiguous())
+        tail = (*pair, None, None, *call.numbers, *divisor_of(saved))
         self.launch(step, (*call.tensors, None, dx, *call.vectors, None, None, *tail))
         if dx is not out:
             out.copy_(dx)
@@ -230,14 +230,11 @@ class TritonBackend(SharedStatistics):
     # ------------------------------------------------------------------------------------------------------- forward
     @_replan_without_clusters
     def forward(self, call: Call, spec: BatchNormSpec, keep: bool = True, counts: bool = False) -> tuple[Array, Saved]:
-        """Return y and what a backward call needs. ``counts``: the last launch increments ``call.counter``.
-
-        ``counts`` is not for ghost batches.
-        """
+        """Return y and what a backward call needs. ``counts`` (no ghost batches): also increment ``call.counter``."""
         x, weight, bias, residual, running_mean, running_var, counter, valid, out = call
         counter = counter if counts else None
         groups = spec.groups
-        view, given = grouped_view(x, spec.axis, groups), residual
+        view = grouped_view(x, spec.axis, groups)
         if groups > 1 and view is not view_of(x, spec.axis) and out is None:
             out = self.empty_like(x)
         layout, valid_bytes = group_layout(view.layout, groups), position_bytes(valid, view)
@@ -290,13 +287,13 @@ class TritonBackend(SharedStatistics):
             y = out
         return y, Saved(
             x=x,
-            residual=None if spec.activation.is_identity or mask is not None else given,
+            residual=None if spec.activation.is_identity or mask is not None else call.residual,
             moments=moments,
             weight=None if weight is None else saved_weight,
             bias=None if bias is None else saved_bias,
             weight_dtype=None if weight is None else weight.dtype,
             bias_dtype=None if bias is None else bias.dtype,
-            has_residual=given is not None,
+            has_residual=call.residual is not None,
             spec=spec,
             mask=mask,
             valid=valid,
@@ -339,12 +336,12 @@ class TritonBackend(SharedStatistics):
     # ------------------------------------------------------------------------------------------------------- helpers
     def prepare(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return the steps of calls with this key; call ``make`` for the first of them."""
-        found = self._prepared.get(key)
-        if found is None:
-            found = self._prepared[key] = make()
-            if self._on_plan is not None and isinstance(found, ForwardSteps | BackwardSteps):
-                self._on_plan(found.plan, found.launches)
-        return found
+        steps = self._prepared.get(key)
+        if steps is None:
+            steps = self._prepared[key] = make()
+            if self._on_plan is not None and isinstance(steps, ForwardSteps | BackwardSteps):
+                self._on_plan(steps.plan, steps.launches)
+        return steps
 
     allocator = staticmethod(allocator)
     """Returns a function that allocates tensors on a device, not initialised."""

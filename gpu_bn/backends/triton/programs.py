@@ -46,19 +46,12 @@ WARP = 32
 
 
 class Room(NamedTuple):
-    """The numbers of elements that a program can hold in registers without spilling, for any activation.
+    """The numbers of elements that a program can hold in registers without spilling, for any activation."""
 
-    Attributes:
-        rows: forward, in rows of full vectors.
-        narrow: forward, in rows of narrower vectors, which need more addresses, or in ragged rows, which need masks.
-        columns: forward, in channels-last, where a thread also has sums of several channels.
-        backward: backward, elements of all tensors; in rows of single elements at most ``narrow``.
-    """
-
-    rows: int
-    narrow: int
-    columns: int
-    backward: int
+    rows: int  # forward, in rows of full vectors
+    narrow: int  # forward, in rows of narrower vectors, which need more addresses, or in ragged rows, which need masks
+    columns: int  # forward, in channels-last, where a thread also has sums of several channels
+    backward: int  # backward, elements of all tensors; in rows of single elements at most ``narrow``
 
     def elements(self, work: Work) -> int:
         """Return the number of elements for a call."""
@@ -103,8 +96,8 @@ HELD = {2: Shape(4096, 8), 4: Shape(4096, 8), 8: Shape(2048, 8)}
 WITHOUT_COOPERATION = replace(THRESHOLDS, max_cooperative=0)
 """Thresholds without the cooperative tier: the programs of a Triton launch do not wait for each other."""
 INTERPRETER = Device("Triton's interpreter", 80, 4, 164 << 10, 163 << 10, 1 << 20, 1e8)
-"""The device that plans for Triton's interpreter assume. It runs one program at a time, slowly: few SMs make few
-programs, but several for a channel."""
+"""The device to plan for if Triton's interpreter runs the kernels. The interpreter runs one program at a time, slowly:
+few SMs make few programs, but several for a channel."""
 INTERPRETER_HINT = "with TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly"
 
 
@@ -114,12 +107,11 @@ def device_of(device: Any) -> Device:
     If torch does not know the clock rate or the width of the memory, the bandwidth is that of an A100.
     """
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        clock, bus = getattr(found, "memory_clock_rate", 0), getattr(found, "memory_bus_width", 0)
+        gpu = torch.cuda.get_device_properties(device)
+        clock, bus = getattr(gpu, "memory_clock_rate", 0), getattr(gpu, "memory_bus_width", 0)
         return Device(
-            found.name, 10 * found.major + found.minor, found.multi_processor_count,
-            found.shared_memory_per_multiprocessor, found.shared_memory_per_block, found.L2_cache_size,
-            memory_bandwidth(clock, bus) or DEVICES["a100"].bandwidth,
+            gpu.name, 10 * gpu.major + gpu.minor, gpu.multi_processor_count, gpu.shared_memory_per_multiprocessor,
+            gpu.shared_memory_per_block, gpu.L2_cache_size, memory_bandwidth(clock, bus) or DEVICES["a100"].bandwidth,
         )  # fmt: skip
     if device.type == "cpu" and interpreting():
         return INTERPRETER
@@ -158,15 +150,10 @@ def one_pass_plan(work: Work, device: Device) -> LaunchPlan:
 
 
 class Geometry(NamedTuple):
-    """The division of a tensor into strips, as kernels take it.
+    """The division of a tensor into strips, as kernels take it."""
 
-    Attributes:
-        tail: the kernels' arguments ``channels, row, jump, magic, power, length, positions``.
-        wide: whether offsets need 64 bits.
-    """
-
-    tail: tuple[int | None, ...]
-    wide: bool
+    tail: tuple[int | None, ...]  # the arguments channels, row, jump, magic, power, length, positions
+    wide: bool  # whether offsets need 64 bits
 
     @staticmethod
     def from_plan(plan: LaunchPlan, groups: int = 1) -> Geometry:

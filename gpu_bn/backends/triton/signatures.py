@@ -43,45 +43,26 @@ _form = attrgetter("dtype", "shape", "device", "layout")
 
 @dataclass(slots=True, eq=False)
 class Forward:
-    """A prepared forward call, for all calls of one signature.
+    """A prepared forward call, for all calls of one signature. The given tensors are those that are not ``None``."""
 
-    Attributes:
-        guard: tells whether a call's tensors have this signature.
-        select: selects the tensors that are given from those of a call.
-        names, sizes: names and bytes of the given tensors.
-        accepted: addresses of the given tensors that :meth:`accepts` has accepted.
-        first_written: the index of the first given tensor that is written; 0 if none is.
-        launches: take the given and the new tensors, the momentum, eps and the activation's parameter; ``None`` if the
-            calls are not plain.
-        allocate, layouts: the allocator and the layouts of new tensors: output, saved rows, mask, partial results.
-        needs_grad: whether a backward call may follow.
-        select_saved: selects the tensors to save from x, weight, bias, residual and the new tensors.
-        saved_names: ``"dy"`` and the names of the saved tensors.
-        training, activation: options.
-        row_bytes: bytes of a saved row.
-        form: dtype, device, shape and strides of the input.
-        gradient_layouts: layouts of the gradients of weight and bias.
-        backward: the prepared backward calls, by the gradients that they return.
-    """
-
-    guard: Guard
-    select: Selector
-    names: list[str]
-    sizes: list[int]
-    accepted: set[tuple[int, ...]] = field(default_factory=set)
-    first_written: int = 0
-    launches: Any = None
-    allocate: Any = None
-    layouts: tuple[Layout, ...] = ()
-    needs_grad: bool = False
-    select_saved: Any = None
-    saved_names: tuple[str, ...] = ()
+    guard: Guard  # tells whether a call's tensors have this signature
+    select: Selector  # selects the given tensors from those of a call
+    names: list[str]  # names of the given tensors
+    sizes: list[int]  # bytes of the given tensors
+    accepted: set[tuple[int, ...]] = field(default_factory=set)  # addresses that ``accepts`` has accepted
+    first_written: int = 0  # index of the first given tensor that is written; 0 if none is
+    launches: Any = None  # take given and new tensors, momentum, eps, the activation's parameter; None: not plain
+    allocate: Any = None  # allocates a new tensor of a layout
+    layouts: tuple[Layout, ...] = ()  # of the new tensors: output, saved rows, mask, partial results
+    needs_grad: bool = False  # whether a backward call may follow
+    select_saved: Any = None  # selects the tensors to save from x, weight, bias, residual and the new tensors
+    saved_names: tuple[str, ...] = ()  # "dy" and the names of the saved tensors
     training: bool = False
     activation: str = ""
-    row_bytes: int = 0
-    form: Any = None
-    gradient_layouts: dict[str, Layout] = field(default_factory=dict)
-    backward: dict[Sequence[bool], tuple[Backward, ...]] = field(default_factory=dict)
+    row_bytes: int = 0  # bytes of a saved row
+    form: Any = None  # dtype, device, shape and strides of the input
+    gradient_layouts: dict[str, Layout] = field(default_factory=dict)  # of dweight and dbias
+    backward: dict[Sequence[bool], tuple[Backward, ...]] = field(default_factory=dict)  # by the gradients needed
 
     def accepts(self, addresses: tuple[int, ...]) -> bool:
         """Tell whether the given tensors are aligned, and do not overlap if the call writes one of them."""
@@ -100,22 +81,14 @@ class Forward:
 
 @dataclass(slots=True, eq=False)
 class Backward:
-    """A prepared backward call, for all that follow forward calls of one signature and return the same gradients.
+    """A prepared backward call, for all that follow forward calls of one signature and return the same gradients."""
 
-    Attributes:
-        guard: tells whether a call's tensors have this signature.
-        select: selects x, dy, residual and mask, those that the kernels read, from dy and the saved tensors.
-        launches: take these tensors, the saved rows, the new tensors, eps and the activation's parameter.
-        allocate, layouts: the allocator and the layouts of new tensors: gradients, partial results.
-        select_gradients: selects the results of the call from the new tensors, dy and ``None``.
-    """
-
-    guard: Guard
-    select: Selector
-    launches: Launches
-    allocate: Any
-    layouts: tuple[Layout, ...]
-    select_gradients: Selector
+    guard: Guard  # tells whether a call's tensors have this signature
+    select: Selector  # selects x, dy, residual and mask, those that kernels read, from dy and the saved tensors
+    launches: Launches  # take these tensors, saved rows, new tensors, eps and the activation's parameter
+    allocate: Any  # allocates a new tensor of a layout
+    layouts: tuple[Layout, ...]  # of the new tensors: gradients, partial results
+    select_gradients: Selector  # selects the results from the new tensors, dy and None
 
 
 def prepare_forward(engine: Any, call: Call, options: Options, needs_grad: bool) -> Forward | None:

@@ -43,23 +43,14 @@ TENSORS = frozenset({"x", "dy", "y", "residual", "dz", "dx", "valid"})
 
 @dataclass(slots=True, eq=False)
 class ForwardSteps:
-    """The launches of all forward calls with the same key.
-
-    Attributes:
-        plan: the plan that the launches follow.
-        first: writes partial results of the statistics; ``None`` if ``last`` needs none.
-        merge: merges them; ``None`` if ``last`` does.
-        last: writes y.
-        bessel: n / (n - 1), or n for a single position.
-        on_chip: whether ``last`` also computes the statistics of the batch.
-    """
+    """The launches of all forward calls with the same key."""
 
     plan: LaunchPlan
-    first: Step | None
-    merge: Step | None
-    last: Step
-    bessel: float
-    on_chip: bool = False
+    first: Step | None  # writes partial results of the statistics; None if ``last`` needs none
+    merge: Step | None  # merges them; None if ``last`` does
+    last: Step  # writes y
+    bessel: float  # n / (n - 1), or 1 for a single position
+    on_chip: bool = False  # whether ``last`` also computes the statistics of the batch
 
     @property
     def launches(self) -> list[Step]:
@@ -99,21 +90,13 @@ class ForwardSteps:
 
 @dataclass(slots=True, eq=False)
 class BackwardSteps:
-    """The launches of all backward calls with the same key; ``None`` for those that a call does not make.
-
-    Attributes:
-        plan: the plan that the launches follow.
-        first: writes partial sums, and the gradients of tensors if there is no ``last``.
-        last: writes the gradients of tensors from the sums.
-        merge: merges the sums; ``None`` if ``last`` does.
-        on_chip: the only launch, if one launch computes all gradients.
-    """
+    """The launches of all backward calls with the same key; ``None`` for those that a call does not make."""
 
     plan: LaunchPlan
-    first: Step | None
-    last: Step | None
-    merge: Step | None
-    on_chip: Step | None = None
+    first: Step | None  # writes partial sums, and the gradients of tensors if there is no ``last``
+    last: Step | None  # writes the gradients of tensors from the sums
+    merge: Step | None  # merges the sums; None if ``last`` does
+    on_chip: Step | None = None  # the only launch, if one launch computes all gradients
 
     @property
     def launches(self) -> list[Step]:
@@ -153,18 +136,12 @@ class BackwardSteps:
 
 
 class Programs(NamedTuple):
-    """The form of a launch's programs.
+    """The form of a launch's programs."""
 
-    Attributes:
-        alignment: the bytes that all addresses of tensors are multiples of.
-        warps, blocks: warps and blocks of a program; several blocks are a cluster.
-        most_registers: the limit of a thread's registers; ``None`` lets the compiler choose.
-    """
-
-    alignment: int = 1
+    alignment: int = 1  # bytes that all addresses of tensors are multiples of
     warps: int = 1
-    blocks: int = 1
-    most_registers: int | None = None
+    blocks: int = 1  # several are a cluster
+    most_registers: int | None = None  # of a thread; None lets the compiler choose
 
 
 ONE_WARP = Programs()
@@ -265,10 +242,9 @@ class StepBuilder:
     def reduce_and_merge(
         self, call: BackwardCall, outputs: tuple[bool, bool], new_outputs: bool = True
     ) -> tuple[LaunchPlan, Step, Step]:
-        """Return the plan of a call for the sums alone, and its two steps.
+        """Return the plan and the two steps of a call for the sums alone.
 
-        ``outputs``: whether the first step also writes dz, and dx. ``new_outputs``: they share no memory with a tensor
-        that is read.
+        ``outputs``: whether the first step also writes dz, and dx. ``new_outputs``: see :meth:`BackwardCall.work`.
         """
         plan = self.plan_once(call.work(sum(outputs), new_outputs), call.x)
         return plan, self._reduce(plan, call, all(outputs)), self._merge_sums(plan, call)
@@ -363,11 +339,11 @@ class StepBuilder:
         return geometry._replace(wide=geometry.wide or self._wide)
 
     def _device_of(self, x: Array) -> Device:
-        found = self._devices.get(x.device)
-        if found is None:
-            found = self._device or device_of(x.device)
-            found = self._devices[x.device] = found if self.clusters else replace(found, clusters=False)
-        return found
+        device = self._devices.get(x.device)
+        if device is None:
+            device = self._device or device_of(x.device)
+            device = self._devices[x.device] = device if self.clusters else replace(device, clusters=False)
+        return device
 
 
 def compute_dtype(x: Array) -> Any:
@@ -386,12 +362,12 @@ def scratch_of(
     steps: ForwardSteps | BackwardSteps, x: Array, groups: int = 1, counted: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of the partial results and of the table of merged ones, by name, if a call has them."""
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if steps.first is not None:
-        found["partials"] = partials_of(steps.first, counted)
+        forms["partials"] = partials_of(steps.first, counted)
     if steps.table_rows:
-        found["table"] = (steps.table_rows, groups * steps.plan.tiling.c), torch.promote_types(x.dtype, torch.float32)
-    return found
+        forms["table"] = (steps.table_rows, groups * steps.plan.tiling.c), torch.promote_types(x.dtype, torch.float32)
+    return forms
 
 
 def may_overflow(x: Array) -> bool:
