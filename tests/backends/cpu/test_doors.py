@@ -45,7 +45,7 @@ def results(x, residual, activation, vectors, dy, quick, training=True):
             leaves[0], *running, *given, training=training, residual=other, activation=activation,
             num_batches_tracked=counter,
         )  # fmt: skip
-    assert ("Made" in type(y.grad_fn).__name__) == quick
+    assert ("CpuCall" in type(y.grad_fn).__name__) == quick
     made = [y, *torch.autograd.grad(y, [*leaves, *given], dy), *running]
     return [*made, counter] if training else made
 
