@@ -91,8 +91,8 @@ template <class L> struct Shift {
     }
   }
 
-  // Tell whether the sums of a sweep are inaccurate, because the centre is more than one standard deviation away from the
-  // mean or the squares left the range of float. If they are, change the centre or the scale. far = sum / n.
+  // Change the centre or the scale if the sums of a sweep are inaccurate: the centre is more than one standard deviation
+  // away from the mean, or the squares left the range of float. Return whether one has changed. far = sum / n.
   __device__ __forceinline__ bool improve(u32 place, double n, double sum, double squares, double far) {
     const A c = centre[place], s = scale[place];
     if (sizeof(A) == 4 && s == 1) {
