@@ -180,7 +180,7 @@ def batch_norm_backward(
 
     Args:
         dy: the gradient of ``y``; of ``x``'s shape, dtype and library.
-        saved: what the forward call returned.
+        saved: the second result of the forward call.
         need: the gradients to compute, some of ``"dx"``, ``"dweight"``, ``"dbias"`` and ``"dresidual"``; ``None``
             means those of all arguments that the forward call had. The others cost nothing.
         backend: the backend of the forward call, or ``None`` for the one that serves ``dy``.

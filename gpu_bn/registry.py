@@ -239,11 +239,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _rows_for(name: str, array: Any) -> tuple[Row, ...]:
-    """Return the rows for the type and device of an array.
-
-    Raises:
-        TypeError: the type or the device is unknown.
-    """
+    """Return the rows for the type and device of an array, or raise ``TypeError`` if one of them is unknown."""
     kind: Any = type(array)
     by_device = _rows_by_device(kind)
     if not by_device:

@@ -18,15 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.backends.layout import (
-    Layout,
-    block_sizes,
-    check_out,
-    for_each_block,
-    memory_order,
-    prepared_blocks,
-    select,
-)
+from gpu_bn.backends.layout import Layout, block_sizes, check_out, for_each_block, memory_order, prepared_blocks, select
 from gpu_bn.backends.protocol import Moments, Saved, Sums
 
 Array = NDArray[Any]
@@ -34,11 +26,12 @@ Block = tuple[slice, ...]
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 TINY, HUGE = 1e-15, 1e15
-"""Standard deviations outside these bounds, and larger means, need float64: their squares may overflow float32."""
+"""Standard deviations below ``TINY`` or above ``HUGE``, and means above it, need float64 for their squares."""
 FAR = 2.0
 """A mean is subtracted first if it exceeds this many standard deviations: cancellation would cost more than 3 bits."""
 SCRATCH_SHARE, SCRATCH_BYTES, MAX_BLOCK, MIN_CHANNELS = 0.03, 512 << 10, 32 << 10, 2 << 10
-"""Bounds of a block: the bytes of its temporaries, as a share of the tensor and at least; elements; channels."""
+"""A block's temporaries take this share of the tensor's bytes, or ``SCRATCH_BYTES`` if that is more. A block has at
+most ``MAX_BLOCK`` elements. Only more than ``MIN_CHANNELS`` channels are cut."""
 RUN = 64
 """Float64 numbers that are added up in one chain: a longer chain has a larger rounding error."""
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_bn.backends.layout import Layout, check_out
+from gpu_bn.backends.layout import Layout
 from gpu_bn.spec import FLOAT_DTYPES
 
 Array = Any
@@ -79,9 +79,6 @@ class Arrays(Protocol):
 
     def scatter_valid(self, target: Array, axis: int, valid: Array, selected: Array) -> None:
         """Write ``selected``, (C, positions), to the valid positions of ``target``, and 0 to the others."""
-
-    def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
-        """Check an output, see :meth:`Backend.check_out <gpu_bn.backends.protocol.Backend.check_out>`."""
 
 
 class NumpyArrays:
@@ -169,10 +166,6 @@ class NumpyArrays:
     def scatter_valid(target: NDArray[Any], axis: int, valid: NDArray[Any], selected: NDArray[Any]) -> None:
         np.copyto(target, np.zeros((), target.dtype), where=~valid)
         np.moveaxis(target, axis, 0)[:, valid.squeeze(axis)] = selected
-
-    @staticmethod
-    def check_out(out: NDArray[Any], x: NDArray[Any], residual: NDArray[Any] | None, in_place: bool) -> None:
-        check_out(out, x, residual, in_place)
 
 
 @cache

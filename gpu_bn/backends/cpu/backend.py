@@ -14,6 +14,7 @@ import numpy as np
 from gpu_bn.activations import IDENTITY
 from gpu_bn.backends.cpu import launch, pieces
 from gpu_bn.backends.cpu.arrays import Arrays, NumpyArrays
+from gpu_bn.backends.layout import check_out
 from gpu_bn.backends.protocol import Grads, Moments, Saved, Sums
 from gpu_bn.call import Call
 from gpu_bn.kernels.cpu.vector import SIZES
@@ -100,7 +101,7 @@ class CpuBackend:
         return copy
 
     def check_out(self, out: Array, x: Array, residual: Array | None, in_place: bool) -> None:
-        self.arrays.check_out(out, x, residual, in_place)
+        check_out(out, x, residual, in_place)
 
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
         if groups > 1:

@@ -35,7 +35,7 @@ DOORS: Any = compiled.forward, compiled.backward
 
 
 class Door(NamedTuple):
-    """What similar calls have in common. Callers unpack the first four fields, which is faster than attributes."""
+    """The data that similar calls share. Callers unpack the first four fields, which is faster than attributes."""
 
     function: Callable[..., int] | None
     """``None`` where it depends on the number of threads: see :func:`with_function`."""
@@ -103,13 +103,9 @@ def compile_for(shapes: Sequence[tuple[int, ...]], activation: str) -> None:
 
 def _are_supported(x: Tensor, other: Tensor | None) -> bool:
     """Tell whether doors take tensors of x's shape and dtype, and ``other``, if given, has both."""
-    mine, its = (None if one is None else (one.dtype, one.shape) for one in (x, other))
-    return (
-        x.dtype in DLPACK_TYPES
-        and MIN_RANK <= x.dim() <= MAX_RANK
-        and 0 not in x.shape
-        and (other is None or mine == its)
-    )
+    if other is not None and (other.dtype, other.shape) != (x.dtype, x.shape):
+        return False
+    return x.dtype in DLPACK_TYPES and MIN_RANK <= x.dim() <= MAX_RANK and 0 not in x.shape
 
 
 def advise(one: Tensor) -> None:

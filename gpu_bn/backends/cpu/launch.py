@@ -35,7 +35,7 @@ MAX_PREPARED = 512
 
 
 class Prepared(NamedTuple):
-    """What similar calls have in common."""
+    """The data that similar calls share."""
 
     kernel: Any
     phases: Phases
@@ -61,12 +61,7 @@ _local = threading.local()
 
 
 def forward(
-    arrays: Arrays,
-    call: Call,
-    spec: BatchNormSpec,
-    in_place: bool = False,
-    at_once: bool = False,
-    fresh: bool = False,
+    arrays: Arrays, call: Call, spec: BatchNormSpec, in_place: bool = False, at_once: bool = False, fresh: bool = False
 ) -> Moments | None:
     """Write ``call.out`` if it is given, update the running statistics, and return the float64 moments.
 
@@ -113,13 +108,7 @@ def forward(
 
 
 def backward(
-    arrays: Arrays,
-    saved: Saved,
-    dy: Array,
-    grads: Grads,
-    sums: bool,
-    given: Sums | None = None,
-    fresh: bool = False,
+    arrays: Arrays, saved: Saved, dy: Array, grads: Grads, sums: bool, given: Sums | None = None, fresh: bool = False
 ) -> Sums | None:
     """Write the gradients whose arrays are given, and return the float64 sums of dz and dz * xhat.
 
@@ -224,19 +213,11 @@ def prepare_backward(
     if strides is None:
         return None
     plan = plans.plan(geometry, code, dense, False)
-    _, residual, _, dx, dresidual = tensors
-    kernels = plans.backward_kernels(
-        plan.by_rows,
-        code,
-        ACTIVATION_CODES[activation],
-        residual is not None,
-        sums,
-        dx is not None,
-        dresidual is not None,
-    )
+    _, residual, _, dx, dresidual = [one is not None for one in tensors]
+    kernels = plans.backward_kernels(plan.by_rows, code, ACTIVATION_CODES[activation], residual, sums, dx, dresidual)
     kernel = calls_rows.backward if plan.by_rows else calls_channels.backward
     fused = sums and plan.group > 0
-    return _prepare(kernel, kernels, plan, fused, code, geometry, strides, dx is not None)
+    return _prepare(kernel, kernels, plan, fused, code, geometry, strides, dx)
 
 
 def _inspect(arrays: Arrays, tensors: tuple[Any, ...], axis: int) -> tuple[Any, ...]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gpu_bn.backends.cpu.backend import CpuBackend
-from gpu_bn.backends.layout import check_out
 from gpu_bn.spec import FLOAT_DTYPES
 
 
@@ -107,10 +106,6 @@ class TorchTensors:
     def scatter_valid(target: Tensor, axis: int, valid: Tensor, selected: Tensor) -> None:
         target.masked_fill_(~valid, 0)
         target.movedim(axis, 0)[:, valid.squeeze(axis)] = selected
-
-    @staticmethod
-    def check_out(out: Tensor, x: Tensor, residual: Tensor | None, in_place: bool) -> None:
-        check_out(out, x, residual, in_place)
 
 
 TENSORS = TorchTensors()
