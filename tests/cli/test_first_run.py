@@ -41,10 +41,17 @@ def test_the_page_names_every_step():
     assert all(f"| `{step}` |" in page for step in steps.split('"')[1].split())
 
 
-CONCEALED = ("rich", "matplotlib", "ml_dtypes", "threadpoolctl", "sklearn", "pytest_timeout", "xdist")
-BARE = f"""
+OPTIONAL, PLUGINS = ("rich", "matplotlib", "ml_dtypes", "threadpoolctl", "sklearn"), ("pytest_timeout", "xdist")
+CONCEAL = """
 import sys
-sys.modules.update(dict.fromkeys({CONCEALED}))  # as if they were not installed
+from importlib.machinery import PathFinder
+
+find_spec, find_distributions = PathFinder.find_spec, PathFinder.find_distributions
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {0} else find_spec(name, *rest)
+PathFinder.find_distributions = lambda context: [] if context.name in {0} else find_distributions(context)
+"""
+"""Code that makes installed packages look as if they were not installed, for the rest of its process."""
+BARE = f"""{CONCEAL.format(OPTIONAL + PLUGINS)}
 from gpu_bn.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -74,11 +81,20 @@ def test_optional_packages_that_are_missing_are_a_sentence(line, code, says, tmp
 
 
 @pytest.mark.slow  # collects the whole suite
-def test_the_tests_are_collected_without_optional_packages_and_plugins():
-    """Collect with plugins turned off by ``-p no:``, and with other packages hidden from imports."""
-    code = f"""
-import sys
-sys.modules.update(dict.fromkeys({(*CONCEALED[:5], "yaml", "scipy", "expecttest", "numba")}))
+@pytest.mark.parametrize(
+    "concealed",
+    [
+        ("torch",),
+        ("triton",),
+        ("numba",),
+        ("cupy",),
+        ("torch", "triton", "numba", "cupy", *OPTIONAL, "yaml", "scipy", "expecttest"),
+    ],
+    ids=lambda names: "everything" if len(names) > 1 else names[0],
+)
+def test_the_tests_are_collected_without_optional_packages_and_plugins(concealed):
+    """Collect all test files while packages are concealed; ``-p no:`` turns off the plugins, which pytest has found."""
+    code = f"""{CONCEAL.format(concealed)}
 import pytest
 without = [word for name in ("cacheprovider", "timeout", "xdist") for word in ("-p", f"no:{{name}}")]
 sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "--assert=plain", *without]))

@@ -6,12 +6,12 @@ from itertools import product
 import numpy as np
 import pytest
 from support import needs_a_compiler
-from support.tensors import inputs, running, tensor
 
 import gpu_bn
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.operator_cases import arguments, reference, train_some
+from support.tensors import inputs, running, tensor
 from torch.library import opcheck
 from torch.testing import assert_close
 

@@ -4,12 +4,12 @@ import copy
 import pickle
 
 import pytest
-from support.networks import BatchNormAct2d, FrozenBatchNorm2d, MobileNet, ResNet, UNet, register
 
 import gpu_bn
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.models_to_merge import image, norms
+from support.networks import BatchNormAct2d, FrozenBatchNorm2d, MobileNet, ResNet, UNet, register
 from torch.testing import assert_close
 
 from gpu_bn import nn

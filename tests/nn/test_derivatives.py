@@ -3,12 +3,12 @@
 from itertools import product
 
 import pytest
-from support.tensors import inputs, running, tensor
 
 from gpu_bn.activations import ROWS
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.operator_cases import reference
+from support.tensors import inputs, running, tensor
 from torch.testing import assert_close
 
 from gpu_bn import nn

@@ -8,10 +8,9 @@ import sys
 
 import pytest
 from support import rng
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.networks import MobileNet
-
-torch = pytest.importorskip("torch")
-
 from torch.testing import assert_close
 
 import gpu_bn

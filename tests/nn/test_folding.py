@@ -4,10 +4,9 @@ import copy
 
 import pytest
 from support import rng
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.networks import BatchNormAct2d, FrozenBatchNorm2d, register
-
-torch = pytest.importorskip("torch")
-
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close

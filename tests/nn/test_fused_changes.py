@@ -4,7 +4,8 @@ import copy
 from types import MethodType
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.fusing import Block, agree, calls_of_relu, fused_with, rows, saved_and_loaded
 from torch.testing import assert_close
 

@@ -5,7 +5,8 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.fusing import Block, agree, calls_of_relu, fused_with, rows
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint

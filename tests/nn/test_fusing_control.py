@@ -3,7 +3,8 @@
 import copy
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.fusing import Block, agree, calls_of_relu, fused_with, rows, saved_and_loaded
 from torch.nn import functional as F
 from torch.testing import assert_close

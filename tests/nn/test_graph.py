@@ -3,7 +3,8 @@
 import copy
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from torch.testing import assert_close
 
 from gpu_bn import nn

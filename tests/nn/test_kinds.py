@@ -6,7 +6,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support import rng
 from support.networks import BatchNormAct2d
 from torch.nn import functional as F

@@ -2,12 +2,11 @@
 
 import pytest
 from support import rng
-from support.tensors import inputs, running, tensor
 
 import gpu_bn
 
-torch = pytest.importorskip("torch")
-
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+from support.tensors import inputs, running, tensor
 from torch.library import opcheck
 
 from gpu_bn import nn

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 from support import rng
-from support.networks import MobileNet, ResNet, UNet
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+from support.networks import MobileNet, ResNet, UNet
 
 from gpu_bn import nn
 

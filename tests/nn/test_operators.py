@@ -4,13 +4,13 @@ import copy
 import dataclasses
 
 import pytest
-from support.tensors import inputs, running, tensor
 
 import gpu_bn
 from gpu_bn.activations import IDENTITY
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.operator_cases import reference, train_some
+from support.tensors import inputs, running, tensor
 from torch.testing import assert_close
 
 from gpu_bn import nn

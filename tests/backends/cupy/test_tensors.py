@@ -1,7 +1,8 @@
 """torch tensors served by the CuPy backend, on an emulated GPU whose memory is the CPU tensors' own."""
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.cupy_on_emulator import backend_for_tensors
 
 import gpu_bn
