@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
@@ -152,16 +154,52 @@ def run_all(
     """
     _BROKEN.clear()
     count = min(cores(), MAX_WORKERS) if workers is None else workers
-    executor: Executor = ThreadPoolExecutor(count if backend in THREADS else 1)
-    if backend in PROCESSES and count > 1:
-        executor = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    if backend in PROCESSES:
+        return run_in_processes(cases, backend, tick, count)
     outcomes = []
-    with executor as pool:
+    with ThreadPoolExecutor(count if backend in THREADS else 1) as pool:
         for outcome in pool.map(partial(run_unless_broken, backend=backend), cases):
             tick(1)
             if outcome is not None:
                 outcomes.append(outcome)
     return outcomes
+
+
+ENDED = "The process that compiled and ran this case ended, by a crash of the compiler or for lack of memory."
+"""The failure of a case whose process has ended."""
+
+
+def run_in_processes(
+    cases: Sequence[testing.Case], backend: str, tick: Callable[[int], None], count: int
+) -> list[Outcome]:
+    """Run the cases in ``count`` processes. A case that ends its process has failed; the others run in new processes.
+
+    When a process ends, its pool ends with it and does not tell which case was to blame. The cases that may have been
+    under way then run in one process, where it is the first case without an outcome.
+    """
+    done: dict[int, Outcome | None] = {}
+
+    def attempt(numbers: Sequence[int], processes: int) -> list[int]:
+        """Run some cases in a new pool. Return the numbers of those that have no outcome, because the pool ended."""
+        call = partial(run_unless_broken, backend=backend)
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures: dict[Future[Outcome | None], int] = {}
+            with suppress(BrokenProcessPool):
+                futures.update((pool.submit(call, cases[number]), number) for number in numbers)
+            for future in as_completed(futures):
+                with suppress(BrokenProcessPool):
+                    done[futures[future]] = future.result()
+                    tick(1)
+        return [number for number in numbers if number not in done]
+
+    left: Sequence[int] = range(len(cases))
+    while left := attempt(left, count):
+        suspects, left = left[: count + 1], left[count + 1 :]  # a pool hands out one case more than it has processes
+        while suspects := attempt(suspects, 1):
+            done[suspects[0]] = Outcome(cases[suspects[0]], {}, ENDED)
+            tick(1)
+            suspects = suspects[1:]
+    return [outcome for number in sorted(done) if (outcome := done[number]) is not None]
 
 
 _BROKEN = Event()

@@ -1,6 +1,7 @@
 """Test the command ``gpu-bn check``: its cases, its output and its exit code."""
 
 import json
+import os
 import sys
 import threading
 from types import SimpleNamespace
@@ -105,12 +106,36 @@ def test_cases_run_side_by_side_and_are_reported_in_order(monkeypatch):
 
 
 def test_cases_of_a_backend_that_compiles_in_processes_give_the_same(monkeypatch):
-    monkeypatch.setattr(conformance_check, "PROCESSES", ("numpy",))
     ticks = []
+    in_turn = conformance_check.run_all(FEW, "numpy", ticks.append)
+    monkeypatch.setattr(conformance_check, "PROCESSES", ("numpy",))
     together = conformance_check.run_all(FEW, "numpy", ticks.append, workers=2)
-    assert together == conformance_check.run_all(FEW, "numpy", ticks.append, workers=1)
+    assert together == in_turn
     assert sum(ticks) == 2 * len(FEW)
     assert all(outcome.errors and not outcome.failure for outcome in together)
+
+
+class Crash(testing.Case):
+    """A case that ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_case_that_ends_its_process_has_failed_and_the_others_run(capsys, monkeypatch, tmp_path):
+    cases = [*FEW, Crash((5, 3)), testing.Case((7, 3)), Crash((6, 3)), *FEW]
+    monkeypatch.setattr(conformance_check, "PROCESSES", ("numpy",))
+    monkeypatch.setattr(conformance_check, "cores", lambda: 2)
+    monkeypatch.setattr(testing, "cases", lambda: cases)
+    monkeypatch.setattr(testing, "extended_cases", list)
+    path = tmp_path / "check.json"
+    assert main(["check", "--backend", "numpy", "--json", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "numpy: 7 of 9 cases have passed" in out
+    _, _, table = out.partition("To paste into an issue:\n")
+    assert any(line.split()[:5] == ["numpy", "9", "7", "2", "0"] for line in table.splitlines())
+    ended = [{"case": str(case), "failure": conformance_check.ENDED} for case in cases if isinstance(case, Crash)]
+    assert json.loads(path.read_text())["backends"]["numpy"]["failures"] == ended
 
 
 def test_a_quick_check_covers_every_option_with_every_dtype():
