@@ -60,8 +60,8 @@ def claims(runs: Runs) -> list[Claim]:
         claim(f"{ends} a lower training loss than no BN", lambda run: run.loss[-1], 4),
         claim(f"{ends} a lower training loss than the fixed pair", lambda run: run.loss[-1], 4, higher="fixed"),
         claim(f"{ends} fewer test errors in per cent than no BN", lambda run: 100 - run.accuracy[-1], 1),
-        claim(f"the mean of what h1 passes on {less}", lambda run: run.drift("output")[0], 4),
-        claim(f"the SD of what h1 passes on {less}", lambda run: run.drift("output")[1], 4),
+        claim(f"the mean of h1's outputs {less}", lambda run: run.drift("output")[0], 4),
+        claim(f"the SD of h1's outputs {less}", lambda run: run.drift("output")[1], 4),
         claim(f"even before BN, the mean of h1's pre-activations {less}", lambda run: run.drift("raw")[0], 4),
     ]
 

@@ -44,9 +44,9 @@ def drift_table(runs: Runs) -> Table:
     caption = (
         f"Mean and SD of each unit of h1 over the test images, compared with those {EVERY} steps before. Drift of the "
         "mean: |mean' - mean| / SD; of the SD: |ln(SD' / SD)|; averaged over units and training; mean ± SD over the "
-        "seeds. BN normalises by the test images' statistics here, as it does by the batch's in training; with weight "
-        "= 1 and bias = 0 what it gives the sigmoid has mean 0 and SD 1, so that its drift is 0 by construction. "
-        "Without BN, nothing is between the first two places."
+        "seeds. BN normalises by the statistics of the test images here, as it does by those of the batch in training. "
+        "With weight = 1 and bias = 0, the input of the sigmoid therefore has mean 0 and SD 1, and no drift. "
+        "Without BN, the first two places are the same."
     )
     return Table(
         'Drift of h1 (the "covariate shift" that h2 sees)', ["at", "of the", *VARIANTS.values()], rows, caption

@@ -72,7 +72,7 @@ def fuse_activations(model: torch.nn.Module, report: Report) -> None:
 def _reason(model: torch.nn.Module, norm: torch.nn.Module, name: str, reasons: dict[torch.nn.Module, str]) -> str:
     """Return why nothing was merged into a layer, for the report."""
     if is_watched(norm):
-        return "it has hooks or a forward of its own"
+        return "it has hooks or a patched forward"
     parent = name
     while parent:
         parent = parent.rpartition(".")[0]
@@ -260,7 +260,7 @@ def _undo_call(graph: Graph, node: Node) -> None:
     if arguments.keys() <= {"input"} or arguments.get("mask") is not None:
         return
     chosen = arguments.get("activation")
-    if isinstance(chosen, Node) and chosen.target is Activation:  # an activation with a parameter is a node of its own
+    if isinstance(chosen, Node) and chosen.target is Activation:  # an activation with a parameter is a separate node
         chosen = Activation(*chosen.args, **chosen.kwargs)  # type: ignore[arg-type]
     activation = Activation.of(chosen)
     with graph.inserting_before(node):
