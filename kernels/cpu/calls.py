@@ -1,11 +1,11 @@
 """Phases of a whole call, and the computations on per-channel vectors, eight channels at a time.
 
 The kernels of whole calls serve all dtypes and activations: they get the addresses of kernels that are specific to
-these. A call runs the phases in the bits of ``phases``. ``START``, ``SUM`` and ``FINISH`` compute the statistics, or
-the sums of a backward call; ``WRITE`` writes the tensors, and ``END`` the per-channel results. ``SUM`` and ``WRITE``
-claim one part after the other from a counter, so that several threads can run them at the same time. The parts depend
-on shapes alone. A ``fused`` call does the first four phases in ``SUM``, for one group of channels after the other, so
-that the second pass finds the group in the cache.
+these. A call runs the phases in the bits of ``phases``. ``START`` resets the counters; ``SUM`` and ``FINISH`` compute
+the statistics, or the sums of a backward call; ``WRITE`` writes the tensors, and ``END`` the per-channel results.
+``SUM`` and ``WRITE`` claim one part after the other from a counter, so that several threads can run them at the same
+time. The parts depend on shapes alone. A ``fused`` call does the work of ``FINISH`` and ``WRITE`` in ``SUM``, for one
+group of channels after the other, so that the second pass finds the group in the cache.
 
 All arguments are addresses, counts of elements, and numbers. The addresses of vectors of parameters and of running
 statistics are tagged: the address of float32 numbers, or 1 more than the address of float64 numbers. All other
@@ -23,19 +23,7 @@ from numba.extending import intrinsic
 
 from gpu_bn.kernels.cpu import memory
 from gpu_bn.kernels.cpu.memory import as_pointer
-from gpu_bn.kernels.cpu.vector import (
-    BIT,
-    DOUBLE,
-    FLOAT32,
-    FLOAT64,
-    INT64,
-    SINGLE,
-    Elements,
-    Lanes,
-    fma,
-    splat,
-    where,
-)
+from gpu_bn.kernels.cpu.vector import BIT, DOUBLE, FLOAT32, FLOAT64, INT64, SINGLE, Elements, Lanes, fma, splat, where
 
 START, SUM, FINISH, WRITE, END = 1, 2, 4, 8, 16
 LINE = 64
@@ -45,14 +33,14 @@ TRUSTED = 4.0
 SMALLEST, LARGEST = 1e-30, 1e37
 """The range of a variance and of a mean square of float32 numbers in which nothing has underflowed or overflowed."""
 LANES = 8
-"""Channels that are computed at a time."""
+"""The number of channels that are computed at a time."""
 VECTOR = ir.VectorType(DOUBLE, LANES)
 SINGLES, DOUBLES = Elements(FLOAT32), Elements(FLOAT64)
 
 
 # ------------------------------------------------------------------------------------------------- generating the code
 class ChannelBlock:
-    """Generates loads and stores of per-channel vectors for up to eight channels, from channel ``at`` on."""
+    """Up to eight channels, from channel ``at`` on, for loads from per-channel vectors and stores to them."""
 
     def __init__(self, builder, at, count):
         self.builder, self.at, self.count = builder, at, count
@@ -75,8 +63,8 @@ class ChannelBlock:
         builder, address = self.builder, self.builder.and_(tagged, INT64(-2))
         loaded = cgutils.alloca_once(builder, VECTOR)
         builder.store(self.constant(absent).value, loaded)
-        given, double = builder.icmp_signed("!=", tagged, INT64(0)), builder.trunc(tagged, BIT)
-        with builder.if_then(given), builder.if_else(double) as branches:
+        present, double = builder.icmp_signed("!=", tagged, INT64(0)), builder.trunc(tagged, BIT)
+        with builder.if_then(present), builder.if_else(double) as branches:
             for branch, elements in zip(branches, (DOUBLES, SINGLES), strict=True):
                 with branch:
                     builder.store(self.load(address, elements).value, loaded)

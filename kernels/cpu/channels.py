@@ -27,7 +27,7 @@ from gpu_bn.kernels.cpu.scalars import (
     unaligned_count,
     zeros_double,
 )
-from gpu_bn.kernels.cpu.vector import BYTES, FLOAT64, MASKS, SIZES
+from gpu_bn.kernels.cpu.vector import DOUBLES, FLOAT64, MASKS, SIZES
 
 ADDITIONS = 8
 """Additions in a lane of a float32 sum, and the number of such sums that are added in float32 before they are added to
@@ -38,8 +38,6 @@ FEW = 32
 SHORT, TOGETHER = 1024, 8
 """If runs have at most ``SHORT`` elements, ``TOGETHER`` runs of one channel are summed, then those of the next channel,
 in the order of memory: the CPU prefetches along a few streams, but not from a short run to another that is far away."""
-DOUBLES = BYTES // 8
-"""The number of float64 lanes in a vector."""
 INFINITY = float("inf")
 
 

@@ -43,7 +43,7 @@ _lock, _numbers = RLock(), count()
 
 
 class Kernel:
-    """A function that is compiled when its address is asked for."""
+    """A function that is compiled when its address is first asked for."""
 
     def __init__(self, function: Callable[..., Any], inlines: bool = False, cached: bool = False) -> None:
         self.py_func: Any = function
@@ -65,8 +65,8 @@ class Kernel:
         """The syntax tree of the function."""
         code = self.py_func.__code__
         text = "".join(linecache.getlines(code.co_filename, self.py_func.__globals__))
-        tree, same = _functions(text, code.co_filename).get(code.co_firstlineno, (None, None))
-        if tree is None or same != code:
+        tree, current = _functions(text, code.co_filename).get(code.co_firstlineno, (None, None))
+        if tree is None or current != code:
             raise RuntimeError(f"{code.co_filename} is missing, or has changed since {code.co_qualname} was imported")
         return tree
 

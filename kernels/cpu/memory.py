@@ -68,8 +68,7 @@ def narrow(lanes, code):
 def load(builder, source, pointer, at, count, fill):
     """Load a vector from element ``at`` on, of the type of the vector ``fill``.
 
-    If ``count`` is not ``None``, it is at least 1; only so many elements are read, and the other lanes are those of
-    ``fill``.
+    If ``count``, at least 1, is not ``None``, only that many elements are read, and the other lanes are from ``fill``.
     """
     t = fill.value.type
     storage = ir.VectorType(source.storage, t.count)
@@ -137,8 +136,7 @@ class Tensor:
 
 
 def wrap(builder, types_of, args):
-    """Return the arguments of an intrinsic: vectors as :class:`Lanes`, tuples of vectors as lists of them, pointers to
-    elements as :class:`Tensor`, ``None`` as ``None``, and numbers unchanged."""
+    """Return an intrinsic's arguments: vectors as :class:`Lanes`, pointers as :class:`Tensor`, tuples as lists."""
     result = []
     for t, arg in zip(types_of, args, strict=True):
         if isinstance(t, types.BaseTuple):

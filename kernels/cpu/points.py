@@ -158,7 +158,7 @@ def _loop_arguments(builder, sig, args, first):
 
 
 def _tensors(builder, tuple_type, pointers):
-    """Return the members of a tuple of pointers as a list of :class:`Tensor` and ``None``."""
+    """Return a tuple of pointers as a list of :class:`Tensor` and ``None``."""
     return wrap(builder, tuple_type, [builder.extract_value(pointers, i) for i in range(len(tuple_type))])
 
 

@@ -24,7 +24,7 @@ from gpu_bn.kernels.cpu.scalars import (
     splat_all_wide,
     zeros_double,
 )
-from gpu_bn.kernels.cpu.vector import BYTES, FLOAT32, FLOAT64
+from gpu_bn.kernels.cpu.vector import DOUBLES, FLOAT32, FLOAT64
 
 FEW, ROWS = 8, 16
 """The numbers of rows in one float32 sum, and in the sum of two of these, which is added to a float64 sum."""
@@ -33,8 +33,6 @@ FIRST = 8
 NARROW, TALL, FLAT = 256, 64, 16
 """The parameters of some columns stay in registers for ``TALL`` rows if there are at most ``NARROW`` columns, else for
 ``FLAT`` rows."""
-DOUBLES = BYTES // 8
-"""The number of float64 lanes in a vector."""
 
 
 def computed(code):

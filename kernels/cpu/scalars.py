@@ -12,8 +12,8 @@ from gpu_bn.kernels.cpu.memory import Tensor, as_pointer, count_type, wrap
 from gpu_bn.kernels.cpu.vector import (
     BIT,
     BYTE,
-    BYTES,
     DOUBLE,
+    DOUBLES,
     INT32,
     INT64,
     SINGLE,
@@ -97,7 +97,7 @@ def output_zeros(typing, source, activation):
 @intrinsic
 def zeros_double(typing):
     """Return four zero vectors of float64: two sums, and their rounding errors."""
-    four = types.UniTuple(Vector(True, BYTES // 8), 4)
+    four = types.UniTuple(Vector(True, DOUBLES), 4)
     return four(), lambda context, builder, sig, args: ir.Constant(context.get_value_type(four), None)
 
 
@@ -179,9 +179,8 @@ def round_to(typing, source, value):
 
     def generate(context, builder, sig, args):
         bits = memory.narrow(Lanes(builder, fill_lanes(builder, args[1], 1)), source.code)
-        return builder.extract_element(
-            memory.widen(builder, bits, source.code, ir.VectorType(DOUBLE, 1)).value, INT32(0)
-        )
+        rounded = memory.widen(builder, bits, source.code, ir.VectorType(DOUBLE, 1))
+        return builder.extract_element(rounded.value, INT32(0))
 
     return types.float64(source, types.float64), generate
 

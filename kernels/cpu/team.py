@@ -36,17 +36,17 @@ def call_in_team(typing, gomp_parallel, thread_number, threads, kernel, argument
 
 
 def _team_member(context, module, record, argument_types):
-    """Return the function that each thread of the team runs. Its argument is a pointer of type ``record``.
+    """Return the function that each thread of a team runs: it calls the kernel, if the thread is one of the first.
 
-    It reads the arguments of :func:`call_in_team` there, and calls the kernel if the thread is one of the first.
+    It takes a pointer of type ``record`` to the arguments of :func:`call_in_team` from ``thread_number`` on.
     """
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), module.get_unique_name("member"))
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     fields = builder.load(builder.bitcast(function.args[0], record))
     thread_number, threads, kernel, *values = cgutils.unpack_tuple(builder, fields, 3 + len(argument_types))
-    own = builder.call(builder.inttoptr(thread_number, ir.FunctionType(INT32, []).as_pointer()), [])
-    with builder.if_then(builder.icmp_signed("<", builder.sext(own, INT64), threads)):
+    this_thread = builder.call(builder.inttoptr(thread_number, ir.FunctionType(INT32, []).as_pointer()), [])
+    with builder.if_then(builder.icmp_signed("<", builder.sext(this_thread, INT64), threads)):
         emit_kernel_call(context, builder, kernel, values, argument_types)
     builder.ret_void()
     return function

@@ -19,6 +19,8 @@ SIZES = (2, 2, 4, 8)
 """Bytes of an element, by the code of its dtype."""
 BYTES = 64
 """Bytes of a vector in the precision of the computation: a cache line."""
+DOUBLES = BYTES // 8
+"""The number of float64 lanes in a vector."""
 MASKS = stores_by_mask()
 """True if a masked store is as fast as any other. On other CPUs it is many times slower, or LLVM emits branches."""
 WIDE = 4 if MASKS else 2
@@ -196,7 +198,7 @@ def lane_mask(builder, relation, number, count):
 def reduce_add(lanes):
     """Return the sum of the lanes in float64. Halves are added in the vector's own precision until 8 lanes are left."""
     builder, value, count = lanes.builder, lanes.value, lanes.value.type.count
-    while count > BYTES // 8:
+    while count > DOUBLES:
         count //= 2
         value = builder.fadd(*[extract_part(builder, value, half, count) for half in (0, 1)])
     wide = ir.VectorType(DOUBLE, count)
