@@ -1,4 +1,4 @@
-"""The container files agree with each other, with pyproject.toml and with what the pages say."""
+"""Compare the container files with each other, with pyproject.toml and with the pages."""
 
 import json
 import os
@@ -17,17 +17,17 @@ COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 GUIDE = (ROOT / "docs" / "containers.md").read_text()
 COMMAND = "docker compose -f docker/compose.yaml run --rm"
 SERVICES = {"test": "test", "bench": "bench", "bench-gpu": "bench"}
-"""Each service's image."""
+"""The image of each service."""
 
 
 def instructions(text):
-    """The Dockerfile's instructions, continued lines joined."""
+    """Return the instructions of a Dockerfile, with continued lines joined."""
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines()
 
 
 def stages(text):
-    """Name of a stage to its instructions, those of the stage that it is built on first."""
+    """Return the instructions of each stage, after those of the stage that it is built on."""
     found = {}
     for line in instructions(text):
         if line.startswith("FROM"):
@@ -43,7 +43,7 @@ STAGES = stages(DOCKERFILE)
 
 
 def last(stage, instruction):
-    """What the last of an instruction in a stage says."""
+    """Return the argument of the last such instruction in a stage."""
     return [line.partition(" ")[2] for line in STAGES[stage] if line.startswith(instruction + " ")][-1]
 
 
@@ -59,7 +59,7 @@ def test_the_services_are_the_targets():
 
 
 def test_only_one_service_asks_for_a_gpu():
-    """The others start where there is none."""
+    """Services that ask for no GPU start on a machine without one."""
     (device,) = COMPOSE["services"]["bench-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert not any("deploy" in COMPOSE["services"][name] for name in ("test", "bench"))

@@ -1,4 +1,4 @@
-"""The docstrings of what users call: every argument is described, and the examples run."""
+"""Check the docstrings of public names: they describe every argument, and their examples run."""
 
 import doctest
 import inspect
@@ -14,7 +14,7 @@ from gpu_bn import nn
 from gpu_bn.activations import ROWS
 
 RESULTS = {"BackendUnavailableError", "Grads", "Saved"}
-"""What calls return or raise; users do not make them."""
+"""Classes that calls return or raise; users do not construct them."""
 ARRAYS = [(gpu_bn, name) for name in gpu_bn.__all__ if name not in RESULTS]
 PUBLIC = [*ARRAYS, *((nn, name) for name in nn.__all__)]
 
@@ -24,7 +24,7 @@ def named(one):
 
 
 def section(text, title):
-    """The entries of one section of a docstring, by name."""
+    """Return the names of the entries in a section of a docstring."""
     found = re.search(rf"^{title}:\n((?:    .*\n|\n)+)", text + "\n", re.MULTILINE)
     return re.findall(r"^    (\*{0,2}\w+):", found[1], re.MULTILINE) if found else []
 

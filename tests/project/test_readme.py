@@ -61,6 +61,14 @@ def test_the_example_for_cupy(make_gpu, capsys):
     assert capsys.readouterr().out.count("\n") == 4
 
 
+@pytest.mark.compile
+def test_the_example_for_the_emulator(compile_cuda, device):
+    (code,) = (code for code in blocks("python") if "compile_cuda" in code)
+    names = {}
+    exec(compile(code, "emulator.md", "exec"), names)
+    names["test_scale"](compile_cuda, device)
+
+
 def test_the_example_of_training_learns(tmp_path):
     code = next(code for code in blocks("python") if "zero_grad" in code)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -69,7 +77,7 @@ def test_the_example_of_training_learns(tmp_path):
 
 ENDED = """
 from support.processes import gloo_threads
-assert not gloo_threads()  # one that is still at work when the interpreter ends can abort the process
+assert not gloo_threads()  # a thread that still works when the interpreter ends can abort the process
 """
 
 
@@ -79,13 +87,13 @@ def test_the_example_of_several_processes(tmp_path):
     (code,) = (code for code in blocks("python") if "init_process_group" in code)
     (command,) = (block.split() for block in blocks("sh") if "torchrun" in block)
     (tmp_path / command[-1]).write_text(code + ENDED)
-    assert command[0] == "torchrun"  # which is the module's main function
+    assert command[0] == "torchrun"  # which runs the main function of the module below
     run = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     environment["PET_LOCAL_ADDR"] = "localhost"  # the machine's own name, torchrun's choice, may not resolve
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    digits = "".join(done.stdout.split())  # the two write at once: "11\n\n" may come in place of "1\n1\n"
+    digits = "".join(done.stdout.split())  # both write at the same time: "11\n\n" is possible
     first, second = digits[: len(digits) // 2], digits[len(digits) // 2 :]
     assert first == second
     assert float(first) != 0
