@@ -17,11 +17,10 @@ import numpy as np
 
 from gpu_bn import __version__, get_num_threads, registry
 from gpu_bn.cli.console import Table
-from gpu_bn.cli.cuda_versions import DRIVER, cuda_versions, installed
+from gpu_bn.cli.cuda_versions import CUPY, DRIVER, CudaVersions, cuda_versions, installed
 
 PACKAGES = (
-    "numba", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "cupy", "ml_dtypes", "scikit-learn", "matplotlib",
-    "rich",
+    "numba", "torch", "triton", *CUPY, "ml_dtypes", "scikit-learn", "matplotlib", "rich",
 )  # fmt: skip
 COLUMNS = ("name", "serves", "available")
 """The columns of the table of backends."""
@@ -50,7 +49,7 @@ class Facts:
             *((f"CUDA {name}", text) for name, text in cuda.descriptions.items()),
             *(("does not fit", problem) for problem in cuda.problems()),
         ]
-        self.backends = [[row.name, str(row), available(row, gpus)] for row in registry.ROWS]
+        self.backends = [[row.name, str(row), available(row, gpus, cuda)] for row in registry.ROWS]
 
     def __str__(self) -> str:
         lines = [f"{name:12} {value}" for name, value in self.lines]
@@ -90,12 +89,14 @@ def blas() -> str:
     return f"{library.get('name', 'unknown')} {library.get('version', '')}".strip()
 
 
-def available(row: registry.Row, gpus: Devices) -> str:
+def available(row: registry.Row, gpus: Devices, cuda: CudaVersions) -> str:
     """Describe whether a backend is available and whether it is the default, without importing its library."""
     if why_not := registry.unavailable_reason(row):
         return f"no: {why_not}"
     if not gpus.names and (row.library == "cupy" or row.device == "cuda"):
         return "no: no NVIDIA GPU"
+    if row.device == "cuda" and cuda.torch_for_cpu:
+        return "no: torch was built without CUDA"
     same_arrays = [other for other in registry.ROWS if str(other) == str(row)]
     preferred = same_arrays[: same_arrays.index(row)]
     if all(map(registry.unavailable_reason, preferred)):

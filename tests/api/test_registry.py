@@ -9,6 +9,7 @@ import pytest
 import gpu_bn
 from gpu_bn import registry
 from gpu_bn.cli import info
+from gpu_bn.cli.cuda_versions import CudaVersions
 
 X = np.ones((4, 3), np.float32)
 NO_GPUS = info.Devices([], "none")
@@ -34,7 +35,7 @@ def missing(monkeypatch):
 
 
 def lines():
-    return {(row.name, str(row)): info.available(row, NO_GPUS) for row in registry.ROWS}
+    return {(row.name, str(row)): info.available(row, NO_GPUS, CudaVersions()) for row in registry.ROWS}
 
 
 def test_with_numba_arrays_go_to_compiled_kernels():

@@ -50,6 +50,7 @@ class Driver:
 
 TWELVE = {"cupy": (12, 9), "nvrtc": (12, 9), "packages": ("cupy-cuda12x",)}
 THIRTEEN = {"cupy": (13, 0), "nvrtc": (13, 0), "packages": ("cupy-cuda13x",)}
+NO_NVRTC = 'unknown: cuda.pathfinder.DynamicLibNotFoundError: Failure finding "libnvrtc.so"'
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,49 @@ THIRTEEN = {"cupy": (13, 0), "nvrtc": (13, 0), "packages": ("cupy-cuda13x",)}
             {"driver": (13, 0), "torch": (13, 0), **TWELVE},
             ["torch of CUDA 13.0 beside CuPy of CUDA 12.9: each works, but .* '.\\[cupy13\\]' instead of cupy-cuda12x"],
         ),
+        (  # a build from source, or conda's package
+            {"driver": (13, 0), "torch": (12, 8), "cupy": (13, 0), "nvrtc": (13, 0)},
+            ["torch of CUDA 12.8 beside CuPy of CUDA 13.0: .* '.\\[cupy\\]' instead of the installed CuPy$"],
+        ),
+        (
+            {"driver": (13, 0), "torch": (12, 8), **THIRTEEN, "packages": ("cupy",)},
+            ["torch of CUDA 12.8 beside CuPy of CUDA 13.0: .* '.\\[cupy\\]' instead of cupy$"],
+        ),
+        (
+            {"driver": (13, 0), **THIRTEEN, "packages": ("cupy-cuda13x", "cupy")},
+            ["cupy-cuda13x and cupy contain the same module: pip uninstall cupy-cuda13x cupy, then install one"],
+        ),
+        (
+            {"driver": (14, 0), "torch": (14, 0), **THIRTEEN},  # for which there is no extra
+            ["beside CuPy of CUDA 13.0: .*; install CuPy for CUDA 14 instead of cupy-cuda13x$"],
+        ),
+        (
+            {"driver": (13, 0), "torch_for_cpu": True},
+            ["torch was built without CUDA.*: pip uninstall torch, then pip install -e '.\\[torch\\]'$"],
+        ),
+        (
+            {"driver": (12, 8), "torch_for_cpu": True},
+            ["torch was built without CUDA.*, then uv pip install --torch-backend auto -e '.\\[torch\\]'$"],
+        ),
+        ({"torch_for_cpu": True}, []),  # without a driver it is the right build
+        ({"driver": (11, 4)}, ["a driver for CUDA 11.4 is too old: update it to 525 or later, for CUDA 12$"]),
+        ({"driver": (11, 4), "torch_for_cpu": True}, ["update it to 525 or later, for CUDA 12$"]),
+        ({"driver": (11, 4), **TWELVE}, ["update it to 525 or later, for CUDA 12$"]),
+        ({"driver": (11, 4), "torch": (13, 0), **TWELVE}, ["update it to 580 or later, for CUDA 13$"]),
+        (
+            {"driver": (12, 8), "cupy": (11, 8), "nvrtc": (11, 8), "packages": ("cupy-cuda11x",)},
+            ["CuPy of CUDA 11.8: CUDA 12 or later is needed: .* '.\\[cupy\\]' instead of cupy-cuda11x$"],
+        ),
+        (
+            {"driver": (13, 0), "packages": ("cupy-cuda13x",), "why_not": NO_NVRTC},
+            ["CuPy finds no NVRTC.*: pip install 'nvidia-cuda-nvrtc==13.\\*', or pip install -e '.\\[cupy13\\]'$"],
+        ),
+        (
+            {"driver": (13, 0), "packages": ("cupy-cuda12x",), "why_not": NO_NVRTC},
+            ["CuPy finds no NVRTC.*: pip install nvidia-cuda-nvrtc-cu12, or pip install -e '.\\[cupy\\]'$"],
+        ),
+        ({"packages": ("cupy",), "why_not": NO_NVRTC}, ["pip install nvidia-cuda-nvrtc-cu12"]),
+        ({"packages": ("cupy-cuda13x",), "why_not": "unknown: ImportError: libcuda.so.1: cannot open"}, []),
         ({}, []),
     ],
 )
@@ -96,12 +140,25 @@ def test_cuda_versions_are_read_without_importing_anything(tmp_path, monkeypatch
     torch.mkdir()
     (torch / "__init__.py").write_text("raise RuntimeError('imported')")
     (torch / "version.py").write_text("__version__ = '2.11.0'\ncuda: Optional[str] = '13.0'\nhip = None\n")
-    (tmp_path / "cupy.py").write_text("raise OSError('libnvrtc.so.13: cannot open')")
+    (tmp_path / "cupy.py").write_text("raise OSError('libnvrtc.so.13: cannot open\\n  in /usr/lib')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert cuda_versions.torch_version() == (13, 0)
+    assert cuda_versions.torch_cuda() == "13.0"
     assert cuda_versions.ask_cupy() == (None, None, "unknown: OSError: libnvrtc.so.13: cannot open")
+    monkeypatch.setattr(cuda_versions, "driver_version", lambda: (13, 0))
+    assert cuda_versions.cuda_versions().torch == (13, 0)
+    (torch / "version.py").write_text("__version__ = '2.11.0+cpu'\ncuda: Optional[str] = None\nhip = None\n")
+    assert cuda_versions.cuda_versions().torch_for_cpu
+
+
+@pytest.mark.parametrize(("torch_for_cpu", "says"), [(True, "no: torch was built without CUDA"), (False, "yes")])
+def test_a_torch_for_cpus_serves_no_cuda_tensors(torch_for_cpu, says, monkeypatch):
+    monkeypatch.setattr(info.registry, "unavailable_reason", lambda _: "")
+    cuda = CudaVersions(driver=(13, 0), torch_for_cpu=torch_for_cpu)
+    for row in gpu_bn.registry.ROWS:
+        found = info.available(row, info.Devices(["GPU X"]), cuda)
+        assert found.startswith(says if row.device == "cuda" else "yes"), row
 
 
 @pytest.mark.parametrize(
