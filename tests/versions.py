@@ -4,9 +4,10 @@
     python tests/versions.py --work DIRECTORY --write 2.11=3.6.0 2.14=3.8.0  # with other versions of torch (GB)
 
 The script makes an environment in DIRECTORY for each pair of versions; all other packages come from this environment.
-There it compiles kernels that cover the kinds of calls, dtypes, layouts, activations and architectures, and runs some
-cases on the emulator. With another torch it also runs the tests of the layers. ``--write`` puts the outcomes into
-``data/versions.json``, from which ``tests/pages.py`` makes the table in ``docs/install.md``.
+There it compiles kernels that cover the kinds of calls, dtypes, layouts, activations and architectures, runs some
+cases on the emulator, and holds the machine code to its budget. With another torch it also runs the tests of the
+layers. ``--write`` puts the outcomes into ``data/versions.json``, from which ``tests/pages.py`` makes the table in
+``docs/install.md``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ PARTS = {
         "-k",
         SLICE,
     ],
+    "budget": ["-m", "pytest", "-q", "tests/backends/triton/test_budget.py"],
     "layers": [
         "-m",
         "pytest",
@@ -154,11 +156,15 @@ def environment(work: Path, torch: str, triton: str) -> Path:
     return python
 
 
+def environ() -> dict[str, str]:
+    """Return the environment variables that let a Python import this package and its tests' modules."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE)))}
+
+
 def outcome(python: Path, what: str) -> dict[str, Any]:
     """Run one part of the checks; return whether it succeeded, and how many tests passed, failed and were skipped."""
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE)))}
     done = subprocess.run(
-        [python, *PARTS[what]], cwd=HERE.parent, env=environ, capture_output=True, text=True, check=False
+        [python, *PARTS[what]], cwd=HERE.parent, env=environ(), capture_output=True, text=True, check=False
     )
     counts = {
         name: int(found) for found, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-300:])
@@ -170,22 +176,31 @@ def outcome(python: Path, what: str) -> dict[str, Any]:
 
 def row(python: Path, parts: list[str]) -> dict[str, Any]:
     """Run parts in an environment; return a row of the record."""
-    said = "import platform, torch, triton, numpy as n; print(platform.python_version(), torch.__version__, "
-    said += "triton.__version__, n.__version__)"
-    versions = subprocess.run([python, "-c", said], capture_output=True, text=True, check=True).stdout.split()
-    names = ("python", "torch", "triton", "numpy")
-    found: dict[str, Any] = dict(zip(names, versions, strict=True)) | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    said = "import platform, torch, triton, numpy as n, triton_budget as t; "
+    said += "print(platform.python_version(), torch.__version__, triton.__version__, n.__version__, t.stamp())"
+    done = subprocess.run([python, "-c", said], env=environ(), capture_output=True, text=True, check=True)
+    names = ("python", "torch", "triton", "numpy", "kernels_stamp")
+    found: dict[str, Any] = dict(zip(names, done.stdout.split(), strict=True))
+    found["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
+    if "kernels" not in parts:
+        del found["kernels_stamp"]
     return found | {what: outcome(python, what) for what in parts}
 
 
 # -------------------------------------------------------------------------------------------------------- page
 def table(record: dict[str, Any]) -> str:
     """Return the table in docs/install.md, which ``tests/pages.py`` writes."""
-    names = ("torch", "Triton", "kernels compiled", "cases on the emulator", "tests of layers", "Python", "date")
+    from triton_budget import stamp
+
+    names = (
+        "torch", "Triton", "kernels compiled", "cases on the emulator", "machine code's budget", "tests of layers",
+        "Python", "date",
+    )  # fmt: skip
     lines = [names, ("---",) * len(names)]
     for found in record["rows"]:
         outcomes = [_cell(found.get(what)) for what in PARTS]
-        lines.append((found["torch"], found["triton"], *outcomes, found["python"], found["date"]))
+        stale = "" if found.get("kernels_stamp") == stamp() else ", of earlier kernels"
+        lines.append((found["torch"], found["triton"], *outcomes, found["python"], found["date"] + stale))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -227,7 +242,7 @@ def main() -> int:
     rows = []
     for pair in options.pairs:
         torch, _, triton = pair.rpartition("=")
-        parts = options.only or (list(PARTS) if torch else ["kernels", "emulator"])
+        parts = options.only or (list(PARTS) if torch else ["kernels", "emulator", "budget"])
         rows.append(row(environment(options.work.resolve(), torch, triton), parts))
         print(json.dumps(rows[-1]), flush=True)
     if options.write:

@@ -52,6 +52,7 @@ def test_an_overlapping_input_is_right():
 @pytest.mark.parametrize("size", [5, 60])
 def test_nothing_is_copied(size, monkeypatch):
     """NumPy works on the tensors' own memory."""
+    pytest.importorskip("ml_dtypes", reason="bfloat16 on NumPy needs the package ml_dtypes")
     from gpu_bn.backends import torch_cpu
 
     seen = []
