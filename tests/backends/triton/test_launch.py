@@ -22,6 +22,7 @@ from gpu_bn.backends.triton.backend import TritonBackend
 from gpu_bn.backends.triton.launch import ClusterError, Specialisation, Step
 from gpu_bn.kernels.triton.forward import bn_merge_moments_kernel
 from gpu_bn.plan import DEVICES
+from gpu_bn.testing import cases, check, extended_cases
 
 OLD = triton.__version__.startswith("3.6")
 
@@ -213,13 +214,16 @@ def test_a_cuda_graph_replays_a_call():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("tier", [None, "split", "cta", "cluster"])
-def test_every_case_on_the_gpu(tier):
-    from gpu_bn.backends.triton.backend import TritonBackend
-    from gpu_bn.testing import cases, check, extended_cases
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_case_on_the_gpu(case, tier):
+    check(case, TritonBackend(tier=tier))
 
-    backend = TritonBackend(tier=tier)
-    for case in cases() if tier else [*cases(), *extended_cases()]:
-        check(case, backend)
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("case", extended_cases(), ids=str)
+def test_masks_ghost_batches_and_renormalisation_on_the_gpu(case):
+    check(case, TritonBackend())
 
 
 @pytest.mark.parametrize(("registers", "warps", "more"), [(128, 8, None), (128, 4, None), (104, 8, 128), (144, 8, 255)])
