@@ -156,7 +156,7 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
 
     Source: Maas, Hannun & Ng 2013.
     """
-    return replace(ROWS["leaky_relu"].default, parameter=float(negative_slope))
+    return _with_parameter("leaky_relu", negative_slope)
 
 
 def elu(alpha: float = 1.0) -> Activation:
@@ -181,7 +181,12 @@ def elu(alpha: float = 1.0) -> Activation:
 
     Source: Clevert, Unterthiner & Hochreiter 2016.
     """
-    return replace(ROWS["elu"].default, parameter=float(alpha))
+    return _with_parameter("elu", alpha)
+
+
+def _with_parameter(name: str, value: Any) -> Activation:
+    """Return an activation with a parameter; a number of an array library, such as a 0-d tensor, serves too."""
+    return replace(ROWS[name].default, parameter=float(value) if hasattr(value, "__float__") else value)
 
 
 def make_activation(name: str, parameter: float) -> Activation:

@@ -95,7 +95,7 @@ def fold(
         ``(weight, bias)``: one like ``weight``, the other (out,) in its dtype; computed in float64, then rounded.
 
     Raises:
-        TypeError: ``norm`` holds arrays of another library than ``weight``.
+        TypeError: ``norm`` holds arrays of another library than ``weight``, or ``weight`` is not floating-point.
         ValueError: ``norm`` has no running statistics, or another number of channels than ``weight`` has outputs;
             ``bias`` is not (out,), or ``weight`` has fewer than two axes.
 

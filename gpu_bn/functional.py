@@ -98,8 +98,8 @@ def batch_norm(
     out on a CPU at that time, the call goes on with smaller blocks. The running statistics are written last and
     together: in NumPy arrays they are all old or all new, whatever interrupts.
 
-    For torch tensors the call is differentiable; :func:`gpu_bn.nn.batch_norm` has the same arguments and torch's
-    errors. For other arrays use :func:`batch_norm_forward` and :func:`batch_norm_backward`.
+    For torch tensors the call is differentiable; :func:`gpu_bn.nn.batch_norm` is the same with torch's errors and
+    arguments. For other arrays use :func:`batch_norm_forward` and :func:`batch_norm_backward`.
     """
     call = Call(x, weight, bias, residual, running_mean, running_var, None, mask, out)
     options = Options(training, momentum, eps, activation, channel_axis, virtual_batch_size, renorm)

@@ -137,7 +137,7 @@ def select(
     spatial = [name for name in layouts if name != "nc"]
     for shape, dtype in product(shapes_of(shapes), dtypes):
         if len(shape) > 2 and not spatial:
-            raise ValueError(f"layout 'nc' is of 2 axes, got {len(shape)}: {'x'.join(map(str, shape))}")
+            raise ValueError(f"layout 'nc' has 2 axes, got {len(shape)}: {'x'.join(map(str, shape))}")
         if math.prod(shape) == shape[1] and any(operation.training for operation in chosen):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         for layout, operation in product(["nc"] if len(shape) == 2 else spatial, chosen):

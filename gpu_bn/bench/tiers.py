@@ -120,9 +120,9 @@ def thresholds_text(
     """Return all fields of ``Thresholds`` as source lines, each with its old value or why it was not fitted."""
     before, after = (mean_slowdown(times, device, thresholds) for thresholds in (THRESHOLDS, best))
     fitted = f"fitted to {FITTED_BY} in {len(times)} cases on {device.name}: mean time over the fastest tier"
-    lines = [f"Thresholds for plan.py, {fitted} {before:.3f} before, {after:.3f} after"]
+    lines = [f"Thresholds for gpu_model.py, {fitted} {before:.3f} before, {after:.3f} after"]
     if not times:
-        lines = [f"Thresholds for plan.py, as they are: fitting takes several tiers of {FITTED_BY}, timed"]
+        lines = [f"Thresholds for gpu_model.py, as they are: fitting takes several tiers of {FITTED_BY}, timed"]
     copy = f"a copy has {device.bandwidth * THRESHOLDS.copy_share / 1e9:.4g} GB/s here: divide by the data sheet's"
     for name, value in asdict(best).items():
         default = getattr(THRESHOLDS, name)

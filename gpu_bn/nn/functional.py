@@ -54,7 +54,7 @@ def batch_norm(
         training: whether to use the batch's statistics.
         momentum: the weight of the batch in the running update, a number or a 0-d tensor; ``None`` averages over all
             batches that ``num_batches_tracked`` counts.
-        eps: added to the variance.
+        eps: added to the variance; positive in training.
         residual: added before the activation; it has ``input``'s shape, dtype and device.
         activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"`` (the
             erf form), ``"gelu_tanh"``, ``"hardswish"``, ``"sigmoid"`` or ``"tanh"``; or an ``Activation`` with its

@@ -90,7 +90,8 @@ class BatchNorm(_Sized):
     Raises:
         ValueError: an input that is not 2-D to 5-D, or an option that does not fit; the error has torch's text where
             torch has one.
-        RuntimeError: tensors of different dtypes or devices, as in torch.
+        RuntimeError: tensors on different devices.
+        TypeError: a residual of another dtype than the input.
 
     Examples:
         >>> import torch
@@ -228,7 +229,8 @@ class FrozenBatchNorm2d(Activated):
 
     Raises:
         ValueError: an input that is not 4-D, or an unknown activation.
-        RuntimeError: tensors of different dtypes or devices, as in torch.
+        RuntimeError: tensors on different devices.
+        TypeError: a residual of another dtype than the input.
 
     Examples:
         >>> import torch

@@ -1,5 +1,7 @@
 """The activations of the library: values, exact gradients, kinks, tails, NaN, and their parameters."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from support import rng
@@ -201,3 +203,16 @@ def test_names_parameters_and_text():
     assert repr(gpu_bn.leaky_relu(0.2)) == "leaky_relu(negative_slope=0.2)"
     assert repr(gpu_bn.elu()) == "elu(alpha=1.0)"
     assert repr(Activation.of("relu")) == "relu"
+
+
+@pytest.mark.parametrize("make", [gpu_bn.leaky_relu, gpu_bn.elu])
+@pytest.mark.parametrize("value", ["0.2", "a", b"1", None, [1], 1j, np.ones(2)])
+def test_a_parameter_is_a_number(make, value):
+    with pytest.raises(TypeError):
+        make(value)
+
+
+@pytest.mark.parametrize("make", [gpu_bn.leaky_relu, gpu_bn.elu])
+@pytest.mark.parametrize("value", [np.float64(0.5), np.array(0.5), Fraction(1, 2)])
+def test_a_parameter_may_be_any_number(make, value):
+    assert make(value) == make(0.5)

@@ -56,7 +56,7 @@ def test_the_report_of_a_gpu(emulated, capsys, tmp_path):
     assert set(found["crossovers"]["thresholds"]) == {field.name for field in fields(plan.Thresholds)}
     assert {row["tier"] for row in found["crossovers"]["ranges"]} <= forced
     assert all(row["chosen"] == "cta" for row in found["crossovers"]["tiers"])
-    assert "Thresholds for plan.py, fitted to gpu_bn cupy in 2 cases on emulated" in out
+    assert "Thresholds for gpu_model.py, fitted to gpu_bn cupy in 2 cases on emulated" in out
     assert "driver and clocks are not known: nvidia-smi cannot be run" in out
     assert "driver and clocks are not known" in page.read_text()
     assert "DRAM bytes were not counted: ncu cannot be run" in out

@@ -112,7 +112,7 @@ def test_a_backend_that_took_another_tier_does_not_count():
     (found,) = tiers.tier_times(results)
     assert found.seconds == {"cta": 1.0}
     (*_, text), kept = tiers.crossovers([], results, plan.DEVICES["a100"])
-    assert "Thresholds for plan.py, as they are: fitting takes several tiers of gpu_bn cupy, timed\n" in text
+    assert "Thresholds for gpu_model.py, as they are: fitting takes several tiers of gpu_bn cupy, timed\n" in text
     assert text.count("# not decided by these cases") == len(fields(plan.Thresholds))
     assert kept["tiers"][0].by == "gpu_bn triton"
     assert kept["decided"] == {}

@@ -51,7 +51,9 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(threads: int) -> None:
-    """Set how many threads a call on a CPU may use. Results do not depend on it, bit for bit.
+    """Set how many threads a call of the ``cpu`` backend may use. Results do not depend on it, bit for bit.
+
+    For torch tensors the limit is the smaller of this and ``torch.get_num_threads()``.
 
     Args:
         threads: a whole number, at least 1.
