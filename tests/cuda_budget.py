@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from emulator.compile import ARCHITECTURES, cuda_cubin
 from plan_snapshot import calls
-from support.cuda_variants import on_chip_tiers, stamp
+from support import registers
+from support.cuda_variants import FAMILY, on_chip_tiers, stamp
 from support.gates import DATA, Group
 from support.machine_code import Figures, blocks_per_sm, figures_of
 
@@ -188,6 +189,13 @@ and end within vectors, such as those of 7 x 7 images.
   registers of a thread.
 
 """
+REGISTERS = """
+## More than 128 registers
+
+If a thread has more than 128 registers, an SM holds one block of 256 threads. The table has the kernels in the covering
+set of `tests/data/gates_cuda.txt` of which some need that many, with all activations, and the reason. The first figure
+is for vectors of 16 bytes. [The same for the Triton kernels](tested.md#triton-kernels-with-more-than-128-registers).
+"""
 LIMITERS = """
 ## What limits each shape
 
@@ -219,7 +227,7 @@ def page() -> str:
             _range((row.figures.registers for row in found), ""),
         ]
         lines.append(_line([name, layout, *cells]))
-    return "\n".join(lines) + "\n" + LIMITERS + limiters(plan)
+    return "\n".join(lines) + "\n" + REGISTERS + registers.table(FAMILY) + LIMITERS + limiters(plan)
 
 
 def limiters(planned: Callable[[Work, Device], LaunchPlan]) -> str:

@@ -27,7 +27,7 @@ import cuda_budget
 import model_proof
 import triton_budget
 import versions
-from support import cuda_faults, cuda_masked_faults, gpu_sync_faults, triton_bugs
+from support import cuda_faults, cuda_masked_faults, gpu_sync_faults, registers, triton_bugs, triton_variants
 from support.gates import DATA
 
 from gpu_bn.activations import ROWS
@@ -136,6 +136,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "planted_cuda": planted_cuda,
     "planted_triton": lambda: str(len(triton_bugs.BUGS) + len(gpu_sync_faults.TRITON)),
     "quick_cases": lambda: str(len(covering(every_case()))),
+    "registers_triton": lambda: registers.table(triton_variants.FAMILY),
     "versions": lambda: f"\n{versions.table(json.loads(versions.DATA.read_text()))}\n",
 }
 

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import record_gates
 from emulator.compile import ARCHITECTURES
-from support import gates
+from support import gates, registers
 from support.cuda_variants import FAMILY as CUDA
 from support.gates import REMEDY, Definitions, Family, Group, Limits, Record, Resources
 
@@ -53,6 +53,10 @@ def test_the_covering_set_is_recorded(family, current):
         groups = ", ".join(f"{count} of sm_{arch}" for arch, count in missing.items())
         pytest.skip(f"groups of {family.name} kernels not compiled since their sources changed: {groups}; {REMEDY}")
     assert {group.arch for group in covering} == set(ARCHITECTURES)
+
+
+def test_kernels_with_many_registers_have_a_reason_and_no_others(family):
+    assert set(registers.crowded(family)) == set(registers.REASONS[family.name])
 
 
 @pytest.mark.parametrize("meet", [("arch", "kind"), ("activation", "kind"), ("arch", "dtype"), ("activation", "dtype")])
