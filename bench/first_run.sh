@@ -27,7 +27,11 @@ done
 gpu_bn=("$python" -m gpu_bn)
 step info "${gpu_bn[@]}" info --json "$results/info.json"
 step check "${gpu_bn[@]}" check --quick --json "$results/check.json"
-step tests "$python" -m pytest -q -m gpu -p no:cacheprovider
+case " $wanted " in *" tests "*) rm -f "$results/tests.json" ;; esac
+report=$(mktemp)  # pytest's report, as XML; empty if the step is not wanted or was killed
+step tests "$python" -m pytest -q -m gpu -p no:cacheprovider -o junit_family=xunit1 --junitxml "$report"
+[ ! -s "$report" ] || "$python" bench/tests_json.py "$report" "$results/tests.json"
+rm -f "$report"
 step bench "${gpu_bn[@]}" bench --shapes few --out "$results/bench" --page "$results/bench/page.md"
 step tiers "${gpu_bn[@]}" bench --shapes resnet50-32 --ops forward,backward --layout nchw,nhwc --peers 'torch cuDNN' \
   --tiers all --verify-model --out "$results/tiers" --page "$results/tiers/page.md"

@@ -2,19 +2,24 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
+from emulator.compile import ARCHITECTURES
 from support.paths import ROOT
 
 SCRIPT = ROOT / "bench" / "first_run.sh"
+PAGE = (ROOT / "docs" / "first-run-on-a-gpu.md").read_text()  # project/test_pages.py checks the numbers in it
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def first_run(folder, *steps):
-    environment = {**os.environ, "PYTHON": sys.executable, "RESULTS": str(folder)}
+def first_run(folder, *steps, **variables):
+    environment = {**os.environ, "PYTHON": sys.executable, "RESULTS": str(folder), **variables}
     return subprocess.run([SCRIPT, *steps], env=environment, capture_output=True, text=True, check=False)
 
 
@@ -28,6 +33,41 @@ def test_a_step_leaves_its_results_as_json(tmp_path):
     assert any(row["name"] == "numpy" and row["available"].startswith("yes") for row in info["backends"])
 
 
+TESTS = """
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_odd(number):
+    assert number % 2, f"{number} is even"
+
+@pytest.mark.skip
+def test_skipped():
+    pass
+
+@pytest.fixture
+def broken():
+    raise OSError("no device")
+
+def test_error(broken):
+    pass
+"""
+
+
+def test_the_tests_step_leaves_the_failures_as_json(tmp_path):
+    file = tmp_path / "test_some.py"
+    file.write_text(TESTS)
+    done = first_run(tmp_path, "tests", PYTEST_ADDOPTS=str(file))
+    found = json.loads((tmp_path / "tests.json").read_text())
+    assert [found[name] for name in ("passed", "failed", "skipped")] == [2, 2, 1], done.stdout
+    even, error = found["failures"]
+    assert even["test"].endswith("test_some.py::test_odd[2]")
+    assert "2 is even" in even["message"]
+    assert error["test"].endswith("test_some.py::test_error")
+    assert "no device" in error["message"]
+
+
 def test_an_unknown_step_is_refused(tmp_path):
     done = first_run(tmp_path, "info", "fly")
     assert done.returncode == 2
@@ -36,9 +76,24 @@ def test_an_unknown_step_is_refused(tmp_path):
 
 
 def test_the_page_names_every_step():
-    page = (ROOT / "docs" / "first-run-on-a-gpu.md").read_text()  # project/test_pages.py looks at the number of cases
     steps = next(line for line in SCRIPT.read_text().splitlines() if line.startswith("all="))
-    assert all(f"| `{step}` |" in page for step in steps.split('"')[1].split())
+    assert all(f"| `{step}` |" in PAGE for step in steps.split('"')[1].split())
+
+
+def test_the_page_installs_what_the_extras_allow():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = [
+        line for line in extras["torch"] + extras["test"][1:] if line.startswith(("triton", "pytest>", "hypothesis"))
+    ]
+    (torch,) = (line for line in extras["torch"] if line.startswith("torch"))
+    allowed = {line.partition(";")[0] for line in [*project["dependencies"], *extras["cupy13"], torch, *named]}
+    (command,) = re.findall(r"^python3 -m pip install (.*?[^\\\n])$", PAGE, re.MULTILINE | re.DOTALL)
+    assert {word for word in shlex.split(command) if word.strip()} == allowed
+
+
+def test_the_page_names_the_oldest_architecture_of_the_compiled_kernels():
+    assert f"compute capability {min(ARCHITECTURES) / 10} or newer" in PAGE
 
 
 OPTIONAL, PLUGINS = ("rich", "matplotlib", "ml_dtypes", "threadpoolctl", "sklearn"), ("pytest_timeout", "xdist")
