@@ -18,7 +18,7 @@ SMOOTH = ["elu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh"]
 
 def values(activation, z):
     y = z.copy()
-    with np.errstate(all="ignore"):  # as the backends call them
+    with np.errstate(all="ignore"):  # backends call them under errstate, too
         activation.value(y)
     return y
 
@@ -30,8 +30,8 @@ def slopes(activation, z, dy=None):
     return out
 
 
-def in_expressions(expression, activation, z, dy):
-    """What a kernel computes, in float64."""
+def evaluate(expression, activation, z, dy):
+    """Evaluate a kernel's expression in float64."""
     functions = {
         "where": np.where, "abs": np.abs, "exp": np.exp, "expm1": np.expm1, "tanh": np.tanh, "normal_cdf": normal_cdf,
         "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
@@ -51,8 +51,8 @@ def test_the_expressions_for_kernels_are_the_same_functions(activation):
     assert bool(code.drop) == bool(dropped) != bool(code.gradient)
     gradient = code.gradient or f"where({code.drop}, {dropped}, dy)"
     close = {"rtol": 1e-12, "atol": 1e-15}
-    np.testing.assert_allclose(in_expressions(code.value, activation, z, dy), values(activation, z), **close)
-    np.testing.assert_allclose(in_expressions(gradient, activation, z, dy), slopes(activation, z, dy), **close)
+    np.testing.assert_allclose(evaluate(code.value, activation, z, dy), values(activation, z), **close)
+    np.testing.assert_allclose(evaluate(gradient, activation, z, dy), slopes(activation, z, dy), **close)
 
 
 @pytest.mark.parametrize("activation", FORMS, ids=repr)
@@ -65,7 +65,7 @@ def test_gradient_is_the_slope_of_the_value(activation):
 
 @pytest.mark.parametrize("activation", FORMS, ids=repr)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
-def test_as_the_oracle(activation, dtype):
+def test_values_and_slopes_are_those_of_the_oracle(activation, dtype):
     z = np.concatenate([np.linspace(-40, 40, 2001), [-1e4, 1e4], 10.0 ** np.arange(-30, 0)]).astype(dtype)
     roundings = 8 * np.finfo(dtype).eps
     for got, exact in (
@@ -147,7 +147,7 @@ def test_the_gradient_of_large_numbers_is_that_of_smaller_ones(activation, dtype
     assert np.array_equal(slopes(activation, z), expected)
     code = activation.row.device
     if code.gradient:
-        assert np.array_equal(in_expressions(code.gradient, activation, z, np.ones_like(z)), expected)
+        assert np.array_equal(evaluate(code.gradient, activation, z, np.ones_like(z)), expected)
 
 
 @pytest.mark.parametrize("activation", FORMS, ids=repr)
@@ -172,7 +172,7 @@ def test_the_gradient_may_be_written_over_an_argument(activation, target):
 def test_finite_differences_of_the_whole_transform(activation, shape):
     """Compare with d(sum(y * dy)) along a random direction of every argument, in float64.
 
-    Kernels are compiled for each activation: of the compiled backend one stands for all.
+    The compiled backend is tested with SiLU only, because it compiles a kernel for each activation.
     """
     backend = None if activation.name == "silu" else "numpy"
     x, dy, residual, dx, dresidual = rng(1).standard_normal((5, *shape))

@@ -1,4 +1,4 @@
-"""No array that is written shares memory with another: every pair of arguments, four kinds of overlap."""
+"""An array that is written may not share memory with another: every pair of arguments, four kinds of overlap."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ PAIRS = [
     (one, other)
     for at, one in enumerate(ARGUMENTS[:3])
     for other in ARGUMENTS[at + 1 :]
-    if (one, other) not in [("out", "input"), ("out", "residual")]  # api/test_out.py
+    if (one, other) not in [("out", "input"), ("out", "residual")]  # api/test_out.py tests these
 ]
 KINDS = ["same start", "last element", "inside", "interlocked"]
 """How the second array lies in the memory of the first."""
@@ -25,7 +25,7 @@ def shape_of(name):
 
 
 def overlapping(one, other, kind, own=lambda array: array):
-    """One buffer, and the two arguments as views of it that have at least one element in common."""
+    """Return a buffer and two arguments that are views of it, with at least one element in common."""
     buffer = own(np.linspace(0.5, 2, 2000, dtype=np.float32))
     sizes = [int(np.prod(shape_of(name))) for name in (one, other)]
     first = buffer[800 : 800 + sizes[0]].reshape(shape_of(one))
@@ -41,7 +41,7 @@ def overlapping(one, other, kind, own=lambda array: array):
 
 
 def arguments(**given):
-    """A whole call's arrays, of memory of their own but for those given."""
+    """Return the arrays of a call: those given, and new ones for the other arguments."""
     own = {name: rng().uniform(0.5, 2, shape_of(name)).astype(np.float32) for name in ARGUMENTS}
     own["mask"] = np.ones(shape_of("mask"), np.uint8)
     return own | given
@@ -58,7 +58,7 @@ def run(arrays, convert=lambda array: array, **options):
 
 
 LIBRARIES = ["numpy", "cpu", "torch"]
-"""Backends of arrays, and torch's tensors on a CPU."""
+"""Two backends for NumPy arrays, and torch tensors on the CPU."""
 
 
 def converter(library):
@@ -66,7 +66,7 @@ def converter(library):
         return lambda array: array
     torch = pytest.importorskip("torch")
 
-    def convert(array):  # torch has no negative strides: the same elements, the other way round
+    def convert(array):  # torch has no negative strides: reverse such axes, so that the tensor has the same elements
         if any(stride < 0 for stride in array.strides):
             array = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
         return torch.from_numpy(array)
@@ -79,7 +79,7 @@ def options_of(library):
 
 
 def require_refused(one, other, kind, convert, own=lambda array: array, **options):
-    """Arrays that overlap are refused, and nothing changes."""
+    """Require that a call with two overlapping arrays raises and changes nothing."""
     buffer, first, second = overlapping(one, other, kind, own)
     arrays = {name: own(array) for name, array in arguments().items()}
     arrays |= {one: first, other: second}
@@ -98,12 +98,14 @@ def require_refused(one, other, kind, convert, own=lambda array: array, **option
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_written_arrays_share_no_memory(one, other, kind, library):
     convert, options = converter(library), options_of(library)
-    run(arguments(), convert, **options)  # of the same signature: what is remembered is checked as well
+    run(
+        arguments(), convert, **options
+    )  # the next call has this signature, so that the remembered path is checked, too
     require_refused(one, other, kind, convert, **options)
 
 
 def ways(torch):
-    """Calls of torch's front: of a function, where something is differentiated, transformed, or by the operator."""
+    """Return four calls with torch tensors: plain, with autograd, in a ``torch.func`` transform, by the operator."""
     from gpu_bn import nn
 
     def function(x, *vectors, **options):
@@ -112,7 +114,7 @@ def ways(torch):
     def differentiated(x, *vectors, **options):
         return function(x.detach().requires_grad_(), *vectors, **options)
 
-    def transformed(x, *vectors, mask, **options):  # by the bias, for what is transformed has no memory to be seen
+    def transformed(x, *vectors, mask, **options):  # for the bias: a transformed tensor has no address
         del mask
         mean, var, weight, _ = vectors
         return torch.func.grad(lambda bias: function(x, mean, var, weight, bias, **options).sum())(torch.ones(4))
@@ -148,7 +150,7 @@ def test_statistics_of_torchs_front_share_no_memory(way, masked):
 
 @pytest.mark.compile
 def test_written_arrays_share_no_memory_on_an_emulated_gpu(make_gpu):
-    """By the CuPy backend: one call that is right, then every pair of arguments."""
+    """A valid call of the CuPy backend runs; then each pair of overlapping arguments is refused."""
     gpu = make_gpu(80)
     run({name: gpu.asarray(array) for name, array in arguments().items()})
     for one, other in PAIRS:
@@ -158,7 +160,7 @@ def test_written_arrays_share_no_memory_on_an_emulated_gpu(make_gpu):
 
 @pytest.mark.compile
 def test_written_tensors_share_no_memory_on_an_emulated_gpu(compile_triton, device):
-    """By the Triton backend."""
+    """The Triton backend refuses each pair of overlapping arguments."""
     pytest.importorskip("torch")
     from support.triton_backends import EmulatedBackend
 
@@ -174,11 +176,9 @@ def test_written_tensors_share_no_memory_on_an_emulated_gpu(compile_triton, devi
 @pytest.mark.parametrize("kind", ["repeated", "overlapping windows"])
 def test_written_arrays_do_not_overlap_themselves(name, kind, library):
     shape = shape_of(name)
+    strides = (2,) if len(shape) == 1 else (4 * 23, 4 * 6, 4)
     if kind == "repeated":
         strides = (0, *[4] * (len(shape) - 1))
-    else:
-        strides = (4,) if len(shape) == 1 else (4 * 24, 4 * 6, 4)
-        strides = (2,) if len(shape) == 1 else (4 * 23, 4 * 6, 4)
     memory = np.zeros(4000, np.float32)
     array = np.lib.stride_tricks.as_strided(memory, shape, strides)
     if library == "torch" and 2 in strides:
@@ -197,7 +197,7 @@ def test_written_arrays_do_not_overlap_themselves(name, kind, library):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_neighbours_in_one_buffer_are_allowed(library):
-    """Interleaved, so that their bounds overlap and their elements do not."""
+    """Interleaved arrays, whose ranges of addresses overlap but whose elements do not, are accepted."""
     buffer = np.ones(2 * 4 * CHANNELS, np.float32)
     vectors = {name: buffer[at::8] for at, name in enumerate(ARGUMENTS) if shape_of(name) == (CHANNELS,)}
     assert len(vectors) == 4
@@ -231,15 +231,15 @@ def test_whether_an_array_overlaps_itself_is_told_exactly(seed):
     random = rng(seed)
     shape = random.integers(1, 5, random.integers(1, 4))
     strides = random.integers(-12, 13, len(shape))
-    places = sum(
+    offsets = sum(
         np.arange(size).reshape([-1 if axis == at else 1 for axis in range(len(shape))]) * stride
         for at, (size, stride) in enumerate(zip(shape, strides, strict=True))
     )
-    start = -int(places.min())
+    start = -int(offsets.min())
     memory = np.zeros(200, np.int32)
     array = np.lib.stride_tricks.as_strided(memory[start:], shape, 4 * strides)
-    bytes_of = (start + places).ravel()
-    assert aliasing.overlaps_itself(array) == (len(set(bytes_of.tolist())) < array.size)
+    elements = (start + offsets).ravel()
+    assert aliasing.overlaps_itself(array) == (len(set(elements.tolist())) < array.size)
 
 
 def test_arrays_too_hard_to_tell_apart_are_refused(monkeypatch):

@@ -69,7 +69,7 @@ def test_the_layer_counts_an_empty_batch(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_torch(shape):
+def test_results_are_those_of_torch(shape):
     torch = pytest.importorskip("torch")
     reference = torch.nn.functional.batch_norm(torch.zeros(shape), torch.zeros(3), torch.ones(3), training=True)
     assert gpu_bn.batch_norm(np.zeros(shape, np.float32), *running_pair(3), training=True).shape == tuple(

@@ -1,4 +1,4 @@
-"""Every refusal: its type, a text that says what was expected and what came, and nothing changed."""
+"""Every refused call raises an error that says what was expected and what was given, and changes nothing."""
 
 import dataclasses
 import sys
@@ -84,7 +84,7 @@ def test_a_refused_call_says_why_and_changes_nothing(change, error, text, functi
     running_mean, running_var = running_pair(3)
     arguments = {"x": X, "running_mean": running_mean, "running_var": running_var, "weight": array(3), "bias": array(3)}
     arguments |= {"training": True, "out": np.full((4, 3), 7, np.float32)}
-    function(**arguments)  # what is right about it is remembered
+    function(**arguments)  # the signature of the valid call is remembered
     arguments |= change
     before = {name: value.copy() for name, value in arguments.items() if isinstance(value, np.ndarray)}
     for _ in range(2):
@@ -219,7 +219,7 @@ def test_eps_zero_is_allowed_in_evaluation(eps):
 
 
 def torch_message(**options):
-    """What torch says to the same mistake, with its spelling of a shape made ours."""
+    """Return the message that torch raises for the same mistake, with shapes written as in gpu_bn."""
     torch = pytest.importorskip("torch")
     arguments = {
         "input": torch.ones(4, 3),

@@ -1,4 +1,4 @@
-"""``gpu_bn.explain``: what it says of a call, and what it refuses."""
+"""``gpu_bn.explain``: its report on a call, and the arguments that it refuses."""
 
 import re
 import subprocess

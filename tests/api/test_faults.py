@@ -1,4 +1,4 @@
-"""A call that raises has changed nothing: an interrupt at every line, memory that runs out at every call into C."""
+"""A call that raises changes nothing: an interrupt at each line, and a MemoryError at each call into C."""
 
 import copy
 import ctypes
@@ -52,7 +52,7 @@ def test_statistics_are_all_old_or_all_new(options, install, place, error, backe
             break
         number += 1
     assert number > 20
-    assert outcomes > 0.9 * number  # the writing is last
+    assert outcomes > 0.9 * number  # statistics are written at the end of the call
 
 
 @pytest.mark.parametrize(("install", "place", "error"), INJECTIONS)
@@ -110,7 +110,7 @@ def test_a_state_is_loaded_whole_or_not(install, place, error):
 @pytest.mark.parametrize("layout", ["dense", "every other"])
 @pytest.mark.parametrize("name", CALLS)
 def test_an_output_in_the_inputs_place_is_all_old_or_all_new_when_memory_runs_out(name, layout, backend, monkeypatch):
-    """What a call allocates, statistics' vectors too, is there before anything is written, or it goes on with less."""
+    """A call allocates memory before it writes anything; afterwards it goes on with less memory instead of failing."""
     for module, setting in (("numpy.SCRATCH_BYTES", 4 << 10), ("cpu.pieces.MIN_BYTES", 1 << 10)):  # several blocks
         monkeypatch.setattr(f"gpu_bn.backends.{module}", setting)
 
@@ -132,7 +132,7 @@ def test_an_output_in_the_inputs_place_is_all_old_or_all_new_when_memory_runs_ou
         reached = seen > number
         number += 1
     assert number > 20
-    assert outcomes[True, True] <= 3  # counters and statistics follow
+    assert outcomes[True, True] <= 3  # an error while statistics are updated, after the output
     assert outcomes[False, False] == 0
 
 
@@ -140,7 +140,7 @@ def test_an_output_in_the_inputs_place_is_all_old_or_all_new_when_memory_runs_ou
 @pytest.mark.parametrize("shape", [(8, 4, 30_000), (120, 9000)], ids=str)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_block_that_memory_does_not_suffice_for_is_done_in_halves(monkeypatch, often, in_place, shape):
-    """While ``out`` is being written there is no way back, so that it goes on with less."""
+    """Once ``out`` is partly written, a call cannot undo that; if memory runs out, it goes on with smaller blocks."""
     from gpu_bn.backends.numpy import Normalization
 
     x = data(shape)
@@ -182,7 +182,7 @@ def test_new_shapes_leave_nothing_behind():
 
 @pytest.mark.parametrize("library", ["numpy", "cpu", "torch"])
 def test_what_is_remembered_of_ever_new_shapes_is_bounded_in_bytes(library):
-    """Shapes of five axes, the largest to be remembered; in all a few megabytes, however many there are."""
+    """Remembered signatures take at most 3 MiB in all, however many shapes of five axes there were."""
 
     def call(size):
         x = np.ones((2, 3, size, 1, 1), np.float32)
@@ -195,7 +195,7 @@ def test_what_is_remembered_of_ever_new_shapes_is_bounded_in_bytes(library):
     torch = pytest.importorskip("torch") if library == "torch" else None
     call(1)
     gc.collect()
-    gc.freeze()  # the collector looks at what is new only, not at every module of the process
+    gc.freeze()  # the collector visits new objects only, which is faster
     tracemalloc.start()
     try:
         kept = []
@@ -207,13 +207,13 @@ def test_what_is_remembered_of_ever_new_shapes_is_bounded_in_bytes(library):
     finally:
         tracemalloc.stop()
     assert max(kept) < 3 << 20, kept
-    assert min(kept[13:]) < max(kept[:13]), kept  # it does not go on growing
+    assert min(kept[13:]) < max(kept[:13]), kept  # it stops growing
     assert len(functional._FORWARDS) <= functional.REMEMBERED <= 1024
 
 
 @pytest.mark.parametrize("library", ["numpy", "cpu", "torch"])
 def test_ever_new_large_shapes_add_nothing_to_the_process(library):
-    """25 of 13 MB, once the allocator has given back what it keeps for itself."""
+    """25 new shapes of 13 MB each add less than 4 MiB, once the allocator has returned its free memory."""
     status, allocator = Path("/proc/self/status"), ctypes.CDLL(None)
     if not (status.exists() and hasattr(allocator, "malloc_trim")):
         pytest.skip("the memory of a process is read from Linux's /proc, when glibc has trimmed its own")

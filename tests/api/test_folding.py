@@ -42,8 +42,8 @@ def make(kind, affine=True):
     return layer.double(), norm, torch.randn(shape, dtype=torch.float64), options
 
 
-def plain(norm):
-    """The same normalisation as a layer of NumPy arrays."""
+def numpy_layer(norm):
+    """Return the same normalisation as a layer for NumPy arrays."""
     layer = gpu_bn.BatchNorm(6, affine=norm.affine, eps=norm.eps, dtype=np.float64)
     layer.load_state_dict(norm.state_dict())
     return layer.eval()
@@ -54,7 +54,7 @@ def array(tensor):
 
 
 def outputs(layer, x, weight, bias):
-    """What a layer gives with another weight and bias."""
+    """Return the outputs of a layer with another weight and bias."""
     parameters = {"weight": torch.as_tensor(weight), "bias": torch.as_tensor(bias)}
     if layer.bias is None:
         layer.register_parameter("bias", torch.nn.Parameter(parameters["bias"].clone()))
@@ -67,7 +67,7 @@ def test_fold_gives_the_same_outputs(kind, affine):
     layer, norm, x, options = make(kind, affine)
     expected = norm(layer(x)).detach()
     tensors = gpu_bn.fold(layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), norm, **options)
-    arrays = gpu_bn.fold(array(layer.weight), array(layer.bias), plain(norm), **options)
+    arrays = gpu_bn.fold(array(layer.weight), array(layer.bias), numpy_layer(norm), **options)
     assert all(isinstance(tensor, torch.Tensor) for tensor in tensors)
     assert all(isinstance(value, np.ndarray) for value in arrays)
     for weight, bias in (tensors, arrays):
@@ -77,7 +77,7 @@ def test_fold_gives_the_same_outputs(kind, affine):
 @pytest.mark.parametrize("kind", list(LAYERS))
 def test_unfold_is_the_inverse(kind):
     layer, norm, _, options = make(kind)
-    norm = plain(norm)
+    norm = numpy_layer(norm)
     weight, bias = array(layer.weight), array(layer.bias)
     back = gpu_bn.unfold(*gpu_bn.fold(weight, bias, norm, **options), norm, **options)
     assert np.allclose(back[0], weight, rtol=1e-13, atol=1e-13)
@@ -109,7 +109,7 @@ def test_folding_rounds_once(dtype):
 
 def test_arguments_are_not_written_to():
     layer, norm, _, _ = make("conv2d")
-    norm = plain(norm)
+    norm = numpy_layer(norm)
     weight, bias = array(layer.weight), array(layer.bias)
     before = weight.copy(), bias.copy(), norm.state_dict()
     gpu_bn.fold(weight, bias, norm)
@@ -185,7 +185,7 @@ def test_a_torch_layer_with_a_norm_of_numpy_arrays_folds_rightly_or_is_refused(k
     expected = norm(layer(x)).detach()
     try:
         weight, bias = gpu_bn.fold(
-            layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), plain(norm)
+            layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), numpy_layer(norm)
         )
     except TypeError as error:
         assert "librar" in str(error)  # noqa: PT017 - either outcome is right

@@ -11,7 +11,7 @@ SHAPES = [(64, 5), (8, 4, 6, 6), (12, 8, 10, 11), (3, 5, 2100), (700, 33)]
 
 
 def ulps(got, x):
-    """The largest error in units in the last place of the channel's largest number."""
+    """Return the largest error, in units in the last place of the largest number of the channel."""
     axes = (0, *range(2, x.ndim))
     largest = np.abs(x).max(axis=axes, keepdims=True)
     return float((np.abs(got.astype(np.longdouble) - x) / np.spacing(largest)).max())

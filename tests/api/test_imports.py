@@ -1,4 +1,4 @@
-"""What importing loads, which public names there are, and that imports point down the layers only."""
+"""Which modules an import loads, the public names, and the order of layers: imports go down only."""
 
 import ast
 import importlib
@@ -94,7 +94,7 @@ LAYERS = [
     {"testing", "nn", "layers"},
     {"cli", "demo", "bench", "__main__"},
 ]
-"""From the bottom up. A part imports itself, and parts below; in the top layer and from spec to activations, beside."""
+"""The layers from the bottom up. A part may import itself, parts of lower layers, and the exceptions in ``BESIDE``."""
 BESIDE = {("spec", "activations"), *((a, b) for a in LAYERS[-1] for b in LAYERS[-1])}
 
 
@@ -108,7 +108,7 @@ def part_of(path):
 
 
 def imported_parts(path):
-    """The parts of gpu_bn that a module imports."""
+    """Yield the parts of gpu_bn that a module imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -130,7 +130,7 @@ def layer_of(part):
 def test_imports_point_down(path):
     part = part_of(path)
     for imported in imported_parts(path):
-        if imported in gpu_bn.__all__ or imported == "__version__":  # through the package's front door
+        if imported in gpu_bn.__all__ or imported == "__version__":  # a public name, imported from the package
             assert layer_of(part) == len(LAYERS) - 1, f"{part} imports gpu_bn.{imported} from above it"
         elif imported != part and (part, imported) not in BESIDE:
             assert layer_of(imported) < layer_of(part), f"{part} imports {imported}"

@@ -1,4 +1,4 @@
-"""``BatchNorm``, the layer: modes, state, accumulation, refusals; and what it shares with torch's."""
+"""The layer ``BatchNorm``: modes, state, accumulated gradients, refused calls, and agreement with torch's layer."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ def data(shape=(8, 3, 5), seed=0, dtype=np.float32):
 
 
 def pair(**options):
-    """A layer of ours and one of torch's with the same random parameters."""
+    """Return a layer of gpu_bn and one of torch with the same random parameters."""
     torch = pytest.importorskip("torch")
     ours, theirs = gpu_bn.BatchNorm(3, **options), torch.nn.BatchNorm1d(3, **options)
     for name, parameter in theirs.named_parameters():
@@ -49,7 +49,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_as_torch_over_steps_of_training_and_evaluation(options):
+def test_steps_of_training_and_evaluation_give_what_torch_gives(options):
     torch = pytest.importorskip("torch")
     ours, theirs = pair(**options)
     assert_same_state(ours, theirs)
@@ -65,7 +65,7 @@ def test_as_torch_over_steps_of_training_and_evaluation(options):
         assert np.allclose(ours.backward(dy, saved), tensor.grad.numpy(), rtol=1e-4, atol=1e-5)
         assert_same_state(ours, theirs)
     assert ours.grad.keys() == dict(theirs.named_parameters()).keys()
-    for name, parameter in theirs.named_parameters():  # summed over the steps
+    for name, parameter in theirs.named_parameters():  # gradients were added up over the steps
         assert np.allclose(ours.grad[name], parameter.grad.numpy(), rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Masks, ghost batches and batch renormalisation on arrays: what they mean, and every refusal."""
+"""Masks, ghost batches and batch renormalisation on arrays: their definition, and every refused call."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def parameters(channels=3):
 
 
 def call(x, dy, residual, vectors, **options):
-    """y and all gradients."""
+    """Return y and all gradients."""
     y, saved = gpu_bn.batch_norm_forward(x, *vectors, training=True, residual=residual, activation="silu", **options)
     return y, *gpu_bn.batch_norm_backward(dy, saved, backend=options.get("backend"))
 
@@ -40,14 +40,17 @@ def test_the_cases_cover_all_masks():
 @pytest.mark.parametrize("backend", ["numpy", "cpu"])
 @pytest.mark.parametrize("shape", [SHAPE, (40, 3, 10, 50)], ids=str)
 def test_a_mask_is_as_if_the_rest_were_not_there(shape, backend):
-    """Both are held to the contract, for where a mean nearly cancels two right results differ by more than an ulp."""
+    """A masked call and a call with only the valid positions both meet the accuracy contract.
+
+    They are not compared bit for bit: where a mean nearly cancels, two valid results may differ by more than an ulp.
+    """
     x, dy, residual = data(shape)
     mask = rng(1).random((shape[0], 1, *shape[2:])) < 0.5
-    there = [np.moveaxis(array, 1, -1)[mask[:, 0]] for array in (x, dy, residual)]
-    problem = Problem(*there[:2], *parameters(), True, 0.1, 1e-5, there[2], ("silu", 1.0), 1)
+    valid = [np.moveaxis(array, 1, -1)[mask[:, 0]] for array in (x, dy, residual)]
+    problem = Problem(*valid[:2], *parameters(), True, 0.1, 1e-5, valid[2], ("silu", 1.0), 1)
     truth = oracle(problem)
     allowed = tolerance(problem, truth)
-    for tensors, options in (((x, dy, residual), {"mask": mask}), (there, {})):
+    for tensors, options in (((x, dy, residual), {"mask": mask}), (valid, {})):
         vectors = parameters()
         got = call(*tensors, vectors, backend=backend, **options)
         for name, a in zip(NAMES, (*got, *vectors), strict=False):
@@ -165,7 +168,7 @@ def test_the_oracle_of_renormalisation_by_its_definition():
     d = np.clip((problem.x.mean(axis=(0, 2)) - problem.running_mean) / sd, -0.2, 0.2)
     for name, constant in (("r", r), ("d", d)):
         np.testing.assert_allclose(np.asarray(getattr(truth, name), float), constant, rtol=1e-12)
-    # With r and d kept as they are, the gradients are the slopes.
+    # With r and d constant, the gradients are those of the finite differences.
     fixed = replace(problem, renorm=None, weight=problem.weight * r, bias=problem.bias + problem.weight * d)
     np.testing.assert_allclose(*(np.asarray(oracle(p).y, float) for p in (problem, fixed)), rtol=1e-12)
     np.testing.assert_allclose(*(np.asarray(oracle(p).dx, float) for p in (problem, fixed)), rtol=1e-9)
@@ -181,7 +184,7 @@ def test_the_oracle_of_renormalisation_by_its_definition():
 
 @pytest.mark.parametrize("shape", [SHAPE, (40, 3, 10, 50)], ids=str)
 def test_a_count_may_be_an_array(shape):
-    """As of several ranks, whose sum is known to the device only."""
+    """A count on the device, such as the sum over several ranks, gives the same gradient as a number."""
     x, dy, _ = data(shape)
     _, saved = gpu_bn.batch_norm_forward(x, *parameters(), training=True)
     for count in (saved.moments.count, 3 * saved.moments.count):

@@ -1,4 +1,4 @@
-"""Extra memory beyond the outputs is what README says: of NumPy by tracemalloc, of torch by what is resident."""
+"""Extra memory beyond the outputs has a bound: tracemalloc measures NumPy, the resident set size measures torch."""
 
 import tracemalloc
 from itertools import product
@@ -15,7 +15,10 @@ SHAPES = [(16, 64, 56, 56), (64, 256, 14, 14), (128, 512, 7, 7), (4000, 1000), (
 
 
 def extra(call, outputs, x):
-    """Peak memory of a call beyond its outputs, as a share of x; the least of three: others in the process allocate."""
+    """Return the peak memory of a call beyond its outputs, divided by the bytes of x.
+
+    It is the least of three measurements, because other threads of the process may allocate memory, too.
+    """
     call()  # fills caches and starts threads
     return (min(peak(call) for _ in range(3)) - outputs * x.nbytes) / x.nbytes
 
@@ -37,7 +40,7 @@ def data(shape, dtype=np.float32, layout="contiguous"):
 
 
 def every_other(activations):
-    """Shapes, activations, and whether in training: each pair of values, in half of the combinations."""
+    """Parametrise by shape, activation and mode: half of all combinations, which hold each pair of values."""
     names = "shape", "activation", "training"
     some = [
         (shape, activation, training)
@@ -136,7 +139,7 @@ EXTREMES = [
     ((8, 16, 1 << 15), {"mask": "all but some"}),
 ]
 BYTES = {"numpy": (64, 24, 16, 0), "cpu": (64, 64, 32, 1), "torch": (64, 64, 32, 1)}
-"""A channel, forward and backward; a channel of a ghost batch; whether rows are gone through, which takes sums."""
+"""Bytes for each channel, forward and backward; for each channel of a ghost batch; whether sums of rows take memory."""
 
 
 @pytest.mark.parametrize(("shape", "options"), EXTREMES, ids=str)
@@ -151,17 +154,17 @@ def test_bytes_a_channel_and_a_position(shape, options, library):
         options = {"mask": rng(1).random((shape[0], 1, *shape[2:])) < 0.9}
         positions = options["mask"].size
     arguments = [x, *running_pair(channels), *np.ones((2, channels), np.float32)]
-    how, measure = {"backend": library}, peak
+    engine, measure = {"backend": library}, peak
     if library == "torch":
         torch = pytest.importorskip("torch")
         arguments = [torch.from_numpy(array) for array in arguments]
         options = {name: torch.from_numpy(one) if name == "mask" else one for name, one in options.items()}
-        how, measure = {}, resident
-    options = {**options, "activation": "relu", **how}
+        engine, measure = {}, resident
+    options = {**options, "activation": "relu", **engine}
     saved = gpu_bn.batch_norm_forward(*arguments, True, **options)[1]
-    gpu_bn.batch_norm_backward(arguments[0], saved, **how)
+    gpu_bn.batch_norm_backward(arguments[0], saved, **engine)
     forward = measure(lambda: gpu_bn.batch_norm_forward(*arguments, True, **options)) - x.nbytes
-    backward = measure(lambda: gpu_bn.batch_norm_backward(arguments[0], saved, **how)) - x.nbytes
+    backward = measure(lambda: gpu_bn.batch_norm_backward(arguments[0], saved, **engine)) - x.nbytes
     first, second, each, rows = BYTES[library]
     adjacent = int(np.prod(shape[2:]))
     common = max(0.05 * x.nbytes, 1 << 20) + each * channels * groups
@@ -173,7 +176,7 @@ def test_bytes_a_channel_and_a_position(shape, options, library):
 
 
 def resident(call):
-    """How far the process's memory grows in a call: what torch allocates is not NumPy's to report."""
+    """Return by how many bytes the process grows in a call: tracemalloc does not see the memory of torch."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
         pytest.skip("the most memory a process has had is read from Linux's /proc")

@@ -1,4 +1,4 @@
-"""Only the gradients asked for are computed, and those that are do not depend on which."""
+"""Only the gradients asked for are computed, and each is the same whichever others are asked for."""
 
 from itertools import combinations
 
@@ -14,7 +14,7 @@ SUBSETS = [subset for size in range(5) for subset in combinations(NAMES, size)]
 
 
 class Spy(NumpyBackend):
-    """Notes which phases run and how many full-size arrays are made."""
+    """A backend that records which phases run and how many full-size arrays are allocated."""
 
     def __init__(self):
         self.calls = []
@@ -57,7 +57,7 @@ def test_each_subset_is_part_of_the_whole(shape, activation, training, need, bac
             assert value is None
         elif name in ("dweight", "dbias"):
             assert same_bits(value, getattr(everything, name))
-        else:  # dz, when it is kept, was rounded once more
+        else:  # a dz that is stored is rounded once more
             assert np.allclose(value, getattr(everything, name), rtol=1e-6, atol=1e-6)
 
 

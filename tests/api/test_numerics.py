@@ -1,4 +1,4 @@
-"""The numerics contract, on every backend: what accuracy is promised, and where nothing may overflow or leak."""
+"""The accuracy contract, on every backend; and inputs for which nothing may overflow or spread to other channels."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_half_outputs_are_within_one_ulp(dtype, activation, backend):
     problem = make_problem(x, weight=weight, bias=bias, residual=residual, activation=activation)
     got = run(problem, backend)["y"].astype(np.float64)
     rounded = oracle(problem).y.astype(np.float64).astype(dtype).astype(np.float64)
-    # Where z nearly vanishes, its terms' float32 roundings may exceed an ulp of the small result.
+    # Where z is nearly 0, the float32 rounding errors of its terms may exceed an ulp of the small result.
     floor = 2.0**-20 if activation[0] != "identity" else 0
     assert (np.abs(got - rounded) <= np.maximum(ulp(rounded, str(dtype)), floor)).all()
 
@@ -112,7 +112,7 @@ def test_float32_at_both_ends_of_its_range(shape, scale, backend):
     eps = 1e-5 if scale > 1 else scale**2 * 1e-3
     x = (scale * (1 + rng(9).standard_normal(shape))).astype(np.float32)
     mean, var = (np.zeros(shape[1], np.float64) for _ in range(2))
-    weight = np.full(shape[1], 1e-10 if scale < 1e-20 else 1.0)  # keeps dx within float32
+    weight = np.full(shape[1], 1e-10 if scale < 1e-20 else 1.0)  # keeps dx within the range of float32
     problem = make_problem(x, eps=eps, momentum=1.0, running_mean=mean, running_var=var, weight=weight)
     results = run(problem, backend)
     assert np.isfinite(results["dx"]).all()
@@ -249,7 +249,7 @@ def test_the_variance_is_never_negative(backend):
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.one_in(5)
 def test_backward_recomputes_the_sign_that_forward_took(activation, residual, shape, mean, backend):
-    """Values are placed so that z is a rounding error on either side of the kink."""
+    """Backward takes the same side of the kink as forward, where z differs from the kink by a rounding error."""
     x = (mean + rng(17).integers(-2, 3, shape)).astype(np.float32)
     plain = oracle(make_problem(x))
     level = rng(18).integers(-2, 3, shape[1])

@@ -1,4 +1,4 @@
-"""``out=``: given, aliasing an input, overlapping one, with odd strides; and running statistics with odd strides."""
+"""``out=``: equal to an input, overlapping one, or of any strides; and running statistics of any strides."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Defects found in other implementations; each is a test here. SyncBN, DDP and converters are torch's own subject."""
+"""Defects found in other implementations, a test for each. Other files test SyncBatchNorm, DDP and converters."""
 
 import numpy as np
 import pytest
@@ -105,7 +105,7 @@ def test_one_value_a_channel_is_refused_and_running_var_is_not_nan(shape):
 
 
 def test_a_batch_of_many_rows_counts_exactly(backend):
-    """Counts kept in half precision stop at 2048."""
+    """Counts are exact for batches of more than 2048 rows; a count in half precision would stop at 2048."""
     x = np.zeros((5000, 2), np.float16)
     x[:2500] = 2
     running = {"running_mean": np.zeros(2, np.float32), "running_var": np.zeros(2, np.float32)}

@@ -1,4 +1,4 @@
-"""Pickles and saved models that earlier versions wrote load, and compute what they computed.
+"""Pickles and saved models that earlier versions wrote load, and give the same results as then.
 
 ``arrays.pkl`` and ``layers.pt`` were written before modules moved (version 0.1.0, torch 2.13); they are never renewed.
 """

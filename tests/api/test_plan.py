@@ -35,7 +35,7 @@ DEVICE = st.sampled_from(list(DEVICES.values()))
 
 
 def planned(work, device):
-    """The plan's own choice, and that of each tier which can be forced."""
+    """Yield the plan of the best tier, and that of each tier that can be forced."""
     yield plan(work, device)
     for tier in TIERS:
         try:
@@ -45,12 +45,12 @@ def planned(work, device):
 
 
 def test_snapshot():
-    """``python tests/plan_snapshot.py`` writes it anew."""
+    """Plans are those of the snapshot; ``python tests/plan_snapshot.py`` writes it anew."""
     assert plan_snapshot.text().splitlines() == plan_snapshot.FILE.read_text().splitlines()
 
 
 @given(works(), DEVICE)
-@example(Work(33, 66, 1, 2), H100)  # 7 of 8 blocks in a cluster have all positions
+@example(Work(33, 66, 1, 2), H100)  # 7 blocks of a cluster of 8 would have all positions
 def test_blocks_cover_each_position_once(work, device):
     for found in planned(work, device):
         tiling = found.tiling
@@ -81,7 +81,7 @@ def test_strips_and_vectors_cover_the_tensor(work, device):
 
 
 @given(works(), DEVICE)
-@example(Work(1, 8, 75_775, 2), A100)  # 148 vectors a thread, but for what the driver takes
+@example(Work(1, 8, 75_775, 2), A100)  # 2 blocks of 148 vectors a thread exceed an SM by the driver's share only
 def test_blocks_fit_the_device(work, device):
     reserved = 1024 if device.arch >= 80 else 0
     for found in planned(work, device):
@@ -170,18 +170,18 @@ def test_no_call_is_faster_than_a_launch(work, device):
 
 
 def test_what_a_model_of_bytes_alone_does_not_see():
-    """Waves that are not full, few bytes under way, grid-wide barriers, and the tail of a last block."""
+    """Partial waves, few bytes in flight, grid-wide barriers, and sums that the last block adds up cost time."""
     whole, more = (planning.streaming_seconds(1e9, grid, 2, 1 << 20, H100, THRESHOLDS) for grid in (264, 264 + 66))
     assert whole == (pytest.approx(1e9 / (0.88 * 3.35e12)), pytest.approx(0, abs=1e-12))
-    assert more[1] == pytest.approx(0, abs=1e-12)  # a quarter of a wave has bytes enough under way
+    assert more[1] == pytest.approx(0, abs=1e-12)  # a quarter of a wave has enough bytes in flight
     few, fewer = (planning.streaming_seconds(1e9, grid, 2, 1 << 12, H100, THRESHOLDS)[1] for grid in (264, 264 + 66))
     assert 0 < few < fewer
     t4 = options(Work(32, 256, 3136, 2), T4)
     assert t4["cooperative"].times.exchange > 0.2 * t4["cooperative"].times.memory
-    assert plan(Work(32, 256, 3136, 2), T4).tier == "split"  # for that reason, though it moves more
+    assert plan(Work(32, 256, 3136, 2), T4).tier == "split"  # because of its exchange, though split moves more bytes
     assert t4["split"].dram_bytes > t4["cooperative"].dram_bytes
     tail = options(Work(100_352, 64, 1, 2), A100)["split"]
-    assert tail.tiling.channels_per_strip == 32  # half as many sums for the last block of a strip to add up
+    assert tail.tiling.channels_per_strip == 32  # narrow strips: the last block merges half as many sums
 
 
 @given(works(), DEVICE, st.sampled_from(TIERS))
@@ -197,7 +197,7 @@ def test_a_forced_tier_is_honoured_or_refused_with_its_reason(work, device, tier
 
 
 @pytest.mark.parametrize(
-    ("work", "device", "tier", "says"),
+    ("work", "device", "tier", "text"),
     [
         (Work(32, 64, 3136, 2), A100, "cluster", "clusters need sm_90"),
         (
@@ -212,13 +212,13 @@ def test_a_forced_tier_is_honoured_or_refused_with_its_reason(work, device, tier
         (Work(4, 4, 4, 4), H100, "warp", "unknown tier 'warp', expected one of cta, cluster, cooperative, split"),
     ],
 )
-def test_refusals(work, device, tier, says):
-    with pytest.raises(NoPlanError, match=says):
+def test_refusals(work, device, tier, text):
+    with pytest.raises(NoPlanError, match=text):
         plan(work, device, tier)
 
 
 @given(works(), DEVICE)
-@example(Work(32, 64, 128 * 128, 2), DEVICES["4090"])  # a thread has whole vectors: 8 of them in 23 blocks, not in 22
+@example(Work(32, 64, 128 * 128, 2), DEVICES["4090"])  # 25 blocks hold the bytes; whole vectors a thread take 26
 @example(Work(64, 64, 112 * 112, 2, backward=True, reads=2, staged=2), DEVICES["a100"])
 def test_blocks_share_a_strip_cooperatively_if_any_number_of_them_can_hold_it(work, device):
     t = plan_once(work, device).tiling

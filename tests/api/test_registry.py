@@ -22,7 +22,7 @@ def forget():
 
 @pytest.fixture
 def missing(monkeypatch):
-    """Makes packages missing, or refuse to be imported."""
+    """Return a function that makes the import of packages fail, as if they were missing."""
 
     def make(*packages):
         for package in packages:
@@ -70,7 +70,7 @@ except gpu_bn.BackendUnavailableError as error: print(error)"""
 
 @pytest.mark.parametrize("error", [ImportError, OSError, SystemError, AttributeError, ValueError])
 def test_a_numba_that_cannot_be_imported_is_as_good_as_none(monkeypatch, missing, error):
-    """As one that refuses this NumPy, or whose llvmlite lacks a library; or with NUMBA_NUM_THREADS=0."""
+    """NumPy serves arrays if importing Numba fails, as with a NumPy that is too new or with NUMBA_NUM_THREADS=0."""
     pytest.importorskip("numba")
     missing()
     true = registry.import_module

@@ -1,4 +1,4 @@
-"""Checks that the front door does not repeat: what they depend on is all in the key, and errors are never forgotten."""
+"""Checks are skipped for a known signature: its key holds all that they depend on; errors are raised each time."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ from gpu_bn.testing import check
 
 
 @pytest.fixture(autouse=True)
-def nothing_remembered():
+def forget_signatures():
     functional._FORWARDS.clear()
     functional._BACKWARDS.clear()
 
@@ -25,7 +25,7 @@ def data(shape, seed=0, dtype=np.float32):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_calls_of_one_signature_give_each_its_own_result(training):
+def test_calls_of_one_signature_each_give_their_own_result(training):
     for seed in range(3):
         running_mean, running_var = data(5, seed), data(5, seed) ** 2 + 1
         problem = make_problem(
@@ -34,7 +34,7 @@ def test_calls_of_one_signature_give_each_its_own_result(training):
             activation=("leaky_relu", 0.1 * seed),
         )  # fmt: skip
         check(problem)
-    assert len(functional._FORWARDS) == 3  # the slopes
+    assert len(functional._FORWARDS) == 3  # one for each slope
     assert len(functional._BACKWARDS) == 1
 
 
@@ -62,7 +62,7 @@ EQUAL = [
 
 
 @pytest.mark.parametrize(("right", "wrong", "text"), EQUAL, ids=[text for *_, text in EQUAL])
-def test_what_is_equal_may_yet_be_wrong(right, wrong, text):
+def test_a_value_that_equals_a_valid_one_may_be_refused(right, wrong, text):
     pair = running_pair(3)
     gpu_bn.batch_norm(data((4, 3)), *pair, training=True, **right)
     before = [vector.copy() for vector in pair]
@@ -74,7 +74,7 @@ def test_what_is_equal_may_yet_be_wrong(right, wrong, text):
 
 @pytest.mark.parametrize("training", ["yes", 2, (), None], ids=repr)
 def test_a_call_means_by_training_whether_it_is_true(training, backend):
-    """So that what is remembered of such a call fits those that say ``True`` or ``False``."""
+    """A value of ``training`` is taken as ``True`` or ``False``, and shares the signature of that value."""
     results = []
     for one in (training, bool(training)):
         pair = running_pair(3)
@@ -84,7 +84,7 @@ def test_a_call_means_by_training_whether_it_is_true(training, backend):
     assert len(functional._FORWARDS) == 1
 
 
-def test_a_momentum_that_is_no_number_is_noticed_of_any_class():
+def test_a_nan_momentum_of_a_subclass_of_float_is_refused():
     class Momentum(float):
         pass
 
@@ -154,7 +154,7 @@ def test_no_more_is_remembered_than_there_is_room_for(monkeypatch):
 
 
 def test_no_array_is_remembered_nor_its_class():
-    """A subclass, so that there is something to count."""
+    """Arrays, and the class of a subclass of ndarray, are freed after the call."""
     alive = []
 
     class Array(np.ndarray):

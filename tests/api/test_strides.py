@@ -1,4 +1,4 @@
-"""Inputs of every layout: the memory format of results, special kinds of NumPy arrays, and what is not touched."""
+"""Inputs of every layout: the memory format of results, special kinds of NumPy arrays, and untouched memory."""
 
 import numpy as np
 import pytest

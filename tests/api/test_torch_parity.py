@@ -1,4 +1,4 @@
-"""The front door against torch on the CPU: forward, every gradient, running statistics, momentum."""
+"""The public functions against torch on the CPU: forward, every gradient, running statistics, momentum."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ CLOSE = {"float64": {"rtol": 1e-11, "atol": 1e-11}, "float32": {"rtol": 2e-4, "a
 
 
 def both(shape, dtype, training, activation, residual=True, layout="contiguous", momentum=0.1):
-    """The results of gpu_bn and of torch, by name."""
+    """Return the results of gpu_bn and of torch, by name."""
     x, dy, extra = (arrange(rng(seed).standard_normal(shape).astype(dtype), layout, 1) for seed in range(3))
     weight, bias = rng(5).standard_normal((2, shape[1])).astype(dtype)
     running = running_pair(shape[1], dtype)
@@ -55,7 +55,7 @@ def both(shape, dtype, training, activation, residual=True, layout="contiguous",
     [*(("float32", name) for name in ACTIVATIONS), *(("float64", name) for name in ("identity", "relu", "silu"))],
 )
 @pytest.mark.one_in(4)
-def test_as_torch(shape, dtype, training, activation):
+def test_results_are_those_of_torch(shape, dtype, training, activation):
     ours, theirs = both(shape, dtype, training, activation, residual=activation != "sigmoid")
     for name, expected in theirs.items():
         assert np.allclose(ours[name], expected, **CLOSE[dtype]), name
