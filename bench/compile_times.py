@@ -48,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", type=int, default=20, help="to compile")
     parser.add_argument("--arch", type=int, default=90, help="of the GPU")
+    parser.add_argument("--quick", action="store_true", help="only count the kernels of gpu-bn check --quick")
     options = parser.parse_args()
     cupy_stand_in.install(options.arch)
     testing.ADAPTERS["cupy"] = testing.Adapter(cupy_stand_in.asarray, np.array)
@@ -60,6 +61,8 @@ def main() -> None:
         before = len(needed)
         call(cases)
         print(f"{command}: {len(needed) - before} kernels for sm_{options.arch}", flush=True)
+        if options.quick:
+            return
     from gpu_bn.backends.cupy.sources import OPTIONS
 
     compiler, seconds = nvrtc(), []

@@ -19,12 +19,14 @@ import ast
 import hashlib
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cuda_budget
 import model_proof
+import numpy as np
 import triton_budget
 import versions
 from support import cuda_faults, cuda_masked_faults, gpu_sync_faults, registers, triton_bugs, triton_variants
@@ -35,7 +37,8 @@ from gpu_bn.bench.model import model
 from gpu_bn.bench.report import model_page
 from gpu_bn.bench.run import cases_of
 from gpu_bn.cli.check import covering
-from gpu_bn.testing import Case, cases, extended_cases, unavailable_cases
+from gpu_bn.plan import DEVICES
+from gpu_bn.testing import Case, build, cases, extended_cases, run, unavailable_cases
 
 ROOT = Path(__file__).parents[1]
 CPU = ROOT / "bench" / "data" / "cpu.json"
@@ -55,6 +58,28 @@ def kernel_count(family: str, line: str) -> str:
 def every_case() -> list[Case]:
     """Return the cases of ``gpu-bn check``, also those that need a package that is not installed."""
     return [*cases(), *extended_cases(), *unavailable_cases()]
+
+
+def quick_cuda_kernels() -> str:
+    """Return the number of CUDA kernels that ``gpu-bn check --quick`` compiles for an H100.
+
+    They are counted in another process, because the stand-in for CuPy would stay in this one.
+    """
+    command = [sys.executable, str(ROOT / "bench" / "compile_times.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (count,) = re.findall(r"--quick: (\d+) kernels", done.stdout)
+    return str(count)
+
+
+def quick_triton_kernels(device: str) -> str:
+    """Return the number of Triton kernels that ``gpu-bn check --quick`` compiles for one of ``plan.DEVICES``."""
+    from support.triton_backends import RecordingBackend
+
+    backend = RecordingBackend(DEVICES[device])
+    with np.errstate(all="ignore"):  # outputs hold any numbers, because launches do nothing
+        for case in covering(every_case()):
+            run(build(case), backend)
+    return str(len({(step.kernel.__name__, special.key) for step, special in backend.launches}))
 
 
 def planted_cuda() -> str:
@@ -135,6 +160,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "model": lambda: "\n" + model_page(model(cases_of("model"))) + "\n",
     "planted_cuda": planted_cuda,
     "planted_triton": lambda: str(len(triton_bugs.BUGS) + len(gpu_sync_faults.TRITON)),
+    "quick_cuda_kernels": quick_cuda_kernels,
+    "quick_triton_kernels 4090": lambda: quick_triton_kernels("4090"),
+    "quick_triton_kernels h100": lambda: quick_triton_kernels("h100"),
     "quick_cases": lambda: str(len(covering(every_case()))),
     "registers_triton": lambda: registers.table(triton_variants.FAMILY),
     "versions": lambda: f"\n{versions.table(json.loads(versions.DATA.read_text()))}\n",

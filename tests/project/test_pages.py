@@ -12,7 +12,8 @@ TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("docs/*/*.m
 @pytest.fixture
 def pages():
     """Return the module that writes the pages' parts."""
-    pytest.importorskip("torch", reason="the record of models needs torch: pip install torch")
+    for package in ("torch", "triton", "ml_dtypes"):
+        pytest.importorskip(package, reason=f"the pages' numbers need {package}: pip install -e '.[test]'")
     return importlib.import_module("pages")
 
 
