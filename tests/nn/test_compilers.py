@@ -1,4 +1,4 @@
-"""The operators under opcheck, compilers, tracers and transforms."""
+"""Test the operators with opcheck, compilers, tracers and transforms."""
 
 import copy
 from itertools import product
@@ -65,7 +65,7 @@ def test_compiled_training_is_bitwise_that_of_eager(momentum, dynamic):
     ],
 )
 def test_inductor_training_is_bitwise_that_of_eager(momentum, dynamic, memory_format):
-    """Each pair of values; each combination takes a compilation."""
+    """The cases cover each pair of values. Testing every combination would take more compilations."""
     model = nn.BatchNorm2d(3, momentum=momentum, activation="relu")
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=dynamic)
     for size in (4, 6):
@@ -77,7 +77,7 @@ def test_inductor_training_is_bitwise_that_of_eager(momentum, dynamic, memory_fo
 
 @pytest.mark.parametrize("momentum", [np.float64(0.3), np.int64(1), torch.tensor(0.3)], ids=repr)
 def test_compiled_training_takes_a_momentum_that_is_data(momentum):
-    """NumPy's numbers, which are arrays there, and tensors."""
+    """A momentum can be a NumPy scalar, which Dynamo traces as an array, or a tensor."""
     model = nn.BatchNorm2d(3, momentum=momentum, activation="relu")
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     x = tensor(4, 3, 5, 6, dtype=torch.float32, grad=False)
@@ -88,7 +88,7 @@ def test_compiled_training_takes_a_momentum_that_is_data(momentum):
 @needs_a_compiler
 @pytest.mark.slow
 def test_compiled_training_with_inductor():
-    """The operator between operations that inductor fuses; a normal run compiles what is in test_inductor.py."""
+    """The operator trains correctly between operations that inductor fuses; test_inductor.py covers a normal run."""
     model = torch.nn.Sequential(torch.nn.Tanh(), nn.BatchNorm1d(6, activation="silu"), torch.nn.Tanh())
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
     x = tensor(8, 6, dtype=torch.float64, grad=False)

@@ -1,4 +1,4 @@
-"""Test the conversion of models and back."""
+"""Test that models are converted, and that reverting restores them."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ NETWORKS = {"resnet": ResNet, "mobilenet": MobileNet, "unet": UNet}
 MERGED = {"resnet": (17, 8), "mobilenet": (9, 0), "unet": (12, 0)}
 
 
-def trained(make):
+def make_trained(make):
     """Return a network whose statistics differ from the initial ones."""
     torch.manual_seed(0)
     model = make()
@@ -39,7 +39,7 @@ def stand_ins(monkeypatch):
 
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_converted_and_reverted_is_the_same_model(name):
-    model = trained(NETWORKS[name])
+    model = make_trained(NETWORKS[name])
     state, text, keys, x = copy.deepcopy(model.state_dict()), repr(model), set(model.__dict__), image()
     expected, modules = model.eval()(x), list(model.modules())
     converted = nn.convert(model)
@@ -57,7 +57,7 @@ def test_converted_and_reverted_is_the_same_model(name):
 
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_fused_networks_train_as_the_plain_ones_and_fold(name):
-    model = trained(NETWORKS[name]).train()
+    model = make_trained(NETWORKS[name]).train()
     plain = copy.deepcopy(model)
     report = nn.Report()
     fused = nn.convert(model, fuse=True, report=report)
@@ -80,7 +80,7 @@ def test_fused_networks_train_as_the_plain_ones_and_fold(name):
     folded = nn.fold(fused)
     assert not [m for m in folded.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert_close(folded(x), expected, rtol=1e-3, atol=1e-4)
-    assert norms(fused), "the model itself is left as it is"
+    assert norms(fused), "nn.fold has changed the model that it was given"
     back = nn.revert(fused)
     assert back is model
     assert not norms(back)
@@ -276,7 +276,7 @@ def test_lazy_layers_are_converted_before_and_after_their_first_input():
 
 
 class OwnFrozen(nn.FrozenBatchNorm2d):
-    """A subclass of FrozenBatchNorm2d, which a class cannot have as a base beside it."""
+    """A subclass of FrozenBatchNorm2d. Python allows no class with the bases (FrozenBatchNorm2d, OwnFrozen)."""
 
 
 def test_a_layer_whose_class_cannot_be_joined_becomes_ours_alone():

@@ -1,4 +1,4 @@
-"""Derivatives of the operators, of any order."""
+"""Test derivatives of the operators, of any order."""
 
 from itertools import product
 
@@ -72,13 +72,13 @@ def test_batched_gradients(training, activation):
 
 
 def test_third_derivatives():
-    """Those of the textbook's formula; torch's own are wrong, they take the saved statistics for constants."""
+    """The textbook's formula gives the expected values. torch's are wrong: they take saved statistics as constants."""
 
     def textbook(x, weight, bias):
         var, mean = torch.var_mean(x, 0, correction=0)
         return weight * (x - mean) / (var + 1e-5).sqrt() + bias
 
-    def third(function):
+    def third_derivatives(function):
         x, weight, bias, _ = inputs((4, 2))
         y = function(x, weight, bias).sin().sum()
         for _ in range(2):
@@ -86,8 +86,8 @@ def test_third_derivatives():
             y = (gradient**2).sum()
         return torch.autograd.grad(y, (x, weight, bias))
 
-    ours = third(lambda x, weight, bias: nn.batch_norm(x, None, None, weight, bias, True))
-    assert_close(ours, third(textbook), rtol=1e-9, atol=1e-9)
+    ours = third_derivatives(lambda x, weight, bias: nn.batch_norm(x, None, None, weight, bias, True))
+    assert_close(ours, third_derivatives(textbook), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("needs", [n for n in product([False, True], repeat=4) if any(n)], ids=str)
@@ -98,27 +98,27 @@ def test_only_gradients_asked_for_are_computed(needs, activation, quick, monkeyp
     doors = pytest.importorskip("gpu_bn.backends.cpu.doors", reason="numba is not installed", exc_type=ImportError)
     find, compute = doors.backward, autograd.algorithm.backward
 
-    def found(*arguments):
+    def find_and_record(*arguments):
         door = find(*arguments)
 
-        def noted(*given):
+        def record(*given):
             written = zip(library.NAMES, (given[4], given[8], given[9], given[5]), strict=True)
             asked.append({name for name, one in written if one is not None})
             return door.function(*given)
 
-        return door._replace(function=noted)
+        return door._replace(function=record)
 
-    def watched(engine, dy, saved, need):
+    def compute_and_record(engine, dy, saved, need):
         results = compute(engine, dy, saved, need)
         asked.append({name for name, result in zip(library.NAMES, results, strict=True) if result is not None})
         return results
 
     if quick:
-        monkeypatch.setattr(doors, "backward", found)
+        monkeypatch.setattr(doors, "backward", find_and_record)
         monkeypatch.setattr(cpu_calls, "_cache", {})
     else:
         monkeypatch.setattr(plain_calls, "forward", lambda *_: None)
-        monkeypatch.setattr(autograd.algorithm, "backward", watched)
+        monkeypatch.setattr(autograd.algorithm, "backward", compute_and_record)
     given = [t.detach().requires_grad_(need) for t, need in zip(inputs(), needs, strict=True)]
     twin = [t.detach().clone().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
     y = nn.batch_norm(given[0], None, None, *given[1:3], True, residual=given[3], activation=activation)
@@ -129,7 +129,7 @@ def test_only_gradients_asked_for_are_computed(needs, activation, quick, monkeyp
         if need:
             assert_close(mine.grad, other.grad)
     wanted = {name for name, need in zip(library.NAMES, needs, strict=True) if need}
-    wanted -= {"dresidual"} if activation == "identity" else set()  # it is dy
+    wanted -= {"dresidual"} if activation == "identity" else set()  # with the identity, dresidual is dy itself
     assert asked[-1:] == ([wanted] if wanted else [])
 
 

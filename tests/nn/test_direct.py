@@ -1,4 +1,4 @@
-"""The quick way of a call to its kernel: when it is open, that it lets nothing wrong through and changes no bit."""
+"""Test the fast paths of calls with plain tensors: which calls take them, and that results and errors do not change."""
 
 import copy
 from itertools import combinations, product
@@ -28,7 +28,7 @@ NAMES = ("x", "running_mean", "running_var", "weight", "bias")
 
 
 class Watch(TorchDispatchMode):
-    """A mode that remembers which operators of ours it saw."""
+    """A mode that records which operators of gpu_bn it sees."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Subclass(torch.Tensor):
     pass
 
 
-# ------------------------------------------------------------------------------------------------- when it is open
+# ------------------------------------------------------------------------------------- which calls take a fast path
 def data(*shape, seed=0):
     return torch.from_numpy(rng(seed).standard_normal(shape, np.float32))
 
@@ -99,13 +99,13 @@ def is_ordinary(training, given):
 
 
 def call_of(training, given, activation=IDENTITY):
-    """A call and its options."""
+    """Return the Call and the Options for some arguments."""
     names = ("input", "weight", "bias", "residual", "running_mean", "running_var", "counter")
     return Call(*[given[name] for name in names]), Options(training, given["momentum"], given["eps"], activation)
 
 
 def is_quick(training, given):
-    """Whether such a call, with statistics of its own, was made by the quickest way."""
+    """Tell whether the fastest path serves a call. It gets copies of the usual statistics, which it may update."""
     own = [one.clone() if one is VECTOR else one for one in (given["running_mean"], given["running_var"])]
     given.update(running_mean=own[0], running_var=own[1])
     given.update(counter=given["counter"] if training else None)
@@ -123,8 +123,8 @@ def is_refused(training, given):
 
 @pytest.mark.parametrize("takes", [is_ordinary, is_quick])
 @pytest.mark.parametrize("training", [True, False])
-def test_it_lets_through_nothing_that_is_refused(training, takes):
-    """Every argument out of the ordinary, alone and with every other."""
+def test_no_fast_path_takes_a_call_that_is_refused(training, takes):
+    """All pairs of unusual arguments are tried. Of two for the same parameter only the second is used."""
     odd = [(name, variant) for name, variants in VARIANTS.items() for variant in variants.values()]
     taken = refused = 0
     for pair in combinations(odd, 2):
@@ -139,18 +139,18 @@ def test_it_lets_through_nothing_that_is_refused(training, takes):
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_usual_calls_take_it(monkeypatch, quick):
+def test_usual_calls_take_a_fast_path(monkeypatch, quick):
     taken, nothing = [], lambda *_: None
     way = plain_calls if quick else autograd
-    of_old = plain_calls.forward if quick else autograd.call_backend
+    original = plain_calls.forward if quick else autograd.call_backend
 
-    def noted(*arguments):
-        y = of_old(*arguments)
+    def record(*arguments):
+        y = original(*arguments)
         taken.append(y is not None)
         return y
 
     monkeypatch.setattr(plain_calls, "forward", nothing)
-    monkeypatch.setattr(way, "forward" if quick else "call_backend", noted)
+    monkeypatch.setattr(way, "forward" if quick else "call_backend", record)
     x = data(4, 3, 5, 6).requires_grad_()
     options = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"activation": "relu"}]
     layers = [nn.BatchNorm2d(3, **option) for option in options]
@@ -201,9 +201,9 @@ def test_a_tensor_that_left_its_transform_is_a_tensor():
     assert weight.grad is not None
 
 
-# ------------------------------------------------------------------------------- nothing is remembered between calls
+# -------------------------------------------------------------------------------------------- no check is remembered
 def changes():
-    """What befalls a layer between two calls with an input, by name; some make the call wrong."""
+    """Return changes of a layer by name, which are made between two calls. Some of them make the next call invalid."""
 
     def put(**attributes):
         def change(layer):
@@ -242,8 +242,8 @@ def changes():
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[as_torch_2_13] if name == "eps 0" else []) for name in changes()]
 )
-def test_the_next_call_is_looked_at_anew(name):
-    """Our layer and torch's, called, changed and called again: the same results, errors and state."""
+def test_the_next_call_is_checked_again(name):
+    """Our layer and torch's are called, changed and called again: results, errors and state are the same."""
     layers = nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     for layer in layers:
         layer(X)
@@ -253,11 +253,11 @@ def test_the_next_call_is_looked_at_anew(name):
     wrong = [] if name == "momentum of text" else [cast[:, :2], cast, cast[:1, :, 0], X.long()]  # one mistake a call
     for x in (cast, cast.clone().requires_grad_(), *wrong, cast):
         before = copy.deepcopy(layers[0].state_dict())
-        mine, other = (outcome(layer, x) for layer in layers)
+        mine, other = (output_or_error(layer, x) for layer in layers)
         if isinstance(other, tuple):
             assert mine == other
-            assert all(same(value, before[key]) for key, value in layers[0].state_dict().items())
-            # torch counts a call that it refuses
+            assert all(equal_or_both_meta(value, before[key]) for key, value in layers[0].state_dict().items())
+            # torch increments the counter even for a call that it refuses
             layers[1].num_batches_tracked = copy.deepcopy(layers[0].num_batches_tracked)
         else:
             assert mine.requires_grad == other.requires_grad
@@ -265,14 +265,14 @@ def test_the_next_call_is_looked_at_anew(name):
             torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict(), rtol=2e-3, atol=2e-3)
 
 
-def outcome(layer, x):
+def output_or_error(layer, x):
     try:
         return layer(x)
     except Exception as error:
         return type(error), str(error)
 
 
-def same(a, b):
+def equal_or_both_meta(a, b):
     return a.is_meta if b.is_meta else torch.equal(a, b)
 
 
@@ -283,7 +283,7 @@ def same(a, b):
 @pytest.mark.parametrize("shape", [(4, 3, 5, 5), (2, 40, 9), (30, 7), (1, 2, 2000)])
 @pytest.mark.one_in(11)
 def test_small_calls_have_the_bits_of_the_phases(dtype, activation, residual, training, shape):
-    """Whole calls of tensors against the NumPy backend, which goes phase by phase."""
+    """Calls on the CPU backend give the same bits as the NumPy backend, which runs the phases one by one."""
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes", reason="bfloat16 on NumPy needs the package ml_dtypes")
     to, back = ADAPTERS["torch"].to_backend, ADAPTERS["torch"].to_numpy
@@ -327,7 +327,7 @@ def test_small_calls_have_the_bits_of_the_operators(activation):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(4, 3, 5), (8, 3, 2048)])
 def test_storages_can_be_resized_after_a_call(dtype, training, shape):
-    """As by FullyShardedDataParallel, which frees parameters between calls."""
+    """FullyShardedDataParallel does this: it frees parameters between calls."""
     layer = nn.BatchNorm1d(3, activation="relu", dtype=dtype).train(training)
     x, residual = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(2))
     y = layer(x, residual)

@@ -1,4 +1,4 @@
-"""Files that exporters write hold torch's own operators, load without this package, and give the same numbers."""
+"""Test that exported files hold torch's own operators, load without this package, and give the same numbers."""
 
 import collections
 import copy
@@ -131,7 +131,7 @@ def test_onnx_has_no_more_nodes_than_of_torchs_layers(dynamo, way, plain, tmp_pa
 
 
 def small():
-    """Layers with and without an activation of torch's after them."""
+    """Return a small model of torch layers: one normalisation has an activation after it, the other has none."""
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3)]
     model = torch.nn.Sequential(*layers, torch.nn.BatchNorm2d(2))
@@ -162,13 +162,13 @@ def test_quantisation_aware_training_through_fx(way, plain):
     prepared.eval()
     quantised = convert_fx(prepared)
     one, both = quantised(images(1)), quantised(images(8))
-    assert_close(one, both[:1], rtol=0, atol=0.05)  # no statistics of the batch
+    assert_close(one, both[:1], rtol=0, atol=0.05)  # the statistics of the batch are not used
     assert (one - model.eval()(images(1))).abs().max() < 0.5
 
 
-@pytest.mark.filterwarnings("ignore")  # of torchao, while it is imported
+@pytest.mark.filterwarnings("ignore")  # importing torchao warns
 def test_quantisation_aware_training_through_an_export():
-    """Prepared models are torch's; converting one takes half a minute."""
+    """A converted model is prepared like one of torch layers. Only one is quantised, which takes 30 seconds."""
     pytest.importorskip("torchao", reason="torchao is not installed: pip install -e '.[zoo]'")
     from torchao.quantization.pt2e import move_exported_model_to_eval
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
@@ -201,7 +201,7 @@ def test_compiled_autograd(within):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), own, fused, nn.BatchNorm2d(4))
     twin = copy.deepcopy(model)
     compiler = torch.compile(backend="eager", fullgraph=True)
-    for step in range(2):  # of the second nothing may come from the first
+    for step in range(2):  # the second step must use nothing of the first
         x = images(4) + step
         if not within:
             loss = model(x).square().mean()
@@ -213,7 +213,7 @@ def test_compiled_autograd(within):
     torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------------------------------ what libraries take apart
+# ------------------------------------------------------------------------------------------ what other libraries change
 @pytest.mark.parametrize("take_apart", [
     torch.nn.SyncBatchNorm.convert_sync_batchnorm,
     lambda layer: torch.nn.utils.fuse_conv_bn_eval(torch.nn.Conv2d(3, 3, 1).eval(), layer),
@@ -246,7 +246,7 @@ def test_timms_converters_keep_or_refuse_activations(name, plain):
     with pytest.raises(RuntimeError, match="would lose the activation"):
         change(WAYS["own activation"](plain))
     timms = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4, act_layer=torch.nn.SiLU)).eval()
-    assert_close(change(nn.convert(copy.deepcopy(timms))).eval()(x), timms(x))  # it takes the activation's module along
+    assert_close(change(nn.convert(copy.deepcopy(timms))).eval()(x), timms(x))  # it keeps the activation's module
 
 
 @pytest.mark.parametrize("kind", ["BatchNormAct2d", "FrozenBatchNormAct2d"])
@@ -289,7 +289,7 @@ def test_opacus_takes_our_layers_for_torchs(activation):
             validators.ModuleValidator.fix(model)
 
 
-# -------------------------------------------------------------------------------------- torch.func, and what is refused
+# ------------------------------------------------------------------------------------- torch.func, and refused calls
 @pytest.mark.parametrize(("scale", "shift"), [(1e20, 0.0), (1.0, 1e4), (1e-20, 0.0)])
 def test_transforms_are_as_exact_as_calls(scale, shift):
     x = torch.from_numpy(rng(1).standard_normal((64, 4))).float() * scale + shift

@@ -1,4 +1,4 @@
-"""What compilers are told about the operators in advance, against what they return: on CPU tensors and for GPUs."""
+"""Test that fake operators, which compilers call, match the real ones: for CPU tensors and for GPUs."""
 
 from itertools import cycle
 
@@ -15,8 +15,8 @@ from gpu_bn.nn.operators import library
 from gpu_bn.plan import DEVICES
 
 
-def off_alignment(x):
-    """The same values at an address that only an element's size divides."""
+def misalign(x):
+    """Copy a tensor to an address that is a multiple of an element's size, but not of 16 bytes."""
     flat = torch.empty(x.numel() + 1, dtype=x.dtype)[1:]
     return flat.as_strided(x.shape, x.stride()).copy_(x)
 
@@ -24,8 +24,8 @@ def off_alignment(x):
 LAYOUTS = {
     "contiguous": lambda x: x,
     "channels_last": lambda x: x.to(memory_format=torch.channels_last),
-    "misaligned": off_alignment,
-    "misaligned channels_last": lambda x: off_alignment(x.to(memory_format=torch.channels_last)),
+    "misaligned": misalign,
+    "misaligned channels_last": lambda x: misalign(x.to(memory_format=torch.channels_last)),
     "batch innermost": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     "gaps": lambda x: torch.cat((x, x), 1)[:, ::2],
     "every second, channels_last": lambda x: torch.cat((x, x), 3).to(memory_format=torch.channels_last)[..., ::2],
@@ -45,29 +45,29 @@ EXTENSIONS = {
 }
 
 
-def tensors(shape, dtype, layout, residual):
+def make_tensors(shape, dtype, layout, residual):
     make, generator = LAYOUTS[layout], torch.Generator().manual_seed(0)
     x, rest, dy = (make(torch.randn(shape, generator=generator).to(dtype)) for _ in range(3))
     return x, rest if residual else None, dy
 
 
-def vectors(channels):
+def make_vectors(channels):
     return torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
 
 
-def calls(shape, dtype, layout, activation, residual, extension):
-    """Each operator with its arguments; those of ``backward`` hold what ``train`` or ``infer`` has returned."""
+def make_calls(shape, dtype, layout, activation, residual, extension):
+    """Yield each operator with arguments. Those of ``backward`` contain the results of ``train`` or ``infer``."""
     masked, groups, renorm = EXTENSIONS[extension]
-    x, rest, dy = tensors(shape, dtype, layout, residual)
-    weight, bias = vectors(shape[1])
-    valid = off_alignment(torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool)) if masked else None
+    x, rest, dy = make_tensors(shape, dtype, layout, residual)
+    weight, bias = make_vectors(shape[1])
+    valid = misalign(torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool)) if masked else None
     forward = (x, weight, bias, rest)
     options = (1e-5, activation, 0.1)
-    train = (*forward, *vectors(shape[1]), torch.tensor(3), None, *options, valid, groups, renorm)
+    train = (*forward, *make_vectors(shape[1]), torch.tensor(3), None, *options, valid, groups, renorm)
     yield library.train, train
     pairs = [(True, library.train(*train), (valid, groups, bool(renorm)))]
     if extension == "plain":
-        infer = (*forward, *vectors(shape[1]), *options)
+        infer = (*forward, *make_vectors(shape[1]), *options)
         yield library.infer, infer
         pairs.append((False, library.infer(*infer), (None, 1, False)))
     for batch_stats, (_, statistics, mask), (valid, groups, limited) in pairs:
@@ -77,16 +77,16 @@ def calls(shape, dtype, layout, activation, residual, extension):
                                       *options, groups, limited, need)  # fmt: skip
 
 
-def described(result):
+def describe(result):
     return result.shape, result.stride() if result.numel() else None, result.dtype, result.device
 
 
-def require_as_promised(operator, arguments, expect_mask=None):
+def require_fake_equals_real(operator, arguments, expect_mask=None):
     real = operator(*arguments)
     with FakeTensorMode() as mode:
         given = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments]
         fake = operator(*given)
-    assert [described(result) for result in fake] == [described(result) for result in real], operator
+    assert [describe(result) for result in fake] == [describe(result) for result in real], operator
     memory = [value.untyped_storage().data_ptr() for value in (*arguments, *real)
               if isinstance(value, torch.Tensor) and value.numel()]  # fmt: skip
     inputs = sum(isinstance(value, torch.Tensor) and value.numel() > 0 for value in arguments)
@@ -100,7 +100,7 @@ def require_as_promised(operator, arguments, expect_mask=None):
 
 @pytest.fixture(params=["torch", "a100"])
 def engine(request, monkeypatch):
-    """The backend of CPU tensors; and Triton's, which plans, allocates and launches nothing."""
+    """Select the backend of CPU tensors, or a Triton backend that plans and allocates but records launches instead."""
     if request.param == "torch":
         return None
     backend = RecordingBackend(DEVICES[request.param])
@@ -119,8 +119,8 @@ def test_fakes_say_what_operators_return(engine, layout, extension):
     cases += [(shape, torch.float16, ("relu", True)) for shape in SHAPES]
     cases = cases[list(LAYOUTS).index(layout) % 2 :: 2]
     for shape, dtype, (activation, residual) in cases:
-        for operator, arguments in calls(shape, dtype, layout, activation, residual, extension):
-            require_as_promised(operator, arguments)
+        for operator, arguments in make_calls(shape, dtype, layout, activation, residual, extension):
+            require_fake_equals_real(operator, arguments)
     if engine is not None:
         assert engine.launches or extension == "renorm"
 
@@ -137,7 +137,7 @@ def test_fakes_say_what_operators_return(engine, layout, extension):
     ((4, 8, 4, 4), torch.float64, "contiguous", 256),
 ])  # fmt: skip
 def test_the_masks_length_depends_on_no_address(shape, dtype, layout, length):
-    x, rest, _ = tensors(shape, dtype, layout, True)
+    x, rest, _ = make_tensors(shape, dtype, layout, True)
     for activation in ("relu", "relu6", "leaky_relu"):
         mask = library.train(x, None, None, rest, None, None, None, None, 1e-5, activation, 0.1)[2]
         assert mask.shape == (length,)
@@ -152,13 +152,13 @@ def test_the_masks_length_depends_on_no_address(shape, dtype, layout, length):
     ],
 )
 def test_masks_are_right_wherever_tensors_begin(layout, device, compile_triton, monkeypatch):
-    """Gradients by bits, on the emulated device, against those of the backend of CPU tensors."""
+    """Gradients computed from sign bits on the emulated device equal those of the backend of CPU tensors."""
     for extension in ("plain", "mask in ghost batches"):
         found = []
         for backend in (EmulatedBackend(device, compile_triton, 80), None):
             if backend is not None:
                 monkeypatch.setattr(library.registry, "backend_for", lambda *_, backend=backend: backend)
-            operators = list(calls((4, 8, 2, 4), torch.float32, layout, "relu", True, extension))
+            operators = list(make_calls((4, 8, 2, 4), torch.float32, layout, "relu", True, extension))
             found.append([operator(*arguments) for operator, arguments in operators])
             monkeypatch.undo()
         assert found[0][0][2].numel() == 64
@@ -172,7 +172,7 @@ def test_masks_are_right_wherever_tensors_begin(layout, device, compile_triton, 
 def test_opcheck_on_an_emulated_device(layout, device, compile_triton, monkeypatch):
     backend = EmulatedBackend(device, compile_triton, 80)
     monkeypatch.setattr(library.registry, "backend_for", lambda *_: backend)
-    for operator, arguments in list(calls((2, 3, 2, 4), torch.float32, layout, "relu", True, "plain"))[:3]:
+    for operator, arguments in list(make_calls((2, 3, 2, 4), torch.float32, layout, "relu", True, "plain"))[:3]:
         given = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
         results = opcheck(operator, tuple(given), test_utils=("test_schema", "test_faketensor"))
         assert set(results.values()) == {"SUCCESS"}

@@ -1,4 +1,4 @@
-"""torch on a CPU: a call that raises has changed no statistics and no counter, wherever a fault strikes."""
+"""Test that a call on a CPU that raises has changed no statistics and no counter, wherever the fault occurs."""
 
 import contextlib
 import signal
@@ -25,20 +25,20 @@ def data():
     return torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))
 
 
-def changed(layer, **attributes):
+def with_attributes(layer, **attributes):
     for name, value in attributes.items():
         setattr(layer, name, value)
     return layer
 
 
-def under_grad(layer):
+def call_under_grad(layer):
     def loss(x):
         return torch.func.functional_call(layer, {}, (x,)).square().sum()
 
     return torch.func.grad(loss)(data())
 
 
-def functional(layer, call=nn.batch_norm, **options):
+def call_function(layer, call=nn.batch_norm, **options):
     return call(data(), layer.running_mean, layer.running_var, training=True, **options)
 
 
@@ -47,26 +47,26 @@ CALLS = {
     "differentiated": lambda layer: layer(data().requires_grad_()),
     "half statistics": lambda layer: layer.to(torch.float16)(data().half()),
     "mask": lambda layer: layer(data(), mask=data()[:, 0] > -1),
-    "ghost batches": lambda layer: changed(layer, virtual_batch_size=2)(data()),
-    "renorm": lambda layer: changed(layer, renorm=(2.0, 1.0))(data()),
-    "torch.func": under_grad,
-    "functional": functional,
-    "front door": partial(functional, call=gpu_bn.batch_norm),
-    "named backend": partial(functional, call=gpu_bn.batch_norm, backend="numpy"),
+    "ghost batches": lambda layer: with_attributes(layer, virtual_batch_size=2)(data()),
+    "renorm": lambda layer: with_attributes(layer, renorm=(2.0, 1.0))(data()),
+    "torch.func": call_under_grad,
+    "functional": call_function,
+    "front door": partial(call_function, call=gpu_bn.batch_norm),
+    "named backend": partial(call_function, call=gpu_bn.batch_norm, backend="numpy"),
     "population": lambda layer: nn.update_population_stats(layer, [data(), data()]),
-    "micro-batches": lambda layer: accumulated(layer),
-    "several processes": lambda layer: merged(layer),
+    "micro-batches": lambda layer: accumulate(layer),
+    "several processes": lambda layer: update_from_pool(layer),
 }
 
 
-def accumulated(layer):
+def accumulate(layer):
     with nn.accumulate_statistics(layer):
         for part in data().split(3):
             layer(part)
 
 
-def merged(layer):
-    """What a SyncBatchNorm does when all reports are there."""
+def update_from_pool(layer):
+    """Update a layer from a pool, as SyncBatchNorm does after it has received the reports of all processes."""
     pool = Pool(torch.tensor([6.0]), torch.ones(3).double(), torch.ones(3).double())
     update_running((layer.running_mean, layer.running_var, layer.num_batches_tracked), None, pool)
 
@@ -75,7 +75,7 @@ def state_of(layer):
     return [value.clone() for value in layer.state_dict().values()]
 
 
-def same(one, other):
+def all_equal(one, other):
     return all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
 
@@ -90,23 +90,23 @@ def test_statistics_and_counter_are_all_old_or_all_new(call, install, place, err
     old = state_of(whole)
     call(whole)
     new = state_of(whole)
-    assert not same(old, new)
+    assert not all_equal(old, new)
     number = 0
     while True:
         layer = fresh()
         raised, _ = run_with_error(partial(call, layer), install, place(number, error), error)
         state = state_of(layer)
-        assert same(state, old) or same(state, new), (number, state)
+        assert all_equal(state, old) or all_equal(state, new), (number, state)
         if not raised:
             break
         number += 1
-    assert same(state, new)
+    assert all_equal(state, new)
     assert number > 5
 
 
 # -------------------------------------------------------------------------------------------------- counters of a GPU
 def interrupt_at(number):
-    """A trace function that sends SIGINT at a line of the package."""
+    """Return a trace function that sends SIGINT at the package's line event ``number``, and the count of events."""
     seen = [0]
 
     def local(_, event, __):
@@ -121,7 +121,7 @@ def interrupt_at(number):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_counter_moves_with_what_kernels_write_wherever_ctrl_c_strikes(fails):
-    """The section that calls on a GPU go through, with a launch that writes statistics at once."""
+    """Ctrl-C strikes at each line of ``increment_and_call``, around a launch that writes statistics at once."""
     number, raised = 0, True
     while raised:
         counter, statistic = np.zeros((), np.int64), np.zeros(3)
@@ -133,7 +133,7 @@ def test_a_counter_moves_with_what_kernels_write_wherever_ctrl_c_strikes(fails):
             return "y"
 
         raised, _ = run_with_error(
-            partial(swallowing, algorithm.increment_and_call, counter, launch),
+            partial(call_ignoring_memory_error, algorithm.increment_and_call, counter, launch),
             sys.settrace,
             interrupt_at(number),
             KeyboardInterrupt(),
@@ -145,13 +145,13 @@ def test_a_counter_moves_with_what_kernels_write_wherever_ctrl_c_strikes(fails):
     assert counter == (not fails)
 
 
-def swallowing(call, *arguments):
+def call_ignoring_memory_error(call, *arguments):
     with contextlib.suppress(MemoryError):
         call(*arguments)
 
 
 def test_a_layer_on_an_emulated_gpu_counts_what_it_has_tracked(make_gpu):
-    """Ctrl-C at the lines of a call that has been prepared."""
+    """Ctrl-C strikes at every fifth line of a call whose launch has been prepared."""
     gpu = make_gpu(80)
     x = gpu.asarray(data().numpy())
     layer = gpu_bn.BatchNorm(3, device="cuda")

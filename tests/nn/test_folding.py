@@ -23,7 +23,7 @@ def tensor(*shape, seed=0):
     return torch.from_numpy(rng(seed).standard_normal(shape)).float()
 
 
-def evaluated(model):
+def set_eval(model):
     """Set a model to evaluation mode, with parameters and statistics that differ from the initial ones."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -61,7 +61,7 @@ IMAGES = (2, 3, 6, 6)
 )
 @pytest.mark.usefixtures("stand_ins")
 def test_known_layers_are_folded_with_their_activations(norm):
-    model, x = evaluated(pair(norm=norm())), tensor(*IMAGES)
+    model, x = set_eval(pair(norm=norm())), tensor(*IMAGES)
     folded = nn.fold(model)
     assert not norms(folded)
     assert not folded.training
@@ -88,13 +88,13 @@ class Shifted(torch.nn.LeakyReLU):
         return super().forward(x) + 1
 
 
-def patched(layer):
+def patch_forward(layer):
     forward = layer.forward
     layer.forward = lambda x: 2 * forward(x)
     return layer
 
 
-def hooked(layer, register, hook):
+def add_hook(layer, register, hook):
     getattr(layer, register)(hook)
     return layer
 
@@ -104,7 +104,7 @@ class Doubled(torch.nn.Module):
         return 2 * weight
 
 
-def parametrised(layer):
+def parametrise(layer):
     parametrize.register_parametrization(layer, "weight", Doubled())
     return layer
 
@@ -121,22 +121,22 @@ BACKWARD = ("register_full_backward_hook", lambda *_: None)
         lambda: pair(norm=OursScaled(4)),
         lambda: pair(Standardised(3, 4, 3)),
         lambda: pair(norm=BatchNormAct2d(4, Shifted(0.1))),
-        lambda: pair(norm=BatchNormAct2d(4, hooked(torch.nn.ReLU(), *DOUBLE_OUTPUT))),
-        lambda: pair(norm=patched(torch.nn.BatchNorm2d(4))),
-        *(lambda hook=hook: pair(norm=hooked(nn.BatchNorm2d(4), *hook)) for hook in (DOUBLE_OUTPUT, DOUBLE_INPUT)),
-        *(lambda hook=hook: pair(hooked(torch.nn.Conv2d(3, 4, 3), *hook)) for hook in (DOUBLE_OUTPUT, BACKWARD)),
-        lambda: pair(parametrised(torch.nn.Conv2d(3, 4, 3))),
-        lambda: pair(norm=parametrised(torch.nn.BatchNorm2d(4))),
-        lambda: pair(norm=nn.convert(parametrised(torch.nn.BatchNorm2d(4)))),
+        lambda: pair(norm=BatchNormAct2d(4, add_hook(torch.nn.ReLU(), *DOUBLE_OUTPUT))),
+        lambda: pair(norm=patch_forward(torch.nn.BatchNorm2d(4))),
+        *(lambda hook=hook: pair(norm=add_hook(nn.BatchNorm2d(4), *hook)) for hook in (DOUBLE_OUTPUT, DOUBLE_INPUT)),
+        *(lambda hook=hook: pair(add_hook(torch.nn.Conv2d(3, 4, 3), *hook)) for hook in (DOUBLE_OUTPUT, BACKWARD)),
+        lambda: pair(parametrise(torch.nn.Conv2d(3, 4, 3))),
+        lambda: pair(norm=parametrise(torch.nn.BatchNorm2d(4))),
+        lambda: pair(norm=nn.convert(parametrise(torch.nn.BatchNorm2d(4)))),
         lambda: pair(torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(3, 4, 3))),
         lambda: pair(prune.random_unstructured(torch.nn.Conv2d(3, 4, 3), "weight", 0.5)),
     ],
 )
 @pytest.mark.usefixtures("stand_ins")
 def test_layers_that_may_compute_something_else_are_left(make):
-    model, x = evaluated(make()), tensor(*IMAGES)
+    model, x = set_eval(make()), tensor(*IMAGES)
     with torch.no_grad():
-        expected = model(x)  # which also brings a pruned weight up to date, so that it can be copied
+        expected = model(x)  # this call also recomputes a pruned weight, so that it can be copied
         folded = nn.fold(model)
         assert_close(folded(x), expected)
     assert len(norms(folded)) == 1
@@ -163,7 +163,7 @@ class TiedByParameter(torch.nn.Module):
 
 @pytest.mark.parametrize("kind", [TiedByReading, TiedByParameter])
 def test_weights_that_are_read_elsewhere_are_left(kind):
-    model, x = evaluated(kind()), tensor(5, 6)
+    model, x = set_eval(kind()), tensor(5, 6)
     folded = nn.fold(model)
     assert_close(folded(x), model(x))
     assert len(norms(folded)) == 1
@@ -182,7 +182,7 @@ class ByName(torch.nn.Module):
 
 @pytest.mark.parametrize("batch", [(), (tensor(*IMAGES),)], ids=["traced", "observed"])
 def test_calls_by_name_are_folded_and_all_else_is_kept(batch):
-    model, x = evaluated(ByName()), tensor(*IMAGES)
+    model, x = set_eval(ByName()), tensor(*IMAGES)
     folded = nn.fold(model, *batch)
     assert_close(folded(x), model(x))
     assert type(folded) is ByName
@@ -275,7 +275,7 @@ class ReadsItsOwn(Listed):
      ReadsItsOwn],
 )  # fmt: skip
 def test_normalisations_that_code_asks_about_are_left(kind, batch):
-    model, x, report = evaluated(kind()), tensor(*IMAGES), nn.Report()
+    model, x, report = set_eval(kind()), tensor(*IMAGES), nn.Report()
     folded = nn.fold(model, *batch, report=report)
     assert_close(folded(x), model(x))
     if kind is ReadsItsOwn:
@@ -297,7 +297,7 @@ def test_what_is_left_of_a_folded_normalisation_can_be_looked_at(norm):
 
 def test_tracers_enter_what_is_left_of_a_folded_normalisation():
     layers = [nn.BatchNorm2d(4, activation="relu"), torch.nn.Flatten(), torch.nn.Linear(64, 5), torch.nn.BatchNorm1d(5)]
-    folded, x = nn.fold(evaluated(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), *layers))), tensor(2, 3, 6, 6)
+    folded, x = nn.fold(set_eval(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), *layers))), tensor(2, 3, 6, 6)
     traced = torch.fx.symbolic_trace(folded)
     assert_close(traced(x), folded(x))
     assert not [module for module in traced.modules() if type(module).__module__.startswith("gpu_bn")]
@@ -306,7 +306,7 @@ def test_tracers_enter_what_is_left_of_a_folded_normalisation():
 
 
 class Closed(torch.nn.Module):
-    """A module whose layers are called by a function that copies of it share."""
+    """A module whose layers are called by a function. Copies of the module share that function."""
 
     def __init__(self):
         super().__init__()
@@ -341,7 +341,7 @@ def test_a_normalisation_whose_input_is_also_its_residual_is_left(by_name, batch
 
 @pytest.mark.parametrize("batch", [(), (tensor(*IMAGES),)], ids=["traced", "observed"])
 def test_layers_that_a_function_holds_are_left_as_they_are(batch):
-    model, x, report = evaluated(Closed()), tensor(*IMAGES), nn.Report()
+    model, x, report = set_eval(Closed()), tensor(*IMAGES), nn.Report()
     expected, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     folded = nn.fold(model, *batch, report=report)
@@ -358,18 +358,18 @@ def test_layers_that_a_function_holds_are_left_as_they_are(batch):
         (torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(4), (5, 4, 8)),
         (torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(1), (5, 1, 8)),
         (torch.nn.Linear(8, 4), torch.nn.BatchNorm2d(4), (5, 4, 2, 8)),
-        (torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm1d(4), (3, 6, 6)),  # one image: its rows are the channels
+        (torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm1d(4), (3, 6, 6)),  # a single image: its rows become the channels
     ],
 )
 def test_channels_that_are_not_the_layers_outputs_are_left(layer, norm, shape):
-    model, x = evaluated(torch.nn.Sequential(layer, norm)), tensor(*shape)
+    model, x = set_eval(torch.nn.Sequential(layer, norm)), tensor(*shape)
     folded = nn.fold(model)
     assert len(norms(folded)) == 1
     assert_close(folded(x), model(x))
 
 
 def test_a_batch_tells_how_many_axes_a_linear_layers_outputs_have():
-    model = evaluated(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4)))
+    model = set_eval(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4)))
     counter = model[1].num_batches_tracked.clone()
     for x, left in ((tensor(5, 8), 0), (tensor(5, 4, 8), 1)):
         folded = nn.fold(model, x)
@@ -383,14 +383,14 @@ def test_a_batch_tells_how_many_axes_a_linear_layers_outputs_have():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("outputs", [1, 16])
 def test_a_single_channel_is_that_of_all_outputs_of_a_linear_layer(bias, outputs):
-    linear, norm = evaluated(torch.nn.Linear(8, outputs, bias=bias)), evaluated(torch.nn.BatchNorm1d(1))
+    linear, norm = set_eval(torch.nn.Linear(8, outputs, bias=bias)), set_eval(torch.nn.BatchNorm1d(1))
     x = tensor(5, 1, 8)
     fused = nn.fuse_linear_bn_eval(linear, norm)
     assert_close(fused(x), norm(linear(x)))
-    if bias:  # without one torch's has a bias of one element
+    if bias:  # without a bias, torch's function returns a bias of one element
         assert_close(fused.state_dict(), torch.nn.utils.fuse_linear_bn_eval(linear, norm).state_dict())
     with pytest.raises(ValueError, match=f"outputs, {outputs}, got 3"):
-        nn.fuse_linear_bn_eval(linear, evaluated(torch.nn.BatchNorm1d(3)))
+        nn.fuse_linear_bn_eval(linear, set_eval(torch.nn.BatchNorm1d(3)))
 
 
 def test_a_folded_normalisation_refuses_a_mask():

@@ -1,6 +1,6 @@
-"""What inductor makes around the operators: for conv-BN-ReLU-conv-BN-add-ReLU, beside torch's layers.
+"""Count the kernels that inductor generates around the operators for conv-BN-ReLU-conv-BN-add-ReLU.
 
-Those are what training composed of torch's operations would be too: inductor decomposes them and fuses the parts.
+The counts are compared with those of torch's layers, which inductor decomposes into operations and fuses.
 """
 
 import copy
@@ -19,10 +19,10 @@ from gpu_bn.plan import DEVICES, Work, plan
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MOST = {("contiguous", True): 5, ("channels_last", True): 1, ("contiguous", False): 6, ("channels_last", False): 2}
-"""Format and training: kernels with our layers, those of the convolutions and the skip's gradient included."""
+"""By memory format and training: the most kernels that inductor may generate with our layers."""
 PASSES = {"contiguous": (7.5, 26), "channels_last": (3.1, 23)}
-"""Format: how many times kernels of inductor's move a whole tensor in training, at most with our layers and at least
-with torch's. Inductor counts a tensor once a kernel, also where a kernel of its needs it twice."""
+"""By memory format: how many times inductor's kernels move a whole tensor in training, at most with our layers and at
+least with torch's. Inductor counts a tensor once for each kernel, even if the kernel reads it twice."""
 WORKS = (
     Work(32, 64, 3136, 2),
     Work(32, 64, 3136, 2, backward=True, reads=2, staged=2),
@@ -48,7 +48,7 @@ class Block(torch.nn.Module):
 
 
 def results(model, x, training):
-    """What a call gives, and in training the gradients of the input and of the parameters, and the statistics."""
+    """Return the output of a call; in training also the gradients of the input and the parameters, and the buffers."""
     x.grad = None
     y = model(x)
     if not training:
@@ -57,10 +57,10 @@ def results(model, x, training):
     return [y, x.grad, *(parameter.grad for parameter in model.parameters()), *model.buffers()]
 
 
-def compiled(ours, memory_format, training):
-    """How many kernels the forward and the backward graph have, and how many times they move a tensor like the input.
+def measure_compiled(ours, memory_format, training):
+    """Return how many kernels inductor generates for both passes, and how many times they move a tensor like the input.
 
-    The convolutions and our operators are not counted. Results and gradients must be those without a compiler.
+    The convolutions and our operators are not counted. Also check that results equal those without a compiler.
     """
     torch._dynamo.reset()
     metrics.reset()
@@ -78,13 +78,13 @@ def compiled(ours, memory_format, training):
         patch.setattr(GraphLowering, "codegen", codegen)
         found = results(torch.compile(copy.deepcopy(model), fullgraph=True), x, training)
     torch._dynamo.reset()
-    torch.testing.assert_close(found, results(model, x, training), rtol=1e-3, atol=1e-3)  # sums of a thousand terms
+    torch.testing.assert_close(found, results(model, x, training), rtol=1e-3, atol=1e-3)  # sums have a thousand terms
     assert all(tensor.stride() == x.stride() for tensor in found[: 1 + training])
     return metrics.generated_kernel_count, sum(moved) / x.nbytes
 
 
-def own_passes(tier):
-    """How many times our kernels move a tensor in training, of whole layers on a GPU."""
+def count_own_passes(tier):
+    """Return how many times our GPU kernels move a tensor in a training step of the block, by their plans."""
     plans = [plan(work, DEVICES["h100"], tier) for work in WORKS]
     moved = [sum(one.read_bytes) + sum(one.written_bytes) for one in plans]
     return sum(moved) / WORKS[0].tensor_bytes
@@ -95,7 +95,7 @@ def own_passes(tier):
 @pytest.mark.parametrize("memory_format", list(FORMATS))
 @pytest.mark.one_in(2)
 def test_no_copies_around_the_operators(memory_format, training):
-    count, moved = compiled(True, memory_format, training)
+    count, moved = measure_compiled(True, memory_format, training)
     assert count <= MOST[memory_format, training]
     assert not training or moved <= PASSES[memory_format][0]
 
@@ -105,7 +105,7 @@ def test_no_copies_around_the_operators(memory_format, training):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("memory_format", list(FORMATS))
 def test_no_more_kernels_and_bytes_than_with_torchs_layers(memory_format, training):
-    count, moved = compiled(False, memory_format, training)
+    count, moved = measure_compiled(False, memory_format, training)
     own_launches = 8 if training else 0
     assert count >= MOST[memory_format, training] + own_launches
     assert not training or moved >= PASSES[memory_format][1]
@@ -113,7 +113,7 @@ def test_no_more_kernels_and_bytes_than_with_torchs_layers(memory_format, traini
 
 @pytest.mark.parametrize("memory_format", list(FORMATS))
 def test_the_operators_move_fewer_bytes_than_the_composed_form(memory_format):
-    """Also where each call takes two launches, each of which goes through the tensor."""
+    """This holds even for the split tier: a call then has two launches, and each of them reads the tensor."""
     around, composed = PASSES[memory_format]
-    assert own_passes("cooperative") < own_passes("split")
-    assert around + own_passes("split") < composed
+    assert count_own_passes("cooperative") < count_own_passes("split")
+    assert around + count_own_passes("split") < composed

@@ -1,4 +1,4 @@
-"""Folding one layer as torch does, and identities inserted into trained networks."""
+"""Test folding one layer as torch does, and identity layers inserted into trained networks."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Modules of many kinds do fused and folded what they do plain, also as copies and with hooks that come later."""
+"""Test that modules of many kinds compute the same after fusing and folding, also if copied or hooked later."""
 
 import contextlib
 import copy
@@ -52,7 +52,7 @@ class Suppressed(Base):
 
 
 class Within(Base):
-    """A block that changes nothing of what is looked at, but may change anything."""
+    """A module with a context manager, which could change anything, so nothing is merged across its end."""
 
     merged = ()
 
@@ -63,7 +63,7 @@ class Within(Base):
 
 
 class Head(Base):
-    """Activations at the beginning of another module."""
+    """A module whose activation is at the beginning of another module."""
 
     merged = ("stem.1",)
 
@@ -119,7 +119,7 @@ class WithVariables(Base):
 
 
 class Scripted(Base):
-    """A scripted module reads what the normalisation reads."""
+    """A module with a scripted module that reads the input of the normalisation."""
 
     merged = ("bn",)
 
@@ -296,7 +296,7 @@ class Generating(Tied):
 
 
 class OwnActivation(Base):
-    """A layer of the structure of timm's, which holds its activation."""
+    """A module with a layer that holds its activation, as in timm."""
 
     merged = ()
 
@@ -321,8 +321,8 @@ def tensors(values):
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
-def done(model, training=True):
-    """The type of the result, the results, and the gradients, of a call of a model."""
+def run_and_differentiate(model, training=True):
+    """Call a model and differentiate. Return the type of the result, its tensors, and the gradients by name."""
     model.train(training)
     model.zero_grad()
     torch.manual_seed(0)
@@ -333,8 +333,8 @@ def done(model, training=True):
     return type(result), [tensor.detach() for tensor in found], gradients
 
 
-def called(model):
-    """The names of the modules whose hooks are called."""
+def names_of_called_modules(model):
+    """Return the names of the modules whose hooks a call of the model runs, in order."""
     names = []
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
@@ -349,18 +349,18 @@ def test_a_module_of_this_kind(kind, monkeypatch):
     if kind is OwnActivation:
         monkeypatch.setattr(BatchNormAct2d, "__module__", "timm.layers.norm_act")
 
-    def made(way=lambda model: model):
+    def make(way=lambda model: model):
         torch.manual_seed(0)
         return way(kind().double())
 
     report = nn.Report()
-    plain, fused = made(), made(lambda model: nn.convert(model, fuse=True, report=report))
+    plain, fused = make(), make(lambda model: nn.convert(model, fuse=True, report=report))
     assert set(report.merged) == set(kind.merged)
     assert list(fused.state_dict()) == list(plain.state_dict())
     for mode in (True, True, False):
-        assert_close(done(fused, mode)[1:], done(plain, mode)[1:])
+        assert_close(run_and_differentiate(fused, mode)[1:], run_and_differentiate(plain, mode)[1:])
     assert_close(fused.state_dict(), plain.state_dict())
-    assert done(fused)[0] is done(plain)[0]
+    assert run_and_differentiate(fused)[0] is run_and_differentiate(plain)[0]
     fused.load_state_dict(plain.state_dict())
 
     want = tensors(plain.eval()(*kind.inputs, **kind.options))
@@ -369,11 +369,11 @@ def test_a_module_of_this_kind(kind, monkeypatch):
         for model in (plain, fused):
             folded = nn.fold(model, *given[0], **given[1])
             assert_close(tensors(folded(*kind.inputs, **kind.options)), want)
-    if kind is not Remembering:  # which torch cannot copy
+    if kind is not Remembering:  # torch cannot copy this one
         for copied in (copy.deepcopy(fused), torch.optim.swa_utils.AveragedModel(fused).module):
-            assert_close(done(copied)[1:], done(copy.deepcopy(plain))[1:])
+            assert_close(run_and_differentiate(copied)[1:], run_and_differentiate(copy.deepcopy(plain))[1:])
     plain.load_state_dict(fused.state_dict())
-    assert called(fused) == called(plain)
+    assert names_of_called_modules(fused) == names_of_called_modules(plain)
     assert_close(tensors(nn.revert(fused).eval()(*kind.inputs, **kind.options)), want)
 
 
@@ -389,5 +389,5 @@ def test_what_is_put_into_a_layer_later_counts(monkeypatch):
     ):
         for model in (plain, fused):
             change(model.bn)
-        assert_close(done(fused)[1:], done(plain)[1:])
-    assert_close(done(nn.revert(fused))[1:], done(plain)[1:])
+        assert_close(run_and_differentiate(fused)[1:], run_and_differentiate(plain)[1:])
+    assert_close(run_and_differentiate(nn.revert(fused))[1:], run_and_differentiate(plain)[1:])

@@ -1,4 +1,4 @@
-"""Masks, ghost batches and batch renormalisation for torch: gradients of any order, operators, layers, refusals."""
+"""Test masks, ghost batches and batch renormalisation with torch: derivatives, operators, layers and errors."""
 
 import pytest
 from support import rng
@@ -25,17 +25,17 @@ OPTIONS = [
 ]
 
 
-def named(options):
+def name_options(options):
     return ", ".join(options)
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
-@pytest.mark.parametrize("options", OPTIONS, ids=named)
+@pytest.mark.parametrize("options", OPTIONS, ids=name_options)
 @pytest.mark.one_in(3)
 def test_first_and_second_derivatives(options, activation):
     x, weight, bias, residual = inputs(SHAPE)
     fixed = {}
-    if "renorm" in options:  # r and d are constants: bounds that no step leaves
+    if "renorm" in options:  # narrow bounds make r and d constant, as the gradient takes them
         fixed = {"mask": options.get("mask"), "renorm": (1.0 + 1e-9, 1e-9)}
 
     def call(x, weight, bias, residual):
@@ -47,9 +47,9 @@ def test_first_and_second_derivatives(options, activation):
     assert torch.autograd.gradgradcheck(call, (x, weight, bias, residual))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=named)
+@pytest.mark.parametrize("options", OPTIONS, ids=name_options)
 def test_the_gradient_of_the_gradient_is_of_the_same_function(options):
-    """The operator and its composition for second derivatives agree in value and first gradient."""
+    """The operator and the composition that its second derivatives use agree in value and first gradient."""
     x, weight, bias, residual = inputs(SHAPE)
     mean, var = running()
     y = nn.batch_norm(x, mean, var, weight, bias, True, residual=residual, activation="silu", **options)
@@ -138,7 +138,7 @@ def arguments(name, options, activation):
 
 
 @pytest.mark.parametrize("name", ["train", "backward"])
-@pytest.mark.parametrize("options", OPTIONS[2:4], ids=named)
+@pytest.mark.parametrize("options", OPTIONS[2:4], ids=name_options)
 @pytest.mark.parametrize("activation", [pytest.param("identity", marks=pytest.mark.slow), "silu"])
 @pytest.mark.one_in(3)
 def test_opcheck(name, options, activation):

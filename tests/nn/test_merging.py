@@ -1,4 +1,4 @@
-"""Merging activations and sums into layers, and reverting fused models."""
+"""Test merging activations and sums into layers, and reverting fused models."""
 
 import copy
 
@@ -45,7 +45,7 @@ def test_what_a_graph_would_lose_is_kept(kind, training):
 
 
 class Sums(torch.nn.Module):
-    """What must not be merged: a layer used twice by the sum, an output used elsewhere, a scaled sum."""
+    """A module with nothing to merge: an output added to itself, outputs used twice, sums with a factor or a number."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ class SumInPlaceOfTheOther(InputOverwritten):
 
 
 class ALayerUsedTwice(InputOverwritten):
-    """Its running statistics depend on the order of its calls."""
+    """A module with a layer that is called twice. Its running statistics depend on the order of the calls."""
 
     def forward(self, x):
         a, b = self.a(x), self.a(2 * x + 1)
@@ -149,7 +149,7 @@ def test_fused_activations_with_a_parameter():
 
 
 class Normalising(torch.nn.Module):
-    """It has tensors of its own, some of which its calls, its state or its order leave out."""
+    """A module with tensors that the state dict leaves out, and a buffer that ``forward`` does not read."""
 
     def __init__(self):
         super().__init__()
@@ -178,19 +178,19 @@ class Whole(torch.nn.Module):
         return self.head(y.mean((2, 3))) * self.factor + self.hidden
 
 
-def states(model):
-    """The names of all that a model has, and of all that it saves, in order."""
+def names_in_state(model):
+    """Return the names of a model's parameters, of its buffers, and of the entries of its state dict, in order."""
     names = (model.named_parameters(), model.named_buffers(), model.state_dict().items())
     return [[name for name, _ in pairs if name != "inputs.offset"] for pairs in names]
 
 
 def test_a_fused_model_has_the_state_of_its_model():
     model = Whole()
-    expected = states(model)
+    expected = names_in_state(model)
     fused = nn.convert(model, fuse=True)
-    assert states(fused) == expected
+    assert names_in_state(fused) == expected
     copied = copy.deepcopy(copy.deepcopy(fused.eval()))
-    assert states(copied) == expected
+    assert names_in_state(copied) == expected
     assert not any(module.training for module in copied.modules())
     assert_close(copied(image()), fused(image()))
     copied.auxiliary, copied.extra = torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(1, 1)

@@ -1,4 +1,4 @@
-"""torchvision's and timm's own networks (random weights): converted, fused, trained beside torch's layers, reverted."""
+"""Test networks of torchvision and timm with random weights: converted, fused, trained beside torch's, and reverted."""
 
 import copy
 import json
@@ -19,19 +19,19 @@ REASON = "torchvision and timm are not installed: pip install -e '.[models]'"
 
 @pytest.fixture(scope="module")
 def torchvision():
-    """torchvision's wheel is built for CUDA; beside a CPU build of torch two operators must be declared first."""
+    """Import torchvision. Its wheel for CUDA needs two operators that a CPU build of torch does not declare."""
     declare_operators()
     return pytest.importorskip("torchvision", reason=REASON, exc_type=ImportError)
 
 
 @pytest.fixture(scope="module")
 def timm(torchvision):
-    del torchvision  # which timm imports
+    del torchvision  # timm imports it
     return pytest.importorskip("timm", reason=REASON, exc_type=ImportError)
 
 
 def train(model, size, steps=2):
-    """Losses and the state after some steps in float64."""
+    """Train for some steps in float64. Return the losses and the state dict."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
     losses = []
     for _ in range(steps):
@@ -44,8 +44,8 @@ def train(model, size, steps=2):
     return torch.tensor(losses), model.state_dict()
 
 
-def stays_with_torch(plain, size, fuse):
-    """Train both, compare, and go back."""
+def require_same_training(plain, size, fuse):
+    """Require that a network and its converted copy train alike, and that reverting the copy keeps its outputs."""
     torch.manual_seed(0)
     plain = plain.double().train()
     for layer in plain.modules():
@@ -65,19 +65,19 @@ def stays_with_torch(plain, size, fuse):
     torch.testing.assert_close(reverted(x), plain(x), rtol=1e-6, atol=1e-8)
 
 
-# At 32x32 mobilenet_v2 normalises four values at its end, and after three steps torch is 1e-5 away from torch with
-# weights that differ by one rounding.
+# With 32x32 images the last layers of mobilenet_v2 normalise only four values. After three steps a difference of one
+# rounding in torch's weights then grows to 1e-5.
 @pytest.mark.parametrize(
     ("name", "size", "fuse"),
     [("resnet18", 32, False), ("resnet18", 32, True), ("mobilenet_v2", 64, True)],
 )
 def test_torchvision(name, size, fuse, torchvision):
-    stays_with_torch(torchvision.models.get_model(name, weights=None, num_classes=10), size, fuse)
+    require_same_training(torchvision.models.get_model(name, weights=None, num_classes=10), size, fuse)
 
 
 @pytest.mark.parametrize(("name", "fuse"), [("resnet18", True), ("mobilenetv3_small_050", False)])
 def test_timm(name, fuse, timm):
-    stays_with_torch(timm.create_model(name, pretrained=False, num_classes=10), 32, fuse)
+    require_same_training(timm.create_model(name, pretrained=False, num_classes=10), 32, fuse)
 
 
 def test_the_backbone_of_a_detector_with_frozen_layers(torchvision):

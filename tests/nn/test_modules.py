@@ -1,4 +1,4 @@
-"""The layers against torch's: construction, state, repr, training."""
+"""Test that layers agree with torch's: construction, state, repr and training."""
 
 import copy
 import inspect
@@ -27,7 +27,7 @@ OPTIONS = [
 
 
 def step(layer, x, seed):
-    """Outputs and gradients of a call; the layer's parameters are moved by them."""
+    """Return the output and the gradients of a call, and move the parameters against their gradients."""
     x = x.clone().requires_grad_()
     y = layer(x)
     gradients = torch.autograd.grad(y, [x, *layer.parameters()], data(y.shape, seed, y.dtype))
@@ -78,7 +78,7 @@ def test_lazy_layers_become_ours(kind, options):
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_layers_without_a_bias_on_every_torch(lazy):
-    """torch 2.11's layers do not have the option."""
+    """Layers have the option ``bias`` also with torch 2.11, whose layers do not have it."""
     layer = nn.LazyBatchNorm1d(bias=False) if lazy else nn.BatchNorm1d(3, bias=False)
     layer.reset_parameters()
     layer(data((6, 3), 0))
@@ -108,7 +108,7 @@ def test_state_goes_to_torch_and_comes_back_also_by_pickle():
     assert_close(theirs(x), torch.nn.BatchNorm2d(3)(x))
     ours.load_state_dict(theirs.state_dict())
     old = {name: value for name, value in ours.state_dict().items() if name != "num_batches_tracked"}
-    ours.load_state_dict(old)  # a state of before version 2
+    ours.load_state_dict(old)  # states of version 1 had no counter
     buffer = io.BytesIO()
     torch.save(ours, buffer)
     buffer.seek(0)
@@ -118,7 +118,7 @@ def test_state_goes_to_torch_and_comes_back_also_by_pickle():
 
 
 def test_a_pickle_of_an_older_version_still_works():
-    """It has ``eps`` and ``num_features`` under their own names only."""
+    """Such a pickle has no ``_eps`` and ``_num_features``, only ``eps`` and ``num_features``."""
     layer, x = nn.BatchNorm2d(3, eps=0.5).eval(), data((6, 3, 4, 4))
     old = {name: value for name, value in vars(layer).items() if name not in ("_eps", "_num_features")}
     again = nn.BatchNorm2d.__new__(nn.BatchNorm2d)

@@ -1,4 +1,4 @@
-"""The operators and the functional form: memory formats, autograd's rules, GPUs, the front door."""
+"""Test the operators and the functional form: memory formats, autograd, backends for GPUs, and gpu_bn.batch_norm."""
 
 import copy
 import dataclasses
@@ -151,9 +151,9 @@ def test_inference_mode_and_saved_tensors_on_the_cpu():
     assert x.grad is not None
 
 
-# ------------------------------------------------------------------------------------------- on a GPU, without one
+# ------------------------------------------------------------------------------------------ a backend like one of a GPU
 class Elsewhere:
-    """A backend as one on a GPU may be: momentum is a tensor, and a mask is kept in place of the residual."""
+    """A CPU backend that acts like one on a GPU: momentum is a tensor, and a mask is saved instead of the residual."""
 
     name = "elsewhere"
     keeps_bits = True
@@ -189,7 +189,7 @@ def elsewhere(monkeypatch):
 
 
 def test_cumulative_momentum_is_computed_where_the_counter_is(monkeypatch, elsewhere):
-    """A counter on a GPU is never read by the host."""
+    """The momentum is computed on the device of the counter, so the host never reads a counter on a GPU."""
     for momentum, at in ((None, None), (None, torch.tensor(0.5, device="meta"))):
         weight = library.batch_weight(momentum, at, torch.tensor(4, device="meta"))
         assert isinstance(weight, torch.Tensor)
@@ -241,7 +241,7 @@ def test_modes_and_subclasses_see_the_operator():
     assert type(fake) is torch._subclasses.FakeTensor
 
 
-# ------------------------------------------------------------------------------------------------- the front door
+# ------------------------------------------------------------------------------------------------- gpu_bn.batch_norm
 def test_the_front_door_differentiates_tensors():
     x, weight, bias, residual = inputs((4, 5, 3), torch.float64)
     for axis in (1, -1, 0):
@@ -269,7 +269,7 @@ def test_importing_the_package_and_arrays_do_not_import_torch():
 
     loaded = loaded_after("import gpu_bn.nn as nn, torch; nn.BatchNorm2d(3)(torch.ones(2, 3, 4, 4)).sum().backward()")
     assert "torch" in loaded
-    assert "torch._dynamo" not in loaded  # it takes longer to import than torch
+    assert "torch._dynamo" not in loaded  # importing it takes longer than importing torch
     loaded = loaded_after("import gpu_bn, numpy; gpu_bn.batch_norm(numpy.ones((4, 3)), training=True)")
     assert not {"torch", "gpu_bn.nn"} & loaded
     code = "import torch, gpu_bn; gpu_bn.batch_norm(torch.ones(4, 3), training=True)"

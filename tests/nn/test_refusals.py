@@ -1,4 +1,4 @@
-"""Every error of the layers and of the functional form is torch's, before anything changes."""
+"""Test that layers and the functional form raise torch's errors, before anything changes."""
 
 import copy
 import re
@@ -17,7 +17,7 @@ from gpu_bn import nn
 from gpu_bn.nn.operators import library
 
 
-def broken(cls, **attributes):
+def make_broken(cls, **attributes):
     layer = cls(3)
     for name, value in attributes.items():
         setattr(layer, name, value)
@@ -50,13 +50,13 @@ MISTAKES = {
     "not a tensor": lambda c: c(3)([1.0]),
     "meta input": lambda c: c(3)(X.to("meta")),
     "meta layer": lambda c: c(3, device="meta")(X),
-    "no mean": lambda c: broken(c, running_mean=None)(X),
-    "no mean in evaluation": lambda c: broken(c, running_mean=None).eval()(X),
-    "no variance in evaluation": lambda c: broken(c, running_var=None).eval()(X),
-    "long variance": lambda c: broken(c, running_var=torch.ones(4))(X),
-    "long bias": lambda c: broken(c, bias=torch.nn.Parameter(torch.ones(4)))(X),
-    "two axes": lambda c: broken(c, running_mean=torch.zeros(3, 1))(X),
-    "learned statistics": lambda c: broken(c, running_mean=torch.zeros(3, requires_grad=True))(X),
+    "no mean": lambda c: make_broken(c, running_mean=None)(X),
+    "no mean in evaluation": lambda c: make_broken(c, running_mean=None).eval()(X),
+    "no variance in evaluation": lambda c: make_broken(c, running_var=None).eval()(X),
+    "long variance": lambda c: make_broken(c, running_var=torch.ones(4))(X),
+    "long bias": lambda c: make_broken(c, bias=torch.nn.Parameter(torch.ones(4)))(X),
+    "two axes": lambda c: make_broken(c, running_mean=torch.zeros(3, 1))(X),
+    "learned statistics": lambda c: make_broken(c, running_mean=torch.zeros(3, requires_grad=True))(X),
     "negative features": lambda c: c(-3),
     "fractional features": lambda c: c(3.5),
     "unknown key": lambda c: c(3).load_state_dict({"gamma": torch.ones(3)}),
@@ -64,8 +64,8 @@ MISTAKES = {
 }
 
 
-def said(mistake, cls):
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is what is compared
+def error_of(mistake, cls):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the type is compared
         MISTAKES[mistake](cls)
     return caught.type, str(caught.value)
 
@@ -74,7 +74,7 @@ def said(mistake, cls):
     "mistake", [pytest.param(name, marks=[as_torch_2_13] if "eps" in name else []) for name in MISTAKES]
 )
 def test_errors_are_those_of_torch(mistake):
-    assert said(mistake, nn.BatchNorm1d) == said(mistake, torch.nn.BatchNorm1d)
+    assert error_of(mistake, nn.BatchNorm1d) == error_of(mistake, torch.nn.BatchNorm1d)
 
 
 @pytest.mark.parametrize("mistake", ["channels", "one value", "long variance", "long bias", "whole numbers"])
@@ -147,7 +147,7 @@ ODD = {
 @pytest.mark.parametrize("kind", list(ODD))
 @pytest.mark.parametrize("affine", [False, True])
 def test_asking_torch_what_is_wrong_changes_nothing(name, kind, affine):
-    """It takes some of what is refused here, and finds others wrong when it has written the statistics."""
+    """torch accepts some of these arguments, and refuses others only after it has written the statistics."""
     arguments = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "training": True}
     if affine:
         arguments |= {"weight": torch.ones(3), "bias": torch.zeros(3)}
@@ -240,7 +240,7 @@ def test_tensors_in_the_layout_of_onednn(training):
     assert_close(layer.state_dict(), plain.state_dict())
 
 
-def created_for_inference(layer):
+def make_buffers_in_inference_mode(layer):
     with torch.inference_mode():
         layer.running_mean, layer.running_var, layer.num_batches_tracked = (
             buffer.clone() for buffer in (layer.running_mean, layer.running_var, layer.num_batches_tracked)
@@ -250,7 +250,7 @@ def created_for_inference(layer):
 NO_COUNTERS = {
     "bool": lambda layer: setattr(layer, "num_batches_tracked", torch.tensor(False)),
     "float8": lambda layer: setattr(layer, "num_batches_tracked", torch.tensor(0.0).to(torch.float8_e4m3fn)),
-    "inference": created_for_inference,
+    "inference": make_buffers_in_inference_mode,
 }
 
 
@@ -280,7 +280,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_changes(options, name):
         arguments[name] = arguments[name].clone()
     leaf = "weight" if name == "input" else "input"
     arguments[leaf] = arguments[leaf].clone().requires_grad_()
-    if name == "bias" and "activation" not in options:  # which is not saved
+    if name == "bias" and "activation" not in options:  # a bias alone is not saved for backward
         nn.batch_norm(**arguments, **options).sum().backward()
         return
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
@@ -307,7 +307,7 @@ def test_statistics_made_for_inference_are_not_updated_elsewhere(call):
 
 def test_statistics_made_for_inference_are_updated_there():
     ours, theirs = nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
-    created_for_inference(ours)
+    make_buffers_in_inference_mode(ours)
     with torch.inference_mode():
         assert_close(ours(X), theirs(X))
     assert_close(ours.state_dict(), theirs.state_dict())

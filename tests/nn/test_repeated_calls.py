@@ -64,7 +64,7 @@ def test_calls_alike_are_prepared_once(training, known, monkeypatch):
     assert ours.running_var._version == before + 2 * training
 
 
-def changed():
+def changes():
     """Return changes of a layer by name, each with the input of the next call. Only some set the layer to training."""
     x = data(4, 3, 5, 6, seed=3)
 
@@ -92,9 +92,9 @@ def changed():
 
 
 @pytest.mark.parametrize("grows", [True, False])
-@pytest.mark.parametrize("name", list(changed()))
+@pytest.mark.parametrize("name", list(changes()))
 def test_what_has_changed_is_seen(name, grows):
-    layers, (change, x) = pair(), changed()[name]
+    layers, (change, x) = pair(), changes()[name]
     results = []
     for layer in layers:
         change(layer)
@@ -152,7 +152,7 @@ def test_transforms_and_tracers_see_plain_tensors_too(known):
         assert "batch_norm" in str(traced.graph)
         seen = []
 
-        def of_scalar(scale):  # x is not wrapped, but the transform is active
+        def of_scalar(scale):  # x is not wrapped by the transform, which is active
             seen.append(len(signatures(known)))
             return (layer(x) * scale).sum()
 

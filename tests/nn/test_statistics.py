@@ -1,4 +1,4 @@
-"""Statistics over a data set, and over the micro-batches of a step, in one process; in several: nn/test_sync.py."""
+"""Test statistics over a data set and over micro-batches in one process. test_sync.py tests several processes."""
 
 import sys
 
@@ -22,8 +22,8 @@ def network(norm=nn.BatchNorm1d):
     return torch.nn.Sequential(*layers).double().eval()
 
 
-def everything(model):
-    """All state but running means and variances."""
+def other_state(model):
+    """Return copies of all state of a model except its running means and variances."""
     state = {name: value.clone() for name, value in model.state_dict().items() if "running" not in name}
     return (
         state,
@@ -36,10 +36,10 @@ def everything(model):
 @pytest.mark.parametrize("far", [0, 1e6])
 def test_population_statistics_are_those_of_the_data_set(norm, far):
     model = network(norm)
-    before = everything(model)
+    before = other_state(model)
     batches = [batch(size, 3, seed=size) + far for size in (5, 2, 7, 3)]
     nn.update_population_stats(model, iter([(part, "label") for part in batches]))
-    assert_close(everything(model), before, rtol=0, atol=0)
+    assert_close(other_state(model), before, rtol=0, atol=0)
     whole = torch.cat(batches)
     assert_close(model[0].running_mean, whole.mean(0), rtol=1e-14, atol=0)
     assert_close(model[0].running_var, (whole - whole.mean(0)).square().mean(0), rtol=1e-9 if far else 1e-14, atol=0)
@@ -72,14 +72,14 @@ def test_layers_that_keep_nothing_of_their_own_are_left_alone():
 
 def test_a_failure_changes_nothing():
     model = network()
-    before, state = everything(model), {name: value.clone() for name, value in model.state_dict().items()}
+    before, state = other_state(model), {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="elements"):
         nn.update_population_stats(model, [batch(4, 3), batch(4, 5)])
     with pytest.raises(ValueError, match="no layer with running statistics saw any data"):
         nn.update_population_stats(model, [])
     with pytest.raises(RuntimeError, match="elements"), nn.accumulate_statistics(model.train()):
         model(torch.cat([model(batch(4, 3))] * 2))
-    assert_close(everything(model.eval()), before, rtol=0, atol=0)
+    assert_close(other_state(model.eval()), before, rtol=0, atol=0)
     assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
@@ -165,13 +165,13 @@ def test_a_block_with_no_call_updates_nothing():
 @pytest.mark.parametrize("affine", [True, False])
 def test_lazy_layers_are_refused_until_their_first_input(norm, affine):
     model = torch.nn.Sequential(nn.BatchNorm1d(3), norm(affine=affine)).double()
-    before, x = everything(model[0]), batch(4, 3)
+    before, x = other_state(model[0]), batch(4, 3)
     text = "lazy layers do not know their channels yet: run a batch through '1' first"
     with pytest.raises(ValueError, match=text), nn.accumulate_statistics(model):
         model(x)
     with pytest.raises(ValueError, match=text):
         nn.update_population_stats(model, [x])
-    assert_close(everything(model[0]), before, rtol=0, atol=0)
+    assert_close(other_state(model[0]), before, rtol=0, atol=0)
     model(x)
     with nn.accumulate_statistics(model):
         model(x)

@@ -1,4 +1,4 @@
-"""Default devices, modes and distributed tensors around calls and conversions."""
+"""Test calls and conversions under default devices and modes, and with distributed tensors."""
 
 import copy
 import sys
@@ -112,7 +112,7 @@ def test_weights_that_are_no_plain_tensors_are_not_folded_into(observed):
 
 
 class InACycle(torch.nn.Module):
-    """Whose frame refers to itself: only the garbage collector frees its tensors."""
+    """A module whose frame refers to itself, so that only the garbage collector frees its tensors."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""SyncBatchNorm over processes that talk by gloo, against one process on the whole batch."""
+"""Test SyncBatchNorm over processes that communicate by gloo against one process that has the whole batch."""
 
 import copy
 import inspect
@@ -23,7 +23,7 @@ from gpu_bn.nn.running import update_running
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory, whole):
-    del whole  # compiles kernels once, before four processes would
+    del whole  # it compiles kernels once, before four processes do
     return results(
         4, once(tmp_path_factory, "four", lambda folder: launch(4, "support.sync_scenarios", ["equality"], folder))
     )
@@ -52,8 +52,8 @@ def two(tmp_path_factory):
     return results(2, once(tmp_path_factory, "two", lambda folder: launch(2, "support.sync_scenarios", names, folder)))
 
 
-def together(two, name, key, at=None):
-    """What the processes returned, as one batch."""
+def join_results(two, name, key, at=None):
+    """Concatenate the tensors that the processes have returned along the batch."""
     found = [result[name][key] for result in two]
     return torch.cat(found if at is None else [parts[at] for parts in found])
 
@@ -65,7 +65,7 @@ def test_half_inputs_and_channels_last(two, dtype):
     y = layer(x)
     (dx,) = torch.autograd.grad(y, x, y.detach())
     for at, expected in enumerate((y.detach(), dx)):
-        assert_close(together(two, "numerics", dtype, at), expected)
+        assert_close(join_results(two, "numerics", dtype, at), expected)
         assert all(result["numerics"][dtype][at].is_contiguous(memory_format=torch.channels_last) for result in two)
     assert all(torch.equal(result["numerics"][dtype][2], two[0]["numerics"][dtype][2]) for result in two)
     assert_close(two[0]["numerics"][dtype][2], layer.running_var, rtol=1e-6, atol=0)
@@ -74,13 +74,13 @@ def test_half_inputs_and_channels_last(two, dtype):
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 2, 3, 4)], ids=len)
 def test_inputs_of_any_rank(two, shape):
     expected = nn.BatchNorm(3, dtype=torch.float64)(scenarios.split_batch(0, 2, *shape)[1])
-    assert_close(together(two, "numerics", len(shape)), expected.detach())
+    assert_close(join_results(two, "numerics", len(shape)), expected.detach())
 
 
 def test_one_position_on_each_process_is_a_batch(two):
     layer = nn.BatchNorm(3, dtype=torch.float64)
     expected = layer(scenarios.split_batch(0, 2, 3, size=2)[1])
-    assert_close(together(two, "numerics", "one each", 0), expected.detach())
+    assert_close(join_results(two, "numerics", "one each", 0), expected.detach())
     assert_close(two[1]["numerics"]["one each"][1], layer.state_dict())
 
 
@@ -96,7 +96,7 @@ def test_squares_beyond_float32_on_one_process(two):
     x = scenarios.split_batch(0, 2, 3, 64, dtype=torch.float32)[1].double()
     x[:3] *= 1e20
     x[3:] *= 1e25
-    assert_close(together(two, "numerics", "wide"), nn.BatchNorm(3).double()(x).detach().float())
+    assert_close(join_results(two, "numerics", "wide"), nn.BatchNorm(3).double()(x).detach().float())
 
 
 def test_a_frozen_layer_waits_for_nobody(two):
@@ -135,7 +135,7 @@ def test_fused_models_in_ddp(two):
 
 
 def test_two_forward_calls_before_a_backward_call_in_ddp(two):
-    """With broadcast_buffers=True, where torch's own layer failed before version 2.13."""
+    """This works with broadcast_buffers=True, with which torch's own layer failed before version 2.13."""
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), nn.BatchNorm1d(4, activation="relu")).double()
     for which, batches in enumerate(
@@ -191,7 +191,7 @@ def test_population_statistics_over_processes(two):
 
 
 def test_population_statistics_of_layers_that_share_a_batch(two):
-    """The second layer's input is what the first makes of each batch of both processes together."""
+    """The first layer normalises the batches of both processes together, and the second gets its output."""
     x = scenarios.data(1, 15, 3, 4) * 3 + 1e3
     steps = torch.cat((x[:5], x[8:10])), torch.cat((x[5:8], x[10:14]))
     layer = nn.BatchNorm(3, dtype=torch.float64)
@@ -279,12 +279,12 @@ def signature(channels):
     return [*SIGNATURE[:3], float(channels), *SIGNATURE[4:]]
 
 
-def gathered(*packets):
+def gather(*packets):
     return torch.stack(packets)
 
 
 def test_a_mistake_poisons_statistics_where_packets_are_not_read():
-    """What the other processes get on a GPU."""
+    """On a GPU packets are not read, so the other processes get statistics that are NaN."""
     report = sync_operators.report(torch.randn(4, 3), None)
     (good,) = wire.pack(report, "", SIGNATURE)
     (other,) = wire.pack(report, "", [*SIGNATURE[:5], 1.0, *SIGNATURE[6:]])
@@ -293,20 +293,20 @@ def test_a_mistake_poisons_statistics_where_packets_are_not_read():
         ((good, other), True),
         ((good, good), False),
     ):
-        _, mean, var = sync_operators.merge_reports(wire.unpack([gathered(*packets)], 3))
+        _, mean, var = sync_operators.merge_reports(wire.unpack([gather(*packets)], 3))
         assert mean.isnan().all() == poisoned
         assert var.isnan().all() == poisoned
-        assert wire.add([gathered(*packets)], 8).isnan().all() == poisoned
+        assert wire.add([gather(*packets)], 8).isnan().all() == poisoned
 
 
-def test_packets_from_a_gpu_are_looked_at_once_they_are_there(monkeypatch):
+def test_packets_from_a_gpu_are_checked_once_they_have_arrived(monkeypatch):
     arrivals = deque()
     monkeypatch.setattr(wire, "ARRIVALS", arrivals)
     report = sync_operators.report(torch.randn(4, 3), None)
     (good,) = wire.pack(report, "", SIGNATURE)
     there = []
-    bad = gathered(good, wire.mistake(report, "", "no sense"), good)
-    arrivals.extend([(lambda: True, gathered(good, good), "g"), (lambda: bool(there), bad, "g")])
+    bad = gather(good, wire.mistake(report, "", "no sense"), good)
+    arrivals.extend([(lambda: True, gather(good, good), "g"), (lambda: bool(there), bad, "g")])
     wire.check_arrivals()
     assert len(arrivals) == 1
     there.append(True)
@@ -337,12 +337,12 @@ def test_packets_have_one_size_and_hold_any_report(channels):
     report[0] = 0
     packets = wire.pack(report, "", signature(channels))
     assert packets.shape == (wire.packet_count(len(report)), wire.HEADER + wire.ROOM)
-    found = [wire.compare(gathered(packet, packet), "") for packet in packets]
+    found = [wire.compare(gather(packet, packet), "") for packet in packets]
     assert torch.equal(wire.unpack(found, channels), torch.stack((report, report)))
 
 
 class Operations(TorchDispatchMode):
-    """Note the devices of the tensors that each operation takes."""
+    """A mode that records the devices of the tensors that each operation takes."""
 
     def __init__(self):
         super().__init__()
@@ -355,7 +355,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_packet_on_a_gpu_takes_nothing_from_the_memory_of_the_host():
-    """A captured CUDA graph refuses such a copy, and others wait for the GPU. Here ``meta`` is not the CPU either."""
+    """A copy from the host fails in a captured CUDA graph, or waits for the GPU. Here ``meta`` stands for the GPU."""
     report = torch.arange(3000, dtype=torch.float64)
     on_gpu = report.to("meta")
     with Operations() as operations:

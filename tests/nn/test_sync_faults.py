@@ -1,4 +1,4 @@
-"""SyncBatchNorm where something is wrong on one process: an error on all, nothing changed, and the group goes on."""
+"""Test that an error on one process is raised by SyncBatchNorm on all, changes nothing, and leaves the group usable."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from support.processes import finish, launch, once, results, start
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """One of them is killed at the end."""
+    """Return the results of three processes. The scenarios end with the kill of one of them."""
 
     def run(folder):
         names = ["troubles", "mistakes", "differences", "skipped", "wrong_vectors", "backwards", "first_calls"]
@@ -129,7 +129,7 @@ def test_wherever_memory_runs_out_all_raise_or_none_and_states_are_all_old_or_al
     assert others == [first, first]
     assert len(first) > 40
     told = "SyncBatchNorm, process 2 of 3: MemoryError: none left", [True] * 5
-    moved = None, [True, True, False, False, False]  # the last, and where a call goes on with less
+    moved = None, [True, True, False, False, False]  # the last call, and calls that can go on with less memory
     assert all(outcome in (told, moved) for outcome in first)
     assert first.count(told) > 30
     assert first[-1] == moved
@@ -141,7 +141,7 @@ def test_a_layer_left_out_of_its_first_call_raises_on_all(three):
         assert texts[0] is None
         assert "made different calls: layer " in texts[1]
         assert counters == [1, 0, 0]
-        assert more == [None, None]  # where one process has made more layers their places say nothing
+        assert more == [None, None]  # layers have no common number if one process has made more
 
 
 def test_sums_are_the_same_bits_on_all(three):

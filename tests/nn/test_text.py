@@ -59,7 +59,7 @@ class Functional(Untraceable):
 
 class Several(Untraceable):
     def forward(self, xs):
-        math.sqrt(len(xs))  # compiled in another way than a method's call, as math is imported
+        math.sqrt(len(xs))  # CPython compiles it unlike a method's call, as math is imported
         found = ()
         for x in xs if isinstance(xs, (list, tuple)) else [xs]:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""torch's own tests of its BatchNorm layers, run on ours: its inputs, references and error inputs."""
+"""Run torch's own tests of its BatchNorm layers on ours: its inputs, references and error inputs."""
 
 import copy
 import pickle
@@ -26,7 +26,7 @@ MODES = [(info, training) for info in INFOS for training in (True, False)]
 
 
 def samples(info, training, dtype=torch.float64):
-    """torch's inputs; each with a layer of ours and one of torch's in the same state."""
+    """Yield each of torch's inputs with a layer of gpu_bn and one of torch that have the same state."""
     given = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
     for sample in given:
         args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
