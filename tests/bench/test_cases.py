@@ -1,4 +1,4 @@
-"""What ``gpu-bn bench`` times: networks, operations, cases and their data."""
+"""Test what ``gpu-bn bench`` can time: networks, operations, cases and their data."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from gpu_bn.explanation import DTYPES
 def test_a_network_has_all_its_layers(network, layers, channels):
     rows = cases.NETWORKS[network]
     assert sum(rows.values()) == layers
-    assert sum(count * shape[1] for shape, count in rows.items()) == channels  # half of BN layers' parameters
+    assert sum(count * shape[1] for shape, count in rows.items()) == channels  # each channel has two parameters
 
 
 def test_there_is_every_kind_of_shape():
@@ -46,7 +46,7 @@ def test_every_operation_names_its_outputs():
 
 def test_cases_are_all_combinations_those_of_a_tensor_together():
     found = cases.select(["few", "4x8"], ["f16", "f32"], ["nchw", "nhwc"], ["forward", "eval"])
-    assert len(found) == (4 * 2 + 2) * 2 * 2  # layouts are of more than two axes
+    assert len(found) == (4 * 2 + 2) * 2 * 2  # tensors of two axes have one layout
     assert str(found[0]) == "32x64x56x56 f16 nchw forward"
     assert str(found[-1]) == "4x8 f32 eval"
     tensors = [case.tensor for case in found]

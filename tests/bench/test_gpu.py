@@ -1,6 +1,6 @@
-"""The GPU part of ``gpu-bn bench`` on stand-ins: an emulated GPU for CuPy, Triton's interpreter."""
+"""Test the GPU part of ``gpu-bn bench`` on an emulated GPU with CuPy and in Triton's interpreter."""
 
-# ruff: noqa: ARG001 - stand-ins have the signatures of what they stand for
+# ruff: noqa: ARG001 - stand-ins have the signatures of the originals
 import importlib
 import json
 from dataclasses import fields, replace
@@ -21,7 +21,7 @@ SMALL = [*LINE, "4x4x64,2x4x64", "--ops", "forward"]
 
 @pytest.fixture
 def emulated(make_gpu, monkeypatch):
-    """The benchmark's GPU is virtual, its only implementation the CuPy backend on the emulator."""
+    """Give the benchmark a virtual clock, the CuPy backend on an emulated GPU, and a NumPy peer. Return the GPU."""
     gpu = make_gpu(80, None, Device(checks=Checks(races=False, initialised=False)))
     clock = Clocked()
     monkeypatch.setattr(timing, "find_gpu", lambda: (clock, ""))
@@ -39,7 +39,7 @@ def test_the_report_of_a_gpu(emulated, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "cold" in out
     assert "moved / floor" in out
-    assert "Model: " not in out  # nothing is imagined where there is a GPU
+    assert "Model: " not in out  # with a GPU nothing is modelled
     found = json.loads((tmp_path / "report.json").read_text())
     ours = {row["operation"]: row for row in found["measured"] if row["ours"]}
     assert {name: row["tier"] for name, row in ours.items()} == {
@@ -60,7 +60,7 @@ def test_the_report_of_a_gpu(emulated, capsys, tmp_path):
     assert "driver and clocks are not known: nvidia-smi cannot be run" in out
     assert "driver and clocks are not known" in page.read_text()
     assert "DRAM bytes were not counted: ncu cannot be run" in out
-    assert [v["refuted"] != "" for v in found["verification"]] == [True] * 3  # the clock is no clock of these kernels
+    assert [v["refuted"] != "" for v in found["verification"]] == [True] * 3  # the clock is not theirs
     text = page.read_text()
     assert "## Measured on the GPU" in text
     assert "nobody has run" not in text
@@ -75,7 +75,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(emulated, capsys, tmp_path):
 
 
 def test_a_gpu_that_is_lost_ends_the_run_and_leaves_a_report(emulated, monkeypatch, capsys, tmp_path):
-    """As after an access out of bounds: every call fails, of whatever library, also to give memory back."""
+    """After an access out of bounds every call of every library fails, even one that frees memory."""
 
     def fail(*_):
         raise RuntimeError("an illegal memory access was encountered")
@@ -92,7 +92,7 @@ def test_a_gpu_that_is_lost_ends_the_run_and_leaves_a_report(emulated, monkeypat
     for part in ("--tiers", "--verify-model", "--train"):
         assert f"{part}: {lost}" in out
     assert "NOT TIMED 4x4x64 f32 nchw forward by gpu_bn breaks: RuntimeError: an illegal memory access" in out
-    assert "2x4x64" not in out.replace("4x4x64,2x4x64", "")  # nothing more was tried
+    assert "2x4x64" not in out.replace("4x4x64,2x4x64", "")  # no other case was tried
     assert len(json.loads((tmp_path / "report.json").read_text())["measured"]) == 1
 
 
@@ -118,7 +118,7 @@ def test_a_gpu_that_cannot_copy_is_a_message(monkeypatch, capsys):
 
 
 def test_what_needs_torch_is_left_out_where_only_cupy_sees_the_gpu(emulated, monkeypatch, capsys, tmp_path):
-    """A torch built without CUDA would be timed on the CPU, by the GPU's events."""
+    """Otherwise a torch without CUDA would run on the CPU but be timed by events of the GPU."""
     monkeypatch.setattr(Clocked, "library", "cupy")
     torches = replace(NUMPY, name="torch native", device="cuda", ours=False, modules=("torch",))
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [replace(NUMPY, name="gpu_bn x", device="cuda"), torches])
@@ -134,7 +134,7 @@ def test_what_needs_torch_is_left_out_where_only_cupy_sees_the_gpu(emulated, mon
 @pytest.mark.parametrize("tier", ["cta", "split"])
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_the_models_bytes_are_those_that_the_emulator_counts(tier, operation, make_gpu):
-    """What backends/cupy/test_traffic.py proves of plans holds for the benchmark's model, which is made of them."""
+    """The benchmark's model uses plans, whose bytes backends/cupy/test_traffic.py compares with counts."""
     case = cases.Case((4, 4, 1024), operation=cases.OPERATIONS[operation])
     checks = Checks(races=False, initialised=False)
     gpu = make_gpu(80, tier, Device(checks=checks, l2_bytes=EMULATED.l2_bytes, resident_threads=256))
@@ -147,7 +147,7 @@ def test_the_models_bytes_are_those_that_the_emulator_counts(tier, operation, ma
     reports = gpu.device.reports[before:]
     counted = sum(r.dram_read_bytes + r.dram_write_bytes for r in reports) + gpu.device.l2.flush()
     expected = model.Modelled(case, EMULATED).tiers[tier]
-    assert abs(counted - expected) <= (4 << 10)  # of 128 KiB and more: vectors, partial sums, part of a cache
+    assert abs(counted - expected) <= (4 << 10)  # of 128 KiB or more: vectors, partial results, cached bytes
 
 
 @pytest.mark.compile
@@ -158,10 +158,10 @@ def test_a_backend_reports_the_plan_of_each_call(make_gpu):
     tensors, reported = measurement.Tensors(case), []
     backend = module.CupyBackend("split", lambda *found: reported.append(found))
     call = implementations.backend_calls(lambda *_: backend)(case.operation, tensors.problem("cupy", case.operation))
-    assert [(plan.tier, len(launches)) for plan, launches in reported] == [("split", 2)]  # the forward call's
+    assert [(plan.tier, len(launches)) for plan, launches in reported] == [("split", 2)]  # the plan of the forward call
     call(), call()
     assert [(plan.tier, len(launches)) for plan, launches in reported] == [("split", 2)] * 2
-    assert [launch.registers for launch in reported[1][1]] == [None] * 2  # of PTX nobody knows them
+    assert [launch.registers for launch in reported[1][1]] == [None] * 2  # PTX does not tell them
 
 
 IN_THE_INTERPRETER = """

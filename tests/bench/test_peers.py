@@ -1,6 +1,6 @@
-"""What ``gpu-bn bench`` compares with: peers, which are stand-ins here, and the picture of them."""
+"""Test the peers that ``gpu-bn bench`` compares with, some of them as stand-ins, and the figure that shows them."""
 
-# ruff: noqa: ARG001, ARG002, ARG005 - stand-ins have the signatures of what they stand for
+# ruff: noqa: ARG001, ARG002, ARG005 - stand-ins have the signatures of the originals
 import sys
 import types
 from dataclasses import replace
@@ -12,7 +12,7 @@ from gpu_bn.bench import cases, implementations, measurement, timing
 
 
 def prove(build, operation, dtype="f16", layout="nhwc", shape="4x6x5x7"):
-    """Build a peer's call on CPU tensors, and compare what it gives with the oracle."""
+    """Build a peer's call on CPU tensors, and require that its results agree with the oracle."""
     case = cases.select([shape], [dtype], [layout], [operation])[0]
     tensors = measurement.Tensors(case)
     implementation = replace(NUMPY, name="peer", ours=False, adapter="triton")
@@ -29,7 +29,7 @@ def torch():
 
 @pytest.fixture
 def fake_apex(torch, monkeypatch):
-    """apex's layer, for tensors whose last axis is the channels."""
+    """Install a stand-in for the layer of apex, which takes tensors whose last axis is the channels."""
 
     class BatchNorm2d_NHWC(torch.nn.BatchNorm2d):
         def __init__(self, channels, fuse_relu=False):
@@ -68,7 +68,7 @@ def test_apex_serves_what_it_can():
 
 
 class Node:
-    """A tensor of a graph: what it is when it is computed."""
+    """A tensor of a graph, with the function that computes it."""
 
     def __init__(self, compute, given=False):
         self.compute, self.given = compute, given
@@ -82,7 +82,7 @@ class Node:
 
 
 class FakeGraph:
-    """cuDNN's graph, computed by torch."""
+    """A graph as in cuDNN's frontend, which torch computes."""
 
     def __init__(self, torch):
         self.torch, self.ready = torch, False
@@ -145,7 +145,7 @@ class FakeGraph:
 
 @pytest.fixture
 def fake_cudnn(torch, monkeypatch):
-    """cuDNN's frontend."""
+    """Install a stand-in for cuDNN's frontend."""
     module = types.ModuleType("cudnn")
     module.data_type = types.SimpleNamespace(FLOAT="float")
     module.heur_mode = types.SimpleNamespace(A="a", FALLBACK="fallback")
@@ -178,7 +178,7 @@ def test_torch_compile(operation, torch):
 
 
 def test_a_peer_that_rounds_its_sum_before_relu_is_right(torch):
-    """In float16 that moves elements across the kink, and with them the gradients of the vectors, in float32."""
+    """In float16 rounding moves elements across ReLU's kink, which changes the float32 gradients of weight and bias."""
     prove(implementations.eager, "backward+add+relu", "f16", "nchw", "32x256x14x14")
 
 

@@ -1,4 +1,4 @@
-"""The tables of ``gpu-bn bench``, and what they say of times that cannot be trusted. No time is asserted."""
+"""Test the tables of ``gpu-bn bench`` and its warnings about unreliable times. No time is asserted."""
 
 import pytest
 from support.bench_stand_ins import timed
@@ -33,7 +33,7 @@ def test_layers_are_summed_as_often_as_the_network_has_them():
     lines = str(report.layers_table(results)[0]).splitlines()
     assert lines[1].endswith("all layers (ms)")
     assert [line.split() for line in lines[3:-1]] == [["resnet50-32", "53", "f32", "nchw", "forward", "x", "53.0"]]
-    assert report.layers_table(results[1:]) == []  # one is missing
+    assert report.layers_table(results[1:]) == []  # one layer has no time
 
 
 def test_json_has_no_numbers_that_are_none(tmp_path):

@@ -1,4 +1,4 @@
-"""``gpu-bn bench``: what it times, that it times nothing wrong, and what it prints and writes. No time is asserted."""
+"""Test that ``gpu-bn bench`` refuses wrong results, and what it prints and writes. No time is asserted."""
 
 import json
 import re
@@ -23,7 +23,7 @@ TINY = ["bench", "--seconds", "0", "--device", "cpu"]
 def exit_code(line):
     try:
         return main(line)
-    except SystemExit as end:  # of argparse
+    except SystemExit as end:  # argparse raises it
         return end.code
 
 
@@ -62,7 +62,7 @@ def test_a_gpu_that_is_asked_for_and_not_there(capsys, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- correctness
 class Wrong(NumpyBackend):
-    """Forgets the last element of every output; what no network would notice."""
+    """A backend that adds 0.01 to the last element of every output, which no network would notice."""
 
     def normalize(self, saved, residual, out):
         super().normalize(saved, residual, out)
@@ -82,7 +82,7 @@ def test_a_wrong_backend_is_not_timed_and_ends_the_command_with_1(capsys, monkey
     measured = json.loads((tmp_path / "report.json").read_text())["measured"]
     refused = {(row["by"], row["operation"]): bool(row["refused"]) for row in measured}
     assert refused[("gpu_bn wrong", "forward")]
-    assert not refused[("gpu_bn wrong", "backward")]  # of a forward call that was right in all that backward needs
+    assert not refused[("gpu_bn wrong", "backward")]  # what forward saves is right
     for row in measured:
         assert bool(row["seconds"]) is not bool(row["refused"])
 
@@ -139,7 +139,7 @@ def test_a_large_tensor_is_right_on_some_of_its_channels():
 # ------------------------------------------------------------------------------------------------------ report
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What a run of the command leaves; with what it has printed."""
+    """Run the command. Return the folder that it has written and the text that it has printed."""
     pytest.importorskip("torch")
     pytest.importorskip("matplotlib")
     path = tmp_path_factory.mktemp("bench") / "report"

@@ -1,4 +1,4 @@
-"""Tiers timed against each other: where they cross over, and the thresholds fitted to that."""
+"""Test where the fastest tier changes with the size, and the thresholds that are fitted to measured times."""
 
 import re
 from dataclasses import fields, replace
@@ -15,7 +15,7 @@ def times_of(shape, **seconds):
 
 
 def test_thresholds_are_fitted_to_the_fastest_tiers():
-    """On a device where a block that has a channel to itself is always the fastest, less must do to choose it."""
+    """On a device whose fastest tier is always ``cta``, the fitted thresholds choose it more easily."""
     device = plan.DEVICES["a100"]
     times = [times_of((32, channels, 14, 14), cta=1.0, split=2.0) for channels in (16, 32, 64, 128, 256)]
     best, decided = tiers.fit(times, device)
@@ -23,10 +23,10 @@ def test_thresholds_are_fitted_to_the_fastest_tiers():
     (name,) = (
         field.name for field in fields(best) if getattr(best, field.name) != getattr(plan.THRESHOLDS, field.name)
     )
-    assert name in ("fill", "vectors_per_thread")  # a lower share of SMs, or more work a thread, makes blocks enough
+    assert name in ("fill", "vectors_per_thread")  # fewer busy SMs, or more work for a thread, suffice
     text = tiers.thresholds_text(times, device, best, decided)
     assert re.search(rf"\n    {name}: \w+ = {getattr(best, name)}  # was {getattr(plan.THRESHOLDS, name)}", text)
-    assert "    usable_l2: float = 0.5  # not decided by these cases\n" in text  # nothing asks for another
+    assert "    usable_l2: float = 0.5  # not decided by these cases\n" in text  # no case depends on it
     for field in fields(plan.Thresholds):  # the whole table is printed
         assert f"\n    {field.name}: {field.type} = " in text
     assert "    max_partials: int = 256  # not decided by these cases: it shapes launches, not the choice\n" in text
@@ -49,7 +49,7 @@ PLANTED = [
     ],
 )
 def test_a_crossover_that_was_planted_is_found(name, threshold, value):
-    """Times such that the tiers of other thresholds are the fastest: these thresholds come out."""
+    """If the tiers that other thresholds choose are the fastest, the fit finds these thresholds."""
     device, truth = plan.DEVICES[name], replace(plan.THRESHOLDS, **{threshold: value})
     found = cases.select(
         ["resnet50-32", "mobilenetv2", "unet2d", "mlp"], ["f16", "f32"], ["nchw", "nhwc"],
@@ -86,7 +86,7 @@ def test_ranges_of_tiers_end_where_they_cross_over():
     size = 64 * 8 * 8 * 4
     assert tiers.ranges(times) == [
         tiers.Range("gpu_bn cupy", "f32 nchw forward", "cta", 4 * size, 4 * size),
-        tiers.Range("gpu_bn triton", "f32 nchw forward", "cta", 2 * size, 8 * size),  # 2 % are no crossover
+        tiers.Range("gpu_bn triton", "f32 nchw forward", "cta", 2 * size, 8 * size),  # 2 % slower is still as fast
         tiers.Range("gpu_bn triton", "f32 nchw forward", "split", 16 * size, 32 * size),
     ]
     rows = str(tiers.ranges_table(tiers.ranges(times))).splitlines()
@@ -104,7 +104,7 @@ def test_a_tier_that_is_better_unforced_counts_as_it_is_launched():
 def test_thresholds_that_choose_the_fastest_stay():
     times = [times_of((32, 256, 14, 14), cta=1.0, split=2.0), times_of((256, 64, 112, 112), split=1.0)]
     assert tiers.fit(times, plan.DEVICES["a100"])[0] == plan.THRESHOLDS
-    assert times[0].slowdown("cooperative") == 2.0  # not timed: as bad as the worst
+    assert times[0].slowdown("cooperative") == 2.0  # a tier without a time counts as the slowest
 
 
 def test_a_backend_that_took_another_tier_does_not_count():

@@ -1,4 +1,4 @@
-"""How ``gpu-bn bench`` finds a GPU, what it says of it, and how calls are timed. No time is asserted."""
+"""Test how ``gpu-bn bench`` finds and describes a GPU, and how it times calls. No real time is asserted."""
 
 import itertools
 import subprocess
@@ -12,7 +12,7 @@ from gpu_bn.bench import machine, timing
 
 
 class Ticking:
-    """A timer whose samples are what the calls return."""
+    """A timer that takes the values that calls return for their times."""
 
     regimes = ("wall",)
 
@@ -86,7 +86,7 @@ def test_a_call_that_waits_for_the_device_is_timed_in_the_end():
     timer = timing.GpuTimer(gpu, most_cycles=10**6)
     assert timer.time(gpu.call, "hot") > 0
     assert gpu.done_things == ["wait", "call"] * 4  # 200, 400, 800 and 1600 thousand cycles
-    assert timer.cycles == timing.FIRST_CYCLES  # the next call may be another
+    assert timer.cycles == timing.FIRST_CYCLES  # the next call may take less
 
 
 PROPERTIES = {
@@ -97,7 +97,7 @@ PROPERTIES = {
 
 
 class Event:
-    """What torch's and CuPy's events have in common, on a device whose clock goes on with each thing that is done."""
+    """An event with the methods of torch's and CuPy's. It records the clock of a virtual GPU."""
 
     def __init__(self, clock):
         self.clock = clock
@@ -115,7 +115,7 @@ class Event:
 
 
 class Tensor:
-    """An array of either library, of which only the size matters."""
+    """A stand-in for an array of torch or CuPy. Its methods advance the clock."""
 
     def __init__(self, clock, size):
         self.clock, self.size = clock, size
@@ -128,7 +128,7 @@ class Tensor:
 
 
 def fake_torch(clock):
-    """The part of torch that the benchmark uses."""
+    """Return a stand-in for the part of torch that the benchmark uses."""
 
     def event(enable_timing):
         assert enable_timing
@@ -147,7 +147,7 @@ def fake_torch(clock):
 
 
 def fake_cupy(clock):
-    """The same of CuPy."""
+    """Return a stand-in for the part of CuPy that the benchmark uses."""
     properties = {
         "name": b"GPU X", "major": 9, "minor": 0, "multiProcessorCount": 6, "sharedMemPerMultiprocessor": 228 << 10,
         "sharedMemPerBlockOptin": 227 << 10, "l2CacheSize": 1 << 12,
@@ -182,7 +182,7 @@ def test_the_gpu_through_torch(monkeypatch):
     assert gpu.copy_bandwidth() == pytest.approx(2 * (1 << 10) / (1000 / 1e9))
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(clock))
     gpu.free()
-    assert clock.done_things[-2:] == ["free", "free"]  # torch's memory and CuPy's
+    assert clock.done_things[-2:] == ["free", "free"]  # the memory of torch, and that of CuPy
 
 
 def test_the_gpu_through_cupy_where_there_is_no_torch(monkeypatch):
@@ -206,7 +206,7 @@ def test_no_gpu_is_a_reason(monkeypatch):
 
 
 def test_a_gpu_that_cannot_be_used_is_a_reason(monkeypatch):
-    """torch sees a device that it has no kernels for; CuPy's compiler is missing."""
+    """torch and CuPy see a device, but neither has kernels for it."""
     clock = VirtualGpu()
     torch, cupy = fake_torch(clock), fake_cupy(clock)
 

@@ -1,4 +1,4 @@
-"""``gpu-bn bench --train``, and the results page."""
+"""Test ``gpu-bn bench --train`` and its part of the results page."""
 
 import json
 import re
@@ -20,7 +20,7 @@ LINE = ["bench", "--seconds", "0", "--device", "cpu", "--threads", "1", "--train
 
 @pytest.fixture
 def small(monkeypatch):
-    """A narrow network on small images, and torch's threads as they were in the end."""
+    """Train a narrow network on small images, and restore torch's number of threads."""
     monkeypatch.setitem(training.SIZES, "cpu", SMALL)
     monkeypatch.setattr(training, "resnet18", partial(training.resnet18, width=8, classes=10))
     threads = torch.get_num_threads()
@@ -30,12 +30,12 @@ def small(monkeypatch):
 
 def test_it_is_a_resnet_18():
     model = training.resnet18()
-    assert sum(p.numel() for p in model.parameters()) == 11_689_512  # torchvision's
+    assert sum(p.numel() for p in model.parameters()) == 11_689_512  # as in torchvision
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 20
     report = nn.Report()
     nn.convert(model, fuse=True, report=report)
     assert len(report.converted) == 20
-    assert len(report.merged) == 17  # with their activation, 8 of them after a sum; all but those of three shortcuts
+    assert len(report.merged) == 17  # all but those of three shortcuts
 
 
 @pytest.mark.usefixtures("small")
@@ -94,7 +94,7 @@ def test_it_has_the_threads_that_were_asked_for(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_agreement_is_as_close_as_torch_itself_is(monkeypatch):
-    """With autocast torch's own gradient is far from that in float32: ours may be as far, and not much farther."""
+    """With autocast torch's gradient differs from that in float32. Ours may differ about as much, but not much more."""
 
     def off_by(share):
         def make(model):
@@ -129,7 +129,7 @@ def test_the_variants():
     ]
 
 
-@pytest.mark.exhaustive  # Inductor compiles C++ for some minutes
+@pytest.mark.exhaustive  # inductor compiles C++ for some minutes
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("small")
 def test_compiled_variants_agree_too():

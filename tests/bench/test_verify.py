@@ -1,4 +1,4 @@
-"""The model of a GPU, and how ``--verify-model`` judges its predictions."""
+"""Test the model of a GPU, and how ``--verify-model`` judges its predictions."""
 
 import subprocess
 from dataclasses import replace
@@ -34,7 +34,7 @@ def test_a_prediction_holds_or_is_refuted():
     assert counted(2 * read, written) == "bytes: 2.00 times as many read"
     assert counted(read // 2, written) == "bytes: 0.50 times as many read"
     assert counted(read, 2 * written) == "bytes: 2.00 times as many written"
-    assert counted(read, written - L2) == ""  # the cache still holds it
+    assert counted(read, written - L2) == ""  # the rest is still in the cache
     assert counted(read, written // 2) == "bytes: 0.50 times as many written"
     assert counted(0, 0) == "bytes: 0.00 times as many read; bytes: 0.00 times as many written"
 
@@ -76,7 +76,7 @@ def test_bytes_are_counted_by_ncu(ncu):
     text = " ".join(str(found).split())
     assert kept[0].counted_bytes == {"read": 6_423_528, "written": 6_423_552}
     assert kept[0].predicted_bytes == {"read": 6_422_528, "written": 6_422_528}
-    assert "1 of 1 predictions are refuted" in text  # a second is far too long
+    assert "1 of 1 predictions are refuted" in text  # one second is far longer than predicted
     assert "DRAM bytes were counted by ncu, of all cases." in text
     assert "6.42 6.42 6.42 6.42 REFUTED, time:" in text
 
@@ -148,8 +148,8 @@ def test_the_cache_serves_others_as_it_serves_us():
     launch = plan.THRESHOLDS.launch
     floor_seconds = launch + found.floor_bytes / (plan.THRESHOLDS.copy_share * device.bandwidth)
     seconds = model.seconds_of(found.torch_bytes, found.floor_bytes, device)
-    assert seconds == pytest.approx(floor_seconds)  # the second read hits
-    assert found.torch_seconds == pytest.approx(floor_seconds + launch)  # statistics, then the output
+    assert seconds == pytest.approx(floor_seconds)  # the second read hits the cache
+    assert found.torch_seconds == pytest.approx(floor_seconds + launch)  # two launches: statistics, then the output
     large = model.Modelled(replace(case, shape=(256, 64, 56, 56)), device)
     floor_seconds = plan.plan(model.work_of(large.case), device).floor_seconds
     assert model.seconds_of(large.torch_bytes, large.floor_bytes, device) > 1.3 * floor_seconds

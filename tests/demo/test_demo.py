@@ -188,7 +188,7 @@ def test_the_typical_unit_wanders_the_median_way():
 
 @pytest.mark.compile
 def test_networks_can_be_on_a_gpu(make_gpu):
-    """CuPy is the default if it is available. The layers then have its arrays."""
+    """Layers with CuPy arrays agree with those of NumPy."""
     make_gpu(80)
     cupy, x = sys.modules["cupy"], np.random.default_rng(0).uniform(0, 1, (12, 64)).astype(np.float32)
     cupy.tanh = np.tanh

@@ -1,4 +1,4 @@
-"""What tests need of the processes that run them: the same names in all, and one thread in each."""
+"""Test that all processes of pytest-xdist collect the same names, and that torch has one thread in each."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ from support.paths import ROOT
 
 @pytest.mark.exhaustive
 def test_names_do_not_depend_on_the_order_of_sets():
-    """Strings hash differently in each process, so a name that holds a set of them is written in different orders.
+    """Strings hash differently in each process, so the name of a test must not contain a set of strings.
 
-    pytest-xdist then refuses to run anything.
+    Otherwise names differ between processes, and pytest-xdist refuses to run anything.
     """
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "-p", "no:cacheprovider", "tests"]
     names = set()

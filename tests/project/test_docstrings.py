@@ -19,7 +19,7 @@ ARRAYS = [(gpu_bn, name) for name in gpu_bn.__all__ if name not in RESULTS]
 PUBLIC = [*ARRAYS, *((nn, name) for name in nn.__all__)]
 
 
-def named(one):
+def qualified_name(one):
     return f"{one[0].__name__}.{one[1]}"
 
 
@@ -29,7 +29,7 @@ def section(text, title):
     return re.findall(r"^    (\*{0,2}\w+):", found[1], re.MULTILINE) if found else []
 
 
-@pytest.mark.parametrize("one", PUBLIC, ids=named)
+@pytest.mark.parametrize("one", PUBLIC, ids=qualified_name)
 def test_every_argument_is_described(one):
     public = getattr(*one)
     text = inspect.getdoc(public)
@@ -47,10 +47,10 @@ def test_every_argument_is_described(one):
         assert "None" in str(inspect.signature(public).return_annotation) or "Returns:" in text or "Yields:" in text
 
 
-@pytest.mark.parametrize("one", PUBLIC, ids=named)
+@pytest.mark.parametrize("one", PUBLIC, ids=qualified_name)
 def test_the_examples_run(one):
     public = getattr(*one)
-    (test,) = doctest.DocTestFinder(recurse=False).find(public, named(one), globs={})
+    (test,) = doctest.DocTestFinder(recurse=False).find(public, qualified_name(one), globs={})
     assert test.examples, "an example is missing"
     failures = []
     runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)

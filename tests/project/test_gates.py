@@ -1,4 +1,4 @@
-"""The record of what the compilers make of every variant of the kernels: of these sources, and within the gates."""
+"""Test that the record of compiled kernels is of the present sources, and that all resources are within the gates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def current(family):
-    """What the record has of the present sources, of the covering set."""
+    """Return the recorded cells of the covering set that were compiled from the present sources."""
     return Record.read(family).current(family, family.covering())
 
 
@@ -59,10 +59,10 @@ def test_kernels_with_many_registers_have_a_reason_and_no_others(family):
     assert set(registers.crowded(family)) == set(registers.REASONS[family.name])
 
 
-@pytest.mark.parametrize("meet", [("arch", "kind"), ("activation", "kind"), ("arch", "dtype"), ("activation", "dtype")])
-def test_the_covering_set_has_every_pair(family, meet):
+@pytest.mark.parametrize("pair", [("arch", "kind"), ("activation", "kind"), ("arch", "dtype"), ("activation", "dtype")])
+def test_the_covering_set_has_every_pair(family, pair):
     def pairs(groups):
-        return {tuple(getattr(group, name) for name in (*meet, "vector", "columns")) for group in groups}
+        return {tuple(getattr(group, name) for name in (*pair, "vector", "columns")) for group in groups}
 
     assert pairs(family.covering()) == pairs(family.every_group())
 
@@ -85,7 +85,7 @@ def test_drawn_triton_kernels(group):
 
 @cache
 def changed():
-    """CUDA's groups that have changed since they were recorded, and the registers that they had to spare."""
+    """Return the CUDA groups that have changed since they were recorded, with the registers that each had to spare."""
     return CUDA.changed()
 
 
@@ -96,7 +96,7 @@ def changed():
     [pytest.param(d, marks=pytest.mark.slow if d == "float16" else pytest.mark.exhaustive) for d in gates.ITEMSIZE],
 )
 def test_cuda_kernels_that_have_changed_are_within_the_gates(dtype):
-    """Those likely to be outside: of each kind and layout the one that had the fewest registers to spare."""
+    """Of each kind and layout, the group that had the fewest registers to spare is compiled."""
     tightest = {}
     for group in changed():
         if group.dtype == dtype:
@@ -105,7 +105,7 @@ def test_cuda_kernels_that_have_changed_are_within_the_gates(dtype):
 
 
 DRAWN = 1
-"""Groups of an architecture that a long run compiles, of those that were tight; others with each change of sources."""
+"""The number of tight groups that a long run compiles for each architecture. Each change of sources draws others."""
 
 
 @pytest.mark.compile
@@ -132,13 +132,13 @@ def require_within_the_gates(family, groups):
     assert not outside, "\n".join(outside)
 
 
-# ------------------------------------------------------------------------------------------------ how that is judged
+# ------------------------------------------------------------------------------------------- how the record is judged
 GROUP = Group(80, "relu", "float16", 8, False, "WHOLE")
 GOOD = Resources(40, 0, 0, 512, (4, 16), (16,))
 
 
 def toy(kernels, stamp="one"):
-    """A family of one group, whose compiler always says the same."""
+    """Return a family of one group, whose compiler always reports the given resources."""
     return Family(
         "toy", lambda: "compiler 1", lambda arch: [GROUP] if arch == 80 else [], lambda _: 0,
         lambda _: list(kernels), lambda _, names, _cached: {name: kernels[name] for name in names},
@@ -175,7 +175,7 @@ def test_the_record_is_of_what_was_compiled(tmp_path, monkeypatch):
     assert (cell.kernels, cell.registers, cell.shared, cell.load) == (2, 40, 512, 16)
     test_what_is_recorded_is_within_the_gates(family, {GROUP: cell})
     family.check(GROUP)
-    with pytest.raises(AssertionError):  # the same kernels, and another compilation
+    with pytest.raises(AssertionError):  # the same kernels, compiled to more registers
         toy({"good": GOOD._replace(registers=41), "better": GOOD._replace(registers=30)}).check(GROUP)
 
 
@@ -196,7 +196,7 @@ def test_a_row_serves_as_long_as_its_kernels_are_the_same(tmp_path, monkeypatch)
     assert set(record_gates.Rows(more, tmp_path).kernels(GROUP)) == {"good", "more"}
 
 
-def test_a_definition_concerns_what_can_come_to_it():
+def test_a_definition_changes_the_stamps_of_kernels_that_can_use_it():
     def stamps(tier):
         found = Definitions([(["cta"], "struct cta {}"), (["tier"], tier), (["kernel"], "void kernel(Tier) { cta; }")])
         return found.stamp(["kernel", "cta"]), found.stamp(["kernel", "tier"])

@@ -1,4 +1,4 @@
-"""The reader of machine code, on kernels of which it is known what they do."""
+"""Test the reader of machine code on kernels whose instructions are known."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def test_vectors_of_another_width_are_not_taken_for_the_tensors(arch):
 def test_double_precision_in_a_loop_is_told_from_the_rest(arch):
     figures = kernels(arch)["doubles"].figures(16)
     assert figures.double_rolled == 1
-    assert figures.double == 3  # with the last addition, and the conversion of the sum
+    assert figures.double == 3  # one in the loop, the last addition, and the conversion of the sum
     assert figures.in_flight >= 1
 
 
 def test_blocks_per_sm():
     assert blocks_per_sm(90, 256, 32, 0) == 8
     assert blocks_per_sm(90, 256, 128, 0) == 2
-    assert blocks_per_sm(90, 256, 122, 0) == 2  # given out in units of 8
+    assert blocks_per_sm(90, 256, 122, 0) == 2  # registers are allocated in units of 8
     assert blocks_per_sm(90, 256, 129, 0) == 1
     assert blocks_per_sm(90, 256, 32, 100 << 10) == 2
     assert blocks_per_sm(75, 256, 32, 0) == 4

@@ -1,4 +1,4 @@
-"""What is installed: from the wheel, the sdist, and the working tree alike ``kernels/`` is ``gpu_bn.kernels``."""
+"""Test the wheel, the sdist and an editable install: in each of them ``kernels/`` is ``gpu_bn.kernels``."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ TREE = (
 
 
 def copy_tree(tree):
-    """A copy of what the repository holds, as a clone would have it."""
+    """Copy the files of the repository to a folder, as a clone would have them."""
     for name in TREE:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -32,7 +32,7 @@ def copy_tree(tree):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with the sdist of this tree and the wheel made from that sdist."""
+    """Return a folder with the sdist of this tree and the wheel that is built from that sdist."""
     pytest.importorskip("build", reason="needs the package build")
     tree = tmp_path_factory.mktemp("tree")
     copy_tree(tree)
@@ -54,7 +54,7 @@ def sdist_names(built):
 
 
 def modules():
-    """Every module of the tree, by its place in an installation."""
+    """Return the paths that the modules of the tree have in an installation."""
     own = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "gpu_bn").rglob("*.py")
@@ -114,13 +114,13 @@ def test_the_command_and_the_extras_are_declared(built):
     assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: numpy>=2.1"]
     extras = {line.split()[1] for line in texts["METADATA"].splitlines() if line.startswith("Provides-Extra:")}
     assert {"cupy", "cupy13", "torch", "gpu", "gpu13", "demo", "bench", "test", "dev"} <= extras
-    for extra in extras:  # both would write the same module's files
+    for extra in extras:  # the two wheels of CuPy contain the same files
         names = {re.split(r"[ ;>=\[]", line)[1] for line in required if f"extra == '{extra}'" in line.replace('"', "'")}
         assert len(names & {"cupy-cuda12x", "cupy-cuda13x"}) < 2
 
 
 def links(text):
-    """The targets of a page's links and pictures, but those inside of the page."""
+    """Return the targets of a page's links and pictures, without those inside the page."""
     return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith("#")]
 
 
@@ -139,7 +139,7 @@ def test_every_link_of_the_package_page_works_without_a_clone(built):
     assert "Description-Content-Type: text/markdown" in head
     assert "# gpu_bn" in shown
     assert all(target.startswith("https://") for target in links(shown))
-    assert "(docs/install.md)" in shown  # no address is known yet: the file's name stands beside its text
+    assert "(docs/install.md)" in shown  # without an address the file's name follows the text
 
 
 def test_with_an_address_the_package_page_links_there():
@@ -153,7 +153,7 @@ def test_with_an_address_the_package_page_links_there():
 
 
 def test_a_script_beside_a_clone_finds_the_package(tmp_path):
-    """An editable install, and a clone that is called as the package is: Python sees the clone's folder first."""
+    """An editable install works even if the clone has the package's name and lies beside the script."""
     pytest.importorskip("setuptools", reason="needs setuptools")
     clone, site = tmp_path / "gpu_bn", tmp_path / "site"
     clone.mkdir()
@@ -168,7 +168,7 @@ def test_a_script_beside_a_clone_finds_the_package(tmp_path):
         f"import site; site.addsitedir({str(site)!r})\nimport gpu_bn, gpu_bn.kernels, importlib.util as u\n"
         "print(gpu_bn.__version__, gpu_bn.kernels.__name__, *map(u.find_spec, ('kernels', 'tests', 'bench')))"
     )
-    # -S: of what is installed here nothing is seen but what the script adds.
+    # -S hides all installed packages except those in the folder that the script adds.
     done = subprocess.run([sys.executable, "-S", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.split() == [gpu_bn.__version__, "gpu_bn.kernels", "None", "None", "None"], done.stderr
 
@@ -177,7 +177,7 @@ def test_a_script_beside_a_clone_finds_the_package(tmp_path):
 def test_the_tests_of_the_sdist_run(built, tmp_path):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path)  # our own archive; Python 3.11.2, which is Debian's, knows no filter
+        archive.extractall(tmp_path)  # the archive is our own; Python 3.11.2 has no filters
     (tree,) = tmp_path.iterdir()
     some = ["tests/api/test_merge.py", "tests/project/test_collection.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *some]
@@ -193,7 +193,7 @@ def test_python_m_gpu_bn_is_the_command():
 
 
 def test_the_hints_name_one_way_to_install():
-    """No index has the package yet: what is printed has to be what can be typed in a clone."""
+    """No index has the package yet, so each hint must be a command that works in a clone."""
     folders = ("gpu_bn", "kernels", "tests", "bench", "docker")
     texts = [path.read_text() for name in folders for path in (ROOT / name).rglob("*.py")]
     hints = [

@@ -1,4 +1,4 @@
-"""Functions that only this package calls have few parameters."""
+"""Test that functions that only this package calls have few parameters."""
 
 import ast
 import importlib
@@ -8,7 +8,7 @@ from support.paths import ROOT
 
 PACKAGE = ROOT / "gpu_bn"
 MOST = 8
-"""Parameters of an internal function, besides the object that it belongs to. Kernels, in ``kernels/``, have more."""
+"""The most parameters of an internal function, without ``self``, ``cls`` and ``ctx``. Kernels may have more."""
 OWN = ("self", "cls", "ctx")
 SCHEMA = "an operator: what PyTorch's dispatcher passes"
 EXCEPTIONS = {
@@ -18,11 +18,11 @@ EXCEPTIONS = {
     "gpu_bn.nn.operators.library._infer": SCHEMA,
     "gpu_bn.nn.operators.library._backward": SCHEMA,
 }
-"""Internal functions with more, and why."""
+"""Internal functions that have more, and the reason."""
 
 
 def functions(node, name):
-    """The functions in a module or a class, with their names."""
+    """Yield the functions in a module or a class: their names and their ``ast.arguments``."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             inner = f"{name}.{child.name}"
@@ -33,13 +33,13 @@ def functions(node, name):
             yield from functions(child, name)
 
 
-def parameters(arguments):
+def count_parameters(arguments):
     named = [given.arg for given in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     return len(named) - (named[:1] != [] and named[0] in OWN)
 
 
-def public():
-    """The names of the public functions, and of the public classes' constructors and methods."""
+def public_names():
+    """Return the qualified names of the public functions and classes."""
     found = set()
     for module in ("gpu_bn", "gpu_bn.nn", "gpu_bn.testing"):
         for name in importlib.import_module(module).__all__:
@@ -50,12 +50,12 @@ def public():
 
 def test_internal_functions_have_at_most_eight_parameters():
     pytest.importorskip("torch")
-    known, long = public(), set()
+    known, long = public_names(), set()
     for path in PACKAGE.rglob("*.py"):
         module = ".".join(("gpu_bn", *path.relative_to(PACKAGE).with_suffix("").parts))
         if module.startswith("gpu_bn.kernels."):
             continue
         for name, arguments in functions(ast.parse(path.read_text()), module):
-            if parameters(arguments) > MOST and not {name, name.removesuffix(".__init__")} & known:
+            if count_parameters(arguments) > MOST and not {name, name.removesuffix(".__init__")} & known:
                 long.add(name)
     assert long == EXCEPTIONS.keys(), "a function takes a tuple or a dataclass, or is an exception with a reason"

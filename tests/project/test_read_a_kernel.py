@@ -1,4 +1,4 @@
-"""The test that docs/read-a-kernel.md reads: one Triton kernel against the equation, and the bytes it moves."""
+"""The test that docs/read-a-kernel.md shows: compare a Triton kernel with the equation, and count its bytes."""
 
 import numpy as np
 import pytest

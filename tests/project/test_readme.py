@@ -87,13 +87,13 @@ def test_the_example_of_several_processes(tmp_path):
     (code,) = (code for code in blocks("python") if "init_process_group" in code)
     (command,) = (block.split() for block in blocks("sh") if "torchrun" in block)
     (tmp_path / command[-1]).write_text(code + ENDED)
-    assert command[0] == "torchrun"  # which runs the main function of the module below
+    assert command[0] == "torchrun"  # this command runs the module that is called below
     run = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     environment["PET_LOCAL_ADDR"] = "localhost"  # the machine's own name, torchrun's choice, may not resolve
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    digits = "".join(done.stdout.split())  # both write at the same time: "11\n\n" is possible
+    digits = "".join(done.stdout.split())  # both processes may write at the same time, as in "11\n\n"
     first, second = digits[: len(digits) // 2], digits[len(digits) // 2 :]
     assert first == second
     assert float(first) != 0

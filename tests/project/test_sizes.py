@@ -1,4 +1,4 @@
-"""No file and no function is longer than can be read in one go."""
+"""Test that no file and no function is too long to be read in one go."""
 
 import ast
 import subprocess
@@ -7,9 +7,9 @@ import pytest
 from support.paths import ROOT
 
 LINES = 400
-"""Of a Python file."""
+"""The most lines of a Python file."""
 SCREEN = 70
-"""Lines of a function, without its docstring."""
+"""The most lines of a function without its docstring."""
 
 
 def sources():

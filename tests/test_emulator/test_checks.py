@@ -1,4 +1,4 @@
-"""Planted faults: each must be reported, by the right check; the same kernel without it must be clean."""
+"""Test that each planted fault is reported by the right check, and that the kernels without it are clean."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emulator.snippet import snippet
 from support.emulator_faults import SEEDS, first_report, run_grid_barrier
 from support.reference_backend import KERNELS, TRITON_SOURCE, compile_reference_triton, forward, load_triton
 
-SHAPE = (3, 4, 104)  # n, c, s: the 78 vectors of 4 floats are no multiple of the threads
+SHAPE = (3, 4, 104)  # n, c, s: 78 vectors of 4 floats, not a multiple of the threads
 
 
 def require_close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
@@ -44,7 +44,7 @@ def run_sums(device: Device, compiled: Compiled) -> None:
 @dataclass(frozen=True)
 class Planted:
     fault: str
-    check: str  # that must report it
+    check: str  # the check that must report it
     source: str
     kernel: str
     run: Callable[[Device, Compiled], None]

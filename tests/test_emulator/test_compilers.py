@@ -1,4 +1,4 @@
-"""What compilers make of the constructs that kernels use, for every kind of architecture, against NumPy."""
+"""Run compiled constructs that kernels use, for every architecture, and compare the results with NumPy."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_pairs_of_halves(type_, arch, compile_cuda, device):
 
 @pytest.fixture(params=ARCHITECTURES)
 def run_triton(request, device):
-    """Compile a function of constructs_triton.py and launch it on some programs."""
+    """Return a function that compiles a kernel of constructs_triton.py and launches it."""
     compile_triton = request.getfixturevalue("compile_triton")
 
     def run(name, types, programs, args, constants, **options):
@@ -225,7 +225,7 @@ FILES = sorted((TESTS / "emulator" / "ptx").glob("*.ptx"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ptx_of_another_compiler_version(path, seed):
-    """The reference kernels, see emulator/ptx/make.py."""
+    """The PTX that emulator/ptx/make.py has stored of the reference kernels runs correctly."""
     ptx, device = path.read_text(), Device(seed=seed)
     threads, dynamic = map(int, re.findall(r"threads (\d+), dynamic shared bytes (\d+)", ptx)[0])
     name = re.search(r"\.entry (\w+)", ptx)[1]

@@ -1,4 +1,4 @@
-"""Conversions, matrices in shared memory, and what the emulator does not know."""
+"""Test conversions, matrices in shared memory, and errors for unknown instructions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_directed_conversions_round_their_way(to, mode):
     for value, result, bit in zip(a.tolist(), got, bits, strict=True):
         toward_plus = up or (mode == "rz" and value < 0)
         assert float(result) >= value if toward_plus else float(result) <= value
-        # The next value in the other direction is on the other side.
+        # The neighbour of the result in the other direction lies on the other side of the value.
         step = -1 if (float(result) > 0 or bit == 0) == toward_plus else 1
         if float(result) != value and bit != 0 and np.isfinite(result.astype(float)):
             other = float(bit.dtype.type(int(bit) + step).view(got.dtype))
@@ -50,7 +50,7 @@ def test_floats_become_integers_clamped(to, source):
     a = np.array([1.5, -1.5, 2.5, -0.5, 3e9, -3e9, 1e30, -1e30, np.inf, -np.inf, np.nan], NUMPY[source])
     info = np.iinfo(NUMPY[to])
     for mode, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
-        # NaN becomes 0 from single precision to at most 32 bits, and otherwise the sign bit.
+        # NaN becomes 0 if f32 is converted to at most 32 bits. Otherwise only the highest bit of the result is set.
         nan = 0 if source == "f32" and not to.endswith("64") else (info.min or (info.max >> 1) + 1)
         rounded = [function(float(v)) for v in a]
         want = [nan if v != v else int(max(min(v, info.max), info.min)) if abs(v) < 1e18 else
@@ -105,7 +105,7 @@ def test_an_unknown_variant_is_refused(line):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_stmatrix(transposed):
-    """Four matrices: lane 8 m + r gives the address of row r of matrix m, in an order of its own here."""
+    """Lane 8 m + r gives the address of row r of matrix m. Here row i of all 32 goes to place i ^ 5."""
     body = f"""
     mov.u32 %r1, %tid.x;
     xor.b32 %r2, %r1, 5; shl.b32 %r2, %r2, 4; mov.u32 %r3, memory; add.u32 %r2, %r2, %r3;

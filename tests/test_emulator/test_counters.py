@@ -1,4 +1,4 @@
-"""The counts of a launch: bytes, sectors, bank conflicts, footprints, instructions, DRAM traffic."""
+"""Test the counts of a launch: bytes, sectors, bank conflicts, footprints, instructions and DRAM traffic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emulator.snippet import snippet
 
 
 def strided_copy(device: Device, stride: int, count: int = 64) -> Report:
-    """Thread t moves float number stride * t."""
+    """Let thread t copy element stride * t of an array of floats. Return the report of the launch."""
     kernel = snippet(f"""
         mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mov.u32 %r3, %tid.x; mad.lo.u32 %r1, %r1, %r2, %r3;
         ld.param.u64 %rd1, [x]; ld.param.u64 %rd2, [y]; mul.wide.u32 %rd3, %r1, {4 * stride};
@@ -64,7 +64,7 @@ def test_bank_conflicts(size, stride, wavefronts):
         mov.u32 %r2, 7; mov.u32 %r3, 7; mov.u32 %r4, 7; mov.u32 %r5, 7;
         st.shared.{vector[0]} [%r6], {vector[1]}; ld.shared.{vector[0]} {vector[1]}, [%r6];
     """, module=".extern .shared .align 16 .b8 dynamic[];")  # fmt: skip
-    # Stride 0 lets lanes overwrite each other, which is a race, but costs nothing.
+    # With stride 0 lanes overwrite each other. This is a race, but takes no more wavefronts.
     report = Device(checks=Checks(races=False)).launch(kernel, 1, 32, [], 8192)
     for kind in ("load", "store"):
         assert report.total("shared", kind).units == wavefronts
@@ -79,7 +79,7 @@ def test_instructions_are_counted_per_warp_and_line():
     """)  # fmt: skip
     report = Device().launch(kernel, 2, 96, [])
     issued = {text: count for _, text, count, _ in report.lines()}
-    # Of three warps one branches whole, one is divided, one goes straight on.
+    # Of three warps, one branches as a whole, one diverges, and one does not branch.
     assert issued == {
         "mov.u32 %r1, %tid.x;": 6, "setp.lt.u32 %p1, %r1, 40;": 6, "@%p1 bra few;": 6,
         "add.u32 %r2, %r1, 1;": 4, "add.u32 %r3, %r1, 1;": 6, "ret;": 6,
@@ -91,11 +91,11 @@ def test_least_recently_used_replacement():
     cache = L2(4 * 32)
     cache.access(32 * np.arange(4), write=False)
     cache.access(32 * np.array([0]), write=True)
-    cache.access(32 * np.array([4]), write=False)  # evicts sector 1: sector 0 was used after it
+    cache.access(32 * np.array([4]), write=False)  # evicts sector 1, because sector 0 was used later
     assert cache.read_bytes == 5 * 32
     cache.access(32 * np.array([0]), write=False)
     assert (cache.read_bytes, cache.write_bytes) == (5 * 32, 0)
-    cache.access(32 * np.array([1, 2, 3, 4]), write=False)  # at the end the written sector 0 leaves
+    cache.access(32 * np.array([1, 2, 3, 4]), write=False)  # the last one evicts sector 0, which was written
     assert (cache.read_bytes, cache.write_bytes) == (9 * 32, 32)
     assert cache.flush() == 0
 
@@ -105,7 +105,7 @@ def test_dram_traffic_depends_on_what_stays_in_the_cache():
     large = Device(l2_bytes=4 * size)
     first, second = (strided_copy(large, 1, 4096) for _ in range(2))
     assert (first.dram_read_bytes, first.dram_write_bytes) == (size, 0)
-    assert second.dram_read_bytes == size  # other arrays
+    assert second.dram_read_bytes == size  # the second copy reads other arrays
     assert large.l2.flush() == 2 * size
     small = Device(l2_bytes=size // 8, checks=Checks(races=False))
     report = strided_copy(small, 1, 4096)

@@ -1,4 +1,4 @@
-"""How the threads of a warp and of a block run: divergence, exchange between lanes, barriers, memory spaces."""
+"""Test how the threads of a block run: divergence, exchange between lanes, barriers and memory spaces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.snippets import SEEDS, STORE_R1, run
 
 @pytest.mark.parametrize("type_", ["f64", "b64"])
 def test_a_double_keeps_its_value_under_either_type(type_):
-    """Triton declares its floating-point parameters as plain bits."""
+    """A double may be declared as f64, or as b64, which Triton does."""
     out = np.zeros(1)
     body = "ld.param.f64 %d1, [a]; ld.param.u64 %rd1, [out]; st.global.f64 [%rd1], %d1;"
     for value in (np.float64(1e-50), 1e-50):
@@ -35,7 +35,7 @@ def test_special_registers():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_branches_diverge_and_meet_again(seed):
-    """Each thread loops as often as its number says, then takes one of two sides."""
+    """Thread t runs t iterations of a loop, and then takes one of two branches."""
     got = run("""
         mov.u32 %r2, %tid.x; mov.u32 %r1, 0; mov.u32 %r3, 0;
     loop: setp.ge.u32 %p1, %r3, %r2; @%p1 bra done;
@@ -102,7 +102,7 @@ def test_votes_and_warp_reductions():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_shuffle_waits_for_lanes_that_come_later(seed):
-    """Half of the warp takes a longer way to the same shuffle."""
+    """Half of the warp executes more instructions before it comes to the same shuffle."""
     got = run("""
         mov.u32 %r2, %tid.x; and.b32 %r3, %r2, 1; setp.eq.u32 %p1, %r3, 1; mov.u32 %r4, %r2;
         @%p1 bra meet;

@@ -1,4 +1,4 @@
-"""Floating-point instructions against exact arithmetic or NumPy, bit for bit."""
+"""Compare floating-point instructions with exact arithmetic or NumPy, bit for bit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def clamp01(a: np.ndarray) -> np.ndarray:
     return np.where(a > 0, np.minimum(a, a.dtype.type(1)), a.dtype.type(0))
 
 
-def near(function):
+def in_float64(function):
     return lambda a: function(a.astype(np.float64)).astype(a.dtype)
 
 
@@ -56,12 +56,12 @@ FLOAT_ROWS = [
     ("div.rn.{t} {d}, {0}, {1};", "t", np.divide, ("f32", "f64")),
     ("sqrt.rn.{t} {d}, {0};", "t", np.sqrt, ("f32", "f64")),
     ("rcp.rn.{t} {d}, {0};", "t", lambda a: 1 / a, ("f32", "f64")),
-    ("rsqrt.approx.{t} {d}, {0};", "t", near(lambda a: 1 / np.sqrt(a)), ("f32",)),
-    ("ex2.approx.{t} {d}, {0};", "t", near(np.exp2), ("f32",)),
-    ("ex2.approx.ftz.{t} {d}, {0};", "t", lambda a: flushed(near(np.exp2)(flushed(a))), ("f32",)),
-    ("lg2.approx.{t} {d}, {0};", "t", near(np.log2), ("f32",)),
-    ("sin.approx.{t} {d}, {0};", "t", near(np.sin), ("f32",)),
-    ("cos.approx.{t} {d}, {0};", "t", near(np.cos), ("f32",)),
+    ("rsqrt.approx.{t} {d}, {0};", "t", in_float64(lambda a: 1 / np.sqrt(a)), ("f32",)),
+    ("ex2.approx.{t} {d}, {0};", "t", in_float64(np.exp2), ("f32",)),
+    ("ex2.approx.ftz.{t} {d}, {0};", "t", lambda a: flushed(in_float64(np.exp2)(flushed(a))), ("f32",)),
+    ("lg2.approx.{t} {d}, {0};", "t", in_float64(np.log2), ("f32",)),
+    ("sin.approx.{t} {d}, {0};", "t", in_float64(np.sin), ("f32",)),
+    ("cos.approx.{t} {d}, {0};", "t", in_float64(np.cos), ("f32",)),
     ("neg.{t} {d}, {0};", "t", np.negative, FLOATS),
     ("abs.{t} {d}, {0};", "t", np.abs, FLOATS),
     ("neg.ftz.{t} {d}, {0};", "t", lambda a: -flushed(a), ("f32",)),
@@ -183,7 +183,7 @@ def test_packed_arithmetic_is_two_halves(half):
 @pytest.mark.parametrize("half", ["f16", "bf16"])
 @pytest.mark.parametrize("mode", ["rn", "rz"])
 def test_sums_of_mixed_types_are_of_float32(half, mode):
-    """What Triton makes of a half number in a sum on sm_100."""
+    """Triton emits this on sm_100 if it adds a half to a float."""
     a, b = floats(half, 60, 300), floats(half, 61, 300)
     c = floats("f32", 62, 300)
     for name, values in (("add", [a, c]), ("sub", [a, c]), ("fma", [a, b, c])):
@@ -198,7 +198,7 @@ def test_sums_of_mixed_types_are_of_float32(half, mode):
 
 @pytest.mark.parametrize("type_", FLOATS)
 def test_fma_rounds_once(type_):
-    """Operands are chosen so that the sum lies near a tie, where rounding twice goes wrong."""
+    """The exact results lie near ties, where rounding twice gives a wrong result."""
     dtype, rng, count = np.dtype(NUMPY[type_]), np.random.default_rng(21), 1000
     digits = DIGITS[type_]
     a, b = ((1 + rng.integers(0, 2 ** (digits - 1), count) * 2.0 ** (1 - digits)).astype(dtype) for _ in range(2))
@@ -212,11 +212,11 @@ def test_fma_rounds_once(type_):
 @pytest.mark.parametrize(
     ("type_", "a", "b", "c"),
     [
-        # Just above a tie of float32; a sum in float64 is the tie itself, which goes down.
+        # The exact sum is just above a tie of float32. In float64 it becomes the tie, which is rounded down.
         ("f32", 1 + 2**-12, 1 + 2**-12, 2**-60),
-        # The rounding error of the product is below the smallest double, and decides.
+        # The rounding error of the product is below the smallest double, and decides the result.
         ("f64", (1 + 2**-52) * 2.0**-500, (1 + 2**-52) * 2.0**-500, 2.0**-998),
-        # The product is too large to be split into halves, the sum is not.
+        # The product is too large to be split into halves. The first two sums are finite, the third is not.
         ("f64", (1 + 2**-52) * 2.0**1000, 1 + 2**-52, -(1 + 2**-51) * 2.0**1000),
         ("f64", 1.5 * 2.0**512, 2.0**512, -(2 - 2**-52) * 2.0**1023),
         ("f64", 2.0**1000, 2.0**100, -1.7e308),

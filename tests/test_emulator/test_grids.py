@@ -1,4 +1,4 @@
-"""How blocks run together: atomics, asynchronous copies, clusters, cooperative grids, launches."""
+"""Test how blocks run together: atomics, asynchronous copies, clusters, cooperative grids and launches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_atomics_lose_nothing(seed):
 
 
 def test_floating_point_atomics_depend_on_the_schedule():
-    """The order of float additions is the schedule's, and the comparison of schedules sees it."""
+    """Schedules add floats in different orders, and comparing the results of schedules reports it."""
     kernel = snippet("""
         ld.param.u64 %rd1, [x]; mov.u32 %r2, %tid.x; mad.wide.u32 %rd1, %r2, 4, %rd1;
         ld.global.f32 %f1, [%rd1];
@@ -129,7 +129,7 @@ def test_a_cooperative_grid_meets_at_a_spin_barrier(seed):
 
 
 def test_last_block_done_across_batches_of_blocks():
-    """The last block to take a ticket sums what all the others stored, also those that ran long before."""
+    """The last block to take a ticket adds the values of all blocks, even of those that ended long before."""
     body = """
         ld.param.u64 %rd1, [slots]; ld.param.u64 %rd2, [counter];
         mov.u32 %r2, %ctaid.x; mov.u32 %r9, %nctaid.x;
@@ -149,7 +149,7 @@ def test_last_block_done_across_batches_of_blocks():
 
 
 def test_launches_share_memory_and_views_alias():
-    """Two launches on one scratch array, in place, through views that overlap."""
+    """Two launches work in place on one scratch array, through views that overlap."""
     kernel = snippet("""
         ld.param.u64 %rd1, [y]; ld.param.u64 %rd2, [x]; mov.u32 %r2, %tid.x; mul.wide.u32 %rd3, %r2, 4;
         add.u64 %rd1, %rd1, %rd3; add.u64 %rd2, %rd2, %rd3; ld.global.f32 %f1, [%rd2]; ld.param.f32 %f2, [a];
@@ -195,7 +195,7 @@ def test_a_view_with_a_negative_stride_points_at_its_first_element():
 
 
 def test_labels_belong_to_their_block():
-    """As inline assembly in a loop that was unrolled."""
+    """A label may be defined again in another pair of braces, as in inline assembly in an unrolled loop."""
     once = "{ .reg .pred %q; setp.gt.u32 %q, %r1, 90; @%q bra DONE; add.u32 %r1, %r1, 10; DONE: }"
     assert (run(f"mov.u32 %r1, 75; {once} {once} {once}") == 95).all()
     with pytest.raises(EmulatorError, match="label again is defined twice"):
@@ -217,7 +217,7 @@ def test_atomics_and_stores_accept_cache_policies():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_named_barriers_of_some_warps(seed):
-    """Warp 1 and 2 of every block meet, in odd blocks with warp 3 too; lane 0 of the block takes no part."""
+    """Warps 1 and 2 of each block wait for each other, in odd blocks for warp 3 too. Warp 0 does not wait."""
     got = run("""
         mov.u32 %r2, %tid.x; mov.u32 %r3, buffer; mad.lo.u32 %r4, %r2, 4, %r3; st.shared.u32 [%r4], %r2;
         mov.u32 %r1, 0; setp.lt.u32 %p1, %r2, 32; @%p1 bra end;

@@ -1,4 +1,4 @@
-"""Integer instructions against exact arithmetic, bit for bit."""
+"""Compare integer instructions with exact arithmetic, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def quotient(a: int, b: int) -> int:
 
 
 def extract(a: int, start: int, length: int, bits: int, signed: bool) -> int:
-    """The bits of the result one by one, as the manual defines them."""
+    """Return the result of ``bfe``, computed bit by bit as the manual defines it."""
     a, start, length = a % 2**bits, start & 255, length & 255
     sign = a >> min(start + length - 1, bits - 1) & 1 if signed and length else 0
     return sum((a >> (start + i) & 1 if i < length and start + i < bits else sign) << i for i in range(bits))
@@ -45,8 +45,8 @@ def shift(x: int, n: int, bits: int, left: bool) -> int:
     return x << n if left and n < bits else (0 if left else x >> min(n, bits))
 
 
-# (instruction, source types, result type, function of Python integers, of which the low bits are the result, types).
-# {t} is the type, {b} its size in bits, {w} the type of twice its size.
+# (instruction, source types, result type, function of Python integers, types). The result is the low bits of the
+# function's value. {t} is the type, {b} its size in bits, {w} the type of twice its size.
 INTEGER_ROWS = [
     ("add.{t} {d}, {0}, {1};", "t t", "t", lambda a, b, _: a + b, INTEGER_TYPES),
     ("sub.{t} {d}, {0}, {1};", "t t", "t", lambda a, b, _: a - b, INTEGER_TYPES),
@@ -114,7 +114,7 @@ def test_integers(row, type_):
     given = [types.get(source, source) for source in sources.split()]
     values = [integers(source, seed) for seed, source in enumerate(given)]
     for value, source in zip(values, sources.split(), strict=True):
-        if source == "n":  # shift amounts and field sizes, also beyond the width
+        if source == "n":  # shift amounts and field sizes, some of them beyond the width
             value[:] = np.random.default_rng(len(instruction)).permutation(len(value)) % 300 // 3
     names = {"t": type_, "b": bits, "d": "{d}", **{str(i): f"{{{i}}}" for i in range(4)}}
     for key, name in names.items():

@@ -1,4 +1,4 @@
-"""The reference kernels, run and measured: results, traffic, determinism, resources."""
+"""Test the reference kernels: results, traffic, determinism and resources."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emulator.schedules import require_same_results
 from support.reference_backend import CUDA_SOURCE, DTYPES, compile_reference_triton, forward
 
 pytestmark = pytest.mark.compile
-# Half an ulp of the output for storing it, and a few of float32 for computing it; |y| stays below 8.
+# Half an ulp of the output for the store, and a few ulps of float32 for the computation; |y| is below 8.
 TOLERANCE = {"f32": 4e-6, "f16": 2.0**-9, "bf16": 2.0**-6}
 EPS = 1e-5
 Shape = tuple[int, int, int]
@@ -85,7 +85,7 @@ def test_the_result_does_not_depend_on_the_schedule(variant, compile_cuda):
 
 
 def test_staged_forward_reads_x_once_and_writes_y_once(compile_cuda, device):
-    """The floor of 2 N: exact in bytes, and every sector is whole."""
+    """The kernel moves the floor of two tensors exactly, in whole sectors."""
     shape = (2, 6, 512)
     x, weight, bias = inputs(shape, "f16")
     compiled = compile_cuda(CUDA_SOURCE, 80)["bn_forward_f16_v8_staged"]
@@ -124,7 +124,7 @@ def test_triton_forward(shape, aligned, type_, arch, compile_triton, device):
 
 @pytest.mark.parametrize("seed", [None, 0])
 def test_triton_forward_over_clusters(seed, compile_triton):
-    """num_ctas = 2: the reduction crosses two blocks through distributed shared memory."""
+    """With num_ctas = 2 a reduction combines two blocks through distributed shared memory."""
     if triton_version().startswith("3.7."):
         pytest.skip("the compiler of Triton 3.7 fails on this kernel with num_ctas = 2")
     compiled = compile_reference_triton(compile_triton, "f32", 90, num_ctas=2)
@@ -146,7 +146,7 @@ def test_cuda_gate(arch, compile_cuda):
         size = DTYPES[name.split("_")[2]].itemsize
         width = size * int(name.split("_v")[1].split("_")[0])
         compiled.require(registers=64, shared_bytes=256)
-        stores = compiled.global_widths("st")  # mean and variance are stored as doubles, y in its vectors
+        stores = compiled.global_widths("st")  # mean and variance are stored as doubles, y as vectors
         assert set(stores) == {width, 8}
         assert stores[width] >= (3 if width == 8 else 1)
         assert compiled.global_widths("ld")[width] >= (1 if "staged" in name else 3)
@@ -188,7 +188,7 @@ def test_templates_are_compiled_by_name_expression(resources, compile_cuda, devi
         y = np.arange(32, dtype=dtype)
         device.launch(kernels[expression].kernel, 1, 32, [y])
         np.testing.assert_array_equal(y, factor * np.arange(32))
-    changed = build(headers={"scale.cuh": "#define SCALE 1"})  # not the cached kernel
+    changed = build(headers={"scale.cuh": "#define SCALE 1"})  # the cached kernel is not used
     assert changed[expressions[0]].ptx != kernels[expressions[0]].ptx
 
 

@@ -1,4 +1,4 @@
-"""Faults in the order of accesses: scopes, tickets, warps, atomics, clusters and launches."""
+"""Test that wrong orders of accesses are reported: scopes, tickets, warps, atomics, clusters and launches."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ meet: {after}
 """
 
 
-def last_block(device: Device, before: str, fence: str, after: str) -> None:
-    """The last block to take a ticket reads what all threads of block 0 stored, and resets the counter."""
+def run_last_block(device: Device, before: str, fence: str, after: str) -> None:
+    """Launch a kernel whose last block to take a ticket reads what block 0 stored, and resets the counter."""
     kernel = snippet(TICKET.format(before=before, fence=fence, after=after), "u64 slots, u64 counter, u64 out")
     slots, counter, out = device.empty(5 * 32, np.uint32), np.zeros(1, np.uint32), device.empty(32, np.uint32)
     device.launch(kernel, 5, 32, [slots, counter, out])
@@ -47,15 +47,15 @@ def last_block(device: Device, before: str, fence: str, after: str) -> None:
 def test_a_ticket_needs_barriers_and_fences_of_its_scope(before, fence, after, clean):
     if clean:
         for seed in SEEDS:
-            last_block(Device(seed=seed, resident_threads=64), before, fence, after)
+            run_last_block(Device(seed=seed, resident_threads=64), before, fence, after)
     else:
-        assert first_report(lambda device: last_block(device, before, fence, after)).check == "data race"
+        assert first_report(lambda device: run_last_block(device, before, fence, after)).check == "data race"
 
 
 @pytest.mark.parametrize("scope", ["cta", "gpu"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_flag_within_a_block_may_have_the_scope_of_the_block(scope, seed):
-    """Thread 0 passes a value to thread 32."""
+    """Thread 0 passes a value to thread 32 of the same block by a flag."""
     body = f"""
         mov.u32 %r1, %tid.x; ld.param.u64 %rd1, [x]; setp.eq.u32 %p1, %r1, 32; @%p1 bra poll;
         setp.ne.u32 %p2, %r1, 0; @%p2 ret;
@@ -88,7 +88,7 @@ def test_a_plain_store_races_with_an_atomic_whatever_it_stores():
 @pytest.mark.parametrize(("load", "again", "clean"), [("ld.global", 0, True), ("ld.global.nc", 64, True),
                                                       ("ld.global.nc", 0, False)])  # fmt: skip
 def test_the_read_only_cache_does_not_see_what_the_launch_has_written(load, again, clean):
-    """Each thread reads, writes and reads again, there or elsewhere."""
+    """Each thread reads and writes an element, and then reads the same element or another one."""
     body = f"""
         mov.u32 %r1, %tid.x; ld.param.u64 %rd1, [x]; mad.wide.u32 %rd2, %r1, 4, %rd1;
         ld.global.nc.u32 %r2, [%rd2]; add.u32 %r2, %r2, 1; st.global.u32 [%rd2], %r2; bar.sync 0;

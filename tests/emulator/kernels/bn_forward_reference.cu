@@ -1,9 +1,10 @@
-// Batch-norm training forward, NCHW: the plainest kernel worth having, and the emulator's first customer.
+// A reference kernel in CUDA C++: the training forward pass for NCHW, written as plainly as possible.
 //
-// One block owns one channel. x is [n, c, s]; a vector of VEC elements never crosses a row, so VEC divides s.
-// Three passes: mean, variance, output. The statistics are double: no mean is too large, and no square leaves the
-// range. STAGED keeps the channel in dynamic shared memory, so that x is read from global memory once; a thread reads
-// back only what it stored itself. Null weight and bias are ones and zeros; with a null y only the statistics are made.
+// One block computes one channel. x has the shape [n, c, s]. VEC divides s, so a vector of VEC elements lies in one
+// row. Three passes compute mean, variance and output. The statistics are double, so that large means lose no digits
+// and squares do not overflow. STAGED keeps the channel in dynamic shared memory: x is then read from global memory
+// once, and a thread reads back only what it stored. A null weight stands for ones, a null bias for zeros. If y is
+// null, only the statistics are computed.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -36,10 +37,10 @@ template <class T, int VEC> struct alignas(VEC * sizeof(typename T::Storage)) Ve
 
 extern __shared__ __align__(16) unsigned char staging[];
 
-// The sum over the block, in every thread, always in the same order.
+// Return the sum over the block in each thread, always added in the same order.
 static __device__ double block_sum(double value, double* partials) {
   for (int offset = 16; offset; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  __syncthreads();  // partials may still be read from the sum before
+  __syncthreads();  // partials of the previous sum may still be read
   if ((threadIdx.x & 31) == 0) partials[threadIdx.x >> 5] = value;
   __syncthreads();
   const int lane = threadIdx.x & 31;

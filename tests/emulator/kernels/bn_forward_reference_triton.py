@@ -1,4 +1,4 @@
-"""Batch-norm training forward in Triton, NCHW: one program per channel, three passes, any size."""
+"""A reference kernel in Triton: the training forward pass for NCHW, one program per channel, three passes, any size."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def bn_forward(x, y, weight, bias, save_mean, save_var, n, c, s, eps, BLOCK: tl.constexpr):
-    """x and y are [n, c, s]; statistics in fp64.
+    """Normalise x of shape [n, c, s] into y, with statistics in float64.
 
-    Null weight and bias are ones and zeros; with a null y only the statistics are made.
+    A null weight stands for ones, a null bias for zeros. With a null y only the statistics are computed.
     """
     channel = tl.program_id(0)
     total = n * s

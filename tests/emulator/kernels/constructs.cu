@@ -1,4 +1,4 @@
-// The constructs that kernels of a batch norm are made of, one kernel each: what compilers make of them must run.
+// Small kernels with the constructs that kernels of a batch norm use. Their PTX must run in the emulator.
 
 typedef unsigned int u32;
 
@@ -20,7 +20,7 @@ UNARY(math_erf, double, erf)
 UNARY(math_tanh, double, tanh)
 UNARY(math_rsqrt, double, rsqrt)
 
-// Is anything in the block negative, how many are, are all? Each block answers with three numbers.
+// Each block writes three numbers: whether any of its elements is negative, how many are, and whether all are.
 extern "C" __global__ void votes(int* out, const float* x) {
   const bool negative = x[blockIdx.x * blockDim.x + threadIdx.x] < 0.f;
   const int any = __syncthreads_or(negative), count = __syncthreads_count(negative), all = __syncthreads_and(negative);
@@ -38,7 +38,7 @@ static __device__ double block_sum(double value) {
   return sum;
 }
 
-// A sum over all blocks: the last one to take a ticket adds up what the others left, and resets the counter.
+// Sum over all blocks. The last one to take a ticket adds the partial sums and resets the counter.
 extern "C" __global__ void sum_by_ticket(double* out, double* partials, u32* counter, const float* x) {
   __shared__ bool last;
   const double sum = block_sum(x[blockIdx.x * blockDim.x + threadIdx.x]);
@@ -58,7 +58,7 @@ extern "C" __global__ void sum_by_ticket(double* out, double* partials, u32* cou
   }
 }
 
-// A sum over all blocks, known to all: they meet at a counter. Needs a cooperative launch.
+// Sum over all blocks, in each of them. They wait for each other at a counter, which needs a cooperative launch.
 extern "C" __global__ void sum_by_barrier(double* out, double* partials, u32* counter, const float* x) {
   const double sum = block_sum(x[blockIdx.x * blockDim.x + threadIdx.x]);
   if (threadIdx.x == 0) {
@@ -93,7 +93,7 @@ extern "C" __global__ void local_arrays(float* y, const float* x, const int* at)
   y[threadIdx.x] = value;
 }
 
-// Integer division by a multiplier, 64-bit arithmetic, bits.
+// High products, 64-bit division and remainders, and operations on bits.
 extern "C" __global__ void integers(unsigned long long* y, const unsigned long long* x) {
   const unsigned long long a = x[2 * threadIdx.x], b = x[2 * threadIdx.x + 1] | 1;
   y[threadIdx.x] = __umul64hi(a, b) ^ (a / b) ^ (a % b) ^ (unsigned long long)((long long)a / (long long)b) ^
@@ -102,7 +102,7 @@ extern "C" __global__ void integers(unsigned long long* y, const unsigned long l
 }
 
 #if __CUDA_ARCH__ >= 800
-// Rows through cp.async in four groups, each summed as it lands; the last vector may be part of one.
+// Copy x by cp.async in four groups, and add each group when it has arrived. The last vector may be a partial one.
 extern "C" __global__ void __launch_bounds__(64) copies_in_groups(double* out, const float* x, int n) {
   extern __shared__ float4 staged[];
   for (int group = 0; group < 4; ++group) {
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(64) copies_in_groups(double* out, c
 #endif
 
 #if __CUDA_ARCH__ >= 900
-// Every block of a cluster adds up the partial sums of all, and tells its neighbour.
+// Each block of a cluster adds the partial sums of all blocks, and writes the sum plus its rank to the next block.
 extern "C" __global__ void __cluster_dims__(4, 1, 1) sum_by_cluster(double* out, const float* x) {
   __shared__ double partial, told;
   const double sum = block_sum(x[blockIdx.x * blockDim.x + threadIdx.x]);

@@ -1,4 +1,4 @@
-"""The constructs that Triton kernels of a batch norm are made of: what its compiler makes of them must run."""
+"""Small kernels with the constructs that Triton kernels of a batch norm use. Their PTX must run in the emulator."""
 
 import triton
 import triton.language as tl
@@ -43,7 +43,7 @@ def scan(y, x, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def ticket(out, partials, counter, x, n, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr):
-    """The last program adds up what the others left."""
+    """Add the partial sums of all programs in the last one to take a ticket."""
     p = tl.program_id(0)
     i = p * BLOCK + tl.arange(0, BLOCK)
     tl.store(partials + p, tl.sum(tl.load(x + i, mask=i < n, other=0.0), 0))
@@ -54,7 +54,7 @@ def ticket(out, partials, counter, x, n, BLOCK: tl.constexpr, PROGRAMS: tl.const
 
 @triton.jit
 def staged(out, x, rows, BLOCK: tl.constexpr):
-    """A loop whose loads become asynchronous copies."""
+    """Add rows in a loop whose loads become asynchronous copies."""
     i = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for row in tl.range(rows, num_stages=4):

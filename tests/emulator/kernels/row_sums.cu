@@ -1,4 +1,4 @@
-// Sums of rows, in the two ways that need care: through asynchronous copies, and across a cluster of blocks.
+// Sums of rows in two ways that need synchronisation: by asynchronous copies, and over a cluster of blocks.
 // Every row has 1024 floats. Small kernels for tests of the checks; each SYNC line can be removed to plant a fault.
 
 typedef unsigned int u32;
@@ -8,7 +8,7 @@ static __device__ float warp_sum(float value) {
   return value;
 }
 
-// One warp per row: 8 copies of 16 bytes per lane, the next one in flight while the last is summed.
+// One warp per row: 8 copies of 16 bytes per lane, the next copy is in flight while the current one is added.
 extern "C" __global__ void __launch_bounds__(32) row_sums_async(float* out, const float4* x) {
   __shared__ float4 ring[2][32];
   const u32 lane = threadIdx.x;
