@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Guard = Callable[..., bool]
-"""A function of tensors: whether each has the type, dtype, device, shape and strides that the guard was made for."""
+"""A function that tells whether tensors have the types, states, dtypes, devices, shapes and strides of earlier ones."""
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """The shape, strides and dtype of a tensor."""
 Selector = Callable[[Any], tuple[Any, ...]]
@@ -40,7 +40,7 @@ def empty_like_layout(tensor: Tensor) -> Layout:
 
 
 def contiguous_layout(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
-    """Return the layout of a contiguous_layout tensor."""
+    """Return the layout of a contiguous tensor."""
     return shape, tuple([prod(shape[axis + 1 :]) for axis in range(len(shape))]), dtype
 
 

@@ -60,7 +60,7 @@ class Layout:
 def check_out(out: Any, x: Any, residual: Any, in_place: bool) -> None:
     """Implement :meth:`Backend.check_out <gpu_bn.backends.protocol.Backend.check_out>` for arrays of any library.
 
-    Addresses are compared without regard to devices, for no two devices of a process share an address.
+    Devices are not compared, because no two devices of a process share an address.
     """
     target = numpy_view(out)
     for name, array in (("input", x), ("residual", residual)):
@@ -77,7 +77,7 @@ def _layout(shape: tuple[int, ...], order: tuple[int, ...], axis: int) -> Layout
 
 
 def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the axes from the largest stride to the smallest, or in order for a broadcast array (stride 0)."""
+    """Return the axes from the largest stride to the smallest, or in their given order if one has stride 0."""
     if any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
         return tuple(range(len(shape)))
     return tuple(sorted(range(len(shape)), key=lambda axis: -abs(strides[axis])))

@@ -223,7 +223,7 @@ class Normalization(Blocks):
         self.mean, self.var, self.weight, self.bias = map(self.per_channel, vectors)
 
     def vectors(self, channels: Block) -> tuple[Array, Array, Array, Array, Array]:
-        """Return centre, scale and shift of ``z = (x - centre) * scale + shift``, deviation, ``mean - centre``."""
+        """Return centre, scale, shift of ``z = (x - centre) * scale + shift``; sqrt(var + eps), ``mean - centre``."""
         mean, sd = select(self.mean, channels), np.sqrt(select(self.var, channels) + self.eps)
         scale = (1.0 if self.weight is None else select(self.weight, channels)) / sd
         extreme = (sd < TINY) | (sd > HUGE) | ((np.abs(mean) > HUGE) & (np.abs(mean) < np.inf))

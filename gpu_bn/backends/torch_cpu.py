@@ -151,7 +151,7 @@ def _optional(tensor: Tensor | None) -> Array | None:
 
 
 def _ordered(x: Tensor) -> Array:
-    """Return a tensor as an array; a copy if its elements may overlap, for torch and NumPy then order axes unlike."""
+    """Return a tensor as an array; a copy if elements may overlap: torch and NumPy then order axes differently."""
     if not x.is_contiguous():
         strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
         if 0 in strides or len(set(strides)) < len(strides):

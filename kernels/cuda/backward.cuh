@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_backward_reduce_kerne
   constexpr bool longest = Activation::LONG && __CUDA_ARCH__ >= 1000;
   constexpr bool crowded =  // two vectors at a time would spill
       L::COLUMNS ? L::MASKED || FROM == FROM_RESIDUAL || longest : L::BATCH == GROUPS && longest;
-  constexpr bool early =  // whether to continue the sums before g is stored or after: the order that spills nothing
+  constexpr bool early =  // whether g is added to the sums before it is stored: the order that does not spill
       __CUDA_ARCH__ < 1000 || (__CUDA_ARCH__ >= 1200 && L::COLUMNS && !L::MASKED);
   each<crowded ? 1 : 2, false>(
       tile, 0, tile.count, [&](u32 i, const Cursor& at) { return from.template load<false>(at.offset, selection.of(tile, i, at)); },

@@ -198,7 +198,7 @@ __global__ void CLUSTER_OF(BLOCKS) __launch_bounds__(THREADS, RESIDENT(L)) bn_fo
 //   mean = sum(x) / n,  var = sum((x - mean)^2) / n
 //   running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 //
-// With more than one ghost batch the running statistics are null: bn_track_kernel updates them by one after the other.
+// With more than one ghost batch the running statistics are null: bn_track_kernel updates them in order.
 template <class L, class... More>
 __global__ void __launch_bounds__(THREADS, RESIDENT(L)) bn_stats_kernel(
     const typename L::V* x, const void* weight, const void* bias, void* running_mean, void* running_var,

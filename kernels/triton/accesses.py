@@ -98,7 +98,7 @@ def share_of(block, share, strip, L: tl.constexpr):
 
 @triton.jit
 def group_of(program, L: tl.constexpr):
-    """Return a program's strip and ghost batch: the strips of the first ghost batch come first, then the next."""
+    """Return a program's strip and ghost batch. Programs are ordered by ghost batch, then by strip."""
     if L.GROUPS == 1:
         return program, 0
     else:
@@ -269,7 +269,7 @@ def load_wide(pointer, channels, default):
 
 @triton.jit
 def load_once(pointer, channels, L: tl.constexpr):
-    """Load a per-channel vector as float64, few channels in each thread; 0 beyond the last channel.
+    """Load a per-channel vector as float64, with few channels in each thread; 0 beyond the last channel.
 
     Triton repeats a plain load in each thread for all channels of its vectors, and with it all double precision that
     depends on loads alone. It does not repeat a sum over threads. So the value is loaded in one row and summed with the

@@ -175,7 +175,7 @@ def bn_merge_moments_kernel(
 
 @triton.jit
 def keep_count(counts, count, number, group, L: tl.constexpr):
-    """Write the number of elements that each channel has in a ghost batch; only the programs of its first strip do."""
+    """Write the count of each channel in a ghost batch, in the programs of its first strip; others write nothing."""
     if counts is not None:
         if number == 0:
             tl.store(counts + group, tl.max(count, 0) if L.COLUMNS else count)
@@ -190,7 +190,7 @@ def load_old(running, channel):
 
 @triton.jit
 def batches_of(counter):
-    """Return the number of batches including this one, in the programs of strip 0, which write it; 1 in others."""
+    """Return the number of batches including this one in the programs that write it, 1 in others; 0 without counter."""
     if counter is None:
         return 0
     else:

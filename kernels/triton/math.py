@@ -64,7 +64,7 @@ def sigmoid(z):
 
 @triton.jit
 def sigmoid_slope(z):
-    """Return sigmoid(z) * (1 - sigmoid(z)), of which no part overflows."""
+    """Return sigmoid(z) * (1 - sigmoid(z)), computed without overflow."""
     tail = exp(-tl.abs(z))
     whole = 1.0 / (1.0 + tail)
     return tail * whole * whole
@@ -74,7 +74,7 @@ def sigmoid_slope(z):
 def normal_cdf(z):
     """Return the standard normal distribution function by the series of :func:`gpu_bn.activation_values.normal_cdf`.
 
-    It contains exp(-z * z / 2). The rounding error of z * z goes into a second factor.
+    The result has a factor exp(-z * z / 2). The rounding error of z * z goes into a second factor.
     """
     TERMS: tl.constexpr = 28 if z.dtype == tl.float64 else 14
     size = tl.abs(z)

@@ -275,7 +275,7 @@ def merged_moments(partials, channels, CHUNK: tl.constexpr, COUNTED: tl.constexp
         variances = block_results(partials, 1, i, channels, L)
         moved = tl.fma(n, apart, moved)
         squares = tl.fma(n, tl.fma(apart, apart, variances), squares)
-        tl.debug_barrier()  # so that the compiler does not unroll the loop, which has one turn or few
+        tl.debug_barrier()  # keeps the compiler from unrolling the loop, which has few iterations
     shift = tl.sum(moved, 0) * inverse
     var = tl.fma(-shift, shift, tl.sum(squares, 0) * inverse)
     return base + shift, nan_for_infinity(tl.where(var < 0.0, 0.0, var)), count
@@ -290,7 +290,7 @@ def merged_sums(partials, channels, CHUNK: tl.constexpr, L: tl.constexpr):
         i = start + tl.arange(0, CHUNK)
         sums_dz += block_results(partials, 0, i, channels, L)
         sums_product += block_results(partials, 1, i, channels, L)
-        tl.debug_barrier()  # so that the compiler does not unroll the loop, which has one turn or few
+        tl.debug_barrier()  # keeps the compiler from unrolling the loop, which has few iterations
     return tl.sum(sums_dz, 0), tl.sum(sums_product, 0)
 
 

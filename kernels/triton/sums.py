@@ -161,7 +161,7 @@ def mean_shift(partials, channels, CHUNK: tl.constexpr, L: tl.constexpr):
         n = counts_of(partials, i, channels, True, L)
         counts += n
         sums = tl.fma(n, shifts_of(partials, i, channels, 0.0 * n, L)[0], sums)
-        tl.debug_barrier()  # so that the compiler does not unroll the loop, which has one turn or few
+        tl.debug_barrier()  # keeps the compiler from unrolling the loop, which has few iterations
     return tl.sum(sums, 0) * reciprocal_from(tl.sum(counts, 0), 1.0)
 
 
@@ -193,7 +193,7 @@ def moments_of_sums(
         squares = tl.fma(own_squares, units, tl.fma(apart, total + together, squares))
         if COUNTED:
             counts += n
-        tl.debug_barrier()  # so that the compiler does not unroll the loop, which has one turn or few
+        tl.debug_barrier()  # keeps the compiler from unrolling the loop, which has few iterations
     count = tl.sum(counts, 0) if COUNTED else elements_of(partials.positions, L)
     inverse = reciprocal_from(count, 1.0) if COUNTED else reciprocal(count)
     shift = tl.sum(moved, 0) * inverse

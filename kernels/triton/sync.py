@@ -120,7 +120,7 @@ def bn_sync_update_kernel(
 ):  # fmt: skip
     """Update the running statistics, unless the batch is empty, and count the batch.
 
-    CUMULATIVE: the momentum is 1 / the number of batches. One program does all, so that it reads the counter first.
+    CUMULATIVE: the momentum is 1 / the number of batches. One program does all, to read the counter before writing it.
     """
     total = tl.load(count)
     bessel = total * reciprocal_from(total - 1.0, 1.0)

@@ -1,6 +1,6 @@
 """Run Triton kernels on CUDA tensors of torch, or slowly on its CPU tensors with ``TRITON_INTERPRET=1``.
 
-A forward or backward call is one launch if a program can hold a channel in registers, and otherwise two or three:
+A forward or backward call is one launch if a program can hold a strip in registers, and otherwise two or three:
 :mod:`gpu_bn.plan` decides. All launches are on torch's current stream, nothing waits for the device, and no address is
 kept after a call, so that calls can be captured in CUDA graphs. Saved statistics are float64.
 """
@@ -344,7 +344,7 @@ class TritonBackend(SharedStatistics):
         return steps
 
     allocator = staticmethod(allocator)
-    """Returns a function that allocates tensors on a device, not initialised."""
+    """Return a function that allocates uninitialised tensors on a device."""
 
     def new(self, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, device: Any) -> Array:
         """Return a new tensor that is not initialised; it is contiguous unless ``strides`` are given."""
@@ -360,7 +360,7 @@ class TritonBackend(SharedStatistics):
     def _scratch(
         self, steps: ForwardSteps | BackwardSteps, x: Array, groups: int = 1, counted: bool = False
     ) -> tuple[Array | None, Array | None]:
-        """Allocate the partial results of a call and the table of merged ones; ``None`` for those that it has not."""
+        """Allocate the partial results of a call and the table of merged ones; ``None`` for one that is not used."""
         forms = scratch_of(steps, x, groups, counted).items()
         scratch = {name: self.new(shape, None, dtype, x.device) for name, (shape, dtype) in forms}
         return scratch.get("partials"), scratch.get("table")

@@ -137,7 +137,7 @@ class Launches:
 
 CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 """Whether Triton compiles kernels for clusters of blocks. 3.7 and 3.8 fail; 3.6 compiles some without an exchange
-between the blocks, which is wrong."""
+between the blocks, so that results are wrong."""
 
 
 class ClusterError(RuntimeError):
@@ -279,10 +279,10 @@ def _load(kernel: JITFunction[Any], special: Specialisation) -> Any:
 
 
 def free_registers(registers: int, warps: int) -> int:
-    """Return the most registers that a thread may have without a block less on an SM than with so many.
+    """Return the most registers of a thread with which an SM holds as many blocks as with ``registers``.
 
-    The compiler may spill a few bytes to stay at a round number. With more registers it does not, but where a block
-    less would run they cost more than they save.
+    The compiler may spill a few bytes to keep to a round number of registers. More registers avoid that, but cost more
+    than they save if fewer blocks fit on an SM.
     """
     threads = 32 * warps
     blocks = max(REGISTERS // (-(-registers // 8) * 8 * threads), 1)

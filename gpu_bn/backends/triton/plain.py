@@ -1,8 +1,8 @@
 """Make plain calls in few steps. A plain call has tensors that kernels can read without a copy or a conversion.
 
 Its launches are prepared once for all calls with the same signature: types, dtypes, shapes, strides, devices, options.
-A guard, which torch has for compiled code, compares all tensors of a call with a signature in one step. Addresses are
-checked in every call. For any other call, ``None`` is returned and nothing is done.
+A guard of torch's compiler compares all tensors of a call with a signature in one step. Addresses are checked in every
+call. For any other call, ``None`` is returned and nothing is done.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PlainCalls:
             inspect: called for a new signature; returns ``None`` if it is not plain, or else a sequence whose last item
                 tells whether a gradient is needed.
             record: called if a gradient is needed, with x, weight, bias, residual, and a tuple of the :data:`Record`,
-                the output and the tensors to save; tells autograd of the call, and returns the output.
+                the output and the tensors to save; registers the call with autograd, and returns the output.
         """
         x, weight, bias, residual, mean, var, counter, _, _ = call
         training, momentum, eps, activation, _, _, _ = options

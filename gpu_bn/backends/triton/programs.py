@@ -33,7 +33,7 @@ CHAIN = 64
 AHEAD = 1 << 20
 """A bound on how far the last block's share, chain and tile reach beyond the last position."""
 SAMPLES = {False: 32, True: 16}
-"""Positions whose mean is the first shift: in rows, and in channels-last (True)."""
+"""The number of positions whose mean is the first shift: in rows, and in channels-last (True)."""
 MERGED_AT_ONCE = 4
 """Partial results that a thread loads at a time. All threads compute in double precision after each load: fewer loads
 are better, as long as registers suffice."""

@@ -92,7 +92,7 @@ class Backward:
 
 
 def prepare_forward(engine: Any, call: Call, options: Options, needs_grad: bool) -> Forward | None:
-    """Prepare calls like this one; return one without launches if they are not plain, ``None`` if not strided."""
+    """Prepare calls like this one, without launches if they are not plain; ``None`` if a tensor is not strided."""
     names = [name for name, tensor in zip(GIVEN, call, strict=False) if tensor is not None]
     select = make_selector(GIVEN, names)
     given = select(call)
