@@ -56,7 +56,7 @@ def test_nan_and_infinity_stay_in_their_channel(tier, make_gpu):
 def test_phases_give_what_the_fused_calls_give(make_gpu, monkeypatch):
     """The phases are what SyncBatchNorm is made of."""
     gpu = make_gpu(80)
-    monkeypatch.setattr(gpu_bn.algorithm, "_fused", lambda *_: None)
+    monkeypatch.setattr(gpu_bn.algorithm, "_fused_backend", lambda *_: None)
     for case in cases()[::150]:
         check(case, gpu.backend)
     assert {name.partition("kernel")[0].partition("bn_")[2] for name in gpu.launched} == {

@@ -101,7 +101,7 @@ def call(rng, gpu, monkeypatch):
     needs = [None, {"dx"}, {"dweight"}, *([{"dresidual"}] if options["residual"] is not None else [])]
     with monkeypatch.context() as patch, np.errstate(all="ignore"):  # nobody has computed what is there
         if rng.random() < 0.1:  # the phases, of which SyncBatchNorm is made
-            patch.setattr(algorithm, "_fused", lambda *_: None)
+            patch.setattr(algorithm, "_fused_backend", lambda *_: None)
         try:
             _, saved = gpu_bn.batch_norm_forward(x, *vectors, backend=backend, **options)
             gpu_bn.batch_norm_backward(dy, saved, need=rng.choice(needs), backend=backend)
