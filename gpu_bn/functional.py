@@ -51,7 +51,7 @@ def batch_norm(
         bias: (C,), any of these dtypes; ``None`` stands for 0.
         training: whether to use the statistics of the batch.
         momentum: the weight of the batch in the running update, usually between 0 and 1; or a 0-d array of ``x``'s
-            library that holds it, which is not read on the host.
+            library.
         eps: added to the variance, in its units; positive in training.
         residual: added before the activation; like ``x``.
         activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"`` (the
@@ -62,8 +62,7 @@ def batch_norm(
         out: the array to write the result to; like ``x``; ``x`` or ``residual`` itself is allowed.
         mask: which positions count, bool or uint8; of ``x``'s rank with one channel, or without the channel axis; the
             other axes have ``x``'s size or 1. Other positions are left out of all statistics and sums, whatever ``x``
-            holds there;
-            ``y`` and the gradients are 0 there.
+            holds there; ``y`` and the gradients are 0 there.
         virtual_batch_size: how many samples (axis 0) are normalised together in training, a *ghost batch*; it divides
             the batch. The result, gradients and running statistics are those of one call for each ghost batch, in
             order (Hoffer et al. 2017, Alg. 1).

@@ -19,7 +19,7 @@ class Device:
         name: the name to print.
         arch: the compute capability, 90 for sm_90.
         sms: the number of SMs.
-        shared_per_sm, shared_per_block: bytes of shared memory; of a block with opt-in.
+        shared_per_sm, shared_per_block: bytes of shared memory of an SM, and of a block with opt-in.
         l2_bytes: bytes of the L2 cache.
         bandwidth: bytes per second of the memory, from the data sheet.
         clusters: whether blocks may form clusters on sm_90 and later.

@@ -91,8 +91,7 @@ def conformance(backend: str | None, quick: bool = False, workers: int | None = 
         print(summary(name, outcomes))
         if not_run:
             print(
-                "The GPU has not answered since one of the last of these; "
-                f"{not_run} cases and later backends were not run."
+                f"The GPU stopped answering in one of the last cases; {not_run} cases and later backends were not run."
             )
             break
     if left_out := testing.unavailable_cases():
@@ -127,7 +126,7 @@ def as_json(results: Sequence[BackendResult], facts: Sequence[str], quick: bool)
 
 
 def covering(cases: Iterable[testing.Case]) -> list[testing.Case]:
-    """Choose some cases that cover each pair of a dtype and a value of another field, or a rank, in all cases."""
+    """Choose cases in which each dtype occurs with every option value and every rank that it has in all cases."""
     names = [field.name for field in fields(testing.Case) if field.name not in ("shape", "dtype", "mean", "std", "eps")]
     seen: set[tuple[object, ...]] = set()
     chosen = []
@@ -150,7 +149,7 @@ def run_all(
 ) -> list[Outcome]:
     """Run the cases until one breaks the GPU. After an access out of bounds all later cases would fail as well.
 
-    ``tick(1)`` is called after each case, also of those that were not run.
+    ``tick(1)`` is called for each case, also for those that are not run.
     """
     _BROKEN.clear()
     count = min(cores(), MAX_WORKERS) if workers is None else workers

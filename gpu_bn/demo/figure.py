@@ -126,5 +126,5 @@ def numbers(axes: Axes, runs: Runs, identities: Sequence[Identity], capacities: 
     same, images = sum(c.agree for c in capacities), sum(c.images for c in capacities)
     lines += ["", "BN as the identity,", "greatest |BN(x) - x|"]
     lines += [f"  pair (1, 0)     {exact.standardised:.2g}", f"  pair (SD, mean) {exact.restored:.1g}"]
-    lines += ["", "put into networks:", f"  {same:,} of {images:,} alike"]
+    lines += ["", "labels after insertion:", f"  {same:,} of {images:,} equal"]
     axes.text(0, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", family="monospace", fontsize=10)

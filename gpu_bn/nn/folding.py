@@ -195,7 +195,7 @@ def fold(model: Model, *inputs: Any, report: Report | None = None, **options: An
             model, or otherwise each module in it that can be traced. Linear layers are then taken to have 2D outputs,
             as in ``torch.nn.utils.fuse_linear_bn_eval``; other outputs raise a ``ValueError``.
         report: collects what was folded, and the reason for each layer that was not.
-        options: keyword arguments of the batch.
+        options: keyword arguments for the call with the batch.
 
     Returns:
         The copy, in evaluation mode.

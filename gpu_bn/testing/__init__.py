@@ -7,7 +7,7 @@
     for case in cases():
         errors = check(case, "numpy")       # quantity -> largest error as a share of the error allowed
 
-To add a backend, add an :class:`Adapter` to :data:`gpu_bn.testing.check.ADAPTERS`. It converts arrays to those of the backend and back.
+To add a backend, add an :class:`Adapter` to :data:`gpu_bn.testing.check.ADAPTERS`. It converts arrays.
 """
 
 from gpu_bn.testing.cases import Case, build, cases, extended_cases, unavailable_cases

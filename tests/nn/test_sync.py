@@ -224,7 +224,7 @@ def test_the_operators_do_what_they_say(shape, dtype):
     packets = wire.pack(report, "", signature(2))
     for operator, arguments in (
         (wire.pack, (report, "", signature(2))),
-        (wire.mistake, (x, "", "why")),
+        (wire.error_packet, (x, "", "why")),
         (wire.compare, (torch.cat((packets, packets)), "")),
         (wire.unpack, ([torch.cat((packets, packets))], 2)),
         (wire.add, ([torch.cat((packets, packets))], 6)),
@@ -289,7 +289,7 @@ def test_a_mistake_poisons_statistics_where_packets_are_not_read():
     (good,) = wire.pack(report, "", SIGNATURE)
     (other,) = wire.pack(report, "", [*SIGNATURE[:5], 1.0, *SIGNATURE[6:]])
     for packets, poisoned in (
-        ((good, wire.mistake(report, "", "why")), True),
+        ((good, wire.error_packet(report, "", "why")), True),
         ((good, other), True),
         ((good, good), False),
     ):
@@ -305,7 +305,7 @@ def test_packets_from_a_gpu_are_checked_once_they_have_arrived(monkeypatch):
     report = sync_operators.report(torch.randn(4, 3), None)
     (good,) = wire.pack(report, "", SIGNATURE)
     there = []
-    bad = gather(good, wire.mistake(report, "", "no sense"), good)
+    bad = gather(good, wire.error_packet(report, "", "no sense"), good)
     arrivals.extend([(lambda: True, gather(good, good), "g"), (lambda: bool(there), bad, "g")])
     wire.check_arrivals()
     assert len(arrivals) == 1

@@ -36,7 +36,7 @@ def check(num_features: int | None, call: Call, options: Options) -> Checked | s
     x, eps, momentum = call.x, _number("eps", options.eps), options.momentum
     momentum = momentum if momentum is None or isinstance(momentum, Tensor) else _number("momentum", momentum)
     channels = x.shape[1:2].numel() if num_features is None else num_features
-    if text := _mistake(call, eps, channels):
+    if text := _reason_against(call, eps, channels):
         return text
     if not torch.compiler.is_compiling():
         call = call._replace(running_mean=None, running_var=None, counter=None) if updates.off else call
@@ -64,7 +64,7 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} should be a number, got {value!r}") from None
 
 
-def _mistake(call: Call, eps: float, channels: int) -> str:
+def _reason_against(call: Call, eps: float, channels: int) -> str:
     """Return the text of an error if the arguments do not fit, else ""."""
     x, weight, bias, residual, mean, var, *_ = call
     if not MIN_RANK <= x.dim() <= MAX_RANK:

@@ -100,7 +100,7 @@ def _normalize(place: float, group: Group, num_features: int | None, call: Call,
         error, checked = raised, wire.describe_error(raised)
     if isinstance(checked, str):
         length = 2 + 2 * num_features if isinstance(num_features, int) else 1
-        return _report_mistake(checked, error, group, length, _tensor_on_device(call))
+        return _report_error(checked, error, group, length, _tensor_on_device(call))
     x: Any = checked.call.x
     header = [wire.UNKNOWN if compiling else float(wire.CALLS[group.name]), place, *checked.signature]
     packets = sync_operators.report_packets(x.detach(), checked.call.valid, group.name, [wire.FORWARD, *header])
@@ -111,7 +111,7 @@ def _normalize(place: float, group: Group, num_features: int | None, call: Call,
         try:
             y, *moments = _merge_and_normalize(checked, group, header, gathered)
         except Exception as raised:
-            _report_mistake(wire.describe_error(raised), raised, group, 1, x)
+            _report_error(wire.describe_error(raised), raised, group, 1, x)
             raise
     fixed, momentum_at = (None, checked.momentum) if isinstance(checked.momentum, Tensor) else (checked.momentum, None)
     end = y.detach(), group.size, group.name, [wire.END, *header]
@@ -131,9 +131,9 @@ def _tensor_on_device(call: Call) -> Tensor:
     return (present[0] if present else torch.empty(0, device="cpu")).detach()
 
 
-def _report_mistake(text: str, error: Exception | None, group: Group, length: int, like: Tensor) -> Tensor:
+def _report_error(text: str, error: Exception | None, group: Group, length: int, like: Tensor) -> Tensor:
     """Send an error's text to the other processes, which gather a vector of this length, and raise it as they do."""
-    packet = wire.mistake(like, group.name, text)
+    packet = wire.error_packet(like, group.name, text)
     try:
         for _ in range(wire.packet_count(length)):
             packets = wire.compare(gather(packet, group), group.name)
@@ -141,8 +141,8 @@ def _report_mistake(text: str, error: Exception | None, group: Group, length: in
         return wire.refuse(  # type: ignore[no-any-return]
             like, packets, f"SyncBatchNorm, process {group.rank} of {group.size}: {text}"
         )
-    except ValueError as mistake:
-        raise mistake from error
+    except ValueError as raised:
+        raise raised from error
 
 
 class _Normalize(Function):
@@ -170,7 +170,7 @@ class _Normalize(Function):
                 header = [wire.BACKWARD, *ctx.header]
                 packets, sums, dz = sync_operators.reduce_packets(*arguments, ctx.group.name, header)
             except Exception as error:
-                _report_mistake(wire.describe_error(error), error, ctx.group, 2 * x.shape[1], x)
+                _report_error(wire.describe_error(error), error, ctx.group, 2 * x.shape[1], x)
                 raise
             total = wire.add(exchange(packets, ctx.group), sums.numel()).view_as(sums)
             dx = sync_operators.backward_input(dy, *layer, total, dz if dz.numel() else None)

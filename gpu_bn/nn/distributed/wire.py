@@ -223,7 +223,7 @@ def make_packets_fake(vector: Tensor, group: str, signature: Sequence[float]) ->
 
 
 pack = register("sync_pack(Tensor vector, str group, float[] signature) -> Tensor", make_packets, make_packets_fake)
-mistake = register(
+error_packet = register(
     "sync_mistake(Tensor like, str group, str text) -> Tensor",
     _make_error_packet,
     lambda like, *_: like.new_empty(HEADER + ROOM, dtype=torch.float64),

@@ -65,13 +65,13 @@ def expect(condition: Any, value: bool) -> None:
 class Steps(NamedTuple):
     """The recorded steps of a module: a graph, the names of its inputs, and the defaults of the other parameters.
 
-    ``entered`` lists the modules whose own steps are in the graph, and others that must not change either.
+    ``fixed`` lists the modules that must not change: those whose own steps are in the graph, and others.
     """
 
     graph: Graph
     names: tuple[str, ...]
     defaults: dict[str, Any]
-    entered: list[torch.nn.Module]
+    fixed: list[torch.nn.Module]
 
 
 class Merge(NamedTuple):
@@ -83,7 +83,7 @@ class Merge(NamedTuple):
 
 
 class Snapshot:
-    """The state of some modules. To compare it takes less time than to check all conditions of a plan.
+    """The state of some modules, which is compared faster than all conditions of a plan are checked.
 
     Args:
         merged: the layers. Hooks, a replaced ``forward`` or modules in them would change what they compute.
@@ -128,14 +128,14 @@ class Plan:
         self.source: str | None = code.src
         self.globals = {name: value for name, value in code.globals.items() if not isinstance(value, ModuleType)}
         self.names, self.defaults = steps.names, steps.defaults
-        self._watch(merges, steps.entered)
+        self._record_modules(merges, steps.fixed)
         self.function = self._compiled()
 
-    def _watch(self, merges: list[Merge], entered: list[torch.nn.Module]) -> None:
-        """Remember the modules that the steps depend on. Of layers only hooks matter: they check the rest."""
+    def _record_modules(self, merges: list[Merge], modules: list[torch.nn.Module]) -> None:
+        """Record the modules that the steps depend on, and the attributes and children of those that are not layers."""
         parts = dict.fromkeys(part for norm, _, others in merges for part in (norm, *others))
         self.merged: list[Any] = [part for part in parts if isinstance(part, Activated)]
-        fixed = [*entered, *(part for part in parts if not isinstance(part, Activated))]
+        fixed = [*modules, *(part for part in parts if not isinstance(part, Activated))]
         self.fixed = [(module, _attributes(module), tuple(module._modules.values())) for module in fixed]
 
     def _compiled(self) -> Callable[..., Any] | None:
@@ -208,7 +208,7 @@ class TextPlan(Plan):
     def __init__(self, module: torch.nn.Module, source: str, merges: list[Merge]) -> None:
         self.source, self.kind = source, type(module)
         self.globals, self.names, self.defaults = {}, (), {}
-        self._watch(merges, [module])
+        self._record_modules(merges, [module])
         self.fixed[0] = (module, (), self.fixed[0][2])  # the text reads attributes when it runs
         self.function = self._compiled()
 

@@ -200,7 +200,7 @@ class _Watch(TorchFunctionMode):
             weight = getattr(layer, "weight", None)
             if norm in self.inspected:
                 reasons[norm] = INSPECTED
-            elif alone and isinstance(weight, Tensor) and all(one.dim() == weight.dim() for one in self.outputs[layer]):
+            elif alone and isinstance(weight, Tensor) and all(y.dim() == weight.dim() for y in self.outputs[layer]):
                 found.append((layer, norm))
             else:
                 reasons[norm] = OTHERS if not alone else "the outputs before it have other axes"

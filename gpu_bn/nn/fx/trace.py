@@ -67,7 +67,7 @@ def record_steps(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = tracer.trace(module)
-            watched = tracer.watched() if run else [module, *tracer.entered]
+            fixed = tracer.fixed_modules() if run else [module, *tracer.entered]
     except Exception as error:
         clear_frames(error.__traceback__)  # a frame may refer to a checkpoint's generator, whose hooks live as long
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -81,7 +81,7 @@ def record_steps(
             changed = "changes its attributes"
     if changed:
         raise Refused(f"it {changed}")
-    return Steps(graph, names, defaults, watched)
+    return Steps(graph, names, defaults, fixed)
 
 
 class _Tracer(torch.fx.Tracer):
@@ -111,7 +111,7 @@ class _Tracer(torch.fx.Tracer):
         )
         return super().create_node(kind, target, *rest, **options)
 
-    def watched(self) -> list[torch.nn.Module]:
+    def fixed_modules(self) -> list[torch.nn.Module]:
         """Return the modules that must not change. Add a step that checks other values that the graph depends on."""
         entered = [self.root, *self.entered]
         codes = reachable_code(self.codes, entered)
@@ -135,11 +135,11 @@ class _Tracer(torch.fx.Tracer):
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, (super().create_arg(list(a.items())),), {})
         if isinstance(a, (tuple, list, dict)) and type(a) not in CONTAINERS and not hasattr(a, "_fields"):
-            raise Refused(f"it makes a {type(a).__name__}, which a graph would make a plain container of")
+            raise Refused(f"it makes a {type(a).__name__}, which a graph would turn into a plain container")
         return super().create_arg(a)
 
     def to_bool(self, obj: Proxy) -> bool:
-        """Assume that two values are equal, and add a step that checks it. Models compare numbers of channels so."""
+        """Assume that two values are equal, and add a step that checks it. Models compare numbers of channels."""
         node = obj.node
         if node.op != "call_function" or node.target not in (operator.eq, operator.ne):
             raise Refused("what it does depends on a value")

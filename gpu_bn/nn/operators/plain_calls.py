@@ -76,7 +76,7 @@ class _TritonCall(Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        ctx.made, y, ctx.to_save = arguments[-1]
+        ctx.record, y, ctx.to_save = arguments[-1]
         ctx.materialize_grads = False
         return y  # type: ignore[no-any-return]
 
@@ -84,15 +84,15 @@ class _TritonCall(Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 5
-        made = ctx.made
-        plain = made[0]
+        record = ctx.record
+        plain = record[0]
         need, tensors = ctx.needs_input_grad, (dy, *ctx.saved_tensors)
         if not (_grad_enabled() or is_intercepted()):
-            gradients = plain.backward(made, tensors, need)
+            gradients = plain.backward(record, tensors, need)
             if gradients is not None:
                 return gradients  # type: ignore[no-any-return]
-        by_name = dict(zip(made[1].saved_names, tensors, strict=True))
-        saved = plain.saved(made, tensors)
+        by_name = dict(zip(record[1].saved_names, tensors, strict=True))
+        saved = plain.saved(record, tensors)
         return *backend_gradients(plain.engine, dy, saved, by_name.get("weight"), by_name.get("bias"), need), None
 
 

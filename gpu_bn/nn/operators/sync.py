@@ -77,7 +77,7 @@ def _merge_packets(packets: Sequence[Tensor], channels: int) -> tuple[Tensor, Te
 
 
 def _finish(*arguments: Any) -> None:
-    """Update the running statistics; on CPUs, only after all processes have computed theirs, otherwise raise on all."""
+    """Update the running statistics; on CPUs, on all processes or, if one has failed, on none."""
     *update, _, size, group, signature = arguments
     mean, var, counter, momentum, momentum_at, count, batch_mean, batch_var = update
     if not (count.is_cpu and group):
