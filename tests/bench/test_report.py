@@ -43,7 +43,7 @@ def test_json_has_no_numbers_that_are_none(tmp_path):
         found.write(tmp_path / "report.json")
 
 
-def of(by, seconds, threads, ours=False):
+def result_of(by, seconds, threads, ours=False):
     case = cases.Case((4, 8), layout="nc")
     found = {"wall": timing.Timing(seconds, seconds, seconds, 5)}
     ratios = {"wall": {"peer": 0.001}} if ours else {}
@@ -51,17 +51,17 @@ def of(by, seconds, threads, ours=False):
 
 
 BUSY = [
-    of("gpu_bn numpy", 12e-6, 1, True),
-    of("peer", 20e-6, 1),
-    of("gpu_bn numpy", 12e-6, 2, True),
-    of("peer", 21e-3, 2),
+    result_of("gpu_bn numpy", 12e-6, 1, True),
+    result_of("peer", 20e-6, 1),
+    result_of("gpu_bn numpy", 12e-6, 2, True),
+    result_of("peer", 21e-3, 2),
 ]
 
 
 def test_a_peer_that_threads_slow_down_is_flagged():
     (warning,) = report.thread_warnings(BUSY)
     assert warning.startswith("UNSTEADY: peer takes up to 1050 times as long with more threads as with one (4x8 f32")
-    assert report.thread_warnings([*BUSY[:3], of("peer", 25e-6, 2)]) == []
+    assert report.thread_warnings([*BUSY[:3], result_of("peer", 25e-6, 2)]) == []
     (table,) = report.measured_table(BUSY, 1e9)
     alone, together = (line.split() for line in str(table).splitlines() if " forward " in line)
     assert alone[1:4] == ["gpu_bn", "numpy", "1"]
@@ -72,7 +72,7 @@ def test_a_peer_that_threads_slow_down_is_flagged():
 
 def test_pictures_and_sums_are_of_threads_that_do_not_wait():
     assert [(r.by, r.threads) for r in report.Report("", {}, BUSY).drawn] == [("gpu_bn numpy", 1), ("peer", 1)]
-    steady = report.Report("", {}, [*BUSY[:3], of("peer", 25e-6, 2)])
+    steady = report.Report("", {}, [*BUSY[:3], result_of("peer", 25e-6, 2)])
     assert [(r.by, r.threads) for r in steady.drawn] == [("gpu_bn numpy", 2), ("peer", 2)]
 
 

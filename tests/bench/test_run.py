@@ -89,13 +89,13 @@ def test_a_wrong_backend_is_not_timed_and_ends_the_command_with_1(capsys, monkey
 
 def test_a_wrong_peer_is_not_timed_but_is_no_failure_of_ours(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        implementations, "IMPLEMENTATIONS", [NUMPY, replace(NUMPY, name="peer", ours=False, build=twice_as_much)]
+        implementations, "IMPLEMENTATIONS", [NUMPY, replace(NUMPY, name="peer", ours=False, build=build_doubled)]
     )
     assert main([*TINY, "--shapes", "4x6x5x7", "--ops", "forward", "--out", str(tmp_path)]) == 0
     assert "by peer: wrong: y is off by 1 of its root mean square" in capsys.readouterr().out
 
 
-def twice_as_much(operation, problem):
+def build_doubled(operation, problem):
     call = NUMPY.build(operation, problem)
     return lambda: (2 * call()[0],)
 

@@ -76,12 +76,13 @@ def planted_times(case, device, fastest):
 
 
 def test_ranges_of_tiers_end_where_they_cross_over():
-    def of(size, by="gpu_bn triton", **seconds):
+    def times_of_batch(size, by="gpu_bn triton", **seconds):
         return tiers.TierTimes(cases.Case((size, 64, 8, 8)), by, seconds)
 
     times = [
-        of(4, cta=1.0, split=2.0), of(2, cta=1.0, split=3.0), of(8, cta=1.02, split=1.0), of(16, cta=1.5, split=1.0),
-        of(32, cta=2.0, split=1.0), of(4, by="gpu_bn cupy", cta=1.0),
+        times_of_batch(4, cta=1.0, split=2.0), times_of_batch(2, cta=1.0, split=3.0),
+        times_of_batch(8, cta=1.02, split=1.0), times_of_batch(16, cta=1.5, split=1.0),
+        times_of_batch(32, cta=2.0, split=1.0), times_of_batch(4, by="gpu_bn cupy", cta=1.0),
     ]  # fmt: skip
     size = 64 * 8 * 8 * 4
     assert tiers.ranges(times) == [

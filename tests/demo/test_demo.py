@@ -27,7 +27,7 @@ def network(variant, dtype=np.float32):
     return net
 
 
-def trained_without_bn(steps=100):
+def train_without_bn(steps=100):
     data, net = digits(0), network("none")
     return net, data, train(net, data, steps, 3.0, 0, lambda _: None)
 
@@ -108,7 +108,7 @@ def test_identity_check(dtype):
 
 
 def test_a_trained_network_is_the_same_with_identity_norms():
-    net, data, _ = trained_without_bn()
+    net, data, _ = train_without_bn()
     found = Capacity(net, data.train_x, data.test_x, "numpy")
     assert found.agree == found.images == len(data.test_x)
     assert found.scores <= 1e-5 * max(found.largest, 1)
@@ -116,11 +116,11 @@ def test_a_trained_network_is_the_same_with_identity_norms():
 
 
 def test_a_run_is_recorded_and_reproduced():
-    _, _, history = trained_without_bn()
+    _, _, history = train_without_bn()
     assert history.steps == list(range(0, 101, EVERY))
     assert all(len(series) == 6 for series in (history.loss, history.accuracy, history.bands, history.moments["raw"]))
     assert history.loss[-1] < history.loss[0]
-    assert trained_without_bn()[2].loss == history.loss
+    assert train_without_bn()[2].loss == history.loss
 
 
 def test_an_epoch_has_every_image_once():
@@ -131,7 +131,7 @@ def test_an_epoch_has_every_image_once():
     assert len(data.train_x) + len(data.test_x) == 1797
 
 
-def made_up(accuracy=(10, 50, 95), loss=(2, 1, 0.5), sd=1.0):
+def make_history(accuracy=(10, 50, 95), loss=(2, 1, 0.5), sd=1.0):
     """Return a history of three records. h1 has two units, whose means move by 1 and whose SDs double."""
     history = History([0, 20, 40], list(loss), list(accuracy))
     for values in history.moments.values():
@@ -140,15 +140,15 @@ def made_up(accuracy=(10, 50, 95), loss=(2, 1, 0.5), sd=1.0):
 
 
 def test_drift():
-    mean_drift, sd_drift = made_up().drift("raw")
+    mean_drift, sd_drift = make_history().drift("raw")
     assert mean_drift == (1 + 1 / 2) / 2
     assert sd_drift == pytest.approx(np.log(2))
-    assert np.isnan(made_up(sd=0.0).drift("raw")).all()
+    assert np.isnan(make_history(sd=0.0).drift("raw")).all()
 
 
 def test_steps_to():
-    assert made_up().steps_to(50) == 20
-    assert made_up().steps_to(96) == np.inf
+    assert make_history().steps_to(50) == 20
+    assert make_history().steps_to(96) == np.inf
 
 
 def test_a_claim_holds_in_every_seed_or_is_not_made():
@@ -166,7 +166,7 @@ def test_spread():
 
 
 def test_claims_are_about_the_runs():
-    good, bad = made_up((10, 95, 98), (2, 0.1, 0.1)), made_up()
+    good, bad = make_history((10, 95, 98), (2, 0.1, 0.1)), make_history()
     held = {claim.text: claim.seeds for claim in claims({"none": [bad], "fixed": [bad], "learned": [good]})}
     assert held["BN with the learned pair takes fewer steps to 90 % test accuracy than no BN"] == 1
     assert held["BN with the fixed pair takes fewer steps to 90 % test accuracy than no BN"] == 0
@@ -176,7 +176,7 @@ def test_claims_are_about_the_runs():
 
 
 def test_tables_have_a_row_for_the_first_and_the_last_record():
-    lines = str(report.training_table({variant: [made_up()] for variant in VARIANTS})).splitlines()
+    lines = str(report.training_table({variant: [make_history()] for variant in VARIANTS})).splitlines()
     assert lines[3].split() == ["0", *["2.000"] * 3, *["10.0"] * 3]
     assert any(line.split() == ["40", *["0.500"] * 3, *["95.0"] * 3] for line in lines)
 

@@ -74,17 +74,17 @@ def test_the_gradient_of_the_gradient_is_of_the_same_function(options):
 @pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
 def test_a_mask_in_evaluation(activation):
     x, weight, bias, residual = inputs(SHAPE)
-    there = MASK[:, None].expand(SHAPE)
+    counted = MASK[:, None].expand(SHAPE)
     results = []
     for garbage in (0.0, float("nan")):
-        leaves = [torch.where(there, t, garbage).detach().requires_grad_() for t in (x, residual)]
+        leaves = [torch.where(counted, t, garbage).detach().requires_grad_() for t in (x, residual)]
         y = nn.batch_norm(leaves[0], *running(), weight, bias, residual=leaves[1], activation=activation, mask=MASK)
-        dy = torch.where(there, tensor(*SHAPE, seed=5, grad=False), garbage)
+        dy = torch.where(counted, tensor(*SHAPE, seed=5, grad=False), garbage)
         results.append((y, *torch.autograd.grad(y, (leaves[0], weight, bias, leaves[1]), dy)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert not results[0][0][~there].any()
+    assert not results[0][0][~counted].any()
     plain = nn.batch_norm(x, *running(), weight, bias, residual=residual, activation=activation)
-    assert torch.equal(results[0][0][there], plain[there])
+    assert torch.equal(results[0][0][counted], plain[counted])
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -109,13 +109,13 @@ def test_what_a_mask_hides_is_never_used(training):
     results = []
     for garbage in (0.0, float("inf"), float("nan")):
         x, weight, bias, residual = inputs((4, 2, 3, 5))
-        there = torch.from_numpy(rng(3).random((4, 1, 3, 5)) < 0.5)
-        hidden = [torch.where(there, t, garbage).detach().requires_grad_() for t in (x, residual)]
+        counted = torch.from_numpy(rng(3).random((4, 1, 3, 5)) < 0.5)
+        hidden = [torch.where(counted, t, garbage).detach().requires_grad_() for t in (x, residual)]
         mean, var = running()
         y = nn.batch_norm(
-            hidden[0], mean, var, weight, bias, training, residual=hidden[1], activation="silu", mask=there
+            hidden[0], mean, var, weight, bias, training, residual=hidden[1], activation="silu", mask=counted
         )
-        grads = torch.autograd.grad(y, (hidden[0], weight, bias, hidden[1]), torch.where(there, x, garbage).detach())
+        grads = torch.autograd.grad(y, (hidden[0], weight, bias, hidden[1]), torch.where(counted, x, garbage).detach())
         results.append((y, *grads, mean, var))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -164,17 +164,17 @@ def test_compiled_training_in_one_graph():
 def test_the_front_door_takes_tensors(axis):
     x, weight, bias, _ = inputs((4, 2, 3, 5))
     mask = torch.from_numpy(rng(3).random((4, 3, 5)) < 0.5)
-    there = x.movedim(1, axis)
+    moved = x.movedim(1, axis)
     want = nn.batch_norm(x, *running(), weight, bias, True, mask=mask, virtual_batch_size=2)
     for given in (mask, mask.unsqueeze(axis)):
         y = gpu_bn.batch_norm(
-            there, *running(), weight, bias, True, channel_axis=axis, mask=given, virtual_batch_size=2
+            moved, *running(), weight, bias, True, channel_axis=axis, mask=given, virtual_batch_size=2
         )
         assert torch.equal(y.movedim(axis, 1), want)
-        out = torch.empty_like(there, requires_grad=False)
+        out = torch.empty_like(moved, requires_grad=False)
         with torch.no_grad():
             gpu_bn.batch_norm(
-                there, *running(), weight, bias, True, channel_axis=axis, mask=given, virtual_batch_size=2, out=out
+                moved, *running(), weight, bias, True, channel_axis=axis, mask=given, virtual_batch_size=2, out=out
             )
         torch.testing.assert_close(out.movedim(axis, 1), want.detach())
 

@@ -304,12 +304,12 @@ def test_packets_from_a_gpu_are_checked_once_they_have_arrived(monkeypatch):
     monkeypatch.setattr(wire, "ARRIVALS", arrivals)
     report = sync_operators.report(torch.randn(4, 3), None)
     (good,) = wire.pack(report, "", SIGNATURE)
-    there = []
+    arrived = []
     bad = gather(good, wire.error_packet(report, "", "no sense"), good)
-    arrivals.extend([(lambda: True, gather(good, good), "g"), (lambda: bool(there), bad, "g")])
+    arrivals.extend([(lambda: True, gather(good, good), "g"), (lambda: bool(arrived), bad, "g")])
     wire.check_arrivals()
     assert len(arrivals) == 1
-    there.append(True)
+    arrived.append(True)
     with pytest.raises(ValueError, match="process 1 of 3: no sense"):
         wire.check_arrivals()
     assert not arrivals
