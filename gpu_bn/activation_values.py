@@ -250,10 +250,9 @@ ERFC_SERIES = (
 
 
 def normal_cdf(z: Array) -> Array:
-    """Compute the standard normal distribution function, erfc(-z / sqrt(2)) / 2, in ``z``'s precision.
+    """Compute the standard normal distribution function, erfc(-z / sqrt(2)) / 2, in float64; return ``z``'s dtype.
 
-    It is computed in float64; where the result is a normal number, its relative error is below 1e-13, in the left tail
-    too.
+    Where the result is a normal number, its relative error is below 1e-13, in the left tail too.
     """
     x = np.abs(z, dtype=np.float64)
     x *= SQRT_HALF

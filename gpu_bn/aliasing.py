@@ -21,10 +21,7 @@ LIMIT = 100_000
 
 
 def check_call(call: Call, writes: bool) -> bool:
-    """Check a forward call; ``writes`` tells whether it writes its running statistics and counter or reads them.
-
-    See :func:`check_written` for the result and the errors.
-    """
+    """Call :func:`check_written` for a forward call, which ``writes`` or reads its running statistics and counter."""
     state = call[4:7]
     written, read = ((call.out, *state), call[:4]) if writes else ((call.out,), call[:7])
     targets = [array for array in written if array is not None]

@@ -1,7 +1,4 @@
-"""Draw the demo's figure: training curves, the drift of h2's input, and one unit's input as in Fig. 1 of the paper.
-
-The paper is Ioffe & Szegedy 2015.
-"""
+"""Draw the demo's figure: training curves, the drift of h2's input, one unit's input (Fig. 1, Ioffe & Szegedy 2015)."""
 
 from __future__ import annotations
 

@@ -28,10 +28,7 @@ class Adapter(NamedTuple):
 
 
 def _to_torch(array: Array) -> Array:
-    """Return a torch tensor in the memory of an array, or a copy if torch does not support its strides or alignment.
-
-    A read-only array is copied as well.
-    """
+    """Return a torch tensor in the memory of an array; copy it if torch cannot use its memory."""
     odd = any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.flags.aligned
     return _torch_cpu().as_tensor(array.copy("K") if odd or not array.flags.writeable else array)
 
@@ -41,10 +38,7 @@ def _torch_cpu() -> Any:
 
 
 def _to_triton(array: Array) -> Array:
-    """Return a torch tensor with the values and strides of an array, on the GPU if there is one.
-
-    Negative strides become positive.
-    """
+    """Return a tensor, on the GPU if there is one, with the values of an array and its strides, made positive."""
     import torch
 
     base = array[tuple(slice(None) if stride else slice(1) for stride in array.strides)]  # no repeated elements

@@ -72,10 +72,7 @@ PIECEWISE_LINEAR = ("identity", "relu", "relu6", "leaky_relu")
 
 
 def tolerance(problem: Problem, truth: Truth) -> dict[str, Array]:
-    """Return the error allowed in each quantity before it is rounded to its dtype; see the head of this module.
-
-    After the rounding it may be larger by :func:`ulp` of that dtype.
-    """
+    """Return the error allowed in each quantity (see the top of the file), to which rounding may add one ulp."""
     with np.errstate(all="ignore"):
         if problem.virtual_batch_size is None or not problem.training:
             return _tolerance(problem, truth)

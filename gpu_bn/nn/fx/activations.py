@@ -78,10 +78,7 @@ PARAMETRIC: dict[Any, tuple[str, Callable[..., Activation]]] = {
 
 
 def activation_of_call(target: Any, rest: Sequence[Any], options: dict[str, Any]) -> Activation | None:
-    """Return the activation that a call of a function or method computes, or ``None``.
-
-    ``rest`` and ``options`` are the arguments after the input. They must be constants.
-    """
+    """Return the activation that a call computes, or ``None``; the arguments after the input must be constants."""
     name, make = PARAMETRIC.get(target, ("inplace", None))
     arguments = dict(zip((name, "inplace"), rest, strict=False)) | options
     arguments.pop("inplace", None)

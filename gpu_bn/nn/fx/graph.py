@@ -190,10 +190,7 @@ def _following(root: torch.nn.Module, chain: list[Node]) -> Node | None:
 
 
 def _other_term(node: Node, term: Node) -> Node | None:
-    """Return the other term of a sum, or ``None`` if the node is no plain sum of two nodes.
-
-    A sum in place counts only if it overwrites ``term``.
-    """
+    """Return the other term of a sum of two nodes, ``None`` for other nodes; a sum in place must overwrite ``term``."""
     if node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
         return None
     if node.target in IN_PLACE and node.args[0] is not term:
@@ -237,10 +234,7 @@ def _activation(root: torch.nn.Module, node: Node) -> Activation | None:
 
 
 def undo(model: torch.nn.Module) -> None:
-    """Undo all merges in a model.
-
-    Modules get their original ``forward`` back. In graph modules, torch's functions compute the activations and sums.
-    """
+    """Give modules their original ``forward`` back; in graph modules, let torch compute activations and sums."""
     restore_forwards(model)
     for traced in model.modules():
         if isinstance(traced, GraphModule):

@@ -209,7 +209,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_referenced(outputs: list[Tensor]) -> bool:
-    """Tell whether anything but a list refers to one of its tensors."""
+    """Tell whether anything but the list refers to one of the tensors."""
     return any(sys.getrefcount(tensor) > 3 for tensor in outputs)
 
 

@@ -73,10 +73,7 @@ def reachable_code(codes: dict[CodeType, dict[str, Any]], entered: Iterable[torc
 
 
 def class_attribute_read(modules: Iterable[torch.nn.Module], codes: Iterable[CodeType]) -> str:
-    """Return the name of a class attribute of a module that code reads; empty if there is none.
-
-    An instance may get an attribute of the same name later, which the graph would not notice.
-    """
+    """Return the name of a class attribute that code reads, else ""; an instance may hide it, which no graph notices."""
     names = _names_read(codes)
     for module in modules:
         for kind in type(module).__mro__:
@@ -94,10 +91,7 @@ def _values_of(kind: type) -> set[str]:
 
 
 class Unchanged:
-    """Check that containers and objects hold the same values as when this was created.
-
-    Graphs call it before all other steps.
-    """
+    """Check that containers and objects hold the same values as when this was created. Graphs call it first."""
 
     __name__ = "unchanged"
 
@@ -153,12 +147,9 @@ def _names_read(codes: Iterable[CodeType]) -> set[str]:
 
 @lru_cache(1024)
 def _attributes_read(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names of attributes that a function reads of its first argument, and of other values.
-
-    All its string constants count as the latter: it may call ``getattr`` with them.
-    """
+    """Return the names of attributes that a function reads of its first argument, and of others, with its strings."""
     own: set[str] = set()
-    others = {value for value in code.co_consts if isinstance(value, str)}
+    others = {value for value in code.co_consts if isinstance(value, str)}  # arguments of getattr
     before: Any = None
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):

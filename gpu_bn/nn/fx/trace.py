@@ -158,10 +158,7 @@ class _Tracer(torch.fx.Tracer):
 
 
 class _ValueProxy(Proxy):
-    """A proxy that passes for a tensor in ``isinstance(value, Tensor)`` if its value is known to be one.
-
-    For other values ``isinstance`` raises :class:`Refused`.
-    """
+    """A proxy for which ``isinstance(value, Tensor)`` is true or, if its value may be no tensor, raises ``Refused``."""
 
     def _class(self) -> Any:
         if not _is_isinstance_call(sys._getframe(1)):
@@ -174,10 +171,7 @@ class _ValueProxy(Proxy):
 
 
 def _is_isinstance_call(frame: Any) -> bool:
-    """Tell whether a frame is at ``isinstance(...)`` in a model's code.
-
-    Only there may a proxy pass for a tensor: the C++ code of torch would use it as one.
-    """
+    """Tell whether a frame is at ``isinstance(...)`` in a model's code; C++ code would use a proxy as a real tensor."""
     line, _, column, _ = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
     if not runs_model_code(frame) or line is None or column is None:
         return False
