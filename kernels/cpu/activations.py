@@ -46,7 +46,7 @@ EXP_REST = (
     [c / HALF_LN2**i for i, c in enumerate(_interpolated(_exp_rest, 4, -HALF_LN2, HALF_LN2))],
     [1 / math.factorial(i + 2) for i in range(12)],
 )
-"""Coefficients for that function and |r| <= ln(2) / 2; the error of exp(r) is 1e-8 in float32 and 5e-18 in float64."""
+"""Coefficients of ``_exp_rest``, for |r| <= ln(2) / 2; exp(r) has an error of 1e-8 in float32, 5e-18 in float64."""
 TAIL_OFFSET = 3.8
 TAIL_FIRST, TAIL_LAST = 1 / (14.5 + TAIL_OFFSET), 1 / TAIL_OFFSET
 """The range of r = 1 / (|z| + TAIL_OFFSET), from |z| = 14.5, where normal_cdf(-|z|) underflows in float32, to z = 0."""
@@ -59,7 +59,7 @@ def _scaled_tail(r):
 
 
 SCALED_TAIL = _interpolated(_scaled_tail, 8, TAIL_FIRST, TAIL_LAST)
-"""Coefficients for it in float32, with an error of 5e-8; normal_cdf and its density then share one exponential."""
+"""Coefficients of ``_scaled_tail`` in float32, with an error of 5e-8; normal_cdf and its density share one exp."""
 
 
 def _polynomial(coefficients, x):
@@ -70,7 +70,7 @@ def _polynomial(coefficients, x):
     return result
 
 
-def _reduced(x):
+def _split_exp(x):
     """Return (p, power) with exp(x) = (1 + p) * power. x is clamped to ``ENDS``."""
     (low, high), magic, (upper, lower) = ENDS[x.double], MAGIC[x.double], LN2[x.double]
     x = where(x > high, high, x)
@@ -82,12 +82,12 @@ def _reduced(x):
 
 
 def exp(x):
-    p, power = _reduced(x)
+    p, power = _split_exp(x)
     return fma(p, power, power)
 
 
 def expm1(x):
-    p, power = _reduced(x)
+    p, power = _split_exp(x)
     return fma(p, power, power - 1)
 
 

@@ -189,7 +189,7 @@ def writer(code, activation, has_residual, backward, writes_out, writes_dresidua
     """
     residual_code, dy_code = code if has_residual else -1, code if backward else -1
     out_code, dresidual_code = code if writes_out else -1, code if writes_dresidual else -1
-    by_mask = MASKS and SIZES[code] > 2 and not backward  # half types are masked in pairs, and dx by two tensors
+    by_mask = MASKS and SIZES[code] > 2 and not backward  # slow for half types (masks of pairs) and dx (two loads)
 
     @kernel
     def writer_kernel(

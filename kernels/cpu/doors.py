@@ -1,9 +1,9 @@
 """Doors: builtin functions (``METH_FASTCALL``) that run a whole call of torch tensors without any Python code.
 
 A door takes the tensors themselves and reads their addresses, shapes and strides through DLPack's exchange interface.
-What equal calls have in common is in a *record*, int64 numbers at an address: ``FIELDS``, then the arguments of the
-kernel that are known in advance, then the shape. A door returns 0. It does nothing and returns 1 if a tensor is not as
-the record says, if kernels cannot read a vector, or if memory that is written overlaps other memory of the call.
+What equal calls have in common is in a *record*, int64 numbers at an address: ``FIELDS`` fields, then the arguments of
+the kernel that are known in advance, then the shape. A door returns 0. It does nothing and returns 1 if a tensor is not
+as the record says, if kernels cannot read a vector, or if memory that is written overlaps other memory of the call.
 """
 
 from functools import cache
@@ -152,7 +152,7 @@ def overlap(a, a_bytes, b, b_bytes):
 
 @cold
 def vector_bytes(tagged, channels):
-    """Return the size of the vector at a tagged address."""
+    """Return the bytes of the vector at a tagged address."""
     return channels * (8 if tagged & 1 else 4)
 
 
@@ -231,11 +231,11 @@ def run_on_team(record, threads, arguments):
     )  # fmt: skip
 
 
-def forward(parallel, heads, shapes, cuts):
+def forward(parallel, heads, shapes, tails):
     """Return the door of forward calls.
 
     Of the kernel's arguments the record has the first ``heads``, ``shapes`` after the addresses of the tensors, and
-    ``cuts`` after p. ``parallel``: the threads of a team share the work. The door takes the record, x, residual, y,
+    ``tails`` after p. ``parallel``: the threads of a team share the work. The door takes the record, x, residual, y,
     weight, bias, the running mean and variance, the counter, a vector for mean and variance or ``None``, momentum, eps,
     p, the address of scratch memory, and the number of threads.
     """
@@ -246,7 +246,7 @@ def forward(parallel, heads, shapes, cuts):
     def door(module, arguments, count):
         record, view = as_int(word(arguments, 0)), new_view()
         known = record + fields_bytes
-        shape = known + 8 * (heads + shapes + cuts)
+        shape = known + 8 * (heads + shapes + tails)
         x = tensor_address(record, word(arguments, 1), shape, view)
         residual = tensor_address(record, word(arguments, 2), shape, view)
         y = tensor_address(record, word(arguments, 3), shape, view)
@@ -270,7 +270,7 @@ def forward(parallel, heads, shapes, cuts):
             words(known, heads) + (x, residual, y) + words(known + heads_bytes, shapes)
             + (weight, bias, mean, var, counter, statistics, statistics + 8 * word(record, CHANNELS),
                word(record, TRAINING), momentum, eps, p)
-            + words(known + heads_bytes + 8 * shapes, cuts) + (scratch + LINE, scratch),
+            + words(known + heads_bytes + 8 * shapes, tails) + (scratch + LINE, scratch),
         )  # fmt: skip
         if thread:
             acquire_gil(thread)
@@ -279,7 +279,7 @@ def forward(parallel, heads, shapes, cuts):
     return door
 
 
-def backward(parallel, heads, shapes, cuts):
+def backward(parallel, heads, shapes, tails):
     """Return the door of backward calls; the parameters are those of :func:`forward`.
 
     The door takes the record, x, residual, dy, dx, dresidual, weight, bias, the gradients of these two, the mean and
@@ -292,7 +292,7 @@ def backward(parallel, heads, shapes, cuts):
     def door(module, arguments, count):
         record, view = as_int(word(arguments, 0)), new_view()
         known = record + fields_bytes
-        shape = known + 8 * (heads + shapes + cuts)
+        shape = known + 8 * (heads + shapes + tails)
         x = tensor_address(record, word(arguments, 1), shape, view)
         residual = tensor_address(record, word(arguments, 2), shape, view)
         dy = tensor_address(record, word(arguments, 3), shape, view)
@@ -314,7 +314,7 @@ def backward(parallel, heads, shapes, cuts):
             words(known, heads) + (x, residual, dy, dx, dresidual) + words(known + heads_bytes, shapes)
             + (weight, bias, dweight, dbias, mean, mean + size, sums, sums + size, word(record, TRAINING),
                float(word(record, POSITIONS)), eps, p)
-            + words(known + heads_bytes + 8 * shapes, cuts) + (scratch + LINE, scratch),
+            + words(known + heads_bytes + 8 * shapes, tails) + (scratch + LINE, scratch),
         )  # fmt: skip
         if thread:
             acquire_gil(thread)

@@ -97,7 +97,7 @@ def as_bool(condition):
 
 
 def type_of(value, literal=False):
-    """Return the Numba type of a value; ``literal``: of a Python int, the literal type that holds its value."""
+    """Return the Numba type of a value; ``literal``: for a Python int, the literal type of its value."""
     if isinstance(value, tuple):
         return types.BaseTuple.from_types(list(map(type_of, value)))
     if value is None:
@@ -241,7 +241,7 @@ class Expressions:
         return as_bool(self.condition(node, True))
 
     def condition(self, node, strict=False):
-        """Return the condition that an expression is true; ``strict``: refuse operands of ``and``, ``or`` but bools."""
+        """Return the condition that an expression is true; ``strict``: operands of ``and``, ``or`` must be bools."""
         if isinstance(node, ast.BoolOp):
             return self.short_circuit(node.op, node.values, strict)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
@@ -311,7 +311,7 @@ class Expressions:
         return self.from_llvm(sig.return_type, self.builder.call(callee, given))
 
     def to_llvm(self, value, t):
-        """Return a value as the LLVM value of a Numba type: a struct of a tuple, a null pointer of ``None``."""
+        """Return a value as the LLVM value of a Numba type: a struct for a tuple, a null pointer for ``None``."""
         if isinstance(t, types.BaseTuple):
             each = [self.to_llvm(*pair) for pair in zip(value, t, strict=True)]
             return pack(self.builder, CONTEXT.get_value_type(t), each)

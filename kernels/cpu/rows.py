@@ -35,7 +35,7 @@ NARROW, TALL, FLAT = 256, 64, 16
 ``FLAT`` rows."""
 
 
-def computed(code):
+def compute_code(code):
     """Return the code of the dtype that x is computed in."""
     return FLOAT64 if code == FLOAT64 else FLOAT32
 
@@ -70,7 +70,7 @@ def shifts(code):
 
     All ``length`` columns of a channel have the shift of the first one.
     """
-    wide = computed(code)
+    wide = compute_code(code)
 
     @kernel
     def shifts_kernel(x, step, rows, columns, length, shift):
@@ -90,7 +90,7 @@ def shifts(code):
 @cache
 def deviations(code):
     """Return the kernel that adds x - shift and (x - shift)**2 of rows ``low`` to ``high`` to the columns' sums."""
-    wide = computed(code)
+    wide = compute_code(code)
 
     @kernel
     def deviations_kernel(x, step, low, high, columns, shift, sums, products, error_offset):
@@ -129,7 +129,7 @@ def products(code, activation, has_residual, keeps):
 
     It stores dz if ``keeps``.
     """
-    residual_code, kept_code, wide = code if has_residual else -1, code if keeps else -1, computed(code)
+    residual_code, kept_code, wide = code if has_residual else -1, code if keeps else -1, compute_code(code)
 
     @kernel
     def products_kernel(
@@ -170,7 +170,7 @@ def writer(code, activation, has_residual, backward, writes_out, writes_dresidua
     """
     residual_code, dy_code = code if has_residual else -1, code if backward else -1
     out_code, dresidual_code = code if writes_out else -1, code if writes_dresidual else -1
-    wide = computed(code)
+    wide = compute_code(code)
 
     @kernel
     def writer_kernel(

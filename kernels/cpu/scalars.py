@@ -83,7 +83,7 @@ def _splat_all(vectors):
 
 
 splat_all, splat_all_wide = _splat_all(1), _splat_all(WIDE)
-"""Return, for each of a tuple of float64 numbers, a vector with it in all lanes, or a wide vector."""
+"""Return a tuple of vectors, or of wide vectors, each with one of a tuple of float64 numbers in all lanes."""
 
 
 @intrinsic(prefer_literal=True)
@@ -271,7 +271,7 @@ def unaligned_count(typing, target, at, vectors):
 # --------------------------------------------------------------------------------------------------- kernels, counters
 @intrinsic
 def claim(typing, counter):
-    """Increment the int64 counter at an address atomically, and return its value before: each thread gets another."""
+    """Increment the int64 counter at an address atomically, and return its old value, which no other thread gets."""
 
     def generate(context, builder, sig, args):
         return builder.atomic_rmw("add", builder.inttoptr(args[0], INT64.as_pointer()), INT64(1), "monotonic")
@@ -281,7 +281,7 @@ def claim(typing, counter):
 
 @intrinsic
 def clear(typing, address, numbers):
-    """Set a number of float64 or int64 numbers at an address to 0."""
+    """Set the first ``numbers`` float64 or int64 numbers at an address to 0."""
 
     def generate(context, builder, sig, args):
         cgutils.memset(builder, as_pointer(builder, args[0]), builder.mul(args[1], INT64(8)), 0)
@@ -312,7 +312,7 @@ def emit_kernel_call(context, builder, address, values, value_types):
 
 @intrinsic
 def call_kernel(typing, address, arguments):
-    """Call a kernel that returns nothing, by its address; integers are passed as int64, other numbers as float64."""
+    """Call a kernel that returns nothing, by its address; floats are passed as float64, other numbers as int64."""
 
     def generate(context, builder, sig, args):
         values = [builder.extract_value(args[1], i) for i in range(len(arguments))]

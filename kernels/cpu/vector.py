@@ -123,7 +123,7 @@ class LaneMask:
 
 
 def where(mask, a, b):
-    """Return ``a`` in the lanes that the mask has, ``b`` in the others; at least one of the two is a vector."""
+    """Return ``a`` in the lanes whose mask bit is 1, ``b`` in the others; at least one of the two is a vector."""
     like = (a if isinstance(a, Lanes) else b).broadcast
     return Lanes(mask.builder, mask.builder.select(mask.value, like(a).value, like(b).value))
 

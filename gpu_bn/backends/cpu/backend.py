@@ -106,7 +106,7 @@ class CpuBackend:
     def stats(self, x: Array, axis: int, valid: Array | None = None, groups: int = 1) -> Moments:
         if groups > 1:
             size = x.shape[0] // groups
-            parts = [slice(group * size, (group + 1) * size) for group in range(groups)]  # also of an empty batch
+            parts = [slice(group * size, (group + 1) * size) for group in range(groups)]  # of empty batches too
             return self._concatenate([self.stats(x[at], axis, None if valid is None else valid[at]) for at in parts])
         count = math.prod(x.shape) // max(x.shape[axis], 1)
         if count and x.shape[axis]:

@@ -30,7 +30,7 @@ DLPACK_TYPES = {torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.float32: 
 """The code and bits in DLPack of each dtype."""
 BYTES_PER_THREAD = 1 << 18
 """Bytes of input that justify one thread of torch's team, which is awake while torch computes."""
-KIND: Any = compiled.type_word
+type_word: Any = compiled.type_word
 DOORS: Any = compiled.forward, compiled.backward
 
 
@@ -141,7 +141,7 @@ def _build(key: Any, prepared: launch.Prepared | None, forward: bool, trains: bo
         rank, (code, bits) = x.dim(), DLPACK_TYPES[x.dtype]
         kind = forward, len(prepared.head), len(prepared.shape), len(prepared.tail)
         fields = (
-            reader, id(None), KIND(rank, code, bits), prepared.channels, bits // 8 - 1, _extent(x),
+            reader, id(None), type_word(rank, code, bits), prepared.channels, bits // 8 - 1, _extent(x),
             0 if residual is None else _extent(residual), int(prepared.nbytes >= RELEASE_BYTES), int(trains),
             prepared.positions, prepared.scratch, plans.address(prepared.kernel, FLOATS), prepared.all_phases,
             *(team.address() or (0, 0)),
@@ -162,8 +162,8 @@ def _extent(one: Tensor) -> int:
 
 
 @cache
-def _builtin(shares: bool, forward: bool, *counts: int) -> Callable[..., int]:
-    return builtin(DOORS[not forward](shares, *counts))
+def _builtin(parallel: bool, forward: bool, *counts: int) -> Callable[..., int]:
+    return builtin(DOORS[not forward](parallel, *counts))
 
 
 @cache

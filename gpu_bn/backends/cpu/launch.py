@@ -1,4 +1,4 @@
-"""Launching a call's kernel: its arguments as addresses, and the phases that threads share.
+"""Launch the kernel of a call: convert its arguments to addresses, and run its phases, which threads share.
 
 Whatever depends on shapes, strides and options only is prepared once for all similar calls. Per-channel vectors that
 are not contiguous float32 or float64 are converted to float64.
@@ -31,7 +31,7 @@ SEPARATE: Phases = ((START, False), (SUM, True), (FINISH, False), (WRITE, True),
 FUSED: Phases = ((START, False), (SUM, True), (END, False))
 """The phases of a fused call, which also writes in ``SUM``."""
 MAX_PREPARED = 512
-"""Similar calls whose preparation is kept."""
+"""The most prepared calls that are kept."""
 
 
 class Prepared(NamedTuple):
@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
     shape: tuple[int, ...]
     """Its arguments after them: strides between runs, the item size, runs, channels, length."""
     tail: tuple[int, ...]
-    """Its arguments before the scratch memory: how the tensors are cut."""
+    """Its arguments before the scratch memory: the dtype, the kind of stores, the division of the tensors."""
     channels: int
     positions: int
     scratch: int
@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
 
 
 _prepared: dict[Any, Prepared | None] = {}
-"""By a key of layouts and options; ``None`` for tensors that kernels cannot read by strides."""
+"""Prepared calls, by layouts and options; ``None`` for tensors that kernels cannot read by strides."""
 _local = threading.local()
 
 
@@ -262,12 +262,12 @@ def _prepare(
     # Stores past the caches pay off only if x and y do not fit in the last-level cache; else they take twice as long.
     # They need addresses that are multiples of BYTES: large new outputs begin at one, and so does each of their rows if
     # its length in bytes is a multiple.
-    past = writes and nbytes >= LARGE and 2 * nbytes > plans.last_cache()
-    past = past and not (plan.by_rows and SIZES[code] * plan.folded * channels * length % BYTES)
+    nontemporal = writes and nbytes >= LARGE and 2 * nbytes > plans.last_cache()
+    nontemporal = nontemporal and not (plan.by_rows and SIZES[code] * plan.folded * channels * length % BYTES)
     phases = FUSED if fused else SEPARATE
     return Prepared(
         kernel=kernel, phases=phases, all_phases=sum(phase for phase, _ in phases), head=head, shape=shape,
-        tail=(int(code == FLOAT64), int(past), *tail), channels=channels, positions=runs * length,
+        tail=(int(code == FLOAT64), int(nontemporal), *tail), channels=channels, positions=runs * length,
         scratch=plan.scratch, nbytes=nbytes, huge=writes and nbytes >= pages.LARGE,
     )  # fmt: skip
 
@@ -278,7 +278,7 @@ def _allocate_scratch(prepared: Prepared) -> tuple[int, int, Any]:
     count = threads.threads_for(prepared.nbytes, threads.BYTES_PER_THREAD)
     if count == 1 and prepared.scratch <= plans.KEPT:
         return 1, scratch_address(), None
-    scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # parts' counters come first
+    scratch = np.empty(prepared.scratch + 3 * LINE, np.uint8)  # the counters of parts come first
     return count, -(-scratch.__array_interface__["data"][0] // LINE) * LINE, scratch
 
 

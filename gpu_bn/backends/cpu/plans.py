@@ -1,4 +1,4 @@
-"""Plans: how a tensor is cut into channels or rows, and which kernels serve it.
+"""Plans: the division of a tensor into channels or rows, and the kernels that serve it.
 
 A plan depends on shapes, strides and dtypes alone.
 """
@@ -33,7 +33,7 @@ GROUP = 128 << 10
 second-level cache, and the processor need not wait for the last sum of one channel before it starts the next. Larger
 caches get larger groups, which are longer pieces of memory. Sums do not depend on it."""
 SHARE = 16 << 20
-"""The maximum bytes of the last-level cache per core: a virtual machine sees the cache of the whole host."""
+"""The most bytes of last-level cache counted for a core: a virtual machine is told the cache of its whole host."""
 FEW_CHANNELS, LARGE = 16, 1 << 20
 """Tensors with fewer than ``FEW_CHANNELS`` channels and at least ``LARGE`` elements have their channels cut into parts,
 so that all threads have work."""
@@ -91,7 +91,7 @@ def run_stride(shape: tuple[int, ...], strides: tuple[int, ...], geometry: Geome
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a tensor is cut; :mod:`gpu_bn.kernels.cpu.calls_channels` and ``calls_rows`` explain the numbers."""
+    """The division of a tensor; :mod:`gpu_bn.kernels.cpu.calls_channels` and ``calls_rows`` explain the numbers."""
 
     by_rows: bool
     scratch: int

@@ -40,7 +40,5 @@ def _forget_team() -> None:
     _forked = True
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        after_in_child=_forget_team
-    )  # a child lacks its parent's threads, but OpenMP would wait for them
+if hasattr(os, "register_at_fork"):  # a child lacks its parent's threads, but OpenMP would wait for them
+    os.register_at_fork(after_in_child=_forget_team)
