@@ -73,7 +73,7 @@ def reachable_code(codes: dict[CodeType, dict[str, Any]], entered: Iterable[torc
 
 
 def class_attribute_read(modules: Iterable[torch.nn.Module], codes: Iterable[CodeType]) -> str:
-    """Return the name of a class attribute that code reads, else ""; an instance may hide it, which no graph notices."""
+    """Return the name of a class attribute that code reads, else ""; an instance may hide it, and no graph notices."""
     names = _names_read(codes)
     for module in modules:
         for kind in type(module).__mro__:
