@@ -140,13 +140,13 @@ def training_plan(work: Work, device: Device, tier: str | None) -> LaunchPlan:
 def one_pass_plan(work: Work, device: Device) -> LaunchPlan:
     """Return the plan of one pass over the tensors, in the widest strips whose programs fill the SMs.
 
-    If none do, it has the strips with the most programs. In channels-last, a few wide strips of a few blocks each would
-    leave SMs idle.
+    If none do, it has the strips with the most programs, and more programs if there are fewer than SMs. In
+    channels-last, a few wide strips of a few blocks each would leave SMs idle.
     """
     tilings = narrower_tilings(tile(work), THRESHOLDS.narrow_bytes, work.itemsize)
     plans = [_fewer_blocks(plan_once(work, device, WITHOUT_COOPERATION, tiling)) for tiling in tilings]
     filling = [found for found in plans if found.grid >= THRESHOLDS.fill * CO_RESIDENT * device.sms]
-    return filling[0] if filling else max(plans, key=lambda found: found.grid)
+    return filling[0] if filling else _more_blocks(max(plans, key=lambda found: found.grid), work, device)
 
 
 class Geometry(NamedTuple):
@@ -183,6 +183,16 @@ def _fewer_blocks(plan: LaunchPlan) -> LaunchPlan:
         return plan
     share = -(-plan.tiling.positions // most)
     return replace(plan, share=share, blocks=-(-plan.tiling.positions // share))
+
+
+def _more_blocks(plan: LaunchPlan, work: Work, device: Device) -> LaunchPlan:
+    """Return the plan with a program for each SM, or with as many as the same kernels can serve.
+
+    Kernels that merge results are compiled for a power of two of blocks, and others for a tile of positions.
+    """
+    most = min(_power_of_two(plan.blocks), -(-device.sms // plan.tiling.strips))
+    share = max(-(-plan.tiling.positions // most), STREAMED[work.itemsize].elements // _width(plan))
+    return replace(plan, share=share, blocks=-(-plan.tiling.positions // share)) if share < plan.share else plan
 
 
 def chunk(plan: LaunchPlan, warps: int) -> int:
