@@ -1,4 +1,4 @@
-"""The NumPy backend: what is exact, outputs in any memory order, and how much memory a call needs."""
+"""The NumPy backend: exact statistics, any order of the axes in memory, and blocks that cover a tensor."""
 
 from fractions import Fraction
 
@@ -21,10 +21,10 @@ DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 def test_statistics_of_neighbouring_numbers_are_exact(dtype, count):
-    """The hardest there are: all values within three units in the last place of a large mean."""
+    """Statistics are exact if all values lie within three units in the last place of each other."""
     spacing = float(ml_dtypes.finfo(dtype).eps)
     values = (1.7 + spacing * rng(count).integers(0, 4, (count, 1))).astype(dtype)
-    values[0] = values.min() + np.array(2 * spacing, dtype)  # not all are the same
+    values[0] = values.min() + np.array(2 * spacing, dtype)  # at least two values differ
     values[1] = values.min()
     moments = gpu_bn.batch_norm_forward(values, training=True, backend="numpy")[1].moments
     exact = [Fraction(float(value)) for value in values[:, 0]]
@@ -57,7 +57,7 @@ def test_a_first_sample_unlike_the_others(first):
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.one_in(5)
 def test_ghost_batches_whose_samples_are_not_outermost_in_memory(order, dtype, activation):
-    """Each of more elements than one block has; of (T, N, C) seen as (N, C, T), and all other orders."""
+    """Each ghost batch has more elements than a block, in several orders of the axes in memory."""
     shape = (4, 24, 1500)
 
     def tensor(seed):

@@ -1,4 +1,4 @@
-"""The backends of arrays against the oracle: random cases, every layout and stride, and the digits of long sums."""
+"""Backends for arrays against the oracle: random cases, every layout and stride, and the accuracy of long sums."""
 
 import math
 from dataclasses import replace
@@ -57,7 +57,7 @@ def random_cases(draw, largest=40_000):
 
 
 def with_few_kernels(case, backend):
-    """The case, on the compiled backends with one of three activations: each further one is compiled for seconds."""
+    """Return the case; for compiled backends with one of three activations, since each takes seconds to compile."""
     few = {"gelu": "silu", "sigmoid": "silu", "elu": "silu", "tanh": "silu", "gelu_tanh": "silu", "silu": "silu"}
     if backend == "numpy" or case.activation == "identity":
         return case
@@ -66,7 +66,7 @@ def with_few_kernels(case, backend):
 
 @pytest.mark.parametrize("shape", [(200, 5), (200, 20), (513, 648), (5, 80_000), (20, 20_000)])
 def test_means_have_all_digits_of_float64(shape, backend):
-    """Some channels begin with numbers that lie far from their mean, and many terms round often."""
+    """The mean is as accurate as in float64, also of channels that begin with numbers far from their mean."""
     for layout in ("contiguous", "channels_last"):
         assert check(Case(shape, "float64", layout, channel_axis=0, std=0.1, mean=0.0), backend)["mean"] < 0.7
 
@@ -74,7 +74,7 @@ def test_means_have_all_digits_of_float64(shape, backend):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("length", [648, 60_000])
 def test_sums_of_one_sign_lose_little_in_float64(length, axis, backend):
-    """Each addition to a growing sum is rounded at the size of that sum."""
+    """Long sums of one sign stay accurate, though each addition is rounded relative to the sum so far."""
     rng = np.random.default_rng(0)
     x, dy = rng.normal(size=(4, length)), rng.normal(1, 0.5, (4, length))
     if axis == 1:
@@ -111,7 +111,7 @@ def test_random_cases_of_all_activations(case, backend):
 @pytest.mark.parametrize("shape", [(33, 2, 6, 2), (40, 9, 9, 3), (60, 50, 3)], ids=str)
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 def test_sums_of_float64_over_several_axes(shape, mean, backend):
-    """Terms that all follow one another lose more than blocked or pairwise sums."""
+    """Sums are blocked or pairwise: adding all terms one after another would lose more digits."""
     assert check(Case(shape, "float64", channel_axis=-1, mean=mean, std=0.0, momentum=0.0), backend)
 
 
@@ -127,7 +127,7 @@ def test_every_layout_with_every_option(library, layout, options):
 
 
 def require_vectors_and_masks_in_any_strides(backend, own=lambda array: array, steps=(1, 3, -2), numpy=np.asarray):
-    """Gapped and backward vectors and a permuted mask give the bits of dense ones; what is between stays as it was."""
+    """Require the bits of dense arrays from strided vectors and a permuted mask, and unchanged memory between."""
     random = np.random.default_rng(0)
     x, mask = random.standard_normal((4, 6, 5, 3), np.float32), random.random((4, 5, 3)) < 0.7
     vectors = random.uniform(0.5, 2, (4, 6)).astype(np.float32)
@@ -166,7 +166,7 @@ def test_vectors_and_masks_in_any_strides_on_emulated_cuda(make_gpu):
 
 
 def require_layouts(backend, layouts, options):
-    """Right results of a call with each layout and the options that stand beside it."""
+    """Check a call with each layout and its options."""
     for layout, more in zip(layouts, options, strict=True):
         assert check(Case((4, 6, 5, 3), "float32", layout, residual=True, activation="relu", **more), backend)
 
@@ -193,7 +193,7 @@ def test_layouts_on_emulated_triton(options, compile_triton, device):
 
 @st.composite
 def random_extended_cases(draw):
-    """Ghost batches, masks, batch renormalisation and frozen statistics in any layout, dtype and memory order."""
+    """Draw cases of ghost batches, masks, batch renormalisation or frozen statistics, in any dtype and layout."""
     groups, samples = draw(st.integers(1, 4)), draw(st.integers(2, 5))
     inner = draw(st.lists(st.sampled_from([1, 2, 5, 33, 130, 2100]), min_size=1, max_size=2))
     shape = [groups * samples, draw(st.sampled_from([1, 2, 3, 17])), *inner]
@@ -241,7 +241,7 @@ def test_random_strides(data, backend):
     assert check(make_problem(x, dy=dy, residual=residual, activation=activation, channel_axis=axis), backend)
 
 
-def test_a_case_is_the_same_numbers_every_time():
+def test_a_case_has_the_same_numbers_every_time():
     first, second = (build(Case((3, 4, 5), "float16", residual=True)) for _ in range(2))
     assert first.x.tobytes() == second.x.tobytes()
     assert first.residual.tobytes() == second.residual.tobytes()

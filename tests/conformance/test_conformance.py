@@ -26,7 +26,7 @@ def test_case(target, case, request):
     backend = target.open(request)
     try:
         shares = check(case, backend)
-    except NoPlanError as refusal:  # only a tier that is forced on too small a tensor
+    except NoPlanError as refusal:  # a forced tier cannot serve each tensor
         assert target.refuses
         pytest.skip(str(refusal))
     assert {"y", "mean", "rstd", "dx"} <= shares.keys()
@@ -51,7 +51,7 @@ def test_cases_cover_all_kinds_of_input():
 
 
 def run_of(prefix, *, without=()):
-    """The cases of the targets whose names begin so, with the marks that are not excluded."""
+    """Return the cases of targets whose names begin with ``prefix``, without cases that have a mark in ``without``."""
     return [
         (target, case)
         for target, case, marks in ((*param.values, {mark.name for mark in param.marks}) for param in PARAMETERS)
@@ -83,7 +83,7 @@ def test_a_normal_run_has_each_activation_and_each_dtype_of_compiled_kernels():
             assert {case.activation for case in run if case.dtype == dtype} >= {"identity", "relu", "silu"}
 
 
-def test_the_chosen_cases_of_triton_cover():
+def test_the_chosen_cases_of_triton_cover_dtypes_modes_tiers_and_layouts():
     chosen = [case for _, _, case in TRITON]
     assert {case.dtype for case in chosen} == {"float16", "bfloat16", "float32", "float64"}
     assert {case.mode for case in chosen} == {"train", "train_no_stats", "eval"}
@@ -92,7 +92,7 @@ def test_the_chosen_cases_of_triton_cover():
     assert {"contiguous", "channels_last", "sliced"} <= {case.layout for case in chosen} <= set(LAYOUTS)
 
 
-def test_the_reference_kernels_have_what_a_kernel_may_get_wrong():
+def test_the_cases_of_the_reference_kernels_cover_all_kinds_of_input():
     selected = trained_cases()
     assert len(selected) >= 180
     dtypes = Counter(case.dtype for case in selected)

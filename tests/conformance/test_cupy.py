@@ -1,4 +1,4 @@
-"""Cases of the CuPy backend alone, on emulated GPUs with every check on."""
+"""Cases only for the CuPy backend, on emulated GPUs with every check on."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_without_asynchronous_copies_and_bfloat16_instructions(tier, make_gpu):
 @pytest.mark.parametrize("arch", [100, 120])
 @pytest.mark.one_in(3)
 def test_reduction_that_stores_before_it_flushes_its_sums(arch, layout, make_gpu):
-    """On these architectures backward.cuh has another order of the two, which no target above compiles."""
+    """From sm_100 on, backward.cuh may store before it flushes; the suite compiles for no such target."""
     case = Case((4, 8, 8, 8), "float16", layout, activation="gelu", residual=True, virtual_batch_size=2)
     check(case, make_gpu(arch, "split").backend)
 
 
 @pytest.mark.parametrize("activation", ["relu6", "leaky_relu", "elu", "hardswish"])
 @pytest.mark.one_in(3)
-def test_gradients_where_they_jump(activation, make_gpu):
+def test_gradients_at_the_kinks_of_activations(activation, make_gpu):
     check(Case((4, 6, 5), activation=activation, affine="kinks"), make_gpu(80).backend)
 
 
@@ -54,7 +54,7 @@ def test_nan_and_infinity_stay_in_their_channel(tier, make_gpu):
 
 
 def test_phases_give_what_the_fused_calls_give(make_gpu, monkeypatch):
-    """The phases are what SyncBatchNorm is made of."""
+    """The single phases, which SyncBatchNorm uses, meet the tolerances of the cases."""
     gpu = make_gpu(80)
     monkeypatch.setattr(gpu_bn.algorithm, "_fused_backend", lambda *_: None)
     for case in cases()[::150]:

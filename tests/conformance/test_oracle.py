@@ -1,4 +1,4 @@
-"""The oracle itself: against finite differences, torch in float64, exact rational numbers, and by its parts."""
+"""The oracle itself: against finite differences, torch in float64, exact rational numbers, and its functions."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -17,7 +17,7 @@ ACTIVATIONS = [(name, row.default.parameter) for name, row in ROWS.items()] + [(
 
 @pytest.mark.parametrize(("name", "parameter"), ACTIVATIONS)
 def test_derivative_is_the_slope_of_the_value(name, parameter):
-    z = np.linspace(-5.03, 7.01, 400).astype(WIDE)  # no kink within a step of a point
+    z = np.linspace(-5.03, 7.01, 400).astype(WIDE)  # no point lies within a step of a kink
     step = WIDE(1e-4)
     slope = (value(name, parameter, z + step) - value(name, parameter, z - step)) / (2 * step)
     assert np.abs(slope - derivative(name, parameter, z)).max() < 1e-8
@@ -101,7 +101,7 @@ def test_tolerance_at_a_ratio_of_10000_is_the_contract():
     problem = build(Case((8, 4, 10), mean=1e4, std=1.0, affine="none"))
     truth = oracle(problem)
     allowed = tolerance(problem, truth)
-    assert (2 * allowed["rstd"] / truth.rstd).max() < 1.3e-5  # half the error of var, and roundings
+    assert (2 * allowed["rstd"] / truth.rstd).max() < 1.3e-5  # half the error of var, and rounding errors
     assert allowed["y"].max() < 1.3e-4
 
 

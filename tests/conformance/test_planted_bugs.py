@@ -1,4 +1,4 @@
-"""The suite can fail: backends with one bug each, and the quantity in which the cases must notice it."""
+"""The suite can fail: backends with one bug each, and the result in which the cases must notice it."""
 
 from dataclasses import replace
 from itertools import pairwise

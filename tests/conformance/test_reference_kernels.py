@@ -1,4 +1,4 @@
-"""The emulator's reference kernels: each serves a case of the conformance suite, and refuses what it cannot do."""
+"""The emulator's reference kernels: each serves a case of the conformance suite, and refuses other options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch tensors on the CPU through the front door: any strides, and no copies."""
+"""The public functions with torch tensors on the CPU: any strides, and no copies."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_random_strides(data):
 @given(data=st.data())
 @settings(max_examples=60)
 def test_strides_are_those_of_empty_like(data):
-    """What a fake implementation promises, for any strides, overlapping ones too."""
+    """Outputs have the strides of ``torch.empty_like``, which fake implementations return, for any input strides."""
     shape = (*data.draw(st.lists(st.integers(1, 5), min_size=2, max_size=4)), 6)
     x = torch.from_numpy(data.draw(random_views(shape, "float32")).copy("K"))
     repeated = data.draw(st.integers(0, x.ndim - 1))
@@ -38,7 +38,7 @@ def test_strides_are_those_of_empty_like(data):
         assert grads.dx.stride() == expected
 
 
-def test_an_overlapping_input_is_right():
+def test_an_input_whose_elements_overlap_is_normalised_right():
     windows = torch.from_numpy(rng().standard_normal((4, 3, 12))).unfold(-1, 5, 2)
     assert windows.stride()[-2:] == (2, 1)
     for x in (windows, windows.transpose(-1, -2), windows[:, :, :1].expand(4, 3, 6, 5)):
@@ -51,7 +51,7 @@ def test_an_overlapping_input_is_right():
 
 @pytest.mark.parametrize("size", [5, 60])
 def test_nothing_is_copied(size, monkeypatch):
-    """NumPy works on the tensors' own memory."""
+    """The NumPy backend reads and writes the memory of the tensors."""
     pytest.importorskip("ml_dtypes", reason="bfloat16 on NumPy needs the package ml_dtypes")
     from gpu_bn.backends import torch_cpu
 

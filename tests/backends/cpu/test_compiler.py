@@ -1,4 +1,4 @@
-"""Compiled kernels are kept on disk: found again, never stale, never mixed up, wherever there is no place for them."""
+"""The cache of compiled kernels on disk: found again, never stale, never mixed up; and calls without a cache."""
 
 import ast
 import ctypes
@@ -66,7 +66,7 @@ def call(kernel, x):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the package with kernels of its own."""
+    """Return a folder with a copy of the package and additional kernels."""
     for name in ("gpu_bn", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "kernels/cpu/probe.py").write_text(KERNELS)
@@ -92,7 +92,7 @@ def run(tree, code, **environment):
     return finish(start(tree, code, **environment))
 
 
-def kept(tree):
+def cached_files(tree):
     return [path for path in (tree / "cache").rglob("*") if path.is_file()]
 
 
@@ -101,9 +101,9 @@ def test_a_second_process_finds_what_the_first_has_compiled(tree):
         "print(call(probe.thrice, 5), call(probe.power(2), 3), call(probe.power(3), 3), "
         "call(probe.after(probe.plus_one), 1), hits, misses, 'numba.np.linalg' in sys.modules)"
     )
-    assert run(tree, code) == ["15", "9", "27", "20", "0", "4", "False"]  # what Numba loads to compile is not needed
+    assert run(tree, code) == ["15", "9", "27", "20", "0", "4", "False"]  # Numba's compiler is not loaded
     assert run(tree, code) == ["15", "9", "27", "20", "4", "0", "False"]
-    assert len(kept(tree)) == 4
+    assert len(cached_files(tree)) == 4
 
 
 def test_a_helper_changed_in_another_file_is_noticed(tree):
@@ -141,22 +141,22 @@ def test_the_stamp_covers_every_module_that_kernels_import():
 
 @pytest.mark.slow
 def test_four_processes_at_once_get_their_own_code(tree):
-    """All compile kernels of one name and one signature, each in another order."""
+    """Processes that compile kernels of equal names and signatures, in different orders, keep them apart."""
     code = (
         "order = [(i + {}) % 4 for i in range(4)]\nprint(*(call(probe.power(2 + n), 3) == 3 ** (2 + n) for n in order))"
     )
     processes = [start(tree, code.format(first)) for first in range(4)]
     assert [finish(process) for process in processes] == [["True"] * 4] * 4
     assert run(tree, code.format(0) + "\nprint(hits, misses)") == [*["True"] * 4, "4", "0"]
-    assert len(kept(tree)) == 4, "temporary files were left"
+    assert len(cached_files(tree)) == 4, "temporary files were left"
 
 
-def hit(function):
-    """Whether a call of a kernel finds it in the cache; it is another kernel each time, as in another process."""
-    made = compiler.kernel(function)
-    assert ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(made.address())(5) == 15
-    assert made.misses in (0, 1)
-    return not made.misses
+def is_cached(function):
+    """Call a new kernel of the function, as another process would, and tell whether its code was in the cache."""
+    compiled = compiler.kernel(function)
+    assert ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(compiled.address())(5) == 15
+    assert compiled.misses in (0, 1)
+    return not compiled.misses
 
 
 def thrice(x):
@@ -170,7 +170,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("folder")
-def test_what_is_found_needs_no_source():
+def test_a_cached_kernel_needs_no_source():
     for found in (False, True):
         made = compiler.kernel(calls_channels.forward.py_func)
         entry(made)
@@ -191,9 +191,9 @@ def test_kernels_are_called_with_as_many_numbers_as_they_take():
 
 
 def test_a_folder_that_can_only_be_read_is_read(folder):
-    assert not hit(thrice)
+    assert not is_cached(thrice)
     folder.chmod(0o555)
-    assert hit(thrice)
+    assert is_cached(thrice)
     folder.chmod(0o755)
 
 
@@ -207,8 +207,8 @@ def test_without_a_place_each_process_compiles(tmp_path, monkeypatch, place):
         assert compiler.cache_folder() is None
     else:
         monkeypatch.setenv("GPU_BN_CACHE_DIR", place)
-    assert not hit(thrice)
-    assert not hit(thrice)
+    assert not is_cached(thrice)
+    assert not is_cached(thrice)
     assert [path.name for path in tmp_path.iterdir()] == ["a file"]
 
 
@@ -217,17 +217,17 @@ def test_a_full_disk_leaves_no_file(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    assert not hit(thrice)
+    assert not is_cached(thrice)
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", lambda data: data[:-1], lambda data: data[:50] + b"?" + data[51:]])
 def test_a_damaged_file_counts_as_absent(folder, damage):
-    assert not hit(thrice)
+    assert not is_cached(thrice)
     (file,) = folder.iterdir()
     file.write_bytes(damage if isinstance(damage, bytes) else damage(file.read_bytes()))
-    assert not hit(thrice)
-    assert hit(thrice)  # it was written again
+    assert not is_cached(thrice)
+    assert is_cached(thrice)  # the damaged file was replaced
 
 
 def test_the_cache_is_in_the_users_folder(tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_the_cache_is_in_the_users_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert compiler.cache_folder().parent == tmp_path / ".cache" / "gpu_bn"
-    monkeypatch.setenv("GPU_BN_CACHE_DIR", "~/kernels")  # which a shell would have replaced
+    monkeypatch.setenv("GPU_BN_CACHE_DIR", "~/kernels")  # a shell would have expanded ~
     assert compiler.cache_folder().parent == tmp_path / "kernels"
 
 
@@ -245,19 +245,19 @@ def test_another_cpu_has_code_of_its_own(tree):
     code = "print(call(probe.thrice, 5), hits)"
     assert run(tree, code) == ["15", "0"]
     assert run(tree, code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == ["15", "0"]
-    assert len(kept(tree)) == 2
+    assert len(cached_files(tree)) == 2
 
 
-def test_a_kernel_may_not_close_over_what_has_no_lasting_name():
+def test_a_kernel_may_not_close_over_an_object_without_a_lasting_name():
     thing = object()
     with pytest.raises(TypeError, match="close over numbers, strings and functions, got object"):
         compiler.kernel(lambda: thing)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 CPUs")
-@pytest.mark.parametrize(("features", "there"), [("", False), ("+f16c", True), ("+f16c,+avx512f", True)])
-def test_float16_is_refused_where_the_cpu_cannot_convert(features, there, monkeypatch):
+@pytest.mark.parametrize(("features", "converts"), [("", False), ("+f16c", True), ("+f16c,+avx512f", True)])
+def test_float16_is_refused_where_the_cpu_cannot_convert(features, converts, monkeypatch):
     codegen = compiler.codegen()
     monkeypatch.setattr(codegen, "_tm_features", features)
     monkeypatch.setattr(codegen, "_get_host_cpu_name", lambda: "x86-64")
-    assert compiler.supports_float16.__wrapped__() is there
+    assert compiler.supports_float16.__wrapped__() is converts

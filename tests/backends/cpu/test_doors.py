@@ -1,4 +1,4 @@
-"""The builtin functions that take tensors to their kernel: what they serve, and what they leave alone."""
+"""The builtin functions that pass tensors straight to a kernel: the calls that they serve and those they refuse."""
 
 import contextlib
 import threading
@@ -19,42 +19,42 @@ if not doors._dlpack_reader():
 
 
 def layouts(x):
-    """One tensor in several layouts that kernels follow, by name."""
+    """Return the tensor in layouts that the builtin functions serve, by name."""
     wide = torch.zeros(x.shape[0], 2 * x.shape[1], *x.shape[2:], dtype=x.dtype)
     wide[:, 1 : 1 + x.shape[1]] = x
     return {"dense": x, "channels last": x.to(memory_format=torch.channels_last), "gaps": wide[:, 1 : 1 + x.shape[1]]}
 
 
 @contextlib.contextmanager
-def without():
-    """Calls by the other way."""
+def without_doors():
+    """Turn the builtin functions off, so that calls go through Python."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plain_calls, "forward", lambda *_: None)
         yield
 
 
 def results(x, residual, activation, vectors, dy, quick, training=True):
-    """All that a call and its gradients make, by the doors or without them."""
+    """Return the output, the gradients and the running statistics of a call, with the doors or without them."""
     given = [one.detach().clone().requires_grad_() for one in vectors[:2]]
     leaves = [one.detach().requires_grad_() for one in (x, residual) if one is not None]
     running = [one.clone() for one in vectors[2:]]
     counter = torch.tensor(3) if training else None
-    with contextlib.nullcontext() if quick else without():
+    with contextlib.nullcontext() if quick else without_doors():
         other = leaves[1] if len(leaves) > 1 else None
         y = nn.batch_norm(
             leaves[0], *running, *given, training=training, residual=other, activation=activation,
             num_batches_tracked=counter,
         )  # fmt: skip
     assert ("CpuCall" in type(y.grad_fn).__name__) == quick
-    made = [y, *torch.autograd.grad(y, [*leaves, *given], dy), *running]
-    return [*made, counter] if training else made
+    outputs = [y, *torch.autograd.grad(y, [*leaves, *given], dy), *running]
+    return [*outputs, counter] if training else outputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.one_in(3)
-def test_they_give_what_the_other_way_gives(dtype, training, activation):
+def test_results_are_those_without_the_doors(dtype, training, activation):
     x, added, dy = (data(4, 3, 5, 7, seed=seed, dtype=dtype) for seed in range(3))
     vectors = [torch.rand(3) + 0.5 for _ in range(4)]
     vectors[3] = vectors[3].double()
@@ -66,8 +66,8 @@ def test_they_give_what_the_other_way_gives(dtype, training, activation):
             assert torch.equal(mine, its)
 
 
-def strange():
-    """Calls that a door leaves to others, by name: its arguments with some changed."""
+def refused_changes():
+    """Return changes of the arguments that a door refuses, by name."""
     x, vector, memory = data(4, 3, 5), torch.ones(3), torch.ones(64)
     return {
         "two statistics in one": {"mean": memory[:3], "var": memory[2:5]},
@@ -90,25 +90,25 @@ def strange():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(strange()))
-def test_what_they_leave_alone_is_as_it_was(name):
+@pytest.mark.parametrize("name", list(refused_changes()))
+def test_a_refused_call_changes_nothing(name):
     given = {"x": data(4, 3, 5), "residual": None, "weight": torch.ones(3), "bias": torch.zeros(3),
              "mean": torch.zeros(3), "var": torch.ones(3), "counter": torch.tensor(0)}  # fmt: skip
     names = ("x", "weight", "bias", "residual", "mean", "var", "counter")
 
-    def made(given):
+    def forward(given):
         return plain_calls.forward(tuple([given[name] for name in names]), True, 0.5, 1e-5, "identity", 0.0)
 
-    assert made(given) is not None
+    assert forward(given) is not None
     assert given["counter"] == 1
-    given |= strange()[name]
+    given |= refused_changes()[name]
     written = [given[one] for one in ("mean", "var", "counter")]
     before = [one.clone() for one in written]
-    assert made(given) is None
+    assert forward(given) is None
     assert all(torch.equal(one, old) for one, old in zip(written, before, strict=True))
 
 
-def test_tensors_that_hooks_have_laid_out_anew():
+def test_hooks_may_change_the_layout_of_saved_tensors():
     x, dy = data(4, 3, 5, 6), data(4, 3, 5, 6, seed=1)
 
     def gradient(unpack):

@@ -1,4 +1,4 @@
-"""ReLU's output, which autograd keeps in place of the residual: the same gradients, and what may be overwritten."""
+"""ReLU's output, which autograd saves instead of the residual: equal gradients; which tensors may be overwritten."""
 
 import contextlib
 
@@ -15,7 +15,7 @@ WAYS = ["quickest", "direct"]
 
 
 def data(seed, dtype=torch.float32):
-    """Numbers of which many sums are 0, and one is NaN and two are infinite."""
+    """Return small integers, so that many sums are 0; with seed 1, one NaN and two infinite numbers, too."""
     x = torch.randint(-2, 3, (4, 3, 5, 7), generator=torch.Generator().manual_seed(seed)).to(dtype)
     if seed == 1:
         x.view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
@@ -23,25 +23,25 @@ def data(seed, dtype=torch.float32):
 
 
 @contextlib.contextmanager
-def by(way):
-    """Calls by a builtin function, or by the backend."""
+def calls_by(way):
+    """Make calls use the builtin function (``quickest``) or the backend (``direct``)."""
     with pytest.MonkeyPatch.context() as patch:
         if way == "direct":
             patch.setattr(plain_calls, "forward", lambda *_: None)
         yield
 
 
-def called(x, residual, way, training=True, activation="relu"):
-    """The output of a call, and what it may be differentiated by."""
+def call_and_leaves(x, residual, way, training=True, activation="relu"):
+    """Return the output of a call and the tensors that it can be differentiated with respect to."""
     leaves = [*(one.detach().requires_grad_() for one in (x, residual)), *torch.ones(2, 3).requires_grad_().unbind()]
-    statistics = torch.zeros(3), torch.full((3,), 1.0 - 1e-5)  # which change nothing
-    with by(way):
+    statistics = torch.zeros(3), torch.full((3,), 1.0 - 1e-5)  # the identity
+    with calls_by(way):
         x, residual, *vectors = leaves
         y = nn.batch_norm(x, *statistics, *vectors, training, residual=residual, activation=activation)
     return y, leaves
 
 
-def kept(y):
+def saved_addresses(y):
     return {one.data_ptr() for one in y.grad_fn.saved_tensors if one is not None}
 
 
@@ -62,11 +62,11 @@ def test_gradients_have_the_same_bits(way, layout, training, dtype, monkeypatch)
     x, residual, dy = LAYOUTS[layout](data(0, dtype)), data(1, dtype), data(2, dtype)
 
     def gradients():
-        y, leaves = called(x, residual, way, training)
-        return kept(y) & {y.data_ptr()}, torch.autograd.grad(y, leaves, dy)
+        y, leaves = call_and_leaves(x, residual, way, training)
+        return saved_addresses(y) & {y.data_ptr()}, torch.autograd.grad(y, leaves, dy)
 
     output, found = gradients()
-    assert bool(output) == (dtype.itemsize > 2)  # y may be 0 where z is not
+    assert bool(output) == (dtype.itemsize > 2)  # in half precision y may round to 0 where z > 0
     monkeypatch.setattr(CpuBackend, "keeps_output", lambda *_: False)
     monkeypatch.setattr(cpu_calls, "_cache", {})
     output, expected = gradients()
@@ -77,9 +77,9 @@ def test_gradients_have_the_same_bits(way, layout, training, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_residual_may_go_and_y_may_not_change(way):
-    y, leaves = called(data(0), data(3), way)
-    assert leaves[1].data_ptr() not in kept(y)
+def test_the_residual_may_change_and_y_may_not(way):
+    y, leaves = call_and_leaves(data(0), data(3), way)
+    assert leaves[1].data_ptr() not in saved_addresses(y)
     expected = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
     leaves[1].detach().fill_(-9)
     assert all(map(torch.equal, torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True), expected))
@@ -91,8 +91,8 @@ def test_the_residual_may_go_and_y_may_not_change(way):
 @pytest.mark.parametrize("activation", ["identity", "relu6", "leaky_relu", "silu"])
 @pytest.mark.parametrize("way", WAYS)
 def test_outputs_of_other_activations_may_change(way, activation):
-    y, leaves = called(data(0), data(3), way, activation=activation)
-    assert y.data_ptr() not in kept(y)
+    y, leaves = call_and_leaves(data(0), data(3), way, activation=activation)
+    assert y.data_ptr() not in saved_addresses(y)
     expected = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
     y.detach().zero_()
     assert all(map(torch.equal, torch.autograd.grad(y, leaves, torch.ones_like(y)), expected))
@@ -105,9 +105,9 @@ def test_second_derivatives(way, training):
 
     def call(x, weight, bias, residual):
         statistics = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-        with by(way):
+        with calls_by(way):
             y = nn.batch_norm(x, *statistics, weight, bias, training, residual=residual, activation="relu")
-        assert y.data_ptr() in kept(y)
+        assert y.data_ptr() in saved_addresses(y)
         return y
 
     assert torch.autograd.gradcheck(call, given)

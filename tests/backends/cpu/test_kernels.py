@@ -31,10 +31,10 @@ RELU, SILU = (list(ROWS).index(name) for name in ("relu", "silu"))
 
 # ------------------------------------------------------------------------------------------------------------- threads
 SHAPES = [
-    Case((16, 24, 40, 40), activation="relu", residual=True),  # groups of channels
-    Case((2, 3, 420, 420), activation="relu"),  # few channels: parts of them
+    Case((16, 24, 40, 40), activation="relu", residual=True),  # in groups of channels
+    Case((2, 3, 420, 420), activation="relu"),  # few channels, cut into parts
     Case((1, 2, 2700, 200), activation="silu"),
-    Case((12, 24, 40, 40), layout="channels_last", activation="relu", residual=True),  # rows
+    Case((12, 24, 40, 40), layout="channels_last", activation="relu", residual=True),  # in rows
     Case((5000, 300)),
     Case((3001, 7, 5), activation="relu"),
     Case((16, 24, 40, 40), "float16", mode="eval", activation="relu", residual=True),
@@ -88,7 +88,7 @@ def test_gradients_that_the_sums_keep_are_not_rounded(shape, activation, dtype, 
     )
     kept = gpu_bn.batch_norm_backward(dy, saved, backend="cpu")
     engine, dx, dz = registry.select("cpu", x=x), np.empty_like(x), np.empty_like(x)
-    engine.backward_input(dy, saved, engine.backward_reduce(dy, saved, dz), dx)  # computes them twice
+    engine.backward_input(dy, saved, engine.backward_reduce(dy, saved, dz), dx)  # each phase computes dz
     assert same_bits(kept.dx, dx)
     assert kept.dresidual is None or same_bits(kept.dresidual, dz)
 
@@ -101,7 +101,7 @@ def test_which_gradients_the_sums_keep():
     assert not keeps(FLOAT32, RELU)
     assert keeps(FLOAT32, RELU, adds=True)
     assert keeps(FLOAT16, RELU, adds=True)
-    assert not keeps(FLOAT16, SILU)  # which would round them
+    assert not keeps(FLOAT16, SILU)  # float16 would round them
     assert not keeps(FLOAT16, SILU, adds=True)
 
 
@@ -123,7 +123,8 @@ def test_activations_are_the_functions(name, dtype):
     for got, truth in ((y, exact), (slopes, derivative(name, parameter, z))):
         assert (np.abs(got - truth) <= 8 * eps * np.maximum(np.abs(truth), np.minimum(np.abs(z), 1))).all()
     tail = (z < -1) & (z > -12) & (name in ("elu", "silu", "gelu", "sigmoid"))
-    assert (np.abs(y - exact) <= (8 + z**2 / 2) * eps * np.abs(exact))[tail].all()  # z**2 is rounded, in exp(-z**2 / 2)
+    # exp(-z**2 / 2) magnifies the rounding error of z**2
+    assert (np.abs(y - exact) <= (8 + z**2 / 2) * eps * np.abs(exact))[tail].all()
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -153,7 +154,7 @@ def test_bfloat16_and_float16_of_torch_need_no_package(dtype, monkeypatch):
 )
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_stores_past_the_caches_are_aligned(shape, dtype, monkeypatch):
-    """Others end the process."""
+    """Every such store is aligned: an unaligned one would end the process."""
     monkeypatch.setattr(launch, "_prepared", {})
     monkeypatch.setattr(plans, "last_cache", lambda: 1)
     for activation, residual in (("identity", False), ("relu", True), ("silu", False)):
@@ -211,28 +212,28 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow  # each compiles a kernel of its own
+@pytest.mark.slow  # each compiles a kernel
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_noticed(bug, monkeypatch):
     module, name, before, after, case = BUGS[bug]
     text = inspect.getsource(module)
     assert before in text
-    monkeypatch.setattr(plans, "PART", 256)  # so that small tensors have several
+    monkeypatch.setattr(plans, "PART", 256)  # so that small tensors have several parts
     monkeypatch.setattr(plans, "LARGE", 1024)
     monkeypatch.setattr(plans, "CHUNK", 4096)
     monkeypatch.setattr(launch, "_prepared", {})
     assert outcome(case) == "as expected"
-    monkeypatch.setattr(compiler, "kernel", cold)  # without the cache, which takes one source for the other
+    monkeypatch.setattr(compiler, "kernel", cold)  # without the cache, whose key lacks this source
     changed, text = {"__name__": module.__name__}, text.replace(before, after)
     monkeypatch.setitem(linecache.cache, "<planted>", (len(text), None, text.splitlines(True), "<planted>"))
     exec(compile(text, "<planted>", "exec"), changed)
     monkeypatch.setattr(module, name, changed[name])
-    assert outcome_apart(case) in ("elements wrong", "ended by a signal")
+    assert outcome_in_fork(case) in ("elements wrong", "ended by a signal")
 
 
 def outcome(case):
     try:
-        with np.errstate(all="ignore"):  # what bugs leave in memory may be infinite
+        with np.errstate(all="ignore"):  # bugs may leave infinities in memory
             check(case, "cpu")
     except AssertionError as error:
         return "elements wrong" if "elements wrong" in str(error) else repr(error)
@@ -241,13 +242,13 @@ def outcome(case):
     return "as expected"
 
 
-def outcome_apart(case):
-    """What comes of a case in a process of its own: kernels with bugs may write where they should not."""
+def outcome_in_fork(case):
+    """Return the outcome of a case in a forked process, because kernels with bugs may write out of bounds."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         for cached in (launch._prepared, plans.forward_kernels, plans.backward_kernels, plans.address):
-            getattr(cached, "cache_clear", getattr(cached, "clear", None))()  # kernels are looked up anew
+            getattr(cached, "cache_clear", getattr(cached, "clear", None))()  # look up the kernels again
         os.write(writer, outcome(case).encode()[:4096])
         os._exit(0)
     os.close(writer)

@@ -1,4 +1,4 @@
-"""The machine code of the CPU kernels: packed inner loops, on this processor and on others."""
+"""The machine code of the CPU kernels: packed inner loops, for this processor and for others."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ def machine_code(kernel):
 
 
 def code_for(kernel, triple, cpu=""):
-    """What LLVM makes of a kernel's vectors for another processor."""
+    """Return the assembly that LLVM generates for another processor from the vectors of a kernel."""
     machine = target(triple).create_target_machine(cpu=cpu, opt=3)
     code = re.sub(r"target triple = .*", f'target triple = "{triple}"', str(kernel.module(("p",))))
     code = re.sub(r"target datalayout = .*", f'target datalayout = "{machine.target_data}"', code)
@@ -43,7 +43,7 @@ def target(triple):
 
 
 def blocks_of(assembly):
-    """Basic blocks, each a list of lines, and the places of each one's successors."""
+    """Split assembly into basic blocks, which are lists of lines; also return the indices of the successors of each."""
     blocks, places, ended = [], {}, True
     for line in map(str.strip, assembly.splitlines()):
         label = re.fullmatch(r"([\w.$]+):.*", line)
@@ -65,7 +65,7 @@ def blocks_of(assembly):
 
 
 def inner_loops(assembly):
-    """The bodies of loops that have no loop within."""
+    """Return the bodies of the innermost loops."""
     blocks, successors = blocks_of(assembly)
     before = [[at for at, after in enumerate(successors) if to in after] for to in range(len(blocks))]
     everything = set(range(len(blocks)))
@@ -123,7 +123,7 @@ def test_loads_of_dy_do_not_wait_for_the_activation(name):
     text = code_for(KERNELS[name][0](FLOAT32), "x86_64-unknown-linux-gnu", "skylake-avx512")
     by_mask = r"%s\s+-?\w*\(.*%%zmm\d+ \{%%k\d\}"
     loops = [body for body in inner_loops(text) if "%zmm" in body and "vcmp" in body]
-    whole = [body for body in loops if not re.search(by_mask % "vblendmp[sd]", body)]  # others read parts of vectors
+    whole = [body for body in loops if not re.search(by_mask % "vblendmp[sd]", body)]  # others read partial vectors
     assert whole
     assert not [body for body in whole if re.search(by_mask % "vmovup[sd]", body)]
 
@@ -141,24 +141,24 @@ def test_float16_is_converted_by_the_processor():
 def test_inner_loops_are_packed_for_arm(name, code, cpu):
     make, instruction = KERNELS[name][0], "fdiv" if KERNELS[name][1] == "vdiv" else "fmla"
     text = code_for(make(code), ARM, cpu)
-    packed = rf"{instruction}\s+v\d+\.{'2d' if code == FLOAT64 else '4s'}"  # NEON's vectors have 16 bytes
+    packed = rf"{instruction}\s+v\d+\.{'2d' if code == FLOAT64 else '4s'}"  # a NEON vector has 16 bytes
     loops = [body for body in inner_loops(text) if re.search(packed, body)]
     assert loops, f"no inner loop with {packed}"
     scalar = [re.findall(r"\b(?:fadd|fsub|fmul|fdiv|fn?m(?:add|sub))\s+[sdh]\d+", body) for body in loops]
     if code != FLOAT16:
         assert not any(scalar)
         return
-    assert not all(scalar)  # one may be joined to the loop around it, which adds sums in float64
-    reads = name in ("moments", "rows' deviations", "rows' products")  # and writes float64
+    assert not all(scalar)  # a loop may be merged with the loop around it, which adds float64 sums
+    reads = name in ("moments", "rows' deviations", "rows' products")  # these write float64
     assert any("fcvtl" in body and (reads or "fcvtn" in body) for body in loops)
     assert not re.search(r"__extendhfsf2|__truncsfhf2", text)
 
 
 @pytest.mark.parametrize("cpu", ARM_CPUS)
-def test_what_arm_has(cpu, monkeypatch):
-    target(ARM)  # or LLVM would not know it
+def test_arm_has_float16_and_no_masked_stores(cpu, monkeypatch):
+    target(ARM)  # registers ARM in LLVM
     monkeypatch.setattr(codegen(), "magic_tuple", lambda: (ARM, cpu, ""))
-    assert compiler.supports_float16.__wrapped__()  # by instructions that every such processor has
+    assert compiler.supports_float16.__wrapped__()  # every 64-bit ARM processor converts it
     assert not compiler.stores_by_mask()
 
 

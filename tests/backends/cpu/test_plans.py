@@ -1,4 +1,4 @@
-"""How tensors are cut for the processor's caches."""
+"""Plans: how tensors are cut for the caches of the processor."""
 
 from dataclasses import replace
 
@@ -15,8 +15,8 @@ from gpu_bn.spec import FLOAT_DTYPES
 from gpu_bn.testing import Case, check
 
 
-def described(folder, *caches):
-    """A system's description of caches: level, size, and which cores share each."""
+def parse_caches(folder, *caches):
+    """Write a system's description of its caches (level, size, sharing cores) and return how it is read."""
     for at, texts in enumerate(caches):
         index = folder / f"index{at}"
         index.mkdir()
@@ -25,8 +25,8 @@ def described(folder, *caches):
     return plans._caches(folder)
 
 
-def test_a_virtual_machine_has_a_part_of_its_hosts_last_cache(tmp_path, monkeypatch):
-    found = described(tmp_path, ("1", "48K", "1"), ("2", "2048K", "1"), ("3", "300M", "3"))
+def test_a_virtual_machine_counts_on_a_part_of_the_last_cache(tmp_path, monkeypatch):
+    found = parse_caches(tmp_path, ("1", "48K", "1"), ("2", "2048K", "1"), ("3", "300M", "3"))
     assert set(found) == {(1, 48 << 10, 1), (2, 2 << 20, 1), (3, 300 << 20, 2)}
     monkeypatch.setattr(plans, "_caches", lambda: found)
     assert plans.second_cache.__wrapped__() == 2 << 20
@@ -34,14 +34,14 @@ def test_a_virtual_machine_has_a_part_of_its_hosts_last_cache(tmp_path, monkeypa
 
 
 def test_many_cores_have_a_whole_last_cache(tmp_path, monkeypatch):
-    found = described(tmp_path, ("3", "98304K", "ffff,ffffffff"))
+    found = parse_caches(tmp_path, ("3", "98304K", "ffff,ffffffff"))
     monkeypatch.setattr(plans, "_caches", lambda: found)
     assert plans.last_cache.__wrapped__() == 96 << 20
 
 
 @pytest.mark.parametrize("caches", [[], [("2", "", "1")], [("2", "1G", "1")], [("two", "1M", "1")]], ids=str)
-def test_systems_that_do_not_tell(caches, tmp_path, monkeypatch):
-    assert described(tmp_path, *caches) == []
+def test_caches_that_a_system_does_not_describe(caches, tmp_path, monkeypatch):
+    assert parse_caches(tmp_path, *caches) == []
     monkeypatch.setattr(plans, "_caches", list)
     assert plans.second_cache.__wrapped__() == 1 << 20
     assert plans.last_cache.__wrapped__() == 32 << 20
@@ -75,7 +75,7 @@ def test_no_bit_depends_on_the_second_level_cache(nbytes, monkeypatch):
         (7, 200, 16, FLOAT32, True, False),
         (31, 200, 16, FLOAT64, False, False),
         (32, 100, 16, FLOAT64, False, True),
-        (32, 2000, 16, FLOAT32, False, False),  # whose scratch memory would be new in each call
+        (32, 2000, 16, FLOAT32, False, False),  # more scratch memory than a thread keeps
         (16, 2, 16, FLOAT32, False, False),  # tiny
     ],
 )

@@ -1,4 +1,4 @@
-"""Sums over runs of every length: whole vectors, and what is left of one."""
+"""Sums over runs of every length: full vectors, and the partial vector at the end."""
 
 import pytest
 from support import rng
@@ -13,7 +13,7 @@ LONGEST = 2 * WIDE * BYTES // 4 + 1
 
 
 def numbers(shape, seed, dtype):
-    """Whole numbers, whose sums are exact."""
+    """Return integers, whose sums are exact."""
     return torch.from_numpy(rng(seed).integers(-8, 9, shape)).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Calls that torch's threads share: the same bits, no other threads, no more of them than are allowed."""
+"""Calls that run on the threads of torch: equal bits, no other threads, and not more threads than allowed."""
 
 import ctypes
 import os
@@ -32,13 +32,13 @@ def torch_threads():
     torch.set_num_threads(before)
 
 
-def use(count):
+def set_threads(count):
     torch.set_num_threads(count)
     gpu_bn.set_num_threads(count)
 
 
 def results(layout, training=True, dtype=torch.float32):
-    """What a layer computes, and its gradients."""
+    """Return the output, the gradients and the running statistics of a layer."""
     shape, order = LAYOUTS[layout]
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape, generator=generator, dtype=dtype).to(memory_format=order) for _ in range(2))
@@ -55,22 +55,22 @@ def no_pool(monkeypatch):
     monkeypatch.setattr(threads, "run", refuse)
 
 
-@pytest.mark.skipif(team.address() is None, reason="torch's threads are none of OpenMP's")
+@pytest.mark.skipif(team.address() is None, reason="this torch does not use OpenMP")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("no_pool")
 def test_results_are_the_same_to_the_last_bit(layout, training):
-    use(1)
+    set_threads(1)
     alone = results(layout, training)
     for count in (2, 3):
-        use(count)
+        set_threads(count)
         assert all(map(torch.equal, results(layout, training), alone))
 
 
-@pytest.mark.skipif(team.address() is None, reason="torch's threads are none of OpenMP's")
+@pytest.mark.skipif(team.address() is None, reason="this torch does not use OpenMP")
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_no_more_threads_take_part_than_are_allowed(most):
-    """Counted by a kernel that claims a number a call, in each of five phases, of which two are shared."""
+    """A kernel counts its calls in five phases: two run on ``most`` threads each, and three on one thread."""
 
     @kernel
     def mark(phase, counter):  # noqa: ARG001
@@ -88,10 +88,10 @@ def test_no_more_threads_take_part_than_are_allowed(most):
 
 
 @pytest.mark.parametrize("reason", ["torch has one thread", "there is no team"])
-def test_otherwise_the_pool_serves(reason, monkeypatch):
-    use(1)
+def test_without_a_team_the_pool_serves(reason, monkeypatch):
+    set_threads(1)
     alone = results("channels in groups")
-    use(3)
+    set_threads(3)
     if reason == "there is no team":
         monkeypatch.setattr(team, "_forked", True)
     else:
@@ -102,10 +102,10 @@ def test_otherwise_the_pool_serves(reason, monkeypatch):
     assert asked
 
 
-@pytest.mark.skipif(team.address() is None, reason="torch's threads are none of OpenMP's")
+@pytest.mark.skipif(team.address() is None, reason="this torch does not use OpenMP")
 @pytest.mark.usefixtures("no_pool")
 def test_python_threads_have_teams_of_their_own():
-    use(2)
+    set_threads(2)
     layouts, found = list(LAYOUTS), {}
     expected = {layout: results(layout) for layout in layouts}
     workers = [threading.Thread(target=lambda at=at: found.update({at: results(layouts[at % 3])})) for at in range(6)]
@@ -118,7 +118,7 @@ def test_python_threads_have_teams_of_their_own():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_does_without_the_team():
-    """OpenMP would wait there for threads that only the parent has."""
+    """In the child, OpenMP would wait for threads that only the parent has."""
     code = """
 import os, torch, gpu_bn
 from gpu_bn import nn

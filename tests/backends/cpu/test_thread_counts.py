@@ -1,4 +1,4 @@
-"""How many threads a call takes: the environment, the affinity and the quota of a control group."""
+"""The number of threads of a call, by the environment, the CPU affinity and the quota of a control group."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The pool of threads: each part is done once, nothing outlives its call, and the caller alone is enough."""
+"""The thread pool: each part is done once, no work outlives its call, and calls work without helpers, too."""
 
 import _thread
 import itertools
@@ -15,7 +15,7 @@ from gpu_bn.backends.cpu import threads
 
 @pytest.fixture(autouse=True)
 def pool(monkeypatch):
-    """A fresh pool of up to three threads."""
+    """Return a new pool of up to three threads."""
     fresh = threads._Pool()
     monkeypatch.setattr(threads, "_pool", fresh)
     monkeypatch.setattr(threads, "_threads", 3)
@@ -23,7 +23,7 @@ def pool(monkeypatch):
 
 
 class Parts:
-    """Work that shares out its parts, as kernels do, and counts who is at it."""
+    """Work that hands out its parts as kernels do, and records the threads that take part."""
 
     def __init__(self, count, seconds=0.0):
         self.counter, self.count, self.seconds = itertools.count(), count, seconds
@@ -49,8 +49,8 @@ def test_each_part_is_done_once(count, most):
     assert parts.inside == 0
 
 
-def meet(count):
-    """How many threads run a call's work when each of them waits for the others."""
+def count_threads(count):
+    """Return how many threads run the work of a call, in which each waits for the others."""
     names, all_there = set(), threading.Barrier(count, timeout=20)
 
     def work():
@@ -63,7 +63,7 @@ def meet(count):
 
 def test_helpers_help_and_stay():
     for _ in range(3):
-        assert meet(3) == 3
+        assert count_threads(3) == 3
     assert threads._pool.helpers == 2
 
 
@@ -82,7 +82,7 @@ def test_calls_from_many_threads_at_once():
 
 
 def run_threads(call, arguments):
-    """Call a function in a thread for each argument; the errors."""
+    """Call a function in a new thread for each argument, and return the errors."""
     errors = []
 
     def guarded(argument):
@@ -105,7 +105,7 @@ class Failure(Exception):
 
 
 def fail_in(caller, started=None):
-    """Work that fails in the caller's thread or in a helper's, when both are at it."""
+    """Return work that raises in the caller's thread or in a helper's, once both have begun."""
     me, both = threading.get_ident(), threading.Barrier(2, timeout=10)
 
     def work():
@@ -126,7 +126,7 @@ def test_a_helpers_exception_reaches_the_caller_whole():
     assert caught.value.args == ("whole", 42)
     assert any(entry.name == "work" for entry in caught.traceback)
     assert finished == ["finished"]
-    test_helpers_help_and_stay()  # the helper lives on
+    test_helpers_help_and_stay()  # the helper is still alive
 
 
 def test_the_callers_exception_waits_for_its_helpers():
@@ -155,8 +155,8 @@ def test_exceptions_go_to_their_own_callers():
     assert run_threads(call, range(6)) == []
 
 
-def test_a_helper_that_has_not_begun_is_called_off(monkeypatch, pool):
-    monkeypatch.setattr(threads, "start_new_thread", lambda *_: None)  # it takes its time
+def test_a_helper_that_has_not_begun_does_nothing_later(monkeypatch, pool):
+    monkeypatch.setattr(threads, "start_new_thread", lambda *_: None)  # the helper does not start
     parts = Parts(3)
     threads.run(parts, 2)
     late = pool.queue.get_nowait()
@@ -192,7 +192,7 @@ def test_the_second_helper_may_be_refused(monkeypatch, pool):
         return start(*arguments)
 
     monkeypatch.setattr(threads, "start_new_thread", first_only)
-    assert (meet(2), pool.helpers) == (2, 1)
+    assert (count_threads(2), pool.helpers) == (2, 1)
 
 
 ENDINGS = {
@@ -235,7 +235,7 @@ def call(os=os, run=threads.run, count=itertools.count, sleep=time.sleep):
 
 @pytest.mark.parametrize("ending", ["del", "a thread that outlives main"])
 def test_large_calls_at_the_end_of_the_process(ending, backend):
-    """Modules cannot be imported any more then."""
+    """Calls work when the interpreter shuts down and nothing can be imported any more."""
     code = f"""
 import os, numpy, gpu_bn
 gpu_bn.set_num_threads(3)
@@ -256,7 +256,7 @@ def test_a_forked_child_has_a_pool_of_its_own():
     threads.run(Parts(20, 0.002), 3)
     child = os.fork()
     if not child:
-        os._exit(0 if meet(3) == 3 else 1)
+        os._exit(0 if count_threads(3) == 3 else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -267,7 +267,7 @@ def test_an_interrupt_while_the_caller_waits():
     def work():
         if threading.get_ident() != me:
             begun.set()
-            time.sleep(0.05)  # the caller waits by now
+            time.sleep(0.05)  # by then the caller waits
             _thread.interrupt_main()
             time.sleep(0.05)
             finished.append(True)
@@ -280,8 +280,8 @@ def test_an_interrupt_while_the_caller_waits():
 
 
 def test_an_interrupt_at_any_line_leaves_no_helper_at_work():
-    """Wherever in the pool's code it comes; once a call."""
-    test_helpers_help_and_stay()  # threads are there
+    """Each call is interrupted once, at another line of the pool's code."""
+    test_helpers_help_and_stay()  # starts the helpers
     for at in itertools.count():
         parts = Parts(6, 0.002)
         interrupted = run_interrupted(parts, at)
@@ -296,7 +296,7 @@ def test_an_interrupt_at_any_line_leaves_no_helper_at_work():
 
 
 def run_interrupted(parts, at):
-    """Run with a KeyboardInterrupt at the ``at``-th line of the pool's code; whether it was reached."""
+    """Run with a KeyboardInterrupt at the ``at``-th line of the pool's code; tell whether that line was reached."""
     count = itertools.count()
 
     def trace(frame, event, _):

@@ -1,4 +1,4 @@
-"""What is translated to LLVM's code does what Python does; what cannot be is refused where it stands."""
+"""Code translated to LLVM gives what Python gives; code that cannot be translated is refused with its line."""
 
 import ctypes
 import linecache
@@ -16,8 +16,8 @@ WHOLE, REAL = ctypes.c_int64, ctypes.c_double
 _names = count()
 
 
-def function(text, **names):
-    """The last function of a source, which can be looked up as files are."""
+def define(text, **names):
+    """Execute a source text and return its last function; ``linecache`` knows the text, as if it were a file."""
     name, text = f"<translated {next(_names)}>", textwrap.dedent(text)
     linecache.cache[name] = len(text), None, text.splitlines(True), name
     known = {"__name__": __name__, "inlined": inlined, "cold": cold, **names}
@@ -25,7 +25,7 @@ def function(text, **names):
     return list(known.values())[-1]
 
 
-def translated(kernel, real=(), returns=WHOLE):
+def compiled(kernel, real=(), returns=WHOLE):
     kinds = [REAL if name in real else WHOLE for name in kernel.parameters]
     call = ctypes.CFUNCTYPE(returns, *kinds)(kernel.address(real))
     call.kernel = kernel
@@ -50,7 +50,7 @@ WHOLES = {
 @pytest.mark.parametrize("name", WHOLES)
 def test_whole_numbers(name):
     text = f"def f(a, b):\n    return {WHOLES[name]}"
-    exact, call = function(text), translated(cold(function(text)))
+    exact, call = define(text), compiled(cold(define(text)))
     divides = name in ("quotient", "remainder")
     for a, b in product((-7, -3, -1, 0, 1, 2, 5, 2**40), (-5, -2, 1, 3, 7) if divides else (-5, -2, 0, 1, 3, 7)):
         assert call(a, b) == exact(a, b), (a, b)
@@ -68,7 +68,7 @@ REALS = {
 @pytest.mark.parametrize("name", REALS)
 def test_floats(name):
     text = f"def f(a, b):\n    return {REALS[name]}"
-    exact, call = function(text), translated(cold(function(text)), ("a", "b"), REAL)
+    exact, call = define(text), compiled(cold(define(text)), ("a", "b"), REAL)
     for pair in product((-2.5, -0.0, 0.0, 1.0, 1e300, math.inf), repeat=2):
         got, truth = call(*pair), exact(*pair)
         assert got == truth or (math.isnan(got) and math.isnan(truth)), pair
@@ -122,18 +122,18 @@ LOOPS = """
 
 
 def test_loops_tuples_and_calls():
-    plain = function(LOOPS, inlined=lambda f: f, cold=lambda f: f, LAST=10**7)
-    call = translated(cold(function(LOOPS, LAST=10**7)))
+    plain = define(LOOPS, inlined=lambda f: f, cold=lambda f: f, LAST=10**7)
+    call = compiled(cold(define(LOOPS, LAST=10**7)))
     for pair in product(range(7), range(-1, 9)):
         assert call(*pair) == plain(*pair), pair
 
 
 def test_only_the_branch_that_is_known_to_be_taken_is_translated():
     def chosen(which):
-        return function("def f(a):\n    if which is None or which:\n        a += 1\n    else:\n        a += missing\n"
+        return define("def f(a):\n    if which is None or which:\n        a += 1\n    else:\n        a += missing\n"
                         "    return a if which else missing", which=which)  # fmt: skip
 
-    assert translated(cold(chosen(True)))(1) == 2
+    assert compiled(cold(chosen(True)))(1) == 2
     for other in (False, None):
         with pytest.raises(TypeError, match="missing is not defined"):
             cold(chosen(other)).address()
@@ -154,20 +154,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_translated(message):
+def test_unsupported_code_is_refused(message):
     with pytest.raises(TypeError, match=message):
-        cold(function(f"def f(a, b):\n{REFUSED[message]}")).address()
+        cold(define(f"def f(a, b):\n{REFUSED[message]}")).address()
 
 
-def test_what_is_inlined_returns_at_its_end():
+def test_an_inlined_function_returns_at_its_end():
     text = "@inlined\ndef g(a):\n    if a:\n        return 1\n    return 2\n\ndef f(a):\n    return g(a)"
     with pytest.raises(TypeError, match="an inlined function may return only in its last statement"):
-        cold(function(text)).address()
+        cold(define(text)).address()
 
 
 @pytest.mark.parametrize("after", ["def f(a):\n    return a + 2", "", "\ndef f(a):\n    return a + 1"])
 def test_a_source_that_has_changed_since_is_not_compiled(after):
-    kernel = cold(function("def f(a):\n    return a + 1"))
+    kernel = cold(define("def f(a):\n    return a + 1"))
     name = kernel.py_func.__code__.co_filename
     linecache.cache[name] = len(after), None, after.splitlines(True), name
     with pytest.raises(RuntimeError, match=r"has changed since f was imported"):
