@@ -1,4 +1,4 @@
-"""A call on a GPU that raises has changed nothing: memory that runs out at every late call into C, on the emulator."""
+"""A call on an emulated GPU that raises changes nothing: a MemoryError at each of its last calls into C."""
 
 import sys
 from functools import partial
@@ -24,17 +24,17 @@ CALLS = {
     "mask": {"mask": rng(2).random((6, 1, 8)) < 0.7},
 }
 LATE = 14
-"""Calls into C at the end of a call, in which its last memory is taken and its outputs are written."""
+"""The number of calls into C that are tested: the last ones, which allocate memory and write the outputs."""
 WRITING = 3
-"""The last of them write the statistics, which takes no memory."""
+"""The number of calls into C at the end that write the statistics; they allocate nothing."""
 
 
 def require_all_or_nothing(own, options, **how):
-    """``own`` moves an array to where the backend has its arrays."""
+    """Require that a failing call changes all or nothing; ``own`` makes an array of the backend's library."""
     options = {name: own(value) if name == "mask" else value for name, value in options.items()}
 
     def attempt(number):
-        """Where memory runs out: whether it was noticed, how many places there were, and what is there after it."""
+        """Return whether the call raised, how many calls into C it made, and the bytes of its arrays afterwards."""
         x, mean, var = (own(array) for array in (data(), np.zeros(3, np.float32), np.ones(3, np.float32)))
         error = MemoryError()
         call = lambda: gpu_bn.batch_norm(x, mean, var, training=True, out=x, **options, **how)  # noqa: E731
@@ -68,12 +68,12 @@ def test_memory_that_runs_out_on_emulated_triton(name, compile_triton):
 
 
 def test_ctrl_c_between_the_statistics_of_an_emulated_gpu(make_gpu):
-    """Where the phases are launched one after another, and there is no counter."""
+    """Mean and variance change together, also where the phases are separate launches and there is no counter."""
     gpu = make_gpu(80, None, Device(checks=Checks(races=False)))
     x, start = gpu.asarray(data()), (np.zeros(3, np.float32), np.ones(3, np.float32))
 
     def attempt(number):
-        """A new mean and variance, whether Ctrl-C was noticed, and how many lines there were."""
+        """Return the new mean and variance, whether the call raised, and how many lines it ran."""
         mean, var = map(gpu.asarray, start)
         call = partial(gpu_bn.batch_norm, x, mean, var, training=True, renorm=(2.0, 1.0))
         raised, lines = run_with_error(call, sys.settrace, at_line(number, KeyboardInterrupt()), KeyboardInterrupt())

@@ -1,4 +1,4 @@
-"""SyncBatchNorm on emulated GPUs: packets merged and running statistics moved in one launch each, and counted."""
+"""SyncBatchNorm on emulated GPUs: one launch merges packets, and one updates running statistics and the counter."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ ON_CUPY = pytest.mark.parametrize("launches", ["cupy"], indirect=True)
 VIEWS = {"view", "split", "select", "slice", "as_strided", "unbind", "detach", "unsqueeze", "permute", "alias", "empty",
          "empty_strided", "empty_like", "new_empty", "new_empty_strided", "expand", "t", "transpose", "wait_tensor",
          "split_with_sizes", "_unsafe_view", "set_", "lift_fresh"}  # fmt: skip
-"""torch's operations that launch nothing."""
+"""The torch operations that launch no kernel."""
 
 
 def triton(request):
-    """Triton's backend on an emulated GPU, and a function that names what it has launched."""
+    """Return the Triton backend on an emulated GPU, and a function that names the launched kernels."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     from support.triton_backends import EmulatedBackend
 
@@ -48,7 +48,7 @@ def triton(request):
 
 
 def cupy(request):
-    """The same of CuPy's, which serves CUDA tensors where Triton is not installed."""
+    """Return the CuPy backend on an emulated GPU, and a function that names the launched kernels."""
     make_gpu, monkeypatch = map(request.getfixturevalue, ("make_gpu", "monkeypatch"))
     backend = backend_for_tensors(make_gpu(80), monkeypatch)
     return backend, lambda: [re.search(r"bn_[a-z_]+_kernel", name)[0] for name in backend.gpu.launched]
@@ -56,7 +56,7 @@ def cupy(request):
 
 @pytest.fixture(params=["cupy", "triton"])
 def launches(request, monkeypatch):
-    """Name what an emulated GPU has launched, whose backend is in the place of that for CPU tensors."""
+    """Let an emulated GPU serve CPU tensors, and return a function that names its launched kernels."""
     backend, names = {"cupy": cupy, "triton": triton}[request.param](request)
     monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     return names
@@ -75,13 +75,13 @@ def signature(channels):
 
 
 def packets_of(vectors):
-    """What is gathered: of each part of the vectors all processes' packets."""
+    """Return what processes gather: for each part of the vectors, the packets of all processes."""
     sent = [wire.pack(vector, "", signature((len(vector) - 2) // 2)) for vector in vectors]
     return [torch.stack(parts) for parts in zip(*sent, strict=True)]
 
 
 def reports_of(counts, channels):
-    """Reports of means 10,000 times as large as deviations."""
+    """Return reports of data whose mean is 10,000 times the standard deviation."""
     reports = torch.zeros(len(counts), 2 + 2 * channels, dtype=torch.float64)
     for report, count in zip(reports, counts, strict=True):
         report[1] = count
@@ -113,7 +113,7 @@ def test_reports_merge_to_what_torch_merges_them_to(counts, channels, launches):
 
 
 def require_summed(vectors):
-    """Sums of packets, wherever they begin in memory, and however they lie there."""
+    """Require right sums of packets, with any address and strides; return the packets."""
     packets = packets_of(vectors)
     found = wire.add(packets, vectors.shape[1])
     assert_close(found, vectors.sum(0), rtol=1e-14, atol=0)
@@ -168,7 +168,7 @@ def test_sums_are_nan_where_those_of_torch_are(at, field, launches, monkeypatch)
     packets[0][:, at] = torch.tensor(field)
     found = wire.add(packets, 82)
     assert launches() == ["bn_sync_sum_kernel"]
-    monkeypatch.undo()  # the CPU's backend has no kernel for it
+    monkeypatch.undo()  # on the CPU, torch adds the packets
     assert_close(found, wire.add(packets, 82), rtol=1e-14, atol=0, equal_nan=True)
 
 
@@ -192,7 +192,7 @@ def test_running_statistics_move_as_torch_moves_them(count, momentum, dtype, lau
 
 
 def require_moved(count, momentum, dtype=torch.float32):
-    channels = 1030  # more than a program's block
+    channels = 1030  # more than one program handles
     mean, var = torch.randn(channels, dtype=torch.float64), torch.rand(channels, dtype=torch.float64)
     count = torch.tensor([count], dtype=torch.float64)
     mine = [torch.randn(channels).to(dtype), torch.rand(channels).to(dtype), torch.tensor(4)]
@@ -219,7 +219,7 @@ def test_what_is_not_tracked_is_left_alone(launches):
     assert len(launches()) == 3
 
 
-def test_a_counter_that_kernels_cannot_reach_is_torchs_to_move(launches):
+def test_torch_updates_a_counter_that_kernels_cannot(launches):
     mean, count = torch.zeros(3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     counter = torch.tensor(2, dtype=torch.int32)
     phases.update(None, None, counter, None, None, count, mean, mean)
@@ -284,7 +284,7 @@ def test_parts_of_a_batch_are_normalised_as_the_whole(sizes, dtype, activation, 
 
 
 class Operations(TorchDispatchMode):
-    """Counts torch's operations that would launch a kernel or copy memory."""
+    """A mode that counts torch operations that would launch a kernel or copy memory."""
 
     def __init__(self):
         super().__init__()
@@ -309,7 +309,7 @@ BACKWARD = {
 
 
 def test_a_layer_takes_few_launches(launches, monkeypatch, request):
-    """Of two processes with the same part: what one launches between and besides the exchanges."""
+    """Each of two processes launches few kernels around the exchanges; both have the same part of the batch."""
     monkeypatch.setattr(sync, "has_peers", lambda _: True)
     monkeypatch.setattr(group.Group, "of", staticmethod(lambda _: group.Group("", 2, 0)))
     monkeypatch.setattr(group, "gather", lambda packet, _: torch.stack((packet, packet)))
@@ -329,12 +329,12 @@ def test_a_layer_takes_few_launches(launches, monkeypatch, request):
 
 
 def test_torch_launches_nothing_besides(launches, monkeypatch):
-    """What the operators merge and update with: one launch each, and without such kernels dozens of torch's."""
+    """The operators launch one kernel each; without these kernels, torch would launch dozens."""
     packets = packets_of(reports_of((5, 3), 8))
     counted = []
     for fused in (True, False):
         running = (torch.zeros(8), torch.ones(8), torch.tensor(0))
-        with Operations() as operations:  # it does not see into operators
+        with Operations() as operations:  # the mode does not see inside operators
             found = phases._merge_packets(packets, 8)
             phases._update(*running, 0.1, None, *found)
             wire._sum(packets, 18)
@@ -348,7 +348,7 @@ def test_torch_launches_nothing_besides(launches, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ planted faults
 def require_refused(channels):
-    """Require NaN of mistakes, and of headers that differ, in the last part of packets."""
+    """Require NaN results if the last part of the packets has an error or headers that differ."""
     for field, values in ((0, (7.0, 7.0)), (9, (0.0, 7.0))):
         packets = packets_of(reports_of((5, 3), channels))
         packets[-1][:, field] = torch.tensor(values)
@@ -361,7 +361,7 @@ PLANTED = [(backend, fault) for backend, faults in FAULTS.items() for fault in (
 
 
 def plant(before, after, folder, monkeypatch):
-    """Give the backend that serves kernels with a fault."""
+    """Plant a fault in the kernels of the backend."""
     backend = registry.backend_for(None)
     if hasattr(backend, "gpu"):
         assert importlib.import_module("gpu_bn.backends.cupy.sources").source(None).count(before) == 1

@@ -15,22 +15,22 @@ from emulator.cache import cache_directory
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing")
-"""No contraction: a multiplication and an addition are rounded one after the other, unless the kernel says ``fma``."""
+"""``-ffp-contract=off`` rounds a product before it is added, unless the kernel calls ``fma``."""
 SANITIZERS = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
     "thread": ("-fsanitize=thread",),
 }
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
-"""That have to be loaded before Python."""
+"""The libraries that have to be preloaded, before Python."""
 
 
 def compiler() -> str | None:
-    """The path of g++, or ``None``."""
+    """Return the path of g++, or ``None``."""
     return shutil.which("g++")
 
 
 def runtime(sanitizer: str) -> Path | None:
-    """The library of a sanitizer, or ``None`` if the compiler comes without it."""
+    """Return the path of the sanitizer's library, or ``None`` if the compiler comes without it."""
     found = subprocess.run(
         ["g++", f"-print-file-name={RUNTIMES[sanitizer]}"], capture_output=True, text=True, check=True
     )
@@ -39,25 +39,25 @@ def runtime(sanitizer: str) -> Path | None:
 
 
 def compile_kernels(source: str, names: Sequence[str], sanitizer: str) -> Path:
-    """A shared library of the kernels with these name expressions, as functions ``kernel_0``, ``kernel_1``, ...
+    """Compile the kernels ``names`` to a library with functions ``kernel_0``, ``kernel_1``, ...; return its path.
 
     Raises:
-        RuntimeError: g++ refuses; the message is its own.
+        RuntimeError: g++ fails; the message holds its output.
     """
     calls = [
         f'extern "C" void kernel_{i}(void** table) {{ shim::call(&{name}, table); }}' for i, name in enumerate(names)
     ]
-    text = "\n".join(['#include "cuda.h"', translated(source), *calls])
+    text = "\n".join(['#include "cuda.h"', translate(source), *calls])
     return _library(text, ("fibres.h", "cuda.h"), SANITIZERS[sanitizer])
 
 
 def compile_scheduler() -> Path:
-    """The shared library that runs the kernels' threads; the kernels' libraries need it to be loaded before."""
+    """Compile the scheduler, which runs the threads of kernels; it must be loaded before the libraries of kernels."""
     return _library((HERE / "fibres.cpp").read_text(), ("fibres.h",), ())
 
 
 def _library(text: str, headers: Sequence[str], flags: Sequence[str]) -> Path:
-    """A shared library of a text, from the cache if it is there."""
+    """Compile a text to a shared library, unless the cache has it, and return its path."""
     parts = [text, *((HERE / name).read_text() for name in headers), *FLAGS, *flags]
     library = cache_directory() / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
     if not library.exists():
@@ -66,25 +66,25 @@ def _library(text: str, headers: Sequence[str], flags: Sequence[str]) -> Path:
             source, built = Path(folder) / "source.cpp", Path(folder) / "built.so"
             source.write_text(text)
             _run(["g++", *FLAGS, *flags, "-shared", f"-I{HERE}", source, "-o", built])
-            built.replace(library)  # whole or not at all, also with several processes
+            built.replace(library)  # atomic, also with several processes
     return library
 
 
 def _run(command: Sequence[str | Path]) -> None:
-    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # g++ itself runs without
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # without the sanitizer
     done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed:\n{done.stderr[:4000]}")
 
 
-# ------------------------------------------------------------------------------- what g++ does not understand
+# ------------------------------------------------------------------------- CUDA syntax that g++ does not understand
 SHARED = re.compile(r"(?<!extern )__shared__ ([^;{}=]+?) (\w+)((?:\[[^\]]*\])*);")
 DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([^;]*?) ?(\w+)\[\];")
 CLUSTER = re.compile(r"(__global__ void (?:CLUSTER_OF|__cluster_dims__)\((\w+)[^{]*\{)")
 
 
-def translated(source: str) -> str:
-    """The source with shared memory, cluster sizes and inline PTX in the shim's C++."""
+def translate(source: str) -> str:
+    """Return the source with shared memory, cluster sizes and inline PTX rewritten for the shim."""
     source = DYNAMIC.sub(r"#define \2 ((\1*)shim::dynamic_memory())\n", source)
     source = SHARED.sub(
         r"static const char \2_key = 0; typedef \1 \2_type\3; "
@@ -105,7 +105,7 @@ def _without_asm(source: str) -> str:
 
 
 def _closing(source: str, at: int) -> int:
-    """The place of the bracket that closes the one before ``at``; strings are passed over."""
+    """Return the index of the bracket that closes the one before ``at``; brackets in strings do not count."""
     depth = 1
     for token in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(source, at):
         depth += {"(": 1, ")": -1}.get(token[0], 0)
@@ -115,7 +115,7 @@ def _closing(source: str, at: int) -> int:
 
 
 def _calls(statement: str) -> str:
-    """An asm statement as calls of functions that have the instructions' names: ``ptx::cvt_f32_f16(f, v)``."""
+    """Rewrite an asm statement as calls of functions named after instructions: ``ptx::cvt_f32_f16(f, v)``."""
     template, *lists = _split(statement)
     code = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", " ").replace("\\t", " ")
     operands = [text for part in lists[:2] for text in _operands(part)]
@@ -131,7 +131,7 @@ def _calls(statement: str) -> str:
 
 
 def _split(statement: str) -> list[str]:
-    """The parts of an asm statement between its colons; ``::`` outside of strings is two."""
+    """Split an asm statement at the colons outside of strings; ``::`` is two colons."""
     tokens = re.findall(r'"(?:[^"\\]|\\.)*"|:|[^":]+', statement)
     parts = [""]
     for token in tokens:
@@ -143,7 +143,7 @@ def _split(statement: str) -> list[str]:
 
 
 def _operands(part: str) -> list[str]:
-    """The expressions of ``"=f"(f), "r"(v)``."""
+    """Return the expressions in operands such as ``"=f"(f), "r"(v)``: here ``f`` and ``v``."""
     found = []
     for constraint in re.finditer(r'"[^"]*"\s*\(', part):
         found.append(part[constraint.end() : _closing(part, constraint.end())])

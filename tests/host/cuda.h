@@ -1,4 +1,4 @@
-// CUDA C++ for g++: the words, built-in variables and functions that the kernels use, and their PTX instructions.
+// CUDA C++ for g++: the keywords, built-in variables, functions and PTX instructions that the kernels use.
 //
 // This header is compiled with the kernels, under the sanitizers; the scheduler is not.
 #pragma once
@@ -55,7 +55,7 @@ template <class T> T __shfl_xor_sync(unsigned mask, T v, unsigned distance) {
   return out;
 }
 
-// An address in shared memory is 32 bits: the rank of the block in its cluster, and where in the block's memory.
+// An address in shared memory has 32 bits: the rank of the block in its cluster (8), and the offset in its memory (24).
 inline size_t __cvta_generic_to_shared(const void* p) {
   const shim::Block& block = *shim::current->block;
   return (size_t)block.rank << 24 | (size_t)((const char*)p - block.memory);
@@ -109,7 +109,7 @@ inline void cp_async_wait_group(int pending) {
   thread.copies.swap(later);
 }
 
-// ---------------------------------------------------------------------------------------- blocks that meet
+// ---------------------------------------------------------------------------------------- synchronisation of blocks
 inline void red_release_gpu_global_add_u32(unsigned* p, unsigned v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
 inline void red_relaxed_gpu_global_add_u32(unsigned* p, unsigned v) { __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 inline void ld_acquire_gpu_global_u32(unsigned& d, const unsigned* p) {
@@ -132,7 +132,7 @@ inline void ld_shared__cluster_f64(double& d, unsigned address) { d = *(const do
 
 namespace shim {
 
-// What a launch calls: a kernel with a table of the addresses of its arguments.
+// Call a kernel with a table of the addresses of its arguments.
 template <class... P, size_t... I> void unpack(void (*kernel)(P...), void** table, std::index_sequence<I...>) {
   kernel(*(P*)table[I]...);
 }

@@ -1,5 +1,5 @@
-// The scheduler: runs blocks of a grid together, each thread a fibre, until all have ended. No sanitizer looks into this
-// file; it tells them of fibres and of what orders memory, if they are there.
+// The scheduler: runs the threads of several blocks as fibres until all have ended. It is compiled without a sanitizer,
+// but tells a sanitizer, if one is loaded, when fibres switch and which operations order memory.
 #include "fibres.h"
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -40,8 +40,8 @@ void fail(const char* what) {
 static void acquire(void* at) { if (__tsan_acquire) __tsan_acquire(at); }
 static void release(void* at) { if (__tsan_release) __tsan_release(at); }
 
-// A barrier that members pass together. What was written before is seen after; of two rounds in turn, each has a place
-// that the sanitizer knows it by, because the first may be in the next round before the last has left this one.
+// A barrier that all members pass together, and that orders memory. Two rounds in turn have separate addresses for the
+// sanitizer, because the first member may enter the next round before the last one has left this one.
 struct Barrier {
   unsigned arrived = 0, round = 0;
   bool any = false, result[2] = {};
@@ -70,7 +70,7 @@ struct Warp {
 };
 
 struct State : Block {
-  Barrier barrier, cluster_barrier;  // the second in the cluster's first block
+  Barrier barrier, cluster_barrier;  // the second is used in the first block of a cluster
   std::vector<Warp> warps;
   std::vector<std::pair<const void*, char*>> variables;
   size_t used = 0;
@@ -209,7 +209,7 @@ static void body() {
   to_scheduler(true);
 }
 
-// Memory is as it was left: NaN, if it is read as a number.
+// Start a block. Its shared memory is filled with NaN.
 static void begin(State& block, unsigned x, unsigned threads) {
   block.index = {x, 0, 0};
   block.live = threads;
@@ -229,7 +229,7 @@ static void end(State& block) {
   block.memory = nullptr;
 }
 
-// Runs the threads of a block until each has ended or waits for another block. Whether any has come further.
+// Run the threads of a block until each has ended or waits for another block. Return whether any made progress.
 static bool run_block(std::vector<Fibre*>& fibres) {
   State& block = *static_cast<State*>(fibres[0]->block);
   bool further = false;
@@ -247,8 +247,8 @@ static bool run_block(std::vector<Fibre*>& fibres) {
   return further;
 }
 
-// Until all have ended. A block runs as far as it comes before the next does, so that one that does not wait for the
-// others is far ahead of them; the order of blocks and threads is the seed's.
+// Run all threads to the end. Each block runs as far as it can before the next one does, so that a block that misses a
+// wait is far ahead of the others. The seed chooses the order of blocks and threads.
 static void run(std::vector<Fibre>& fibres, unsigned threads, unsigned seed) {
   std::vector<std::vector<Fibre*>> order(fibres.size() / threads);
   std::mt19937 random(seed);
@@ -263,7 +263,7 @@ static void run(std::vector<Fibre>& fibres, unsigned threads, unsigned seed) {
     if (!fibre.ended) current = &fibre, fail("deadlock: nobody can go on");
 }
 
-// A fibre's stack and what the sanitizer knows it by: kept from batch to batch, because both are costly to make.
+// The stack and the sanitizer's handle of a fibre. They are kept for later batches, because creating them is slow.
 struct Kept {
   char* stack;
   void* tsan;

@@ -16,14 +16,14 @@ from .compile import compile_kernels, compile_scheduler
 
 @functools.cache
 def scheduler() -> ctypes.CDLL:
-    """The library of ``fibres.cpp``: one for all kernels."""
+    """Return the library of ``fibres.cpp``, which all kernels share."""
     return ctypes.CDLL(str(compile_scheduler()), ctypes.RTLD_GLOBAL)
 
 
 class HostKernel:
-    """One kernel in a library that g++ has made."""
+    """A kernel in a library that was compiled with g++."""
 
-    shared_bytes = 0  # besides what a launch asks for; the shim allocates it
+    shared_bytes = 0  # static shared memory, which the shim allocates
 
     def __init__(self, library: ctypes.CDLL, index: int) -> None:
         self.function = ctypes.cast(library[f"kernel_{index}"], ctypes.c_void_p)
@@ -40,10 +40,10 @@ class HostDevice:
         self.seed, self.memory = seed, self
 
     def mark_written(self, array: np.ndarray) -> None:
-        """Do nothing: reads of unwritten bytes are not noticed here."""
+        """Do nothing: this device does not check reads of unwritten bytes."""
 
     def empty(self, shape: Any, dtype: Any) -> np.ndarray:
-        """Make an array of NaN, or of the largest integers."""
+        """Return an array whose bits are all 1: NaN, or -1 or the largest integer."""
         array = np.empty(shape, dtype)
         array.reshape(-1).view(np.uint8)[...] = 0xFF
         return array
@@ -62,12 +62,12 @@ def _bytes(argument: Any) -> bytes:
 
 
 class HostGpu(fake_cupy.EmulatedGpu):
-    """CuPy's stand-in; kernels are compiled under ``sanitizer``."""
+    """A stand-in for CuPy whose kernels are compiled with ``sanitizer``."""
 
     sanitizer = "address"
 
     def raw_module(self, *, code: str, options: tuple = (), name_expressions: tuple = ()) -> Any:
-        """``cupy.RawModule``."""
+        """Compile kernels, in place of ``cupy.RawModule``."""
         del options
         scheduler()
         library = ctypes.CDLL(str(compile_kernels(self.edit_source(code), name_expressions, self.sanitizer)))
@@ -81,7 +81,7 @@ class HostGpu(fake_cupy.EmulatedGpu):
     def launch_cooperative(
         self, pointer: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int, table: int
     ) -> None:
-        """``cupy.cuda.driver.launchCooperativeKernel``: all blocks run together."""
+        """Run all blocks together, in place of ``cupy.cuda.driver.launchCooperativeKernel``."""
         kernel = self.kernels[pointer]
         self._note(kernel, stream)
         cells = ctypes.c_void_p(table)
@@ -89,7 +89,7 @@ class HostGpu(fake_cupy.EmulatedGpu):
 
 
 def backend(monkeypatch: Any, tier: str | None, sanitizer: str, seed: int = 0, arch: int = 90) -> Any:
-    """The CuPy backend on a GPU of this kind, which is its ``gpu``."""
+    """Return the CuPy backend on such a GPU, which is its attribute ``gpu``."""
     gpu = fake_cupy.install(monkeypatch, HostDevice(seed), arch, HostGpu)
     gpu.sanitizer = sanitizer
     made = importlib.import_module("gpu_bn.backends.cupy.backend").CupyBackend(tier)

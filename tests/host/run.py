@@ -1,6 +1,6 @@
 """Run cases of the CuPy backend on the CPU, each in a process of its own, under a sanitizer.
 
-``python -m host.run SANITIZER FOLDER`` does what ``FOLDER/jobs.pickle`` says; :func:`run_jobs` starts it.
+``python -m host.run SANITIZER FOLDER`` runs the jobs in ``FOLDER/jobs.pickle``; :func:`run_jobs` starts it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1 suppress_equal_stacks=0 suppress_equal_addresses=0",
 }
 FOUND = {"data race": "ThreadSanitizer: data race", "wrong result": "AssertionError"}
-"""What a sanitizer or the oracle writes, by the name of what it has found."""
+"""The text that a sanitizer or the oracle writes, by the name of the fault."""
 
 
 class Shared:
-    """What SyncBatchNorm does besides its phases: packets of three processes, one of them empty, in two parts each."""
+    """The steps of SyncBatchNorm besides its phases: packets of three processes, one empty, in two parts each."""
 
     def __str__(self) -> str:
         return "shared statistics"
 
     def run(self, backend: Any) -> dict[str, np.ndarray]:
-        """Merge reports of 40 channels, add up sums, and move running statistics."""
+        """Merge reports of 40 channels, add sums, and update running statistics; return the results by name."""
         sizes, own = {"header": 5, "room": 50, "unknown": -1.0}, backend.xp.asarray
         numbers = np.random.default_rng(0).standard_normal((2, 3, 55))
         numbers[:, :, :5], numbers[0, :, 6] = 0, (5, 0, 3)
@@ -52,7 +52,7 @@ class Shared:
 
 
 class Job(NamedTuple):
-    """A case on a tier, its kernels' source edited."""
+    """A case on a tier, with edits of the kernel source, run ``times`` times."""
 
     tier: str
     case: Case | Shared
@@ -67,14 +67,14 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a job's process has written, and its results, if it has come to its end."""
+    """The output of a job's process, and its results, or ``None`` if it failed."""
 
     said: str
     results: dict[str, np.ndarray] | None
 
     @property
     def fault(self) -> str:
-        """Name what was found; empty if nothing was."""
+        """The name of the fault that was found; empty if there was none."""
         if self.results is not None:
             return ""
         names = [name for name, text in FOUND.items() if text in self.said]
@@ -84,7 +84,7 @@ class Outcome(NamedTuple):
 
 
 def run_jobs(jobs: Sequence[Job], sanitizer: str, folder: Path) -> list[Outcome]:
-    """Run jobs one after another, and say what came of each."""
+    """Run jobs one after another and return their outcomes."""
     (folder / "jobs.pickle").write_bytes(pickle.dumps(list(jobs)))
     environment = {**os.environ, **OPTIONS, "LD_PRELOAD": str(runtime(sanitizer))}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *sys.path])
@@ -105,14 +105,14 @@ def _outcome(folder: Path, index: int) -> Outcome:
 def _run(job: Job, sanitizer: str, path: Path) -> None:
     backend = gpu.backend(pytest.MonkeyPatch(), job.tier, sanitizer)
     backend.gpu.edit_source = job.edit
-    for _ in range(job.times):  # what a call leaves behind, another finds
+    for _ in range(job.times):  # a later call finds the counters of the former
         if isinstance(job.case, Case):
             check(job.case, backend)
     np.savez(path, **{name: _storable(array) for name, array in results(job.case, backend).items()})
 
 
 def results(case: Case | Shared, backend: Any) -> dict[str, np.ndarray]:
-    """What a backend makes of a case."""
+    """Return the results of a case on a backend, by name."""
     return run(build(case), backend) if isinstance(case, Case) else case.run(backend)
 
 
@@ -121,7 +121,7 @@ def _storable(array: np.ndarray) -> np.ndarray:
 
 
 def main(sanitizer: str, folder: Path) -> None:
-    """Do the jobs, each in a fork: a sanitizer that finds something ends the process."""
+    """Run each job in a forked process, because a sanitizer that finds a fault ends the process."""
     for index, job in enumerate(pickle.loads((folder / "jobs.pickle").read_bytes())):
         child = os.fork()
         if child:

@@ -113,7 +113,7 @@ def test_out(make_gpu):
 
 
 def test_blocks_that_do_not_fit_together_are_not_launched_together(make_gpu):
-    """A cooperative grid larger than what the GPU holds at a time would wait for ever."""
+    """A cooperative grid with more blocks than the GPU can hold at a time would wait for ever."""
     gpu = make_gpu(80, "cooperative")
     x, *_ = arrays(gpu)
     want = gpu_bn.batch_norm(x, training=True, backend=gpu.backend)
@@ -127,7 +127,7 @@ def test_blocks_that_do_not_fit_together_are_not_launched_together(make_gpu):
 
 @pytest.mark.parametrize("tier", ["cta", "cooperative"])
 def test_a_smaller_tensor_takes_no_shared_memory_from_a_larger_one(tier, make_gpu):
-    """The two are served by one kernel, and how much a launch may ask for is the kernel's, whoever set it."""
+    """Both launch one kernel, whose limit on shared memory must not drop with the smaller tensor."""
     gpu = make_gpu(80, tier)
     sizes = (24 << 10, 16 << 10) if tier == "cta" else (48 << 10, 20 << 10)
     large, small = (gpu.asarray(rng().normal(0, 1, (1, 2, size)).astype(np.float32)) for size in sizes)
@@ -241,7 +241,7 @@ def test_a_call_runs_where_its_input_is(tier, make_gpu):
         assert gpu.launched_on == {device}
         results.append((y, saved.mean, grads.dx, grads.dweight, *vectors))
         assert {array.device.id for array in results[-1]} == {device}
-        assert gpu.entered == [1, 1] * device  # nothing is switched for a call on the current device
+        assert gpu.entered == [1, 1] * device  # no device is entered for a call on the current one
         assert gpu.current == 0
     assert all(one.tobytes() == other.tobytes() for one, other in zip(*results, strict=True))
 
@@ -265,7 +265,7 @@ def test_arrays_on_several_gpus_are_refused(name, make_gpu):
 
 
 def test_vectors_of_any_strides(make_gpu):
-    """Parameters and running statistics that are columns of a table, or lie backwards."""
+    """Parameters and running statistics may be columns of a table, or have negative strides."""
     gpu = make_gpu(80)
     x, *_ = arrays(gpu)
     columns = rng(3).uniform(1, 2, (4, 6, 3)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The budget of the CUDA kernels' machine code: instructions, double precision, loads in flight, blocks an SM."""
+"""The budget of the CUDA kernels' machine code: instructions, double precision, loads in flight, blocks per SM."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ EVERY = [(arch, layout) for arch in ARCHITECTURES for layout in budget.LAYOUTS]
 MARKS = dict.fromkeys([(80, "ragged"), (90, "columns")], pytest.mark.slow)
 
 
-def current():
+def current_rows():
     return [row for row in budget.recorded() if not budget.stale(row)]
 
 
 def test_every_kernel_of_the_set_is_within_its_budget():
-    over = [f"{row}: {why}" for row in current() for why in row.over()]
+    over = [f"{row}: {why}" for row in current_rows() for why in row.over()]
     assert not over, "\n".join(over)
 
 

@@ -1,4 +1,4 @@
-"""Corners of the CUDA kernels and of their launches: more blocks, other dtypes and other devices than cases have."""
+"""Corner cases of the CUDA kernels and their launches: many blocks, mixed dtypes, several devices."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_cluster_whose_strips_are_of_several_channels(make_gpu):
     ids=str,
 )
 def test_more_blocks_than_are_merged_in_one_round(tier, case, make_gpu):
-    """Strips of 64 channels: each of the 256 threads merges a quarter of them."""
+    """Strips have 64 channels, so that each of them is merged by 4 of the 256 threads."""
     check(case, make_gpu(80, tier).backend)
 
 
@@ -75,7 +75,7 @@ def test_an_activation_has_its_parameter_in_float64(tier, mode, make_gpu):
 
 
 def test_ghost_batches_are_added_up_in_float64(make_gpu):
-    """Their running statistics, momentum included, and the gradients of the parameters."""
+    """Running statistics, momentum included, and gradients of the parameters are summed over groups in float64."""
     check(Case((4, 6, 5), "float64", virtual_batch_size=2), make_gpu(80).backend)
 
 
@@ -97,13 +97,13 @@ def test_momentum_may_be_a_number_on_the_device(options, value, make_gpu):
 
 # ------------------------------------------------------------------------------------------------------- statistics
 def test_the_running_variance_of_one_position_is_zero(make_gpu):
-    """Without Bessel's correction, which would be 1 / 0."""
+    """Bessel's correction, which would be 1 / 0, is left out."""
     check(Case((6, 5, 4), mask="one"), make_gpu(80).backend)
 
 
 @pytest.mark.parametrize("scale", [1, 1e20])
 def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(scale, make_gpu):
-    """All is 10,001 but for the vectors that the first shift is taken from."""
+    """All elements are 10,001, but those that the first shift is computed from are 0."""
     problem = build(Case((4, 1, 4096), mode="train_no_stats"))
     x = np.full((1 << 12, 4), 10_001, np.float32)
     x[np.arange(8) * len(x) // 8] = 0
@@ -114,20 +114,20 @@ def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(scale, make_gpu)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.one_in(2)
 def test_a_first_element_far_from_the_others_costs_no_digits(layout, tier, make_gpu):
-    """The means of blocks are told as differences from an element of the channel."""
+    """Blocks report their means as differences from an element of the channel."""
     problem = build(Case((4, 6, 5, 14), "float64", layout))
     problem.x[0, :, 0, 0] = [30, -30, 50, -50, 77.7, 100 / 3]
     check(problem, make_gpu(90, tier).backend)
 
 
 def test_a_channel_of_one_large_number_is_not_scaled(make_gpu):
-    """All squares are zero, but there is nothing to be made larger."""
+    """All squares of deviations are 0, which does not mean that they underflowed."""
     problem = build(Case((3, 4, 41, 8), mode="train_no_stats"))
     check(replace(problem, x=np.full_like(problem.x, 1e20)), make_gpu(80, "cta").backend)
 
 
 def test_the_first_shift_is_a_mean_and_no_sum(make_gpu):
-    """The sum of its samples would overflow."""
+    """The sum of the samples overflows float32; their mean does not."""
     gpu = make_gpu(80, "cta")
     x = rng().normal(1e38, 1e37, (3, 4, 41, 8)).astype(np.float32)
     y = gpu_bn.batch_norm(gpu.asarray(x), training=True, backend=gpu.backend)
@@ -135,16 +135,16 @@ def test_the_first_shift_is_a_mean_and_no_sum(make_gpu):
 
 
 def test_small_numbers_that_follow_a_large_one_are_not_lost(make_gpu, monkeypatch):
-    """Each thread sums 64 vectors, a 1 first: float32 alone would lose all others, so that its chains are short.
+    """Each thread sums 64 vectors, the first of ones. A single float32 sum would lose all the others.
 
-    In the first two channels the others are too small for x and dy to be added, in the last two for squares.
+    In the first two channels the sums of x and dy would lose them, in the last two the sums of squares.
     """
     monkeypatch.setitem(fake_cupy.PROPERTIES, 80, fake_cupy.PROPERTIES[80] | {"multiProcessorCount": 1})
     problem = build(Case((1, 4, 1 << 16), mode="train_no_stats"))
     numbers = np.full((4, 64, 1024), 2.0**-24 / 10, np.float32)
     numbers[2:] = 1943 * 2.0**-23
     numbers[:, 0] = 1
-    numbers[:, ::8, :4] = 0  # what the first shift is the mean of
+    numbers[:, ::8, :4] = 0  # the samples of the first shift
     numbers = numbers.reshape(problem.x.shape)
     gpu = make_gpu(80, "split", Device(checks=Checks(races=False)))
     check(replace(problem, x=numbers, dy=numbers), gpu.backend)
@@ -154,13 +154,13 @@ def test_small_numbers_that_follow_a_large_one_are_not_lost(make_gpu, monkeypatc
 @pytest.mark.parametrize("activation", ROWS)
 @pytest.mark.one_in(4)
 def test_activations_far_from_zero(activation, make_gpu):
-    """No overflow on the way to a small number, and none of its digits lost."""
+    """Small values far from zero keep their digits, and nothing overflows on the way to them."""
     check(far_from_zero(activation), make_gpu(80).backend)
 
 
 # ------------------------------------------------------------------------------------------------ frozen statistics
 def test_frozen_gradients_of_adjacent_channels(make_gpu):
-    """With those of the parameters and without, for which other kernels serve."""
+    """dx has the same bits whether or not gradients of the parameters are computed, which takes another kernel."""
     gpu = make_gpu(80)
     problem = build(Case((60, 24), "float16", mode="eval"))
     check(problem, gpu.backend)
@@ -175,7 +175,7 @@ def test_frozen_gradients_of_adjacent_channels(make_gpu):
 # --------------------------------------------------------------------------------------------------------- launches
 @pytest.mark.parametrize("vectors", [11, 12])
 def test_shared_memory_is_asked_for_with_what_a_block_has_of_its_own(vectors, make_gpu):
-    """Without being asked for, both together may be 48 KiB."""
+    """Static and dynamic memory may take 48 KiB together; the launch requests as much for the dynamic part alone."""
     gpu = make_gpu(80, "cta", Device(checks=Checks(races=False)))
     x = rng().normal(1, 2, (1, 1, 4 * 256 * vectors)).astype(np.float32)
     y = gpu_bn.batch_norm(gpu.asarray(x), training=True, backend=gpu.backend)
@@ -185,7 +185,7 @@ def test_shared_memory_is_asked_for_with_what_a_block_has_of_its_own(vectors, ma
 
 @pytest.mark.parametrize("tier", ["cta", "cooperative", "split"])
 def test_each_device_has_its_own_kernels_and_counters(tier, make_gpu):
-    """The emulated launches refuse those of another."""
+    """Emulated launches refuse kernels and memory of another device."""
     gpu = make_gpu(80, tier)
     problem = build(Case((8, 1, 32, 64), activation="relu"))
     for device in (0, 1):
@@ -203,7 +203,7 @@ def test_each_device_has_its_own_kernels_and_counters(tier, make_gpu):
     "options", [{"mask": True}, {"mask": True, "renorm": (1.2, 0.3)}, {"renorm": (2.0, 1.0), "training": True}], ids=str
 )
 def test_all_is_done_where_the_input_is(options, make_gpu):
-    """Also what CuPy's own kernels do, which run on the current device and refuse another's arrays."""
+    """The kernels of CuPy, too, run on the device of the input rather than on the current one."""
     gpu = make_gpu(80)
     problem = build(Case((4, 6, 5), activation="relu"))
     keep = rng().random((4, 1, 5)) > 0.3

@@ -1,4 +1,4 @@
-"""The CUDA kernels give the same bits under every order of warps and blocks that is tried."""
+"""The CUDA kernels give the same bits under each order of warps and blocks that is tried."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Faults planted in the CUDA kernels: each must be reported by the named check, or found wrong by the oracle.
+"""Faults planted in the CUDA kernels: the named check must report each, or the oracle must find a wrong result.
 
-A missing fence shows as a data race. One fence less goes unnoticed where another orders the same accesses: the release
-of a cooperative arrival, after the fence of publish. So does the barrier at the end of a strip, after which no thread
-writes what another still reads before it has passed a later barrier.
+A missing fence shows as a data race, unless something else orders the same accesses. Two omissions go unnoticed
+for this reason: the release of a cooperative arrival, which follows the fence in publish, and the barrier at the end of a strip,
+since each thread passes a later barrier before it overwrites what others still read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEEDS = (None, 0, 1)
 
 
 def first_report(run: Callable[[Device], object]) -> EmulatorError:
-    """What is said about a faulty run, in lock-step or under a random schedule."""
+    """Return the first error of a faulty run, in lock-step or under a random schedule."""
     for seed in SEEDS:
         try:
             run(Device(seed=seed, max_steps=50_000))
@@ -34,7 +34,7 @@ def first_report(run: Callable[[Device], object]) -> EmulatorError:
 
 
 FIRST = {(planted.check, planted.tier): planted.fault for planted in reversed(PLANTED)}.values()
-"""The faults of a normal run: of each check and tier, the first."""
+"""The faults of a normal run: the first of each check and tier."""
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_planted_fault_is_reported(planted, make_gpu, caught_faults):
         gpu = make_gpu(90, planted.tier, device)
         gpu.edit_source = planted.edit
         check(planted.case, gpu.backend)
-        check(planted.case, gpu.backend)  # what a call leaves behind, another finds
+        check(planted.case, gpu.backend)  # the second call finds the counters of the first
 
     error = first_report(run)
     caught_faults[f"CUDA: {planted.fault}"] = str(error)
@@ -119,7 +119,7 @@ CUTS = {
 
 
 def seek_errors(source: str, name: str, compile_cuda) -> int:
-    """How many of the numbers differ from those computed in Python's integers."""
+    """Return how many numbers of a kernel differ from those computed with Python integers."""
     *geometry, of_all, rank, first = GEOMETRIES[name]
     channels, inner, elements, lanes, strips, positions, share, *_ = geometry
     kind = name.split()[0]

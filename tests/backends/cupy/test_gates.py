@@ -1,6 +1,6 @@
-"""What the compiler makes of the CUDA kernels: no spills, no stack, registers for two blocks an SM, full vectors.
+"""The machine code of the CUDA kernels: no spills, no stack, registers for two blocks per SM, full vectors.
 
-A covering set is compiled here; ``project/test_gates.py`` has all variants, as they were recorded.
+This file compiles a covering set; ``project/test_gates.py`` checks the record of all variants.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYOUTS = pytest.mark.parametrize("columns", [False, True], ids=["rows", "column
 
 
 def _covering():
-    """Each architecture with the kernels that need most registers, each dtype, and vectors that are not full."""
+    """Yield groups with each architecture, each dtype and narrow vectors; mostly kernels that need many registers."""
     for dtype, columns in product(("float16", "float32"), (False, True)):
         yield Group(80, "relu", dtype, FULL[dtype], columns, cuda_sources.WHOLE)
         yield Group(90, "gelu", dtype, FULL[dtype], columns, cuda_sources.WHOLE)
@@ -45,7 +45,7 @@ def _marked(groups):
 
 
 def _masked():
-    """Masks and ghost batches: full vectors in each dtype and layout on all architectures, then narrower ones."""
+    """Yield groups of masks and ghost batches: full vectors of each architecture, dtype and layout; narrow ones."""
     for arch, dtype, columns, batch in product(ARCHITECTURES, FULL, (False, True), ("MASKED_GROUPS", "GROUPS")):
         usual = (arch, dtype, columns, batch) == (90, "float16", True, "MASKED_GROUPS")
         slow = batch == "MASKED_GROUPS" and (arch, dtype) in ((75, "float64"), (120, "float16"))
@@ -61,7 +61,7 @@ def _masked():
 @pytest.mark.usefixtures("compile_cuda")
 @pytest.mark.parametrize("group", [*_marked(_covering()), *_masked()])
 def test_gates(group):
-    """Masks and ghost batches have the registers and the shared memory of the kernels without."""
+    """Each kernel is within its limits; kernels for masks and ghost batches have the same limits as the others."""
     FAMILY.check(group)
 
 
@@ -69,7 +69,7 @@ def test_gates(group):
 @pytest.mark.parametrize(("dtype", "columns"), [("float16", True), ("float32", False)])
 @pytest.mark.slow
 def test_the_oldest_gpus_have_kernels(dtype, columns, compile_cuda):
-    """sm_70, of which the record has nothing, and which CUDA 13 has left behind."""
+    """Kernels compile for sm_70, which the record leaves out and CUDA 13 no longer supports."""
     if nvrtc().version >= (13, 0):
         pytest.skip("NVRTC 13 compiles for sm_75 and later")
     group = Group(70, "relu", dtype, FULL[dtype], columns, cuda_sources.WHOLE)
@@ -98,16 +98,16 @@ def test_the_small_kernels(arch, activation, shared, compile_cuda):
         "bn_backward_kernel<Layout<BF16, 8, true>, Cooperative, FROM_X>",
     ],
 )
-def test_a_stamp_is_of_all_that_a_kernel_is_made_of(name, compile_cuda):
-    """The definitions that a kernel can come to, alone, are the same kernel to the compiler; and they are not all."""
+def test_a_stamp_covers_all_definitions_of_a_kernel(name, compile_cuda):
+    """The definitions that a kernel can reach compile to the same code as the whole source."""
     whole, part = cuda_sources.source("relu"), definitions(90, "relu").reachable(re.findall(r"\w+", name))
     assert len(part) < len(definitions(90, "relu").parts)
     made = [
         compile_cuda(source, 90, cuda_sources.OPTIONS, expressions=[name], resources=False)[name].ptx
         for source in (whole, "\n".join(part))
     ]
-    # But for constants that nobody uses, before the kernel, and the source's hash and the compiling process in names,
-    # before which stands their length.
+    # Leave out unused constants before the kernel, and the source's hash and the process number in mangled names, which
+    # follow the length of the name.
     process = r"\d+_INTERNAL_\w*?kernel_cu_[0-9a-f]{8}_\d+"
     instructions = [re.sub(process, "", ptx[ptx.index(".entry") :]) for ptx in made]
     assert instructions[0] == instructions[1]
@@ -125,7 +125,7 @@ def test_widths_are_those_that_the_emulator_finds(compile_cuda):
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @LAYOUTS
 def test_co_resident_blocks_have_the_shared_memory_that_the_plan_counts_on(device, columns):
-    """Static, dynamic and the driver's 1 KiB (none on sm_75), for the largest shares that the plan gives a block."""
+    """Static and dynamic shared memory and the driver's 1 KiB (none on sm_75) of two blocks fit an SM."""
     static = STATIC_SHARED if columns else 256
     reserved = 1024 if device.arch >= 80 else 0
     sizes = [size + odd for size in (1 << k for k in range(12, 25)) for odd in (0, size // 3, 2 * size // 3)]

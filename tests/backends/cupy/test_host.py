@@ -1,10 +1,9 @@
-"""The CUDA kernels compiled by g++ for the CPU (``tests/host``): a second execution beside the emulator, by another
+"""The CUDA kernels compiled by g++ for the CPU (``tests/host``): a second execution besides the emulator, with another
 compiler and another runtime, under the address, undefined-behaviour and thread sanitizers.
 
-Where both do the same arithmetic, results are equal to the last bit: with multiplications and additions rounded one
-after the other (NVRTC's ``--fmad=false``, g++'s ``-ffp-contract=off``; an explicit ``fma`` is one rounding in both).
-By default NVRTC fuses them where it likes, which changes last bits; functions such as ``exp`` are each library's own;
-and CuPy flushes float32 numbers below 1.2e-38, which g++ does not. So those are compared with the oracle only.
+Results are equal to the last bit if both do the same arithmetic. Neither may then fuse a multiplication and an addition
+(``--fmad=false`` for NVRTC, ``-ffp-contract=off`` for g++). Functions such as ``exp`` differ between the libraries, and
+CuPy flushes float32 numbers below 1.2e-38, which g++ does not: such cases are compared with the oracle only.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SLICE = [
     Job("split", Case((6, 3, 5, 7), mask="random", virtual_batch_size=2)),
     Job("split", Shared()),
 ]
-MEETING = list(itertools.takewhile(lambda planted: planted.fault != "one vector too many", faults.PLANTED))
+SYNC_FAULTS = list(itertools.takewhile(lambda planted: planted.fault != "one vector too many", faults.PLANTED))
 """The planted faults of barriers, copies, fences and counters."""
 MARKS = {
     "cooperative: relaxed wait": (),
@@ -42,7 +41,7 @@ MARKS = {
     "block sum: no barrier before reuse": pytest.mark.slow,
     **dict.fromkeys(["cluster: relaxed barrier", "block sum: no barrier before reading"], pytest.mark.slow),
 }
-"""Of the normal and of the long run; each fault takes a compilation. The emulator is given all in test_faults.py."""
+"""The faults of a normal and of a long run, since each takes a compilation; test_faults.py emulates all of them."""
 EXPECTED = ("data race", "wrong result", "shared memory of a block that has ended", "deadlock")
 
 
@@ -57,7 +56,7 @@ def test_two_executions_agree_to_the_last_bit(job, tmp_path, make_gpu, monkeypat
     (outcome,) = run_jobs([job], "address", tmp_path)
     assert outcome.fault == "", outcome.said
     emulated = make_gpu(90, job.tier, Device(checks=Checks(races=False, initialised=False)))
-    cuda_sources = importlib.import_module("gpu_bn.backends.cupy.sources")  # which this backend has imported
+    cuda_sources = importlib.import_module("gpu_bn.backends.cupy.sources")  # the module that this backend uses
     monkeypatch.setattr(cuda_sources, "OPTIONS", (*cuda_sources.OPTIONS, "--fmad=false"))
     expected = results(job.case, emulated.backend)
     assert outcome.results.keys() == expected.keys()
@@ -67,10 +66,10 @@ def test_two_executions_agree_to_the_last_bit(job, tmp_path, make_gpu, monkeypat
 
 # ------------------------------------------------------------------------------------------------ races
 RACES = {"cooperative": (), "cluster": pytest.mark.slow}
-"""The tiers whose blocks wait for each other; the others are tried by hand."""
+"""The tiers whose blocks wait for each other; the others run with ``-m exhaustive``."""
 
 
-def under_threads(job, tmp_path):
+def run_under_thread_sanitizer(job, tmp_path):
     if host_compile.runtime("thread") is None:
         pytest.skip("g++ has no ThreadSanitizer")
     return run_jobs([job], "thread", tmp_path)[0]
@@ -78,11 +77,11 @@ def under_threads(job, tmp_path):
 
 @pytest.mark.parametrize(
     "planted",
-    [pytest.param(planted, marks=MARKS.get(planted.fault, pytest.mark.exhaustive)) for planted in MEETING],
+    [pytest.param(planted, marks=MARKS.get(planted.fault, pytest.mark.exhaustive)) for planted in SYNC_FAULTS],
     ids=lambda planted: planted.fault,
 )
-def test_a_planted_fault_of_a_meeting_is_found(planted, tmp_path, caught_faults):
-    outcome = under_threads(Job(planted.tier, planted.case, planted.edits, times=2), tmp_path)
+def test_a_planted_synchronisation_fault_is_found(planted, tmp_path, caught_faults):
+    outcome = run_under_thread_sanitizer(Job(planted.tier, planted.case, planted.edits, times=2), tmp_path)
     caught_faults[f"CUDA by g++: {planted.fault}"] = f"{outcome.fault}: ThreadSanitizer or the oracle"
     assert outcome.fault.startswith(EXPECTED), outcome.said[-2000:]
 
@@ -93,5 +92,5 @@ def test_a_planted_fault_of_a_meeting_is_found(planted, tmp_path, caught_faults)
     ids=lambda job: f"{job.tier} {job.case}",
 )
 def test_the_kernels_have_no_data_race(job, tmp_path):
-    outcome = under_threads(job, tmp_path)
+    outcome = run_under_thread_sanitizer(job, tmp_path)
     assert outcome.fault == "", outcome.said[-2000:]

@@ -1,4 +1,4 @@
-"""How the CuPy backend launches its kernels: on which stream, with which counters, together or not, on what memory."""
+"""How the CuPy backend launches its kernels: streams, counters, cooperative launches, refused clusters and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpu_bn.testing.check import run
 
 pytestmark = pytest.mark.compile
 SHARED = (8, 1, 16, 64)
-"""A channel that several blocks share, in the tiers in which blocks may."""
+"""A channel that several blocks share, in the tiers that allow it."""
 
 
 def stream():
@@ -48,8 +48,8 @@ def test_small_kernels_run_on_the_current_stream(make_gpu):
     assert gpu.launched_in == {current.ptr}
 
 
-def counting(gpu):
-    """The current stream's counters, as a launch has them that has not ended: of seven blocks or more."""
+def set_counters(gpu):
+    """Set the counters of the current stream to 7, as if seven blocks of a running launch had counted; return them."""
     counters = gpu.backend.counters(8)
     counters[...] = 7
     return counters
@@ -67,14 +67,14 @@ def test_a_call_on_one_stream_is_not_disturbed_by_one_that_runs_on_another(tier,
     want = results_of(gpu)
     busy, free = stream(), stream()
     with busy:
-        counters = counting(gpu)
+        counters = set_counters(gpu)
     with free:
         assert same_bits(results_of(gpu), want)
     assert (counters == 7).all()
 
 
 def test_a_stream_keeps_its_counters(make_gpu):
-    """Or each call would allocate others, and set them to zero."""
+    """Each stream gets the same counters again; otherwise each call would allocate and clear new ones."""
     gpu = make_gpu(80)
     streams = stream(), stream()
     counters = []
@@ -86,7 +86,7 @@ def test_a_stream_keeps_its_counters(make_gpu):
 
 
 def test_a_stream_that_was_let_go_keeps_its_handle_from_the_next(make_gpu):
-    """What was launched on it may be running still, and the next stream of that handle would get the same counters."""
+    """Its launches may still run: a new stream with the same handle would share their counters."""
     gpu = make_gpu(80)
     used, unused = stream(), stream()
     with used:
@@ -110,7 +110,7 @@ def test_counters_of_few_streams_are_kept(make_gpu):
 
 
 def test_a_stream_gets_more_counters_when_it_asks_for_more(make_gpu):
-    """Strips of a split launch may be any number."""
+    """The counters grow, since a split launch may have any number of strips."""
     gpu = make_gpu(80)
     many = gpu.backend.counters(8).size + 1
     counters = gpu.backend.counters(many)
@@ -121,21 +121,21 @@ def test_a_stream_gets_more_counters_when_it_asks_for_more(make_gpu):
 
 @pytest.mark.parametrize("tier", ["cooperative", "split"])
 def test_what_is_captured_counts_from_zero_whatever_runs_on_the_stream(tier, make_gpu):
-    """The graph may be launched at any time, on any stream."""
+    """A captured call gets new counters, since its graph may be launched at any time on any stream."""
     gpu = make_gpu(80, tier)
     want = results_of(gpu)
     with stream() as current:
-        counters = counting(gpu)
+        counters = set_counters(gpu)
         current.begin_capture()
         assert same_bits(results_of(gpu), want)
-        assert gpu.backend.counters(8) is not gpu.backend.counters(8)  # two graphs may run at a time
+        assert gpu.backend.counters(8) is not gpu.backend.counters(8)  # two graphs may run at the same time
         current.end_capture()
     assert (counters == 7).all()
 
 
 # ----------------------------------------------------------------------------------- blocks that wait for each other
 def test_blocks_that_wait_for_each_other_are_launched_to_run_together(make_gpu):
-    """Of an ordinary launch the GPU may run one block at a time: the first would wait for ever."""
+    """An ordinary launch may run one block at a time, so that the first would wait for ever."""
     gpu = make_gpu(80, "cooperative", Device(resident_threads=256))
     check(Case(SHARED, activation="relu"), gpu.backend)
     assert len(gpu.launched) == 2
@@ -143,21 +143,21 @@ def test_blocks_that_wait_for_each_other_are_launched_to_run_together(make_gpu):
 
 @pytest.mark.parametrize("tier", ["cooperative", "cta"])
 def test_a_thread_that_has_not_met_the_device_yet_may_call(tier, make_gpu):
-    """CuPy binds the device's context where it launches a kernel itself; the driver's own functions need it bound."""
+    """The driver needs a context that is bound to the thread, which CuPy does only in its own launches."""
     gpu = make_gpu(80, tier)
     want = results_of(gpu)
     assert {"y", "dx"} <= want.keys()
     with ThreadPoolExecutor(1) as other:
         assert same_bits(other.submit(results_of, gpu).result(), want)
         sys.modules["gpu_bn.backends.cupy.device"].resident_blocks.cache_clear()
-    with ThreadPoolExecutor(1) as other:  # which has to prepare its calls as well
+    with ThreadPoolExecutor(1) as other:  # a new backend prepares its calls in the thread
         gpu.backend = type(gpu.backend)(tier)
         assert same_bits(other.submit(results_of, gpu).result(), want)
 
 
 # ----------------------------------------------------------------------------------------------- refused clusters
 def test_a_device_without_room_for_a_cluster_is_served_without(make_gpu):
-    """As a part of a GPU (MIG) may be. Nothing has been written when the device refuses."""
+    """A part of a GPU (MIG) may refuse clusters. The call has written nothing by then and takes another tier."""
     gpu = make_gpu(90)
     want = results_of(gpu)
     assert all("cluster" in name for name in gpu.launched)
@@ -192,7 +192,7 @@ def test_blocks_whose_shared_memory_does_not_fit_together_are_not_launched_toget
     check(case, gpu.backend)
     assert len(gpu.launched) == 2
     gpu.launched.clear()
-    gpu.shared_per_sm = 8 << 10  # two blocks of 4 KiB, but for what they have of their own
+    gpu.shared_per_sm = 8 << 10  # two blocks of 4 KiB, but no room for static memory
     sys.modules["gpu_bn.backends.cupy.device"].resident_blocks.cache_clear()
     check(case, type(gpu.backend)("cooperative"))
     assert len(gpu.launched) == 4
@@ -216,7 +216,7 @@ def test_vectors_may_begin_at_any_byte(options, make_gpu):
 
 
 def test_where_the_output_may_go_is_decided_without_the_device(make_gpu):
-    """CuPy's own shares_memory sorts all addresses on the device, and waits; the stand-in has none."""
+    """Overlap is decided on the host: ``cupy.shares_memory``, which the stand-in lacks, would wait for the device."""
     gpu = make_gpu(80)
     base = gpu.asarray(rng().normal(1, 2, (9, 6, 5, 4)).astype(np.float32))
     x, residual, beside = base[:4], gpu.asarray(np.array(base[:4]) / 2), base[5:]
@@ -234,7 +234,7 @@ def test_where_the_output_may_go_is_decided_without_the_device(make_gpu):
 
 
 def test_ghost_batches_of_more_channels_than_a_block_has_threads(make_gpu):
-    """Running statistics and the gradients of parameters, which a thread for each channel adds up."""
+    """The kernels that sum over ghost batches, with one thread for each channel, launch several blocks."""
     check(Case((4, 600), virtual_batch_size=2), make_gpu(80).backend)
 
 
@@ -250,16 +250,16 @@ def test_an_array_from_the_host_has_the_values_and_the_strides_that_it_had(step,
 # -------------------------------------------------------------------------------------------------------- many channels
 @pytest.mark.parametrize("backward", [False, True])
 def test_channels_are_counted_in_64_bits_or_refused(backward, make_gpu):
-    """2**31 of them in one pass: what a kernel is told holds the numbers, and its partial sums have room."""
+    """The geometry of a kernel and its partial sums hold 2**31 channels; larger numbers are refused."""
     make_gpu(80)
     geometry = sys.modules["gpu_bn.backends.cupy.builder"].geometry
     work = Work(1, 1 << 31, 1, 2, backward=backward, reads=1 + backward)
     plan = plan_once(work, DEVICES["h100"])
-    told = [int(number) for number in geometry(plan)]
-    assert told[0] == 1 << 31
-    assert told[1] * plan.tiling.vector == 1 << 31
-    assert told[4] * told[3] * plan.tiling.vector >= 1 << 31
-    assert plan.partials >= 2 * plan.tiling.c  # a Python number, and the kernels' are 64 bits wide
+    numbers = [int(number) for number in geometry(plan)]
+    assert numbers[0] == 1 << 31
+    assert numbers[1] * plan.tiling.vector == 1 << 31
+    assert numbers[4] * numbers[3] * plan.tiling.vector >= 1 << 31
+    assert plan.partials >= 2 * plan.tiling.c  # an int here, 64 bits in the kernels
     with pytest.raises(ValueError, match=r"less than 2\*\*31 blocks, got 2147483648"):
         geometry(plan_once(replace(work, s=2), DEVICES["h100"]))
     with pytest.raises(ValueError, match=r"less than 2\*\*32 channels in all groups, got 4294967296"):

@@ -1,4 +1,4 @@
-"""Masks and ghost batches in the CUDA kernels: results, whatever the schedule, and the bytes they move."""
+"""Masks and ghost batches in the CUDA kernels: results, independence of the schedule, and bytes moved."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from gpu_bn.testing.check import ADAPTERS
 
 pytestmark = pytest.mark.compile
 LONG, TALL = (8, 2, 64, 64), (2600, 16)
-"""Channels that several blocks share, also of one group."""
+"""Shapes whose channels are shared by several blocks, even within one ghost batch."""
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def usual() -> Iterator[Masked]:
-    """Each feature once: dtypes, layouts, vectors and tails, blocks that share a channel, masks, groups, options."""
+    """Yield each feature once: dtypes, layouts, vector tails, blocks that share a channel, masks, groups, options."""
     for dtype, shape in zip(DTYPES, (ROWS, COLUMNS) * 2, strict=True):
         yield Masked(Case(shape, dtype, activation="relu", residual=True))
     for dtype, shape in zip(DTYPES, (COLUMNS, ROWS) * 2, strict=True):
@@ -57,7 +57,7 @@ def usual() -> Iterator[Masked]:
     yield Masked(Case(COLUMNS, activation="leaky_relu"), "unmasked", 2)
     yield Masked(Case(ROWS, activation="leaky_relu"), "unmasked", 3)
     yield Masked(Case(ROWS, mode="eval", activation="relu", residual=True))
-    yield Masked(Case(COLUMNS, "float16", mode="eval"), "half", 2)  # groups do not matter here
+    yield Masked(Case(COLUMNS, "float16", mode="eval"), "half", 2)  # evaluation ignores groups
     yield Masked(Case(COLUMNS, mode="train_no_stats", affine="none"), "half", 2)
     for layout in ("channels_last", "fortran", "misaligned"):
         yield Masked(Case(ROWS, layout=layout, activation="relu", residual=True), "half", 3)
@@ -78,7 +78,7 @@ def more() -> Iterator[Masked]:
 
 
 def everything() -> Iterator[Masked]:
-    """All of dtypes, layouts, masks and groups."""
+    """Yield all combinations of shapes, dtypes, masks, groups and activations."""
     shapes = (ROWS, COLUMNS, (6, 5, 3, 7), (60, 7), (6, 1, 50), LONG, TALL)
     kinds = ("half", "few", "last", "one", "all", "a group is empty", "unmasked")
     calls = (("relu", True), ("identity", False), ("gelu_tanh", True))
@@ -104,7 +104,7 @@ def cases() -> Iterator:
 def test_case(masked, make_gpu):
     gpu = make_gpu(90 if "half" in masked.mask else 80)
     check_masked(gpu, masked)
-    two = 3 if masked.groups > 1 and masked.case.mode == "train" else 2  # and one for the C-sized rest of groups
+    two = 3 if masked.groups > 1 and masked.case.mode == "train" else 2  # a third kernel sums over the groups
     if masked.mask != "unmasked" and masked.case.mode != "eval":
         forward = sum("backward" not in name and "add_groups" not in name for name in gpu.launched)
         assert forward <= two
@@ -118,8 +118,8 @@ def test_the_cases_share_channels_among_blocks():
         assert found.blocks > 1
 
 
-def test_what_does_not_count_could_as_well_be_absent(make_gpu):
-    """A mask of all positions gives the unmasked call's results, but for roundings: another guess of the mean."""
+def test_a_mask_of_ones_gives_the_unmasked_results(make_gpu):
+    """A mask of ones gives the unmasked results up to rounding errors, because it takes another first shift."""
     gpu = make_gpu(80, "split")
     problem, _ = problem_of(Masked(Case(ROWS, activation="gelu", residual=True), "unmasked"))
     valid = mask("all", problem.x.shape, 1, 1)
@@ -137,7 +137,7 @@ OTHERS = ((ROWS, "unmasked"), (COLUMNS, "half"))
     ids=str,
 )
 def test_groups_are_calls_in_turn(shape, kind, make_gpu):
-    """Bit for bit, but for what is added up over the groups."""
+    """Groups give the bits of separate calls; only sums over the groups may differ by rounding errors."""
     gpu = make_gpu(80, "split")
     problem, valid = problem_of(Masked(Case(shape, activation="relu", residual=True, param_dtype="float64"), kind, 3))
     together = run(gpu, problem, valid, 3)
@@ -157,7 +157,7 @@ def test_groups_are_calls_in_turn(shape, kind, make_gpu):
 
 
 def saved_of(gpu, masked: Masked):
-    """A forward call's record, by the fused call and by the phases, with what they wrote."""
+    """Return dy, and what a forward call saves and writes: of the fused call, and of the phases."""
     problem, valid = problem_of(masked)
     send, _ = ADAPTERS["cupy"]
     spec, backend = spec_of(problem, masked.groups), gpu.backend
@@ -215,7 +215,7 @@ def test_only_what_is_needed(need, make_gpu):
 
 @pytest.mark.parametrize("kind", ["half", "unmasked"])
 def test_a_count_may_be_on_the_device(kind, make_gpu):
-    """As the count over all ranks is: without a mask, and instead of a mask's own."""
+    """A count in device memory, such as the sum over all ranks, gives the results of the same number on the host."""
     gpu = make_gpu(80, "split")
     masked = Masked(Case(ROWS, activation="silu", residual=True), kind)
     dy, (saved, *_), (phased, *_) = saved_of(gpu, masked)
@@ -296,11 +296,11 @@ ARGUMENTS = {
     "normalize": {"x": 0, "y": 1, "residual": 2, "mask": 3},
     "backward": {"x": 0, "dy": 1, "residual": 2, "mask": 3, "dx": 4, "dresidual": 5},
 }
-"""Where the tensors are among a kernel's arguments; ``valid`` is the last but one."""
+"""The positions of tensors among the arguments of a kernel; ``valid`` is the last but one."""
 
 
 def traffic(gpu, launched: int) -> tuple[Counter, Counter]:
-    """The bytes that the last launches asked for and stored, by tensor."""
+    """Return the bytes that the last launches loaded and stored, by tensor."""
     loads, stores = Counter(), Counter()
     for report, name in zip(gpu.device.reports[-launched:], gpu.launched[-launched:], strict=True):
         kind = next(kind for kind in ARGUMENTS if f"bn_{kind}" in name)
@@ -314,7 +314,7 @@ def traffic(gpu, launched: int) -> tuple[Counter, Counter]:
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 4, 1024), "float32"), ((1024, 32), "float16")], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_each_tensor_is_read_and_written_as_planned(shape, dtype, groups, make_gpu):
-    """Tensors to the byte. Each strip reads its mask, a byte a position; from memory the mask comes once a pass."""
+    """Tensors move exactly the planned bytes. Each strip loads the mask, but memory delivers it once per pass."""
     checks = Checks(races=False, initialised=False)
     gpu = make_gpu(80, None, Device(checks=checks, l2_bytes=L2))
     problem = build(Case(shape, dtype, activation="relu", residual=True))
@@ -331,7 +331,7 @@ def test_each_tensor_is_read_and_written_as_planned(shape, dtype, groups, make_g
     strips = 1 if shape == (1024, 32) else shape[1]
     assert stores == {"y": size, "mask": bits}
     assert loads["residual"] == size
-    assert loads["x"] > 2 * size  # and samples
+    assert loads["x"] > 2 * size  # plus samples
     gpu.backend.backward(dy, saved, frozenset({"dx", "dresidual"}))
     loads, stores = traffic(gpu, 2)
     work = work_of(

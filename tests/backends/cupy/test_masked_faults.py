@@ -1,4 +1,4 @@
-"""Bugs planted in what the CUDA kernels do with masks and ghost batches, each of which must be reported."""
+"""Faults planted in the CUDA code for masks and ghost batches: each must be reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHORT = (
     "mask dropped in the sums of the backward pass", "counts of blocks not merged", "idle lanes counted",
     "stride of groups wrong", "empty group moves the running statistics",
 )  # fmt: skip
-"""What a normal run plants."""
+"""The faults of a normal run."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The kernels that the CuPy backend asks for, in random calls on planned GPUs, are all among those with gates."""
+"""All kernels that random calls of the CuPy backend ask for, on several GPUs, are among the kernels with gates."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SHAPES = (
     (3, 2), (33, 600), (4096, 64), (256, 8192), (4, 4096, 1), (5, 49, 7), (64, 784, 32), (256, 196, 32), (2, 12, 99),
     (16, 1 << 16, 2), (1, 1 << 12, 4), (24, 1000, 128), (2048, 49, 16), (40, 4, 9), (6, 10, 2), (96, 3136, 12),
 )  # fmt: skip
-"""Channels, positions, and of three axes the batch: vectors of every size; channels few and many, short and long."""
+"""Channels, positions, and the batch if there are three axes; they give vectors of every size."""
 CALLS = 1500
-"""On each GPU: random ones, the same each time."""
+"""The number of random calls on each GPU; they are the same in each run."""
 
 
-def planned(monkeypatch, device):
-    """A stand-in for CuPy on a GPU, whose kernels do nothing; ``asked`` has the activation and the name of each."""
+def install_gpu(monkeypatch, device):
+    """Return a stand-in for CuPy whose kernels do nothing; ``asked`` collects the activation and name of each."""
     monkeypatch.setitem(fake_cupy.PROPERTIES, device.arch, {
         "name": device.name.encode(), "major": device.arch // 10, "minor": device.arch % 10,
         "multiProcessorCount": device.sms, "l2CacheSize": device.l2_bytes,
@@ -67,13 +67,13 @@ class Nothing:
 
 
 def memory(shape, dtype):
-    """Zeros, or so much memory that nobody looks at it."""
+    """Return zeros, or uninitialised memory if it is large."""
     make = np.zeros if np.prod(shape) < 1 << 16 else np.empty
     return make(shape, dtype).view(fake_cupy.ndarray)
 
 
 def tensor(rng, shape, dtype, columns):
-    """Channels second, in memory second or last; at an address that may be a multiple of little."""
+    """Return a tensor with the channels on axis 1, in memory on axis 1 or last, at a random alignment."""
     size = int(np.prod(shape))
     flat = memory(size * dtype.itemsize + 32, np.uint8)
     start = -flat.ctypes.data % 16 + rng.choice((0, 0, 0, 1, 2, 4)) * dtype.itemsize
@@ -84,7 +84,7 @@ def tensor(rng, shape, dtype, columns):
 
 
 def call(rng, gpu, monkeypatch):
-    """One call forward and backward; nothing if a tier is forced on what it cannot serve."""
+    """Make a random forward and backward call, unless a forced tier cannot serve it."""
     channels, positions, *batch = rng.choice(SHAPES)
     shape = (*batch, channels, positions) if batch else (positions, channels)
     dtype, columns = numpy_dtype(rng.choice(DTYPES)), rng.random() < 0.5
@@ -99,8 +99,8 @@ def call(rng, gpu, monkeypatch):
         options["virtual_batch_size"] = shape[0] // 2
     backend = gpu.backend(rng.choice((None, None, None, *TIERS)))
     needs = [None, {"dx"}, {"dweight"}, *([{"dresidual"}] if options["residual"] is not None else [])]
-    with monkeypatch.context() as patch, np.errstate(all="ignore"):  # nobody has computed what is there
-        if rng.random() < 0.1:  # the phases, of which SyncBatchNorm is made
+    with monkeypatch.context() as patch, np.errstate(all="ignore"):  # the data are arbitrary
+        if rng.random() < 0.1:  # the single phases, as in SyncBatchNorm
             patch.setattr(algorithm, "_fused_backend", lambda *_: None)
         try:
             _, saved = gpu_bn.batch_norm_forward(x, *vectors, backend=backend, **options)
@@ -109,8 +109,8 @@ def call(rng, gpu, monkeypatch):
             assert backend.tier is not None
 
 
-def share(backend):
-    """What SyncBatchNorm asks for besides its phases."""
+def launch_sync_kernels(backend):
+    """Launch the kernels that SyncBatchNorm needs besides the phases."""
     packets = [memory((3, 20), np.float64)]
     moments = backend.merge_packets(packets, 4, 5, 15, -1.0)
     backend.sum_packets(packets, 8, 5, 15, -1.0)
@@ -121,10 +121,10 @@ def share(backend):
 def test_every_kernel_that_is_asked_for_has_gates(monkeypatch):
     rng, missed = random.Random(0), None
     for device in PLANNED.values():
-        gpu = planned(monkeypatch, device)
+        gpu = install_gpu(monkeypatch, device)
         for _ in range(CALLS):
             call(rng, gpu, monkeypatch)
-        share(gpu.backend())
+        launch_sync_kernels(gpu.backend())
         variants = {(activation, name) for activation, names in SMALL.items() for name in names}
         for group in FAMILY.groups(gpu.arch):
             variants |= {(group.activation, name) for name in FAMILY.variants(group)}
@@ -135,5 +135,5 @@ def test_every_kernel_that_is_asked_for_has_gates(monkeypatch):
 
 
 def kinds(asked):
-    """Kernels of all dtypes, vectors and layouts as one."""
+    """Return the names of kernels without dtype, vector size and layout."""
     return {re.sub(r"<Layout<.*?(MASKED_GROUPS|GROUPS)?>", r"<\1", name) for _, name in asked}

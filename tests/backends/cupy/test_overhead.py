@@ -1,4 +1,4 @@
-"""How many allocations, views and launches a call of the CuPy backend makes; what it costs is measured, not tested."""
+"""The numbers of allocations, views and launches of a call of the CuPy backend; times are not tested."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Calls that the CuPy backend has prepared: each of a signature gets its own results, and nothing of another's."""
+"""Prepared calls of the CuPy backend: each call gets its own results, and nothing from another signature."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ TENSORS = ("x", "residual", "dy")
 
 
 def numbers(seed=0, shape=SHAPE):
-    """Arguments by name, as NumPy arrays."""
+    """Return the arguments of a call as NumPy arrays, by name."""
     draw = rng(seed)
     vectors = {name: draw.uniform(0.5, 2, shape[1]) for name in ("running_mean", "running_var", "weight", "bias")}
     tensors = {name: draw.normal(1, 2, shape) for name in TENSORS}
     return {name: array.astype(np.float32) for name, array in (tensors | vectors).items()}
 
 
-def sent(gpu, arrays):
+def to_gpu(gpu, arrays):
     return {name: gpu.asarray(array) for name, array in arrays.items()}
 
 
-def both(backend, dy, **call):
-    """Everything that a forward call and its backward call give, by name."""
+def run_call(backend, dy, **call):
+    """Return all results of a forward and a backward call, by name."""
     call = {"training": True, "activation": "relu"} | call
     y, saved = gpu_bn.batch_norm_forward(**call, backend=backend)
     grads = gpu_bn.batch_norm_backward(dy, saved, backend=backend)
@@ -47,8 +47,8 @@ def channels_last(gpu, array):
     return copy.transpose(0, 3, 1, 2)
 
 
-def spread(gpu, vector):
-    """A copy that is a column of a table."""
+def with_gaps(gpu, vector):
+    """Return a copy with gaps between the elements: a column of a table."""
     return gpu.asarray(np.stack([np.array(vector)] * 2, axis=1))[:, 1]
 
 
@@ -60,17 +60,17 @@ def shorter(gpu, length):
     return gpu.asarray((np.arange(8) < length).reshape(1, 1, 1, 8))
 
 
-def of(name, change):
-    """What is changed of an array of the call."""
+def changing(name, change):
+    """Return a function that makes a changed copy of an argument of the call."""
     return lambda gpu, call: {name: change(gpu, call[name])}
 
 
 VECTORS = ("running_mean", "running_var", "weight", "bias")
 CHANGES = {
-    **{f"{name} moved": of(name, misaligned_copy) for name in TENSORS},
-    **{f"{name} channels-last": of(name, channels_last) for name in TENSORS},
-    **{f"{name} strided": of(name, spread) for name in VECTORS},
-    **{f"{name} of another dtype": of(name, half) for name in VECTORS},
+    **{f"{name} moved": changing(name, misaligned_copy) for name in TENSORS},
+    **{f"{name} channels-last": changing(name, channels_last) for name in TENSORS},
+    **{f"{name} strided": changing(name, with_gaps) for name in VECTORS},
+    **{f"{name} of another dtype": changing(name, half) for name in VECTORS},
     **{f"no {name}": {name: None} for name in ("residual", "weight", "bias")},
     "another eps": {"eps": 0.5},
     "another momentum": {"momentum": 0.5},
@@ -90,29 +90,28 @@ CHANGES = {
 }
 
 
-def changed(gpu, arrays, change):
-    call = sent(gpu, arrays)
+def changed_call(gpu, arrays, change):
+    call = to_gpu(gpu, arrays)
     return call | (change if isinstance(change, dict) else change(gpu, call))
 
 
-def by_numpy(call):
-    return both("numpy", **{name: np.array(it) if isinstance(it, np.ndarray) else it for name, it in call.items()})
+def run_with_numpy(call):
+    return run_call("numpy", **{name: np.array(it) if isinstance(it, np.ndarray) else it for name, it in call.items()})
 
 
 def test_a_call_gets_nothing_that_another_left(make_gpu):
-    """Each change, after and before the call without it: right, and bit for bit what a backend gives that has seen no
-    other."""
+    """Calls with and without a change alternate; each gives the bits of a backend that has seen no other call."""
     gpu = make_gpu(80, None, Device(checks=Checks(races=False)))
     arrays = numbers()
-    want = both(gpu.backend, **sent(gpu, arrays))
+    want = run_call(gpu.backend, **to_gpu(gpu, arrays))
     for name, change in CHANGES.items():
-        right = by_numpy(changed(gpu, arrays, change))
-        alone = both(type(gpu.backend)(), **changed(gpu, arrays, change))
-        got = both(gpu.backend, **changed(gpu, arrays, change))
+        right = run_with_numpy(changed_call(gpu, arrays, change))
+        alone = run_call(type(gpu.backend)(), **changed_call(gpu, arrays, change))
+        got = run_call(gpu.backend, **changed_call(gpu, arrays, change))
         assert same_bits(got, alone), name
         for what, array in right.items():
             np.testing.assert_allclose(got[what], array, rtol=1e-3, atol=1e-3, err_msg=f"{name}: {what}")
-        assert same_bits(both(gpu.backend, **sent(gpu, arrays)), want), f"after {name}"
+        assert same_bits(run_call(gpu.backend, **to_gpu(gpu, arrays)), want), f"after {name}"
     assert gpu.backend._forward.cache_info().hits >= len(CHANGES)
     assert gpu.backend._backward.cache_info().hits >= len(CHANGES)
 
@@ -121,12 +120,12 @@ def test_a_call_gets_nothing_that_another_left(make_gpu):
     "options", [{}, {"training": False}, {"activation": "silu"}, {"virtual_batch_size": 2}], ids=str
 )
 def test_calls_of_one_signature_have_their_own_numbers(options, make_gpu):
-    """Data, running statistics, weights, momentum and eps."""
+    """Arrays, momentum and eps are not part of a signature."""
     gpu = make_gpu(80)
     for seed in range(3):
         call = options | {"momentum": 0.2 * seed, "eps": 10.0**-seed}
-        want = both(type(gpu.backend)(), **sent(gpu, numbers(seed)), **call)
-        assert same_bits(both(gpu.backend, **sent(gpu, numbers(seed)), **call), want)
+        want = run_call(type(gpu.backend)(), **to_gpu(gpu, numbers(seed)), **call)
+        assert same_bits(run_call(gpu.backend, **to_gpu(gpu, numbers(seed)), **call), want)
     assert gpu.backend._forward.cache_info().misses == 1
     assert gpu.backend._backward.cache_info().misses == 1
 
@@ -154,8 +153,8 @@ def test_each_device_has_its_own(make_gpu):
 
 
 def test_a_refused_call_is_refused_again_and_changes_nothing(make_gpu):
-    gpu = make_gpu(80, "cluster")  # which there is from sm_90
-    call = sent(gpu, numbers())
+    gpu = make_gpu(80, "cluster")  # clusters need sm_90
+    call = to_gpu(gpu, numbers())
     del call["dy"]
     before = {name: array.tobytes() for name, array in call.items()}
     for _ in range(2):
@@ -174,7 +173,7 @@ def test_a_refused_call_is_refused_again_and_changes_nothing(make_gpu):
 
 
 def test_a_compiler_that_fails_says_why_and_what_may_help(make_gpu):
-    """With NVRTC's log."""
+    """The error has the log of NVRTC and names remedies."""
     gpu = make_gpu(80)
     gpu.edit_source = lambda source: source.replace("block_sum", "block_sun", 1)
     with pytest.raises(BackendUnavailableError) as caught:
@@ -186,7 +185,7 @@ def test_a_compiler_that_fails_says_why_and_what_may_help(make_gpu):
 
 def test_a_split_call_compiles_everything_before_it_launches(make_gpu):
     gpu = make_gpu(80, "split")
-    call = sent(gpu, numbers())
+    call = to_gpu(gpu, numbers())
     gpu.edit_source = lambda source: source.replace("bn_normalize_kernel", "bn_normalise_kernel")
     with pytest.raises(BackendUnavailableError, match="bn_normalize_kernel"):
         gpu_bn.batch_norm(call["x"], call["running_mean"], call["running_var"], training=True, backend=gpu.backend)
@@ -211,22 +210,22 @@ def test_what_is_prepared_is_bounded_and_can_be_prepared_again(make_gpu, monkeyp
 
 def test_no_array_is_kept(make_gpu):
     gpu = make_gpu(80)
-    call = sent(gpu, numbers())
-    both(gpu.backend, **call, momentum=gpu.asarray(np.array(0.5)))
+    call = to_gpu(gpu, numbers())
+    run_call(gpu.backend, **call, momentum=gpu.asarray(np.array(0.5)))
     del call
-    gpu.device.memory.begin()  # the emulator lets go of what was launched last
+    gpu.device.memory.begin()  # the emulator frees the arguments of the last launch
     assert [ref().shape for ref in gpu.allocated if ref() is not None] == []
 
 
 def test_what_is_saved_is_seen_only_when_asked_for(make_gpu):
     gpu = make_gpu(80)
-    call = sent(gpu, numbers())
+    call = to_gpu(gpu, numbers())
     dy = call.pop("dy")
     _, saved = gpu_bn.batch_norm_forward(**call, training=True, backend=gpu.backend)
     want = gpu_bn.batch_norm_backward(dy, saved, backend=gpu.backend)
     for name in ("moments", "weight", "bias"):
         with pytest.raises(AttributeError):
-            getattr(Saved, name).__get__(saved)  # as it is in memory
+            getattr(Saved, name).__get__(saved)  # the slot is empty until then
     assert np.array_equal(saved.weight, call["weight"])
     assert np.array_equal(saved.bias, call["bias"])
     assert saved.weight is saved.weight
@@ -240,12 +239,12 @@ def test_what_is_saved_is_seen_only_when_asked_for(make_gpu):
 
 
 def signature(x, groups=1):
-    """That of statistics without a mask."""
+    """Return the signature of a call for statistics without a mask."""
     return sys.modules["gpu_bn.backends.cupy.signatures"].Signature(None, x, 1, "identity", groups, None, False)
 
 
 def test_more_blocks_than_a_launch_may_have_are_refused(make_gpu):
-    """CuPy itself would cut the number to 32 bits."""
+    """CuPy would truncate the number to 32 bits."""
     gpu = make_gpu(80)
     shape, itemsize = (1 << 21, 1 << 11, 2), 2
     strides = (itemsize << 12, itemsize << 1, itemsize)
@@ -254,7 +253,7 @@ def test_more_blocks_than_a_launch_may_have_are_refused(make_gpu):
 
 
 def test_rows_longer_than_the_kernels_can_count_are_refused(make_gpu):
-    """2**32 vectors: only where odd lengths make vectors of one element."""
+    """More than 2**32 vectors in a row are refused; the odd length makes vectors of one element."""
     gpu = make_gpu(80)
     shape, itemsize = (1, 1, (1 << 32) + 1), 2
     strides = (itemsize * shape[2], itemsize * shape[2], itemsize)

@@ -1,4 +1,4 @@
-"""Rows that begin and end within vectors: 7 x 7 images in vectors of 16 bytes."""
+"""Ragged rows, which begin and end within vectors of 16 bytes, such as those of 7 x 7 images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.compile
 
 
 def all_are_ragged(gpu):
-    """Whether a GPU has launched kernels for ragged rows, and none for others."""
+    """Tell whether all launched kernels were kernels for ragged rows."""
     return {"L5Batch1E" in name for name in gpu.launched} == {True}
 
 
@@ -50,7 +50,7 @@ def test_case(tier, case, make_gpu):
 
 @pytest.mark.parametrize("tier", ["cta", "split"])
 def test_what_is_not_finite_stays_in_its_channel(tier, make_gpu):
-    """Neighbours share vectors."""
+    """NaN and infinities do not spread, though adjacent channels share vectors."""
     gpu = make_gpu(80, tier)
     x = rng(0).standard_normal((2, 8, 7, 7)).astype("f2")
     clean = x.copy()
@@ -63,7 +63,7 @@ def test_what_is_not_finite_stays_in_its_channel(tier, make_gpu):
 
 
 def test_in_place_rows_keep_their_own_vectors(make_gpu):
-    """A block would read a vector while its neighbour writes a part of it."""
+    """In place, rows are not ragged: a block would read a vector while another block writes a part of it."""
     gpu = make_gpu(80)
     x = rng(0).standard_normal((4, 8, 7, 7)).astype("f2")
     given = gpu.asarray(x)
@@ -89,7 +89,7 @@ def test_a_row_spans_as_many_vectors_as_the_tiling_says(itemsize):
 @pytest.mark.parametrize(
     "work",
     [
-        Work(4, 8, 49, 2),  # no kernels for it
+        Work(4, 8, 49, 2),  # ragged rows are not allowed
         Work(4, 8, 49, 2, ragged=True, alignment=8),
         Work(3, 5, 49, 2, ragged=True),  # the tensor ends within a vector
         Work(4, 8, 196, 2, ragged=True),  # vectors of 8 bytes take fewer instructions

@@ -1,4 +1,4 @@
-"""Random calls at the edges of what the CuPy backend takes, against the oracle. A seed is a call and small
+"""Random calls at the limits of the CuPy backend, against the oracle. A seed gives a call and several small
 ones like it.
 
 ``pytest -k 'seed-123'`` runs one; a failure prints the call that its seed has drawn.
@@ -16,9 +16,9 @@ from gpu_bn.testing.cases import DTYPES, LAYOUTS, MODES
 
 pytestmark = pytest.mark.compile
 USUAL, MORE, ALL = 2, 16, 40
-"""Seeds of a usual run, with ``-m slow``, and with ``-m exhaustive``, each with those before it."""
+"""The number of seeds in a normal run, with ``-m slow`` and with ``-m exhaustive``, each including the former."""
 LIKE_IT = 13
-"""Small calls of a seed: with both runs of CI, 224 calls in all."""
+"""The number of small calls of a seed; both runs of CI together make 224 calls."""
 
 
 @pytest.mark.parametrize("seed", [marked(seed, USUAL, MORE) for seed in range(ALL)])
@@ -36,8 +36,8 @@ def test_random_calls(seed, make_gpu):
             assert gpu.launched
 
 
-def test_seeds_meet_every_kind_of_call():
-    """Or a change of the draw could leave some out."""
+def test_the_seeds_cover_every_kind_of_call():
+    """The seeds cover all kinds of calls, also after a change of the draw."""
     calls = [call for seed in range(MORE) for call in family(seed, LIKE_IT)]
     cases = [call.case for call in calls]
     assert {case.dtype for case in cases} == set(DTYPES)

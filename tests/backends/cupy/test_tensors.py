@@ -1,4 +1,4 @@
-"""torch tensors served by the CuPy backend, on an emulated GPU whose memory is the CPU tensors' own."""
+"""torch tensors with the CuPy backend, on an emulated GPU that works on the memory of CPU tensors."""
 
 import pytest
 
@@ -14,7 +14,7 @@ SHAPE = (4, 6, 5, 8)
 
 @pytest.fixture
 def engine(make_gpu, monkeypatch):
-    """The backend, for CPU tensors and those that say that they are on a GPU."""
+    """Return the backend, which takes CPU tensors and tensors that claim to be on a GPU."""
     return backend_for_tensors(make_gpu(80), monkeypatch)
 
 
@@ -54,7 +54,7 @@ def test_forward_and_backward(dtype, memory_format, engine):
 
 
 class OnTheSecondGpu(torch.Tensor):
-    """A CPU tensor that says it is elsewhere."""
+    """A CPU tensor that claims to be on the second GPU."""
 
     is_cuda = True
     device = torch.device("cuda", 1)
@@ -109,7 +109,7 @@ def test_renormalisation(dtype, engine):
 
 
 def test_asked_for_by_name_it_is_differentiable_once(engine, monkeypatch):
-    """The route of a CUDA tensor: the front door finds a second backend for it."""
+    """A backend that is not the default for a tensor has first derivatives only."""
     monkeypatch.setattr(registry, "select", lambda *_, **__: engine)
     monkeypatch.setattr(registry, "default_name", lambda _: "triton")
     x, running_mean, running_var, weight, bias = arguments()

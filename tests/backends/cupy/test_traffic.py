@@ -1,4 +1,4 @@
-"""The bytes that the CUDA kernels move, against what the plan says: exact for the tensors, bounded for all the rest."""
+"""The bytes that the CUDA kernels move, compared with the plan: exact for tensors, bounded for the rest."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gpu_bn import batch_norm, batch_norm_backward, batch_norm_forward, explain
 
 pytestmark = pytest.mark.compile
 ROWS, COLUMNS = (4, 4, 1024), (1024, 32)
-"""Channels of 1,024 vectors in float32, a strip of as many in float16: 64 KiB."""
+"""Tensors of 64 KiB: channels of 1,024 vectors in float32, and a strip of 1,024 positions in float16."""
 L2 = 32 << 10
-"""What the emulated sm_80 says that it has; half a tensor."""
+"""The bytes of the L2 cache of the emulated GPU: half a tensor."""
 CALLS = [
     (80, "cta", ROWS, "float32"), (80, "cta", COLUMNS, "float16"),
     (90, "cluster", ROWS, "float32"), (90, "cluster", COLUMNS, "float16"),
@@ -28,13 +28,13 @@ ARGUMENTS = {
     "forward": ("x", "y", "residual", "mask"),
     "backward": ("x", "dy", "residual", "mask", "dx", "dresidual"),
 }
-"""The tensors among a kernel's arguments, by what its name starts with after bn_."""
+"""The first arguments of a kernel, by the word after ``bn_`` in its name."""
 SAMPLES = 8
-"""Vectors that each lane of a block reads ahead of the sweep to guess the mean from; and the first elements of x."""
+"""The number of vectors that each lane of a block reads before the sweep to choose the shift."""
 
 
 class Call:
-    """What one direction of a call moved: bytes of each tensor, the rest, and what reached the memory."""
+    """The traffic of a forward or backward call: bytes of each tensor, of all else, and of device memory."""
 
     def __init__(self, gpu, plans, run):
         device = gpu.device
@@ -64,15 +64,15 @@ class Call:
 
     @property
     def samples(self) -> int:
-        """Bytes that the blocks of all strips read of x ahead of the sweep."""
+        """The bytes of x that all blocks read before the sweep."""
         tiling = self.plan.tiling
         first = 16 if tiling.columns else 16 // tiling.vector
         return (SAMPLES * 16 + first) * tiling.strips * self.plan.blocks * tiling.lanes
 
     @property
     def small(self) -> int:
-        """A bound on the bytes asked for beside the tensors: by each block for 12 vectors' entries of its channels, and
-        for two doubles by each thread or three by each block of the strip."""
+        """A bound on the bytes requested besides the tensors: each block reads its channels' entries of 12 vectors, and
+        two doubles for each thread, or three for each block of the strip."""
         tiling, blocks = self.plan.tiling, self.plan.blocks
         width = tiling.channels_per_strip
         sums = max(256 * 16, 24 * width * blocks)
@@ -80,8 +80,8 @@ class Call:
 
     @property
     def small_dram(self) -> int:
-        """A bound on what reaches the memory beside the tensors: 12 vectors, written and read partial sums, and samples
-        that leave the cache again, all in whole sectors."""
+        """A bound on the bytes of device memory besides the tensors: 12 vectors, partial sums, written and read, and
+        samples that are evicted from the cache, all in full sectors."""
         channels = self.plan.tiling.strips * self.plan.tiling.channels_per_strip
         vectors = 12 * (8 * channels + 64)
         return vectors + 2 * (8 * self.plan.partials + 64) + 2 * self.samples
@@ -89,7 +89,7 @@ class Call:
 
 @pytest.fixture
 def measured(make_gpu, monkeypatch):
-    """measured(arch, tier, shape, dtype, residual): the forward and the backward call of relu."""
+    """Return a function that runs a forward and a backward call with ReLU and returns both as ``Call``."""
 
     def measure(arch, tier, shape, dtype, residual=False, resident_threads=16384):
         checks = Checks(races=False, initialised=False)
@@ -109,24 +109,24 @@ def measured(make_gpu, monkeypatch):
         y, saved = forward.result
         backward = Call(gpu, plans, lambda: batch_norm_backward(dy, saved, backend=gpu.backend))
         for output in (y, backward.result.dx, *([backward.result.dresidual] if residual else [])):
-            assert np.isfinite(np.array(output, np.float32)).all()  # what is never written is NaN
+            assert np.isfinite(np.array(output, np.float32)).all()  # unwritten memory is NaN
         return forward, backward
 
     return measure
 
 
 def require_tensor_bytes(call, loads, stores, samples):
-    """Each tensor's bytes to the byte, in sum the plan's; and little else."""
+    """Require the exact bytes of each tensor, in sum those of the plan, and little other traffic."""
     assert +call.loads == Counter(loads) + Counter({"x": samples})
     assert +call.stores == Counter(stores)
-    again = 0 if call.plan.tier == "split" else loads.get("mask", 0) // 2  # the plan counts what comes from memory
+    again = 0 if call.plan.tier == "split" else loads.get("mask", 0) // 2  # the plan counts device memory
     assert sum(loads.values()) - again == sum(call.plan.read_bytes)
     assert sum(stores.values()) == sum(call.plan.written_bytes)
     assert call.other <= call.small + polls(call)
 
 
 def polls(call) -> int:
-    """Bytes of waiting for other blocks."""
+    """Return the bytes that blocks load while they wait for other blocks."""
     return 4 * sum(
         count
         for report in call.reports
@@ -173,7 +173,7 @@ def test_each_tensor_is_read_and_written_as_planned(arch, tier, shape, dtype, re
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_the_second_pass_starts_with_what_the_first_left(residual, measured):
-    """One block at a time: the second pass finds about as much of its tensors in the cache as the plan counts on."""
+    """The second pass finds about as many bytes in the cache as the plan expects; one block runs at a time."""
     for call in measured(80, "split", ROWS, "float32", residual, resident_threads=256):
         asked = sum(call.plan.read_bytes) + sum(call.plan.written_bytes)
         assert asked - call.plan.dram_bytes == L2 // 2

@@ -1,4 +1,4 @@
-"""Storage types of the CUDA kernels: every rounding is to nearest, ties to even, with and without the instruction."""
+"""Storage types of the CUDA kernels: conversions round to nearest even, also on GPUs without an instruction."""
 
 import numpy as np
 import pytest
@@ -22,14 +22,14 @@ extern "C" __global__ void bfloat16(u16* down, float* up, const float* from) { r
 
 
 def numbers(dtype) -> np.ndarray:
-    """Finite numbers of a 16-bit type, what lies half way between two, and a bit to either side; infinities, NaN."""
+    """Return numbers of a 16-bit type, the midpoints between them, their float32 neighbours, infinities and NaN."""
     bits = np.concatenate([rng().integers(0, 1 << 15, 1000), np.arange(40), [0x7BFF, 0x7C00, 0x7F7F, 0x7F80, 0x3F80]])
-    every_bit = np.array([0x7FFFFFFF, 0x7F800001], np.uint32).view(np.float32)  # NaN that adding to overflows
+    every_bit = np.array([0x7FFFFFFF, 0x7F800001], np.uint32).view(np.float32)  # NaN whose bits overflow if rounded
     low, high = ((bits + k).astype(np.uint16).view(dtype).astype(np.float64) for k in (0, 1))
     between, low = ((low + high) / 2).astype(np.float32), low.astype(np.float32)
     near = [between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.float32(np.inf))]
     found = np.concatenate([low, *near, every_bit, [np.inf, np.nan, 65520, 65519.99, 3.4e38]])
-    found = np.where(np.abs(found) < np.finfo(np.float32).tiny, 0, found)  # CuPy's kernels know no subnormal float32
+    found = np.where(np.abs(found) < np.finfo(np.float32).tiny, 0, found)  # CuPy flushes subnormal float32
     return np.resize(np.concatenate([found, -found]), 1 << 13).astype(np.float32)
 
 
