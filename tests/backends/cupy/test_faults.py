@@ -1,8 +1,8 @@
 """Faults planted in the CUDA kernels: the named check must report each, or the oracle must find a wrong result.
 
 A missing fence shows as a data race, unless something else orders the same accesses. Two omissions go unnoticed
-for this reason: the release of a cooperative arrival, which follows the fence in publish, and the barrier at the end of a strip,
-since each thread passes a later barrier before it overwrites what others still read.
+for this reason: the release of a cooperative arrival, which follows the fence in publish, and the barrier at the end of
+a strip, since each thread passes a later barrier before it overwrites what others still read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Triton backend on emulated devices: launches, arguments, phases, and what a call may be given."""
+"""The Triton backend on emulated devices: launches, arguments, and the phases of a call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def backend(compile_triton, device):
 
 
 def test_launches(backend):
-    """One launch forward and one backward; evaluation one; frozen statistics two if parameters have gradients."""
+    """Each direction takes one launch; backward with frozen statistics two, if parameters have gradients."""
     x, dy, _, vectors = tensors((4, 3, 5))
     for options, need, launches in (
         ({"training": True}, None, (1, 1)),
@@ -129,7 +129,7 @@ def test_overlapping_outputs_are_refused(backend):
 
 
 class Phases:
-    """A backend's phases without the methods that fuse them."""
+    """A backend without the methods that fuse the phases."""
 
     def __init__(self, backend):
         self._backend = backend
@@ -168,7 +168,7 @@ def test_the_phases_one_by_one(case, compile_triton, device):
 )
 @pytest.mark.parametrize("arch", [80, pytest.param(89, marks=pytest.mark.slow)])
 def test_long_shares_are_summed_in_chains(case, arch, compile_triton, device, monkeypatch):
-    """With short chains, for only tensors of 100 million numbers have shares of more than one long one."""
+    """Shares of several chains are summed right; chains are shortened, so that small tensors have several."""
     monkeypatch.setattr(programs, "CHAIN", 2)
     backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=1, arch=arch), tier="split")
     check(case, backend)
@@ -180,7 +180,7 @@ def test_long_shares_are_summed_in_chains(case, arch, compile_triton, device, mo
 
 
 @pytest.mark.parametrize("activation", ["relu6", pytest.param("leaky_relu", marks=pytest.mark.slow)])
-def test_gradients_where_they_jump(activation, compile_triton, device):
+def test_gradients_at_the_kinks_of_activations(activation, compile_triton, device):
     case = Case((4, 6, 5), activation=activation, affine="kinks")
     check(case, EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4)))
 

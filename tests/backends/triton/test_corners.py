@@ -1,4 +1,4 @@
-"""Corners of the Triton backend: arguments that share no launch with others, far offsets, shifts far from the mean."""
+"""Corner cases of the Triton backend: arguments of other kinds, large offsets, shifts far from the mean."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def make_backend(compile_triton, device):
 
 
 def tensors():
-    """x, dy and a residual."""
+    """Return x, dy and a residual."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(SHAPE, generator=generator) for _ in range(3)]
 
 
 def moved(tensor):
-    """A copy at an address where no vector begins."""
+    """Return a copy at an address that is not aligned to a vector."""
     copy = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
     return copy.copy_(tensor)
 
 
 # ------------------------------------------------------------------------ launches serve arguments of one kind only
 def test_calls_share_launches_only_with_arguments_of_the_same_types(make_backend):
-    """The emulated launches refuse others."""
+    """Emulated launches refuse arguments of other types than those that the kernel was compiled for."""
     backend = make_backend()
     x, dy, _ = tensors()
     half, single = torch.float16, torch.float32
@@ -77,7 +77,7 @@ def test_calls_on_two_devices_share_no_launch():
 
 
 def test_the_phases_share_launches_only_with_calls_alike():
-    """In the number of groups, in the activation, and in where the count is."""
+    """Another number of groups, another activation, or a count on the device needs another launch."""
     backend = RecordingBackend(SMALL)
     x, dy, out = tensors()
 
@@ -111,8 +111,8 @@ def test_a_mask_is_written_where_it_is_kept_whatever_was_called_before():
         assert (saved.mask is not None) == keep
 
 
-# -------------------------------------------------------------------------- tensors where no vector of memory begins
-def plain(tensor):
+# -------------------------------------------------------------------------- tensors at unaligned addresses
+def unmoved(tensor):
     return tensor
 
 
@@ -121,7 +121,7 @@ def test_forward_with_a_tensor_moved(name, make_backend):
     x, _, residual = tensors()
     backend = make_backend()
     want = gpu_bn.batch_norm(x, training=True, residual=residual)
-    for move in (plain, moved):
+    for move in (unmoved, moved):
         call = {"x": x, "residual": residual, "out": torch.empty_like(x)}
         call[name] = move(call[name])
         got = gpu_bn.batch_norm(**call, training=True, backend=backend)
@@ -131,16 +131,16 @@ def test_forward_with_a_tensor_moved(name, make_backend):
 
 @pytest.mark.parametrize(("name", "activation"), [("x", "silu"), ("residual", "silu"), ("dy", "relu"), ("x", "relu")])
 def test_backward_with_a_tensor_moved(activation, name, make_backend):
-    """relu's residual is saved as a bit an element."""
+    """A misaligned tensor gives the same gradients; for ReLU, the residual is saved as sign bits."""
     x, dy, residual = tensors()
     backend = make_backend()
     found = []
-    for move in (plain, moved):
+    for move in (unmoved, moved):
         call = {"x": x, "residual": residual, "dy": dy}
         call[name] = move(call[name])
-        dy_there = call.pop("dy")
+        moved_dy = call.pop("dy")
         _, saved = gpu_bn.batch_norm_forward(**call, training=True, activation=activation, backend=backend)
-        grads = gpu_bn.batch_norm_backward(dy_there, saved, backend=backend)
+        grads = gpu_bn.batch_norm_backward(moved_dy, saved, backend=backend)
         found.append((grads.dx, grads.dresidual))
     for tensor, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(tensor, want)
@@ -148,7 +148,7 @@ def test_backward_with_a_tensor_moved(activation, name, make_backend):
 
 @pytest.mark.parametrize(("valid_moved", "out_moved"), [(False, False), (True, False), (False, True)])
 def test_no_alignment_is_promised_of_what_has_none(valid_moved, out_moved):
-    """The front door aligns masks: other callers need not. No gradient is computed in place."""
+    """Alignment is declared only for aligned tensors: callers of the phases may pass any mask and output."""
     backend = RecordingBackend(SMALL)
     x, dy, out = tensors()
     valid = torch.ones((SHAPE[0], 1, *SHAPE[2:]), dtype=torch.bool)
@@ -179,7 +179,7 @@ def test_the_second_launch_takes_its_momentum_from_the_device(make_backend):
 
 
 def test_gradients_go_to_tensors_where_no_vector_begins(make_backend):
-    """Kernels for vectors would stop there."""
+    """Gradients go to unaligned tensors, where kernels that access full vectors would fail."""
     backend, (x, dy, _) = make_backend(), tensors()
     _, saved = gpu_bn.batch_norm_forward(x, training=True, activation="silu", backend=backend)
     found = []
@@ -196,7 +196,7 @@ def test_gradients_go_to_tensors_where_no_vector_begins(make_backend):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("shape", [(32, 64, 112 * 112), (32 * 56 * 56, 64, 1), (8192, 256, 1)])
 def test_the_time_of_two_launches_is_that_of_the_programs_that_are_launched(shape, backward):
-    """Which are not those that the planner would take for CUDA's kernels."""
+    """The time is that of the one-pass launches, whose blocks differ from those of the CUDA kernels."""
     work, device = Work(*shape, 2, backward, reads=1 + backward), DEVICES["h100"]
     found, once = training_plan(work, device, "split"), one_pass_plan(work, device)
     assert (found.tiling, found.blocks, found.share, found.launches) == (once.tiling, once.blocks, once.share, 2)
@@ -210,10 +210,10 @@ def test_the_time_of_two_launches_is_that_of_the_programs_that_are_launched(shap
     assert [sum(parts) for parts in zip(*passes, strict=True)] == [found.times.memory, found.times.idle]
 
 
-# ------------------------------------------------------------------------------------------------------ far offsets
+# ------------------------------------------------------------------------------------------------------ large offsets
 @pytest.mark.parametrize("size", [12, 16_384, 16_400])
 def test_positions_are_divided_by_the_row_without_a_division(size):
-    """The largest ones, where what is multiplied by is least precise."""
+    """The largest positions are tested, for which the multiplier is least accurate."""
     _, row, _, magic, power, *_ = Geometry.from_plan(plan_once(Work(70_000, 2, size, 4), DEVICES["h100"])).tail
     assert row == size // 4
     for end in (2**31 - 1, 2**31 - row, 2**30 + row - 1):
@@ -232,7 +232,7 @@ def test_offsets_are_of_64_bits_from_the_first_that_32_do_not_hold(n, wide):
     ids=["the end of the last share", "partial results of many groups"],
 )
 def test_numbers_beside_offsets_are_of_64_bits_where_32_do_not_hold_them(work, groups):
-    """Although all offsets would be."""
+    """Other numbers take 64 bits where 32 are too few, although all offsets fit in 32 bits."""
     assert Geometry.from_plan(plan_once(work, DEVICES["h100"]), groups).wide
 
 
@@ -252,7 +252,7 @@ def test_more_channels_than_kernels_can_count_are_refused(work, groups, what):
 
 
 def test_a_call_with_too_many_channels_is_refused_before_anything_is_launched():
-    """Of tensors that nobody reads, so that they take no memory."""
+    """The tensors are never accessed, so that they take no memory."""
     backend, channels = RecordingBackend(DEVICES["h100"]), 1 << 31
     x, vector = torch.empty((1, channels), dtype=torch.float16), torch.zeros(1).expand(channels)
     spec = BatchNormSpec(1, False, 0.1, 1e-5, IDENTITY)
@@ -273,7 +273,7 @@ def test_activations_far_from_zero(activation, make_backend):
 @pytest.mark.parametrize("arch", [80, 89])
 @pytest.mark.one_in(3)
 def test_a_shift_far_from_the_mean_is_improved_until_it_is_near(dtype, scale, arch, compile_triton):
-    """All is about 10,000 but for the vectors that the first shift is taken from."""
+    """All elements are about 10,000, but those that the first shift is computed from are 0."""
     problem = build(Case((4, 1, 65536), dtype, mode="train_no_stats"))
     x = np.full((1 << 16, 4) if dtype == "float32" else (1 << 15, 8), 10_001, dtype)
     x[:: len(x) // 128] = 0

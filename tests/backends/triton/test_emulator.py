@@ -30,7 +30,7 @@ def require_clusters(tier):
 @pytest.mark.parametrize("tier", [None, "split"])
 @pytest.mark.parametrize("numbers", ["random", "halves"])
 def test_float64_whose_squares_overflow_is_nan(numbers, tier, compile_triton, device):
-    """Within blocks, or only between them."""
+    """Squares overflow within blocks (random numbers), or only between blocks (two constant halves)."""
     positions = torch.arange(2 * 5000).reshape(2, 1, 5000)
     x = 1e160 * torch.where(positions < 5000, 1.0, -1.0).to(torch.float64)
     if numbers == "random":
@@ -42,7 +42,7 @@ def test_float64_whose_squares_overflow_is_nan(numbers, tier, compile_triton, de
 @pytest.mark.parametrize("mapping", ["rows", "channels-last"])
 @pytest.mark.one_in(2)
 def test_a_mask_is_read_once_a_pass(mapping, compile_triton):
-    """One byte a position for each channel, or strip of channels, beside what an unmasked call reads."""
+    """A pass reads one byte of the mask for each position and strip, besides the bytes of an unmasked call."""
     (n, *others), channels_last = SHAPES[mapping]
     x, dy, _, vectors = tensors((n, *others), torch.float16, channels_last)
     mask = torch.rand(n, 1, *others[1:]) < 0.7
@@ -64,7 +64,7 @@ def test_a_mask_is_read_once_a_pass(mapping, compile_triton):
         for name, kind in (("dy", "load"), ("y", "store"), ("dx", "store")):
             assert a.buffer(name, kind).bytes == b.buffer(name, kind).bytes, (name, kind)
         read = b.buffer("valid", "load")
-        if plan.tiling.columns:  # the lanes of a position share its byte: counted once a lane, and in few sectors
+        if plan.tiling.columns:  # each lane counts the shared byte, in few sectors
             assert read.units <= b.buffer("x", "load").units / 4
         else:
             assert read.bytes == mask.numel() * plan.tiling.strips + (sampled if index == 0 else 0)
@@ -87,7 +87,7 @@ SHAPES = {
 
 
 def sampled_bytes(plan, itemsize):
-    """What the first launch reads to choose its shifts."""
+    """Return the bytes of the samples from which the first launch computes its shifts."""
     samples = programs.SAMPLES[plan.tiling.columns]
     width = (plan.tiling.c if plan.tiling.columns else plan.tiling.vector) * itemsize
     taken = 0
@@ -121,7 +121,7 @@ def test_bytes_are_those_of_the_plan(tier, fused, mapping, compile_triton):
     if tier == "split":
         reads[0] += sampled_bytes(plans[0], x.element_size())
         assert plans[0].blocks > 1
-        # The plan books the residual's gradient in the first launch, as the CUDA kernels do; here the second writes it.
+        # The plan counts dresidual in the first launch, as for the CUDA kernels; in Triton the second launch writes it.
         written[2:] = [0, written[2] + written[3]]
     tensors_named = ("x", "y", "dx", "dy", "dz", "residual", "mask")
     for kind, wanted in (("load", reads), ("store", written)):
@@ -133,12 +133,12 @@ def test_bytes_are_those_of_the_plan(tier, fused, mapping, compile_triton):
         for name in ("x", "dy", "dx", "y"):
             for kind in ("load", "store"):
                 traffic = report.buffer(name, kind)
-                extra = 0.4 if report.kernel.name == "bn_stats_kernel" else 0  # samples lie apart
+                extra = 0.4 if report.kernel.name == "bn_stats_kernel" else 0  # the samples have gaps
                 assert traffic.units <= traffic.bytes / 32 * (1 + extra), "whole sectors"
 
 
 def test_a_strip_that_channels_do_not_fill_is_summed_once(compile_triton, device):
-    """bfloat16's squares may leave float32's range: those of no elements at all do not."""
+    """Squares of bfloat16 may overflow float32, which starts a second sum; idle lanes must not cause one."""
     x, _, _, vectors = tensors((64, 40, 4, 4), torch.bfloat16, channels_last=True)
     backend = EmulatedBackend(device, compile_triton, 80, replace(DEVICES["a100"], sms=4), tier="split")
     gpu_bn.batch_norm(x, *vectors, training=True, backend=backend)
@@ -183,7 +183,7 @@ def test_the_result_does_not_depend_on_the_schedule(tier, arch, compile_triton):
     require_same_results(results, seeds=range(2))
 
 
-APART = {
+MERGED = {
     "rows": ("rows", torch.float16, {}),
     "channels-last": ("channels-last", torch.float16, {}),
     "a mask": ("rows", torch.float32, {"mask": True}),
@@ -193,14 +193,14 @@ APART = {
 }
 
 
-@pytest.mark.parametrize("kind", APART)
-def test_a_launch_that_merges_gives_what_programs_that_do_give(kind, compile_triton):
-    """Where double precision is slow, one program of a strip merges what blocks have found, and not all of the next.
+@pytest.mark.parametrize("kind", MERGED)
+def test_a_separate_merging_launch_gives_the_same_results(kind, compile_triton):
+    """Where double precision is slow, a separate launch merges partial results, instead of each later program.
 
-    Sums in float64 may be of another order, and a mean off by a rounding of its channel's standard deviation; after it
-    everything is rounded alike. The results of float64 are themselves such sums.
+    The float64 sums may be in another order, and a mean may differ by a rounding error relative to the standard
+    deviation of its channel. All else is rounded alike, except for float64 tensors, whose results are such sums.
     """
-    mapping, dtype, options = APART[kind]
+    mapping, dtype, options = MERGED[kind]
     shape, channels_last = SHAPES[mapping]
     x, dy, residual, vectors = tensors(shape, dtype, channels_last)
     options, need = dict(options), options.get("need")

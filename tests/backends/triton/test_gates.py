@@ -1,7 +1,7 @@
-"""What the compiler makes of the Triton kernels: registers, spills, shared memory and the width of accesses.
+"""The machine code of the Triton kernels: registers, spills, shared memory and the width of accesses.
 
-A covering set is compiled here, and samples of what ``support/triton_variants.py`` does not enumerate;
-``project/test_gates.py`` has all that it does, as it was recorded.
+This file compiles a covering set, and samples of kernels that ``support/triton_variants.py`` does not enumerate;
+``project/test_gates.py`` checks the record of all kernels that it does enumerate.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FULL = {"float16": 8, "bfloat16": 8, "float32": 4, "float64": 2}
 
 
 def _covering():
-    """Each architecture, dtype, layout and kind of call; what needs most registers more often."""
+    """Yield groups with each architecture, dtype, layout and kind of call; mostly those that need many registers."""
     for arch, dtype, columns, kind in (
         (75, "float16", False, "split"), (80, "float16", True, "held"), (90, "float16", False, "cluster"),
         (120, "float32", False, "held"), (89, "bfloat16", True, "masked groups"), (86, "float64", False, "held"),
@@ -72,7 +72,7 @@ def test_gates(group):
 
 
 def _spilling():
-    """Groups of kernels that go through tensors in a loop, and spill."""
+    """Return the groups of streaming kernels, which loop over tensors, whose record has spills."""
     cells = Record.read(FAMILY).cells
     return [group for group, cell in cells.items() if cell.spilled and not holds(group.kind)]
 
@@ -81,7 +81,7 @@ def _spilling():
 @pytest.mark.usefixtures("compile_triton")
 @pytest.mark.parametrize("group", list(_marked(_spilling())))
 def test_what_is_spilled_hardly_slows_loops(group):
-    """Of a loop's instructions one in 150 moves what was spilled, at most."""
+    """At most one in 150 instructions of a loop loads or stores spilled registers."""
     for step, special in variants(group).values():
         if "merge" not in step.kernel.__name__ and compile_launch(group.arch, step, special).spilled:
             [machine] = disassemble(triton_cubin(step.kernel, group.arch, **compiler_options(special))).values()
@@ -92,12 +92,12 @@ def test_what_is_spilled_hardly_slows_loops(group):
 
 
 def marked(index):
-    """One in nine in every run, one in the long run, the others in the exhaustive one."""
+    """Return the marks of a case: of nine, one is in every run, one is slow, and seven are exhaustive."""
     return [[], pytest.mark.slow, *[pytest.mark.exhaustive] * 7][index % 9]
 
 
 OTHERS = [(name, kind) for kind in ("split", "masked", "frozen") for name in ROWS if name not in ("relu", "gelu")]
-"""Streaming kernels that are not enumerated, for their activations."""
+"""Streaming kernels that are not enumerated, with the other activations."""
 
 
 @pytest.mark.compile
@@ -131,7 +131,7 @@ PARAMETERS = [
     ids=str,
 )
 def test_other_parameters(options, tier, arch):
-    """What is not enumerated because it changes a few instructions of a program."""
+    """Options that are not enumerated, because they change only a few instructions, stay within the limits."""
     tensors = Tensors("float16", 8, options.get("parameters") is not None)
     options = dict(options)
     x = tensors(2 * tensors.tile)
@@ -148,7 +148,7 @@ def test_other_parameters(options, tier, arch):
 @pytest.mark.parametrize("channels", [64, 128, 256, 512])
 @pytest.mark.parametrize("training", [True, False])
 def test_channels_last_gives_every_multiprocessor_work(name, channels, training):
-    """ResNet-50's layers with 56 x 56 positions, forward and backward."""
+    """Layers with 56 x 56 positions, as in ResNet-50, have enough programs forward and backward."""
     device = DEVICES[name]
     backend = RecordingBackend(device, tier="split")
     x = torch.empty(32, 3136, channels, dtype=torch.float16).permute(0, 2, 1)
@@ -162,7 +162,7 @@ def test_channels_last_gives_every_multiprocessor_work(name, channels, training)
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_the_plans_are_ones_that_the_kernels_can_follow(name):
+def test_the_plans_are_within_the_limits_of_the_kernels(name):
     for (*shape, columns), tier in product(
         ((64, 64, 3136, False), (32, 256, 256, False), (2, 49, 256, True)), ("split", "cta")
     ):
@@ -176,5 +176,5 @@ def test_the_plans_are_ones_that_the_kernels_can_follow(name):
             assert step.num_ctas == 1 or DEVICES[name].arch >= 90
             assert step.grid[1] <= 65535
             sizes = special.constants
-            elements = math.prod(sizes.get(name, 1) for name in ("POSITIONS", "LANES", "VEC"))  # a merge has fewer
+            elements = math.prod(sizes.get(name, 1) for name in ("POSITIONS", "LANES", "VEC"))  # merges lack some
             assert elements * sizes.get("TILES", 1) <= step.num_ctas * 32768

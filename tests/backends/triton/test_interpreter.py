@@ -1,4 +1,4 @@
-"""The Triton backend end to end, from the public calls to its kernels: torch's CPU tensors in Triton's interpreter."""
+"""The Triton backend from the public functions to its kernels: CPU tensors in the interpreter of Triton."""
 
 import json
 

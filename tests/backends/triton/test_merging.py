@@ -1,4 +1,4 @@
-"""What blocks leave for a launch that merges it, and that launch, where double precision is slow."""
+"""The separate launch that merges partial results where double precision is slow, and these partial results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATISTICS, SUMS = "bn_stats_kernel", "bn_backward_reduce_kernel"
 
 
 def launches(arch, shape=(64, 5, 64, 64), dtype=torch.float16, **options):
-    """Return a call's launches by the kernel's name: the step, and what it is compiled from."""
+    """Return the launches of a call by the name of the kernel: the step and the specialisation of each."""
     found = record_launches(torch.empty(shape, dtype=dtype), arch, sms=32, activation="relu", **options)
     return {step.kernel.__name__: (step, special) for step, special in found}
 
@@ -56,7 +56,7 @@ def test_with_a_mask_blocks_leave_their_counts_too():
 
 @pytest.mark.parametrize("shape", [(64, 5, 64, 64), (256, 512, 49), (2000, 40, 1), (64, 1, 1 << 16)], ids=str)
 def test_one_warp_merges_a_few_channels_side_by_side(shape):
-    """So what is done in double precision is done once, by each thread for few blocks."""
+    """Work in double precision is done once, and each thread does it for few blocks."""
     found = launches(89, shape)
     for kernel, before in (("bn_merge_moments_kernel", STATISTICS), ("bn_merge_sums_kernel", SUMS)):
         step, special = found[kernel]

@@ -1,4 +1,4 @@
-"""What a layer on a GPU launches: at most two kernels each way, and none of torch's; the last one counts the batch."""
+"""The launches of a layer on a GPU: at most two kernels in each direction, none by torch; a kernel counts the batch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_layer_launches_at_most_two_kernels_each_way_and_nothing_else(shape, l
 
 
 def test_the_operators_launch_no_more(monkeypatch):
-    """Those that compiled code calls."""
+    """The operators that compiled code calls launch as many kernels as the layer."""
     backend = Recording(DEVICES["a100"])
     monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     x, vectors, counter = torch.empty(64, 8, 128, 128), [torch.ones(8) for _ in range(4)], torch.tensor(0)

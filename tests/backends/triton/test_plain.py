@@ -1,4 +1,4 @@
-"""Plain calls launch what other calls launch, in fewer steps; whatever is not plain goes the other way."""
+"""Plain calls take a short path to the same launches; other calls take the general path."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from gpu_bn.backends.triton.launch import ClusterError
 from gpu_bn.plan import DEVICES
 
 
-class Noting(RecordingBackend):
-    """Notes the arguments that are no tensors, too, and what plain calls were served."""
+class PlainRecorder(RecordingBackend):
+    """Records arguments that are not tensors, too, and which plain calls were served."""
 
     forward_at_once = TritonBackend.forward_at_once
 
@@ -53,13 +53,13 @@ class Noting(RecordingBackend):
         super().record(step, args)
         names = [parameter.name for parameter in step.kernel.params]
         numbers = {n: a for n, a in zip(names, args, strict=False) if not isinstance(a, torch.Tensor)}
-        if step.kernel.__name__ == "bn_normalize_kernel" and "mean" not in numbers:  # it is a tensor, frozen
-            del numbers["momentum"]  # which is not read
+        if step.kernel.__name__ == "bn_normalize_kernel" and "mean" not in numbers:  # frozen: mean is a tensor
+            del numbers["momentum"]  # not read
         self.launches[-1] += (numbers,)
 
 
 def run(monkeypatch, plain, call, **options):
-    backend = Noting(plain, **options)
+    backend = PlainRecorder(plain, **options)
     monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     call()
     kinds = [(step.kernel.__name__, step.grid, special.key, numbers) for step, special, numbers in backend.launches]
@@ -97,7 +97,7 @@ def test_the_same_launches(tier, residual, needs, options, frozen, activation, m
     assert plain
 
 
-def put(name, tensor):
+def replacing(name, tensor):
     def change(layer, _):
         if name in layer._parameters:
             layer._parameters[name] = torch.nn.Parameter(tensor(layer))
@@ -114,9 +114,9 @@ def misaligned(_, x):
 NOT_PLAIN = {
     "an input at an odd address": misaligned,
     "an input with gaps": lambda _, x: torch.empty(4, 8, 16, 32, dtype=x.dtype, requires_grad=True)[..., ::2],
-    "a weight with gaps": put("weight", lambda _: torch.ones(16)[::2]),
-    "a counter of 32 bits": put("num_batches_tracked", lambda _: torch.zeros((), dtype=torch.int32)),
-    "a weight in the running mean": put("weight", lambda layer: layer.running_mean),
+    "a weight with gaps": replacing("weight", lambda _: torch.ones(16)[::2]),
+    "a counter of 32 bits": replacing("num_batches_tracked", lambda _: torch.zeros((), dtype=torch.int32)),
+    "a weight in the running mean": replacing("weight", lambda layer: layer.running_mean),
 }
 
 
@@ -134,8 +134,8 @@ def test_what_is_not_plain_goes_the_other_way(name, monkeypatch):
 
 
 def test_what_is_remembered_does_not_hide_a_change(monkeypatch):
-    """Each call is looked at: a signature that is known says nothing of other tensors, or of the same ones later."""
-    backend = Noting(True)
+    """Each call is checked: a known signature does not vouch for other tensors, or for the same ones after a change."""
+    backend = PlainRecorder(True)
     monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 6, 6)
     layer(x)
@@ -152,17 +152,17 @@ def test_what_is_remembered_does_not_hide_a_change(monkeypatch):
 
 
 def test_gradients_of_another_form_go_the_other_way(monkeypatch):
-    backend = Noting(True)
+    backend = PlainRecorder(True)
     monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 6, 6, requires_grad=True)
-    layer(x).sum().backward()  # an expanded number
+    layer(x).sum().backward()  # dy is expanded from a scalar
     layer(x).backward(torch.empty(4, 8, 6, 6).to(memory_format=torch.channels_last))
     assert backend.served == ["forward", "forward"]
     assert len(backend.launches) == 4
 
 
 def test_signatures_are_bounded(monkeypatch):
-    backend = Noting(True)
+    backend = PlainRecorder(True)
     backend.plain.known.most = 3
     monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer = nn.BatchNorm2d(8).requires_grad_(False)
@@ -207,8 +207,8 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def data_of(name, tensor):
-    """Change a tensor that stays the same object."""
+def changing_data(name, tensor):
+    """Return a function that replaces the data of a tensor of the layer, which stays the same object."""
 
     def change(layer, _):
         getattr(layer, name).data = tensor
@@ -217,16 +217,16 @@ def data_of(name, tensor):
 
 
 CHANGES = NOT_PLAIN | {
-    "a weight of another dtype": data_of("weight", torch.ones(8).double()),
-    "a weight that has got gaps": data_of("weight", torch.ones(16)[::2]),
-    "a weight of another length": data_of("weight", torch.ones(9)),
-    "a weight of a type of one's own": put("weight", lambda _: torch.ones(8).as_subclass(Subclass)),
-    "a negated variance": put("running_var", lambda _: torch._neg_view(torch.ones(8))),
-    "a mean that needs gradients": put("running_mean", lambda _: torch.zeros(8, requires_grad=True)),
-    "a mean of inference mode": put("running_mean", lambda _: inference_zeros()),
-    "statistics in one place": put("running_var", lambda layer: layer.running_mean),
-    "statistics on another device": put("running_var", lambda _: torch.zeros(8, device="meta")),
-    "a sparse weight": put("weight", lambda _: torch.ones(8).to_sparse()),
+    "a weight of another dtype": changing_data("weight", torch.ones(8).double()),
+    "a weight that has got gaps": changing_data("weight", torch.ones(16)[::2]),
+    "a weight of another length": changing_data("weight", torch.ones(9)),
+    "a weight of a type of one's own": replacing("weight", lambda _: torch.ones(8).as_subclass(Subclass)),
+    "a negated variance": replacing("running_var", lambda _: torch._neg_view(torch.ones(8))),
+    "a mean that needs gradients": replacing("running_mean", lambda _: torch.zeros(8, requires_grad=True)),
+    "a mean of inference mode": replacing("running_mean", lambda _: inference_zeros()),
+    "statistics in one place": replacing("running_var", lambda layer: layer.running_mean),
+    "statistics on another device": replacing("running_var", lambda _: torch.zeros(8, device="meta")),
+    "a sparse weight": replacing("weight", lambda _: torch.ones(8).to_sparse()),
     "a sparse input": lambda _, x: x.detach().to_sparse(),
     "an input in oneDNN's memory": lambda _, x: x.detach().float().to_mkldnn(),
     "an input of a type of one's own": lambda _, x: x.detach().as_subclass(Subclass),
@@ -265,7 +265,7 @@ WATCHES = {
 
 @pytest.mark.parametrize("name", WATCHES)
 def test_a_known_signature_hides_no_one_who_watches(name, monkeypatch):
-    backend = Noting(True)
+    backend = PlainRecorder(True)
     monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 16, 16, requires_grad=True)
     y = layer(x)
@@ -281,7 +281,7 @@ def test_a_known_signature_hides_no_one_who_watches(name, monkeypatch):
 
 
 def test_kinds_of_calls_of_one_shape_are_remembered_side_by_side(monkeypatch):
-    backend = Noting(True)
+    backend = PlainRecorder(True)
     monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layers = [nn.BatchNorm2d(8), nn.BatchNorm2d(8).requires_grad_(False)]
     x = torch.empty(4, 8, 6, 6)
@@ -298,7 +298,7 @@ def test_kinds_of_calls_of_one_shape_are_remembered_side_by_side(monkeypatch):
 
 
 def test_saved_tensors_that_come_back_otherwise_are_looked_at(monkeypatch):
-    backend = Noting(True)
+    backend = PlainRecorder(True)
     monkeypatch.setattr(registry, "backend_for", lambda *_: backend)
     layer, x = nn.BatchNorm2d(8), torch.empty(4, 8, 6, 6, requires_grad=True)
     for order in (torch.contiguous_format, torch.channels_last):
@@ -313,7 +313,7 @@ def test_saved_tensors_that_come_back_otherwise_are_looked_at(monkeypatch):
 
 
 def test_a_call_comes_to_its_kernel_in_five_files(monkeypatch):
-    """CONTRIBUTING draws its way."""
+    """CONTRIBUTING has a diagram of these files."""
     ways, package = [], Path(gpu_bn.__file__).parent
 
     def launch(step, _):
@@ -334,7 +334,7 @@ def test_a_call_comes_to_its_kernel_in_five_files(monkeypatch):
 
 
 class ByAddress(EmulatedBackend):
-    """Launches steps that have been compiled by addresses, as on a GPU."""
+    """Launches compiled steps with the addresses of tensors, as on a GPU."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -342,15 +342,15 @@ class ByAddress(EmulatedBackend):
 
     def new(self, *args):
         made = super().new(*args)
-        self.know(*(made.unbind() if made.dim() == 2 else ()), made)
+        self.remember(*(made.unbind() if made.dim() == 2 else ()), made)
         return made
 
-    def know(self, *tensors):
+    def remember(self, *tensors):
         self.tensors |= {one.data_ptr(): one for one in tensors if isinstance(one, torch.Tensor)}
 
     def launch_on_emulator(self, step, args):
         super().launch_on_emulator(step, args)
-        self.know(*args)
+        self.remember(*args)
         pointers = [isinstance(one, torch.Tensor) for one in args]
 
         def run(*args):
@@ -388,7 +388,7 @@ def test_plain_calls_compute_what_torch_does(tier, kind, device, compile_triton,
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_new_tensors_of_a_gpu_are_of_its_device(devices, monkeypatch):
-    """torch's fast function makes them on the current GPU: it serves where there is no other."""
+    """The fast function of torch allocates on the current GPU, so that it is used only if there is one GPU."""
     calls = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(alike._guards, "_empty_strided_cuda", lambda *layout: calls.append(layout))

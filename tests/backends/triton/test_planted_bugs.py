@@ -1,4 +1,4 @@
-"""The proof of the Triton kernels can fail: kernels with one bug each, and what notices it."""
+"""The proof of the Triton kernels can fail: kernels with one bug each, and the check that notices it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ pytestmark = pytest.mark.compile
 
 KERNELS = ROOT / "kernels" / "triton"
 FIRST = {bug.noticed: bug.name for bug in reversed(BUGS)}.values()
-"""The bugs of a normal run: of each thing that is noticed, the first."""
+"""The bugs of a normal run: the first for each text by which bugs are noticed."""
 
 
-def mutated(bug: Bug, folder: Path, monkeypatch) -> None:
-    """Give the backend kernels of its own with the bug in them."""
+def plant(bug: Bug, folder: Path, monkeypatch) -> None:
+    """Let the backend use a copy of the kernels with the bug."""
     package = folder / "mutant_kernels"
     shutil.copytree(KERNELS, package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in package.glob("*.py"):
@@ -51,7 +51,7 @@ def mutated(bug: Bug, folder: Path, monkeypatch) -> None:
         monkeypatch.setattr(module, "functions", functions)
 
 
-def trial(bug: Bug, compile_triton) -> None:
+def check_bug(bug: Bug, compile_triton) -> None:
     planned = replace(DEVICES["a100"], arch=bug.arch)
     check(bug.case, EmulatedBackend(Device(), compile_triton, 80, planned, tier=bug.tier))
 
@@ -62,10 +62,10 @@ def trial(bug: Bug, compile_triton) -> None:
     ids=lambda bug: bug.name.replace(" ", "-"),
 )
 def test_the_proof_notices(bug, tmp_path, monkeypatch, compile_triton, caught_faults):
-    mutated(bug, tmp_path, monkeypatch)
+    plant(bug, tmp_path, monkeypatch)
     monkeypatch.setattr(programs, "CHAIN", bug.chain)
     with pytest.raises((AssertionError, EmulatorError)) as caught:
-        trial(bug, compile_triton)
+        check_bug(bug, compile_triton)
     message = str(caught.value)
     assert bug.noticed in message
     caught_faults[f"triton: {bug.name}"] = (

@@ -1,4 +1,4 @@
-"""Rows that begin and end within vectors: 7 x 7 images in vectors of 16 bytes."""
+"""Ragged rows, which begin and end within vectors of 16 bytes, such as those of 7 x 7 images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = replace(DEVICES["a100"], sms=4)
 
 
 def ragged(steps):
-    """Return which launches go through tensors in ragged rows; those that merge go through none."""
+    """Tell for each launch whether it reads ragged rows; launches that merge read no tensor and are left out."""
     names = [[parameter.name for parameter in step.kernel.params][-len(step.tail) :] for step in steps]
     tails = [dict(zip(there, step.tail, strict=True)) for there, step in zip(names, steps, strict=True)]
     return [tail["length"] is not None for tail in tails if "length" in tail]
@@ -49,7 +49,7 @@ CASES = [
     ("cta", Case((4, 8, 7, 7), "float16", activation="leaky_relu"), {"wide": True}),
     ("split", Case((1, 8, 1025), "float32", activation="gelu", residual=True), {"wide": True}),
     ("split", Case((1, 32, 1, 35), "float32", residual=True), {}),
-    ("split", Case((16, 8, 7, 7), "float32", mean=1e18, std=1e18), {}),  # squares leave float32's range
+    ("split", Case((16, 8, 7, 7), "float32", mean=1e18, std=1e18), {}),  # squares overflow float32
     (None, Case((4, 8, 7, 7), "float16", mode="train_no_stats", affine="none"), {}),
 ]
 
@@ -75,7 +75,7 @@ def halves(shape=(4, 8, 7, 7), seed=0):
 @pytest.mark.compile
 @pytest.mark.parametrize("tier", ["cta", "split"])
 def test_what_is_not_finite_stays_in_its_channel(tier, compile_triton, device):
-    """Neighbours share vectors."""
+    """NaN and infinities do not spread, though adjacent channels share vectors."""
     backend = backend_of(compile_triton, device, tier)
     x, dy = halves(), halves(seed=1)
     clean_x, clean_dy = x.clone(), dy.clone()
@@ -105,7 +105,7 @@ def test_each_element_is_written_once_and_whole_vectors_at_once(tier, compile_tr
     (steps,) = backend._prepared.values()
     vectors = sum(
         (start + 48) // 8 - start // 8 + 1 for start in range(0, x.numel(), 49)
-    )  # those at two rows' ends are read for both
+    )  # a vector with the ends of two rows is read for both
     report = device.reports[-1]
     assert report.buffer("residual", "load").bytes == VECTOR_BYTES * vectors
     assert report.buffer("y", "store").bytes == y.nbytes
@@ -113,8 +113,8 @@ def test_each_element_is_written_once_and_whole_vectors_at_once(tier, compile_tr
 
 
 @pytest.mark.compile
-def test_a_result_in_the_place_of_a_tensor_keeps_its_rows_in_vectors_of_their_own(compile_triton, device):
-    """A program would read a vector while its neighbour writes a part of it."""
+def test_in_place_rows_keep_their_own_vectors(compile_triton, device):
+    """In place, rows are not ragged: a program would read a vector while another one writes a part of it."""
     backend, x = backend_of(compile_triton, device), halves()
     want = gpu_bn.batch_norm(x, training=True, backend=backend)
     assert all(ragged(backend.steps))
@@ -181,14 +181,14 @@ def test_positions_are_divided_by_the_vectors_that_a_row_spans(size, itemsize):
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (75, 80, 100, 120))])
 def test_accesses_are_of_16_bytes(arch, compile_triton):
-    """Also in the machine code of 7 x 7 images, which are those that rows are ragged for."""
+    """Kernels for ragged rows, here of 7 x 7 images, access 16 bytes at a time."""
     for tier, dtype in (("cta", torch.float16), ("split", torch.float16), ("split", torch.float32)):
         x = torch.empty(256, 512, 49, dtype=dtype)
         for step, special in record_launches(x, arch, sms=132, tier=tier, activation="relu", residual=True):
             compiled = compile_triton(step.kernel, arch, **compiler_options(special))
             assert compiled.spill_bytes == compiled.stack_bytes == 0, step.kernel.__name__
             assert compiled.registers <= 128, step.kernel.__name__
-            if "merge" in step.kernel.__name__:  # which goes through no tensor
+            if "merge" in step.kernel.__name__:  # merges read no tensor
                 continue
             loads, stores = access_widths(compiled.ptx)
             assert ragged([step]) == [True]

@@ -1,4 +1,4 @@
-"""Random calls at the edges of what the Triton backend takes, against the oracle: those of CuPy's tests."""
+"""Random calls at the limits of the Triton backend, against the oracle; ``cupy/test_random.py`` draws them alike."""
 
 import pytest
 
@@ -13,9 +13,9 @@ from support.triton_backends import EmulatedBackend
 
 pytestmark = pytest.mark.compile
 FIRST, USUAL, MORE, ALL = 1002, 1, 8, 40
-"""The first seed; how many there are in a usual run, with ``-m slow``, and with ``-m exhaustive``."""
+"""The first seed, and the number of seeds in a normal run, with ``-m slow`` and with ``-m exhaustive``."""
 LIKE_IT = 6
-"""Small calls of a seed: with both runs of CI, 56 calls in all."""
+"""The number of small calls of a seed; both runs of CI together make 56 calls."""
 
 
 @pytest.mark.parametrize("seed", [marked(seed, USUAL, MORE, FIRST) for seed in range(ALL)])
