@@ -135,10 +135,10 @@ def find_row(backend: str | Backend | None, **arrays: Any) -> Row | None:
     raise ValueError(f"backend {backend!r} serves arrays of type {served}, got {rows[0]}")
 
 
-def _interpreted(row: Row, given: Row) -> bool:
-    """Tell whether Triton's interpreter runs the kernels of ``row`` on the CPU tensors of ``given``."""
+def _interpreted(row: Row, default: Row) -> bool:
+    """Tell whether Triton's interpreter runs the kernels of ``row`` on the CPU tensors of ``default``."""
     interprets = row.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return interprets and (given.library, given.device) == (row.library, "cpu")
+    return interprets and (default.library, default.device) == (row.library, "cpu")
 
 
 def backend_for(array: Any) -> Backend:

@@ -72,24 +72,24 @@ class BatchNormSpec:
     renorm: tuple[float, float] | None = None
 
 
-def check_forward(call: Call, given: Options) -> BatchNormSpec:
+def check_forward(call: Call, options: Options) -> BatchNormSpec:
     """Check a forward call and return its options.
 
     Raises:
         TypeError: a dtype is not one of ``FLOAT_DTYPES``, or differs from that of the input where it must not.
         ValueError: a shape, a length or an option does not fit.
     """
-    x, training = call.x, given.training
+    x, training = call.x, options.training
     check_float("input", x)
-    axis = check_axis(x.shape, given.channel_axis)
-    check_options(training, given.momentum, given.eps)
+    axis = check_axis(x.shape, options.channel_axis)
+    check_options(training, options.momentum, options.eps)
     channels = x.shape[axis]
     for name in VECTORS:
         vector = getattr(call, name)
         if vector is not None:
             check_vector(name, vector, channels)
     check_running(call.running_mean, call.running_var, training)
-    size, renorm = given.virtual_batch_size, given.renorm
+    size, renorm = options.virtual_batch_size, options.renorm
     groups = 1 if size is None else check_groups(x.shape, axis, size, training)
     if training and math.prod(x.shape) == groups * channels > 0:
         got = (x.shape[0] // groups, *x.shape[1:])
@@ -104,16 +104,16 @@ def check_forward(call: Call, given: Options) -> BatchNormSpec:
             check_like(name, array, x)
     if call.out is not None:
         check_writeable("out", call.out)
-    return specify(given, axis, groups, renorm)
+    return specify(options, axis, groups, renorm)
 
 
-def specify(given: Options, axis: int, groups: int, renorm: tuple[float, float] | None) -> BatchNormSpec:
+def specify(options: Options, axis: int, groups: int, renorm: tuple[float, float] | None) -> BatchNormSpec:
     """Return the options of a call whose arguments have been checked, except for the name of the activation."""
-    momentum, training = given.momentum, bool(given.training)
+    momentum, training = options.momentum, bool(options.training)
     if type(momentum) is not float and isinstance(momentum, Real):
         momentum = float(momentum)
-    activation = Activation.of(given.activation)
-    return BatchNormSpec(axis, training, momentum, float(given.eps), activation, groups, renorm)
+    activation = Activation.of(options.activation)
+    return BatchNormSpec(axis, training, momentum, float(options.eps), activation, groups, renorm)
 
 
 def check_mask(mask: Array, shape: tuple[int, ...], axis: int) -> None:
@@ -123,8 +123,8 @@ def check_mask(mask: Array, shape: tuple[int, ...], axis: int) -> None:
         raise TypeError(f"mask should be one of {', '.join(MASK_DTYPES)}, got {name}")
     wanted = (*shape[:axis], 1, *shape[axis + 1 :])
     got = tuple(mask.shape)
-    given = got if len(got) == len(shape) else (*got[:axis], 1, *got[axis:])
-    fits = len(given) == len(shape) and all(a in (b, 1) for a, b in zip(given, wanted, strict=True))
+    full = got if len(got) == len(shape) else (*got[:axis], 1, *got[axis:])
+    fits = len(full) == len(shape) and all(a in (b, 1) for a, b in zip(full, wanted, strict=True))
     if not fits:
         without = (*shape[:axis], *shape[axis + 1 :])
         raise ValueError(f"mask should broadcast to {wanted} or {without}, got {got}")
