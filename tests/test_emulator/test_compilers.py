@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from emulator import Device
-from emulator.compile import NOT_REPORTED, Compiled, triton_arguments
+from emulator.compile import NOT_REPORTED, Compiled, triton_arguments, triton_version
 from emulator.fixtures import load_triton
 from emulator.nvrtc import cuda_headers
 from support.paths import TESTS
@@ -188,6 +188,8 @@ def test_triton_maths(run_triton, device):
 def test_triton_reductions_of_tuples(ctas, run_triton, device):
     if ctas > 1 and run_triton.arch not in (90, 100):
         pytest.skip("Triton makes clusters for sm_90 and sm_100")
+    if ctas > 1 and tuple(map(int, triton_version().split(".")[:2])) < (3, 9):
+        pytest.skip(f"Triton {triton_version()} does not compile this exchange between blocks")
     x, out = RNG.normal(5, 2, 900).astype(np.float32), device.empty(2, np.float32)
     run_triton("welford", ["*fp32", "*fp32", "i32"], 1, [out, x, 900], {"BLOCK": 1024}, num_ctas=ctas)
     np.testing.assert_allclose(out, [x.mean(dtype=float), x.var(dtype=float)], rtol=1e-5)

@@ -125,8 +125,8 @@ def test_triton_forward(shape, aligned, type_, arch, compile_triton, device):
 @pytest.mark.parametrize("seed", [None, 0])
 def test_triton_forward_over_clusters(seed, compile_triton):
     """With num_ctas = 2 a reduction combines two blocks through distributed shared memory."""
-    if triton_version().startswith("3.7."):
-        pytest.skip("the compiler of Triton 3.7 fails on this kernel with num_ctas = 2")
+    if triton_version().startswith(("3.6.", "3.7.")):
+        pytest.skip("with num_ctas = 2 Triton 3.6 leaves the exchange out, and Triton 3.7 fails")
     compiled = compile_reference_triton(compile_triton, "f32", 90, num_ctas=2)
     assert compiled.kernel.cluster == 2
     device = Device(seed=seed)
