@@ -344,8 +344,17 @@ def stamp(group: Group, name: str) -> str:
     activated = "VALUE" in constants or "GRADIENT" in constants
     code = _definitions().stamp([kernel, *(MATHS if activated else ())])
     if "TILES=" in constants:  # a kernel that spills is compiled again with more registers
-        code = digest([code, inspect.getsource(free_registers)], 8)
+        code = digest([code, code_of(inspect.getsource(free_registers))], 8)
     return digest([code, astuple(ROWS[group.activation].device)], 8) if activated else code
+
+
+def code_of(source: str) -> str:
+    """Return the source of a function without its docstring and comments."""
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    if ast.get_docstring(function) is not None:
+        del function.body[0]
+    return ast.unparse(function)
 
 
 KERNELS = Path(forward_kernels.__file__).parent

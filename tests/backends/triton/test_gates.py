@@ -22,6 +22,7 @@ from support.triton_variants import (
     DTYPES,
     FAMILY,
     Tensors,
+    code_of,
     compile_launch,
     compiler_options,
     holds,
@@ -178,3 +179,8 @@ def test_the_plans_are_within_the_limits_of_the_kernels(name):
             sizes = special.constants
             elements = math.prod(sizes.get(name, 1) for name in ("POSITIONS", "LANES", "VEC"))  # merges lack some
             assert elements * sizes.get("TILES", 1) <= step.num_ctas * 32768
+
+
+def test_the_digest_of_a_function_ignores_its_docstring_and_comments():
+    documented = 'def f(x):\n    """Add one."""\n    return x + 1  # one\n'
+    assert code_of(documented) == code_of("def f(x):\n    return x + 1\n") != code_of("def f(x):\n    return x + 2\n")
