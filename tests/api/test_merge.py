@@ -10,7 +10,7 @@ from gpu_bn.merge import Pool, merge
 
 
 def pool(x):
-    """The statistics of (n, C) data."""
+    """Return the statistics of data of shape (n, C)."""
     if not len(x):
         return Pool(np.zeros(1), np.zeros(x.shape[1]), np.zeros(x.shape[1]))
     mean = x.mean(0)

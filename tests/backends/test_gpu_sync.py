@@ -225,7 +225,7 @@ def test_torch_updates_a_counter_that_kernels_cannot(launches):
     phases.update(None, None, counter, None, None, count, mean, mean)
     assert counter == 3
     assert launches() == []
-    assert not library.is_countable(torch.tensor(2), torch.empty(0, device="meta"))  # on another device
+    assert not library.is_countable(torch.tensor(2), torch.empty(0, device="meta"))  # a counter on another device
 
 
 def test_statistics_with_gaps_in_memory_move_alone(launches):
