@@ -136,7 +136,7 @@ def _checked_batch_norm(call: Call, options: Options) -> Tensor:
     if training and not torch.compiler.is_compiling():
         if updates.off:
             mean, var = untracked_statistics(call.running_mean, call.running_var, options.renorm)
-            call = call._replace(running_mean=mean, running_var=var, counter=None)
+            call = Call(*call[:4], mean, var, None, call.valid)
         check_memory(call)
     if isinstance(momentum, Tensor) and (extended or not library.stays_on_device(momentum)):
         momentum = momentum.item()
