@@ -13,9 +13,9 @@ RECORD = json.loads(versions.DATA.read_text())["rows"]
 
 @pytest.mark.parametrize("found", RECORD, ids=lambda found: f"{found['torch']} {found['triton']}")
 def test_every_version_has_passed(found):
-    parts = [found[what] for what in versions.PARTS if what in found]
-    assert all(part["ok"] and part["passed"] > 10 for part in parts)
-    assert found["kernels"]["passed"] >= 100
+    fewest = {"kernels": 100, "emulator": 11, "budget": 5, "layers": 100}
+    assert found.keys() >= {"kernels", "emulator", "layers"}
+    assert all(found[what]["ok"] and found[what]["passed"] >= fewest[what] for what in versions.PARTS if what in found)
 
 
 def test_a_compiler_that_ends_the_process_is_noticed(monkeypatch, capsys):
