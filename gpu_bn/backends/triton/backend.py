@@ -156,18 +156,23 @@ class TritonBackend(SharedStatistics):
 
     @torch.no_grad()
     def update_running(self, moments: Moments, running_mean: Array, running_var: Array, momentum: Any) -> None:
-        momentum = momentum.to(torch.float64) if isinstance(momentum, torch.Tensor) else momentum
-        mean, var = running_mean.double(), running_var.double()
-        for part in moments.parts(len(moments.mean) // len(mean)):
-            count, weight = part.count, momentum
-            if isinstance(count, torch.Tensor):  # only the device knows it; an empty ghost batch has weight 0
-                weight = momentum * (count > 0).double()
-                bessel = count / (count - 1).clip(1)
-            else:
-                bessel = count / max(count - 1, 1)
-            mean = (1 - weight) * mean + weight * part.mean
-            var = (1 - weight) * var + (weight * bessel) * part.var
-        torch._foreach_copy_([running_mean, running_var], [mean, var])  # both or neither
+        groups, count = len(moments.mean) // len(running_mean), moments.count
+        shares = momentum.to(torch.float64) if isinstance(momentum, torch.Tensor) else momentum
+        if isinstance(count, torch.Tensor):  # only the device knows it; an empty ghost batch has a share of 0
+            count = count.reshape(groups, 1)
+            shares, bessel = shares * (count > 0).double(), count / (count - 1).clip(1)
+        else:
+            bessel = count / max(count - 1, 1)
+        kept = 1 - shares
+        if groups > 1:  # a ghost batch keeps so much of all that came before it
+            ones = moments.mean.new_ones((groups, 1))
+            kept = (ones * kept).flip(0).cumprod(0).flip(0)
+            shares, kept = shares * torch.cat((kept[1:], ones[:1])), kept[:1]
+        new = [shares * moments.mean.reshape(groups, -1), shares * bessel * moments.var.reshape(groups, -1)]
+        if groups > 1:
+            new = [part.sum(0, keepdim=True) for part in new]
+        mean, var = kept * running_mean.double()[None] + new[0], kept * running_var.double()[None] + new[1]
+        torch._foreach_copy_([running_mean, running_var], [mean[0], var[0]])  # both or neither
 
     @torch.no_grad()
     def normalize(self, saved: Saved, residual: Array | None, out: Array) -> None:

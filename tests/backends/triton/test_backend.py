@@ -17,7 +17,9 @@ torch = pytest.importorskip("torch", reason="the Triton backend serves torch ten
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from support.triton_backends import EmulatedBackend, tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpu_bn.backends.protocol import Moments
 from gpu_bn.backends.triton import programs
 from gpu_bn.plan import DEVICES
 
@@ -103,6 +105,35 @@ def test_running_statistics_of_any_stride_are_updated_in_place(backend):
     assert torch.equal(apart[0, :, 0], vectors[0])
     assert torch.equal(apart[1, :, 0], vectors[1])
     assert (apart[..., 1] == 0).all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, torch.tensor(0.3)], ids=["0.1", "1", "on the device"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_ghost_batches_update_running_statistics_in_order(masked, momentum, backend):
+    """The update is that of one call for each ghost batch, but the number of operations does not grow with them."""
+    operations = []
+    for groups in (2, 32):
+        counts = torch.tensor([5.0, 0.0, 1.0, 7.0] * 8, dtype=torch.float64)[:groups] if masked else 5
+        mean, var = torch.randn(groups * 3, dtype=torch.float64), torch.rand(groups * 3, dtype=torch.float64)
+        running = [torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)]
+        wanted = [vector.clone() for vector in running]
+        with CountOperations() as count:
+            backend.update_running(Moments(counts, mean, var), *running, momentum)
+        for part in Moments(counts, mean, var).parts(groups):
+            backend.update_running(part, *wanted, momentum)
+        assert all(torch.allclose(*pair, rtol=1e-13) for pair in zip(running, wanted, strict=True))
+        operations.append(count.number)
+    assert operations[0] == operations[1]
+
+
+class CountOperations(TorchDispatchMode):
+    """Count the torch operations that run while it is active."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("tier", ["split", "cta"])
