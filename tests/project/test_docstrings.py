@@ -1,10 +1,12 @@
 """Check the docstrings of public names: they describe every argument, and their examples run."""
 
+import ast
 import doctest
 import inspect
 import re
 
 import pytest
+from support.paths import ROOT
 
 import gpu_bn
 
@@ -64,3 +66,23 @@ def test_the_examples_run(one):
 def test_all_activations_are_named(public):
     text = inspect.getdoc(public)
     assert [name for name in ROWS if not re.search(rf"``\"?{name}\"?``", text)] == []
+
+
+NOT_VERBS = {
+    "a", "all", "an", "another", "as", "how", "in", "its", "of", "one", "some", "the", "these", "this", "those", "two",
+    "what", "where", "whether", "which", "why",
+}  # fmt: skip
+ATTRIBUTES = {"property", "cached_property", "setter"}
+
+
+def test_docstrings_of_functions_open_with_a_verb():
+    """Properties may open with a noun. The word is not looked up: the ones that cannot be verbs are excluded."""
+    wrong = []
+    for path in [*(ROOT / "gpu_bn").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
+                marks = {getattr(mark, "attr", getattr(mark, "id", "")) for mark in node.decorator_list}
+                first = text.split()[0].lower().strip(",:")
+                if not marks & ATTRIBUTES and (first in NOT_VERBS or not first.replace("-", "").isalpha()):
+                    wrong.append(f"{path.relative_to(ROOT)}, {node.name}: {text.splitlines()[0]}")
+    assert not wrong
