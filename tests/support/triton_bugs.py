@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu_bn.backends.triton import programs
+from gpu_bn.plan import DEVICES
 from gpu_bn.testing import Case
 
 PLAIN = Case((5, 3, 37), activation="relu")
@@ -26,8 +27,9 @@ TINY = Case((3, 2, 111), mean=1e-22, std=1e-22, eps=1e-50)
 class Bug:
     """A bug: a part of a file and its replacement, the call that reveals it, and a part of the message.
 
-    ``more`` are further replacements. ``arch`` is the architecture to plan for: on 86 and later, except 90 and 100, a
-    separate launch merges the partial results of blocks.
+    ``more`` are further replacements. ``arch`` and ``sms`` are the architecture and the multiprocessors to plan for: on
+    86 and later, except 90 and 100, a separate launch merges the partial results of blocks; a GPU with few
+    multiprocessors has longer shares.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Bug:
     more: tuple[tuple[str, str], ...] = ()
     chain: int = programs.CHAIN
     arch: int = 80
+    sms: int = DEVICES["a100"].sms
 
 
 ACCESSES, PER_CHANNEL, STATISTICS, SUMS, FORWARD, BACKWARD, ACTIVATIONS = (
@@ -293,6 +296,7 @@ BUGS = [
         "dx[",
         CHAINS,
         chain=1,
+        sms=8,
     ),
     Bug(
         "absent weight is 0",

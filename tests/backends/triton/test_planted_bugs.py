@@ -52,7 +52,7 @@ def plant(bug: Bug, folder: Path, monkeypatch) -> None:
 
 
 def check_bug(bug: Bug, compile_triton) -> None:
-    planned = replace(DEVICES["a100"], arch=bug.arch)
+    planned = replace(DEVICES["a100"], arch=bug.arch, sms=bug.sms)
     check(bug.case, EmulatedBackend(Device(), compile_triton, 80, planned, tier=bug.tier))
 
 
@@ -74,13 +74,13 @@ def test_the_proof_notices(bug, tmp_path, monkeypatch, compile_triton, caught_fa
 
 
 @pytest.mark.parametrize(
-    ("case", "tier", "arch"),
+    ("case", "tier", "arch", "sms"),
     [
         pytest.param(*one, marks=[pytest.mark.slow] if index % 3 else [])
-        for index, one in enumerate(sorted({(bug.case, bug.tier, bug.arch) for bug in BUGS}, key=str))
+        for index, one in enumerate(sorted({(bug.case, bug.tier, bug.arch, bug.sms) for bug in BUGS}, key=str))
     ],
     ids=str,
 )
-def test_without_a_bug_the_same_cases_pass(case, tier, arch, compile_triton):
-    planned = replace(DEVICES["a100"], arch=arch)
+def test_without_a_bug_the_same_cases_pass(case, tier, arch, sms, compile_triton):
+    planned = replace(DEVICES["a100"], arch=arch, sms=sms)
     assert check(case, EmulatedBackend(Device(), compile_triton, 80, planned, tier=tier))
