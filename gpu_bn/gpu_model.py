@@ -89,7 +89,8 @@ class Thresholds:
 
     Attributes:
         blocks_per_sm: blocks that share an SM in the tiers that keep a channel on chip, limited by registers.
-        split_blocks_per_sm: blocks per SM in the split tier.
+        waves: the most waves of blocks in a streaming launch, unless there are more strips.
+        blocks_gain: the share of the time that more blocks must save in such a launch, because their sums are merged.
         fill: the share of the SMs that must have work if each strip gets one block. Where only one such block fits on
             an SM, a GPU with clusters uses clusters; an older GPU uses the block, for the other tiers cost more.
         vectors_per_thread: with fewer vectors per thread than this, cutting a channel further gains nothing.
@@ -99,8 +100,6 @@ class Thresholds:
             blocks or clusters with narrower ones fill them. Memory is read in sectors of 32 bytes.
         narrow_vectors: with more vectors per thread than this, strips stay wide: there are enough rows to cut, and long
             reads matter more.
-        max_partials: the maximum blocks of a strip in the split tier, whose last block merges their sums; more are
-            used only if the SMs would not be full.
         usable_l2: the share of the L2 cache that the second read of the split tier may rely on.
         copy_share: the share of the data sheet's bandwidth that a copy reaches.
         launch: seconds from the end of one kernel to the work of the next in its stream: 2 to 3 us on current GPUs with
@@ -121,14 +120,14 @@ class Thresholds:
     """
 
     blocks_per_sm: int = 2
-    split_blocks_per_sm: int = 4
+    waves: int = 4
+    blocks_gain: float = 0.01
     fill: float = 0.75
     vectors_per_thread: int = 4
     max_cluster: int = 8
     max_cooperative: int = 64
     narrow_bytes: int = 32
     narrow_vectors: int = 16
-    max_partials: int = 256
     usable_l2: float = 0.5
     copy_share: float = 0.88
     launch: float = 2.5e-6

@@ -224,7 +224,7 @@ class _Planner:
             return f"{self.tiling.strips} blocks leave SMs idle"
         if not (forced or self.tiny or self.cta_fills()):
             return f"with {self._held(1)} bytes each, fewer than {self.thresholds.blocks_per_sm} blocks fit on an SM"
-        return self._resident("cta", 1, "one block holds a strip")
+        return self._with_blocks("cta", 1, "one block holds a strip")
 
     def cluster(self, forced: bool) -> LaunchPlan | str:
         """Give each strip the smallest cluster that leaves room for other blocks and fills the SMs."""
@@ -242,7 +242,7 @@ class _Planner:
         roomy = [k for k in fitting if self._held(k) <= self._even_share] or fitting[-1:]
         filling = [k for k in roomy if self._fill_sms(self.tiling.strips * k)]
         blocks = (filling or roomy[-1:])[0]
-        return self._resident("cluster", blocks, f"a cluster of {blocks} blocks holds a strip")
+        return self._with_blocks("cluster", blocks, f"a cluster of {blocks} blocks holds a strip")
 
     def _cluster_sizes(self) -> list[int]:
         """Return the sizes of clusters in which every block has some positions."""
@@ -267,7 +267,7 @@ class _Planner:
             rounds = -(-self.tiling.strips // (capacity // wanted))
             in_flight = -(-self.tiling.strips // rounds)
             wanted = max(wanted, min(capacity // in_flight, self._max_blocks, limit))
-        return self._resident("cooperative", wanted, f"{wanted} co-resident blocks hold a strip", capacity)
+        return self._with_blocks("cooperative", wanted, f"{wanted} co-resident blocks hold a strip", capacity)
 
     def split(self, forced: bool) -> LaunchPlan:
         """Use two launches, with narrower strips where that saves time."""
@@ -304,24 +304,22 @@ class _Planner:
         )
 
     def one_launch(self) -> LaunchPlan:
-        """Use one launch without an exchange, in whole waves of blocks."""
-        wanted = self.device.sms * self.thresholds.split_blocks_per_sm // self.tiling.strips  # whole waves
-        resident = self.device.sms * self._co_resident // self.tiling.strips
-        blocks = max(1, min(wanted, max(self.thresholds.max_partials, resident), self._max_blocks))
-        share = -(-self.tiling.positions // blocks)
-        return self._plan("split", -(-self.tiling.positions // share), self.tiling.strips, share, 0, "one pass")
+        """Use one launch without an exchange, with the fewest blocks that are about as fast as any by the model."""
+        slots, strips = self.device.sms * self._resident, self.tiling.strips
+        counts = {max(1, min(wave * slots // strips, self._max_blocks)) for wave in range(1, self.thresholds.waves + 1)}
+        plans = [self._with_blocks("split", blocks, "one pass") for blocks in sorted(counts)]
+        fast_enough = (1 + self.thresholds.blocks_gain) * min(option.seconds for option in plans)
+        return next(option for option in plans if option.seconds <= fast_enough)
 
-    def _resident(self, tier: str, blocks: int, reason: str, capacity: int | None = None) -> LaunchPlan:
+    def _with_blocks(self, tier: str, blocks: int, reason: str, capacity: int | None = None) -> LaunchPlan:
         share = -(-self.tiling.positions // blocks)
         blocks = blocks if tier == "cluster" else -(-self.tiling.positions // share)
         in_flight = self.tiling.strips if capacity is None else min(self.tiling.strips, capacity // blocks)
-        return self._plan(tier, blocks, in_flight, share, self._held(blocks), reason)
-
-    def _plan(self, tier: str, blocks: int, in_flight: int, share: int, held: int, reason: str) -> LaunchPlan:
         moved, thresholds = self._read + self._written, self.thresholds
         if tier == "split":
-            exchange, (memory, idle) = 0.0, self._streaming_times(in_flight * blocks, moved)
+            held, exchange, (memory, idle) = 0, 0.0, self._streaming_times(in_flight * blocks, moved)
         else:
+            held = self._held(blocks)
             resident = max(1, min(thresholds.blocks_per_sm, self._co_resident, self.on_chip.blocks(held)))
             grid = self.tiling.strips * blocks
             waves = -(-grid // (resident * self.device.sms))
@@ -338,8 +336,12 @@ class _Planner:
 
     def _streaming_times(self, grid: int, moved: int) -> tuple[float, float]:
         """Return the seconds of a streaming launch: those of a copy, and those lost in addition."""
-        resident = self.thresholds.column_blocks if self.tiling.columns else self.thresholds.row_blocks
-        return streaming_seconds(moved, grid, resident, self._bytes_in_flight, self.device, self.thresholds)
+        return streaming_seconds(moved, grid, self._resident, self._bytes_in_flight, self.device, self.thresholds)
+
+    @property
+    def _resident(self) -> int:
+        """The blocks of a streaming kernel that an SM holds."""
+        return self.thresholds.column_blocks if self.tiling.columns else self.thresholds.row_blocks
 
     @property
     def _bytes_in_flight(self) -> int:

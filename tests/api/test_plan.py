@@ -8,6 +8,7 @@ import plan_snapshot
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from plan_snapshot import calls
 
 from gpu_bn import plan as planning
 from gpu_bn.plan import DEVICES, STATIC_SHARED, THREADS, THRESHOLDS, TIERS, NoPlanError, Work, options, plan, plan_once
@@ -184,6 +185,18 @@ def test_what_a_model_of_bytes_alone_does_not_see():
     assert tail.tiling.channels_per_strip == 32  # narrow strips: the last block merges half as many sums
 
 
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_streaming_launches_are_whole_waves_of_the_blocks_that_an_sm_holds(device):
+    """A wave that is hardly begun takes as long as a whole one if its blocks keep too few bytes in flight."""
+    for _, directions in calls():
+        for work in directions:
+            found = plan_once(work, device)
+            resident = THRESHOLDS.column_blocks if found.tiling.columns else THRESHOLDS.row_blocks
+            waves = found.grid / (resident * device.sms)
+            whole = waves <= 1 or ceil(waves) <= 1.1 * waves or found.tiling.strips >= resident * device.sms
+            assert whole or found.times.idle <= THRESHOLDS.blocks_gain * found.seconds
+
+
 @given(works(), DEVICE, st.sampled_from(TIERS))
 def test_a_forced_tier_is_honoured_or_refused_with_its_reason(work, device, tier):
     try:
@@ -256,16 +269,18 @@ def test_more_than_4_gib(n, c, s, backward):
     ("work", "device", "change", "before", "after"),
     [
         (Work(32, 2048, 49, 2), H100, {"fill": 20.0}, ("cta", 1), ("split", 1)),
-        (Work(32, 64, 3136, 2), H100, {"max_cluster": 1}, ("cluster", 2), ("split", 8)),
+        (Work(32, 64, 3136, 2), H100, {"max_cluster": 1}, ("cluster", 2), ("split", 6)),
         (Work(32, 64, 3136, 2), H100, {"blocks_per_sm": 3}, ("cluster", 2), ("cluster", 4)),
-        (Work(32, 64, 3136, 2), A100, {"usable_l2": 0.1}, ("split", 6), ("cooperative", 3)),
-        (Work(32, 64, 12544, 2), A100, {"max_cooperative": 8}, ("cooperative", 13), ("split", 6)),
+        (Work(32, 64, 3136, 2), A100, {"usable_l2": 0.1}, ("split", 5), ("cooperative", 3)),
+        (Work(32, 64, 12544, 2), A100, {"max_cooperative": 8}, ("cooperative", 13), ("split", 5)),
         (Work(512, 1024, 1, 2), A100, {"narrow_bytes": 128}, ("cta", 1), ("split", 4)),
         (Work(8192, 256, 1, 2), H100, {"narrow_vectors": 7}, ("cluster", 8), ("cluster", 8)),
-        (Work(25_088, 256, 1, 2), H100, {"narrow_vectors": 25}, ("split", 66), ("cluster", 8)),
-        (Work(100_352, 64, 1, 2), H100, {"max_partials": 1024}, ("split", 256), ("split", 264)),
-        (Work(100_352, 512, 1, 2), H100, {"split_blocks_per_sm": 2}, ("split", 66), ("split", 33)),
-        (Work(8192, 256, 1, 2), A100, {"vectors_per_thread": 32}, ("split", 32), ("split", 8)),
+        (Work(25_088, 256, 1, 2), H100, {"narrow_vectors": 25}, ("split", 33), ("cluster", 8)),
+        (Work(32, 128, 3136, 2), T4, {"waves": 1}, ("split", 2), ("split", 1)),
+        (Work(32, 128, 3136, 2), T4, {"blocks_gain": 0.2}, ("split", 2), ("split", 1)),
+        (Work(32, 64, 3136, 2), A100, {"row_blocks": 2}, ("split", 5), ("split", 3)),
+        (Work(100_352, 512, 1, 2), H100, {"column_blocks": 3}, ("split", 33), ("split", 49)),
+        (Work(8192, 256, 1, 2), A100, {"vectors_per_thread": 32}, ("split", 27), ("split", 8)),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )

@@ -29,7 +29,7 @@ def test_thresholds_are_fitted_to_the_fastest_tiers():
     assert "    usable_l2: float = 0.5  # not decided by these cases\n" in text  # no case depends on it
     for field in fields(plan.Thresholds):  # the whole table is printed
         assert f"\n    {field.name}: {field.type} = " in text
-    assert "    max_partials: int = 256  # not decided by these cases: it shapes launches, not the choice\n" in text
+    assert "    waves: int = 4  # not decided by these cases: it shapes launches, not the choice\n" in text
     copy = device.bandwidth * plan.THRESHOLDS.copy_share / 1e9
     assert f"    copy_share: float = 0.88  # not decided by these cases: a copy has {copy:.4g} GB/s here" in text
 

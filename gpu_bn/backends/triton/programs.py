@@ -37,9 +37,9 @@ SAMPLES = {False: 32, True: 16}
 MERGED_AT_ONCE = 4
 """Partial results that a thread loads at a time. All threads compute in double precision after each load: fewer loads
 are better, as long as registers suffice."""
-MOST_BLOCKS = {False: 1024, True: 64}
-"""The most blocks of a strip, in rows and in channels-last (True): each program of the second launch reads the results
-of all of them."""
+MOST_RESULTS = {False: 1024, True: 4096}
+"""The most blocks of a strip times its channels, in rows and in channels-last (True): each program of the second launch
+reads the results of all blocks."""
 MOST_WARPS = 8
 WARP = 32
 """Threads of a warp."""
@@ -177,8 +177,8 @@ def strip_constants(plan: LaunchPlan) -> tuple[int, int, bool]:
 
 
 def _fewer_blocks(plan: LaunchPlan) -> LaunchPlan:
-    """Return the plan with at most MOST_BLOCKS blocks for each strip."""
-    most = MOST_BLOCKS[plan.tiling.columns]
+    """Return the plan with at most MOST_RESULTS results for each strip."""
+    most = MOST_RESULTS[plan.tiling.columns] // plan.tiling.channels_per_strip
     if plan.tier != "split" or plan.blocks <= most:
         return plan
     share = -(-plan.tiling.positions // most)

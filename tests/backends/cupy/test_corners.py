@@ -139,7 +139,8 @@ def test_small_numbers_that_follow_a_large_one_are_not_lost(make_gpu, monkeypatc
 
     In the first two channels the sums of x and dy would lose them, in the last two the sums of squares.
     """
-    monkeypatch.setitem(fake_cupy.PROPERTIES, 80, fake_cupy.PROPERTIES[80] | {"multiProcessorCount": 1})
+    few_sms = {"multiProcessorCount": 2, "memoryClockRate": 1000}  # few blocks reach the bandwidth of its memory
+    monkeypatch.setitem(fake_cupy.PROPERTIES, 80, fake_cupy.PROPERTIES[80] | few_sms)
     problem = build(Case((1, 4, 1 << 16), mode="train_no_stats"))
     numbers = np.full((4, 64, 1024), 2.0**-24 / 10, np.float32)
     numbers[2:] = 1943 * 2.0**-23
