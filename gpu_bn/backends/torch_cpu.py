@@ -1,7 +1,8 @@
 """torch tensors on the CPU, served by the NumPy backend without a copy.
 
-NumPy works on views of the tensors. Outputs are allocated by ``torch.empty_like`` and have its memory format. Only a
-tensor whose elements overlap in memory (an expanded one) is copied first.
+NumPy works on views of the tensors. Outputs are allocated by ``torch.empty_like`` and have its memory format. A tensor
+that is only read is copied first if its elements overlap in memory (an expanded one), or if its memory does not hold
+its values (a negated view).
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ class TorchBackend:
         NUMPY.normalize(_array_saved(saved), _optional(residual), as_array(out))
 
     def backward_reduce(self, dy: Tensor, saved: Saved, dz: Tensor | None) -> Sums:
-        sums = NUMPY.backward_reduce(as_array(dy), _array_saved(saved), _optional(dz))
+        sums = NUMPY.backward_reduce(_readable(dy), _array_saved(saved), None if dz is None else as_array(dz))
         return Sums(torch.from_numpy(sums.dz), torch.from_numpy(sums.dz_xhat))
 
     def backward_input(self, dy: Tensor, saved: Saved, sums: Sums | None, out: Tensor) -> None:
         wide = None if sums is None else Sums(sums.dz.numpy(), sums.dz_xhat.numpy())
-        NUMPY.backward_input(as_array(dy), _array_saved(saved), wide, as_array(out))
+        NUMPY.backward_input(_readable(dy), _array_saved(saved), wide, as_array(out))
 
 
 class _Numpy(NumpyBackend):
@@ -146,8 +147,17 @@ def _bfloat16() -> np.dtype[Any]:
     return dtype
 
 
+def _readable(tensor: Tensor) -> Array:
+    """Return a tensor's values as an array; a copy if its memory does not hold them."""
+    if _dispatch_keys(tensor).raw_repr() not in _ORDINARY:
+        tensor = tensor.detach()
+        if tensor.is_neg() or tensor._is_zerotensor():
+            tensor = tensor.clone()
+    return as_array(tensor)
+
+
 def _optional(tensor: Tensor | None) -> Array | None:
-    return None if tensor is None else as_array(tensor)
+    return None if tensor is None else _readable(tensor)
 
 
 def _ordered(x: Tensor) -> Array:
@@ -156,7 +166,7 @@ def _ordered(x: Tensor) -> Array:
         strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
         if 0 in strides or len(set(strides)) < len(strides):
             x = x.detach().clone()
-    return as_array(x)
+    return _readable(x)
 
 
 def _tensor_moments(moments: Moments) -> Moments:

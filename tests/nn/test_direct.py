@@ -125,6 +125,8 @@ def is_refused(training, given):
 @pytest.mark.parametrize("training", [True, False])
 def test_no_fast_path_takes_a_call_that_is_refused(training, takes):
     """All pairs of unusual arguments are tried. Of two for the same parameter only the second is used."""
+    if takes is is_quick:
+        pytest.importorskip("numba", reason="the fast path on CPUs needs Numba", exc_type=ImportError)
     odd = [(name, variant) for name, variants in VARIANTS.items() for variant in variants.values()]
     taken = refused = 0
     for pair in combinations(odd, 2):
@@ -140,6 +142,8 @@ def test_no_fast_path_takes_a_call_that_is_refused(training, takes):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_usual_calls_take_a_fast_path(monkeypatch, quick):
+    if quick:
+        pytest.importorskip("numba", reason="the fast path on CPUs needs Numba", exc_type=ImportError)
     taken, nothing = [], lambda *_: None
     way = plain_calls if quick else autograd
     original = plain_calls.forward if quick else autograd.call_backend
@@ -339,10 +343,14 @@ def test_storages_can_be_resized_after_a_call(dtype, training, shape):
 def test_what_does_not_lie_in_memory_is_copied_there_first():
     x = torch.randn(4, 3)
     for tensor, same in ((torch._neg_view(x), -x), (torch._efficientzerotensor((4, 3)), torch.zeros(4, 3))):
-        y, _ = gpu_bn.batch_norm_forward(tensor, training=True)
-        assert torch.equal(y, gpu_bn.batch_norm_forward(same, training=True)[0])
-        with pytest.raises(RuntimeError):
-            gpu_bn.batch_norm_forward(tensor, training=True, backend="numpy")
+        for backend in (None, "numpy"):
+            for where in ({"x": tensor}, {"x": x, "residual": tensor}):
+                lying = {name: same if value is tensor else value for name, value in where.items()}
+                y, saved = gpu_bn.batch_norm_forward(**where, training=True, backend=backend)
+                expected, other = gpu_bn.batch_norm_forward(**lying, training=True, backend=backend)
+                assert torch.equal(y, expected)
+                found, truth = gpu_bn.batch_norm_backward(tensor, saved), gpu_bn.batch_norm_backward(same, other)
+                assert all(map(torch.equal, found[:1], truth[:1]))
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ class Elsewhere:
 
 @pytest.fixture
 def elsewhere(monkeypatch):
+    pytest.importorskip("numba", reason="the backend that stands for one elsewhere needs Numba", exc_type=ImportError)
     backend = Elsewhere()
     monkeypatch.setattr(library.registry, "backend_for", lambda *_: backend)
     return backend
