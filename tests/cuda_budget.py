@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +21,15 @@ from support.gates import DATA, Group
 from support.machine_code import Figures, blocks_per_sm, figures_of
 
 from gpu_bn.backends.cupy import sources as cuda_sources
-from gpu_bn.plan import DEVICES, THREADS, Device, LaunchPlan, Tiling, Work, plan
+from gpu_bn.explanation import ITEMSIZES
+from gpu_bn.plan import DEVICES, THREADS, VECTOR_BYTES, Device, LaunchPlan, Tiling, Work, plan
 
 RECORD = DATA / "machine_code_cuda.txt"
 PAGE = Path(__file__).parents[1] / "docs" / "machine_code.md"
 CHAIN = 16
 """The number of vectors that a thread adds up in float32 before it adds their sum in double precision (sums.cuh)."""
 LAYOUTS = ("columns", "rows", "ragged")
+DTYPES = ("float16", "float32")
 STREAMING = (
     ("bn_stats_kernel",),
     ("bn_normalize_kernel", False, False),
@@ -59,15 +62,16 @@ class Row(NamedTuple):
 
     arch: int
     layout: str
+    dtype: str
     name: str
     made_of: str
     figures: Figures
 
     @property
-    def kind(self) -> tuple[str, str]:
-        """The name and layout by which ``BUDGETS`` has the kernel."""
+    def kind(self) -> tuple[str, str, str]:
+        """The name, layout and dtype by which ``BUDGETS`` has the kernel."""
         name = self.name.partition("_kernel")[0].removeprefix("bn_").replace("_cluster", "")
-        return name, self.layout
+        return name, self.layout, self.dtype
 
     @property
     def blocks(self) -> int:
@@ -77,7 +81,7 @@ class Row(NamedTuple):
     @property
     def in_flight(self) -> int:
         """The bytes that the blocks of an SM have in flight, for kernels that do not copy to shared memory."""
-        return self.blocks * THREADS * 16 * self.figures.in_flight
+        return self.blocks * THREADS * VECTOR_BYTES * self.figures.in_flight
 
     def over(self) -> Iterator[str]:
         """Yield a message for each figure that is outside of the budget."""
@@ -93,43 +97,45 @@ class Row(NamedTuple):
             yield f"{found.local_bytes} bytes spilled"
 
     def __str__(self) -> str:
-        return f"sm_{self.arch} {self.layout} | {self.name} | {self.made_of} | {' '.join(map(str, self.figures))}"
+        head = f"sm_{self.arch} {self.layout} {self.dtype}"
+        return f"{head} | {self.name} | {self.made_of} | {' '.join(map(str, self.figures))}"
 
     @staticmethod
     def parse(line: str) -> Row:
         """Read a row from the record."""
         head, name, made_of, figures = line.split(" | ")
-        arch, layout = head.split()
+        arch, layout, dtype = head.split()
         numbers = [float(text) if "." in text else text == "True" if text[0] in "TF" else int(text)
                    for text in figures.split()]  # fmt: skip
-        return Row(int(arch[3:]), layout, name, made_of, Figures(*numbers))
+        return Row(int(arch[3:]), layout, dtype, name, made_of, Figures(*numbers))
 
 
-def group(arch: int, layout: str) -> Group:
-    """Return the group of float16 kernels with full vectors and ReLU."""
+def group(arch: int, layout: str, dtype: str) -> Group:
+    """Return the group of kernels with full vectors and ReLU."""
     kind = cuda_sources.RAGGED if layout == "ragged" else cuda_sources.WHOLE
-    return Group(arch, "relu", "float16", 8, layout == "columns", kind)
+    return Group(arch, "relu", dtype, VECTOR_BYTES // ITEMSIZES[dtype], layout == "columns", kind)
 
 
-def names(arch: int, layout: str) -> list[str]:
+def names(arch: int, layout: str, dtype: str) -> list[str]:
     """Return the names of the covering set's kernels; those for ragged rows have no sign bits."""
-    tiling = Tiling(layout == "columns", 1, 1, 1, 8, 1, 1, 1, layout == "ragged")
+    vector = VECTOR_BYTES // ITEMSIZES[dtype]
+    tiling = Tiling(layout == "columns", 1, 1, 1, vector, 1, 1, 1, layout == "ragged")
     streaming = [(name, *(flag and not (at and tiling.ragged) if isinstance(flag, bool) else flag
                           for at, flag in enumerate(flags))) for name, *flags in STREAMING]  # fmt: skip
     tiers = [tier for tier in on_chip_tiers(arch) if tier[1] in ("Cta", "Cooperative", "4")]
     on_chip = [(f"bn_{direction}{kind}_kernel", tier, *rest) for kind, tier in tiers
                for direction, rest in (("forward", (False, False)), ("backward", ("FROM_X",)))]  # fmt: skip
-    return [cuda_sources.kernel(name, "float16", tiling, *arguments) for name, *arguments in (*streaming, *on_chip)]
+    return [cuda_sources.kernel(name, dtype, tiling, *arguments) for name, *arguments in (*streaming, *on_chip)]
 
 
-def rows(arch: int, layout: str, source: str | None = None, only: Iterable[str] | None = None) -> list[Row]:
+def rows(arch: int, layout: str, dtype: str, source: str | None = None, only: Iterable[str] | None = None) -> list[Row]:
     """Compile kernels, one at a time (the assembler's names do not tell them apart), and return their figures."""
     found, source = [], source or cuda_sources.source("relu")
-    for name in names(arch, layout) if only is None else only:
+    for name in names(arch, layout, dtype) if only is None else only:
         cubin = cuda_cubin(re.sub("//.*", "", source), arch, cuda_sources.OPTIONS, expressions=[name])
         chain = 1 if "normalize" in name or "input" in name else CHAIN  # these sum nothing
-        (figures,) = figures_of(cubin, 16, chain).values()
-        found.append(Row(arch, layout, name, stamp(group(arch, layout), name), figures))
+        (figures,) = figures_of(cubin, VECTOR_BYTES, chain).values()
+        found.append(Row(arch, layout, dtype, name, stamp(group(arch, layout, dtype), name), figures))
     return found
 
 
@@ -141,30 +147,48 @@ def recorded() -> list[Row]:
 
 def stale(row: Row) -> bool:
     """Tell whether a row was made from other sources than the present ones."""
-    return row.made_of != stamp(group(row.arch, row.layout), row.name)
+    return row.made_of != stamp(group(row.arch, row.layout, row.dtype), row.name)
 
 
 BUDGETS = {
-    ("stats", "columns"): Budget(49, 325, 100, 32, 2),
-    ("normalize", "columns"): Budget(62, 40, 0, 36, 3),
-    ("backward_reduce", "columns"): Budget(69, 182, 68, 32, 2),
-    ("backward_input", "columns"): Budget(98, 80, 0, 32, 2),
-    ("forward", "columns"): Budget(122, 260, 100, 32, 2),
-    ("backward", "columns"): Budget(113, 192, 68, 32, 2),
-    ("stats", "rows"): Budget(53, 385, 112, 48, 3),
-    ("normalize", "rows"): Budget(65, 40, 0, 64, 3),
-    ("backward_reduce", "rows"): Budget(70, 116, 44, 32, 2),
-    ("backward_input", "rows"): Budget(102, 80, 0, 48, 3),
-    ("forward", "rows"): Budget(131, 430, 106, 48, 2),
-    ("backward", "rows"): Budget(115, 156, 44, 128, 2),
-    ("stats", "ragged"): Budget(114, 385, 104, 24, 2),
-    ("normalize", "ragged"): Budget(111, 40, 0, 64, 3),
-    ("backward_reduce", "ragged"): Budget(159, 116, 44, 16, 2),
-    ("backward_input", "ragged"): Budget(190, 80, 0, 64, 4),
-    ("forward", "ragged"): Budget(220, 400, 98, 48, 2),
-    ("backward", "ragged"): Budget(207, 156, 44, 48, 2),
+    ("stats", "columns", "float16"): Budget(49, 325, 100, 32, 2),
+    ("normalize", "columns", "float16"): Budget(62, 40, 0, 36, 3),
+    ("backward_reduce", "columns", "float16"): Budget(69, 182, 68, 32, 2),
+    ("backward_input", "columns", "float16"): Budget(98, 80, 0, 32, 2),
+    ("forward", "columns", "float16"): Budget(122, 260, 100, 32, 2),
+    ("backward", "columns", "float16"): Budget(113, 192, 68, 32, 2),
+    ("stats", "rows", "float16"): Budget(53, 385, 112, 48, 3),
+    ("normalize", "rows", "float16"): Budget(65, 40, 0, 64, 3),
+    ("backward_reduce", "rows", "float16"): Budget(70, 116, 44, 32, 2),
+    ("backward_input", "rows", "float16"): Budget(102, 80, 0, 48, 3),
+    ("forward", "rows", "float16"): Budget(131, 430, 106, 48, 2),
+    ("backward", "rows", "float16"): Budget(115, 156, 44, 128, 2),
+    ("stats", "ragged", "float16"): Budget(114, 385, 104, 24, 2),
+    ("normalize", "ragged", "float16"): Budget(111, 40, 0, 64, 3),
+    ("backward_reduce", "ragged", "float16"): Budget(159, 116, 44, 16, 2),
+    ("backward_input", "ragged", "float16"): Budget(190, 80, 0, 64, 4),
+    ("forward", "ragged", "float16"): Budget(220, 400, 98, 48, 2),
+    ("backward", "ragged", "float16"): Budget(207, 156, 44, 48, 2),
+    ("stats", "columns", "float32"): Budget(26, 254, 90, 32, 2),
+    ("normalize", "columns", "float32"): Budget(27, 40, 0, 48, 4),
+    ("backward_reduce", "columns", "float32"): Budget(33, 143, 60, 32, 2),
+    ("backward_input", "columns", "float32"): Budget(39, 80, 0, 64, 4),
+    ("forward", "columns", "float32"): Budget(60, 237, 92, 32, 2),
+    ("backward", "columns", "float32"): Budget(52, 185, 60, 64, 2),
+    ("stats", "rows", "float32"): Budget(32, 225, 84, 48, 3),
+    ("normalize", "rows", "float32"): Budget(32, 40, 0, 64, 3),
+    ("backward_reduce", "rows", "float32"): Budget(35, 117, 44, 48, 3),
+    ("backward_input", "rows", "float32"): Budget(45, 80, 0, 64, 4),
+    ("forward", "rows", "float32"): Budget(73, 290, 84, 64, 2),
+    ("backward", "rows", "float32"): Budget(58, 160, 44, 96, 2),
+    ("stats", "ragged", "float32"): Budget(63, 221, 76, 48, 3),
+    ("normalize", "ragged", "float32"): Budget(70, 40, 0, 64, 3),
+    ("backward_reduce", "ragged", "float32"): Budget(66, 117, 44, 48, 3),
+    ("backward_input", "ragged", "float32"): Budget(86, 80, 0, 64, 4),
+    ("forward", "ragged", "float32"): Budget(155, 279, 76, 48, 2),
+    ("backward", "ragged", "float32"): Budget(112, 156, 44, 96, 2),
 }
-"""By kind and layout: slightly more than the worst figures of all architectures."""
+"""By kind, layout and dtype: slightly more than the worst figures of all architectures."""
 
 INTRODUCTION = """# Machine code of the CUDA kernels
 
@@ -174,9 +198,9 @@ assembler makes, and the times are the planner's model (`gpu_bn/gpu_model.py`). 
 
 ## Budgets
 
-The table has every kind of kernel, with float16, ReLU and vectors of 16 bytes, on sm_75 to sm_120. A cell has the
-lowest and the highest figure of all architectures and, in brackets, the budget that a test asserts. Ragged rows begin
-and end within vectors, such as those of 7 x 7 images.
+The table has every kind of kernel, with float16 and float32, ReLU and vectors of 16 bytes, on sm_75 to sm_120. A cell
+has the lowest and the highest figure of all architectures and, in brackets, the budget that a test asserts. Ragged rows
+begin and end within vectors, such as those of 7 x 7 images.
 
 - **instructions**: the number of instructions for each vector of 16 bytes, in all loops over the tensor together.
 - **double**: the number of instructions in double precision outside of these loops, including those that the last few
@@ -209,13 +233,13 @@ blocks wait for each other, and *merge* the time in which the last block of a st
 
 def page() -> str:
     """Return the text of the page, from the record and the planner."""
-    by_kind: dict[tuple[str, str], list[Row]] = {}
+    by_kind: dict[tuple[str, str, str], list[Row]] = {}
     for row in recorded():
         by_kind.setdefault(row.kind, []).append(row)
-    header = ("kernel", "layout", "instructions", "double", "rolled", "KiB in flight", "blocks", "registers")
+    header = ("kernel", "layout", "dtype", "instructions", "double", "rolled", "KiB in flight", "blocks", "registers")
     lines = [INTRODUCTION + _line(header), _line(["---"] * len(header))]
-    for (name, layout), found in by_kind.items():
-        budget = BUDGETS[name, layout]
+    for kind, found in by_kind.items():
+        budget = BUDGETS[kind]
         flights = [row.in_flight >> 10 for row in found if not row.figures.asynchronous]
         staged = " staged" if len(flights) < len(found) else ""
         cells = [
@@ -226,7 +250,7 @@ def page() -> str:
             _range((row.blocks for row in found), f">= {budget.blocks}"),
             _range((row.figures.registers for row in found), ""),
         ]
-        lines.append(_line([name, layout, *cells]))
+        lines.append(_line([*kind, *cells]))
     return "\n".join(lines) + "\n" + REGISTERS + registers.table(FAMILY) + LIMITERS + limiters(plan)
 
 
@@ -254,7 +278,7 @@ def _range(numbers: Iterable[float], budget: str) -> str:
 def main() -> None:
     """Compile the covering set; write the record and the page."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    everything = [row for arch in ARCHITECTURES for layout in LAYOUTS for row in rows(arch, layout)]
+    everything = [row for which in product(ARCHITECTURES, LAYOUTS, DTYPES) for row in rows(*which)]
     RECORD.write_text("".join(f"{row}\n" for row in everything))
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page())

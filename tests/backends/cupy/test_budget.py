@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import cuda_budget as budget
 import pytest
@@ -13,8 +14,10 @@ from gpu_bn.backends.cupy import sources as cuda_sources
 
 pytestmark = pytest.mark.skipif(tool("nvdisasm") is None, reason="no disassembler: the triton wheel is not installed")
 REMEDY = "python tests/cuda_budget.py"
-EVERY = [(arch, layout) for arch in ARCHITECTURES for layout in budget.LAYOUTS]
-MARKS = dict.fromkeys([(80, "ragged"), (90, "columns")], pytest.mark.slow)
+EVERY = list(product(ARCHITECTURES, budget.LAYOUTS, budget.DTYPES))
+MARKS = dict.fromkeys(
+    [(80, "ragged", "float16"), (90, "columns", "float16"), (89, "rows", "float32")], pytest.mark.slow
+)
 
 
 def current_rows():
@@ -27,8 +30,8 @@ def test_every_kernel_of_the_set_is_within_its_budget():
 
 
 def test_the_record_is_of_these_kernels():
-    expected = {(arch, layout, name) for arch, layout in EVERY for name in budget.names(arch, layout)}
-    assert {(row.arch, row.layout, row.name) for row in budget.recorded()} == expected
+    expected = {(*which, name) for which in EVERY for name in budget.names(*which)}
+    assert {(row.arch, row.layout, row.dtype, row.name) for row in budget.recorded()} == expected
     if stale := Counter(row.arch for row in budget.recorded() if budget.stale(row)):
         pytest.skip(f"machine code of kernels that have changed is not recorded, by architecture {stale}: {REMEDY}")
 
@@ -40,14 +43,13 @@ def test_the_page_is_of_the_record_and_the_planner():
 @pytest.mark.compile
 @pytest.mark.usefixtures("compile_cuda")
 @pytest.mark.parametrize(
-    ("arch", "layout"),
-    [pytest.param(*one, marks=MARKS.get(one, pytest.mark.exhaustive)) for one in EVERY],
+    "which", [pytest.param(one, marks=MARKS.get(one, pytest.mark.exhaustive)) for one in EVERY], ids=str
 )
-def test_compiled_again_a_kernel_has_its_budget_and_its_record(arch, layout):
-    found = budget.rows(arch, layout)
+def test_compiled_again_a_kernel_has_its_budget_and_its_record(which):
+    found = budget.rows(*which)
     over = [f"{row}: {why}" for row in found for why in row.over()]
     assert not over, "\n".join(over)
-    known = {row.name: row for row in budget.recorded() if (row.arch, row.layout) == (arch, layout)}
+    known = {row.name: row for row in budget.recorded() if (row.arch, row.layout, row.dtype) == which}
     for row in found:
         if row.made_of == known[row.name].made_of:
             assert row == known[row.name]
@@ -87,7 +89,7 @@ def test_a_planted_slow_kernel_is_noticed(name):
     kernel, before, after, says = PLANTED[name]
     source, layout = cuda_sources.source("relu"), "columns" if "true" in kernel else "rows"
     assert source.count(before) == 1
-    (right,) = budget.rows(90, layout, source, [kernel])
+    (right,) = budget.rows(90, layout, "float16", source, [kernel])
     assert not list(right.over())
-    (slow,) = budget.rows(90, layout, source.replace(before, after), [kernel])
+    (slow,) = budget.rows(90, layout, "float16", source.replace(before, after), [kernel])
     assert any(says in why for why in slow.over()), (slow.figures, list(slow.over()))

@@ -26,12 +26,13 @@ COMPILES = [
 ]
 SLOW_DOUBLES = {("rows", "bn_stats_kernel, before a merge"), ("columns", "bn_merge_moments_kernel")}
 """What every run compiles for sm_89."""
-MARKS = {90: [], 75: [pytest.mark.slow], 120: [pytest.mark.slow]}
+ROWS = {90: [], 75: [pytest.mark.slow], 120: [pytest.mark.slow]}
+MARKS = {"rows": ROWS, "cluster rows": ROWS, "rows, float32": {90: [pytest.mark.slow]}}
 
 
 def compiled(call, kernel, arch):
-    """One architecture for kernels in rows in every run, and two in the long run; all others in the exhaustive one."""
-    marks = MARKS.get(arch, [pytest.mark.exhaustive]) if call in ("rows", "cluster rows") else [pytest.mark.exhaustive]
+    """One architecture for kernels in rows in every run, and more in the long run; all others in the exhaustive one."""
+    marks = MARKS.get(call, {}).get(arch, [pytest.mark.exhaustive])
     if arch == 89 and (call, kernel) in SLOW_DOUBLES:
         marks = []
     return pytest.param(call, kernel, arch, marks=[*COMPILES, *marks])
