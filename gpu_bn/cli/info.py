@@ -97,6 +97,8 @@ def available(row: registry.Row, gpus: Devices, cuda: CudaVersions) -> str:
         return "no: no NVIDIA GPU"
     if row.device == "cuda" and cuda.torch_for_cpu:
         return "no: torch was built without CUDA"
+    if row.name == "cupy" and cuda.why_not:
+        return f"no: {cuda.why_not}"
     same_arrays = [other for other in registry.ROWS if str(other) == str(row)]
     preferred = same_arrays[: same_arrays.index(row)]
     if all(map(registry.unavailable_reason, preferred)):

@@ -161,6 +161,14 @@ def test_a_torch_for_cpus_serves_no_cuda_tensors(torch_for_cpu, says, monkeypatc
         assert found.startswith(says if row.device == "cuda" else "yes"), row
 
 
+def test_cupy_without_its_compiler_is_unavailable(monkeypatch):
+    monkeypatch.setattr(info.registry, "unavailable_reason", lambda _: "")
+    cuda = CudaVersions(driver=(13, 0), packages=("cupy-cuda13x",), why_not=NO_NVRTC)
+    rows = [row for row in gpu_bn.registry.ROWS if row.name == "cupy"]
+    assert len(rows) == 2
+    assert {info.available(row, info.Devices(["GPU X"]), cuda) for row in rows} == {f"no: {NO_NVRTC}"}
+
+
 @pytest.mark.parametrize(
     ("failing", "expected"),
     [
