@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from support.operator_cases import reference, train_some
 from support.tensors import inputs, running, tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_bn import nn
 from gpu_bn.nn import functional
@@ -191,10 +192,20 @@ def elsewhere(monkeypatch):
 
 def test_cumulative_momentum_is_computed_where_the_counter_is(monkeypatch, elsewhere):
     """The momentum is computed on the device of the counter, so the host never reads a counter on a GPU."""
-    for momentum, at in ((None, None), (None, torch.tensor(0.5, device="meta"))):
-        weight = library.batch_weight(momentum, at, torch.tensor(4, device="meta"))
-        assert isinstance(weight, torch.Tensor)
-        assert weight.device.type == "meta"
+    counter, seen = torch.tensor(4, device="meta"), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    aten = torch.ops.aten  # each operation is a launch on a GPU
+    for at, operations in ((None, [aten.add, aten.reciprocal]), (counter / 8, [aten._to_copy])):
+        with Watch():
+            weight = library.batch_weight(None, at, counter)
+        assert (weight.dtype, weight.device) == (torch.float64, counter.device)
+        assert seen == operations
+        seen.clear()
     assert library.batch_weight(None, None, torch.tensor(4)) == 0.2
     monkeypatch.setattr(library, "batch_weight", lambda _, __, counter: (counter + 1).double().reciprocal())
     layer, plain = nn.BatchNorm1d(3, momentum=None), torch.nn.BatchNorm1d(3, momentum=None)
@@ -221,8 +232,6 @@ def test_a_mask_serves_in_place_of_the_residual(elsewhere, training):
 
 
 def test_modes_and_subclasses_see_the_operator():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     seen = set()
 
     class Watch(TorchDispatchMode):

@@ -119,6 +119,9 @@ def mark_written(tracked: Sequence[Tensor | None]) -> None:
     increment_version([tensor for tensor in tracked if tensor is not None and not tensor.is_inference()])
 
 
+_ONE = torch.ones((), dtype=torch.float64, device="cpu")
+
+
 def batch_weight(
     momentum: float | None, momentum_at: Tensor | None, num_batches_tracked: Tensor | None
 ) -> float | Tensor:
@@ -135,7 +138,7 @@ def batch_weight(
         return 0.0
     if num_batches_tracked.is_cpu:
         return 1.0 / (num_batches_tracked.item() + 1)
-    return (num_batches_tracked + 1).double().reciprocal()
+    return torch.add(num_batches_tracked, _ONE).reciprocal()  # two launches; a third would convert the counter
 
 
 def options(
