@@ -354,7 +354,12 @@ def code_of(source: str) -> str:
     assert isinstance(function, ast.FunctionDef)
     if ast.get_docstring(function) is not None:
         del function.body[0]
-    return ast.unparse(function)
+    return _text(function)
+
+
+def _text(node: ast.AST) -> str:
+    """Return the source of a node; Python 3.12 and later write other quotes into f-strings than 3.11."""
+    return ast.unparse(node).replace('"', "'")
 
 
 KERNELS = Path(forward_kernels.__file__).parent
@@ -371,10 +376,10 @@ def _definitions() -> Definitions:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 if ast.get_docstring(node) is not None and len(node.body) > 1:
                     del node.body[0]
-                definitions.append(([node.name], ast.unparse(node)))
+                definitions.append(([node.name], _text(node)))
             elif isinstance(node, ast.Assign):
                 names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-                definitions.append((names, ast.unparse(node)))
+                definitions.append((names, _text(node)))
     return Definitions(definitions)
 
 
