@@ -155,22 +155,23 @@ struct TwoSums {
 template <class L, class Peers>
 DEVICE TwoSums merge_sums(const Tile<L>& tile, const Peers& peers, BackwardShared<L>& shared) {
   const u32 width = tile.strip_channels(), place = threadIdx.x & (width - 1);
-  double dz[1] = {0}, dz_xhat[1] = {0};
+  double dz, dz_xhat;
   if (tile.g.blocks == 1) {
-    dz[0] = peers.first(0, place);
-    dz_xhat[0] = peers.second(0, place);
+    dz = peers.first(0, place);
+    dz_xhat = peers.second(0, place);
   } else {
+    DoubleSum first[1], second[1];
 #pragma unroll 8  // eight loads at a time
     for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
-      dz[0] += peers.first(r, place);
-      dz_xhat[0] += peers.second(r, place);
+      first[0].add(peers.first(r, place));
+      second[0].add(peers.second(r, place));
     }
-    dz[0] = block_sum(dz, width, shared.sums.scratch);
-    dz_xhat[0] = block_sum(dz_xhat, width, shared.sums.scratch);
+    dz = block_sum(first, width, shared.sums.scratch);
+    dz_xhat = block_sum(second, width, shared.sums.scratch);
   }
   if (threadIdx.x >= width || tile.channel(place) >= tile.g.channels) return {};
   const double rest = shared.mean[place] - (double)shared.affine.centre[place];
-  return {dz[0], dz_xhat[0] - rest * shared.rstd[place] * dz[0]};
+  return {dz, dz_xhat - rest * shared.rstd[place] * dz};
 }
 
 // Write slope and offset of a channel to the table:

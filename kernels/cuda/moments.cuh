@@ -240,20 +240,21 @@ DEVICE Moments merge_moments(const Tile<L>& tile, const Peers& peers, const Shif
   const double n = L::MASKED && count == 0 ? 1. : count;  // all sums are zero then
   const u32 first = shares.first();
   const double origin = shares.origin(shift, first, place), near = peers.first(first, place);
-  double sum[1] = {0}, m2[1] = {0};
+  DoubleSum parts[1], squares[1];
+  double sum = 0, m2;
   if (tile.g.blocks > 1) {
 #pragma unroll 8  // eight loads at a time
     for (u32 r = threadIdx.x / width; r < tile.g.blocks; r += THREADS / width) {
       const double d = shares.mean(peers, origin, r, place) - near, nd = shares.of(r) * d;
-      sum[0] += nd;
-      m2[0] += peers.second(r, place) + nd * d;
+      parts[0].add(nd);
+      squares[0].add(peers.second(r, place) + nd * d);
     }
-    sum[0] = block_sum(sum, width, scratch);
-    m2[0] = block_sum(m2, width, scratch);
+    sum = block_sum(parts, width, scratch);
+    m2 = block_sum(squares, width, scratch);
   } else {
-    m2[0] = peers.second(0, place);
+    m2 = peers.second(0, place);
   }
   if (threadIdx.x >= width) return {};
-  const double far = sum[0] / n, squares = m2[0] - sum[0] * far;
-  return {origin + (near + far), (squares < 0 ? 0 : squares) / n};
+  const double far = sum / n, left = m2 - sum * far;
+  return {origin + (near + far), (left < 0 ? 0 : left) / n};
 }

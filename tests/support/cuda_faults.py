@@ -52,7 +52,7 @@ def planted(fault: str, check: str, tier: str, old: str, new: str = "", case: Ca
     return Planted(fault, check, tier, ((old, new),), case)
 
 
-BLOCK_SUM_READS = "  double sum = 0;\n  if (t < width) {"
+BLOCK_SUM_READS = "  if (t >= width) return 0;"
 EARLY = "data race or uninitialised read or wrong result"
 """The checks for a block that does not wait for the others. Which one reports depends on the progress of the others."""
 RELEASE = 'asm volatile("red.release.gpu'

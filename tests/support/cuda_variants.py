@@ -138,7 +138,7 @@ def _names(definition: str) -> list[str]:
         case "typedef":
             return re.findall(r"\w+(?=;)", head)
         case "struct":
-            return re.findall(r"struct (?:alignas\(.*?\)\) )?(\w+)", head)[:1]
+            return re.findall(r"struct (?:alignas\(.*?\)\) |__align__\(\w+\) )?(\w+)", head)[:1]
         case "extern":
             return re.findall(r"\w+(?=\[)", head)
         case _:  # a function

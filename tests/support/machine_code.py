@@ -107,12 +107,8 @@ class Loop:
         return most
 
     def instructions(self, width: int, chain: int) -> float:
-        """Return the number of instructions per vector. Blocks in double precision run once in ``chain`` vectors."""
-        total = 0.0
-        for block in self.blocks():
-            rare = any(ins.is_double for ins in block)
-            total += len(block) / (chain if rare else 1)
-        return total / self.vectors(width)
+        """Return the number of instructions per vector. Blocks that add to wider sums run once in ``chain`` vectors."""
+        return sum(len(block) / (chain if _widens(block) else 1) for block in self.blocks()) / self.vectors(width)
 
 
 @dataclass(frozen=True)
@@ -306,4 +302,9 @@ def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
 def _moves(loop: Loop, width: int) -> bool:
     """Tell whether a loop accesses tensors in global memory, or reads staged vectors without exchanging sums."""
     kinds = {ins.accesses(width) for ins in loop.code}
-    return bool(kinds & {"load", "copy", "store"}) or not any(ins.is_double for ins in loop.blocks()[0])
+    return bool(kinds & {"load", "copy", "store"}) or not _widens(loop.blocks()[0])
+
+
+def _widens(block: list[Instruction]) -> bool:
+    """Tell whether a block adds to sums in double precision, or in pairs of floats, which takes additions above all."""
+    return any(ins.is_double for ins in block) or 2 * sum(ins.base == "FADD" for ins in block) > len(block)

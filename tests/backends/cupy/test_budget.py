@@ -68,8 +68,8 @@ PLANTED = {
     "one load in flight": (STATS, "each<L::MASKED && L::COLUMNS ? 2 : 4, false>", "each<1, false>", "KiB in flight"),
     "double precision by all threads, in loops": (
         STATS,
-        "  if (t < width) {\n#pragma unroll 4",
-        "  for (u32 again = 0; again < N; ++again) {\n#pragma unroll 1",
+        "  if (t >= width) return 0;\n  Total sum;\n#pragma unroll 4",
+        "  Total sum;\n  for (u32 again = 0; again < N; ++again)\n#pragma unroll 1",
         "double_rolled",
     ),
     "double precision for each vector": (

@@ -134,21 +134,35 @@ def test_the_first_shift_is_a_mean_and_no_sum(make_gpu):
     np.testing.assert_allclose(y, gpu_bn.batch_norm(x, training=True), atol=1e-5)
 
 
-def test_small_numbers_that_follow_a_large_one_are_not_lost(make_gpu, monkeypatch):
+@pytest.mark.parametrize("arch", [75, 80])
+def test_small_numbers_that_follow_a_large_one_are_not_lost(arch, make_gpu, monkeypatch):
     """Each thread sums 64 vectors, the first of ones. A single float32 sum would lose all the others.
 
-    In the first two channels the sums of x and dy would lose them, in the last two the sums of squares.
+    In the first two channels the sums of x and dy would lose them, in the last two the sums of squares. Long sums are
+    pairs of floats on sm_75, and in double precision on sm_80.
     """
     few_sms = {"multiProcessorCount": 2, "memoryClockRate": 1000}  # few blocks reach the bandwidth of its memory
-    monkeypatch.setitem(fake_cupy.PROPERTIES, 80, fake_cupy.PROPERTIES[80] | few_sms)
+    monkeypatch.setitem(fake_cupy.PROPERTIES, arch, fake_cupy.PROPERTIES[arch] | few_sms)
     problem = build(Case((1, 4, 1 << 16), mode="train_no_stats"))
     numbers = np.full((4, 64, 1024), 2.0**-24 / 10, np.float32)
     numbers[2:] = 1943 * 2.0**-23
     numbers[:, 0] = 1
     numbers[:, ::8, :4] = 0  # the samples of the first shift
     numbers = numbers.reshape(problem.x.shape)
-    gpu = make_gpu(80, "split", Device(checks=Checks(races=False)))
+    gpu = make_gpu(arch, "split", Device(checks=Checks(races=False)))
     check(replace(problem, x=numbers, dy=numbers), gpu.backend)
+
+
+@pytest.mark.parametrize("arch", [75, 80])
+def test_a_sum_beyond_the_range_of_floats_is_infinite_and_not_nan(arch, make_gpu):
+    gpu = make_gpu(arch, "split")
+    x, dy = (rng().normal(size=(3, 4, 41, 8)).astype(np.float32) for _ in range(2))
+    dy[:, 1] = 1e37
+    _, saved = gpu_bn.batch_norm_forward(gpu.asarray(x), bias=gpu.asarray(np.zeros(4, np.float32)), training=True,
+                                         backend=gpu.backend)  # fmt: skip
+    dbias = gpu_bn.batch_norm_backward(gpu.asarray(dy), saved, backend=gpu.backend).dbias
+    assert dbias[1] == np.inf
+    np.testing.assert_allclose(dbias[[0, 2, 3]], dy.astype(float).sum((0, 2, 3))[[0, 2, 3]], rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ activations

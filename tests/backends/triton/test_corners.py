@@ -210,6 +210,19 @@ def test_the_time_of_two_launches_is_that_of_the_programs_that_are_launched(shap
     assert [sum(parts) for parts in zip(*passes, strict=True)] == [found.times.memory, found.times.idle]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 89])
+def test_more_blocks_than_a_program_merges_at_a_time(arch, compile_triton, device):
+    """A narrow strip of channels has twice as many blocks as a program of the last launch merges at a time."""
+    plans = []
+    many_sms = replace(DEVICES["a100"], arch=arch, sms=1024)
+    backend = EmulatedBackend(
+        device, compile_triton, arch, many_sms, tier="split", on_plan=lambda plan, _: plans.append(plan)
+    )
+    check(build(Case((66_000, 16), "float16", activation="relu")), backend)
+    assert {plan.blocks for plan in plans} == {128}
+
+
 # ------------------------------------------------------------------------------------------------------ large offsets
 @pytest.mark.parametrize("size", [12, 16_384, 16_400])
 def test_positions_are_divided_by_the_row_without_a_division(size):
