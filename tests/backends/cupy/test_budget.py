@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import product
 
@@ -11,6 +12,7 @@ from emulator.compile import ARCHITECTURES
 from support.machine_code import tool
 
 from gpu_bn.backends.cupy import sources as cuda_sources
+from gpu_bn.gpu_model import FAST_DOUBLES
 
 pytestmark = pytest.mark.skipif(tool("nvdisasm") is None, reason="no disassembler: the triton wheel is not installed")
 REMEDY = "python tests/cuda_budget.py"
@@ -79,6 +81,20 @@ PLANTED = {
         "instructions",
     ),
 }
+
+
+def test_kernels_and_planner_agree_on_which_gpus_are_fast_at_double_precision():
+    (line,) = re.findall("constexpr bool FAST_DOUBLES = (.*);", cuda_sources.source("relu"))
+    assert [int(arch) // 10 for arch in re.findall("__CUDA_ARCH__ == (\\d+)", line)] == list(FAST_DOUBLES)
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("compile_cuda")
+def test_double_precision_where_it_is_slow_is_noticed():
+    source, pairs = cuda_sources.source("relu"), "FAST_DOUBLES || L::GROUPED"
+    assert source.count(pairs) == 1
+    (slow,) = budget.rows(89, "columns", "float16", source.replace(pairs, "true"), [STATS])
+    assert any("double" in why for why in slow.over()), (slow.figures, list(slow.over()))
 
 
 @pytest.mark.compile
