@@ -111,6 +111,21 @@ def forget_compilations():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    """Make torch's default process group, of this process alone.
+
+    It ends after the test's models: a DistributedDataParallel with the last reference to a group ends the group's
+    threads while it holds Python's lock, for which they may wait.
+    """
+    from torch import distributed
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    gc.collect()
+    distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     """Seed torch, so that random numbers do not depend on the tests that the process has run before."""

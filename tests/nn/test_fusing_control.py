@@ -178,24 +178,21 @@ def test_layers_that_a_function_holds():
     assert calls_of_relu(fused, rows()) == 0
 
 
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}], ids=str)
-def test_distributed_data_parallel(options, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        plain = torch.nn.Sequential(Block(), Tail(), Untraced())
-        fused, _ = fused_with(plain, "0.norm", "1.layer.0.norm", "1.layer.1.norm", "2.norm")
-        models = [torch.nn.parallel.DistributedDataParallel(model, **options) for model in (fused, plain)]
-        for step in range(2):
-            losses = [model(rows(step)).sin().sum() for model in models]
-            for loss in losses:
-                loss.backward()
-        gradients = [[parameter.grad for parameter in model.parameters()] for model in models]
-        assert_close(*losses)
-        assert_close(*gradients)
-        assert_close(fused.state_dict(), plain.state_dict())
-        assert calls_of_relu(fused, rows()) == 0
-    finally:
-        torch.distributed.destroy_process_group()
+def test_distributed_data_parallel(options):
+    plain = torch.nn.Sequential(Block(), Tail(), Untraced())
+    fused, _ = fused_with(plain, "0.norm", "1.layer.0.norm", "1.layer.1.norm", "2.norm")
+    models = [torch.nn.parallel.DistributedDataParallel(model, **options) for model in (fused, plain)]
+    for step in range(2):
+        losses = [model(rows(step)).sin().sum() for model in models]
+        for loss in losses:
+            loss.backward()
+    gradients = [[parameter.grad for parameter in model.parameters()] for model in models]
+    assert_close(*losses)
+    assert_close(*gradients)
+    assert_close(fused.state_dict(), plain.state_dict())
+    assert calls_of_relu(fused, rows()) == 0
 
 
 class Untraced(Block):

@@ -113,20 +113,15 @@ def test_checkpointing_can_leave_statistics_alone():
     assert torch.equal(gradients[0], gradients[2])
 
 
-def test_two_forwards_before_one_backward_in_ddp(tmp_path):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        layer = nn.BatchNorm1d(3)
-        model = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(layer))
-        x, other = tensor(6, 3, dtype=torch.float32), tensor(5, 3, dtype=torch.float32, seed=1)
-        for module in (layer, model):
-            (module(x).square().sum() + module(other).square().sum()).backward()
-        assert_close(model.module.weight.grad, layer.weight.grad)
-        assert torch.equal(model.module.running_mean, layer.running_mean)
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.usefixtures("process_group")
+def test_two_forwards_before_one_backward_in_ddp():
+    layer = nn.BatchNorm1d(3)
+    model = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(layer))
+    x, other = tensor(6, 3, dtype=torch.float32), tensor(5, 3, dtype=torch.float32, seed=1)
+    for module in (layer, model):
+        (module(x).square().sum() + module(other).square().sum()).backward()
+    assert_close(model.module.weight.grad, layer.weight.grad)
+    assert torch.equal(model.module.running_mean, layer.running_mean)
 
 
 def test_runs_under_the_deterministic_flag_and_gives_the_same_bits():

@@ -81,23 +81,20 @@ def test_models_of_fake_tensors_are_converted():
     assert report.merged == {"1": "relu"}
 
 
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("training", [True, False])
-def test_distributed_tensors(training, tmp_path):
+def test_distributed_tensors(training):
     tensor = pytest.importorskip("torch.distributed.tensor")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        results = []
-        plain = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
-        for model in (nn.convert(copy.deepcopy(plain), fuse=True), plain):
-            shared = tensor.distribute_module(model.train(training), mesh)
-            x = tensor.distribute_tensor(images(), mesh, [tensor.Shard(0)]).requires_grad_()
-            y = shared(x)
-            y.sin().sum().backward()
-            results.append((y.full_tensor().detach(), x.grad.full_tensor()))
-        assert_close(*results)
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    results = []
+    plain = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    for model in (nn.convert(copy.deepcopy(plain), fuse=True), plain):
+        shared = tensor.distribute_module(model.train(training), mesh)
+        x = tensor.distribute_tensor(images(), mesh, [tensor.Shard(0)]).requires_grad_()
+        y = shared(x)
+        y.sin().sum().backward()
+        results.append((y.full_tensor().detach(), x.grad.full_tensor()))
+    assert_close(*results)
 
 
 @pytest.mark.parametrize("observed", [False, True])
