@@ -155,7 +155,7 @@ whole kernel. Ragged rows begin and end within vectors, such as those of 7 x 7 i
 
 On sm_80, 90 and 100, which are fast at double precision, each program of the last launch merges the partial results of
 the blocks. On other GPUs a small launch between the two merges them once, with one warp for a few channels. If 8 warps
-in each of 4 programs an SM did it instead, 60 instructions in double precision would take 12 us of an RTX 4090 by count
+in each of 3 programs an SM did it instead, 60 instructions in double precision would take 9 us of an RTX 4090 by count
 (an instruction of a warp takes 16 cycles of an SM). Before this merge, the partial results are float32 sums, unless the
 sums are long; so the kernels of the statistics need no double precision. After it, the last launch reads float32
 numbers. The double precision that remains there updates the running statistics, in one program of each strip; in the

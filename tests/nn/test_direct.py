@@ -344,13 +344,13 @@ def test_what_does_not_lie_in_memory_is_copied_there_first():
     x = torch.randn(4, 3)
     for tensor, same in ((torch._neg_view(x), -x), (torch._efficientzerotensor((4, 3)), torch.zeros(4, 3))):
         for backend in (None, "numpy"):
-            for where in ({"x": tensor}, {"x": x, "residual": tensor}):
-                lying = {name: same if value is tensor else value for name, value in where.items()}
-                y, saved = gpu_bn.batch_norm_forward(**where, training=True, backend=backend)
-                expected, other = gpu_bn.batch_norm_forward(**lying, training=True, backend=backend)
+            for given in ({"x": tensor}, {"x": x, "residual": tensor}):
+                copied = {name: same if value is tensor else value for name, value in given.items()}
+                y, saved = gpu_bn.batch_norm_forward(**given, training=True, backend=backend)
+                expected, other = gpu_bn.batch_norm_forward(**copied, training=True, backend=backend)
                 assert torch.equal(y, expected)
                 found, truth = gpu_bn.batch_norm_backward(tensor, saved), gpu_bn.batch_norm_backward(same, other)
-                assert all(map(torch.equal, found[:1], truth[:1]))
+                assert torch.equal(found.dx, truth.dx)
 
 
 @pytest.mark.parametrize(
